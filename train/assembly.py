@@ -30,7 +30,7 @@ from .student.trainable import keep_zeros
 from .teacher.recording_plan import recording_inputs, rows_from
 from .teacher.recording_reader import RecordingReader
 from .teacher.signals import RecordedTeacher
-from .teacher.wiring import make_trainable, wire
+from .teacher.wiring import check_fused, make_trainable, wire
 from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,13 @@ def make_trainer(
     Raises:
         UserError: parts of the recipe that contradict the plan, the models or a recording.
     """
-    student, teacher = spec.student.model(dtype="float32"), None
+    held = spec.deepspeed.weight_dtype
+    if held.itemsize < spec.student.stored_dtype.itemsize:
+        log.warning(
+            "the student's weights are stored in %s and held in %s: training begins with them rounded to that",
+            *(str(dtype).removeprefix("torch.") for dtype in (spec.student.stored_dtype, held)),
+        )
+    student, teacher = spec.student.model(dtype=str(held).removeprefix("torch.")), None
     stored = stored_names(spec.student.folder)
     make_trainable(student, spec, seed=arguments.seed, stored=stored)
     keep_zeros(student)
@@ -91,6 +97,7 @@ def make_trainer(
         place_teacher(teacher, trainer, offload=spec.settings.teacher.offload)
         if spec.deepspeed.stage < 3 and not spec.settings.teacher.offload:
             _share_weights(spec, student, teacher, stored)
+    check_fused(wiring.objective, spec)
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
         warn_of_mixed_documents(teacher or student, rows, autocast_dtype=spec.deepspeed.autocast_dtype)
     return trainer

@@ -39,11 +39,13 @@ from .engine.arguments import (
     training_arguments,
 )
 from .engine.checkpoint import last_complete, needs_universal
+from .engine.fused import is_fused
 from .engine.heartbeat import Heartbeat
 from .engine.sharding import join_deepspeed, leave_deepspeed
 from .engine.stop import StopRequest
 from .pilot import Beginning, PilotWatch, known_pilot, pilot_rows, pilot_steps
 from .preflight.fit import check_fit
+from .preflight.out_of_memory import explained_memory
 from .preflight.throughput import most_tokens_per_s
 from .save import write_results
 from .student.local_stage import local_stage
@@ -112,8 +114,8 @@ def check_distillable(spec: TrainSpec) -> None:
     """What can be refused before weights are loaded.
 
     Raises:
-        UserError: different vocabularies or tokenizers, losses that recorded signals cannot serve, or adapters that
-            nothing could be trained of.
+        UserError: different vocabularies or tokenizers, losses that recorded signals cannot serve, adapters that
+            nothing could be trained of, or kernels that cannot be had.
     """
     teacher, student, settings = spec.teacher, spec.student, spec.settings
     require_same_vocabulary(teacher, student)
@@ -128,6 +130,7 @@ def check_distillable(spec: TrainSpec) -> None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)
     if settings.data_pilot is not None:
         pilot_steps(spec)
+    is_fused(settings.fused, student.config.model_type, spec.ranks.device)  # refuses
 
 
 def distill(
@@ -233,11 +236,11 @@ def _train(
         trainer.watch_with(watcher, make_scorer(tokenizer))
     trainer.objective.install()
     _announce(trainer, rows, spec, resume)
-    with progress, stop.listening():
+    with progress, stop.listening(), explained_memory(spec, run_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.objective.uninstall()
     is_finished = trainer.state.global_step >= trainer.state.max_steps
     if is_finished:
-        trainer.objective.uninstall()
         write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
     leave_deepspeed(trainer)
     heartbeat.stop()
@@ -298,9 +301,10 @@ def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in student.parameters()]
     trained, total = sum(n for n, wanted in sizes if wanted), sum(n for n, _ in sizes)
     log.info(
-        "training %.1f of %.1f million parameters on %s tokens (%d rows of %d), %d rank(s), ZeRO %d",
+        "training %.1f of %.1f million parameters, held in %s, on %s tokens (%d rows of %d), %d rank(s), ZeRO %d",
         trained / 1e6,
         total / 1e6,
+        str(spec.deepspeed.weight_dtype).removeprefix("torch."),
         f"{rows.input_ids_NS.numel():,}",
         len(rows),
         spec.settings.sequence_length,

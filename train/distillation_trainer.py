@@ -42,14 +42,23 @@ from .student.known_cut import Drop, known_plan, refuse_other_layers
 from .student.lora import adapted_modules, merge_adapters, refuse_untrainable
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
-from .teacher.wiring import make_trainable, wire
+from .teacher.wiring import check_fused, make_trainable, wire
 
 log = logging.getLogger(__name__)
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
 """One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
 dataclass of shoal.recipe.losses; docs/training/losses.md has all kinds."""
-SAME_AS_IN_RECIPE = ("sequence_length", "packing", "head_chunk", "on_policy", "lora", "stop_on_spike")
+SAME_AS_IN_RECIPE = (
+    "sequence_length",
+    "packing",
+    "head_chunk",
+    "on_policy",
+    "lora",
+    "stop_on_spike",
+    "fused",
+    "compile",
+)
 """Keys of the recipe's section `distill` that mean the same here."""
 ONLY_DEPTH = ("all", "layers")
 """Choices of ``trainable`` for which it does not matter which layers are gone."""
@@ -187,8 +196,9 @@ class DistillationTrainer(ObjectiveTrainer):
         )
         if teacher is not None:
             place_teacher(teacher, self, offload=False)
-            if train_rows is not None:
-                warn_of_mixed_documents(teacher, train_rows, autocast_dtype=self._autocast_dtype)
+        check_fused(self.objective, self.spec)
+        if teacher is not None and train_rows is not None:
+            warn_of_mixed_documents(teacher, train_rows, autocast_dtype=self._autocast_dtype)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
@@ -297,7 +307,8 @@ def _refuse_arguments(args: TrainingArguments) -> None:
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     wrong = {
         "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is `losses`; leave it out"),
-        "use_liger_kernel": (args.use_liger_kernel, "would replace the forward that holds the loss; leave it out"),
+        "use_liger_kernel": (args.use_liger_kernel, "would replace the forward that holds the loss; use `fused`"),
+        "torch_compile": (args.torch_compile, "would compile the loss with what surrounds it; use `compile`"),
         "average_tokens_across_devices": (
             not args.average_tokens_across_devices,
             "the loss is always averaged over the tokens of all ranks; leave it out",

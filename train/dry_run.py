@@ -122,6 +122,7 @@ def _about(job: Job) -> list[str]:
     }
     product_dtype = str(job.spec.deepspeed.product_dtype).removeprefix("torch.")
     precision = f"{product_dtype} {'autocast' if setting.autocast else 'products'}"
+    precision += ", Liger's kernels" * setting.fused + ", compiled layers" * setting.compiled
     return [
         f"student: {len(student.layers)} layers, {_millions(student.parameters)}, {_millions(student.trained)} of them "
         f"trained; {setting.weight_bytes} bytes a weight, {precision}",

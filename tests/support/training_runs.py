@@ -227,6 +227,37 @@ def spoil_loss(step: int, factor: float, rank: int) -> None:
     DistillTrainer.compute_loss = spoilt  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def compile_graphs_only() -> None:
+    """Let what is compiled stay a graph, for which no compiler is needed."""
+    from shoal.train.objective import compiling
+
+    compiling.BACKEND = "aot_eager"
+
+
+def compile_nothing() -> None:
+    """Let nothing be compiled that is asked to be."""
+    from shoal.train.objective import compiling
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    compiling.BACKEND = refuse
+
+
+def run_out_of_memory(step: int, message: str) -> None:
+    """Let the device be full in the middle of step number ``step``, counted from 1."""
+    from shoal.train.trainer import DistillTrainer
+
+    compute = DistillTrainer.compute_loss
+
+    def full(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step + 1 == step:
+            raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+        return compute(trainer, *args, **kwargs)
+
+    DistillTrainer.compute_loss = full  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class OnHost(Tensor):
     """A tensor of which the host may ask anything, also where training runs on a GPU; what is moved there is none."""
 

@@ -127,6 +127,8 @@ def training_arguments(
         values["deepspeed"] = dict(deepspeed.config)
         if load_universal:
             values["deepspeed"]["checkpoint"] = {**deepspeed.config.get("checkpoint", {}), "load_universal": True}
+    if torch.accelerator.is_available():  # rows are pinned there, and the host need not wait for their copies
+        values.setdefault("accelerator_config", {"non_blocking": True})
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
     try:
@@ -235,6 +237,14 @@ class DeepSpeed:
         return next(enabled, torch.float32)
 
     @property
+    def gradients_dtype(self) -> torch.dtype:
+        """Precision in which gradients of micro-batches are added up."""
+        from deepspeed.runtime.config import DtypeEnum
+
+        named = (self.config.get("data_types") or {}).get("grad_accum_dtype")
+        return self.weight_dtype if named is None else DtypeEnum(named).value
+
+    @property
     def product_dtype(self) -> torch.dtype:
         """Precision of most matrix products of a step: autocast's, else that of the weights."""
         return self.autocast_dtype or self.weight_dtype
@@ -274,8 +284,19 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
     precision = fast_dtype(device()).dtype if settings.precision == "auto" and not named else settings.precision
     _refuse_wrong(config, named, settings.precision, computed_in=precision)
-    if precision in ("bfloat16", "float16"):
-        # fp32 weights: a plain bf16 weight does not move at usual learning rates, its rounding is coarser than a step
+    if settings.compile and stage == 3:
+        raise UserError(
+            "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; "
+            "set distill.deepspeed: deepspeed/zero2.json, or compile: false"
+        )
+    if settings.weights != "auto":
+        _refuse_other_weights(config, named, settings.weights)
+    if settings.weights == "bfloat16":
+        # DeepSpeed steps fp32 copies: a plain bf16 weight does not move at usual learning rates, its rounding is
+        # coarser than a step. Left alone it would add micro-batches' gradients up in bf16
+        config["bf16"] = {**config.get("bf16", {}), "enabled": True}
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    elif precision in ("bfloat16", "float16"):
         config["torch_autocast"] = {"enabled": True, "dtype": precision}
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and "optimizer" not in config:
@@ -330,6 +351,24 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
                 f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
                 "local disk, or set device: cpu"
             )
+
+
+def _refuse_other_weights(config: Mapping[str, Any], named: Sequence[str], weights: str) -> None:
+    """Refuse a DeepSpeed configuration that holds weights in another precision than distill.weights, ``weights``.
+
+    Raises:
+        UserError: it does, or its ZeRO stage has no float32 copies of weights.
+    """
+    if others := set(named) & ({"fp16", "torch_autocast"} if weights == "bfloat16" else {"fp16", "bf16"}):
+        raise UserError(
+            f"distill.weights: {weights} contradicts `{min(others)}` in the DeepSpeed configuration; leave one of them "
+            "out"
+        )
+    if weights == "bfloat16" and config["zero_optimization"]["stage"] == 0:
+        raise UserError(
+            "distill.weights: bfloat16 needs the float32 copies of ZeRO stage 1 to 3, and the stage is 0, which starts "
+            "Adam one step late; set distill.deepspeed: deepspeed/zero1.json or higher, or weights: float32"
+        )
 
 
 def _refuse_unknown_optimizer(entry: Any) -> None:

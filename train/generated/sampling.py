@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from shoal.inference.drawing import Drawn, DrawnOnly
+from shoal.models.anatomy import decoder_layers
 
 
 def sample(
@@ -62,9 +63,10 @@ def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple
 
 @contextlib.contextmanager
 def own_forwards(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model and its head run as their classes say, whatever forward was put on these instances."""
-    modules = [module for module in (model, model.get_output_embeddings()) if isinstance(module, nn.Module)]
-    installed = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in module.__dict__]
+    """Inside, the model, its head and its layers run as their classes say, whatever forward was put on these instances:
+    layers compiled for rows of one length would be compiled again for every token that is written."""
+    modules = (model, model.get_output_embeddings(), *decoder_layers(model))
+    installed = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in vars(module or {})]
     try:
         yield
     finally:

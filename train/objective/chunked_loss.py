@@ -13,9 +13,10 @@ per token and word. On CPU that happens in blocks small enough for the cache, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ def chunked_head_loss(
     terms: Sequence[LogitTerm],
     chunk: int,
     inputs: Sequence[TermInput] | None = None,
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
@@ -107,7 +109,7 @@ def chunked_head_loss(
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
     ``inputs`` has one entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns
-    from no token of a chunk (on CPU, of a block), it is not computed.
+    from no token of a chunk (on CPU, of a block), it is not computed. ``compiled`` runs ``block_loss`` in its place.
 
     Raises:
         ValueError: no tokens; an average over nothing would hide a broken label mask.
@@ -119,7 +121,8 @@ def chunked_head_loss(
         refuse_for_top_k(terms, temperature=targets.temperature)
     if inputs is None:
         inputs = [TermInput(term.start if isinstance(term, TAID) else 1.0) for term in terms]
-    objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N)
+    own = block_loss if compiled is None else compiled
+    objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
     return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, chunk, *student_parameters))
 
 
@@ -142,16 +145,6 @@ def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = 
             )
 
 
-class _Block(NamedTuple):
-    """Tokens that are worked on at one time."""
-
-    labels_R: Tensor
-    values_TR: Tensor
-    """Values of all terms, to be filled in; 0 where nothing is."""
-    learns: dict[int, Tensor | None]
-    """Terms that are computed, with the mask of the tokens that each learns from; None = all."""
-
-
 @dataclass(frozen=True)
 class _Objective:
     """What a chunk's loss depends on besides the student's logits."""
@@ -160,6 +153,9 @@ class _Objective:
     inputs: tuple[TermInput, ...]
     targets: Dense | TopK | None
     labels_N: Tensor
+    block_loss: Callable[..., tuple[Tensor, Tensor | None]]
+    """The function of this name below, or what runs it compiled."""
+    is_compiled: bool
 
     def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """The terms' sums over the chunk ``part``, (number of terms,), its agreement, (2,), and the weighted gradient
@@ -174,18 +170,24 @@ class _Objective:
             kept = _with_tail(targets, part)
         values_TC = logits_CV.new_zeros(len(self.terms), len(logits_CV), dtype=torch.float64)
         gradient_CV = torch.empty_like(logits_CV) if wanted else None
-        rows = _block_rows(logits_CV)
+        # compiled, nothing of a block but its gradient reaches memory
+        rows = len(logits_CV) if self.is_compiled else _block_rows(logits_CV)
         for start in range(0, len(logits_CV) if self.terms else 0, rows):
             place = slice(start, start + rows)
-            labels_R = labels_C[place]
-            block = _Block(labels_R, values_TC[:, place], self._learning(part, place, labels_R.device))
+            logits_RV, labels_R = logits_CV[place], labels_C[place]
+            learns = self._learning(part, place, labels_C.device)
             if kept is None:
-                teacher_RV = None if teacher_logits_CV is None else teacher_logits_CV[place]
-                block_gradient_RV = self._whole(logits_CV[place], teacher_RV, block)
+                teacher = None if teacher_logits_CV is None else teacher_logits_CV[place]
             else:
+                assert isinstance(targets, TopK)
                 ids_CK, p = kept
-                p_block = Softmax(p.log_NV[place], p.prob_NV[place])
-                block_gradient_RV = self._coarsened(logits_CV[place], ids_CK[place], p_block, block)
+                teacher = Coarse(ids_CK[place], p.log_NV[place], p.prob_NV[place], targets.temperature)
+            shares = [each.share for each in self.inputs]
+            if self.is_compiled:
+                _of_any_length(logits_RV, labels_R, teacher, learns.values())
+            values_TC[:, place], block_gradient_RV = self.block_loss(
+                self.terms, shares, logits_RV, teacher, labels_R, learns
+            )
             if gradient_CV is not None:
                 gradient_CV[place] = 0 if block_gradient_RV is None else block_gradient_RV
         firsts_C = None if kept is None else kept[0][:, 0]
@@ -200,75 +202,128 @@ class _Objective:
             if mask_R is None or mask_R.any()
         }
 
-    def _whole(self, logits_RV: Tensor, teacher_RV: Tensor | None, block: _Block) -> Tensor | None:
-        """Fill in the terms' values of a block against the whole vocabulary; the gradient of its logits comes back, or
-        None where no term is computed."""
-        total_RV = None
-        # terms of one temperature share its softmaxes, which are most of a block's work
-        for temperature in dict.fromkeys(temperature_of(self.terms[index]) for index in block.learns):
-            members = [index for index in block.learns if temperature_of(self.terms[index]) == temperature]
-            q, p = softened(logits_RV, temperature), None
-            if teacher_RV is not None and needs_teacher([self.terms[index] for index in members]):
-                p = softened(teacher_RV, temperature)
-            total_RV = self._sum(members, p, q, block, total_RV)
+
+class Coarse(NamedTuple):
+    """A teacher's distribution over stored words and, last, all others, at a temperature."""
+
+    ids_RK: Tensor
+    log_RK: Tensor
+    prob_RK: Tensor
+    temperature: float
+
+
+def block_loss(
+    terms: Sequence[LogitTerm],
+    shares: Sequence[float],
+    logits_RV: Tensor,
+    teacher: Tensor | Coarse | None,
+    labels_R: Tensor,
+    learns: Mapping[int, Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Values of all terms, (number of terms, R), 0 where none is computed, and the weighted gradient of the logits,
+    (R, V), or None where no term is.
+
+    ``teacher`` are its logits (R, V), or what was stored of it; ``learns`` has the terms to compute, with the mask of
+    the tokens that each learns from, None = all; ``shares`` is TAID's t for every term. Pure, so that it can be
+    compiled.
+    """
+    values_TR = logits_RV.new_zeros(len(terms), len(logits_RV), dtype=torch.float64)
+    sum_up = partial(_sum, terms, shares, labels_R, learns, values_TR)
+    if isinstance(teacher, Coarse):
+        return values_TR, _coarsened(terms, logits_RV, teacher, learns, sum_up)
+    total_RV = None
+    # terms of one temperature share its softmaxes, which are most of a block's work
+    for temperature in dict.fromkeys(temperature_of(terms[index]) for index in learns):
+        members = [index for index in learns if temperature_of(terms[index]) == temperature]
+        q, p = softened(logits_RV, temperature), None
+        if teacher is not None and needs_teacher([terms[index] for index in members]):
+            p = softened(teacher, temperature)
+        total_RV = sum_up(members, p, q, total_RV)
+    return values_TR, total_RV
+
+
+def _coarsened(
+    terms: Sequence[LogitTerm],
+    logits_RV: Tensor,
+    teacher: Coarse,
+    learns: Mapping[int, Tensor | None],
+    sum_up: Callable[..., Tensor],
+) -> Tensor | None:
+    """The gradient against stored words and `another`.
+
+    The student's coarsened distribution is a softmax too, of the kept logits and the log-sum-exp of all others. So
+    its gradient goes to the kept words as it is, and that of `another` is spread over the others by their share.
+    """
+    coarse = [index for index in learns if not isinstance(terms[index], CrossEntropy)]
+    text = [index for index in learns if isinstance(terms[index], CrossEntropy)]
+    total_RV = sum_up(text, None, softened(logits_RV, 1.0), None) if text else None
+    if not coarse:
         return total_RV
+    p, ids_RK = Softmax(teacher.log_RK, teacher.prob_RK), teacher.ids_RK
+    tempered_RV = logits_RV.to(p.log_NV.dtype, copy=True)
+    if teacher.temperature != 1.0:
+        tempered_RV.div_(teacher.temperature)
+    kept_RK = tempered_RV.gather(-1, ids_RK)
+    # log-sum-exp of all other words, about their largest so that nothing overflows; in place, a block is large
+    others_RV = tempered_RV.scatter_(-1, ids_RK, -torch.inf)
+    peak_R1 = others_RV.amax(-1, keepdim=True)
+    sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
+    # `another` is the last of K + 1 outcomes
+    q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
+    coarse_RK = sum_up(coarse, p, q, None)
+    # a word's share of `another` is exp(its logit - peak) / sum, which others_RV holds already but for the sum
+    spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
+    return spread_RV if total_RV is None else total_RV.add_(spread_RV)
 
-    def _coarsened(self, logits_RV: Tensor, ids_RK: Tensor, p: Softmax, block: _Block) -> Tensor | None:
-        """The same against stored words and `another`.
 
-        The student's coarsened distribution is a softmax too, of the kept logits and the log-sum-exp of all others. So
-        its gradient goes to the kept words as it is, and that of `another` is spread over the others by their share.
-        """
-        assert isinstance(self.targets, TopK)
-        coarse = [index for index in block.learns if not isinstance(self.terms[index], CrossEntropy)]
-        text = [index for index in block.learns if isinstance(self.terms[index], CrossEntropy)]
-        total_RV = self._sum(text, None, softened(logits_RV, 1.0), block, None) if text else None
-        if not coarse:
-            return total_RV
-        tempered_RV = logits_RV.to(p.log_NV.dtype, copy=True)
-        if self.targets.temperature != 1.0:
-            tempered_RV.div_(self.targets.temperature)
-        kept_RK = tempered_RV.gather(-1, ids_RK)
-        # log-sum-exp of all other words, about their largest so that nothing overflows; in place, a block is large
-        others_RV = tempered_RV.scatter_(-1, ids_RK, -torch.inf)
-        peak_R1 = others_RV.amax(-1, keepdim=True)
-        sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
-        # `another` is the last of K + 1 outcomes
-        q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
-        coarse_RK = self._sum(coarse, p, q, block, None)
-        # a word's share of `another` is exp(its logit - peak) / sum, which others_RV holds already but for the sum
-        spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
-        return spread_RV if total_RV is None else total_RV.add_(spread_RV)
+def _sum(
+    terms: Sequence[LogitTerm],
+    shares: Sequence[float],
+    labels_R: Tensor,
+    learns: Mapping[int, Tensor | None],
+    values_TR: Tensor,
+    members: Sequence[int],
+    p: Softmax | None,
+    q: Softmax,
+    total: Tensor | None,
+) -> Tensor:
+    """Fill in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients."""
+    for index in members:
+        term = terms[index]
+        temperature = temperature_of(term)
+        values_R, gradient = token_losses(term, p, q, labels_R, share=shares[index])
+        learns_R = learns[index]
+        if learns_R is not None:
+            values_R = values_R.masked_fill(~learns_R, 0.0)
+        values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
+        # the square over the temperature by which the logits were divided
+        factor = term.weight * temperature
+        if learns_R is not None:
+            # in the pass that weighs the gradient anyway
+            factor_R1 = learns_R[:, None].to(gradient.dtype) * factor
+            total = gradient.mul_(factor_R1) if total is None else total.addcmul_(gradient, factor_R1)
+        elif total is None:
+            total = gradient if factor == 1.0 else gradient.mul_(factor)
+        elif factor != 0.0:
+            total.add_(gradient, alpha=factor)
+    assert total is not None
+    return total
 
-    def _sum(
-        self,
-        members: list[int],
-        p: Softmax | None,
-        q: Softmax,
-        block: _Block,
-        total: Tensor | None,
-    ) -> Tensor:
-        """Fill in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients."""
-        for index in members:
-            term = self.terms[index]
-            temperature = temperature_of(term)
-            values_R, gradient = token_losses(term, p, q, block.labels_R, share=self.inputs[index].share)
-            learns_R = block.learns[index]
-            if learns_R is not None:
-                values_R = values_R.masked_fill(~learns_R, 0.0)
-            block.values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
-            # the square over the temperature by which the logits were divided
-            factor = term.weight * temperature
-            if learns_R is not None:
-                # in the pass that weighs the gradient anyway
-                factor_R1 = learns_R[:, None].to(gradient.dtype) * factor
-                total = gradient.mul_(factor_R1) if total is None else total.addcmul_(gradient, factor_R1)
-            elif total is None:
-                total = gradient if factor == 1.0 else gradient.mul_(factor)
-            elif factor != 0.0:
-                total.add_(gradient, alpha=factor)
-        assert total is not None
-        return total
+
+def compiles(terms: Sequence[LogitTerm]) -> bool:
+    """Whether the loss of these terms can be one compiled region: adaptive KL sorts until it has seen enough."""
+    return not any(isinstance(term, AdaptiveKL) for term in terms)
+
+
+def _of_any_length(*values: Any) -> None:
+    """Let one graph serve these tensors, and those in lists, whatever their number of rows."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    for value in values:
+        if isinstance(value, Tensor):
+            maybe_mark_dynamic(value, 0)
+        elif isinstance(value, Iterable):
+            _of_any_length(*value)
 
 
 def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:

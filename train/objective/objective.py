@@ -23,8 +23,10 @@ from shoal.models.document_masks import documents_apart
 from shoal.models.load import before_head, logits_from_hidden
 from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, term_names
 
+from ..engine.fused import Fused
 from .capture import Captured
-from .chunked_loss import Dense, TermInput, TopK, chunked_head_loss
+from .chunked_loss import Dense, TermInput, TopK, block_loss, chunked_head_loss, compiles
+from .compiling import Compiled
 from .divergences import TaidState
 from .host_batch import OnHost, learnt_places, queued
 from .layer_losses import StateLosses
@@ -80,9 +82,12 @@ class Objective:
         states: StateLosses | None = None,
         recorded_temperature: float = 1.0,
         sources: Sequence[frozenset[int] | None] | None = None,
+        compiled_layers: Sequence[nn.Module] | None = None,
+        fused: Fused | None = None,
     ) -> None:
         """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``).
-        ``sources`` are those of the data whose tokens every term learns from; None = all."""
+        ``sources`` are those of the data whose tokens every term learns from; None = all. ``compiled_layers`` run
+        compiled, and so does the loss at the head; None = nothing does. ``fused`` is installed with it."""
         self.terms = terms
         self.student = student
         self._teacher_to_logits = teacher_to_logits
@@ -94,8 +99,16 @@ class Objective:
         self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
         self._taid = {index: TaidState(term) for index, term in enumerate(terms) if isinstance(term, TAID)}
 
+        self.fused = fused
+        at_head: Any = [terms[index] for index in self._at_head]
+        self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
+        self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(at_head) else None
+
     def install(self) -> None:
         """Put the objective in the place of the two forwards."""
+        for part in (self.fused, self._compiled):
+            if part is not None:
+                part.install()
         head = output_head(self.student)
         self.student.forward = MethodType(self._forward, self.student)
         head.forward = MethodType(self._head_forward, head)
@@ -103,6 +116,9 @@ class Objective:
     def uninstall(self) -> None:
         """Give the model and its head their own forwards back."""
         del self.student.forward, output_head(self.student).forward
+        for part in (self._compiled, self.fused):
+            if part is not None:
+                part.uninstall()
 
     def _forward(
         self,
@@ -182,6 +198,7 @@ class Objective:
             terms=[self.terms[index] for index in self._at_head],  # pyright: ignore[reportArgumentType]
             chunk=self._chunk,
             inputs=inputs,
+            compiled=self._compiled_loss,
         )
         return loss, torch.cat([term_sums, agreement])
 

@@ -80,6 +80,8 @@ class Setting:
     """Weights that ZeRO 3 may hold gathered."""
     weight_bytes: int = 4
     """Bytes of a weight of the student."""
+    gradient_bytes: int = 4
+    """Bytes of a gradient while micro-batches add up."""
     autocast: bool = True
     """Matrix products are computed in half precision from fp32 weights."""
     teacher: TeacherPlace = "live"
@@ -92,6 +94,10 @@ class Setting:
     """Frozen weights that are held once for student and teacher: linear maps and embeddings, or all."""
     four_bits: bool = False
     """Linear modules of the layers are held in 4 bits (QLoRA)."""
+    fused: bool = False
+    """Norms and MLPs run by Liger's kernels."""
+    compiled: bool = False
+    """Layers and the loss at the head run compiled."""
     stored_bytes: int = 2
     """Bytes of a weight in distilled/."""
     captured: int = 0
@@ -190,7 +196,7 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
     }
     peak_at = max(peaks, key=lambda name: peaks[name])
     held = setting.teacher in ("live", "offloaded")
-    loading = 4 * student.parameters + setting.teacher_bytes * held * teacher.parameters
+    loading = setting.weight_bytes * student.parameters + setting.teacher_bytes * held * teacher.parameters
     return Memory(
         weights=weights,
         gradients=gradients * on_device,
@@ -239,6 +245,8 @@ def _states(student: ModelSize, setting: Setting) -> tuple[int, int, int, int]:
     master = 4 * trained // shards if setting.stage < 3 or width < 4 else 0
     optimizer = _moments(student, setting) + master
     shard = 4 * trained // shards
+    if setting.stage == 1 and setting.gradient_bytes > width:  # beside the gradients as they come their sum, whole
+        return weights, optimizer, (width + setting.gradient_bytes) * trained, 0
     if setting.stage == 1:
         return weights, optimizer, width * trained, shard
     if setting.stage == 2:

@@ -14,6 +14,7 @@ from shoal.artifacts.artifact import ROUND
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
+from ..engine.fused import is_fused
 from ..generated.horizon import least_tokens
 from ..generated.writing import wants_teacher_text
 from ..objective.activation_checkpointing import SELECTIVE
@@ -55,7 +56,7 @@ def job(spec: TrainSpec) -> Job:
     """The size of the training that ``spec`` describes, from configurations; no weight is read.
 
     Raises:
-        UserError: a batch that its ranks cannot share.
+        UserError: a batch that its ranks cannot share, or kernels that cannot be had.
         RuntimeError: of torch, for a family that cannot be run without data.
     """
     teacher = teacher_size(spec.teacher.config, attention=spec.teacher.load.attention)
@@ -104,12 +105,15 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         overlap=deepspeed.stage == 3 if overlap is None else bool(overlap),
         live=LIVE_ELEMENTS if live == "auto" else int(live),
         weight_bytes=deepspeed.weight_dtype.itemsize,
+        gradient_bytes=deepspeed.gradients_dtype.itemsize,
         autocast=deepspeed.autocast_dtype is not None,
         teacher=spec.teacher_place,
         teacher_bytes=spec.teacher_dtype.itemsize,
         device=spec.ranks.device.type,
         sharing=_sharing(spec),
         four_bits=settings.lora is not None and settings.lora.quantization == "nf4",
+        fused=is_fused(settings.fused, spec.student.config.model_type, spec.ranks.device),
+        compiled=settings.compile,
         stored_bytes=spec.student.stored_dtype.itemsize,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
         measures=settings.data_policy == "by_damage" and not spec.is_control,
@@ -125,10 +129,10 @@ def _checkpoints(trainer: Mapping[str, Any]) -> bool:
 
 def _sharing(spec: TrainSpec) -> Sharing:
     """What frozen.py lets student and teacher hold once."""
+    if spec.teacher_dtype == spec.deepspeed.weight_dtype:
+        return "all"
     if spec.deepspeed.weight_dtype != torch.float32:
         return "none"
-    if spec.teacher_dtype == torch.float32:
-        return "all"
     return "linear" if spec.teacher_dtype == spec.deepspeed.autocast_dtype else "none"
 
 

@@ -167,6 +167,8 @@ def _step(
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
     config = text_config(student.config)
+    # to compile takes longer than what is timed here
+    spec = replace(spec, settings=replace(spec.settings, compile=False))
     wiring = wire(spec, student, live, partial(_RandomRecording, config.vocab_size, config.hidden_size))
     wiring.objective.install()
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import sources_of_terms
-from shoal.recipe.losses import STATE_TERMS
+from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS
 
+from ..engine.fused import Fused, is_fused, why_not_fused
+from ..objective.chunked_loss import compiles
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
 from ..student.lora import add_adapters
 from ..student.spec import TrainSpec
 from ..student.trainable import train_only
 from .signals import LiveTeacher, Teacher
+
+log = logging.getLogger(__name__)
 
 Recorded = Callable[[StateLosses | None, SharedPrefix | None], Teacher]
 """Makes the teacher whose signals were recorded, from the state terms that read them and the layers that are spared."""
@@ -76,5 +83,53 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
         states=states,
         recorded_temperature=spec.record.temperature,
         sources=sources_of_terms(settings),
+        compiled_layers=_compiled_layers(spec, student, live) if settings.compile else None,
+        fused=_fused(spec, student, live),
     )
     return Wiring(objective, teacher, None if live is None else output_head(live), prefix)
+
+
+def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None) -> list[nn.Module]:
+    """The layers that training runs, and whose weights stay where they are: not those that the student is spared, nor
+    of a teacher that comes over layer by layer."""
+    runs_there = live is not None and spec.teacher_place == "live"
+    own, theirs = decoder_layers(student)[spec.shared_layers :], decoder_layers(live) if runs_there else ()
+    at_head = compiles([term for term in spec.settings.losses if isinstance(term, LOGIT_TERMS)])
+    log.info(
+        "compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
+        len(own),
+        len(theirs),
+        " and the loss at the head" if at_head else "; the loss at the head is not, adaptive_kl cannot be",
+    )
+    return [*own, *theirs]
+
+
+def _fused(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None) -> Fused | None:
+    """Liger's kernels where distill.fused asks for them and they can be had. A teacher that comes over layer by layer
+    keeps its own."""
+    wanted, family = spec.settings.fused, student.config.model_type
+    if not is_fused(wanted, family, spec.ranks.device):
+        if wanted == "auto":
+            log.info("fused: no, %s", why_not_fused(family, spec.ranks.device))
+        return None
+    models = [student, *([] if live is None or spec.teacher_place != "live" else [live])]
+    log.info("fused: norms, MLPs and rotary embedding of %d model(s) of %s by Liger's kernels", len(models), family)
+    return Fused(models)
+
+
+def check_fused(objective: Objective, spec: TrainSpec) -> None:
+    """Before the first step, with models in their place: Liger's kernels must compute what the models do. Under ZeRO 3,
+    which has them in pieces, nobody looks.
+
+    Raises:
+        UserError: they do not, and distill.fused is true; where it is auto, models keep their own.
+    """
+    if objective.fused is None or spec.deepspeed.stage == 3:
+        return
+    problem = objective.fused.differing(spec.ranks.device, autocast_dtype=spec.deepspeed.autocast_dtype)
+    if problem is None:
+        return
+    if spec.settings.fused is True:
+        raise UserError(f"distill.fused: Liger's kernels do not give what the model does: {problem}; set fused: false")
+    log.warning("fused: no, Liger's kernels do not give what the model does: %s", problem)
+    objective.fused = None

@@ -280,6 +280,16 @@ class Distill(Section):
     """float32, or fp32 weights under autocast to bfloat16 or float16 (the latter with loss scaling, on accelerators).
     auto = what the DeepSpeed configuration says, else what the device multiplies fast in, or what this training was
     begun in."""
+    weights: Annotated[Literal["auto", "float32", "bfloat16"], Shapes.BY_CONTENT] = "auto"
+    """Precision of the student's weights in forward and backward passes. bfloat16: half the bytes and no casts, but
+    residual stream and norms are rounded to it too; the optimizer steps float32 copies and gradients add up in float32,
+    under ZeRO 1 to 3. auto = what the DeepSpeed configuration says, else float32."""
+    fused: Annotated[bool | Literal["auto"], Shapes.TRAINING, Field(exclude_if=lambda fused: fused is False)] = False
+    """Run RMS norms, gated MLPs and rotary embedding of both models by Liger's kernels, on GPUs. auto = where
+    liger-kernel is installed and knows the family, which the log says."""
+    compile: Annotated[bool, Shapes.TRAINING, Field(exclude_if=lambda compiled: not compiled)] = False
+    """Compile the decoder layers of both models and the loss at the head (torch.compile); the first steps take minutes.
+    What cannot be compiled runs as it is, after a warning that says why."""
     head_chunk: Annotated[Positive, Shapes.TRAINING] = 256
     """Tokens whose full-vocabulary logits exist at one time."""
     check_memory: Annotated[bool, Shapes.NOTHING] = True
@@ -322,7 +332,8 @@ REFUSED_TRAINER_KEYS = {
     "do_eval": "is done by distill.watch; use that",
     "push_to_hub": "is done by export.hub_repo; use that",
     "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
-    "use_liger_kernel": "would replace the forward that holds the distillation loss; leave it out",
+    "use_liger_kernel": "would replace the forward that holds the distillation loss; use distill.fused",
+    "torch_compile": "would compile the loss with what surrounds it; use distill.compile",
 }
 """Training arguments that would be wrong, ignored or leaked here."""
 
@@ -352,6 +363,7 @@ def contradictions(distill: Distill) -> Iterator[str]:
             "trained one for both models anyway; set teacher.recorded, or leave it out"
         )
     yield from _of_written_text(distill)
+    yield from _of_speed(distill)
     if watch is not None:
         if not watch.tasks and not watch.perplexity_tokens:
             yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
@@ -367,6 +379,25 @@ def contradictions(distill: Distill) -> Iterator[str]:
         checkpointing = distill.trainer.get(key)
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+
+
+def _of_speed(distill: Distill) -> Iterator[str]:
+    if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
+        yield (
+            "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
+            f"{distill.precision}; leave one of them out"
+        )
+    if distill.compile and any(map(terms.looks_into_attention, distill.losses)):
+        yield (
+            "distill.compile: losses on attention look into layers while they run, which compiled layers do not show; "
+            "leave one of them out"
+        )
+    checkpointing = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    if distill.compile and any((distill.trainer.get(key) or {}).get("selective") for key in checkpointing):
+        yield (
+            "distill.compile: compiled layers do not show the operations that selective checkpointing keeps, and "
+            "compute again by themselves what is cheap; leave out selective"
+        )
 
 
 def _of_sources(distill: Distill) -> Iterator[str]:

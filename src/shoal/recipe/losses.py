@@ -196,6 +196,11 @@ STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
 KINDS: tuple[str, ...] = tuple(term().kind for term in (*LOGIT_TERMS, *STATE_TERMS))
 
 
+def looks_into_attention(term: LossTerm) -> bool:
+    """Whether ``term`` reads what attention is computed from."""
+    return isinstance(term, AttentionRelation | ValueRelation)
+
+
 def needs_teacher(terms: Sequence[LossTerm]) -> bool:
     """Whether any term looks at the teacher; one of weight 0 does too, its curve is logged."""
     return any(not isinstance(term, CrossEntropy) for term in terms)

@@ -356,14 +356,17 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: impossible layers, unknown tasks, bundled text with a twin's wording, and what the checks below do.
+        UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's wording, and
+            what the checks below do.
     """
     from shoal.compress.plan import check_choice
     from shoal.eval.evaluate import num_items
     from shoal.eval.tasks.load import tasks_of
+    from shoal.train.engine.fused import is_fused
 
     recipe = run.recipe
     check_training_settings(recipe)
+    is_fused(recipe.distill.fused, run.config().model_type, device())
     check_recording(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():

@@ -330,7 +330,11 @@ def _numerics(recipe: Recipe) -> Numerics:
     if dtype == "auto":
         dtype, source = _begun_in(folder, "dtype") or (choice.dtype, None)
         reasons.append(source or choice.reason)
-    if precision == "auto" and not precisions_named(read_deepspeed(recipe.distill.deepspeed)):
+    named = precisions_named(read_deepspeed(recipe.distill.deepspeed))
+    if precision == "auto" and not named and recipe.distill.weights == "bfloat16":
+        precision = "bfloat16"
+        reasons.append("distill.weights is bfloat16")
+    elif precision == "auto" and not named:
         precision, source = _begun_in(folder, "distill.precision") or (choice.dtype, None)
         reasons.append(source or choice.reason)
     slow = {

@@ -6,7 +6,15 @@ from tiny import tiny_model
 from transformers import masking_utils
 
 from shoal.data.packing import IGNORED, ROW, SOURCES
-from shoal.train.objective.host_batch import ON_HOST, OnHost, documents_known, learnt_places, on_host, with_host_copy
+from shoal.train.objective.host_batch import (
+    ON_HOST,
+    OnHost,
+    documents_known,
+    learnt_places,
+    on_host,
+    queued,
+    with_host_copy,
+)
 from shoal.train.objective.objective import final_hidden
 
 CPU = torch.device("cpu")
@@ -62,3 +70,14 @@ def test_labels_from_some_sources_are_those_of_their_tokens() -> None:
     assert host.labels_from({0, 2}).tolist() == [[3, IGNORED, IGNORED, 5]]
     assert host.labels_from({1}).tolist() == [[IGNORED, 4, IGNORED, IGNORED]]
     assert host.labels_from(()).tolist() == [[IGNORED] * 4]
+
+
+def test_what_goes_to_a_gpu_is_pinned_first_so_that_its_copy_needs_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, calls = torch.arange(3), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, non_blocking: calls.append((device.type, non_blocking))
+    )
+    queued(values, torch.device("cuda"))
+    queued(values, CPU)
+    assert calls == ["pinned", ("cuda", True), ("cpu", True)]

@@ -1,0 +1,107 @@
+"""Whole trainings, through the distill verb, with what makes them faster, and one that runs out of memory.
+
+Covers: shoal.train.preflight.out_of_memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import (
+    Trial,
+    compile_graphs_only,
+    compile_nothing,
+    finished,
+    recipe,
+    run,
+    run_out_of_memory,
+    unfinished,
+)
+
+pytestmark = pytest.mark.slow
+
+SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
+LOSSES = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}]
+CUDA_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
+HOST_FULL = (
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {"losses": LOSSES, "trainable": "from_first_cut", "deepspeed": "deepspeed/zero2.json", **more}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
+    return finished(run(recipe(tmp_path_factory.mktemp("plain"), teacher, cut, **settings(trainer=SAVED))))
+
+
+def test_a_compiled_training_is_the_plain_one_and_goes_on_bit_for_bit(
+    plain: Trial, teacher: Path, cut: Path, tmp_path: Path
+) -> None:
+    checkpointed = {**SAVED, "gradient_checkpointing": True}
+    path = recipe(tmp_path / "whole", teacher, cut, **settings(compile=True, trainer=checkpointed))
+    whole = finished(run(path, before=compile_graphs_only))
+    assert "compile: 2 layers of the student, 6 of the teacher and the loss at the head" in whole.log
+    assert "cannot be compiled" not in whole.log
+    assert whole.curve() == plain.curve()
+    assert whole.training.provenance.inputs["distill.compile"] is True
+    assert "distill.compile" not in plain.training.provenance.inputs
+    on = finished(run(unfinished(whole, tmp_path / "on", step=4), before=compile_graphs_only))
+    for name, weight in plain.weights().items():
+        assert torch.equal(weight, whole.weights()[name]), name
+        assert torch.equal(weight, on.weights()[name]), name
+
+
+def test_a_training_that_cannot_be_compiled_says_so_once(
+    plain: Trial, teacher: Path, cut: Path, tmp_path: Path
+) -> None:
+    trial = finished(run(recipe(tmp_path, teacher, cut, **settings(compile=True)), before=compile_nothing))
+    assert trial.log.count("cannot be compiled") == 1
+    assert "no compiler here" in trial.log
+    assert trial.curve() == plain.curve()
+
+
+@pytest.mark.parametrize("full", [CUDA_FULL, HOST_FULL], ids=["device", "host"])
+def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
+    teacher: Path, cut: Path, tmp_path: Path, full: str, plain: Trial
+) -> None:
+    path = recipe(tmp_path, teacher, cut, **settings(trainer=SAVED))
+    refused = run(path, before=partial(run_out_of_memory, 6, full))
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert f"out of memory while training: {full[:60]}" in refused.log
+    assert "nothing is lost, the same command goes on from checkpoint-4" in refused.log
+    assert "Traceback" not in refused.log
+    added = "distill.trainer.per_device_train_batch_size=1"
+    assert f"Add {added}: about " in refused.log
+    assert finished(run(path, added)).curve() == pytest.approx(plain.curve(), abs=1e-5)
+
+
+def test_memory_that_runs_out_before_a_checkpoint_says_so(teacher: Path, cut: Path, tmp_path: Path) -> None:
+    refused = run(recipe(tmp_path, teacher, cut, **settings()), before=partial(run_out_of_memory, 1, CUDA_FULL))
+    assert "nothing is lost but the steps of this start, of which none was saved yet. Add distill." in refused.log
+
+
+def test_another_runtime_error_keeps_its_traceback(teacher: Path, cut: Path, tmp_path: Path) -> None:
+    broken = run(recipe(tmp_path, teacher, cut, **settings()), before=partial(run_out_of_memory, 1, "a defect"))
+    assert broken.result is not None
+    assert broken.result.returncode == 1
+    assert "RuntimeError: a defect" in broken.log
+
+
+def test_kernels_that_are_not_here_are_refused_before_training_or_done_without(
+    plain: Trial, teacher: Path, cut: Path, tmp_path: Path
+) -> None:
+    refused = run(recipe(tmp_path / "true", teacher, cut, **settings(fused=True)))
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert "distill.fused: " in refused.log
+    auto = finished(run(recipe(tmp_path / "auto", teacher, cut, **settings(fused="auto"))))
+    assert auto.log.count("fused: no, ") == 1
+    assert auto.curve() == plain.curve()

@@ -1,0 +1,95 @@
+"""Decoder layers and other functions that run compiled by torch.compile, and as they are where that fails.
+
+Only regions are compiled, never a whole model: a layer is compiled once for all layers of its kind, the loss once for
+all chunks, and what looks into a model between layers (hooks, masks, ZeRO's) goes on as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+log = logging.getLogger(__name__)
+
+BACKEND = "inductor"
+"""What makes machine code of a graph; tests that look at graphs alone take one that needs no compiler."""
+VARIANTS = 64
+"""Times that one function may be compiled: layers differ in kind, precision, masks, and in what of them is trained."""
+
+
+class Compiled:
+    """Functions, the forwards of ``layers`` among them, that run compiled while this is installed; from the first that
+    cannot be compiled on, all run as they are, and one warning says why.
+
+    Of layers only the forward of the instances changes: names, classes and state dicts stay, and hooks on a layer see
+    it from outside.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = tuple(layers)
+        # by class and not by layer: weights are inputs of a graph, so that one serves all layers of a kind
+        self._forwards = {kind: self.function(_own_forward(kind)) for kind in {type(layer) for layer in layers}}
+        self._is_on = self._failed = False
+        self._strict = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Compile from now on what is called, and put compiled forwards in the place of the layers' own."""
+        from torch._dynamo import config as dynamo
+        from torch._functorch import config as functorch
+
+        # else torch would go on without a compiled function after VARIANTS, and find out in the middle of a backward
+        # pass, where there is no way back, that it cannot be compiled
+        self._strict.enter_context(dynamo.patch(fail_on_recompile_limit_hit=True))
+        self._strict.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
+        self._is_on = not self._failed
+        for layer in self._layers:
+            layer.forward = partial(_run, layer, self._forwards[type(layer)])
+
+    def uninstall(self) -> None:
+        """Give the layers their own forwards back, and torch its own settings."""
+        for layer in self._layers:
+            del layer.forward
+        self._is_on = False
+        self._strict.close()
+
+    def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs ``function``, compiled where that can be done."""
+        graphs = torch.compile(function, backend=BACKEND, recompile_limit=VARIANTS)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._is_on:
+                from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+                try:
+                    return graphs(*args, **kwargs)
+                except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # of compiling, not of what is run
+                    self._is_on, self._failed = False, True
+                    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
+                    log.warning(
+                        "distill.compile: %s cannot be compiled; training goes on without compiling: %s",
+                        getattr(function, "__qualname__", function),
+                        reason,
+                    )
+            return function(*args, **kwargs)
+
+        return run
+
+
+def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class of layers without the checkpointing that transformers wraps around it."""
+    return kind.forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else kind.forward
+
+
+def _run(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+        again: Any = layer._gradient_checkpointing_func
+        # around the compiled layer and not within it: what it keeps is then one state, as without compiling
+        return again(partial(forward, layer, **kwargs), *args)
+    return forward(layer, *args, **kwargs)
