@@ -182,9 +182,13 @@ class _Objective:
                 assert isinstance(targets, TopK)
                 ids_CK, p = kept
                 teacher = Coarse(ids_CK[place], p.log_NV[place], p.prob_NV[place], targets.temperature)
-            shares = [each.share for each in self.inputs]
+            shares: list[float | Tensor] = [each.share for each in self.inputs]
             if self.is_compiled:
                 _of_any_length(logits_RV, labels_R, teacher, learns.values())
+                for index, term in enumerate(self.terms):
+                    if isinstance(term, TAID):  # moves with every step, and a number would be part of the graph
+                        exact = torch.promote_types(logits_RV.dtype, torch.float32)
+                        shares[index] = logits_RV.new_full((), shares[index], dtype=exact)
             values_TC[:, place], block_gradient_RV = self.block_loss(
                 self.terms, shares, logits_RV, teacher, labels_R, learns
             )
@@ -214,7 +218,7 @@ class Coarse(NamedTuple):
 
 def block_loss(
     terms: Sequence[LogitTerm],
-    shares: Sequence[float],
+    shares: Sequence[float | Tensor],
     logits_RV: Tensor,
     teacher: Tensor | Coarse | None,
     labels_R: Tensor,
@@ -278,7 +282,7 @@ def _coarsened(
 
 def _sum(
     terms: Sequence[LogitTerm],
-    shares: Sequence[float],
+    shares: Sequence[float | Tensor],
     labels_R: Tensor,
     learns: Mapping[int, Tensor | None],
     values_TR: Tensor,

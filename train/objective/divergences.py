@@ -127,7 +127,7 @@ def head_share(p: Softmax, q: Softmax, *, head_mass: float) -> Tensor:
     return torch.where(total_N > 0, (head_N / total_N).clamp(max=1.0), 0.5)
 
 
-def taid(p: Softmax, q: Softmax, *, share: float) -> Values:
+def taid(p: Softmax, q: Softmax, *, share: float | Tensor) -> Values:
     """KL(p_t || q) with p_t = softmax of (1 - t) times q's logits, as constants, plus t times p's, t = ``share`` (Shing
     et al. 2025, arXiv:2501.16937). Logarithms of probabilities mix like logits, they differ by constants."""
     return forward_kl(softened(torch.lerp(q.log_NV, p.log_NV, share), 1.0), q)
@@ -167,7 +167,7 @@ def temperature_of(term: LogitTerm) -> float:
     return 1.0 if isinstance(term, CrossEntropy) else term.temperature
 
 
-def token_losses(term: LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tensor, *, share: float) -> Values:
+def token_losses(term: LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tensor, *, share: float | Tensor) -> Values:
     """What ``term`` gives for distributions at its temperature; not yet times temperature**2, see `scale_of`.
 
     ``share`` is TAID's present t; ``p`` may be None for cross-entropy. Labels number the outcomes.

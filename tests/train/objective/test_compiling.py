@@ -40,7 +40,7 @@ from shoal.recipe.recipe import parse_recipe
 from shoal.train.engine.arguments import deepspeed_config
 from shoal.train.generated.sampling import own_forwards
 from shoal.train.objective import compiling
-from shoal.train.objective.chunked_loss import Coarse, block_loss, chunked_head_loss, compiles
+from shoal.train.objective.chunked_loss import Coarse, Dense, TermInput, block_loss, chunked_head_loss, compiles
 from shoal.train.objective.compiling import Compiled
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 
@@ -251,6 +251,28 @@ def test_one_graph_serves_chunks_of_any_length(monkeypatch: pytest.MonkeyPatch) 
         again = chunked_head_loss(hidden, labels, None, **arguments, compiled=loss)
         compiled.uninstall()
         assert torch.equal(plain.loss, again.loss)
+    assert dynamo_utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_one_graph_serves_every_share_of_taid() -> None:
+    head = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(10, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    compiled = Compiled([])
+    loss = compiled.function(block_loss)
+    for share in (0.4, 0.41, 0.6):
+        arguments: dict[str, Any] = {
+            "student_head": lambda states, weight: states @ weight.T,
+            "student_parameters": [head],
+            "terms": [TAID()],
+            "chunk": 16,
+            "inputs": [TermInput(share)],
+        }
+        targets = Dense(hidden.detach().flip(0), lambda states: states @ head.T)
+        plain = chunked_head_loss(hidden, torch.arange(10), targets, **arguments)
+        compiled.install()
+        again = chunked_head_loss(hidden, torch.arange(10), targets, **arguments, compiled=loss)
+        compiled.uninstall()
+        torch.testing.assert_close(again.loss, plain.loss, rtol=1e-6, atol=0)
     assert dynamo_utils.counters["stats"]["unique_graphs"] == 1
 
 
