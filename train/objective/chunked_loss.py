@@ -28,6 +28,7 @@ from shoal.recipe.losses import (
     AdaptiveKL,
     CrossEntropy,
     LogitTerm,
+    LossTerm,
     needs_teacher,
     term_names,
 )
@@ -314,8 +315,8 @@ def _sum(
     return total
 
 
-def compiles(terms: Sequence[LogitTerm]) -> bool:
-    """Whether the loss of these terms can be one compiled region: adaptive KL sorts until it has seen enough."""
+def compiles(terms: Sequence[LossTerm]) -> bool:
+    """Whether the loss of these terms at the head can be one compiled region: adaptive KL sorts until it has enough."""
     return not any(isinstance(term, AdaptiveKL) for term in terms)
 
 

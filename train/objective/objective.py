@@ -100,9 +100,8 @@ class Objective:
         self._taid = {index: TaidState(term) for index, term in enumerate(terms) if isinstance(term, TAID)}
 
         self.fused = fused
-        at_head: Any = [terms[index] for index in self._at_head]
         self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
-        self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(at_head) else None
+        self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(terms) else None
 
     def install(self) -> None:
         """Put the objective in the place of the two forwards."""

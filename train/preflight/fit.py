@@ -231,7 +231,7 @@ def _is_possible(setting: Setting) -> bool:
     offloads = setting.offload_optimizer or setting.offload_parameters
     return not (
         (setting.weight_bytes == 2 and setting.stage == 0)  # refused: Adam would start a step late
-        or (setting.four_bits and setting.stage == 3)
+        or (setting.stage == 3 and (setting.four_bits or setting.compiled))
         or (setting.teacher == "offloaded" and setting.stage == 3)
         or (setting.device == "cpu" and offloads)
     )

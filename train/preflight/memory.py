@@ -16,7 +16,7 @@ from .optimizers import ADAM, OptimizerState
 
 LOGIT_BYTES = 28
 """Bytes of a chunk's logit on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's
-product and its gradient, and their sum. On a CPU these exist for a block that fits its cache."""
+product and its gradient, and their sum. On a CPU these exist for a block that fits its cache; compiled, nowhere."""
 RAW_LOGITS = 3
 """Student's, teacher's, and their gradient, in the precision of the head's product."""
 BUCKET_ELEMENTS = 500_000_000
@@ -34,6 +34,12 @@ QUARTER_BYTES = 4.13 / 8
 PRODUCTS_SHARE = 0.5
 """Share of what a layer keeps that selective checkpointing leaves, the results of matrix products and attention: 0.47
 for Qwen3-8B by the formula in docs/scaling.md."""
+FUSED_SHARE = 0.8
+"""Share of what a layer keeps that is left with Liger's kernels, which keep of an MLP three tensors of its width and not
+four, and of a norm its input alone: 0.77 for a Llama layer by the formula in docs/scaling.md."""
+COMPILED_SHARE = 0.72
+"""The same of a compiled layer, which computes again what is cheap: counted on small layers of Llama and Qwen 3 it is
+0.60 to 0.64 under autocast, 0.67 to 0.72 with bf16 weights."""
 SCORED_LOGITS = 1 << 25
 """Logits that exist at one time when a model is scored, and twice."""
 DRAWN_BYTES = 36
@@ -97,7 +103,9 @@ class Setting:
     fused: bool = False
     """Norms and MLPs run by Liger's kernels."""
     compiled: bool = False
-    """Layers and the loss at the head run compiled."""
+    """Layers run compiled."""
+    compiled_loss: bool = False
+    """The loss at the head does."""
     stored_bytes: int = 2
     """Bytes of a weight in distilled/."""
     captured: int = 0
@@ -273,8 +281,9 @@ def _activations(student: ModelSize, setting: Setting) -> tuple[int, int]:
     """What is kept until the backward pass, and what one layer takes while it is worked on."""
     rows = setting.rows
     always = _copies(student, setting) + rows * setting.sequence_length * setting.captured + student.outside.of(rows)
-    one_layer = max(layer.kept.per_row for layer in student.layers) * rows
-    kept = sum(layer.kept.per_row for layer in student.layers) * rows
+    share = max(FUSED_SHARE * setting.fused, COMPILED_SHARE * setting.compiled) or 1
+    one_layer = int(share * max(layer.kept.per_row for layer in student.layers) * rows)
+    kept = int(share * sum(layer.kept.per_row for layer in student.layers) * rows)
     if not setting.checkpointing:
         return always + kept, one_layer
     if setting.selective:
@@ -345,7 +354,10 @@ def _handed_over(student: ModelSize, setting: Setting) -> int:
 def _head(student: ModelSize, teacher: ModelSize, setting: Setting) -> int:
     tokens = min(setting.head_chunk, setting.rows * (setting.sequence_length - 1))
     width = 2 if setting.autocast else setting.weight_bytes
-    logits = tokens * student.vocabulary * (RAW_LOGITS * width + (LOGIT_BYTES if setting.device != "cpu" else 0))
+    in_memory = (
+        setting.device != "cpu" and not setting.compiled_loss
+    )  # else for a block that fits the cache, or nowhere
+    logits = tokens * student.vocabulary * (RAW_LOGITS * width + LOGIT_BYTES * in_memory)
     shares_head = not student.head_trained and shared_weights(student, setting) > 0
     low = width * student.head if setting.autocast and not shares_head else 0  # the head's copy
     # the sum over chunks in fp32, and this chunk's

@@ -18,6 +18,7 @@ from ..engine.fused import is_fused
 from ..generated.horizon import least_tokens
 from ..generated.writing import wants_teacher_text
 from ..objective.activation_checkpointing import SELECTIVE
+from ..objective.chunked_loss import compiles
 from ..objective.layer_losses import SCORES, layer_pairs
 from ..student.sizes import ModelSize, student_size, teacher_size
 from ..student.spec import TrainSpec
@@ -114,6 +115,7 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         four_bits=settings.lora is not None and settings.lora.quantization == "nf4",
         fused=is_fused(settings.fused, spec.student.config.model_type, spec.ranks.device),
         compiled=settings.compile,
+        compiled_loss=settings.compile and compiles(settings.losses),
         stored_bytes=spec.student.stored_dtype.itemsize,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
         measures=settings.data_policy == "by_damage" and not spec.is_control,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import sources_of_terms
-from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS
+from shoal.recipe.losses import STATE_TERMS
 
 from ..engine.fused import Fused, is_fused, why_not_fused
 from ..objective.chunked_loss import compiles
@@ -94,12 +94,13 @@ def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrained
     of a teacher that comes over layer by layer."""
     runs_there = live is not None and spec.teacher_place == "live"
     own, theirs = decoder_layers(student)[spec.shared_layers :], decoder_layers(live) if runs_there else ()
-    at_head = compiles([term for term in spec.settings.losses if isinstance(term, LOGIT_TERMS)])
     log.info(
         "compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
         len(own),
         len(theirs),
-        " and the loss at the head" if at_head else "; the loss at the head is not, adaptive_kl cannot be",
+        " and the loss at the head"
+        if compiles(spec.settings.losses)
+        else "; the loss at the head is not, adaptive_kl cannot be",
     )
     return [*own, *theirs]
 
