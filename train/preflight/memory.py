@@ -35,7 +35,7 @@ PRODUCTS_SHARE = 0.5
 """Share of what a layer keeps that selective checkpointing leaves, the results of matrix products and attention: 0.47
 for Qwen3-8B by the formula in docs/scaling.md."""
 FUSED_SHARE = 0.8
-"""Share of what a layer keeps that is left with Liger's kernels, which keep of an MLP three tensors of its width and not
+"""Share of what a layer keeps that is left with Liger's kernels, which keep three tensors of an MLP's width and not
 four, and of a norm its input alone: 0.77 for a Llama layer by the formula in docs/scaling.md."""
 COMPILED_SHARE = 0.72
 """The same of a compiled layer, which computes again what is cheap: counted on small layers of Llama and Qwen 3 it is

@@ -94,13 +94,12 @@ def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrained
     of a teacher that comes over layer by layer."""
     runs_there = live is not None and spec.teacher_place == "live"
     own, theirs = decoder_layers(student)[spec.shared_layers :], decoder_layers(live) if runs_there else ()
+    at_head = compiles(spec.settings.losses)
     log.info(
         "compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
         len(own),
         len(theirs),
-        " and the loss at the head"
-        if compiles(spec.settings.losses)
-        else "; the loss at the head is not, adaptive_kl cannot be",
+        " and the loss at the head" if at_head else "; the loss at the head is not, adaptive_kl cannot be",
     )
     return [*own, *theirs]
 

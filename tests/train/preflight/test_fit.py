@@ -33,7 +33,17 @@ from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight import fit, throughput
 from shoal.train.preflight.fit import cheapest, check_control, check_fit, disk_bytes, overrides, proposals, shortages
-from shoal.train.preflight.memory import KEY_BYTES, LIBRARY_BYTES, VALUE_BYTES, Setting, memory, shared_weights
+from shoal.train.preflight.memory import (
+    COMPILED_SHARE,
+    FUSED_SHARE,
+    KEY_BYTES,
+    LIBRARY_BYTES,
+    LOGIT_BYTES,
+    VALUE_BYTES,
+    Setting,
+    memory,
+    shared_weights,
+)
 from shoal.train.preflight.optimizers import timed_optimizer
 from shoal.train.preflight.run_size import Job, job
 from shoal.train.preflight.throughput import flops_per_token
@@ -213,6 +223,40 @@ def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
         (4 * weights, 4 * weights // 4, 8 * weights // 4 + 4 * weights // 4),
         (4 * weights // 4, 4 * weights // 4, 8 * weights // 4),
     ]
+
+
+@pytest.mark.slow
+def test_bf16_weights_have_fp32_copies_and_at_stage_1_the_sum_of_gradients_beside_them() -> None:
+    def parts(stage: int) -> tuple[float, ...]:
+        found = job_of(weights="bfloat16", deepspeed=f"deepspeed/zero{stage}.json")
+        assert (found.setting.weight_bytes, found.setting.autocast) == (2, False)
+        part, weights = found.memory, found.student.parameters
+        return tuple(round(size / weights, 2) for size in (part.weights, part.gradients, part.optimizer))
+
+    assert [parts(stage) for stage in (1, 2, 3)] == [(2, 6, 3), (2, 1, 3), (0.5, 1, 3)]
+
+
+@pytest.mark.slow
+def test_frozen_weights_are_counted_once_beside_a_teacher_in_the_same_precision() -> None:
+    settings: dict[str, Any] = {"deepspeed": "deepspeed/zero2.json", "trainable": "from_first_cut"}
+    held, cast = job_of(weights="bfloat16", **settings), job_of(**settings)
+    assert shared_weights(held.student, held.setting) == held.student.frozen
+    assert shared_weights(cast.student, cast.setting) == cast.student.frozen_linear < cast.student.frozen
+
+
+def test_compiled_layers_and_kernels_keep_less_and_a_compiled_loss_no_fp32_logits(tiny_job: Job) -> None:
+    def taken(**changes: Any) -> tuple[int, int]:
+        part = memory(tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, **changes))
+        return part.activations, part.head
+
+    layers = sum(layer.kept.per_row for layer in tiny_job.student.layers) * tiny_job.setting.rows
+    plain, compiled, fused = taken(), taken(compiled=True, compiled_loss=True), taken(fused=True)
+    assert plain[0] - compiled[0] == layers - int(COMPILED_SHARE * layers)
+    assert plain[0] - fused[0] == layers - int(FUSED_SHARE * layers)
+    assert taken(fused=True, compiled=True)[0] == fused[0], "kernels keep what they keep"
+    tokens = min(tiny_job.setting.head_chunk, tiny_job.setting.rows * (LENGTH - 1))
+    assert plain[1] - compiled[1] == tokens * VOCAB_SIZE * LOGIT_BYTES
+    assert taken(compiled=True)[1] == fused[1] == plain[1]
 
 
 def moments(stage: int, name: str, options: str | None = None) -> float:
@@ -583,6 +627,7 @@ def test_proposals_leave_out_what_cannot_be_and_recorded_signals_come_last(tiny_
     assert not [setting for setting in proposed() if setting.teacher == "offloaded" and setting.stage == 3]
     assert {setting.stage for setting in proposed(weight_bytes=2)} == {2, 3}
     assert {setting.stage for setting in proposed(four_bits=True)} == {0, 2}
+    assert {setting.stage for setting in proposed(compiled=True)} == {0, 2}
     assert not any(setting.offload_optimizer or setting.offload_parameters for setting in proposed(device="cpu"))
 
 
