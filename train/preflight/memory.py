@@ -354,9 +354,8 @@ def _handed_over(student: ModelSize, setting: Setting) -> int:
 def _head(student: ModelSize, teacher: ModelSize, setting: Setting) -> int:
     tokens = min(setting.head_chunk, setting.rows * (setting.sequence_length - 1))
     width = 2 if setting.autocast else setting.weight_bytes
-    in_memory = (
-        setting.device != "cpu" and not setting.compiled_loss
-    )  # else for a block that fits the cache, or nowhere
+    # else of a block that fits the cache, or nowhere
+    in_memory = setting.device != "cpu" and not setting.compiled_loss
     logits = tokens * student.vocabulary * (RAW_LOGITS * width + LOGIT_BYTES * in_memory)
     shares_head = not student.head_trained and shared_weights(student, setting) > 0
     low = width * student.head if setting.autocast and not shares_head else 0  # the head's copy
