@@ -125,6 +125,8 @@ def training_arguments(
         values |= {"bf16": settings.precision == "bfloat16", "fp16": settings.precision == "float16"}
     else:
         values["deepspeed"] = dict(deepspeed.config)
+        # transformers compares them with the sections of the configuration, and casts nothing itself
+        values |= {name: deepspeed.config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
         if load_universal:
             values["deepspeed"]["checkpoint"] = {**deepspeed.config.get("checkpoint", {}), "load_universal": True}
     if torch.accelerator.is_available():  # rows are pinned there, and the host need not wait for their copies
