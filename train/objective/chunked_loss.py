@@ -110,7 +110,7 @@ def chunked_head_loss(
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
     ``inputs`` has one entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns
-    from no token of a chunk (on CPU, of a block), it is not computed. ``compiled`` runs ``block_loss`` in its place.
+    from no token of a chunk (on CPU, of a block), it is not computed. ``compiled`` runs ``rounded_block_loss``.
 
     Raises:
         ValueError: no tokens; an average over nothing would hide a broken label mask.
@@ -155,7 +155,7 @@ class _Objective:
     targets: Dense | TopK | None
     labels_N: Tensor
     block_loss: Callable[..., tuple[Tensor, Tensor | None]]
-    """The function of this name below, or what runs it compiled."""
+    """The function of this name below, or what runs `rounded_block_loss` compiled."""
     is_compiled: bool
 
     def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -245,6 +245,19 @@ def block_loss(
             p = softened(teacher, temperature)
         total_RV = sum_up(members, p, q, total_RV)
     return values_TR, total_RV
+
+
+def rounded_block_loss(
+    terms: Sequence[LogitTerm],
+    shares: Sequence[float | Tensor],
+    logits_RV: Tensor,
+    teacher: Tensor | Coarse | None,
+    labels_R: Tensor,
+    learns: Mapping[int, Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """``block_loss`` with the gradient in the precision of the logits: compiled, no other one reaches memory."""
+    values_TR, gradient_RV = block_loss(terms, shares, logits_RV, teacher, labels_R, learns)
+    return values_TR, None if gradient_RV is None else gradient_RV.to(logits_RV.dtype)
 
 
 def _coarsened(

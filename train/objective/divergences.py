@@ -157,8 +157,11 @@ def total_variation(p: Softmax, q: Softmax) -> Values:
 def cross_entropy(q: Softmax, labels_N: Tensor) -> Values:
     """-log q(label): learning from the text itself."""
     label_N1 = labels_N[:, None]
-    # q - 1 at the label, q elsewhere
-    gradient_NV = q.prob_NV.scatter_add(-1, label_N1, torch.full_like(q.prob_NV[:, :1], -1.0))
+    # q - 1 at the label, q elsewhere; a scatter, which needs the whole of q in memory, would be all that is there of it
+    if torch.compiler.is_compiling():
+        gradient_NV = q.prob_NV - (torch.arange(q.prob_NV.shape[-1], device=label_N1.device) == label_N1).to(q.prob_NV)
+    else:
+        gradient_NV = q.prob_NV.scatter_add(-1, label_N1, torch.full_like(q.prob_NV[:, :1], -1.0))
     return Values(-q.log_NV.gather(-1, label_N1)[:, 0], gradient_NV)
 
 

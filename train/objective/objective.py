@@ -25,7 +25,7 @@ from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, term_names
 
 from ..engine.fused import Fused
 from .capture import Captured
-from .chunked_loss import Dense, TermInput, TopK, block_loss, chunked_head_loss, compiles
+from .chunked_loss import Dense, TermInput, TopK, chunked_head_loss, compiles, rounded_block_loss
 from .compiling import Compiled
 from .divergences import TaidState
 from .host_batch import OnHost, learnt_places, queued
@@ -101,7 +101,9 @@ class Objective:
 
         self.fused = fused
         self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
-        self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(terms) else None
+        self._compiled_loss = (
+            self._compiled.function(rounded_block_loss) if self._compiled and compiles(terms) else None
+        )
 
     def install(self) -> None:
         """Put the objective in the place of the two forwards."""

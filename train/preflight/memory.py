@@ -16,7 +16,9 @@ from .optimizers import ADAM, OptimizerState
 
 LOGIT_BYTES = 28
 """Bytes of a chunk's logit on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's
-product and its gradient, and their sum. On a CPU these exist for a block that fits its cache; compiled, nowhere."""
+product and its gradient, and their sum. On a CPU these exist for a block that fits its cache."""
+COMPILED_LOGIT_BYTES = 4
+"""The same of a compiled loss: one tensor in fp32 where a term scatters (dkd, recorded signals), else nothing."""
 RAW_LOGITS = 3
 """Student's, teacher's, and their gradient, in the precision of the head's product."""
 BUCKET_ELEMENTS = 500_000_000
@@ -354,9 +356,8 @@ def _handed_over(student: ModelSize, setting: Setting) -> int:
 def _head(student: ModelSize, teacher: ModelSize, setting: Setting) -> int:
     tokens = min(setting.head_chunk, setting.rows * (setting.sequence_length - 1))
     width = 2 if setting.autocast else setting.weight_bytes
-    # else of a block that fits the cache, or nowhere
-    in_memory = setting.device != "cpu" and not setting.compiled_loss
-    logits = tokens * student.vocabulary * (RAW_LOGITS * width + LOGIT_BYTES * in_memory)
+    beside = COMPILED_LOGIT_BYTES if setting.compiled_loss else 0 if setting.device == "cpu" else LOGIT_BYTES
+    logits = tokens * student.vocabulary * (RAW_LOGITS * width + beside)
     shares_head = not student.head_trained and shared_weights(student, setting) > 0
     low = width * student.head if setting.autocast and not shares_head else 0  # the head's copy
     # the sum over chunks in fp32, and this chunk's

@@ -34,6 +34,7 @@ from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight import fit, throughput
 from shoal.train.preflight.fit import cheapest, check_control, check_fit, disk_bytes, overrides, proposals, shortages
 from shoal.train.preflight.memory import (
+    COMPILED_LOGIT_BYTES,
     COMPILED_SHARE,
     FUSED_SHARE,
     KEY_BYTES,
@@ -255,7 +256,7 @@ def test_compiled_layers_and_kernels_keep_less_and_a_compiled_loss_no_fp32_logit
     assert plain[0] - fused[0] == layers - int(FUSED_SHARE * layers)
     assert taken(fused=True, compiled=True)[0] == fused[0], "kernels keep what they keep"
     tokens = min(tiny_job.setting.head_chunk, tiny_job.setting.rows * (LENGTH - 1))
-    assert plain[1] - compiled[1] == tokens * VOCAB_SIZE * LOGIT_BYTES
+    assert plain[1] - compiled[1] == tokens * VOCAB_SIZE * (LOGIT_BYTES - COMPILED_LOGIT_BYTES)
     assert taken(compiled=True)[1] == fused[1] == plain[1]
 
 
