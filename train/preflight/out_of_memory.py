@@ -14,7 +14,7 @@ from shoal.formatting import bytes_text
 from ..engine.checkpoint import MANIFEST
 from ..student.spec import TrainSpec
 from .fit import overrides, proposals
-from .memory import Setting
+from .memory import Memory, Setting, memory
 from .run_size import Job, job
 
 LESS = 0.9
@@ -53,8 +53,10 @@ def _remedy(spec: TrainSpec, run_dir: Path) -> str:
     better = None if size is None else _lower(size, goes_on=bool(saved))
     if size is not None and better is not None:
         changes = " ".join(overrides(size, better))
-        now, then = (bytes_text(each.memory.peak) for each in (size, Job(spec, size.student, size.teacher, better)))
-        return f"{lost}. Add {changes}: about {then} instead of {now} at the peak"
+        now, then = (
+            bytes_text(_in_a_step(memory(size.student, size.teacher, each))) for each in (size.setting, better)
+        )
+        return f"{lost}. Add {changes}: about {then} instead of {now} for models, gradients and one step's work"
     return (
         f"{lost}. Lower distill.trainer.per_device_train_batch_size (with distill.batch_size set, which keeps the "
         "step), or use more ranks or a larger device; `shoal distill --dry-run` shows where memory goes"
@@ -69,6 +71,13 @@ def _lower(size: Job, *, goes_on: bool) -> Setting | None:
         offloads_as_now = setting.offload_optimizer == now.offload_optimizer and setting.teacher != "recorded"
         if goes_on and not (as_now and offloads_as_now and setting.offload_parameters == now.offload_parameters):
             continue
-        if Job(size.spec, size.student, size.teacher, setting).memory.peak <= LESS * size.memory.peak:
+        if _in_a_step(memory(size.student, size.teacher, setting)) <= LESS * _in_a_step(size.memory):
             return setting
     return None
+
+
+def _in_a_step(needed: Memory) -> int:
+    """Bytes of all that is held in a step, at one moment of it or another: not of what happens beside steps, and not of
+    the process, which no setting makes smaller."""
+    states = needed.weights + needed.gradients + needed.optimizer + needed.teacher
+    return states + needed.activations + needed.head + needed.buffers
