@@ -77,7 +77,7 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     assert f"out of memory while training: {full[:60]}" in refused.log
     assert "nothing is lost, the same command goes on from checkpoint-4" in refused.log
     assert "Traceback" not in refused.log
-    added = "distill.trainer.per_device_train_batch_size=1"
+    added = "distill.trainer.per_device_train_batch_size=2"
     assert f"Add {added}: about " in refused.log
     assert finished(run(path, added)).curve() == pytest.approx(plain.curve(), abs=1e-5)
 

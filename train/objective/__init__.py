@@ -7,5 +7,6 @@ layer_losses              terms of what happens inside the layers
 capture                   what these compare, taken in passing
 host_batch                what need not be asked of the device
 activation_checkpointing  what is kept for the backward pass
+compiling                 layers and the loss as compiled regions
 mixed_documents           whether documents that share a row see each other
 """
