@@ -105,7 +105,7 @@ class Fused:
 
 
 def _families() -> dict[str, Callable[..., None]]:
-    from liger_kernel.transformers import monkey_patch
+    from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
 
     return monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 

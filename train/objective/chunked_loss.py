@@ -189,7 +189,7 @@ class _Objective:
                 for index, term in enumerate(self.terms):
                     if isinstance(term, TAID):  # moves with every step, and a number would be part of the graph
                         exact = torch.promote_types(logits_RV.dtype, torch.float32)
-                        shares[index] = logits_RV.new_full((), shares[index], dtype=exact)
+                        shares[index] = logits_RV.new_full((), self.inputs[index].share, dtype=exact)
             values_TC[:, place], block_gradient_RV = self.block_loss(
                 self.terms, shares, logits_RV, teacher, labels_R, learns
             )

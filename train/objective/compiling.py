@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,10 @@ class Compiled:
     it from outside.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = tuple(layers)
         # by class and not by layer: weights are inputs of a graph, so that one serves all layers of a kind
-        self._forwards = {kind: self.function(_own_forward(kind)) for kind in {type(layer) for layer in layers}}
+        self._forwards = {kind: self.function(_own_forward(kind)) for kind in {type(layer) for layer in self._layers}}
         self._is_on = self._failed = False
         self._strict = contextlib.ExitStack()
 
@@ -61,7 +61,7 @@ class Compiled:
 
     def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What runs ``function``, compiled where that can be done."""
-        graphs = torch.compile(function, backend=BACKEND, recompile_limit=VARIANTS)
+        graphs: Any = torch.compile(function, backend=BACKEND, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._is_on:
@@ -84,7 +84,8 @@ class Compiled:
 
 def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class of layers without the checkpointing that transformers wraps around it."""
-    return kind.forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else kind.forward
+    forward: Any = kind.forward
+    return forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else forward
 
 
 def _run(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

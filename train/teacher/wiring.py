@@ -92,8 +92,8 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
 def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None) -> list[nn.Module]:
     """The layers that training runs, and whose weights stay where they are: not those that the student is spared, nor
     of a teacher that comes over layer by layer."""
-    runs_there = live is not None and spec.teacher_place == "live"
-    own, theirs = decoder_layers(student)[spec.shared_layers :], decoder_layers(live) if runs_there else ()
+    own = decoder_layers(student)[spec.shared_layers :]
+    theirs = () if live is None or spec.teacher_place != "live" else decoder_layers(live)
     at_head = compiles(spec.settings.losses)
     log.info(
         "compile: %d layers of the student, %d of the teacher%s; the first steps take longer",

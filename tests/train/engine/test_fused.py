@@ -71,8 +71,9 @@ def stand_in(factor: float) -> Callable[..., None]:
         modeling_llama.apply_rotary_pos_emb = lambda *args, **kwargs: rotate(*args, **kwargs)
         modeling_llama.LlamaMLP = nn.Identity  # pyright: ignore[reportAttributeAccessIssue]
         for layer in decoder_layers(model):
-            layer.input_layernorm.offset = 0.0  # pyright: ignore[reportAttributeAccessIssue]
-            layer.input_layernorm.__dict__["forward"] = norm.__get__(layer.input_layernorm)
+            norms: Any = layer.input_layernorm
+            norms.offset = 0.0
+            vars(norms)["forward"] = norm.__get__(norms)
 
     return apply
 

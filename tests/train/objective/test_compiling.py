@@ -16,7 +16,7 @@ from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from transformers import PreTrainedModel
 
 from shoal.data.packing import IGNORED
