@@ -53,10 +53,10 @@ def compare(kind: str, dtype: str, file: str) -> None:
 
 def _let_triton_interpret_liger() -> None:
     """triton's interpreter takes neither plain floats as arguments nor functions of CUDA's own library."""
-    import liger_kernel.ops.rms_norm as norm
+    import liger_kernel.ops.rms_norm as norm  # pyright: ignore[reportMissingImports]
     import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
     convert = interpreter._implicit_cvt
 
