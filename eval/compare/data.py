@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def _run_data(contender: Contender) -> dict[str, Any]:
         "cut": run.plan.in_words() if run.plan else None,
         "training_tokens": run.trained_tokens if run.training else None,
         "training_seconds": run.trained_seconds if run.training else None,
+        "drafts": {role: list(map(asdict, texts)) for role, texts in (run.drafts.roles if run.drafts else {}).items()},
     }
 
 

@@ -24,7 +24,7 @@ from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
 from ..report.sampled import sampled_section
 from ..report.sections import difference_table, no_signal_section, score_table
-from ..report.speed import quantized_section, speed_section
+from ..report.speed import draft_section, quantized_section, speed_section
 from ..report.wording import by_column, column_words
 from .license import License, base_license, license_file
 
@@ -164,6 +164,8 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:
         parts += ["## Speed and size", *speed_section(run).blocks]
+    if drafts := draft_section(run):
+        parts += [f"## {drafts.title}", *drafts.blocks]
     automatic = "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM"
     usage = _USAGE.format(path=_repo(run) or ".", automatic=automatic)
     parts += ["## How to use it", Code(usage, "python")]

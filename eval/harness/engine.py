@@ -72,6 +72,8 @@ class CausalLM(TemplateLM):
         self.batch_size = batch_size
         self.endings: dict[tuple[str, str], Ending] = {}
         """By prompt and settings (as JSON) of every text that was written."""
+        self.texts: list[tuple[Sequence[int], Sequence[int]]] | None = None
+        """Tokens of every prompt as it was read and of the text written after it, for who sets a list here first."""
         self._model = model
         self._branch = branch
         self._called = called
@@ -237,8 +239,10 @@ class CausalLM(TemplateLM):
         written = self._write([ids for ids in encoded for _ in range(copies)], how, step)
         if draws is None:
             finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
-            for prompt, tokens in zip(prompts, written, strict=True):
-                self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
+            for prompt, ids, tokens in zip(prompts, encoded, written, strict=True):
+                ending = self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
+                if self.texts is not None:
+                    self.texts.append((ids, tokens[: ending.num_tokens]))
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         return [list(own) for own in batches([postprocess_generated_text(text, stop, None) for text in texts], copies)]
 

@@ -30,6 +30,7 @@ from shoal.artifacts.artifact import (
     differences,
 )
 from shoal.artifacts.depth import DepthUse
+from shoal.artifacts.draft import Drafts
 from shoal.artifacts.search import Interval
 from shoal.errors import UserError
 from shoal.stats.paired import (
@@ -102,6 +103,8 @@ class Run:
     """How the models use their layers, side by side; of `shoal depth`."""
     quantized: dict[str, Quantized] = dataclasses.field(default_factory=dict)
     """What quantised copies were made of, by role."""
+    drafts: Drafts | None = None
+    """What the teacher accepts of the cut models' tokens in speculative decoding."""
 
     @property
     def model(self) -> str:
@@ -230,6 +233,7 @@ def read_run(folder: Path) -> Run:
             for role in QUANTIZED
             if (made := read_result(Quantized, folder / role / Quantized.FILE)) is not None
         },
+        drafts=read_result(Drafts, folder / Drafts.FILE),
     )
     parts = (run.importance, run.plan, run.training, run.speed)
     if all(part is None for part in parts) and not evaluations:
@@ -415,6 +419,9 @@ def _identities(
             entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:
             entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
+        if run.drafts:
+            field = "model" if role == "teacher" else role
+            entries[subject].append((Drafts.FILE, field, run.drafts.provenance.inputs.get(field)))
         if run.depth_use:
             entries[subject].append((DepthUse.FILE, role, run.depth_use.provenance.inputs.get(role)))
     told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}

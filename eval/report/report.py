@@ -45,7 +45,7 @@ from .sections import (
     read_write_section,
     scores_section,
 )
-from .speed import quantized_section, speed_section
+from .speed import draft_section, quantized_section, speed_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +98,7 @@ def build_document(
         search_section(search),
         flips_section(comparison),
         speed_section(run),
+        draft_section(run),
         costs_section(run, search),
         terms_section(),
         settings_section(run),

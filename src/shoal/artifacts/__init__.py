@@ -4,6 +4,7 @@ artifact    typed JSON with provenance
 importance  the tables of a sweep, the atlas
 tables      results as tables: pandas, notebooks
 depth       diagnostics and probes
+draft       what a teacher accepts of a draft's tokens
 heads       retrieval heads and patching
 search      plans, and how they rank before and after they were healed
 shares      how training sources share the tokens

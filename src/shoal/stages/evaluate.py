@@ -23,6 +23,7 @@ from shoal.artifacts.artifact import (
     Training,
     differences,
 )
+from shoal.artifacts.draft import Drafts
 from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
@@ -142,6 +143,8 @@ def evaluate(run: Run) -> None:
     if run.recipe.eval.speed and is_main():
         _speed(run, checkpoints)
     barrier()
+    if run.recipe.eval.draft:
+        _draft(run, checkpoints)
 
 
 def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool = False) -> list[Path]:
@@ -194,12 +197,17 @@ def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Pat
         UserError: no such model, one that cannot be scored so, or settings with which ``run`` was not scored.
     """
     beside = {model: _beside(run, model, out) for model in models}
-    for own in beside.values():
+    teacher = _checkpoints(run, {"teacher": run.teacher})
+    for model, own in beside.items():
         checkpoints = {MODEL: own.checkpoint}
         with locked(own.run):
             _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}), cut_by=own.cut_by)
             if run.recipe.eval.speed:
-                _speed(own.run, _checkpoints(run, {"teacher": run.teacher}) | checkpoints)
+                _speed(own.run, teacher | checkpoints)
+            if run.recipe.eval.draft and own.cut_by is not None:
+                log.warning("draft: %s has other tokens than the teacher, whose draft it cannot be", model)
+            elif run.recipe.eval.draft:
+                _draft(own.run, teacher | checkpoints, items=run.dir / "eval" / "items")
             write_story(own.run)
     return {model: own.run.dir for model, own in beside.items()}
 
@@ -357,3 +365,36 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
     log.info("eval: speed of %s, interleaved", ", ".join(measured))
     batch_sizes = run.recipe.eval.speed_batch_sizes
     measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half).write(path)
+
+
+def draft_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
+    """What identifies what the teacher among these models accepts of the others' tokens."""
+    roles = {role: model_fingerprint(folder) for role, folder in folders.items() if role != "teacher"}
+    return {**eval_inputs(run, folders["teacher"]), **roles}
+
+
+def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, items: Path | None = None) -> None:
+    from shoal.eval.draft import measure_drafts
+    from shoal.eval.tasks.load import tasks_of
+
+    path = run.dir / Drafts.FILE
+    measured = {role: own for role, own in checkpoints.items() if role != CONTROL}  # which is no smaller
+    inputs = draft_inputs(run, {role: own.folder for role, own in measured.items()})
+    teacher = measured.pop("teacher")
+    if not measured:
+        log.warning("draft: there is no cut model yet; `shoal prune` makes it")
+    if not measured or is_done(Drafts, path, inputs, "draft"):
+        return
+    seed_everything(run.recipe.seed)
+    drafts = measure_drafts(
+        teacher,
+        measured,
+        run.recipe.eval,
+        provenance=Provenance(inputs),
+        tasks=tasks_of(run.recipe.eval, seed=run.recipe.seed),
+        seed=run.recipe.seed,
+        items=items or run.dir / "eval" / "items",
+    )
+    if is_main():
+        drafts.write(path)
+    barrier()

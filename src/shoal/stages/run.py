@@ -41,6 +41,7 @@ from shoal.artifacts.artifact import (
     differences,
     require_same_run,
 )
+from shoal.artifacts.draft import Drafts
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.shares import Pilot, Shares
 from shoal.atomic_files import file_hash, fingerprint, write_json
@@ -547,6 +548,7 @@ def write_story(run: Run) -> None:
         *((f"{role}/{Quantized.FILE}", Quantized) for role in QUANTIZED),
         *((f"eval/{role}.json", Evaluation) for role in (*ROLES, MODEL)),
         (Speed.FILE, Speed),
+        (Drafts.FILE, Drafts),
     ]
     for folder, (name, kind) in itertools.product([own.dir for own in (*run.rounds_before, run)], kinds):
         if (file := folder / name).is_file():
