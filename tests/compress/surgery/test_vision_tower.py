@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def test_blocks_above_the_deepest_state_that_is_read_go_without_a_trace(
     align_weights(student)
     with skipped(teacher, drop):
         outputs(name, student).assert_equal(outputs(name, teacher))
+    names = [name for shard in read_shards(tmp_path / "student") for name in shard.tensors if "vision" in name]
+    assert {int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))} == {*range(blocks)}
     estimated = estimate(tmp_path / "teacher", plan, tmp_path / "out")[1]
     assert estimated == sum(
         place.end - place.start for shard in read_shards(tmp_path / "student") for place in shard.tensors.values()
