@@ -20,9 +20,6 @@ from shoal.models.anatomy import text_config
 from shoal.recipe.measure import ImageRows
 from shoal.recipe.section import DataSource
 
-ANSWER_IN_BOTH_DIRECTIONS = "paligemma"
-"""Reads its prompt in both directions and puts a line break behind it, so that prompt and answer are no plain text."""
-
 
 @dataclass(frozen=True)
 class ImageRow:
@@ -84,19 +81,6 @@ def _refuse_unreadable(path: Path, row: str) -> None:
 def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
     """Content hash of rows and images, wherever they lie."""
     return fingerprint([[file_hash(row.image), row.prompt, row.answer] for row in rows])
-
-
-def refuse_other_reading(config: Any) -> None:
-    """Refuse a family whose prompt and answer are not one text read from left to right.
-
-    Raises:
-        UserError: naming it.
-    """
-    if config.model_type == ANSWER_IN_BOTH_DIRECTIONS:
-        raise UserError(
-            f"measure.images: {config.model_type} reads its prompt in both directions, which shoal does not measure; "
-            "leave measure.images out"
-        )
 
 
 def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Asked]:

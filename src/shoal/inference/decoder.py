@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
 from shoal.inference.answer_positions import answers_at
-from shoal.models.anatomy import decoder_body, text_config
+from shoal.models.anatomy import decoder_body, refuse_both_directions, text_config
 from shoal.models.families import family
 from shoal.models.load import logits_from_hidden
 
@@ -32,10 +32,12 @@ class Decoder:
     """A causal language model, taken apart at its final hidden states.
 
     Raises:
-        UserError: for an architecture whose head shoal would apply in another way than the model itself.
+        UserError: for an architecture whose head shoal would apply in another way than the model itself, or whose
+            tokens see those behind them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        refuse_both_directions(model.config)
         self.model = model
         self.device = model.device
         self._body: Any = decoder_body(model)
@@ -115,7 +117,7 @@ class Decoder:
         # one token through all layers: what the cache holds then is what each token adds
         self.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache=cache)
         slots: Any = cache.layers
-        return sum(slot.keys.nbytes + slot.values.nbytes for slot in slots)
+        return sum(slot.keys.nbytes + slot.values.nbytes for slot in slots if slot.keys is not None)
 
     def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask and position ids (B, S) of rows that end together, as a cache that goes on needs them.

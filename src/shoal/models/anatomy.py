@@ -156,12 +156,26 @@ def image_layers(config: Any) -> tuple[int, ...]:
     return (*deepstack_layers(config), *(getattr(text_config(config), "cross_attention_layers", None) or ()))
 
 
-def refuse_text_alone(config: Any) -> None:
-    """Refuse to measure a model with text where text passes some of its layers by.
+def refuse_both_directions(config: Any) -> None:
+    """Refuse to score or train a language model whose tokens see those behind them.
 
     Raises:
-        UserError: naming these layers.
+        UserError: naming the family.
     """
+    if getattr(text_config(config), "use_bidirectional_attention", None) in (True, "all"):
+        raise UserError(
+            f"{config.model_type}: its language model reads text in both directions, so that an answer cannot be "
+            "scored or learnt token by token; shoal cuts this family where prune.drop names layers, and does no more"
+        )
+
+
+def refuse_text_alone(config: Any) -> None:
+    """Refuse to measure a model with text where text passes some of its layers by, or is read in both directions.
+
+    Raises:
+        UserError: naming the layers, or the family.
+    """
+    refuse_both_directions(config)
     if unread := getattr(text_config(config), "cross_attention_layers", None):
         raise UserError(
             f"measure: {config.model_type} passes its layers {list(unread)} by where there is no image, so text says "

@@ -66,7 +66,7 @@ FAMILIES: dict[str, Family] = {
         measured_by_first=True,
         changed_residual="norms and scales the residual stream in every layer",
     ),
-    "mllama_text_model": Family(with_images=True),
+    "mllama_text_model": Family(with_images=True, no_branch="fills no slot of a layer that reads no image"),
     "modernbert-decoder": Family(head_prepares=True, first_alone="has no attention norm"),
     "openai-gpt": Family(changed_residual="norms the residual stream after every half"),
     "opt": Family(changed_residual="norms the residual stream after every half (the 350m shape)"),

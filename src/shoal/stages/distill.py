@@ -21,6 +21,7 @@ from shoal.data import wording
 from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
+from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
@@ -365,6 +366,7 @@ def check_distill(run: Run) -> None:
     from shoal.train.engine.fused import is_fused
 
     recipe = run.recipe
+    refuse_both_directions(run.config())
     check_training_settings(recipe)
     is_fused(recipe.distill.fused, run.config().model_type, device())
     check_recording(recipe)

@@ -15,7 +15,7 @@ from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Removal
 from shoal.atomic_files import fingerprint
-from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows, refuse_other_reading
+from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_labelled, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
@@ -115,7 +115,6 @@ def _check_images(run: Run, settings: ImageRows) -> None:
             "measure.images: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
             "checkpoint's size"
         )
-    refuse_other_reading(config)
     next(asked(load_image_rows(settings)[:1], _processor(run), config))
 
 

@@ -16,7 +16,8 @@ from shoal.compress.quantize.copy import check_quantisable
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_config
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages.measure import measure
+from shoal.stages.distill import check_distill
+from shoal.stages.measure import check_measure, measure
 from shoal.stages.preflight import preflight
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
@@ -28,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "text_config": {**MROPE, **WORDS},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
     },
+    "paligemma": {"text_config": {"model_type": "gemma", **WORDS}, "projection_dim": 32},
     "mllama": {"text_config": {"cross_attention_layers": [1, 4], **WORDS}},
 }
 
@@ -96,6 +98,15 @@ def test_layers_behind_which_the_image_is_added_are_never_chosen(
             UserError, match=r"drop: names 1, one of the layers 0 to 1 of qwen3_vl behind which features"
         ):
             stage(named)
+
+
+def test_a_family_that_reads_in_both_directions_is_cut_and_no_more(models: Path, tmp_path: Path) -> None:
+    run = run_of(models / "paligemma", tmp_path, prune={"drop": [2]})
+    for stage in (check_measure, check_distill):
+        with pytest.raises(UserError, match=r"paligemma: its language model reads text in both directions"):
+            stage(run)
+    prune(run)
+    assert load_config(run.dir / "student").text_config.num_hidden_layers == 5
 
 
 def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp_path: Path) -> None:
