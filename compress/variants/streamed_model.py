@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, given_state
+from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
 from shoal.models.load import FLOATS, load_config, loaded_dtype, refuse_incomplete
 
@@ -343,7 +344,7 @@ def _with_buffers(
     kind: type[PreTrainedModel], config: Any, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
     """The model without weights, but with what is computed from the configuration, as its layers will be run."""
-    chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": implementation(attention, config)}
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = kind._from_config(copy.deepcopy(config), dtype=dtype, **chosen).eval()

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import flash_stand_in
 import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
@@ -20,6 +21,7 @@ from shoal.compress.metrics.registry import METRICS
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.models.attention import implementation
 
 ALL = ("block_influence", "angular")
 
@@ -219,3 +221,24 @@ def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(fa
     )
     for metric in metrics:
         assert one.layers[metric] == pytest.approx(two.layers[metric], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["flash", "flex"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_scores_are_those_of_masked_attention_under_other_kernels(
+    family: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model, rows = tiny_architecture(family), packed([[8, 12], [8, 12]])
+    rows = PackedRows(rows.input_ids_NS % 90, rows.position_ids_NS)
+    metrics = ("block_influence", "angular", "single_drop_perplexity", *(["taylor"] if kernels == "flash" else []))
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, 17:] = False
+    expected = measure_importance(model, rows, metrics=metrics, batch_size=2, attention_mask_NS=mask)
+    model.set_attn_implementation(str(implementation(kernels, model.config)))
+    found = measure_importance(model, rows, metrics=metrics, batch_size=2, attention_mask_NS=mask)
+    assert found.num_tokens == expected.num_tokens
+    for metric, values in expected.layers.items():
+        assert found.layers[metric] == pytest.approx(values, rel=1e-3, abs=1e-5), metric
+    for row, other in zip(found.runs["angular"], expected.runs["angular"], strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -15,8 +15,10 @@ import torch
 
 from shoal import machine, numerics
 from shoal.errors import UserError
+from shoal.models.attention import Chosen
 from shoal.numerics import Choice, choose, fast_dtype, slowness
 from shoal.recipe.recipe import parse_recipe
+from shoal.stages import run as runs
 from shoal.stages.run import Run, open_run
 
 CPU = torch.device("cpu")
@@ -162,6 +164,59 @@ def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.Lo
     assert run.numerics is not None
     assert "4 times as fast in bfloat16" in run.numerics.reason
     assert f"precision: bfloat16, training in bfloat16 ({run.numerics.reason})" in caplog.text
+
+
+@pytest.mark.usefixtures("fast_half")
+@pytest.mark.parametrize(
+    ("made_with", "said", "chosen"),
+    [
+        (None, {}, ("sdpa", "flash needs a CUDA GPU, and this device is cpu")),
+        ("eager", {}, ("eager", "importance.json of this run directory was made with eager")),
+        ("eager", {"attention": "sdpa"}, ("sdpa", "the recipe names it")),
+    ],
+)
+def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(
+    made_with: str | None,
+    said: dict[str, Any],
+    chosen: tuple[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    if made_with is not None:
+        made(tmp_path, "importance.json", {"attention": made_with})
+    run = open_run(recipe(tmp_path, **said))
+    assert run.numerics is not None
+    assert (run.recipe.attention, run.numerics.attention_reason) == chosen
+    assert run.load_args()["attention"] == chosen[0]
+    assert (f"attention: {chosen[0]} ({chosen[1]})" in caplog.text) == (not said)
+
+
+@pytest.mark.usefixtures("fast_half")
+def test_flash_is_asked_for_in_the_precision_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    chosen = Chosen("flash", "it is there")
+    monkeypatch.setattr(runs, "choose_attention", lambda wanted, *given: seen.append((wanted, given[-1])) or chosen)
+    teacher = {"teacher": {"dtype": "stored"}}
+    assert open_run(recipe(tmp_path, distill=teacher)).recipe.attention == "flash"
+    file = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    open_run(recipe(tmp_path, attention="flash", dtype="float16", distill={"deepspeed": file}))
+    assert seen == [
+        (
+            "auto",
+            {"dtype": "bfloat16", "distill.precision": "bfloat16", "distill.teacher.dtype": "float32"},
+        ),
+        (
+            "flash",
+            {"dtype": "float16", "distill.precision": "bfloat16", "distill.teacher.dtype": "float16"},
+        ),
+    ]
+
+
+def test_a_run_begun_with_flash_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    made(tmp_path, "importance.json", {"attention": "flash"})
+    with pytest.raises(UserError, match="attention: flash needs a CUDA GPU, and this device is cpu; set"):
+        open_run(recipe(tmp_path))
 
 
 @pytest.mark.usefixtures("fast_half")

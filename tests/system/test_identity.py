@@ -39,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "teacher",
         "run_dir": "run",
         "dtype": "float32",
+        "attention": "sdpa",
         "measure": {"sweep": {"tasks": ["knowledge_continuation"]}},
         "prune": {"num_drop": 2},
         "distill": {"precision": "float32", "deepspeed": {"zero_optimization": {"stage": 1}}},
@@ -181,6 +182,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "teacher",
         "run_dir": "run",
         "dtype": "float32",
+        "attention": "sdpa",
         "prune": {"drop": [1, 2], "edits": [{"kind": "swap", "layers": [3], "donor": "teacher"}]},
         "distill": {
             "teacher": {"dtype": "bfloat16", "offload": True},

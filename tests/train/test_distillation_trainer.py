@@ -249,9 +249,9 @@ def test_two_ranks_give_the_curve_of_one(tmp_path: Path, stage: int | None) -> N
     assert norms == pytest.approx(curve(alone, "grad_norm"), rel=1e-3)
 
 
-def with_flash_attention() -> PreTrainedModel:
+def with_unknown_attention() -> PreTrainedModel:
     model = cut_model(tiny_model("llama"), DROP)
-    model.config._attn_implementation_internal = "flash_attention_2"  # pyright: ignore[reportAttributeAccessIssue]
+    model.config._attn_implementation_internal = "paged|sdpa"  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
@@ -315,7 +315,7 @@ def all_frozen() -> PreTrainedModel:
             r"shoal.DistillationTrainer: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         ({"losses": []}, r"every weight is 0, nothing would be trained"),
-        ({"model": with_flash_attention()}, r"model: its attention is flash_attention_2, with which documents"),
+        ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, of which nobody knows"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
         ({"model": all_frozen()}, r"model: none of its weights asks for a gradient; set trainable"),
         ({"sequence_length": 2048}, r"sequence_length: 2048 is more than the 1024 positions of the model; lower it"),

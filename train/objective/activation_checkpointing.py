@@ -16,6 +16,9 @@ SELECTIVE = "selective"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 
+FLASH = "flash_attn"
+"""In the name of what the packages of flash attention register with torch."""
+
 
 def recompute_selectively(student: PreTrainedModel, arguments: TrainingArguments) -> None:
     """With ``selective: true`` beside gradient checkpointing, keep what matrix products and attention have given.
@@ -54,4 +57,5 @@ def _kept() -> frozenset[Any]:
 
 
 def _policy(kept: frozenset[Any], _context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = operation in kept or FLASH in str(operation)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers import masking_utils
 
 from shoal.data.packing import IGNORED, ROW, SOURCES
+from shoal.models import document_masks
+from shoal.models.document_masks import document_borders, document_starts
 
 ON_HOST = "on_host"
 """Its place in a batch. It has no method `to`, so what moves a batch to the device leaves it where it is."""
@@ -76,29 +79,25 @@ def learnt_places(labels_BS: Tensor) -> Tensor:
     return learnt_BS.flatten().nonzero()[:, 0]
 
 
-def document_starts(position_ids_BS: Tensor) -> Tensor:
-    """Whether a token is the first of its document or row, (B, S)."""
-    first_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
-    first_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
-    return first_BS
-
-
 @contextmanager
 def documents_known(host: OnHost, device: torch.device) -> Iterator[None]:
-    """While models run on this micro-batch, transformers takes its documents from here.
+    """While models run on this micro-batch, masks and flash kernels take its documents from here.
 
-    Left alone it compares positions on the device, and asks there whether a row holds more than one document: once per
-    kind of mask and forward, with the teacher's whole forward or the micro-batch before it still in the queue.
+    Left alone transformers compares positions on the device, and asks there whether a row holds more than one document:
+    once per kind of mask and forward, with the teacher's whole forward or the micro-batch before it still in the queue.
     """
     first_BS = document_starts(host.position_ids_BS)
     documents_BS = queued(first_BS.cumsum(1), device) if first_BS[:, 1:].any() else None
-    # transformers looks the function up in its module at every call, so that replacing it there is enough
+    borders = cache(lambda: document_borders(host.position_ids_BS, device))
+    # both functions are looked up in their modules at every call, so that replacing them there is enough
     asked = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: documents_BS
+    document_masks.document_borders = lambda position_ids_BS, device: borders()
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = asked
+        document_masks.document_borders = document_borders
 
 
 def queued(values: Tensor, device: torch.device) -> Tensor:

@@ -25,11 +25,12 @@ from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.attention_calls import AttentionInputs
+from shoal.models.document_masks import document_starts
 from shoal.recipe.edits import Merge, Replace
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm
 
 from .capture import Captured, capturing
-from .host_batch import document_starts, learnt_places, queued
+from .host_batch import learnt_places, queued
 
 WINDOW = 4
 """Neighbouring tokens of a document whose states are averaged where a term is multi-scale."""

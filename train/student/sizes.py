@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
+from shoal.models.attention import MASKLESS, implementation, without_kernels
 from shoal.models.load import automatic_class, num_parameters
 
 from ..objective.objective import final_hidden, output_head
@@ -105,7 +106,8 @@ def shapes_only() -> Iterator[None]:
 
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The causal language model of ``config``, its weights whatever the surrounding context makes of them."""
-    model = automatic_class(config).from_config(config, attn_implementation=attention, dtype=dtype)
+    kernels = implementation(attention, config)
+    model = automatic_class(config).from_config(config, attn_implementation=kernels, dtype=dtype)
     model.tie_weights()  # is part of the initialisation that shapes_only leaves out
     return model
 
@@ -113,7 +115,7 @@ def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> Pr
 def teacher_size(config: PreTrainedConfig, *, attention: str = "sdpa") -> ModelSize:
     """Sizes of a model that nothing is trained of."""
     with shapes_only():
-        model = built(config, dtype=torch.bfloat16, attention=attention).requires_grad_(False)
+        model = built(config, dtype=torch.bfloat16, attention=without_kernels(attention, config)).requires_grad_(False)
         return _sizes(model)
 
 
@@ -130,21 +132,34 @@ def student_size(
     """Sizes of the student, and what autograd keeps of one row of ``sequence_length`` tokens per layer.
 
     ``prepare`` freezes what is not trained and adds what else is. The row holds several documents, as packed rows do:
-    masks then are tensors. ``changed`` layers are not the teacher's, trained or not.
+    masks then are tensors. flash and flex make none: for them the row is one document. ``changed`` layers are not the
+    teacher's, trained or not.
 
     Raises:
         RuntimeError: the family looks at numbers while it runs, as mixtures of experts may.
     """
     with shapes_only():
-        model = built(config, dtype=dtype, attention=attention)
+        model = built(config, dtype=dtype, attention=without_kernels(attention, config))
         prepare(model)
         model.train()
-        of_one_row, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
-        of_two_rows, _ = _kept(model, 2, sequence_length, autocast=autocast)
+        with _one_document() if attention in MASKLESS else contextlib.nullcontext():
+            of_one_row, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
+            of_two_rows, _ = _kept(model, 2, sequence_length, autocast=autocast)
         *layers, outside = (Kept(2 * a - b, b - a) for a, b in zip(of_one_row, of_two_rows, strict=True))
         sizes = _sizes(model, changed)
     counted = tuple(replace(layer, kept=kept) for layer, kept in zip(sizes.layers, layers, strict=True))
     return replace(sizes, layers=counted, outside=outside, state_bytes=state_bytes)
+
+
+@contextlib.contextmanager
+def _one_document() -> Iterator[None]:
+    """Rows are one document each; transformers, which has no data to look at, would make masks of borders."""
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 def _kept(model: PreTrainedModel, rows: int, length: int, *, autocast: bool) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config
+from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint, loaded_dtype
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import needs_teacher, reads_distributions
@@ -157,5 +158,6 @@ def student_parts(student: Checkpoint, plan: PruningPlan, settings: Distill) -> 
         return trained_parts(settings.trainable, plan, keys_from=keys_from(text_config(student.config)))
     # only there it matters whether head and embeddings are one table, which configurations do not say of every family
     with shapes_only():
-        model = built(student.config, dtype=torch.float32, attention=student.load.attention)
+        attention = without_kernels(student.load.attention, student.config)
+        model = built(student.config, dtype=torch.float32, attention=attention)
         return parts_of(model, settings.trainable, plan)

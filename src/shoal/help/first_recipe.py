@@ -18,6 +18,7 @@ from shoal.formatting import bytes_text, count_text
 from shoal.help.settings import Setting, as_yaml, first_sentence, settings_of
 from shoal.machine import available_memory, device_memory, device_name, ranks_to_start
 from shoal.models.anatomy import text_config
+from shoal.models.attention import choose_attention
 from shoal.models.load import Checkpoint, LoadSettings, find_config, loaded_dtype, num_parameters, without_data
 from shoal.numerics import fast_dtype
 from shoal.recipe.recipe import Recipe, apply_override, name_of_model, parse_recipe
@@ -147,7 +148,9 @@ def _job(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> Job
     recipe = parse_recipe(raw)
     layers = text_config(config).num_hidden_layers
     drop = tuple(range(1, 1 + default_count(layers)))
-    load = LoadSettings(dtype=machine.dtype, attention=recipe.attention)
+    precisions = {"dtype": machine.dtype}
+    attention = choose_attention(recipe.attention, config, machine.device, precisions).attention
+    load = LoadSettings(dtype=machine.dtype, attention=attention)
     student = student_config(config, [layer for layer in range(layers) if layer not in drop])
     plan = PruningPlan(provenance=Provenance({}), num_layers=layers, drop=drop, reason="the lowest ones")
     here = Path(recipe.run_dir)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
@@ -37,8 +38,8 @@ class AttentionInputs:
     sinks_H: Tensor | None = None
     """Score of a key that every query sees beside the others and that has no value; None = there is none."""
     seen_B1SS: Tensor | None = None
-    """Which keys a query sees, by the mask that the layer was given (its first dimension may be 1); None = without a
-    mask: all of its document up to itself."""
+    """Which keys a query sees, by the mask or the documents' borders that the layer was given (the first dimension may
+    be 1); None = without either: all up to itself."""
 
 
 @contextmanager
@@ -66,7 +67,8 @@ def attention_calls(
                 raise UserError(f"{family}: layer {layer} has more than one attention; {remedy}")
             mask = args[0] if args else kwargs.get("attention_mask")
             # one per head is no question of who sees whom: Doge adds what it has learnt of every key
-            if kwargs.get("position_bias") is not None or (mask is not None and mask.shape[1] != 1):
+            per_head = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1
+            if kwargs.get("position_bias") is not None or per_head:
                 raise UserError(f"{family}: attention of layer {layer} adds biases to its scores; {remedy}")
             take(layer, _inputs(query, key, value, mask, kwargs))
         return interface(module, query, key, value, *args, **kwargs)
@@ -119,6 +121,28 @@ def _inputs(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=settings.get("softcap"),
         sinks_H=settings.get("s_aux"),
-        # eager attention adds its mask to the scores: 0 to what is seen
-        seen_B1SS=mask if mask is None or mask.dtype == torch.bool else mask == 0,
+        seen_B1SS=_seen(mask, settings, query, key.shape[-2]),
     )
+
+
+def _seen(
+    mask: Tensor | BlockMask | None, settings: dict[str, Any], query_BHSd: Tensor, num_keys: int
+) -> Tensor | None:
+    """(B, 1, S, keys) What queries see, in whatever form the layer's kernels are told."""
+    rows, _, num_queries, _ = query_BHSd.shape
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, rows, 1, num_queries, num_keys, device=str(query_BHSd.device))
+    if mask is not None and mask.dim() == 4:
+        # eager attention adds its mask to the scores: 0 to what is seen
+        return mask if mask.dtype == torch.bool else mask == 0
+    borders, window = settings.get("cu_seq_lens_q"), settings.get("sliding_window") or num_keys
+    if mask is None and borders is None and window >= num_keys:
+        return None
+    key_S = torch.arange(num_keys, device=query_BHSd.device)
+    behind_SS = key_S[-num_queries:, None] - key_S  # the last queries end with the last keys
+    seen_B1SS = ((behind_SS >= 0) & (behind_SS < window)).expand(rows, 1, -1, -1)
+    if borders is not None:
+        place_BS = torch.arange(rows * num_keys, device=key_S.device).view(rows, -1)
+        document_BS = torch.searchsorted(borders[1:].contiguous(), place_BS, right=True, out_int32=True)
+        seen_B1SS = seen_B1SS & (document_BS[:, None, :, None] == document_BS[:, None, None])
+    return seen_B1SS if mask is None else seen_B1SS & mask.bool()[:, None, None]

@@ -171,12 +171,17 @@ def check_checkpoint(folder: Path) -> None:
 
     A safetensors file says in its header how long it must be, so that a torn file shows without reading its data.
     """
+    check_config(folder)
+    read_shards(folder)
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder without config.json, or with one that holds no mapping."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: has no config.json, so it is no Hugging Face checkpoint; give the folder that holds one"
         )
     json_or_empty(folder / "config.json")
-    read_shards(folder)
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -1,20 +1,25 @@
 """Documents that share a row stay apart, also in families that forget positions when they make masks.
 
 transformers' mask functions see from position ids where a document begins, but some families do not pass them on
-(gpt-oss, AFMoE, Bloom, MPT, OPT, XGLM): there every document would read those before it. B batch, S sequence.
+(gpt-oss, AFMoE, Bloom, MPT, OPT, XGLM): there every document would read those before it. Flash kernels take no masks:
+they are told where documents begin in all rows, one behind the other. B batch, S sequence, C documents.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import masking_utils, modeling_flash_attention_utils
+from transformers.utils.generic import is_flash_attention_requested
+
+from shoal.errors import UserError
 
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 """Functions of transformers that read from positions where documents begin."""
@@ -30,22 +35,107 @@ def padding_apart(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return torch.where(mask_BS, position_ids_BS, index_S - last_real_BS - 1)
 
 
+def document_starts(position_ids_BS: Tensor) -> Tensor:
+    """Whether a token is the first of its document or row, (B, S)."""
+    first_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
+    first_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+    return first_BS
+
+
+def document_borders(position_ids_BS: Tensor, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments by which flash kernels know the documents: where they begin in the B x S tokens of all rows and
+    where the last one ends, (C + 1,), and the length of the longest."""
+    starts_C = document_starts(position_ids_BS).flatten().nonzero()[:, 0]
+    borders = torch.cat([starts_C, starts_C.new_tensor([position_ids_BS.numel()])]).int()
+    longest, borders = int(borders.diff().max()), borders.to(device, non_blocking=True)
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
 @contextmanager
 def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Iterator[None]:
-    """While ``decoder`` (see anatomy.decoder_body) runs on these positions, its masks are made from them."""
+    """While ``decoder`` (see anatomy.decoder_body) runs on these positions, its masks are made from them; flash kernels
+    get the documents' borders from them.
+
+    Raises:
+        UserError: when the decoder runs, a family that does not hand the borders on to its flash kernels.
+    """
     module = sys.modules.get(type(decoder).__module__)
     theirs: dict[str, Callable[..., Any]] = {name: getattr(masking_utils, name) for name in MASKS}
     patched = {name: original for name, original in theirs.items() if getattr(module, name, None) is original}
+    config: Any = getattr(decoder, "config", None)
 
     def with_positions(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = position_ids_BS
         return make(*args, **kwargs)
 
-    for name, original in patched.items():
-        setattr(module, name, partial(with_positions, original))
+    with ExitStack() as stack:
+        for name, original in patched.items():
+            setattr(module, name, partial(with_positions, original))
+            stack.callback(setattr, module, name, original)
+        if position_ids_BS is not None and config is not None and is_flash_attention_requested(config):
+            stack.enter_context(_borders_handed(decoder, position_ids_BS))
+        yield
+
+
+@contextmanager
+def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[None]:
+    """The decoder is called with the documents' borders, where it reads whole rows and nothing is padded or cached.
+
+    As arguments, because gradient checkpointing calls layers again with what they were called with. The first time,
+    every call of a kernel is looked at: has it got these borders?
+    """
+    handed: list[Tensor] = []
+
+    def hand(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        handed.clear()
+        if any(kwargs.get(name) is not None for name in ("attention_mask", "cache", "past_key_values")):
+            return args, kwargs
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        tokens = next(each for each in given if each is not None)
+        # by its name in this module: who knows the borders on the host puts them there
+        borders = document_borders(position_ids_BS.expand(len(tokens), -1), tokens.device)
+        handed.append(borders["cu_seq_lens_q"])
+        return args, {**kwargs, **borders}
+
+    with ExitStack() as stack:
+        stack.callback(decoder.register_forward_pre_hook(hand, with_kwargs=True).remove)
+        if decoder not in _proven:
+            stack.enter_context(_kernels_watched(decoder, handed))
+        yield
+
+
+@contextmanager
+def _kernels_watched(decoder: nn.Module, handed: list[Tensor]) -> Iterator[None]:
+    """Refuse a flash kernel that is called without the borders in ``handed``, where there are any."""
+    imported = modeling_flash_attention_utils.lazy_import_flash_attention
+    seen: list[bool] = []
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        family = getattr(decoder.config, "model_type", type(decoder).__name__)
+        raise UserError(
+            f"{family}: its layers do not tell flash kernels where documents begin, so documents of a row would see "
+            "each other; set attention: sdpa"
+        )
+
+    def watched(kernel: Callable[..., Any], *args: Any, cu_seqlens_q: Tensor, **kwargs: Any) -> Any:
+        if handed and not torch.equal(cu_seqlens_q, handed[0].to(cu_seqlens_q.device)):
+            refuse()
+        seen.append(bool(handed))
+        return kernel(*args, cu_seqlens_q=cu_seqlens_q, **kwargs)
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        (whole, packed, *others), process = imported(*args, **kwargs)
+        return (refuse if handed else whole, partial(watched, packed), *others), process
+
+    modeling_flash_attention_utils.lazy_import_flash_attention = watching
     try:
         yield
     finally:
-        for name, original in patched.items():
-            setattr(module, name, original)
+        modeling_flash_attention_utils.lazy_import_flash_attention = imported
+    if any(seen):
+        _proven.add(decoder)
+
+
+_proven: WeakSet[nn.Module] = WeakSet()
+"""Decoders whose flash kernels have been seen to get the borders of documents."""

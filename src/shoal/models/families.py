@@ -6,6 +6,7 @@ test says that a rule does not hold for it. Rules that other programs have for f
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 
@@ -21,6 +22,10 @@ class Family:
     """The text model alone is saved under a type that transformers cannot load; it comes with its vision tower."""
     no_branch: str = ""
     """Reason why rows of a cache that looks as if they could be copied would then give other values."""
+    no_flash: str = ""
+    """What it does that keeps flash kernels from packed rows, though transformers offers them for it."""
+    no_flex: str = ""
+    """What it does that flex attention does not follow, though transformers offers it."""
     no_cut: str = ""
     """Reason why no cut equals skipping the layers."""
     first_alone: str = ""
@@ -41,12 +46,19 @@ class Family:
 
 _STORES_KV = r"self_attn\.store_full_length_kv"  # special_cuts._recount_shared_layers checks that the read ones store
 _READS_BLOCKS = "its layers read the outputs of earlier blocks of layers beside the residual stream"
+_KEEPS_BORDERS = "does not tell its kernels where documents begin"
+_BIASES = "adds biases of its own to the scores"
+_DELTA_RULE = (
+    ""
+    if importlib.util.find_spec("fla") and importlib.util.find_spec("causal_conv1d")
+    else "has linear layers that keep documents apart by flash-linear-attention and causal-conv1d, not installed here"
+)
 _PADS_LEFT = "takes padding on the left for text"
 
 FAMILIES: dict[str, Family] = {
     "cpmant": Family(layers="cpmant.encoder.layers", no_branch="wants all earlier tokens beside the cache"),
     "diffllama": Family(counts_from_zero="computes lambda_init"),
-    "doge": Family(changed_residual="scales the residual stream in every layer"),
+    "doge": Family(no_flex=_BIASES, changed_residual="scales the residual stream in every layer"),
     "dory": Family(no_branch="grows the cache"),
     "gemma3n_text": Family(may_differ=_STORES_KV, changed_residual="mixes several residual streams in every layer"),
     "gemma4_text": Family(
@@ -56,10 +68,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma4_unified_text": Family(may_differ=_STORES_KV, ends_with_full_attention=True),
     "git": Family(layers="git.encoder.layer", no_branch=_PADS_LEFT),
+    "falcon": Family(no_flash=_KEEPS_BORDERS),
+    "gpt_neo": Family(no_flash=_KEEPS_BORDERS),
     "gpt_neox_japanese": Family(last_alone="adds a bias after attention"),
-    "hrm_text": Family(no_branch="a recurrence that makes something of every rounding"),
+    "hrm_text": Family(
+        no_branch="a recurrence that makes something of every rounding", no_flash="reads a prefix in both directions"
+    ),
     "inkling2_loop_text": Family(no_cut=_READS_BLOCKS),
     "inkling2_text": Family(no_cut=_READS_BLOCKS),
+    "inkling_text": Family(no_flex=_BIASES),
+    "lara_mini": Family(no_flash=_DELTA_RULE),
     "llama4_text": Family(no_branch=_PADS_LEFT),
     "minimax": Family(
         may_differ=r"self_attn\.num_hidden_layers",  # decides decay rates that are buffers of the checkpoint
@@ -68,8 +86,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "mllama_text_model": Family(with_images=True, no_branch="fills no slot of a layer that reads no image"),
     "modernbert-decoder": Family(head_prepares=True, first_alone="has no attention norm"),
+    "nemotron": Family(no_flash=_KEEPS_BORDERS),
+    "olmo_hybrid": Family(no_flash=_DELTA_RULE),
     "openai-gpt": Family(changed_residual="norms the residual stream after every half"),
     "opt": Family(changed_residual="norms the residual stream after every half (the 350m shape)"),
+    "qwen2_moe": Family(no_flash="does not tell its kernels of its sliding window"),
+    "qwen3_5_moe_text": Family(no_flash=_DELTA_RULE),
+    "qwen3_5_text": Family(no_flash=_DELTA_RULE),
+    "qwen3_next": Family(no_flash=_DELTA_RULE),
+    "stablelm": Family(no_flash=_KEEPS_BORDERS),
     "xlstm": Family(no_branch="is recurrent"),
     "zamba2": Family(
         # which block and adapters a layer shares: special_cuts._recount_shared_blocks and teacher_leaf see to them

@@ -6,33 +6,30 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
+from shoal.models.attention import named
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
-
-ATTENTION = ("sdpa", "eager")
-"""Attention implementations that keep documents of one row apart."""
 
 
 def require_usable(model: PreTrainedModel, name: str = "model") -> None:
     """Refuse a model, called ``name`` in messages, that nothing here could be done with.
 
     Raises:
-        UserError: it is no PreTrainedModel, or its attention lets documents of one row see each other.
+        UserError: it is no PreTrainedModel, or its attention is none that keeps documents of one row apart.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
         )
     attention = getattr(model.config, "_attn_implementation", None)
-    if attention is not None and attention not in ATTENTION:
+    if attention is not None and named(attention) not in ("flash", "flex", "sdpa", "eager"):
         raise UserError(
-            f"{name}: its attention is {attention}, with which documents that share a row see each other; load it with "
-            "attn_implementation='sdpa', or call set_attn_implementation('sdpa')"
+            f"{name}: its attention is {attention}, of which nobody knows whether documents that share a row "
+            "see each other; load it with attn_implementation='sdpa', or call set_attn_implementation('sdpa')"
         )
 
 
@@ -82,8 +79,8 @@ def left_as_it_was(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
     """What is known of a model without its weights, as if it lay in a folder of its name."""
-    attention: Any = getattr(model.config, "_attn_implementation", None) or "sdpa"
-    load = LoadSettings(str(model.dtype).removeprefix("torch."), attention)
+    attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
+    load = LoadSettings(str(model.dtype).removeprefix("torch."), named(attention))
     return Checkpoint(Path(name_of(model)), model.config, load)
 
 

@@ -30,12 +30,14 @@ from transformers.models.auto.modeling_auto import (
 
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
+from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import (
     ADAPTER_CONFIG,
     DEMO_PREFIX,
     DOWNLOAD_AGAIN,
     Shard,
     check_checkpoint,
+    check_config,
     has_tokenizer,
     json_or_empty,
 )
@@ -87,7 +89,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
-def find_config(name: str, *, revision: str | None = None) -> Any:
+def find_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The configuration of model ``name``, as resolve_model finds it, without its weights: of a LoRA adapter that of
     its base.
 
@@ -102,8 +104,9 @@ def find_config(name: str, *, revision: str | None = None) -> Any:
     adapter = json_or_empty(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or base == name:
-        return load_config(folder)
-    return find_config(base, revision=adapter.get("revision"))
+        check_config(folder)
+        return load_config(folder, trust_remote_code=trust_remote_code)
+    return find_config(base, revision=adapter.get("revision"), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -216,8 +219,8 @@ def load_model(
     """The causal language model at ``folder`` in eval mode, from safetensors only; with the tower that reads images
     where `reads_images` says so.
 
-    ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: None = SDPA where the family has
-    it, else eager.
+    ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: as in a recipe but for auto; None =
+    SDPA where the family has it, else eager.
 
     Raises:
         UserError: an architecture this transformers does not know, remote code without consent, a damaged file, weights
@@ -230,7 +233,7 @@ def load_model(
             loaded: Any = automatic_class(config).from_pretrained(
                 folder,
                 dtype=named_dtype(dtype) or "auto",
-                attn_implementation=attention,
+                attn_implementation=implementation(attention, config),
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -314,7 +317,7 @@ class LoadSettings:
     dtype: str = "stored"
     """Name of torch's for the precision of the weights; stored = that of the checkpoint."""
     attention: str = "sdpa"
-    """Attention implementation of transformers."""
+    """Kernels of attention as in a recipe, but for auto (see shoal.models.attention)."""
     trust_remote_code: bool = False
 
 

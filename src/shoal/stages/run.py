@@ -17,7 +17,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -48,8 +48,9 @@ from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
 from shoal.models.anatomy import image_layers, text_config
+from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
-from shoal.models.load import load_config, load_tokenizer, reads_images, resolve_model
+from shoal.models.load import find_config, load_config, load_tokenizer, loaded_dtype, reads_images, resolve_model
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
@@ -64,6 +65,7 @@ from shoal.runtime import agreed, barrier, device, environment, is_main
 
 log = logging.getLogger(__name__)
 
+ATTENTION = ("flash", "flex", "sdpa", "eager")
 LOCK = ".lock"
 ROUNDS = "rounds"
 """Folder of a run directory that holds the rounds before the last, by number."""
@@ -80,7 +82,7 @@ LEAST_SIZE = 0.2
 
 @dataclass(frozen=True)
 class Numerics:
-    """The precisions that a run computes in."""
+    """What a run computes in and with."""
 
     dtype: str
     """Precision in which models are measured, evaluated and used as a teacher."""
@@ -96,6 +98,10 @@ class Numerics:
     """Share of the recipe's sizes that is left."""
     size_reason: str = ""
     """Reason for a share below 1, in a sentence."""
+    attention: str = "sdpa"
+    """Kernels of attention, never auto."""
+    attention_reason: str = ""
+    """Reason for these kernels, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -259,19 +265,26 @@ class Run:
 
 
 def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None) -> Run:
-    """The run of ``recipe`` in which no precision is `auto` any more. In a process group every rank calls this, and all
-    compute in what rank 0 finds. ``rounds_after`` and ``memory``: as in Run.
+    """The run of ``recipe`` in which no precision is `auto` any more, nor its attention. In a process group every rank
+    calls this, and all compute in what rank 0 finds. ``rounds_after`` and ``memory``: as in Run.
 
     A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
     asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
+
+    Raises:
+        UserError: attention that is not possible here, or as find_config.
     """
     numerics = agreed(lambda: _numerics(recipe))
     log.info("precision: %s, training in %s (%s)", numerics.dtype, numerics.precision, numerics.reason)
+    if numerics.attention != recipe.attention:
+        log.info("attention: %s (%s)", numerics.attention, numerics.attention_reason)
     teacher = recipe.distill.teacher
     if teacher.dtype == "auto":
         teacher = replace(teacher, dtype=numerics.dtype)
     distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
-    settled = replace(recipe, dtype=numerics.dtype, distill=distill, full_size_gflops=None)
+    settled = replace(
+        recipe, dtype=numerics.dtype, attention=numerics.attention, distill=distill, full_size_gflops=None
+    )
     if numerics.size < 1:
         log.info("sizes: %s", numerics.size_reason)
         settled = scaled(settled, numerics.size)
@@ -355,18 +368,46 @@ def _numerics(recipe: Recipe) -> Numerics:
             " ".join(f"{key}={choice.dtype}" for key in values),
         )
     reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
-    return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *_size(recipe, choice.dtype))
+    size, chosen = _size(recipe, choice.dtype), _attention(recipe, dtype, precision)
+    return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *size, chosen.attention, chosen.reason)
 
 
-def _begun_in(folder: Path, key: str) -> tuple[str, str] | None:
-    """What the results in a run directory were computed in under ``key``, and which of them says so."""
+def _attention(recipe: Recipe, dtype: str, precision: str) -> Chosen:
+    """The kernels of attention, for models that are run in ``dtype`` and trained in ``precision``."""
+    wanted, begun = recipe.attention, None
+    if wanted == "auto" and (begun := _begun_in(Path(recipe.run_dir).expanduser(), "attention", ATTENTION)):
+        wanted = begun[0]
+    if wanted in ("sdpa", "eager"):
+        chosen = Chosen(wanted, "the recipe names it")
+    else:
+        config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        chosen = choose_attention(wanted, config, device(), _halves(recipe, config, dtype, precision))
+    return chosen if begun is None else replace(chosen, reason=begun[1])
+
+
+def _halves(recipe: Recipe, config: PreTrainedConfig, dtype: str, precision: str) -> dict[str, str]:
+    """By setting, the precision that attention is computed in: of trained models that of autocast."""
+    trained = {"bf16": "bfloat16", "fp16": "float16", "torch_autocast": "bfloat16"}
+    if precision == "auto":
+        precision = trained[precisions_named(read_deepspeed(recipe.distill.deepspeed))[0]]
+    teacher = recipe.distill.teacher.dtype
+    own = dtype if teacher in (None, "auto") else teacher
+    named = {"dtype": dtype, "distill.precision": precision, "distill.teacher.dtype": own}
+    stored = str(loaded_dtype(config)).removeprefix("torch.")
+    return {key: stored if name == "stored" else name for key, name in named.items()}
+
+
+def _begun_in(folder: Path, key: str, values: Sequence[str] = DTYPES) -> tuple[str, str] | None:
+    """Which of ``values`` the results in a run directory were computed in or with under ``key``, and which of them says
+    so."""
     folders = [folder, *sorted(folder.glob(f"{ROUNDS}/*"))]
     checkpoints = [file for own in folders for file in own.glob("checkpoints/checkpoint-*/manifest.json")]
     results = [own / name for own in folders for name in ("distill.json", "importance.json", "eval/teacher.json")]
     for file in (*sorted(checkpoints, reverse=True), *results):
         value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
-        if value in DTYPES:
-            return value, f"{file.relative_to(folder)} of this run directory was made in {value}"
+        if value in values:
+            how = "in" if values is DTYPES else "with"
+            return str(value), f"{file.relative_to(folder)} of this run directory was made {how} {value}"
     return None
 
 

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
+from transformers.modeling_utils import AttentionInterface
 
 from shoal.errors import UserError
 from shoal.train.objective.activation_checkpointing import recompute_selectively
@@ -95,3 +96,26 @@ def test_reentrant_checkpointing_is_refused_and_without_the_key_nothing_changes(
     arguments.activation_checkpointing_kwargs = {"use_reentrant": True}
     recompute_selectively(student, arguments)
     assert "activation_checkpointing_enable" not in vars(student)
+
+
+def test_what_flash_kernels_have_given_is_kept(tmp_path, monkeypatch):
+    """Their packages register them with torch, as here: a kernel that counts how often it runs."""
+    calls = []
+
+    @torch.library.custom_op("shoal_flash_attn::varlen_fwd", mutates_args=())
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return (q * k).tanh() * v
+
+    forward.register_autograd(lambda context, gradient: (gradient, gradient, gradient))
+    monkeypatch.setattr(AttentionInterface, "get_interface", lambda *_: kernel)
+
+    def kernel(_module, query, key, value, *_, **__):
+        repeated = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+        return forward(query, *repeated).transpose(1, 2).contiguous(), None
+
+    run("llama", tmp_path, {"selective": True})
+    kept = len(calls)
+    calls.clear()
+    run("llama", tmp_path, {"use_reentrant": False})
+    assert (kept, len(calls)) == (6, 12)

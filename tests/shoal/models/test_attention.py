@@ -1,0 +1,299 @@
+"""Which kernels compute attention, and that documents of a row, padding and caches are the same under all of them.
+
+Flash kernels are a stand-in by loops in float64 (flash_stand_in.py), flex attention is torch's uncompiled one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import architectures
+import flash_stand_in
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from torch import Tensor
+from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, StableLmConfig
+
+from shoal.errors import UserError
+from shoal.inference.decoder import Decoder
+from shoal.inference.generation import write_after
+from shoal.inference.scoring import score
+from shoal.models import attention
+from shoal.models.anatomy import decoder_body, decoder_layers, text_config
+from shoal.models.attention import choose_attention, implementation, named, without_kernels
+from shoal.models.attention_calls import AttentionInputs, attention_calls, attention_weights
+from shoal.models.document_masks import document_borders, documents_apart, padding_apart
+from shoal.models.families import family
+from shoal.models.load import load_model
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+IDS = torch.randint(5, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.tensor([[*range(12), *range(4)], [7, 8, 9, *range(13)]])
+"""Two documents a row, one of them longer than a window; the second row begins within a document."""
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss", "granite_swa", "phi3")
+"""Plain, normed, capped, sliding, sliding, sinks and experts, sinks, fused; all but phi3 with grouped heads."""
+
+
+def switched(model: PreTrainedModel, wanted: str) -> PreTrainedModel:
+    kernels = implementation(wanted, model.config)
+    assert kernels is not None
+    model.set_attn_implementation(kernels)
+    return model
+
+
+@torch.no_grad()
+def hidden(model: PreTrainedModel, ids: Tensor = IDS, positions: Tensor = POSITIONS) -> Tensor:
+    body: Any = decoder_body(model)
+    with documents_apart(body, positions):
+        return body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+# --- what is chosen -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which everything is installed."""
+    flash_stand_in.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "triton" else found(name))
+
+
+HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("config", "precisions", "reason"),
+    [
+        (StableLmConfig(), HALF, "is not possible for stablelm, which does not tell its kernels where documents begin"),
+        (PreTrainedConfig(), HALF, "is not known to be possible for PreTrainedConfig"),
+        (architectures.tiny_config("gemma4"), HALF, "is not known to be possible for gemma4"),
+        (LlamaConfig(), HALF | {"distill.precision": "float32"}, "and distill.precision is float32"),
+        (LlamaConfig(head_dim=288), HALF, "takes heads of a multiple of 8 numbers up to 256, and llama has 288"),
+        (LlamaConfig(head_dim=60), HALF, "a multiple of 8 numbers up to 256, and llama has 60"),
+        (LlamaConfig(hidden_size=80, num_attention_heads=4), HALF, "and llama has 20"),
+    ],
+)
+def test_flash_is_refused_where_it_is_not_possible_and_auto_takes_sdpa(
+    config: PreTrainedConfig, precisions: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^attention: flash .*{reason}; set attention: sdpa, or auto"):
+        choose_attention("flash", config, GPU, precisions)
+    chosen = choose_attention("auto", config, GPU, precisions)
+    assert (chosen.attention, reason in chosen.reason) == ("sdpa", True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_flash_is_taken_where_it_is_possible_and_the_reason_names_the_kernels() -> None:
+    assert choose_attention("flash", LlamaConfig(), GPU, HALF).attention == "flash"
+    chosen = choose_attention("auto", LlamaConfig(), GPU, HALF)
+    assert (chosen.attention, chosen.reason) == ("flash", "flash_attention_2 is installed, and llama can use it")
+    assert choose_attention("auto", Gemma2Config(), GPU, HALF).attention == "flash"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_that_are_old_absent_or_broken_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal() -> str:
+        with pytest.raises(UserError) as refused:
+            choose_attention("flash", LlamaConfig(), GPU, HALF)
+        return str(refused.value)
+
+    def broken(*_: Any) -> None:
+        raise ImportError("undefined symbol: _ZN3c105Error\nfurther lines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "lazy_import_flash_attention", broken)
+        assert "cannot load its kernels flash_attention_2 (undefined symbol: _ZN3c105Error);" in refusal()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_is_installed", lambda name: False)
+        assert "has no kernels here: install flash-attn, or the package kernels" in refusal()
+        with pytest.raises(UserError, match="no kernels here"):
+            implementation("flash", LlamaConfig())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "needs a GPU of compute capability 8.0, and this one has 7.5" in refusal()
+
+
+@pytest.mark.parametrize("wanted", ["flash", "flex"])
+def test_a_cpu_has_neither_and_auto_is_what_the_family_has(wanted: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"attention: {wanted} needs a CUDA GPU, and this device is cpu; set attention"
+    ):
+        choose_attention(wanted, LlamaConfig(), CPU, HALF)
+    assert choose_attention("auto", LlamaConfig(), CPU, HALF).attention == "sdpa"
+    capped = choose_attention("auto", Gemma2Config(), CPU, HALF)
+    assert capped.attention == "eager"
+    assert "gemma2 has no SDPA" in capped.reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_flex_is_refused_where_it_is_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_attention("flex", LlamaConfig(), GPU, {"dtype": "float32"}).attention == "flex"
+    for config, reason in (
+        (LlamaConfig(attention_dropout=0.1), "config.json says attention_dropout: 0.1"),
+        (LlamaConfig(head_dim=8), "at least 16 numbers, and llama has 8"),
+        (architectures.tiny_config("gpt2"), "is nothing that transformers has for gpt2"),
+        (architectures.tiny_config("doge"), "is not possible for doge, which adds biases"),
+    ):
+        with pytest.raises(UserError, match=rf"attention: flex .*{reason}.*; set attention: sdpa"):
+            choose_attention("flex", config, GPU, HALF)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="triton, which is not installed"):
+        choose_attention("flex", LlamaConfig(), GPU, HALF)
+
+
+def test_names_of_transformers_are_those_of_the_setting() -> None:
+    names = ("sdpa", "eager", "flash_attention_2", "kernels-community/flash-attn2", "flex_attention", "paged|other")
+    assert [named(name) for name in names] == ["sdpa", "eager", "flash", "flash", "flex", "paged|other"]
+    assert without_kernels("flash", Gemma2Config()) == "eager"
+    assert without_kernels("flex", GPTNeoXConfig()) == "sdpa"
+
+
+def test_a_checkpoint_is_loaded_with_the_kernels_of_its_setting(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_stand_in.install(monkeypatch)
+    for wanted in ("flash", "flex"):
+        loaded = load_model(teacher, attention=wanted)
+        assert named(str(loaded.config._attn_implementation)) == wanted
+        torch.testing.assert_close(hidden(loaded), hidden(load_model(teacher)), rtol=1e-4, atol=1e-4)
+
+
+# --- documents, padding and caches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["flash", "flex"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_documents_and_padding_give_the_states_of_masked_attention(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model = architectures.tiny_model(name)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[0, 14:] = False
+    for positions in (POSITIONS, padding_apart(POSITIONS, mask)):
+        expected = hidden(switched(model, without_kernels(kernels, model.config)), positions=positions)
+        found = hidden(switched(model, kernels), positions=positions)
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    alone = hidden(model, IDS[:1, 12:], POSITIONS[:1, 12:])
+    torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
+
+
+def test_borders_are_those_of_the_documents_of_all_rows() -> None:
+    borders = document_borders(POSITIONS, CPU)
+    assert borders["cu_seq_lens_q"].tolist() == [0, 12, 16, 19, 32]
+    assert borders["cu_seq_lens_q"].dtype == torch.int32
+    assert (borders["max_length_q"], borders["max_length_k"]) == (13, 13)
+
+
+@pytest.mark.parametrize("name", ["stablelm", "nemotron"])
+def test_a_family_that_keeps_borders_from_its_kernels_is_refused_when_it_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model = switched(architectures.tiny_model(name), "flash")
+    with pytest.raises(UserError, match=rf"{name}: its layers do not tell flash kernels where docu"):
+        hidden(model)
+
+
+def test_borders_are_looked_at_once_and_then_only_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_stand_in.install(monkeypatch)
+    from shoal.models import document_masks
+
+    model, looked = switched(architectures.tiny_model("llama"), "flash"), []
+    watched = document_masks._kernels_watched
+    monkeypatch.setattr(document_masks, "_kernels_watched", lambda *given: looked.append(1) or watched(*given))
+    first, second = hidden(model), hidden(model)
+    assert looked == [1]
+    assert torch.equal(first, second)
+
+
+def test_a_mask_that_flex_cannot_read_is_refused() -> None:
+    model = switched(architectures.tiny_model("doge"), "flex")
+    with pytest.raises(UserError, match="DogeAttention: hands attention a mask or biases of its own"):
+        hidden(model)
+
+
+@pytest.mark.parametrize("kernels", ["flash", "flex"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+def test_scores_and_text_are_those_of_masked_attention(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model = architectures.tiny_model(name)
+    beginning = tuple(range(5, 18))  # read once for two questions; longer than a window
+    requests = [
+        ((*beginning, *question), continuation)
+        for question in ((20, 21, 22), (30, 31), (40,))
+        for continuation in ((50,), (51, 52, 53), (54, 55))
+    ]
+    prompts = [[5, 6, 7], list(range(5, 18)), [9]]
+
+    def answers(wanted: str, batch_size: int) -> tuple[Any, Any]:
+        decoder = Decoder(switched(model, wanted))
+        texts = write_after(decoder, prompts, max_new_tokens=6, is_finished=lambda tokens: len(tokens) == 4)
+        return score(decoder, requests, batch_size=batch_size), texts
+
+    for batch_size in (1, 3):
+        scores, texts = answers(without_kernels(kernels, model.config), batch_size)
+        found_scores, found_texts = answers(kernels, batch_size)
+        assert found_texts == texts
+        assert [each[0] for each in found_scores] == pytest.approx([each[0] for each in scores], abs=2e-3)
+
+
+@pytest.mark.parametrize("kernels", ["flash", "flex"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral"])
+def test_what_queries_attend_to_is_told_from_borders_and_blocks_as_from_masks(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model, places = architectures.tiny_model(name), torch.tensor([[11, 12, 15], [0, 3, 15]])
+
+    def weights(wanted: str) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int, inputs: AttentionInputs) -> None:
+            found[layer] = attention_weights(inputs, places)
+
+        with attention_calls(model, range(len(decoder_layers(model))), keep, remedy="none"):
+            hidden(switched(model, wanted))
+        return found
+
+    expected, found = weights(without_kernels(kernels, model.config)), weights(kernels)
+    for layer, own in expected.items():
+        torch.testing.assert_close(found[layer], own, rtol=1e-4, atol=1e-5)
+
+
+RIGHT_ONLY_WITH_BORDERS = ("biogpt",)
+"""Make a mask of ones where none is given, after which transformers does not look for documents."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["flash", "flex"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_family_that_transformers_offers_kernels_for_keeps_documents_apart_or_is_known_not_to(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model = architectures.tiny_model(name)
+    kind = attention._model_class(model.config)
+    if kind is None or not (kind._supports_flash_attn if kernels == "flash" else kind._supports_flex_attn):
+        pytest.skip(f"transformers has no {kernels} for it")
+    exceptions = family(text_config(model.config).model_type)
+    if exceptions.no_flash if kernels == "flash" else exceptions.no_flex:
+        if model.config.model_type in ("falcon", "gpt_neo"):
+            pytest.skip("chooses its kernels where it is made")
+        expected = hidden(model)
+        with pytest.raises((UserError, ValueError, AssertionError)):
+            torch.testing.assert_close(hidden(switched(model, kernels)), expected, rtol=1e-2, atol=1e-2)
+        return
+    if name.startswith("gpt2") or name == "gpt-sw3":
+        model.bfloat16()  # whose linear maps are of a kind in which transformers finds no precision
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    expected = hidden(model)
+    found = hidden(switched(model, kernels))
+    if kernels == "flash" and name in RIGHT_ONLY_WITH_BORDERS:
+        found, expected = found[:1, 12:], hidden(model, IDS[:1, 12:], POSITIONS[:1, 12:])
+    assert float((found - expected).norm() / expected.norm()) < tolerance
