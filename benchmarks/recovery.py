@@ -18,8 +18,9 @@ forms          the same with the abilities in all trained forms
 general_kl     the teacher's distributions on general text alone
 mixed_kl       the teacher's distributions; 49 % general text, 21 % instructions, 30 % abilities in all trained forms
 mixed_ce       cross-entropy on the same text
-mixed          half of each on the same text: the quickstart's recipe
-by_source      on the same text, the teacher's distributions of general text and cross-entropy on the rest
+mixed          half of each on the same text: the quickstart's recipe until by_source beat it
+by_source      on the same text, the teacher's distributions of general text and cross-entropy on the rest: the
+               quickstart's recipe
 half           as by_source, half of the text abilities: 35 % general text, 15 % instructions
 mixed_slow     mixed at 5e-4
 mixed_all      mixed with everything trained, at 3e-4
