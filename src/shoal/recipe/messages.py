@@ -17,6 +17,8 @@ from shoal.redaction import redacted, redacted_arguments
 
 S = TypeVar("S", bound=Section)
 
+NOT_HERE = {"image": "data holds text alone: images are measured with (measure.images), and nothing learns from them"}
+"""Keys that are asked for where shoal has nothing for them -> what it has."""
 WORDS = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -132,7 +134,7 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
         known = [field.name for section in sections for field in dataclasses.fields(section)]
         close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
-        return _joined([*keys, last]), f"unknown key; {hint}", ""
+        return _joined([*keys, last]), f"unknown key; {NOT_HERE.get(str(last), hint)}", ""
     keys, sections = _walk(problem["loc"], root)
     place = _joined(keys)
     match problem["type"]:

@@ -121,6 +121,14 @@ def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp
     assert load_config(named.dir / "student").text_config.cross_attention_layers == [2]
 
 
+def test_images_as_training_data_are_refused() -> None:
+    raw = {"data": [{"path": "rows.jsonl", "image": "image"}]}
+    with pytest.raises(
+        UserError, match=r"distill.data.0.image: unknown key; data holds text alone: images are measured"
+    ):
+        parse_recipe({"model": "x", "run_dir": "y", "distill": raw})
+
+
 def test_quantised_copies_are_refused(models: Path) -> None:
     source = Checkpoint.read(models / "llava", LoadSettings())
     with pytest.raises(
