@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
 from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
 from shoal.progress import each
 from shoal.recipe.evaluate import Eval, Tasks
-from shoal.runtime import device, rank, seed_everything
+from shoal.runtime import device, environment, rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks
 from .harness.item_cache import ItemCache, identity_of
@@ -28,6 +30,7 @@ from .harness.llama_cpp import GgufModel, LlamaCppLM
 from .harness.perplexity import perplexity
 from .harness.sampled import sampled
 from .harness.samples import task_score
+from .harness.vllm_engine import VllmLM, VllmModel, vllm_model
 from .harness.writing import prompt_room
 from .tasks.load import tasks_of
 from .tasks.names import limit_without_task
@@ -56,26 +59,31 @@ def role_evaluation(
         UserError: as evaluate does, or a checkpoint that cannot be loaded.
     """
     gguf, tokenizer = gguf_in(checkpoint.folder), checkpoint.tokenizer()
-    model = checkpoint.model(device=device()) if gguf is None else GgufModel(gguf, checkpoint.config)
-    if role in QUANTIZED and not isinstance(model, GgufModel):
-        model = with_plain_weights(model)
-    return model_evaluation(
-        role,
-        model,
-        tokenizer,
-        settings,
-        inputs=inputs,
-        seed=seed,
-        num_bytes=checkpoint_bytes(checkpoint.folder),
-        items=items,
-        tasks=tasks,
-        cut_by=cut_by,
-    )
+    with ExitStack() as running:
+        if gguf is not None:
+            model = GgufModel(gguf, checkpoint.config)
+        elif settings.backend == "vllm":
+            model = running.enter_context(vllm_model(checkpoint, seed=seed))
+        else:
+            model = checkpoint.model(device=device())
+            model = with_plain_weights(model) if role in QUANTIZED else model
+        return model_evaluation(
+            role,
+            model,
+            tokenizer,
+            settings,
+            inputs=inputs,
+            seed=seed,
+            num_bytes=checkpoint_bytes(checkpoint.folder),
+            items=items,
+            tasks=tasks,
+            cut_by=cut_by,
+        )
 
 
 def model_evaluation(
     role: str,
-    model: PreTrainedModel | GgufModel,
+    model: PreTrainedModel | GgufModel | VllmModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Tasks,
     *,
@@ -99,8 +107,9 @@ def model_evaluation(
     counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
+    versions = {"vllm": model.version} if isinstance(model, VllmModel) else {}
     return Evaluation(
-        provenance=Provenance(inputs),
+        provenance=Provenance(inputs, environment() | versions),
         role=role,
         tasks=scores,
         num_parameters=_num_parameters(model),
@@ -112,15 +121,15 @@ def model_evaluation(
     )
 
 
-def _num_parameters(model: PreTrainedModel | GgufModel) -> int:
+def _num_parameters(model: PreTrainedModel | GgufModel | VllmModel) -> int:
     """Of a quantised model those it was made of: what is stored of them is packed."""
-    if isinstance(model, GgufModel) or getattr(model.config, "quantization_config", None) is not None:
-        return num_parameters(without_data(model.config))
+    if isinstance(model, GgufModel | VllmModel) or getattr(model.config, "quantization_config", None) is not None:
+        return num_parameters(without_data(copy.deepcopy(model.config)))  # which writes its attention into it
     return num_parameters(model)
 
 
 def evaluate(
-    model: PreTrainedModel | GgufModel,
+    model: PreTrainedModel | GgufModel | VllmModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Tasks,
     *,
@@ -141,7 +150,7 @@ def evaluate(
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
     """
     connect_ranks(model.device)
-    engine = LlamaCppLM if isinstance(model, GgufModel) else CausalLM
+    engine = LlamaCppLM if isinstance(model, GgufModel) else VllmLM if isinstance(model, VllmModel) else CausalLM
     lm = engine(model, tokenizer, settings.batch_size, items=items, called=called)  # pyright: ignore[reportArgumentType]
     if tasks is None:
         tasks = tasks_of(settings, seed=seed)

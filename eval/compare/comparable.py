@@ -368,6 +368,7 @@ def _score_settings(before: TaskScore, after: TaskScore, first: Evaluation, othe
         limits = [_limit(evaluation, before.task) for evaluation in (other, first)]
         note = f"eval.limit {limits[0]} and {limits[1]}" if field == "n" and limits[0] != limits[1] else ""
         note = "the version of the code that reads written answers" if field == "matching" else note
+        note = "eval.backend: another engine rounds and ties otherwise" if field == "engine" else note
         yield _Difference(f"{field} of task {before.task!r}", getattr(before, field), getattr(after, field), note)
     if not fields and before.prompts and after.prompts and before.prompts != after.prompts:
         note = _why_prompts_differ(before, after, first, other)

@@ -1,6 +1,7 @@
 """lm-eval's requests over a model in memory, and what it answered.
 
 engine           lm-eval's interface over a model in memory
+vllm_engine      the same over vLLM, for finished checkpoints
 llama_cpp        the same over a GGUF file
 perplexity       running text
 samples          from lm-eval's log to scores per item

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from shoal.inference.drawing import Drawn, DrawnOnly
 from shoal.models.anatomy import decoder_layers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Fixed:
+    """Room for keys and values that never grows."""
+
+    length: int
+    """Tokens of the longest prompt and its text, of all that are to be written."""
+    compiles: bool = True
+    """Whether the step that writes a token may be compiled."""
+    compile_config: CompileConfig | None = None
+    """How it is; None = as transformers does it on this device."""
 
 
 def sample(
@@ -23,6 +39,7 @@ def sample(
     top_p: float = 1.0,
     end_ids: Sequence[int],
     pad_id: int,
+    fixed: Fixed | None = None,
 ) -> list[list[int]]:
     """What ``model`` writes after every prompt: up to T tokens, the last of them an end token where it came to one.
 
@@ -30,8 +47,47 @@ def sample(
     generation configuration says of penalties and filters is not looked at. The chance is in ``uniforms_PT``, numbers
     from [0, 1), one for every token: a text depends on its own numbers and not on its neighbours in the batch, so the
     same texts come out however prompts are dealt to batches and ranks.
+
+    ``fixed``: keys and values lie in room that never grows, and on an accelerator transformers compiles the step that
+    writes a token, for these shapes. What cannot be compiled is written by steps as they are, after a warning that says
+    why. None = the cache grows with the text.
     """
+    if fixed is not None:
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to load
+
+        try:
+            return _generated(
+                model, prompts, uniforms_PT, temperature, top_p=top_p, end_ids=end_ids, pad_id=pad_id, fixed=fixed
+            )
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            log.warning("decoding of %s is not compiled and takes longer: %s", model.config.model_type, reason)
+            fixed.compiles = False
+    return _generated(
+        model, prompts, uniforms_PT, temperature, top_p=top_p, end_ids=end_ids, pad_id=pad_id, fixed=fixed
+    )
+
+
+def _generated(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_PT: Tensor,
+    temperature: float,
+    *,
+    top_p: float,
+    end_ids: Sequence[int],
+    pad_id: int,
+    fixed: Fixed | None,
+) -> list[list[int]]:
     width = max(map(len, prompts))
+    settings = {}
+    if fixed is not None:
+        settings = {
+            "cache_implementation": "static",
+            "max_cache_len": fixed.length,
+            "disable_compile": not fixed.compiles,
+            "compile_config": fixed.compile_config,
+        }
     device = model.device
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -41,6 +97,7 @@ def sample(
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
+        **settings,
     )
     drawn = Drawn(uniforms_PT.to(device), temperature, top_p)
     with _writing(model), torch.no_grad():

@@ -31,7 +31,7 @@ from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shapin
 from shoal.runtime import barrier, is_main, rank, world_size
 
 from .filtering import sifted
-from .sampling import end_tokens, sample
+from .sampling import Fixed, end_tokens, sample
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +189,13 @@ def _batches(folder: Path) -> Iterator[dict[str, Any]]:
     yield from sorted(records, key=lambda record: record["number"])
 
 
-def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int) -> Writer:
-    """Writes with ``teacher`` as it stands in memory."""
+def transformers_writer(
+    teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int, fixed: Fixed | None = None
+) -> Writer:
+    """Writes with ``teacher`` as it stands in memory. On an accelerator its cache has a fixed size and decoding is
+    compiled; ``fixed`` says so elsewhere too."""
+    if teacher.device.type != "cpu" and fixed is None:
+        fixed = Fixed(settings.max_prompt_tokens + settings.new_tokens)
     ends = end_tokens(teacher.generation_config, tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
 
@@ -204,6 +209,7 @@ def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Writ
             top_p=settings.top_p,
             end_ids=ends,
             pad_id=int(pad_id),
+            fixed=fixed,
         )
 
     return write

@@ -409,7 +409,7 @@ class TaskScore:
     ceiling: float = 1.0
     """Best score there is: below 1 where an answer scores the share of people who gave it too."""
     engine: str = "transformers"
-    """What ran the model: transformers or llama.cpp. Scores of two engines are never paired."""
+    """What ran the model: transformers, vllm or llama.cpp. Scores of two engines are never paired."""
 
     @property
     def key(self) -> tuple[str, str, str]:

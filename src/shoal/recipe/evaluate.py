@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -70,6 +70,11 @@ class Eval(Tasks):
     samples: Annotated[Samples | None, Shapes.SCORES, Field(exclude_if=lambda samples: samples is None)] = None
     """Draw further texts for every item of a generated task, for pass@k and for telling answers that a cut demoted from
     those that are gone; None = greedy text alone. ``n`` texts take about ``n`` times as long to write."""
+    backend: Annotated[
+        Literal["transformers", "vllm"], Shapes.SCORES, Field(exclude_if=lambda backend: backend == "transformers")
+    ] = "transformers"
+    """Library that runs the models. vllm has to be installed, needs a GPU and answers on one rank. Its likelihoods and
+    texts are its own, so its scores are compared with scores of vLLM alone. Speed is measured with transformers."""
     control: Annotated[bool, Shapes.NOTHING] = False
     """Train the uncut teacher too, on the same rows with the same settings, and score it as the role `control`, which
     shows what training on this text does to a model that has lost nothing. Takes longer than training the student."""

@@ -28,7 +28,7 @@ from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
-from shoal.models.checkpoint_files import model_fingerprint, names_model, tokenizer_fingerprint
+from shoal.models.checkpoint_files import gguf_in, model_fingerprint, names_model, tokenizer_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
@@ -115,6 +115,43 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     if settings.data_dir is not None:
         inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
     return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
+
+
+def check_eval(run: Run) -> None:
+    """Refuse an engine that is not there.
+
+    Raises:
+        UserError: it is not, or cannot answer here.
+    """
+    from shoal.eval.harness.vllm_engine import check_backend
+
+    check_backend(run.recipe.eval)
+
+
+def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:
+    """Refuse models that vLLM would not load, or would take for others, and copies that others can read better.
+
+    Raises:
+        UserError: naming the role and what vLLM does.
+    """
+    from shoal.compress.targets.check import check_targets
+
+    for role, checkpoint in checkpoints.items():
+        if gguf_in(checkpoint.folder) is not None:  # which llama.cpp runs
+            continue
+        if getattr(checkpoint.config, "quantization_config", None) is not None:
+            raise UserError(
+                f"eval.backend: vllm does not score quantised models here, as the {role} model ({checkpoint.folder}) "
+                "is; use backend: transformers"
+            )
+        (verdict,) = check_targets(checkpoint.config, targets=("vllm",))
+        if verdict.loads == "no":
+            raise UserError(
+                f"eval.backend: vllm would not run the {role} model ({checkpoint.folder}) as it is: {verdict.reason}; "
+                "use backend: transformers"
+            )
+        if verdict.loads == "unknown":
+            log.warning("eval: %s: %s", role, verdict.in_words())
 
 
 def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
@@ -270,6 +307,10 @@ def _score(
     from shoal.eval.suites import in_words, rest_in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
+    if due:
+        check_eval(run)
+        if run.recipe.eval.backend == "vllm":
+            _refuse_for_engine({role: checkpoints[role] for role in due})
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}

@@ -9,6 +9,7 @@ import logging
 
 from shoal.data.sources import load_texts
 from shoal.stages.distill import check_distill
+from shoal.stages.evaluate import check_eval
 from shoal.stages.export import check_quantize
 from shoal.stages.measure import check_measure
 from shoal.stages.prune import (
@@ -47,6 +48,7 @@ def preflight(run: Run) -> None:
         refuse_unfit_student(run, choose_plan(run, None, {}))
     check_measure((*run.rounds_before, run)[0])
     check_distill(run)
+    check_eval(run)
     check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)

@@ -437,6 +437,25 @@ def test_answers_that_were_matched_by_other_code_are_refused_and_old_files_have_
     assert "retrieval_continuation" not in str(refused.value)
 
 
+def test_scores_of_another_engine_are_refused_and_old_files_have_transformers(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "one"),
+        write_run(tmp_path / "other", change=lambda task: replace(task, engine="vllm")),
+    ]
+    for file in runs[0].glob("eval/*.json"):  # as it was written before there was another
+        body = json.loads(file.read_text())
+        for task in body["tasks"]:
+            assert task.pop("engine") == "transformers"
+        file.write_text(json.dumps(body))
+    with pytest.raises(UserError) as refused:
+        compare_runs(runs)
+    told = (
+        f"{runs[1]}/eval/teacher.json: engine of task 'retrieval_generation' is 'vllm', but 'transformers' in "
+        f"{runs[0]}/eval/teacher.json (eval.backend: another engine rounds and ties otherwise)"
+    )
+    assert told in str(refused.value)
+
+
 def asking(prompts: str, question: str, **fields: Any) -> Change:
     def change(task: TaskScore) -> TaskScore:
         items = tuple(replace(item, question=f"{question} {item.id}") for item in task.items)

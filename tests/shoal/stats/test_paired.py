@@ -138,7 +138,15 @@ def test_items_are_paired_by_id_not_by_position() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": "2"}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"chance": 0.1}, {"protocol": "x"}, {"matching": 2}],
+    [
+        {"version": "2"},
+        {"num_fewshot": 5},
+        {"metric": "acc_norm"},
+        {"chance": 0.1},
+        {"protocol": "x"},
+        {"matching": 2},
+        {"engine": "vllm"},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_other_settings_are_refused_by_name(changes: dict[str, object]) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
+from tiny import KINDS, tiny_model, tiny_tokenizer
+from transformers import CompileConfig
 
 from shoal.data.sources import ability_prompts
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
 from shoal.train.generated import writing
+from shoal.train.generated.sampling import Fixed
 from shoal.train.generated.writing import check_backend, transformers_writer, write_texts
 
 PROSE = (DataSource("python_docs"), DataSource("teacher_text"))
@@ -240,3 +242,40 @@ def test_a_backend_that_cannot_write_here_is_refused_before_models_are_loaded(mo
     monkeypatch.setattr(writing, "world_size", lambda: 2)
     with pytest.raises(UserError, match=r"cannot write on 2 ranks; write once with distill\.num_ranks=1"):
         check_backend(Writing(backend="vllm"))
+
+
+def everywhere(backend: Any) -> CompileConfig:
+    """Decoding is compiled by ``backend`` on a CPU too."""
+    config = CompileConfig(backend=backend)
+    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    return config
+
+
+FIXED = {"plain": lambda: Fixed(64, compiles=False), "compiled": lambda: Fixed(64, compile_config=everywhere("eager"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", FIXED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_of_a_fixed_size_and_compiled_steps_write_the_same_tokens(kind, way, caplog):
+    settings, prompts = Writing(new_tokens=12, max_prompt_tokens=40), [[5, 6, 7], list(range(20, 50)), [9]]
+    model, tokenizer = tiny_model(kind, seed=1), tiny_tokenizer()
+    growing = transformers_writer(model, tokenizer, settings, seed=3)
+    fixed = transformers_writer(model, tokenizer, settings, seed=3, fixed=FIXED[way]())
+    for batch in ([0, 1, 2], [2, 0]):  # of another shape
+        asked = [prompts[number] for number in batch]
+        assert fixed(asked, batch) == growing(asked, batch)
+    assert "not compiled" not in caplog.text
+
+
+@pytest.mark.slow
+def test_decoding_that_cannot_be_compiled_says_so_once_and_goes_on(caplog):
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    settings = Writing(new_tokens=12, max_prompt_tokens=40)
+    model, tokenizer = tiny_model("llama", seed=1), tiny_tokenizer()
+    expected = transformers_writer(model, tokenizer, settings, seed=3)([[5, 6]], [0])
+    writer = transformers_writer(model, tokenizer, settings, seed=3, fixed=Fixed(64, compile_config=everywhere(fails)))
+    assert writer([[5, 6]], [0]) == writer([[5, 6]], [0]) == expected
+    assert caplog.text.count("decoding of llama is not compiled and takes longer: ") == 1
