@@ -21,7 +21,7 @@ from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
 from shoal.recipe.prune import Compensate, Target
 from shoal.runtime import device
 
-from .apply import refuse_own_code
+from .apply import refuse_own_code, refuse_without_mtp
 from .compensation.check import refuse_quantised
 from .compensation.size import fits_by_layers, fitting_size
 from .compensation.source import streaming_of
@@ -79,6 +79,8 @@ def estimate(
     if compensate is not None:
         refuse_quantised(teacher_folder, config)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
+    if plan.mtp:
+        refuse_without_mtp(teacher_folder, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
     whole, tower = config, plan.vision_blocks
     if tower is not None:
@@ -91,7 +93,7 @@ def estimate(
     runs_in = loaded_dtype(config, dtype, shards)
     before, after = (without_data(part, dtype=runs_in) for part in (without_quantization(whole)[0], student))
     refuse_changed_layers(before, after, keep)
-    by_layer = None if insertions(plan.edits) else stored_bytes(shards, before)
+    by_layer = None if insertions(plan.edits) else stored_bytes(shards, before, keep_mtp=plan.mtp)
     stored = _num_bytes(shards)
     costs = model_cost(before), model_cost(after)
     if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them

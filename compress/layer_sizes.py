@@ -117,7 +117,7 @@ def usual_length(config: object) -> int:
     return min(NUM_TOKENS, getattr(text_config(config), "max_position_embeddings", None) or NUM_TOKENS)
 
 
-def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel) -> StoredBytes | None:
+def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel, *, keep_mtp: bool = False) -> StoredBytes | None:
     """Of the tensors that a cut of ``model`` copies; None where names alone do not tell which those are."""
     stored = {name: tensor.end - tensor.start for shard in shards for name, tensor in shard.tensors.items()}
     shapes = {name: tensor.shape for shard in shards for name, tensor in shard.tensors.items()}
@@ -129,7 +129,9 @@ def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel) -> StoredBytes
     return _by_layer(
         {
             name: stored[name]
-            for name in student_names(stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers))
+            for name in student_names(
+                stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers), keep_mtp=keep_mtp
+            )
         },
         prefix,
         num_layers,
@@ -140,7 +142,7 @@ def _by_layer(stored: Mapping[str, int], prefix: str, num_layers: int) -> Stored
     layers, outside = [0] * num_layers, 0
     for name, size in stored.items():
         layer, _ = split_layer(name, prefix)
-        if layer is None:
+        if layer is None or layer >= num_layers:
             outside += size
         else:
             layers[layer] += size

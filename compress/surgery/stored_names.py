@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging as transformers_logging
 
 from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.models.checkpoint_files import is_mtp
 from shoal.models.load import without_data
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,6 @@ log = logging.getLogger(__name__)
 
 class NotByCopy(Exception):
     """Why stored tensors cannot just be copied. The cut may still be possible in memory."""
-
-
-def is_mtp(name: str) -> bool:
-    """Whether a tensor or module belongs to multi-token prediction, which the model itself does not run."""
-    return any(part.startswith("mtp") for part in name.split("."))
 
 
 @dataclass(frozen=True)
@@ -114,18 +110,29 @@ def modules_inside(names: Iterable[str], prefix: str) -> set[str]:
     return {module for rest in rests if (module := rest.rpartition(".")[0])}
 
 
-def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: Sequence[int]) -> dict[str, str]:
+def behind_last(names: Iterable[str], *, prefix: str, num_layers: int) -> list[int]:
+    """Numbers of the modules behind the last of ``num_layers`` layers, increasing: some families store multi-token
+    prediction there."""
+    layers = {split_layer(name, prefix)[0] for name in names}
+    return sorted(layer for layer in layers if layer is not None and layer >= num_layers)
+
+
+def student_names(
+    names: Iterable[str], *, prefix: str, num_layers: int, keep: Sequence[int], keep_mtp: bool = False
+) -> dict[str, str]:
     """Stored name -> its name in the student, for every tensor that stays.
 
     Layers behind the last one, and tensors named mtp, predict further tokens of the uncut model from its states and
-    are no part of its own answers; they are left out.
+    are no part of its own answers; they are left out, or with ``keep_mtp`` stand behind the student's last layer.
     """
-    new_index = {old: new for new, old in enumerate(keep)}
+    names = list(names)
+    behind = behind_last(names, prefix=prefix, num_layers=num_layers) if keep_mtp else []
+    new_index = {old: new for new, old in enumerate([*keep, *behind])}
     kept: dict[str, str] = {}
     extra: list[str] = []
     for name in names:
         layer, rest = split_layer(name, prefix)
-        if is_mtp(name) or (layer is not None and layer >= num_layers):
+        if not keep_mtp and (is_mtp(name) or (layer is not None and layer >= num_layers)):
             extra.append(name)
         elif layer is None:
             kept[name] = name

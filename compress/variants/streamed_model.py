@@ -29,12 +29,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, given_state
 from shoal.models.attention import implementation
-from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, is_mtp, read_shards
 from shoal.models.load import FLOATS, load_config, loaded_dtype, refuse_incomplete
 
 from ..surgery.changed_tensors import as_bytes
 from ..surgery.quantised import without_quantization
-from ..surgery.stored_names import NotByCopy, find_layers, is_mtp, load_without_data, quiet_transformers
+from ..surgery.stored_names import NotByCopy, find_layers, load_without_data, quiet_transformers
 from .layerwise import Call, Layerwise
 from .state_store import read_into
 

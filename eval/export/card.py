@@ -187,6 +187,11 @@ def _cut_lines(run: Run, base: str | None) -> list[Block]:
     lines += [
         f"Made up for without training, in kept layers: {gap.in_words()}" for gap in run.plan.gaps if gap.is_closed
     ]
+    if run.plan.mtp:
+        lines.append(
+            "The base model's multi-token-prediction modules stand behind the last layer as they were, untrained: "
+            "acceptance of their tokens has to be measured in vLLM"
+        )
     lines.append(f"How they were chosen: {run.plan.reason}")
     return [Bullets(tuple(lines)), *([rounds_table(run)] if run.rounds else [])]
 

@@ -256,6 +256,8 @@ class PruningPlan(Artifact):
     items and forms stands in it."""
     vision_blocks: int | None = None
     """Blocks of the vision tower that stay, where those above them go because nothing reads them; None = all stay."""
+    mtp: bool = False
+    """Whether the multi-token-prediction modules are kept behind the last layer, as they are."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 
@@ -287,7 +289,8 @@ class PruningPlan(Artifact):
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
         closed = [gap.in_words() for gap in self.gaps if gap.is_closed]
         tower = [] if self.vision_blocks is None else [f"ending the vision tower with block {self.vision_blocks - 1}"]
-        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *tower])
+        kept = ["keeping multi-token prediction, untrained"] if self.mtp else []
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *tower, *kept])
 
     def state_scale(self, layer: int) -> float:
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""

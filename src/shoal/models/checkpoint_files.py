@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -79,6 +80,20 @@ def names_model(name: str) -> bool:
     return name.startswith(DEMO_PREFIX) or (
         name.count("/") == 1 and name[0] not in "./~" and not folder.parent.is_dir()
     )
+
+
+def is_mtp(name: str) -> bool:
+    """Whether a tensor or module belongs to multi-token prediction, which the model itself does not run."""
+    return any(part.startswith("mtp") for part in name.split("."))
+
+
+def mtp_names(names: Iterable[str], num_layers: int) -> list[str]:
+    """Those of multi-token prediction: named so, or in a module `layers.N` behind the last of ``num_layers`` layers."""
+
+    def is_behind(name: str) -> bool:
+        return any(int(number) >= num_layers for number in re.findall(r"(?:^|\.)layers\.(\d+)\.", name)[:1])
+
+    return [name for name in names if is_mtp(name) or is_behind(name)]
 
 
 def checkpoint_bytes(folder: Path) -> int:

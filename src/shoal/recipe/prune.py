@@ -162,6 +162,10 @@ class Prune(Section):
     vision_tower: Annotated[Literal["whole", "auto"], Shapes.BY_CONTENT] = "whole"
     """Of a model that reads images: auto = the blocks of its vision tower above the deepest state that is read go too,
     which changes no bit of any answer."""
+    mtp: Annotated[Literal["drop", "keep"], Shapes.PLAN, Field(exclude_if=lambda mtp: mtp == "drop")] = "drop"
+    """What becomes of multi-token-prediction modules, which guess further tokens for speculative decoding: drop, or
+    keep them behind the student's last layer, as they are. They were trained on the whole model's states: what a
+    runtime accepts of their tokens has to be measured there."""
     proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
     """Proof of the written student: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""
@@ -176,6 +180,8 @@ def contradictions(prune: Prune) -> Iterator[str]:
         yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
     if prune.vision_tower != "whole" and prune.edits:
         yield "prune.vision_tower: is cut where layers are dropped alone, and prune.edits is set; leave one of them out"
+    if prune.mtp == "keep" and prune.edits:
+        yield "prune.mtp: keep copies stored tensors, and prune.edits changes them in memory; leave one of them out"
     if prune.drop is not None:
         for name in NOT_BESIDE_DROP:
             if getattr(prune, name) not in (None, False, {}, ()):

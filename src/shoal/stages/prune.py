@@ -256,8 +256,10 @@ def expected_plan(run: Run) -> PruningPlan:
     prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
     choice = stand_in(prune, num_layers=len(layers), goals=read_goals(run))
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
-    drop, tower = tuple(sorted(gone)), _vision_blocks(run)
-    return PruningPlan(Provenance({}), run.num_layers, drop, choice.reason, choice.edits, vision_blocks=tower)
+    drop, tower, keep_mtp = tuple(sorted(gone)), _vision_blocks(run), prune.mtp == "keep"
+    return PruningPlan(
+        Provenance({}), run.num_layers, drop, choice.reason, choice.edits, vision_blocks=tower, mtp=keep_mtp
+    )
 
 
 def _is_settled(run: Run) -> bool:
@@ -406,7 +408,13 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         )
     if not several:
         return PruningPlan(
-            Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits, vision_blocks=tower
+            Provenance(inputs),
+            run.num_layers,
+            choice.drop,
+            choice.reason,
+            choice.edits,
+            vision_blocks=tower,
+            mtp=prune.mtp == "keep",
         )
     if choice.edits:
         raise UserError(
@@ -416,7 +424,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
     provenance = Provenance({**inputs, ROUND: run.round})  # training reads it of a plan that is only told of, too
     reason = f"in {run.called}, {choice.reason}"
-    return PruningPlan(provenance, run.num_layers, tuple(sorted(gone)), reason, vision_blocks=tower)
+    drop, keep_mtp = tuple(sorted(gone)), prune.mtp == "keep"
+    return PruningPlan(provenance, run.num_layers, drop, reason, vision_blocks=tower, mtp=keep_mtp)
 
 
 def _vision_blocks(run: Run) -> int | None:
@@ -457,6 +466,10 @@ def refuse_impossible_changes(run: Run) -> None:
 
     edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
     refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
+    if run.recipe.prune.mtp == "keep":
+        from shoal.compress.apply import refuse_without_mtp
+
+        refuse_without_mtp(run.teacher, trust_remote_code=trusted)
     _refuse_unreadable_data(edits)
     if (settings := run.recipe.prune.compensate) is not None:
         check_length(run, settings.sequence_length, "prune.compensate.sequence_length")

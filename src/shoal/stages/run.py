@@ -545,6 +545,7 @@ SWITCHES = (
     "prune.protect_heads",
     "prune.target",
     "prune.vision_tower",
+    "prune.mtp",
     "measure.scale_removals",
     "measure.images",
     "measure.sweep.spare_heads",
