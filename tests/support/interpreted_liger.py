@@ -1,9 +1,11 @@
-"""Liger's kernels on a CPU: triton interprets them, an instruction at a time, in a process of its own."""
+"""Liger's kernels on a CPU: triton interprets them, with TRITON_INTERPRET=1 in the environment.
+
+`python -m interpreted_liger KIND DTYPE FILE` does what `compare` does.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,7 +13,6 @@ from pathlib import Path
 def compare(kind: str, dtype: str, file: str) -> None:
     """Write to ``file`` how far final states and gradients of a tiny model with Liger's kernels are from its own,
     relative to their norms, and what was left of the kernels afterwards."""
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     import torch
     from tiny import tiny_model
 
@@ -53,6 +54,7 @@ def compare(kind: str, dtype: str, file: str) -> None:
 
 def _let_triton_interpret_liger() -> None:
     """triton's interpreter takes neither plain floats as arguments nor functions of CUDA's own library."""
+    import liger_kernel.ops.geglu as gated  # pyright: ignore[reportMissingImports]
     import liger_kernel.ops.rms_norm as norm  # pyright: ignore[reportMissingImports]
     import numpy as np
     import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -68,3 +70,8 @@ def _let_triton_interpret_liger() -> None:
 
     interpreter._implicit_cvt = converted
     norm.rsqrt = lambda value: 1 / tl.sqrt(value)
+    gated.tanh = lambda value: 2 / (1 + tl.exp(-2 * value)) - 1
+
+
+if __name__ == "__main__":
+    compare(*sys.argv[1:])
