@@ -58,7 +58,7 @@ def flash_attn_varlen_func(
                     scores = softcap * (scores / softcap).tanh()
                 sink = [] if s_aux is None else [s_aux[head].double()[None]]
                 weights = torch.cat([scores, *sink]).softmax(0)[: len(scores)]
-                heads.append(weights @ v[seen, head // group].double())
+                heads.append((weights[:, None] * v[seen, head // group].double()).sum(0))
             rows.append(torch.stack(heads))
     return torch.stack(rows).to(q.dtype)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +81,8 @@ def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Itera
 def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[None]:
     """The decoder is called with the documents' borders, where it reads whole rows and nothing is padded or cached.
 
-    As arguments, because gradient checkpointing calls layers again with what they were called with. The first time,
-    every call of a kernel is looked at: has it got these borders?
+    As arguments, because gradient checkpointing calls layers again with what they were called with. The first time
+    that a decoder of a family runs, every call of a kernel is looked at: has it got these borders?
     """
     handed: list[Tensor] = []
 
@@ -100,7 +99,7 @@ def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[Non
 
     with ExitStack() as stack:
         stack.callback(decoder.register_forward_pre_hook(hand, with_kwargs=True).remove)
-        if decoder not in _proven:
+        if type(decoder) not in _proven:
             stack.enter_context(_kernels_watched(decoder, handed))
         yield
 
@@ -134,8 +133,8 @@ def _kernels_watched(decoder: nn.Module, handed: list[Tensor]) -> Iterator[None]
     finally:
         modeling_flash_attention_utils.lazy_import_flash_attention = imported
     if any(seen):
-        _proven.add(decoder)
+        _proven.add(type(decoder))
 
 
-_proven: WeakSet[nn.Module] = WeakSet()
-"""Decoders whose flash kernels have been seen to get the borders of documents."""
+_proven: set[type[nn.Module]] = set()
+"""Decoders whose flash kernels have been seen to get the borders of documents: that is a matter of their code."""

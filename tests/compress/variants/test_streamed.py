@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import flash_stand_in
 import pytest
 import torch
 from architectures import tiny_model as tiny_family
@@ -262,6 +263,17 @@ def test_layers_that_share_more_than_their_state_are_refused(family: str, messag
         measure_streamed(
             tmp_path / family, rows, metrics=["angular"], batch_size=2, streaming=Streaming(attention=None)
         )
+
+
+def test_layers_one_by_one_get_the_borders_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_stand_in.install(monkeypatch)
+    folder, rows = saved(tmp_path, "gemma3"), packed([[8, 12], [8, 12]])
+    masked, flash = (
+        measure_streamed(folder, rows, metrics=["angular"], batch_size=2, streaming=Streaming(attention=kernels))
+        for kernels in ("sdpa", "flash")
+    )
+    for row, other in zip(flash.runs["angular"], masked.runs["angular"], strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 LIMITED = """

@@ -204,6 +204,7 @@ def test_borders_are_looked_at_once_and_then_only_handed_on(monkeypatch: pytest.
 
     model, looked = switched(architectures.tiny_model("llama"), "flash"), []
     watched = document_masks._kernels_watched
+    monkeypatch.setattr(document_masks, "_proven", set())
     monkeypatch.setattr(document_masks, "_kernels_watched", lambda *given: looked.append(1) or watched(*given))
     first, second = hidden(model), hidden(model)
     assert looked == [1]
@@ -241,6 +242,26 @@ def test_scores_and_text_are_those_of_masked_attention(
         found_scores, found_texts = answers(kernels, batch_size)
         assert found_texts == texts
         assert [each[0] for each in found_scores] == pytest.approx([each[0] for each in scores], abs=2e-3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_rows_that_go_on_from_a_cache_have_no_borders(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a sweep runs layers one by one over questions behind a beginning that is read once."""
+    flash_stand_in.install(monkeypatch)
+    model, mask = architectures.tiny_model(name), torch.ones(2, 16, dtype=torch.long)
+    mask[0, : 3 if padded else 0] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def rest(wanted: str) -> Tensor:
+        decoder = Decoder(switched(model, wanted))
+        cache, own = decoder.new_cache(), decoder_body(model)
+        decoder.hidden(IDS[:, :10], mask=mask[:, :10], position_ids_BS=positions[:, :10], cache=cache)
+        with documents_apart(own, positions[:, 10:]):
+            return decoder.hidden(IDS[:, 10:], mask=mask, position_ids_BS=positions[:, 10:], cache=cache)
+
+    expected = rest(without_kernels("flash", model.config))
+    torch.testing.assert_close(rest("flash"), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kernels", ["flash", "flex"])
