@@ -19,7 +19,7 @@ from shoal.artifacts.artifact import QUANTIZED, Evaluation, Json, Provenance, Ta
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
-from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
+from shoal.models.load import Checkpoint, loaded_dtype, num_parameters, with_plain_weights, without_data
 from shoal.progress import each
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, environment, rank, seed_everything
@@ -66,7 +66,8 @@ def role_evaluation(
             model = running.enter_context(vllm_model(checkpoint, seed=seed))
         else:
             model = checkpoint.model(device=device())
-            model = with_plain_weights(model) if role in QUANTIZED else model
+            if role in QUANTIZED:
+                model = with_plain_weights(model, loaded_dtype(checkpoint.config, checkpoint.load.dtype))
         return model_evaluation(
             role,
             model,

@@ -264,14 +264,15 @@ def load_model(
     return model.to(device).eval()
 
 
-def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """``model``, with the weights that torchao or bitsandbytes hold in fewer bits as the numbers that those stand for.
+def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """``model``, with the weights that torchao or bitsandbytes hold in fewer bits as the numbers that those stand for,
+    and all others, in ``dtype``.
 
     That is what formats of weights alone compute with. Multiplied as such they take as long as any, where a CPU would
-    unpack them in every forward, and in the precision of the others, where some refuse another than they were made in.
-    Formats that round activations too stay as they are.
+    unpack them in every forward; and in the precision of other models, where libraries keep or demand the one they were
+    made in. Formats that round activations too stay as they are.
     """
-    dtype = model.dtype
+    was_packed = False
     for name, module in list(model.named_modules()):
         linear: Any = module
         if type(module).__name__ == "Linear4bit":
@@ -288,6 +289,9 @@ def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
         if linear.bias is not None:
             plain.bias = nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
         model.set_submodule(name, plain)
+        was_packed = True
+    for parameter in model.parameters() if was_packed else ():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -57,7 +57,8 @@ def copy_of(source: Checkpoint, folder: Path, format: Any, **settings: Any) -> Q
 def logits(folder: Path) -> Tensor:
     """In float32, of the model that an evaluation runs."""
     with torch.no_grad():
-        return with_plain_weights(Checkpoint.read(folder, LoadSettings(dtype="float32")).model())(ROWS).logits
+        model = Checkpoint.read(folder, LoadSettings(dtype="float32")).model()
+        return with_plain_weights(model, torch.float32)(ROWS).logits
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,22 @@ def test_an_evaluation_computes_what_the_library_does(tmp_path: Path, format: st
         for module in model.modules():
             module.support_avx512bf16_for_cpu = False  # where bitsandbytes rounds to bfloat16
         theirs = model(ROWS).logits
-        plain: Any = with_plain_weights(model)
+        plain: Any = with_plain_weights(model, torch.float32)
         torch.testing.assert_close(plain(ROWS).logits, theirs, atol=2e-4, rtol=1e-3)
     layers = [module for name, module in plain.named_modules() if "layers" in name and hasattr(module, "in_features")]
     assert {type(module) for module in layers} == {torch.nn.Linear}
     assert {type(module.weight.data) for module in layers} == {Tensor}
+
+
+@pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in ("int8", "float8", "nf4")])
+def test_an_evaluation_is_in_the_precision_of_the_other_roles(tmp_path: Path, format: str) -> None:
+    """bitsandbytes keeps the one that a copy was made in, and torchao's float8 multiplies in no other."""
+    copy_of(source_of(tmp_path), tmp_path / "copy", format)
+    model = Checkpoint.read(tmp_path / "copy", LoadSettings(dtype="bfloat16")).model()
+    plain = with_plain_weights(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in plain.parameters()} == {plain.dtype} == {torch.bfloat16}
+    with torch.no_grad():
+        assert plain(ROWS).logits.isfinite().all()
 
 
 @needs("nf4")
