@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+from importlib.metadata import version
 from typing import NamedTuple, get_args
 
 from shoal.errors import UserError
@@ -23,7 +23,7 @@ class Library(NamedTuple):
     @property
     def version(self) -> str:
         """`torchao 0.18.0`."""
-        return f"{self.name} {importlib.metadata.version(self.name)}"
+        return f"{self.name} {version(self.name)}"
 
 
 TORCHAO = Library("torchao", "torchao", "pip install 'torchao>=0.18'")

@@ -7,10 +7,10 @@ another engine. S sequence, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class GgufModel:
     @property
     def dtype(self) -> str:
         """What computes, in place of a precision."""
-        return f"GGUF by {PACKAGE} {importlib.metadata.version(PACKAGE)}"
+        return f"GGUF by {PACKAGE} {version(PACKAGE)}"
 
     @cached_property
     def generation_config(self) -> GenerationConfig:

@@ -52,7 +52,7 @@ class StandIn:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GgufModel:
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=StandIn))  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(llama_cpp.importlib.metadata, "version", lambda _: "1.0")
+    monkeypatch.setattr(llama_cpp, "version", lambda _: "1.0")
     monkeypatch.setattr(StandIn, "evaluated", 0)
     reference = tiny_model("llama")
     reference.generation_config.save_pretrained(tmp_path)  # pyright: ignore[reportOptionalMemberAccess]

@@ -50,7 +50,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
     monkeypatch.setattr(copying, "save_quantised", halve)
     monkeypatch.setattr(formats, "_is_installed", lambda _: True)
-    monkeypatch.setattr(formats.importlib.metadata, "version", lambda _: "1.0")
+    monkeypatch.setattr(formats, "version", lambda _: "1.0")
     return calls
 
 
