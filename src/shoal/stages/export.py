@@ -78,8 +78,9 @@ def check_quantize(run: Run) -> None:
 def formats(run: Run) -> dict[str, Format]:
     """The quantised roles that the recipe asks for, and their formats."""
     settings = run.recipe.quantize
-    wanted = {} if settings is None else {role: settings.format_of(role) for role in QUANTIZED}
-    return {role: format for role, format in wanted.items() if format is not None}
+    if settings is None:
+        return {}
+    return {role: format for role in QUANTIZED if (format := settings.format_of(role)) is not None}
 
 
 def _calibration_rows(run: Run) -> Tensor:
