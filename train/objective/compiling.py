@@ -35,7 +35,8 @@ class Compiled:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = tuple(layers)
         # by class and not by layer: weights are inputs of a graph, so that one serves all layers of a kind
-        self._forwards = {kind: self.function(_own_forward(kind)) for kind in {type(layer) for layer in self._layers}}
+        owns = {kind: _own_forward(kind) for kind in {type(layer) for layer in self._layers}}
+        self._forwards = {kind: (own, _graphs(own)) for kind, own in owns.items()}
         self._is_on = self._failed = False
         self._strict = contextlib.ExitStack()
 
@@ -50,7 +51,7 @@ class Compiled:
         self._strict.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
         self._is_on = not self._failed
         for layer in self._layers:
-            layer.forward = partial(_run, layer, self._forwards[type(layer)])
+            layer.forward = partial(self._run_layer, layer)
 
     def uninstall(self) -> None:
         """Give the layers their own forwards back, and torch its own settings."""
@@ -61,36 +62,51 @@ class Compiled:
 
     def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What runs ``function``, compiled where that can be done."""
-        graphs: Any = torch.compile(function, backend=BACKEND, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]
+        return partial(self._run, function, _graphs(function))
+
+    def _run(self, function: Callable[..., Any], graphs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_on:
+            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+            try:
+                return graphs(*args, **kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # of compiling, not of what is run
+                self._is_on, self._failed = False, True
+                reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
+                log.warning(
+                    "distill.compile: %s cannot be compiled; training goes on without compiling: %s",
+                    getattr(function, "__qualname__", function),
+                    reason,
+                )
+        return function(*args, **kwargs)
+
+    def _run_layer(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        own, graphs = self._forwards[type(layer)]
+        if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+            # around the compiled layer and not within it: what it keeps is then one state, as without compiling
+            return layer._gradient_checkpointing_func(partial(self._repeatable(own, graphs), layer, **kwargs), *args)
+        return self._run(own, graphs, layer, *args, **kwargs)
+
+    def _repeatable(self, function: Callable[..., Any], graphs: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs ``function`` a second time as it did the first: checkpointing wants the same tensors kept, and what
+        comes behind a compiled layer may be the first that cannot be compiled."""
+        first: list[Callable[..., Any]] = []
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._is_on:
-                from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-                try:
-                    return graphs(*args, **kwargs)
-                except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # of compiling, not of what is run
-                    self._is_on, self._failed = False, True
-                    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
-                    log.warning(
-                        "distill.compile: %s cannot be compiled; training goes on without compiling: %s",
-                        getattr(function, "__qualname__", function),
-                        reason,
-                    )
-            return function(*args, **kwargs)
+            if first:
+                return first[0](*args, **kwargs)
+            result = self._run(function, graphs, *args, **kwargs)
+            first.append(graphs if self._is_on else function)
+            return result
 
         return run
+
+
+def _graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=BACKEND, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]
 
 
 def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class of layers without the checkpointing that transformers wraps around it."""
     forward: Any = kind.forward
     return forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else forward
-
-
-def _run(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-        again: Any = layer._gradient_checkpointing_func
-        # around the compiled layer and not within it: what it keeps is then one state, as without compiling
-        return again(partial(forward, layer, **kwargs), *args)
-    return forward(layer, *args, **kwargs)

@@ -16,6 +16,7 @@ from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from transformers import PreTrainedModel
 
@@ -167,6 +168,26 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
     assert "no instructions for this" in warning
     assert torch.equal(loss, again)
     assert all(torch.equal(gradient, gradients_again[name]) for name, gradient in gradients.items())
+
+
+def test_checkpointed_layers_are_computed_again_as_at_first_though_the_loss_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        return (fails if "tanh" in str(graph.graph) else aot_eager)(graph, inputs)
+
+    gradients = []
+    for is_compiled in (False, True):
+        monkeypatch.setattr(compiling, "BACKEND", backend)
+        student = tiny_model("llama", seed=1).train()
+        student.activation_checkpointing_enable({"use_reentrant": False})
+        compiled = Compiled(decoder_layers(student) if is_compiled else [])
+        loss = compiled.function(lambda logits: logits.tanh().sum())
+        compiled.install()
+        loss(student(input_ids=batch()["input_ids"], use_cache=False).logits).backward()
+        compiled.uninstall()
+        gradients.append([p.grad for p in student.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_too_many_variants_are_said_and_not_hidden(
