@@ -9,6 +9,7 @@ B batch, S sequence, H query heads, G key-value heads, d size of a head.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -52,6 +53,9 @@ LARGEST_HEAD = 256
 SMALLEST_HEAD = 16
 HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "qk_head_dim")
 """Names under which configurations keep the size of a head, some of them several."""
+NOT_EVERYWHERE = {"attention_dropout": "dropout_p", "attn_logit_softcapping": "softcap"}
+"""Setting of a configuration -> parameter that only some flash kernels have for it. Dropout that they have not,
+transformers leaves out."""
 INSTALL_FLASH = "install flash-attn, or the package kernels, which downloads it"
 
 
@@ -182,15 +186,22 @@ def _no_flash(
         return f"takes heads of a multiple of 8 numbers up to {LARGEST_HEAD}, and {config.model_type} has {max(wrong)}"
     if (kernels := flash_kernels(config)) is None:
         return f"has no kernels here: {INSTALL_FLASH}"
-    return _cannot_load(kernels)
+    return _no_use(kernels, text_config(config))
 
 
-def _cannot_load(kernels: str) -> str:
+def _no_use(kernels: str, config: PreTrainedConfig) -> str:
+    """Why these flash kernels are of no use for a text model of ``config``; empty = they are."""
     try:
         (_, varlen, *_), _ = lazy_import_flash_attention(kernels)
     except (ImportError, ValueError, OSError, RuntimeError) as error:  # a build for another torch, no network
         return f"cannot load its kernels {kernels} ({str(error).strip().splitlines()[0]})"
-    return "" if varlen is not None else f"finds no function for packed rows in {kernels}"
+    if varlen is None:
+        return f"finds no function for packed rows in {kernels}"
+    known = inspect.signature(varlen).parameters
+    for key, parameter in NOT_EVERYWHERE.items():
+        if parameter not in known and (value := getattr(config, key, None)):
+            return f"has no {parameter} in {kernels}, and config.json says {key}: {value}"
+    return ""
 
 
 def _no_flex(config: PreTrainedConfig, kind: type[PreTrainedModel] | None, device: torch.device) -> str:

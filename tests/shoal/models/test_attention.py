@@ -118,6 +118,21 @@ def test_kernels_that_are_old_absent_or_broken_are_not_taken(monkeypatch: pytest
     assert "needs a GPU of compute capability 8.0, and this one has 7.5" in refusal()
 
 
+@pytest.mark.usefixtures("gpu")
+def test_kernels_without_what_a_family_computes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor: ...
+
+    monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda _: ((None, varlen, None), (dict, dict)))
+    assert choose_attention("auto", LlamaConfig(), GPU, HALF).attention == "flash"
+    for config, reason in (
+        (LlamaConfig(attention_dropout=0.1), "flash has no dropout_p in flash_attention_2, and .* attention_dropout"),
+        (Gemma2Config(), r"flash has no softcap in flash_attention_2, and .* attn_logit_softcapping: 50\.0"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            choose_attention("flash", config, GPU, HALF)
+        assert choose_attention("auto", config, GPU, HALF).attention != "flash"
+
+
 @pytest.mark.parametrize("wanted", ["flash", "flex"])
 def test_a_cpu_has_neither_and_auto_is_what_the_family_has(wanted: str) -> None:
     with pytest.raises(
