@@ -122,8 +122,9 @@ def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple
 def own_forwards(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model, its head and its layers run as their classes say, whatever forward was put on these instances:
     layers compiled for rows of one length would be compiled again for every token that is written."""
-    modules = (model, model.get_output_embeddings(), *decoder_layers(model))
-    installed = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in vars(module or {})]
+    head = model.get_output_embeddings()
+    modules = (model, *([] if head is None else [head]), *decoder_layers(model))
+    installed = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in vars(module)]
     try:
         yield
     finally:

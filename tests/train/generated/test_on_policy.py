@@ -125,6 +125,14 @@ def test_sampling_uses_the_own_forward_and_gives_the_objective_back(student):
             del module.forward
 
 
+def test_a_model_without_a_head_of_its_own_keeps_its_forward(student, monkeypatch):
+    monkeypatch.setattr(student, "get_output_embeddings", lambda: None)
+    student.forward = fail
+    with own_forwards(student):
+        assert "forward" not in vars(student)
+    assert student.__dict__.pop("forward") is fail
+
+
 def test_only_sampled_tokens_are_learnt_up_to_the_end_token(student):
     rows = text_rows(3)
     (batch,) = sampler().batches(student, [rows], step=0)
