@@ -361,7 +361,7 @@ def _dispatch(
     if launched or row.needs_group:
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.timeout_s)
-    run = open_run(recipe, rounds_after, memory=memory)
+    run = open_run(recipe, rounds_after, memory=memory, computes=verb != "report")
     if row.launches:
         if text := stage(run, launch):
             _print(text)

@@ -220,6 +220,13 @@ def test_a_run_begun_with_flash_is_refused_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fast_half")
+@pytest.mark.parametrize("said", ["auto", "flash"])
+def test_results_made_with_flash_are_read_on_a_cpu(tmp_path: Path, said: str) -> None:
+    made(tmp_path, "importance.json", {"attention": "flash"})
+    assert open_run(recipe(tmp_path, attention=said), computes=False).recipe.attention == "flash"
+
+
+@pytest.mark.usefixtures("fast_half")
 def test_what_the_recipe_names_is_kept(tmp_path: Path) -> None:
     run = open_run(recipe(tmp_path, dtype="stored", distill={"precision": "float32"}))
     assert (run.recipe.dtype, run.recipe.distill.precision) == ("stored", "float32")

@@ -264,9 +264,10 @@ class Run:
         }
 
 
-def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None) -> Run:
+def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None, computes: bool = True) -> Run:
     """The run of ``recipe`` in which no precision is `auto` any more, nor its attention. In a process group every rank
-    calls this, and all compute in what rank 0 finds. ``rounds_after`` and ``memory``: as in Run.
+    calls this, and all compute in what rank 0 finds. ``rounds_after`` and ``memory``: as in Run. ``computes``: False =
+    results are read and no model runs, wherever that may be.
 
     A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
     asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
@@ -274,7 +275,7 @@ def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None
     Raises:
         UserError: attention that is not possible here, or as find_config.
     """
-    numerics = agreed(lambda: _numerics(recipe))
+    numerics = agreed(lambda: _numerics(recipe, computes=computes))
     log.info("precision: %s, training in %s (%s)", numerics.dtype, numerics.precision, numerics.reason)
     if numerics.attention != recipe.attention:
         log.info("attention: %s (%s)", numerics.attention, numerics.attention_reason)
@@ -336,7 +337,7 @@ def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
     return share, reason
 
 
-def _numerics(recipe: Recipe) -> Numerics:
+def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
     own_device, folder = device(), Path(recipe.run_dir).expanduser()
     choice, name = fast_dtype(own_device), device_name(own_device)
     dtype, precision = recipe.dtype, recipe.distill.precision
@@ -368,16 +369,16 @@ def _numerics(recipe: Recipe) -> Numerics:
             " ".join(f"{key}={choice.dtype}" for key in values),
         )
     reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
-    size, chosen = _size(recipe, choice.dtype), _attention(recipe, dtype, precision)
+    size, chosen = _size(recipe, choice.dtype), _attention(recipe, dtype, precision, computes=computes)
     return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *size, chosen.attention, chosen.reason)
 
 
-def _attention(recipe: Recipe, dtype: str, precision: str) -> Chosen:
+def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) -> Chosen:
     """The kernels of attention, for models that are run in ``dtype`` and trained in ``precision``."""
     wanted, begun = recipe.attention, None
     if wanted == "auto" and (begun := _begun_in(Path(recipe.run_dir).expanduser(), "attention", ATTENTION)):
         wanted = begun[0]
-    if wanted in ("sdpa", "eager"):
+    if wanted in ("sdpa", "eager") or (wanted != "auto" and not computes):
         chosen = Chosen(wanted, "the recipe names it")
     else:
         config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
