@@ -234,11 +234,13 @@ def _train(
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)
         trainer.watch_with(watcher, make_scorer(tokenizer))
-    trainer.objective.install()
     _announce(trainer, rows, spec, resume)
     with progress, stop.listening(), explained_memory(spec, run_dir):
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    trainer.objective.uninstall()
+        trainer.objective.install()
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        finally:  # what is told of memory rests on models as they are
+            trainer.objective.uninstall()
     is_finished = trainer.state.global_step >= trainer.state.max_steps
     if is_finished:
         write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)

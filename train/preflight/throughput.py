@@ -99,23 +99,23 @@ def probe(spec: TrainSpec, setting: Setting) -> Pace:
             )
     if setting.checkpointing and not setting.selective:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    step = _step(spec, student, live, autocast=setting.autocast)
     optimizer = timed_optimizer((p for p in student.parameters() if p.requires_grad), spec.settings, spec.deepspeed)
     vocabulary, begun = text_config(spec.student.config).vocab_size, now(device)
     fastest, tokens, loss = math.inf, 0, math.nan
-    for piece in _pieces(setting):
-        size = piece.rows * piece.sequence_length
-        expected = size * fastest / tokens if tokens else 0.0
-        if now(device) - begun + expected > PROBE_S and tokens:
-            break
-        batch = _batch(vocabulary, piece, device)
-        with doing(f"timing {size:,} tokens of the objective"):
-            started = now(device)
-            total = step(batch)
-            loss = total.item() / size
-            (total / size).backward()
-            taken = now(device) - started
-        fastest, tokens = taken if size > tokens else min(fastest, taken), size
+    with _step(spec, student, live, autocast=setting.autocast) as step:
+        for piece in _pieces(setting):
+            size = piece.rows * piece.sequence_length
+            expected = size * fastest / tokens if tokens else 0.0
+            if now(device) - begun + expected > PROBE_S and tokens:
+                break
+            batch = _batch(vocabulary, piece, device)
+            with doing(f"timing {size:,} tokens of the objective"):
+                started = now(device)
+                total = step(batch)
+                loss = total.item() / size
+                (total / size).backward()
+                taken = now(device) - started
+            fastest, tokens = taken if size > tokens else min(fastest, taken), size
     with doing("timing the optimizer"):
         optimizer.step()  # makes its moments
         started = now(device)
@@ -162,15 +162,16 @@ class _RandomRecording:
         )
 
 
+@contextlib.contextmanager
 def _step(
     spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, *, autocast: bool
-) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
+) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
+    """Batch -> the loss sum of one micro-batch, as the trainer computes it. Models are themselves again behind it, and
+    so is what kernels were put into for all models of a family."""
     config = text_config(student.config)
     # to compile takes longer than what is timed here
     spec = replace(spec, settings=replace(spec.settings, compile=False))
     wiring = wire(spec, student, live, partial(_RandomRecording, config.vocab_size, config.hidden_size))
-    wiring.objective.install()
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         signals = wiring.teacher(batch)
@@ -178,7 +179,11 @@ def _step(
         with replaying, torch.autocast(student.device.type, spec.deepspeed.product_dtype, enabled=autocast):
             return student(**batch, signals=signals)[0]
 
-    return step
+    wiring.objective.install()
+    try:
+        yield step
+    finally:
+        wiring.objective.uninstall()
 
 
 def _batch(vocabulary: int, setting: Setting, device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -858,11 +859,14 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
 @pytest.mark.slow
 def test_the_probe_steps_the_optimizer_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
+    wired, wire = list[Any](), throughput.wire
+    monkeypatch.setattr(throughput, "wire", lambda *given: wired.append(wire(*given)) or wired[-1])
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: steps.append("SGD"))
     settings = Distill(sequence_length=16, trainer={"optim": "sgd", "per_device_train_batch_size": 1})
     spec = spec_of(settings, dropping(2), student_layers=NUM_LAYERS - 1)
     throughput.probe(spec, job(spec).setting)
     assert steps == ["SGD", "SGD"]
+    assert "forward" not in vars(wired[0].objective.student), "models are themselves again"
 
 
 @pytest.mark.slow
@@ -872,12 +876,13 @@ def test_a_slow_machine_tries_a_piece_of_a_micro_batch_and_the_bound_holds(
 ) -> None:
     clock = [0.0]
 
-    def slow(*_: Any, **__: Any) -> Any:
+    @contextmanager
+    def slow(*_: Any, **__: Any) -> Iterator[Any]:
         def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
             clock[0] += token_s * batch["input_ids"].numel()
             return torch.zeros((), requires_grad=True) + 1.0
 
-        return step
+        yield step
 
     monkeypatch.setattr(throughput, "now", lambda _: clock[0])
     monkeypatch.setattr(throughput, "_step", slow)
