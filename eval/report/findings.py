@@ -375,13 +375,13 @@ def _refuse_mixed_runs(run: Run) -> None:
                 f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
                 "move it back to its own name, or run `shoal eval` again"
             )
-    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill", DepthUse: "depth"}
+    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill", DepthUse: "depth", Quantized: "quantize"}
     parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
     for subject, entries in _identities(run, parts).items():
         (first, _, expected), *others = entries or [("", "", None)]
         for file, field, value in others:
             if value != expected:
-                verb = next((verb for kind, verb in verbs.items() if file == kind.FILE), "eval")
+                verb = next((verb for kind, verb in verbs.items() if file.endswith(kind.FILE)), "eval")
                 raise UserError(
                     f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {subject} "
                     f"of another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
@@ -424,6 +424,12 @@ def _identities(
             entries[subject].append((Drafts.FILE, field, run.drafts.provenance.inputs.get(field)))
         if run.depth_use:
             entries[subject].append((DepthUse.FILE, role, run.depth_use.provenance.inputs.get(role)))
+    for role, made in run.quantized.items():
+        if copy := run.evaluations.get(role):
+            file = f"{role}/{Quantized.FILE}"
+            entries[subjects[made.source]].append((file, "model", made.provenance.inputs.get("model")))
+            sizes = (file, "num_bytes", made.num_bytes), (f"eval/{role}.json", "num_bytes", copy.num_bytes)
+            entries[f"the size of {role}"] = list(sizes)
     told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
         dropped = list(run.training.provenance.inputs["prune.drop"])

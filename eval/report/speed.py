@@ -95,10 +95,10 @@ def quantized_section(run: Run, comparison: Comparison) -> Section | None:
     }
     blocks += [Paragraph(sentence) for sentence in _at_their_bytes(run, [row for row in rows if row.key not in silent])]
     if elsewhere:
-        engine = run.evaluations[elsewhere[0]].engine
-        told = f"{listed(elsewhere)} {'was' if len(elsewhere) == 1 else 'were'} scored by {engine}, all else by "
+        engine, rest = run.evaluations[elsewhere[0]].engine, next(iter(run.evaluations.values())).engine
+        told = f"{listed(elsewhere)} {'was' if len(elsewhere) == 1 else 'were'} scored by {engine}, all else by {rest}"
         blocks += [
-            Paragraph(f"{told}transformers. Scores of two engines are not paired: kernels differ, and not only bits."),
+            Paragraph(f"{told}. Scores of two engines are not paired: kernels differ, and not only bits."),
             score_table(run, comparison.elsewhere),
         ]
     blocks += [

@@ -419,7 +419,8 @@ def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, items: Path | None =
     from shoal.eval.tasks.load import tasks_of
 
     path = run.dir / Drafts.FILE
-    measured = {role: own for role, own in checkpoints.items() if role != CONTROL}  # which is no smaller
+    # a control is no smaller than the teacher, and quantised copies are served by other programs
+    measured = {role: own for role, own in checkpoints.items() if role not in (CONTROL, *QUANTIZED)}
     inputs = draft_inputs(run, {role: own.folder for role, own in measured.items()})
     teacher = measured.pop("teacher")
     if not measured:

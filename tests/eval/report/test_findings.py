@@ -14,7 +14,7 @@ import pytest
 import results
 from tiny import tiny_checkpoint, tiny_tokenizer
 
-from shoal.artifacts.artifact import Artifact, Evaluation, ItemScore, Provenance, PruningPlan, TaskScore
+from shoal.artifacts.artifact import Artifact, Evaluation, ItemScore, Provenance, PruningPlan, Quantized, TaskScore
 from shoal.errors import UserError
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.harness.tokenizer_check import require_same_tokenizer
@@ -68,6 +68,28 @@ def test_results_of_another_run_are_refused(folder: Path, file: str, changes: di
     (folder / file).write_text(json.dumps(body))
     with pytest.raises(UserError, match=message):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "num_bytes", "message"),
+    [
+        ("U", 8, r"/quantized/quantize.json: model is 'U', but 'D' in .*/distilled.json: .*`shoal quantize` again"),
+        ("D", 9, r"/eval/quantized.json: num_bytes is 8, but 9 in .*/quantize.json: .*`shoal eval` again"),
+    ],
+)
+def test_scores_of_a_copy_of_another_model_are_refused(
+    folder: Path, source: str, num_bytes: int, message: str
+) -> None:
+    copy = Quantized(results.provenance(), "distilled", "int8", "torchao 1.0", 8, 32, 0, 1.0)
+    write(folder, "quantized/quantize.json", copy, model="D")
+    scored = dataclasses.replace(results.evaluation("distilled"), role="quantized", num_bytes=8)
+    write(folder, "eval/quantized.json", scored, model="Q")
+    assert "quantized" in read_run(folder).evaluations
+    write(folder, "quantized/quantize.json", dataclasses.replace(copy, num_bytes=num_bytes), model=source)
+    with pytest.raises(UserError, match=message):
+        read_run(folder)
+    (folder / "eval/quantized.json").unlink()  # then nothing is said of the copy
+    assert "quantized" in read_run(folder).quantized
 
 
 def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None:

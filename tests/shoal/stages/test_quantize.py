@@ -16,9 +16,11 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Evaluation, Provenance, Quantized, Training
+from shoal.artifacts.draft import Drafts
 from shoal.compress.quantize import copy as copying
 from shoal.compress.quantize import formats
 from shoal.errors import UserError
+from shoal.eval import draft
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.figure import pareto_panels
 from shoal.eval.report.findings import compare, read_run
@@ -160,6 +162,23 @@ def test_copies_are_scored_and_paired_and_stand_in_report_and_comparison(
     for row in pareto_panels(comparison):
         points = {point.role: point.cost for panel in row if panel.cost == "bytes" for point in panel.points}
         assert points["quantized"] == scored["quantized"].num_bytes
+
+
+def test_copies_are_no_drafts(
+    teacher: Path, tmp_path: Path, saved: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers does not load a GGUF file, and no speed of copies is measured that could tell whether one pays."""
+    run, asked = run_of(teacher, tmp_path), list[str]()
+    prune.prune(run)
+    export.quantize(run)
+
+    def measured(_: Checkpoint, drafts: dict[str, Checkpoint], *others: Any, **settings: Any) -> Drafts:
+        asked.extend(drafts)
+        return Drafts(Provenance({}), {})
+
+    monkeypatch.setattr(draft, "measure_drafts", measured)
+    evaluate._draft(run, evaluate._checkpoints(run, evaluate.roles(run)))
+    assert asked == ["pruned"]
 
 
 def test_formats_are_refused_before_any_work(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
