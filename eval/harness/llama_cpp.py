@@ -67,6 +67,8 @@ class LlamaCppLM(CausalLM):
     _llama: Any = None
     _room: int = 0
     """Positions of its context."""
+    _goes_back: bool = True
+    """Whether the end of what was read can be taken back; a recurrent state only can be emptied."""
     _read: Tokens = ()
     """Tokens whose keys, values and logits are held."""
 
@@ -102,11 +104,12 @@ class LlamaCppLM(CausalLM):
         """A context of ``num_tokens``; memory for logits and cache grows with it, so it is no longer than asked."""
         if num_tokens <= self._room:
             return
-        from llama_cpp import Llama  # pyright: ignore[reportAttributeAccessIssue]
+        import llama_cpp
 
+        binding: Any = llama_cpp
         self._read, self._room = (), num_tokens
         try:
-            self._llama = Llama(
+            self._llama = binding.Llama(
                 str(self._model.file),
                 n_ctx=num_tokens,
                 logits_all=True,
@@ -119,6 +122,8 @@ class LlamaCppLM(CausalLM):
             raise UserError(
                 f"{self._model.file}: llama.cpp cannot load it ({error}); make it again with `shoal quantize`"
             ) from error
+        kinds = (binding.llama_model_is_recurrent, binding.llama_model_is_hybrid)
+        self._goes_back = not any(is_kind(self._llama.model) for is_kind in kinds)
 
     def _go_to(self, tokens: Tokens) -> None:
         """Read ``tokens``, from where they stop being those that were read before."""
@@ -128,6 +133,9 @@ class LlamaCppLM(CausalLM):
                 break
             shared += 1
         if shared < len(tokens):
+            if shared < self._llama.n_tokens and not self._goes_back:
+                self._llama.reset()
+                shared = 0
             self._llama.n_tokens = shared
             self._llama.eval(list(tokens[shared:]))
             self._read = tokens

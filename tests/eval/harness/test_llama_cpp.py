@@ -49,9 +49,24 @@ class StandIn:
         self.n_tokens = len(self.tokens)
 
 
+class Recurrent(StandIn):
+    """The same with a state in place of keys and values, which goes on or is emptied."""
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        if self.n_tokens != len(self.tokens):
+            raise RuntimeError("llama_decode returned -1")
+        super().eval(tokens)
+
+    def reset(self) -> None:
+        self.n_tokens, self.tokens = 0, []
+
+
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GgufModel:
-    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=StandIn))  # pyright: ignore[reportArgumentType]
+    binding: Any = SimpleNamespace(
+        Llama=StandIn, llama_model_is_recurrent=lambda _: False, llama_model_is_hybrid=lambda _: False
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", binding)
     monkeypatch.setattr(llama_cpp, "version", lambda _: "1.0")
     monkeypatch.setattr(StandIn, "evaluated", 0)
     reference = tiny_model("llama")
@@ -73,6 +88,19 @@ def test_likelihoods_are_those_of_the_same_weights_in_transformers(model: GgufMo
     expected = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4).loglikelihood(asked)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     torch.testing.assert_close([value for value, _ in found], [value for value, _ in expected], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_a_state_that_cannot_be_taken_back_is_made_anew(
+    model: GgufModel, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked = instances("loglikelihood", [(context, option) for context in CONTEXTS for option in OPTIONS])
+    written = instances("generate_until", [(context, {"max_gen_toks": 12}) for context in CONTEXTS[:3]])
+    expected, texts = lm_of(model).loglikelihood(asked), lm_of(model).generate_until(written)
+    monkeypatch.setattr(sys.modules["llama_cpp"], "Llama", Recurrent)
+    monkeypatch.setattr(sys.modules["llama_cpp"], f"llama_model_is_{kind}", lambda _: True)
+    torch.testing.assert_close(lm_of(model).loglikelihood(asked), expected, atol=1e-4, rtol=1e-5)
+    assert lm_of(model).generate_until(written) == texts
 
 
 def test_what_requests_begin_with_is_read_once(model: GgufModel) -> None:

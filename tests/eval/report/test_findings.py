@@ -77,9 +77,7 @@ def test_results_of_another_run_are_refused(folder: Path, file: str, changes: di
         ("D", 9, r"/eval/quantized.json: num_bytes is 8, but 9 in .*/quantize.json: .*`shoal eval` again"),
     ],
 )
-def test_scores_of_a_copy_of_another_model_are_refused(
-    folder: Path, source: str, num_bytes: int, message: str
-) -> None:
+def test_scores_of_a_copy_of_another_model_are_refused(folder: Path, source: str, num_bytes: int, message: str) -> None:
     copy = Quantized(results.provenance(), "distilled", "int8", "torchao 1.0", 8, 32, 0, 1.0)
     write(folder, "quantized/quantize.json", copy, model="D")
     scored = dataclasses.replace(results.evaluation("distilled"), role="quantized", num_bytes=8)
