@@ -270,7 +270,7 @@ def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrained
 
     That is what formats of weights alone compute with. Multiplied as such they take as long as any, where a CPU would
     unpack them in every forward; and in the precision of other models, where libraries keep or demand the one they were
-    made in. Formats that round activations too stay as they are.
+    made in. Weights of formats that round activations too stay as they are.
     """
     was_packed = False
     for name, module in list(model.named_modules()):
@@ -282,6 +282,7 @@ def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrained
         elif isinstance(module, nn.Linear) and type(getattr(linear, "weight", None)).__module__.startswith("torchao."):
             weight = linear.weight.dequantize()
         else:
+            was_packed |= type(module).__name__ == "Linear8bitLt"  # which rounds activations too
             continue
         plain = nn.Linear(1, 1, bias=False, device="meta")
         plain.in_features, plain.out_features = linear.in_features, linear.out_features
@@ -291,7 +292,8 @@ def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrained
         model.set_submodule(name, plain)
         was_packed = True
     for parameter in model.parameters() if was_packed else ():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

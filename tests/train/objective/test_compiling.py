@@ -170,6 +170,27 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
     assert all(torch.equal(gradient, gradients_again[name]) for name, gradient in gradients.items())
 
 
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [(UserError, "function"), (torch.OutOfMemoryError, "function"), (torch.OutOfMemoryError, "compiler")],
+)
+def test_other_errors_are_none_of_compiling(
+    error: type[Exception], where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def raises(*_: Any) -> Any:
+        raise error("told as it is")
+
+    if where == "compiler":
+        monkeypatch.setattr(compiling, "BACKEND", raises)
+    compiled = Compiled([])
+    function = compiled.function(raises if where == "function" else lambda value: value * 2)
+    compiled.install()
+    with pytest.raises(error, match="told as it is"):
+        function(torch.ones(2))
+    compiled.uninstall()
+    assert "cannot be compiled" not in caplog.text
+
+
 def test_checkpointed_layers_are_computed_again_as_at_first_though_the_loss_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
