@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -310,7 +311,7 @@ class _StandInRun:
 
 def _changeable(call: Call) -> set[str]:
     """Types among the arguments of a call through which one layer could reach another."""
-    fixed = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+    fixed = (Tensor, BlockMask, type(None), bool, int, float, str, torch.dtype, torch.device)
     arguments = (*call.args, *call.kwargs.values())
     leaves = pytree.tree_leaves(arguments, is_leaf=lambda value: isinstance(value, dict | list))
     return {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, fixed)}
@@ -322,8 +323,16 @@ def _is_same(first: Call, second: Call) -> bool:
     other_leaves, other_spec = pytree.tree_flatten((second.args, second.kwargs))
     return spec == other_spec and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(leaves, other_leaves, strict=True)
+        for a, b in zip(map(_in_numbers, leaves), map(_in_numbers, other_leaves), strict=True)
     )
+
+
+def _in_numbers(leaf: Any) -> Any:
+    """What can be compared: flex attention's mask is a function, made anew for every run."""
+    if not isinstance(leaf, BlockMask):
+        return leaf
+    device = leaf.kv_num_blocks.device
+    return create_mask(leaf.mask_mod, *leaf.shape, device=str(device))
 
 
 def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard], section: str) -> None:

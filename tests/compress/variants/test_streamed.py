@@ -265,14 +265,17 @@ def test_layers_that_share_more_than_their_state_are_refused(family: str, messag
         )
 
 
-def test_layers_one_by_one_get_the_borders_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("maskless", ["flash", "flex"])
+def test_layers_one_by_one_get_the_borders_of_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maskless: str
+) -> None:
     flash_stand_in.install(monkeypatch)
     folder, rows = saved(tmp_path, "gemma3"), packed([[8, 12], [8, 12]])
-    masked, flash = (
+    masked, borders = (
         measure_streamed(folder, rows, metrics=["angular"], batch_size=2, streaming=Streaming(attention=kernels))
-        for kernels in ("sdpa", "flash")
+        for kernels in ("sdpa", maskless)
     )
-    for row, other in zip(flash.runs["angular"], masked.runs["angular"], strict=True):
+    for row, other in zip(borders.runs["angular"], masked.runs["angular"], strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
