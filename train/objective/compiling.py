@@ -71,6 +71,9 @@ class Compiled:
             try:
                 return graphs(*args, **kwargs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # of compiling, not of what is run
+                inner = getattr(error, "inner_exception", error.__cause__)
+                if isinstance(inner, torch.OutOfMemoryError):  # without compiling even more would be needed
+                    raise inner from error
                 self._is_on, self._failed = False, True
                 reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
                 log.warning(
