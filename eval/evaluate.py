@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import QUANTIZED, Evaluation, Json, Provenance, TaskScore
+from shoal.artifacts.artifact import MODEL, QUANTIZED, Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
@@ -66,7 +66,7 @@ def role_evaluation(
             model = running.enter_context(vllm_model(checkpoint, seed=seed))
         else:
             model = checkpoint.model(device=device())
-            if role in QUANTIZED:
+            if role in (*QUANTIZED, MODEL):
                 model = with_plain_weights(model, loaded_dtype(checkpoint.config, checkpoint.load.dtype))
         return model_evaluation(
             role,

@@ -85,6 +85,19 @@ def test_few_shot_prompts_are_counted_in_the_score() -> None:
     assert score.num_fewshot == 2
 
 
+@pytest.mark.parametrize("role", ["teacher", "quantized", "teacher_quantized", "model"])
+def test_what_may_be_quantised_is_scored_in_the_precision_that_is_asked_for(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that is quantised already is scored with its library's own kernels."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("shoal.eval.evaluate.with_plain_weights", lambda model, dtype: asked.append(dtype) or model)
+    checkpoint = Checkpoint.read(tiny_checkpoint(tmp_path, "llama"), LoadSettings(dtype="bfloat16"))
+    settings = Eval(tasks=("knowledge_continuation",), limit=1, perplexity_tokens=20, sequence_length=32)
+    role_evaluation(role, checkpoint, settings, inputs={"model": "m"}, seed=0)
+    assert asked == ([] if role == "teacher" else [torch.bfloat16])
+
+
 def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
     model = tiny_model("llama", max_position_embeddings=4096)
