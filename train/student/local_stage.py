@@ -80,7 +80,8 @@ def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict
     healed, story = folder / "student", folder / "local.json"
     settings_keys = [*shaping_keys(Recipe, Shapes.LOCAL), *shaping_keys(Distill, Shapes.LOCAL, "distill.")]
     # no loss scaling here, without which float16 loses small gradients: what trains in it later heals in float32
-    autocast = spec.deepspeed.autocast_dtype == torch.bfloat16
+    autocast = spec.deepspeed.autocast_dtype == torch.bfloat16 or spec.settings.weights == "bfloat16"
+    autocast = autocast or spec.teacher.load.attention == "flash"  # whose kernels take no float32
     identity = {key: inputs[key] for key in ("model", "student", "prune.drop", *settings_keys)}
     identity |= {"rows": rows.fingerprint, "autocast": autocast}
     if story.is_file() and not differences(identity, json.loads(story.read_bytes())["inputs"]):

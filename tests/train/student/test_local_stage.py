@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flash_stand_in
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -222,6 +223,23 @@ def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
     assert written[trained].dtype == torch.bfloat16
     assert not torch.equal(written[trained], stored[trained])
     assert json.loads((healed / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("how", [{"weights": "bfloat16"}, {"precision": "float32"}])
+def test_flash_kernels_get_halves_whatever_training_computes_in(tmp_path, monkeypatch, how):
+    flash_stand_in.install(monkeypatch, halves_only=True)
+    for name, model in zip(("student", "teacher"), models(), strict=True):
+        model.to(torch.bfloat16).save_pretrained(tmp_path / name)  # pyright: ignore[reportArgumentType]
+    settings = Distill(local=LocalHeal(num_tokens=1, batch_size=2), sequence_length=24, **how)
+    teacher, student = (
+        Checkpoint.read(tmp_path / n, LoadSettings("bfloat16", "flash")) for n in ("teacher", "student")
+    )
+    plan = PruningPlan(Provenance({}), num_layers=NUM_LAYERS, drop=(2, 3), reason="")
+    spec = train_spec(teacher, student, plan, settings, Record(), Ranks(1, 1, torch.device("cpu")))
+    identity: dict[str, Any] = dict.fromkeys(
+        ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher", "distill.local")
+    )
+    assert (local_stage(spec, text(2), folder=tmp_path / "local", inputs=identity) / "config.json").is_file()
 
 
 def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):
