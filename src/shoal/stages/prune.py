@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, Speed, differences
@@ -103,12 +104,14 @@ def _teacher_time(run: Run, batch_size: int) -> TeacherTime | None:
         for batch in score.batches
         if batch.batch_size == nearest.batch_size
     ]
+    fewest = min((num_layers for num_layers, _ in shallower), default=None)
+    times = [milliseconds for num_layers, milliseconds in shallower if num_layers == fewest]
     return TeacherTime(
         nearest.step_ms,
         nearest.batch_size,
         speed.prompt_tokens + speed.new_tokens // 2,
         f"{Speed.FILE} (batch size {nearest.batch_size})",
-        min(shallower, default=None),
+        None if fewest is None else (fewest, fmean(times)),
     )
 
 

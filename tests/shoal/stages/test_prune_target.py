@@ -89,6 +89,15 @@ def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Pa
     again = pruning.read_goals(run)
     assert again is not None
     assert "(batch size 4) and 4e-06 ms of 2 layers" in again.in_words(())
+    # models of one depth differ by noise alone
+    cut = {
+        role: replace(half, batches=(replace(batch, decode_tokens_per_s=rate),))
+        for role, rate in (("a", 2e9), ("b", 1e9))
+    }
+    replace(measured, provenance=own, roles={"teacher": measured.roles["teacher"], **cut}).write(run.dir / Speed.FILE)
+    of_both = pruning.read_goals(run)
+    assert of_both is not None
+    assert "(batch size 4) and 3e-06 ms of 2 layers" in of_both.in_words(())
 
 
 @pytest.mark.slow
