@@ -67,6 +67,12 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys
 def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
     keep = plan.keep
     everything = tuple(range(len(keep)))
+    if trainable in ("from_first_cut", "near_gaps") and not plan.drop and not plan.edits:
+        raise UserError(
+            f"distill.trainable: {trainable} trains the layers that a cut calls for, and this plan leaves all layers "
+            "as they are: its student answers as the teacher does and needs no training; choose layers to train it "
+            "anyway"
+        )
     match trainable:
         case "all":
             return Trained(everything, norm=True, embeddings=True, head=True, rest=True)

@@ -301,8 +301,9 @@ class PruningPlan(Artifact):
 
     @property
     def first_change(self) -> int:
-        """The lowest layer at which the student is not the teacher any more."""
-        return min([first_change(self.drop, self.edits), *self._corrected])
+        """The lowest layer at which the student is not the teacher any more; behind the last where it is in none."""
+        changed = [first_change(self.drop, self.edits)] if self.drop or self.edits else []
+        return min([*changed, *self._corrected], default=self.num_layers)
 
     @property
     def edited_layers(self) -> set[int]:

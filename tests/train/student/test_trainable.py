@@ -115,6 +115,15 @@ def test_what_an_earlier_round_may_have_changed_is_not_shared_in_a_later_one(
     assert num_shared > 0
 
 
+def test_a_plan_that_cuts_no_layer_has_none_to_heal() -> None:
+    """The vision tower alone may have become smaller."""
+    whole = PruningPlan(Provenance({}), 6, (), "by hand", vision_blocks=3)
+    for choice in ("from_first_cut", "near_gaps"):
+        with pytest.raises(UserError, match=rf"{choice} trains the layers that a cut calls for, and this plan leaves"):
+            trained_parts(choice, whole)
+    assert shares_prefix(trained_parts("norm_and_head", whole), whole) == 6
+
+
 def test_what_a_plan_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match=r"replacement trains the layer .* this plan has none; add one to prune\.edits"):
         trained_parts("replacement", plan(4, edits=(SKIP,)))
