@@ -53,6 +53,8 @@ LARGEST_HEAD = 256
 SMALLEST_HEAD = 16
 HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "qk_head_dim")
 """Names under which configurations keep the size of a head, some of them several."""
+FLEX_VARIANTS = 64
+"""Times that flex attention may be compiled in a process."""
 NOT_EVERYWHERE = {"attention_dropout": "dropout_p", "attn_logit_softcapping": "softcap"}
 """Setting of a configuration -> parameter that only some flash kernels have for it. Dropout that they have not,
 transformers leaves out."""
@@ -325,4 +327,5 @@ def _kernel(kind: str) -> Callable[..., Any]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    # precision, gradients, caps and shapes make variants; beyond the eight that torch allows, scores are written out
+    return torch.compile(flex_attention, recompile_limit=FLEX_VARIANTS)  # pyright: ignore[reportCallIssue]

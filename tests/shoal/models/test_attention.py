@@ -232,6 +232,18 @@ def test_a_mask_that_flex_cannot_read_is_refused() -> None:
         hidden(model)
 
 
+def test_flex_stays_compiled_through_more_variants_than_torch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, **{"backend": "eager", **how}))
+    attention._compiled.cache_clear()
+    kernel, states = attention._kernel("cuda"), torch.randn(1, 1, 16, 16)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for cap in range(1, 11):
+            kernel(states, states, states, score_mod=lambda score, *_, cap=cap: score / cap)
+    attention._compiled.cache_clear()
+
+
 @pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
 def test_scores_and_text_are_those_of_masked_attention(
