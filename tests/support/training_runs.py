@@ -261,7 +261,7 @@ def run_out_of_memory(step: int, message: str) -> None:
     def full(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step + 1 == step:
             students.append(trainer.objective.student)
-            raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+            raise torch.OutOfMemoryError(message) if "CUDA out of memory" in message else RuntimeError(message)
         return compute(trainer, *args, **kwargs)
 
     DistillTrainer.compute_loss = full  # pyright: ignore[reportAttributeAccessIssue]

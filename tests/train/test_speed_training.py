@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
 LOSSES = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}]
 CUDA_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
+BLAS_FULL = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 HOST_FULL = (
     "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 )
@@ -66,7 +67,7 @@ def test_a_training_that_cannot_be_compiled_says_so_once(
     assert trial.curve() == plain.curve()
 
 
-@pytest.mark.parametrize("full", [CUDA_FULL, HOST_FULL], ids=["device", "host"])
+@pytest.mark.parametrize("full", [CUDA_FULL, BLAS_FULL, HOST_FULL], ids=["device", "BLAS", "host"])
 def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     teacher: Path, cut: Path, tmp_path: Path, full: str, plain: Trial
 ) -> None:

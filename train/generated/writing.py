@@ -193,8 +193,8 @@ def transformers_writer(
     teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int, fixed: Fixed | None = None
 ) -> Writer:
     """Writes with ``teacher`` as it stands in memory. On an accelerator its cache has a fixed size and decoding is
-    compiled; ``fixed`` says so elsewhere too."""
-    if teacher.device.type != "cpu" and fixed is None:
+    compiled, where transformers says that the family can be; ``fixed`` says so elsewhere too."""
+    if teacher.device.type != "cpu" and teacher._can_compile_fullgraph and fixed is None:
         fixed = Fixed(settings.max_prompt_tokens + settings.new_tokens)
     ends = end_tokens(teacher.generation_config, tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]

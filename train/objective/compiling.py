@@ -70,7 +70,10 @@ class Compiled:
 
             try:
                 return graphs(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # of compiling, not of what is run
+            except Exception as error:
+                is_of_dynamo = isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
+                if not is_of_dynamo and not type(error).__module__.startswith("triton."):
+                    raise  # of what is run, not of compiling it
                 inner = getattr(error, "inner_exception", error.__cause__)
                 if isinstance(inner, torch.OutOfMemoryError):  # without compiling even more would be needed
                     raise inner from error

@@ -19,8 +19,13 @@ from .run_size import Job, job
 
 LESS = 0.9
 """Share of what is expected now that a proposal may take: less of a difference would be within the estimate's error."""
-ON_HOST = "DefaultCPUAllocator: can't allocate memory"
-"""Words of torch for memory of the host."""
+IS_FULL = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""Words for memory that runs out of the host, and outside torch's own allocator of a device."""
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def explained_memory(spec: TrainSpec, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # as torch's for a GPU is, too
-        if not isinstance(error, torch.OutOfMemoryError) and ON_HOST not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in IS_FULL):
             raise
         what = str(error).strip().splitlines()[0][:200]
         raise UserError(f"out of memory while training: {what}; {_remedy(spec, run_dir)}") from error

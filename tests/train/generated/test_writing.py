@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import KINDS, tiny_model, tiny_tokenizer
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 from shoal.data.sources import ability_prompts
 from shoal.errors import UserError
@@ -266,6 +268,18 @@ def test_a_cache_of_a_fixed_size_and_compiled_steps_write_the_same_tokens(kind, 
         asked = [prompts[number] for number in batch]
         assert fixed(asked, batch) == growing(asked, batch)
     assert "not compiled" not in caplog.text
+
+
+def test_on_a_gpu_a_family_that_transformers_does_not_compile_writes_in_a_growing_cache(monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(writing, "sample", lambda *_, fixed, **__: asked.append(fixed) or [])
+    for compiles in (True, False):
+        on_gpu: Any = SimpleNamespace(
+            device=torch.device("cuda"), _can_compile_fullgraph=compiles, generation_config=GenerationConfig()
+        )
+        transformers_writer(on_gpu, tiny_tokenizer(), Writing(new_tokens=12, max_prompt_tokens=40), seed=3)([[5]], [0])
+    assert asked[0].length == 52
+    assert asked[1] is None
 
 
 @pytest.mark.slow

@@ -191,6 +191,25 @@ def test_other_errors_are_none_of_compiling(
     assert "cannot be compiled" not in caplog.text
 
 
+def test_a_kernel_that_the_device_cannot_run_is_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    # as Triton raises at a kernel's first run, when the compiler has long been left
+    too_large = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+    compiled = Compiled([])
+
+    def double(value_N: Tensor) -> Tensor:
+        return value_N * 2
+
+    def graphs(*_: Any) -> Any:
+        raise too_large("out of resource: shared memory")
+
+    compiled.install()
+    with caplog.at_level(logging.WARNING, logger="shoal"):
+        assert compiled._run(double, graphs, torch.ones(2)).tolist() == [2, 2]
+    compiled.uninstall()
+    assert caplog.text.count("double cannot be compiled; training goes on without") == 1
+    assert "out of resource: shared memory" in caplog.text
+
+
 def test_checkpointed_layers_are_computed_again_as_at_first_though_the_loss_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
