@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from shoal.errors import UserError
 from shoal.models.anatomy import deepstack_layers
 from shoal.models.families import family
+from shoal.models.load import NOT_CAUSAL
 from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
 
 from .special_cuts import GROUP_RULES, instead, refuse_moved_layers
@@ -179,7 +180,8 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int], *, keep_mtp: bool 
     With ``keep_mtp`` it says of multi-token prediction what it said before.
 
     Raises:
-        UserError: a field that the cut cannot express, or a list with one entry per layer that shoal does not know.
+        UserError: a field that the cut cannot express, a list with one entry per layer that shoal does not know, or a
+            model that is not a decoder alone.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise UserError("config.quantization_config: quantised weights cannot be cut; give the full-precision model")
@@ -200,7 +202,10 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int], *, keep_mtp: bool 
         student = rebuilt
     else:
         _refuse_moved_features(config, keep)
-        setattr(student, next(name for name in student.sub_configs if getattr(student, name) is text), rebuilt)
+        part = next((name for name in student.sub_configs if getattr(student, name) is text), None)
+        if part is None:  # a view of one configuration, as T5 gives of its decoder
+            raise UserError(f"{config.model_type}: {NOT_CAUSAL}")
+        setattr(student, part, rebuilt)
     setattr(student, KEPT_LAYERS, [uncut_layers(config, num_layers)[layer] for layer in keep])
     vars(student).pop("auto_map", None)  # names code that lies beside the teacher only
     if zeroed := getattr(config, ZEROED_WEIGHTS, None):

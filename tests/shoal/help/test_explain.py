@@ -53,6 +53,7 @@ def test_a_default_written_down_is_the_default(setting: Setting) -> None:
     """Read back as YAML: what is told may be typed."""
     raw: dict[str, Any] = {"model": "m"}
     *sections, key = setting.place.split(".")
+    raw |= {name: {} for name in sections}  # a section that is left out may mean that its work is
     if sections == ["search"]:
         raw["search"] = {"plans": [{"num_drop": 1}, {"num_drop": 2}]}
     expected = parse_recipe(json.loads(json.dumps(raw)))
