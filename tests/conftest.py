@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  first of all: torch's inductor needs it, and it loads no more once some tests are collected
 
 for name, value in {
     "OMP_NUM_THREADS": "1",

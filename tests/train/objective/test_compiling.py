@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.utils.cpp_extension  # whose setuptools does not load after what other tests do to imports
 from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo import utils as dynamo_utils
