@@ -25,15 +25,17 @@ half           as by_source, half of the text abilities: 35 % general text, 15 %
 mixed_slow     mixed at 5e-4
 mixed_all      mixed with everything trained, at 3e-4
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
-local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then mixed
+local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then by_source
+near_gaps      by_source, training the layers beside the gaps alone: about the memory that the local heal needs
+multi_scale    by_source, and all text with the teacher's states, pooled over tokens in late layers (arXiv:2303.05251)
 self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
-by_damage      mixed, its shares by what the cut took from each source
+by_damage      by_source, its shares by what the cut took from each source
 horizon        mixed_kl, in three tenths of the later steps on what the student writes, of growing length
-rounds         mixed in two rounds, each with half the tokens and half the layers, chosen anew
+rounds         by_source in two rounds, each with half the tokens and half the layers, chosen anew
 
-Four arms heal as mixed does and choose as many layers themselves, as `rounds` does too: one_shot by the loss of single
-drops, iterative by greedy removal, and both _scaled, which close every gap with a factor (Prune&Comp's ablation); of
-each there is a row for its cut before it is healed.
+Four arms heal as by_source does and choose as many layers themselves, as `rounds` does too: one_shot by the loss of
+single drops, iterative by greedy removal, and both _scaled, which close every gap with a factor (Prune&Comp's
+ablation); of each there is a row for its cut before it is healed.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ ONE_FORM = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts_one_
 FORMS = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts", "weight": 0.6})
 CROSS_ENTROPY = [{"kind": "cross_entropy"}]
 TEACHER = [{"kind": "forward_kl"}]
+BY_SOURCE = {"losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True}
 ARMS: dict[str, dict[str, Any]] = {
     "one_form": {"data": ONE_FORM, "losses": CROSS_ENTROPY},
     "forms": {"data": FORMS, "losses": CROSS_ENTROPY},
@@ -94,20 +97,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixed_kl": {"losses": TEACHER},
     "mixed_ce": {"losses": CROSS_ENTROPY},
     "mixed": {},
-    "by_source": {"losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True},
-    "half": {"general": 0.35, "abilities": 0.5, "losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True},
+    "by_source": BY_SOURCE,
+    "half": {"general": 0.35, "abilities": 0.5, **BY_SOURCE},
     "mixed_slow": {"trainer": {"learning_rate": 5e-4}},
     "mixed_all": {"trainable": "all", "trainer": {"learning_rate": 3e-4}},
     "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
-    "local": {"local": {"num_tokens": 16_384}},
+    "local": {"local": {"num_tokens": 16_384}, **BY_SOURCE},
+    "near_gaps": {"trainable": "near_gaps", **BY_SOURCE},
+    "multi_scale": {
+        "losses": [*TEACHER, *CROSS_ENTROPY, {"kind": "hidden_states", "multi_scale": True}],
+        "by_source": True,
+    },
     "self_written": {"general": 0.25, "written": 0.24},
-    "by_damage": {"data_policy": "by_damage"},
+    "by_damage": {"data_policy": "by_damage", **BY_SOURCE},
     "horizon": {"losses": TEACHER, "on_policy": {"share": 0.3, "horizon": {"max": 256}}},
-    "rounds": {"choose": "greedy_kl", "rounds": 2},
-    "one_shot": {"choose": "single_drop_perplexity"},
-    "one_shot_scaled": {"choose": "single_drop_perplexity", "scaled": True},
-    "iterative": {"choose": "sleb"},
-    "iterative_scaled": {"choose": "sleb", "scaled": True},
+    "rounds": {"choose": "greedy_kl", "rounds": 2, **BY_SOURCE},
+    "one_shot": {"choose": "single_drop_perplexity", **BY_SOURCE},
+    "one_shot_scaled": {"choose": "single_drop_perplexity", "scaled": True, **BY_SOURCE},
+    "iterative": {"choose": "sleb", **BY_SOURCE},
+    "iterative_scaled": {"choose": "sleb", "scaled": True, **BY_SOURCE},
 }
 """What an arm says of section `distill`, and of its own: `general`, `written` and `abilities` are shares of general
 text, of the teacher's and of prompts with answers, `by_source` gives each source one loss, `choose` names the metric of
@@ -209,9 +217,10 @@ def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
     abilities = shares.get("abilities", rest * 10 / 17)
     weights = {path: shares["general"] * share for path, share in general.items()}
     weights |= {"teacher_text": shares["written"], "instructions": rest - abilities, "ability_texts": abilities}
-    loss_of = {path: "forward_kl" if path in general else "cross_entropy" for path in weights}
+    of_states = ["hidden_states"] if arm == "multi_scale" else []
+    loss_of = {path: ["forward_kl" if path in general else "cross_entropy", *of_states] for path in weights}
     return [
-        {"path": path, "weight": round(weight, 4), **({"losses": [loss_of[path]]} if "by_source" in ARMS[arm] else {})}
+        {"path": path, "weight": round(weight, 4), **({"losses": loss_of[path]} if "by_source" in ARMS[arm] else {})}
         for path, weight in weights.items()
         if weight > 1e-6
     ]
