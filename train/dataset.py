@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shoal.atomic_files import fingerprint, written_folder
+from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
 from shoal.data.sources import pack, sources_fingerprint, texts_fingerprint
 from shoal.models.load import Checkpoint
@@ -18,7 +19,7 @@ from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping_keys
 from shoal.runtime import barrier, device, is_main
 
-from .engine.arguments import num_rows
+from .engine.arguments import num_rows, rows_per_step
 from .generated.writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
 from .teacher.recording_plan import rows_from
 
@@ -66,8 +67,10 @@ def rows_to_train_on(
     inputs: dict[str, Any],
     rows: int | None = None,
     later: tuple[int, Sequence[float]] | None = None,
+    images: ImageReader | None = None,
 ) -> PackedRows:
-    """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`.
+    """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`, and what
+    ``images`` has read for the sources of images.
 
     ``rows`` = so many of them. ``later`` = so many rows, and the weights of the sources once they are full.
     """
@@ -81,6 +84,7 @@ def rows_to_train_on(
         folder=folder,
         inputs=identity if later is None else {**identity, "later": later},
         later=later,
+        images=images,
     )
 
 
@@ -102,14 +106,18 @@ def training_rows(
     folder: Path,
     inputs: dict[str, Any],
     later: tuple[int, Sequence[float]] | None = None,
+    images: ImageReader | None = None,
 ) -> PackedRows:
-    """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``later`` is
-    that of shoal.data.sources.pack.
+    """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``images``
+    for those of images, ``later`` is that of shoal.data.sources.pack.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
     """
     identity = [inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)]
+    if images is not None:
+        identity.append(rows_per_step(settings))
+    given = {} if images is None else images.rows
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
     if is_main() and not path.exists():
         num_tokens = num_rows * settings.sequence_length
@@ -121,7 +129,10 @@ def training_rows(
             )
         with written_folder(path) as unfinished:
             rows = pack(
-                [(source, teacher_text if source.path == TEACHER_TEXT else None) for source in settings.data],
+                [
+                    (source, teacher_text if source.path == TEACHER_TEXT else given.get(source))
+                    for source in settings.data
+                ],
                 tokenizer,
                 sequence_length=settings.sequence_length,
                 num_tokens=num_tokens,
@@ -130,10 +141,12 @@ def training_rows(
                 folder=unfinished,
                 with_sources=settings.by_source,
                 later=later,
+                encode_image=None if images is None else images.tokens,
+                rows_per_step=rows_per_step(settings),
             )
         for name, count in rows.counts.items():
             if count["repeats"]:
                 times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
                 log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
     barrier()
-    return read_rows(path)
+    return RowsWithImages.of(read_rows(path), images)

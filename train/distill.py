@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.shares import Pilot, Shares
+from shoal.data.image_rows import ImageReader, images_fingerprint
 from shoal.data.packing import PackedRows
 from shoal.data.sources import source_names, sources_fingerprint
 from shoal.errors import UserError
@@ -93,6 +94,8 @@ def distill_inputs(
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
     section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
     neutral = {*NEUTRAL_TRAINER_KEYS, *(BATCH_SPLIT if settings.batch_size is not None else ())}
+    if settings.has_images:
+        section["distill.data (images)"] = images_fingerprint(settings.data)
     trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
     return {
         "model": teacher,
@@ -270,7 +273,8 @@ def _data(
     settings = spec.settings
     texts = teacher_texts(spec.teacher, tokenizer, settings, folder, inputs=inputs)
     if settings.data_policy == "fixed":
-        return spec, rows_to_train_on(tokenizer, settings, texts, folder, inputs=inputs), None
+        images = ImageReader.of(settings.data, spec.teacher)
+        return spec, rows_to_train_on(tokenizer, settings, texts, folder, inputs=inputs, images=images), None
     by_weight = split_by_ability(settings)
     settings = by_damage(
         by_weight,

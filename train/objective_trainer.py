@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from shoal.atomic_files import write_json
+from shoal.data.packing import IMAGES
 from shoal.errors import UserError
 from shoal.recipe.losses import term_names
 from shoal.runtime import is_main, world_size
@@ -148,7 +149,8 @@ class ObjectiveTrainer(Trainer):
     def taught(self, batch: Mapping[str, Any]) -> Iterator[Signals]:
         """What the teacher says of a micro-batch. Inside, models know its documents, and the head is whole."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(documents_known(on_host(batch), self.args.device))
+            if IMAGES not in batch:  # its rows are one document each, and the model makes masks of it by itself
+                stack.enter_context(documents_known(on_host(batch), self.args.device))
             with torch.autocast(self.args.device.type, enabled=False):  # a teacher computes in its own precision
                 signals = self._wiring.teacher(batch)
             if self._wiring.teacher_head is not None:
@@ -174,7 +176,12 @@ class ObjectiveTrainer(Trainer):
                 dtype = next(p for p in model.parameters() if p.requires_grad).dtype
                 stack.enter_context(self._wiring.prefix.replaying(dtype))
             # the student's forward is the objective's: sums over this micro-batch's tokens, no means
-            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=on_host(inputs))
+            loss_sum, sums = model(
+                **{name: inputs[name] for name in INPUTS},
+                signals=signals,
+                on_host=on_host(inputs),
+                images=inputs.get(IMAGES),
+            )
         if self.objective.student.training:  # else it is evaluated, between the steps
             num_terms = len(self.objective.terms)
             self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch

@@ -1,24 +1,187 @@
-"""A student that reads images learns from text, and what turns images into tokens stays as it is, byte for byte."""
+"""A student that reads images learns from text and from images, and what turns images into tokens stays as it is, byte
+for byte."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from image_models import llava_checkpoint
-from training_runs import LENGTH, finished, prepare, recipe, run
+from image_models import image_rows, llava_checkpoint
+from PIL import Image
+from torch import Tensor
+from training_runs import (
+    BATCH,
+    LENGTH,
+    STEPS,
+    Trial,
+    finished,
+    prepare,
+    recipe,
+    run,
+    share_nothing,
+    unfinished,
+    write_recipe,
+)
 
+from shoal.errors import UserError
 from shoal.models.load import load_model, load_processor
+from shoal.recipe.recipe import load_recipe
+from shoal.stages.distill import check_distill, record
+from shoal.stages.run import open_run
+
+TERMS = [{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": 0.5}]
+OF_SOURCES = ("forward_kl", "cross_entropy")
 
 
-def test_a_student_that_reads_images_learns_from_text(tmp_path: Path) -> None:
-    teacher = llava_checkpoint(tmp_path / "llava")
-    cut = prepare(tmp_path / "cut", teacher)
-    path = recipe(tmp_path / "trained", teacher, cut, batch_size=2, num_tokens=3 * 2 * LENGTH, sequence_length=LENGTH)
-    trial = finished(run(path))
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llava_checkpoint(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, llava: Path) -> Path:
+    return prepare(tmp_path_factory.mktemp("cut"), llava)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_rows(tmp_path_factory.mktemp("rows"))
+
+
+def both_kinds(rows: Path) -> list[dict[str, Any]]:
+    """Images, of which one term is learnt, and text, of which both are."""
+    columns = {"image": "image", "prompt": "prompt", "completion": "answer"}
+    return [{"path": str(rows), **columns, "losses": ["forward_kl"]}, {"path": "python_docs"}]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, llava: Path, cut: Path, rows: Path) -> Trial:
+    settings = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 1}
+    folder = tmp_path_factory.mktemp("mixed")
+    return finished(run(recipe(folder, llava, cut, data=both_kinds(rows), losses=TERMS, trainer=settings)))
+
+
+def images_of_steps(trial: Trial) -> np.ndarray:
+    (folder,) = (trial.dir / "text").glob("rows-*")
+    return np.load(folder / "images.npy").reshape(STEPS, BATCH)
+
+
+def curves(trial: Trial) -> list[dict[str, float]]:
+    history = [row for row in trial.training.history if "loss" in row]
+    return [{name: row[name] for name in ("loss", *OF_SOURCES) if name in row} for row in history]
+
+
+def moved(trial: Trial) -> set[str]:
     before, after = trial.weights("student"), trial.weights("distilled")
     assert before.keys() == after.keys()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if name.startswith("language_model.")}
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_a_student_that_reads_images_learns_from_text(llava: Path, cut: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "trained", llava, cut, batch_size=2, num_tokens=3 * 2 * LENGTH, sequence_length=LENGTH)
+    trial = finished(run(path))
+    assert moved(trial) == {name for name in trial.weights("student") if name.startswith("language_model.")}
     load_processor(trial.dir / "distilled")
     assert type(load_model(trial.dir / "distilled")).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_steps_hold_images_or_text_and_only_the_language_model_moves(mixed: Trial) -> None:
+    of_images = images_of_steps(mixed) >= 0
+    assert (of_images.all(1) == of_images.any(1)).all()
+    assert 2 <= of_images.all(1).sum() <= STEPS - 2
+    for step, values in zip(of_images.all(1), curves(mixed), strict=True):
+        assert ("cross_entropy" in values) == (not step)
+        assert "forward_kl" in values
+    assert moved(mixed) == {name for name in mixed.weights("student") if name.startswith("language_model.")}
+    counts = mixed.training.data["sources"]
+    assert all(count["supervised"] > 0 for count in counts.values())
+
+
+def answer_kl(models: list[Any], processor: Any, folder: Path, row: dict[str, str]) -> Tensor:
+    """KL(teacher || student) at every token of the answer, by what transformers makes of the row alone, (N,)."""
+    image = Image.open(folder / row["image"]).convert("RGB")
+    inputs = processor(text=f"<image>{row['prompt']}{row['answer']}</s>", images=[image], return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    num_answer = len(f"{row['answer']}") + 1  # a token a byte, and the end
+    with torch.no_grad():
+        p, q = (model(**inputs).logits[0, -num_answer - 1 : -1].log_softmax(-1) for model in models)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def test_the_first_step_is_the_mean_over_the_answers_tokens_of_its_rows(mixed: Trial, llava: Path, rows: Path) -> None:
+    numbers = images_of_steps(mixed)[0]
+    assert (numbers >= 0).all(), "images fill a step before text does"
+    models = [load_model(folder).double() for folder in (llava, mixed.dir / "student")]
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    processor = load_processor(llava)
+    nats = torch.cat([answer_kl(models, processor, rows.parent, lines[number]) for number in numbers])
+    assert len({len(lines[number]["answer"]) for number in numbers}) > 1, "rows weigh by their tokens"
+    assert curves(mixed)[0]["forward_kl"] == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert curves(mixed)[0]["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+
+
+def test_a_training_on_images_goes_on_with_the_same_bits(mixed: Trial, tmp_path: Path) -> None:
+    resumed = finished(run(unfinished(mixed, tmp_path / "resumed", step=5)))
+    assert "checkpoint-5" in resumed.log
+    assert curves(resumed) == curves(mixed)
+    after = mixed.weights()
+    assert all(torch.equal(weight, after[name]) for name, weight in resumed.weights().items())
+
+
+def test_two_ranks_under_zero_3_give_the_curves_of_one(
+    mixed: Trial, llava: Path, cut: Path, rows: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, llava, cut, data=both_kinds(rows), losses=TERMS, deepspeed="deepspeed/zero3.json")
+    for ours, theirs in zip(curves(finished(run(path, ranks=2))), curves(mixed), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_adapters_above_a_shared_prefix_give_the_curve_without_sharing(
+    llava: Path, cut: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "data": both_kinds(rows)[:1],
+        "losses": TERMS,
+        "trainable": "from_first_cut",
+        "lora": {"rank": 2, "target_modules": ["q_proj"]},
+        "num_tokens": 3 * BATCH * LENGTH,
+    }
+    checkpointing = {"gradient_checkpointing": True}
+    shared = finished(run(recipe(tmp_path / "shared", llava, cut, **settings, trainer=checkpointing)))
+    alone = finished(run(recipe(tmp_path / "alone", llava, cut, **settings), before=share_nothing))
+    assert (shared.training.settings["shared_layers"], alone.training.settings["shared_layers"]) == (2, 0)
+    for ours, theirs in zip(curves(shared), curves(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert moved(shared) == {f"language_model.model.layers.{layer}.self_attn.q_proj.weight" for layer in (2, 3)}
+
+
+def test_what_cannot_be_learnt_from_is_refused_before_training(
+    llava: Path, teacher: Path, rows: Path, tmp_path: Path
+) -> None:
+    good = {**json.loads(rows.read_text().splitlines()[0]), "image": str(rows.parent / "pictures/0.png")}
+    torn, file = tmp_path / "torn.png", tmp_path / "bad.jsonl"
+    torn.write_bytes((rows.parent / "pictures/0.png").read_bytes()[:60])
+
+    def checked(model: Path = llava, length: int = LENGTH, **changes: Any) -> None:
+        file.write_text(json.dumps(good) + "\n" + json.dumps({**good, **changes}) + "\n")
+        path = write_recipe(tmp_path, model, data=both_kinds(file), losses=TERMS, sequence_length=length)
+        check_distill(open_run(load_recipe(str(path), [])))
+
+    checked()
+    for changes, message in (
+        ({"image": str(torn)}, r"distill.data: row 1 of .*bad.jsonl: .*torn.png cannot be read as an image"),
+        ({"image": None}, r"row 1 of .*: names no image in column 'image'; every row needs one: leave it out"),
+        ({"answer": ""}, r"row 1 of .*: needs text in 'prompt' and an answer in 'answer'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checked(**changes)
+    with pytest.raises(UserError, match=r"distill.data: .* reads no images; leave out the sources"):
+        checked(teacher)
+    with pytest.raises(UserError, match=r"no image with its question and answer fits into a row; raise sequence"):
+        checked(length=8)
+    with pytest.raises(UserError, match=r"record: a source of distill.data has images"):
+        record(open_run(load_recipe(str(tmp_path / "recipe.yaml"), [])))

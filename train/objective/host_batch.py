@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from shoal.data.packing import IGNORED, ROW, SOURCES
+from shoal.data.image_rows import stacked_with_images
+from shoal.data.packing import IGNORED, IMAGES, ROW, SOURCES
 from shoal.models import document_masks
 from shoal.models.document_masks import document_borders, document_starts
 
@@ -60,6 +61,8 @@ def with_host_copy(batch: dict[str, Tensor]) -> dict[str, Any]:
 
 def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """The micro-batch of these rows of shoal.data.packing.PackedRows, with its host copy: a data collator."""
+    if IMAGES in rows[0]:
+        return with_host_copy(stacked_with_images(rows))
     return with_host_copy({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
 
 

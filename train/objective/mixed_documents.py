@@ -37,7 +37,7 @@ def warn_of_mixed_documents(model: PreTrainedModel, rows: PackedRows, *, autocas
         return
     # what accelerate offloads has no device until it runs
     where = device() if model.device.type == "meta" else model.device
-    ids_1S = rows[0]["input_ids"][:TOKENS].unsqueeze(0).to(where)
+    ids_1S = rows.input_ids_NS[:1, :TOKENS].long().to(where)
     with nullcontext() if autocast_dtype is None else torch.autocast(where.type, autocast_dtype):
         if _documents_meet(model, ids_1S):
             log.warning(

@@ -5,7 +5,7 @@ B batch, S sequence, D hidden, N supervised tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from shoal.data.image_rows import on_device
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, decoder_layers, state_of, with_state
@@ -129,6 +130,7 @@ class Objective:
         labels: Tensor,
         signals: Signals,
         on_host: OnHost | None = None,
+        images: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         states, host = self._states, on_host or OnHost(labels.cpu(), position_ids.cpu())
         learnt_N, own_labels = learnt_places(host.labels_BS), self._own_labels(host)
@@ -141,7 +143,7 @@ class Objective:
             for index in self._at_head
         ]
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
-            hidden_BSD = final_hidden(student, input_ids, position_ids)
+            hidden_BSD = final_hidden(student, input_ids, position_ids, images)
         loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals, inputs)
         *at_head, matches, compared = head_sums.unbind()
         # one by one: a list of indices would be copied to the device, which waits for it
@@ -263,11 +265,21 @@ def _in_own_precision(to_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor
     return logits
 
 
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """What the head reads, (B, S, D). Attention keeps documents packed in one row apart: see shoal.data.packing."""
-    decoder = decoder_body(model)
-    with documents_apart(decoder, position_ids):
-        hidden_BSD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+def final_hidden(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, images: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """What the head reads, (B, S, D). Attention keeps documents packed in one row apart: see shoal.data.packing.
+
+    With ``images``, what the processor makes beside the tokens, every row is one document and padding, and the whole
+    model with its tower makes positions and masks of it as it does of any input.
+    """
+    if images is not None:
+        inputs = on_device(images, input_ids.device, model.dtype)
+        hidden_BSD = model.base_model(input_ids=input_ids, **inputs, use_cache=False).last_hidden_state
+    else:
+        decoder = decoder_body(model)
+        with documents_apart(decoder, position_ids):
+            hidden_BSD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     # here and not in the chunked loss, which takes gradients of the head alone
     return hidden_BSD if (prepare := before_head(model)) is None else prepare(hidden_BSD)
 

@@ -77,7 +77,8 @@ def recording_inputs(
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
     """What shapes the training rows; which loss terms learn from a source does not."""
-    keys = (*shaping_keys(Distill, Shapes.ROWS, "distill."), "data", *shaping_keys(Recipe, Shapes.ROWS))
+    images = "distill.data (images)"
+    keys = (*shaping_keys(Distill, Shapes.ROWS, "distill."), "data", images, *shaping_keys(Recipe, Shapes.ROWS))
     shaped = {key: inputs[key] for key in keys if key in inputs}
     sources = [{key: source[key] for key in source if key != "losses"} for source in shaped["distill.data"]]
     return shaped | {"distill.data": sources}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from shoal.data.packing import IMAGES
 
 from ..objective.capture import Captured
 from ..objective.host_batch import on_host, queued
@@ -40,7 +43,8 @@ class LiveTeacher:
         recording = contextlib.nullcontext() if self.prefix is None else self.prefix.recording()
         capturing = contextlib.nullcontext(Captured()) if self.states is None else self.states.capturing_teacher()
         with recording, capturing as captured:
-            hidden_BSD = final_hidden(self.model, batch["input_ids"], batch["position_ids"])
+            images: Any = batch.get(IMAGES)
+            hidden_BSD = final_hidden(self.model, batch["input_ids"], batch["position_ids"], images)
         return Signals(hidden_BSD if self.reads_logits else None, captured=captured)
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -43,6 +44,24 @@ class Chat:
     def num_characters(self) -> int:
         """Number of characters: about as many bytes as it takes."""
         return sum(len(str(value)) for message in self.messages for value in message.values())
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A question about an image, and its answer."""
+
+    where: str
+    """File and number of the row, for messages."""
+    image: Path
+    prompt: str
+    answer: str
+    number: int = 0
+    """Its place among all rows of images of a training."""
+
+    @property
+    def num_characters(self) -> int:
+        """Number of characters of the text."""
+        return len(self.prompt) + len(self.answer)
 
 
 def chat_of(row: Mapping[str, Any], source: DataSource, where: str) -> Chat | None:
@@ -185,7 +204,7 @@ def _assistant_spans(chat: Chat, text: str, tokenizer: Any) -> Iterator[tuple[in
         written = None if start is None else _as_in(text[start:], turn, message.get("content"), start, tokenizer)
         if start is None or written is None:
             raise _unclear(chat, index, tokenizer)
-        yield start, start + _without_layout(written, tokenizer)
+        yield start, start + without_layout(written, tokenizer)
 
 
 def _start(chat: Chat, index: int, text: str, tokenizer: Any) -> int | None:
@@ -223,7 +242,7 @@ def _said(content: Any) -> str:
     return content.strip() if isinstance(content, str) else ""
 
 
-def _without_layout(written: str, tokenizer: Any) -> int:
+def without_layout(written: str, tokenizer: Any) -> int:
     """Length without the white space that a template puts behind an end-of-turn token: the model stops before it."""
     bare = written.rstrip()
     ends = {token.content for token in tokenizer.added_tokens_decoder.values()}

@@ -1,35 +1,32 @@
-"""Rows of an image, a question and its answer, and what a model that reads images is given for one."""
+"""Rows of an image, a question and its answer, and what a model that reads images is given for one.
+
+N rows, B batch, S sequence.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from shoal.atomic_files import file_hash, fingerprint
-from shoal.data.chat import column_of
+from shoal.data.chat import ASSISTANT, ImageRow, column_of, without_layout
+from shoal.data.packing import IMAGES, NO_IMAGE, PackedRows
 from shoal.data.sources import records
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
+from shoal.models.load import Checkpoint, load_processor, reads_images
+from shoal.recipe.distill import TrainingSource
 from shoal.recipe.measure import ImageRows
 from shoal.recipe.section import DataSource
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One row."""
-
-    where: str
-    """File and number, for messages."""
-    image: Path
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -48,39 +45,85 @@ def load_image_rows(settings: ImageRows) -> list[ImageRow]:
     Raises:
         UserError: no such file or column, a row without an image or an answer, or an image that cannot be read.
     """
+    columns = settings.image, settings.prompt, settings.answer
+    return _read("measure.images", DataSource(settings.path), columns, settings.num_rows)
+
+
+def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRow]]:
+    """All rows of the sources of images among ``data``, in order, all images of which can be opened.
+
+    Raises:
+        UserError: as load_image_rows does.
+    """
+    found: dict[DataSource, list[ImageRow]] = {}
+    for source in data:
+        if isinstance(source, TrainingSource) and source.image and source.prompt and source.completion:
+            columns = source.image, source.prompt, source.completion
+            first = sum(map(len, found.values()))
+            found[source] = _read("distill.data", source, columns, None, first=first)
+    return found
+
+
+def _read(
+    place: str, source: DataSource, columns: tuple[str, str, str], num_rows: int | None, *, first: int = 0
+) -> list[ImageRow]:
+    """The rows of ``source``, whose numbers begin with ``first``; ``place`` is the setting that names it."""
     rows: list[ImageRow] = []
-    for number, (where, record) in enumerate(islice(records(DataSource(settings.path)), settings.num_rows)):
-        row, named = f"measure.images: row {number} of {where}", f"{where!r} row {number}"
-        image, prompt, answer = (
-            column_of(record, column, named) for column in (settings.image, settings.prompt, settings.answer)
-        )
+    for number, (where, record) in enumerate(islice(records(source), num_rows)):
+        row, named = f"{place}: row {number} of {where}", f"{where!r} row {number}"
+        image, prompt, answer = (column_of(record, column, named) for column in columns)
         if not isinstance(image, str) or not image.strip():
-            raise UserError(f"{row}: names no image in column {settings.image!r}; every row needs one: leave it out")
+            raise UserError(f"{row}: names no image in column {columns[0]!r}; every row needs one: leave it out")
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
-            raise UserError(f"{row}: needs text in {settings.prompt!r} and an answer in {settings.answer!r}; mend it")
+            raise UserError(f"{row}: needs text in {columns[1]!r} and an answer in {columns[2]!r}; mend it")
         path = Path(image).expanduser()
         path = path if path.is_absolute() else Path(where).expanduser().parent / path
-        _refuse_unreadable(path, row)
-        rows.append(ImageRow(row, path, prompt, answer))
+        if reason := _why_unreadable(path, _version(path)):
+            raise _unreadable(path, row, reason)
+        rows.append(ImageRow(row, path, prompt, answer, first + number))
     if not rows:
-        raise UserError(f"measure.images: {settings.path} holds no row; name a file that does")
+        raise UserError(f"{place}: {source.path} holds no row; name a file that does")
     return rows
 
 
-def _refuse_unreadable(path: Path, row: str) -> None:
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for damage."""
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written; None where there is none."""
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+
+
+@cache
+def _why_unreadable(path: Path, version: object) -> str:
+    """Why Pillow does not know the file for an image; empty where it does. Asked once of a ``version`` of it."""
     try:
         with Image.open(path) as image:
             image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damage
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{row}: {path} cannot be read as an image ({reason}); name an image file, or leave the row out"
-        ) from error
+    except UNREADABLE as error:
+        return str(error).split("\n")[0]
+    return ""
+
+
+def _unreadable(path: Path, row: str, reason: str) -> UserError:
+    return UserError(f"{row}: {path} cannot be read as an image ({reason}); name an image file, or leave the row out")
 
 
 def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
     """Content hash of rows and images, wherever they lie."""
-    return fingerprint([[file_hash(row.image), row.prompt, row.answer] for row in rows])
+    return fingerprint([[_hash(row.image, _version(row.image)), row.prompt, row.answer] for row in rows])
+
+
+def images_fingerprint(data: Sequence[DataSource]) -> str:
+    """The same of all sources of images among ``data``; raises as training_images does."""
+    return image_rows_fingerprint([row for rows in training_images(data).values() for row in rows])
+
+
+@cache
+def _hash(path: Path, version: object) -> str:
+    """Hash of the file's bytes, read once of a ``version`` of it."""
+    return file_hash(path)
 
 
 def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Asked]:
@@ -91,36 +134,63 @@ def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Ask
     Raises:
         UserError: a processor that takes no such text, or a row longer than the model's positions.
     """
-    longest = getattr(text_config(config), "max_position_embeddings", None)
     for row in rows:
+        yield _asked(row, _rendered(row.prompt, processor), row.answer, processor, config)
+
+
+def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any) -> Asked:
+    """What the model is given for ``row``, of whose question and answer these are the texts."""
+    longest, bos = getattr(text_config(config), "max_position_embeddings", None), processor.tokenizer.bos_token
+    try:
         with Image.open(row.image) as file:
             image = file.convert("RGB")
-        prompt, bos = _rendered(row.prompt, processor), processor.tokenizer.bos_token
-        given: dict[str, Any] = {"images": [image], "return_tensors": "pt"}
-        if bos and prompt.startswith(bos):  # a chat template has put it there
-            given["add_special_tokens"] = False
-        try:
-            before, whole = (processor(text=text, **given) for text in (prompt, prompt + row.answer))
-        except (ValueError, TypeError, KeyError, IndexError, ImportError) as error:
-            raise UserError(
-                f"{row.where}: the checkpoint's processor cannot take it ({error!r}); mend the row or the processor's "
-                "files"
-            ) from error
-        ids, start = whole["input_ids"][0], _common(before["input_ids"][0], whole["input_ids"][0])
-        if start == len(ids):
-            raise UserError(f"{row.where}: the processor makes no token of its answer {row.answer!r}; leave it out")
-        if longest is not None and len(ids) > longest:
-            raise UserError(
-                f"{row.where}: takes {len(ids)} tokens, and the model has {longest} positions; leave it out"
-            )
-        yield Asked({name: value for name, value in whole.items() if isinstance(value, Tensor)}, len(ids) - start)
+    except UNREADABLE as error:  # what only its pixels show, or has come since it was looked at
+        raise _unreadable(row.image, row.where, str(error).split("\n")[0]) from error
+    given: dict[str, Any] = {"images": [image], "return_tensors": "pt"}
+    if bos and prompt.startswith(bos):  # a chat template has put it there
+        given["add_special_tokens"] = False
+    try:
+        before, whole = (processor(text=text, **given) for text in (prompt, prompt + answer))
+    except (ValueError, TypeError, KeyError, IndexError, ImportError) as error:
+        raise UserError(
+            f"{row.where}: the checkpoint's processor cannot take it ({error!r}); mend the row or the processor's files"
+        ) from error
+    ids, start = whole["input_ids"][0], _common(before["input_ids"][0], whole["input_ids"][0])
+    if start == len(ids):
+        raise UserError(f"{row.where}: the processor makes no token of its answer {row.answer!r}; leave it out")
+    if longest is not None and len(ids) > longest:
+        raise UserError(f"{row.where}: takes {len(ids)} tokens, and the model has {longest} positions; leave it out")
+    return Asked({name: value for name, value in whole.items() if isinstance(value, Tensor)}, len(ids) - start)
+
+
+def _turn(prompt: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
 
 
 def _rendered(prompt: str, processor: Any) -> str:
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor.apply_chat_template([_turn(prompt)], add_generation_prompt=True)
     return f"{getattr(processor, 'image_token', '<image>')}{prompt}"
+
+
+def _rendered_answer(row: ImageRow, prompt: str, processor: Any) -> str:
+    """The answer behind the rendered ``prompt`` with what ends it: as the chat template writes the assistant's turn,
+    and without one the end token.
+
+    Raises:
+        UserError: a template that writes both together differently.
+    """
+    if not getattr(processor, "chat_template", None):
+        return row.answer + (processor.tokenizer.eos_token or "")
+    reply = {"role": ASSISTANT, "content": [{"type": "text", "text": row.answer}]}
+    whole = processor.apply_chat_template([_turn(row.prompt), reply])
+    if not whole.startswith(prompt) or row.answer.strip() not in whole[len(prompt) :]:
+        raise UserError(
+            f"{row.where}: the processor's chat template does not write its answer behind the question, so that it "
+            "cannot be told from the rest; mend the template, or leave the row out"
+        )
+    written = whole[len(prompt) :]
+    return written[: without_layout(written, processor.tokenizer)]
 
 
 def _common(one: Tensor, other: Tensor) -> int:
@@ -130,6 +200,110 @@ def _common(one: Tensor, other: Tensor) -> int:
     return int(differ[0]) if len(differ) else size
 
 
-def on_device(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def on_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """``inputs`` there, what is in floating point in ``dtype``."""
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """What makes tokens and a model's inputs of a training's rows of images."""
+
+    processor: Any
+    config: Any
+    """Configuration of the model that is asked."""
+    rows: dict[DataSource, list[ImageRow]]
+
+    @classmethod
+    def of(cls, data: Sequence[DataSource], teacher: Checkpoint) -> ImageReader | None:
+        """That of the sources of images among ``data``, for a model that ``teacher`` is; None where there are none.
+
+        Raises:
+            UserError: a model or processor that reads no images, or as training_images does.
+        """
+        if not any(source.has_images for source in data):
+            return None
+        if not reads_images(teacher.config):
+            raise UserError(f"distill.data: {teacher.folder} reads no images; leave out the sources that name some")
+        processor = load_processor(teacher.folder, trust_remote_code=teacher.load.trust_remote_code)
+        return cls(processor, teacher.config, training_images(data))
+
+    def asked(self, row: ImageRow) -> Asked:
+        """What the model is given for ``row``, whose answer ends as it would end it.
+
+        Raises:
+            UserError: as asked does, or an answer with a token that stands for an image.
+        """
+        prompt = _rendered(row.prompt, self.processor)
+        found = _asked(row, prompt, _rendered_answer(row, prompt, self.processor), self.processor, self.config)
+        if getattr(self.config, "image_token_id", None) in found.inputs["input_ids"][0, -found.num_answer :].tolist():
+            raise UserError(f"{row.where}: its answer holds a token that stands for an image; mend it")
+        return found
+
+    def tokens(self, row: ImageRow) -> tuple[list[int], np.ndarray]:
+        """Token ids of ``row``, and which of them are learnt: its answer."""
+        found = self.asked(row)
+        ids = found.inputs["input_ids"][0].tolist()
+        return ids, np.arange(len(ids)) >= len(ids) - found.num_answer
+
+    def check(self, source: DataSource, *, sequence_length: int) -> None:
+        """Read as little of a source of images as shows that something can be learnt from it.
+
+        Raises:
+            UserError: as asked does, or every row is longer than ``sequence_length``.
+        """
+        if not any(len(self.tokens(row)[0]) <= sequence_length for row in self.rows[source]):
+            raise UserError(
+                f"data {source.path!r}: no image with its question and answer fits into a row; raise sequence_length"
+            )
+
+
+@dataclass(frozen=True)
+class RowsWithImages(PackedRows):
+    """Rows of which some hold an image, made into a model's inputs when they are asked for."""
+
+    reader: ImageReader | None = None
+
+    @classmethod
+    def of(cls, rows: PackedRows, reader: ImageReader | None) -> PackedRows:
+        """``rows`` with the inputs that ``reader`` makes; themselves without one."""
+        if reader is None:
+            return rows
+        return cls(**{each.name: getattr(rows, each.name) for each in fields(PackedRows)}, reader=reader)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        found: dict[str, Any] = super().__getitem__(row)
+        number = NO_IMAGE if self.images_N is None else int(self.images_N[row])
+        if number == NO_IMAGE:
+            return found
+        assert self.reader is not None
+        shown = next(rows[number - rows[0].number] for rows in self.reader.rows.values() if number <= rows[-1].number)
+        inputs = self.reader.asked(shown).inputs
+        ids_S = inputs["input_ids"][0]
+        if not torch.equal(found["input_ids"][: len(ids_S)], ids_S):
+            raise UserError(f"{shown.where}: makes other tokens than when training began; bring its image back")
+        return {**found, IMAGES: inputs}
+
+
+def stacked_with_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The micro-batch of these rows, all with an image: their planes (B, S), as long as the longest of them, and under
+    IMAGES what the processor makes of all, its token ids left out.
+
+    Rows one behind the other, with zeros where one is smaller: so processors fill up batches.
+    """
+    inputs = [row[IMAGES] for row in rows]
+    together = {name: _filled_up([one[name] for one in inputs]) for name in inputs[0]}
+    length = together.pop("input_ids").shape[1]
+    planes = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != IMAGES}
+    cut = {name: plane if plane.ndim == 1 else plane[:, :length] for name, plane in planes.items()}
+    return {**cut, IMAGES: together}
+
+
+def _filled_up(parts: Sequence[Tensor]) -> Tensor:
+    sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = parts[0].new_zeros(sum(map(len, parts)), *sizes)
+    start = 0
+    for part in parts:
+        whole[(slice(start, start + len(part)), *(slice(size) for size in part.shape[1:]))] = part
+        start += len(part)
+    return whole

@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ ROW = "row"
 """Key under which a row says which one it is."""
 SOURCES = "sources"
 """Key under which a row says which source every token is from, where that matters."""
+IMAGES = "images"
+"""Key under which a row says what a model is given with its tokens to see their image, where they have one."""
+NO_IMAGE = -1
 OPEN_ROWS = 16
 """Rows that best_fit keeps open at one time to find a place for the next document; more would waste less padding, but
 hold back more of the sources with short documents."""
@@ -50,6 +53,8 @@ class TokenDocument:
     """Number of times its source had been used up before."""
     truncated: int = 0
     """Number of tokens that were cut off its end."""
+    image: int = NO_IMAGE
+    """Number of the row of images that it is; such a document has a row for itself."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,7 +62,7 @@ class TokenDocument:
     def cut(self, length: int) -> TokenDocument:
         """Its first ``length`` tokens."""
         beyond = max(0, len(self) - length)
-        return TokenDocument(self.ids[:length], self.supervised[:length], self.epoch, beyond)
+        return replace(self, ids=self.ids[:length], supervised=self.supervised[:length], truncated=beyond)
 
     @property
     def teaches(self) -> bool:
@@ -79,6 +84,8 @@ class PackedRows:
     """Mask of the tokens that are learnt (bool); None = all. A document's first never is."""
     sources_NS: Tensor | None = None
     """Number of the source that every token is from (int16); None = it does not matter. Padding says 0."""
+    images_N: Tensor | None = None
+    """Number of the row of images that a row holds, or NO_IMAGE; None = all rows are text."""
 
     def __len__(self) -> int:
         return len(self.input_ids_NS)
@@ -128,6 +135,7 @@ class Row:
         self.filled = 0
         self.counts: dict[int, dict[str, int]] = {}
         self.last_source = 0
+        self.image = NO_IMAGE
 
     @property
     def room(self) -> int:
@@ -183,6 +191,9 @@ def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padd
     padded."""
     row = Row(length)
     for source, document in documents:
+        if document.image != NO_IMAGE:
+            yield _row_of_image(source, document, length, padding_id)
+            continue
         start = 0
         while start < len(document):
             start += row.add(source, document, start)
@@ -201,6 +212,9 @@ def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, p
     """
     rows: list[Row] = []
     for source, document in documents:
+        if document.image != NO_IMAGE:
+            yield _row_of_image(source, document, length, padding_id)
+            continue
         row = min((row for row in rows if row.room >= len(document)), key=lambda row: row.room, default=None)
         if row is None:
             if len(rows) == OPEN_ROWS:
@@ -213,6 +227,31 @@ def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, p
             rows.remove(row)
             yield row.close(padding_id)
     yield from (row.close(padding_id) for row in rows)
+
+
+def _row_of_image(source: int, document: TokenDocument, length: int, padding_id: int) -> Row:
+    row = Row(length)
+    row.add(source, document)
+    row.image = document.image
+    return row.close(padding_id)
+
+
+def rows_by_kind(rows: Iterable[Row], size: int) -> Iterator[Row]:
+    """The rows in groups of ``size``, the rows of an optimizer step, which hold images all or none, as the rows come.
+
+    All ranks then run the same modules in every micro-batch, however they share a step. LLaVA's training code groups
+    its batches by modality too. A row in which nothing is learnt goes through at once: teaching_rows leaves it out.
+    """
+    waiting: dict[bool, list[Row]] = {True: [], False: []}
+    for row in rows:
+        if not row.supervised.any():
+            yield row
+            continue
+        group = waiting[row.image != NO_IMAGE]
+        group.append(row)
+        if len(group) == size:
+            yield from group
+            group.clear()
 
 
 def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Row]:
@@ -257,7 +296,8 @@ def collect(
 
 def write_rows(folder: Path, rows: Iterable[Row], num_rows: int, length: int, *, without: Collection[str] = ()) -> None:
     """The first ``num_rows`` rows as one .npy file per plane, appended one by one: memory does not grow. Planes that
-    ``without`` names are left out."""
+    ``without`` names are left out; that of images is there where a row has one."""
+    images: list[int] = []
     with ExitStack() as stack:
         files = {}
         for name, dtype in PLANES.items():
@@ -266,15 +306,18 @@ def write_rows(folder: Path, rows: Iterable[Row], num_rows: int, length: int, *,
                 header: dict[str, Any] = {"descr": dtype, "fortran_order": False, "shape": (num_rows, length)}
                 np.lib.format.write_array_header_1_0(files[name], header)
         for row in itertools.islice(rows, num_rows):
+            images.append(row.image)
             for name, file in files.items():
                 file.write(getattr(row, name).astype(PLANES[name], copy=False).tobytes())
+    if any(image != NO_IMAGE for image in images):
+        np.save(folder / f"{IMAGES}.npy", np.array(images, np.int32))
 
 
 def read_rows(folder: Path) -> PackedRows:
     """Rows written by `write_rows`, mapped instead of read, with the counts that lie beside them in COUNTS."""
     planes = {
         name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
-        for name in PLANES
+        for name in (*PLANES, IMAGES)
         if (folder / f"{name}.npy").is_file()
     }
     counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
@@ -283,5 +326,5 @@ def read_rows(folder: Path) -> PackedRows:
 
 def packed_rows(planes: Mapping[str, Tensor], counts: dict[str, dict[str, int]]) -> PackedRows:
     """The rows of these planes, by the names in PLANES."""
-    optional = planes.get("supervised"), planes.get(SOURCES)
+    optional = planes.get("supervised"), planes.get(SOURCES), planes.get(IMAGES)
     return PackedRows(planes["input_ids"], planes["position_ids"], counts, *optional)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from shoal.atomic_files import file_hash, fingerprint, write_json
-from shoal.data.chat import Chat, chat_of, check_template, column_of, tokenised
+from shoal.data.chat import Chat, ImageRow, chat_of, check_template, column_of, tokenised
 from shoal.data.general_text import docstrings, instructions, python_docs, readmes
 from shoal.data.packing import (
     COUNTS,
@@ -31,6 +31,7 @@ from shoal.data.packing import (
     draw,
     packed_rows,
     read_rows,
+    rows_by_kind,
     split_rows,
     teaching_rows,
     write_rows,
@@ -41,6 +42,10 @@ from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Packing
 from shoal.task_words import ABILITIES
 
 T = TypeVar("T")
+Item = str | Chat | ImageRow
+"""A document before it is tokenised."""
+Encode = Callable[[ImageRow], tuple[list[int], np.ndarray]]
+"""Token ids of a row of images, and which of them are learnt."""
 
 
 def ability_texts(*abilities: str, one_form: bool) -> list[str]:
@@ -273,13 +278,15 @@ def texts_fingerprint(texts: Sequence[str]) -> str:
 
 
 def pack(
-    sources: Sequence[tuple[DataSource, Iterable[str | Chat | None] | None]],
+    sources: Sequence[tuple[DataSource, Iterable[Item | None] | None]],
     tokenizer: Any,
     *,
     sequence_length: int,
     num_tokens: int | None,
     seed: int,
     packing: Packing = "split",
+    encode_image: Encode | None = None,
+    rows_per_step: int = 1,
     folder: Path | None = None,
     with_sources: bool = False,
     later: tuple[int, Sequence[float]] | None = None,
@@ -294,27 +301,42 @@ def pack(
     it is from. ``later`` = so many rows, and the weights by which documents are drawn once they are full: these rows
     are those of a call without it.
 
+    A source of images stands for its rows, which ``encode_image`` makes tokens of: each has a row for itself, padded,
+    and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none.
+
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
     """
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
+    has_images = any(source.has_images for source, _ in sources)
     limit = sequence_length if packing == "best_fit" else None
     num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
     # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
     enough = None if packing == "best_fit" or num_rows is None else num_rows * sequence_length
     streams = [
-        _documents(source, given, tokenizer, seed=seed + index, limit=limit, enough=enough, count=counts[name])
+        _documents(
+            source,
+            given,
+            tokenizer,
+            seed=seed + index,
+            limit=sequence_length if source.has_images else limit,
+            enough=enough,
+            count=counts[name],
+            encode_image=encode_image if source.has_images else None,
+        )
         for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True))
     ]
     weights = [source.weight for source, _ in sources]
     drawn = draw(streams, weights)
     if num_rows is None:
         drawn = itertools.takewhile(lambda document: document[1].epoch == 0, drawn)
-    padded = packing == "best_fit" or num_rows is None
+    padded = packing == "best_fit" or num_rows is None or has_images
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
     padding_id = next((token for token in ends if token is not None), 0)
     rows = (best_fit_rows if packing == "best_fit" else split_rows)(drawn, sequence_length, padding_id)
+    if has_images:
+        rows = rows_by_kind(rows, rows_per_step)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
         if later is not None:
@@ -382,6 +404,10 @@ def _refuse_impossible(source: DataSource, tokenizer: Any) -> None:
 
 
 def _nothing_learnt(source: DataSource) -> UserError:
+    if source.has_images:
+        return UserError(
+            f"data {source.path!r}: no image with its question and answer fits into a row; raise sequence_length"
+        )
     if source.is_chat:
         return UserError(
             f"data {source.path!r}: no conversation has a token that is learnt (an answer of the assistant, and within "
@@ -392,19 +418,25 @@ def _nothing_learnt(source: DataSource) -> UserError:
 
 def _documents(
     source: DataSource,
-    given: Iterable[str | Chat | None] | None,
+    given: Iterable[Item | None] | None,
     tokenizer: Any,
     *,
     seed: int,
     limit: int | None,
     enough: int | None,
     count: dict[str, int],
+    encode_image: Encode | None,
 ) -> Iterator[TokenDocument]:
     """The source's documents without end, in another order every epoch."""
-    _refuse_impossible(source, tokenizer)
+    if encode_image is None:
+        _refuse_impossible(source, tokenizer)
     for epoch, items in _epochs(source, given, seed=seed, count=count):
         nothing = True
-        for document in _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count):
+        for document in (
+            _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count)
+            if encode_image is None
+            else _of_images(items, encode_image, epoch=epoch, limit=limit or 0, count=count)
+        ):
             nothing = False
             yield document
         if nothing:
@@ -412,11 +444,11 @@ def _documents(
 
 
 def _epochs(
-    source: DataSource, given: Iterable[str | Chat | None] | None, *, seed: int, count: dict[str, int]
-) -> Iterator[tuple[int, Iterable[str | Chat]]]:
+    source: DataSource, given: Iterable[Item | None] | None, *, seed: int, count: dict[str, int]
+) -> Iterator[tuple[int, Iterable[Item]]]:
     """Every epoch's documents in its order: of a small source any order, of a large one as far as the buffer mixes."""
 
-    def read(*, counting: bool) -> Iterator[str | Chat]:
+    def read(*, counting: bool) -> Iterator[Item]:
         for item in documents(source) if given is None else given:
             if item is not None:
                 yield item
@@ -440,7 +472,7 @@ def _epochs(
             yield epoch, _mixed(read(counting=False), order)
 
 
-def _take(items: Iterator[str | Chat], characters: int, *, most: int | None = None) -> tuple[list[str | Chat], int]:
+def _take(items: Iterator[Item], characters: int, *, most: int | None = None) -> tuple[list[Item], int]:
     """Items until they have so many characters or are ``most``; the last may go beyond."""
     taken, size = [], 0
     while size < characters and len(taken) != most and (item := next(items, None)) is not None:
@@ -449,11 +481,11 @@ def _take(items: Iterator[str | Chat], characters: int, *, most: int | None = No
     return taken, size
 
 
-def _size(item: str | Chat) -> int:
+def _size(item: Item) -> int:
     return len(item) if isinstance(item, str) else item.num_characters
 
 
-def _mixed(items: Iterator[str | Chat], order: random.Random) -> Iterator[str | Chat]:
+def _mixed(items: Iterator[Item], order: random.Random) -> Iterator[Item]:
     """Drawn at random from a buffer of HELD_CHARACTERS that is filled up again after every draw."""
     held, size = _take(items, HELD_CHARACTERS)
     while held:
@@ -466,8 +498,22 @@ def _mixed(items: Iterator[str | Chat], order: random.Random) -> Iterator[str | 
         yield item
 
 
+def _of_images(
+    items: Iterable[Item], encode: Encode, *, epoch: int, limit: int, count: dict[str, int]
+) -> Iterator[TokenDocument]:
+    """Documents of rows of images that are at most ``limit`` tokens long; the others are counted as dropped once."""
+    for item in items:
+        assert isinstance(item, ImageRow)
+        ids, supervised = encode(item)
+        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch, image=item.number)
+        if len(document) <= limit and document.teaches:
+            yield document
+        elif epoch == 0:
+            count["dropped"] += 1
+
+
 def _tokenised(
-    items: Iterable[str | Chat],
+    items: Iterable[Item],
     source: DataSource,
     tokenizer: Any,
     *,
@@ -489,7 +535,7 @@ def _tokenised(
             count["dropped"] += 1
 
 
-def _chats(items: Iterable[str | Chat], source: DataSource, tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
+def _chats(items: Iterable[Item], source: DataSource, tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
     for item in items:
         assert isinstance(item, Chat)
         yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
@@ -510,7 +556,7 @@ def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> lis
     return encode(text)[:count]
 
 
-def _texts(items: Iterable[str | Chat], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
     """Token lists with start (where the model has one it adds) and end token; of long texts the beginning."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     most = None if enough is None else CHARACTERS_PER_TOKEN * (enough + BORDER_TOKENS)

@@ -45,6 +45,23 @@ class TrainingSource(DataSource):
     loss is still divided by all supervised tokens of the step: a term's weight means the same whichever sources it
     learns from, and one that learns from few tokens adds little. The student's own samples (distill.on_policy) are no
     source's, and all terms learn from them."""
+    image: Annotated[Text | None, Field(exclude_if=lambda column: column is None)] = None
+    """The column that names an image file, from the folder of a local ``path`` on, beside ``prompt`` and
+    ``completion``: rows as measure.images has them, for models that read images. Only the answer is learnt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image is None:
+            return
+        if self.prompt is None or self.tools is not None:
+            raise ValueError("image needs a question about it and an answer, and no tools; set prompt and completion")
+        if self.loss_on == "all":
+            raise ValueError("loss_on: all would learn tokens that stand for an image; leave it out")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether its rows name images."""
+        return self.image is not None
 
     @property
     def parts(self) -> tuple[TrainingSource, ...]:
@@ -234,7 +251,7 @@ class Distill(Section):
     """How the cut model is trained on the full one."""
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource("python_docs"),)
-    """Text that the student is trained on."""
+    """Text that the student is trained on, and images with questions and answers."""
     data_policy: Annotated[Literal["fixed", "by_damage"], Shapes.TRAINING] = "fixed"
     """fixed: sources share the tokens by their weights. by_damage: by weight times what the cut took from each, in nats
     per token of its own text, measured once on the pruned student; a tenth is shared by the weights alone. Sources that
@@ -304,6 +321,11 @@ class Distill(Section):
     """Seconds a collective may wait for a late rank before the job ends."""
 
     @property
+    def has_images(self) -> bool:
+        """Whether a source has images."""
+        return any(source.has_images for source in self.data)
+
+    @property
     def by_source(self) -> bool:
         """Whether a source says which loss terms learn from it, so that rows have to say what their tokens are from."""
         return any(source.losses is not None for source in self.data)
@@ -353,6 +375,7 @@ def contradictions(distill: Distill) -> Iterator[str]:
     yield from terms.contradictions(distill.losses)
     yield from _of_sources(distill)
     yield from _of_shares(distill)
+    yield from _of_images(distill)
     teacher, watch = distill.teacher, distill.watch
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
@@ -441,6 +464,21 @@ def _of_shares(distill: Distill) -> Iterator[str]:
     for key in ("max_steps", "num_train_epochs"):
         if key in distill.trainer:
             yield f"distill.trainer.{key}: distill.data_pilot shares the tokens of distill.num_tokens; leave {key} out"
+
+
+def _of_images(distill: Distill) -> Iterator[str]:
+    if not distill.has_images:
+        return
+    samples = distill.on_policy is not None and distill.on_policy.share > 0
+    text_alone = {
+        "on_policy": (samples, "the student writes from text alone"),
+        "teacher.recorded": (distill.teacher.recorded is not None, "what a teacher says of images is not recorded"),
+        "local": (distill.local is not None, "gaps are healed on text alone"),
+        "data_policy": (distill.data_policy == "by_damage", "damage is measured on text alone"),
+    }
+    for name, (is_on, reason) in text_alone.items():
+        if is_on:
+            yield f"distill.{name}: {reason}, and a source of distill.data has images; leave one of them out"
 
 
 def _of_written_text(distill: Distill) -> Iterator[str]:

@@ -17,7 +17,9 @@ from shoal.redaction import redacted, redacted_arguments
 
 S = TypeVar("S", bound=Section)
 
-NOT_HERE = {"image": "data holds text alone: images are measured with (measure.images), and nothing learns from them"}
+NOT_HERE = {
+    "image": "data holds text alone here: images are measured with (measure.images) and learnt from (distill.data)"
+}
 """Keys that are asked for where shoal has nothing for them -> what it has."""
 WORDS = {
     "int_type": "must be a whole number",

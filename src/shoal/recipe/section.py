@@ -198,6 +198,11 @@ class DataSource(Section):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataSource)}
 
     @property
+    def has_images(self) -> bool:
+        """Whether its rows name images."""
+        return False
+
+    @property
     def is_chat(self) -> bool:
         """Whether it holds conversations instead of text."""
         return self.messages is not None or self.prompt is not None

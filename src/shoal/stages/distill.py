@@ -18,6 +18,7 @@ from shoal.abilities.forms import twin_wordings
 from shoal.artifacts.artifact import CONTROL, PruningPlan, Training, differences
 from shoal.artifacts.shares import Pilot, Shares
 from shoal.data import wording
+from shoal.data.image_rows import ImageReader
 from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
@@ -54,6 +55,11 @@ def record(run: Run) -> None:
 
     recipe, teacher = run.recipe, _teacher(run)
     settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
+    if settings.has_images:
+        raise UserError(
+            "record: a source of distill.data has images, and what a teacher says of images is not recorded; leave it "
+            "out, or train with the teacher itself"
+        )
     check_length(run, settings.sequence_length, "distill.sequence_length")
     prefix = None
     if settings.teacher.prefix:
@@ -374,9 +380,12 @@ def check_distill(run: Run) -> None:
     if not (run.dir / PruningPlan.FILE).is_file():
         check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
-    for source in recipe.distill.data:
-        if source.path != TEACHER_TEXT:
-            distill = recipe.distill
+    distill = recipe.distill
+    images = ImageReader.of(distill.data, _teacher(run)) if distill.has_images else None
+    for source in distill.data:
+        if images is not None and source.has_images:
+            images.check(source, sequence_length=distill.sequence_length)
+        elif source.path != TEACHER_TEXT:
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
     if recipe.distill.overlap:
         for source in recipe.distill.data:

@@ -121,12 +121,25 @@ def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp
     assert load_config(named.dir / "student").text_config.cross_attention_layers == [2]
 
 
-def test_images_as_training_data_are_refused() -> None:
-    raw = {"data": [{"path": "rows.jsonl", "image": "image"}]}
-    with pytest.raises(
-        UserError, match=r"distill.data.0.image: unknown key; data holds text alone: images are measured"
-    ):
-        parse_recipe({"model": "x", "run_dir": "y", "distill": raw})
+IMAGES: dict[str, Any] = {"path": "rows.jsonl", "image": "image", "prompt": "prompt", "completion": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"measure": {"data": [IMAGES]}}, r"measure.data.0.image: unknown key; data holds text alone here: .* measure"),
+        ({"data": [{**IMAGES, "prompt": None, "completion": None}]}, r"image needs a question about it and an answer"),
+        ({"data": [{**IMAGES, "loss_on": "all"}]}, r"loss_on: all would learn tokens that stand for an image"),
+        ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
+        ({"teacher": {"recorded": "signals"}}, r"distill.teacher.recorded: what a teacher says of images is not"),
+        ({"local": {}}, r"distill.local: gaps are healed on text alone, .* leave one of them out"),
+        ({"data": [IMAGES, "python_docs"], "data_policy": "by_damage"}, r"distill.data_policy: damage is measured on"),
+    ],
+)
+def test_what_does_not_go_with_images_is_refused_with_the_recipe(section: dict[str, Any], message: str) -> None:
+    sections = section if "measure" in section else {"distill": {"data": [IMAGES], **section}}
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"model": "x", "run_dir": "y", **sections})
 
 
 def test_quantised_copies_are_refused(models: Path) -> None:
