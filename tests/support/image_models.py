@@ -121,6 +121,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "llava": (_llava, {}),
     "llava_next": (_llava_next, {"image_grid_pinpoints": PINPOINTS}),
     "qwen2_5_vl": (_qwen, {}),
+    "qwen3_vl": (_qwen, {}),
     "gemma3": (_gemma3, {}),
     "idefics3": (_idefics3, {}),
     "mllama": (_mllama, {}),
