@@ -25,6 +25,7 @@ from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, environment, rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks
+from .harness.image_answers import image_answers
 from .harness.item_cache import ItemCache, identity_of
 from .harness.llama_cpp import GgufModel, LlamaCppLM
 from .harness.perplexity import perplexity
@@ -148,8 +149,12 @@ def evaluate(
     being done, for the log; ``cut_by``: see perplexity.
 
     Raises:
-        UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
+        UserError: an unknown task, data that cannot be had, text longer than the model's positions, or images asked of
+            another engine than transformers.
     """
+    images = settings.images if isinstance(settings, Eval) else None  # a sweep has none
+    if images is not None and not isinstance(model, PreTrainedModel):
+        raise UserError(f"eval.images: needs transformers, and {called} runs in another engine; leave images out")
     connect_ranks(model.device)
     engine = LlamaCppLM if isinstance(model, GgufModel) else VllmLM if isinstance(model, VllmModel) else CausalLM
     lm = engine(model, tokenizer, settings.batch_size, items=items, called=called)  # pyright: ignore[reportArgumentType]
@@ -161,6 +166,9 @@ def evaluate(
         scores = _of_rank_0(lm, sampled(lm, tasks, scores, settings.samples, seed=seed))
     if settings.perplexity_tokens:
         scores = (*scores, perplexity(lm, settings, cut_by=cut_by))
+    if images is not None:
+        assert isinstance(model, PreTrainedModel)
+        scores = (*scores, image_answers(lm, model, images))
     scores = tuple(replace(score, engine=lm.engine) for score in scores)
     for score in scores:
         log.info(

@@ -4,6 +4,7 @@ engine           lm-eval's interface over a model in memory
 vllm_engine      the same over vLLM, for finished checkpoints
 llama_cpp        the same over a GGUF file
 perplexity       running text
+image_answers    answers about images
 samples          from lm-eval's log to scores per item
 rates            how written text fails
 writing          how texts are asked for, drawn and ended

@@ -25,8 +25,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, load_processor, reads_images
 from shoal.recipe.distill import TrainingSource
-from shoal.recipe.measure import ImageRows
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import DataSource, ImageRows
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ class Asked:
     """Tokens at the end that are the answer."""
 
 
-def load_image_rows(settings: ImageRows) -> list[ImageRow]:
-    """The first ``settings.num_rows`` rows, in order, all images of which can be opened.
+def load_image_rows(settings: ImageRows, place: str = "measure.images") -> list[ImageRow]:
+    """The first ``settings.num_rows`` rows of the setting ``place``, in order, all images of which can be opened.
 
     Raises:
         UserError: no such file or column, a row without an image or an answer, or an image that cannot be read.
     """
     columns = settings.image, settings.prompt, settings.answer
-    return _read("measure.images", DataSource(settings.path), columns, settings.num_rows)
+    return _read(place, DataSource(settings.path), columns, settings.num_rows)
 
 
 def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRow]]:

@@ -310,6 +310,7 @@ def pack(
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
     has_images = any(source.has_images for source, _ in sources)
+    assert not has_images or (folder is not None and num_tokens is not None), "only files hold which image a row has"
     limit = sequence_length if packing == "best_fit" else None
     num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
     # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, Section, Shapes
+from shoal.recipe.section import Above0, Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes
 from shoal.recipe.suites import SuiteName
 
 
@@ -70,6 +70,8 @@ class Eval(Tasks):
     samples: Annotated[Samples | None, Shapes.SCORES, Field(exclude_if=lambda samples: samples is None)] = None
     """Draw further texts for every item of a generated task, for pass@k and for telling answers that a cut demoted from
     those that are gone; None = greedy text alone. ``n`` texts take about ``n`` times as long to write."""
+    images: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
+    """Rows of images whose answers are scored in nats per token, as the task `images`; None = text alone."""
     backend: Annotated[
         Literal["transformers", "vllm"], Shapes.SCORES, Field(exclude_if=lambda backend: backend == "transformers")
     ] = "transformers"
@@ -92,5 +94,7 @@ class Eval(Tasks):
 def contradictions(settings: Eval) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
     samples = settings.samples
+    if settings.images is not None and settings.backend != "transformers":
+        yield f"eval.images: are scored with transformers alone, and eval.backend is {settings.backend}; leave one out"
     if samples is not None and (most := max(samples.k)) > samples.n:
         yield f"eval.samples.k: {most} texts cannot be taken out of eval.samples.n, {samples.n}; raise n, or lower k"

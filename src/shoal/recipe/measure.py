@@ -10,7 +10,7 @@ from pydantic import Field
 
 from shoal.recipe.edits import ComponentPart
 from shoal.recipe.evaluate import Tasks
-from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes, Text
+from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes, Text
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal[ComponentPart, "cumulative"]
@@ -82,22 +82,6 @@ class ProbeSet(Section):
 
 
 @dataclass(frozen=True)
-class ImageRows(Section):
-    """Images with questions and answers, over which layers of a model that reads images are measured too."""
-
-    path: Annotated[Text, Shapes.BY_CONTENT]
-    """A local .jsonl, .json, .csv or .parquet file of rows."""
-    image: Annotated[str, Shapes.BY_CONTENT] = "image"
-    """The column that names an image file, from the folder of ``path`` on."""
-    prompt: Annotated[str, Shapes.BY_CONTENT] = "prompt"
-    """The column of questions."""
-    answer: Annotated[str, Shapes.BY_CONTENT] = "answer"
-    """The column of answers, whose likelihood counts."""
-    num_rows: Annotated[Positive, Shapes.BY_CONTENT] = 64
-    """Rows that are read, the first ones; each takes a forward for every layer and one more."""
-
-
-@dataclass(frozen=True)
 class Heads(Section):
     """Which heads copy what is asked for (arXiv:2404.15574), and what brings the answer back (arXiv:2504.07898)."""
 
@@ -130,7 +114,8 @@ class Measure(Section):
     """In orders of whole layers (sleb, greedy_kl, task_greedy) one that is gone still scales the state, by as much as
     it did on average: layers are chosen for a plan with prune.compensate (Prune&Comp, arXiv:2507.18212)."""
     images: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
-    """Columns block_influence_images and answer_loss_images beside those of text; None = text alone."""
+    """Rows of images for the columns block_influence_images and answer_loss_images beside those of text, which take a
+    forward per row for every layer and one more; None = text alone."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
     diagnostics: Annotated[bool, Shapes.NOTHING] = False

@@ -25,11 +25,12 @@ from shoal.artifacts.artifact import (
 )
 from shoal.artifacts.draft import Drafts
 from shoal.atomic_files import fingerprint
+from shoal.data.image_rows import ImageReader, image_rows_fingerprint, load_image_rows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import gguf_in, model_fingerprint, names_model, tokenizer_fingerprint
-from shoal.models.load import Checkpoint, LoadSettings
+from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_images
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+IMAGES = "eval.images"
+"""Setting of rows of images, and what identifies them."""
 MODELS = "models"
 """Folder, where a comparison goes, of the scores of checkpoints that are no run's."""
 
@@ -113,20 +116,28 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
         **shaping(run.recipe, Shapes.SCORES),
         "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
     }
+    if settings.images is not None:
+        inputs[IMAGES] = image_rows_fingerprint(load_image_rows(settings.images, IMAGES))
     if settings.data_dir is not None:
         inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
     return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
 
 
 def check_eval(run: Run) -> None:
-    """Refuse an engine that is not there.
+    """Refuse an engine that is not there, and images that cannot be asked about.
 
     Raises:
-        UserError: it is not, or cannot answer here.
+        UserError: it is not, or cannot answer here; a model that reads no images, or rows that it cannot take.
     """
     from shoal.eval.harness.vllm_engine import check_backend
 
     check_backend(run.recipe.eval)
+    if (images := run.recipe.eval.images) is not None:
+        config = run.config()
+        if not reads_images(config):
+            raise UserError(f"{IMAGES}: {run.recipe.model} reads no images; leave it out")
+        processor = load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+        ImageReader(processor, config, {}).asked(load_image_rows(images, IMAGES)[0])
 
 
 def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:

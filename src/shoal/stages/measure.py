@@ -26,8 +26,8 @@ from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
 from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import doing
 from shoal.recipe.edits import Component
-from shoal.recipe.measure import HeadTask, ImageRows, Sweeps
-from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.measure import HeadTask, Sweeps
+from shoal.recipe.section import ImageRows, Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require, resolved
 

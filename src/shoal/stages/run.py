@@ -550,6 +550,7 @@ SWITCHES = (
     "measure.scale_removals",
     "measure.images",
     "measure.sweep.spare_heads",
+    "eval.images",
 )
 """Beginnings of settings that identities have only where they are on: there was a time without them."""
 

@@ -23,8 +23,8 @@ from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, watched
 from shoal.models.load import load_model, load_processor
-from shoal.recipe.measure import ImageRows
 from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import ImageRows
 from shoal.stages.measure import check_measure, measure, measure_inputs
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
