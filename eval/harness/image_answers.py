@@ -30,7 +30,7 @@ def image_answers(lm: CausalLM, model: PreTrainedModel, settings: ImageRows) -> 
         UserError: as load_image_rows, load_processor and ImageReader.asked do.
     """
     rows = load_image_rows(settings, "eval.images")
-    reader = ImageReader(load_processor(Path(model.name_or_path)), model.config, {})
+    reader = ImageReader(load_processor(Path(str(model.name_or_path))), model.config, {})
     ids = [f"{number}-{image_rows_fingerprint([row])}" for number, row in enumerate(rows)]
     own = range(lm.rank, len(rows), lm.world_size)
     keys = {number: f"image {ids[number].partition('-')[2]}" for number in own}

@@ -238,11 +238,12 @@ def test_steps_hold_rows_of_one_kind_in_the_weights_of_the_sources(
     few = rows(8, "few")
     assert torch.equal(few.input_ids_NS, many.input_ids_NS[:8])
     for row in range(8):
-        assert (IMAGES in few[row]) == (many.images_N[row] >= 0)
-        labels = few[row]["labels"]
-        if IMAGES in few[row]:
+        found: dict[str, Any] = few[row]
+        assert (IMAGES in found) == (many.images_N[row] >= 0)
+        labels = found["labels"]
+        if IMAGES in found:
             (end,) = (few.position_ids_NS[row] == 0).nonzero()[1]
-            assert torch.equal(few[row][IMAGES]["input_ids"][0], few.input_ids_NS[row, :end].long())
+            assert torch.equal(found[IMAGES]["input_ids"][0], few.input_ids_NS[row, :end].long())
             assert (labels[end:] == IGNORED).all()
             assert 0 < (labels != IGNORED).sum() < 16
     reader.rows[source][0].image.unlink()
