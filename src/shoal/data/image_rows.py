@@ -114,6 +114,12 @@ def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
     return fingerprint([[_hash(row.image, _version(row.image)), row.prompt, row.answer] for row in rows])
 
 
+def num_shared_images(rows: Sequence[ImageRow], others: Sequence[ImageRow]) -> int:
+    """How many of ``rows`` ask about an image, byte for byte, that one of ``others`` asks about too."""
+    known = {_hash(row.image, _version(row.image)) for row in others}
+    return sum(_hash(row.image, _version(row.image)) in known for row in rows)
+
+
 def images_fingerprint(data: Sequence[DataSource]) -> str:
     """The same of all sources of images among ``data``; raises as training_images does."""
     return image_rows_fingerprint([row for rows in training_images(data).values() for row in rows])

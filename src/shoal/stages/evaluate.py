@@ -25,7 +25,13 @@ from shoal.artifacts.artifact import (
 )
 from shoal.artifacts.draft import Drafts
 from shoal.atomic_files import fingerprint
-from shoal.data.image_rows import ImageReader, image_rows_fingerprint, load_image_rows
+from shoal.data.image_rows import (
+    ImageReader,
+    image_rows_fingerprint,
+    load_image_rows,
+    num_shared_images,
+    training_images,
+)
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
@@ -137,7 +143,14 @@ def check_eval(run: Run) -> None:
         if not reads_images(config):
             raise UserError(f"{IMAGES}: {run.recipe.model} reads no images; leave it out")
         processor = load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-        ImageReader(processor, config, {}).asked(load_image_rows(images, IMAGES)[0])
+        rows = load_image_rows(images, IMAGES)
+        ImageReader(processor, config, {}).asked(rows[0])
+        learnt = [row for rows_of_source in training_images(run.recipe.distill.data).values() for row in rows_of_source]
+        if shared := num_shared_images(rows, learnt):
+            log.warning(
+                "%s: %d of %d rows ask about images that distill.data holds; their score may flatter",
+                *(IMAGES, shared, len(rows)),
+            )
 
 
 def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.image_answers import image_answers
 from shoal.eval.harness.item_cache import ItemCache
 from shoal.models.load import load_model, load_processor, load_tokenizer
+from shoal.recipe.distill import TrainingSource
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import ImageRows
 from shoal.stages.evaluate import check_eval, eval_inputs
@@ -63,7 +65,7 @@ def test_a_score_is_the_mean_over_the_answers_tokens(llava: Path, rows: Path, tm
 
 
 def test_images_stand_beside_tasks_and_are_part_of_what_a_score_is_known_by(
-    llava: Path, rows: Path, tmp_path: Path
+    llava: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run(**settings: Any) -> Any:
         section = {"tasks": [], "perplexity_tokens": 600, "sequence_length": 32, **settings}
@@ -71,6 +73,13 @@ def test_images_stand_beside_tasks_and_are_part_of_what_a_score_is_known_by(
 
     asked = run(images={"path": str(rows)})
     check_eval(asked)
+    assert "distill.data holds" not in caplog.text
+    some = tmp_path / "some.jsonl"
+    shown = [str(rows.parent / f"pictures/{number}.png") for number in (2, 5, 5)]
+    some.write_text("".join(json.dumps({"image": name, "prompt": "?", "answer": "!"}) + "\n" for name in shown))
+    source = TrainingSource(str(some), image="image", prompt="prompt", completion="answer")
+    check_eval(open_run(replace(asked.recipe, distill=replace(asked.recipe.distill, data=(source,)))))
+    assert "eval.images: 2 of 9 rows ask about images that distill.data holds" in caplog.text
     found = evaluate(load_model(llava), load_tokenizer(llava), asked.recipe.eval, seed=0)
     assert [score.task for score in found] == ["perplexity", "images"]
     without, fewer = eval_inputs(run(), llava), eval_inputs(run(images={"path": str(rows), "num_rows": 8}), llava)
