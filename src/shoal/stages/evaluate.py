@@ -106,9 +106,8 @@ def quantized_inputs(run: Run, role: str) -> dict[str, Any]:
 
 
 def calibration_sources(run: Run) -> list[DataSource]:
-    """The training text, as far as it is there before the teacher writes any; images are no text."""
-    data = run.recipe.distill.data
-    return [source for source in data if source.path != TEACHER_TEXT and not source.has_images]
+    """The training text, as far as it is there before the teacher writes any."""
+    return [source for source in run.recipe.distill.data if source.path != TEACHER_TEXT]
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:

@@ -86,10 +86,7 @@ def formats(run: Run) -> dict[str, Format]:
 def _calibration_rows(run: Run) -> Tensor:
     """Token ids (B, S) of the training text."""
     if not (sources := calibration_sources(run)):
-        raise UserError(
-            "quantize: distill.data holds no text but what the teacher writes or what goes with images; name a source "
-            "beside it"
-        )
+        raise UserError("quantize: distill.data holds no text but what the teacher writes; name a source beside it")
     assert run.recipe.quantize is not None
     rows = pack(
         [(source, None) for source in sources],
