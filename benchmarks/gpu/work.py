@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Case, Size, recipe_of
 from safetensors.torch import save_file
-from side_by_side import Clock, timed, write_byte_tokenizer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import import_utils
 
+from benchmarks.gpu.cases import Case, Size, recipe_of
+from benchmarks.side_by_side import Clock, timed, write_byte_tokenizer
 from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.targets.check import student_config
@@ -53,7 +53,7 @@ from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.student.sizes import built
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = 512
 """Mean length of a document in rows that hold several, in tokens."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 128, 24
@@ -229,7 +229,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
 
 def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Steps of one of TRL's trainers on the same rows, models and optimizer, without DeepSpeed."""
-    import trl_trainers
+    from benchmarks.gpu import trl_trainers
 
     if case.trl.get("liger") and importlib.util.find_spec("liger_kernel") is None:
         raise UserError("liger-kernel is not installed")
