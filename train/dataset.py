@@ -13,6 +13,7 @@ from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
 from shoal.data.sources import pack, sources_fingerprint, texts_fingerprint
+from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import Recipe
@@ -20,7 +21,7 @@ from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping_keys
 from shoal.runtime import barrier, device, is_main
 
 from .engine.arguments import num_rows, rows_per_step
-from .generated.writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
+from .generated.writing import Writer, transformers_writer, vllm_writer, wants_teacher_text, write_texts
 from .teacher.recording_plan import rows_from
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,18 @@ def teacher_texts(
     seed = inputs["seed"]
     if not wants_teacher_text(settings.data):
         return ()
-    check_backend(settings.writing)
+    known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
+    if by_vllm := settings.writing.backend == "vllm":
+        check_vllm(
+            "distill.writing.backend",
+            "write once with distill.num_ranks=1 and a distill.writing.folder, which every later run reads",
+        )
+        if teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
+            known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16
 
     def load_writer() -> Writer:
-        if settings.writing.backend == "vllm":
-            return vllm_writer(teacher.folder, tokenizer, settings.writing, seed=seed, dtype=teacher.load.dtype)
+        if by_vllm:
+            return vllm_writer(teacher, tokenizer, settings.writing, seed=seed)
         # a copy of the teacher of its own, freed before training
         writer = teacher.model(device=device())
         return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
@@ -52,7 +60,7 @@ def teacher_texts(
         tokenizer,
         data=settings.data,
         folder=folder,
-        inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
+        inputs=known_by,
         seed=seed,
         load_writer=load_writer,
     )

@@ -7,8 +7,6 @@ those of transformers.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from shoal.errors import UserError
 from shoal.inference.prefix_sharing import Tokens, batches
 from shoal.inference.scoring import Score
-from shoal.models.load import Checkpoint, loaded_dtype
-from shoal.recipe.evaluate import Eval
-from shoal.runtime import free_memory, world_size
+from shoal.inference.vllm import vllm_dtype, vllm_engine, vllm_version
+from shoal.models.load import Checkpoint
+from shoal.runtime import free_memory
 
 from .engine import CausalLM
 from .item_cache import key_of
@@ -66,7 +64,7 @@ class VllmModel:
     @property
     def dtype(self) -> str:
         """Precision, and what computes in it."""
-        return f"{_dtype_name(self.checkpoint)} by vLLM {self.version}"
+        return f"{vllm_dtype(self.checkpoint)} by vLLM {self.version}"
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
@@ -76,49 +74,10 @@ class VllmModel:
         return GenerationConfig.from_model_config(self.config)
 
 
-def check_backend(settings: Eval) -> None:
-    """Refuse an engine that is not there, before models are loaded.
-
-    Raises:
-        UserError: vLLM is not installed, or several ranks would each start it.
-    """
-    if settings.backend != "vllm":
-        return
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "eval.backend: vllm is not installed here; install it, or use backend: transformers, which needs nothing "
-            "else"
-        )
-    if world_size() > 1:
-        raise UserError(
-            f"eval.backend: vllm manages its own processes and cannot answer on {world_size()} ranks; run `shoal eval` "
-            "without a launcher"
-        )
-
-
-def vllm_version() -> str:
-    """Version of vLLM that is installed here."""
-    return importlib.metadata.version("vllm")
-
-
-def _dtype_name(checkpoint: Checkpoint) -> str:
-    return str(loaded_dtype(checkpoint.config, checkpoint.load.dtype)).removeprefix("torch.")
-
-
 @contextmanager
 def vllm_model(checkpoint: Checkpoint, *, seed: int) -> Iterator[VllmModel]:
-    """The model of ``checkpoint`` in vLLM until the block ends; then its memory is free.
-
-    vLLM takes "auto" of a float32 checkpoint for float16, so it is told the precision.
-    """
-    from vllm import LLM  # pyright: ignore[reportMissingImports]
-
-    engine: Any = LLM(
-        model=str(checkpoint.folder),
-        dtype=_dtype_name(checkpoint),
-        trust_remote_code=checkpoint.load.trust_remote_code,
-        seed=seed,
-    )
+    """The model of ``checkpoint`` in vLLM until the block ends; then its memory is free."""
+    engine = vllm_engine(checkpoint, seed=seed)
     try:
         yield VllmModel(checkpoint, engine, seed)
     finally:

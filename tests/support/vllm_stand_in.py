@@ -49,6 +49,7 @@ class LLM:
         assert dtype in ("float32", "bfloat16", "float16"), "auto would make float16 of float32"
         assert not any(other.is_open for other in LLM.made), "the memory of the one before is not free yet"
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.dtype: torch.dtype = self._model.dtype
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._end: Any = self._model.generation_config.eos_token_id
         self.is_open = True

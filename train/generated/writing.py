@@ -6,7 +6,6 @@ end they are sifted into one file. Chance is drawn per text, so that any number 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -25,6 +24,8 @@ from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.chat import Chat, check_template
 from shoal.data.sources import BUNDLED, documents, load_texts
 from shoal.errors import UserError
+from shoal.inference.vllm import vllm_engine
+from shoal.models.load import Checkpoint
 from shoal.progress import each
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shaping
@@ -215,33 +216,14 @@ def transformers_writer(
     return write
 
 
-def check_backend(settings: Writing) -> None:
-    """Refuse a writer that is not there, before models are loaded.
-
-    Raises:
-        UserError: vLLM is not installed, or several ranks would each start it.
-    """
-    if settings.backend != "vllm":
-        return
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "distill.writing.backend: vllm is not installed here; install it, or use backend: transformers, which "
-            "needs nothing else"
-        )
-    if world_size() > 1:
-        raise UserError(
-            f"distill.writing.backend: vllm manages its own processes and cannot write on {world_size()} ranks; write "
-            "once with distill.num_ranks=1 and a distill.writing.folder, which every later run reads"
-        )
-
-
-def vllm_writer(teacher: Path, tokenizer: Any, settings: Writing, *, seed: int, dtype: str) -> Writer:
+def vllm_writer(teacher: Checkpoint, tokenizer: Any, settings: Writing, *, seed: int) -> Writer:
     """Writes with vLLM. Its texts are its own: other numbers are drawn than by transformers."""
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    engine: Any = LLM(model=str(teacher), dtype="auto" if dtype == "stored" else dtype, seed=seed)
-    configured = (teacher / "generation_config.json").is_file()
-    stops = end_tokens(GenerationConfig.from_pretrained(teacher) if configured else None, tokenizer.eos_token_id)
+    engine = vllm_engine(teacher, seed=seed)
+    configured = (teacher.folder / "generation_config.json").is_file()
+    own = GenerationConfig.from_pretrained(teacher.folder) if configured else None
+    stops = end_tokens(own, tokenizer.eos_token_id)
 
     def write(prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[list[int]]:
         how = [

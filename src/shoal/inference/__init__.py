@@ -6,4 +6,5 @@ prefix_sharing    what prompts begin with alike
 scoring           likelihoods
 generation        text
 drawing           which token comes next
+vllm              vLLM in their place
 """

@@ -35,6 +35,7 @@ from shoal.data.image_rows import (
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
+from shoal.inference.vllm import check_vllm
 from shoal.models.checkpoint_files import gguf_in, model_fingerprint, names_model, tokenizer_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_images
 from shoal.progress import doing
@@ -134,9 +135,8 @@ def check_eval(run: Run) -> None:
     Raises:
         UserError: it is not, or cannot answer here; a model that reads no images, or rows that it cannot take.
     """
-    from shoal.eval.harness.vllm_engine import check_backend
-
-    check_backend(run.recipe.eval)
+    if run.recipe.eval.backend == "vllm":
+        check_vllm("eval.backend", "run `shoal eval` without a launcher")
     if (images := run.recipe.eval.images) is not None:
         config = run.config()
         if not reads_images(config):

@@ -19,7 +19,7 @@ from shoal.errors import UserError
 from shoal.eval.evaluate import role_evaluation
 from shoal.eval.harness import vllm_engine
 from shoal.eval.harness.engine import CausalLM
-from shoal.eval.harness.vllm_engine import VllmLM, check_backend, vllm_model
+from shoal.eval.harness.vllm_engine import VllmLM, vllm_model
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval, Samples
 from shoal.recipe.section import Shapes, shaping
@@ -173,17 +173,6 @@ def test_scores_are_paired_within_an_engine_only(long_checkpoint: Checkpoint) ->
 def test_results_of_before_there_was_another_engine_stand() -> None:
     assert "eval.backend" not in shaping(Eval(), Shapes.SCORES, "eval.")
     assert shaping(Eval(backend="vllm"), Shapes.SCORES, "eval.")["eval.backend"] == "vllm"
-
-
-def test_an_engine_that_cannot_answer_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_backend(Eval(backend="vllm"))
-    monkeypatch.setattr(vllm_engine, "world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"eval\.backend: vllm manages its own processes and cannot answer on 2 ranks"):
-        check_backend(Eval(backend="vllm"))
-    check_backend(Eval())
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"eval\.backend: vllm is not installed here; install it, or use backend"):
-        check_backend(Eval(backend="vllm"))
 
 
 def test_two_positions_are_left_for_what_vllm_writes_and_its_memory_is_given_back(checkpoint: Checkpoint) -> None:

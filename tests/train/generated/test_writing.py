@@ -18,7 +18,7 @@ from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
 from shoal.train.generated import writing
 from shoal.train.generated.sampling import Fixed
-from shoal.train.generated.writing import check_backend, transformers_writer, write_texts
+from shoal.train.generated.writing import transformers_writer, write_texts
 
 PROSE = (DataSource("python_docs"), DataSource("teacher_text"))
 BRIEF: dict[str, Any] = {"num_tokens": 200, "prompt_tokens": 6, "new_tokens": 10, "batch_size": 4}
@@ -233,17 +233,6 @@ def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
     for data in ((DataSource("teacher_text"),), (DataSource("teacher_text"), DataSource("ability_texts"), chats)):
         with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
             write(tmp_path, Writing(), unexpected, data=data)
-
-
-def test_a_backend_that_cannot_write_here_is_refused_before_models_are_loaded(monkeypatch):
-    check_backend(Writing())
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="vllm is not installed here; install it, or use backend: transformers"):
-        check_backend(Writing(backend="vllm"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(writing, "world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"cannot write on 2 ranks; write once with distill\.num_ranks=1"):
-        check_backend(Writing(backend="vllm"))
 
 
 def everywhere(backend: Any) -> CompileConfig:

@@ -1,0 +1,51 @@
+"""vLLM over a finished checkpoint: whether it can run here, and the engine, in the precision that shoal reads it in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+from shoal.errors import UserError
+from shoal.models.load import Checkpoint, loaded_dtype
+from shoal.runtime import world_size
+
+
+def check_vllm(setting: str, on_ranks: str) -> None:
+    """Refuse vLLM where it cannot run, before models are loaded. ``setting`` asks for it; ``on_ranks`` is what to do
+    instead on several ranks.
+
+    Raises:
+        UserError: vLLM is not installed, or several ranks would each start it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            f"{setting}: vllm is not installed here; install it, or use backend: transformers, which needs nothing else"
+        )
+    if world_size() > 1:
+        raise UserError(
+            f"{setting}: vllm manages its own processes and cannot be run by {world_size()} ranks; {on_ranks}"
+        )
+
+
+def vllm_version() -> str:
+    """Version of vLLM that is installed here."""
+    return importlib.metadata.version("vllm")
+
+
+def vllm_dtype(checkpoint: Checkpoint) -> str:
+    """Precision in which vLLM runs ``checkpoint``: the one that transformers would load it in."""
+    return str(loaded_dtype(checkpoint.config, checkpoint.load.dtype)).removeprefix("torch.")
+
+
+def vllm_engine(checkpoint: Checkpoint, *, seed: int) -> Any:
+    """A vllm.LLM of ``checkpoint``. vLLM takes "auto" of a float32 checkpoint for float16, so it is told the
+    precision."""
+    from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+    return LLM(
+        model=str(checkpoint.folder),
+        dtype=vllm_dtype(checkpoint),
+        trust_remote_code=checkpoint.load.trust_remote_code,
+        seed=seed,
+    )

@@ -1,0 +1,86 @@
+"""vLLM where it can run, in the precision that its answers and texts are known by; a stand-in takes its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+from vllm_stand_in import LLM, install
+
+from shoal.errors import UserError
+from shoal.inference.vllm import check_vllm
+from shoal.models.load import Checkpoint, LoadSettings
+from shoal.recipe.distill import Distill, TrainingSource, Writing
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import Shapes, shaping
+from shoal.stages.evaluate import check_eval
+from shoal.stages.run import open_run
+from shoal.train.dataset import teacher_texts
+
+BRIEF = Writing(num_tokens=40, prompt_tokens=6, new_tokens=4, backend="vllm")
+
+
+def written(folder: Path, stored: torch.dtype, dtype: str) -> str:
+    """The precision that text is known by which vLLM has written with a model stored as ``stored``."""
+    model = tiny_checkpoint(folder / "model", "llama", dtype=stored)
+    recipe = parse_recipe({"model": str(model), "run_dir": str(folder / "run"), "dtype": dtype, "attention": "sdpa"})
+    teacher = Checkpoint.read(model, LoadSettings(dtype))
+    settings = Distill(data=(TrainingSource("python_docs"), TrainingSource("teacher_text")), writing=BRIEF)
+    inputs = {"model": "abc", **shaping(recipe, Shapes.TEXT)}
+    assert teacher_texts(teacher, teacher.tokenizer(), settings, folder / "text", inputs=inputs)
+    (file,) = folder.glob("text/written-*/inputs.json")
+    return json.loads(file.read_text())["dtype"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["stored", "bfloat16"])
+def test_text_is_written_in_the_precision_that_it_is_known_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, dtype: str
+) -> None:
+    install(monkeypatch)
+    known_by = written(tmp_path, stored, dtype)
+    (engine,) = LLM.made
+    assert engine.dtype == (stored if dtype == "stored" else torch.bfloat16)
+    # "stored" names the text of a bfloat16 checkpoint as ever; of a float32 one it named what float16 had written
+    assert known_by == ("float32" if (stored, dtype) == (torch.float32, "stored") else dtype)
+
+
+@pytest.mark.parametrize(
+    ("found", "ranks", "message"),
+    [
+        (None, 1, r"^here: vllm is not installed here; install it, or use backend: transformers, which needs nothing"),
+        (object(), 2, r"^here: vllm manages its own processes and cannot be run by 2 ranks; use one$"),
+    ],
+)
+def test_an_engine_that_cannot_run_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: object, ranks: int, message: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: ranks)
+    with pytest.raises(UserError, match=message):
+        check_vllm("here", "use one")
+
+
+def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "llama")
+    settings = {"model": str(model), "run_dir": str(tmp_path), "dtype": "float32", "attention": "sdpa"}
+    run, asked = (open_run(parse_recipe({**settings, **other})) for other in ({}, {"eval": {"backend": "vllm"}}))
+    check_eval(run)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_eval(run)
+    with pytest.raises(UserError, match=r"^eval\.backend: vllm is not installed here"):
+        check_eval(asked)
+    monkeypatch.setattr(Checkpoint, "model", None)
+    data = (TrainingSource("python_docs"), TrainingSource("teacher_text"))
+    with pytest.raises(UserError, match=r"^distill\.writing\.backend: vllm is not installed here"):
+        teacher_texts(
+            Checkpoint.read(model, LoadSettings()),
+            run.tokenizer(),
+            Distill(data=data, writing=BRIEF),
+            tmp_path / "text",
+            inputs={"model": "abc", **shaping(run.recipe, Shapes.TEXT)},
+        )
