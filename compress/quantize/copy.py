@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.artifacts.artifact import Json, Provenance, Quantized
 from shoal.errors import UserError
-from shoal.models.checkpoint_files import checkpoint_bytes, copy_beside
+from shoal.models.checkpoint_files import checkpoint_bytes, copy_beside, model_fingerprint
 from shoal.models.load import Checkpoint, has_no_text_model
 from shoal.progress import doing
 from shoal.recipe.track import CompressorFormat, Format, is_gguf
@@ -80,6 +80,7 @@ def quantised_copy(
         source_bytes=checkpoint_bytes(source.folder),
         num_tokens=0 if rows_BS is None else rows_BS.numel(),
         seconds=time.monotonic() - started,
+        content=model_fingerprint(folder),
     )
     made.write(folder / Quantized.FILE)
     return made

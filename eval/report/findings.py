@@ -415,6 +415,8 @@ def _identities(
     if run.training:
         entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
     for role, subject in subjects.items():
+        if made := run.quantized.get(role):
+            entries[subject].append((f"{role}/{Quantized.FILE}", "content", made.content or None))
         if evaluation := run.evaluations.get(role):
             entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:

@@ -564,6 +564,8 @@ class Quantized(Artifact):
     num_tokens: int
     """Tokens it was calibrated on; 0 = the format takes none."""
     seconds: float
+    content: str = ""
+    """Content hash of the copy, by which its scores know it; empty = not recorded."""
 
 
 CONTROL = "control"

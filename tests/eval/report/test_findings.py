@@ -71,19 +71,28 @@ def test_results_of_another_run_are_refused(folder: Path, file: str, changes: di
 
 
 @pytest.mark.parametrize(
-    ("source", "num_bytes", "message"),
+    ("source", "changes", "message"),
     [
-        ("U", 8, r"/quantized/quantize.json: model is 'U', but 'D' in .*/distilled.json: .*`shoal quantize` again"),
-        ("D", 9, r"/eval/quantized.json: num_bytes is 8, but 9 in .*/quantize.json: .*`shoal eval` again"),
+        ("U", {}, r"/quantized/quantize.json: model is 'U', but 'D' in .*/distilled.json: .*`shoal quantize` again"),
+        (
+            "D",
+            {"num_bytes": 9},
+            r"/quantized.json: num_bytes is 8, but 9 in .*/quantize.json: .*`shoal eval` again",
+        ),
+        (
+            "D",
+            {"content": "R"},
+            r"/quantized.json: model is 'Q', but 'R' in .*/quantize.json: .*`shoal eval` again",
+        ),
     ],
 )
-def test_scores_of_a_copy_of_another_model_are_refused(folder: Path, source: str, num_bytes: int, message: str) -> None:
+def test_scores_of_another_copy_are_refused(folder: Path, source: str, changes: dict[str, Any], message: str) -> None:
     copy = Quantized(results.provenance(), "distilled", "int8", "torchao 1.0", 8, 32, 0, 1.0)
     write(folder, "quantized/quantize.json", copy, model="D")
     scored = dataclasses.replace(results.evaluation("distilled"), role="quantized", num_bytes=8)
     write(folder, "eval/quantized.json", scored, model="Q")
     assert "quantized" in read_run(folder).evaluations
-    write(folder, "quantized/quantize.json", dataclasses.replace(copy, num_bytes=num_bytes), model=source)
+    write(folder, "quantized/quantize.json", dataclasses.replace(copy, **changes), model=source)
     with pytest.raises(UserError, match=message):
         read_run(folder)
     (folder / "eval/quantized.json").unlink()  # then nothing is said of the copy

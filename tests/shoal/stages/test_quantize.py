@@ -21,6 +21,7 @@ from shoal.compress.quantize import copy as copying
 from shoal.compress.quantize import formats
 from shoal.errors import UserError
 from shoal.eval import draft
+from shoal.eval import evaluate as evaluation
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.figure import pareto_panels
 from shoal.eval.report.findings import compare, read_run
@@ -162,6 +163,35 @@ def test_copies_are_scored_and_paired_and_stand_in_report_and_comparison(
     for row in pareto_panels(comparison):
         points = {point.role: point.cost for panel in row if panel.cost == "bytes" for point in panel.points}
         assert points["quantized"] == scored["quantized"].num_bytes
+
+
+@pytest.mark.slow
+def test_scores_of_the_copy_of_before_are_noticed_after_a_kill(
+    teacher: Path, tmp_path: Path, saved: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of the model before and after another training have the same number of bytes."""
+    run = run_of(teacher, tmp_path, quantize={"format": "int8", "teacher_format": "none"})
+    prune.prune(run)
+    for seed in (1, 2):
+        heal(run, seed)
+        export.quantize(run)
+        if seed == 1:
+            evaluate.evaluate(run)
+    scored = evaluation.role_evaluation
+
+    def killed(role: str, *parts: Any, **settings: Any) -> Evaluation:
+        if role == "quantized":
+            raise KeyboardInterrupt
+        return scored(role, *parts, **settings)
+
+    monkeypatch.setattr(evaluation, "role_evaluation", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(run)
+    with pytest.raises(UserError, match=r"eval/quantized.json: model is .* in .*/quantized/quantize.json"):
+        read_run(run.dir)
+    monkeypatch.undo()
+    evaluate.evaluate(run)
+    assert "quantized" in read_run(run.dir).evaluations
 
 
 def test_copies_are_no_drafts(
