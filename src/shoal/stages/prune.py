@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from shoal.compress.goals import Goals, TeacherTime
 
 log = logging.getLogger(__name__)
+
+TIMES = "prune.target.ms_per_token (measured)"
+"""Input of a plan: the times that its target was scaled from."""
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
@@ -58,6 +61,9 @@ def plan_inputs(run: Run) -> dict[str, Any]:
             inputs |= shaping(run.recipe, Shapes.PLAN)
         elif isinstance(edit, Insert) and edit.init == "lesa":
             inputs |= shaping(run.recipe, Shapes.PLAN)
+    last = _plan_to_the_same_target(run)
+    if last is None or TIMES in last:  # one of before it was recorded stands
+        inputs |= _times(run)
     donors = run.donor_fingerprints.items()
     return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
 
@@ -78,25 +84,48 @@ def read_goals(run: Run) -> Goals | None:
         if (serving := getattr(target, name)) is not None and serving.length is not None:
             check_length(run, serving.length, f"prune.target.{name}.length")
     sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
-    time = target.ms_per_token
-    measured = _teacher_time(run, time.batch) if time is not None and time.teacher is None else None
-    return goals_of(target, sizes, removed=removed_layers(run.recipe.prune.edits), teacher_time=measured)
+    removed, measured = removed_layers(run.recipe.prune.edits), _teacher_time(run)
+    return goals_of(target, sizes, removed=removed, teacher_time=measured)
 
 
-def _teacher_time(run: Run, batch_size: int) -> TeacherTime | None:
-    """The teacher's time per token as the run directory has it, at the batch size measured that is nearest."""
+def _times(run: Run) -> dict[str, Any]:
+    """What a plan in milliseconds follows from beside the recipe."""
+    measured = _teacher_time(run)
+    return {} if measured is None else {TIMES: asdict(measured)}
+
+
+def _plan_to_the_same_target(run: Run) -> dict[str, Any] | None:
+    """What the plan that is there was made from, where the recipe still has its target."""
+    path = run.dir / PruningPlan.FILE
+    last = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
+    target = shaping(run.recipe.prune, Shapes.PLAN).get("target")
+    return last if target is not None and target == last.get("prune.target") else None
+
+
+def _teacher_time(run: Run) -> TeacherTime | None:
+    """The teacher's time per token as the run directory has it, at the batch size measured that is nearest; None where
+    no target needs it, and where it was not measured.
+
+    A plan keeps the time that it was made by while cut models are measured beside the teacher: these follow from it.
+    """
     from shoal.compress.goals import TeacherTime
 
-    path = run.dir / Speed.FILE
-    if not path.is_file():
+    asked = getattr(run.recipe.prune.target, "ms_per_token", None)
+    if asked is None or asked.teacher is not None:
         return None
-    speed = Speed.read(path)
+    path = run.dir / Speed.FILE
+    speed = Speed.read(path) if path.is_file() else None
+    last = _plan_to_the_same_target(run)
+    if last is not None and TIMES in last and (speed is None or len(speed.roles) > 1):
+        return TeacherTime(**last[TIMES])
+    if speed is None:
+        return None
     if speed.provenance.inputs.get("teacher") != run.teacher_fingerprint:
         raise UserError(
             f"{path}: was measured with another teacher; delete it and run `shoal eval` again, or set "
             "prune.target.ms_per_token.teacher"
         )
-    nearest = min(speed.roles["teacher"].batches, key=lambda one: abs(one.batch_size - batch_size))
+    nearest = min(speed.roles["teacher"].batches, key=lambda one: abs(one.batch_size - asked.batch))
     shallower = [
         (score.num_layers, batch.step_ms)
         for score in (*speed.roles.values(), *([speed.half_depth] if speed.half_depth else []))
@@ -131,7 +160,7 @@ def prune(run: Run) -> None:
     if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
         refuse_unfit_student(run, _plan_of_its_student(run))
         return
-    plan = choose_plan(run, importance, inputs)
+    plan = choose_plan(run, importance, inputs | _times(run))
     if _is_cut_already(run, plan):
         refuse_unfit_student(run, plan)
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
@@ -533,7 +562,8 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
 
 
 def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
-    """Whether student/ is what ``plan`` would make, because a new importance.json chooses what the last one chose.
+    """Whether student/ is what ``plan`` would make, because a new importance.json, or times measured anew, choose what
+    the last ones chose.
 
     Sweeps are made again whenever the text of a task changes; a training must not be lost where that moves no layer.
     """
@@ -541,7 +571,7 @@ def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
     if not path.is_file() or not (student / "config.json").is_file():
         return False
     last = PruningPlan.read(path)
-    before, now = ({**made_by.provenance.inputs, "importance": ""} for made_by in (last, plan))
+    before, now = ({**made_by.provenance.inputs, "importance": "", TIMES: ""} for made_by in (last, plan))
     same = (last.drop, last.edits) == (plan.drop, plan.edits) and not differences(now, before)
     return same and last.student == last.sealed(model_fingerprint(student))
 

@@ -101,6 +101,61 @@ def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Pa
 
 
 @pytest.mark.slow
+def test_a_plan_in_milliseconds_follows_from_the_times_it_was_made_by(teacher: Path, tmp_path: Path) -> None:
+    """Other times of the teacher make it stale; those beside its own student come after it."""
+    target = {"ms_per_token": {"limit": 40.0, "length": 144}}
+    run, measured = run_of(teacher, tmp_path, target), speed()
+    own = Provenance({"teacher": run.teacher_fingerprint})
+
+    def measure(milliseconds: float, *others: str) -> None:
+        batch = replace(measured.roles["teacher"].batches[0], decode_tokens_per_s=1000 / milliseconds)
+        roles = {role: replace(measured.roles["teacher"], batches=(batch,)) for role in ("teacher", *others)}
+        replace(measured, provenance=own, roles=roles, half_depth=None).write(run.dir / Speed.FILE)
+
+    def planned() -> PruningPlan:
+        pruning.prune(run)
+        return pruning.read_plan(run)
+
+    measure(50.0)
+    first = planned()
+    assert first.provenance.inputs[pruning.TIMES]["milliseconds"] == pytest.approx(50.0)
+    measure(70.0, "pruned", "distilled")
+    assert planned() == first
+    (run.dir / Speed.FILE).unlink()
+    assert planned() == first
+    measure(70.0)
+    with pytest.raises(UserError, match=r"plan.json: belongs to another run: prune.target.ms_per_token"):
+        pruning.read_plan(run)
+    second = planned()
+    assert len(second.drop) > len(first.drop)
+    measure(70.1)
+    written = (run.dir / "student/config.json").stat().st_mtime_ns
+    assert planned().drop == second.drop
+    assert (run.dir / "student/config.json").stat().st_mtime_ns == written, "other times that choose the same layers"
+
+
+@pytest.mark.slow
+def test_a_plan_of_before_times_were_recorded_stands(teacher: Path, tmp_path: Path) -> None:
+    run = run_of(teacher, tmp_path, {"ms_per_token": {"limit": 40.0, "length": 144}})
+    only = {"teacher": speed().roles["teacher"]}
+    replace(speed(), provenance=Provenance({"teacher": run.teacher_fingerprint}), roles=only).write(
+        run.dir / Speed.FILE
+    )
+    pruning.prune(run)
+    file = run.dir / PruningPlan.FILE
+    body = json.loads(file.read_text())
+    del body["provenance"]["inputs"][pruning.TIMES]
+    file.write_text(json.dumps(body))
+    assert pruning.what_is_cut(run) == []
+    assert pruning.TIMES not in pruning.read_plan(run).provenance.inputs
+    other = run_of(teacher, tmp_path, {"ms_per_token": {"limit": 41.0, "length": 144}})
+    pruning.prune(other)
+    assert pruning.TIMES in pruning.read_plan(other).provenance.inputs
+    told = run_of(teacher, tmp_path, {"ms_per_token": {"limit": 40.0, "length": 144, "teacher": 50.0}})
+    assert pruning.TIMES not in pruning.plan_inputs(told)
+
+
+@pytest.mark.slow
 def test_the_dry_run_shows_the_frontier_and_draws_it(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
