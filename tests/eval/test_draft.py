@@ -5,6 +5,7 @@ Covers: shoal.artifacts.draft.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.draft import Acceptance, Drafts
 from shoal.artifacts.search import Interval
-from shoal.cli import run_verb
+from shoal.cli import main, run_verb
 from shoal.errors import UserError
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.data import as_data
@@ -32,6 +33,8 @@ from shoal.eval.report.speed import draft_cost, draft_section, draft_table
 from shoal.inference.decoder import Decoder
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
+from shoal.recipe.recipe import load_recipe
+from shoal.stages.run import locked, open_run
 from shoal.stats.drafting import tokens_per_round
 
 TEXTS: list[Text] = [([256], list(b"The sea is blue")), (list(b"What is it? "), list(b"it is")), ([256, 65], [66])]
@@ -189,3 +192,25 @@ def test_the_card_and_the_comparison_show_it(run_dir: Path, tmp_path: Path) -> N
     assert "the teacher's own text" in comparison_text(comparison)
     assert as_data(comparison)["runs"][0]["drafts"]["pruned"][1]["text"] == "written"
     assert "## As a draft for the teacher" in model_card(run_dir)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_beside_a_run_waits_for_the_run_whose_answers_it_reads_and_adds_to(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held, student = shutil.copytree(run_dir, tmp_path / "held"), shutil.copytree(run_dir / "student", tmp_path / "own")
+    for file in (held / "eval/items").iterdir():
+        file.unlink()
+    monkeypatch.setattr("shoal.stages.run.LOCK_WAIT_S", -1)
+
+    def compare() -> int | str | None:
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", str(held), str(student), "--out", str(tmp_path / "out")])
+        return ended.value.code
+
+    with locked(open_run(load_recipe(held))):
+        assert compare() == 2
+    assert f"run_dir {held}: is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert not list((held / "eval/items").iterdir())
+    assert compare() == 0
+    assert list((held / "eval/items").iterdir()), "what the teacher wrote is the run's"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,7 +269,7 @@ def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Pat
             if run.recipe.eval.draft and own.cut_by is not None:
                 log.warning("draft: %s has other tokens than the teacher, whose draft it cannot be", model)
             elif run.recipe.eval.draft:
-                _draft(own.run, teacher | checkpoints, items=run.dir / "eval" / "items")
+                _draft(own.run, teacher | checkpoints, beside=run)
             write_story(own.run)
     return {model: own.run.dir for model, own in beside.items()}
 
@@ -438,7 +439,8 @@ def draft_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
     return {**eval_inputs(run, folders["teacher"]), **roles}
 
 
-def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, items: Path | None = None) -> None:
+def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, beside: Run | None = None) -> None:
+    """What the teacher accepts. What it writes is kept in ``run``, or in the run ``beside``, whose teacher it is."""
     from shoal.eval.draft import measure_drafts
     from shoal.eval.tasks.load import tasks_of
 
@@ -452,15 +454,16 @@ def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, items: Path | None =
     if not measured or is_done(Drafts, path, inputs, "draft"):
         return
     seed_everything(run.recipe.seed)
-    drafts = measure_drafts(
-        teacher,
-        measured,
-        run.recipe.eval,
-        provenance=Provenance(inputs),
-        tasks=tasks_of(run.recipe.eval, seed=run.recipe.seed),
-        seed=run.recipe.seed,
-        items=items or run.dir / "eval" / "items",
-    )
+    with nullcontext() if beside is None else locked(beside):
+        drafts = measure_drafts(
+            teacher,
+            measured,
+            run.recipe.eval,
+            provenance=Provenance(inputs),
+            tasks=tasks_of(run.recipe.eval, seed=run.recipe.seed),
+            seed=run.recipe.seed,
+            items=(beside or run).dir / "eval" / "items",
+        )
     if is_main():
         drafts.write(path)
     barrier()
