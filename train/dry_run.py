@@ -16,7 +16,7 @@ from shoal.numerics import flops_per_second
 from shoal.progress import doing
 
 from .damage import SAMPLE_ROWS, split_by_ability
-from .engine.arguments import kept_checkpoints
+from .engine.arguments import kept_checkpoints, most_checkpoints
 from .preflight.fit import cheapest, disk_bytes, fits, missing_bytes, overrides, shortages
 from .preflight.memory import Setting, shared_weights
 from .preflight.run_size import Job, job
@@ -287,11 +287,12 @@ def _disk(job: Job, control: Job | None, run_dir: Path) -> tuple[list[str], int]
         needed += missing_bytes(control, run_dir / CONTROL)
     parts = ", ".join(f"{name}/ {bytes_text(size)}" for name, size in folders.items())
     verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
+    most, kept = most_checkpoints(job.spec.settings), kept_checkpoints(job.spec.settings)
+    saved = f"{kept} checkpoints kept, one more while it is written" if most > kept else "a checkpoint if it is stopped"
     signals = bytes_text(disk_bytes(job, record=True)["signals"])
     recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"
     lines = [
-        f"disk: {parts} ({kept_checkpoints(job.spec.settings)} checkpoints kept, one more while it is written); "
-        f"{bytes_text(free)} free{verdict}",
+        f"disk: {parts} ({saved}); {bytes_text(free)} free{verdict}",
         *([] if job.setting.teacher == "none" else [recorded]),
     ]
     return lines, needed

@@ -46,7 +46,7 @@ def image_scores(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) 
     layers, device = decoder_layers(model), model.device
     writes = writes_into_input(model)
     similar = HiddenPass(model, _row(torch.zeros(1, 1, dtype=torch.long)), ["block_influence"])
-    losses_NV = torch.zeros(num_rows, len(layers) + 1, dtype=torch.float64)
+    losses_NV = torch.zeros(num_rows, len(layers) + 1, dtype=torch.float64, device=device)
     for place, item in enumerate(each(items, "measure: images", unit="rows")):
         number, inputs = rank() + place * world_size(), on_device(item.inputs, device, model.dtype)
         batch = Batch.of(_row(item.inputs["input_ids"]), torch.tensor([0]), torch.empty(0, 2, dtype=torch.long), device)
@@ -61,7 +61,7 @@ def image_scores(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) 
                 losses_NV[number, layer + 1] = _answer_loss(model, inputs, item.num_answer)
     influence: Any = similar.scores()["block_influence"]
     (losses_NV,) = add_up_ranks([losses_NV], device)
-    return {INFLUENCE: influence, ANSWER_LOSS: _rise(losses_NV)}
+    return {INFLUENCE: influence, ANSWER_LOSS: _rise(losses_NV.cpu())}
 
 
 def _row(input_ids_1S: Tensor) -> Calibration:
@@ -69,9 +69,9 @@ def _row(input_ids_1S: Tensor) -> Calibration:
     return Calibration(PackedRows(input_ids_1S, positions_1S), batch_size=1)
 
 
-def _answer_loss(model: PreTrainedModel, inputs: dict[str, Tensor], num_answer: int) -> float:
+def _answer_loss(model: PreTrainedModel, inputs: dict[str, Tensor], num_answer: int) -> Tensor:
     logits_SV = model(**inputs, use_cache=False).logits[0, -num_answer - 1 : -1]
-    return cross_entropy(logits_SV.double(), inputs["input_ids"][0, -num_answer:]).item()
+    return cross_entropy(logits_SV.double(), inputs["input_ids"][0, -num_answer:])
 
 
 def _rise(losses_NV: Tensor) -> Estimates:

@@ -109,6 +109,14 @@ def kept_checkpoints(settings: Distill) -> int:
     return max(2, settings.trainer.get("save_total_limit") or 2)
 
 
+def most_checkpoints(settings: Distill) -> int:
+    """Complete checkpoints and one that is written, at most: one is removed after the next is complete. Where
+    `save_strategy: no` asks for none, those that a stop and the end of a pilot write."""
+    if settings.trainer.get("save_strategy") == "no":
+        return 1 + (settings.data_pilot is not None)
+    return kept_checkpoints(settings) + 1
+
+
 def training_arguments(
     settings: Distill, deepspeed: DeepSpeed | None, *, output_dir: Path, seed: int, load_universal: bool = False
 ) -> TrainingArguments:

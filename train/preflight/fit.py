@@ -17,7 +17,7 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory, device_memory, free_disk
 
-from ..engine.arguments import kept_checkpoints
+from ..engine.arguments import most_checkpoints
 from ..student.spec import TeacherPlace, TrainSpec
 from .memory import LIBRARY_BYTES, Memory, Setting, shared_weights
 from .run_size import Job, job
@@ -55,11 +55,7 @@ SHORT_TOKENS = 512
 
 
 def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
-    """What the run writes under run_dir, by folder, at its worst moment.
-
-    A checkpoint is removed after the next one is complete, so one more than is kept lies there for a while. A control
-    reads the rows of the student.
-    """
+    """What the run writes under run_dir, by folder, at its worst moment. A control reads the rows of the student."""
     student, setting = job.student, job.setting
     frozen = student.parameters - student.trained
     weights = setting.weight_bytes * (frozen if setting.stage == 3 else student.parameters)
@@ -69,7 +65,7 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
     states += 4 * student.trained * (setting.stage > 0)
     settings, tokens = job.spec.settings, job.spec.num_steps * job.spec.tokens_per_step
     folders = {
-        "checkpoints": (kept_checkpoints(settings) + 1) * (weights + states),
+        "checkpoints": most_checkpoints(settings) * (weights + states),
         "distilled": setting.stored_bytes * student.parameters,
     }
     if not job.spec.is_control:

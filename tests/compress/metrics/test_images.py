@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_columns_are_what_they_are_defined_as(llava: Path, rows: Path) -> None:
     errors = expected.std(0) / len(given) ** 0.5
     torch.testing.assert_close(torch.tensor(loss.standard_errors).double(), errors, atol=1e-6, rtol=0)
     assert expected.mean(0).std() > 1e-3
+
+
+def test_the_host_waits_for_no_answer_by_itself(llava: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = load_model(llava), load_processor(llava)
+    given = load_image_rows(ImageRows(str(rows)))
+    callers, item = list[str](), torch.Tensor.item
+
+    def called(tensor: torch.Tensor) -> Any:
+        callers.append(Path(sys._getframe(1).f_code.co_filename).name)  # transformers counts the tokens of an image so
+        return item(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", called)
+    image_scores(model, asked(given, processor, model.config), len(given))
+    assert callers
+    assert "images.py" not in callers
 
 
 def test_the_image_counts(llava: Path, rows: Path) -> None:

@@ -675,6 +675,10 @@ def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
     settings = replace(tiny_job.spec.settings, data=(TrainingSource("python_docs", losses=("forward_kl",)),))
     by_source = replace(tiny_job, spec=replace(tiny_job.spec, settings=settings))
     assert disk_bytes(by_source)["text"] == 11 * tokens
+    for pilot, count in ((None, 1), (64, 2)):  # what a stop leaves, and the end of a pilot
+        settings = replace(tiny_job.spec.settings, trainer={"save_strategy": "no"}, data_pilot=pilot)
+        unsaved = replace(tiny_job, spec=replace(tiny_job.spec, settings=settings))
+        assert disk_bytes(unsaved)["checkpoints"] == count * 12 * weights
 
 
 # --- refusal and report
