@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TextIO, TypeVar
 
 from shoal.formatting import bytes_text, clock_text
@@ -100,6 +101,7 @@ class Speaker:
         self._waiting = threading.Event()
         self._others_speak: Callable[[], bool] = lambda: False
         self._thread: threading.Thread | None = None
+        self._restore_others: Callable[[], Any] | None = None
 
     @property
     def draws_bars(self) -> bool:
@@ -118,6 +120,7 @@ class Speaker:
             return
         with self._lock:
             self._works.append(work)
+            self._hide_others()
         self._start()
         finished = False
         try:
@@ -126,10 +129,20 @@ class Speaker:
         finally:
             with self._lock:
                 self._works.remove(work)
+                if not self._works and self._restore_others is not None:
+                    self._restore_others()
+                    self._restore_others = None
                 if (bar := self._bars.pop(work, None)) is not None:
                     bar.close()
                 if finished and self._clock() - work.started >= FIRST_S:
                     self._say(work, finished=True)
+
+    def _hide_others(self) -> None:
+        """Until all work is done, no bar of transformers, such as that of weights it loads: it would run into ours."""
+        library: Any = sys.modules.get("transformers.utils.logging")
+        if library is not None and self._restore_others is None:
+            before = library.set_tqdm_hook(lambda _, args, kwargs: library.EmptyTqdm(*args, **kwargs))
+            self._restore_others = partial(library.set_tqdm_hook, before)
 
     @contextmanager
     def still(self, when: Callable[[], bool]) -> Iterator[None]:

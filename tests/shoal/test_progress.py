@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import training_runs
 from searches import EVAL, MEASURE, Healer
+from transformers.utils import logging as transformers_logging
 
 from shoal import progress as module
 from shoal.models.checkpoint_files import checkpoint_bytes
@@ -476,3 +477,31 @@ def test_a_search_tells_how_many_plans_are_done(
     search(open_run(parse_recipe(raw)), Healer(1.0, 1.1))
     told(caplog.messages, "search: plans cut", "search: plans before their heal", "search: plans healed")
     assert "search: plans healed: 2 of 2 plans in 0:" in caplog.text
+
+
+def test_bars_of_transformers_are_hidden_while_ours_are_told_and_then_as_they_were(speaker, caplog, capsys):
+    def loads() -> bool:
+        """Whether transformers shows that it does."""
+        list(transformers_logging.tqdm(range(2), desc="Loading weights"))
+        return "Loading weights" in capsys.readouterr().err
+
+    own = [lambda factory, args, kwargs: factory(*args, **kwargs)]
+    before = transformers_logging.set_tqdm_hook(own[0])
+    active = transformers_logging.is_progress_bar_enabled()
+    try:
+        transformers_logging.enable_progress_bar()
+        assert loads()
+        first, second = (speaker.telling(label, None, "") for label in ("first", "second"))
+        with first:
+            assert not loads()
+            second.__enter__()
+        assert not loads(), "another is told of yet"
+        second.__exit__(None, None, None)
+        assert loads()
+        assert transformers_logging.set_tqdm_hook(own[0]) is own[0], "a hook of the user's is his again"
+        with caplog.at_level("WARNING"), speaker.telling("first", None, ""):
+            assert loads(), "ours are not shown"
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+        if not active:
+            transformers_logging.disable_progress_bar()

@@ -97,8 +97,10 @@ def _verified_source(name: str) -> Path:
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:
-    from transformers import GgufConfig
+    from transformers import GgufConfig, modeling_gguf_pytorch_utils
+    from transformers.utils import logging as transformers_logging
 
+    setattr(modeling_gguf_pytorch_utils, "tqdm", transformers_logging.tqdm)  # noqa: B010  its bar is switched as others
     # Without dequantize=True a quantizer stays attached: saving and training would be refused.
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
