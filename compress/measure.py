@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
+from shoal.recipe.measure import refuse_unknown_metrics
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
 from .metrics.registry import METRICS, PASSES
@@ -95,13 +95,8 @@ def measure_importance(
 
 def _by_need(names: Sequence[str]) -> dict[Need, list[str]]:
     """The named metrics under what they need, both in the order of first mention."""
-    if not names:
-        raise UserError(f"measure.metrics: is empty; name at least one of {', '.join(METRICS)}")
+    refuse_unknown_metrics(names)
     by_need: dict[Need, list[str]] = {}
     for name in dict.fromkeys(names):
-        if name not in METRICS:
-            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(METRICS)}"
-            raise UserError(f"measure.metrics: {name!r} is no metric; {hint}")
         by_need.setdefault(METRICS[name].needs, []).append(name)
     return by_need

@@ -41,10 +41,7 @@ def teacher_texts(
         return ()
     known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
     if by_vllm := settings.writing.backend == "vllm":
-        check_vllm(
-            "distill.writing.backend",
-            "write once with distill.num_ranks=1 and a distill.writing.folder, which every later run reads",
-        )
+        check_vllm("distill.writing.backend")
         if teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
             known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16
 

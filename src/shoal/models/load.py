@@ -40,6 +40,7 @@ from shoal.models.checkpoint_files import (
     check_config,
     has_tokenizer,
     json_or_empty,
+    refuse_no_model,
 )
 from shoal.models.demo import demo_config, resolve_demo
 from shoal.models.families import family
@@ -535,8 +536,7 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
 def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
+    refuse_no_model(name)
     try:
         with doing(f"downloading {name} from the Hub"):
             return Path(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from shoal.errors import UserError
 from shoal.recipe.edits import ComponentPart
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes, Text
@@ -15,6 +17,27 @@ from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, ImageRows, Posit
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal[ComponentPart, "cumulative"]
 HeadTask = Literal["retrieval", "needle"]
+METRICS = (
+    *("block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity"),
+    *("magnitude", "taylor", "taylor_plus", "laco_acceptance"),
+    *("single_drop_perplexity", "sleb", "greedy_kl", "blockpruner", "present_absent", "local_shapley"),
+)
+"""Names of shoal.compress.metrics.registry, which takes seconds to load."""
+
+
+def refuse_unknown_metrics(names: Sequence[str]) -> None:
+    """Refuse what `measure.metrics` cannot name.
+
+    Raises:
+        UserError: a name that is none, with what may be meant; no name.
+    """
+    if not names:
+        raise UserError(f"measure.metrics: is empty; name at least one of {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(METRICS)}"
+            raise UserError(f"measure.metrics: {name!r} is no metric; {hint}")
 
 
 @dataclass(frozen=True)

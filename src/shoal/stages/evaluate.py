@@ -137,7 +137,7 @@ def check_eval(run: Run) -> None:
         UserError: it is not, or cannot answer here; a model that reads no images, or rows that it cannot take.
     """
     if run.recipe.eval.backend == "vllm":
-        check_vllm("eval.backend", "run `shoal eval` without a launcher")
+        check_vllm("eval.backend")
     if (images := run.recipe.eval.images) is not None:
         config = run.config()
         if not reads_images(config):

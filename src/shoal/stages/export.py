@@ -64,15 +64,15 @@ def check_quantize(run: Run) -> None:
         UserError: nothing is asked for, a library or device is missing, or the model is quantised already.
     """
     from shoal.compress.quantize.copy import check_quantisable
+    from shoal.compress.quantize.formats import SETTINGS
 
     if run.recipe.quantize is None:
         raise UserError(
             "quantize: the recipe does not say into which format; add for instance quantize.format=int8 to the command"
         )
-    settings = {"quantized": "quantize.format", "teacher_quantized": "quantize.teacher_format"}
     for role, format in formats(run).items():
         teacher = Checkpoint.read(run.teacher, LoadSettings(**run.load_args()))  # a student is as its teacher is
-        check_quantisable(teacher, format, settings[role])
+        check_quantisable(teacher, format, SETTINGS[role])
 
 
 def formats(run: Run) -> dict[str, Format]:

@@ -30,8 +30,13 @@ from shoal.compress.metrics.registry import METRICS, PASSES
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe import measure as section
 
 ROWS = packed([[40], [17, 23], [1, 19, 20], [40], [39, 1]], seed=1)
+
+
+def test_a_recipe_knows_the_names_of_all_metrics() -> None:
+    assert tuple(METRICS) == section.METRICS
 
 
 def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Scores:

@@ -52,8 +52,8 @@ def test_text_is_written_in_the_precision_that_it_is_known_by(
 @pytest.mark.parametrize(
     ("found", "ranks", "message"),
     [
-        (None, 1, r"^here: vllm is not installed here; install it, or use backend: transformers, which needs nothing"),
-        (object(), 2, r"^here: vllm manages its own processes and cannot be run by 2 ranks; use one$"),
+        (None, 1, r"^eval\.backend: vllm is not installed here; install it, or use backend: transformers, which "),
+        (object(), 2, r"^eval\.backend: vllm manages its own processes and cannot be run by 2 ranks; run "),
     ],
 )
 def test_an_engine_that_cannot_run_here_is_refused(
@@ -62,7 +62,7 @@ def test_an_engine_that_cannot_run_here_is_refused(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
     monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: ranks)
     with pytest.raises(UserError, match=message):
-        check_vllm("here", "use one")
+        check_vllm("eval.backend")
 
 
 def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -567,7 +567,7 @@ def fake_demo(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     (package / "model.gguf").write_text("weights")
     monkeypatch.syspath_prepend(tmp_path)
     digest = "9a129038"  # of "weights"
-    monkeypatch.setattr(demo, "DEMO_MODELS", {"fake": ("fake_demo_package", "model.gguf", digest)})
+    monkeypatch.setitem(demo.DEMO_MODELS, "fake", ("fake_demo_package", "model.gguf", digest))
     monkeypatch.setattr(demo, "_convert_gguf", convert)
     for name in ("DEMO_BYTES", "CONVERTING_BYTES"):
         monkeypatch.setattr(demo, name, 1)
@@ -658,7 +658,7 @@ def test_one_of_several_processes_converts_and_the_others_wait() -> None:
 def test_missing_or_damaged_package_is_refused(
     fake_demo: list[str], monkeypatch: pytest.MonkeyPatch, package: str, file: str, digest: str, message: str
 ) -> None:
-    monkeypatch.setattr(demo, "DEMO_MODELS", {"fake": (package, file, digest)})
+    monkeypatch.setitem(demo.DEMO_MODELS, "fake", (package, file, digest))
     with pytest.raises(UserError, match=message):
         resolve_model("demo:fake")
     assert fake_demo == []

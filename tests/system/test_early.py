@@ -1,0 +1,57 @@
+"""What needs no model is refused before the libraries that take seconds to load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "deepspeed", "lm_eval", "numpy")
+TEXT = "distill.data=[python_docs,teacher_text]"
+REFUSED = (
+    ("prune prune.num_dorp=1", "prune.num_dorp: unknown key; did you mean 'num_drop'?"),
+    ("prune model=/nowhere", "model '/nowhere': no such folder"),
+    ("eval model=demo:smollm", "model 'demo:smollm': no such demo model; there is demo:smollm2-135m"),
+    ("measure measure.metrics=[block_influance]", "'block_influance' is no metric; did you mean 'block_influence'?"),
+    ("run measure.sweep.tasks=[knowledge_writen]", "measure.sweep.tasks: 'knowledge_writen' is no task, neither"),
+    ("distill distill.deepspeed=nothing.json", "distill.deepspeed: no file 'nothing.json'; shipped ones are"),
+    (f"run {TEXT} distill.writing.backend=vllm", "distill.writing.backend: vllm is not installed here"),
+    ("run quantize.format=w4a16_gptq", "quantize.format: w4a16_gptq is made and loaded by llmcompressor, which is not"),
+    ("run quantize.format=int8 quantize.teacher_format=nf4", "quantize.teacher_format: nf4 is made and loaded by bit"),
+    ("eval eval.tasks=[knowlege]", "eval.tasks: 'knowlege' is no task, neither of shoal nor of lm-eval; did you mean"),
+    ("eval eval.backend=vllm", "eval.backend: vllm is not installed here; install it, or use backend: transformers"),
+)
+PROGRAM = """
+import sys
+from shoal.cli import run_verb
+from shoal.compress.quantize import formats
+from importlib import util
+
+find_spec = util.find_spec
+util.find_spec = lambda name, *more: None if name == "vllm" else find_spec(name, *more)
+formats._is_installed = lambda module: module == "torchao"
+for words in {refused!r}:
+    verb, *overrides = words.split()
+    print(words, run_verb(verb, {recipe!r}, overrides), [name for name in {heavy!r} if name in sys.modules], sep="|")
+"""
+
+
+@pytest.mark.slow
+def test_what_needs_no_model_is_refused_before_libraries_are_loaded(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    model = tmp_path / "model"
+    model.mkdir()
+    recipe.write_text(json.dumps({"model": str(model), "run_dir": str(tmp_path / "run")}))
+    words = [words for words, _ in REFUSED]
+    program = PROGRAM.format(refused=words, recipe=str(recipe), heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{own}|2|[]" for own in words]
+    told = [line for line in done.stderr.splitlines() if line.startswith("shoal: error: ")]
+    assert len(told) == len(REFUSED)
+    for (own, message), line in zip(REFUSED, told, strict=True):
+        assert message in line, own
+    assert not (tmp_path / "run").exists()
