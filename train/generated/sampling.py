@@ -17,17 +17,31 @@ from shoal.models.anatomy import decoder_layers
 
 log = logging.getLogger(__name__)
 
+ROOM = 256
+"""Room in tokens, where its length is not known before, is a multiple of it."""
+
 
 @dataclass
 class Fixed:
     """Room for keys and values that never grows."""
 
-    length: int
-    """Tokens of the longest prompt and its text, of all that are to be written."""
+    length: int | None = None
+    """Tokens of the longest prompt and its text, of all that are to be written; None = those of a call, rounded up."""
     compiles: bool = True
     """Whether the step that writes a token may be compiled."""
     compile_config: CompileConfig | None = None
     """How it is; None = as transformers does it on this device."""
+    on_cpu: bool = False
+    """Whether it serves on a CPU too, where it only takes longer."""
+
+    def serves(self, model: PreTrainedModel) -> bool:
+        """Whether the model writes so: on an accelerator, where transformers says that its family can be compiled."""
+        return self.on_cpu or (model.device.type != "cpu" and model._can_compile_fullgraph)
+
+
+def few_shapes(rows: int, tokens: int) -> tuple[int, int]:
+    """Rows and room that are compiled for so many: powers of two, and multiples of ROOM."""
+    return 1 << (rows - 1).bit_length(), -(-tokens // ROOM) * ROOM
 
 
 def sample(
@@ -50,16 +64,18 @@ def sample(
 
     ``fixed``: keys and values lie in room that never grows, and on an accelerator transformers compiles the step that
     writes a token, for these shapes. What cannot be compiled is written by steps as they are, after a warning that says
-    why. None = the cache grows with the text.
+    why. None, and where it does not serve = the cache grows with the text.
     """
+    if fixed is not None and not fixed.serves(model):
+        fixed = None
     if fixed is not None:
-        from torch._dynamo.exc import TorchDynamoException  # takes a second to load
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # takes a second to load
 
         try:
             return _generated(
                 model, prompts, uniforms_PT, temperature, top_p=top_p, end_ids=end_ids, pad_id=pad_id, fixed=fixed
             )
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = str(error).strip().splitlines()[0]
             log.warning("decoding of %s is not compiled and takes longer: %s", model.config.model_type, reason)
             fixed.compiles = False
@@ -79,12 +95,17 @@ def _generated(
     pad_id: int,
     fixed: Fixed | None,
 ) -> list[list[int]]:
-    width = max(map(len, prompts))
+    width, count = max(map(len, prompts)), len(prompts)
     settings = {}
     if fixed is not None:
+        for part in model.modules():  # transformers goes on with the longest room so far: texts would follow from it
+            vars(part).pop("_previous_max_cache_length", None)
+        num_rows, room = few_shapes(count, width + uniforms_PT.shape[1])
+        rows = [row % count for row in range(num_rows)]  # what is added is written too, and forgotten
+        prompts, uniforms_PT = [prompts[row] for row in rows], uniforms_PT[rows]
         settings = {
             "cache_implementation": "static",
-            "max_cache_len": fixed.length,
+            "max_cache_len": fixed.length or room,
             "disable_compile": not fixed.compiles,
             "compile_config": fixed.compile_config,
         }
@@ -108,7 +129,7 @@ def _generated(
             logits_processor=LogitsProcessorList([DrawnOnly(drawn)]),
             synced_gpus=False,  # the model is whole on every rank: none has to wait for another's longer text
         )
-    return [_ended(row, end_ids) for row in written[:, width:].tolist()]
+    return [_ended(row, end_ids) for row in written[:count, width:].tolist()]
 
 
 def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple[int, ...]:

@@ -193,10 +193,9 @@ def _batches(folder: Path) -> Iterator[dict[str, Any]]:
 def transformers_writer(
     teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int, fixed: Fixed | None = None
 ) -> Writer:
-    """Writes with ``teacher`` as it stands in memory. On an accelerator its cache has a fixed size and decoding is
-    compiled, where transformers says that the family can be; ``fixed`` says so elsewhere too."""
-    if teacher.device.type != "cpu" and teacher._can_compile_fullgraph and fixed is None:
-        fixed = Fixed(settings.max_prompt_tokens + settings.new_tokens)
+    """Writes with ``teacher`` as it stands in memory, where it serves in a cache of a fixed size by compiled steps;
+    ``fixed`` = of another size, or on a CPU too."""
+    fixed = fixed or Fixed(settings.max_prompt_tokens + settings.new_tokens)
     ends = end_tokens(teacher.generation_config, tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
 

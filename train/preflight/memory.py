@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..engine.sharding import REDUCED_AT_ONCE
+from ..generated.sampling import few_shapes
 from ..student.sizes import ModelSize
 from ..student.spec import TeacherPlace
 from .optimizers import ADAM, OptimizerState
@@ -315,9 +316,11 @@ def _sampling(student: ModelSize, setting: Setting) -> int:
     """The cache at its fullest, and the logits of one token of every sample."""
     if not setting.samples:
         return 0
-    samples = setting.rows * setting.samples
+    samples, tokens = setting.rows * setting.samples, setting.sample_tokens
+    if setting.compiled and setting.device != "cpu":
+        samples, tokens = few_shapes(samples, tokens)
     width = KEY_BYTES + VALUE_BYTES if setting.autocast else 2 * setting.weight_bytes
-    cache = samples * setting.sample_tokens * len(student.layers) * student.key_numbers * width
+    cache = samples * tokens * len(student.layers) * student.key_numbers * width
     return _whole(student, setting) + cache + samples * student.vocabulary * DRAWN_BYTES
 
 

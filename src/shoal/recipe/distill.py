@@ -305,8 +305,9 @@ class Distill(Section):
     """Run RMS norms, gated MLPs and rotary embedding of both models by Liger's kernels, on GPUs. auto = where
     liger-kernel is installed and knows the family, which the log says."""
     compile: Annotated[bool, Shapes.TRAINING, Field(exclude_if=lambda compiled: not compiled)] = False
-    """Compile the decoder layers of both models and the loss at the head (torch.compile); the first steps take minutes.
-    What cannot be compiled runs as it is, after a warning that says why."""
+    """Compile the decoder layers of both models, the loss at the head and, on a GPU, the step that writes on-policy
+    samples (torch.compile); the first steps take minutes. What cannot be compiled runs as it is, after a warning that
+    says why."""
     head_chunk: Annotated[Positive, Shapes.TRAINING] = 256
     """Tokens whose full-vocabulary logits exist at one time."""
     check_memory: Annotated[bool, Shapes.NOTHING] = True

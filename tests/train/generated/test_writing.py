@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, tiny_model, tiny_tokenizer
-from transformers import CompileConfig, GenerationConfig
+from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig
 
 from shoal.data.sources import ability_prompts
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
-from shoal.train.generated import writing
+from shoal.train.generated import sampling, writing
 from shoal.train.generated.sampling import Fixed
 from shoal.train.generated.writing import transformers_writer, write_texts
 
@@ -235,14 +235,10 @@ def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
             write(tmp_path, Writing(), unexpected, data=data)
 
 
-def everywhere(backend: Any) -> CompileConfig:
-    """Decoding is compiled by ``backend`` on a CPU too."""
-    config = CompileConfig(backend=backend)
-    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
-    return config
-
-
-FIXED = {"plain": lambda: Fixed(64, compiles=False), "compiled": lambda: Fixed(64, compile_config=everywhere("eager"))}
+FIXED = {
+    "plain": lambda: Fixed(64, compiles=False, on_cpu=True),
+    "compiled": lambda: Fixed(64, compile_config=compiled_on_cpu("eager"), on_cpu=True),
+}
 
 
 @pytest.mark.slow
@@ -261,7 +257,7 @@ def test_a_cache_of_a_fixed_size_and_compiled_steps_write_the_same_tokens(kind, 
 
 def test_on_a_gpu_a_family_that_transformers_does_not_compile_writes_in_a_growing_cache(monkeypatch):
     asked: list[Any] = []
-    monkeypatch.setattr(writing, "sample", lambda *_, fixed, **__: asked.append(fixed) or [])
+    monkeypatch.setattr(sampling, "_generated", lambda *_, fixed, **__: asked.append(fixed) or [])
     for compiles in (True, False):
         on_gpu: Any = SimpleNamespace(
             device=torch.device("cuda"), _can_compile_fullgraph=compiles, generation_config=GenerationConfig()
@@ -279,6 +275,7 @@ def test_decoding_that_cannot_be_compiled_says_so_once_and_goes_on(caplog):
     settings = Writing(new_tokens=12, max_prompt_tokens=40)
     model, tokenizer = tiny_model("llama", seed=1), tiny_tokenizer()
     expected = transformers_writer(model, tokenizer, settings, seed=3)([[5, 6]], [0])
-    writer = transformers_writer(model, tokenizer, settings, seed=3, fixed=Fixed(64, compile_config=everywhere(fails)))
+    fixed = Fixed(64, compile_config=compiled_on_cpu(fails), on_cpu=True)
+    writer = transformers_writer(model, tokenizer, settings, seed=3, fixed=fixed)
     assert writer([[5, 6]], [0]) == writer([[5, 6]], [0]) == expected
     assert caplog.text.count("decoding of llama is not compiled and takes longer: ") == 1

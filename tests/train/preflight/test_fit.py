@@ -545,6 +545,10 @@ def test_samples_have_a_cache_of_keys_and_values() -> None:
     assert peaks[0].peak_at == "sampling"
     cached = 4 * 10**9 * 4 * 16 * (4 + 2)  # samples, tokens, layers, key numbers, bytes of a key and a value
     assert peaks[1].peak - peaks[0].peak == pytest.approx(cached, rel=1e-5)
+    compiled = replace(longer, compiled=True, device="cuda")  # 8 and 16 rows, for 5 and 9 samples
+    for rows, samples in ((5, 8), (9, 16)):
+        peak = memory(found.student, found.teacher, replace(compiled, rows=rows, samples=1)).peak
+        assert peak == pytest.approx(samples * -(-(10**9) // 256) * 256 * 4 * 16 * (4 + 2), rel=1e-3)
 
 
 @pytest.mark.slow
