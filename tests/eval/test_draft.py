@@ -214,3 +214,5 @@ def test_a_checkpoint_beside_a_run_waits_for_the_run_whose_answers_it_reads_and_
     assert not list((held / "eval/items").iterdir())
     assert compare() == 0
     assert list((held / "eval/items").iterdir()), "what the teacher wrote is the run's"
+    (beside,) = tmp_path.glob(f"out/models/*/{Drafts.FILE}")
+    assert Drafts.read(beside).roles["model"] == Drafts.read(held / Drafts.FILE).roles["pruned"]

@@ -435,7 +435,9 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
 
 def draft_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
     """What identifies what the teacher among these models accepts of the others' tokens."""
-    roles = {role: model_fingerprint(folder) for role, folder in folders.items() if role != "teacher"}
+    drafts = [(role, folder) for role, folder in folders.items() if role != "teacher"]
+    # the teacher is the model here, also where a checkpoint has that role
+    roles = {"checkpoint" if role == MODEL else role: model_fingerprint(folder) for role, folder in drafts}
     return {**eval_inputs(run, folders["teacher"]), **roles}
 
 
