@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from shoal.atomic_files import fingerprint, written_folder
@@ -93,6 +95,19 @@ def rows_to_train_on(
     )
 
 
+def teachers_of_rows(rows: PackedRows, settings: Distill) -> np.ndarray:
+    """Of every row the number of the teacher that its sources name, (N,)."""
+    of_source = np.array([source.teacher for source in settings.data])
+    # a row begins with text; what pads it says nothing of sources
+    return of_source[np.zeros(len(rows), int) if rows.sources_NS is None else rows.sources_NS[:, 0].numpy()]
+
+
+def rows_of_teacher(rows: PackedRows, settings: Distill, number: int) -> PackedRows:
+    """The rows of the sources that name this teacher, in memory."""
+    own = torch.from_numpy(np.flatnonzero(teachers_of_rows(rows, settings) == number))
+    return PackedRows(rows.input_ids_NS[own], rows.position_ids_NS[own])
+
+
 def inputs_of_rows(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
     """What shapes packed rows of ``settings``, whose sources and weights may be others than in ``inputs``."""
     if settings.data_policy == "by_damage":
@@ -148,6 +163,7 @@ def training_rows(
                 later=later,
                 encode_image=None if images is None else images.tokens,
                 rows_per_step=rows_per_step(settings),
+                groups=[source.teacher for source in settings.data],
             )
         for name, count in rows.counts.items():
             if count["repeats"]:

@@ -21,6 +21,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
+from shoal.recipe.losses import STATE_TERMS
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, free_memory, is_main, seed_everything
 from shoal.tracking import wandb_run
@@ -52,6 +53,9 @@ from .save import write_results
 from .student.local_stage import local_stage
 from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec, require_same_vocabulary
+from .teacher.agreement import agreeing
+from .teacher.prompt_scores import Reference
+from .teacher.recording_plan import recorded_models
 from .teacher.recording_reader import refuse_unrecorded
 from .trainer import DistillTrainer
 
@@ -87,8 +91,14 @@ def distill_inputs(
     if settings.data_pilot is None:
         del section["distill.data_pilot"]
     # what was recorded, not where it lies; it is compared with rows and model when it is read
-    recorded = shaping(record, Shapes.TRAINING) | ({"prefix": True} if settings.teacher.prefix else {})
+    told = shaping(record, Shapes.TRAINING) | record.engine_inputs
+    recorded = told | ({"prefix": True} if settings.teacher.prefix else {})
     section["distill.teacher"]["recorded"] = None if settings.teacher.recorded is None else recorded
+    if len(settings.teacher.recordings) > 1:
+        models = recorded_models(settings.teacher.recordings)
+        section["distill.teacher"]["recorded"] = [recorded | {"model": model} for model in models]
+    if settings.teacher.server:  # as before there was one
+        section["distill.teacher"]["server"] = told
     if settings.writing.prompts is not None:
         section["distill.writing.prompts"] = sources_fingerprint((settings.writing.prompts,))
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
@@ -127,8 +137,13 @@ def check_distillable(spec: TrainSpec) -> None:
             f"teacher {teacher.folder} and student {student.folder} have different tokenizers; "
             "distillation compares next-token distributions, so cut the student from this teacher"
         )
-    if settings.teacher.recorded is not None:
+    if settings.teacher.recorded is not None or settings.teacher.server:
         refuse_unrecorded(settings.losses, spec.record, vocab_size=text_config(teacher.config).vocab_size)
+    if settings.teacher.server and (states := [term for term in settings.losses if isinstance(term, STATE_TERMS)]):
+        raise UserError(
+            f"distill.losses: {states[0].kind} needs the teacher's states, which a server does not tell; take it out, "
+            "or use the live teacher"
+        )
     if settings.lora is not None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)
     if settings.data_pilot is not None:
@@ -146,6 +161,7 @@ def distill(
     make_scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None = None,
     search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None = None,
     start_tracking: Callable[[], object],
+    reference: Reference | None = None,
 ) -> None:
     """Train the student on the teacher's signals; write distilled/ and distill.json.
 
@@ -154,7 +170,8 @@ def distill(
     sources' shares, which student and control have in common; ``inputs`` the identity of distilled/. ``make_scorer``
     makes, for a tokenizer, what distill.watch scores the student with; None = nothing is watched. ``search_rows`` finds
     evaluation items in the training rows and gives what distill.json says of them; None = nobody looks.
-    ``start_tracking`` gives None where nothing is tracked.
+    ``start_tracking`` gives None where nothing is tracked. ``reference`` is what a server that runs the teacher is
+    compared with; None = with nothing.
 
     Raises:
         Stopped: on Ctrl-C, on SIGTERM or when the launcher is gone, after saving.
@@ -169,6 +186,7 @@ def distill(
         make_scorer=make_scorer,
         search_rows=search_rows,
         start_tracking=start_tracking,
+        reference=reference,
     )
     if train(spec):
         return
@@ -188,6 +206,7 @@ def _train(
     make_scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None,
     search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None,
     start_tracking: Callable[[], object],
+    reference: Reference | None,
 ) -> bool:
     """Train to the end, or to that of a pilot; whether it was the former. After a pilot the same call goes on."""
     check_names(spec.settings)
@@ -211,6 +230,7 @@ def _train(
         begun = rows if spec.settings.data_pilot is None else rows.first(pilot_rows(spec))
         healed = local_stage(spec, begun, folder=run_dir / "local", inputs=inputs)
         spec = replace(spec, student=replace(spec.student, folder=healed))
+    engine = agreeing(spec.record, spec.teacher, rows, reference) if spec.settings.teacher.server else None
     with doing("measuring what the machine can do at best"):
         peak = most_tokens_per_s(spec, flops_per_token) if is_main() else None  # which alone logs it
     with doing("starting the W&B run"):
@@ -229,7 +249,15 @@ def _train(
     callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else []), *([] if pilot is None else [pilot])]
     trained = rows if pilot is None else Beginning.of(rows, length=num_rows(spec.settings))
     trainer = make_trainer(
-        spec, trained, tokenizer, arguments, identity, stop=stop, callbacks=callbacks, peak_tokens_per_s=peak
+        spec,
+        trained,
+        tokenizer,
+        arguments,
+        identity,
+        stop=stop,
+        callbacks=callbacks,
+        peak_tokens_per_s=peak,
+        engine=engine,
     )
     if pilot is not None:
         pilot.through = trainer.looked_at

@@ -119,6 +119,7 @@ def _about(job: Job) -> list[str]:
         "live": f"live, {setting.teacher_bytes} bytes a weight",
         "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
         "recorded": "recorded, not loaded",
+        "served": "run by a server, not loaded",
     }
     product_dtype = str(job.spec.deepspeed.product_dtype).removeprefix("torch.")
     precision = f"{product_dtype} {'autocast' if setting.autocast else 'products'}"

@@ -25,6 +25,8 @@ from shoal.recipe.distill import Record
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
 from .objective.objective import final_hidden
+from .teacher.agreement import agreeing
+from .teacher.prompt_scores import PromptEngine, Reference, prompt_signals
 from .teacher.recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
 from .teacher.recording_plan import (
     RecordingManifest,
@@ -33,6 +35,7 @@ from .teacher.recording_plan import (
     recording_layout,
     shard_name,
     shards_of,
+    warn_of_engine,
 )
 
 log = logging.getLogger(__name__)
@@ -50,15 +53,18 @@ def record_signals(
     model: str,
     rows_from: dict[str, Any],
     prefix: int | None = None,
+    reference: Reference | None = None,
 ) -> None:
     """Record what the teacher says of ``rows``, or what is missing of it. Every rank calls this.
 
     ``model`` is the teacher's fingerprint, ``rows_from`` what shaped the rows, for messages. So many of the lowest
-    layers as ``prefix`` says need never run again: the state above them is recorded.
+    layers as ``prefix`` says need never run again: the state above them is recorded. ``reference`` is what an engine is
+    compared with that runs the teacher in place of transformers.
 
     Raises:
         UserError: as recording_layout and plan_recording do, before any weight is loaded; the disk is full after all,
-            or the teacher's distributions are not finite. What is written stays.
+            or the teacher's distributions are not finite; an engine that is not there, says something else than the
+            teacher, or goes away. What is written stays.
     """
     length = rows.input_ids_NS.shape[1]
     layout = recording_layout(settings, teacher, sequence_length=length, prefix=prefix)
@@ -67,12 +73,21 @@ def record_signals(
     manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
     if not pending and manifest.num_rows >= len(rows):
         return
-    loaded = teacher.model(device=device())
+    recorded: Callable[..., dict[str, Tensor]]
+    if settings.engine == "transformers":
+        recorded = partial(_record_shard, teacher.model(device=device()), settings=settings)
+    else:
+        engine = agreeing(settings, teacher, rows, reference)
+        warn_of_engine(folder / RecordingManifest.FILE, manifest.engine, engine.about)
+        manifest = replace(manifest, engine=engine.about)
+        if is_main():  # one that is interrupted names it too
+            manifest.write(folder / RecordingManifest.FILE)
+        recorded = partial(_ask_of_shard, engine)
     own_shards = pending[rank() :: world_size()]
     setting = "run_dir" if settings.folder is None else "record.folder"
     with progress("record", total=sum(map(len, own_shards)), unit="rows") as step:
         for shard in own_shards:
-            planes = _record_shard(loaded, rows, shard, settings, manifest.layout, step)
+            planes = recorded(rows, shard, layout=manifest.layout, tell=step)
             path = folder / shard_name(shard.start // settings.rows_per_shard)
             write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
     barrier()
@@ -135,6 +150,15 @@ def _record_shard(
     states = {layer: torch.cat(parts) for layer, parts in kept.items()}
     hashes = row_hashes(rows, shard.start, shard.stop)
     return shard_planes(layout, ids, log_probs, tail, hashes, states, torch.cat(prefix) if prefix else None)
+
+
+def _ask_of_shard(
+    engine: PromptEngine, rows: TokenRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
+) -> dict[str, Tensor]:
+    ids_NS, positions_NS = (x[shard.start : shard.stop] for x in (rows.input_ids_NS, rows.position_ids_NS))
+    said = prompt_signals(engine, ids_NS, positions_NS, top_k=layout.top_k, vocab_size=layout.vocab_size, tell=tell)
+    hashes = row_hashes(rows, shard.start, shard.stop)
+    return shard_planes(layout, said.ids_BSK, said.log_probs_BSK, said.tail_BS, hashes, {})
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from shoal.recipe.prune import Compensate
 
 from ..surgery.quantised import without_quantization
 from ..variants.state_store import StateStore
-from ..variants.streamed_model import StreamedModel
+from ..variants.streamed_model import StreamedModel, as_a_whole
 from .fit import refuse_unfoldable
 from .size import COMPENSATE
 from .source import from_files
@@ -46,7 +46,7 @@ def refuse_impossible_compensation(folder: Path, settings: Compensate, *, trust_
     refuse_quantised(folder, load_config(folder, trust_remote_code=trust_remote_code))
     try:
         model = StreamedModel(
-            folder, dtype="float32", attention=None, trust_remote_code=trust_remote_code, section=COMPENSATE
+            folder, dtype="float32", attention=None, trust_remote_code=trust_remote_code, whole=as_a_whole(COMPENSATE)
         )
         source = from_files(model, StateStore())
     except UserError as error:

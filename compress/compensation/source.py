@@ -65,7 +65,7 @@ def from_files(model: StreamedModel, store: StateStore) -> Source:
         UserError: layers that cannot be run one by one.
     """
     model.load_rest()
-    layerwise = StreamedLayerwise(model.model, section=model.section)
+    layerwise = StreamedLayerwise(model.model, whole=model.whole)
     with layerwise.stand_ins():
         decoder = Decoder(model.model)
     proven: set[int] = set()

@@ -31,7 +31,7 @@ from shoal.recipe.edits import ComponentPart
 from ..edits.layer_edits import KINDS
 from ..edits.sublayers import prove_alone
 from .state_store import FileStore, StateStore
-from .streamed_model import StreamedLayerwise, StreamedModel
+from .streamed_model import StreamedLayerwise, StreamedModel, as_a_whole
 from .variants import Edited, States, Variant
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Streaming:
             device=self.device,
             attention=self.attention,
             trust_remote_code=self.trust_remote_code,
-            section=self.section,
+            whole=as_a_whole(self.section),
         )
 
     def needed(self, models: Sequence[StreamedModel], *, tokens_at_once: int, fixed: int) -> int:

@@ -84,7 +84,7 @@ class _Waiting:
 class StreamedModel:
     """The causal language model at ``folder`` in eval mode, its layers without weights.
 
-    ``section``: of the recipe, whose memory_gb asks for this.
+    ``whole``: the remedy of what cannot be done layer by layer, as as_a_whole says it.
 
     Raises:
         UserError: what load_model refuses, quantised weights, layers that share weights with each other or whose
@@ -99,20 +99,19 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         attention: str | None = "sdpa",
         trust_remote_code: bool = False,
-        section: str = "measure",
+        whole: str = as_a_whole("measure"),
     ) -> None:
-        self.folder, self._device, self.section = folder, torch.device(device), section
-        self._whole = as_a_whole(section)
+        self.folder, self.device, self.whole = folder, torch.device(device), whole
         shards = read_shards(folder)
         config = load_config(folder, trust_remote_code=trust_remote_code)
-        _refuse_what_is_not_plain(folder, config, shards, section)
+        _refuse_what_is_not_plain(folder, config, shards, whole)
         shapes = {name: tensor.shape for shard in shards for name, tensor in shard.tensors.items()}
         try:
             skeleton, loading = load_without_data(config, shapes)
             refuse_incomplete(folder, config.model_type, loading.missing, loading.mismatched)
             prefix = find_layers(shapes, skeleton, config)
         except NotByCopy as error:
-            raise UserError(f"{folder}: cannot be loaded layer by layer: {error}; {self._whole}") from error
+            raise UserError(f"{folder}: cannot be loaded layer by layer: {error}; {self.whole}") from error
         self._files = {name: _Waiting(shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
         self._dtype = loaded_dtype(config, dtype, shards)
         self.model = _with_buffers(type(skeleton), config, self._dtype, attention)
@@ -137,7 +136,7 @@ class StreamedModel:
         self.model.tie_weights(missing_keys=missing)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self._device)
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
         for entries in self._without_weights:
             for module, _, buffers in entries:
                 buffers.update(module._buffers)
@@ -158,7 +157,7 @@ class StreamedModel:
     def _load(self, names: Sequence[str]) -> set[str]:
         """Load the stored tensors ``names``; the model's tensors that are not among them."""
         how = LoadStateDictConfig(
-            device_map={"": self._device},
+            device_map={"": self.device},
             dtype=self._dtype,
             dtype_plan=self.model._get_dtype_plan(self._dtype),
             weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
@@ -169,7 +168,7 @@ class StreamedModel:
             )
         if loading.conversion_errors or loading.mismatched_keys:
             wrong = min([*loading.conversion_errors, *(name for name, *_ in loading.mismatched_keys)])
-            raise UserError(f"{self.folder}: {wrong} cannot be loaded without the other layers; {self._whole}")
+            raise UserError(f"{self.folder}: {wrong} cannot be loaded without the other layers; {self.whole}")
         return loading.missing_keys
 
     def _loading_bytes(self, index: int) -> int:
@@ -188,7 +187,7 @@ class StreamedModel:
 
     def _refuse_lacking(self, tensors: dict[str, Tensor]) -> None:
         if lacking := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
-            raise UserError(f"{self.folder}: {lacking[0]} is not among the tensors of its layer; {self._whole}")
+            raise UserError(f"{self.folder}: {lacking[0]} is not among the tensors of its layer; {self.whole}")
 
     def _refuse_shared_weights(self) -> None:
         """Layers that use weights of other layers, or of what lies outside, would lose them with their owner."""
@@ -196,10 +195,10 @@ class StreamedModel:
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
             owner = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
             if owners.setdefault(id(tensor), owner) != owner:
-                raise UserError(f"{self.folder}: {name} is shared between layers; {self._whole}")
+                raise UserError(f"{self.folder}: {name} is shared between layers; {self.whole}")
         tied: dict[str, str] = self.model.all_tied_weights_keys  # pyright: ignore[reportAssignmentType]
         if shared := sorted(name for pair in tied.items() for name in pair if name.startswith(prefix)):
-            raise UserError(f"{self.folder}: {shared[0]} is shared between layers; {self._whole}")
+            raise UserError(f"{self.folder}: {shared[0]} is shared between layers; {self.whole}")
 
 
 class StreamedLayerwise(Layerwise):
@@ -213,8 +212,8 @@ class StreamedLayerwise(Layerwise):
         UserError: an architecture of which this is not so.
     """
 
-    def __init__(self, model: PreTrainedModel, *, section: str = "measure") -> None:
-        self._whole = as_a_whole(section)
+    def __init__(self, model: PreTrainedModel, *, whole: str = as_a_whole("measure")) -> None:
+        self._whole = whole
         super().__init__(model)
 
     def _study(self) -> None:
@@ -335,17 +334,15 @@ def _in_numbers(leaf: Any) -> Any:
     return create_mask(leaf.mask_mod, *leaf.shape, device=str(device))
 
 
-def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard], section: str) -> None:
+def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard], whole: str) -> None:
     if without_quantization(config)[1]:
-        raise UserError(
-            f"{folder}: is quantised; only plain weights are taken layer by layer: unset {section}.memory_gb"
-        )
+        raise UserError(f"{folder}: is quantised; only plain weights are taken layer by layer: {whole}")
     for shard in shards:
         for name, tensor in shard.tensors.items():
             if tensor.dtype not in DTYPES:
                 raise UserError(
                     f"{shard.file}: {name} is stored as {tensor.dtype}, which cannot be computed with layer by layer; "
-                    f"unset {section}.memory_gb"
+                    f"{whole}"
                 )
 
 

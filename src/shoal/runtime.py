@@ -30,7 +30,7 @@ T = TypeVar("T")
 Loudness = Literal["quiet", "usual", "verbose"]
 """What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
 NOISY = (
-    *("httpx", "httpcore", "filelock", "fsspec", "matplotlib", "datasets"),
+    *("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "fsspec", "matplotlib", "datasets"),
     *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate"),
 )
 """Loggers that say errors only."""

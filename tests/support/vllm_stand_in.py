@@ -45,16 +45,27 @@ class LLM:
     made: ClassVar[list[LLM]] = []
     asked: ClassVar[list[tuple[list[int], SamplingParams]]] = []
 
-    def __init__(self, model: str, *, dtype: str = "auto", trust_remote_code: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        seed: int = 0,
+        max_logprobs: int = 20,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         assert dtype in ("float32", "bfloat16", "float16"), "auto would make float16 of float32"
         assert not any(other.is_open for other in LLM.made), "the memory of the one before is not free yet"
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.dtype: torch.dtype = self._model.dtype
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._end: Any = self._model.generation_config.eos_token_id
-        self.is_open = True
+        self.is_open, self._max_logprobs = True, max_logprobs
         self.llm_engine = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=self._model.config.max_position_embeddings),
+            model_config=SimpleNamespace(max_model_len=max_model_len or self._model.config.max_position_embeddings),
             engine_core=SimpleNamespace(shutdown=self._shutdown),
         )
         LLM.made.append(self)
@@ -76,11 +87,9 @@ class LLM:
         logits_SV = self._model(torch.tensor([prompt])).logits[0].float()
         found = None
         if params.prompt_logprobs is not None:
-            assert params.prompt_logprobs == 1
-            found = [
-                None,
-                *(_entry(row, token) for row, token in zip(logits_SV.log_softmax(-1), prompt[1:], strict=False)),
-            ]
+            assert params.prompt_logprobs <= self._max_logprobs
+            pairs = zip(logits_SV.log_softmax(-1), prompt[1:], strict=False)
+            found = [None, *(_entry(row, token, params.prompt_logprobs) for row, token in pairs)]
         return SimpleNamespace(
             prompt_logprobs=found, outputs=[SimpleNamespace(token_ids=self._text(prompt, logits_SV[-1], params))]
         )
@@ -105,10 +114,10 @@ class LLM:
             logits_V = self._model(torch.tensor([[*prompt, *written]])).logits[0, -1].float()
 
 
-def _entry(log_probs_V: torch.Tensor, token: int) -> dict[int, Logprob]:
-    """The likeliest token and the one that stands there, as vLLM reports a position of the prompt."""
-    best = int(log_probs_V.argmax())
-    ranks = {own: 1 + int((log_probs_V > log_probs_V[own]).sum()) for own in (best, token)}
+def _entry(log_probs_V: torch.Tensor, token: int, count: int) -> dict[int, Logprob]:
+    """The likeliest tokens and the one that stands there, as vLLM reports a position of the prompt."""
+    best = log_probs_V.topk(count).indices.tolist()
+    ranks = {own: 1 + int((log_probs_V > log_probs_V[own]).sum()) for own in (*best, token)}
     return {own: Logprob(float(log_probs_V[own]), rank) for own, rank in ranks.items()}
 
 

@@ -58,6 +58,8 @@ class Signals:
     """Recorded instead of the above: the most probable next tokens in falling order."""
     log_probs_BSK: Tensor | None = None
     """Log-probabilities of these tokens under the full softmax, in nats, never renormalised."""
+    token_log_probs_BS: Tensor | None = None
+    """Log-probabilities, in nats, of the tokens that stand there, of a teacher that an engine runs."""
     captured: Captured = field(default_factory=Captured)
     """States and attention inputs that state terms compare with."""
 
@@ -207,10 +209,12 @@ class Objective:
 
     @torch.no_grad()
     def teacher_log_probs(self, signals: Signals, input_ids_BS: Tensor, places_N: Tensor) -> Tensor:
-        """A live teacher's log-probabilities, in nats, of the tokens at these places of the flattened rows, (N,).
+        """A teacher's log-probabilities, in nats, of the tokens at these places of the flattened rows, (N,).
 
-        None of them is a row's first. Terms that read distributions have made the teacher give its hidden states.
+        None of them is a row's first. Terms that read distributions have made a live teacher give its hidden states.
         """
+        if signals.token_log_probs_BS is not None:
+            return signals.token_log_probs_BS.flatten()[places_N]
         assert signals.hidden_BSD is not None
         assert self._teacher_to_logits is not None
         to_logits = _in_own_precision(self._teacher_to_logits)

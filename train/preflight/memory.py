@@ -351,7 +351,7 @@ def _state(student: ModelSize, setting: Setting) -> int:
 def _handed_over(student: ModelSize, setting: Setting) -> int:
     """Final hidden states: the student's and their supervised copy and gradient, and the teacher's and theirs."""
     own = _state(student, setting)
-    if setting.teacher in ("none", "recorded"):
+    if setting.teacher in ("none", "recorded", "served"):
         return 3 * own
     return 3 * own + 2 * own * setting.teacher_bytes // student.state_bytes
 
@@ -376,7 +376,7 @@ def _teacher(teacher: ModelSize, setting: Setting) -> tuple[int, int]:
     """On the device of a rank, and on the host of a node."""
     width = setting.teacher_bytes
     largest = max(layer.parameters for layer in teacher.layers)
-    if setting.teacher in ("none", "recorded"):
+    if setting.teacher in ("none", "recorded", "served"):
         return 0, 0
     if setting.teacher == "offloaded":  # a layer that runs and the next one on its way, embeddings or head
         return width * (2 * largest + teacher.head), setting.ranks_per_node * width * teacher.parameters

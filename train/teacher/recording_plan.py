@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "distill.teacher.prefix"
 """Names, in what identifies a recording, the layers that need not run in training."""
+OF_ONE_TEACHER = ("model", "dtype", "attention", "record.backend")
+"""Names there which teacher it is of and how that was run, of which several recordings of one training differ."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class RecordingManifest(Artifact):
     """Settings that shaped the rows, for a reader and for messages."""
     shards: tuple[dict[str, Any], ...] = field(default=())
     """Rows, bytes and sha256 of the planes of each shard."""
+    engine: dict[str, Any] | None = None
+    """What told the log-probabilities, where that was not transformers: its model and version, and how far it was from
+    the teacher."""
 
     @property
     def num_rows(self) -> int:
@@ -67,12 +72,35 @@ def recording_inputs(
     return {
         "model": model,
         "tokenizer": tokenizer_fingerprint(teacher.folder),
-        "dtype": teacher.load.dtype,
-        "attention": teacher.load.attention,
+        # an engine has its own of both
+        **(settings.engine_inputs or {"dtype": teacher.load.dtype, "attention": teacher.load.attention}),
         "sequence_length": sequence_length,
         **shaping(settings, Shapes.SIGNALS, "record."),
         **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
     }
+
+
+def of_any_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What identifies recorded signals, whichever teacher's: tokenizer, row length, top k and temperature."""
+    return {key: value for key, value in inputs.items() if key not in OF_ONE_TEACHER}
+
+
+def recorded_models(folders: Sequence[str]) -> list[str]:
+    """Fingerprints of the teachers of these recordings.
+
+    Raises:
+        UserError: one is not there; of what was read in training recording.json has to stay.
+    """
+    models = []
+    for folder in folders:
+        file = Path(folder).expanduser() / RecordingManifest.FILE
+        if not file.is_file():
+            raise UserError(
+                f"distill.teacher.recorded: {folder}: holds no {file.name}, which says whose signals it has; run "
+                "`shoal record` first, or bring that file back"
+            )
+        models.append(RecordingManifest.read(file).provenance.inputs["model"])
+    return models
 
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +273,19 @@ def refuse_other_rows(
             f"{path}: belongs to another run: row {start + int(unequal.argmax())} has other tokens there ({reason}). "
             "Set the recipe back, or record into another folder"
         )
+
+
+def warn_of_engine(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Log where the recording at ``path`` was begun with another engine than goes on with it."""
+    for name in ("model", "version"):
+        if before is not None and before.get(name) != now.get(name):
+            log.warning(
+                "%s: was begun with %s %s of the engine, this is %s; the teacher's last digits may differ",
+                path,
+                name,
+                before.get(name),
+                now.get(name),
+            )
 
 
 def warn_of_versions(path: Path, before: Provenance) -> None:

@@ -1,4 +1,4 @@
-"""What a teacher says about a micro-batch, through one interface: run now, or recorded before."""
+"""What a teacher says about a micro-batch, through one interface: run now, recorded before, or asked of an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ..objective.capture import Captured
 from ..objective.host_batch import on_host, queued
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
-from .recording_reader import RecordingReader
+from .prompt_scores import PromptEngine, prompt_signals
+from .recording_reader import RecordingReader, SeveralRecordings
 
 Teacher = Callable[[Mapping[str, Tensor]], Signals]
 """Gives the signals of a micro-batch."""
@@ -52,7 +53,7 @@ class LiveTeacher:
 class RecordedTeacher:
     """Reads what `shoal record` has written about the rows of a micro-batch, and moves it to their device."""
 
-    reader: RecordingReader
+    reader: RecordingReader | SeveralRecordings
     reads_logits: bool
     """A loss term looks at the teacher's distributions."""
     states: StateLosses | None
@@ -74,3 +75,32 @@ class RecordedTeacher:
             return Signals(captured=captured)
         ids_BSK, log_probs_BSK = queued(rows.ids_BSK, device), queued(rows.log_probs_BSK, device)
         return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, captured=captured)
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """Asks an engine that runs the teacher about the rows of a micro-batch."""
+
+    engine: PromptEngine
+    top_k: int
+    vocab_size: int
+    reads_logits: bool
+    """A loss term looks at the teacher's distributions."""
+    recorded: RecordedTeacher | None
+    """What knows the rows of the data already; the engine is asked about what the student writes."""
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
+        """The rows' most probable tokens, and how probable their own are."""
+        host, device = on_host(batch), batch["input_ids"].device
+        if self.recorded is not None and host.rows:
+            return self.recorded(batch)
+        if not self.reads_logits:
+            return Signals()
+        assert host.input_ids_BS is not None
+        said = prompt_signals(
+            self.engine, host.input_ids_BS, host.position_ids_BS, top_k=self.top_k, vocab_size=self.vocab_size
+        )
+        ids_BSK, log_probs_BSK, own_BS = (
+            queued(plane, device) for plane in (said.ids_BSK, said.log_probs_BSK, said.token_log_probs_BS)
+        )
+        return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, token_log_probs_BS=own_BS)

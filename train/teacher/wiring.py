@@ -25,8 +25,9 @@ from .signals import LiveTeacher, Teacher
 
 log = logging.getLogger(__name__)
 
-Recorded = Callable[[StateLosses | None, SharedPrefix | None], Teacher]
-"""Makes the teacher whose signals were recorded, from the state terms that read them and the layers that are spared."""
+Absent = Callable[[StateLosses | None, SharedPrefix | None], Teacher]
+"""Makes the teacher that is not loaded, whose signals were recorded or come from an engine, from the state terms that
+read them and the layers that are spared."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def make_trainable_alike(student: PreTrainedModel, spec: TrainSpec) -> None:
     make_trainable(student, replace(spec, settings=replace(settings, lora=plain)), seed=0)
 
 
-def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, recorded: Recorded) -> Wiring:
-    """Join a student that is made trainable with its teacher: ``live``, or what ``recorded`` makes where signals lie on
-    the disk.
+def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, absent: Absent) -> Wiring:
+    """Join a student that is made trainable with its teacher: ``live``, or what ``absent`` makes where signals
+    lie on the disk or come from an engine.
 
     Raises:
         UserError: loss terms that contradict the plan, the models or a recording.
@@ -74,7 +75,8 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
     if live is not None:
         teacher = LiveTeacher(live, reads_logits=spec.reads_logits, states=states, prefix=prefix)
     else:
-        teacher = recorded(states, prefix) if spec.teacher_place == "recorded" else lambda _batch: Signals()
+        elsewhere = spec.teacher_place in ("recorded", "served")
+        teacher = absent(states, prefix) if elsewhere else lambda _batch: Signals()
     objective = Objective(
         student,
         None if live is None else to_logits(live),

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shoal.errors import UserError
 
+Drawn = TypeVar("Drawn", bound=Sized)
 IGNORED = -100
 ROW = "row"
 """Key under which a row says which one it is."""
@@ -141,6 +142,9 @@ class Row:
     def room(self) -> int:
         return len(self.input_ids) - self.filled
 
+    def __len__(self) -> int:
+        return self.filled
+
     def add(self, source: int, document: TokenDocument, start: int = 0) -> int:
         """Put in what fits of the document from ``start`` on; the number of tokens that did."""
         size = min(self.room, len(document) - start)
@@ -170,8 +174,8 @@ class Row:
         return self
 
 
-def draw(streams: Sequence[Iterator[TokenDocument]], weights: list[float]) -> Iterator[tuple[int, TokenDocument]]:
-    """Documents with the number of their source; next is the source that is furthest behind its share of tokens.
+def draw(streams: Sequence[Iterator[Drawn]], weights: list[float]) -> Iterator[tuple[int, Drawn]]:
+    """Documents, or rows, with the number of their source; next is the one that is furthest behind its share of tokens.
 
     So the weights are exact within a document at every length, without randomness. Where ``weights`` have changed since
     the last document, shares are counted from there on.
@@ -252,6 +256,24 @@ def rows_by_kind(rows: Iterable[Row], size: int) -> Iterator[Row]:
         if len(group) == size:
             yield from group
             group.clear()
+
+
+def rows_apart(
+    streams: Sequence[Iterator[TokenDocument]],
+    weights: Sequence[float],
+    groups: Sequence[int],
+    fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
+) -> Iterator[Row]:
+    """Rows that ``fill`` makes of the documents of one group of sources each; ``groups`` are the sources' own. Groups
+    have their shares of the rows as sources have theirs of the documents."""
+
+    def of_group(numbers: list[int]) -> Iterator[Row]:
+        drawn = draw([streams[number] for number in numbers], [weights[number] for number in numbers])
+        return fill((numbers[turn], document) for turn, document in drawn)
+
+    members = [[number for number, own in enumerate(groups) if own == group] for group in sorted(set(groups))]
+    shares = [sum(weights[number] for number in numbers) for numbers in members]
+    yield from (row for _, row in draw([of_group(numbers) for numbers in members], shares))
 
 
 def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Row]:

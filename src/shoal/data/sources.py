@@ -31,6 +31,7 @@ from shoal.data.packing import (
     draw,
     packed_rows,
     read_rows,
+    rows_apart,
     rows_by_kind,
     split_rows,
     teaching_rows,
@@ -290,6 +291,7 @@ def pack(
     folder: Path | None = None,
     with_sources: bool = False,
     later: tuple[int, Sequence[float]] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
@@ -299,7 +301,8 @@ def pack(
     ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded. With ``folder`` rows
     go to files there as they are made, and the result maps them. ``with_sources``: they say of every token which source
     it is from. ``later`` = so many rows, and the weights by which documents are drawn once they are full: these rows
-    are those of a call without it.
+    are those of a call without it. ``groups``: of every source the group whose documents share rows with its own; None
+    = all do.
 
     A source of images stands for its rows, which ``encode_image`` makes tokens of: each has a row for itself, padded,
     and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none.
@@ -335,7 +338,10 @@ def pack(
     padded = packing == "best_fit" or num_rows is None or has_images
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
     padding_id = next((token for token in ends if token is not None), 0)
-    rows = (best_fit_rows if packing == "best_fit" else split_rows)(drawn, sequence_length, padding_id)
+    fill = functools.partial(
+        best_fit_rows if packing == "best_fit" else split_rows, length=sequence_length, padding_id=padding_id
+    )
+    rows = fill(drawn) if groups is None or len(set(groups)) == 1 else rows_apart(streams, weights, groups, fill)
     if has_images:
         rows = rows_by_kind(rows, rows_per_step)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field
 
@@ -45,6 +46,8 @@ class TrainingSource(DataSource):
     loss is still divided by all supervised tokens of the step: a term's weight means the same whichever sources it
     learns from, and one that learns from few tokens adds little. The student's own samples (distill.on_policy) are no
     source's, and all terms learn from them."""
+    teacher: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 0)] = 0
+    """Number of its teacher in the list distill.teacher.recorded. Sources of different teachers share no row."""
     image: Annotated[Text | None, Field(exclude_if=lambda column: column is None)] = None
     """The column that names an image file, from the folder of a local ``path`` on, beside ``prompt`` and
     ``completion``: rows as measure.images has them, for models that read images. Only the answer is learnt."""
@@ -80,8 +83,10 @@ TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources)
 class Teacher(Section):
     """Where the teacher's signals come from while the student trains."""
 
-    recorded: Annotated[str | None, Shapes.BY_CONTENT] = None
-    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch."""
+    recorded: Annotated[str | Annotated[tuple[Text, ...], Field(min_length=2)] | None, Shapes.BY_CONTENT] = None
+    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch. A list =
+    several teachers, each recorded with record.teacher: a row is read from the recording that the sources in it name
+    (data.teacher)."""
     dtype: Annotated[Dtype | None, Shapes.TRAINING] = None
     """Precision of a live teacher; None = the recipe's dtype."""
     offload: Annotated[bool, Shapes.NOTHING] = False
@@ -91,6 +96,14 @@ class Teacher(Section):
     """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
     lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
     dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
+    server: Annotated[bool, Shapes.BY_CONTENT] = False
+    """Ask the server of record.server about every batch; no teacher is loaded. Beside ``recorded`` only about what the
+    student writes (on_policy)."""
+
+    @property
+    def recordings(self) -> tuple[str, ...]:
+        """The folders of ``recorded``."""
+        return (self.recorded,) if isinstance(self.recorded, str) else self.recorded or ()
 
 
 @dataclass(frozen=True)
@@ -226,6 +239,44 @@ class Writing(Section):
 
 
 @dataclass(frozen=True)
+class Server(Section):
+    """A server that runs the teacher: vLLM's, or one that answers `prompt_logprobs` at /completions as it does."""
+
+    url: Annotated[Text, Shapes.NOTHING]
+    """Address up to the version, such as http://127.0.0.1:8000/v1."""
+    model: Annotated[Text | None, Shapes.NOTHING] = None
+    """Name under which it serves the teacher; None = that of the only model it has."""
+    api_key_env: Annotated[Text | None, Shapes.NOTHING] = None
+    """Environment variable that holds its key, which is neither stored nor logged; None = it wants none."""
+    parallel: Annotated[Positive, Shapes.NOTHING] = 8
+    """Requests under way at one time from every rank; each is one document of a row."""
+    timeout_s: Annotated[Above0, Shapes.NOTHING] = 120.0
+    """Seconds that it may take for one request."""
+    retries: Annotated[int, Field(ge=0), Shapes.NOTHING] = 4
+    """Further tries, a second, two, four, ... later, where it does not answer, is busy (HTTP 429) or fails (5xx)."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must be an address such as http://127.0.0.1:8000/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("url must be the address alone; name the variable that holds a key in api_key_env")
+
+
+@dataclass(frozen=True)
+class Check(Section):
+    """How what an engine answers is compared with what transformers computes, before it is used."""
+
+    num_tokens: Annotated[Positive, Shapes.NOTHING] = 4096
+    """Tokens of the first training rows that both read, rounded up to whole rows."""
+    max_kl: Annotated[Above0, Shapes.NOTHING] = 1e-3
+    """Mean bucket KL in nats per token above which the engine is refused."""
+    whole: Annotated[bool, Shapes.NOTHING] = False
+    """Load the teacher as a whole for it. false = layer by layer from its files, so that it may be larger than memory,
+    which takes plain weights and layers that can be run alone."""
+
+
+@dataclass(frozen=True)
 class Record(Section):
     """What `shoal record` keeps of the teacher for every token of the training rows."""
 
@@ -238,12 +289,30 @@ class Record(Section):
     """Teacher layers whose outputs are kept too, in bfloat16: two bytes per hidden dimension, token and layer."""
     num_tokens: Annotated[Positive | None, Shapes.BY_CONTENT] = None
     """Tokens to record; None = distill.num_tokens. Either is rounded up to whole optimizer steps."""
+    teacher: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.BY_CONTENT] = None
+    """Record only the rows of the sources that name this number (data.teacher); None = all rows."""
     folder: Annotated[Text | None, Shapes.NOTHING] = None
     """Folder of the files; None = signals/ in run_dir."""
     rows_per_shard: Annotated[Positive, Shapes.NOTHING] = 64
     """Training rows in one file. A recording that was interrupted goes on at the next file."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 8
-    """Rows that the teacher reads at one time on every rank."""
+    """Rows that the teacher reads at one time on every rank; without effect on vLLM."""
+    backend: Annotated[Literal["transformers", "vllm"], Shapes.BY_CONTENT] = "transformers"
+    """Library that runs the teacher; vllm has to be installed, and records on one rank."""
+    server: Annotated[Server | None, Shapes.BY_CONTENT] = None
+    """Server that runs the teacher in place of ``backend``; None = it is run here."""
+    check: Annotated[Check | None, Shapes.NOTHING] = Check()
+    """Comparison of a server, or of vLLM, with transformers; None = none, its answers are trusted."""
+
+    @property
+    def engine(self) -> str:
+        """What runs the teacher: transformers, vllm or server."""
+        return self.backend if self.server is None else "server"
+
+    @property
+    def engine_inputs(self) -> dict[str, str]:
+        """What identities name of that: nothing of transformers, as before there was another."""
+        return {} if self.engine == "transformers" else {"record.backend": self.engine}
 
 
 @dataclass(frozen=True)
@@ -328,8 +397,9 @@ class Distill(Section):
 
     @property
     def by_source(self) -> bool:
-        """Whether a source says which loss terms learn from it, so that rows have to say what their tokens are from."""
-        return any(source.losses is not None for source in self.data)
+        """Whether a source says which loss terms, or whose teacher, it is for, so that rows have to say what their
+        tokens are from."""
+        return any(source.losses is not None or source.teacher for source in self.data)
 
 
 NEUTRAL_TRAINER_KEYS = {
@@ -373,7 +443,7 @@ def sources_of_terms(distill: Distill) -> tuple[frozenset[int] | None, ...]:
 
 def contradictions(distill: Distill) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
-    yield from terms.contradictions(distill.losses)
+    yield from terms.contradictions(distill.losses, sources=sources_of_terms(distill))
     yield from _of_sources(distill)
     yield from _of_shares(distill)
     yield from _of_images(distill)
@@ -381,12 +451,21 @@ def contradictions(distill: Distill) -> Iterator[str]:
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
         yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
+    if teacher.server and (teacher.offload or teacher.dtype is not None):
+        name = "offload" if teacher.offload else "dtype"
+        yield f"distill.teacher.{name}: has no effect on a teacher that a server runs; leave it out"
+    if teacher.server and teacher.recorded is not None and (distill.on_policy is None or not distill.on_policy.share):
+        yield (
+            "distill.teacher.server: has nothing to say, all rows are recorded and no step is on-policy; leave it or "
+            "teacher.recorded out"
+        )
     if teacher.prefix and teacher.recorded is None:
         yield (
             "distill.teacher.prefix: is about recorded signals, a live teacher runs the layers below the lowest "
             "trained one for both models anyway; set teacher.recorded, or leave it out"
         )
     yield from _of_written_text(distill)
+    yield from _of_teachers(distill)
     yield from _of_speed(distill)
     if watch is not None:
         if not watch.tasks and not watch.perplexity_tokens:
@@ -403,6 +482,48 @@ def contradictions(distill: Distill) -> Iterator[str]:
         checkpointing = distill.trainer.get(key)
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+
+
+def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
+    """The same of what runs the teacher in place of transformers, which both sections speak of."""
+    if record.server is not None and record.backend != "transformers":
+        yield f"record.backend: {record.backend} would run what record.server does; leave one of them out"
+    if record.teacher is not None and all(source.teacher != record.teacher for source in distill.data):
+        yield f"record.teacher: no source of distill.data names teacher {record.teacher}; leave it out"
+    if distill.teacher.server and record.server is None:
+        yield "distill.teacher.server: there is no server; set record.server.url, or leave it out"
+    if record.engine == "transformers":
+        if record.check != Check():
+            yield "record.check: has no effect on a teacher that transformers runs; leave it out"
+        return
+    place = "record.backend: vllm" if record.server is None else "record.server"
+    if record.temperature != 1.0:
+        yield (
+            f"record.temperature: {place} tells the teacher's own log-probabilities, those at 1 (got "
+            f"{record.temperature:g}); set it to 1, or record by transformers"
+        )
+    if record.states:
+        yield f"record.states: {place} tells no state of a layer; leave them out, or record by transformers"
+    if distill.teacher.prefix:
+        yield f"distill.teacher.prefix: {place} tells no state of a layer; leave it out, or record by transformers"
+
+
+def _of_teachers(distill: Distill) -> Iterator[str]:
+    """Of several recordings: every one is for some source, and all that is asked of them lies in each."""
+    recordings, named = distill.teacher.recordings, {source.teacher for source in distill.data}
+    if len(recordings) < 2:
+        return
+    for number in sorted(named - set(range(len(recordings)))):
+        yield f"distill.data: a source names teacher {number}, and teacher.recorded has 0 to {len(recordings) - 1}"
+    for number in sorted(set(range(len(recordings))) - named):
+        yield f"distill.teacher.recorded.{number}: no source of distill.data names teacher {number}; leave it out"
+    if distill.teacher.prefix:
+        yield "distill.teacher.prefix: the states of one teacher are none of another's; leave it out"
+    if distill.data_policy == "by_damage":
+        yield "distill.data_policy: by_damage shares rows after a cut of one teacher; set fixed, or record one teacher"
+    for term in distill.losses:
+        if isinstance(term, terms.STATE_TERMS):
+            yield f"distill.losses: {term.kind} reads the states of one teacher; take it out, or record one teacher"
 
 
 def _of_speed(distill: Distill) -> Iterator[str]:
@@ -474,6 +595,7 @@ def _of_images(distill: Distill) -> Iterator[str]:
     text_alone = {
         "on_policy": (samples, "the student writes from text alone"),
         "teacher.recorded": (distill.teacher.recorded is not None, "what a teacher says of images is not recorded"),
+        "teacher.server": (distill.teacher.server, "a server is asked about text alone"),
         "local": (distill.local is not None, "gaps are healed on text alone"),
         "data_policy": (distill.data_policy == "by_damage", "damage is measured on text alone"),
     }
@@ -493,8 +615,11 @@ def _of_written_text(distill: Distill) -> Iterator[str]:
         if horizon.start > horizon.max:
             yield f"distill.on_policy.horizon.start: must not be above max, {horizon.max} (got {horizon.start})"
     if on_policy is not None and on_policy.share > 0:
-        if distill.teacher.recorded is not None:
-            yield "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out"
+        if distill.teacher.recorded is not None and not distill.teacher.server:
+            yield (
+                "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out, "
+                "or set teacher.server: true beside record.server"
+            )
         if on_policy.prompt_tokens + on_policy.longest_sample > distill.sequence_length:
             longest = "new_tokens" if on_policy.horizon is None else "horizon.max"
             yield (

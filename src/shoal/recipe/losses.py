@@ -220,12 +220,15 @@ def term_names(terms: Sequence[LossTerm]) -> list[str]:
     ]
 
 
-def contradictions(terms: Sequence[LossTerm], place: str = "distill.losses") -> list[str]:
-    """`place: what is wrong`, for everything that a single field cannot express."""
+def contradictions(
+    terms: Sequence[LossTerm], place: str = "distill.losses", *, sources: Sequence[frozenset[int] | None] | None = None
+) -> list[str]:
+    """`place: what is wrong`, for everything that a single field cannot express. ``sources`` are those that every term
+    learns from, which tell equal terms apart; None = all learn from all."""
     problems = [f"{place}.{index}.{problem}" for index, term in enumerate(terms) for problem in _own_problems(term)]
-    seen: dict[LossTerm, int] = {}
-    for index, term in enumerate(terms):
-        first = seen.setdefault(dataclasses.replace(term, weight=0.0), index)
+    seen: dict[tuple[LossTerm, frozenset[int] | None], int] = {}
+    for index, (term, own) in enumerate(zip(terms, sources or [None] * len(terms), strict=True)):
+        first = seen.setdefault((dataclasses.replace(term, weight=0.0), own), index)
         if first != index:
             problems.append(
                 f"{place}.{index}: is the {term.kind} at {first} again; give it once, with the sum of the weights"

@@ -235,6 +235,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         if own.protect_heads is not None and recipe.measure.heads is None:
             yield f"{place}.protect_heads: needs measured heads; set measure.heads ({{}} will do), or leave it out"
     yield from distill.contradictions(recipe.distill)
+    yield from distill.engine_contradictions(recipe.record, recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
     if recipe.eval.control and recipe.distill.trainable == "replacement":
         yield (

@@ -12,6 +12,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.abilities.forms import twin_wordings
@@ -38,6 +40,7 @@ from shoal.tracking import wandb_run
 if TYPE_CHECKING:
     from shoal.train.dry_run import Estimate
     from shoal.train.student.spec import Ranks, TrainSpec
+    from shoal.train.teacher.prompt_scores import Reference
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ RECORDING = "recording.json"
 def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
     from shoal.train.damage import by_damage, split_by_ability
-    from shoal.train.dataset import rows_to_train_on, teacher_texts
+    from shoal.train.dataset import rows_of_teacher, rows_to_train_on, teacher_texts
     from shoal.train.record import record_signals
     from shoal.train.student.spec import student_parts
     from shoal.train.student.trainable import recorded_layers
@@ -91,15 +94,52 @@ def record(run: Run) -> None:
             folder=text,
             inputs=inputs | cut,
         )
+    rows = rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs)
+    own = recipe.record.teacher
     record_signals(
         teacher,
-        rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs),
+        rows if own is None else rows_of_teacher(rows, settings, own),
         run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
         recipe.record,
         model=run.teacher_fingerprint,
         rows_from=rows_from(inputs),
         prefix=prefix,
+        reference=_reference(run),
     )
+
+
+def _reference(run: Run) -> Reference | None:
+    """The teacher as transformers computes it, for the comparison with an engine that runs it instead: layer by layer
+    from its files, unless record.check wants it whole. None where nothing is to be compared."""
+    teacher, check = _teacher(run), run.recipe.record.check
+    if check is None or run.recipe.record.engine == "transformers":
+        return None
+
+    from shoal.compress.variants.final_states import final_states
+    from shoal.compress.variants.streamed_model import StreamedModel
+    from shoal.models.load import logits_from_hidden
+    from shoal.train.objective.objective import final_hidden, output_head
+
+    def states_and_head(ids_NS: Tensor, positions_NS: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if check.whole:
+            model = teacher.model(device=device())
+            rows = zip(ids_NS.long().to(device()).split(1), positions_NS.long().to(device()).split(1), strict=True)
+            with torch.inference_mode():
+                hidden_NSD = torch.cat([final_hidden(model, *row).cpu() for row in rows])
+        else:
+            streamed = StreamedModel(
+                teacher.folder,
+                dtype=teacher.load.dtype,
+                device=device(),
+                attention=teacher.load.attention,
+                trust_remote_code=teacher.load.trust_remote_code,
+                whole="set record.check.whole: true, on a machine that holds all of it, or record.check: null",
+            )
+            model, hidden_NSD = streamed.model, final_states(streamed, ids_NS, positions_NS)
+        to_logits, head = logits_from_hidden(model, prepared=True), output_head(model).cpu()
+        return hidden_NSD, lambda hidden: to_logits(hidden, head).float()
+
+    return states_and_head
 
 
 def _teacher(run: Run) -> Checkpoint:
@@ -130,7 +170,13 @@ def distill(run: Run) -> None:
     spec = _spec(run, plan, Ranks.here())
     control = _control_of(run, spec) if recipe.eval.control else None
     # rounds learn from the same rows unless shares follow the cut, and the teacher writes its text once
-    train = partial(training.distill, text=run.root / "text", shares=run.dir, make_scorer=_scorer(run))
+    train = partial(
+        training.distill,
+        text=run.root / "text",
+        shares=run.dir,
+        make_scorer=_scorer(run),
+        reference=_reference(run),
+    )
     if not is_trained:
         if control is not None and due is not None:
             with doing("working out what the control takes"):
@@ -363,19 +409,22 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's wording, and
-            what the checks below do.
+        UserError: impossible layers, unknown tasks, kernels or a server that cannot be had, bundled text with a twin's
+            wording, and what the checks below do.
     """
     from shoal.compress.plan import check_choice
     from shoal.eval.evaluate import num_items
     from shoal.eval.tasks.load import tasks_of
     from shoal.train.engine.fused import is_fused
+    from shoal.train.teacher.server import ServerEngine
 
     recipe = run.recipe
     refuse_both_directions(run.config())
     check_training_settings(recipe)
     is_fused(recipe.distill.fused, run.config().model_type, device())
     check_recording(recipe)
+    if recipe.distill.teacher.server and not run.is_healed:
+        ServerEngine(recipe.record, length=recipe.distill.sequence_length)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
         check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
@@ -429,8 +478,9 @@ def check_recording(recipe: Recipe) -> None:
     Raises:
         UserError: it is not.
     """
-    recorded = recipe.distill.teacher.recorded
-    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
+    for recorded in recipe.distill.teacher.recordings:
+        if (Path(recorded).expanduser() / RECORDING).is_file():
+            continue
         raise UserError(
             f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
             "writes RUN_DIR/signals, or name the folder that it wrote"

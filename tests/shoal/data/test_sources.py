@@ -285,6 +285,7 @@ def packed(
     folder: Path | None = None,
     with_sources: bool = False,
     later: tuple[int, list[float]] | None = None,
+    groups: list[int] | None = None,
 ) -> PackedRows:
     named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
     return pack(
@@ -297,6 +298,7 @@ def packed(
         folder=folder,
         with_sources=with_sources,
         later=later,
+        groups=groups,
     )
 
 
@@ -539,6 +541,24 @@ def test_weights_that_change_after_some_rows_change_none_of_them_and_hold_from_t
     shares = [float((part == 1).float().mean()) for part in (both.sources_NS[:80], both.sources_NS[80:])]
     assert shares == pytest.approx([0.25, 0.8], abs=0.02)
     assert sum(both.counts[f"source{n}"]["tokens"] for n in (0, 1)) == 16 * 240
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) -> None:
+    sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 29] * 2), (6.0, ["c" * 7] * 5)]
+    rows, fewer = (
+        packed(*sources, num_tokens=16 * number, packing=packing, with_sources=True, groups=[1, 0, 1])
+        for number in (400, 90)
+    )
+    assert rows.sources_NS is not None
+    learnt = rows.labels_NS != IGNORED
+    in_row = [set(row[own].tolist()) for row, own in zip(rows.sources_NS, learnt, strict=True)]
+    assert all(found == {1} or found <= {0, 2} for found in in_row)
+    assert any(found == {0, 2} for found in in_row), "sources of one group go together"
+    assert sum(found == {1} for found in in_row) == pytest.approx(400 / 8, abs=1)
+    assert [row[0].item() == 1 for row in rows.sources_NS] == [found == {1} for found in in_row]
+    for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
+        assert torch.equal(getattr(fewer, plane), getattr(rows, plane)[:90])
 
 
 # --- larger than memory

@@ -406,6 +406,60 @@ def test_losses_of_a_source_that_say_nothing_are_refused_in_one_line(losses: Any
     assert str(refused.value).count("\n") == 0
 
 
+SERVER = "server: {url: 'http://127.0.0.1:8000/v1'}"
+SERVED = [
+    (
+        f"record: {{{SERVER}, temperature: 2}}",
+        r"record\.temperature: record\.server tells .* at 1 \(got 2\); set",
+    ),
+    (f"record: {{{SERVER}, states: [1]}}", r"record\.states: record\.server tells no state of a layer; leave them out"),
+    ("record: {backend: vllm, temperature: 2}", r"record\.temperature: record\.backend: vllm tells"),
+    (f"record: {{{SERVER}, backend: vllm}}", r"record\.backend: vllm would run what record\.server does; leave one"),
+    ("record: {check: null}", r"record\.check: has no effect on a teacher that transformers runs; leave it out"),
+    ("distill: {teacher: {server: true}}", r"distill\.teacher\.server: there is no server; set record\.server\.url"),
+    (
+        f"record: {{{SERVER}}}\ndistill: {{teacher: {{server: true, dtype: bfloat16}}}}",
+        r"distill\.teacher\.dtype: has no effect on a teacher that a server runs",
+    ),
+    (
+        f"record: {{{SERVER}}}\ndistill: {{teacher: {{server: true, recorded: a}}}}",
+        r"distill\.teacher\.server: has nothing to say, all rows are recorded and no step is on-policy",
+    ),
+    (
+        f"record: {{{SERVER}}}\ndistill: {{teacher: {{recorded: a, prefix: true}}}}",
+        r"distill\.teacher\.prefix: record\.server tells no state of a layer",
+    ),
+    ("record: {server: {url: 'http://me:letmein@h/v1'}}", r"url must be the address alone; name .* in api_key_env"),
+    ("record: {server: {url: 'http://h/v1?a=b'}}", r"url must be the address alone"),
+    ("record: {server: {url: 'h:8000/v1'}}", r"url must be an address such as http://127\.0\.0\.1:8000/v1"),
+    (
+        f"record: {{{SERVER}}}\ndistill: {{teacher: {{server: true}}, "
+        "data: {path: a.jsonl, image: i, prompt: q, completion: a}}",
+        r"distill\.teacher\.server: a server is asked about text alone, and a source of distill\.data has images",
+    ),
+    ("record: {teacher: 1}", r"record\.teacher: no source of distill\.data names teacher 1; leave it out"),
+    (
+        "distill: {data: [{path: a.txt, teacher: 2}, {path: b.txt}], teacher: {recorded: [a, b, c], prefix: true}, "
+        "data_policy: by_damage, losses: [{kind: hidden_states}]}",
+        r"distill\.teacher\.recorded\.1: no source of distill\.data names teacher 1; leave it out\n"
+        r"distill\.teacher\.prefix: the states of one teacher are none of another's; leave it out\n"
+        r"distill\.data_policy: by_damage shares rows after a cut of one teacher; set fixed, or record one teacher\n"
+        r"distill\.losses: hidden_states reads the states of one teacher; take it out, or record one teacher",
+    ),
+    (
+        "distill: {data: [{path: a, teacher: 2}, {path: b, teacher: 1}, {path: c}], teacher: {recorded: [a, b]}}",
+        r"distill\.data: a source names teacher 2, and teacher\.recorded has 0 to 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "problem"), SERVED)
+def test_what_a_server_or_several_teachers_cannot_do_is_refused(tmp_path: Path, settings: str, problem: str) -> None:
+    told = "\n".join(refusal(tmp_path, settings))
+    assert re.search(problem, told), told
+    assert "letmein" not in told
+
+
 @pytest.mark.parametrize(
     ("on_policy", "problem"),
     [

@@ -1,0 +1,84 @@
+"""A teacher that vLLM runs in this process.
+
+Never run on a GPU: written from the code of vLLM's main branch of November 2026, and tested with a stand-in of its
+interface whose answers are those of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from shoal.errors import UserError
+from shoal.models.load import Checkpoint, loaded_dtype
+from shoal.recipe.distill import Record
+from shoal.runtime import world_size
+
+from .prompt_scores import Answer
+from .server import SPARE_POSITIONS
+
+T = TypeVar("T")
+TOKENS_AT_ONCE = 2048
+"""Tokens of a forward: logits of all of them exist at one time, which vLLM does not reckon with."""
+AT_ONCE = 64
+"""Prompts that are handed over together; Python holds all that is told of them."""
+
+
+class VllmEngine:
+    """The teacher in vLLM, loaded when it is first asked.
+
+    Raises:
+        UserError: vLLM is not installed, or several ranks would each start it.
+    """
+
+    def __init__(self, record: Record, teacher: Checkpoint, *, length: int) -> None:
+        self.place = "record.backend: vllm"
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                f"{self.place} is not installed here; install it, use backend: transformers, or start its server and "
+                "name it in record.server"
+            )
+        if world_size() > 1:
+            raise UserError(
+                f"{self.place} manages its own processes and cannot record on {world_size()} ranks; run `shoal record` "
+                "without a launcher, or start its server and name it in record.server"
+            )
+        self._teacher, self._top_k, self._length = teacher, record.top_k, length
+        version = importlib.metadata.version("vllm")
+        self.about: dict[str, Any] = {"engine": "vllm", "version": version, "dtype": self._dtype}
+
+    @property
+    def _dtype(self) -> str:
+        return str(loaded_dtype(self._teacher.config, self._teacher.load.dtype)).removeprefix("torch.")
+
+    @cached_property
+    def _llm(self) -> Any:
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+
+        return LLM(
+            model=str(self._teacher.folder),
+            dtype=self._dtype,
+            trust_remote_code=self._teacher.load.trust_remote_code,
+            max_logprobs=self._top_k,
+            max_model_len=self._length + SPARE_POSITIONS,
+            max_num_batched_tokens=TOKENS_AT_ONCE,
+            enable_prefix_caching=False,
+        )
+
+    def scored(self, prompts: Sequence[list[int]], read: Callable[[list[int], Answer], T]) -> Iterator[T]:
+        """As PromptEngine says."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        how = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=self._top_k, detokenize=False)
+        for start in range(0, len(prompts), AT_ONCE):
+            part = prompts[start : start + AT_ONCE]
+            asked = [{"prompt_token_ids": prompt} for prompt in part]
+            for prompt, output in zip(part, self._llm.generate(asked, how, use_tqdm=False), strict=True):
+                told = [
+                    None if of_token is None else {token: entry.logprob for token, entry in of_token.items()}
+                    for of_token in output.prompt_logprobs
+                ]
+                yield read(prompt, told)
