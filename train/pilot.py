@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Beginning(PackedRows):
     @classmethod
     def of(cls, rows: PackedRows, *, length: int) -> Beginning:
         """``rows`` as the first of ``length``."""
-        return cls(rows.input_ids_NS, rows.position_ids_NS, rows.counts, rows.supervised_NS, rows.sources_NS, length)
+        return cls(**{each.name: getattr(rows, each.name) for each in fields(PackedRows)}, length=length)
 
 
 def pilot_steps(spec: TrainSpec) -> int:
