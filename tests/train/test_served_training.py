@@ -11,6 +11,10 @@ import torch
 from prompt_server import PromptServer, serving
 from training_runs import Trial, finished, go_along_with_loops, recipe, run, unfinished
 
+from shoal.recipe.recipe import load_recipe
+from shoal.stages.distill import distill_dry_run
+from shoal.stages.run import open_run
+
 ON_POLICY = {"share": 0.5, "start": 0.0, "prompt_tokens": 8, "new_tokens": 24, "temperature": 0.0}
 SETTINGS: dict[str, Any] = {"on_policy": ON_POLICY, "trainer": {"save_strategy": "steps", "save_steps": 4}}
 """The likeliest tokens, which fall into loops: the teacher is asked whether it goes along with them."""
@@ -79,6 +83,23 @@ def test_a_server_that_goes_away_in_training_leaves_the_checkpoint(record, serve
     assert "what is written stays, and the same command goes on" in gone.log
     server.dies_after = None
     assert finished(run(again, **ASKED)).curve() == whole.curve()
+
+
+def test_any_number_of_ranks_records_the_same_bytes_by_a_server(record, server, teacher, cut, tmp_path):
+    record |= {"rows_per_shard": 5}
+    shards = []
+    for ranks in (1, 2):
+        path = recipe(tmp_path / str(ranks), teacher, cut, record=record)
+        folder = finished(run(path, verb="record", ranks=ranks)).dir / "signals"
+        shards.append({file.name: file.read_bytes() for file in folder.glob("shard-*")})
+    assert len(shards[0]) == 7
+    assert shards[0] == shards[1]
+
+
+def test_the_dry_run_of_a_served_training_counts_no_teacher_and_asks_nobody(record, server, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, record=record, teacher={"server": True})
+    assert "run by a server, not loaded" in distill_dry_run(open_run(load_recipe(str(path), [])))
+    assert not server.asked
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from shoal.errors import UserError
+from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, loaded_dtype
 from shoal.recipe.distill import Record
 from shoal.runtime import world_size
@@ -31,7 +32,7 @@ class VllmEngine:
     """The teacher in vLLM, loaded when it is first asked.
 
     Raises:
-        UserError: vLLM is not installed, or several ranks would each start it.
+        UserError: vLLM is not installed, several ranks would each start it, or rows fill all of the model's positions.
     """
 
     def __init__(self, record: Record, teacher: Checkpoint, *, length: int) -> None:
@@ -45,6 +46,12 @@ class VllmEngine:
             raise UserError(
                 f"{self.place} manages its own processes and cannot record on {world_size()} ranks; run `shoal record` "
                 "without a launcher, or start its server and name it in record.server"
+            )
+        longest = getattr(text_config(teacher.config), "max_position_embeddings", None)
+        if longest is not None and longest < length + SPARE_POSITIONS:
+            raise UserError(
+                f"{self.place} takes the {longest} positions of {teacher.folder}, and a row of {length} needs "
+                f"{length + SPARE_POSITIONS}; lower distill.sequence_length"
             )
         self._teacher, self._top_k, self._length = teacher, record.top_k, length
         version = importlib.metadata.version("vllm")
