@@ -26,4 +26,5 @@ Folders:
     sweeps        variants scored on tasks, and what follows from it
     targets       other programs that load students
     variants      many edits of one model, what they share computed once
+    width         layers made narrower
 """

@@ -8,7 +8,8 @@ memory. Both are proven in the same ways.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -43,17 +44,26 @@ from shoal.models.load import (
     loaded_dtype,
     named_dtype,
     refuse_incomplete,
+    without_data,
 )
 from shoal.numerics import fast_dtype
 from shoal.progress import doing
 from shoal.recipe.edits import CLOSED_GAPS, Replace, insertions
-from shoal.recipe.prune import Compensate
+from shoal.recipe.prune import Calibration, Compensate, Width
 from shoal.runtime import device
 
 from .compensation.check import refuse_quantised
 from .compensation.fit import Compensation
 from .compensation.fit import compensate as compensate_gaps
-from .compensation.size import COMPENSATE, fits_by_layers, fitting_size, output_names
+from .compensation.size import (
+    COMPENSATE,
+    NARROW,
+    Size,
+    fitting_size,
+    goes_by_layers,
+    measuring_size,
+    output_names,
+)
 from .compensation.source import Source, from_files, in_memory, streaming_of
 from .edits.apply import (
     Materials,
@@ -63,13 +73,21 @@ from .edits.apply import (
     refuse_impossible_edits,
     runs_with_a_cache,
 )
-from .surgery.changed_tensors import ChangedTensors, changed_tensors, stored_places
+from .surgery.changed_tensors import changed_tensors, stored_places
 from .surgery.config_cut import uncut_layers
-from .surgery.cut_model import kept_layers, refuse_changed_layers
+from .surgery.cut_model import kept_layers, refuse_changed_layers, skipped
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
 from .surgery.resumable_folder import only_writer, resumable_folder
-from .surgery.shards import NewShard, compare_shards, new_shards, shards_fingerprint, write_shards
+from .surgery.shards import (
+    UNCHANGED,
+    Changed,
+    NewShard,
+    compare_shards,
+    new_shards,
+    shards_fingerprint,
+    write_shards,
+)
 from .surgery.stored_names import (
     Loading,
     NotByCopy,
@@ -83,6 +101,8 @@ from .surgery.stored_names import (
 )
 from .surgery.vision_tower import is_above, without_unread_blocks
 from .variants.streamed_model import as_a_whole
+from .width.measure import as_kept, measure_width
+from .width.narrowing import NarrowedTensors, NarrowFiles, Narrowing, Units, cannot_narrow, narrow_files
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +135,9 @@ class Teacher:
             return stored
         return {name: tensor for name, tensor in stored.items() if not is_above(name, blocks)}
 
-    def load(self) -> PreTrainedModel:
+    def load(self, *, dtype: str = "stored") -> PreTrainedModel:
         """The model itself."""
-        return load_model(self.folder, attention=None, trust_remote_code=self.trust_remote_code)
+        return load_model(self.folder, dtype=dtype, attention=None, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -141,21 +161,26 @@ def apply_plan(
     seed: int = 0,
     proof: Proof = "auto",
     compensate: Compensate | None = None,
+    width: Width | None = None,
     trust_remote_code: bool = False,
-) -> tuple[ClosedGap, ...]:
+) -> PruningPlan:
     """Write the student of ``plan`` to the folder ``out``, which appears only when it is complete and proven.
 
-    Returns how the gaps were closed, where ``compensate`` asks for it.
+    Returns ``plan`` with how the gaps were closed, where ``compensate`` asks for it, and with what stays of layers that
+    it narrows, which is measured as ``width`` says.
 
     A plan that only drops layers is carried out by copying bytes, with a few megabytes of memory; a copy that was
-    interrupted goes on where it stopped. What makes up for the layers is written over the copy. Edits are carried out
-    in memory; ``donors`` are the folders that swaps take from, by index of the edit, and ``seed`` is for replacements
-    and calibration text. ``proof``:
+    interrupted goes on where it stopped. What makes up for the layers is written over the copy, and so are tensors that
+    become smaller. Edits are carried out in memory; ``donors`` are the folders that swaps take from, by index of the
+    edit, and ``seed`` is for replacements and calibration text. ``proof``:
 
     - `run`: the saved folder is loaded and gives, bit for bit, the logits and greedy text of the teacher with the
       layers skipped and the edits in force. One of the two is in memory at a time.
     - `files`: headers, samples of every tensor's bytes, and every layer's kind and settings are what they were.
     - `auto`: `files`, and `run` too where the model can run here.
+
+    Of narrowed layers both say that they are what they were with zeros in the places of what goes, up to rounding in
+    float32: sums over fewer terms are rounded otherwise.
 
     Raises:
         UserError: a plan for another model, ``out`` being the teacher's folder or being written by another process, an
@@ -163,23 +188,31 @@ def apply_plan(
     """
     teacher = _read_teacher(teacher_folder, out, plan, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
-    runs = _shall_run(teacher, proof)
+    runs = _shall_run(teacher, proof, in_float32=plan.width is not None)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
+    whole, smaller = teacher, narrow_files(teacher_folder, teacher.config, plan.width, teacher.shards)
+    if smaller is not None:
+        teacher = replace(teacher, config=smaller.own.config, shards=smaller.shards)
     skeleton, copy = _route(teacher, plan, keep, compensate)
     with only_writer(out):
         found = None if compensate is None else _compensation(teacher, plan, compensate, skeleton, out, seed=seed)
-        closed = () if found is None else found.gaps
+        plan, units = replace(plan, gaps=() if found is None else found.gaps), dict[int, Units]()
+        if smaller is not None:
+            assert width is not None
+            units = _units(whole, plan, smaller.own, width, out, seed=seed)
+            plan = replace(plan, width=as_kept(smaller.width, units))
         source = [shards_fingerprint(copy.shards)] if copy else [str(teacher_folder.resolve()), asdict(plan)]
         # gaps that were closed to the last digit as before have the same tensors
-        with resumable_folder(out, fingerprint([*source, *map(asdict, closed)])) as folder:
+        chosen = [*map(asdict, plan.gaps), *([asdict(plan.width)] if plan.width else [])]
+        with resumable_folder(out, fingerprint([*source, *chosen])) as folder:
             new_layers = _as_loaded(teacher, found) if found and (runs or not copy) else {}
             if copy:
-                _name_closed_gaps(copy.config, teacher, closed)
-                expected = _write_copy(copy, folder, None if found is None else _changed(copy, skeleton, found))
+                _name_closed_gaps(copy.config, teacher, plan.gaps)
+                expected = _write_copy(copy, folder, _changed(copy, skeleton, found, smaller, units))
             else:
                 expected = _write_from_memory(
                     teacher,
-                    replace(plan, gaps=closed),
+                    plan,
                     folder,
                     donors=donors or {},
                     compensated=new_layers,
@@ -192,10 +225,25 @@ def apply_plan(
             if runs:
                 log.info("prune: running the teacher after %s, then the student", plan.in_words())
                 with doing("prune: running the teacher as planned"):
+                    if smaller is not None:
+                        model = whole.load(dtype="float32")
+                        with smaller.own.masked(model, units), skipped(model, plan.drop):
+                            expected = behaviour(model)
+                        del model
                     expected = expected or _planned_behaviour(teacher.load(), plan, Materials({}, new_layers))
                 with doing("prune: proving the student by running it"):
-                    prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
-    return closed
+                    reference = f"the teacher after {plan.in_words()}"
+                    prove_by_run(folder, expected, reference=reference, is_rounded=smaller is not None)
+    return plan
+
+
+def _units(
+    teacher: Teacher, plan: PruningPlan, own: Narrowing, settings: Width, out: Path, *, seed: int
+) -> dict[int, Units]:
+    """What stays of every layer."""
+    size = measuring_size(without_data(teacher.config, dtype=torch.float32), settings)
+    with _calibration(teacher, size, settings, out, section=NARROW, seed=seed) as (source, rows):
+        return measure_width(source, own, plan.drop, settings, rows)
 
 
 def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:
@@ -257,7 +305,7 @@ def refuse_own_code(folder: Path, config: PreTrainedConfig, *, trust_remote_code
         )
 
 
-def _shall_run(teacher: Teacher, proof: Proof) -> bool:
+def _shall_run(teacher: Teacher, proof: Proof, *, in_float32: bool) -> bool:
     if proof == "files":
         return False
     if reason := why_not_run(teacher.config, teacher.shards):
@@ -268,7 +316,7 @@ def _shall_run(teacher: Teacher, proof: Proof) -> bool:
             reason,
         )
         return False
-    if shortage := memory_shortage(teacher.shards):
+    if shortage := memory_shortage(teacher.shards, in_float32=in_float32):
         log.warning(
             "prune: %s; %s",
             shortage,
@@ -304,7 +352,9 @@ def _route(
                 f"{teacher.folder}: is quantised, and its tensors cannot be copied as they are: {reason}; "
                 "give the full-precision model"
             ) from reason
-        if settings is not None and fits_by_layers(skeleton, plan.drop, settings):
+        if plan.width is not None:
+            raise cannot_narrow(teacher.folder, reason) from reason
+        if settings is not None and goes_by_layers(fitting_size(skeleton, plan.drop, settings), settings):
             raise UserError(
                 f"{teacher.folder}: its student cannot be written layer by layer: {reason}; {as_a_whole(COMPENSATE)}"
             ) from reason
@@ -374,11 +424,10 @@ def _planned_copy(
     return Copy(teacher, config, shards, side_files)
 
 
-def _write_copy(copy: Copy, folder: Path, changed: ChangedTensors | None) -> None:
-    given = () if changed is None else (changed,)
-    write_shards(copy.shards, folder, *given)
+def _write_copy(copy: Copy, folder: Path, changed: Changed) -> None:
+    write_shards(copy.shards, folder, changed)
     with doing("prune: reading back what was copied"):
-        compare_shards(copy.shards, folder, *given)
+        compare_shards(copy.shards, folder, changed)
     copy.config.save_pretrained(folder)
     for name, content in copy.side_files.items():
         write_json(folder / name, content)
@@ -391,8 +440,18 @@ def _write_copy(copy: Copy, folder: Path, changed: ChangedTensors | None) -> Non
         ).save_pretrained(folder)
 
 
-def _changed(copy: Copy, skeleton: PreTrainedModel, found: Compensation) -> ChangedTensors:
+def _changed(
+    copy: Copy,
+    skeleton: PreTrainedModel,
+    found: Compensation | None,
+    smaller: NarrowFiles | None,
+    units: Mapping[int, Units],
+) -> Changed:
     names = {old: new for shard in copy.shards for old, new in shard.tensors.items()}
+    if smaller is not None:
+        return NarrowedTensors(smaller.own, units, smaller.slices, {new: old for old, new in names.items()})
+    if found is None:
+        return UNCHANGED
     layers = {layer: tuple(tensors) for layer, tensors in found.kept.items()}
     return changed_tensors(skeleton, layers, found.layer, copy.teacher.stored, names)
 
@@ -408,39 +467,50 @@ def _as_loaded(teacher: Teacher, found: Compensation) -> dict[int, dict[str, Ten
 def _compensation(
     teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton: PreTrainedModel, out: Path, *, seed: int
 ) -> Compensation:
-    """Fitted in float32, under autocast where half precision is fast: a state's rounding to 16 bits hides changes."""
-    where = device()
-    fast = named_dtype(fast_dtype(where).dtype)
-    source = _source(teacher, plan, settings, skeleton, out)
-    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
-    rows = calibration_rows(settings, tokenizer, seed=seed)
-    # its cache of cast weights would keep every tensor that is tried
-    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
+    """What makes up for the dropped layers."""
+    size = fitting_size(skeleton, plan.drop, settings)
+    with _calibration(teacher, size, settings, out, section=COMPENSATE, seed=seed) as (source, rows):
         return compensate_gaps(source, plan.drop, settings, rows)
 
 
-def calibration_rows(settings: Compensate, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PackedRows:
-    """The text that is fitted to and tested on."""
+@contextmanager
+def _calibration(
+    teacher: Teacher, size: Size, settings: Calibration, out: Path, *, section: str, seed: int
+) -> Iterator[tuple[Source, PackedRows]]:
+    """The teacher and the rows that a section of the recipe decides by, in a block in which that is done: in float32,
+    under autocast where half precision is fast, since a state's rounding to 16 bits hides changes."""
+    where = device()
+    fast = named_dtype(fast_dtype(where).dtype)
+    source = _source(teacher, size, settings, out, section=section)
+    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
+    rows = calibration_rows(settings, tokenizer, seed=seed, section=section)
+    # its cache of cast weights would keep every tensor that is tried
+    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
+        yield source, rows
+
+
+def calibration_rows(
+    settings: Calibration, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str
+) -> PackedRows:
+    """The text of a section of the recipe that decides by it."""
     texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
     rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
     if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
         log.warning(
-            "prune.compensate.num_tokens: is more than %s has, which is repeated: what is said of held-out text is "
-            "partly of text that was fitted to; lower it or name more text",
-            ", ".join(repeated),
+            "%s.num_tokens: is more than %s has, which is repeated: what is said of held-out text is partly of text "
+            "that was fitted to; lower it or name more text",
+            *(section, ", ".join(repeated)),
         )
     return rows
 
 
-def _source(teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton: PreTrainedModel, out: Path) -> Source:
+def _source(teacher: Teacher, size: Size, settings: Calibration, out: Path, *, section: str) -> Source:
     """The teacher in float32, in memory or from its files, as ``settings`` allow."""
-    size = fitting_size(skeleton, plan.drop, settings)
-    if not fits_by_layers(skeleton, plan.drop, settings):
+    if not goes_by_layers(size, settings):
         if device().type == "cpu" and settings.memory_gb is None and size.in_memory > available_memory():
             log.warning(
-                "prune.compensate: takes %s of memory, and %s are free; memory_gb fits it layer by layer",
-                bytes_text(size.in_memory),
-                bytes_text(available_memory()),
+                "%s: takes %s of memory, and %s are free; memory_gb does it layer by layer",
+                *(section, bytes_text(size.in_memory), bytes_text(available_memory())),
             )
         model = load_model(
             teacher.folder,
@@ -451,8 +521,8 @@ def _source(teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton:
         )
         align_weights(model)  # so that from its files, where they are aligned, all is the same bit for bit
         return in_memory(model)
-    log.info("prune: compensating layer by layer from %s", teacher.folder)
-    streaming = streaming_of(settings, out.parent, trust_remote_code=teacher.trust_remote_code)
+    log.info("%s: layer by layer from %s", section, teacher.folder)
+    streaming = streaming_of(settings, out.parent, section=section, trust_remote_code=teacher.trust_remote_code)
     streamed = streaming.open(teacher.folder)
     return from_files(
         streamed,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
@@ -18,12 +17,12 @@ from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
-from shoal.recipe.prune import Compensate, Target
+from shoal.recipe.prune import Calibration, Compensate, Target, Width
 from shoal.runtime import device
 
 from .apply import refuse_own_code, refuse_without_mtp
 from .compensation.check import refuse_quantised
-from .compensation.size import fits_by_layers, fitting_size
+from .compensation.size import COMPENSATE, NARROW, Size, fitting_size, goes_by_layers, measuring_size
 from .compensation.source import streaming_of
 from .edits.apply import refuse_impossible_edits
 from .layer_sizes import stored_bytes, usual_length
@@ -32,6 +31,7 @@ from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
 from .surgery.vision_tower import is_above, without_unread_blocks
 from .targets.check import TARGETS, check_targets, refuse, student_config
+from .width.narrowing import narrow_files
 
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
@@ -62,6 +62,7 @@ def estimate(
     targets: Sequence[Target] = (),
     dtype: str = "stored",
     compensate: Compensate | None = None,
+    width: Width | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[str, int]:
     """What apply_plan would write to ``out``, for a reader, and the bytes of it. Nothing is written and no weight is
@@ -85,16 +86,18 @@ def estimate(
     whole, tower = config, plan.vision_blocks
     if tower is not None:
         config = without_unread_blocks(config)
-    student = student_config(config, keep)
+    student = student_config(config, keep, plan.width)
     verdicts = check_targets(student, targets=targets or TARGETS)
     if targets:
         refuse(verdicts)
     quantisation = without_quantization(config)[1]
     runs_in = loaded_dtype(config, dtype, shards)
     before, after = (without_data(part, dtype=runs_in) for part in (without_quantization(whole)[0], student))
-    refuse_changed_layers(before, after, keep)
-    by_layer = None if insertions(plan.edits) else stored_bytes(shards, before, keep_mtp=plan.mtp)
-    stored = _num_bytes(shards)
+    stored, narrow, parts_of = _num_bytes(shards), before, shards
+    if (smaller := narrow_files(teacher_folder, config, plan.width, shards)) is not None:
+        narrow, parts_of = smaller.own.model, smaller.shards
+    refuse_changed_layers(narrow, after, keep)
+    by_layer = None if insertions(plan.edits) else stored_bytes(parts_of, narrow, keep_mtp=plan.mtp)
     costs = model_cost(before), model_cost(after)
     if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
         written = stored * costs[1].num_parameters // costs[0].num_parameters
@@ -103,8 +106,8 @@ def estimate(
     if tower is not None:
         gone = (part for shard in shards for name, part in shard.tensors.items() if is_above(name, tower))
         written -= sum(part.end - part.start for part in gone)
-    width = stored / costs[0].num_parameters if quantisation else runs_in.itemsize
-    sides = _Side(costs[0], stored, width), _Side(costs[1], written, width)
+    each = stored / costs[0].num_parameters if quantisation else runs_in.itemsize
+    sides = _Side(costs[0], stored, each), _Side(costs[1], written, each)
     length = usual_length(config)
     parts = (
         ["dry run: nothing is written"],
@@ -114,8 +117,25 @@ def estimate(
         [verdict.in_words() for verdict in verdicts],
         [
             _space(out, sides[1].stored_bytes),
-            *(_compensation(teacher_folder, before, plan, out, compensate, trust_remote_code) if compensate else ()),
-            f"proof: {_proof(config, shards, proof)}",
+            *(
+                _calibration(
+                    *(teacher_folder, f"compensation: {compensate.method}", COMPENSATE, compensate, out),
+                    fitting_size(before, plan.drop, compensate),
+                    trust_remote_code,
+                )
+                if compensate
+                else ()
+            ),
+            *(
+                _calibration(
+                    *(teacher_folder, "width: chosen on", NARROW, width, out),
+                    measuring_size(before, width),
+                    trust_remote_code,
+                )
+                if width
+                else ()
+            ),
+            f"proof: {_proof(config, shards, proof, in_float32=plan.width is not None)}",
         ],
     )
     return "\n\n".join("\n".join(part) for part in parts), written
@@ -133,6 +153,8 @@ def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dt
         f"keeps:   {layers_text(keep)}",
         f"why:     {plan.reason}",
     ]
+    if plan.width is not None:
+        lines.append(f"keeps:   {plan.width.in_words()}")
     for edit in plan.edits:
         note = "" if removed_layers([edit]) or isinstance(edit, Insert) else f" ({CHANGES_WEIGHTS_ONLY})"
         lines.append(f"edit:    {in_words(edit)}{note}")
@@ -198,18 +220,17 @@ def _space(out: Path, needed: int) -> str:
     return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
 
 
-def _compensation(
-    folder: Path, skeleton: PreTrainedModel, plan: PruningPlan, out: Path, settings: Compensate, trusted: bool
+def _calibration(
+    folder: Path, what: str, section: str, settings: Calibration, out: Path, size: Size, trusted: bool
 ) -> list[str]:
-    """What fitting takes; refuses what does not fit."""
-    size, limit = fitting_size(skeleton, plan.drop, settings), settings.memory_gb
-    about = f"compensation: {settings.method}, {settings.num_tokens:,} tokens"
-    if not fits_by_layers(skeleton, plan.drop, settings):
+    """What ``section`` of the recipe takes; refuses what does not fit."""
+    about = f"{what}, {settings.num_tokens:,} tokens"
+    if not goes_by_layers(size, settings):
         line = f"{about}, takes about {bytes_text(size.in_memory)} of memory"
-        if limit is None and device().type == "cpu" and size.in_memory > (free := available_memory()):
-            line += f", and {bytes_text(free)} are free: set prune.compensate.memory_gb to fit it layer by layer"
+        if settings.memory_gb is None and device().type == "cpu" and size.in_memory > (free := available_memory()):
+            line += f", and {bytes_text(free)} are free: set {section}.memory_gb to do it layer by layer"
         return [line]
-    streaming = streaming_of(settings, out.parent, trust_remote_code=trusted)
+    streaming = streaming_of(settings, out.parent, section=section, trust_remote_code=trusted)
     needed = streaming.needed([streaming.open(folder)], tokens_at_once=size.tokens_at_once, fixed=size.fixed)
     file_folder = streaming.file_folder(needed, size.waiting)
     waiting = f"{bytes_text(size.waiting)} of states and new tensors"
@@ -219,12 +240,12 @@ def _compensation(
     ]
 
 
-def _proof(config: Any, shards: Sequence[Shard], proof: str) -> str:
+def _proof(config: Any, shards: Sequence[Shard], proof: str, *, in_float32: bool) -> str:
     by_files = "by its files, and the kind and settings of every layer"
     if proof == "files":
         return f"{by_files} (prune.proof: files)"
     if reason := why_not_run(config, shards):
         return f"{by_files}; it cannot be run here: {reason}"
-    if proof == "auto" and (shortage := memory_shortage(shards)):
+    if proof == "auto" and (shortage := memory_shortage(shards, in_float32=in_float32)):
         return f"{by_files}; {shortage} (prune.proof: run tries all the same)"
     return f"{by_files}, and by running teacher and student on the same input"

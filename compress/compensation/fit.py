@@ -36,7 +36,7 @@ from ..surgery.cut_model import kept_layers
 from ..variants.layerwise import Prepared
 from ..variants.state_store import Kept
 from .fold import Correction, NotFoldable, Tensors, is_blind_to_size, num_features, scaled_layer
-from .source import Source
+from .source import Source, batches
 from .sums import Fit, Sums, fit_correction, fit_factor
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class _Fitting:
         self.dropped = set(drop)
         self.gap_above = {first - 1: (first, last) for first, last in gaps(drop)}
         self.with_correction, self.with_factor = settings.method != "scale", settings.method != "linear"
-        self.batches = list(self._batches(rows))
+        self.batches = list(self._batches(source, rows))
         self.held_out = [batch for batch in self.batches if batch.held_out]
         self.folded: dict[int, dict[str, Kept]] = {}
         self.product = 1.0
@@ -245,18 +245,12 @@ class _Fitting:
                 "a norm, so that no factor can be folded into its weights"
             )
 
-    def _batches(self, rows: PackedRows) -> Iterator[_Batch]:
+    def _batches(self, source: Source, rows: PackedRows) -> Iterator[_Batch]:
         num_fitted = len(rows) - max(1, len(rows) // HELD_OUT_SHARE)
-        for held_out, own in enumerate(torch.arange(len(rows)).split([num_fitted, len(rows) - num_fitted])):
-            for some in own.split(self.settings.batch_size) if len(own) else ():
-                ids_BS, positions_BS = (
-                    plane_NS[some].long().to(self.model.device)
-                    for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)
-                )
-                inputs = self.decoder.arguments(ids_BS, position_ids_BS=positions_BS)
-                prepared = self.layerwise.prepare(inputs, positions_BS)
-                state = self.store.keep(prepared.hidden_BSD)
-                yield _Batch(prepared.without_hidden(), bool(held_out), state, state)
+        for held_out, own in ((False, slice(num_fitted)), (True, slice(num_fitted, None))):
+            some = PackedRows(rows.input_ids_NS[own], rows.position_ids_NS[own])
+            for prepared, state in batches(source, some, self.settings.batch_size):
+                yield _Batch(prepared, held_out, state, state)
 
     def _run(self, layer: int, batch: _Batch, state: Kept) -> Kept:
         """The state after ``layer``, with whatever weights are in place."""

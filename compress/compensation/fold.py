@@ -65,7 +65,7 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
     for scaled in _scalings(model, layer):
         with tensors_in_place(model, {layer: scaled(1 / PROBE_FACTOR)}):
             got_BSD = PROBE_FACTOR * layerwise.run(layer, hidden_BSD / PROBE_FACTOR, call)
-        if _same(got_BSD, after_BSD, after_BSD - hidden_BSD):
+        if same_states(got_BSD, after_BSD, after_BSD - hidden_BSD):
             return scaled(factor)
     raise NotFoldable(
         f"prune.compensate: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
@@ -139,7 +139,7 @@ class Correction:
                     break
                 with tensors_in_place(self._layerwise.model, {self._layer: tensors}):
                     got_BSD = self._layerwise.run(self._layer, hidden_BSD, call)
-                if _same(got_BSD, after_BSD + change_BSD, change_BSD):
+                if same_states(got_BSD, after_BSD + change_BSD, change_BSD):
                     return output_dim, scale
                 moved_BSD = got_BSD.float() - after_BSD.float()
                 scale = float((moved_BSD * change_BSD).sum() / change_BSD.square().sum()) or 1.0
@@ -179,10 +179,10 @@ def _output_map(model: PreTrainedModel, layer: int, outputs: Sequence[str]) -> n
 def is_blind_to_size(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tensor) -> bool:
     """Whether what follows the last layer gives the same for a state that is half as large."""
     end_BSD = layerwise.finish(hidden_BSD, prepared)
-    return _same(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD)
+    return same_states(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD)
 
 
-def _same(got_BSD: Tensor, expected_BSD: Tensor, change_BSD: Tensor) -> bool:
+def same_states(got_BSD: Tensor, expected_BSD: Tensor, change_BSD: Tensor) -> bool:
     """Whether two states are equal but for rounding: of the states, and of the change that was folded."""
     rounding_BS = 2 * torch.finfo(got_BSD.dtype).eps * expected_BSD.float().norm(dim=-1)
     # token by token, since one sink outweighs all others; a few may be sent to other experts by a rounding

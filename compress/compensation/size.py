@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from shoal.inference.decoder import LOGIT_ELEMENTS
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.load import num_parameters
-from shoal.recipe.prune import Compensate
+from shoal.recipe.prune import Calibration, Compensate
 
 from ..edits.masks import Half
 from ..edits.sublayers import named_halves
@@ -18,8 +18,8 @@ from ..edits.zeroing import output_parameters
 from ..variants.streamed import bytes_per_token
 from .fold import num_features
 
-COMPENSATE = "prune.compensate"
-"""The section of the recipe."""
+COMPENSATE, NARROW = "prune.compensate", "prune.width"
+"""Sections of the recipe."""
 STATES = 4.5
 """Of every calibration token at one time, at a gap: the teacher's, the student's before the layer below, with the gap
 open and closed, and of the held-out eighth what goes on from there."""
@@ -73,10 +73,25 @@ def fitting_size(model: PreTrainedModel, drop: Sequence[int], settings: Compensa
     )
 
 
-def fits_by_layers(model: PreTrainedModel, drop: Sequence[int], settings: Compensate) -> bool:
+def measuring_size(model: PreTrainedModel, settings: Calibration) -> Size:
+    """What one pass of ``model`` over calibration text takes, layer by layer; its tensors may be without numbers."""
+    hidden = text_config(model.config).hidden_size
+    tensors = [p for layer in decoder_layers(model) for p in layer.parameters()]
+    at_once = min(settings.batch_size * settings.sequence_length, settings.num_tokens)
+    return Size(
+        tokens_at_once=at_once,
+        weights=WIDTH * num_parameters(model),
+        # masks, and a second layer whose tensors are made of the first one's
+        fixed=2 * settings.num_tokens * settings.sequence_length
+        + WIDTH * max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)),
+        at_work=at_once * bytes_per_token(hidden, max(max(p.shape) for p in tensors)),
+        waiting=WIDTH * settings.num_tokens * hidden,
+    )
+
+
+def goes_by_layers(size: Size, settings: Calibration) -> bool:
     """Whether the whole model takes more memory than ``settings`` allow."""
-    limit = settings.memory_gb
-    return limit is not None and fitting_size(model, drop, settings).in_memory > limit * 2**30
+    return settings.memory_gb is not None and size.in_memory > settings.memory_gb * 2**30
 
 
 def output_names(model: PreTrainedModel, layer: int, halves: Sequence[Half] = ("attention", "mlp")) -> list[str]:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from shoal.data.packing import PackedRows
 from shoal.inference.decoder import Decoder
-from shoal.recipe.prune import Compensate
+from shoal.recipe.prune import Calibration
 from shoal.runtime import device
 
 from ..edits.sublayers import prove_alone
-from ..variants.layerwise import Layerwise
-from ..variants.state_store import StateStore
+from ..variants.layerwise import Layerwise, Prepared
+from ..variants.state_store import Kept, StateStore
 from ..variants.streamed import Streaming
 from ..variants.streamed_model import StreamedLayerwise, StreamedModel
-from .size import COMPENSATE
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,22 @@ class Source:
     """For states of all calibration tokens, and for folded tensors."""
 
 
-def streaming_of(settings: Compensate, spill_folder: Path, *, trust_remote_code: bool = False) -> Streaming:
-    """How a checkpoint is read layer by layer, and what that may take."""
+def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple[Prepared, Kept]]:
+    """``rows`` on their way into the layers, and the states that the first layer gets."""
+    for start in range(0, len(rows), batch_size):
+        ids_BS, positions_BS = (
+            plane_NS[start : start + batch_size].long().to(source.model.device)
+            for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)
+        )
+        inputs = source.decoder.arguments(ids_BS, position_ids_BS=positions_BS)
+        prepared = source.layerwise.prepare(inputs, positions_BS)
+        yield prepared.without_hidden(), source.store.keep(prepared.hidden_BSD)
+
+
+def streaming_of(
+    settings: Calibration, spill_folder: Path, *, section: str, trust_remote_code: bool = False
+) -> Streaming:
+    """How a checkpoint is read layer by layer, and what that may take; ``section`` of the recipe says so."""
     assert settings.memory_gb is not None
     return Streaming(
         memory_bytes=int(settings.memory_gb * 2**30),
@@ -44,7 +58,7 @@ def streaming_of(settings: Compensate, spill_folder: Path, *, trust_remote_code:
         attention=None,
         trust_remote_code=trust_remote_code,
         spill_folder=spill_folder,
-        section=COMPENSATE,
+        section=section,
     )
 
 

@@ -2,6 +2,7 @@
 
 cut_model         in memory
 config_cut        its configuration
+narrow_config     that of narrower layers
 special_cuts      families with rules of their own
 shards            by copying stored bytes
 changed_tensors   with new numbers in places of stored ones

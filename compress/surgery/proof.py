@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from .vision_tower import states_read
 PROOF_TOKENS = 24
 """Length of the random input on which a saved student must equal its teacher as planned."""
 PROOF_NEW_TOKENS = 3
+ROUNDING = 1e-3
+"""By which logits in float32 may differ, relative to their size, that are sums of the same terms in other orders."""
 MEMORY_MARGIN = 1.2
 """Memory that a run needs, as a multiple of the weights."""
 RUNNABLE = {"F64", "F32", "F16", "BF16"}
@@ -66,24 +69,30 @@ def behaviour(model: PreTrainedModel, *, use_cache: bool = True) -> Behaviour:
     return Behaviour(logits, _greedy(model, input_ids, use_cache=use_cache), _image_states(model, generator))
 
 
-def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str) -> None:
+def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, is_rounded: bool = False) -> None:
     """Load the saved student and compare its answers, bit for bit, with ``expected``, those of ``reference``.
 
-    ``reference`` reads like `the teacher with layers [3] skipped`; its model need not be in memory any more.
+    ``reference`` reads like `the teacher with layers [3] skipped`; its model need not be in memory any more. With
+    ``is_rounded`` its answers are those of float32, and the student's logits in float32 are compared up to rounding.
 
     Raises:
         UserError: they differ.
     """
-    student = load_model(student_folder, attention=None)
+    student = load_model(student_folder, dtype="float32" if is_rounded else "stored", attention=None)
     actual = behaviour(student)
     family = student.config.model_type
-    if not torch.equal(expected.logits_1SV, actual.logits_1SV):
-        difference = (expected.logits_1SV.double() - actual.logits_1SV.double()).abs().max().item()
+    difference = expected.logits_1SV.double() - actual.logits_1SV.double()
+    if is_rounded and not (size := float(difference.norm() / expected.logits_1SV.double().norm())) <= ROUNDING:
         raise UserError(
-            f"the saved student's logits differ from those of {reference} by up to {difference:.3g}; "
+            f"the saved student's logits differ from those of {reference} by {size:.3g} of their size; "
+            f"shoal cannot narrow the {family} family exactly"
+        )
+    if not is_rounded and not torch.equal(expected.logits_1SV, actual.logits_1SV):
+        raise UserError(
+            f"the saved student's logits differ from those of {reference} by up to {difference.abs().max():.3g}; "
             f"shoal cannot cut the {family} family exactly"
         )
-    if not torch.equal(expected.text_1S, actual.text_1S):
+    if not is_rounded and not torch.equal(expected.text_1S, actual.text_1S):
         raise UserError(
             f"the saved student writes other text with a KV cache than {reference}; "
             f"shoal cannot cut the {family} family exactly"
@@ -183,11 +192,13 @@ def why_not_run(config: PreTrainedConfig, shards: Sequence[Shard]) -> str:
     return ""
 
 
-def memory_shortage(shards: Sequence[Shard]) -> str:
-    """Why the model of these files does not fit into memory; empty where it does."""
+def memory_shortage(shards: Sequence[Shard], *, in_float32: bool = False) -> str:
+    """Why the model of these files does not fit into memory, as it is stored or in float32; empty where it does."""
     tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
     # transformers turns FP8 into BF16 where there is no hardware for it
     unpacked = sum((tensor.end - tensor.start) * (2 if tensor.dtype.startswith("F8") else 1) for tensor in tensors)
+    if in_float32:
+        unpacked = sum(4 * math.prod(tensor.shape) for tensor in tensors)
     needed, available = int(MEMORY_MARGIN * unpacked), available_memory()
     if needed <= available:
         return ""

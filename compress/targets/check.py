@@ -15,11 +15,13 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedConfig
 
+from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.load import has_no_text_model
 from shoal.recipe.prune import Target
 
 from ..surgery.config_cut import cut_config
+from ..surgery.narrow_config import has_strange_heads, narrowed_config
 from ..surgery.quantised import without_quantization
 from . import llama_cpp, vllm
 
@@ -59,13 +61,14 @@ def check_targets(student: PreTrainedConfig, *, targets: Sequence[Target] = TARG
     return [_verdict(target, student) for target in targets]
 
 
-def student_config(teacher: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
-    """The configuration of the student that keeps the layers ``keep``, without settings of a quantisation.
+def student_config(teacher: PreTrainedConfig, keep: Sequence[int], width: KeptWidth | None = None) -> PreTrainedConfig:
+    """The configuration of the student that keeps the layers ``keep``, as wide as ``width`` says, without settings of a
+    quantisation.
 
     Raises:
         UserError: as cut_config.
     """
-    return cut_config(without_quantization(teacher)[0], keep)
+    return cut_config(narrowed_config(without_quantization(teacher)[0], width), keep)
 
 
 def refuse_for_targets(student: PreTrainedConfig, targets: Sequence[Target]) -> None:
@@ -101,6 +104,8 @@ def _verdict(target: Target, student: PreTrainedConfig) -> Verdict:
     loads, reason = "yes", "these are its own layers; shoal proves it on the written files"
     if target != "transformers" and has_no_text_model(student):
         loads, reason = "unknown", f"shoal has not compared how it reads {student.model_type}, which takes images"
+    elif target != "transformers" and has_strange_heads(student):
+        loads, reason = "unknown", "its heads side by side are narrower than its states, as in no model of this family"
     elif target == "vllm":
         loads, reason = vllm.vllm_loads(student)
     elif target == "llama_cpp":

@@ -184,6 +184,8 @@ def _cut_lines(run: Run, base: str | None) -> list[Block]:
         lines.append(f"Dropped layers (of the base model, counted from 0): {layers_text(run.plan.drop)}")
         lines.append(f"Kept: {layers_text(run.plan.keep)}")
     lines += [f"Edited: {in_words(edit)}" for edit in run.plan.edits]
+    if run.plan.width is not None:
+        lines.append(f"Narrowed: {run.plan.width.in_words()} stay")
     lines += [
         f"Made up for without training, in kept layers: {gap.in_words()}" for gap in run.plan.gaps if gap.is_closed
     ]

@@ -114,7 +114,9 @@ def _training_text(run: Run) -> list[_Text]:
     return texts
 
 
-def _compensation_text(run: Run) -> list[_Text]:
+def _calibration_text(run: Run) -> list[_Text]:
+    if run.plan is not None and run.plan.width is not None:
+        return [_Text(run.plan.text, "the choice of channels", "the text of prune.width", "Channels were chosen on")]
     if run.plan is None or not any(gap.is_closed for gap in run.plan.gaps):
         return []
     settings = ((run.recipe or {}).get("prune") or {}).get("compensate") or {}
@@ -124,7 +126,7 @@ def _compensation_text(run: Run) -> list[_Text]:
 
 def _overlap(run: Run) -> Iterator[Caution]:
     """Whether text and evaluation items can share content: known for shoal's own, not for others'."""
-    for text in (*_training_text(run), *_compensation_text(run)):
+    for text in (*_training_text(run), *_calibration_text(run)):
         yield from _overlap_of(run, text)
 
 
@@ -147,7 +149,7 @@ def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
 
 def _twin_wording(run: Run) -> Iterator[Caution]:
     """Forms that no training text may have, and this one has."""
-    for text in (*_training_text(run), *_compensation_text(run)):
+    for text in (*_training_text(run), *_calibration_text(run)):
         if found := {form: told for form, told in (text.data.get("wording") or {}).items() if told["found"]}:
             yield Caution(
                 f"Wording of twins in {text.use} text",

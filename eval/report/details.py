@@ -62,6 +62,8 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
             blocks.append(Paragraph(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}."))
         if run.plan.edits:
             blocks.append(Paragraph(f"Edited: {listed(map(in_words, run.plan.edits))}."))
+        if run.plan.width is not None:
+            blocks.append(Paragraph(f"Narrowed: {run.plan.width.in_words()} stay."))
         blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
         if run.rounds:
             blocks += [Paragraph(ROUNDS), rounds_table(run)]

@@ -124,10 +124,12 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
 def facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Key figures: value and label of each."""
     figures: list[tuple[str, str]] = []
-    if run.plan and (run.plan.drop or not run.plan.edits):
+    if run.plan and (run.plan.drop or not run.plan.changes_layers):
         figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
     if run.plan and run.plan.edits:
         figures.append((str(len(run.plan.edits)), "edits of layers" if len(run.plan.edits) > 1 else "edit of layers"))
+    if run.plan and run.plan.width:
+        figures += [(f"{count:,}", f"{part} in every layer") for count, part in run.plan.width.parts]
     small, teacher = _smallest(run), run.evaluations.get("teacher")
     if teacher and small:
         change = 100 * (run.evaluations[small].num_parameters / teacher.num_parameters - 1)
@@ -153,6 +155,7 @@ def _cut(run: Run) -> str:
     if run.plan is None:
         return f"No layer of {run.model} has been cut yet."
     drop, edits = run.plan.drop, run.plan.edits
+    changes = [*map(in_words, edits), *([] if run.plan.width is None else [f"{run.plan.width.in_words()} kept"])]
     layers = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
     which = f"({'layer' if len(drop) == 1 else 'layers'} {layers_text(drop)}, counted from 0)"
     sentence = f"{layers} {'was' if len(drop) == 1 else 'were'} cut out {which}"
@@ -160,8 +163,9 @@ def _cut(run: Run) -> str:
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
         sentence += f", which takes the model from {count_text(before)} to {count_text(after)} parameters"
-    changed = f"Edited{'' if drop else f' in {run.model}'}: {listed(map(in_words, edits))}." if edits else ""
-    return " ".join([*([f"{sentence}."] if drop or not edits else []), *([changed] if changed else [])])
+    how = "Edited" if edits else "Narrowed"
+    changed = f"{how}{'' if drop else f' in {run.model}'}: {listed(changes)}." if changes else ""
+    return " ".join([*([f"{sentence}."] if drop or not changes else []), *([changed] if changed else [])])
 
 
 def _lost(rows: Sequence[Row]) -> str:

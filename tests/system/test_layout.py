@@ -25,7 +25,7 @@ LEVELS = (
     ("compress.edits", "compress.targets", "train.callbacks", "train.objective", "eval.tasks"),
     ("compress.quantize", "compress.variants", "train.generated", "train.student", "eval.harness"),
     ("compress.compensation", "compress.metrics", "compress.depth", "train.teacher", "eval.report"),
-    ("compress.heads", "train.preflight", "eval.compare", "eval.export", "eval"),
+    ("compress.heads", "compress.width", "train.preflight", "eval.compare", "eval.export", "eval"),
     ("compress.sweeps", "train"),
     ("compress",),
     ("shoal.stages", "shoal.help"),

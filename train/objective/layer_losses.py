@@ -74,7 +74,7 @@ def layer_pairs(term: StateTerm, plan: PruningPlan, *, num_shared: int = 0) -> t
         )
     if isinstance(term, HiddenStates):
         targets = layer_map(plan, term.map)
-        changed = plan.first_change if plan.drop or plan.edits else 0
+        changed = plan.first_change if plan.changes_layers else 0
         chosen = [s for s in own if s != targets[s] or s >= changed] if named is None else sorted(named)
     else:
         targets = plan.keep

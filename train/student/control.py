@@ -38,7 +38,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     return replace(
         spec,
         student=spec.teacher,
-        plan=replace(plan, drop=(), edits=(), gaps=(), reason="the control is not cut", student=""),
+        plan=replace(plan, drop=(), edits=(), gaps=(), width=None, reason="the control is not cut", student=""),
         settings=replace(settings, local=None, losses=losses),
         trained=trained,
         frozen_layers=frozen,
@@ -56,6 +56,7 @@ def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
     identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
     if any(isinstance(term, STATE_TERMS) for term in settings.losses):
         identity |= {"prune.drop": list(plan.drop), "prune.edits": [as_dict(edit) for edit in plan.edits]}
+        identity |= {} if plan.width is None else {"prune.width": True}  # which layers are compared, whatever they keep
     return identity
 
 

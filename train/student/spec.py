@@ -70,7 +70,7 @@ class TrainSpec:
     @property
     def is_control(self) -> bool:
         """Whether nothing was cut from the model that is trained."""
-        return not (self.plan.drop or self.plan.edits)
+        return not self.plan.changes_layers
 
     @property
     def teacher_place(self) -> TeacherPlace:

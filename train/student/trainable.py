@@ -54,8 +54,8 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys
     """The parts that ``distill.trainable`` means for the student of ``plan``.
 
     A layer is next to a gap if a teacher's layer right below or above it is gone. An edited layer counts as one, since
-    what reads or writes it has changed, and a new layer is itself a gap; the final norm does if the last layer is gone,
-    or if it was swapped.
+    what reads or writes it has changed, and so does every narrowed one; a new layer is itself a gap; the final norm
+    does if the last layer is gone, or if it was swapped.
     ``tied``: input embeddings and head are one table, so that training one is training both.
 
     Raises:
@@ -67,7 +67,7 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys
 def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
     keep = plan.keep
     everything = tuple(range(len(keep)))
-    if trainable in ("from_first_cut", "near_gaps") and not plan.drop and not plan.edits:
+    if trainable in ("from_first_cut", "near_gaps") and not plan.changes_layers:
         raise UserError(
             f"distill.trainable: {trainable} trains the layers that a cut calls for, and this plan leaves all layers "
             "as they are: its student answers as the teacher does and needs no training; choose layers to train it "
@@ -104,6 +104,8 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
 
 def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
     kept = list(enumerate(plan.keep))
+    if plan.width is not None:
+        return tuple(layer for layer, _ in kept)
     edits = [edit for edit in plan.edits if not isinstance(edit, Insert)]
     near = {layer for layer, index in kept for edit in edits if index in edited_layers(edit)} - {*plan.new_layers}
     near |= {place for new in plan.new_layers for place in (new - 1, new, new + 1) if place < len(kept)}

@@ -213,6 +213,11 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
             f"drop: makes up for dropped layers ({closed[0].in_words()}), which only `shoal prune` does; load the "
             "student that it wrote, or give drop=plan.drop"
         )
+    if drop.width is not None:
+        raise UserError(
+            f"drop: narrows layers ({drop.width.in_words()} stay), which only `shoal prune` does; load the student "
+            "that it wrote, or give drop=plan.drop"
+        )
     if not drop.edits:
         return surgery.cut_model(model, drop.drop)
     if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace | Insert)]:

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, ValidationError
 
 from shoal.artifacts.importance import Atlas, Removal, Sweep, outside
 from shoal.artifacts.tables import Tabular
+from shoal.artifacts.width import KeptWidth
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
 from shoal.recipe.edits import Edits, Insert, edited_layers, first_change, in_words, insertions
@@ -251,9 +252,11 @@ class PruningPlan(Artifact):
     """Changes to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
     gaps: tuple[ClosedGap, ...] = ()
     """How prune.compensate closed the gaps that ``drop`` leaves, increasing; empty = they are open."""
+    width: KeptWidth | None = None
+    """What stays within the layers that prune.width narrows; None = they are as wide as they were."""
     text: dict[str, Json] = field(default_factory=dict)
-    """What prune.compensate was fitted to, as Training.data: documents and tokens by source, and what of evaluation
-    items and forms stands in it."""
+    """What prune.compensate was fitted to, or prune.width chosen on, as Training.data: documents and tokens by source,
+    and what of evaluation items and forms stands in it."""
     vision_blocks: int | None = None
     """Blocks of the vision tower that stay, where those above them go because nothing reads them; None = all stay."""
     mtp: bool = False
@@ -274,23 +277,27 @@ class PruningPlan(Artifact):
                 yield f"gaps.{index}: is of layers {gap.first} to {gap.last}, which are not all dropped"
             if not 0 < gap.factor < math.inf:
                 yield f"gaps.{index}.factor: is {gap.factor}"
+        if self.width is not None:
+            yield from self.width.contradictions(len(self.keep))
         if asked and not (set(asked) <= set(drop) if self.edits else set(asked) == set(drop)):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
 
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""
         closed = [[asdict(gap) for gap in self.gaps]] if self.gaps else []
+        width = [] if self.width is None else [asdict(self.width)]
         tower = [] if self.vision_blocks is None else [self.vision_blocks]
         edits = [as_dict(edit) for edit in self.edits]
-        return fingerprint([self.num_layers, list(self.drop), edits, *closed, *tower, student])
+        return fingerprint([self.num_layers, list(self.drop), edits, *closed, *width, *tower, student])
 
     def in_words(self) -> str:
         """The changes to the teacher in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
         closed = [gap.in_words() for gap in self.gaps if gap.is_closed]
         tower = [] if self.vision_blocks is None else [f"ending the vision tower with block {self.vision_blocks - 1}"]
+        width = [] if self.width is None else [f"keeping {self.width.in_words()}"]
         kept = ["keeping multi-token prediction, untrained"] if self.mtp else []
-        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *tower, *kept])
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *width, *tower, *kept])
 
     def state_scale(self, layer: int) -> float:
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""
@@ -300,8 +307,15 @@ class PruningPlan(Artifact):
         return f"<p>{escape(self.in_words())}</p><p>{escape(self.reason)}</p>"
 
     @property
+    def changes_layers(self) -> bool:
+        """Whether the student's layers are others than the teacher's."""
+        return bool(self.drop or self.edits or self.width)
+
+    @property
     def first_change(self) -> int:
         """The lowest layer at which the student is not the teacher any more; behind the last where it is in none."""
+        if self.width is not None:
+            return 0
         changed = [first_change(self.drop, self.edits)] if self.drop or self.edits else []
         return min([*changed, *self._corrected], default=self.num_layers)
 
@@ -314,7 +328,7 @@ class PruningPlan(Artifact):
     @property
     def changed_layers(self) -> tuple[int, ...]:
         """The teacher's layers that stay with other weights, before any training, increasing."""
-        changed = {layer for layer in self.keep if self.state_scale(layer) != 1}
+        changed = {layer for layer in self.keep if self.width is not None or self.state_scale(layer) != 1}
         return tuple(sorted((self.edited_layers | changed | {*self._corrected}) - {*self.drop}))
 
     @property

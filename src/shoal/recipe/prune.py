@@ -19,26 +19,52 @@ NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguo
 """Settings that choose layers, which `drop` names."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Section):
+    """Text that a model is run over to decide about its weights, and how it is run."""
+
+    data: Annotated[Data, Shapes.BY_CONTENT] = field(
+        default_factory=lambda: tuple(map(DataSource, ("python_docs", "docstrings", "instructions", "ability_texts")))
+    )
+    """Text of every kind that the model will read: what it is unlike gains little."""
+    num_tokens: Annotated[Positive, Shapes.PLAN] = 65_536
+    """Tokens of it. Compensation holds an eighth of them out, and its corrections need four for every feature of an
+    MLP: this is enough for 14,336."""
+    sequence_length: Annotated[RowLength, Shapes.PLAN] = 512
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 4
+    """Rows at one time."""
+    memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
+    """GiB of memory for weights, states and sums; where they need more, all is done layer by layer from the model's
+    files, with the same result. None = hold the model in memory."""
+
+
 @dataclass(frozen=True)
-class Compensate(Section):
+class Compensate(Calibration):
     """What makes up for dropped layers without training, folded into the weights of layers that stay."""
 
     method: Annotated[Literal["scale", "linear", "both"], Shapes.PLAN] = "both"
     """scale: a factor per gap, in the output maps of all layers above (after Prune&Comp, arXiv:2507.18212); linear: a
     correction of what the MLP below the gap writes (after ReplaceMe, arXiv:2505.02819); both: fitted jointly."""
-    data: Annotated[Data, Shapes.BY_CONTENT] = field(
-        default_factory=lambda: tuple(map(DataSource, ("python_docs", "docstrings", "instructions", "ability_texts")))
-    )
-    """Text to fit to. What it is unlike gains little: name some of every kind that the model will read."""
-    num_tokens: Annotated[Positive, Shapes.PLAN] = 65_536
-    """Tokens to fit to, an eighth of them held out; a correction needs four for every feature of an MLP, and this is
-    enough for 14,336."""
-    sequence_length: Annotated[RowLength, Shapes.PLAN] = 512
-    batch_size: Annotated[Positive, Shapes.NOTHING] = 4
-    """Rows at one time."""
-    memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
-    """GiB of memory for weights, states and sums; where they need more, all is fitted layer by layer from the model's
-    files, with the same result. None = hold the model in memory."""
+
+
+@dataclass(frozen=True)
+class Width(Calibration):
+    """How wide the layers that stay are: as many MLP channels and key-value groups in each, those that write most."""
+
+    intermediate_size: Annotated[Annotated[int | float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.PLAN] = None
+    """Channels of every layer's MLP that stay; below 1 their share, rounded down to what kernels can use: a multiple of
+    128, or of the power of two that the model's own number is a multiple of. None = all."""
+    kv_groups: Annotated[Positive | None, Shapes.PLAN] = None
+    """Key-value heads of every layer that stay, each with the query heads that read it. None = all."""
+
+    def __post_init__(self) -> None:
+        if self.intermediate_size is None and self.kv_groups is None:
+            raise ValueError("names nothing to narrow; give intermediate_size or kv_groups")
+        if self.intermediate_size is not None and self.intermediate_size >= 1 and self.intermediate_size % 1:
+            raise ValueError(
+                f"intermediate_size: {self.intermediate_size} is no whole number of channels; give one, or a share "
+                "below 1"
+            )
 
 
 def as_compensate(value: Any) -> Any:
@@ -159,6 +185,9 @@ class Prune(Section):
     compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""
+    width: Annotated[Width | None, Shapes.BY_CONTENT] = None
+    """How wide the layers that stay are, chosen on the cut model; None = as wide as they were. With `drop: []` no layer
+    goes."""
     vision_tower: Annotated[Literal["whole", "auto"], Shapes.BY_CONTENT] = "whole"
     """Of a model that reads images: auto = the blocks of its vision tower above the deepest state that is read go too,
     which changes no bit of any answer."""
@@ -180,6 +209,8 @@ def contradictions(prune: Prune) -> Iterator[str]:
         yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
     if prune.vision_tower != "whole" and prune.edits:
         yield "prune.vision_tower: is cut where layers are dropped alone, and prune.edits is set; leave one of them out"
+    if prune.width is not None:
+        yield from _of_width(prune)
     if prune.mtp == "keep" and prune.edits:
         yield "prune.mtp: keep copies stored tensors, and prune.edits changes them in memory; leave one of them out"
     if prune.drop is not None:
@@ -200,6 +231,21 @@ def contradictions(prune: Prune) -> Iterator[str]:
     if prune.rounds > 1:
         yield from _of_rounds(prune)
     yield from (f"prune.edits.{problem}" for problem in edits.contradictions(prune.edits, prune.drop or ()))
+
+
+def _of_width(prune: Prune) -> Iterator[str]:
+    for name, is_set, reason in (
+        ("edits", bool(prune.edits), "narrows stored tensors, and edits make others in memory"),
+        ("compensate", prune.compensate is not None, "ranks channels of the cut model as it is, without new tensors"),
+        ("target", prune.target is not None, "changes what layers save, which prune.target counts by whole layers"),
+        ("mtp: keep", prune.mtp == "keep", "narrows layers, and multi-token prediction stays as it is"),
+        ("rounds", prune.rounds > 1, "is chosen once, after the last cut"),
+    ):
+        if is_set:
+            yield (
+                f"prune.width: {reason}; leave prune.{name} out, or narrow that student in a run of its own (model: "
+                "RUN_DIR/student, prune: {drop: [], width: ...})"
+            )
 
 
 def _of_rounds(prune: Prune) -> Iterator[str]:

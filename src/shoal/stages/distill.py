@@ -211,7 +211,7 @@ def _spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
     if (folder / "config.json").is_file():
         student = Checkpoint.read(folder, teacher.load)
     else:
-        student = Checkpoint(folder, student_config(teacher.config, plan.keep), teacher.load)
+        student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)
     return train_spec(teacher, student, plan, run.recipe.distill, run.recipe.record, ranks)
 
 

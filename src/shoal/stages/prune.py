@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, Speed, differences
 from shoal.artifacts.heads import Heads
+from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, reads_images
 from shoal.recipe.edits import Edit, Insert, Replace, in_words, removed_layers
+from shoal.recipe.prune import Calibration
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.recipe.track import is_gguf
 from shoal.runtime import barrier, is_main
@@ -54,6 +56,9 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     if prune.compensate is not None:
         inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
+    if prune.width is not None:
+        inputs |= shaping(prune.width, Shapes.PLAN, "prune.width.") | shaping(run.recipe, Shapes.PLAN)
+        inputs["prune.width.data"] = sources_fingerprint(prune.width.data)
     for index, edit in enumerate(prune.edits):
         inputs[f"prune.edits.{index}"] = as_dict(edit)
         if isinstance(edit, Replace):
@@ -166,7 +171,7 @@ def prune(run: Run) -> None:
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
         if is_main():
             last = PruningPlan.read(path)
-            replace(plan, gaps=last.gaps, text=last.text, student=last.student).write(path)
+            replace(plan, gaps=last.gaps, width=last.width, text=last.text, student=last.student).write(path)
         barrier()
         return
     _refuse_stale_training(run)
@@ -178,11 +183,12 @@ def prune(run: Run) -> None:
         log.info("prune: %s", line)
     if is_main():
         from shoal.compress.apply import apply_plan
+        from shoal.compress.surgery.narrow_config import BLOCK
         from shoal.compress.targets.check import check_targets, log_verdicts
 
-        text = _compensation_text(run)
+        text = _calibration_text(run)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
-        closed = apply_plan(
+        made = apply_plan(
             run.base,
             _in_base(run, plan),
             student,
@@ -190,11 +196,18 @@ def prune(run: Run) -> None:
             seed=run.recipe.seed,
             proof=run.recipe.prune.proof,
             compensate=run.recipe.prune.compensate,
+            width=run.recipe.prune.width,
             trust_remote_code=run.recipe.trust_remote_code,
         )
-        plan = replace(plan, gaps=closed, text=text)
+        plan = replace(plan, gaps=made.gaps, width=made.width, text=text)
         replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
+        if plan.width is not None and (plan.width.intermediate_size or 0) % BLOCK:
+            log.warning(
+                "prune: %s channels of an MLP are no multiple of %d: llama.cpp's K-quants keep the maps that read them "
+                "in larger formats",
+                *(f"{plan.width.intermediate_size:,}", BLOCK),
+            )
         if not run.recipe.prune.targets:
             log_verdicts(check_targets(load_config(student)))
     barrier()
@@ -236,21 +249,23 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
         proof=recipe.prune.proof,
         targets=recipe.prune.targets,
         compensate=recipe.prune.compensate,
+        width=recipe.prune.width,
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
 
 
 def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure: Path | None) -> Sequence[str]:
-    """The cuts that the metric would make, where layers are chosen by one; several rounds have one for each."""
+    """The cuts that the metric would make, where layers are chosen by one; several rounds have one for each, and of
+    narrowed layers other sizes."""
     from shoal.compress.frontier import frontier, frontier_lines
     from shoal.compress.layer_sizes import layer_sizes
 
-    if importance is None or run.recipe.prune.rounds > 1:
+    if importance is None or run.recipe.prune.rounds > 1 or plan.width is not None:
         if figure is not None:
             raise UserError(
-                f"--figure {figure}: draws what a metric would drop, and this recipe names layers or cuts in rounds; "
-                "leave it out"
+                f"--figure {figure}: draws what a metric would drop, and this recipe names layers, cuts in rounds or "
+                "narrows layers too; leave it out"
             )
         return ()
     sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
@@ -290,7 +305,14 @@ def expected_plan(run: Run) -> PruningPlan:
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
     drop, tower, keep_mtp = tuple(sorted(gone)), _vision_blocks(run), prune.mtp == "keep"
     return PruningPlan(
-        Provenance({}), run.num_layers, drop, choice.reason, choice.edits, vision_blocks=tower, mtp=keep_mtp
+        Provenance({}),
+        run.num_layers,
+        drop,
+        choice.reason,
+        choice.edits,
+        width=_width(run),
+        vision_blocks=tower,
+        mtp=keep_mtp,
     )
 
 
@@ -433,18 +455,25 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
     heads = None if prune.protect_heads is None else read_heads(run)
     choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads, goals=read_goals(run))
-    tower = _vision_blocks(run)
-    if not choice.drop and not choice.edits and tower is None:
+    tower, width = _vision_blocks(run), _width(run)
+    if not choice.drop and not choice.edits and tower is None and width is None:
         raise UserError(
             "prune.drop: is empty, and prune.vision_tower finds nothing to cut, so nothing would go; name layers"
         )
+    if choice.edits and width is not None:
+        raise UserError(
+            f"prune.metric: {run.recipe.prune.metric} removes halves of layers, and prune.width narrows whole ones; "
+            "choose a metric of layers, or leave prune.width out"
+        )
     if not several:
+        told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
         return PruningPlan(
             Provenance(inputs),
             run.num_layers,
             choice.drop,
-            choice.reason,
+            "; ".join(filter(None, [choice.reason, *told])),
             choice.edits,
+            width=width,
             vision_blocks=tower,
             mtp=prune.mtp == "keep",
         )
@@ -458,6 +487,13 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     reason = f"in {run.called}, {choice.reason}"
     drop, keep_mtp = tuple(sorted(gone)), prune.mtp == "keep"
     return PruningPlan(provenance, run.num_layers, drop, reason, vision_blocks=tower, mtp=keep_mtp)
+
+
+def _width(run: Run) -> KeptWidth | None:
+    """How wide the layers of the student are; what stays of each is chosen once it is cut."""
+    from shoal.compress.surgery.narrow_config import kept_width
+
+    return None if (settings := run.recipe.prune.width) is None else kept_width(run.config(), settings)
 
 
 def _vision_blocks(run: Run) -> int | None:
@@ -503,16 +539,19 @@ def refuse_impossible_changes(run: Run) -> None:
 
         refuse_without_mtp(run.teacher, trust_remote_code=trusted)
     _refuse_unreadable_data(edits)
+    _refuse_calibration(run)
     if (settings := run.recipe.prune.compensate) is not None:
-        check_length(run, settings.sequence_length, "prune.compensate.sequence_length")
-        for source in settings.data:
-            load_texts(source, max_characters=1)
         refuse_impossible_compensation(run.teacher, settings, trust_remote_code=trusted)
+    if (width := _width(run)) is not None:
+        from shoal.compress.width.narrowing import narrowing
+
+        narrowing(run.teacher, run.config(), width)
 
 
 def _refuse_compensation(run: Run, plan: PruningPlan) -> None:
-    """Refuse what cannot be made up for, and data that cannot be read, before a model is loaded."""
-    if (settings := run.recipe.prune.compensate) is None:
+    """Refuse what cannot be made up for, and calibration text that cannot be read, before a model is loaded."""
+    _refuse_calibration(run)
+    if run.recipe.prune.compensate is None:
         return
     if plan.edits:
         raise UserError(
@@ -524,20 +563,35 @@ def _refuse_compensation(run: Run, plan: PruningPlan) -> None:
             "prune.compensate: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
             "keep it, or leave prune.compensate out"
         )
-    check_length(run, settings.sequence_length, "prune.compensate.sequence_length")
+
+
+def _calibration(run: Run) -> tuple[str, Calibration] | None:
+    """The section of the recipe that decides by calibration text, and its name; there is one of them at most."""
+    prune = run.recipe.prune
+    named = {"prune.compensate": prune.compensate, "prune.width": prune.width}
+    return next(((name, settings) for name, settings in named.items() if settings is not None), None)
+
+
+def _refuse_calibration(run: Run) -> None:
+    """Refuse rows that are too long for the model, and text that cannot be read."""
+    if (calibration := _calibration(run)) is None:
+        return
+    name, settings = calibration
+    check_length(run, settings.sequence_length, f"{name}.sequence_length")
     for source in settings.data:
         load_texts(source, max_characters=1)
 
 
-def _compensation_text(run: Run) -> dict[str, Any]:
-    """What prune.compensate is fitted to, and what of evaluation items and forms stands in it."""
+def _calibration_text(run: Run) -> dict[str, Any]:
+    """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items and forms stands in
+    it."""
     from shoal.compress.apply import calibration_rows
 
-    if (settings := run.recipe.prune.compensate) is None:
+    if (calibration := _calibration(run)) is None:
         return {}
-    tokenizer = run.tokenizer()
-    rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed)
-    search = search_of_rows(run, "the text of prune.compensate")
+    tokenizer, (name, settings) = run.tokenizer(), calibration
+    rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=name)
+    search = search_of_rows(run, f"the text of {name}")
     return {"sources": rows.counts, **({} if search is None else search(rows, tokenizer))}
 
 
@@ -551,7 +605,7 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
     would not take, or takes for another model."""
     from shoal.compress.targets.check import refuse_for_targets, student_config
 
-    student, copies = student_config(run.config(), plan.keep), run.recipe.quantize
+    student, copies = student_config(run.config(), plan.keep, plan.width), run.recipe.quantize
     gguf = run.recipe.export.gguf or (copies is not None and is_gguf(copies.format))
     if targets := run.recipe.prune.targets:
         refuse_for_targets(student, targets)

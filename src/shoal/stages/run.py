@@ -542,6 +542,7 @@ def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str
 
 SWITCHES = (
     "prune.compensate.",
+    "prune.width.",
     "prune.rounds",
     "prune.protect_heads",
     "prune.target",

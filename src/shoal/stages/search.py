@@ -142,7 +142,9 @@ def prune_of(plan: SearchPlan, prune: Prune) -> Prune:
     """
     settings = plan.says
     if "drop" in settings:
-        cleared = Prune(edits=prune.edits, compensate=prune.compensate, proof=prune.proof, targets=prune.targets)
+        cleared = Prune(
+            edits=prune.edits, compensate=prune.compensate, width=prune.width, proof=prune.proof, targets=prune.targets
+        )
         protect = tuple(layer for layer in prune.protect if layer != "cornerstone")
         return replace(cleared, protect=protect, **settings)
     pushed: dict[str, Any] = {}

@@ -166,12 +166,12 @@ def test_the_student_has_the_same_bytes_whatever_the_memory(
 ) -> None:
     """Proven by running, too: the student in files gives what the teacher gives with these weights in place."""
     folder = saved(tmp_path, name, dtype=torch.bfloat16, vocab_size=VOCAB_SIZE, **overrides)
-    closed = apply_plan(folder, plan(), tmp_path / "whole", compensate=settings(method), proof="run")
+    closed = apply_plan(folder, plan(), tmp_path / "whole", compensate=settings(method), proof="run").gaps
     limited = settings(method, memory_gb=limit_of(folder, method))
     caplog.set_level("INFO", logger="shoal")
     monkeypatch.setattr(apply, "load_model", lambda *_, **__: pytest.fail("loaded as a whole"))
-    again = apply_plan(folder, plan(), tmp_path / "by_layers", compensate=limited, proof="files")
-    assert "compensating layer by layer" in caplog.text
+    again = apply_plan(folder, plan(), tmp_path / "by_layers", compensate=limited, proof="files").gaps
+    assert "prune.compensate: layer by layer" in caplog.text
     assert "of hidden states go to a file" in caplog.text
     assert list(map(asdict, again)) == list(map(asdict, closed))
     ours, theirs, teachers = (tensors(at) for at in (tmp_path / "by_layers", tmp_path / "whole", folder))
@@ -254,7 +254,7 @@ def test_tensors_that_are_not_stored_in_one_piece_are_refused_layer_by_layer_and
 ) -> None:
     folder = saved(tmp_path, "llama", vocab_size=VOCAB_SIZE)
     monkeypatch.setattr("shoal.compress.surgery.changed_tensors.FLOATS", {})
-    monkeypatch.setattr(proof, "memory_shortage", lambda _: "")
+    monkeypatch.setattr(proof, "memory_shortage", lambda *_, **__: "")
     apply_plan(folder, plan(), tmp_path / "student", compensate=settings("scale"), proof="files")
     limited = settings("scale", memory_gb=limit_of(folder, "scale"))
     with pytest.raises(UserError, match=r"cannot be written layer by layer: .* unset prune.compensate.memory_gb"):

@@ -147,6 +147,20 @@ def test_llama_cpp_gives_the_logits_of_transformers(llama: Path) -> None:
 @pytest.mark.slow
 @with_converter
 @with_llama_cpp
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_llama_cpp_runs_layers_of_fewer_heads_and_channels(kind: str, tmp_path: Path) -> None:
+    """As prune.width leaves them: the heads side by side are narrower than the states."""
+    sizes: Any = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = tiny_model(kind, **sizes)
+    path, _ = exported(model, tmp_path)
+    difference, same_text = distance(model, path)
+    assert difference < 1e-4
+    assert same_text
+
+
+@pytest.mark.slow
+@with_converter
+@with_llama_cpp
 def test_an_aligned_cut_runs_as_in_transformers_and_the_refused_one_would_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from cut_students import names, plan
 from tiny import tiny_model
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.recipe.distill import Distill, LocalHeal, Teacher, contradictions
@@ -34,6 +35,7 @@ MERGE = {"kind": "merge", "layers": [2, 3]}
 REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
 SKIP = {"kind": "skip_attention", "layers": [1]}
 INSERT = {"kind": "insert", "after": [3, 5]}
+NARROWED = replace(plan(4, 7), width=KeptWidth(kv_groups=1))
 SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
 
 
@@ -52,6 +54,9 @@ SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "no
         ("near_gaps", plan(3, edits=(MERGE,)), (2, 3), False, 2),  # the merged layer, and the one above it
         ("near_gaps", plan(7, edits=(SKIP,)), (1, 6, 7), False, 1),
         ("near_gaps", plan(7, edits=(SWAP,)), (4, 6, 7), True, 0),  # other embeddings than the teacher's
+        ("from_first_cut", NARROWED, range(8), True, 0),
+        ("near_gaps", NARROWED, range(8), False, 0),
+        ("norm_and_head", NARROWED, (), True, 0),
         ("replacement", plan(7, 8, edits=(REPLACE,)), (6,), False, 6),
         ("replacement", plan(3, 7, 8, edits=(REPLACE, MERGE)), (2, 5), False, 2),
         ("replacement", plan(1, 7, 8, edits=(REPLACE,)), (5,), False, 1),  # from layer 1 on the student is another

@@ -1,6 +1,6 @@
 """How new layers should start: the loss of the demo model with more layers, before and after training them.
 
-    python benchmarks/grow.py OUT [--tokens 50000] [--seeds 0 1 2] [--inits zero copy mean lesa] [--after 14 16 ...]
+    python -m benchmarks.shapes.grow OUT [--tokens 50000] [--seeds 0 1 2] [--inits zero copy ...] [--after 14 16 ...]
 
 Every start is a run of its own: `shoal prune` inserts a layer after each of those named, `shoal distill` trains the new
 ones alone on plain text (LESA, arXiv:2502.13794, trains them first), and the loss is that of held-out documentation, in
@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from side_by_side import run_shoal, write_recipe
 
+from benchmarks.side_by_side import run_shoal, write_recipe
 from shoal.data.sources import load_texts
 from shoal.models.load import load_model, load_tokenizer
 from shoal.recipe.section import DataSource

@@ -1,0 +1,359 @@
+"""Narrowed layers: what stays is what writes most, and the student is the cut teacher without the rest.
+
+Covers: shoal.compress.width.measure, shoal.compress.width.narrowing, shoal.compress.surgery.narrow_config,
+shoal.artifacts.width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from safetensors.torch import load_file
+from tiny import VOCAB_SIZE, set_json, tiny_config, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.width import KeptWidth, indices_of, mask_of
+from shoal.compress import apply
+from shoal.compress.apply import apply_plan, calibration_rows
+from shoal.compress.compensation.size import measuring_size
+from shoal.compress.dry_run import estimate
+from shoal.compress.surgery.narrow_config import kept_width
+from shoal.compress.targets.check import check_targets, student_config
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.checkpoint_files import checkpoint_bytes, read_shards
+from shoal.models.load import load_config, load_model
+from shoal.recipe.prune import Width
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import DataSource
+
+DROP = (2,)
+SIZE, GROUPS = 48, 2
+"""Channels and key-value heads of the tiny models."""
+BOTH = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi3", "smollm3", "granite", "glm4")
+CHANNELS_ONLY = ("olmo2", "gpt_neox", "falcon", "opt")
+FIELDS = {"falcon": "ffn_hidden_size", "opt": "ffn_dim"}
+OUTPUTS = {"gpt_neox": ("dense_4h_to_h", ""), "falcon": ("dense_4h_to_h", ""), "opt": ("fc2", "")}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> DataSource:
+    """Text of many bytes, in documents of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    lines = [bytes(torch.randint(33, 127, (40 + 7 * i,), generator=generator).tolist()).decode() for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps({'text': line})}\n" for line in lines))
+    return DataSource(str(tmp_path / "text.jsonl"))
+
+
+def settings(text: DataSource, **changes: Any) -> Width:
+    return Width(**{"data": (text,), "num_tokens": 512, "sequence_length": 32, "intermediate_size": 32, **changes})
+
+
+def saved(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Of row ``name`` with as many heads per key-value head as any, in several files."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": GROUPS} if name in BOTH else {}
+    sizes = {FIELDS[name]: SIZE} if name in FIELDS else {}
+    model: Any = tiny_model(name, **{"vocab_size": VOCAB_SIZE, **heads, **sizes, **overrides})
+    model.to(dtype).save_pretrained(folder / name, max_shard_size="40KB")
+    tiny_tokenizer().save_pretrained(folder / name)
+    assert len(read_shards(folder / name)) > 1
+    return folder / name
+
+
+def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP, **changes: Any) -> tuple[PruningPlan, Path]:
+    """The plan as it was carried out, and its student."""
+    plan = PruningPlan(Provenance({}), 6, drop, "named by the test", width=kept_width(load_config(folder), width))
+    out = folder.parent / "student"
+    return apply_plan(folder, plan, out, width=width, **changes), out
+
+
+def outputs(name: str, layer: Any) -> tuple[Any, Any]:
+    """The maps by which MLP and attention of a layer write, by the family's own names."""
+    mlp, attention = OUTPUTS.get(name, ("mlp.down_proj", "self_attn.o_proj"))
+    mlp = f"mlp.{mlp}" if name in ("gpt_neox", "falcon") else mlp
+    return layer.get_submodule(mlp), layer.get_submodule(attention) if attention else None
+
+
+def cut(model: Any, drop: tuple[int, ...], stack: ExitStack) -> None:
+    """Let dropped layers return what they get."""
+    for layer in drop:
+
+        def back(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            return (given, *output[1:]) if isinstance(output, tuple) else given
+
+        stack.enter_context(decoder_layers(model)[layer].register_forward_hook(back, with_kwargs=True))
+
+
+def zeroed(module: Any, columns: Tensor, stack: ExitStack) -> None:
+    """Let ``module`` read zeros in ``columns``."""
+    stack.enter_context(
+        module.register_forward_pre_hook(lambda _, args: (args[0].index_fill(-1, columns, 0), *args[1:]))
+    )
+
+
+def logits(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        return model(torch.randint(0, 250, (2, 20), generator=generator), use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", [*BOTH, *CHANNELS_ONLY])
+def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
+    name: str, tmp_path: Path, text: DataSource
+) -> None:
+    folder = saved(tmp_path, name, dtype=torch.bfloat16)
+    plan, out = narrowed(folder, settings(text, kv_groups=1 if name in BOTH else None), proof="run")
+    assert plan.width is not None
+    teacher = load_model(folder, dtype="float32", attention="eager").double()
+    student: Any = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double()
+    config = text_config(student.config)
+    assert getattr(config, FIELDS.get(name, "intermediate_size")) == 32
+    with ExitStack() as stack:
+        cut(teacher, DROP, stack)
+        for place, layer in enumerate(plan.keep):
+            mlp, attention = outputs(name, decoder_layers(teacher)[layer])
+            gone = sorted({*range(SIZE)} - {*indices_of(plan.width.channels[place])})
+            assert len(gone) == SIZE - 32
+            zeroed(mlp, torch.tensor(gone), stack)
+            if plan.width.groups:
+                kept = set(indices_of(plan.width.groups[place]))
+                size = 4 // GROUPS * config.head_dim
+                columns = [size * group + k for group in {*range(GROUPS)} - kept for k in range(size)]
+                zeroed(attention, torch.tensor(columns), stack)
+        expected = logits(teacher)
+    assert torch.allclose(logits(student), expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+    if name in BOTH:
+        assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
+        assert config.head_dim == 8
+    assert len(set(plan.width.channels)) > 1, "all layers keep the same channels: the test shows little"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, text: DataSource) -> None:
+    """In float64, token by token and unit by unit, from what the maps read inside the cut model."""
+    folder, asked = saved(tmp_path, name), settings(text, kv_groups=1)
+    plan, _ = narrowed(folder, asked, proof="files")
+    assert plan.width is not None
+    model = load_model(folder, dtype="float32").double()
+    rows = calibration_rows(asked, tiny_tokenizer(), seed=0, section="prune.width")
+    read: dict[Any, list[Tensor]] = {}
+    with ExitStack() as stack, torch.no_grad():
+        cut(model, DROP, stack)
+        for layer in plan.keep:
+            for module in outputs(name, decoder_layers(model)[layer]):
+                keep = lambda own, args: read.setdefault(own, []).append(args[0])  # noqa: E731
+                stack.enter_context(module.register_forward_pre_hook(keep))
+        model(rows.input_ids_NS.long(), position_ids=rows.position_ids_NS.long(), use_cache=False)
+    for place, layer in enumerate(plan.keep):
+        for module, units, masks in zip(
+            outputs(name, decoder_layers(model)[layer]),
+            (SIZE, GROUPS),
+            (plan.width.channels, plan.width.groups),
+            strict=True,
+        ):
+            states = torch.cat(read[module]).flatten(0, -2)
+            size = states.shape[-1] // units
+            written = [
+                (states[:, u * size : (u + 1) * size] @ module.weight[:, u * size : (u + 1) * size].T).square().sum()
+                for u in range(units)
+            ]
+            order = sorted(range(units), key=lambda unit: float(written[unit].detach()), reverse=True)
+            assert sorted(order[: len(indices_of(masks[place]))]) == list(indices_of(masks[place]))
+
+
+def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: DataSource) -> None:
+    folder = saved(tmp_path, "qwen2")
+    plan, out = narrowed(folder, settings(text, intermediate_size=SIZE, kv_groups=GROUPS), (), proof="run")
+    ours, theirs = (
+        {name: tensor for shard in read_shards(own) for name, tensor in load_file(shard.file).items()}
+        for own in (out, folder)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(logits(load_model(out)), logits(load_model(folder)))
+    assert plan.width is not None
+    assert {*plan.width.channels} == {mask_of(range(SIZE))}
+    before, after = (json.loads((own / "config.json").read_text()) for own in (folder, out))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed <= {"shoal_kept_layers", "head_dim"}, "qwen2 has no head_dim unless it is set"
+
+
+def test_channels_and_groups_that_write_nothing_are_found_and_missed_by_nobody(
+    tmp_path: Path, text: DataSource
+) -> None:
+    model: Any = tiny_model("llama", vocab_size=VOCAB_SIZE, num_attention_heads=4, num_key_value_heads=GROUPS)
+    silent = {layer: torch.randperm(SIZE, generator=torch.Generator().manual_seed(layer))[:16] for layer in range(6)}
+    with torch.no_grad():
+        for layer, channels in silent.items():
+            mlp, attention = outputs("llama", decoder_layers(model)[layer])
+            mlp.weight[:, channels] = 0
+            group = layer % GROUPS
+            attention.weight[:, 16 * group : 16 * (group + 1)] = 0
+    folder = tmp_path / "llama"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    plan, out = narrowed(folder, settings(text, kv_groups=1), ())
+    assert plan.width is not None
+    for layer, channels in silent.items():
+        assert {*indices_of(plan.width.channels[layer])} == {*range(SIZE)} - {*channels.tolist()}
+        assert indices_of(plan.width.groups[layer]) == (1 - layer % GROUPS,)
+    whole, narrow = (logits(load_model(own).double()) for own in (folder, out))
+    assert torch.allclose(narrow, whole, rtol=0, atol=1e-12)
+
+
+def test_layer_by_layer_from_files_the_same_stays(tmp_path: Path, text: DataSource, caplog: Any) -> None:
+    folder = saved(tmp_path, "qwen3", dtype=torch.bfloat16)
+    whole, out = narrowed(folder, settings(text, kv_groups=1))
+    content = {name: tensor for shard in read_shards(out) for name, tensor in load_file(shard.file).items()}
+    most = measuring_size(load_model(folder), settings(text)).in_memory - 1
+    with caplog.at_level(logging.INFO):
+        streamed, _ = narrowed(folder, settings(text, kv_groups=1, memory_gb=most / 2**30))
+    assert "prune.width: layer by layer from" in caplog.text
+    assert streamed.width == whole.width
+    again = {name: tensor for shard in read_shards(out) for name, tensor in load_file(shard.file).items()}
+    assert all(torch.equal(again[name], tensor) for name, tensor in content.items())
+
+
+def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource) -> None:
+    folder, width = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(text, kv_groups=1)
+    plan, out = narrowed(folder, width)
+    before = replace(plan, width=kept_width(load_config(folder), width))
+    told, num_bytes = estimate(folder, before, out, width=width)
+    stored = sum(t.end - t.start for shard in read_shards(out) for t in shard.tensors.values())
+    assert num_bytes == stored
+    assert checkpoint_bytes(out) < checkpoint_bytes(folder)
+    assert "keeps:   32 MLP channels and 1 key-value group of every layer" in told
+    assert "width: chosen on, 512 tokens, takes about" in told
+    parameters = sum(parameter.numel() for parameter in load_model(out).parameters())
+    assert f"{parameters:,}" in told
+
+
+def test_a_student_that_lost_other_channels_is_not_let_through(
+    tmp_path: Path, text: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = apply.NarrowedTensors
+
+    def shifted(own: Any, units: Any, *rest: Any) -> Any:
+        moved = {
+            layer: {half: [(u + 1) % SIZE for u in chosen] for half, chosen in of.items()}
+            for layer, of in units.items()
+        }
+        return real(own, moved, *rest)
+
+    monkeypatch.setattr(apply, "NarrowedTensors", shifted)
+    folder = saved(tmp_path, "llama")
+    with pytest.raises(UserError, match=r"logits differ from those of the teacher .* cannot narrow the llama family"):
+        narrowed(folder, settings(text), proof="run")
+    assert not (tmp_path / "student").exists()
+
+
+def test_maps_in_another_order_than_supposed_are_refused_without_running_the_student(
+    tmp_path: Path, text: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if phi3's gate and up lay interleaved, which the layer's own run shows."""
+    monkeypatch.setattr("shoal.compress.width.narrowing.GATE_UP", "none")
+    monkeypatch.setattr(
+        "shoal.compress.width.narrowing._sizes", lambda _, half, name: [(2,)] if "gate_up" in name else [(1,)]
+    )
+    with pytest.raises(UserError, match=r"layer 0 of phi3, narrowed, gives another state than itself"):
+        narrowed(saved(tmp_path, "phi3"), settings(text), proof="files")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"intermediate_size": 24}, "24 of 48 channels would leave 24.* a multiple of 16 up to 48; give 32"),
+        ("llama", {"intermediate_size": 0.1}, "0.1 of 48 channels would leave 0, .* give 16"),
+        ("llama", {"intermediate_size": 64}, "a multiple of 16 up to 48; give 48"),
+        ("llama", {"intermediate_size": None, "kv_groups": 3}, r"3 of 2 cannot be kept .* give 1 or 2"),
+        ("mixtral", {}, "prune.width.intermediate_size: layer 0 of mixtral mixes experts"),
+        ("gpt2", {}, "config.intermediate_size of gpt2 is None"),
+        ("olmo2", {"kv_groups": 1}, r"self_attn.q_norm.weight of layer 0 of olmo2 .* leave prune.width.kv_groups out"),
+        ("gpt_neox", {"kv_groups": 1}, "its configuration ties that size to others"),
+        ("falcon", {"kv_groups": 1}, "kv_groups: 1 of 4 cannot be kept .* no setter; leave it out"),
+        ("falcon_mamba", {"intermediate_size": None, "kv_groups": 1}, "num_attention_heads of falcon_mamba is None"),
+        ("bitnet", {}, "mlp.ffn_sub_norm.weight of layer 0 of bitnet would go from"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_narrowed_is_refused_by_name(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path, text: DataSource
+) -> None:
+    with pytest.raises(UserError, match=message):
+        narrowed(saved(tmp_path, name), settings(text, **changes))
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_number_of_heads_that_the_family_does_not_allow_is_refused_with_those_it_does(
+    tmp_path: Path, text: DataSource
+) -> None:
+    folder = saved(tmp_path, "llama", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    with pytest.raises(UserError, match=r"kv_groups: 3 of 4 cannot be kept .*not a multiple.*give 1, 2 or 4"):
+        narrowed(folder, settings(text, kv_groups=3))
+
+
+def test_quantised_weights_are_refused(tmp_path: Path, text: DataSource) -> None:
+    folder = saved(tmp_path, "llama")
+    width = settings(text)
+    plan = PruningPlan(Provenance({}), 6, DROP, "test", width=kept_width(load_config(folder), width))
+    set_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(UserError, match=r"is quantised, and prune.width slices weights"):
+        apply_plan(folder, plan, tmp_path / "student", width=width, proof="files")
+
+
+def test_states_that_are_not_finite_are_refused(tmp_path: Path, text: DataSource) -> None:
+    model: Any = tiny_model("llama", vocab_size=VOCAB_SIZE)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny_tokenizer()("~")["input_ids"][-1]] = torch.inf
+    model.save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match="states of layer 0 of llama are not finite"):
+        narrowed(tmp_path / "llama", settings(text))
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"drop": [1], "width": {}}, "names nothing to narrow"),
+        ({"drop": [1], "width": {"intermediate_size": 7.5}}, "7.5 is no whole number"),
+        ({"drop": [1], "width": {"kv_groups": 1}, "compensate": "scale"}, "leave prune.compensate out"),
+        ({"width": {"kv_groups": 1}, "edits": [{"kind": "skip_mlp", "layers": [2]}]}, "leave prune.edits out"),
+        ({"width": {"kv_groups": 1}, "target": {"params": 1e6}}, "leave prune.target out"),
+        ({"drop": [1], "width": {"kv_groups": 1}, "mtp": "keep"}, "leave prune.mtp: keep out"),
+        ({"num_drop": 2, "width": {"kv_groups": 1}, "rounds": 2}, "leave prune.rounds out"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(prune: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"model": "m", "prune": prune})
+
+
+def test_masks_are_what_they_were_made_of() -> None:
+    for indices in ((), (0,), (3, 4, 1535), tuple(range(64))):
+        assert indices_of(mask_of(indices)) == indices
+    plan = PruningPlan(Provenance({}), 2, (0,), "test", width=replace(KeptWidth(intermediate_size=2), channels=("7",)))
+    assert list(plan.contradictions()) == ["width.channels.0: keeps 3, and 2 are to stay in every layer"]
+    plan = replace(plan, width=replace(KeptWidth(intermediate_size=2), channels=("3", "3")))
+    assert list(plan.contradictions()) == ["width.channels: names those of 2 layers, and 1 are kept"]
+    assert plan.sealed("x") != replace(plan, width=KeptWidth(intermediate_size=2)).sealed("x")
+
+
+def test_heads_narrower_than_states_are_not_vouched_for_in_families_that_have_none(text: DataSource) -> None:
+    verdicts = {}
+    for kind, sliding in (("llama", {}), ("qwen2", {"use_sliding_window": False, "sliding_window": None})):
+        config = tiny_config(kind, num_attention_heads=4, num_key_value_heads=GROUPS, **sliding)
+        for groups in (1, GROUPS):
+            student = student_config(config, range(5), kept_width(config, settings(text, kv_groups=groups)))
+            verdicts[kind, groups] = [verdict.loads for verdict in check_targets(student)]
+    assert verdicts["llama", 1] == verdicts["llama", GROUPS] == verdicts["qwen2", GROUPS] == ["yes"] * 3
+    assert verdicts["qwen2", 1] == ["yes", "unknown", "unknown"]
