@@ -16,6 +16,7 @@ import torch
 from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import utils
 
 from shoal.data.packing import IGNORED
 from shoal.inference.drawing import draw
@@ -239,6 +240,19 @@ def test_a_cache_of_a_fixed_size_and_compiled_steps_follow_the_weights(kind):
     assert fixed.fixed.compiles
 
 
+def test_the_room_of_a_call_does_not_follow_from_calls_before_it(student, monkeypatch):
+    """A training that goes on from a checkpoint has not made them."""
+    rooms, static_cache = [], vars(utils)["StaticCache"]
+    monkeypatch.setattr(
+        utils, "StaticCache", lambda **settings: rooms.append(settings["max_cache_len"]) or static_cache(**settings)
+    )
+    for width in (300, 5):
+        uniforms = torch.zeros(1, 4, dtype=torch.float64)
+        fixed = Fixed(compiles=False, on_cpu=True)
+        sample(student, [[5] * width], uniforms, temperature=1.0, end_ids=(), pad_id=PAD, fixed=fixed)
+    assert rooms == [512, 256]
+
+
 def test_steps_are_compiled_where_training_is():
     for compiled in (False, True):
         settings = Distill(on_policy=OnPolicy(), compile=compiled)
@@ -388,8 +402,6 @@ def test_rows_of_different_lengths_are_filled_with_a_document_that_nobody_learns
 
 def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):
     """As if on two ranks: without a process group any collective of transformers' loop fails."""
-    from transformers.generation import utils
-
     from shoal.eval.harness.engine import CausalLM
     from shoal.eval.harness.writing import Writing
 
