@@ -1,0 +1,166 @@
+"""What a reader sees first claims what tests show and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from html_page import Page
+from results import choice, evaluation, plan
+from told_report import told
+
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.eval.harness.samples import with_interval
+from shoal.eval.report.findings import Run, compare, read_run
+from shoal.eval.report.headline import facts, headline
+from shoal.eval.report.report import write_report
+from shoal.recipe.edits import SkipAttention, Swap
+
+
+def test_headline_claims_only_what_the_tests_show(report: tuple[Page, str, Path]) -> None:
+    run = read_run(report[2])
+    text = " ".join(headline(run, compare(run)))
+    assert "3 of the 8 decoder layers" in text
+    assert "Cutting made all 3 scores worse" in text
+    assert "Distilling made all 3 scores better than those of the cut model" in text
+    assert "One task is left out" in text
+
+
+def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, str, Path]) -> None:
+    run = read_run(report[2])
+    assert run.speed is not None
+    noisy = {
+        role: replace(run.speed.roles[role], decode_tokens_per_s=median, samples={"decode": samples})
+        for role, median, samples in (("teacher", 10.0, (8.0, 10.0, 16.0)), ("distilled", 12.0, (12.0, 14.0, 8.0)))
+    }
+    glance = facts(replace(run, speed=replace(run.speed, roles=noisy)))
+    assert ("1.20 ×", "decoding speed (single rounds: 0.50 to 1.50 ×)") in glance
+
+
+def test_a_change_within_its_interval_is_no_change(tmp_path: Path) -> None:
+    pruned = choice("pruned", "retrieval_continuation", "retrieval", "continuation")
+    flipped = next(i for i, item in enumerate(pruned.items) if item.score == 0)
+    items = tuple(replace(item, score=1.0) if i == flipped else item for i, item in enumerate(pruned.items))
+    for role, task in (("pruned", pruned), ("distilled", replace(pruned, items=items, score=pruned.score + 0.01))):
+        evaluation(role, tasks=(task,)).write(tmp_path / "eval" / f"{role}.json")
+    run = read_run(tmp_path)
+    text = " ".join(headline(run, compare(run)))
+    assert "no score clearly better" in text
+    assert "no clear change: retrieval (option text)" in text
+    assert "From which size on a true change, taken alone, shows four times out of five: Pruned to distilled: " in told(
+        tmp_path
+    )
+
+
+def test_worse_is_said_for_rising_nats_and_better_for_falling(report: tuple[Page, str, Path]) -> None:
+    row = next(row for row in compare(read_run(report[2])).rows if row.ability == "language")
+    assert row.differences["teacher", "pruned"].difference > 0
+    assert row.verdict("teacher", "pruned") == "worse"
+    assert row.verdict("pruned", "distilled") == "better"
+    assert "perplexity" in report[1]
+
+
+def test_headline_of_a_plan_alone(tmp_path: Path) -> None:
+    plan((2,)).write(tmp_path / "plan.json")
+    run = read_run(tmp_path)
+    assert isinstance(run, Run)
+    assert headline(run, compare(run)) == (
+        "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0).",
+        "No ability has been evaluated yet, so nothing is said here about what was lost.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("drop", "said"),
+    [
+        ((), "Edited in the model: attention of layer 3 zeroed and layer 5 swapped with donor at weight 1."),
+        (
+            (2,),
+            "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0). "
+            "Edited: attention of layer 3 zeroed and layer 5 swapped with donor at weight 1.",
+        ),
+    ],
+)
+def test_edits_are_told_without_paths(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
+    edits = (SkipAttention("skip_attention", (3,)), Swap("swap", (5,), f"{tmp_path}/donor"))
+    plan(drop, edits).write(tmp_path / "plan.json")
+    run = read_run(tmp_path)
+    assert headline(run, compare(run))[0] == said
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "attention of layer 3 zeroed" in page
+    assert ("Cut: layers" in page) == bool(drop)
+
+
+def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path: Path) -> None:
+    """Lost on 9 items and won on 1 is clear alone (p = 0.02), not among ten tasks without any change."""
+
+    def task(number: int, lost: range) -> TaskScore:
+        items = tuple(ItemScore(str(i), float(i % 4 > 0 and i not in lost), "a", "a") for i in range(200))
+        made = replace(choice("teacher", f"task_{number}", f"skill {number}", "continuation"), items=items, n=200)
+        return with_interval(replace(made, score=sum(item.score for item in items) / 200))
+
+    for count, worse, said in ((1, 1, "task 0 (option text) worse"), (10, 0, "0 of 10 scores worse")):
+        for role, lost in (("teacher", range(3, 4)), ("pruned", range(101, 112))):
+            tasks = tuple(task(number, lost if number == 0 else range(0)) for number in range(count))
+            evaluation(role, tasks).write(tmp_path / "eval" / f"{role}.json")
+        text = told(tmp_path)
+        assert f"Cutting made {said}" in text
+        assert text.count("▼ worse") == worse
+
+
+def test_a_teacher_with_few_items_is_not_said_to_be_at_chance(tmp_path: Path) -> None:
+    """Two right of four against a chance of 25 % is anything between 15 % and 85 %; 25 of 100 is a guesser."""
+
+    def task(name: str, right: int, n: int) -> TaskScore:
+        items = tuple(ItemScore(str(i), float(i < right), "a", "a") for i in range(n))
+        made = replace(choice("teacher", name, "knowledge", "continuation"), items=items, n=n, score=right / n)
+        return with_interval(made)
+
+    evaluation("teacher", (task("few", 2, 4), task("many", 25, 100))).write(tmp_path / "eval/teacher.json")
+    text = told(tmp_path)
+    at_chance, unknown = text.split("**At chance from the start.**")[1].split("**Not shown to be above chance.**")
+    assert "many (option text)" in at_chance
+    assert "few (option text)" not in at_chance
+    assert "Neither is it on few (option text), but with so few items it may be well above it" in unknown
+    assert "left out of these sentences" not in text, "with the teacher alone there are none"
+
+
+@pytest.mark.slow
+def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(
+    quickstart: tuple[Page, str, Path],
+) -> None:
+    opening = quickstart[1].split("\n## ")[0].replace("\\", "")
+    for line in (
+        "| retrieval, generated | 64 % [54, 73] | 22 % [15, 31] | 98 % [93, 99] | ▼ −42 points [−51, −31] | ▲ +76",
+        "| retrieval, option text | 98 % [93, 99] | 66 % [56, 75] | 98 % [93, 99] | ▼ −32 points",
+        "| knowledge, generated | 38 % [29, 48] | 1 % [0, 5] | 47 % [38, 57] |",
+        "| reasoning, one step, option text | 48 % [38, 58] | 35 % [26, 45] | 46 % [37, 56] |",
+        "| perplexity, running text, lower is better | 12.9 [11.6, 14.2] | 31.5 [28.3, 35.0] | 17.3 [15.8, 18.8] |",
+        "no clear change [−5, +1]",
+    ):
+        assert line in opening
+    assert "lettered options" not in opening, "the teacher is at chance there, so nothing was lost"
+    assert quickstart[0].words.index("64 %") < quickstart[0].words.index("Read with care")
+
+
+def test_a_change_is_a_number_in_the_opening_only_where_it_is_clear(tmp_path: Path) -> None:
+    """Seven of ten items changed their side, five of them for the worse: with ten items that is nothing."""
+    right = {"teacher": range(9), "pruned": range(3, 9)}
+    for role, kept in right.items():
+        items = tuple(ItemScore(str(i), float(i in kept), "a", "a") for i in range(10))
+        task = replace(choice("teacher", "retrieval_generation", "retrieval", "generation", chance=0.0), items=items)
+        task = with_interval(replace(task, n=10, score=len(kept) / 10))
+        evaluation(role, (task,)).write(tmp_path / "eval" / f"{role}.json")
+    opening = told(tmp_path).split("\n## ")[0]
+    assert "no clear change" in opening
+    assert "points" not in opening
+
+
+def test_one_way_of_asking_is_enough_where_all_keep_the_same(tmp_path: Path) -> None:
+    for role in ("teacher", "pruned"):
+        tasks = [choice(role, f"retrieval_{n}pairs_continuation", "retrieval", "continuation") for n in (5, 10, 20)]
+        same = tuple(replace(task, items=tasks[0].items, score=tasks[0].score) for task in tasks)
+        evaluation(role, same).write(tmp_path / "eval" / f"{role}.json")
+    opening = told(tmp_path).split("\n## ")[0]
+    assert opening.count("| retrieval, ") == 1

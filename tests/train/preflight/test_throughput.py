@@ -1,0 +1,92 @@
+"""Operations of a token, and steps that are tried to time them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from jobs import LENGTH, dropping, job_of, spec_of
+from tiny import NUM_LAYERS, VOCAB_SIZE
+
+from shoal.machine import peak_memory
+from shoal.recipe.distill import Distill, Teacher
+from shoal.train.preflight import throughput
+from shoal.train.preflight.run_size import Job, job
+from shoal.train.preflight.throughput import flops_per_token
+
+
+def test_operations_per_token_follow_from_weights_and_length(tiny_job: Job) -> None:
+    matrix = 4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48
+    layer, head = 2 * matrix + 4 * 32 * LENGTH, 2 * 32 * VOCAB_SIZE
+    expected = (3 * 4 + NUM_LAYERS) * layer + 4 * head
+    for checkpointing, extra in ((False, 0), (True, 4 * layer)):
+        setting = replace(tiny_job.setting, checkpointing=checkpointing)
+        assert flops_per_token(tiny_job.student, tiny_job.teacher, setting, shared=False) == expected + extra
+    recorded = replace(tiny_job.setting, teacher="recorded")
+    found = flops_per_token(tiny_job.student, tiny_job.teacher, recorded, shared=False)
+    assert found == 3 * (4 * layer + head)
+
+
+@pytest.mark.slow
+def test_layers_whose_state_is_recorded_are_not_run() -> None:
+    def cost(teacher: Teacher, shared: int) -> float:
+        found = job_of(trainable="from_first_cut", teacher=teacher)
+        assert found.spec.shared_layers == shared
+        return found.flops_per_token
+
+    layer = 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48) + 4 * 32 * LENGTH
+    recorded, spared = Teacher(recorded="signals"), Teacher(recorded="signals", prefix=True)
+    assert cost(recorded, 0) - cost(spared, 2) == 2 * layer
+    assert cost(Teacher(), 2) - cost(spared, 2) == NUM_LAYERS * layer + 2 * 32 * VOCAB_SIZE
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
+    ballast = torch.ones(1_000_000_000, dtype=torch.uint8)  # resident here, not in the child
+    command = [sys.executable, "-c", "from shoal.machine import peak_memory; print(peak_memory())"]
+    child = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak_memory() > len(ballast) > child
+
+
+@pytest.mark.slow
+def test_the_probe_steps_the_optimizer_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    wired, wire = list[Any](), throughput.wire
+    monkeypatch.setattr(throughput, "wire", lambda *given: wired.append(wire(*given)) or wired[-1])
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: steps.append("SGD"))
+    settings = Distill(sequence_length=16, trainer={"optim": "sgd", "per_device_train_batch_size": 1})
+    spec = spec_of(settings, dropping(2), student_layers=NUM_LAYERS - 1)
+    throughput.probe(spec, job(spec).setting)
+    assert steps == ["SGD", "SGD"]
+    assert "forward" not in vars(wired[0].objective.student), "models are themselves again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("token_s", "num_tokens"), [(0.001, 256), (0.1, 64), (3.0, 16)])
+def test_a_slow_machine_tries_a_piece_of_a_micro_batch_and_the_bound_holds(
+    monkeypatch: pytest.MonkeyPatch, token_s: float, num_tokens: int
+) -> None:
+    clock = [0.0]
+
+    @contextmanager
+    def slow(*_: Any, **__: Any) -> Iterator[Any]:
+        def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            clock[0] += token_s * batch["input_ids"].numel()
+            return torch.zeros((), requires_grad=True) + 1.0
+
+        yield step
+
+    monkeypatch.setattr(throughput, "now", lambda _: clock[0])
+    monkeypatch.setattr(throughput, "_step", slow)
+    tried = job_of(sequence_length=128, trainer={"per_device_train_batch_size": 2})
+    spec = spec_of(Distill(sequence_length=128), dropping(), student_layers=NUM_LAYERS)
+    found = throughput.probe(spec, tried.setting)
+    assert clock[0] <= max(throughput.PROBE_S, token_s * throughput.FIRST_TOKENS)
+    assert found.num_tokens == num_tokens
+    assert found.tokens_per_s == pytest.approx(1 / token_s)

@@ -1,0 +1,89 @@
+"""What `shoal distill --dry-run` tells."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import CUT, LENGTH, spec_of
+
+from shoal.cli import run_verb
+from shoal.recipe.distill import Distill, LocalHeal, OnPolicy
+from shoal.train import dry_run as report
+from shoal.train.student.control import control_spec
+
+
+@pytest.mark.slow
+def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
+    spec = spec_of(Distill(sequence_length=LENGTH, trainable="from_first_cut"), CUT, student_layers=4)
+    plain, told = (
+        report.dry_run(spec, tmp_path / "run", control=control, try_it=False) for control in (None, control_spec(spec))
+    )
+    assert "control" not in plain
+    (line,) = (line for line in told.splitlines() if line.startswith("control: "))
+    assert "trained on the same rows, 6 layers, 0.0 million weights trained: 1." in line
+    assert line.endswith(("GB at the peak of a rank (fits, scoring)", "GB at the peak of a rank (fits)"))
+    assert "control/checkpoints/ " in told
+    assert "control/distilled/ " in told
+    assert "control/text/ " not in told
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(20.1, "20.1 s"), (600, "10 min"), (7300, "2.03 h")])
+def test_a_duration_is_told_in_a_unit_that_it_fills(seconds: float, text: str) -> None:
+    assert report._duration(seconds) == text
+
+
+@pytest.mark.slow
+def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Distill(
+        sequence_length=LENGTH,
+        trainable="from_first_cut",
+        on_policy=OnPolicy(new_tokens=8),
+        local=LocalHeal(),
+        precision="bfloat16",
+    )
+    told = report.dry_run(spec_of(settings, CUT, student_layers=4), tmp_path / "run")
+    for words in (
+        "student: 4 layers",
+        "teacher: 6 layers",
+        "ZeRO 3 ",
+        "this recipe",
+        "measured here on micro-batches of the real objective",
+        "weights once, which are frozen",
+        "the lowest layer is run once for both",  # the local stage trains the other one below the cut
+        "8 samples of 32 tokens are written at one time",
+        "distill.local comes first",
+        "recorded signals of these tokens would take",
+        "MB more (64 bytes a token)",
+        "cheapest setting that fits",
+    ):
+        assert words in told, words
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {folders[0]}\nrun_dir: {tmp_path}/run\nprune: {{drop: [2, 4]}}\n"
+        "distill: {sequence_length: 64, num_ranks: 3, batch_size: 6, lora: {rank: 2}, trainable: near_gaps,\n"
+        "          teacher: {recorded: signals, prefix: true}}\n"
+    )
+    assert run_verb("distill", str(file), [], dry_run=True) == 0
+    told = capsys.readouterr().out
+    assert "step:    3 rank(s) x 1 micro-batch(es) x 2 row(s) x 64 tokens" in told
+    assert "weights, recorded, not loaded\n" in told
+    assert "the lowest layer is not run, the state above is recorded" in told
+    assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
+    assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
