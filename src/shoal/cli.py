@@ -235,6 +235,8 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
         read_deepspeed(distill.deepspeed)
         if distill.writing.backend == "vllm" and any(source.path == TEACHER_TEXT for source in distill.data):
             check_vllm("distill.writing.backend")
+    if verb == "record" and recipe.record.engine == "vllm":
+        check_vllm("record.backend")
     if verb in ("quantize", "run") and quantize is not None:
         for role, setting in SETTINGS.items():
             if (format := quantize.format_of(role)) is not None:

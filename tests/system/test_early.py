@@ -23,6 +23,7 @@ REFUSED = (
     ("run quantize.format=int8 quantize.teacher_format=nf4", "quantize.teacher_format: nf4 is made and loaded by bit"),
     ("eval eval.tasks=[knowlege]", "eval.tasks: 'knowlege' is no task, neither of shoal nor of lm-eval; did you mean"),
     ("eval eval.backend=vllm", "eval.backend: vllm is not installed here; install it, or use backend: transformers"),
+    ("record record.backend=vllm", "record.backend: vllm is not installed here; install it, or use backend"),
 )
 PROGRAM = """
 import sys

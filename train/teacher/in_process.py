@@ -6,17 +6,15 @@ interface whose answers are those of transformers.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
 from shoal.errors import UserError
+from shoal.inference.vllm import check_vllm, vllm_dtype, vllm_engine, vllm_version
 from shoal.models.anatomy import text_config
-from shoal.models.load import Checkpoint, loaded_dtype
+from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Record
-from shoal.runtime import world_size
 
 from .prompt_scores import Answer
 from .server import SPARE_POSITIONS
@@ -37,16 +35,7 @@ class VllmEngine:
 
     def __init__(self, record: Record, teacher: Checkpoint, *, length: int) -> None:
         self.place = "record.backend: vllm"
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                f"{self.place} is not installed here; install it, use backend: transformers, or start its server and "
-                "name it in record.server"
-            )
-        if world_size() > 1:
-            raise UserError(
-                f"{self.place} manages its own processes and cannot record on {world_size()} ranks; run `shoal record` "
-                "without a launcher, or start its server and name it in record.server"
-            )
+        check_vllm("record.backend")
         longest = getattr(text_config(teacher.config), "max_position_embeddings", None)
         if longest is not None and longest < length + SPARE_POSITIONS:
             raise UserError(
@@ -54,21 +43,13 @@ class VllmEngine:
                 f"{length + SPARE_POSITIONS}; lower distill.sequence_length"
             )
         self._teacher, self._top_k, self._length = teacher, record.top_k, length
-        version = importlib.metadata.version("vllm")
-        self.about: dict[str, Any] = {"engine": "vllm", "version": version, "dtype": self._dtype}
-
-    @property
-    def _dtype(self) -> str:
-        return str(loaded_dtype(self._teacher.config, self._teacher.load.dtype)).removeprefix("torch.")
+        self.about: dict[str, Any] = {"engine": "vllm", "version": vllm_version(), "dtype": vllm_dtype(teacher)}
 
     @cached_property
     def _llm(self) -> Any:
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
-
-        return LLM(
-            model=str(self._teacher.folder),
-            dtype=self._dtype,
-            trust_remote_code=self._teacher.load.trust_remote_code,
+        return vllm_engine(
+            self._teacher,
+            seed=0,  # nothing of what is drawn is read
             max_logprobs=self._top_k,
             max_model_len=self._length + SPARE_POSITIONS,
             max_num_batched_tokens=TOKENS_AT_ONCE,

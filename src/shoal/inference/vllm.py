@@ -16,11 +16,12 @@ ON_RANKS = {
     "eval.backend": "run `shoal eval` without a launcher",
     "distill.writing.backend": "write once with distill.num_ranks=1 and a distill.writing.folder, which every later "
     "run reads",
+    "record.backend": "run `shoal record` without a launcher, or start vLLM's server and name it in record.server",
 }
 """Setting that asks for vLLM -> what to do instead on several ranks."""
 
 
-def check_vllm(setting: Literal["eval.backend", "distill.writing.backend"]) -> None:
+def check_vllm(setting: Literal["eval.backend", "distill.writing.backend", "record.backend"]) -> None:
     """Refuse vLLM where it cannot run, before models are loaded. ``setting`` asks for it.
 
     Raises:
@@ -48,9 +49,9 @@ def vllm_dtype(checkpoint: Checkpoint) -> str:
     return str(loaded_dtype(checkpoint.config, checkpoint.load.dtype)).removeprefix("torch.")
 
 
-def vllm_engine(checkpoint: Checkpoint, *, seed: int) -> Any:
-    """A vllm.LLM of ``checkpoint``. vLLM takes "auto" of a float32 checkpoint for float16, so it is told the
-    precision."""
+def vllm_engine(checkpoint: Checkpoint, *, seed: int, **settings: Any) -> Any:
+    """A vllm.LLM of ``checkpoint``, with further ``settings`` of it. vLLM takes "auto" of a float32 checkpoint for
+    float16, so it is told the precision."""
     from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     return LLM(
@@ -58,4 +59,5 @@ def vllm_engine(checkpoint: Checkpoint, *, seed: int) -> Any:
         dtype=vllm_dtype(checkpoint),
         trust_remote_code=checkpoint.load.trust_remote_code,
         seed=seed,
+        **settings,
     )

@@ -144,13 +144,13 @@ def test_vllm_here_records_what_its_server_does(teacher, server, tmp_path, monke
 
 
 def test_vllm_that_is_not_there_or_meets_several_ranks_or_long_rows_is_refused(teacher, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"record\.backend: vllm is not installed here.* name it in record\.server"):
+    with pytest.raises(UserError, match=r"record\.backend: vllm is not installed here; install it, or use backend"):
         record(teacher, tmp_path / "signals", settings(None))
     vllm_stand_in.install(monkeypatch)
-    monkeypatch.setattr("shoal.train.teacher.in_process.world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"cannot record on 2 ranks; run `shoal record` without a launcher"):
+    monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"cannot be run by 2 ranks; run `shoal record` without a launcher"):
         record(teacher, tmp_path / "signals", settings(None))
-    monkeypatch.setattr("shoal.train.teacher.in_process.world_size", lambda: 1)
+    monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 1)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: VERSION)
     short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=S + 1)
     with pytest.raises(UserError, match=r"takes the 13 positions of .* and a row of 12 needs 14; lower distill\.seq"):
