@@ -116,7 +116,7 @@ def _training_text(run: Run) -> list[_Text]:
 
 def _calibration_text(run: Run) -> list[_Text]:
     if run.plan is not None and run.plan.width is not None:
-        return [_Text(run.plan.text, "the choice of channels", "the text of prune.width", "Channels were chosen on")]
+        return [_Text(run.plan.text, "calibration", "the text of prune.width", "Channels were chosen on")]
     if run.plan is None or not any(gap.is_closed for gap in run.plan.gaps):
         return []
     settings = ((run.recipe or {}).get("prune") or {}).get("compensate") or {}

@@ -224,8 +224,8 @@ def spoil(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Change the last bytes of tensor ``name`` after the copy was compared with its source."""
     compare = apply.compare_shards
 
-    def compare_then_spoil(shards: Any, folder: Path) -> None:
-        compare(shards, folder)
+    def compare_then_spoil(shards: Any, folder: Path, changed: Any) -> None:
+        compare(shards, folder, changed)
         for shard in read_shards(folder):
             if name in shard.tensors:
                 content = bytearray(shard.file.read_bytes())

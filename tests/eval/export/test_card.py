@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from results import SKILL, evaluation, plan, training, write_formed, write_quickstart, write_run
 
+from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.eval.export.card import model_card
 from shoal.recipe.edits import SkipMlp, Swap
@@ -261,6 +262,11 @@ def test_card_tells_edits_and_no_path_of_a_donor(tmp_path: Path) -> None:
     assert "Edited: layer 5 swapped with donor at weight 1" in card
     assert "Dropped layers" not in card
     assert str(tmp_path) not in card
+
+
+def test_card_tells_how_narrow_layers_are(tmp_path: Path) -> None:
+    replace(plan(()), width=KeptWidth(intermediate_size=1152)).write(tmp_path / "plan.json")
+    assert "Narrowed: 1,152 MLP channels of every layer stay" in model_card(tmp_path)
 
 
 def test_card_needs_a_plan(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from results import (
 from told_report import told
 
 from shoal.artifacts.artifact import ClosedGap, PruningPlan
+from shoal.artifacts.width import KeptWidth
 from shoal.eval.report.cautions import cautions_section
 from shoal.eval.report.findings import Comparison, Run, compare, read_run
 
@@ -111,6 +112,10 @@ def test_overlap_of_compensation_and_evaluation_is_a_caution(tmp_path: Path, tex
     assert ("of compensation and evaluation" in after or "twins in compensation text" in after) == (said is not None)
     replace(compensated(text), gaps=()).write(tmp_path / "plan.json")
     assert said is None or said not in told(tmp_path), "what stayed open was not fitted to any text"
+    replace(compensated(text), gaps=(), width=KeptWidth(kv_groups=1)).write(tmp_path / "plan.json")
+    wide = told(tmp_path)
+    assert ("of calibration and evaluation" in wide or "twins in calibration text" in wide) == (said is not None)
+    assert ("the text of prune.width" in wide) == (said is not None and "the text of" in said)
 
 
 def test_a_plan_without_a_word_on_its_compensations_text_is_not_trusted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from results import choice, evaluation, plan
 from told_report import told
 
 from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.width import KeptWidth
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.findings import Run, compare, read_run
 from shoal.eval.report.headline import facts, headline
@@ -90,6 +91,19 @@ def test_edits_are_told_without_paths(tmp_path: Path, drop: tuple[int, ...], sai
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "attention of layer 3 zeroed" in page
     assert ("Cut: layers" in page) == bool(drop)
+
+
+@pytest.mark.parametrize(("drop", "said"), [((), "Narrowed in the model: "), ((2,), "counted from 0). Narrowed: ")])
+def test_narrowed_layers_are_told(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
+    width = KeptWidth(intermediate_size=1152, kv_groups=1)
+    replace(plan(drop), width=width, text={"sources": {"my.jsonl": {}}}).write(tmp_path / "plan.json")
+    run = read_run(tmp_path)
+    first = headline(run, compare(run))[0]
+    assert first.endswith(f"{said}1,152 MLP channels and 1 key-value group of every layer kept.")
+    assert ("cut out" in first) == bool(drop)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Narrowed: 1,152 MLP channels and 1 key-value group of every layer stay." in page
+    assert "MLP channels in every layer" in page
 
 
 def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path: Path) -> None:
