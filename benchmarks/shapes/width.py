@@ -126,7 +126,7 @@ def of_choices(
 
     yield "by what they write", masked([indices_of(mask) for mask in plan.width.channels])
     means = mean_sizes(teacher, own, arguments.calibration)
-    norms = [torch.linalg.vector_norm(reader(teacher, own, layer).weight, dim=0) for layer in own.maps]
+    norms = [torch.linalg.vector_norm(reader(teacher, own, layer).weight.detach(), dim=0) for layer in own.maps]
     for name, scores in (
         ("by Minitron's score", means),
         ("by that, times the norm of the column", [mean * norm for mean, norm in zip(means, norms, strict=True)]),
