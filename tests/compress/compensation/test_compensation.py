@@ -268,8 +268,8 @@ def test_one_sink_does_not_prove_a_wrong_fold() -> None:
     expected[0, 0] *= 1e5
     change, wrong = torch.full_like(expected, 0.05), expected.clone()
     wrong[0, 1:] += 0.05
-    assert fold._same(expected + 1e-4 * change, expected, change)
-    assert not fold._same(wrong, expected, change)
+    assert fold.same_states(expected + 1e-4 * change, expected, change)
+    assert not fold.same_states(wrong, expected, change)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "mpt"])  # the last two take no positions
