@@ -352,6 +352,13 @@ def pack(
         without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
         if folder is not None and num_rows is not None:
             write_rows(folder, rows, num_rows, sequence_length, without=without)
+            for name, (source, _) in zip(names, sources, strict=True):
+                if source.has_images and not counts[name]["documents"]:
+                    raise UserError(
+                        f"data {name!r}: its share of {num_rows} rows is less than the {rows_per_step} of an optimizer "
+                        "step, which hold images all or none, so none would be learnt; raise its weight or num_tokens, "
+                        "or lower batch_size"
+                    )
             write_json(folder / COUNTS, counts)
             return read_rows(folder)
         planes = collect(rows, num_rows, sequence_length, without=without)

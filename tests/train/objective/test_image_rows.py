@@ -271,3 +271,30 @@ def test_images_longer_than_a_row_are_dropped_and_counted(gemma3: tuple[Any, Any
     assert {*rows.images_N.tolist()} == {0, 1}
     assert rows.counts[source.path]["dropped"] == 1
     assert rows.counts[source.path]["truncated"] == 0
+
+
+@pytest.mark.parametrize("named_first", ["images", "text"])
+def test_a_share_of_images_that_fills_no_step_is_refused(
+    named_first: str, gemma3: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """Else the whole training would be on text, and say nothing of it."""
+    processor, config = gemma3
+    source = dataclasses.replace(questions(tmp_path), weight=0.05)
+    reader = ImageReader(processor, config, training_images([source]))
+    both: list[Any] = [(source, reader.rows[source]), (TrainingSource("text"), ["some words of text " * 9] * 40)]
+
+    def rows(per_step: int) -> PackedRows:
+        return pack(
+            both if named_first == "images" else both[::-1],
+            processor.tokenizer,
+            sequence_length=LENGTH,
+            num_tokens=16 * LENGTH,
+            seed=0,
+            encode_image=reader.tokens,
+            rows_per_step=per_step,
+            folder=tmp_path,
+        )
+
+    assert rows(1).images_N is not None
+    with pytest.raises(UserError, match=r"rows.jsonl': its share of 16 rows is less than the 8 of an optimizer step"):
+        rows(8)
