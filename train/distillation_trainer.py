@@ -38,7 +38,7 @@ from .objective.host_batch import stacked
 from .objective.mixed_documents import warn_of_mixed_documents
 from .objective.objective import output_head
 from .objective_trainer import ObjectiveTrainer
-from .student.known_cut import Drop, known_plan, refuse_other_layers
+from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
 from .student.lora import adapted_modules, merge_adapters, refuse_untrainable
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
@@ -288,7 +288,8 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
                 f"{num_layers} layers the student lacks; give them, such as drop=plan.drop"
             )
         # nobody reads more of them than how many there are
-        plan = PruningPlan(Provenance({}), num_layers, tuple(range(kept, num_layers)), reason="not known")
+        gone, width = tuple(range(kept, num_layers)), known_width(model, teacher or model)
+        plan = PruningPlan(Provenance({}), num_layers, gone, reason="not known", width=width)
     spec = train_spec(original, student, plan, section, Record(), Ranks.here())
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")

@@ -17,15 +17,13 @@ from transformers import PreTrainedConfig
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.formatting import listed
-from shoal.models.anatomy import text_config
+from shoal.models.anatomy import CHANNELS, text_config
 from shoal.recipe.prune import Width
 
 MULTIPLE = 128
 """Channels that kernels work on at once."""
 BLOCK = 256
 """Channels that llama.cpp's K-quants scale together."""
-CHANNELS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
-"""Fields that say how many channels every MLP has, by family."""
 
 
 def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:

@@ -5,6 +5,7 @@ Covers: shoal.train.student.known_cut.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -448,6 +449,27 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     again = trained(str(tmp_path / "out/checkpoint-3"))
     assert curve(again) == curve(whole)
     assert curve(again, "on_policy/horizon") == curve(whole, "on_policy/horizon")
+
+
+@pytest.mark.parametrize("drop", [DROP, ()])
+@pytest.mark.parametrize("says_which", [True, False])
+@pytest.mark.parametrize("fewer", [{"intermediate_size": 16}, {"num_attention_heads": 2, "num_key_value_heads": 1}])
+def test_narrower_layers_are_the_teachers_in_no_place(
+    fewer: dict[str, int], says_which: bool, drop: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Under ZeRO 3 weights are empty where the trainer is made, and cannot tell it."""
+    cut, teacher = models()
+    kept = [layer for layer in range(6) if layer not in drop]
+    config = copy.deepcopy(cut.config)
+    config.update({**fewer, "head_dim": cut.config.head_dim, "num_hidden_layers": len(kept)})
+    setattr(config, KEPT_LAYERS, kept if says_which else None)
+    student = AutoModelForCausalLM.from_config(config)
+    trainer = trainer_of(
+        tmp_path, student, teacher, trained_by={"max_steps": 2}, trainable="from_first_cut", drop=drop or None
+    )
+    assert (trainer.spec.frozen_layers, trainer.spec.trained.layers) == (0, tuple(range(len(kept))))
+    trainer.train()
+    assert len(curve(trainer)) == 2
 
 
 def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:

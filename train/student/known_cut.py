@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
+from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.models.anatomy import CHANNELS, anatomy, decoder_layers, text_config
 from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
 
 Drop = Collection[int] | PruningPlan
@@ -20,8 +22,8 @@ Drop = Collection[int] | PruningPlan
 def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | None) -> PruningPlan | None:
     """The plan that leads from ``teacher`` to ``student``: ``drop``, or what the student's configuration says.
 
-    What makes up for dropped layers is that of a plan that says so, else what the configuration says. None = neither
-    tells which layers are gone.
+    What makes up for dropped layers, and how wide layers are, is that of a plan that says so, else what the
+    configuration says. None = neither tells which layers are gone.
 
     Raises:
         UserError: layers that are none, or do not lead to the student.
@@ -46,7 +48,26 @@ def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | 
             f"drop: is {list(plan.drop)}, and by its configuration the student lacks {list(known)}; leave drop out, or "
             "give the student that was cut so"
         )
-    return plan if plan.gaps else replace(plan, gaps=_closed_gaps(student, teacher, plan.drop))
+    plan = plan if plan.gaps else replace(plan, gaps=_closed_gaps(student, teacher, plan.drop))
+    return plan if plan.width else replace(plan, width=known_width(student, teacher))
+
+
+def known_width(student: PreTrainedModel, teacher: PreTrainedModel) -> KeptWidth | None:
+    """How wide the layers of the student are by its configuration, where the teacher's have another width. Weights are
+    not looked at: sharded ones are empty."""
+    ours, theirs = text_config(student.config), text_config(teacher.config)
+    channels = next((field for field in CHANNELS if isinstance(getattr(ours, field, None), int)), None)
+    narrower = None if channels is None else _other(getattr(ours, channels), getattr(theirs, channels, None))
+    groups = _other(*(_groups(config) for config in (ours, theirs)))
+    return None if (narrower, groups) == (None, None) else KeptWidth(narrower, groups)
+
+
+def _groups(config: Any) -> int | None:
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+
+
+def _other(own: int | None, teachers: int | None) -> int | None:
+    return None if own == teachers else own
 
 
 def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_layers: int) -> None:

@@ -25,6 +25,8 @@ FINAL_NORMS = (
     "embedding_norm",  # LFM2 norms its output with it, not the embeddings
 )
 """Names of the norm between the last layer and the head, by family; it stands beside the list of layers."""
+CHANNELS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
+"""Fields of a configuration that say how many channels every MLP has, by family."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from shoal.errors import UserError
 from shoal.recipe import distill, evaluate, measure, prune, remembered, search, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
+from shoal.recipe.losses import looks_into_attention
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import Prune
@@ -242,6 +243,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "
             "teacher has nothing; choose another trainable, or set eval.control: false"
         )
+    width, relations = recipe.prune.width, [term for term in recipe.distill.losses if looks_into_attention(term)]
+    if width is not None and width.kv_groups is not None and relations:
+        yield (
+            f"distill.losses: {relations[0].kind} compares heads with those of the teacher, and prune.width.kv_groups "
+            "takes some away; leave one of them out"
+        )
+    if recipe.distill.local is not None and recipe.prune.drop == () and not (recipe.prune.edits or recipe.search):
+        yield "distill.local: heals gaps between layers, and prune.drop: [] leaves none; leave it out"
     if recipe.search is not None:
         yield from search.contradictions(recipe.search, recipe.distill.trainer)
     if recipe.prune.rounds > 1:

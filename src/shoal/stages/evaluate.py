@@ -194,7 +194,8 @@ def evaluate(run: Run) -> None:
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     prune = run.recipe.prune
-    if list(folders) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.target or prune.edits):
+    changes = (prune.drop, prune.num_drop, prune.ratio, prune.target, prune.edits, prune.width)
+    if list(folders) == ["teacher"] and any(changes):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     if run.recipe.quantize and not folders.keys() & set(QUANTIZED):
         log.warning("eval: there are no quantised copies (quantize) in %s yet; `shoal quantize` makes them", run.dir)

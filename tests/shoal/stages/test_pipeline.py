@@ -362,6 +362,9 @@ def test_evaluating_before_the_cut_says_that_only_the_teacher_is_scored(
     evaluate.evaluate(run)
     assert f"{run.dir}/student does not exist: only the teacher is scored; `shoal prune` makes it" in caplog.text
     caplog.clear()
+    evaluate.evaluate(make_run(prune={"drop": [], "width": {"kv_groups": 1}}))
+    assert "only the teacher is scored" in caplog.text
+    caplog.clear()
     evaluate.evaluate(make_run(prune={}))
     pruning.prune(run)
     evaluate.evaluate(run)
