@@ -37,7 +37,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path)
     """A folder with recordings `all`, `0` and `1` of one teacher, and the settings."""
     folder = tmp_path_factory.mktemp("recorded")
     both = settings(folder)
-    path = recipe(folder / "by", teacher, cut, **both)
+    path = recipe(folder / "by", teacher, cut, **both, teacher={"recorded": [str(folder / name) for name in "01"]})
     for name, own in {"all": "null", "0": "0", "1": "1"}.items():
         finished(run(path, f"record.folder={folder / name}", f"record.teacher={own}", verb="record"))
     return folder, both
@@ -73,9 +73,9 @@ def test_another_teacher_for_one_source_changes_what_is_learnt_of_that_source(
 ):
     folder, both = recorded
     other = tiny_checkpoint(tmp_path / "other", "llama", seed=1, num_hidden_layers=4)
-    path = write_recipe(tmp_path / "by", other, **both)
-    finished(run(path, f"record.folder={tmp_path / '1'}", "record.teacher=1", verb="record"))
     teachers = {"recorded": [str(folder / "0"), str(tmp_path / "1")]}
+    path = write_recipe(tmp_path / "by", other, **both, teacher=teachers)
+    finished(run(path, f"record.folder={tmp_path / '1'}", "record.teacher=1", verb="record"))
     mixed = finished(run(recipe(tmp_path / "mixed", teacher, cut, **both, teacher=teachers)))
     first = [next(row for row in trial.training.history if "loss" in row) for trial in (mixed, several)]
     assert first[0].get("forward_kl_1") == first[1].get("forward_kl_1")

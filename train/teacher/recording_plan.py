@@ -72,8 +72,10 @@ def recording_inputs(
     return {
         "model": model,
         "tokenizer": tokenizer_fingerprint(teacher.folder),
-        # an engine has its own of both
-        **(settings.engine_inputs or {"dtype": teacher.load.dtype, "attention": teacher.load.attention}),
+        **settings.engine_inputs,
+        # a server has its own of both, vLLM its own attention
+        **({} if settings.engine == "server" else {"dtype": teacher.load.dtype}),
+        **({} if settings.engine_inputs else {"attention": teacher.load.attention}),
         "sequence_length": sequence_length,
         **shaping(settings, Shapes.SIGNALS, "record."),
         **({} if prefix is None else {PREFIX: f"{prefix} layers"}),

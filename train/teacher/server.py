@@ -154,7 +154,7 @@ class ServerEngine:
             except httpx2.TransportError as error:
                 problem = f"cannot be reached ({type(error).__name__}: {error})"
                 continue
-            except ValueError as error:
+            except (ValueError, httpx2.DecodingError) as error:
                 raise UserError(f"{self.place}: answers {path} with what is no JSON ({error})") from error
             problem = f"answers {path} with HTTP {answer.status_code}: {self._said(answer)}"
             if answer.status_code < 500 and answer.status_code not in BUSY:
@@ -187,5 +187,10 @@ def _key(settings: Server) -> str | None:
     if not key:
         raise UserError(
             f"{PLACE}.api_key_env: {settings.api_key_env} is not set; export the server's key under this name"
+        )
+    if not (key.isascii() and key.isprintable()) or key != key.strip():  # what refuses it later would print it
+        raise UserError(
+            f"{PLACE}.api_key_env: {settings.api_key_env} holds what no header can: blanks or line ends around the "
+            "key, or letters beyond ASCII; export the key alone"
         )
     return key

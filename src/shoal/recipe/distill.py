@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field
 
@@ -256,10 +255,16 @@ class Server(Section):
     """Further tries, a second, two, four, ... later, where it does not answer, is busy (HTTP 429) or fails (5xx)."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("url must be an address such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
+        from httpx2 import URL, InvalidURL  # which will be asked, and is stricter than urllib; no other recipe needs it
+
+        must_be = "url must be an address such as http://127.0.0.1:8000/v1"
+        try:
+            url = URL(self.url)
+        except InvalidURL as error:
+            raise ValueError(must_be) from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(must_be)
+        if url.userinfo or url.query or url.fragment:
             raise ValueError("url must be the address alone; name the variable that holds a key in api_key_env")
 
 
@@ -511,6 +516,11 @@ def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
 def _of_teachers(distill: Distill) -> Iterator[str]:
     """Of several recordings: every one is for some source, and all that is asked of them lies in each."""
     recordings, named = distill.teacher.recordings, {source.teacher for source in distill.data}
+    if not recordings and any(named):
+        yield (
+            f"distill.data: a source names teacher {max(named)}, and all learn from the recipe's model; list in "
+            "distill.teacher.recorded the folders that `shoal record` writes of every teacher, or leave it out"
+        )
     if len(recordings) < 2:
         return
     for number in sorted(named - set(range(len(recordings)))):

@@ -455,6 +455,8 @@ SERVED = [
     ),
     ("record: {server: {url: 'http://me:letmein@h/v1'}}", r"url must be the address alone; name .* in api_key_env"),
     ("record: {server: {url: 'http://h/v1?a=b'}}", r"url must be the address alone"),
+    ("record: {server: {url: 'http://h:port/v1'}}", r"url must be an address such as http://127\.0\.0\.1:8000/v1"),
+    ("record: {server: {url: 'http://10.0.0.300/v1'}}", r"url must be an address such as"),
     ("record: {server: {url: 'h:8000/v1'}}", r"url must be an address such as http://127\.0\.0\.1:8000/v1"),
     (
         f"record: {{{SERVER}}}\ndistill: {{teacher: {{server: true}}, "
@@ -469,6 +471,10 @@ SERVED = [
         r"distill\.teacher\.prefix: the states of one teacher are none of another's; leave it out\n"
         r"distill\.data_policy: by_damage shares rows after a cut of one teacher; set fixed, or record one teacher\n"
         r"distill\.losses: hidden_states reads the states of one teacher; take it out, or record one teacher",
+    ),
+    (
+        "distill: {data: [{path: a, teacher: 1}, {path: b}]}",
+        r"distill\.data: a source names teacher 1, and all learn from the recipe's model; list in distill",
     ),
     (
         "distill: {data: [{path: a, teacher: 2}, {path: b, teacher: 1}, {path: c}], teacher: {recorded: [a, b]}}",

@@ -380,7 +380,7 @@ def test_a_recording_that_was_killed_goes_on_at_the_next_shard(teacher, tmp_path
 
     done: list[range] = []
     original = stage._record_shard
-    monkeypatch.setattr(stage, "_record_shard", lambda *args: (done.append(args[2]), original(*args))[1])
+    monkeypatch.setattr(stage, "_record_shard", lambda *args, **how: (done.append(args[2]), original(*args, **how))[1])
     record(teacher, tmp_path / "signals")
     assert done == [range(3, 6), range(6, 8)]
     assert shards(tmp_path / "signals") == shards(tmp_path / "whole")

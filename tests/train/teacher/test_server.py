@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 import vllm_stand_in
 from packed_rows import packed
-from prompt_server import NAME, VERSION, PromptServer, serving
+from prompt_server import NAME, VERSION, Answer, PromptServer, serving
 from tiny import VOCAB_SIZE, tiny_checkpoint
 from torch import Tensor
 
@@ -141,6 +142,10 @@ def test_vllm_here_records_what_its_server_does(teacher, server, tmp_path, monke
     engine = RecordingManifest.read(tmp_path / "here" / RecordingManifest.FILE).engine
     assert engine is not None
     assert (engine["engine"], engine["version"], engine["dtype"]) == ("vllm", VERSION, "float32")
+    other = Checkpoint.read(teacher, LoadSettings(dtype="bfloat16"))
+    inputs = recording_inputs(settings(None), other, model="teacher", sequence_length=S)
+    with pytest.raises(UserError, match="another run: dtype is 'bfloat16' in this recipe but 'float32' there"):
+        RecordingReader(tmp_path / "here", rows(), inputs=inputs, rows_from=ROWS_FROM)
 
 
 def test_vllm_that_is_not_there_or_meets_several_ranks_or_long_rows_is_refused(teacher, tmp_path, monkeypatch):
@@ -353,6 +358,24 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(teacher, server,
         assert key not in caplog.text
         assert not any(key.encode() in content for content in written)
     assert json.loads((tmp_path / "signals" / "recording.json").read_text())["engine"]["url"] == server.url
+
+
+@pytest.mark.parametrize("key", ["letmein-0123456789\r", "letmein-0123456789 ", "letmein-é"])
+def test_a_key_that_no_header_can_hold_is_refused_without_being_told(teacher, server, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("MY_TEACHER", key)
+    with pytest.raises(UserError, match=r"record\.server\.api_key_env: MY_TEACHER holds what no header can") as refused:
+        record(teacher, tmp_path / "signals", settings(server, api_key_env="MY_TEACHER"))
+    assert "letmein" not in str(refused.value)
+
+
+def test_an_answer_that_is_not_encoded_as_it_says_is_refused(teacher, server, tmp_path, monkeypatch):
+    def end_headers(answer: Answer) -> None:
+        answer.send_header("Content-Encoding", "gzip")
+        BaseHTTPRequestHandler.end_headers(answer)
+
+    monkeypatch.setattr(Answer, "end_headers", end_headers)
+    with pytest.raises(UserError, match=r"answers /models with what is no JSON \(.*decompressing"):
+        record(teacher, tmp_path / "signals", settings(server))
 
 
 # --- the whole teacher --------------------------------------------------------------------------------------------
