@@ -42,13 +42,13 @@ def teacher_texts(
     if not wants_teacher_text(settings.data):
         return ()
     known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
-    if by_vllm := settings.writing.backend == "vllm":
-        check_vllm("distill.writing.backend")
-        if teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
-            known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16
+    by_vllm = settings.writing.backend == "vllm"
+    if by_vllm and teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
+        known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16
 
     def load_writer() -> Writer:
         if by_vllm:
+            check_vllm("distill.writing.backend")  # what is written already is read without it, and by all ranks
             return vllm_writer(teacher, tokenizer, settings.writing, seed=seed)
         # a copy of the teacher of its own, freed before training
         writer = teacher.model(device=device())

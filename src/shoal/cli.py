@@ -234,7 +234,9 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     if verb in ("record", "distill", "run"):
         read_deepspeed(distill.deepspeed)
         if distill.writing.backend == "vllm" and any(source.path == TEACHER_TEXT for source in distill.data):
-            check_vllm("distill.writing.backend")
+            texts = Path(distill.writing.folder or f"{recipe.run_dir}/text").expanduser()
+            if not any(texts.glob("written-*")):  # which are read without it, if they are the recipe's
+                check_vllm("distill.writing.backend")
     if verb == "record" and recipe.record.engine == "vllm":
         check_vllm("record.backend")
     if verb in ("quantize", "run") and quantize is not None:

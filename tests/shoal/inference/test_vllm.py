@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_checkpoint
 from vllm_stand_in import LLM, install
 
+from shoal.cli import _refuse_early
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm
 from shoal.models.load import Checkpoint, LoadSettings
@@ -47,6 +48,23 @@ def test_text_is_written_in_the_precision_that_it_is_known_by(
     assert engine.dtype == (stored if dtype == "stored" else torch.bfloat16)
     # "stored" names the text of a bfloat16 checkpoint as ever; of a float32 one it named what float16 had written
     assert known_by == ("float32" if (stored, dtype) == (torch.float32, "stored") else dtype)
+
+
+@pytest.mark.slow
+def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        install(there)
+        written(tmp_path, torch.float32, "bfloat16")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 2)
+    written(tmp_path, torch.float32, "bfloat16")
+    distill = {"data": ["python_docs", "teacher_text"], "writing": {"backend": "vllm"}}
+    settings = {"model": str(tmp_path / "model"), "distill": distill}
+    _refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"^distill\.writing\.backend: vllm is not installed here"):
+        _refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path / "run")}))
 
 
 @pytest.mark.parametrize(
