@@ -156,8 +156,9 @@ def _data(spec: TrainSpec, run_dir: Path) -> list[str]:
     return [f"data: {', '.join(shares)}, {how}"]
 
 
-def _rows(now: Setting) -> list[tuple[str, Setting]]:
+def _rows(job: Job) -> list[tuple[str, Setting]]:
     """Settings worth a line of the table."""
+    now = job.setting
     plain = replace(now, offload_optimizer=False, offload_parameters=False)
     rows = [(f"ZeRO {stage}", replace(plain, stage=stage)) for stage in (0, 1, 2, 3)]
     if now.device != "cpu":
@@ -167,14 +168,14 @@ def _rows(now: Setting) -> list[tuple[str, Setting]]:
     rows.append(("this recipe", now))
     other = "without" if now.checkpointing else "with"
     rows.append((f"  {other} checkpointing", replace(now, checkpointing=not now.checkpointing)))
-    if now.teacher == "live":
+    if now.teacher == "live" and job.spec.is_recordable:
         rows.append(("  teacher recorded", replace(now, teacher="recorded")))
     return rows
 
 
 def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
     cells: list[tuple[str, ...]] = [(f"memory of one rank, GB ({job.setting.ranks} in all)", *COLUMNS, "")]
-    for title, setting in _rows(job.setting):
+    for title, setting in _rows(job):
         row = replace(job, setting=setting)
         needed, verdict = row.memory, _verdict(row, device_free, host_free)
         cells.append((title, *(f"{getattr(needed, column) / 1e9:.2f}" for column in COLUMNS), verdict))
@@ -294,7 +295,7 @@ def _disk(job: Job, control: Job | None, run_dir: Path) -> tuple[list[str], int]
     recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"
     lines = [
         f"disk: {parts} ({saved}); {bytes_text(free)} free{verdict}",
-        *([] if job.setting.teacher == "none" else [recorded]),
+        *([recorded] if job.setting.teacher != "none" and job.spec.is_recordable else []),
     ]
     return lines, needed
 

@@ -213,7 +213,7 @@ def proposals(job: Job) -> Iterator[Setting]:
     slow = [micro for micro in splits if micro not in quick]
     teachers: tuple[TeacherPlace, ...] = (now.teacher,)
     if now.teacher == "live":
-        teachers = ("live", "offloaded", "recorded")
+        teachers = ("live", "offloaded", "recorded") if job.spec.is_recordable else ("live", "offloaded")
     on_device = replace(now, offload_optimizer=False, offload_parameters=False)
     for teacher, micros in itertools.product(teachers, (quick, slow)):
         for checkpointing, place, micro in itertools.product((False, True), PLACES, micros):

@@ -15,7 +15,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint, loaded_dtype
 from shoal.recipe.distill import Distill, Record
-from shoal.recipe.losses import needs_teacher, reads_distributions
+from shoal.recipe.losses import looks_into_attention, needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
 
 from ..engine.arguments import DeepSpeed, batch_split, deepspeed_config
@@ -87,6 +87,11 @@ class TrainSpec:
     def runs_teacher(self) -> bool:
         """Whether the teacher is loaded."""
         return self.teacher_place in ("live", "offloaded")
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether recorded signals could take a live teacher's place: they tell nothing of images, nor of attention."""
+        return not (self.settings.has_images or any(map(looks_into_attention, self.settings.losses)))
 
     @property
     def teacher_dtype(self) -> torch.dtype:
