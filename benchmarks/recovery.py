@@ -217,8 +217,9 @@ def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
     abilities = shares.get("abilities", rest * 10 / 17)
     weights = {path: shares["general"] * share for path, share in general.items()}
     weights |= {"teacher_text": shares["written"], "instructions": rest - abilities, "ability_texts": abilities}
-    of_states = ["hidden_states"] if arm == "multi_scale" else []
-    loss_of = {path: ["forward_kl" if path in general else "cross_entropy", *of_states] for path in weights}
+    # losses inside the layers are for all text; of the head's two, each source has its own
+    inside = [loss["kind"] for loss in ARMS[arm].get("losses", ()) if loss not in (*TEACHER, *CROSS_ENTROPY)]
+    loss_of = {path: ["forward_kl" if path in general else "cross_entropy", *inside] for path in weights}
     return [
         {"path": path, "weight": round(weight, 4), **({"losses": loss_of[path]} if "by_source" in ARMS[arm] else {})}
         for path, weight in weights.items()

@@ -63,9 +63,9 @@ def measure_width(
                 for half, name in own.maps[layer].items():
                     add = partial(_add, sums_UKK, half, own.counts[half][0])
                     stack.enter_context(module.get_submodule(name).register_forward_pre_hook(add))
-                for index, (one, before) in enumerate(waiting):  # one after the other: states take most of the memory
-                    after_BSD = source.layerwise.run(layer, before.load(), one.calls[layer])
-                    waiting[index] = one, source.store.keep(after_BSD)
+                for index, (batch, before) in enumerate(waiting):  # one at a time: states take most of the memory
+                    after_BSD = source.layerwise.run(layer, before.load(), batch.calls[layer])
+                    waiting[index] = batch, source.store.keep(after_BSD)
             chosen[layer] = {
                 half: _largest(source, layer, module.get_submodule(own.maps[layer][half]), found, own.counts[half][1])
                 for half, found in sums_UKK.items()
