@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import NATS_PER_TOKEN, ItemScore, TaskScore
+from shoal.artifacts.artifact import ItemScore, TaskScore
 from shoal.data.image_rows import Asked, ImageReader, image_rows_fingerprint, load_image_rows, on_device
 from shoal.models.load import load_processor
 from shoal.progress import each
@@ -17,7 +16,7 @@ from shoal.recipe.section import ImageRows
 from shoal.runtime import together
 
 from .engine import CausalLM
-from .samples import with_interval
+from .samples import likelihood_score
 
 
 def image_answers(lm: CausalLM, model: PreTrainedModel, settings: ImageRows) -> TaskScore:
@@ -38,29 +37,16 @@ def image_answers(lm: CausalLM, model: PreTrainedModel, settings: ImageRows) -> 
     for number in each([own[index] for index in unknown], "eval: images", unit="rows"):
         lm.items.add([keys[number]], [_nats(model, reader.asked(rows[number]))])
     answers = {number: lm.items[key] for number, key in keys.items()}
-    found = {number: answer for part in together(lambda: answers) for number, answer in part.items()}
-    items = tuple(
-        ItemScore(ids[number], found[number][0] / found[number][1], weight=found[number][1])
-        for number in range(len(rows))
-    )
-    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
-    return with_interval(
-        TaskScore(
-            task="images",
-            ability="images",
-            protocol="worked",
-            metric=NATS_PER_TOKEN,
-            score=mean,
-            ci_low=mean,
-            ci_high=mean,
-            n=len(items),
-            chance=0.0,
-            higher_is_better=False,
-            version="1.0",
-            num_fewshot=0,
-            items=items,
-            prompts=image_rows_fingerprint(rows),
-        )
+    totals = {number: answer for part in together(lambda: answers) for number, answer in part.items()}
+    ordered = [totals[number] for number in range(len(rows))]
+    items = tuple(ItemScore(ids[number], nats / tokens, weight=tokens) for number, (nats, tokens) in enumerate(ordered))
+    return likelihood_score(
+        items,
+        task="images",
+        ability="images",
+        protocol="worked",
+        version="1.0",
+        prompts=image_rows_fingerprint(rows),
     )
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +25,7 @@ from shoal.recipe.section import DataSource
 from shoal.runtime import together
 
 from .engine import CausalLM, prefix_token
-from .samples import with_interval
+from .samples import likelihood_score
 
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer puts into a token on average; how much text is read to have enough of it."""
@@ -77,23 +76,13 @@ def perplexity(lm: CausalLM, settings: Tasks, *, cut_by: PreTrainedTokenizerBase
         ItemScore(window.id, totals.get(window.id, 0.0) / window.weight / unit, weight=window.weight)
         for window in all_windows
     )
-    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
-    return with_interval(
-        TaskScore(
-            task="perplexity",
-            ability="language",
-            protocol="rolling",
-            metric=NATS_PER_TOKEN if cut_by is None else BITS_PER_BYTE,
-            score=mean,
-            ci_low=mean,
-            ci_high=mean,
-            n=len(items),
-            chance=0.0,
-            higher_is_better=False,
-            version=f"1.0, windows of {settings.sequence_length} tokens",
-            num_fewshot=0,
-            items=items,
-        )
+    return likelihood_score(
+        items,
+        task="perplexity",
+        ability="language",
+        protocol="rolling",
+        version=f"1.0, windows of {settings.sequence_length} tokens",
+        metric=NATS_PER_TOKEN if cut_by is None else BITS_PER_BYTE,
     )
 
 
