@@ -7,7 +7,8 @@ Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, 
 are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
 trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. Arms are ranked by the mean
 over twin, out and public. Equal wall time: an arm's tokens per second are measured in a short run first, and its
-budget set so that its schedule ends when the time does; an arm whose teacher writes has that much less time to train.
+budget set so that its schedule ends when the time does; an arm whose teacher writes, or that heals layer by layer
+first, has that much less time to train.
 What is there is not done again, so a broken run goes on.
 
 General text is what every machine has (documentation, docstrings, readmes), or that of --general. From the first cut
@@ -178,12 +179,13 @@ def cut_of(arguments: argparse.Namespace) -> str:
 def budget(arm: str, arguments: argparse.Namespace) -> int:
     """Tokens that the arm trains on in the time given, by a short run's steps but the first.
 
-    What the teacher writes is timed as the difference to a second run, which finds it written.
+    What the teacher writes and the local heal are timed as the difference to a second run, which finds or leaves them.
     """
     row_tokens = 2 * 512
+    local = ARMS[arm].get("local") is not None
     probes = [
         arguments.out / "probe" / cut_of(arguments) / name
-        for name in ((arm, f"{arm}-again") if writes(arm) else (arm,))
+        for name in ((arm, f"{arm}-again") if writes(arm) or local else (arm,))
     ]
     walls = [probe / "wall_s" for probe in probes]
     for probe, wall in zip(probes, walls, strict=True):
@@ -191,14 +193,15 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
         if not wall.exists():
             run_shoal("prune", file)
             began = time.monotonic()
-            run_shoal("distill", file, "distill.local=null")
+            run_shoal("distill", file, *(["distill.local=null"] if probe is not probes[0] else []))
             wall.write_text(str(time.monotonic() - began))
     seconds = [row["seconds"] for row in Training.read(probes[-1] / Training.FILE).history]
     token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
+    before = float(walls[0].read_text()) - float(walls[-1].read_text())  # 0 of an arm with one run
     if writes(arm):
-        first, again = (float(wall.read_text()) for wall in walls)
-        token_s += WRITTEN_SHARE * (first - again) / LEAST_WRITTEN
-    return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
+        token_s += WRITTEN_SHARE * before / LEAST_WRITTEN
+    left = arguments.seconds - (before if local else 0.0)
+    return max(row_tokens, math.floor(left / token_s / row_tokens) * row_tokens)
 
 
 def writes(arm: str) -> bool:

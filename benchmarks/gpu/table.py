@@ -140,10 +140,16 @@ def _about(result: Row) -> str:
 def _table(group: str, found: Sequence[Row], rows: Sequence[Row], peak: float | None) -> str:
     if group == "sweep":
         cells = [
-            [r["size"], f"{r['loop_seconds']:.2f}", f"{r['seconds']:.2f}", f"{r['times_faster']:.2f}", r["equal_texts"]]
+            [
+                r["size"],
+                *(f"{r[name]:.2f}" for name in ("loop_seconds", "unrecorded_seconds", "seconds", "times_faster")),
+                "yes" if r["recorded"] else "no",
+                r["equal_texts"],
+            ]
             for r in found
         ]
-        return _cells(["size", "loop over cut models, s", "together, s", "times as fast", "equal texts"], cells)
+        columns = ["loop over cut models, s", "together, rows that grow, s", "together, s", "times as fast"]
+        return _cells(["size", *columns, "recorded", "equal texts"], cells)
     if group == "tests":
         return "\n".join(f"{row['summary']} (exit code {row['exit_code']})" for row in found)
     if group == "losses":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tiny import NUM_LAYERS
 
 from shoal.compress.variants.variants import INTACT, variant, without
 from shoal.inference.prefix_sharing import Tokens
 from shoal.recipe.edits import REMOVED, LayerEdit
+
+VARIED: dict[str, Any] = {"initializer_range": 0.3}
+"""At which greedy text varies and equal texts mean something."""
 
 
 def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tokens]]:
@@ -22,6 +27,16 @@ def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tok
         context = tokens(4 + 5 * number)
         found += [(context, tokens(length)) for length in (1, 3, 3, 6)]
     return [*found, ((256,), tokens(20)), ((256,), tokens(9))]
+
+
+def prompts(*, shared: int, count: int = 4, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(0, 250, (length,), generator=generator).tolist()
+
+    beginning = tokens(shared)
+    return [[*beginning, *tokens(2 + 4 * number)] for number in range(count)]
 
 
 VARIANTS = [

@@ -3,9 +3,10 @@
 What transformers' generate does, as lm-eval's class calls it: every prompt is read whole, examples included, and padded
 to the longest of its batch; every new token copies all keys and values of all rows to put its own behind them; a row
 that is finished is written on until the last one is. Here beginnings that prompts share are read once
-(prefix_sharing.py),
-new keys and values go into room that is kept behind the old ones, and rows leave the batch as soon as they are
-finished. What stays is what a token needs: the weights once per step for all rows, and each row's keys and values.
+(prefix_sharing.py), new keys and values go into room that is kept behind the old ones, and rows leave the batch as soon
+as they are finished. What stays is what a token needs: the weights once per step for all rows, and each row's keys and
+values. On a CUDA GPU, where small steps wait for the host, they are recorded once and started whole (fixed_rows.py);
+then rows leave when half of them are finished.
 
 Held at one time are the keys and values of at most 2 x batch size rows (beginnings and texts under way), each as long
 as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice.
@@ -26,15 +27,18 @@ from transformers.cache_utils import DynamicLayer
 
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.drawing import Choose, likeliest
+from shoal.inference.fixed_rows import FixedRows
 from shoal.inference.prefix_sharing import Reader, Start
 
 ROOM = 64
 """New positions for which a cache is enlarged at one time."""
+WORTH_FIXING = 16
+"""Tokens that are left to be written, at least, for steps to be recorded."""
 
 
 @dataclass
 class Texts:
-    """Texts under way, all at the same step: what each row has cached, and the tokens it has not been through yet."""
+    """Texts under way, with what each row has cached, and the tokens it has not been through yet."""
 
     cache: DynamicCache
     mask_BS: Tensor
@@ -64,7 +68,7 @@ def write_after(
     if start is None:
         start = Reader(decoder, ()).start([tuple(prompt) for prompt in prompts], [0] * len(prompts))
     texts = Texts(
-        decoder.new_cache() if start.cache is None else start.cache,
+        decoder.text_cache() if start.cache is None else start.cache,
         start.mask,
         start.ids_BS,
         start.positions_BS,
@@ -89,13 +93,13 @@ def write(
     ``before_step`` is told which texts the rows of the next forward belong to.
     """
     texts.cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in texts.cache.layers]
+    fixed: FixedRows | None = None
     while texts.alive:
-        before_step(texts.alive)
-        last_1S = torch.arange(texts.ids_BS.shape[1], device=decoder.device).unsqueeze(0) == texts.ids_BS.shape[1] - 1
-        hidden_BSD = decoder.hidden(
-            texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache, answer_BS=last_1S
-        )
-        logits_BV = decoder.logits(hidden_BSD[:, -1])  # rows end together
+        if fixed is None:
+            before_step(texts.alive)
+            logits_BV = _forward(decoder, texts)
+        else:
+            logits_BV = fixed.logits(texts.ids_BS[:, 0])
         token_B = choose(logits_BV, texts.alive, len(texts.written[texts.alive[0]]))
         kept = []
         for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
@@ -103,15 +107,33 @@ def write(
             if not is_finished(texts.written[text]) and len(texts.written[text]) < max_new_tokens:
                 kept.append(row)
         position_B = texts.positions_BS[:, -1]
+        left = max_new_tokens - min((len(texts.written[texts.alive[row]]) for row in kept), default=max_new_tokens)
         if len(kept) < len(texts.alive):
             texts.alive = [texts.alive[row] for row in kept]
             if not kept:
                 break
             rows = torch.tensor(kept, device=decoder.device)
-            texts.cache, texts.mask_BS = branched(texts.cache, rows), texts.mask_BS[rows]
-            token_B, position_B = token_B[rows], position_B[rows]
+            token_B, position_B, texts.mask_BS = token_B[rows], position_B[rows], texts.mask_BS[rows]
+            if fixed is not None:
+                fixed.keep(rows)
+                rows = fixed.rows_N
+            # rows that are done take time too, but so does another recording
+            if fixed is None or (2 * len(kept) <= fixed.num_rows and left >= WORTH_FIXING):
+                texts.cache, fixed = branched(texts.cache, rows), None
         texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
         texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
+        if fixed is None and decoder.has_fixed_rows and left >= WORTH_FIXING:
+            before_step(texts.alive)
+            fixed = FixedRows(decoder, texts.cache, texts.mask_BS, texts.positions_BS[:, 0], left)
+
+
+def _forward(decoder: Decoder, texts: Texts) -> Tensor:
+    """fp32 logits (B, V) of what comes after the new tokens."""
+    last_1S = torch.arange(texts.ids_BS.shape[1], device=decoder.device).unsqueeze(0) == texts.ids_BS.shape[1] - 1
+    hidden_BSD = decoder.hidden(
+        texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache, answer_BS=last_1S
+    )
+    return decoder.logits(hidden_BSD[:, -1])  # rows end together
 
 
 class RoomyLayer(DynamicLayer):

@@ -96,10 +96,10 @@ class Reader:
             ]
 
     def _resumed(self, beginnings: Sequence[Tokens], cached: Sequence[int]) -> DynamicCache | None:
-        """A cache of the model's own kind with the first ``cached`` tokens of each beginning, ending together."""
+        """A cache to write in with the first ``cached`` tokens of each beginning, ending together."""
         if not any(cached):
             return None
-        cache = self._decoder.new_cache()
+        cache = self._decoder.text_cache()
         for number in range(len(cache.layers)):
             slots = [self._slots[beginning][number] if beginning else None for beginning in beginnings]
             some = next((slot for slot in slots if slot is not None), None)

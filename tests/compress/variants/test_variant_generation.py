@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from tiny import KINDS, NUM_LAYERS, tiny_model
+from variant_cases import VARIED, prompts
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants import variant_generation
@@ -28,19 +28,7 @@ VARIANTS = [
     variant("mlp", [(4, LayerEdit("mlp")), (1, LayerEdit("attention"))]),
     variant("heads", [(5, LayerEdit("head", (1, 2))), (3, LayerEdit("head", (0,)))]),
 ]
-VARIED: dict[str, Any] = {"initializer_range": 0.3}
-"""At which greedy text varies and equal texts mean something."""
 LIMITS = Limits(12, lambda tokens: tokens[-1] % 17 == 0)
-
-
-def prompts(*, shared: int, count: int = 4, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(length: int) -> list[int]:
-        return torch.randint(0, 250, (length,), generator=generator).tolist()
-
-    beginning = tokens(shared)
-    return [[*beginning, *tokens(2 + 4 * number)] for number in range(count)]
 
 
 def alone(edited: Edited, asked: Sequence[list[int]], one: Variant) -> list[list[int]]:
