@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.artifacts.importance import Estimate
 from shoal.compress.sweeps.table import sweep_table
 from shoal.eval.harness.rates import rate_difference, with_rates

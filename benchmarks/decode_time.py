@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from shoal.artifacts.artifact import Provenance, Speed
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.speed import Speed
 from shoal.compress.goals import TeacherTime, goals_of
 from shoal.compress.layer_sizes import LayerSizes, layer_sizes
 from shoal.compress.surgery.cut_model import cut_model

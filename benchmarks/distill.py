@@ -58,7 +58,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainingArguments, trainer
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
 from shoal.cli import run_verb
 from shoal.compress.surgery.cut_model import cut_model

@@ -54,7 +54,8 @@ from typing import Any
 
 from side_by_side import run_shoal, write_recipe
 
-from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore, Training
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.training import Training
 from shoal.eval.compare.means import HEADLINE, Scores, even_weights, summed_change
 from shoal.stats.paired import form_gap, interval, no_retention, paired
 from shoal.task_words import COLUMNS

@@ -13,8 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Atlas, Estimate, Sweep, SweepColumn
+from shoal.artifacts.importance import Atlas, Estimate, Importance, Sweep, SweepColumn
 
 Row = tuple[str, str, str]
 """Claim, verdict, statistic."""

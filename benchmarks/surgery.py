@@ -28,7 +28,8 @@ from typing import Any
 from side_by_side import in_a_process, rotated, write_large
 from transformers import LlamaConfig
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.machine import peak_memory

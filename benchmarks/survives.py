@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from side_by_side import write_recipe, write_tiny
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 
 STEPS = 40
 MOMENTS = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.atomic_files import fingerprint, write_json
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
 from shoal.machine import available_memory, free_disk
 from shoal.models.anatomy import text_config

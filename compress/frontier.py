@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from shoal.artifacts.artifact import Importance
 from shoal.artifacts.heads import Heads
-from shoal.artifacts.importance import SweepColumn
+from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.formatting import aligned, bytes_text
 from shoal.recipe.prune import Prune
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scores:
-    """The measured part of shoal.artifacts.artifact.Importance; a lower score means: remove first."""
+    """The measured part of shoal.artifacts.importance.Importance; a lower score means: remove first."""
 
     num_layers: int
     num_tokens: int

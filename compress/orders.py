@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Removal, SweepColumn
+from shoal.artifacts.importance import Importance, Removal, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp
 

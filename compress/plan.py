@@ -8,9 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.artifacts.artifact import Importance
 from shoal.artifacts.heads import Heads
-from shoal.artifacts.importance import SweepColumn
+from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Edits, edited_layers, in_words, removed_layers
 from shoal.recipe.prune import Prune

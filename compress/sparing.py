@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import SweepColumn
+from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.prune import Prune
 

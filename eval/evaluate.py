@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import MODEL, QUANTIZED, Evaluation, Json, Provenance, TaskScore
+from shoal.artifacts.artifact import Json, Provenance
+from shoal.artifacts.evaluation import MODEL, QUANTIZED, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in

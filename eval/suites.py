@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from shoal.artifacts.artifact import Evaluation
+from shoal.artifacts.evaluation import Evaluation
 from shoal.formatting import duration_text, listed
 
 from .harness.writing import NEW_TOKENS

@@ -16,7 +16,8 @@ from torch.utils.data import Sampler as RowSampler
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.packing import PackedRows
 from shoal.data.sources import pack

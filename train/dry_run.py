@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shoal.artifacts.artifact import CONTROL
+from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.shares import Shares
 from shoal.data.sources import source_names
 from shoal.errors import UserError

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal.artifacts.artifact import Provenance, Training
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data.packing import PackedRows
 from shoal.machine import peak_memory

@@ -27,7 +27,8 @@ from transformers.utils import import_utils
 
 from benchmarks.gpu.cases import Case, Size, recipe_of
 from benchmarks.side_by_side import Clock, timed, write_byte_tokenizer
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.targets.check import student_config
 from shoal.compress.variants.variant_generation import Limits, generate_variants

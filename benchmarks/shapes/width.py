@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import run_shoal, write_recipe
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import indices_of
 from shoal.compress.apply import calibration_rows
 from shoal.compress.width.narrowing import Narrowing, Units, narrowing

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shoal.artifacts.artifact import ClosedGap
+from shoal.artifacts.plan import ClosedGap
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.formatting import layers_text

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config

@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Removal
 from shoal.errors import UserError
 from shoal.recipe.edits import REMOVED, Component, ComponentPart, LayerEdit

@@ -9,7 +9,8 @@ from typing import get_args
 
 from torch import Tensor
 
-from shoal.artifacts.artifact import Json, Provenance, Quantized
+from shoal.artifacts.artifact import Json, Provenance
+from shoal.artifacts.evaluation import Quantized
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import checkpoint_bytes, copy_beside, model_fingerprint
 from shoal.models.load import Checkpoint, has_no_text_model

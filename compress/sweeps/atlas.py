@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, TaskScore
+from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, TaskScore
 from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Component

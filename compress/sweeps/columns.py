@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Removal, SweepColumn
+from shoal.artifacts.importance import Importance, Removal, SweepColumn
 from shoal.errors import UserError
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.artifacts.artifact import Importance, Provenance
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import DepthUse, Diagnostics, Moved, RoleUse, TaskUse
-from shoal.artifacts.importance import Estimate, SweepColumn
+from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.errors import UserError
 from shoal.stats.bootstrap import bias_corrected, effective_n, expanded_percentiles, resampled_means
 from shoal.stats.intervals import Array

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Estimate, SweepColumn
+from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import Edits, in_words
 from shoal.stats.intervals import Array, combined

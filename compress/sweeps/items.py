@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import write_json
 from shoal.errors import UserError
 from shoal.stats.intervals import Array

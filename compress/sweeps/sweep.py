@@ -22,7 +22,7 @@ import torch
 from lm_eval.models.utils import resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.inference.prefix_sharing import Tokens

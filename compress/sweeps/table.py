@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Component

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import BITS_PER_BYTE, MODEL, QUANTIZED, ROLES, Evaluation, Speed, SpeedScore, TaskScore
+from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, QUANTIZED, ROLES, Evaluation, TaskScore
 from shoal.artifacts.search import PERPLEXITY
+from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.formatting import listed
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 

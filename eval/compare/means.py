@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.artifacts.search import Interval
 from shoal.stats.intervals import Array, combined
 from shoal.stats.paired import paired

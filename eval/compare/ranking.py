@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Evaluation, TaskScore
+from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, Evaluation, TaskScore
 from shoal.artifacts.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
 from shoal.errors import UserError
 from shoal.stats.paired import Retention, no_retention, retention

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.search import Interval
 from shoal.stats.intervals import Array
 from shoal.stats.paired import form_gap, no_retention, share_items

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty

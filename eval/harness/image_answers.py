@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.data.image_rows import Asked, ImageReader, image_rows_fingerprint, load_image_rows, on_device
 from shoal.models.load import load_processor
 from shoal.progress import each

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import BITS_PER_BYTE, NATS_PER_TOKEN, ItemScore, TaskScore
+from shoal.artifacts.evaluation import BITS_PER_BYTE, NATS_PER_TOKEN, ItemScore, TaskScore
 from shoal.data.sources import first_tokens, load_texts
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from shoal.abilities.matching import letter_pattern
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.search import Interval
 from shoal.data.repetition import ends_in_loop
 from shoal.stats.intervals import Array, wilson

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.recipe.evaluate import Samples
 from shoal.stats.paired import is_binary
 from shoal.stats.pass_at import with_samples

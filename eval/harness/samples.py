@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shoal.abilities.matching import MATCHING, chosen_option, states_an_answer
-from shoal.artifacts.artifact import NATS_PER_TOKEN, ItemScore, TaskScore
+from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.stats.paired import interval

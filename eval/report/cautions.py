@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, ROLES, Provenance
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
 from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
 from shoal.recipe.section import MIXED, TEACHER_TEXT

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from shoal.artifacts.artifact import ROLES, Artifact, Json
+from shoal.artifacts.artifact import Artifact, Json
+from shoal.artifacts.evaluation import ROLES
 from shoal.artifacts.search import SearchResult
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words

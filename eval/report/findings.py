@@ -12,26 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shoal.artifacts.artifact import (
+from shoal.artifacts.artifact import Artifact, differences
+from shoal.artifacts.depth import DepthUse
+from shoal.artifacts.draft import Drafts
+from shoal.artifacts.evaluation import (
     LIKELIHOOD_PROTOCOLS,
     MODEL,
     QUANTIZED,
     ROLES,
-    ROUND,
-    Artifact,
     Evaluation,
-    Importance,
     ItemScore,
-    PruningPlan,
     Quantized,
-    Speed,
     TaskScore,
-    Training,
-    differences,
 )
-from shoal.artifacts.depth import DepthUse
-from shoal.artifacts.draft import Drafts
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import ROUND, PruningPlan
 from shoal.artifacts.search import Interval
+from shoal.artifacts.speed import Speed
+from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.stats.paired import (
     PairedDifference,

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shoal.artifacts.artifact import ItemScore
+from shoal.artifacts.evaluation import ItemScore
 
 from .document import Flip, FlipBrowser, Flips, Paragraph, Section
 from .findings import Comparison, flipped

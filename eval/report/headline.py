@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.artifacts.artifact import QUANTIZED, ROLES, SpeedScore
+from shoal.artifacts.evaluation import QUANTIZED, ROLES
+from shoal.artifacts.speed import SpeedScore
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Evaluation
+from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.search import SearchResult
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure, read_write_figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.artifacts.artifact import ROLES, TaskScore
+from shoal.artifacts.evaluation import ROLES, TaskScore
 from shoal.formatting import interval_text, listed
 from shoal.recipe.evaluate import Samples
 from shoal.stats.paired import is_binary

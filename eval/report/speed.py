@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shoal.artifacts.artifact import CONTROL, QUANTIZED, ROLES, BatchSpeed, Speed, SpeedScore
 from shoal.artifacts.draft import MOST_DRAFTED, Acceptance, DraftText
+from shoal.artifacts.evaluation import CONTROL, QUANTIZED, ROLES
+from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.formatting import bytes_text, count_text, duration_text, interval_text, listed
 from shoal.stats.drafting import best_length, tokens_per_round
 

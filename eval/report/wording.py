@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Estimate
 from shoal.artifacts.search import Interval
 from shoal.formatting import interval_text, listed, signed

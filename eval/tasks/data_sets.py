@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from shoal.artifacts.artifact import Column
+from shoal.artifacts.evaluation import Column
 from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
 from shoal.recipe.yaml import read_yaml

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-from shoal.artifacts.artifact import Column
+from shoal.artifacts.evaluation import Column
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.recipe.evaluate import Eval, Tasks

@@ -367,7 +367,7 @@ def _dispatch(
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
-        from shoal.artifacts.artifact import PruningPlan
+        from shoal.artifacts.plan import PruningPlan
         from shoal.stages import distill, pipeline
         from shoal.stages.run import Run, locked, open_run
         from shoal.tracking.wandb_run import wandb_mode

@@ -34,7 +34,8 @@ from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model, tiny_
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from shoal import machine
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import proof

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import NUM_LAYERS, set_json, tiny_checkpoint, tiny_config
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.cli import run_verb
 from shoal.compress.dry_run import dry_run
 from shoal.compress.plan import choose_changes

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import tiny_checkpoint
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.layer_sizes import LayerSizes, layer_sizes
 from shoal.models.checkpoint_files import read_shards

@@ -16,9 +16,9 @@ import pytest
 from sweep_results import LOST, NUM_ITEMS, atlas, right, task
 from sweep_results import importance as swept_importance
 
-from shoal.artifacts.artifact import Importance, Provenance
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.heads import Heads, TaskHeads
-from shoal.artifacts.importance import Removal
+from shoal.artifacts.importance import Importance, Removal
 from shoal.compress.plan import Choice, check_choice, choose_changes, default_count
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change

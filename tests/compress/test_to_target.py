@@ -15,8 +15,8 @@ import pytest
 from sweep_results import importance as swept_importance
 from unequal_layers import LENGTH, OUTSIDE, PARAMETERS, SCORES, TOKEN_BYTES, sizes
 
-from shoal.artifacts.artifact import Importance, Provenance
-from shoal.artifacts.importance import Removal
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance, Removal
 from shoal.compress.goals import Goal, Goals, TeacherTime, goals_of
 from shoal.compress.plan import check_choice, choose_changes
 from shoal.compress.sweeps.expected_loss import is_loss, joint_change

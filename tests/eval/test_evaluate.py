@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from ranks import call_on_ranks
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.eval.evaluate import role_evaluation
 from shoal.eval.harness.engine import CausalLM

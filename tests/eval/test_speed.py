@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config, tiny_model
 
-from shoal.artifacts.artifact import Provenance, Speed
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.speed import Speed
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.eval import speed

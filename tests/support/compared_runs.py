@@ -8,17 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import (
-    Evaluation,
-    ItemScore,
-    Provenance,
-    PruningPlan,
-    Speed,
-    SpeedScore,
-    TaskScore,
-    Training,
-)
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.search import Interval
+from shoal.artifacts.speed import Speed, SpeedScore
+from shoal.artifacts.training import Training
 from shoal.eval.compare.compare import Cell
 from shoal.figures.pareto import ParetoPoint
 from shoal.stats.paired import interval

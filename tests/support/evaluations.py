@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.evaluate import evaluate
 from shoal.recipe.evaluate import Eval
 

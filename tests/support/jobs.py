@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from tiny import NUM_LAYERS, tiny_config
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Record
 from shoal.train.preflight.run_size import Job, job

@@ -9,18 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import (
-    BatchSpeed,
-    Evaluation,
-    Importance,
-    ItemScore,
-    Provenance,
-    PruningPlan,
-    Speed,
-    SpeedScore,
-    TaskScore,
-    Training,
-)
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
+from shoal.artifacts.training import Training
 from shoal.eval.harness.rates import with_rates
 from shoal.recipe.edits import Edits
 from shoal.recipe.recipe import parse_recipe

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from shoal.artifacts.artifact import Provenance, PruningPlan, Training
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.recipe.recipe import load_recipe
 from shoal.stages import distill
 from shoal.stages.run import Run, open_run

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from results import provenance
 
-from shoal.artifacts.artifact import Importance, ItemScore, TaskScore
-from shoal.artifacts.importance import Atlas, Removal, Sweep
+from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.importance import Atlas, Importance, Removal, Sweep
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.read_write import read_write_of
 from shoal.compress.sweeps.table import Measured, table_of

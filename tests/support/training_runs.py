@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 from shoal.recipe.recipe import load_recipe
 from shoal.stages.prune import prune
 from shoal.stages.run import open_run

@@ -11,7 +11,9 @@ import pytest
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Evaluation, PruningPlan, Training
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.recipe.recipe import load_recipe
 
 ANCHORS = {"anchor_qwen3_8b_drop4": ("qwen3", 36, 4), "anchor_qwen3_8b_drop8": ("qwen3", 36, 8)}

@@ -17,7 +17,8 @@ from architectures import ARCHITECTURES, NOT_CUT, tiny_config, tiny_model
 from exactness import DOCUMENT, document, document_row, documented_rows, examine, logits, outputs
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import config_cut
 from shoal.compress.surgery.cut_model import cut_model, refuse_changed_layers, skipped

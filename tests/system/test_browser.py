@@ -12,7 +12,7 @@ import pytest
 from browser import MISSING, SKIP_REASON, Browser, started_browser
 from results import SKILL, choice, evaluation, plan, write_quickstart, write_run
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.eval.report.report import write_report
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from tiny import tiny_tokenizer
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.eval.compare.comparable import TEXT_SETTINGS
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Horizon, OnPolicy

@@ -27,7 +27,10 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Evaluation, Importance, Speed, Training
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.speed import Speed
+from shoal.artifacts.training import Training
 from shoal.runtime import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 from shoal.cli import _parse
 
 ROOT = Path(__file__).parents[2]

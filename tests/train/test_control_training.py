@@ -15,7 +15,7 @@ from tiny import NUM_LAYERS, tiny_checkpoint
 from training_runs import BATCH, DROP, LENGTH, STEPS, Trial, finished, recipe, run, terminate
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 
 pytestmark = pytest.mark.slow
 

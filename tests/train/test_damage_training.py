@@ -28,8 +28,8 @@ from training_runs import (
     unfinished,
 )
 
-from shoal.artifacts.artifact import Training
 from shoal.artifacts.shares import Pilot, Shares
+from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows, read_rows
 from shoal.recipe.recipe import load_recipe
 from shoal.stages.distill import distill_dry_run

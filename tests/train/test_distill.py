@@ -11,7 +11,8 @@ from accelerate.data_loader import BatchSamplerShard
 from tiny import tiny_checkpoint, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource

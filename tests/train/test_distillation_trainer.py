@@ -25,7 +25,8 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import IGNORED, PackedRows
 from shoal.data.sources import pack

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.attention_calls import AttentionInputs

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.artifacts.artifact import ROUND
+from shoal.artifacts.plan import ROUND
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS

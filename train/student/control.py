@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.models.anatomy import text_config
 from shoal.recipe.distill import Distill
 from shoal.recipe.losses import STATE_TERMS, LossTerm

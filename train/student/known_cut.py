@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import CHANNELS, anatomy, decoder_layers, text_config

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config

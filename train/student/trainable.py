@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, text_config
 from shoal.models.load import reads_images

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.api.identity import measured_with
-from shoal.artifacts.artifact import Importance, Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.edits.apply import NOTHING_MADE, edited_student
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.api.identity import measured_with
-from shoal.artifacts.artifact import Evaluation
+from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.tables import Tabular
 from shoal.errors import UserError
 from shoal.eval.compare.means import by_task

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError

@@ -1,16 +1,18 @@
-"""What a sweep has measured: one table of components by columns for every operator, and what single layers tell.
+"""importance.json: scores of layers and of runs of them, greedy orders, and what sweeps have measured.
 
-An operator takes one component out of the intact model at a time (a layer, a half of one, a head), takes ever more
-layers out, or puts a donor's layer in; a column is one task under one protocol. Only numbers per column are kept here;
-scores per item lie beside the run's other files.
+A sweep is one table of components by columns for every operator. An operator takes one component out of the intact
+model at a time (a layer, a half of one, a head), takes ever more layers out, or puts a donor's layer in; a column is
+one task under one protocol. Only numbers per column are kept here; scores per item lie beside the run's other files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+from shoal.artifacts.artifact import Artifact
+from shoal.artifacts.tables import Tabular
 from shoal.formatting import interval_text, layers_text
 from shoal.recipe.edits import Component
 
@@ -307,3 +309,98 @@ class Atlas:
     def of(self, name: str) -> Iterator[SweepColumn]:
         """The columns that ``name`` means: a task, an ability, or `ability/protocol`."""
         return (column for column in self.columns if name in (column.task, column.ability, column.label))
+
+
+@dataclass(frozen=True)
+class Importance(Tabular, Artifact):
+    """importance.json: what every layer is worth. Higher = keep."""
+
+    FILE: ClassVar[str] = "importance.json"
+
+    num_layers: int
+    num_tokens: int
+    """Real (unpadded) tokens that were averaged over."""
+    layers: dict[str, tuple[float, ...]]
+    """Metric name -> one score per layer."""
+    runs: dict[str, tuple[tuple[float, ...], ...]]
+    """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n - 1 has num_layers - n + 1
+    entries."""
+    errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Standard errors of the scores of metrics that are estimated from samples; None = not known."""
+    orders: dict[str, tuple[Removal, ...]] = field(default_factory=dict)
+    """Greedy metric name -> what it removes, first removal first."""
+    atlas: Atlas | None = None
+    """Single layers by task and protocol; None where no task was swept."""
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    """Operator -> its table, for every operator but that of single layers."""
+    kept: tuple[int, ...] = ()
+    """The teacher's layers that the measured model has, where it is the healed student of an earlier round; layers are
+    numbered as in that model everywhere else here. Empty = it is the teacher."""
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...]:
+        """The teacher's number of every layer."""
+        return self.kept or tuple(range(self.num_layers))
+
+    def places(self, teacher_layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of ``teacher_layers`` that the measured model has, by their numbers in it."""
+        wanted = set(teacher_layers)
+        return tuple(place for place, layer in enumerate(self.teacher_layers) if layer in wanted)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error
+        of a score that is estimated, and its importance for every swept task."""
+        columns: dict[str, Mapping[int, Any]] = {name: dict(enumerate(scores)) for name, scores in self.layers.items()}
+        columns |= {f"{name}_error": dict(enumerate(errors)) for name, errors in self.errors.items()}
+        columns |= {name: dict(enumerate(scores[0])) for name, scores in self.runs.items()}
+        if self.atlas is not None:
+            sweep = self.atlas.sweep
+            layers = [unit.layers[0] for unit in sweep.units]
+            columns |= {sweep.title(of): dict(zip(layers, of.importances, strict=True)) for of in sweep.columns}
+            columns |= self._read_write_by_layer(self.atlas)
+        return [
+            {"layer": layer, **{name: values.get(place) for name, values in columns.items()}}
+            for place, layer in enumerate(self.teacher_layers)
+        ]
+
+    def _read_write_by_layer(self, atlas: Atlas) -> Iterator[tuple[str, Mapping[int, float]]]:
+        """`ability/protocol/reading`, `/writing` and `/interaction`; `task/task/hidden_writing` of two protocols."""
+        parts = atlas.read_write
+        if parts is None:
+            return
+        for column, own in zip(parts.columns, atlas.columns, strict=True):
+            for part in ("reading", "writing", "interaction"):
+                estimates = enumerate(getattr(column, part))
+                yield f"{atlas.sweep.title(own)}/{part}", {layer: one.value for layer, one in estimates}
+        for gap in parts.hidden_writing:
+            yield (
+                f"{gap.likelihood}/{gap.generation}/hidden_writing",
+                {layer: one.value for layer, one in enumerate(gap.gaps)},
+            )
+
+    def contradictions(self) -> Iterator[str]:
+        count = self.num_layers
+        if count < 1:
+            yield f"num_layers: is {count}"
+        if self.kept and (len(self.kept) != count or list(self.kept) != sorted(set(self.kept))):
+            yield f"kept: is {list(self.kept)}; it names a layer of the teacher for each of {count}, increasing"
+        for field_name in ("layers", "errors"):
+            for metric, scores in getattr(self, field_name).items():
+                if len(scores) != count:
+                    yield f"{field_name}.{metric}: has {len(scores)} scores for {count} layers"
+        for metric, rows in self.runs.items():
+            if not rows:
+                yield f"runs.{metric}: is empty"
+            for length, row in enumerate(rows, 1):
+                if len(row) != count - length + 1:
+                    wanted = f"{count - length + 1} runs of {length} layers"
+                    yield f"runs.{metric}.{length - 1}: has {len(row)} scores for {wanted}"
+        for name, order in self.orders.items():
+            yield from outside(f"orders.{name}", [step.unit for step in order], num_layers=count)
+        sweeps = {f"sweeps.{name}": sweep for name, sweep in self.sweeps.items()}
+        if self.atlas is not None:
+            sweeps["atlas.sweep"] = self.atlas.sweep
+        for place, sweep in sweeps.items():
+            yield from sweep.contradictions(place, num_layers=count)
+        if self.atlas is not None and self.atlas.read_write is not None:
+            yield from self.atlas.read_write.contradictions(self.atlas.sweep)

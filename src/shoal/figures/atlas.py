@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Agreement, Atlas, Estimate, ProtocolGap, Sweep, SweepColumn
+from shoal.artifacts.importance import Agreement, Atlas, Estimate, Importance, ProtocolGap, Sweep, SweepColumn
 from shoal.errors import UserError
 from shoal.figures.importance import number_layers, refuse_foreign
 from shoal.figures.style import (

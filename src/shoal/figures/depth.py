@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Importance, PruningPlan
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.figures.style import DROPPED, FAINT, INK, KEPT, WIDTH_INCHES, clean, figure_style, panel_grid
 from shoal.recipe.edits import insertions

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Importance
+from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.figures.style import DROPPED, KEPT, figure_style, heading, panels
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.figures.style import INK, ROLE_STYLE, clean, figure_style, legend_above, panels
 from shoal.task_words import PROTOCOLS

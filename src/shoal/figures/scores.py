@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.figures.style import INK, ROLE_STYLE, clean, figure_style, heading, legend_above, panels, short
 from shoal.task_words import task_words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.figures.style import FAINT, SERIES_COLOURS, figure_style, heading, panels, short
 from shoal.recipe.losses import KINDS

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.plan import DEFAULT_METRIC, default_count
 from shoal.compress.targets.check import student_config
 from shoal.errors import UserError

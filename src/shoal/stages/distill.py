@@ -17,8 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.abilities.forms import twin_wordings
-from shoal.artifacts.artifact import CONTROL, PruningPlan, Training, differences
+from shoal.artifacts.artifact import differences
+from shoal.artifacts.evaluation import CONTROL
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.shares import Pilot, Shares
+from shoal.artifacts.training import Training
 from shoal.data import wording
 from shoal.data.image_rows import ImageReader
 from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.artifacts.artifact import CONTROL, Evaluation, Quantized
+from shoal.artifacts.evaluation import CONTROL, Evaluation, Quantized
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, duration_text
 from shoal.machine import free_disk

@@ -13,18 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import (
-    CONTROL,
-    MODEL,
-    QUANTIZED,
-    Evaluation,
-    Provenance,
-    Quantized,
-    Speed,
-    Training,
-    differences,
-)
+from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.draft import Drafts
+from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, Evaluation, Quantized
+from shoal.artifacts.speed import Speed
+from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import (
     ImageReader,

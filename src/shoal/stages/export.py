@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shoal.artifacts.artifact import QUANTIZED, Provenance, Quantized
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import QUANTIZED, Quantized
 from shoal.atomic_files import written_folder
 from shoal.data.sources import pack
 from shoal.errors import UserError

@@ -10,10 +10,10 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import Importance, Provenance
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.heads import Heads, TaskHeads
-from shoal.artifacts.importance import Removal
+from shoal.artifacts.importance import Importance, Removal
 from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows
 from shoal.data.packing import PackedRows

@@ -13,8 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, Speed, differences
+from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.heads import Heads
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import ROUND, PruningPlan
+from shoal.artifacts.speed import Speed
 from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 
-from shoal.artifacts.artifact import Evaluation, Importance
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance
 from shoal.progress import doing
 from shoal.stages.evaluate import eval_inputs, require_models_of_this_run, roles
 from shoal.stages.export import export, export_gguf

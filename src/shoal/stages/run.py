@@ -26,24 +26,15 @@ from typing import Any, TextIO
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import (
-    CONTROL,
-    MODEL,
-    QUANTIZED,
-    ROLES,
-    Artifact,
-    Evaluation,
-    Importance,
-    PruningPlan,
-    Quantized,
-    Speed,
-    Training,
-    differences,
-    require_same_run,
-)
+from shoal.artifacts.artifact import Artifact, differences, require_same_run
 from shoal.artifacts.draft import Drafts
+from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, ROLES, Evaluation, Quantized
 from shoal.artifacts.heads import Heads
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.shares import Pilot, Shares
+from shoal.artifacts.speed import Speed
+from shoal.artifacts.training import Training
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores

@@ -14,9 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
+from shoal.artifacts.artifact import Artifact, Provenance, differences
+from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.heads import Heads
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.search import HealedPlan, SearchResult
+from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.progress import each

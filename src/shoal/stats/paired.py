@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, stats
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
 from shoal.stats.intervals import Z95, Array, combined, newcombe_paired, paired_ratio, wilson

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.artifacts.artifact import PassAt, TaskScore
+from shoal.artifacts.evaluation import PassAt, TaskScore
 from shoal.artifacts.search import Interval
 from shoal.recipe.evaluate import Samples
 from shoal.stats.intervals import wilson

@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from shoal.artifacts.artifact import ROLES, Evaluation, Importance, PruningPlan, Speed, Training
+from shoal.artifacts.evaluation import ROLES, Evaluation
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.speed import Speed
+from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.recipe.track import Track

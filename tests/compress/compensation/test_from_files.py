@@ -20,7 +20,8 @@ from packed_rows import packed
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, set_json, tiny_tokenizer
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.compensation.check import refuse_impossible_compensation

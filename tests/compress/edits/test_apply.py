@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import dry_run

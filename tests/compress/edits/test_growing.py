@@ -19,7 +19,8 @@ from torch import Tensor
 from training_runs import finished, run, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import dry_run

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.metrics.greedy import (
     greedy_order,
     half_components,

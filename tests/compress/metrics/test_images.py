@@ -16,7 +16,8 @@ import torch
 from image_models import image_rows, llava_checkpoint
 from PIL import Image
 
-from shoal.artifacts.artifact import Importance, PruningPlan
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.metrics.images import ANSWER_LOSS, INFLUENCE, image_scores
 from shoal.compress.metrics.metric import Estimates
 from shoal.compress.surgery.cut_model import cut_model

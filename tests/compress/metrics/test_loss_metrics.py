@@ -28,8 +28,8 @@ from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import Importance, Provenance
-from shoal.artifacts.importance import Removal
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance, Removal
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.loss_metrics import LOSS_METRICS, Sleb
 from shoal.compress.metrics.metric import Order

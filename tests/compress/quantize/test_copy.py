@@ -18,7 +18,7 @@ from tiny import tiny_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Quantized
+from shoal.artifacts.evaluation import Quantized
 from shoal.compress.quantize import formats
 from shoal.compress.quantize.copy import check_quantisable, quantised_copy
 from shoal.compress.quantize.formats import CALIBRATED, GROUPED, check_format, library_of

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_tokenizer
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import estimate
 from shoal.errors import UserError

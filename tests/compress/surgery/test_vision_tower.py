@@ -13,7 +13,8 @@ from architectures import CLIP, PIXTRAL, SIGLIP, tiny_config, tiny_model
 from exactness import outputs
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import estimate
 from shoal.compress.surgery.cut_model import skipped

@@ -15,7 +15,7 @@ import pytest
 from scipy import optimize, stats
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.sweeps.agreement import agreement, column_stability, jaccard, spearman
 from shoal.compress.sweeps.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
 from shoal.compress.sweeps.table import Measured, needed_items, require_items, sweep_table

@@ -15,8 +15,9 @@ import pytest
 from results import provenance
 from sweep_results import NUM_ITEMS, nats, right, task
 
-from shoal.artifacts.artifact import Importance, TaskScore
 from shoal.artifacts.depth import DepthUse
+from shoal.artifacts.evaluation import TaskScore
+from shoal.artifacts.importance import Importance
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.depth_use import SweptRole, depth_use
 from shoal.compress.sweeps.items import write_items

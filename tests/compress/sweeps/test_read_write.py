@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, READ, WROTE, importance_with_parts, tables
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import ColumnReadWrite, ReadWrite
+from shoal.artifacts.importance import ColumnReadWrite, Importance, ReadWrite
 from shoal.compress.sweeps.read_write import read_write_of
 from shoal.errors import UserError
 

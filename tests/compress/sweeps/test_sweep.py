@@ -13,7 +13,7 @@ from evaluations import assert_same
 from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module

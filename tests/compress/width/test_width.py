@@ -21,7 +21,8 @@ from tiny import VOCAB_SIZE, set_json, tiny_config, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import KeptWidth, indices_of, mask_of
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan, calibration_rows

@@ -13,7 +13,8 @@ import torch
 import yaml
 from tiny import merging_tokenizer, set_json, tiny_checkpoint, tiny_model
 
-from shoal.artifacts.artifact import Evaluation, Speed, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
+from shoal.artifacts.speed import Speed
 from shoal.cli import main, run_verb
 from shoal.eval.compare.compare import RunComparison, compare_runs
 from shoal.eval.compare.page import comparison_text, write_comparison

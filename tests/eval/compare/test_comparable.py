@@ -12,7 +12,7 @@ import pytest
 from compared_runs import Change, cell_of, nats, scored, tasks, write_run
 from html_page import Page
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import distinct_names
 from shoal.eval.compare.compare import compare_runs

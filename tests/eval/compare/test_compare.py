@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from compared_runs import cell_of, choice, tasks, write_run, write_speed
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.cli import main
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.data import as_data

@@ -13,7 +13,7 @@ import pytest
 from compared_runs import cell_of, nats, point, write_run, write_speed
 from html_page import Page
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.data import as_data

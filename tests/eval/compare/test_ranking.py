@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from results import provenance
 
-from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.search import HealedPlan, Ranking, SearchResult
 from shoal.compress.plan import choose_changes
 from shoal.errors import UserError

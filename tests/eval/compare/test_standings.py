@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from compared_runs import choice, nats, tasks, write_run
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.search import Interval
 from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
 from shoal.eval.compare.data import as_data

@@ -12,7 +12,7 @@ import torch
 from image_models import image_rows, llava_checkpoint
 from PIL import Image
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.eval.harness.engine import CausalLM

@@ -14,7 +14,7 @@ from lm_eval.config.task import TaskConfig
 from scipy import stats
 from tiny import tiny_model, tiny_tokenizer
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.eval.harness import samples as scoring
 from shoal.eval.harness.engine import CausalLM

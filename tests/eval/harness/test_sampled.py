@@ -17,7 +17,7 @@ from ranks import call_on_ranks
 from tiny import tiny_model, tiny_tokenizer, tokens_fed
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.evaluate import evaluate
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.item_cache import ItemCache

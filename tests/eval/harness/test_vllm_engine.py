@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from tiny import tiny_checkpoint
 from vllm_stand_in import LLM, install
 
-from shoal.artifacts.artifact import Evaluation
+from shoal.artifacts.evaluation import Evaluation
 from shoal.errors import UserError
 from shoal.eval.evaluate import role_evaluation
 from shoal.eval.harness import vllm_engine

@@ -21,7 +21,7 @@ from results import (
 )
 from told_report import told
 
-from shoal.artifacts.artifact import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.eval.report.cautions import cautions_section
 from shoal.eval.report.findings import Comparison, Run, compare, read_run

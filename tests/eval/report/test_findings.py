@@ -14,7 +14,9 @@ import pytest
 import results
 from tiny import tiny_checkpoint, tiny_tokenizer
 
-from shoal.artifacts.artifact import Artifact, Evaluation, ItemScore, Provenance, PruningPlan, Quantized, TaskScore
+from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.evaluation import Evaluation, ItemScore, Quantized, TaskScore
+from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.harness.tokenizer_check import require_same_tokenizer

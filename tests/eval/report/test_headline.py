@@ -10,7 +10,7 @@ from html_page import Page
 from results import choice, evaluation, plan
 from told_report import told
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.artifacts.width import KeptWidth
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.findings import Run, compare, read_run

@@ -21,7 +21,7 @@ from results import (
     training,
 )
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.eval.report.document import (
     Document,
     Flip,

@@ -28,8 +28,9 @@ from results import (
 from sweep_results import importance_with_parts
 from told_report import searched, told
 
-from shoal.artifacts.artifact import Evaluation, ItemScore, Provenance, TaskScore
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import DepthUse, EffectiveDepth, Moved, RoleUse, TaskUse
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.importance import Estimate
 from shoal.artifacts.search import SearchResult
 from shoal.compress.sweeps.atlas import build_atlas

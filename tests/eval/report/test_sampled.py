@@ -7,7 +7,7 @@ from pathlib import Path
 
 from results import choice, evaluation
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.document import Paragraph, Section, Table, to_markdown
 from shoal.eval.report.findings import compare, read_run

@@ -15,7 +15,7 @@ from results import choice, evaluation
 from sweep_results import importance
 from tiny import tiny_model, tiny_tokenizer
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.plan import choose_changes
 from shoal.compress.sweeps.columns import layer_scores
 from shoal.errors import UserError

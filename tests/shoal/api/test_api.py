@@ -25,8 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import shoal
 from shoal.api import running
 from shoal.api.training import TAKEN
-from shoal.artifacts.artifact import ClosedGap, Evaluation, Importance, Provenance, PruningPlan
-from shoal.artifacts.importance import Removal
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance, Removal
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.compress.edits.apply import NOTHING_MADE, edited
 from shoal.data.sources import load_texts
 from shoal.recipe.distill import Distill

@@ -1,6 +1,7 @@
 """Artifacts on disk: read back whole, refused when damaged or of another run.
 
-Covers: shoal.artifacts.importance.
+Covers: shoal.artifacts.evaluation, shoal.artifacts.importance, shoal.artifacts.plan, shoal.artifacts.speed,
+shoal.artifacts.training.
 """
 
 from __future__ import annotations
@@ -19,23 +20,12 @@ import torch
 from results import evaluation
 from sweep_results import importance as swept_importance
 
-from shoal.artifacts.artifact import (
-    Artifact,
-    BatchSpeed,
-    Evaluation,
-    Importance,
-    ItemScore,
-    PassAt,
-    Provenance,
-    PruningPlan,
-    Speed,
-    SpeedScore,
-    TaskScore,
-    Training,
-    differences,
-    require_same_run,
-)
-from shoal.artifacts.importance import Removal, Sweep
+from shoal.artifacts.artifact import Artifact, Provenance, differences, require_same_run
+from shoal.artifacts.evaluation import Evaluation, ItemScore, PassAt, TaskScore
+from shoal.artifacts.importance import Importance, Removal, Sweep
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
+from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.recipe.edits import Component

@@ -14,8 +14,7 @@ import pytest
 from sweep_results import LOST, NUM_LAYERS, READ, WROTE, importance_with_parts, right, scores, task
 from sweep_results import importance as swept_importance
 
-from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Sweep
+from shoal.artifacts.importance import Importance, Sweep
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError

@@ -16,7 +16,11 @@ from subprocess import run
 import pytest
 from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
 
-from shoal.artifacts.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.figures.depth import depth_columns, depth_figure
 from shoal.figures.importance import importance_figure

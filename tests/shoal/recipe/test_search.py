@@ -14,7 +14,9 @@ import pytest
 from searches import EVAL, MEASURE, Healer
 
 from shoal import cli
-from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.search import SearchResult
 from shoal.errors import UserError
 from shoal.recipe.prune import Compensate, PlanTarget, Prune

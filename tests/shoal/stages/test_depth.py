@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny import NUM_LAYERS, tiny_checkpoint
 
-from shoal.artifacts.artifact import Importance
 from shoal.artifacts.depth import DepthUse, Diagnostics
+from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages.depth import depth

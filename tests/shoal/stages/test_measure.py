@@ -11,8 +11,9 @@ import pytest
 from architectures import tiny_model as tiny_family
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
-from shoal.artifacts.artifact import Importance, PruningPlan
 from shoal.artifacts.heads import Heads
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress import measure as hidden_measure
 from shoal.compress.heads import scores as head_scores
 from shoal.compress.heads.scores import HeadScores

@@ -23,7 +23,10 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from shoal.artifacts.artifact import ClosedGap, Importance, Provenance, PruningPlan, Training
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.artifacts.training import Training
 from shoal.data.sources import BUNDLED, pack
 from shoal.errors import UserError
 from shoal.eval.harness.item_texts import item_texts

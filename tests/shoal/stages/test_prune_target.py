@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from results import speed
 
-from shoal.artifacts.artifact import Provenance, PruningPlan, Speed
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.speed import Speed
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import read_shards

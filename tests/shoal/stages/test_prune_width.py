@@ -15,7 +15,8 @@ from training_runs import BATCH, LENGTH, STEPS, small_training
 from yaml import safe_dump
 
 import shoal
-from shoal.artifacts.artifact import PruningPlan, Training
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe

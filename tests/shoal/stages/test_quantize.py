@@ -15,8 +15,10 @@ import torch
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Evaluation, Provenance, Quantized, Training
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.draft import Drafts
+from shoal.artifacts.evaluation import Evaluation, Quantized
+from shoal.artifacts.training import Training
 from shoal.compress.quantize import copy as copying
 from shoal.compress.quantize import formats
 from shoal.errors import UserError

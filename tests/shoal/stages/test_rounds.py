@@ -18,7 +18,9 @@ from training_runs import BATCH, LENGTH, small_training
 from transformers import AutoConfig
 
 from shoal import cli
-from shoal.artifacts.artifact import Importance, PruningPlan, Training
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.recipe.edits import KEPT_LAYERS

@@ -11,7 +11,7 @@ import pytest
 from architectures import CLIP, LLAMA, MROPE, QWEN_VISION, tiny_model
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.quantize.copy import check_quantisable
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_config

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.stats import bootstrap
 from shoal.stats import paired as ours

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.recipe.evaluate import Samples
 from shoal.stats.intervals import wilson
 from shoal.stats.paired import bootstrap_mean

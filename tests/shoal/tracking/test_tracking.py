@@ -30,7 +30,7 @@ from tiny import tiny_checkpoint
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_server import WandbServer
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.eval.report.score_rows import COLUMNS, score_rows

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.image_rows import ImageReader, RowsWithImages, training_images
 from shoal.data.packing import IGNORED, IMAGES, PackedRows

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of, with_state

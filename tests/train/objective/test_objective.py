@@ -10,7 +10,8 @@ import torch
 from tiny import tiny_model
 from torch.nn import functional
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers

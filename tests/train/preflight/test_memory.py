@@ -18,7 +18,8 @@ from jobs import CUT, LENGTH, ROWS, dropping, job_of, spec_of
 from tiny import NUM_LAYERS, VOCAB_SIZE, tiny_config, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 
-from shoal.artifacts.artifact import ROUND, ClosedGap, Provenance
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import ROUND, ClosedGap
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.recipe.distill import Distill, Horizon, LocalHeal, Lora, OnPolicy, Teacher, Watch
@@ -110,7 +111,8 @@ TRAIN = """
 import gc, psutil, torch
 from dataclasses import replace
 from transformers import LlamaConfig
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.machine import peak_memory
 from pathlib import Path
 from shoal.models.load import Checkpoint, LoadSettings

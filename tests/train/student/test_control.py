@@ -12,7 +12,7 @@ from cut_students import plan
 from pydantic import TypeAdapter
 from tiny import tiny_config
 
-from shoal.artifacts.artifact import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, LocalHeal, Record, Teacher
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, HiddenStates

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from training_runs import Trial, finished, prepare, recipe, run
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers

@@ -11,7 +11,8 @@ import torch
 from cut_students import names, plan
 from tiny import tiny_model
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers

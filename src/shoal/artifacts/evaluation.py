@@ -1,0 +1,194 @@
+"""eval/<role>.json: what one model scores, task by task and item by item; and the roles that models have in a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from shoal.artifacts.artifact import Artifact
+from shoal.artifacts.tables import Tabular
+from shoal.recipe.evaluate import Samples
+
+Column = Literal["in", "twin", "out", "public", "disputed"]
+"""How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
+that it never has, `out` = an ability that it never shows, `public` = a public benchmark; `disputed` = the items of any
+of them on which people do not agree, which choose nothing."""
+QUANTIZED = ("quantized", "teacher_quantized")
+"""Roles of the quantised copies of the student and of the teacher, and their folders in a run directory."""
+CONTROL = "control"
+"""Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
+MODEL = "model"
+"""Role of a model that is no run's: a checkpoint as it is, which `shoal compare` takes beside runs."""
+NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
+"""Metrics of running text; of models with unequal tokenizers the second alone can be compared."""
+ROLES = ("teacher", "pruned", CONTROL, "distilled", *QUANTIZED)
+"""Roles that an evaluation may have, in the order in which they are shown."""
+LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One evaluated item under one protocol."""
+
+    id: str
+    score: float
+    """Score: 1 or 0 for accuracy-like metrics, nats per token for likelihood metrics."""
+    prediction: str = ""
+    """Answer that the model chose or wrote."""
+    target: str = ""
+    weight: float = 1.0
+    """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Rates of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
+    question: str = ""
+    """Question without few-shot examples; the middle of a long one is left out."""
+    num_right: int | None = None
+    """Right ones among the texts that were drawn beside the greedy one; None = none were drawn."""
+
+
+@dataclass(frozen=True)
+class PassAt:
+    """Share of items of which at least one of ``k`` drawn texts is right, with its 95 % interval over the items."""
+
+    k: int
+    score: float
+    ci_low: float
+    ci_high: float
+    chance: float
+    """Share that guessing reaches in ``k`` texts."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's mean under one protocol, with its interval and its items."""
+
+    task: str
+    """Name of the lm-eval task."""
+    ability: str
+    """Ability: retrieval, knowledge, reasoning, language, or the task's own group."""
+    protocol: str
+    """Protocol: loglikelihood, continuation, generation, worked (nats of the right answer), or rolling (perplexity)."""
+    metric: str
+    score: float
+    ci_low: float
+    ci_high: float
+    """Upper end of the 95 % interval of the score."""
+    n: int
+    chance: float
+    higher_is_better: bool
+    version: str
+    """Version of the task: prompt and matching rules."""
+    num_fewshot: int
+    items: tuple[ItemScore, ...]
+    family: str | None = None
+    """Family of tasks that differ in nothing but their level; None = the task has no family."""
+    level: float | None = None
+    """Level within the family: steps of reasoning, pairs of a look-up, position of the answer."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Rates of generated text over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
+    eval/harness/rates.py."""
+    prompts: str = ""
+    """Fingerprint of everything that was asked, few-shot examples included, and of the task's rules of matching."""
+    matching: int = 1
+    """Version of the code that reads answers out of generated text (shoal.abilities.matching); 1 for other tasks."""
+    column: Column | Literal[""] = ""
+    """How the items relate to training text; empty = not said."""
+    twin_of: str = ""
+    """Task that asks the same items (by id) in a form that training text may have; empty = none."""
+    samples: Samples | None = None
+    """Drawing of the texts that the items' ``num_right`` count; None = none were drawn."""
+    pass_at: tuple[PassAt, ...] = ()
+    """pass@k by k, increasing."""
+    ceiling: float = 1.0
+    """Best score there is: below 1 where an answer scores the share of people who gave it too."""
+    engine: str = "transformers"
+    """What ran the model: transformers, vllm or llama.cpp. Scores of two engines are never paired."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Task, protocol and metric, which tell the scores of one evaluation apart."""
+        return self.task, self.protocol, self.metric
+
+    def contradictions(self) -> Iterator[str]:
+        """`place: what is wrong`, as in an artifact."""
+        if self.n < 1:
+            yield f"n: is {self.n}"
+        if len(self.items) != self.n:
+            yield f"items: has {len(self.items)} items, n says {self.n}"
+        if not 0 <= self.chance < 1:
+            yield f"chance: is {self.chance}; it is 0 or more and less than 1"
+        if not self.chance <= self.ceiling <= 1:
+            yield f"ceiling: is {self.ceiling}; it is at least chance, {self.chance}, and at most 1"
+        for index, item in enumerate(self.items):
+            if item.weight <= 0:
+                yield f"items.{index}.weight: is {item.weight}"
+            drawn = self.samples.n if self.samples else None
+            if (item.num_right is None) != (drawn is None) or not 0 <= (item.num_right or 0) <= (drawn or 0):
+                yield f"items.{index}.num_right: is {item.num_right}, and {drawn or 'no'} texts were drawn"
+        if self.ci_low > self.ci_high:
+            yield f"ci_low: {self.ci_low} is above ci_high, {self.ci_high}"
+        total = math.fsum(item.weight for item in self.items)
+        mean = math.fsum(item.score * item.weight for item in self.items) / total
+        if not math.isclose(self.score, mean, rel_tol=1e-6, abs_tol=1e-9):
+            yield f"score: is {self.score}, and the mean over its items is {mean}"
+
+
+@dataclass(frozen=True)
+class Evaluation(Tabular, Artifact):
+    """eval/<role>.json: the abilities of one model."""
+
+    role: str
+    """Role of the model: teacher, pruned, control, distilled, quantized or teacher_quantized."""
+    tasks: tuple[TaskScore, ...]
+    num_parameters: int
+    num_layers: int
+    num_bytes: int
+    """Bytes of the checkpoint's weights on disk."""
+    seconds: float
+    num_requests: int = 0
+    """Requests that were asked of the model, each once; 0 = not recorded."""
+    num_kept: int = 0
+    """Requests whose answers were there before ``seconds`` began."""
+
+    @property
+    def engine(self) -> str:
+        """What ran the model."""
+        return self.tasks[0].engine
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per task."""
+        names = ("task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance")
+        return [{name: getattr(task, name) for name in names} for task in self.tasks]
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.tasks:
+            yield "tasks: is empty"
+        keys = [task.key for task in self.tasks]
+        for index, task in enumerate(self.tasks):
+            if task.key in keys[:index]:
+                yield f"tasks.{index}: {' '.join(task.key)} is there twice"
+            yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
+
+
+@dataclass(frozen=True)
+class Quantized(Artifact):
+    """quantize.json in quantized/ and teacher_quantized/: what the copy beside it was made of, and how."""
+
+    FILE: ClassVar[str] = "quantize.json"
+
+    source: str
+    """Role of the model that was quantised."""
+    format: str
+    library: str
+    """Library that did it, with its version."""
+    num_bytes: int
+    """Bytes of the copy's weights on disk."""
+    source_bytes: int
+    """The same of what it was made of."""
+    num_tokens: int
+    """Tokens it was calibrated on; 0 = the format takes none."""
+    seconds: float
+    content: str = ""
+    """Content hash of the copy, by which its scores know it; empty = not recorded."""

@@ -1,0 +1,33 @@
+"""distill.json: how a student was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from shoal.artifacts.artifact import Artifact, Json
+from shoal.artifacts.tables import Tabular
+
+
+@dataclass(frozen=True)
+class Training(Tabular, Artifact):
+    """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/."""
+
+    FILE: ClassVar[str] = "distill.json"
+
+    num_steps: int
+    num_tokens: int
+    """Tokens that the student was trained on, over all ranks."""
+    seconds: float
+    history: tuple[dict[str, float], ...]
+    """Logged values by step: `step`, `loss`, each loss term, `learning_rate`, `grad_norm`, ..."""
+    settings: dict[str, Json]
+    """Training arguments and DeepSpeed configuration as resolved."""
+    data: dict[str, Json]
+    """Documents, tokens, truncations and drops by source."""
+    peak_memory_bytes: int
+    """Bytes at the peak of the largest rank."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per logged step."""
+        return list(self.history)
