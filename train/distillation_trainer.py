@@ -24,9 +24,9 @@ from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
-from shoal.recipe import distill
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
+from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import STATE_TERMS, LossTerm
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Section
@@ -263,7 +263,7 @@ def _section(args: TrainingArguments, *, losses: Losses, trainable: str, **given
         {"stop_on_spike": None, **named, **given},
         taken=(*named, *SAME_AS_IN_RECIPE),
         source="shoal.DistillationTrainer",
-        contradictions=distill.contradictions,
+        contradictions=contradictions,
     )
     config = resolved_deepspeed(args)
     if config is not None and precisions_named(config):

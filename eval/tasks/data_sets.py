@@ -22,7 +22,7 @@ from yaml import YAMLError
 from shoal.artifacts.evaluation import Column
 from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
-from shoal.recipe.yaml import read_yaml
+from shoal.yaml_text import read_yaml
 
 TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling", "labels"]
 AGREED = 0.6

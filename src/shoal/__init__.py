@@ -23,6 +23,7 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
     formatting    numbers and tables for a terminal
     lr_schedule   the learning rate of loops of our own
     redaction     secrets stay here
+    yaml_text     YAML 1.2 scalars, no key twice
     task_words    words instead of task identifiers
 
 Folders:

@@ -19,8 +19,8 @@ from shoal.recipe.distill import Trainable
 from shoal.recipe.losses import LOGIT_TERMS
 from shoal.recipe.messages import sections_in
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.yaml import read_yaml
 from shoal.train.engine.arguments import check_names, deepspeed_config
+from shoal.yaml_text import read_yaml
 
 pytestmark = pytest.mark.every_case
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.formatting import listed
 from shoal.help.settings import Setting, as_paragraph, as_yaml, find, first_sentence, kind_of, settings_of
-from shoal.recipe.distill import REFUSED_TRAINER_KEYS
+from shoal.recipe.distill_contradictions import REFUSED_TRAINER_KEYS
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Section
 

@@ -23,11 +23,11 @@ from shoal.models.attention import choose_attention
 from shoal.models.load import Checkpoint, LoadSettings, find_config, loaded_dtype, num_parameters, without_data
 from shoal.numerics import fast_dtype
 from shoal.recipe.recipe import Recipe, apply_override, name_of_model, parse_recipe
-from shoal.recipe.yaml import read_yaml
 from shoal.runtime import device
 from shoal.train.preflight.fit import cheapest, overrides
 from shoal.train.preflight.run_size import Job, job
 from shoal.train.student.spec import Ranks, train_spec
+from shoal.yaml_text import read_yaml
 
 WIDTH = 110
 """Columns of the file."""

@@ -12,7 +12,7 @@ from shoal.help.explain import table
 from shoal.help.settings import as_paragraph, settings_of
 from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS
 from shoal.recipe.suites import CONFIGS_DIR, SuiteName, read_suite
-from shoal.recipe.yaml import read_yaml
+from shoal.yaml_text import read_yaml
 
 Entry = dict[str, Any]
 """`name` and `about`, and what else a script may want to know."""

@@ -1,18 +1,18 @@
 """What a run is told: every setting a frozen dataclass.
 
-recipe          the whole; load_recipe() and overrides
-messages        why a recipe is refused, in the words of YAML
-yaml            YAML 1.2 scalars, no key twice
-section         what sections are made of; what each key shapes, and identities from it
-measure         `measure`, with `measure.sweep`
-prune           `prune`
-edits           `prune.edits`: what is done to layers besides dropping them
-distill         `distill` and `record`
-losses          `distill.losses`
-deepspeed_file  `distill.deepspeed`
-search          `search`
-evaluate        `eval`, and what `measure.sweep` shares with it
-suites          `eval.suite`: tasks by name, with their cost
-remembered      recipe.yaml of a run directory: what it was made with
-track           `quantize`, `track` and `export`
+recipe                  the whole; load_recipe() and overrides
+messages                why a recipe is refused, in the words of YAML
+section                 what sections are made of; what each key shapes, and identities from it
+measure                 `measure`, with `measure.sweep`
+prune                   `prune`
+edits                   `prune.edits`: what is done to layers besides dropping them
+distill                 `distill` and `record`
+distill_contradictions  what these two must not say
+losses                  `distill.losses`
+deepspeed_file          `distill.deepspeed`
+search                  `search`
+evaluate                `eval`, and what `measure.sweep` shares with it
+suites                  `eval.suite`: tasks by name, with their cost
+remembered              recipe.yaml of a run directory: what it was made with
+track                   `quantize`, `track` and `export`
 """

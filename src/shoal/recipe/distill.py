@@ -1,18 +1,15 @@
-"""How a cut model is trained on the full one: the sections `distill` and `record`, and what they must not say."""
+"""How a cut model is trained on the full one: the sections `distill` and `record`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shoal.recipe import losses as terms
 from shoal.recipe.losses import ForwardKL, LossTerm, term_names
 from shoal.recipe.section import (
     MIXED,
-    TEACHER_TEXT,
     Above0,
     DataSource,
     Dtype,
@@ -412,28 +409,6 @@ NEUTRAL_TRAINER_KEYS = {
     *("logging_steps", "disable_tqdm", "dataloader_num_workers"),
 }
 """Training arguments that change how the work is done and not its result: a run may go on with others."""
-REFUSED_TRAINER_KEYS = {
-    "output_dir": "is set by shoal; use run_dir instead",
-    "deepspeed": "is set by shoal; use distill.deepspeed instead",
-    "seed": "is set by shoal; use seed instead",
-    "run_name": "is set by shoal; use track.name instead",
-    "resume_from_checkpoint": "is set by shoal; use the same command again instead",
-    "bf16": "is set by distill.precision; use that",
-    "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
-    "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
-    "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
-    "ignore_data_skip": "would train the same text again after a resume; leave it out",
-    "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
-    "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
-    "load_best_model_at_end": "is done by distill.watch.best; use that",
-    "eval_strategy": "is done by distill.watch; use that",
-    "do_eval": "is done by distill.watch; use that",
-    "push_to_hub": "is done by export.hub_repo; use that",
-    "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
-    "use_liger_kernel": "would replace the forward that holds the distillation loss; use distill.fused",
-    "torch_compile": "would compile the loss with what surrounds it; use distill.compile",
-}
-"""Training arguments that would be wrong, ignored or leaked here."""
 
 
 def sources_of_terms(distill: Distill) -> tuple[frozenset[int] | None, ...]:
@@ -444,208 +419,3 @@ def sources_of_terms(distill: Distill) -> tuple[frozenset[int] | None, ...]:
         for name in term_names(distill.losses)
     )
     return tuple(None if numbers == every else numbers for numbers in of_terms)
-
-
-def contradictions(distill: Distill) -> Iterator[str]:
-    """`place: what is wrong`, for everything that single fields cannot express."""
-    yield from terms.contradictions(distill.losses, sources=sources_of_terms(distill))
-    yield from _of_sources(distill)
-    yield from _of_shares(distill)
-    yield from _of_images(distill)
-    teacher, watch = distill.teacher, distill.watch
-    if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
-        name = "offload" if teacher.offload else "dtype"
-        yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
-    if teacher.server and (teacher.offload or teacher.dtype is not None):
-        name = "offload" if teacher.offload else "dtype"
-        yield f"distill.teacher.{name}: has no effect on a teacher that a server runs; leave it out"
-    if teacher.server and teacher.recorded is not None and (distill.on_policy is None or not distill.on_policy.share):
-        yield (
-            "distill.teacher.server: has nothing to say, all rows are recorded and no step is on-policy; leave it or "
-            "teacher.recorded out"
-        )
-    if teacher.prefix and teacher.recorded is None:
-        yield (
-            "distill.teacher.prefix: is about recorded signals, a live teacher runs the layers below the lowest "
-            "trained one for both models anyway; set teacher.recorded, or leave it out"
-        )
-    yield from _of_written_text(distill)
-    yield from _of_teachers(distill)
-    yield from _of_speed(distill)
-    if watch is not None:
-        if not watch.tasks and not watch.perplexity_tokens:
-            yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
-        names = [*(["perplexity"] if watch.perplexity_tokens else []), *watch.tasks]
-        if watch.best is not None and watch.best not in names:
-            yield f"distill.watch.best: must be one of {', '.join(names)} (got {watch.best!r})"
-        if watch.every > 1 and watch.every != round(watch.every):
-            yield f"distill.watch.every: must be whole steps or a share below 1 (got {watch.every:g})"
-    for key, reason in REFUSED_TRAINER_KEYS.items():
-        if key in distill.trainer:
-            yield f"distill.trainer.{key}: {reason}"
-    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        checkpointing = distill.trainer.get(key)
-        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
-            yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
-
-
-def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
-    """The same of what runs the teacher in place of transformers, which both sections speak of."""
-    if record.server is not None and record.backend != "transformers":
-        yield f"record.backend: {record.backend} would run what record.server does; leave one of them out"
-    if record.teacher is not None and all(source.teacher != record.teacher for source in distill.data):
-        yield f"record.teacher: no source of distill.data names teacher {record.teacher}; leave it out"
-    if distill.teacher.server and record.server is None:
-        yield "distill.teacher.server: there is no server; set record.server.url, or leave it out"
-    if record.engine == "transformers":
-        if record.check != Check():
-            yield "record.check: has no effect on a teacher that transformers runs; leave it out"
-        return
-    place = "record.backend: vllm" if record.server is None else "record.server"
-    if record.temperature != 1.0:
-        yield (
-            f"record.temperature: {place} tells the teacher's own log-probabilities, those at 1 (got "
-            f"{record.temperature:g}); set it to 1, or record by transformers"
-        )
-    if record.states:
-        yield f"record.states: {place} tells no state of a layer; leave them out, or record by transformers"
-    if distill.teacher.prefix:
-        yield f"distill.teacher.prefix: {place} tells no state of a layer; leave it out, or record by transformers"
-
-
-def _of_teachers(distill: Distill) -> Iterator[str]:
-    """Of several recordings: every one is for some source, and all that is asked of them lies in each."""
-    recordings, named = distill.teacher.recordings, {source.teacher for source in distill.data}
-    if not recordings and any(named):
-        yield (
-            f"distill.data: a source names teacher {max(named)}, and all learn from the recipe's model; list in "
-            "distill.teacher.recorded the folders that `shoal record` writes of every teacher, or leave it out"
-        )
-    if len(recordings) < 2:
-        return
-    for number in sorted(named - set(range(len(recordings)))):
-        yield f"distill.data: a source names teacher {number}, and teacher.recorded has 0 to {len(recordings) - 1}"
-    for number in sorted(set(range(len(recordings))) - named):
-        yield f"distill.teacher.recorded.{number}: no source of distill.data names teacher {number}; leave it out"
-    if distill.teacher.prefix:
-        yield "distill.teacher.prefix: the states of one teacher are none of another's; leave it out"
-    if distill.data_policy == "by_damage":
-        yield "distill.data_policy: by_damage shares rows after a cut of one teacher; set fixed, or record one teacher"
-    for term in distill.losses:
-        if isinstance(term, terms.STATE_TERMS):
-            yield f"distill.losses: {term.kind} reads the states of one teacher; take it out, or record one teacher"
-
-
-def _of_speed(distill: Distill) -> Iterator[str]:
-    if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
-        yield (
-            "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
-            f"{distill.precision}; leave one of them out"
-        )
-    if distill.compile and any(map(terms.looks_into_attention, distill.losses)):
-        yield (
-            "distill.compile: losses on attention look into layers while they run, which compiled layers do not show; "
-            "leave one of them out"
-        )
-    checkpointing = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-    if distill.compile and any((distill.trainer.get(key) or {}).get("selective") for key in checkpointing):
-        yield (
-            "distill.compile: compiled layers do not show the operations that selective checkpointing keeps, and "
-            "compute again by themselves what is cheap; leave out selective"
-        )
-
-
-def _of_sources(distill: Distill) -> Iterator[str]:
-    known = term_names(distill.losses)
-    strangers = [
-        f"distill.data.{number}.losses: there is no loss term {name!r}; distill.losses has {', '.join(known)}"
-        for number, source in enumerate(distill.data)
-        for name in source.losses or ()
-        if name not in known
-    ]
-    yield from strangers
-    samples = distill.on_policy is not None and distill.on_policy.share > 0
-    for number, sources in enumerate(sources_of_terms(distill)):
-        if sources is not None and not sources and not samples and not strangers:
-            yield (
-                f"distill.losses.{number}: no source of distill.data learns from {known[number]}; name it in the "
-                "losses of one, or take it out"
-            )
-
-
-def _of_shares(distill: Distill) -> Iterator[str]:
-    if distill.data_policy == "by_damage" and sum(len(source.parts) for source in distill.data) == 1:
-        yield (
-            f"distill.data_policy: by_damage shares tokens between sources, and there is only {distill.data[0].path}; "
-            "name another one beside it, or set fixed"
-        )
-    if distill.data_pilot is None:
-        return
-    if distill.data_policy == "fixed":
-        yield "distill.data_pilot: has no effect on fixed shares; set distill.data_policy: by_damage, or leave it out"
-    if distill.data_pilot >= distill.num_tokens:
-        yield (
-            f"distill.data_pilot: {distill.data_pilot} leaves nothing to share of {distill.num_tokens} tokens "
-            "(distill.num_tokens); lower it"
-        )
-    if distill.teacher.recorded is not None:
-        yield (
-            "distill.data_pilot: which rows follow the pilot is not known before it, so they cannot be recorded; leave "
-            "it or teacher.recorded out"
-        )
-    for key in ("max_steps", "num_train_epochs"):
-        if key in distill.trainer:
-            yield f"distill.trainer.{key}: distill.data_pilot shares the tokens of distill.num_tokens; leave {key} out"
-
-
-def _of_images(distill: Distill) -> Iterator[str]:
-    if not distill.has_images:
-        return
-    samples = distill.on_policy is not None and distill.on_policy.share > 0
-    text_alone = {
-        "on_policy": (samples, "the student writes from text alone"),
-        "teacher.recorded": (distill.teacher.recorded is not None, "what a teacher says of images is not recorded"),
-        "teacher.server": (distill.teacher.server, "a server is asked about text alone"),
-        "local": (distill.local is not None, "gaps are healed on text alone"),
-        "data_policy": (distill.data_policy == "by_damage", "damage is measured on text alone"),
-    }
-    for name, (is_on, reason) in text_alone.items():
-        if is_on:
-            yield f"distill.{name}: {reason}, and a source of distill.data has images; leave one of them out"
-
-
-def _of_written_text(distill: Distill) -> Iterator[str]:
-    on_policy, writing = distill.on_policy, distill.writing
-    if on_policy is not None and (horizon := on_policy.horizon) is not None:
-        if on_policy.new_tokens != OnPolicy.new_tokens:
-            yield (
-                "distill.on_policy.new_tokens: has no effect beside horizon, which has a start and a max of its own; "
-                "leave one of them out"
-            )
-        if horizon.start > horizon.max:
-            yield f"distill.on_policy.horizon.start: must not be above max, {horizon.max} (got {horizon.start})"
-    if on_policy is not None and on_policy.share > 0:
-        if distill.teacher.recorded is not None and not distill.teacher.server:
-            yield (
-                "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out, "
-                "or set teacher.server: true beside record.server"
-            )
-        if on_policy.prompt_tokens + on_policy.longest_sample > distill.sequence_length:
-            longest = "new_tokens" if on_policy.horizon is None else "horizon.max"
-            yield (
-                f"distill.on_policy: prompt_tokens {on_policy.prompt_tokens} + {longest} {on_policy.longest_sample} do "
-                f"not fit into a row; lower them, or raise distill.sequence_length (now {distill.sequence_length})"
-            )
-        if not any(map(terms.reads_distributions, distill.losses)):
-            yield (
-                "distill.on_policy: without a teacher's judgement a student only repeats itself; "
-                "add a loss term that has one"
-            )
-    wants_text = any(source.path == TEACHER_TEXT for source in distill.data)
-    if writing != Writing() and not wants_text:
-        yield (
-            f"distill.writing: has no effect, distill.data does not name {TEACHER_TEXT}; add it, or leave this out "
-            "(on the command line: distill.writing={})"
-        )
-    if wants_text and writing.keep == "correct" and (writing.prompts is None or not writing.prompts.is_chat):
-        yield "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"

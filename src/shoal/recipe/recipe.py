@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from shoal import __version__
 from shoal.errors import UserError
-from shoal.recipe import distill, evaluate, measure, prune, remembered, search, track
+from shoal.recipe import distill_contradictions, evaluate, measure, prune, remembered, search, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import looks_into_attention
@@ -29,8 +29,8 @@ from shoal.recipe.search import Search
 from shoal.recipe.section import Dtype, Section, Shapes, Text
 from shoal.recipe.suites import CONFIGS_DIR, with_suite
 from shoal.recipe.track import Export, Quantize, Track
-from shoal.recipe.yaml import read_yaml
 from shoal.redaction import redacted
+from shoal.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     for place, own in named:
         if own.protect_heads is not None and recipe.measure.heads is None:
             yield f"{place}.protect_heads: needs measured heads; set measure.heads ({{}} will do), or leave it out"
-    yield from distill.contradictions(recipe.distill)
-    yield from distill.engine_contradictions(recipe.record, recipe.distill)
+    yield from distill_contradictions.contradictions(recipe.distill)
+    yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
     if recipe.eval.control and recipe.distill.trainable == "replacement":
         yield (

@@ -16,9 +16,9 @@ import yaml
 from shoal import __version__
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
-from shoal.recipe.yaml import read_yaml
 from shoal.redaction import HIDDEN, redacted
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
+from shoal.yaml_text import read_yaml
 
 FILE = "recipe.yaml"
 _HEAD = "# kept by shoal {}: what this run is made with, overrides included; `shoal VERB RUN_DIR` reads it\n"

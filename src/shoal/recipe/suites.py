@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from shoal.recipe.section import Positive, RowLength, Section, Text, adapter
-from shoal.recipe.yaml import read_yaml
+from shoal.yaml_text import read_yaml
 
 SuiteName = Literal["quick", "transfer", "standard", "full"]
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"

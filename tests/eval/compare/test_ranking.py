@@ -22,8 +22,8 @@ from shoal.eval.compare.ranking import check_columns, correlation, measure_by, r
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.search import ranked_by, recipe_lines, search_text, verdicts
 from shoal.recipe.recipe import parse_recipe
-from shoal.recipe.yaml import read_yaml
 from shoal.stats.paired import paired, retention
+from shoal.yaml_text import read_yaml
 
 LIKELY, WRITTEN, OTHER = "retrieval_continuation", "retrieval_generation", "knowledge_continuation"
 

@@ -16,7 +16,7 @@ from shoal.help.explain import explained, explanation
 from shoal.help.settings import Setting, all_settings, as_yaml, first_sentence, values_text
 from shoal.recipe import losses
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.yaml import read_yaml
+from shoal.yaml_text import read_yaml
 
 SETTINGS = list(all_settings())
 

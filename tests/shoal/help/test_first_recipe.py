@@ -17,7 +17,7 @@ from shoal.help.first_recipe import Machine, first_recipe
 from shoal.help.settings import all_settings, first_sentence
 from shoal.models import load
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.yaml import read_yaml
+from shoal.yaml_text import read_yaml
 
 LAPTOP = Machine(torch.device("cpu"), "a laptop", 1, "float32", 8 * 10**9)
 NODE = Machine(torch.device("cuda", 0), "a large GPU", 8, "bfloat16", 80 * 10**9)
