@@ -36,6 +36,7 @@ from shoal.compress.variants.variants import Edited, layerwise_or_none, without
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
+from shoal.inference.fixed_rows import can_be_recorded
 from shoal.machine import available_memory, device_memory, device_name, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
@@ -348,7 +349,7 @@ def sweep(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     )
     return {
         "seconds": own_s,
-        "recorded": decoder.has_fixed_rows and decoder.records,
+        "recorded": decoder.has_fixed_rows and can_be_recorded(model),
         "unrecorded_seconds": unrecorded_s,
         "loop_seconds": loop_s,
         "times_faster": loop_s / own_s,

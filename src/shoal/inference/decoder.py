@@ -56,8 +56,6 @@ class Decoder:
         """True where rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
         self.has_fixed_rows = self.can_branch and self._takes_positions and serves(model)
         """True where text is written in room that does not grow (fixed_rows.py)."""
-        self.records = True
-        """Whether steps in such room are recorded; False once that has failed."""
         self._check_head()
 
     def new_cache(self) -> DynamicCache:

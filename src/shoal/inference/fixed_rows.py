@@ -3,12 +3,12 @@
 A step of a small or shallow model on a GPU takes its time in starting kernels one by one. A recorded step starts them
 all at once. What is recorded is a list of kernels over addresses: so keys, values, masks, ids and positions lie in
 tensors that stay, hooks do what they did when it was recorded, and no number of it may come from the host. That this
-holds is tried at every recording: the second step runs as it is too, and both have to agree. Recording takes about as
-long as four steps, without the minute that a compiler takes.
+holds is tried at every recording: a step that waits for the device is not recorded, and the second one runs as it is
+too, and both have to agree. A recording costs about six steps, without the minute that a compiler takes.
 
-What a family must have: plain keys and values, positions that can be given, attention by SDPA (flash kernels take no
-mask of a fixed size), and nothing in its forward that waits for the device, which is what transformers says of families
-that can be compiled whole.
+What a family must have: plain keys and values, positions that can be given, and attention by SDPA, because flash
+kernels take no mask of a fixed size. Others than those of which transformers says that they can be compiled whole are
+not tried.
 
 B batch, N rows that are asked for, S sequence, R room, D hidden, V vocabulary.
 """
@@ -16,9 +16,11 @@ B batch, N rows that are asked for, S sequence, R room, D hidden, V vocabulary.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -34,9 +36,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_unrecorded: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose steps cannot be recorded."""
 Step = Callable[[], Tensor]
-WARM_UP = 3
+WARM_UP = 2
 """Steps before one is recorded, in which libraries choose their kernels and take their memory."""
+ROOM = 256
+"""Most new tokens for which there is room at one time: what answers end before need not be held, nor looked at."""
 AGREEMENT = 0.01
 """Largest difference of logits to those of the step as it is, as a share of the largest."""
 
@@ -45,12 +51,22 @@ def serves(model: PreTrainedModel) -> bool:
     """Whether rows of ``model``, whose cache can branch, can be written so."""
     config = text_config(model.config)
     attention = named(config._attn_implementation or "eager")
+    # of a configuration that names kinds of layers, masks are made by kind, which families that know none do not take
+    takes_masks = hasattr(type(config), "layer_types") or not hasattr(config, "layer_types")
     return (
         model.device.type == "cuda"
+        and len({*getattr(model, "hf_device_map", {}).values()}) <= 1
         and model._can_compile_fullgraph
+        and takes_masks
         and {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "alibi", False)  # Falcon makes its positions of a mask of two dimensions
         and (attention == "sdpa" or (attention in MASKLESS and model._supports_sdpa))
     )
+
+
+def can_be_recorded(model: PreTrainedModel) -> bool:
+    """Whether no recording of ``model`` has failed so far."""
+    return model not in _unrecorded
 
 
 class FixedLayer(DynamicLayer):
@@ -95,8 +111,9 @@ class FixedRows:
     def __init__(
         self, decoder: Decoder, cache: DynamicCache, mask_BS: Tensor, position_B: Tensor, num_new: int
     ) -> None:
-        """Goes on from ``cache``, whose layers it replaces, for up to ``num_new`` tokens; of the first of them are the
-        last column of ``mask_BS`` and ``position_B``."""
+        """Goes on from ``cache``, whose layers it replaces, with room for ``num_new`` tokens or ROOM; of the first of
+        them are the last column of ``mask_BS`` and ``position_B``."""
+        num_new = min(num_new, ROOM)
         self._decoder = decoder
         self._config = text_config(decoder.model.config)
         self.num_rows, used = len(mask_BS), mask_BS.shape[1] - 1
@@ -115,7 +132,12 @@ class FixedRows:
         self._masks: dict[str | None, Tensor] = {}
         """By kind of layer; None = of all layers."""
         self._recorded: Step | None = None
-        self._steps = 0
+        self._steps, self._room = 0, num_new
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another token."""
+        return self._steps == self._room
 
     def keep(self, rows: Tensor) -> None:
         """Ask no longer for others than ``rows`` of those that are asked for."""
@@ -125,7 +147,10 @@ class FixedRows:
         """fp32 logits (N, V) after ``ids_N``, the next tokens of the rows that are asked for."""
         self._ids_B1[self.rows_N, 0] = ids_N
         self._at_1 += 1
-        self._position_B1 += 1
+        # rows that are done would come to positions that the model does not have
+        position_N1 = self._position_B1[self.rows_N] + 1
+        self._position_B1.zero_()
+        self._position_B1[self.rows_N] = position_N1
         with _by_sdpa(self._config):
             self._mask()
             found_BV = self._run()
@@ -159,50 +184,70 @@ class FixedRows:
 
     def _run(self) -> Tensor:
         if self._recorded is None:
-            if not self._decoder.records:
+            if not can_be_recorded(self._decoder.model):
                 return self._forward()
             try:
-                self._recorded = recorded(self._forward)
+                self._recorded = recorded(self._forward, self._ids_B1.device)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                return self._unrecorded(str(error).strip().partition("\n")[0])
+                return self._give_up(str(error).strip().partition("\n")[0])
         found_BV = self._recorded()
         if self._steps == 1:  # the first whose inputs are not those of the recording
             expected_BV = self._forward()
-            largest = float(expected_BV.abs().max())
-            if not torch.allclose(found_BV, expected_BV, rtol=AGREEMENT, atol=AGREEMENT * largest):
-                return self._unrecorded("a recorded step gives other logits than the step itself")
+            largest = float(expected_BV.abs().nan_to_num(0.0, 0.0).max())
+            if not torch.allclose(found_BV, expected_BV, AGREEMENT, AGREEMENT * largest, equal_nan=True):
+                return self._give_up("a recorded step gives other logits than the step itself")
         return found_BV
 
-    def _unrecorded(self, reason: str) -> Tensor:
+    def _give_up(self, reason: str) -> Tensor:
         log.warning("steps of %s are not recorded and take longer: %s", self._config.model_type, reason)
-        self._decoder.records, self._recorded = False, None
+        _unrecorded.add(self._decoder.model)
+        self._recorded = None
         return self._forward()
 
 
-def recorded(step: Step) -> Step:
+def recorded(step: Step, device: torch.device) -> Step:
     """``step`` as one CUDA graph over the tensors that it has used; what it returns is overwritten by the next call.
 
     Raises:
         RuntimeError: it does what cannot be recorded, such as waiting for the device.
     """
-    current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        for _ in range(WARM_UP):  # each writes the same into the same places
-            step()
-    current.wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    # other threads, as those that watch over collectives, may talk to the device meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = step()
+    with torch.cuda.device(device):
+        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):  # each writes the same into the same places
+                step()
+            with _waiting_refused():
+                step()
+        current.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads, as those that watch over collectives, may talk to the device meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                found = step()
+        finally:
+            torch.cuda.set_stream(current)  # a recording that fails stays on its own
 
     def replay() -> Tensor:
         graph.replay()
         return found
 
     return replay
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Inside, what waits for the device fails. In a recording it would too, but that leaves torch's memory in doubt."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says at every use that this is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ values. On a CUDA GPU, where small steps wait for the host, they are recorded on
 then rows leave when half of them are finished.
 
 Held at one time are the keys and values of at most 2 x batch size rows (beginnings and texts under way), each as long
-as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice.
+as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice. Recorded steps hold up
+to fixed_rows.ROOM unused positions, and sliding layers do not forget what left their window.
 
 B batch, S sequence.
 """
@@ -106,25 +107,35 @@ def write(
             texts.written[text].append(token)
             if not is_finished(texts.written[text]) and len(texts.written[text]) < max_new_tokens:
                 kept.append(row)
-        position_B = texts.positions_BS[:, -1]
-        left = max_new_tokens - min((len(texts.written[texts.alive[row]]) for row in kept), default=max_new_tokens)
-        if len(kept) < len(texts.alive):
+        if not kept:
+            break
+        position_B, rows = texts.positions_BS[:, -1], torch.tensor(kept, device=decoder.device)
+        has_left = len(kept) < len(texts.alive)
+        if has_left:
             texts.alive = [texts.alive[row] for row in kept]
-            if not kept:
-                break
-            rows = torch.tensor(kept, device=decoder.device)
             token_B, position_B, texts.mask_BS = token_B[rows], position_B[rows], texts.mask_BS[rows]
-            if fixed is not None:
-                fixed.keep(rows)
-                rows = fixed.rows_N
-            # rows that are done take time too, but so does another recording
-            if fixed is None or (2 * len(kept) <= fixed.num_rows and left >= WORTH_FIXING):
-                texts.cache, fixed = branched(texts.cache, rows), None
         texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
         texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
-        if fixed is None and decoder.has_fixed_rows and left >= WORTH_FIXING:
+        left = max_new_tokens - min(len(texts.written[text]) for text in texts.alive)
+        if fixed is None:
+            begins = decoder.has_fixed_rows and left >= WORTH_FIXING
+        else:
+            fixed.keep(rows)
+            rows = fixed.rows_N
+            # rows that are done take time too, but so does another recording
+            begins = has_left = fixed.is_full or (2 * len(rows) <= fixed.num_rows and left >= WORTH_FIXING)
+        if has_left:
+            _branch(texts, rows)
+        if begins:
             before_step(texts.alive)
             fixed = FixedRows(decoder, texts.cache, texts.mask_BS, texts.positions_BS[:, 0], left)
+
+
+def _branch(texts: Texts, rows: Tensor) -> None:
+    """Go on with ``rows`` of the cache alone."""
+    cache = texts.cache
+    texts.cache = branched(cache, rows)
+    cache.layers.clear()  # whoever began the texts may hold it still
 
 
 def _forward(decoder: Decoder, texts: Texts) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model as tiny_family
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,10 +23,10 @@ from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import Edited, without
 from shoal.inference import fixed_rows
-from shoal.inference.decoder import Decoder
+from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.drawing import Drawn
-from shoal.inference.fixed_rows import Step, serves
-from shoal.inference.generation import write_after
+from shoal.inference.fixed_rows import Step, can_be_recorded, serves
+from shoal.inference.generation import Texts, write, write_after
 from shoal.models.anatomy import decoder_layers
 
 SHORT = Limits(12, lambda tokens: tokens[-1] % 17 == 0)
@@ -76,7 +77,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every model is served here, and what was recorded is listed."""
     made: list[Step] = []
     monkeypatch.setattr("shoal.inference.decoder.serves", lambda model: True)
-    monkeypatch.setattr(fixed_rows, "recorded", lambda step: made.append(step) or recorded(step))
+    monkeypatch.setattr(fixed_rows, "recorded", lambda step, _device: made.append(step) or recorded(step))
     return made
 
 
@@ -130,7 +131,7 @@ def test_variants_are_rows_of_one_recording(
     for one, texts, others in zip(VARIANTS, found, expected, strict=True):
         assert texts == others, one.name
     assert recordings
-    assert fixed.records
+    assert can_be_recorded(edited.model)
 
 
 @pytest.mark.slow
@@ -148,6 +149,35 @@ def test_room_is_for_the_text_that_has_least_so_far(recordings: list[Step], monk
     found = generate_variants(*arguments, batch_size=4)
     assert found == generate_variants(arguments[0], growing, *arguments[2:], batch_size=4)
     assert recordings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_room_that_is_full_is_made_anew(kind: str, recordings: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than what is left, so that a long limit takes no memory before it is needed."""
+    monkeypatch.setattr(fixed_rows, "ROOM", 16)
+    model, endless = tiny_model(kind, **VARIED), Limits(45, lambda tokens: len(tokens) > 20 and sum(tokens) % 29 == 0)
+    found = written(model, endless, fixed=True)
+    assert found == written(model, endless, fixed=False)
+    assert len(recordings) > 2
+    assert max(map(len, found)) > 33
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recordings")
+def test_rows_that_are_done_come_to_no_position_that_the_model_lacks() -> None:
+    """A row that was given a draft is done long before the others."""
+    model, prompt = tiny_family("gpt2", max_position_embeddings=40), [5, 6, 7, 8, 9, 10, 11, 12]
+    found = []
+    for fixed in (True, False):
+        decoder = Decoder(model)
+        decoder.has_fixed_rows = fixed
+        (draft,) = write_after(decoder, [prompt], max_new_tokens=14, is_finished=lambda _: False)
+        ids_BS, mask_BS, positions_BS = decoder.left_padded([[*prompt, *draft], prompt])
+        texts = Texts(plain_cache(NUM_LAYERS), mask_BS, ids_BS, positions_BS, [0, 1], [[*draft], []])
+        write(decoder, texts, max_new_tokens=32, is_finished=lambda _: False)
+        found.append(texts.written)
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
@@ -221,6 +251,7 @@ def test_other_kernels_read_prompts_and_sdpa_writes() -> None:
         ("cpu", "sdpa", {}, False),  # starts its kernels fast enough
         ("cuda", "eager", {}, False),
         ("cuda", "sdpa", {"layer_types": ["chunked_attention"] * NUM_LAYERS}, False),
+        ("cuda", "sdpa", {"alibi": True}, False),
     ],
 )
 def test_models_whose_steps_can_be_recorded(
@@ -231,6 +262,21 @@ def test_models_whose_steps_can_be_recorded(
     model.config._attn_implementation = attention
     vars(model.config).update(changed)
     assert serves(model) == expected
+
+
+def test_kinds_of_layers_that_a_family_does_not_know_are_not_made_masks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert serves(model)
+    model.config.layer_types = ["full_attention"] * NUM_LAYERS
+    assert not serves(model)
+
+
+def test_layers_on_several_devices_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("llama")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert not serves(model)
 
 
 @pytest.mark.gpu
