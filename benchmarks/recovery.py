@@ -42,6 +42,7 @@ ablation); of each there is a row for its cut before it is healed.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -180,13 +181,13 @@ def cut_of(arguments: argparse.Namespace) -> str:
 def budget(arm: str, arguments: argparse.Namespace) -> int:
     """Tokens that the arm trains on in the time given, by a short run's steps but the first.
 
-    What the teacher writes and the local heal are timed as the difference to a second run, which finds or leaves them.
+    What the teacher writes is timed as the difference to a second run, which finds it written; the local heal says how
+    long it took.
     """
     row_tokens = 2 * 512
-    local = ARMS[arm].get("local") is not None
     probes = [
         arguments.out / "probe" / cut_of(arguments) / name
-        for name in ((arm, f"{arm}-again") if writes(arm) or local else (arm,))
+        for name in ((arm, f"{arm}-again") if writes(arm) else (arm,))
     ]
     walls = [probe / "wall_s" for probe in probes]
     for probe, wall in zip(probes, walls, strict=True):
@@ -194,14 +195,16 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
         if not wall.exists():
             run_shoal("prune", file)
             began = time.monotonic()
-            run_shoal("distill", file, *(["distill.local=null"] if probe is not probes[0] else []))
+            run_shoal("distill", file)
             wall.write_text(str(time.monotonic() - began))
     seconds = [row["seconds"] for row in Training.read(probes[-1] / Training.FILE).history]
-    token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
-    before = float(walls[0].read_text()) - float(walls[-1].read_text())  # 0 of an arm with one run
+    token_s, left = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens), arguments.seconds
     if writes(arm):
-        token_s += WRITTEN_SHARE * before / LEAST_WRITTEN
-    left = arguments.seconds - (before if local else 0.0)
+        first, again = (float(wall.read_text()) for wall in walls)
+        token_s += WRITTEN_SHARE * (first - again) / LEAST_WRITTEN
+    if local := ARMS[arm].get("local"):
+        healed = json.loads((probes[-1] / "local/local.json").read_text())
+        left -= healed["seconds"] * local["num_tokens"] / healed["num_tokens"]
     return max(row_tokens, math.floor(left / token_s / row_tokens) * row_tokens)
 
 

@@ -143,8 +143,8 @@ def _grown(state: _State, kind: _Kind) -> Iterator[_State]:
         rest = after
 
 
-def _added(one: Cost, other: Cost) -> Cost:
-    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+def _added(first: Cost, second: Cost) -> Cost:
+    return first[0] + second[0], first[1] + second[1], first[2] + second[2]
 
 
 def _undominated(states: Sequence[_State]) -> list[_State]:

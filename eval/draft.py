@@ -66,10 +66,10 @@ def measure_drafts(
     for role, checkpoint in drafts.items():
         trusted = teacher.load.trust_remote_code
         if difference := tokenizer_difference(checkpoint.folder, teacher.folder, trust_remote_code=trusted):
-            field, here, there = difference
+            field, of_draft, of_teacher = difference
             raise UserError(
-                f"{checkpoint.folder}: {field} is {here!r} in the tokenizer of {role}, but {there!r} in the teacher's; "
-                "a draft has to have the teacher's tokens: choose another one, or set eval.draft: false"
+                f"{checkpoint.folder}: {field} is {of_draft!r} in the tokenizer of {role}, but {of_teacher!r} in the "
+                "teacher's; a draft has to have the teacher's tokens: choose another one, or set eval.draft: false"
             )
     model, tokenizer = teacher.model(device=device()), teacher.tokenizer()
     connect_ranks(model.device)

@@ -74,7 +74,7 @@ def copy_prompts(
     Raises:
         UserError: a tokenizer that does not tell places, or that writes an answer in other tokens than the text has.
     """
-    made: dict[HeadTask, list[CopyPrompt]] = {}
+    prompts: dict[HeadTask, list[CopyPrompt]] = {}
     for task in tasks:
         key, sizes = SIZES[task]
         cells = [(size, depth) for size in sizes for depth in DEPTHS]
@@ -85,13 +85,13 @@ def copy_prompts(
                 task, split="eval", num_items=num_each, seed=seed, **{key: size}, **_at(task, size, depth)
             )
         ]
-        made[task] = [prompt for item in asked if (prompt := copy_prompt(item, tokenizer)) is not None]
-        if not made[task]:
+        prompts[task] = [prompt for item in asked if (prompt := copy_prompt(item, tokenizer)) is not None]
+        if not prompts[task]:
             raise UserError(
                 f"measure.heads.tasks: {task}: this tokenizer writes no answer in the tokens that it has in the text, "
                 "so no head can copy them one by one; name another task, or leave measure.heads out"
             )
-    return made
+    return prompts
 
 
 def _at(task: HeadTask, size: int, depth: int) -> dict[str, int]:
@@ -143,18 +143,18 @@ def copy_twins(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> 
     Raises:
         UserError: as copy_prompts does, or where no twin has as many tokens.
     """
-    made: dict[Corruption, list[Twins]] = {kind: [] for kind in CORRUPTIONS}
+    twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in CORRUPTIONS}
     for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=TWIN_PAIRS):
-        for kind, twins in made.items():
+        for kind, twins in twins_by_kind.items():
             found = (_twins(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))
             if (pair := next(filter(None, found), None)) is not None:
                 twins.append(pair)
-    if (missing := next((kind for kind, twins in made.items() if not twins), None)) is not None:
+    if (missing := next((kind for kind, twins in twins_by_kind.items() if not twins), None)) is not None:
         raise UserError(
             f"measure.heads.twins: in this tokenizer no look-up has a twin with another {missing} in as many tokens; "
             "set twins: 0"
         )
-    return made
+    return twins_by_kind
 
 
 def _corrupted(kind: Corruption, item: Item, seed: int) -> Iterator[Item]:

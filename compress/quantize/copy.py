@@ -72,7 +72,7 @@ def quantised_copy(
         else:
             save_quantised(source, folder, format, group_size=group_size, device=device())
     copy_beside(source.folder, folder)
-    made = Quantized(
+    record = Quantized(
         Provenance(inputs),
         source=role,
         format=format,
@@ -83,5 +83,5 @@ def quantised_copy(
         seconds=time.monotonic() - started,
         content=model_fingerprint(folder),
     )
-    made.write(folder / Quantized.FILE)
-    return made
+    record.write(folder / Quantized.FILE)
+    return record

@@ -32,8 +32,8 @@ def states_read(config: PreTrainedConfig) -> tuple[int, ...]:
     known = config.model_type in READERS and getattr(tower, "model_type", None) in TOWERS
     if not known or getattr(tower, "tie_last_hidden_states", None):
         return ()
-    given = getattr(config, FIELD)
-    entries = [given] if isinstance(given, int) else list(given)
+    states_read = getattr(config, FIELD)
+    entries = [states_read] if isinstance(states_read, int) else list(states_read)
     states = [entry if entry >= 0 else tower.num_hidden_layers + 1 + entry for entry in entries]
     for entry, state in zip(entries, states, strict=True):
         if not 0 <= state <= tower.num_hidden_layers:

@@ -39,9 +39,9 @@ def agreement(columns: Sequence[Measured], metrics: Mapping[str, Sequence[float]
     rows = list(scores.values())
     return Agreement(
         columns=tuple(scores),
-        spearman=tuple(tuple(spearman(one, other) for other in rows) for one in rows),
-        ceiling=tuple(tuple(_ceiling(one, other) for other in known) for one in known),
-        jaccard=tuple(tuple(jaccard(one, other, k) for other in rows) for one in rows),
+        spearman=tuple(tuple(spearman(row, other) for other in rows) for row in rows),
+        ceiling=tuple(tuple(_ceiling(row, other) for other in known) for row in known),
+        jaccard=tuple(tuple(jaccard(row, other, k) for other in rows) for row in rows),
         k=k,
         stability=stability,
     )
@@ -52,18 +52,18 @@ def importances(column: Measured) -> tuple[float, ...]:
     return tuple(_importances(column, np.arange(len(column.ids))).tolist())
 
 
-def spearman(one: Sequence[float] | Array, other: Sequence[float] | Array) -> float | None:
+def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) -> float | None:
     """Rank correlation with average ranks for equal values; None where one side holds a single value only."""
-    ranks = [stats.rankdata(values) for values in (one, other)]
+    ranks = [stats.rankdata(values) for values in (first, second)]
     if any(np.ptp(rank) == 0 for rank in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1].clip(-1, 1))
 
 
-def jaccard(one: Sequence[float], other: Sequence[float], k: int) -> float:
+def jaccard(first: Sequence[float], second: Sequence[float], k: int) -> float:
     """Shared part of the two sets of ``k`` layers of lowest score; equal scores go by lower index, as in plans."""
-    first, second = (set(sorted(range(len(values)), key=lambda i: (values[i], i))[:k]) for values in (one, other))
-    return len(first & second) / len(first | second)
+    lowest, others = (set(sorted(range(len(values)), key=lambda i: (values[i], i))[:k]) for values in (first, second))
+    return len(lowest & others) / len(lowest | others)
 
 
 def column_stability(column: Measured) -> Stability:
@@ -86,5 +86,5 @@ def _importances(column: Measured, rows: NDArray[np.intp]) -> Array:
     return np.round(mean_K[0] - mean_K[1:] if column.task.higher_is_better else mean_K[1:] - mean_K[0], 12)
 
 
-def _ceiling(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else math.sqrt(one * other)
+def _ceiling(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else math.sqrt(first * second)

@@ -67,7 +67,7 @@ def layer_losses(column: SweepColumn) -> tuple[float, ...] | None:
     if not column.higher_is_better:
         return tuple(max(0.0, effect.change.value) for effect in column.effects)
     kept = [effect.retention for effect in column.effects]
-    return None if None in kept else tuple(max(0.0, 1 - one.value) for one in kept if one is not None)
+    return None if None in kept else tuple(max(0.0, 1 - retention.value) for retention in kept if retention is not None)
 
 
 def cornerstones(sweep: Sweep) -> tuple[int, ...]:
@@ -115,19 +115,19 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
     if len(shared) < needed_items(num_layers):
         return f"{names}: they share {len(shared)} items, {needed_items(num_layers)} are needed"
     likely, written = restricted(likely, shared), restricted(written, shared)
-    one, other = retentions(likely), retentions(written)
-    for task, kept in ((likely.task.task, one), (written.task.task, other)):
+    kept_likely, kept_written = retentions(likely), retentions(written)
+    for task, kept in ((likely.task.task, kept_likely), (written.task.task, kept_written)):
         if isinstance(kept, str):
             return f"{names}: {task}: {kept}"
-    assert not isinstance(one, str)
-    assert not isinstance(other, str)
+    assert not isinstance(kept_likely, str)
+    assert not isinstance(kept_written, str)
     one_RL, other_RL = resampled_retentions(likely, written)
     gaps_RL = one_RL - other_RL
-    value_L = np.array([a.value - b.value for a, b in zip(one, other, strict=True)])
+    value_L = np.array([a.value - b.value for a, b in zip(kept_likely, kept_written, strict=True)])
     correlations = [_correlation(one_RL[:, i], other_RL[:, i]) for i in range(num_layers)]
     gaps = [
         summed([a, Estimate(-b.value, -b.high, -b.low)], np.array([[1.0, -r], [-r, 1.0]]))
-        for a, b, r in zip(one, other, correlations, strict=True)
+        for a, b, r in zip(kept_likely, kept_written, correlations, strict=True)
     ]
     edges = [0, *(round(num_layers * third / 3) for third in (1, 2, 3))]
     spans = [slice(min(a, num_layers - 1), max(a, b - 1) + 1) for a, b in itertools.pairwise(edges)]

@@ -20,9 +20,9 @@ def joint_change(column: SweepColumn, drop: Sequence[int]) -> Estimate:
     layers = sorted(drop)
     changes = [column.effects[layer].change for layer in layers]
     correlation = np.eye(len(layers))
-    for i, one in enumerate(layers):
+    for i, layer in enumerate(layers):
         for j, other in enumerate(layers[:i]):
-            correlation[i, j] = correlation[j, i] = column.correlation[one][other]
+            correlation[i, j] = correlation[j, i] = column.correlation[layer][other]
     return summed(changes, correlation)
 
 

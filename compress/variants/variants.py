@@ -192,8 +192,8 @@ class States:
     def _passed_on(self, skips: Sequence[ComponentPart], before: Sequence[Kept], after: Sequence[Kept]) -> list[Kept]:
         """``after`` with the states ``before`` the layer at the positions of every pass that it skips."""
         return [
-            self._store.keep(passed_on(skips, batch.answer_BS, given.load(), made.load()))
-            for batch, given, made in zip(self._passes, before, after, strict=True)
+            self._store.keep(passed_on(skips, batch.answer_BS, state_before.load(), state_after.load()))
+            for batch, state_before, state_after in zip(self._passes, before, after, strict=True)
         ]
 
     def final(self, variant: Variant) -> list[Tensor]:

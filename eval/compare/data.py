@@ -44,8 +44,12 @@ def as_data(comparison: RunComparison) -> dict[str, Any]:
         "ranked_by": list(groups.that_rank),
         "standings": [_standing_data(standing) for standing in standings(comparison, groups)],
         "controls": [
-            {"run": letter, "what": what, "change": {title: _interval_data(value) for title, value in changes.items()}}
-            for (letter, what), changes in controls(comparison, groups).items()
+            {
+                "run": letter,
+                "what": effect,
+                "change": {title: _interval_data(value) for title, value in changes.items()},
+            }
+            for (letter, effect), changes in controls(comparison, groups).items()
         ],
         "precision": comparison.precision or None,
         "num_differences": comparison.num_differences,

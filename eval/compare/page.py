@@ -137,20 +137,20 @@ def _told(cells: Sequence[Cell]) -> str:
 def _first(comparison: RunComparison) -> Iterator[str]:
     """Which model ranks first, by what, and what is above the teacher."""
     groups = task_groups(comparison)
-    found = [one for one in standings(comparison, groups) if one.model.role != "teacher"]
-    if found and found[0].mean:
+    ranked = [standing for standing in standings(comparison, groups) if standing.model.role != "teacher"]
+    if ranked and ranked[0].mean:
         in_mean = (
             f"in the mean of {_inside(groups.that_rank)}"
             if len(groups.that_rank) > 1
             else f"in {_inside(groups.that_rank)}"
         )
-        most = "reaches the most of the" if found[0].model.role == MODEL else "keeps the most of its"
-        yield f"{_model_name(found[0].model)} {most} teacher: {retention_text(found[0].mean)} {in_mean}."
+        most = "reaches the most of the" if ranked[0].model.role == MODEL else "keeps the most of its"
+        yield f"{_model_name(ranked[0].model)} {most} teacher: {retention_text(ranked[0].mean)} {in_mean}."
     above = {
         title: [
-            _model_name(one.model)
-            for one in found
-            if one.model.role != MODEL and (kept := one.kept[title]) and kept.ci_low > 1
+            _model_name(standing.model)
+            for standing in ranked
+            if standing.model.role != MODEL and (kept := standing.kept[title]) and kept.ci_low > 1
         ]
         for title in groups.tasks
     }
@@ -182,16 +182,16 @@ def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Tabl
     """What every model keeps by column, how that is to be read, and what the controls tell."""
     if not groups.tasks:
         return
-    found, first = standings(comparison, groups), comparison.contenders[0].letter
+    ranked, first = standings(comparison, groups), comparison.contenders[0].letter
     columns = ["Model", *(["Mean"] if len(groups.that_rank) > 1 else [])]
-    compared, formed = any(one.against for one in found), any(one.form for one in found)
+    compared, formed = any(standing.against for standing in ranked), any(standing.form for standing in ranked)
     rows = []
-    for one in found:
-        row = [_model_name(one.model)]
-        row += [retention_text(one.mean)] if len(groups.that_rank) > 1 else []
-        row += [_points_text(one.against)] if compared else []
-        row += [retention_text(one.kept[title]) for title in groups.tasks]
-        row += [_points_text(one.form)] if formed else []
+    for standing in ranked:
+        row = [_model_name(standing.model)]
+        row += [retention_text(standing.mean)] if len(groups.that_rank) > 1 else []
+        row += [_points_text(standing.against)] if compared else []
+        row += [retention_text(standing.kept[title]) for title in groups.tasks]
+        row += [_points_text(standing.form)] if formed else []
         rows.append(tuple(row))
     columns += [f"Against {first}"] if compared else []
     columns += [*groups.tasks, *(["Form gap"] if formed else [])]
@@ -199,9 +199,9 @@ def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Tabl
     yield Paragraph(" ".join(_how_ranked(groups, formed=formed)))
     if told := controls(comparison, groups):
         rows = [
-            (f"{letter}, {what} ({after} − {before})", *map(_points_text, changes.values()))
-            for (letter, what), changes in told.items()
-            for before, after in [CONTROLLED[what]]
+            (f"{letter}, {effect} ({after} − {before})", *map(_points_text, changes.values()))
+            for (letter, effect), changes in told.items()
+            for before, after in [CONTROLLED[effect]]
         ]
         caption = "What the control tells: the uncut teacher, trained on the same text with the same settings"
         yield Table(caption, ("Change of what is kept", *groups.tasks), tuple(rows))

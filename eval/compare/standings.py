@@ -78,7 +78,10 @@ def group_title(task: TaskScore) -> str:
 def standings(comparison: RunComparison, groups: Groups) -> list[Standing]:
     """The teachers, then every cut model, those that keep the most first."""
     found = [_standing(comparison, model, groups) for model in comparison.models if model.role != "control"]
-    return sorted(found, key=lambda one: (one.model.role != "teacher", -one.mean.value if one.mean else np.inf))
+    return sorted(
+        found,
+        key=lambda standing: (standing.model.role != "teacher", -standing.mean.value if standing.mean else np.inf),
+    )
 
 
 def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str], dict[str, Interval | None]]:
@@ -87,9 +90,9 @@ def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str],
     for contender in comparison.contenders:
         evaluations = contender.run.evaluations | {"teacher": teacher_of(contender, comparison.contenders)}
         scores = {role: by_task(evaluation) for role, evaluation in evaluations.items() if evaluation}
-        for what, (before, after) in CONTROLLED.items():
+        for effect, (before, after) in CONTROLLED.items():
             if {"control", "teacher", before, after} <= scores.keys():
-                told[contender.letter, what] = {
+                told[contender.letter, effect] = {
                     title: _change(scores["teacher"], scores[before], scores[after], even_weights(tasks))
                     for title, tasks in groups.tasks.items()
                 }
@@ -105,7 +108,9 @@ def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval |
     kept = [cell.kept for cell in cells if cell.kept is not None and cell.kept.value is not None]
     if not cells or len(kept) < len(cells):
         return None
-    limits = np.array([(one.value, one.ci_low, one.ci_high) for one in kept], dtype=np.float64).tolist()
+    limits = np.array(
+        [(retention.value, retention.ci_low, retention.ci_high) for retention in kept], dtype=np.float64
+    ).tolist()
     return weighted_sum([weights[cell.score.task] for cell in cells], limits, _together([cell.score for cell in cells]))
 
 

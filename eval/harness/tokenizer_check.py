@@ -25,9 +25,9 @@ def require_same_tokenizer(folders: Mapping[str, Path], *, trust_remote_code: bo
     (first, reference), *others = folders.items()
     for role, folder in others:
         if difference := tokenizer_difference(folder, reference, trust_remote_code=trust_remote_code):
-            field, here, there = difference
+            field, own, of_reference = difference
             raise UserError(
-                f"{folder}: {field} is {here!r} in the tokenizer of {role}, but {there!r} in that of {first} "
+                f"{folder}: {field} is {own!r} in the tokenizer of {role}, but {of_reference!r} in that of {first} "
                 f"({reference}); scores of the two would be of different prompts. Copy the tokenizer files of {first} "
                 "there, or make it again with `shoal run`"
             )
@@ -39,22 +39,25 @@ def tokenizer_difference(
     """(field, value, value of ``reference``) of the most telling difference; None where text becomes equal tokens."""
     if tokenizer_fingerprint(folder) == tokenizer_fingerprint(reference):
         return None
-    loaded = [load_tokenizer(one, trust_remote_code=trust_remote_code) for one in (folder, reference)]
+    loaded = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in (folder, reference)]
     return next(_differences(*loaded), None)
 
 
 def _differences(tokenizer: Any, reference: Any) -> Iterator[tuple[str, Any, Any]]:
     """(field, value, value of the reference), most telling first."""
-    here, there = tokenizer.get_vocab(), reference.get_vocab()
-    if len(here) != len(there):
-        yield "number of tokens", len(here), len(there)
-    for token in sorted(here.keys() | there.keys(), key=lambda token: there.get(token, len(there))):
-        if here.get(token) != there.get(token):
-            yield f"id of token {token!r}", here.get(token), there.get(token)
+    vocabulary, reference_vocabulary = tokenizer.get_vocab(), reference.get_vocab()
+    if len(vocabulary) != len(reference_vocabulary):
+        yield "number of tokens", len(vocabulary), len(reference_vocabulary)
+    for token in sorted(
+        vocabulary.keys() | reference_vocabulary.keys(),
+        key=lambda token: reference_vocabulary.get(token, len(reference_vocabulary)),
+    ):
+        if vocabulary.get(token) != reference_vocabulary.get(token):
+            yield f"id of token {token!r}", vocabulary.get(token), reference_vocabulary.get(token)
     for name in SPECIAL:
         if getattr(tokenizer, name) != getattr(reference, name):
             yield name, getattr(tokenizer, name), getattr(reference, name)
-    own, other = (one.encode(PROBE) for one in (tokenizer, reference))
+    own, other = (either.encode(PROBE) for either in (tokenizer, reference))
     if own != other:
         position = next(
             (i for i, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), min(len(own), len(other))
@@ -62,7 +65,7 @@ def _differences(tokenizer: Any, reference: Any) -> Iterator[tuple[str, Any, Any
         yield (
             f"token {position} of a probing text",
             *(
-                one.convert_ids_to_tokens(ids[position : position + 1])
-                for one, ids in ((tokenizer, own), (reference, other))
+                either.convert_ids_to_tokens(ids[position : position + 1])
+                for either, ids in ((tokenizer, own), (reference, other))
             ),
         )

@@ -227,9 +227,9 @@ def read_run(folder: Path) -> Run:
         rounds=_earlier_rounds(folder, plan),
         depth_use=read_result(DepthUse, folder / DepthUse.FILE),
         quantized={
-            role: made
+            role: record
             for role in QUANTIZED
-            if (made := read_result(Quantized, folder / role / Quantized.FILE)) is not None
+            if (record := read_result(Quantized, folder / role / Quantized.FILE)) is not None
         },
         drafts=read_result(Drafts, folder / Drafts.FILE),
     )
@@ -413,8 +413,8 @@ def _identities(
     if run.training:
         entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
     for role, subject in subjects.items():
-        if made := run.quantized.get(role):
-            entries[subject].append((f"{role}/{Quantized.FILE}", "content", made.content or None))
+        if record := run.quantized.get(role):
+            entries[subject].append((f"{role}/{Quantized.FILE}", "content", record.content or None))
         if evaluation := run.evaluations.get(role):
             entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:
@@ -424,11 +424,11 @@ def _identities(
             entries[subject].append((Drafts.FILE, field, run.drafts.provenance.inputs.get(field)))
         if run.depth_use:
             entries[subject].append((DepthUse.FILE, role, run.depth_use.provenance.inputs.get(role)))
-    for role, made in run.quantized.items():
+    for role, record in run.quantized.items():
         if copy := run.evaluations.get(role):
             file = f"{role}/{Quantized.FILE}"
-            entries[subjects[made.source]].append((file, "model", made.provenance.inputs.get("model")))
-            sizes = (file, "num_bytes", made.num_bytes), (f"eval/{role}.json", "num_bytes", copy.num_bytes)
+            entries[subjects[record.source]].append((file, "model", record.provenance.inputs.get("model")))
+            sizes = (file, "num_bytes", record.num_bytes), (f"eval/{role}.json", "num_bytes", copy.num_bytes)
             entries[f"the size of {role}"] = list(sizes)
     told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:

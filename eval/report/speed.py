@@ -116,10 +116,10 @@ def _source(run: Run) -> str:
 
 
 def _quantized_row(run: Run, role: str) -> tuple[str, ...]:
-    evaluation, made, teacher = run.evaluations[role], run.quantized.get(role), run.evaluations.get("teacher")
-    told = (made.source, made.format) if made else (DASH, DASH)
+    evaluation, record, teacher = run.evaluations[role], run.quantized.get(role), run.evaluations.get("teacher")
+    told = (record.source, record.format) if record else (DASH, DASH)
     share = f"{100 * evaluation.num_bytes / teacher.num_bytes:.1f} %" if teacher else DASH
-    return (role, *told, bytes_text(evaluation.num_bytes), share, made.library if made else DASH, evaluation.engine)
+    return (role, *told, bytes_text(evaluation.num_bytes), share, record.library if record else DASH, evaluation.engine)
 
 
 def _at_their_bytes(run: Run, rows: Sequence[Row]) -> Iterator[str]:

@@ -63,8 +63,8 @@ def answers_alike(written: str, answer: str) -> bool:
         stated = _lone_number(marked) if marked else NUMBER.findall(written)
         return bool(stated) and _value(stated[-1]) == _value(numbers[-1])
     wanted = wanted or _last_line(answer)
-    given = _marked(written) or _last_line(written)
-    return bool(wanted) and (_bare(wanted) == _bare(given) or _ends_in(given, wanted))
+    stated_last = _marked(written) or _last_line(written)
+    return bool(wanted) and (_bare(wanted) == _bare(stated_last) or _ends_in(stated_last, wanted))
 
 
 def _marked(text: str) -> str | None:

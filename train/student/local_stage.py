@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class LocalResult:
 
     before: dict[int, float]
     after: dict[int, float]
+    num_tokens: int
+    seconds: float
+    """Of the steps; after a stop, of those since."""
 
 
 def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict[str, Any]) -> Path:
@@ -108,7 +111,7 @@ def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict
     if is_main():
         state = {name: w for name, w in student.state_dict().items() if name not in student.all_tied_weights_keys}
         write_student(student, state, spec.student, healed)
-        write_json(story, {"inputs": identity, "before": result.before, "after": result.after})
+        write_json(story, {"inputs": identity, **asdict(result)})
         (folder / STATE_FILE).unlink(missing_ok=True)
     barrier()
     return healed
@@ -158,8 +161,12 @@ def heal_locally(
             log.info("local: step %d of %d, error by layer %s, %.0f tokens/s", step + 1, num_steps, by_layer, speed)
     student.train(was_training)
     tenth = max(1, num_steps // 10)
-    ends = (progress.errors[:tenth], progress.errors[-tenth:])
-    return LocalResult(*({p.layer: e for p, e in zip(places, _mean(part), strict=True)} for part in ends))
+    before, after = (
+        {place.layer: error for place, error in zip(places, _mean(part), strict=True)}
+        for part in (progress.errors[:tenth], progress.errors[-tenth:])
+    )
+    num_tokens = num_steps * settings.batch_size * rows.input_ids_NS.shape[1]
+    return LocalResult(before, after, num_tokens, time.monotonic() - began)
 
 
 def _num_steps(rows: PackedRows, settings: LocalHeal, places: Sequence[Gap]) -> int:

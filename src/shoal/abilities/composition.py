@@ -59,10 +59,10 @@ def make_swaps(rng: random.Random, split: str, num_steps: int, number: int) -> I
     swaps, states = _swaps_that_lead(rng, num_steps, asked, answer)
     held = [f"{person} has the {thing}" for person, thing in zip(people, objects, strict=True)]
     story = [f"{', '.join(held[:-1])} and {held[-1]}."]
-    story += [f"Then {people[one]} and {people[other]} swap what they have." for one, other in swaps]
+    story += [f"Then {people[giver]} and {people[other]} swap what they have." for giver, other in swaps]
     lines = [
-        f"Now {people[one]} has the {objects[state[one]]} and {people[other]} has the {objects[state[other]]}."
-        for (one, other), state in zip(swaps, states, strict=True)
+        f"Now {people[giver]} has the {objects[state[giver]]} and {people[other]} has the {objects[state[other]]}."
+        for (giver, other), state in zip(swaps, states, strict=True)
     ]
     wrong = [thing for index, thing in enumerate(objects) if index != answer]
     return _item(

@@ -124,12 +124,12 @@ def distinct_items(make: Callable[[int], Item], num_items: int, *, kind: str) ->
     Raises:
         ValueError: when `make` does not find so many; `kind` says of what.
     """
-    made: dict[str, Item] = {}
+    items: dict[str, Item] = {}
     for _ in range(ATTEMPTS * num_items):
-        item = make(len(made))
-        made.setdefault(item.context, item)
-        if len(made) == num_items:
-            return list(made.values())
+        item = make(len(items))
+        items.setdefault(item.context, item)
+        if len(items) == num_items:
+            return list(items.values())
     raise ValueError(f"{kind}: there are fewer than {num_items} items; ask for fewer")
 
 

@@ -100,14 +100,14 @@ def chosen_option(text: str, options: Sequence[str]) -> int | None:
     """
     line = first_line(text)
     told = [line, *(found[1] for found in [STATED_TEXT.search(line)] if found)]
-    same = [index for index, option in enumerate(options) if any(_is_text_of(one, option) for one in told)]
+    same = [index for index, option in enumerate(options) if any(_is_text_of(phrase, option) for phrase in told)]
     if len(same) == 1:
         return same[0]
     for pattern in (LETTER, STATED_LETTER):
         if (found := pattern.search(line)) and (index := LETTERS.index(found[1].upper())) < len(options):
             return index
-    for one in told:
-        named = [index for index, option in enumerate(options) if starts(one, [option])]
+    for phrase in told:
+        named = [index for index, option in enumerate(options) if starts(phrase, [option])]
         longest = [index for index in named if len(options[index]) == max(len(options[other]) for other in named)]
         if len(longest) == 1:
             return longest[0]

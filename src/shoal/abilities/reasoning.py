@@ -204,11 +204,11 @@ def reasoning_items(
     forms = assigned_forms(FORMS, form, "reasoning", num_items)
     rng = generator("reasoning", split, seed, num_steps=num_steps, kind=kind)
     kinds = tuple(KINDS) if kind is None else (str(kind),)
-    made: dict[str, Item] = {}
-    while len(made) < num_items:
-        item = make_problem(rng, split, kinds[len(made) % len(kinds)], num_steps, form=forms[len(made)])
-        made.setdefault(item.id, item)
-    return list(made.values())
+    items: dict[str, Item] = {}
+    while len(items) < num_items:
+        item = make_problem(rng, split, kinds[len(items) % len(kinds)], num_steps, form=forms[len(items)])
+        items.setdefault(item.id, item)
+    return list(items.values())
 
 
 def make_problem(rng: random.Random, split: str, kind: str, num_steps: int, *, form: StoryForm = FORMS[0]) -> Item:

@@ -142,13 +142,13 @@ def retrieval_items(
     rng = generator(
         "retrieval", split, seed, kind=kind, num_pairs=num_pairs, gold_position=gold_position, num_options=num_options
     )
-    made = []
+    items = []
     for index, in_form in enumerate(forms):
         position = index % num_pairs if gold_position is None else int(gold_position)
         pairs = draw_pairs(rng, split, str(kind), num_pairs)
         wrong = rng.sample([value for other, (_, value) in enumerate(pairs) if other != position], num_wrong)
-        made.append(_lookup(in_form, pairs, position, wrong, rng.randrange(num_wrong + 1), kind=str(kind)))
-    return made
+        items.append(_lookup(in_form, pairs, position, wrong, rng.randrange(num_wrong + 1), kind=str(kind)))
+    return items
 
 
 def _lookup(

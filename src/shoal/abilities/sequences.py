@@ -82,17 +82,17 @@ def make_copy(rng: random.Random, split: str, offset: int, number: int) -> Item:
     listed = rng.sample(words_in(split, "key", words.KEYS), NUM_WORDS)
     # the same places for every offset, with room for all ranks
     answer = rng.randint(NUM_OPTIONS, NUM_WORDS - NUM_OPTIONS)
-    given = answer - offset
-    others = [word for index, word in enumerate(listed) if index != given]
+    asked = answer - offset
+    others = [word for index, word in enumerate(listed) if index != asked]
     options = others[answer - 1 - rank :][: last + 1]
     options.remove(listed[answer])
     return _item(
         "copying",
-        f"{', '.join(listed)}\nAgain, in steps of {offset}: {listed[given]},",
+        f"{', '.join(listed)}\nAgain, in steps of {offset}: {listed[asked]},",
         final=listed[answer],
         wrong=rng.sample(options, last),
         position=rng.randrange(NUM_OPTIONS),
-        question=f"{', '.join(listed)}. Which word comes after {listed[given]}, in steps of {offset}?",
+        question=f"{', '.join(listed)}. Which word comes after {listed[asked]}, in steps of {offset}?",
         params={"offset": offset},
     )
 
@@ -132,17 +132,17 @@ def make_order(rng: random.Random, split: str, elements: str, num_elements: int,
     first, second = sorted(rng.sample(range(1, num_elements - 2), 2))
     swapped = _swapped(right, first)
     orders = [right, swapped, _swapped(right, second + 1), _swapped(swapped, second + 1)]
-    given = right
-    while given in orders:
-        given = rng.sample(right, num_elements)
+    shuffled = right
+    while shuffled in orders:
+        shuffled = rng.sample(right, num_elements)
     name, how = ORDERS[elements]
     return _item(
         "sorting",
-        f"{name}: {', '.join(given)}\n{how[0].upper()}{how[1:]}:",
+        f"{name}: {', '.join(shuffled)}\n{how[0].upper()}{how[1:]}:",
         final=", ".join(right),
         wrong=[", ".join(order) for order in rng.sample(orders[1:], NUM_OPTIONS - 1)],
         position=number,
-        question=f"Sort {', '.join(given)} {how}.",
+        question=f"Sort {', '.join(shuffled)} {how}.",
         params={"elements": elements, "num_elements": num_elements},
     )
 

@@ -168,7 +168,7 @@ def choose_layers(
         >>> plan = shoal.choose_layers(importance, num_drop=8)
         >>> plan.drop
     """
-    given = {
+    named = {
         "num_drop": num_drop,
         "ratio": ratio,
         "metric": metric,
@@ -177,7 +177,7 @@ def choose_layers(
         "protect": protect,
         "spare": spare,
     }
-    settings = checked(Prune, given, source="shoal.choose_layers", contradictions=prune.contradictions)
+    settings = checked(Prune, named, source="shoal.choose_layers", contradictions=prune.contradictions)
     choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
     inputs = {
         "model": importance.provenance.inputs.get("model"),

@@ -19,8 +19,8 @@ from shoal.errors import UserError
 from shoal.machine import peak_memory
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
 from shoal.numerics import fast_dtype
-from shoal.recipe import distill as recipe
 from shoal.recipe.distill import Distill
+from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
@@ -131,7 +131,7 @@ def _section(named: dict[str, Any], settings: Mapping[str, Any], *, learning_rat
         {**named, **settings, "trainer": trainer},
         taken=(*named, *TAKEN),
         source="shoal.distill",
-        contradictions=recipe.contradictions,
+        contradictions=contradictions,
     )
     precision = fast_dtype(device()).dtype if section.precision == "auto" else section.precision
     return replace(section, precision=precision, deepspeed=None, watch=None)

@@ -151,11 +151,11 @@ def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any)
             image = file.convert("RGB")
     except UNREADABLE as error:  # what only its pixels show, or has come since it was looked at
         raise _unreadable(row.image, row.where, str(error).split("\n")[0]) from error
-    given: dict[str, Any] = {"images": [image], "return_tensors": "pt"}
+    arguments: dict[str, Any] = {"images": [image], "return_tensors": "pt"}
     if bos and prompt.startswith(bos):  # a chat template has put it there
-        given["add_special_tokens"] = False
+        arguments["add_special_tokens"] = False
     try:
-        before, whole = (processor(text=text, **given) for text in (prompt, prompt + answer))
+        before, whole = (processor(text=text, **arguments) for text in (prompt, prompt + answer))
     except (ValueError, TypeError, KeyError, IndexError, ImportError) as error:
         raise UserError(
             f"{row.where}: the checkpoint's processor cannot take it ({error!r}); mend the row or the processor's files"
@@ -198,10 +198,10 @@ def _rendered_answer(row: ImageRow, prompt: str, processor: Any) -> str:
     return written[: without_layout(written, processor.tokenizer)]
 
 
-def _common(one: Tensor, other: Tensor) -> int:
+def _common(first: Tensor, second: Tensor) -> int:
     """How many tokens both begin with: there the answer starts, or a token that it shares with the prompt."""
-    size = min(len(one), len(other))
-    differ = (one[:size] != other[:size]).nonzero()
+    size = min(len(first), len(second))
+    differ = (first[:size] != second[:size]).nonzero()
     return int(differ[0]) if len(differ) else size
 
 

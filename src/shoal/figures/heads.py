@@ -32,8 +32,12 @@ SITES = {"residual": "the layer's input", "attention": "the attention's output",
 def heads_figure(heads: Heads) -> Figure:
     """Retrieval scores by layer and by head, then what patching of every site brings back by layer and by head."""
     sites: list[tuple[Corruption, str]] = [(twin, site) for twin in heads.num_twins for site in SITES]
-    curves = [own for own in sites if any((one.twin, one.site) == own for one in heads.patched)]
-    maps = [one for one in heads.patched if (one.site, one.group) == ("head", "all") and any(one.effects)]
+    curves = [own for own in sites if any((patched.twin, patched.site) == own for patched in heads.patched)]
+    maps = [
+        patched
+        for patched in heads.patched
+        if (patched.site, patched.group) == ("head", "all") and any(patched.effects)
+    ]
     most = max(len(row) for row in heads.scores)
     map_inches = 1.0 + 0.13 * heads.num_layers
     heights = [CURVE_INCHES, map_inches, *[CURVE_INCHES] * len(curves), *[map_inches] * len(maps)]
@@ -47,21 +51,21 @@ def heads_figure(heads: Heads) -> Figure:
         _draw_map(figure, axes[1], heads.scores, "Retrieval score of every head; framed: retrieval heads")
         _frame(axes[1], heads.retrieval_heads)
         for ax, (twin, site) in zip(axes[2:], curves, strict=False):
-            _draw_curves(ax, [one for one in heads.patched if (one.twin, one.site) == (twin, site)])
+            _draw_curves(ax, [patched for patched in heads.patched if (patched.twin, patched.site) == (twin, site)])
             ax.set_title(f"Another {twin} (n = {heads.num_twins[twin]}): {SITES[site]}")
         if curves:
             legend_above(figure, axes[2 : 2 + len(curves)])
-        for ax, one in zip(axes[2 + len(curves) :], maps, strict=True):
-            _draw_map(figure, ax, one.effects, f"Another {one.twin}: contexts of single heads")
+        for ax, patched in zip(axes[2 + len(curves) :], maps, strict=True):
+            _draw_map(figure, ax, patched.effects, f"Another {patched.twin}: contexts of single heads")
     return figure
 
 
 def _draw_curves(ax: Axes, patched: Sequence[Patched]) -> None:
-    for one in patched:
-        place = GROUPS.index(one.group)
+    for curve in patched:
+        place = GROUPS.index(curve.group)
         colour, (stroke, marker) = SERIES_COLOURS[place], SERIES_STYLE[place]
-        values = [row[0] for row in one.effects]
-        ax.plot(values, stroke, marker=marker, ms=3.5, lw=1.3, color=colour, label=one.group)
+        values = [row[0] for row in curve.effects]
+        ax.plot(values, stroke, marker=marker, ms=3.5, lw=1.3, color=colour, label=curve.group)
     ax.set_xlabel("layer")
     ax.set_ylabel("patching\nbrings back")
     ax.grid(axis="y")

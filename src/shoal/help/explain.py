@@ -33,17 +33,17 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
         return [{"key": place, "meaning": _said(section), "keys": _keys([section])} for section in sections]
     told: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        one = _of_setting(setting)
-        told.setdefault(str([one[name] for name in ("meaning", "values", "default")]), one)
+        description = _of_setting(setting)
+        told.setdefault(str([description[name] for name in ("meaning", "values", "default")]), description)
     if len(told) == 1 and len(settings) > 1:
         next(iter(told.values()))["key"] = place
-    for one in told.values():
+    for description in told.values():
         if entry:
-            one["entry"] = _of_entry(one["key"], entry)
+            description["entry"] = _of_entry(description["key"], entry)
         if len(sections) > 1:
-            one["kinds"] = {str(kind_of(section)): _said(section) for section in sections}
+            description["kinds"] = {str(kind_of(section)): _said(section) for section in sections}
         elif sections:
-            one["keys"] = _keys(sections)
+            description["keys"] = _keys(sections)
     return list(told.values())
 
 
@@ -97,18 +97,18 @@ def _keys(sections: list[type[Section]]) -> dict[str, dict[str, Any]]:
     return {each.key: {"meaning": each.meaning, "required": each.is_required, "default": each.default} for each in own}
 
 
-def _lines(one: dict[str, Any]) -> list[str]:
-    lines = [one["key"]] if one["key"] else []
-    lines += textwrap.wrap(one["meaning"], WIDTH, **UNBROKEN)
-    if "values" in one:
-        facts = [("values", one["values"]), ("default", _default_text(one))]
-        facts += [("shapes", listed(one["shapes"]))] if one["shapes"] else []
-        facts += [("entry", one["entry"])] if "entry" in one else []
+def _lines(description: dict[str, Any]) -> list[str]:
+    lines = [description["key"]] if description["key"] else []
+    lines += textwrap.wrap(description["meaning"], WIDTH, **UNBROKEN)
+    if "values" in description:
+        facts = [("values", description["values"]), ("default", _default_text(description))]
+        facts += [("shapes", listed(description["shapes"]))] if description["shapes"] else []
+        facts += [("entry", description["entry"])] if "entry" in description else []
         lines += ["", *table(facts)]
-    if "kinds" in one:
-        lines += ["", "kinds:", *table(one["kinds"].items())]
-    if "keys" in one:
-        rows = ((key, _in_short(said)) for key, said in one["keys"].items())
+    if "kinds" in description:
+        lines += ["", "kinds:", *table(description["kinds"].items())]
+    if "keys" in description:
+        rows = ((key, _in_short(said)) for key, said in description["keys"].items())
         lines += ["", "keys, with their defaults:", *table(rows)]
     return lines
 

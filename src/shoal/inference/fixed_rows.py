@@ -165,8 +165,8 @@ class FixedRows:
         self._mask_BR.index_fill_(1, self._at_1, 1)
         embeddings: Any = self._decoder.model.get_input_embeddings()
         like_B1D = embeddings.weight.new_empty(*self._ids_B1.shape, 1)
-        made: Any = create_masks_for_generate(self._config, like_B1D, self._mask_BR, self._cache, self._position_B1)
-        for kind, mask in made.items() if isinstance(made, dict) else ((None, made),):
+        masks: Any = create_masks_for_generate(self._config, like_B1D, self._mask_BR, self._cache, self._position_B1)
+        for kind, mask in masks.items() if isinstance(masks, dict) else ((None, masks),):
             if kind in self._masks:
                 self._masks[kind].copy_(mask)
             else:

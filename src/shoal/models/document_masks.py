@@ -90,8 +90,8 @@ def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[Non
         handed.clear()
         if any(kwargs.get(name) is not None for name in ("attention_mask", "cache", "past_key_values")):
             return args, kwargs
-        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        tokens = next(each for each in given if each is not None)
+        inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        tokens = next(each for each in inputs if each is not None)
         # by its name in this module: who knows the borders on the host puts them there
         borders = document_borders(position_ids_BS.expand(len(tokens), -1), tokens.device)
         handed.append(borders["cu_seq_lens_q"])

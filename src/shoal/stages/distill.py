@@ -295,8 +295,8 @@ def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
     if not run.recipe.eval.control:
         return None
     inputs = control_inputs(run, plan)
-    there = _has_distilled(folder) and is_done(Training, folder / Training.FILE, inputs, "distill, control")
-    return None if there else inputs
+    is_there = _has_distilled(folder) and is_done(Training, folder / Training.FILE, inputs, "distill, control")
+    return None if is_there else inputs
 
 
 def what_is_trained(run: Run) -> list[str] | None:

@@ -44,7 +44,7 @@ def quantize(run: Run) -> None:
         unhealed = ", which is not healed: `shoal distill` comes before this" if name == "pruned" else ""
         log.info("quantize: %s to %s (%s%s)", name, format, folder, unhealed)
         with written_folder(path) as temporary:
-            made = quantised_copy(
+            record = quantised_copy(
                 Checkpoint.read(folder, LoadSettings(**run.load_args())),
                 temporary,
                 format,
@@ -53,8 +53,8 @@ def quantize(run: Run) -> None:
                 calibration=lambda: _calibration_rows(run),
                 inputs=inputs,
             )
-        sizes = bytes_text(made.num_bytes), bytes_text(made.source_bytes)
-        log.info("quantize: %s: %s of %s, by %s", path, *sizes, made.library)
+        sizes = bytes_text(record.num_bytes), bytes_text(record.source_bytes)
+        log.info("quantize: %s: %s of %s, by %s", path, *sizes, record.library)
     barrier()
 
 

@@ -133,7 +133,7 @@ def _teacher_time(run: Run) -> TeacherTime | None:
             f"{path}: was measured with another teacher; delete it and run `shoal eval` again, or set "
             "prune.target.ms_per_token.teacher"
         )
-    nearest = min(speed.roles["teacher"].batches, key=lambda one: abs(one.batch_size - asked.batch))
+    nearest = min(speed.roles["teacher"].batches, key=lambda batch: abs(batch.batch_size - asked.batch))
     shallower = [
         (score.num_layers, batch.step_ms)
         for score in (*speed.roles.values(), *([speed.half_depth] if speed.half_depth else []))
@@ -191,7 +191,7 @@ def prune(run: Run) -> None:
 
         text = _calibration_text(run)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
-        made = apply_plan(
+        applied = apply_plan(
             run.base,
             _in_base(run, plan),
             student,
@@ -202,7 +202,7 @@ def prune(run: Run) -> None:
             width=run.recipe.prune.width,
             trust_remote_code=run.recipe.trust_remote_code,
         )
-        plan = replace(plan, gaps=made.gaps, width=made.width, text=text)
+        plan = replace(plan, gaps=applied.gaps, width=applied.width, text=text)
         replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
         if plan.width is not None and (plan.width.intermediate_size or 0) % BLOCK:

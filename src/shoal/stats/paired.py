@@ -291,8 +291,8 @@ def form_gap_change(
     Raises:
         UserError: as form_gap does, or a task was measured with different settings before and after.
     """
-    for one, other in zip(before, after, strict=True):
-        require_same_measurement(one, other)
+    for first, second in zip(before, after, strict=True):
+        require_same_measurement(first, second)
     _require_same_content(*before)
     own_before_N, twin_before_N, own_after_N, twin_after_N, weights_N = _aligned(*before, *after)
     gap_before_N, gap_after_N = own_before_N - twin_before_N, own_after_N - twin_after_N
