@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class LocalResult:
     before: dict[int, float]
     after: dict[int, float]
     num_tokens: int
-    seconds: float
+    seconds: float = field(compare=False)
     """Of the steps; after a stop, of those since."""
 
 
