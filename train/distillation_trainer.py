@@ -133,16 +133,16 @@ class DistillationTrainer(ObjectiveTrainer):
                 ignored, or data that cannot be read.
         """
         models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
-        for name, role_model in models.items():
-            require_usable(role_model, name)
+        for name, given_model in models.items():
+            require_usable(given_model, name)
         if args is None:
             args = TrainingArguments(f"{Path(name_of(model)).name}-distilled")
         _refuse_arguments(args)
         _complete_deepspeed(args)
         _refuse_replaced(model)
         section = _section(args, losses=losses, trainable=trainable or "all", **settings)
-        for role_model in models.values():
-            require_positions(role_model, section.sequence_length)
+        for given_model in models.values():
+            require_positions(given_model, section.sequence_length)
         self.spec = _spec(model, teacher, section, drop)
         if teacher is not None:
             _refuse_shared(model, teacher)

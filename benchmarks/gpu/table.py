@@ -279,12 +279,12 @@ def goals(result: Row) -> list[dict[str, str]]:
     found.append(("tests marked gpu", "exit code 0", text, text == "exit code 0"))
     return [
         {
-            "what": measured,
+            "what": figure,
             "goal": goal,
             "found": text or "not measured",
             "met": "" if text is None else "met" if met else "MISSED",
         }
-        for measured, goal, text, met in found
+        for figure, goal, text, met in found
     ]
 
 

@@ -144,7 +144,8 @@ class FixedRows:
         self.rows_N = self.rows_N[rows]
 
     def logits(self, ids_N: Tensor) -> Tensor:
-        """fp32 logits (N, V) after ``ids_N``, the next tokens of the rows that are asked for."""
+        """fp32 logits (N, V) after ``ids_N``, the next tokens of the rows that are asked for; the next call overwrites
+        them."""
         self._ids_B1[self.rows_N, 0] = ids_N
         self._at_1 += 1
         # rows that are done would come to positions that the model does not have
@@ -158,10 +159,13 @@ class FixedRows:
             if isinstance(layer, FixedLayer):
                 layer.used += 1
         self._steps += 1
-        return found_BV[self.rows_N]  # a copy: the next step overwrites what was recorded
+        return found_BV if len(self.rows_N) == self.num_rows else found_BV[self.rows_N]
 
     def _mask(self) -> None:
-        """What the new tokens see, as transformers makes it for this family, into the tensors of the first step."""
+        """What the new tokens see, as transformers makes it for this family, into the tensors of the first step.
+
+        Not a part of the recording: transformers may count on the host there.
+        """
         self._mask_BR.index_fill_(1, self._at_1, 1)
         embeddings: Any = self._decoder.model.get_input_embeddings()
         like_B1D = embeddings.weight.new_empty(*self._ids_B1.shape, 1)

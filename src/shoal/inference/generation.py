@@ -110,8 +110,8 @@ def write(
         if not kept:
             break
         position_B, rows = texts.positions_BS[:, -1], torch.tensor(kept, device=decoder.device)
-        has_left = len(kept) < len(texts.alive)
-        if has_left:
+        narrows = len(kept) < len(texts.alive)
+        if narrows:
             texts.alive = [texts.alive[row] for row in kept]
             token_B, position_B, texts.mask_BS = token_B[rows], position_B[rows], texts.mask_BS[rows]
         texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
@@ -123,8 +123,8 @@ def write(
             fixed.keep(rows)
             rows = fixed.rows_N
             # rows that are done take time too, but so does another recording
-            begins = has_left = fixed.is_full or (2 * len(rows) <= fixed.num_rows and left >= WORTH_FIXING)
-        if has_left:
+            begins = narrows = fixed.is_full or (2 * len(rows) <= fixed.num_rows and left >= WORTH_FIXING)
+        if narrows:
             _branch(texts, rows)
         if begins:
             before_step(texts.alive)
