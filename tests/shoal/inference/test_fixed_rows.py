@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model as tiny_family
-from tiny import KINDS, NUM_LAYERS, tiny_model
+from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -30,6 +30,21 @@ from shoal.inference.generation import Texts, write, write_after
 from shoal.models.anatomy import decoder_layers
 
 SHORT = Limits(12, lambda tokens: tokens[-1] % 17 == 0)
+FAMILIES = (
+    *(
+        "afmoe",
+        "cohere2",
+        "exaone4",
+        "gemma3",
+        "gemma4_unified",
+        "ministral",
+        "olmo3",
+    ),  # kinds of layers with masks of their own
+    *("biogpt", "codegen", "gpt2", "gptj", "opt", "persimmon"),  # learnt and interleaved positions
+    *("deepseek_v3", "dots3_note_text", "minicpm3", "youtu"),  # keys and values of unequal sizes
+    *("gpt_bigcode", "mixtral", "phi4_multimodal", "qwen2_vl", "qwen3_vl"),  # one key for all heads, experts, images
+)
+"""One of every kind; each row of architectures.py that is served was tried once."""
 LONG = Limits(40, lambda tokens: sum(tokens) % 11 == 0)
 
 
@@ -81,13 +96,15 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return made
 
 
-def written(model: Any, limits: Limits, *, choose: Any = None, fixed: bool) -> list[list[int]]:
+def written(
+    model: Any, limits: Limits, *, choose: Any = None, fixed: bool, vocabulary: int = VOCAB_SIZE
+) -> list[list[int]]:
     decoder = Decoder(model)
     decoder.has_fixed_rows = fixed
     settings = {} if choose is None else {"choose": choose}
     return write_after(
         decoder,
-        prompts(shared=3, count=7),
+        [[token % vocabulary for token in prompt] for prompt in prompts(shared=3, count=7)],
         max_new_tokens=limits.max_new_tokens,
         is_finished=limits.is_finished,
         **settings,
@@ -102,6 +119,15 @@ def test_texts_are_those_of_rows_that_grow(kind: str, recordings: list[Step]) ->
     assert found == written(model, LONG, fixed=False)
     assert len({len(text) for text in found}) > 2, "rows end at different times"
     assert len(recordings) > 1, "half of the rows have left, and the others were recorded again"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recordings")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_family_writes_the_same(family: str) -> None:
+    model = tiny_family(family)
+    assert Decoder(model).has_fixed_rows
+    assert written(model, LONG, fixed=True, vocabulary=88) == written(model, LONG, fixed=False, vocabulary=88)
 
 
 @pytest.mark.slow
