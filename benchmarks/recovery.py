@@ -1,7 +1,7 @@
 """Which recipe gives back most, outside the form of its text: one cut, several ways to heal it.
 
     python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms mixed forms ...]
-        [--drop 13 25 26] [--data-dir DIR] [--general FOLDER_OR_FILE ...] [--control]
+        [--drop 13 25 26] [--data-dir DIR] [--general FOLDER_OR_FILE ...] [--search-tokens 8192] [--control]
 
 Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
 are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
     parser.add_argument("--general", nargs="+", help="sources of general text, in equal shares")
+    parser.add_argument("--search-tokens", type=int, default=8192, help="tokens on which arms choose their own layers")
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
@@ -281,7 +282,7 @@ def cut(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Sections `measure` and `prune` of an arm: the cut that all share, or as many layers of its own choice."""
     if not (metric := ARMS[arm].get("choose")):
         return {"prune": {"drop": list(arguments.drop), "compensate": arguments.compensate}}
-    text = {"data": "python_docs", "num_tokens": 8192, "sequence_length": 512, "batch_size": 4}
+    text = {"data": "python_docs", "num_tokens": arguments.search_tokens, "sequence_length": 512, "batch_size": 4}
     scaled, num_drop = ARMS[arm].get("scaled", False), len(arguments.drop)
     scores = {"metrics": [metric], "num_drop": num_drop, "scale_removals": scaled and metric == "sleb"}
     chosen = {"metric": metric, "num_drop": num_drop, "rounds": ARMS[arm].get("rounds", 1)}

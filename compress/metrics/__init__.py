@@ -13,4 +13,5 @@ variant_losses  that loss, each variant measured once
 greedy          orders, one removal after the other
 shapley         means over subnetworks
 images          what layers are worth for answers about images
+vision_states   what states of a vision tower are worth for them
 """

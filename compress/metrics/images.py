@@ -53,15 +53,15 @@ def image_scores(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) 
         batch = replace(batch, rows_B=torch.tensor([number]))
         seen = Observation(batch.view, len(layers), similar.reads)
         with watching(layers, batch, seen.observe, writes=writes):
-            losses_NV[number, 0] = _answer_loss(model, inputs, item.num_answer)
+            losses_NV[number, 0] = answer_loss(model, inputs, item.num_answer)
         if not similar.add(batch, seen):
             break
         for layer in range(len(layers)):
             with skipped(model, [layer]):
-                losses_NV[number, layer + 1] = _answer_loss(model, inputs, item.num_answer)
+                losses_NV[number, layer + 1] = answer_loss(model, inputs, item.num_answer)
     influence: Any = similar.scores()["block_influence"]
     (losses_NV,) = add_up_ranks([losses_NV], device)
-    return {INFLUENCE: influence, ANSWER_LOSS: _rise(losses_NV.cpu())}
+    return {INFLUENCE: influence, ANSWER_LOSS: rises(losses_NV.cpu())}
 
 
 def _row(input_ids_1S: Tensor) -> Calibration:
@@ -69,12 +69,14 @@ def _row(input_ids_1S: Tensor) -> Calibration:
     return Calibration(PackedRows(input_ids_1S, positions_1S), batch_size=1)
 
 
-def _answer_loss(model: PreTrainedModel, inputs: dict[str, Tensor], num_answer: int) -> Tensor:
+def answer_loss(model: PreTrainedModel, inputs: dict[str, Any], num_answer: int) -> Tensor:
+    """The mean negative log-likelihood in nats of the last ``num_answer`` tokens."""
     logits_SV = model(**inputs, use_cache=False).logits[0, -num_answer - 1 : -1]
     return cross_entropy(logits_SV.double(), inputs["input_ids"][0, -num_answer:])
 
 
-def _rise(losses_NV: Tensor) -> Estimates:
+def rises(losses_NV: Tensor) -> Estimates:
+    """What V - 1 variants lose against column 0, the intact model: means over N rows with their standard errors."""
     rises_NL = losses_NV[:, 1:] - losses_NV[:, :1]
     num_rows = len(rises_NL)
     errors = rises_NL.std(0) / math.sqrt(num_rows) if num_rows > 1 else torch.full_like(rises_NL[0], math.nan)

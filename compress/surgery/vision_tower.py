@@ -12,7 +12,8 @@ import copy
 import re
 from typing import Any
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import UserError
 
@@ -42,6 +43,16 @@ def states_read(config: PreTrainedConfig) -> tuple[int, ...]:
                 "config.json"
             )
     return tuple(states)
+
+
+def tower_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the tower that images pass; states_read has to know the model."""
+    lists = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and BLOCK.search(f"{name}.0.") and "video_tower" not in name
+    )
+    return next(lists)
 
 
 def blocks_read(config: PreTrainedConfig) -> int | None:

@@ -213,6 +213,7 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         "diagnostics": measure._diagnostics_inputs(run),
         "probes": measure._probes_inputs(run),
         "heads": {} if recipe.measure.heads is None else measure.heads_inputs(run),
+        "vision": measure._vision_inputs(run),
         "plan": prune.plan_inputs(run),
         "training": training,
         "control": distilling.control_inputs(run, plan),

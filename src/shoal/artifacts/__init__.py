@@ -1,16 +1,17 @@
 """What a stage hands on: typed JSON with provenance.
 
-artifact    typed JSON with provenance
-importance  what layers are worth: scores, the tables of a sweep, the atlas
-plan        which layers go
-training    how a student was trained
-evaluation  scores of a model, roles of models
-speed       how fast they are
-tables      results as tables: pandas, notebooks
-width       what stays within layers that are narrowed
-depth       diagnostics and probes
-draft       what a teacher accepts of a draft's tokens
-heads       retrieval heads and patching
-search      plans, and how they rank before and after they were healed
-shares      how training sources share the tokens
+artifact       typed JSON with provenance
+importance     what layers are worth: scores, the tables of a sweep, the atlas
+plan           which layers go
+training       how a student was trained
+evaluation     scores of a model, roles of models
+speed          how fast they are
+tables         results as tables: pandas, notebooks
+width          what stays within layers that are narrowed
+depth          diagnostics and probes
+draft          what a teacher accepts of a draft's tokens
+heads          retrieval heads and patching
+search         plans, and how they rank before and after they were healed
+vision_states  what states of a vision tower are worth
+shares         how training sources share the tokens
 """

@@ -139,6 +139,9 @@ class Measure(Section):
     images: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
     """Rows of images for the columns block_influence_images and answer_loss_images beside those of text, which take a
     forward per row for every layer and one more; None = text alone."""
+    vision_states: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
+    """Rows of images over which states of the vision tower are compared, and each is read in place of the deepest that
+    is: vision_states.json. A forward per row for every state; None = they are not."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
     diagnostics: Annotated[bool, Shapes.NOTHING] = False

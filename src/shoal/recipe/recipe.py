@@ -46,7 +46,7 @@ class Recipe(Section):
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
-    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED] = "auto"
+    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.VISION | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED] = "auto"
     """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
     fast in, or what this run directory was begun in; stored = that of the checkpoint."""
     full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
@@ -55,7 +55,7 @@ class Recipe(Section):
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
     attention: Annotated[
         Literal["auto", "flash", "flex", "sdpa", "eager"],
-        Shapes.NUMBERS | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED,
+        Shapes.NUMBERS | Shapes.VISION | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED,
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
     was begun with, else flash where GPU, family, precision and installed packages allow it, else sdpa, and eager for
@@ -268,6 +268,7 @@ def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
         (measure.diagnostics, "measure.diagnostics", of_one_model),
         (measure.probes, "measure.probes", of_one_model),
         (measure.heads, "measure.heads", of_one_model),
+        (measure.vision_states, "measure.vision_states", "compares states of a tower that every round has alike"),
         (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
         (distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
         (

@@ -92,6 +92,8 @@ class Shapes(Flag):
     """probes.json."""
     HEADS = auto()
     """heads.json."""
+    VISION = auto()
+    """vision_states.json."""
     PLAN = auto()
     """plan.json and student/."""
     SIGNALS = auto()

@@ -77,7 +77,9 @@ def _models(run: Run) -> dict[str, Run]:
         )
     whole = replace(settings, diagnostics=settings.memory_gb is None)
     sweep = replace(settings.sweep, operators=("layer",), greedy=None, greedy_weights={}, spare_heads=False)
-    layers_alone = replace(whole, sweep=sweep, metrics=(CHEAPEST_METRIC,), scale_removals=False, probes=(), heads=None)
+    layers_alone = replace(
+        whole, sweep=sweep, metrics=(CHEAPEST_METRIC,), scale_removals=False, probes=(), heads=None, vision_states=None
+    )
     first = run.rounds_before[0] if run.rounds_before else run
     others = replace(run, recipe=replace(run.recipe, measure=layers_alone))
     return {

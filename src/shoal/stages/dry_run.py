@@ -112,16 +112,18 @@ def _measure(run: Run) -> Stage:
     if settings.sweep is not None:
         what += f", sweeps of {', '.join(settings.sweep.operators)}"
     what += ", retrieval heads" if settings.heads is not None else ""
+    what += ", states of the vision tower" if settings.vision_states is not None else ""
     why = "; ".join(filter(None, [*(why for _, why in due), what]))
     return Stage("measure", due[0][0], why, _measuring_time(run), UNKNOWN)
 
 
 def _measuring_time(run: Run) -> str:
-    """Of metrics alone: what a sweep, heads, diagnostics and probes take depends on what is not known before."""
+    """Of metrics alone: what sweeps, heads, images, diagnostics and probes take depends on what is not known before."""
     from shoal.compress.metrics.registry import METRICS
 
     settings = run.recipe.measure
-    if settings.sweep or settings.heads or settings.diagnostics or settings.probes:
+    not_of_text = (settings.heads, settings.images, settings.vision_states)
+    if settings.sweep or settings.diagnostics or settings.probes or any(not_of_text):
         return UNKNOWN
     layers = run.num_layers
     num_drop = settings.num_drop or max(1, layers // 4)

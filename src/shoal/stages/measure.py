@@ -1,9 +1,10 @@
-"""The measure stage: importance.json, heads.json, diagnostics.json, probes.json and their figures."""
+"""The measure stage: importance.json, heads.json, vision_states.json, diagnostics.json, probes.json, their figures."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,8 +15,9 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Importance, Removal
+from shoal.artifacts.vision_states import VisionStates
 from shoal.atomic_files import fingerprint
-from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows
+from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_labelled, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
@@ -101,21 +103,34 @@ def check_measure(run: Run) -> None:
                 "checkpoint's size"
             )
     if settings.images is not None:
-        _check_images(run, settings.images)
+        _check_images(run, settings.images, "measure.images")
+    if settings.vision_states is not None:
+        _check_images(run, settings.vision_states, "measure.vision_states")
+        _check_tower(run)
     if settings.sweep is not None:
         _check_sweep(run, settings.sweep)
 
 
-def _check_images(run: Run, settings: ImageRows) -> None:
+def _check_images(run: Run, settings: ImageRows, place: str) -> None:
     config = run.config()
     if not reads_images(config):
-        raise UserError(f"measure.images: {run.recipe.model} reads no images; leave it out")
+        raise UserError(f"{place}: {run.recipe.model} reads no images; leave it out")
     if _is_streamed(run):
         raise UserError(
-            "measure.images: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
+            f"{place}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
             "checkpoint's size"
         )
-    next(asked(load_image_rows(settings)[:1], _processor(run), config))
+    next(asked(load_image_rows(settings, place)[:1], _processor(run), config))
+
+
+def _check_tower(run: Run) -> None:
+    from shoal.compress.surgery.vision_tower import READERS, TOWERS, states_read
+
+    if not states_read(run.config()):
+        raise UserError(
+            f"measure.vision_states: shoal does not know which states of its vision tower {run.recipe.model} "
+            f"({run.config().model_type}) reads; leave it out (known: {', '.join(READERS)} with {', '.join(TOWERS)})"
+        )
 
 
 def _processor(run: Run) -> Any:
@@ -227,19 +242,22 @@ def _streaming(run: Run) -> Streaming:
     return Streaming(memory_bytes=int(limit * 2**30), device=device(), spill_folder=run.dir, **run.load_args())
 
 
-def measured(run: Run) -> dict[str, tuple[type[Importance | Heads | Diagnostics | Probes], dict[str, Any]]]:
+def measured(
+    run: Run,
+) -> dict[str, tuple[type[Importance | Heads | VisionStates | Diagnostics | Probes], dict[str, Any]]]:
     """What the recipe wants measured, by name: the kind of the result, and what identifies it."""
     settings = run.recipe.measure
     return {
         "measure": (Importance, measure_inputs(run)),
         **({"heads": (Heads, heads_inputs(run))} if settings.heads else {}),
+        **({"vision states": (VisionStates, _vision_inputs(run))} if settings.vision_states else {}),
         **({"diagnostics": (Diagnostics, _diagnostics_inputs(run))} if settings.diagnostics else {}),
         **({"probes": (Probes, _probes_inputs(run))} if settings.probes else {}),
     }
 
 
 def measure(run: Run) -> None:
-    """importance.json and its figures, and heads.json, diagnostics.json and probes.json where they are asked for.
+    """importance.json and its figures, and the other files of this stage where they are asked for.
 
     All ranks take part.
     """
@@ -266,6 +284,8 @@ def measure(run: Run) -> None:
         if is_main():
             _write(run, importance)
         barrier()
+    if "vision states" in due:
+        _measure_vision_states(run, model)
     if "diagnostics" in due and is_main():
         _diagnose(run, model, rows)
     if "probes" in due and is_main():
@@ -316,11 +336,16 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
 def _with_images(run: Run, model: Any, settings: ImageRows, scores: Scores) -> Scores:
     """``scores`` and the columns of images."""
     from shoal.compress.metrics.images import image_scores
+
+    return scores.beside(image_scores(model, *_own_rows(run, settings, "measure.images")))
+
+
+def _own_rows(run: Run, settings: ImageRows, place: str) -> tuple[Iterator[Asked], int]:
+    """What the model is given for this rank's rows, and how many rows there are in all."""
     from shoal.compress.metrics.metric import rank, world_size
 
-    rows = load_image_rows(settings)
-    own = asked(rows[rank() :: world_size()], _processor(run), run.config())
-    return scores.beside(image_scores(model, own, len(rows)))
+    rows = load_image_rows(settings, place)
+    return asked(rows[rank() :: world_size()], _processor(run), run.config()), len(rows)
 
 
 def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
@@ -566,6 +591,38 @@ def _measure_heads(run: Run, model: Any) -> None:
     heads.write(run.dir / Heads.FILE)
     save_figure(heads_figure(heads), run.dir / "figures" / "heads.svg")
     log.info("measure: %s", heads.in_words())
+
+
+def _vision_inputs(run: Run) -> dict[str, Any]:
+    settings = run.recipe.measure.vision_states
+    rows = [] if settings is None else load_image_rows(settings, "measure.vision_states")
+    return {**_inputs(run, Shapes.VISION), "measure.vision_states (content)": image_rows_fingerprint(rows)}
+
+
+def _measure_vision_states(run: Run, model: Any) -> None:
+    """All ranks take part."""
+    from shoal.compress.metrics.vision_states import score_vision_states
+    from shoal.compress.surgery.vision_tower import states_read
+    from shoal.figures.style import save_figure
+    from shoal.figures.vision_states import vision_states_figure
+
+    settings = run.recipe.measure.vision_states
+    assert settings is not None
+    items, num_rows = _own_rows(run, settings, "measure.vision_states")
+    found = score_vision_states(model, items, num_rows)
+    if not is_main():
+        return
+    states = VisionStates(
+        Provenance(_vision_inputs(run)),
+        states_read(run.config()),
+        num_rows,
+        found.similarity,
+        found.losses.values,
+        tuple(None if math.isnan(error) else error for error in found.losses.standard_errors),
+    )
+    states.write(run.dir / states.FILE)
+    save_figure(vision_states_figure(states), run.dir / "figures" / "vision_states.svg")
+    log.info("measure: %s", states.in_words())
 
 
 def _diagnostics_inputs(run: Run) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""States of a vision tower: how alike they are, and what answers lose where another one is read.
+
+N rows, V states, P places of an image (patches, and the class token where the tower has one), D hidden. The question is
+that of arXiv:2504.21447, which trains a model anew for every state and finds deep ones good for reading letters and
+lower ones for counting and places. Here nothing is trained: see UNTRAINED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from shoal.data.image_rows import Asked, on_device
+from shoal.errors import UserError
+from shoal.models.anatomy import given_state, state_of, watched
+from shoal.progress import each
+
+from ..surgery.vision_tower import FIELD, states_read, tower_blocks
+from .images import answer_loss, rises
+from .metric import Estimates, add_up_ranks, rank, world_size
+
+
+@dataclass(frozen=True)
+class StateScores:
+    """What is found of V states."""
+
+    similarity: tuple[tuple[float, ...], ...]
+    """V x V: cosine of two states at one place, the mean over all places of all images."""
+    losses: Estimates
+    """Rise of an answer's loss where a state is read in place of the deepest one that is."""
+
+
+@torch.no_grad()
+def score_vision_states(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) -> StateScores:
+    """Cosines of the tower's states, and the rise of an answer's loss for every state read in place of the deepest one.
+
+    The cosine is that of states as they are: a direction that all places share raises it. A model that is given
+    several states joined gets the others unchanged. V forwards per row, tower included.
+
+    ``items`` are the rows of this rank, every world_size-th of ``num_rows``; all ranks call this and get the same.
+
+    Raises:
+        UserError: a loss that is not finite.
+    """
+    blocks, entries, device = tower_blocks(model), states_read(model.config), model.device
+    num_states = len(blocks) + 1
+    cosines_VV = torch.zeros(num_states, num_states, dtype=torch.float64, device=device)
+    num_places = torch.zeros(1, dtype=torch.float64, device=device)
+    losses_NV = torch.zeros(num_rows, num_states, dtype=torch.float64, device=device)
+    for place, item in enumerate(each(items, "measure: states of the vision tower", unit="rows")):
+        number, inputs = rank() + place * world_size(), on_device(item.inputs, device, model.dtype)
+        seen: list[Tensor] = []
+
+        def before(_: int, args: Any, kwargs: Any, *, seen: list[Tensor] = seen) -> None:
+            if not seen:
+                seen.append(given_state(args, kwargs))
+
+        def after(_: int, args: Any, kwargs: Any, output: Any, *, seen: list[Tensor] = seen) -> None:
+            seen.append(state_of(output))
+
+        with watched(blocks, before=before, after=after):
+            losses_NV[number, max(entries)] = answer_loss(model, inputs, item.num_answer)
+        units_PVD = normalize(torch.stack([state.flatten(0, -2) for state in seen], dim=1).float(), dim=-1)
+        cosines_VV += (units_PVD @ units_PVD.mT).double().sum(0)
+        num_places += len(units_PVD)
+        for state in set(range(num_states)) - {max(entries)}:
+            # a list also where one is read: transformers takes a bare 0 for "no states are asked for"
+            read = [state if entry == max(entries) else entry for entry in entries]
+            losses_NV[number, state] = answer_loss(model, {**inputs, FIELD: read}, item.num_answer)
+    cosines_VV, num_places, losses_NV = add_up_ranks([cosines_VV, num_places, losses_NV], device)
+    if not bool(torch.isfinite(losses_NV).all()):
+        row, state = torch.nonzero(~torch.isfinite(losses_NV))[0].tolist()
+        raise UserError(
+            f"measure.vision_states: the loss of row {row} is not finite where state {state} of the vision tower is "
+            "read; set dtype: float32, or leave the row out"
+        )
+    intact_N1 = losses_NV[:, max(entries)].unsqueeze(1)
+    similarity_VV = (cosines_VV / num_places).tolist()
+    return StateScores(tuple(map(tuple, similarity_VV)), rises(torch.cat([intact_N1, losses_NV], dim=1).cpu()))
