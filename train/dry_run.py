@@ -51,12 +51,20 @@ def dry_run(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None,
     return estimate(spec, run_dir, control=control, try_it=try_it).text
 
 
-def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None, try_it: bool = True) -> Estimate:
+def estimate(
+    spec: TrainSpec,
+    run_dir: Path,
+    *,
+    control: TrainSpec | None = None,
+    try_it: bool = True,
+    is_cut: bool = True,
+) -> Estimate:
     """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
 
     ``control`` is the training of the uncut teacher that comes after it; None = there is none. ``try_it`` runs a few
     micro-batches of the real objective where one rank's models fit here; else, and where they do not, the time is
-    worked out from operations and a measured matrix product.
+    worked out from operations and a measured matrix product. ``is_cut``: ``run_dir`` is of the cut
+    of ``spec``, so that shares measured there hold.
 
     Raises:
         UserError: what the configuration contradicts; NotEstimated, a family whose memory cannot be told so.
@@ -78,7 +86,7 @@ def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None
     parts: tuple[list[str], ...] = (
         ["dry run: nothing is written and nothing is trained"],
         _about(size),
-        _data(spec, run_dir),
+        _data(spec, run_dir if is_cut else None),
         _memory_table(size, *free),
         _beside(size),
         time,
@@ -133,15 +141,15 @@ def _about(job: Job) -> list[str]:
     ]
 
 
-def _data(spec: TrainSpec, run_dir: Path) -> list[str]:
-    """How the sources share the tokens, as far as that is known before damage is measured."""
+def _data(spec: TrainSpec, run_dir: Path | None) -> list[str]:
+    """How the sources share the tokens, as far as that is known before damage is measured; None = of another cut."""
     settings = spec.settings
     split, how = settings, "by the recipe's weights"
     weights = [source.weight for source in settings.data]
     if settings.data_policy == "by_damage":
-        split, file = split_by_ability(settings), run_dir / Shares.FILE
+        split = split_by_ability(settings)
         weights = [source.weight for source in split.data]
-        known = Shares.read(file) if file.is_file() else None
+        known = Shares.read(run_dir / Shares.FILE) if run_dir and (run_dir / Shares.FILE).is_file() else None
         if known is not None and known.provenance.inputs["prune.drop"] == list(spec.plan.drop):
             weights, how = [*known.shares], f"as {Shares.FILE} has it of this cut"
         else:

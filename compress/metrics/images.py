@@ -19,6 +19,7 @@ from shoal.data.image_rows import Asked, on_device
 from shoal.data.packing import PackedRows
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import each
+from shoal.runtime import together
 
 from ..surgery.cut_model import skipped
 from .hidden_pass import Batch, HiddenPass, watching, writes_into_input
@@ -41,24 +42,29 @@ def image_scores(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) 
     ``items`` are the rows of this rank, every world_size-th of ``num_rows``; all ranks call this and get the same.
 
     Raises:
-        UserError: states that are not finite.
+        UserError: a row that cannot be read, or states that are not finite.
     """
     layers, device = decoder_layers(model), model.device
     writes = writes_into_input(model)
     similar = HiddenPass(model, _row(torch.zeros(1, 1, dtype=torch.long)), ["block_influence"])
     losses_NV = torch.zeros(num_rows, len(layers) + 1, dtype=torch.float64, device=device)
-    for place, item in enumerate(each(items, "measure: images", unit="rows")):
-        number, inputs = rank() + place * world_size(), on_device(item.inputs, device, model.dtype)
-        batch = Batch.of(_row(item.inputs["input_ids"]), torch.tensor([0]), torch.empty(0, 2, dtype=torch.long), device)
-        batch = replace(batch, rows_B=torch.tensor([number]))
-        seen = Observation(batch.view, len(layers), similar.reads)
-        with watching(layers, batch, seen.observe, writes=writes):
-            losses_NV[number, 0] = answer_loss(model, inputs, item.num_answer)
-        if not similar.add(batch, seen):
-            break
-        for layer in range(len(layers)):
-            with skipped(model, [layer]):
-                losses_NV[number, layer + 1] = answer_loss(model, inputs, item.num_answer)
+
+    def score_own_rows() -> None:
+        for place, item in enumerate(each(items, "measure: images", unit="rows")):
+            number, inputs = rank() + place * world_size(), on_device(item.inputs, device, model.dtype)
+            row = _row(item.inputs["input_ids"])
+            batch = Batch.of(row, torch.tensor([0]), torch.empty(0, 2, dtype=torch.long), device)
+            batch = replace(batch, rows_B=torch.tensor([number]))
+            seen = Observation(batch.view, len(layers), similar.reads)
+            with watching(layers, batch, seen.observe, writes=writes):
+                losses_NV[number, 0] = answer_loss(model, inputs, item.num_answer)
+            if not similar.add(batch, seen):
+                break
+            for layer in range(len(layers)):
+                with skipped(model, [layer]):
+                    losses_NV[number, layer + 1] = answer_loss(model, inputs, item.num_answer)
+
+    together(score_own_rows)
     influence: Any = similar.scores()["block_influence"]
     (losses_NV,) = add_up_ranks([losses_NV], device)
     return {INFLUENCE: influence, ANSWER_LOSS: rises(losses_NV.cpu())}

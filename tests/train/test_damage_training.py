@@ -33,6 +33,7 @@ from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows, read_rows
 from shoal.recipe.recipe import load_recipe
 from shoal.stages.distill import distill_dry_run
+from shoal.stages.dry_run import run_dry_run
 from shoal.stages.run import open_run
 from shoal.train.damage import SAMPLE_ROWS, nats_by_source
 from shoal.train.pilot import slope
@@ -201,6 +202,9 @@ def test_rows_by_damage_are_recorded_and_trained_on(teacher: Path, cut: Path, tm
     assert "damage by source is measured first" in before
     finished(run(path, verb="record"))
     written = (tmp_path / "run" / Shares.FILE).read_bytes()
+    narrower = open_run(load_recipe(str(path), ["prune.width={intermediate_size: 0.5, num_tokens: 512}"]))
+    assert "training shares them by damage, which it measures first" in run_dry_run(narrower)
+    assert "as shares.json has it of this cut" in run_dry_run(open_run(load_recipe(str(path), [])))
     trial = finished(run(path))
     assert (tmp_path / "run" / Shares.FILE).read_bytes() == written
     after = distill_dry_run(open_run(load_recipe(str(path), [])))

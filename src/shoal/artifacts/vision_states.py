@@ -10,8 +10,8 @@ from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
 
 UNTRAINED = (
-    "The projector was trained on what is read and on no other state, so that these losses are for the greater part "
-    "its own: what another state is worth shows once a projector is trained for it, which shoal does not do"
+    "The projector was trained on what is read and on no other state, and nothing here tells its part of these losses "
+    "from the state's: what another state is worth shows once a projector is trained for it, which shoal does not do"
 )
 LEAST_COSTLY = 3
 """States that are named in words."""

@@ -32,7 +32,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 """Names of all files that a tokenizer may be stored in."""
 WITH_TOKENIZER = (*TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templates")
-WITH_MODEL = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+PROCESSOR = ("*processor_config.json", "chat_template.json")
+"""Names of files that say what inputs are made of images, and of text beside them."""
+WITH_MODEL = (*PROCESSOR[:1], "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Names of files that go with a tokenizer or a model wherever its weights change."""
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """Keys of tokenizer_config.json that shape tokens; the rest are paths, versions, and the pad token, which is masked."""
@@ -222,7 +224,8 @@ def check_config(folder: Path) -> None:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Content hash of configuration, tokenizer and weights, whatever the folder and however the weights are split.
+    """Content hash of configuration, tokenizer, weights and what makes images into inputs, whatever the folder and
+    however the weights are split.
 
     A tensor of up to 256 KiB is hashed whole, a larger one by four evenly spaced blocks of 64 KiB: seconds for any
     size, and a training step, a requantisation or an edit of a single tensor all show.
@@ -233,6 +236,8 @@ def model_fingerprint(folder: Path) -> str:
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     digest.update(tokenizer_fingerprint(folder).encode())
+    for file in sorted(file for pattern in PROCESSOR for file in folder.glob(pattern)):
+        digest.update(file.name.encode() + file.read_bytes())
     if (gguf := gguf_in(folder)) is not None:
         digest.update(file_hash(gguf).encode())
         return digest.hexdigest()[:16]

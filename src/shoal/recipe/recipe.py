@@ -268,7 +268,7 @@ def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
         (measure.diagnostics, "measure.diagnostics", of_one_model),
         (measure.probes, "measure.probes", of_one_model),
         (measure.heads, "measure.heads", of_one_model),
-        (measure.vision_states, "measure.vision_states", "compares states of a tower that every round has alike"),
+        (measure.vision_states, "measure.vision_states", "compares states of the teacher's tower"),
         (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
         (distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
         (

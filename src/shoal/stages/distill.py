@@ -244,7 +244,7 @@ def distill_dry_run(run: Run) -> str:
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / PruningPlan.FILE).is_file()
     plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    estimate = training_estimate(run, plan)
+    estimate = training_estimate(run, plan, is_cut=has_plan)
     if recipe.prune.rounds == 1:
         return estimate.text
     tokens, rounds = estimate.num_tokens, recipe.prune.rounds
@@ -253,8 +253,8 @@ def distill_dry_run(run: Run) -> str:
     )
 
 
-def training_estimate(run: Run, plan: PruningPlan) -> Estimate:
-    """What training the student of ``plan`` takes on this machine, with its control.
+def training_estimate(run: Run, plan: PruningPlan, *, is_cut: bool) -> Estimate:
+    """What training the student of ``plan`` takes on this machine, with its control; ``is_cut``: student/ is that one.
 
     Raises:
         UserError: what training would refuse; NotEstimated, as estimate.
@@ -265,7 +265,8 @@ def training_estimate(run: Run, plan: PruningPlan) -> Estimate:
     count = ranks_to_start(run.recipe.distill.num_ranks)
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
     spec = _spec(run, plan, ranks)
-    return estimate(spec, run.dir, control=_control_of(run, spec) if run.recipe.eval.control else None)
+    control = _control_of(run, spec) if run.recipe.eval.control else None
+    return estimate(spec, run.dir, control=control, is_cut=is_cut)
 
 
 def distill_is_done(run: Run) -> bool:

@@ -165,7 +165,7 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
     if run.recipe.eval.control:
         why = "; ".join(filter(None, [why, "the control too"]))
     try:
-        size = training_estimate(run, expected_plan(run))
+        size = training_estimate(run, expected_plan(run), is_cut=cut.is_done)
     except NotEstimated as error:
         return Stage("distill", state, why, UNKNOWN, UNKNOWN, told=str(error))
     time = f"about {duration_text(size.seconds)}"

@@ -273,13 +273,14 @@ def measure(run: Run) -> None:
         )
     run.dir.mkdir(parents=True, exist_ok=True)  # layers that are streamed are spilled there
     seed_everything(run.recipe.seed)
-    rows = _rows(run)
+    rows = _rows(run) if due & {"measure", "diagnostics"} else None
     model = None if _is_streamed(run) else load_model(run.base, device=device(), **run.load_args())
     if "heads" in due:
         if is_main():
             _measure_heads(run, model)
         barrier()
     if "measure" in due:
+        assert rows is not None
         importance = _measured(run, model, rows, wanted["measure"][1])
         if is_main():
             _write(run, importance)
@@ -287,6 +288,7 @@ def measure(run: Run) -> None:
     if "vision states" in due:
         _measure_vision_states(run, model)
     if "diagnostics" in due and is_main():
+        assert rows is not None
         _diagnose(run, model, rows)
     if "probes" in due and is_main():
         _probe(run, model)

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact, differences, require_same_run
+from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.draft import Drafts
 from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, ROLES, Evaluation, Quantized
 from shoal.artifacts.heads import Heads
@@ -35,6 +36,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
+from shoal.artifacts.vision_states import VisionStates
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
@@ -576,6 +578,9 @@ def write_story(run: Run) -> None:
     kinds: list[tuple[str, type[Artifact]]] = [
         (Importance.FILE, Importance),
         (Heads.FILE, Heads),
+        (VisionStates.FILE, VisionStates),
+        (Diagnostics.FILE, Diagnostics),
+        (Probes.FILE, Probes),
         (PruningPlan.FILE, PruningPlan),
         (Shares.FILE, Shares),
         (Pilot.FILE, Pilot),

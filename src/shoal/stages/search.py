@@ -41,6 +41,8 @@ from shoal.stages.run import Run, is_done, locked
 log = logging.getLogger(__name__)
 
 FOLDER = "search"
+NO_PLAN_READS: dict[str, Any] = {"diagnostics": False, "probes": (), "vision_states": None}
+"""Settings of section `measure` without what no plan is chosen by."""
 MEASURED, TEXT = "_measured", "_text"
 """Folders beside the plans', which begin with a letter or a digit."""
 
@@ -115,7 +117,7 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
     limit = settings.limit or recipe.eval.limit
     scored = replace(recipe.eval, tasks=names, suite=None, limit=limit, limits=limits, control=False, speed=False)
     prunes = [prune_of(plan, recipe.prune) for plan in settings.plans]
-    measured = replace(recipe.measure, metrics=_metrics(recipe, prunes), diagnostics=False, probes=())
+    measured = replace(recipe.measure, metrics=_metrics(recipe, prunes), **NO_PLAN_READS)
     distill = replace(recipe.distill, num_tokens=settings.num_tokens)
     if distill.writing.folder is None and any(source.path == TEACHER_TEXT for source in distill.data):
         distill = replace(distill, writing=replace(distill.writing, folder=str(run.dir / FOLDER / TEXT)))
@@ -199,7 +201,7 @@ def _share_importance(run: Run, candidates: Sequence[Candidate]) -> None:
     if not automatic:
         return
     measured = automatic[0].run.recipe.measure
-    narrower = Run(replace(run.recipe, measure=replace(run.recipe.measure, diagnostics=False, probes=())))
+    narrower = Run(replace(run.recipe, measure=replace(run.recipe.measure, **NO_PLAN_READS)))
     wider = Run(replace(run.recipe, measure=measured, run_dir=str(run.dir / FOLDER / MEASURED)))
     inputs = measure_inputs(wider)
     source = wider if differences(measure_inputs(narrower), inputs) else narrower

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ranks import call_on_ranks, in_group
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.vision_states import VisionStates
+from shoal.compress.metrics import vision_states
+from shoal.compress.metrics.images import image_scores
 from shoal.compress.metrics.vision_states import score_vision_states
 from shoal.compress.surgery.vision_tower import tower_blocks
 from shoal.data.image_rows import Asked
@@ -28,7 +31,7 @@ from shoal.figures.vision_states import vision_states_figure
 from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages.measure import check_measure, measure, measured
-from shoal.stages.run import Run, open_run
+from shoal.stages.run import Run, open_run, write_story
 
 BLOCKS = 3
 
@@ -129,6 +132,26 @@ def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     assert torch.tensor(first["similarity"]).numpy() == pytest.approx(torch.tensor(alone.similarity).numpy(), abs=1e-6)
 
 
+def _refuse_on_rank(rank: int, ranks: int, folder: str) -> None:
+    with in_group(rank, ranks, folder):
+        model = family("llava", -2)
+        items = items_for("llava", model)
+
+        def own() -> Iterator[Asked]:
+            if rank == 1:
+                raise UserError("row 1: cannot be read")
+            yield items[0]
+
+        for score in (score_vision_states, image_scores):
+            with pytest.raises(UserError, match="row 1: cannot be read"):
+                score(model, own(), len(items))
+
+
+@pytest.mark.slow
+def test_a_row_that_one_rank_refuses_is_refused_by_all(tmp_path: Path) -> None:
+    call_on_ranks(_refuse_on_rank, str(tmp_path), ranks=2)
+
+
 def test_a_loss_that_is_not_finite_is_refused() -> None:
     model = family("llava", -2)
     items = items_for("llava", model)
@@ -137,6 +160,28 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         last.mlp.fc2.bias.fill_(float("inf"))
     with pytest.raises(UserError, match=r"measure.vision_states: the loss of row 0 is not finite where state 3 of the"):
         score_vision_states(model, items, len(items))
+
+
+def test_a_state_that_is_not_finite_where_nothing_reads_it_is_refused() -> None:
+    model = family("llava", -2)
+    last: Any = tower_blocks(model)[-1]
+
+    def overflow(_: Any, args: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        state[:, 0] = float("inf")  # the class token, which the projector is not given
+        return output
+
+    last.register_forward_hook(overflow)
+    with pytest.raises(UserError, match=r"measure.vision_states: state 3 of the vision tower is not finite; set dtype"):
+        score_vision_states(model, items_for("llava", model), 2)
+
+
+def test_places_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family("llava_next", -2)
+    whole = score_vision_states(model, items_for("llava_next", model), 2).similarity
+    monkeypatch.setattr(vision_states, "PLACES_AT_ONCE", 2)
+    parts = score_vision_states(model, items_for("llava_next", model), 2).similarity
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), atol=1e-9, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +217,15 @@ def test_the_stage_writes_what_was_found_once(
     written = (run.dir / VisionStates.FILE).read_bytes()
     measure(run)
     assert (run.dir / VisionStates.FILE).read_bytes() == written
+    write_story(run)
+    assert VisionStates.FILE in json.loads((run.dir / "run.json").read_text())["stages"]
     one = run_of(llava, tmp_path / "run", vision_states={"path": str(rows), "num_rows": 1})
     assert measured(one)["vision states"][1] != measured(run)["vision states"][1]
     assert measured(one)["measure"][1] == measured(run)["measure"][1]
-    measure(one)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="shoal"):
+        measure(one)
+    assert "block_influence over" not in caplog.text  # no text is read again
     alone = VisionStates.read(run.dir / VisionStates.FILE)
     assert (alone.num_rows, alone.errors) == (1, (None, None, None))
     assert "+/-" not in alone.in_words()

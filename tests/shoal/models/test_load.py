@@ -408,6 +408,15 @@ def test_fingerprint_ignores_place_sharding_and_resaving(whole: Path, folder: Pa
     assert checkpoint_bytes(folder) == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json", "chat_template.json"])
+def test_fingerprint_sees_what_makes_inputs_of_images(folder: Path, name: str) -> None:
+    fingerprints = {model_fingerprint(folder)}
+    for content in ('{"image_mean": 0.5}', '{"image_mean": 0.25}'):
+        (folder / name).write_text(content)
+        fingerprints.add(model_fingerprint(folder))
+    assert len(fingerprints) == 3
+
+
 @pytest.mark.slow
 def test_fingerprint_sees_a_change_of_any_single_weight(folder: Path) -> None:
     file = folder / "model.safetensors"
