@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
@@ -83,31 +84,15 @@ def estimate(
     if plan.mtp:
         refuse_without_mtp(teacher_folder, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
-    whole, tower = config, plan.vision_blocks
-    if tower is not None:
-        config = without_unread_blocks(config)
+    whole, config = config, config if plan.vision_blocks is None else without_unread_blocks(config)
     student = student_config(config, keep, plan.width)
     verdicts = check_targets(student, targets=targets or TARGETS)
     if targets:
         refuse(verdicts)
-    quantisation = without_quantization(config)[1]
     runs_in = loaded_dtype(config, dtype, shards)
-    before, after = (without_data(part, dtype=runs_in) for part in (without_quantization(whole)[0], student))
-    stored, narrow, parts_of = _num_bytes(shards), before, shards
-    if (smaller := narrow_files(teacher_folder, config, plan.width, shards)) is not None:
-        narrow, parts_of = smaller.own.model, smaller.shards
-    refuse_changed_layers(narrow, after, keep)
-    by_layer = None if insertions(plan.edits) else stored_bytes(parts_of, narrow, keep_mtp=plan.mtp)
-    costs = model_cost(before), model_cost(after)
-    if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
-        written = stored * costs[1].num_parameters // costs[0].num_parameters
-    else:
-        written = by_layer.of(keep)
-    if tower is not None:
-        gone = (part for shard in shards for name, part in shard.tensors.items() if is_above(name, tower))
-        written -= sum(part.end - part.start for part in gone)
-    each = stored / costs[0].num_parameters if quantisation else runs_in.itemsize
-    sides = _Side(costs[0], stored, each), _Side(costs[1], written, each)
+    teacher_model = without_data(without_quantization(whole)[0], dtype=runs_in)
+    models = teacher_model, without_data(student, dtype=runs_in)
+    sides = _sides(teacher_folder, config, plan, shards, models, bytes_per_weight=runs_in.itemsize)
     length = usual_length(config)
     parts = (
         ["dry run: nothing is written"],
@@ -117,28 +102,67 @@ def estimate(
         [verdict.in_words() for verdict in verdicts],
         [
             _space(out, sides[1].stored_bytes),
-            *(
-                _calibration(
-                    *(teacher_folder, f"compensation: {compensate.method}", COMPENSATE, compensate, out),
-                    fitting_size(before, plan.drop, compensate),
-                    trust_remote_code,
-                )
-                if compensate
-                else ()
-            ),
-            *(
-                _calibration(
-                    *(teacher_folder, "width: chosen on", NARROW, width, out),
-                    measuring_size(before, width),
-                    trust_remote_code,
-                )
-                if width
-                else ()
-            ),
+            *_calibrations(teacher_folder, teacher_model, plan, (compensate, width), out, trust_remote_code),
             f"proof: {_proof(config, shards, proof, in_float32=plan.width is not None)}",
         ],
     )
-    return "\n\n".join("\n".join(part) for part in parts), written
+    return "\n\n".join("\n".join(part) for part in parts), sides[1].stored_bytes
+
+
+def _sides(
+    folder: Path,
+    config: Any,
+    plan: PruningPlan,
+    shards: Sequence[Shard],
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    *,
+    bytes_per_weight: int,
+) -> tuple[_Side, _Side]:
+    """Teacher and student, whose ``models`` hold no data; ``config`` is the teacher's without what nothing reads, and
+    ``bytes_per_weight`` what a weight takes that is not quantised.
+
+    Raises:
+        UserError: layers that the cut would change.
+    """
+    stored, costs = _num_bytes(shards), (model_cost(models[0]), model_cost(models[1]))
+    narrow, parts_of = models[0], shards
+    if (smaller := narrow_files(folder, config, plan.width, shards)) is not None:
+        narrow, parts_of = smaller.own.model, smaller.shards
+    keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
+    refuse_changed_layers(narrow, models[1], keep)
+    by_layer = None if insertions(plan.edits) else stored_bytes(parts_of, narrow, keep_mtp=plan.mtp)
+    if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
+        written = stored * costs[1].num_parameters // costs[0].num_parameters
+    else:
+        written = by_layer.of(keep)
+    if (blocks := plan.vision_blocks) is not None:
+        gone = (part for shard in shards for name, part in shard.tensors.items() if is_above(name, blocks))
+        written -= sum(part.end - part.start for part in gone)
+    is_quantised = without_quantization(config)[1]
+    each = stored / costs[0].num_parameters if is_quantised else bytes_per_weight
+    return _Side(costs[0], stored, each), _Side(costs[1], written, each)
+
+
+def _calibrations(
+    folder: Path,
+    teacher_model: PreTrainedModel,
+    plan: PruningPlan,
+    settings: tuple[Compensate | None, Width | None],
+    out: Path,
+    trust_remote_code: bool,
+) -> Iterator[str]:
+    """What fitting a compensation and choosing what stays of layers would read."""
+    compensate, width = settings
+    if compensate is not None:
+        yield from _calibration(
+            *(folder, f"compensation: {compensate.method}", COMPENSATE, compensate, out),
+            fitting_size(teacher_model, plan.drop, compensate),
+            trust_remote_code,
+        )
+    if width is not None:
+        yield from _calibration(
+            *(folder, "width: chosen on", NARROW, width, out), measuring_size(teacher_model, width), trust_remote_code
+        )
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:
