@@ -27,6 +27,7 @@ mixed_slow     mixed at 5e-4
 mixed_all      mixed with everything trained, at 3e-4
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
 local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then by_source
+local_alone    the local heal by itself on all rows, with --tokens: what near_gaps does in the same memory
 near_gaps      by_source, training the layers beside the gaps alone: about the memory that the local heal needs
 multi_scale    by_source, and all text with the teacher's states, pooled over tokens in late layers (arXiv:2303.05251)
 self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
@@ -107,6 +108,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
     # many small steps: by the error behind the gaps, four of 8 rows at 2e-4 do nothing
     "local": {"local": {"num_tokens": 16_384, "batch_size": 2, "rows_at_once": 2, "learning_rate": 1e-3}, **BY_SOURCE},
+    "local_alone": {
+        "local": {"num_tokens": 10**9, "batch_size": 2, "rows_at_once": 2, "learning_rate": 1e-3},
+        **BY_SOURCE,
+        "trainer": {"max_steps": 1, "learning_rate": 1e-9},  # one step, which moves nothing
+    },
     "near_gaps": {"trainable": "near_gaps", **BY_SOURCE},
     "multi_scale": {
         "losses": [*TEACHER, *CROSS_ENTROPY, {"kind": "hidden_states", "multi_scale": True}],
@@ -149,6 +155,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.compensate and (own := [arm for arm in arguments.arms if "choose" in ARMS[arm]]):
         parser.error(f"--compensate: closes the gaps of the common cut; leave it out, or {', '.join(own)}")
+    if arguments.seconds and "local_alone" in arguments.arms:
+        parser.error("--seconds: local_alone takes all rows whatever time that is; give --tokens, or leave it out")
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
