@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture
 def make_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A small run; its training takes ninety seconds and 5 kB, whatever is cut."""
-    monkeypatch.setattr(dry_run, "training_estimate", lambda *_: Estimate("as distill tells it", 64, 90.0, 5000))
+    monkeypatch.setattr(dry_run, "training_estimate", lambda *_, **__: Estimate("as distill tells it", 64, 90.0, 5000))
 
     def make(**sections: Any) -> Run:
         own = {name: {**SMALL.get(name, {}), **section} for name, section in sections.items()}
@@ -134,7 +134,7 @@ def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: p
 
 
 def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> Estimate:
+    def refuse(*_: object, **__: object) -> Estimate:
         raise NotEstimated("strange: cannot be run without data")
 
     monkeypatch.setattr(dry_run, "training_estimate", refuse)
