@@ -27,7 +27,7 @@ mixed_slow     mixed at 5e-4
 mixed_all      mixed with everything trained, at 3e-4
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
 local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then by_source
-local_alone    the local heal by itself on all rows, with --tokens: what near_gaps does in the same memory
+local_alone    the local heal by itself on all rows of a budget of --tokens
 near_gaps      by_source, training the layers beside the gaps alone: about the memory that the local heal needs
 multi_scale    by_source, and all text with the teacher's states, pooled over tokens in late layers (arXiv:2303.05251)
 self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
@@ -312,10 +312,13 @@ def table(arguments: argparse.Namespace) -> str:
     rows: dict[str, tuple[Scores, Scores | None]] = {"pruned": (pruned, None)}
     for arm, own in ((arm, own) for arm, own in runs.items() if own):
         training = [Training.read(run / Training.FILE) for run in own.values()]
-        seconds = ", ".join(f"{result.seconds:.0f}" for result in training)
+        local = [json.loads(file.read_text()) for run in own.values() if (file := run / "local/local.json").is_file()]
+        healing = [heal["seconds"] for heal in local] or [0.0] * len(training)
+        seconds = ", ".join(f"{result.seconds + own_s:.0f}" for result, own_s in zip(training, healing, strict=True))
+        first = f"{local[0]['num_tokens']:,} by the local heal, then " if local else ""
         if "choose" in ARMS[arm]:
             rows[f"cut of {arm}"] = (pooled(own.values(), "pruned"), None)
-        title = f"{arm} ({training[0].num_tokens:,} tokens; {seconds} s)"
+        title = f"{arm} ({first}{training[0].num_tokens:,} tokens; {seconds} s)"
         common = [seed for seed in own if seed in reference and own is not reference]
         rows[title] = (
             pooled(own.values(), "distilled"),
