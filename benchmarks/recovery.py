@@ -33,7 +33,7 @@ multi_scale    by_source, and all text with the teacher's states, pooled over to
 self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
 by_damage      by_source, its shares by what the cut took from each source
 horizon        mixed_kl, in three tenths of the later steps on what the student writes, of growing length
-rounds         by_source in two rounds, each with half the tokens and half the layers, chosen anew
+rounds         iterative (below) in two rounds, each with half the tokens and half the layers, chosen anew
 
 Four arms heal as by_source does and choose as many layers themselves, as `rounds` does too: one_shot by the loss of
 single drops, iterative by greedy removal, and both _scaled, which close every gap with a factor (Prune&Comp's
@@ -121,7 +121,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "self_written": {"general": 0.25, "written": 0.24},
     "by_damage": {"data_policy": "by_damage", **BY_SOURCE},
     "horizon": {"losses": TEACHER, "on_policy": {"share": 0.3, "horizon": {"max": 256}}},
-    "rounds": {"choose": "greedy_kl", "rounds": 2, **BY_SOURCE},
+    "rounds": {"choose": "sleb", "rounds": 2, **BY_SOURCE},
     "one_shot": {"choose": "single_drop_perplexity", **BY_SOURCE},
     "one_shot_scaled": {"choose": "single_drop_perplexity", "scaled": True, **BY_SOURCE},
     "iterative": {"choose": "sleb", **BY_SOURCE},

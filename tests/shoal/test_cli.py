@@ -254,9 +254,11 @@ class Launcher:
     def __init__(self, code: int, asked: int | None = None) -> None:
         self.end = code, asked
         self.commands: list[list[str]] = []
+        self.threads: str | None = None
 
-    def __call__(self, command: list[str], *_: object, **__: object) -> tuple[int, int | None]:
+    def __call__(self, command: list[str], environment: dict[str, str], **_: object) -> tuple[int, int | None]:
         self.commands.append(command)
+        self.threads = environment.get("OMP_NUM_THREADS")
         return self.end
 
 
@@ -270,6 +272,31 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
     (command,) = launcher.commands
     assert command[command.index("--num_gpus") + 1] == "2"
     assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "physical", "ranks", "given", "threads"),
+    [(6, 16, 2, None, "3"), (16, 8, 2, None, "4"), (1, 8, 2, None, "1"), (6, 16, 2, "5", "5")],
+)
+def test_launched_ranks_share_the_cores_that_this_process_may_use(
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: int,
+    physical: int,
+    ranks: int,
+    given: str | None,
+    threads: str,
+) -> None:
+    launcher = Launcher(2)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: physical)
+    monkeypatch.setattr("os.cpu_count", lambda: 2 * physical)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run_verb("distill", recipe, [f"distill.num_ranks={ranks}"])
+    assert launcher.threads == threads
 
 
 BEGINS = "there is no checkpoint yet, so the same command begins this training again"

@@ -44,7 +44,7 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     """
     import torch
 
-    from shoal.machine import ranks_to_start
+    from shoal.machine import num_cores, ranks_to_start
 
     recipe = run.recipe
     on_gpu = torch.accelerator.is_available()
@@ -52,7 +52,8 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        # the cores that this process may use: threads that share one wait for each other
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.cli"]
