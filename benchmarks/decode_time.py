@@ -52,7 +52,7 @@ def even(count: int, num_layers: int) -> tuple[int, ...]:
 
 def rows(speed: Speed, sizes: LayerSizes, cuts: dict[int, tuple[int, ...]], batch: int) -> Iterator[str]:
     times = {
-        role: next(one.step_ms for one in score.batches if one.batch_size == batch)
+        role: next(timing.step_ms for timing in score.batches if timing.batch_size == batch)
         for role, score in speed.roles.items()
     }
     num_tokens, half = speed.prompt_tokens + speed.new_tokens // 2, sizes.num_layers // 2

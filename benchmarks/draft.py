@@ -56,20 +56,20 @@ def main() -> None:
     print("| way | g | accepted | by formula | counted | measured |\n| --- | --- | --- | --- | --- | --- |", flush=True)
     for way in arguments.ways:
         file = run_dir / f"{way}.json"
-        found = json.loads(file.read_text()) if file.is_file() else predicted(teacher, draft, prompts, way, arguments)
+        rates = json.loads(file.read_text()) if file.is_file() else predicted(teacher, draft, prompts, way, arguments)
         for g in arguments.drafted:
-            if str(g) not in found["measured"]:
-                found["measured"][str(g)] = measured(teacher, draft, prompts, way, g, arguments.new_tokens)
-            file.write_text(json.dumps(found))
-            print(row(way, g, found), flush=True)
-        file.write_text(json.dumps(found))
+            if str(g) not in rates["measured"]:
+                rates["measured"][str(g)] = measured(teacher, draft, prompts, way, g, arguments.new_tokens)
+            file.write_text(json.dumps(rates))
+            print(row(way, g, rates), flush=True)
+        file.write_text(json.dumps(rates))
 
 
-def row(way: str, g: int, found: dict[str, Any]) -> str:
+def row(way: str, g: int, rates: dict[str, Any]) -> str:
     """What is predicted of rounds of ``g`` drafted tokens, and what was measured."""
-    share = found["share"]
-    formula, counted = tokens_per_round(share[0], g), 1 + found["accepted"][g - 1]
-    value, low, high = found["measured"][str(g)]
+    share = rates["share"]
+    formula, counted = tokens_per_round(share[0], g), 1 + rates["accepted"][g - 1]
+    value, low, high = rates["measured"][str(g)]
     apart = [f"{own:.3f} ({100 * (own / value - 1):+.1f} %)" for own in (formula, counted)]
     accepted = f"{share[0]:.3f} [{share[1]:.3f}, {share[2]:.3f}]"
     return f"| {way} | {g} | {accepted} | {' | '.join(apart)} | {value:.3f} [{low:.3f}, {high:.3f}] |"
@@ -97,9 +97,9 @@ def predicted(
         for prompt, text in zip(prompts.tolist(), written, strict=True)
     ]
     shares = overlaps(Decoder(teacher), Decoder(draft), texts, batch_size=4)
-    found = acceptance([own[way == "greedy"].tolist() for own in shares])
-    share = found.share
-    return {"share": [share.value, share.ci_low, share.ci_high], "accepted": found.accepted, "measured": {}}
+    accepted = acceptance([own[way == "greedy"].tolist() for own in shares])
+    share = accepted.share
+    return {"share": [share.value, share.ci_low, share.ci_high], "accepted": accepted.accepted, "measured": {}}
 
 
 def measured(teacher: Any, draft: Any, prompts: torch.Tensor, way: str, g: int, new_tokens: int) -> list[float]:

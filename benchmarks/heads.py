@@ -79,10 +79,10 @@ def main() -> None:
     requests = [(one.input_ids[: -len(one.needle)], one.answer) for one in prompts]
     variants = list(variants_of(heads, model, arguments))
     answers = score_variants(Edited(model), Decoder(model), requests, variants, batch_size=arguments.batch_size)
-    found = {variant.name: own for variant, own in zip(variants, answers, strict=True)}
-    drawn = [own for name, own in found.items() if name.startswith("random ")]
+    answers_of = {variant.name: own for variant, own in zip(variants, answers, strict=True)}
+    drawn = [own for name, own in answers_of.items() if name.startswith("random ")]
     print(f"{len(requests)} look-ups of 8 to 32 pairs\n\n| masked | right | log-likelihood |\n| --- | --- | --- |")
-    for name, own in found.items():
+    for name, own in answers_of.items():
         if not name.startswith("random "):
             print(row("nothing" if name == INTACT.name else name, [own]))
         elif name == "random 0":

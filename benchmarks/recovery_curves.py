@@ -73,12 +73,12 @@ def curves(arguments: argparse.Namespace) -> Curves:
     for done in sorted(arguments.out.glob("*/*/eval/distilled.json")):
         run = done.parents[1]
         arm = run.name.rpartition("-")[0]
-        if not (found := FOLDER.fullmatch(run.parent.name)) or (arguments.arms and arm not in arguments.arms):
+        if not (folder := FOLDER.fullmatch(run.parent.name)) or (arguments.arms and arm not in arguments.arms):
             continue
-        cut, tokens = found["cut"], int(found["tokens"])
+        cut, tokens = folder["cut"], int(folder["tokens"])
         if (cut != arguments.cut) if arguments.against == "tokens" else (tokens != arguments.tokens):
             continue
-        arm = f"{arm}, {found['closed']}" if found["closed"] else arm
+        arm = f"{arm}, {folder['closed']}" if folder["closed"] else arm
         runs[arm, tokens if arguments.against == "tokens" else cut.count("-") + 1].append(run)
     drawn: dict[str, dict[int, Point]] = defaultdict(dict)
     for (arm, place), own in sorted(runs.items()):

@@ -195,8 +195,10 @@ def apply_plan(
         teacher = replace(teacher, config=smaller.own.config, shards=smaller.shards)
     skeleton, copy = _route(teacher, plan, keep, compensate)
     with only_writer(out):
-        found = None if compensate is None else _compensation(teacher, plan, compensate, skeleton, out, seed=seed)
-        plan, units = replace(plan, gaps=() if found is None else found.gaps), dict[int, Units]()
+        compensation = (
+            None if compensate is None else _compensation(teacher, plan, compensate, skeleton, out, seed=seed)
+        )
+        plan, units = replace(plan, gaps=() if compensation is None else compensation.gaps), dict[int, Units]()
         if smaller is not None:
             assert width is not None
             units = _units(whole, plan, smaller.own, width, out, seed=seed)
@@ -205,10 +207,10 @@ def apply_plan(
         # gaps that were closed to the last digit as before have the same tensors
         chosen = [*map(asdict, plan.gaps), *([asdict(plan.width)] if plan.width else [])]
         with resumable_folder(out, fingerprint([*source, *chosen])) as folder:
-            new_layers = _as_loaded(teacher, found) if found and (runs or not copy) else {}
+            new_layers = _as_loaded(teacher, compensation) if compensation and (runs or not copy) else {}
             if copy:
                 _name_closed_gaps(copy.config, teacher, plan.gaps)
-                expected = _write_copy(copy, folder, _changed(copy, skeleton, found, smaller, units))
+                expected = _write_copy(copy, folder, _changed(copy, skeleton, compensation, smaller, units))
             else:
                 expected = _write_from_memory(
                     teacher,
@@ -443,24 +445,25 @@ def _write_copy(copy: Copy, folder: Path, changed: Changed) -> None:
 def _changed(
     copy: Copy,
     skeleton: PreTrainedModel,
-    found: Compensation | None,
+    compensation: Compensation | None,
     smaller: NarrowFiles | None,
     units: Mapping[int, Units],
 ) -> Changed:
     names = {old: new for shard in copy.shards for old, new in shard.tensors.items()}
     if smaller is not None:
         return NarrowedTensors(smaller.own, units, smaller.slices, {new: old for old, new in names.items()})
-    if found is None:
+    if compensation is None:
         return UNCHANGED
-    layers = {layer: tuple(tensors) for layer, tensors in found.kept.items()}
-    return changed_tensors(skeleton, layers, found.layer, copy.teacher.stored, names)
+    layers = {layer: tuple(tensors) for layer, tensors in compensation.kept.items()}
+    return changed_tensors(skeleton, layers, compensation.layer, copy.teacher.stored, names)
 
 
-def _as_loaded(teacher: Teacher, found: Compensation) -> dict[int, dict[str, Tensor]]:
+def _as_loaded(teacher: Teacher, compensation: Compensation) -> dict[int, dict[str, Tensor]]:
     """The new tensors of all layers, in memory, in the precision in which the teacher is loaded."""
     dtype = loaded_dtype(teacher.config, shards=teacher.shards)
     return {
-        layer: {name: tensor.to("cpu", dtype) for name, tensor in found.layer(layer).items()} for layer in found.kept
+        layer: {name: tensor.to("cpu", dtype) for name, tensor in compensation.layer(layer).items()}
+        for layer in compensation.kept
     }
 
 

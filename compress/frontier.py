@@ -81,11 +81,11 @@ def _share(importance: Importance, column: SweepColumn, drop: Sequence[int]) -> 
     return max(0.0, 1 + change / (column.intact.value - column.chance))
 
 
-def frontier_lines(found: Frontier, chosen: Sequence[int]) -> list[str]:
+def frontier_lines(front: Frontier, chosen: Sequence[int]) -> list[str]:
     """The table; the row of the plan that drops ``chosen`` ends in its name."""
-    points = _thinned(found.points, chosen)
+    points = _thinned(front.points, chosen)
     abilities = list(points[0].kept)
-    rows = [("dropped", "weights on disk", "decode", found.metric, *(f"keeps of {name}" for name in abilities), "")]
+    rows = [("dropped", "weights on disk", "decode", front.metric, *(f"keeps of {name}" for name in abilities), "")]
     rows += [
         (
             str(len(point.drop)),

@@ -134,13 +134,13 @@ def goals_of(
             f"prune.target.params: {count_text(target.params)} is not below the model's "
             f"{count_text(sizes.cost.num_parameters)}, which it has before any cut; give less, or leave it out"
         )
-    found = Goals(goals, tuple(removed))
-    if found.reached(()):
+    all_goals = Goals(goals, tuple(removed))
+    if all_goals.reached(()):
         raise UserError(
-            f"prune.target: nothing has to go, because all of it holds already: {found.in_words(())}; ask for more, or "
-            "leave prune.target out"
+            f"prune.target: nothing has to go, because all of it holds already: {all_goals.in_words(())}; ask for "
+            "more, or leave prune.target out"
         )
-    return found
+    return all_goals
 
 
 def _goals(target: PlanTarget, sizes: LayerSizes, teacher_time: TeacherTime | None) -> Iterator[Goal]:

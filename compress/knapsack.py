@@ -87,9 +87,9 @@ def by_cost(costs: Sequence[float], savings: Sequence[Saving], needs: Saving) ->
     def add(inside: frozenset[int], outside: frozenset[int]) -> None:
         free = [item for item in range(len(costs)) if item not in inside | outside]
         left = tuple(need - sum(savings[item][k] for item in inside) for k, need in enumerate(needs))
-        found = cheapest([costs[item] for item in free], [savings[item] for item in free], left)
-        if found is not None:
-            items = tuple(sorted({*inside, *(free[place] for place in found)}))
+        added = cheapest([costs[item] for item in free], [savings[item] for item in free], left)
+        if added is not None:
+            items = tuple(sorted({*inside, *(free[place] for place in added)}))
             heapq.heappush(problems, (_cost([exact[item] for item in items]), next(serial), items, inside, outside))
 
     add(frozenset(), frozenset())
@@ -124,8 +124,8 @@ def _kinds(costs: Sequence[float], savings: Sequence[Saving]) -> list[_Kind]:
     for item, saving in enumerate(savings):
         members[saving].append(item)
     kinds = []
-    for saving, found in members.items():
-        items = tuple(sorted(found, key=lambda item: (exact[item], item)))
+    for saving, of_kind in members.items():
+        items = tuple(sorted(of_kind, key=lambda item: (exact[item], item)))
         sums = tuple(_cost([exact[item] for item in items[:count]]) for count in range(len(items) + 1))
         kinds.append(_Kind(saving, items, sums))
     # what saves most decides most: later kinds then have little left to tell states apart

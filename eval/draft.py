@@ -99,7 +99,7 @@ def overlaps(
     In fp32; as 1 - half the sum of |p - q|, which is 1 to the last bit where the models are the same. Rows of the
     vocabulary that only one model has, padding as a rule, count as its own.
     """
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    overlap_of: dict[int, tuple[Tensor, Tensor]] = {}
     rows = [[*read, *judged][:-1] for read, judged in texts]
     order = sorted(range(len(texts)), key=lambda index: -len(rows[index]))
     with progress(called, total=len(texts), unit="texts") as step:
@@ -110,9 +110,9 @@ def overlaps(
             teacher_BSD, draft_BSD = teacher.hidden(ids_BS), draft.hidden(ids_BS)
             for place, index in enumerate(batch):
                 judged = slice(len(texts[index][0]) - 1, len(rows[index]))
-                found[index] = _overlap(teacher, draft, teacher_BSD[place, judged], draft_BSD[place, judged])
+                overlap_of[index] = _overlap(teacher, draft, teacher_BSD[place, judged], draft_BSD[place, judged])
             step(len(batch))
-    return [found[index] for index in range(len(texts))]
+    return [overlap_of[index] for index in range(len(texts))]
 
 
 def _overlap(teacher: Decoder, draft: Decoder, teacher_ND: Tensor, draft_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +135,13 @@ def _draft_text(
     called = f"{called}, {kind.replace('_', ' ')} text"
     judged = overlaps(teacher, draft, texts, batch_size=batch_size, called=called)
     own = [(shares.tolist(), agree.tolist()) for shares, agree in judged]
-    found = [text for part in together(lambda: own) for text in part]
-    sampled, greedy = (acceptance([text[way] for text in found]) for way in (0, 1))
+    shares_of_texts = [text for part in together(lambda: own) for text in part]
+    sampled, greedy = (acceptance([text[way] for text in shares_of_texts]) for way in (0, 1))
     log.info(
         "%s: %.3f [%.3f, %.3f] of its tokens are accepted, %.3f where both take their first choice",
         *(called, sampled.share.value, sampled.share.ci_low, sampled.share.ci_high, greedy.share.value),
     )
-    return DraftText(kind, len(found), sum(len(shares) for shares, _ in found), sampled, greedy)
+    return DraftText(kind, len(shares_of_texts), sum(len(shares) for shares, _ in shares_of_texts), sampled, greedy)
 
 
 def acceptance(texts: Sequence[Sequence[float]]) -> Acceptance:

@@ -170,9 +170,9 @@ def nats_by_source(model: PreTrainedModel, samples: Sequence[PackedRows], *, lab
     rows = [(number, row) for number, sample in enumerate(samples) for row in range(len(sample))]
     own, was_training = rows[rank() :: world_size()], model.training
     model.eval()
-    found = {place: _row_nats(model, samples[place[0]], place[1]) for place in each(own, label, unit="rows")}
+    by_place = {place: _row_nats(model, samples[place[0]], place[1]) for place in each(own, label, unit="rows")}
     model.train(was_training)
-    nats = {place: value for part in together(lambda: found) for place, value in part.items()}
+    nats = {place: value for part in together(lambda: by_place) for place, value in part.items()}
     means = []
     for number, sample in enumerate(samples):
         total = math.fsum(nats[number, row] for row in range(len(sample)))

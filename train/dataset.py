@@ -137,7 +137,7 @@ def training_rows(
     identity = [inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)]
     if images is not None:
         identity.append(rows_per_step(settings))
-    given = {} if images is None else images.rows
+    images_of = {} if images is None else images.rows
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
     if is_main() and not path.exists():
         num_tokens = num_rows * settings.sequence_length
@@ -150,7 +150,7 @@ def training_rows(
         with written_folder(path) as unfinished:
             rows = pack(
                 [
-                    (source, teacher_text if source.path == TEACHER_TEXT else given.get(source))
+                    (source, teacher_text if source.path == TEACHER_TEXT else images_of.get(source))
                     for source in settings.data
                 ],
                 tokenizer,

@@ -150,12 +150,12 @@ def _serve(pipe: Connection) -> None:
         os.dup2(file.fileno(), 2)
         set_up_logging()
         try:
-            found = measured(case, size, Path(folder))
+            figures = measured(case, size, Path(folder))
         except Exception as error:
-            found = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-            pipe.send(found)
+            figures = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+            pipe.send(figures)
             raise
-        pipe.send(found)
+        pipe.send(figures)
 
 
 def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.
             about = {"name": case.name, "group": case.group, "size": case.size, "kind": case.kind}
             started = time.monotonic()
             if left < LEAST_S:
-                found: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
+                figures: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
             else:
                 if waiting is not None and waiting.on_cpu != case.on_cpu:
                     waiting.end()
@@ -187,8 +187,8 @@ def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.
                 # the next one loads its libraries meanwhile
                 following = next(iter(chosen[number + 1 :]), None)
                 waiting = None if following is None else Worker(on_cpu=following.on_cpu)
-                found = worker.result(limit_s)
-            row = about | {"wall_s": round(time.monotonic() - started, 1)} | found
+                figures = worker.result(limit_s)
+            row = about | {"wall_s": round(time.monotonic() - started, 1)} | figures
             result["results"].append(row)
             result["seconds"] = round(time.monotonic() - begun, 1)
             result["goals"] = [] if arguments.tiny else goals(result)

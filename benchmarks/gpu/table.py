@@ -64,9 +64,10 @@ def markdown(result: Row) -> str:
     peak, _ = peak_flops(result)
     for group, title in GROUPS.items():
         if any(row["group"] == group for row in rows):
-            found = [row for row in measured if row["group"] == group]
+            group_rows = [row for row in measured if row["group"] == group]
             parts.append(
-                f"**{title}**" + (f"\n\n{_table(group, found, rows, peak)}" if found else ": none was measured.")
+                f"**{title}**"
+                + (f"\n\n{_table(group, group_rows, rows, peak)}" if group_rows else ": none was measured.")
             )
     missing = [f"- {row['size']} {row['name']}: {reason(row)}" for row in rows if reason(row) is not None]
     if missing:
@@ -137,7 +138,7 @@ def _about(result: Row) -> str:
     return "\n".join(lines)
 
 
-def _table(group: str, found: Sequence[Row], rows: Sequence[Row], peak: float | None) -> str:
+def _table(group: str, group_rows: Sequence[Row], rows: Sequence[Row], peak: float | None) -> str:
     if group == "sweep":
         cells = [
             [
@@ -146,20 +147,20 @@ def _table(group: str, found: Sequence[Row], rows: Sequence[Row], peak: float | 
                 "yes" if r["recorded"] else "no",
                 r["equal_texts"],
             ]
-            for r in found
+            for r in group_rows
         ]
         columns = ["loop over cut models, s", "together, rows that grow, s", "together, s", "times as fast"]
         return _cells(["size", *columns, "recorded", "equal texts"], cells)
     if group == "tests":
-        return "\n".join(f"{row['summary']} (exit code {row['exit_code']})" for row in found)
+        return "\n".join(f"{row['summary']} (exit code {row['exit_code']})" for row in group_rows)
     if group == "losses":
         cells = [
             [r["name"], _number(loss_difference(r, rows), ".1e"), ", ".join(f"{x:.5f}" for x in r["losses"])]
-            for r in found
+            for r in group_rows
         ]
         return _cells(["", "largest relative difference", "losses"], cells)
     cells = []
-    for row in found:
+    for row in group_rows:
         share, again = shares(row, rows, peak)
         off = None if "estimate" not in row else row["estimate"] / row["peak"] - 1
         cells.append(
@@ -223,9 +224,9 @@ def goals(result: Row) -> list[dict[str, str]]:
     rows: Sequence[Row] = [row for row in result["results"] if reason(row) is None]
     peak, _ = peak_flops(result)
     large = [again for row in rows if row["size"] == "8B" and (again := shares(row, rows, peak)[1]) is not None]
-    found: list[tuple[str, str, str | None, bool]] = []
+    judged: list[tuple[str, str, str | None, bool]] = []
     best = max(large, default=None)
-    found.append(
+    judged.append(
         (
             "8B cut by 8 layers, checkpointing: share of peak",
             f">= {GOAL_SHARE:.0%}",
@@ -239,15 +240,15 @@ def goals(result: Row) -> list[dict[str, str]]:
     if own is not None and others:
         fastest = max(others, key=lambda row: row["tokens_per_s"])
         speed, memory = own["tokens_per_s"] / fastest["tokens_per_s"], own["peak"] / fastest["peak"]
-    found.append(
+    judged.append(
         ("tokens/s, beside the fastest of TRL", f">= {GOAL_SPEED}", _text(speed, ".2f"), (speed or 0) >= GOAL_SPEED)
     )
-    found.append(
+    judged.append(
         ("peak memory, beside the same", f"<= {GOAL_MEMORY}", _text(memory, ".2f"), (memory or 9) <= GOAL_MEMORY)
     )
     offs = [abs(row["estimate"] / row["peak"] - 1) for row in rows if "estimate" in row]
     worst = max(offs, default=None)
-    found.append(
+    judged.append(
         (
             "estimates of memory, the worst",
             f"within {GOAL_ESTIMATE:.0%}",
@@ -256,7 +257,7 @@ def goals(result: Row) -> list[dict[str, str]]:
         )
     )
     sweep = next((row["times_faster"] for row in rows if "times_faster" in row), None)
-    found.append(
+    judged.append(
         (
             "generation sweep, beside the loop over cut models",
             f">= {GOAL_SWEEP:.0f} x",
@@ -266,7 +267,7 @@ def goals(result: Row) -> list[dict[str, str]]:
     )
     for name, most in GOAL_LOSS.items():
         off = next((loss_difference(row, rows) for row in rows if row["name"] == name), None)
-        found.append(
+        judged.append(
             (
                 f"{name}, beside the CPU in float32",
                 f"<= {most:g}",
@@ -276,7 +277,7 @@ def goals(result: Row) -> list[dict[str, str]]:
         )
     tests = next((row for row in rows if row["kind"] == "tests"), None)
     text = None if tests is None else f"exit code {tests['exit_code']}"
-    found.append(("tests marked gpu", "exit code 0", text, text == "exit code 0"))
+    judged.append(("tests marked gpu", "exit code 0", text, text == "exit code 0"))
     return [
         {
             "what": figure,
@@ -284,7 +285,7 @@ def goals(result: Row) -> list[dict[str, str]]:
             "found": text or "not measured",
             "met": "" if text is None else "met" if met else "MISSED",
         }
-        for figure, goal, text, met in found
+        for figure, goal, text, met in judged
     ]
 
 

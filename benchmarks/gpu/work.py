@@ -214,7 +214,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     trainer.objective.install()
     trainer.train()
     student: Any = trainer.objective.student
-    found = {
+    figures = {
         **clock.figures(spec.tokens_per_step),
         **memory_figures(),
         "estimate": told.memory.peak,
@@ -226,7 +226,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     }
     leave_deepspeed(trainer)
     leave_distributed()
-    return found
+    return figures
 
 
 def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:

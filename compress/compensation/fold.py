@@ -76,10 +76,10 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
 def num_features(model: PreTrainedModel, layer: int) -> int:
     """F of the layer's MLP, by the names of its modules: the inputs of its one output map, else the hidden size."""
     named = named_halves(decoder_layers(model)[layer])
-    found = _output_map(model, layer, output_parameters(model, layer, named, "mlp"))
-    if found is None:
+    output_map = _output_map(model, layer, output_parameters(model, layer, named, "mlp"))
+    if output_map is None:
         return text_config(model.config).hidden_size
-    return found.in_features if isinstance(found, nn.Linear) else found.nx
+    return output_map.in_features if isinstance(output_map, nn.Linear) else output_map.nx
 
 
 class Correction:
@@ -112,9 +112,9 @@ class Correction:
             NotFoldable: a family in which no weights do this.
         """
         output_dim, scale = self.form(hidden_BSD, call)
-        found = self._added(added_FD / scale, output_dim)
-        assert found is not None
-        return found
+        tensors = self._added(added_FD / scale, output_dim)
+        assert tensors is not None
+        return tensors
 
     def form(self, hidden_BSD: Tensor, call: Call) -> tuple[int, float]:
         """The dimension of the output parameters along which they write, and times which what they write is multiplied.

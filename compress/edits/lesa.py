@@ -61,7 +61,7 @@ def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *
             floating point; one without three neighbours to learn from.
     """
     stored = [dict(layer.state_dict()) for layer in decoder_layers(model)]
-    found: list[dict[str, Tensor]] = [{} for _ in pairs]
+    predicted: list[dict[str, Tensor]] = [{} for _ in pairs]
     wanted: dict[tuple[str, torch.Size], list[int]] = defaultdict(list)
     for number, (below, above) in enumerate(pairs):
         refuse_different_shapes(model, (below, above))
@@ -71,14 +71,14 @@ def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *
                 wanted[name, tensor.shape].append(number)
             else:
                 where = f"lesa: {name} of layers {below} and {above}"
-                found[number][name] = combined([tensor, stored[above][name]], (0.5, 0.5), where=where)
+                predicted[number][name] = combined([tensor, stored[above][name]], (0.5, 0.5), where=where)
     generator = torch.Generator().manual_seed(seed)
     for (name, shape), numbers in each(list(wanted.items()), "lesa: learning from the layers", unit="matrix types"):
         alike = {layer: own[name] for layer, own in enumerate(stored) if _has(own, name, shape)}
         matrices = _predicted(name, alike, [pairs[number] for number in numbers], generator)
         for number, matrix in zip(numbers, matrices, strict=True):
-            found[number][name] = matrix
-    return found
+            predicted[number][name] = matrix
+    return predicted
 
 
 def refuse_without_examples(model: PreTrainedModel, layer: int) -> None:
@@ -123,13 +123,13 @@ def _predicted(
     coefficients_LRn = (to_coefficients.T @ weights_LEmn).flatten(1, 2)
     del weights_LEmn
     network = _learnt(name, coefficients_LRn, _middles(layers), generator)
-    found = []
+    matrices = []
     for below, above in pairs:
         sides = coefficients_LRn[layers.index(below)], coefficients_LRn[layers.index(above)]
         coefficients_Emn = _between(network, *sides).view(num_matrices, num_rows, num_columns)
         matrices_Emn = (directions_mm * scale_m) @ coefficients_Emn
-        found.append(matrices_Emn.view(first.shape).to(first.device, first.dtype))
-    return found
+        matrices.append(matrices_Emn.view(first.shape).to(first.device, first.dtype))
+    return matrices
 
 
 def _basis(weights_LEmn: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,8 @@ def patch_effects(
     patched: list[Patched] = []
     with probing(model):
         for kind, twins in twins_by_kind.items():
-            num_used[kind], found = _effects(patching, kind, twins)
-            patched += found
+            num_used[kind], effects = _effects(patching, kind, twins)
+            patched += effects
     if not patched:
         raise UserError(
             f"measure.heads.twins: the model answers none of {sum(map(len, twins_by_kind.values()))} pairs right both "
@@ -93,8 +93,8 @@ def _effects(patching: Patching, kind: Corruption, twins: Sequence[Twins]) -> tu
         gap += clean - corrupted
         for (group, places), layer in itertools.product(pair.groups.items(), range(patching.num_layers)):
             parts = patching.parts(layer)
-            found = patching.differences(runs, pair, layer, parts, places)
-            for (site, index), difference in zip(parts, found, strict=True):
+            changes = patching.differences(runs, pair, layer, parts, places)
+            for (site, index), difference in zip(parts, changes, strict=True):
                 rows = gained.setdefault((site, group), [[] for _ in range(patching.num_layers)])
                 if len(rows[layer]) <= index:
                     rows[layer].append(0.0)

@@ -146,8 +146,8 @@ def copy_twins(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> 
     twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in CORRUPTIONS}
     for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=TWIN_PAIRS):
         for kind, twins in twins_by_kind.items():
-            found = (_twins(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))
-            if (pair := next(filter(None, found), None)) is not None:
+            candidates = (_twins(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))
+            if (pair := next(filter(None, candidates), None)) is not None:
                 twins.append(pair)
     if (missing := next((kind for kind, twins in twins_by_kind.items() if not twins), None)) is not None:
         raise UserError(

@@ -40,12 +40,12 @@ def stored_places(
         NotByCopy: they are no whole tensors of the files.
     """
     own = dict(decoder_layers(model)[layer].named_parameters())
-    found = stored_form(model, layer, {name: own[name].detach() for name in names})
-    for name, tensor in found.items():
+    forms = stored_form(model, layer, {name: own[name].detach() for name in names})
+    for name, tensor in forms.items():
         place = stored.get(name)
         if place is None or place.shape != tuple(tensor.shape) or place.dtype not in FLOATS:
             raise NotByCopy(f"{name} of layer {layer}, which changes, is not stored in one piece under that name")
-    return tuple(found)
+    return tuple(forms)
 
 
 @dataclass

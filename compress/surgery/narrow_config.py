@@ -75,13 +75,13 @@ def channels(text: Any) -> tuple[str, int]:
     Raises:
         UserError: there is no such field with one number.
     """
-    found = {name: value for name in CHANNELS if isinstance(value := getattr(text, name, None), int)}
-    if not found:
+    sizes = {name: value for name in CHANNELS if isinstance(value := getattr(text, name, None), int)}
+    if not sizes:
         raise UserError(
             f"prune.width.intermediate_size: config.intermediate_size of {text.model_type} is "
             f"{getattr(text, 'intermediate_size', None)!r}, which is not one number for all layers; leave it out"
         )
-    return next(iter(found.items()))
+    return next(iter(sizes.items()))
 
 
 def heads(text: Any) -> tuple[int, int, int]:

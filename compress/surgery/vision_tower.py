@@ -73,5 +73,5 @@ def without_unread_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def is_above(name: str, blocks: int) -> bool:
     """Whether the stored tensor ``name`` is of a block of a tower behind its first ``blocks``."""
-    found = BLOCK.search(name)
-    return found is not None and int(found[1]) >= blocks
+    block = BLOCK.search(name)
+    return block is not None and int(block[1]) >= blocks

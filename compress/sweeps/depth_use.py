@@ -93,7 +93,7 @@ def depth_use(models: Sequence[SweptRole], *, num_layers: int, provenance: Prove
         num_layers=num_layers,
         kept={model.role: model.kept for model in models},
         tasks=tuple(_task(task, models, num_layers) for task in tasks),
-        effective_depth={role: found.effective_depth for role, found in depths.items() if found is not None},
+        effective_depth={role: depth.effective_depth for role, depth in depths.items() if depth is not None},
     )
 
 

@@ -128,9 +128,9 @@ def task_names(settings: Sweeps) -> tuple[str, ...]:
             if name is None:
                 candidates = [pattern.format(task) for pattern in TASK_NAMES[protocol]]
                 forms = [pattern.format(task) for patterns in TASK_NAMES.values() for pattern in patterns]
-                there = [form for form in forms if form in known]
+                has = [form for form in forms if form in known]
                 close = difflib.get_close_matches(task, known, n=1, cutoff=0.6)
-                hint = f"it has {', '.join(there)}" if there else f"did you mean {close[0]!r}?" if close else ""
+                hint = f"it has {', '.join(has)}" if has else f"did you mean {close[0]!r}?" if close else ""
                 raise UserError(
                     f"measure.sweep.protocols: task {task!r} has no protocol {protocol} "
                     f"(there is no {' or '.join(candidates)}); {hint or 'name tasks in full and leave protocols out'}"

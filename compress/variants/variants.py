@@ -174,18 +174,18 @@ class States:
             so_far = tuple(edit for edit in variant.edits if edit[0] <= layer)
             if so_far in self._states:
                 continue
-            here = [edit for at, edit in so_far if at == layer]
+            edits = [edit for at, edit in so_far if at == layer]
             states = before[tuple(edit for edit in so_far if edit[0] < layer)]
             # what passes its input on at some positions has run as all others that get these states
             through = runs_through(so_far, layer)
             if through not in passed:
                 passed[through] = self._through(layer, [edit for at, edit in through if at == layer], states)
             after, slot = passed[through]
-            skips: list[ComponentPart] = [edit.part for edit in here if edit.at_positions]
+            skips: list[ComponentPart] = [edit.part for edit in edits if edit.at_positions]
             if skips:
                 after = self._passed_on(skips, states, after)
             self._states[so_far] = after
-            if self.kept is not None and slot is not None and not any(edit.removes_layer for edit in here):
+            if self.kept is not None and slot is not None and not any(edit.removes_layer for edit in edits):
                 self.kept[layer][so_far] = slot.keys, slot.values
         self.layer += 1
 

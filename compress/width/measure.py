@@ -67,8 +67,8 @@ def measure_width(
                     after_BSD = source.layerwise.run(layer, before.load(), batch.calls[layer])
                     waiting[index] = batch, source.store.keep(after_BSD)
             chosen[layer] = {
-                half: _largest(source, layer, module.get_submodule(own.maps[layer][half]), found, own.counts[half][1])
-                for half, found in sums_UKK.items()
+                half: _largest(source, layer, module.get_submodule(own.maps[layer][half]), sums, own.counts[half][1])
+                for half, sums in sums_UKK.items()
             }
             _refuse_another_layer(source, own, layer, chosen[layer], state.load(), prepared.calls[layer])
     return chosen

@@ -172,22 +172,22 @@ def _parts(
         if new[name].shape == old.shape:
             continue
         half: Half | None = next((half for half, paths in inside.items() if name.startswith(paths)), None)
-        found: list[Part] = []
+        parts: list[Part] = []
         # a norm over the units would be another one over fewer
         if half is not None and isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
-            found = [
+            parts = [
                 Part(dim, half, sizes)
                 for dim, (before, after) in enumerate(zip(old.shape, new[name].shape, strict=True))
                 for sizes in _sizes(model, half, name)
                 if before != after and (before, after) == tuple(count * sum(sizes) for count in counts[half])
             ]
-        if len(found) != 1:
+        if len(parts) != 1:
             raise UserError(
                 f"prune.width: {name} of {where(model, layer)} would go from {list(old.shape)} to "
                 f"{list(new[name].shape)}, and shoal does not know what of it belongs to which channel or head; leave "
                 f"prune.width{'' if half is None else '.' + SETTINGS[half]} out"
             )
-        yield name, found[0]
+        yield name, parts[0]
 
 
 def _sizes(model: PreTrainedModel, half: Half, name: str) -> list[tuple[int, ...]]:
@@ -233,7 +233,7 @@ def narrow_files(
         return None
     own, files = narrowing(folder, config, width), {name: shard.file for shard in shards for name in shard.tensors}
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    found: dict[str, Slice] = {}
+    slices: dict[str, Slice] = {}
     try:
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         model, _ = load_without_data(without_quantization(config)[0], shapes)
@@ -242,14 +242,14 @@ def narrow_files(
                 places = stored_places(model, layer, [parameter], stored)
                 if len(places) != 1:
                     raise NotByCopy(f"{parameter} of layer {layer} is stored in {len(places)} pieces")
-                found[places[0]] = Slice(files[places[0]], stored[places[0]], layer, part)
+                slices[places[0]] = Slice(files[places[0]], stored[places[0]], layer, part)
     except NotByCopy as reason:
         raise cannot_narrow(folder, reason) from reason
 
     def shorter(name: str, tensor: StoredTensor) -> StoredTensor:
-        if name not in found:
+        if name not in slices:
             return tensor
-        part = found[name].part
+        part = slices[name].part
         before, after = own.counts[part.half]
         shape = [size // before * after if dim == part.dim else size for dim, size in enumerate(tensor.shape)]
         return replace(tensor, shape=tuple(shape), end=tensor.start + (tensor.end - tensor.start) // before * after)
@@ -258,7 +258,7 @@ def narrow_files(
         replace(shard, tensors={name: shorter(name, tensor) for name, tensor in shard.tensors.items()})
         for shard in shards
     ]
-    return NarrowFiles(width, own, found, narrow)
+    return NarrowFiles(width, own, slices, narrow)
 
 
 def cannot_narrow(folder: Path, reason: NotByCopy) -> UserError:

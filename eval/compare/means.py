@@ -29,8 +29,8 @@ def by_task(evaluation: Evaluation) -> Scores:
 
 def columns_that_rank(columns: Iterable[str]) -> frozenset[str]:
     """Those of ``columns`` that are outside the trained form; all of them where none is, but what people dispute."""
-    there = frozenset(columns) - {"disputed"}
-    return there & frozenset(HEADLINE) or there
+    ranked = frozenset(columns) - {"disputed"}
+    return ranked & frozenset(HEADLINE) or ranked
 
 
 def even_weights(tasks: Sequence[TaskScore], *keys: Callable[[TaskScore], Any]) -> dict[str, float]:

@@ -78,9 +78,9 @@ def build_document(comparison: RunComparison, figure: Picture | None) -> Documen
         sections.insert(4, Section("What to know before reading on", (Bullets(tuple(known)),)))
     sections.append(Section("Versions and settings", (_versions_table(comparison),)))
     names = listed(f"{c.letter} ({c.name})" for c in comparison.contenders)
-    what = "runs and models" if any(contender.is_model for contender in comparison.contenders) else "runs"
+    kinds = "runs and models" if any(contender.is_model for contender in comparison.contenders) else "runs"
     return Document(
-        f"{len(comparison.contenders)} {what} compared: {names}", tuple(verdicts(comparison)), tuple(sections)
+        f"{len(comparison.contenders)} {kinds} compared: {names}", tuple(verdicts(comparison)), tuple(sections)
     )
 
 

@@ -77,9 +77,9 @@ def group_title(task: TaskScore) -> str:
 
 def standings(comparison: RunComparison, groups: Groups) -> list[Standing]:
     """The teachers, then every cut model, those that keep the most first."""
-    found = [_standing(comparison, model, groups) for model in comparison.models if model.role != "control"]
+    per_model = [_standing(comparison, model, groups) for model in comparison.models if model.role != "control"]
     return sorted(
-        found,
+        per_model,
         key=lambda standing: (standing.model.role != "teacher", -standing.mean.value if standing.mean else np.inf),
     )
 

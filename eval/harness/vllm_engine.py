@@ -171,5 +171,5 @@ def _score(entries: Sequence[Any], continuation: Sequence[int]) -> Score:
     """Log-probability of the tokens in nats, and whether each is the likeliest; ``entries`` hold of every position its
     own token and the likeliest one."""
     own = [entry[token].logprob for entry, token in zip(entries, continuation, strict=True)]
-    best = [max(found.logprob for found in entry.values()) for entry in entries]
+    best = [max(candidate.logprob for candidate in entry.values()) for entry in entries]
     return float(sum(own)), all(value >= other for value, other in zip(own, best, strict=True))

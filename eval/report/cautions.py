@@ -151,14 +151,14 @@ def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
 def _twin_wording(run: Run) -> Iterator[Caution]:
     """Forms that no training text may have, and this one has."""
     for text in (*_training_text(run), *_calibration_text(run)):
-        if found := {form: told for form, told in (text.data.get("wording") or {}).items() if told["found"]}:
+        if forms := {form: told for form, told in (text.data.get("wording") or {}).items() if told["found"]}:
             yield Caution(
                 f"Wording of twins in {text.use} text",
-                f"The wording of {listed(found)} stands in {text.searched}: scores in such a form may flatter.",
+                f"The wording of {listed(forms)} stands in {text.searched}: scores in such a form may flatter.",
                 (
                     *(
                         f"{form}: found in documents: {told['found']:,}, one with “{told['places'][0]['excerpt']}”."
-                        for form, told in found.items()
+                        for form, told in forms.items()
                     ),
                     "A twin tells the ability from its form only where no training text has that form.",
                 ),

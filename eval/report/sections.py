@@ -174,7 +174,7 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
     """What layers do for other tokens of the prompt, and what where an answer is predicted; None if that is unknown."""
     if run.importance is None or run.importance.atlas is None or run.importance.atlas.read_write is None:
         return None
-    atlas, found, numbers = run.importance.atlas, run.importance.atlas.read_write, run.importance.teacher_layers
+    atlas, read_write, numbers = run.importance.atlas, run.importance.atlas.read_write, run.importance.teacher_layers
     text = Paragraph(
         "Reading is what a layer adds to the states of the prompt's earlier tokens, which later layers look up; "
         "writing is what it adds from the prompt's last token on, where the answer is predicted. Each was taken away "
@@ -183,14 +183,17 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
         "generation needs."
     )
     rows = []
-    for column, own in zip(found.columns, atlas.columns, strict=True):
+    for column, own in zip(read_write.columns, atlas.columns, strict=True):
         is_points = own.higher_is_better and own.intact.low >= 0 and own.intact.high <= 1
         scale, unit = (100, " points") if is_points else (1, "")
         for layer in sorted({*own.critical, *column.reads, *column.writes, *column.interacts}):
             parts = (own.losses[layer], column.reading[layer], column.writing[layer], column.interaction[layer])
-            cells = [interval_text((one.value, one.low, one.high), "+.3g", unit, scale=scale) for one in parts]
+            cells = [
+                interval_text((estimate.value, estimate.low, estimate.high), "+.3g", unit, scale=scale)
+                for estimate in parts
+            ]
             rows.append((atlas.sweep.title(own), str(numbers[layer]), *cells))
-    blocks: list[Block] = [text, Bullets(tuple(found.in_words(atlas.sweep, numbers))), *pictures]
+    blocks: list[Block] = [text, Bullets(tuple(read_write.in_words(atlas.sweep, numbers))), *pictures]
     if rows:
         columns = ("Task", "Layer", "Lost without it", "Reading", "Writing", "Less their sum")
         caption = "Layers whose removal, reading, writing or interaction is significant"

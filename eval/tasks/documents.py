@@ -107,8 +107,8 @@ def _bundled(part: Part, *, with_examples: bool) -> dict[str, list[Doc]]:
     if data.parts and data.parts.setting:
         settings[data.parts.setting] = part.value
     written = json.dumps(settings, sort_keys=True)
-    found = {"items": _generated(data.bundled, "eval", data.num_items or NUM_ITEMS, written)}
-    return found | ({"examples": _generated(data.bundled, "train", NUM_EXAMPLES, written)} if with_examples else {})
+    parts = {"items": _generated(data.bundled, "eval", data.num_items or NUM_ITEMS, written)}
+    return parts | ({"examples": _generated(data.bundled, "train", NUM_EXAMPLES, written)} if with_examples else {})
 
 
 @cache

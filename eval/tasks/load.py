@@ -110,7 +110,7 @@ def _parts_read(members: Sequence[str], manager: Any, folders: tuple[Path, ...])
     """The described parts whose rows ``members`` read from eval.data_dir or the Hub, each once."""
     described, _ = described_tasks(folders)
     data_sets = described_data(folders).values()
-    found: dict[str, Part] = {}
+    by_file: dict[str, Part] = {}
     for member in members:
         if member in described:
             part = described[member][0]
@@ -118,8 +118,8 @@ def _parts_read(members: Sequence[str], manager: Any, folders: tuple[Path, ...])
             config: dict[str, Any] = manager.task_index[member].cfg or {}
             part = _part_read_by(config.get("dataset_path"), config.get("dataset_name"), data_sets)
         if part is not None and part.data.bundled is None:
-            found.setdefault(part.files[0], part)
-    return list(found.values())
+            by_file.setdefault(part.files[0], part)
+    return list(by_file.values())
 
 
 def _checked_folder(data_dir: str | Path | None, parts: Sequence[Part], instead: str) -> Path | None:

@@ -93,8 +93,8 @@ def _bare(text: str) -> str:
 def _ends_in(text: str, answer: str) -> bool:
     """Whether ``text`` ends in the words of ``answer``, without a "not" right before them; never for formulas."""
     words = _plain(answer)
-    before, found, rest = _plain(text).rpartition(words)
-    whole = bool(found) and not rest and not (before[-1:].isalnum() or before.endswith("-"))
+    before, separator, rest = _plain(text).rpartition(words)
+    whole = bool(separator) and not rest and not (before[-1:].isalnum() or before.endswith("-"))
     return whole and PLAIN_WORDS.fullmatch(words) is not None and NEGATED.search(before) is None
 
 

@@ -99,9 +99,9 @@ class Sampler:
         looping = together(lambda: [any(sample.loop is not None for sample in of_batch) for of_batch in samples])
         learnt, told = [], list[Sample]()
         for batch, of_batch, on_ranks in zip(batches, samples, zip(*looping, strict=True), strict=True):
-            found = confirmed(batch, of_batch, log_probs) if any(on_ranks) else of_batch
-            learnt.append(without_repeats(batch, found) if self.settings.loops == "cut" else batch)
-            told += found
+            repeats = confirmed(batch, of_batch, log_probs) if any(on_ranks) else of_batch
+            learnt.append(without_repeats(batch, repeats) if self.settings.loops == "cut" else batch)
+            told += repeats
         self.horizon.observe(told, end_ids=self.end_ids, step=step)
         return learnt
 

@@ -40,8 +40,8 @@ def explained_memory(spec: TrainSpec, run_dir: Path) -> Iterator[None]:
     except RuntimeError as error:  # as torch's for a GPU is, too
         if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in IS_FULL):
             raise
-        what = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"out of memory while training: {what}; {_remedy(spec, run_dir)}") from error
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"out of memory while training: {reason}; {_remedy(spec, run_dir)}") from error
 
 
 def _remedy(spec: TrainSpec, run_dir: Path) -> str:

@@ -212,8 +212,8 @@ def _add_mtp(before: Path, folder: Path, *, num_layers: int) -> None:
     tensors: dict[str, Tensor] = {}
     for shard in read_shards(before):
         with safe_open(shard.file, framework="pt") as file:
-            found = set(mtp_names(shard.tensors, num_layers)) - saved
-            tensors |= {name: file.get_tensor(name) for name in sorted(found)}
+            unsaved = set(mtp_names(shard.tensors, num_layers)) - saved
+            tensors |= {name: file.get_tensor(name) for name in sorted(unsaved)}
     if not tensors:
         return
     count, weight_map = len(files) + 1, dict[str, str]()

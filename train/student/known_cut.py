@@ -31,10 +31,10 @@ def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | 
     """
     num_layers, kept = len(decoder_layers(teacher)), len(decoder_layers(student))
     known = _dropped(student, teacher, num_layers)
-    given = known if drop is None else drop
-    if given is None:
+    cut = known if drop is None else drop
+    if cut is None:
         return None
-    plan = given
+    plan = cut
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
     if problem := next(plan.contradictions(), None):

@@ -85,8 +85,10 @@ def prompt_signals(
     def read(prompt: list[int], answer: Answer) -> tuple[np.ndarray, np.ndarray, list[float]]:
         return _read(prompt, answer, engine.place, top_k=top_k, vocab_size=vocab_size)
 
-    for (row, start, stop), (found_ids, found, of_tokens) in zip(places, engine.scored(prompts, read), strict=True):
-        ids[row, start:stop], log_probs[row, start:stop] = found_ids, found
+    for (row, start, stop), (own_ids, own_log_probs, of_tokens) in zip(
+        places, engine.scored(prompts, read), strict=True
+    ):
+        ids[row, start:stop], log_probs[row, start:stop] = own_ids, own_log_probs
         own[row, start + 1 : stop] = of_tokens[:-1]
         tell(int(stop == length))
     tail = np.clip(1 - np.exp(log_probs).sum(-1), 0, None)

@@ -172,13 +172,13 @@ class SeveralRecordings:
 
     def rows(self, indices: Sequence[int]) -> RecordedRows:
         """As RecordingReader's."""
-        wanted, found = np.asarray(indices), list[RecordedRows]()
+        wanted, parts = np.asarray(indices), list[RecordedRows]()
         order = np.argsort(self._of_row[wanted], kind="stable")
         for number in np.unique(self._of_row[wanted]):
             own = wanted[order][self._of_row[wanted[order]] == number]
-            found.append(self._readers[number].rows(self._places[own].tolist()))
+            parts.append(self._readers[number].rows(self._places[own].tolist()))
         back = torch.from_numpy(np.argsort(order))
-        ids, log_probs, tail = (torch.cat(planes)[back] for planes in zip(*(part[:3] for part in found), strict=True))
+        ids, log_probs, tail = (torch.cat(planes)[back] for planes in zip(*(part[:3] for part in parts), strict=True))
         return RecordedRows(ids, log_probs, tail, {})
 
 

@@ -111,7 +111,9 @@ class ServerEngine:
         """What the server says of the model."""
         listed = self._json("GET", "/models")
         data = listed.get("data") if isinstance(listed, dict) else None
-        served = {one["id"]: one for one in data or () if isinstance(one, dict) and isinstance(one.get("id"), str)}
+        served = {
+            entry["id"]: entry for entry in data or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+        }
         wanted = self._settings.model
         if wanted is None and len(served) == 1:
             (wanted,) = served

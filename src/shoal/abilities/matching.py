@@ -50,9 +50,9 @@ def starts(text: str, answers: Sequence[str]) -> bool:
     An answer that is a number is compared as one: -3, 3.5, 3.5km and 3/4 are not 3.
     """
     line = first_line(text).replace("\u2212", "-")
-    words, found = f"{_without_article(plain(line))} ", FIRST_NUMBER.match(line)
+    words, first_number = f"{_without_article(plain(line))} ", FIRST_NUMBER.match(line)
     return any(
-        found is not None and value(found[1]) == value(answer)
+        first_number is not None and value(first_number[1]) == value(answer)
         if NUMBER.fullmatch(answer.strip())
         else words.startswith(f"{_without_article(plain(answer))} ")
         for answer in answers
@@ -77,8 +77,8 @@ def number(text: str, answers: Sequence[str]) -> bool:
 
     Fractions (3/4, \\frac{3}{4}) have their value; a power or a time of day equals no number.
     """
-    found = amounts(_stated(text))[:1] or amounts(text)[-1:]
-    return bool(found) and value(found[0]) is not None and value(found[0]) in map(value, answers)
+    figures = amounts(_stated(text))[:1] or amounts(text)[-1:]
+    return bool(figures) and value(figures[0]) is not None and value(figures[0]) in map(value, answers)
 
 
 def stated(text: str, answers: Sequence[str]) -> bool:
@@ -99,12 +99,12 @@ def chosen_option(text: str, options: Sequence[str]) -> int | None:
     is named, or by its text more than one.
     """
     line = first_line(text)
-    told = [line, *(found[1] for found in [STATED_TEXT.search(line)] if found)]
+    told = [line, *(match[1] for match in [STATED_TEXT.search(line)] if match)]
     same = [index for index, option in enumerate(options) if any(_is_text_of(phrase, option) for phrase in told)]
     if len(same) == 1:
         return same[0]
     for pattern in (LETTER, STATED_LETTER):
-        if (found := pattern.search(line)) and (index := LETTERS.index(found[1].upper())) < len(options):
+        if (match := pattern.search(line)) and (index := LETTERS.index(match[1].upper())) < len(options):
             return index
     for phrase in told:
         named = [index for index, option in enumerate(options) if starts(phrase, [option])]
@@ -124,17 +124,17 @@ def letter_pattern(letters: Iterable[str]) -> re.Pattern[str]:
 
 def amounts(text: str) -> list[str]:
     """Every number and fraction in ``text``, as it is written; a power or a time of day in one piece."""
-    return [found[0] for found in AMOUNT.finditer(text.replace("\u2212", "-"))]
+    return [match[0] for match in AMOUNT.finditer(text.replace("\u2212", "-"))]
 
 
 def value(text: str) -> float | None:
     """Of the first number or fraction in ``text``; None where there is none, or one that has no plain value (2^4)."""
-    found = AMOUNT.search(text)
-    if found is None or (found["by"] or "/").strip() != "/":
+    match = AMOUNT.search(text)
+    if match is None or (match["by"] or "/").strip() != "/":
         return None
-    parts = found["top"] or found["first"], found["bottom"] or found["second"] or "1"
+    parts = match["top"] or match["first"], match["bottom"] or match["second"] or "1"
     top, bottom = (float(part.replace(",", "")) for part in parts)
-    return (-top if found["sign"] else top) / bottom if bottom else None
+    return (-top if match["sign"] else top) / bottom if bottom else None
 
 
 def lettered_prompt(doc: Mapping[str, Any]) -> str:

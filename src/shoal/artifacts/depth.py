@@ -226,10 +226,10 @@ class DepthUse(Artifact):
 
     def depth_in_words(self, role: str, rule: str) -> str:
         """`layer 14 (50 %)` by the teacher's numbers, or why there is none."""
-        found = self.effective_depth[role][rule]
-        if found.layer is None or found.ratio is None:
-            return found.reason
-        return f"layer {self.kept[role][found.layer]} ({100 * found.ratio:.0f} %)"
+        depth = self.effective_depth[role][rule]
+        if depth.layer is None or depth.ratio is None:
+            return depth.reason
+        return f"layer {self.kept[role][depth.layer]} ({100 * depth.ratio:.0f} %)"
 
     def in_words(self) -> str:
         """A few lines for the log: centroids and critical layers by model, and what moved."""

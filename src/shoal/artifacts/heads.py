@@ -115,12 +115,12 @@ class Heads(Artifact):
 
     def in_words(self) -> str:
         """A few lines for the log."""
-        found, scores = self.retrieval_heads, self.scores
-        best = ", ".join(f"{layer}.{head} ({scores[layer][head]:.2f})" for layer, head in found[:5])
+        retrieval, scores = self.retrieval_heads, self.scores
+        best = ", ".join(f"{layer}.{head} ({scores[layer][head]:.2f})" for layer, head in retrieval[:5])
         right = ", ".join(f"{task.num_right} of {task.num_prompts} {task.task}" for task in self.tasks)
         asked = f"what is asked for ({right} right)"
-        lines = [f"{len(found)} of {len(self.ranked)} heads copy {RETRIEVAL:.0%} or more of {asked}"]
-        lines += [f"  the most: {best} (layer.head)"] if found else []
+        lines = [f"{len(retrieval)} of {len(self.ranked)} heads copy {RETRIEVAL:.0%} or more of {asked}"]
+        lines += [f"  the most: {best} (layer.head)"] if retrieval else []
         for patched in self.patched:
             if patched.group == "all" and patched.site in ("head", "attention"):
                 rows = enumerate(patched.effects)

@@ -371,11 +371,11 @@ class Importance(Tabular, Artifact):
         for column, own in zip(parts.columns, atlas.columns, strict=True):
             for part in ("reading", "writing", "interaction"):
                 estimates = enumerate(getattr(column, part))
-                yield f"{atlas.sweep.title(own)}/{part}", {layer: one.value for layer, one in estimates}
+                yield f"{atlas.sweep.title(own)}/{part}", {layer: estimate.value for layer, estimate in estimates}
         for gap in parts.hidden_writing:
             yield (
                 f"{gap.likelihood}/{gap.generation}/hidden_writing",
-                {layer: one.value for layer, one in enumerate(gap.gaps)},
+                {layer: estimate.value for layer, estimate in enumerate(gap.gaps)},
             )
 
     def contradictions(self) -> Iterator[str]:

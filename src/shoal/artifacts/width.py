@@ -45,8 +45,8 @@ class KeptWidth:
             if masks and len(masks) != num_layers:
                 yield f"width.{place}: names those of {len(masks)} layers, and {num_layers} are kept"
             for layer, mask in enumerate(masks):
-                if len(found := indices_of(mask)) != count:
-                    yield f"width.{place}.{layer}: keeps {len(found)}, and {count} are to stay in every layer"
+                if len(kept := indices_of(mask)) != count:
+                    yield f"width.{place}.{layer}: keeps {len(kept)}, and {count} are to stay in every layer"
 
 
 def mask_of(indices: Iterable[int]) -> str:

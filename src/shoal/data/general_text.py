@@ -172,18 +172,18 @@ def readmes() -> list[str]:
 
 def _distributions() -> list[importlib.metadata.Distribution]:
     """PACKAGES and what they require, as far as it is installed, by name."""
-    found: dict[str, importlib.metadata.Distribution] = {}
+    installed: dict[str, importlib.metadata.Distribution] = {}
     wanted = [*PACKAGES]
     while wanted:
         name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
-        if name not in found:
+        if name not in installed:
             try:
-                found[name] = importlib.metadata.distribution(name)
+                installed[name] = importlib.metadata.distribution(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-            required = (each for each in found[name].requires or () if "extra ==" not in each)
+            required = (each for each in installed[name].requires or () if "extra ==" not in each)
             wanted += [NAME.findall(each)[0] for each in required]
-    return [found[name] for name in sorted(found)]
+    return [installed[name] for name in sorted(installed)]
 
 
 def _pages(distribution: importlib.metadata.Distribution) -> Iterator[str]:

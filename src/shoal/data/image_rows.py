@@ -54,13 +54,13 @@ def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRo
     Raises:
         UserError: as load_image_rows does.
     """
-    found: dict[DataSource, list[ImageRow]] = {}
+    rows_of: dict[DataSource, list[ImageRow]] = {}
     for source in data:
         if isinstance(source, TrainingSource) and source.image and source.prompt and source.completion:
             columns = source.image, source.prompt, source.completion
-            first = sum(map(len, found.values()))
-            found[source] = _read("distill.data", source, columns, None, first=first)
-    return found
+            first = sum(map(len, rows_of.values()))
+            rows_of[source] = _read("distill.data", source, columns, None, first=first)
+    return rows_of
 
 
 def _read(
@@ -240,16 +240,17 @@ class ImageReader:
             UserError: as asked does, or an answer with a token that stands for an image.
         """
         prompt = _rendered(row.prompt, self.processor)
-        found = _asked(row, prompt, _rendered_answer(row, prompt, self.processor), self.processor, self.config)
-        if getattr(self.config, "image_token_id", None) in found.inputs["input_ids"][0, -found.num_answer :].tolist():
+        question = _asked(row, prompt, _rendered_answer(row, prompt, self.processor), self.processor, self.config)
+        answer_ids = question.inputs["input_ids"][0, -question.num_answer :].tolist()
+        if getattr(self.config, "image_token_id", None) in answer_ids:
             raise UserError(f"{row.where}: its answer holds a token that stands for an image; mend it")
-        return found
+        return question
 
     def tokens(self, row: ImageRow) -> tuple[list[int], np.ndarray]:
         """Token ids of ``row``, and which of them are learnt: its answer."""
-        found = self.asked(row)
-        ids = found.inputs["input_ids"][0].tolist()
-        return ids, np.arange(len(ids)) >= len(ids) - found.num_answer
+        question = self.asked(row)
+        ids = question.inputs["input_ids"][0].tolist()
+        return ids, np.arange(len(ids)) >= len(ids) - question.num_answer
 
     def check(self, source: DataSource, *, sequence_length: int) -> None:
         """Read as little of a source of images as shows that something can be learnt from it.
@@ -277,17 +278,17 @@ class RowsWithImages(PackedRows):
         return cls(**{each.name: getattr(rows, each.name) for each in fields(PackedRows)}, reader=reader)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        found: dict[str, Any] = super().__getitem__(row)
+        row_fields: dict[str, Any] = super().__getitem__(row)
         number = NO_IMAGE if self.images_N is None else int(self.images_N[row])
         if number == NO_IMAGE:
-            return found
+            return row_fields
         assert self.reader is not None
         shown = next(rows[number - rows[0].number] for rows in self.reader.rows.values() if number <= rows[-1].number)
         inputs = self.reader.asked(shown).inputs
         ids_S = inputs["input_ids"][0]
-        if not torch.equal(found["input_ids"][: len(ids_S)], ids_S):
+        if not torch.equal(row_fields["input_ids"][: len(ids_S)], ids_S):
             raise UserError(f"{shown.where}: makes other tokens than when training began; bring its image back")
-        return {**found, IMAGES: inputs}
+        return {**row_fields, IMAGES: inputs}
 
 
 def stacked_with_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def stacked_with_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Rows one behind the other, with zeros where one is smaller: so processors fill up batches.
     """
     inputs = [row[IMAGES] for row in rows]
-    together = {name: _filled_up([one[name] for one in inputs]) for name in inputs[0]}
+    together = {name: _filled_up([row_inputs[name] for row_inputs in inputs]) for name in inputs[0]}
     length = together.pop("input_ids").shape[1]
     planes = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != IMAGES}
     cut = {name: plane if plane.ndim == 1 else plane[:, :length] for name, plane in planes.items()}

@@ -189,8 +189,8 @@ def read_write_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
             unequal = [(layer, own.losses[layer].value) for layer in column.interacts]
             if unequal:
                 ax.plot(*zip(*unequal, strict=True), "D", color=DROPPED, ms=4, label="not their sum")
-            what = "lost" if own.higher_is_better else ""
-            ax.set_title(f"{_name(atlas.sweep.title(own))}: {_name(unit)} {what} (n = {own.n})".replace("  ", " "))
+            direction = "lost" if own.higher_is_better else ""
+            ax.set_title(f"{_name(atlas.sweep.title(own))}: {_name(unit)} {direction} (n = {own.n})".replace("  ", " "))
         for ax, (writing, reading) in zip(axes[len(parts.columns) :], hidden, strict=True):
             _draw_parts(ax, {"hidden reading": reading.gaps, "hidden writing": writing.gaps}, layers)
             names = f"{_name(writing.likelihood)} − {_name(writing.generation)}"

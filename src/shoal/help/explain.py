@@ -53,7 +53,7 @@ def explained(place: str | None) -> str:
     Raises:
         UserError: a recipe has no such key.
     """
-    return "\n\n".join("\n".join(_lines(one)) for one in explanation(place))
+    return "\n\n".join("\n".join(_lines(part)) for part in explanation(place))
 
 
 def table(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -154,10 +154,10 @@ def _job(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> Job
     load = LoadSettings(dtype=machine.dtype, attention=attention)
     student = student_config(config, [layer for layer in range(layers) if layer not in drop])
     plan = PruningPlan(provenance=Provenance({}), num_layers=layers, drop=drop, reason="the lowest ones")
-    here = Path(recipe.run_dir)
+    folder = Path(recipe.run_dir)
     ranks = Ranks(machine.ranks, machine.ranks, machine.device)
-    teacher = Checkpoint(here, config, load)
-    return job(train_spec(teacher, Checkpoint(here, student, load), plan, recipe.distill, recipe.record, ranks))
+    teacher = Checkpoint(folder, config, load)
+    return job(train_spec(teacher, Checkpoint(folder, student, load), plan, recipe.distill, recipe.record, ranks))
 
 
 def _commented(raw: dict[str, Any]) -> list[str]:

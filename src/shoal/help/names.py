@@ -20,12 +20,12 @@ Entry = dict[str, Any]
 
 def recipes() -> list[Entry]:
     """The shipped recipes, which `--config NAME` finds from any folder."""
-    found = []
+    rows = []
     for file in sorted(CONFIGS_DIR.glob("*.yaml")):
         text = file.read_text(encoding="utf-8")
         about = text.partition("\n")[0].lstrip("# ").rstrip(":.")
-        found.append({"name": file.stem, "about": about, "model": read_yaml(text)["model"], "file": str(file)})
-    return found
+        rows.append({"name": file.stem, "about": about, "model": read_yaml(text)["model"], "file": str(file)})
+    return rows
 
 
 def tasks() -> list[Entry]:
@@ -33,7 +33,7 @@ def tasks() -> list[Entry]:
     from shoal.eval.tasks.names import HUB_TASKS_DIR, described_tasks, task_folders, tasks_in_files
 
     described, tags = described_tasks(task_folders(None))
-    found = [
+    rows = [
         {
             "name": name,
             "about": part.data.about,
@@ -47,7 +47,7 @@ def tasks() -> list[Entry]:
         }
         for name, (part, protocol) in described.items()
     ]
-    return [*found, *({"name": name, "about": "a task file of its own"} for name in tasks_in_files(HUB_TASKS_DIR))]
+    return [*rows, *({"name": name, "about": "a task file of its own"} for name in tasks_in_files(HUB_TASKS_DIR))]
 
 
 def metrics() -> list[Entry]:
@@ -79,20 +79,20 @@ def data() -> list[Entry]:
 
 def suites() -> list[Entry]:
     """What eval.suite can name."""
-    found = []
+    rows = []
     for name in get_args(SuiteName):
         suite = read_suite(name)
-        found.append({"name": name, **asdict(suite)})
-    return found
+        rows.append({"name": name, **asdict(suite)})
+    return rows
 
 
 def cluster() -> list[Entry]:
     """Example files that start ranks on several nodes."""
-    found = []
+    rows = []
     for file in sorted((CONFIGS_DIR / "cluster").iterdir()):
         about = next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
-        found.append({"name": file.name, "about": about.removeprefix("# ").rstrip(":."), "file": str(file)})
-    return found
+        rows.append({"name": file.name, "about": about.removeprefix("# ").rstrip(":."), "file": str(file)})
+    return rows
 
 
 LISTS: dict[str, Callable[[], list[Entry]]] = {

@@ -129,26 +129,26 @@ def find(place: str) -> tuple[list[Setting], list[type[Section]], str]:
     Raises:
         UserError: there is no such key.
     """
-    found: list[Setting] = []
+    settings: list[Setting] = []
     sections: list[type[Section]] = [Recipe]
     parts, path = place.split("."), ""
     for index, part in enumerate(parts):
         own = [section for section in sections if part in _fields(section)]
         of_kind = [section for section in sections if kind_of(section) == part]
         if of_kind and len(sections) > 1:
-            found, sections = [], of_kind
+            settings, sections = [], of_kind
         elif own:
             several = len(sections) > 1
-            found = [Setting(_joined(path, kind_of(each) if several else None, part), each, part) for each in own]
-            sections = list(dict.fromkeys(inner for setting in found for inner in setting.sections))
-        elif part.isdecimal() and found and any(tuple in _origins(setting.hint) for setting in found):
+            settings = [Setting(_joined(path, kind_of(each) if several else None, part), each, part) for each in own]
+            sections = list(dict.fromkeys(inner for setting in settings for inner in setting.sections))
+        elif part.isdecimal() and settings and any(tuple in _origins(setting.hint) for setting in settings):
             continue
-        elif found and any(dict in _origins(setting.hint) for setting in found) and not sections:
-            return found, [], ".".join(parts[index:])
+        elif settings and any(dict in _origins(setting.hint) for setting in settings) and not sections:
+            return settings, [], ".".join(parts[index:])
         else:
             raise _unknown(place)
         path = _joined(path, part)
-    return found, sections, ""
+    return settings, sections, ""
 
 
 def _joined(*parts: str | None) -> str:
@@ -229,12 +229,12 @@ def _tree(module: str) -> ast.Module:
 
 def _documented(body: list[ast.stmt]) -> dict[str, str]:
     """Name -> the docstring that stands after its assignment."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for node, after in itertools.pairwise(body):
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-            found |= {target.id: as_paragraph(after.value.value) for target in targets if isinstance(target, ast.Name)}
-    return found
+            docs |= {target.id: as_paragraph(after.value.value) for target in targets if isinstance(target, ast.Name)}
+    return docs
 
 
 @cache

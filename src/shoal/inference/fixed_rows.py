@@ -230,13 +230,13 @@ def recorded(step: Step, device: torch.device) -> Step:
         try:
             # other threads, as those that watch over collectives, may talk to the device meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                found = step()
+                result = step()
         finally:
             torch.cuda.set_stream(current)  # a recording that fails stays on its own
 
     def replay() -> Tensor:
         graph.replay()
-        return found
+        return result
 
     return replay
 

@@ -153,10 +153,10 @@ def _is_installed(name: str) -> bool:
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of transformers for ``config``; None where the code comes with the checkpoint, or where the class holds
     other models beside the text's, for images or sound, which need not have the same kernels."""
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    found = found[0] if isinstance(found, tuple | list) else found
-    has_others = found is not None and found.config_class is type(config) and bool(config.sub_configs)
-    return None if has_others else found
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
+    has_others = model_class is not None and model_class.config_class is type(config) and bool(config.sub_configs)
+    return None if has_others else model_class
 
 
 def _head_sizes(config: PreTrainedConfig) -> set[int]:

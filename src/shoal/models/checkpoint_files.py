@@ -100,8 +100,8 @@ def refuse_no_model(name: str) -> None:
     """
     if name.startswith(DEMO_PREFIX):
         if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
-            there = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
-            raise UserError(f"model {name!r}: no such demo model; there is {there}")
+            known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
+            raise UserError(f"model {name!r}: no such demo model; there is {known_models}")
     elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
         raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
 

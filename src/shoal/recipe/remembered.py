@@ -75,9 +75,9 @@ def remember(run_dir: Path, memory: str) -> None:
     Raises:
         UserError: a recipe.yaml is there that somebody else has written, and says something else.
     """
-    there = memory_in(run_dir)
-    is_own = there is not None and _OURS.match(there) is None
-    if there is not None and redacted(_said(there)) == _said(memory) and (is_own or _is_signed(there)):
+    stored = memory_in(run_dir)
+    is_own = stored is not None and _OURS.match(stored) is None
+    if stored is not None and redacted(_said(stored)) == _said(memory) and (is_own or _is_signed(stored)):
         return
     if is_own:
         raise UserError(

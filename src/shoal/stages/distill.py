@@ -454,11 +454,12 @@ def refuse_twin_wording(name: str) -> None:
     Raises:
         UserError: it does.
     """
-    for form, found in wording.find_wording(twin_wordings(), enumerate(load_texts(DataSource(name)))).items():
-        if found.places:
+    for form, occurrences in wording.find_wording(twin_wordings(), enumerate(load_texts(DataSource(name)))).items():
+        if occurrences.places:
+            first = occurrences.places[0]
             raise UserError(
-                f"distill.data {name}: document {found.places[0].number} holds the wording of the form {form} "
-                f"({found.places[0].excerpt!r}), in which twin tasks are asked and no training text may be; take the "
+                f"distill.data {name}: document {first.number} holds the wording of the form {form} "
+                f"({first.excerpt!r}), in which twin tasks are asked and no training text may be; take the "
                 "source out, or change its text or the form in shoal.abilities"
             )
 

@@ -108,12 +108,12 @@ def _measure(run: Run) -> Stage:
     if not due:
         return Stage("measure", "done")
     settings = run.recipe.measure
-    what = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
+    work = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
     if settings.sweep is not None:
-        what += f", sweeps of {', '.join(settings.sweep.operators)}"
-    what += ", retrieval heads" if settings.heads is not None else ""
-    what += ", states of the vision tower" if settings.vision_states is not None else ""
-    why = "; ".join(filter(None, [*(why for _, why in due), what]))
+        work += f", sweeps of {', '.join(settings.sweep.operators)}"
+    work += ", retrieval heads" if settings.heads is not None else ""
+    work += ", states of the vision tower" if settings.vision_states is not None else ""
+    why = "; ".join(filter(None, [*(why for _, why in due), work]))
     return Stage("measure", due[0][0], why, _measuring_time(run), UNKNOWN)
 
 
@@ -176,8 +176,8 @@ def _quantize(run: Run, *, healed: Stage, is_last: bool) -> Stage:
     wanted = formats(run)
     if is_last and healed.is_done and all(_is_up_to_date(run, role) for role in wanted):
         return Stage("quantize", "done")
-    what = ", ".join(f"{role}: {format}" for role, format in wanted.items())
-    return Stage("quantize", "to do", what, UNKNOWN, UNKNOWN)
+    copies = ", ".join(f"{role}: {format}" for role, format in wanted.items())
+    return Stage("quantize", "to do", copies, UNKNOWN, UNKNOWN)
 
 
 def _is_up_to_date(run: Run, role: str) -> bool:
@@ -193,14 +193,14 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     settings = run.recipe.eval
     copies = formats(run)
     wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled", *copies]
-    there = roles(run)
+    scored_roles = roles(run)
     final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
-    final |= {role: healed.is_done and role in there and _is_up_to_date(run, role) for role in copies}
+    final |= {role: healed.is_done and role in scored_roles and _is_up_to_date(run, role) for role in copies}
     files = {role: run.dir / "eval" / f"{role}.json" for role in wanted}
     scored = {
         role
         for role in wanted
-        if final[role] and out_of_date(Evaluation, files[role], eval_inputs(run, there[role])) == []
+        if final[role] and out_of_date(Evaluation, files[role], eval_inputs(run, scored_roles[role])) == []
     }
     due = [role for role in wanted if role not in scored]
     if not due:

@@ -416,7 +416,7 @@ def _without_retrieval_heads(
             (layer, head) in spared for layer, edit in layer_edits([component], model) for head in edit.indices
         )
 
-    left = {operator: tuple(one for one in components if not copies(one)) for operator, components in known.items()}
+    left = {operator: tuple(part for part in components if not copies(part)) for operator, components in known.items()}
     if (empty := next((operator for operator, components in left.items() if not components), None)) is not None:
         raise UserError(f"measure.sweep.spare_heads: every {empty} copies what is asked for; leave it out")
     log.info("measure: %d retrieval heads are spared", len(spared))
@@ -584,8 +584,8 @@ def _measure_heads(run: Run, model: Any) -> None:
     assert settings is not None
     tasks = []
     for task, prompts in _head_prompts(run).items():
-        found = score_heads(model, prompts, batch_size=run.recipe.measure.batch_size)
-        tasks.append(TaskHeads(task, len(prompts), found.num_right, found.scores))
+        head_scores = score_heads(model, prompts, batch_size=run.recipe.measure.batch_size)
+        tasks.append(TaskHeads(task, len(prompts), head_scores.num_right, head_scores.scores))
     num_twins, patched = {}, ()
     if settings.twins:
         num_twins, patched = patch_effects(model, copy_twins(settings.twins, run.tokenizer(), seed=run.recipe.seed))
@@ -611,16 +611,16 @@ def _measure_vision_states(run: Run, model: Any) -> None:
     settings = run.recipe.measure.vision_states
     assert settings is not None
     items, num_rows = _own_rows(run, settings, "measure.vision_states")
-    found = score_vision_states(model, items, num_rows)
+    state_scores = score_vision_states(model, items, num_rows)
     if not is_main():
         return
     states = VisionStates(
         Provenance(_vision_inputs(run)),
         states_read(run.config()),
         num_rows,
-        found.similarity,
-        found.losses.values,
-        tuple(None if math.isnan(error) else error for error in found.losses.standard_errors),
+        state_scores.similarity,
+        state_scores.losses.values,
+        tuple(None if math.isnan(error) else error for error in state_scores.losses.standard_errors),
     )
     states.write(run.dir / states.FILE)
     save_figure(vision_states_figure(states), run.dir / "figures" / "vision_states.svg")

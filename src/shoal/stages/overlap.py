@@ -48,14 +48,14 @@ def search_of_rows(
         overlaps = contamination.find_overlap(items, texts)
         if some := [f"{each.found} of {each.compared} of {task}" for task, each in overlaps.items() if each.found]:
             log.warning("evaluation items stand in %s: %s; their scores may flatter", text, ", ".join(some))
-        if found := [_told(form, each) for form, each in looked_for.result.items() if each.found]:
+        if told := [_told(form, each) for form, each in looked_for.result.items() if each.found]:
             sources = [name for name in rows.counts if name not in BUNDLED] or rows.counts
             log.warning(
                 "the wording of twin forms stands in %s of %s: %s; scores in these forms may flatter, as twins tell "
                 "what is learnt only where no training text has their form; take such text out",
                 text,
                 ", ".join(sources),
-                "; ".join(found),
+                "; ".join(told),
             )
         return {
             "overlap": contamination.as_data(overlaps),
@@ -66,7 +66,7 @@ def search_of_rows(
     return search
 
 
-def _told(form: str, found: wording.Wording) -> str:
+def _told(form: str, occurrences: wording.Wording) -> str:
     """How often and where a form's wording was found."""
-    places = ", ".join(f"row {place.number}: {place.excerpt!r}" for place in found.places[:PLACES_TOLD])
-    return f"{form} (documents: {found.found}; {places}{', ...' * (found.found > PLACES_TOLD)})"
+    places = ", ".join(f"row {place.number}: {place.excerpt!r}" for place in occurrences.places[:PLACES_TOLD])
+    return f"{form} (documents: {occurrences.found}; {places}{', ...' * (occurrences.found > PLACES_TOLD)})"

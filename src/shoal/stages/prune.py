@@ -73,7 +73,7 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     if last is None or TIMES in last:  # one of before it was recorded stands
         inputs |= _times(run)
     donors = run.donor_fingerprints.items()
-    return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
+    return {**inputs, **{f"prune.edits.{index}.donor": donor for index, donor in donors}}
 
 
 def read_goals(run: Run) -> Goals | None:
@@ -273,23 +273,23 @@ def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure
         return ()
     sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
     heads = None if run.recipe.prune.protect_heads is None else read_heads(run)
-    found = frontier(run.prune, importance, sizes, heads)
+    front = frontier(run.prune, importance, sizes, heads)
     if figure is not None:
         from shoal.figures.frontier import frontier_figure
         from shoal.figures.style import save_figure
 
-        points = found.points
+        points = front.points
         kept = {name: [point.kept[name] for point in points] for name in points[0].kept}
         chosen = next(((point.num_bytes, point.speedup) for point in points if point.drop == plan.drop), None)
         own = frontier_figure(
             [point.num_bytes for point in points],
             [point.speedup for point in points],
-            kept or {found.metric: [point.score for point in points]},
+            kept or {front.metric: [point.score for point in points]},
             kept=bool(kept),
             chosen=chosen,
         )
         save_figure(own, figure)
-    return ("", *frontier_lines(found, plan.drop))
+    return ("", *frontier_lines(front, plan.drop))
 
 
 def expected_plan(run: Run) -> PruningPlan:
@@ -428,8 +428,8 @@ def refuse_unmeasured(run: Run) -> None:
         if name in measure.metrics or (measure.images is not None and name in COLUMNS):
             continue
         if name in METRICS:
-            there = ", ".join(measure.metrics)
-            raise UserError(f"{setting}: {name} is not measured; add it to measure.metrics ({there})")
+            measured = ", ".join(measure.metrics)
+            raise UserError(f"{setting}: {name} is not measured; add it to measure.metrics ({measured})")
         close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "`shoal list metrics` has all."
         raise UserError(

@@ -47,12 +47,12 @@ def _settings() -> dict[str, str]:
     folder = Path(os.environ.get("WANDB_DIR", "."))
     local = folder / (".wandb" if (folder / ".wandb").exists() else "wandb") / "settings"
     settings = Path(os.path.expanduser(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb"))) / "settings"
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for file in (settings, local):
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read(file, encoding="utf-8")
-            found |= dict(parser.items("default"))
+            values |= dict(parser.items("default"))
         except (OSError, ValueError, configparser.Error):  # which W&B takes for empty, too
             continue
-    return found
+    return values

@@ -121,7 +121,9 @@ def tell_unsent(track: Track, run_dir: Path) -> None:
     them."""
     if wandb_mode(track) == "off":
         return
-    runs = (found for place in ("", "rounds/*/", "search/*/") for found in run_dir.glob(f"{place}wandb/offline-run-*"))
+    runs = (
+        offline for place in ("", "rounds/*/", "search/*/") for offline in run_dir.glob(f"{place}wandb/offline-run-*")
+    )
     for folder in sorted({run.parent for run in runs if not any(run.glob("*.synced"))}):
         log.info("W&B: %s was recorded offline; upload it with: %s", folder, sync_command(folder.parent))
 
