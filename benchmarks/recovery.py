@@ -291,9 +291,10 @@ def cut(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if not (metric := ARMS[arm].get("choose")):
         return {"prune": {"drop": list(arguments.drop), "compensate": arguments.compensate}}
     text = {"data": "python_docs", "num_tokens": arguments.search_tokens, "sequence_length": 512, "batch_size": 4}
-    scaled, num_drop = ARMS[arm].get("scaled", False), len(arguments.drop)
-    scores = {"metrics": [metric], "num_drop": num_drop, "scale_removals": scaled and metric == "sleb"}
-    chosen = {"metric": metric, "num_drop": num_drop, "rounds": ARMS[arm].get("rounds", 1)}
+    scaled, num_drop, rounds = ARMS[arm].get("scaled", False), len(arguments.drop), ARMS[arm].get("rounds", 1)
+    in_a_round = -(-num_drop // rounds)
+    scores = {"metrics": [metric], "num_drop": in_a_round, "scale_removals": scaled and metric == "sleb"}
+    chosen = {"metric": metric, "num_drop": num_drop, "rounds": rounds}
     return {"measure": {**text, **scores}, "prune": {**chosen, "compensate": "scale" if scaled else None}}
 
 
