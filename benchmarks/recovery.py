@@ -144,7 +144,7 @@ def main() -> None:
     budgets.add_argument("--seconds", type=float, help="equal wall time of training")
     budgets.add_argument("--tokens", type=int, help="equal tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="all that go with the other arguments, if left out")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
@@ -153,14 +153,24 @@ def main() -> None:
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
-    if arguments.compensate and (own := [arm for arm in arguments.arms if "choose" in ARMS[arm]]):
-        parser.error(f"--compensate: closes the gaps of the common cut; leave it out, or {', '.join(own)}")
-    if arguments.seconds and "local_alone" in arguments.arms:
-        parser.error("--seconds: local_alone takes all rows whatever time that is; give --tokens, or leave it out")
+    refused = {arm: why for arm in ARMS if (why := why_not(arm, arguments)) is not None}
+    arguments.arms = arguments.arms or [arm for arm in ARMS if arm not in refused]
+    for arm in arguments.arms:
+        if arm in refused:
+            parser.error(refused[arm])
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
     print(table(arguments))
+
+
+def why_not(arm: str, arguments: argparse.Namespace) -> str | None:
+    """Why the arm does not go with the other arguments; None = it does."""
+    if arguments.compensate and "choose" in ARMS[arm]:
+        return f"--compensate: closes the gaps of the common cut, and {arm} makes its own; leave one of them out"
+    if arguments.seconds and arm == "local_alone":
+        return f"--seconds: {arm} takes all rows whatever time that is; give --tokens, or leave it out"
+    return None
 
 
 def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:

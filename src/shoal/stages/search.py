@@ -24,7 +24,7 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.progress import each
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import NOT_BESIDE_DROP, Prune
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import memory_of
@@ -148,11 +148,10 @@ def prune_of(plan: SearchPlan, prune: Prune) -> Prune:
     """
     settings = plan.says
     if "drop" in settings:
-        cleared = Prune(
-            edits=prune.edits, compensate=prune.compensate, width=prune.width, proof=prune.proof, targets=prune.targets
-        )
-        protect = tuple(layer for layer in prune.protect if layer != "cornerstone")
-        return replace(cleared, protect=protect, **settings)
+        unset = Prune()
+        cleared: dict[str, Any] = {name: getattr(unset, name) for name in NOT_BESIDE_DROP}
+        cleared["protect"] = tuple(layer for layer in prune.protect if layer != "cornerstone")
+        return replace(prune, **{**cleared, **settings})
     pushed: dict[str, Any] = {}
     if settings.keys() - {"edits"}:
         pushed["drop"] = None

@@ -228,6 +228,11 @@ def test_a_budget_in_steps_would_make_the_tokens_mean_nothing() -> None:
             Prune(metric="r", contiguous=True, num_drop=2),
         ),
         ({"drop": [3]}, Prune(num_drop=2, compensate=Compensate()), Prune(drop=(3,), compensate=Compensate())),
+        (
+            {"drop": [3]},
+            Prune(num_drop=2, mtp="keep", vision_tower="auto", proof="files", targets=("vllm",)),
+            Prune(drop=(3,), mtp="keep", vision_tower="auto", proof="files", targets=("vllm",)),
+        ),
         ({"protect": []}, Prune(metric="m", num_drop=2), Prune(metric="m", num_drop=2, protect=())),
     ],
 )
