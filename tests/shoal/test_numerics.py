@@ -316,24 +316,32 @@ SIZES = {
         "num_tokens": 81_920,
         "writing": {"num_tokens": 4001},
         "watch": {"perplexity_tokens": 4096},
+        "local": {"num_tokens": 1000},
     },
     "eval": {"limit": 100, "limits": {"reasoning_continuation": 7}, "perplexity_tokens": 8192},
+    "search": {"plans": [{"drop": [1]}, {"drop": [2]}], "num_tokens": 50_000, "limit": 10},
 }
 
 
 def sizes(run: Run) -> list[int | None]:
-    distill, scores = run.recipe.distill, run.recipe.eval
-    watched = distill.watch and distill.watch.perplexity_tokens
-    trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.writing.num_tokens, watched]
-    return [*trained, scores.limit, *scores.limits.values(), scores.perplexity_tokens]
+    distill, scores, search = run.recipe.distill, run.recipe.eval, run.recipe.search
+    assert distill.watch is not None
+    assert distill.local is not None
+    assert search is not None
+    trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.writing.num_tokens]
+    return [
+        *(*trained, distill.watch.perplexity_tokens, distill.local.num_tokens),
+        *(scores.limit, *scores.limits.values(), scores.perplexity_tokens),
+        *(search.num_tokens, search.limit),
+    ]
 
 
 @pytest.mark.parametrize(
     ("rate", "share", "expected"),
     [
-        (200, 1.0, [8192, 81_920, 4001, 4096, 100, 7, 8192]),
-        (75, 0.38, [3113, 31_130, 1521, 1557, 38, 3, 3113]),
-        (10, 0.2, [1639, 16_384, 801, 820, 20, 2, 1639]),
+        (200, 1.0, [8192, 81_920, 4001, 4096, 1000, 100, 7, 8192, 50_000, 10]),
+        (75, 0.38, [3113, 31_130, 1521, 1557, 380, 38, 3, 3113, 19_000, 4]),
+        (10, 0.2, [1639, 16_384, 801, 820, 200, 20, 2, 1639, 10_000, 2]),
     ],
 )
 def test_sizes_follow_the_speed_of_all_cores(
@@ -350,19 +358,23 @@ def test_sizes_follow_the_speed_of_all_cores(
     assert (f"multiplies at {2 * rate} in float32" in run.numerics.size_reason) == (share < 1)
 
 
-def test_a_run_directory_keeps_its_sizes_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(10, 1, 1))
-    slow = open_run(recipe(tmp_path, **SIZES))
-    slow.dir.mkdir()
-    (slow.dir / "run.json").write_text(json.dumps({"numerics": asdict(slow.numerics)}))  # pyright: ignore
-    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(1000, 1, 1))
-    assert open_run(recipe(tmp_path, **SIZES)).recipe == slow.recipe
-    assert sizes(open_run(recipe(tmp_path, **{**SIZES, "full_size_gflops": 500}))) != sizes(slow), "is another recipe"
+@pytest.mark.parametrize(("first", "then"), [(10, 1000), (1000, 10)])
+def test_a_run_directory_keeps_its_sizes_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float
+) -> None:
+    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(first, 1, 1))
+    begun = open_run(recipe(tmp_path, **SIZES))
+    begun.dir.mkdir()
+    (begun.dir / "run.json").write_text(json.dumps({"numerics": asdict(begun.numerics)}))  # pyright: ignore
+    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(then, 1, 1))
+    assert open_run(recipe(tmp_path, **SIZES)).recipe == begun.recipe
+    other = {**SIZES, "full_size_gflops": 500 if then > first else 300}
+    assert sizes(open_run(recipe(tmp_path, **other))) != sizes(begun), "is another recipe"
 
 
 def test_sizes_are_what_they_say_without_a_speed_to_follow(tmp_path: Path) -> None:
     run = open_run(recipe(tmp_path, **{**SIZES, "full_size_gflops": None}))
-    assert sizes(run) == [8192, 81_920, 4001, 4096, 100, 7, 8192]
+    assert sizes(run) == [8192, 81_920, 4001, 4096, 1000, 100, 7, 8192, 50_000, 10]
 
 
 def test_unlimited_items_and_no_watch_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,20 +103,6 @@ def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]
     ]
 
 
-def require_same_run(expected: dict[str, Json], provenance: Provenance, path: Path, *, remedy: str) -> None:
-    """Refuse an artifact that belongs to another run.
-
-    Only the fields of ``expected`` are compared, so that a stage can ask for what matters to it.
-
-    Raises:
-        UserError: naming the file, the fields and both values, and ``remedy``.
-    """
-    asked = {key: provenance.inputs[key] for key in expected if key in provenance.inputs}
-    differing = differences(expected, asked)
-    if differing:
-        raise UserError(f"{path}: belongs to another run: {'; '.join(differing)}. {remedy}")
-
-
 def _in_words(key: str, here: Json, there: Json) -> str:
     if ABSENT not in (here, there):  # two hashes would tell nobody anything
         if key == "tasks":

@@ -32,7 +32,7 @@ def depth(run: Run) -> None:
 
     Raises:
         UserError: no swept tasks in the recipe, nothing to compare the teacher with, or a model beside it of another
-            number of layers.
+            number of layers or with another tokenizer.
     """
     from shoal.compress.sweeps.depth_use import SweptRole, depth_use
     from shoal.figures.depth_use import depth_use_figure
@@ -89,7 +89,9 @@ def _models(run: Run) -> dict[str, Run]:
 
 
 def _check_beside(run: Run) -> None:
-    """Refuse a model whose layers are not the teacher's, one for one."""
+    """Refuse a model whose layers are not the teacher's, one for one, or that reads other tokens."""
+    from shoal.eval.harness.tokenizer_check import require_same_tokenizer
+
     path = replace(run, measured=BESIDE).base
     config = text_config(load_config(path, trust_remote_code=run.recipe.trust_remote_code))
     if config.num_hidden_layers != run.num_layers:
@@ -97,3 +99,5 @@ def _check_beside(run: Run) -> None:
             f"measure.beside: {run.recipe.measure.beside} has {config.num_hidden_layers} layers and the teacher "
             f"{run.num_layers}; name a model of as many"
         )
+    folders = {"teacher": run.teacher, BESIDE: path}  # both are asked in the teacher's tokens
+    require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)

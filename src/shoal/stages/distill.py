@@ -163,7 +163,7 @@ def distill(run: Run) -> None:
         free_memory()
     plan = read_plan(run)
     inputs = training_inputs(run, plan)
-    is_trained, due = _is_trained(run, inputs), _control_due(run, plan)
+    is_trained, due = _is_trained(run, plan), _control_due(run, plan)
     if is_trained and due is None:
         return
     if not is_trained and "student" not in inputs:
@@ -275,19 +275,24 @@ def distill_is_done(run: Run) -> bool:
     if not run.is_healed:
         return False
     plan = read_plan(run)
-    return _is_trained(run, training_inputs(run, plan)) and _control_due(run, plan) is None
+    return _is_trained(run, plan) and _control_due(run, plan) is None
 
 
 def _has_distilled(folder: Path) -> bool:
     return (folder / "distilled" / "config.json").is_file()
 
 
-def _is_trained(run: Run, inputs: dict[str, Any]) -> bool:
-    """Whether distilled/ is what ``inputs`` make; what is known of them is compared where student/ is gone."""
-    file = run.dir / Training.FILE
-    if _has_distilled(run.dir) and file.is_file() and "student" not in inputs:
-        inputs = {**inputs, "student": Training.read(file).provenance.inputs.get("student")}
-    return _has_distilled(run.dir) and is_done(Training, file, inputs, "distill")
+def trained_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """training_inputs to compare with distill.json, which alone still knows the student where student/ is gone."""
+    inputs, file = training_inputs(run, plan), run.dir / Training.FILE
+    if "student" not in inputs and file.is_file():
+        inputs["student"] = Training.read(file).provenance.inputs.get("student")
+    return inputs
+
+
+def _is_trained(run: Run, plan: PruningPlan) -> bool:
+    """Whether distilled/ is what this recipe makes."""
+    return _has_distilled(run.dir) and is_done(Training, run.dir / Training.FILE, trained_inputs(run, plan), "distill")
 
 
 def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:

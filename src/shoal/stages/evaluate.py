@@ -36,7 +36,7 @@ from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
 from shoal.runtime import barrier, is_main, seed_everything
-from shoal.stages.distill import control_inputs, training_inputs
+from shoal.stages.distill import control_inputs, trained_inputs
 from shoal.stages.prune import read_plan
 from shoal.stages.run import (
     Run,
@@ -403,7 +403,7 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
         if CONTROL in folders:
             require(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "shoal distill")
         if "distilled" in folders:
-            require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
+            require(Training, run.dir / Training.FILE, trained_inputs(run, plan), "shoal distill")
     for role in folders.keys() & set(QUANTIZED):
         require(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role), "shoal quantize")
 

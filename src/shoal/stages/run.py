@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import Artifact, differences, require_same_run
+from shoal.artifacts.artifact import Artifact, differences
 from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.draft import Drafts
 from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, ROLES, Evaluation, Quantized
@@ -291,7 +291,7 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
     def fewer(count: int) -> int:
         return math.ceil(share * count)
 
-    distill, scores = recipe.distill, recipe.eval
+    distill, scores, search = recipe.distill, recipe.eval, recipe.search
     return replace(
         recipe,
         measure=replace(recipe.measure, num_tokens=fewer(recipe.measure.num_tokens)),
@@ -301,6 +301,7 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
             data_pilot=distill.data_pilot and fewer(distill.data_pilot),
             writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
             watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
+            local=distill.local and replace(distill.local, num_tokens=fewer(distill.local.num_tokens)),
         ),
         eval=replace(
             scores,
@@ -308,6 +309,8 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
             limits={task: fewer(limit) for task, limit in scores.limits.items()},
             perplexity_tokens=fewer(scores.perplexity_tokens),
         ),
+        search=search
+        and replace(search, num_tokens=fewer(search.num_tokens), limit=search.limit and fewer(search.limit)),
     )
 
 
@@ -317,8 +320,8 @@ def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
         return 1.0, ""
     own_device, full_gflops = device(), recipe.full_size_gflops
     begun = _mapping(Path(recipe.run_dir).expanduser() / "run.json", "numerics")
-    if begun.get("full_size_gflops") == full_gflops and begun.get("size_reason"):
-        return float(begun["size"]), str(begun["size_reason"])
+    if begun.get("full_size_gflops") == full_gflops and "size" in begun:
+        return float(begun["size"]), str(begun.get("size_reason", ""))
     rate = (num_cores() if own_device.type == "cpu" else 1) * product_rates(own_device)[dtype] / 1e9
     share = round(min(1.0, max(LEAST_SIZE, rate / full_gflops)), 2)
     if share == 1:
@@ -533,34 +536,17 @@ def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str
     return True
 
 
-SWITCHES = (
-    "prune.compensate.",
-    "prune.width.",
-    "prune.rounds",
-    "prune.protect_heads",
-    "prune.target",
-    "prune.vision_tower",
-    "prune.mtp",
-    "measure.scale_removals",
-    "measure.images",
-    "measure.sweep.spare_heads",
-    "eval.images",
-)
-"""Beginnings of settings that identities have only where they are on: there was a time without them."""
-
-
 def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str) -> None:
     """Refuse the artifact at ``path`` if anything but ``inputs`` made it; ``verb`` is the command that makes it again.
 
+    Settings that were taken out of the recipe count: identities name some only where they are on.
+
     Raises:
-        UserError: naming the first field that differs.
+        UserError: naming the fields that differ, and both values.
     """
-    provenance = kind.read(path).provenance
-    # what is named only where it is on: switched off, it is missed here and not there
-    switched_off = [key for key in provenance.inputs if key.startswith(SWITCHES) and key not in inputs]
-    inputs = {**inputs, **dict.fromkeys(switched_off, "off")}
-    remedy = f"Run `{verb}` again, or set run_dir to another folder"
-    require_same_run(inputs, provenance, path, remedy=remedy)
+    if changed := differences(inputs, kind.read(path).provenance.inputs):
+        remedy = f"Run `{verb}` again, or set run_dir to another folder"
+        raise UserError(f"{path}: belongs to another run: {'; '.join(changed)}. {remedy}")
 
 
 def local_data_fingerprint(data_dir: str) -> str:

@@ -163,7 +163,7 @@ def test_a_plan_says_it_and_only_where_it_is_kept(tmp_path: Path) -> None:
     assert made.provenance.inputs["prune.mtp"] == "keep"
     assert made.in_words().endswith("; keeping multi-token prediction, untrained")
     assert mtp_names(tensors(run.dir / "student"), 4)
-    with pytest.raises(UserError, match=r"prune.mtp is 'off' in this recipe but 'keep' there"):
+    with pytest.raises(UserError, match=r"prune.mtp is 'absent' in this recipe but 'keep' there"):
         pruning.read_plan(run)
 
 

@@ -20,7 +20,7 @@ import torch
 from results import evaluation
 from sweep_results import importance as swept_importance
 
-from shoal.artifacts.artifact import Artifact, Provenance, differences, require_same_run
+from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.artifacts.evaluation import Evaluation, ItemScore, PassAt, TaskScore
 from shoal.artifacts.importance import Importance, Removal, Sweep
 from shoal.artifacts.plan import PruningPlan
@@ -225,14 +225,14 @@ def test_of_files_that_differ_their_setting_is_named_and_not_two_hashes() -> Non
     ]
 
 
-def test_artifact_of_another_run_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
-    require_same_run({"model": "abc", "prune.drop": (1, 3)}, MADE, tmp_path, remedy="")
-    with pytest.raises(UserError) as refused:
-        require_same_run({"model": "xyz", "ratio": 0.5, "seed": 0}, MADE, tmp_path / "p.json", remedy="Do that.")
-    assert str(refused.value) == (
-        f"{tmp_path}/p.json: belongs to another run: model is 'xyz' in this recipe but 'abc' there; "
-        "ratio is 0.5 in this recipe but 'absent' there. Do that."
-    )
+def test_every_field_that_differs_is_told_with_both_values() -> None:
+    made = {"model": "abc", "prune.drop": [1, 3], "prune.edits.0": "skip"}
+    assert differences({"model": "abc", "prune.drop": (1, 3), "prune.edits.0": "skip"}, made) == []
+    assert differences({"model": "xyz", "prune.drop": (1, 3), "ratio": 0.5}, made) == [
+        "model is 'xyz' in this recipe but 'abc' there",
+        "prune.edits.0 is 'absent' in this recipe but 'skip' there",
+        "ratio is 0.5 in this recipe but 'absent' there",
+    ]
 
 
 def test_fingerprint_depends_on_values_and_not_on_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,4 +78,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
     short = tiny_checkpoint(tmp_path_factory.mktemp("short"), "llama", num_hidden_layers=2)
     with pytest.raises(UserError, match=rf"measure\.beside: .* has 2 layers and the teacher {NUM_LAYERS}"):
         depth(opened(teacher, tmp_path, {"beside": str(short)}))
+    other = tiny_checkpoint(tmp_path_factory.mktemp("other"), "llama", max_position_embeddings=4096)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": config["eos_token"]}))
+    with pytest.raises(UserError, match="in the tokenizer of beside, but"):
+        depth(opened(teacher, tmp_path, {"beside": str(other)}))
     assert not (tmp_path / "run").exists()

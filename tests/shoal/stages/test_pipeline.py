@@ -519,6 +519,17 @@ def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_training_setting_that_is_taken_out_is_missed(make_run: Any) -> None:
+    run = make_run(distill={"trainer": {"learning_rate": 1e-6}})
+    pruning.prune(run)
+    as_trained(run.dir, distill.training_inputs(run, pruning.read_plan(run)), run.dir / "student")
+    evaluate.require_models_of_this_run(run, evaluate.roles(run))
+    without = make_run()
+    with pytest.raises(UserError, match=r"distill.trainer.learning_rate is 'absent' in this recipe but 1e-06 there"):
+        evaluate.require_models_of_this_run(without, evaluate.roles(without))
+
+
+@pytest.mark.slow
 def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     plain, asked = make_run(), make_run(eval={"control": True})
     pruning.prune(plain)
@@ -766,5 +777,12 @@ def test_a_changed_plan_of_a_compensated_student_is_refused(make_run: Any) -> No
 
 def test_a_compensation_that_is_switched_off_is_missed(make_run: Any) -> None:
     pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
-    with pytest.raises(UserError, match=r"prune.compensate.* is 'off' in this recipe"):
+    with pytest.raises(UserError, match=r"prune.compensate.* is 'absent' in this recipe"):
+        pruning.read_plan(make_run())
+
+
+@pytest.mark.slow
+def test_an_edit_that_is_taken_out_is_missed(make_run: Any) -> None:
+    pruning.prune(make_run(prune={"drop": [1, 3], "edits": [{"kind": "skip_mlp", "layers": [2]}]}))
+    with pytest.raises(UserError, match=r"prune.edits.0 is 'absent' in this recipe"):
         pruning.read_plan(make_run())
