@@ -160,7 +160,8 @@ def _written(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int) 
     generated = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"}
     if not generated:
         return []
-    most = math.ceil(settings.perplexity_tokens / USUAL_TOKENS / len(generated))
+    # a rank without an item would be refused
+    most = max(lm.world_size, math.ceil(settings.perplexity_tokens / USUAL_TOKENS / len(generated)))
     asked = num_items(tasks, settings)
     scores_of(lm, generated, replace(settings, limits={name: min(most, asked[name]) for name in generated}), seed=seed)
     some = [text for text in texts if text[1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -206,6 +207,7 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
     from lm_eval.api import task as task_module
 
     check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
+    refuse_idle_ranks(counts, num_ranks=lm.world_size)
     lm.endings.clear()
     first = {name: list(range(count)) for name, count in counts.items()}
     theirs: Any = task_module
@@ -257,6 +259,21 @@ def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) ->
         sampler = type(getattr(task, "sampler", None)).__name__
         if num_ranks > 1 and task.get_config("num_fewshot") and sampler == "ContextSampler":
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
+
+
+def refuse_idle_ranks(counts: Mapping[str, int], *, num_ranks: int, setting: str = "eval.limit") -> None:
+    """Refuse tasks of ``counts`` items of which lm-eval, dealing them out by rank, would leave some rank none: that one
+    would stop with a traceback, and the others wait for it. ``setting`` is what limits the items.
+
+    Raises:
+        UserError: on every rank, as all have the same counts.
+    """
+    for name, count in counts.items():
+        if count < num_ranks:
+            raise UserError(
+                f"{setting}: {name!r} has {count} item(s) for {num_ranks} ranks, and each has to get one; raise the "
+                "limit, use fewer ranks, or leave the task out"
+            )
 
 
 def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.recipe.evaluate import Tasks
+from shoal.runtime import world_size
 
-from .evaluate import scores_of
+from .evaluate import num_items, refuse_idle_ranks, scores_of
 from .harness.engine import CausalLM, connect_ranks
 from .harness.perplexity import perplexity
 from .tasks.load import tasks_of
@@ -32,6 +33,9 @@ class QuickScores:
     """Scores the same items every time, so that what moves is the model. All ranks take part and all get the scores.
 
     Held-out text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`.
+
+    Raises:
+        UserError: as tasks_of, or a task with fewer items than ranks.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tasks, *, seed: int) -> None:
@@ -39,6 +43,9 @@ class QuickScores:
         self._settings = settings
         self._seed = seed
         self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
+        # now, and not by the first scores, which come when the training has begun
+        counts = num_items(self._tasks, settings)
+        refuse_idle_ranks(counts, num_ranks=world_size(), setting="distill.watch.limit")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping_keys
-from shoal.runtime import barrier, device, is_main
+from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
 from .generated.writing import Writer, transformers_writer, vllm_writer, wants_teacher_text, write_texts
@@ -139,7 +139,10 @@ def training_rows(
         identity.append(rows_per_step(settings))
     images_of = {} if images is None else images.rows
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
-    if is_main() and not path.exists():
+
+    def pack_once() -> None:
+        if path.exists():
+            return
         num_tokens = num_rows * settings.sequence_length
         if num_tokens > 1.1 * settings.num_tokens:
             log.info(
@@ -169,5 +172,6 @@ def training_rows(
             if count["repeats"]:
                 times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
                 log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
-    barrier()
+
+    agreed(pack_once)
     return RowsWithImages.of(read_rows(path), images)

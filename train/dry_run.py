@@ -156,7 +156,7 @@ def _data(spec: TrainSpec, run_dir: Path | None) -> list[str]:
             how += f"; training shares them by damage, which it measures first, on {SAMPLE_ROWS} rows of each"
     if settings.data_pilot is not None:
         how += f"; what follows the pilot of {settings.data_pilot:,} tokens is shared by what each regains in it"
-    total, num_tokens = sum(weights), spec.num_steps * spec.tokens_per_step
+    total, num_tokens = sum(weights), spec.num_row_tokens
     shares = (
         f"{name} {weight / total:.1%} ({weight / total * num_tokens:,.0f} tokens)"
         for name, weight in zip(source_names(split.data), weights, strict=True)
@@ -265,9 +265,10 @@ def _time(job: Job, pace: Pace | None) -> tuple[list[str], float]:
         )
     # ranks on one CPU share its cores, which a probe has had to itself
     step = spec.tokens_per_step // spec.ranks.machines / rate + optimizer_s
+    num_tokens = spec.num_steps * spec.tokens_per_step
     lines = [
         f"time: {spec.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, "
-        f"{_duration(spec.num_steps * step)} for {spec.settings.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
+        f"{_duration(spec.num_steps * step)} for {num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
         "  communication between ranks, scoring, sampling, a local stage and checkpoints come on top",
     ]
@@ -315,7 +316,7 @@ def _state_at_cut(job: Job) -> str:
     each = job.teacher.hidden * job.setting.teacher_bytes
     return (
         "; with distill.teacher.prefix, which spares both models their lowest layers, "
-        f"{bytes_text(each * job.spec.num_steps * job.spec.tokens_per_step)} more ({each:,} bytes a token)"
+        f"{bytes_text(each * job.spec.num_row_tokens)} more ({each:,} bytes a token)"
     )
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from shoal.artifacts.draft import Acceptance, Drafts
 from shoal.artifacts.search import Interval
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
+from shoal.eval import draft as module
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.data import as_data
 from shoal.eval.compare.page import comparison_text
@@ -96,6 +98,18 @@ def test_the_mean_is_over_positions_and_its_interval_over_texts() -> None:
     assert 0.4 < found.share.ci_low <= 0.5 <= found.share.ci_high < 0.6
     wide = acceptance([[1.0], [0.0], [1.0], [0.0]])
     assert wide.share.ci_high - wide.share.ci_low > 0.5
+
+
+def test_every_rank_writes_a_text_of_every_task_that_has_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {}
+    monkeypatch.setattr(module, "scores_of", lambda lm, tasks, settings, seed: limits.update(settings.limits))
+    lm: Any = SimpleNamespace(world_size=3)
+    tasks = {
+        name: SimpleNamespace(OUTPUT_TYPE="generate_until", eval_docs=range(count))
+        for name, count in (("many", 9), ("few", 2))
+    }
+    module._written(lm, tasks, Eval(tasks=("many", "few"), limit=5, perplexity_tokens=8), seed=0)
+    assert limits == {"many": 3, "few": 2}
 
 
 SETTINGS: dict[str, Any] = {

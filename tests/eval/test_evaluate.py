@@ -21,7 +21,7 @@ from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
-from shoal.eval.evaluate import role_evaluation
+from shoal.eval.evaluate import refuse_idle_ranks, role_evaluation
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
@@ -268,6 +268,31 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
     expected = run(**OF_TWO_RANKS)
     assert_same(found[0], expected)
     assert [score.task for score in found[0]] == [score.task for score in expected]
+
+
+def refuse_on_rank(rank: int, ranks: int, folder: Path, port: int) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    with pytest.raises(UserError) as caught:
+        run(tasks=("retrieval_continuation",), limit=1)
+    (folder / str(rank)).write_text(str(caught.value))
+
+
+@pytest.mark.slow
+def test_every_rank_refuses_a_task_with_fewer_items_than_ranks(tmp_path: Path) -> None:
+    call_on_ranks(refuse_on_rank, tmp_path, free_port(), ranks=2)
+    told = {(tmp_path / str(rank)).read_text() for rank in range(2)}
+    assert told == {
+        "eval.limit: 'retrieval_continuation' has 1 item(s) for 2 ranks, and each has to get one; raise the limit, use "
+        "fewer ranks, or leave the task out"
+    }
+
+
+def test_as_many_items_as_ranks_are_enough() -> None:
+    refuse_idle_ranks({"one": 1}, num_ranks=1)
+    refuse_idle_ranks({"two": 2, "three": 3}, num_ranks=2)
+    with pytest.raises(UserError, match=r"eval\.limit: 'two' has 2 item\(s\) for 3 ranks"):
+        refuse_idle_ranks({"three": 3, "two": 2}, num_ranks=3)
 
 
 @pytest.mark.slow

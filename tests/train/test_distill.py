@@ -4,12 +4,17 @@ Covers: shoal.recipe.deepspeed_file, shoal.train.dataset, shoal.train.engine.arg
 """
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from jobs import CUT, spec_of
+from ranks import call_on_ranks, in_group
 from tiny import tiny_checkpoint, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import Trainer
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
@@ -20,6 +25,7 @@ from shoal.recipe.losses import TAID, ForwardKL, ValueRelation
 from shoal.recipe.recipe import Recipe
 from shoal.stages import distill as stage
 from shoal.stages.run import open_run
+from shoal.train import dataset
 from shoal.train.dataset import training_rows
 from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
 from shoal.train.engine.arguments import (
@@ -140,6 +146,30 @@ def test_rows_fill_whole_optimizer_steps():
 
 
 @pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({}, 7),
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 30, "num_train_epochs": 2}, 30),
+        ({"max_steps": -1}, 7),
+        ({"num_train_epochs": 3}, 21),
+        ({"num_train_epochs": 0.5}, 4),
+        ({"num_train_epochs": 1.1}, 8),
+    ],
+)
+def test_the_steps_that_are_told_are_those_that_the_trainer_takes(tmp_path, trainer, steps):
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings = Distill(num_tokens=250, sequence_length=10, trainer=split | trainer)
+    spec = spec_of(settings, CUT, student_layers=4)
+    rows = list(range(num_rows(settings)))
+    args = training_arguments(settings, None, output_dir=tmp_path, seed=0)
+    own = Trainer(torch.nn.Linear(1, 1), args, train_dataset=rows)
+    *_, max_steps = own.set_initial_training_values(args, own.get_train_dataloader())
+    assert spec.num_steps == max_steps == steps
+    assert spec.num_row_tokens == 280  # 25 rows, rounded up to steps of 4
+
+
+@pytest.mark.parametrize(
     ("batch", "ranks", "given", "split"),
     [(16, 1, None, (4, 4)), (16, 8, None, (2, 1)), (12, 2, None, (3, 2)), (12, 2, 2, (2, 3)), (14, 2, None, (1, 7))],
 )
@@ -245,6 +275,74 @@ def test_deepspeed_settings_known_to_be_wrong_are_refused(settings, message):
         deepspeed_config(Distill(**settings))
 
 
+def adam(**params):
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
+@pytest.mark.parametrize(
+    ("config", "trainer", "message"),
+    [
+        (
+            {"gradient_clipping": 0.5},
+            {},
+            r"gradient_clipping is 0\.5, but 1\.0 by distill\.trainer\.max_grad_norm; ",
+        ),
+        (
+            adam(lr=2e-5),
+            {"learning_rate": 1e-3},
+            r"params\.lr is 2e-05, but 0\.001 by distill\.trainer\.learning_rate",
+        ),
+        (
+            adam(betas=[0.9, 0.999]),
+            {},
+            r"betas is \[0\.9, 0\.999\], but \[0\.9, 0\.95\] by .*adam_beta1 and adam_beta2",
+        ),
+        (adam(eps=1e-6), {}, r"params\.eps is 1e-06, but 1e-08 by distill\.trainer\.adam_epsilon"),
+        (
+            adam(weight_decay=0.1),
+            {},
+            r"params\.weight_decay is 0\.1, but 0\.0 by distill\.trainer\.weight_decay; ",
+        ),
+    ],
+)
+def test_another_number_in_the_deepspeed_file_than_the_trainers_is_refused(config, trainer, message):
+    with pytest.raises(
+        UserError, match=rf'^distill\.deepspeed: .*{message}.*set the former to "auto", or change the latter'
+    ):
+        check_names(Distill(deepspeed=config, trainer=trainer))
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "message"),
+    [
+        ("train_micro_batch_size_per_gpu", {}, r"7, but 4 by distill\.trainer\.per_device_train_batch_size; "),
+        ("gradient_accumulation_steps", {}, r"7, but 1 by distill\.trainer\.gradient_accumulation_steps; "),
+        ("gradient_accumulation_steps", {"batch_size": 24}, r"7, but 3 by distill\.batch_size; "),
+        ("train_batch_size", {}, r"7, but 8 by distill\.batch_size; "),
+    ],
+)
+def test_another_batch_in_the_deepspeed_file_than_the_trainers_is_refused(key, settings, message):
+    deepspeed_config(Distill(deepspeed={key: 7}, **settings))  # before the ranks are known
+    with pytest.raises(UserError, match=rf"^distill\.deepspeed: {key} is {message}"):
+        deepspeed_config(Distill(deepspeed={key: 7}, **settings), ranks=2)
+
+
+def test_the_trainers_own_numbers_are_allowed_in_the_deepspeed_file(tmp_path):
+    own = adam(lr=1e-4, betas=[0.9, 0.95], eps="auto", weight_decay=0) | {"gradient_clipping": 1}
+    own |= {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+    settings = Distill(deepspeed=own)
+    check_names(settings)
+    deepspeed = DeepSpeed(deepspeed_config(settings, ranks=1))
+    args = training_arguments(settings, deepspeed, output_dir=tmp_path, seed=0)
+    assert args.hf_deepspeed_config.mismatches == []
+    for odd in (
+        {"optimizer": {"type": "Lion", "params": None}},
+        {"optimizer": {"type": "Lion"}},
+        {"optimizer": "Lion"},
+    ):
+        check_names(Distill(deepspeed=odd))
+
+
 @pytest.mark.parametrize(
     ("text", "fault"), [("{", "is not valid JSON"), ("[1]", r"must be a JSON mapping \(got \[1\]\)")]
 )
@@ -278,6 +376,32 @@ def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     assert first.counts == second.counts
     assert len(first) == 10
+
+
+def _refuse_on_rank(rank: int, ranks: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    if rank:
+        dataset.pack = None  # pyright: ignore[reportAttributeAccessIssue]  # rank 0 alone packs
+    with in_group(rank, ranks, folder), pytest.raises(UserError, match=r"b\.jsonl'?: has no column 'text'"):
+        training_rows(
+            Distill(data=(TrainingSource(f"{folder}/data"),), sequence_length=64),
+            tiny_tokenizer(),
+            num_rows=100,
+            seed=0,
+            teacher_text=[],
+            folder=Path(folder) / "rows",
+            inputs={},
+        )
+
+
+@pytest.mark.slow
+def test_a_late_row_that_cannot_be_packed_is_refused_on_all_ranks(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, column in (("a", "text"), ("b", "other")):
+        row = json.dumps({column: "Of men and mice. " * 5})
+        (tmp_path / f"data/{name}.jsonl").write_text(f"{row}\n" * 20)
+    call_on_ranks(_refuse_on_rank, str(tmp_path), ranks=2)
+    assert not list((tmp_path / "rows").glob("rows-*"))
 
 
 def test_rows_know_their_sources_where_a_source_has_losses_and_do_not_depend_on_which(tmp_path, monkeypatch):

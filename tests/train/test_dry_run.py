@@ -41,6 +41,20 @@ def test_the_report_does_not_speak_of_recordings_where_they_would_be_refused(tmp
     assert "recorded" not in told(ForwardKL(), ValueRelation())
 
 
+@pytest.mark.slow
+def test_the_report_tells_the_steps_and_tokens_that_are_trained(tmp_path: Path) -> None:
+    def told(**trainer: int) -> report.Estimate:
+        settings = Distill(sequence_length=LENGTH, num_tokens=2000, watch=None, trainer=trainer)
+        return report.estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run", try_it=False)
+
+    whole, short, long = told(), told(max_steps=2), told(num_train_epochs=2)
+    assert [own.num_tokens for own in (whole, short, long)] == [2048, 512, 4096]
+    for own, steps in ((whole, 8), (short, 2), (long, 16)):
+        assert f" = 256 tokens; {steps} steps\n" in own.text
+        assert f" for {steps * 256:,} tokens (" in own.text
+        assert "100.0% (2,048 tokens)" in own.text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(20.1, "20.1 s"), (600, "10 min"), (7300, "2.03 h")])
 def test_a_duration_is_told_in_a_unit_that_it_fills(seconds: float, text: str) -> None:
     assert report._duration(seconds) == text

@@ -56,6 +56,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "dataloader_num_workers": (0, MOST),
 }
 """Training arguments that are at least the first and below the second number; transformers looks at few of them."""
+SAME_IN_DEEPSPEED = {
+    "gradient_clipping": ("max_grad_norm",),
+    "optimizer.params.lr": ("learning_rate",),
+    "optimizer.params.betas": ("adam_beta1", "adam_beta2"),
+    "optimizer.params.eps": ("adam_epsilon",),
+    "optimizer.params.weight_decay": ("weight_decay",),
+}
+"""What a DeepSpeed configuration may say too, by its path there, and the training arguments that say the same."""
 BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """How ranks and micro-batches share the rows of one optimizer step."""
 
@@ -162,7 +170,8 @@ def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
 
 
 def check_names(settings: Distill) -> None:
-    """Refuse a training argument that transformers does not have, or a value that is none, before anything is built.
+    """Refuse a training argument that transformers does not have, a value that is none, or another one than in the
+    DeepSpeed configuration, before anything is built.
 
     Raises:
         UserError: naming it and the closest one there is, or the value.
@@ -183,6 +192,12 @@ def check_names(settings: Distill) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
     _check_values(settings.trainer)
+    given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | settings.trainer
+    config = read_deepspeed(settings.deepspeed)
+    for key, names in SAME_IN_DEEPSPEED.items():
+        values = [given[name] for name in names]
+        wanted = values if len(values) > 1 else values[0]
+        _refuse_other_number(config, key, wanted, setting=f"distill.trainer.{' and '.join(names)}")
 
 
 def _check_values(trainer: Mapping[str, Any]) -> None:
@@ -282,8 +297,11 @@ class DeepSpeed:
             )
 
 
-def deepspeed_config(settings: Distill) -> dict[str, Any]:
+def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str, Any]:
     """The DeepSpeed configuration with what the recipe decides filled in.
+
+    Its numbers of a batch are compared with those of the recipe on so many ``ranks``; None = how many is not known yet.
+    The other numbers that both could say are compared by check_names.
 
     Raises:
         UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
@@ -294,6 +312,8 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
     precision = fast_dtype(device()).dtype if settings.precision == "auto" and not named else settings.precision
     _refuse_wrong(config, named, settings.precision, computed_in=precision)
+    if ranks is not None:
+        _refuse_other_batch(config, settings, ranks=ranks)
     if settings.compile and stage == 3:
         raise UserError(
             "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; "
@@ -361,6 +381,34 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
                 f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
                 "local disk, or set device: cpu"
             )
+
+
+def _refuse_other_batch(config: Mapping[str, Any], settings: Distill, *, ranks: int) -> None:
+    rows, accumulation = batch_split(settings, ranks=ranks)
+    steps = "trainer.gradient_accumulation_steps" if settings.batch_size is None else "batch_size"
+    for key, wanted, setting in (
+        ("train_micro_batch_size_per_gpu", rows, "trainer.per_device_train_batch_size"),
+        ("gradient_accumulation_steps", accumulation, steps),
+        ("train_batch_size", rows * accumulation * ranks, "batch_size"),
+    ):
+        _refuse_other_number(config, key, wanted, setting=f"distill.{setting}")
+
+
+def _refuse_other_number(config: Mapping[str, Any], key: str, wanted: Any, *, setting: str) -> None:
+    """Refuse that a DeepSpeed configuration has another number at ``key`` than ``setting``: transformers would, when
+    all is prepared and the training begins.
+
+    Raises:
+        UserError: it has.
+    """
+    number: Any = config
+    for part in key.split("."):
+        number = number.get(part) if isinstance(number, Mapping) else None
+    if number not in (None, "auto", wanted):
+        raise UserError(
+            f'distill.deepspeed: {key} is {number!r}, but {wanted!r} by {setting}; set the former to "auto", or change '
+            "the latter"
+        )
 
 
 def _refuse_other_weights(config: Mapping[str, Any], named: Sequence[str], weights: str) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from shoal.abilities.matching import AMOUNT, amounts, value
 from shoal.data.repetition import ends_in_loop
 
 OUTCOMES = ("written", "empty", "looping", "repeated", "evaluation fact", "wrong", "kept")
@@ -43,9 +44,9 @@ def _reason_against(record: dict[str, Any], seen: set[str], *, keep: str) -> str
 
 
 MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
-WITH_UNIT = re.compile(rf"({NUMBER.pattern})(?:\s*\\text\{{[^{{}}]*\}}|(?:\s+[^\W\d_]+)*)")
-"""A number, and behind it at most words: `10-4` and `\\frac{3}{4}` end in a number that they are not."""
+ESCAPE = re.compile(r"\\(?=[$%\s]|$)")
+WITH_UNIT = re.compile(rf"({AMOUNT.pattern})(?:\s*\\text\{{[^{{}}]*\}}|(?:\s+[^\W\d_]+)*)")
+"""An amount, and behind it at most words: `10-4` and `\\sqrt{4}` end in a number that they are not."""
 
 
 def answers_alike(written: str, answer: str) -> bool:
@@ -54,14 +55,15 @@ def answers_alike(written: str, answer: str) -> bool:
     That is what the data's answer marks by `####` or \\boxed{}, else its last number, else its last line. Of what was
     written the same is looked at: what it marks, else its last number where a number is asked for, else its last line,
     which may end in the answer where that is plain words. What is marked counts as a number only if it is one, with a
-    unit or behind `=` too.
+    unit or behind `=` too. A fraction is a number; a power or a time of day is one piece and equals only itself.
     """
+    written, answer = (text.replace("\u2212", "-") for text in (written, answer))
     wanted = _marked(answer)
-    numbers = NUMBER.findall(answer) if wanted is None else [NUMBER.fullmatch(wanted) and wanted]
-    if numbers and numbers[-1]:
+    numbers = _numbers(answer if wanted is None else wanted)
+    if numbers and wanted in (None, numbers[-1]):
         marked = _marked(written)
-        stated = _lone_number(marked) if marked else NUMBER.findall(written)
-        return bool(stated) and _value(stated[-1]) == _value(numbers[-1])
+        stated = _lone_number(marked) if marked else _numbers(written)
+        return bool(stated) and _equal(stated[-1], numbers[-1])
     wanted = wanted or _last_line(answer)
     stated_last = _marked(written) or _last_line(written)
     return bool(wanted) and (_bare(wanted) == _bare(stated_last) or _ends_in(stated_last, wanted))
@@ -69,12 +71,13 @@ def answers_alike(written: str, answer: str) -> bool:
 
 def _marked(text: str) -> str | None:
     matches = MARKED.findall(text)
-    return "".join(matches[-1]).strip(" $%.") if matches else None
+    # what stands before .5 is its point
+    return "".join(matches[-1]).lstrip(" $%").rstrip(" $%.") if matches else None
 
 
 def _lone_number(marked: str) -> list[str]:
-    last = marked.replace("{,}", ",").rsplit("=", 1)[-1]
-    number = WITH_UNIT.fullmatch(last.strip(" $\\"))
+    last = ESCAPE.sub("", marked.replace("{,}", ",")).rsplit("=", 1)[-1]
+    number = WITH_UNIT.fullmatch(last.strip(" $"))
     return [number[1]] if number else []
 
 
@@ -82,8 +85,16 @@ def _last_line(text: str) -> str:
     return text.strip().rsplit("\n", 1)[-1]
 
 
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
+def _numbers(text: str) -> list[str]:
+    """Every number and fraction in ``text``; of `10-4` the second is 4."""
+    return amounts(re.sub(r"(?<=\d)-", "- ", text))
+
+
+def _equal(one: str, other: str) -> bool:
+    """Whether two pieces that `amounts` has read have the same value, or where there is none the same characters."""
+    if value(one) is None or value(other) is None:
+        return re.sub(r"[\s,{]", "", one) == re.sub(r"[\s,{]", "", other)
+    return value(one) == value(other)
 
 
 def _bare(text: str) -> str:

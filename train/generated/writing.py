@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from shoal.abilities.matching import MATCHING
 from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.chat import Chat, check_template
 from shoal.data.sources import BUNDLED, documents, load_texts
@@ -103,6 +104,7 @@ def _planned(
         **shaping(settings, Shapes.TEXT, "writing."),
         "prompts": fingerprint([asdict(prompt) for prompt in chosen]),
         "seed": seed,
+        **({"matching": MATCHING} if settings.keep == "correct" else {}),
     }
     shared = folder if settings.folder is None else Path(settings.folder).expanduser()
     return shared / f"written-{fingerprint(identity)}", chosen, identity
@@ -274,6 +276,11 @@ def _asked(settings: Writing, source: DataSource, tokenizer: Any) -> Iterator[Pr
         if settings.keep == "correct" and not answer:
             raise UserError(
                 f"data {chat.where}: has no answer to compare with; distill.writing.keep: correct needs one"
+            )
+        if settings.keep == "correct" and not isinstance(answer, str):
+            raise UserError(
+                f"data {chat.where}: the last assistant turn holds {type(answer).__name__}, not text to compare with; "
+                "write its content as one string, or set distill.writing.keep: all"
             )
         ids = tokenizer.apply_chat_template(before, tools=chat.tools, add_generation_prompt=True, return_dict=True)
         yield Prompt(list(ids["input_ids"]), before, answer)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -63,7 +63,7 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
     # moments; with ZeRO the fp32 weights that are stepped lie beside them
     states = setting.optimizer.num_bytes(student.trained, stage=setting.stage)
     states += 4 * student.trained * (setting.stage > 0)
-    settings, tokens = job.spec.settings, job.spec.num_steps * job.spec.tokens_per_step
+    settings, tokens = job.spec.settings, job.spec.num_row_tokens
     folders = {
         "checkpoints": most_checkpoints(settings) * (weights + states),
         "distilled": setting.stored_bytes * student.parameters,

@@ -18,7 +18,7 @@ from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import looks_into_attention, needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
 
-from ..engine.arguments import DeepSpeed, batch_split, deepspeed_config
+from ..engine.arguments import DEFAULTS, DeepSpeed, batch_split, deepspeed_config
 from .sizes import built, shapes_only
 from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts, unhealed
 
@@ -114,9 +114,18 @@ class TrainSpec:
         return self.ranks.count * math.prod(self.batch_split) * self.settings.sequence_length
 
     @property
+    def num_row_tokens(self) -> int:
+        """Tokens of all rows: the token budget, rounded up to whole optimizer steps."""
+        return math.ceil(self.settings.num_tokens / self.tokens_per_step) * self.tokens_per_step
+
+    @property
     def num_steps(self) -> int:
-        """Optimizer steps of the token budget."""
-        return math.ceil(self.settings.num_tokens / self.tokens_per_step)
+        """Optimizer steps of the training, counted as the Trainer does: rows are trained on more than once, or not all
+        of them, where `max_steps` or `num_train_epochs` says so."""
+        given = DEFAULTS | self.settings.trainer
+        if (max_steps := given.get("max_steps", -1)) > 0:
+            return max_steps
+        return math.ceil(given["num_train_epochs"] * (self.num_row_tokens // self.tokens_per_step))
 
 
 def train_spec(
@@ -128,7 +137,7 @@ def train_spec(
     Raises:
         UserError: DeepSpeed settings that cannot work, or what ``settings`` ask of ``plan`` and it does not have.
     """
-    deepspeed = DeepSpeed(deepspeed_config(settings))
+    deepspeed = DeepSpeed(deepspeed_config(settings, ranks=ranks.count))
     deepspeed.warn_of_optimizer(settings.trainer)
     trained = student_parts(student, plan, settings)
     frozen = shares_prefix(trained, plan)

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MATCHING = 2
+MATCHING = 3
 """Raise it with every change, here or in what uses this, by which a written answer may be read otherwise: scores of two
 versions are not compared. Evaluations that do not say theirs have the first."""
 LETTERS = string.ascii_uppercase
@@ -27,9 +27,14 @@ NO_NOUN = (
     r"|\s+(?:is|because|since|as|and|or|but)\b)"
 )
 """What follows "A" or "I" that is a letter: a mark, the end, or a word that stands behind no article."""
-LETTER = re.compile(rf"^\W*([B-HJ-Z](?!\w)|[AI]{NO_NOUN})")
+REJECTED = (
+    r"(?i:\W*\b(?:(?:is|was|would be)\s+(?:not|wrong|incorrect)|(?:is|was)n['\u2019]t|can(?:not|['\u2019]t))\b"
+    r"|\W*\?\W*no\b)"
+)
+"""What follows a letter that is not chosen. "B is false" may choose it: some questions ask which statement is."""
+LETTER = re.compile(rf"^\W*([B-HJ-Z](?!\w)|[AI]{NO_NOUN})(?!{REJECTED})")
 STATING = r"(?i:\b(?:answer|option|choice)\b[^\w\u2212-]*(?:is\b|would be\b)?)"
-STATED_LETTER = re.compile(rf"{STATING}\W*([B-HJ-Zb-hj-z](?!\w)|[AIai]{NO_NOUN})")
+STATED_LETTER = re.compile(rf"{STATING}\W*([B-HJ-Zb-hj-z](?!\w)|[AIai]{NO_NOUN})(?!{REJECTED})")
 STATED_TEXT = re.compile(rf"{STATING}[^\w\u2212-]*(.+)")
 
 
@@ -95,8 +100,8 @@ def chosen_option(text: str, options: Sequence[str]) -> int | None:
     """Which option the first line names: by its letter ("B", "(B) Paris", "the answer is B") or by its text.
 
     A line that is an option's text, or says after "the answer is" nothing else, names this one whatever its first
-    letter; a letter goes before text that only begins so. "A planet" has an article and no letter. None where no option
-    is named, or by its text more than one.
+    letter; a letter goes before text that only begins so. "A planet" has an article and no letter, and "B is wrong"
+    does not choose B. None where no option is named, or by its text more than one.
     """
     line = first_line(text)
     told = [line, *(match[1] for match in [STATED_TEXT.search(line)] if match)]

@@ -15,6 +15,10 @@ REFUSED_TRAINER_KEYS = {
     "seed": "is set by shoal; use seed instead",
     "run_name": "is set by shoal; use track.name instead",
     "resume_from_checkpoint": "is set by shoal; use the same command again instead",
+    "report_to": "is set by shoal; use track.wandb instead",
+    "use_cpu": "is set by shoal, which uses an accelerator where there is one; leave it out",
+    "remove_unused_columns": "is set by shoal, the loss reads all columns; leave it out",
+    "label_names": "is set by shoal, rows have their labels in one column; leave it out",
     "bf16": "is set by distill.precision; use that",
     "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
@@ -25,6 +29,9 @@ REFUSED_TRAINER_KEYS = {
     "load_best_model_at_end": "is done by distill.watch.best; use that",
     "eval_strategy": "is done by distill.watch; use that",
     "do_eval": "is done by distill.watch; use that",
+    "eval_on_start": "needs an eval set, which a training here has not; use distill.watch, which scores the student "
+    "before the first step",
+    "train_sampling_strategy": "would have no effect, packing has drawn the order; use seed",
     "push_to_hub": "is done by export.hub_repo; use that",
     "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
     "use_liger_kernel": "would replace the forward that holds the distillation loss; use distill.fused",
@@ -70,6 +77,11 @@ def contradictions(distill: Distill) -> Iterator[str]:
     for key, reason in REFUSED_TRAINER_KEYS.items():
         if key in distill.trainer:
             yield f"distill.trainer.{key}: {reason}"
+    if distill.trainer.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        yield (
+            "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set, which a training here has not; "
+            "choose another, such as cosine"
+        )
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         checkpointing = distill.trainer.get(key)
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):

@@ -22,6 +22,7 @@ from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.training import Training
+from shoal.atomic_files import fingerprint
 from shoal.data import wording
 from shoal.data.image_rows import ImageReader
 from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint
@@ -32,12 +33,13 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.distill import Distill
+from shoal.recipe.evaluate import Tasks
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.prune import choose_plan, read_goals, read_importance, read_plan
-from shoal.stages.run import Run, check_length, is_done, out_of_date
+from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, out_of_date
 from shoal.tracking import wandb_run
 
 if TYPE_CHECKING:
@@ -411,7 +413,28 @@ def _inputs(run: Run, settings: Distill, trained: dict[str, Any]) -> dict[str, A
 
     recipe = run.recipe
     general = shaping(recipe, Shapes.TRAINING)
-    return distill_inputs(settings, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general)
+    inputs = distill_inputs(settings, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general)
+    return inputs | _chosen_by(run)
+
+
+def _chosen_by(run: Run) -> dict[str, Any]:
+    """Of section `eval`, by content, what distill.watch.best chooses a state by; nothing where it chooses none."""
+    watch, scored = run.recipe.distill.watch, _watched(run)
+    if watch is None or scored is None or watch.best is None:
+        return {}
+    from shoal.eval.quick_eval import HELD_OUT
+    from shoal.eval.tasks.names import tasks_fingerprint
+
+    if watch.best == HELD_OUT:
+        chosen_by = {"data": sources_fingerprint(scored.perplexity_data), "sequence_length": scored.sequence_length}
+    else:
+        folder = scored.data_dir
+        chosen_by = {
+            "tasks": tasks_fingerprint(scored.tasks, scored.include_path),
+            "num_fewshot": scored.num_fewshot,
+            "data": None if folder is None else local_data_fingerprint(folder),
+        }
+    return {"distill.watch.best (files)": fingerprint(chosen_by)}
 
 
 def check_distill(run: Run) -> None:
@@ -502,15 +525,21 @@ def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTraine
     from shoal.eval.quick_eval import QuickScores
     from shoal.eval.tasks.names import described_tasks, task_folders
 
-    watch, settings = run.recipe.distill.watch, run.recipe.eval
-    if watch is None:
+    watch, scored = run.recipe.distill.watch, _watched(run)
+    if watch is None or scored is None:
         return None
-    described, _ = described_tasks(task_folders(settings.include_path))
+    described, _ = described_tasks(task_folders(scored.include_path))
     if watch.best in described and described[watch.best][0].column == "disputed":
         raise UserError(
             f"distill.watch.best: {watch.best} asks items that people dispute, which choose no state; name another"
         )
-    quick = dataclasses.replace(
+    return partial(QuickScores, settings=scored, seed=run.recipe.seed)
+
+
+def _watched(run: Run) -> Tasks | None:
+    """Section `eval` as distill.watch scores by it; None where nothing is watched."""
+    watch, settings = run.recipe.distill.watch, run.recipe.eval
+    return watch and dataclasses.replace(
         settings,
         tasks=watch.tasks,
         limit=watch.limit,
@@ -518,4 +547,3 @@ def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTraine
         perplexity_tokens=watch.perplexity_tokens,
         sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
     )
-    return partial(QuickScores, settings=quick, seed=run.recipe.seed)

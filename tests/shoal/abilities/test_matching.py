@@ -45,6 +45,18 @@ OPTIONS = ["an oak tree", "the sun", "Oslo", "Oslo and Rome"]
         ("the moon", None),
         ("not B\nB", None),
         ("Boston", None),
+        ("B is wrong, the answer is C", 2),
+        ("(B) is not right. The answer is D.", 3),
+        ("B isn't right; the answer is D", 3),
+        ("A is incorrect, so option C", 2),
+        ("option B is incorrect; C", None),
+        ("The answer is C? No, B.", None),
+        ("B is right, C is wrong", 1),
+        ("B, not C", 1),
+        ("B - not C", 1),
+        ("B is the answer", 1),
+        ("The answer is C, no doubt", 2),
+        ("C?", 2),
     ],
 )
 def test_chosen_option(text: str, chosen: int | None) -> None:

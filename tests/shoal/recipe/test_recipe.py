@@ -130,6 +130,36 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "distill.trainer.resume_from_checkpoint: is set by shoal; use the same command again instead",
         ),
         (
+            "distill: {trainer: {report_to: wandb}}",
+            "distill.trainer.report_to: is set by shoal; use track.wandb instead",
+        ),
+        (
+            "distill: {trainer: {use_cpu: true}}",
+            "distill.trainer.use_cpu: is set by shoal, which uses an accelerator where there is one; leave it out",
+        ),
+        (
+            "distill: {trainer: {remove_unused_columns: true}}",
+            "distill.trainer.remove_unused_columns: is set by shoal, the loss reads all columns; leave it out",
+        ),
+        (
+            "distill: {trainer: {label_names: [a]}}",
+            "distill.trainer.label_names: is set by shoal, rows have their labels in one column; leave it out",
+        ),
+        (
+            "distill: {trainer: {eval_on_start: true}}",
+            "distill.trainer.eval_on_start: needs an eval set, which a training here has not; use distill.watch, which "
+            "scores the student before the first step",
+        ),
+        (
+            "distill: {trainer: {train_sampling_strategy: sequential}}",
+            "distill.trainer.train_sampling_strategy: would have no effect, packing has drawn the order; use seed",
+        ),
+        (
+            "distill: {trainer: {lr_scheduler_type: reduce_lr_on_plateau}}",
+            "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set, which a training here has not; "
+            "choose another, such as cosine",
+        ),
+        (
             "distill: {trainable: replacement}\neval: {control: true}",
             "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "
             "teacher has nothing; choose another trainable, or set eval.control: false",

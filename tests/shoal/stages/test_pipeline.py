@@ -782,6 +782,29 @@ def test_a_compensation_that_is_switched_off_is_missed(make_run: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("best", "changes"),
+    [
+        ("perplexity", [{"perplexity_data": "python_docs"}, {"sequence_length": 64}]),
+        ("retrieval_continuation", [{"num_fewshot": 2}]),
+    ],
+)
+def test_what_chooses_the_best_state_is_part_of_the_training(
+    make_run: Any, best: str, changes: list[dict[str, Any]]
+) -> None:
+    def trained_by(evaluation: dict[str, Any], best: str | None) -> dict[str, Any]:
+        watch = {"tasks": ["retrieval_continuation"], "best": best}
+        run = make_run(distill={"watch": watch}, eval={"sequence_length": 128, **evaluation})
+        return distill.training_inputs(run, pruning.read_plan(run))
+
+    pruning.prune(make_run())
+    for change in changes:
+        assert trained_by({}, best) != trained_by(change, best)
+        assert trained_by({}, None) == trained_by(change, None), "it only looks on"
+    assert trained_by({}, best) == trained_by({"limit": 3, "perplexity_tokens": 9}, best), "watch has its own"
+
+
+@pytest.mark.slow
 def test_an_edit_that_is_taken_out_is_missed(make_run: Any) -> None:
     pruning.prune(make_run(prune={"drop": [1, 3], "edits": [{"kind": "skip_mlp", "layers": [2]}]}))
     with pytest.raises(UserError, match=r"prune.edits.0 is 'absent' in this recipe"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from shoal.errors import UserError
 from shoal.eval.quick_eval import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
@@ -93,6 +94,14 @@ def test_nothing_is_kept_where_no_score_chooses(tmp_path):
     Training(kept, {2: 1.0}).run(range(4), max_steps=4)
     assert list(tmp_path.iterdir()) == []
     assert kept.best() is None
+
+
+def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=r"^distill\.watch\.limit: 'knowledge_continuation' has 1 item\(s\) for 2 ranks"
+    ):
+        QuickScores(tiny_tokenizer(), Eval(tasks=("knowledge_continuation",), limit=1), seed=0)
 
 
 def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():

@@ -219,6 +219,20 @@ def test_right_answers_cannot_be_told_without_answers(tmp_path):
             write(tmp_path, Writing(prompts=prompts, keep="correct"), unexpected)
 
 
+@pytest.mark.parametrize(("content", "kind"), [([{"type": "text", "text": "4"}], "list"), (4, "int")])
+def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_path, content, kind):
+    turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": content}]}]
+    (tmp_path / "rows").mkdir()
+    for number, row in enumerate(rows):  # a column of one file has values of one kind
+        (tmp_path / f"rows/{number}.jsonl").write_text(json.dumps(row))
+    asked = DataSource(str(tmp_path / "rows"), messages="messages")
+    settings = Writing(**{**BRIEF, "prompts": asked, "keep": "correct"})
+    message = rf"rows/1\.jsonl' row 1: the last assistant turn holds {kind}, .*distill.writing.keep: all"
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "run", settings, unexpected, data=PROSE[1:])
+
+
 @pytest.mark.slow
 def test_prompts_that_are_too_long_are_left_out(tmp_path):
     asked = DataSource(source(tmp_path, [{"text": "short"}, {"text": "much too long"}]))

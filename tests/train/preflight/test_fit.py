@@ -103,6 +103,9 @@ def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
     settings = replace(tiny_job.spec.settings, data=(TrainingSource("python_docs", losses=("forward_kl",)),))
     by_source = replace(tiny_job, spec=replace(tiny_job.spec, settings=settings))
     assert disk_bytes(by_source)["text"] == 11 * tokens
+    trainer = {"max_steps": 1, "num_train_epochs": 3}
+    shorter = replace(tiny_job, spec=replace(tiny_job.spec, settings=replace(tiny_job.spec.settings, trainer=trainer)))
+    assert disk_bytes(shorter, record=True) == disk_bytes(tiny_job, record=True), "rows follow the budget of tokens"
     for pilot, count in ((None, 1), (64, 2)):  # what a stop leaves, and the end of a pilot
         settings = replace(tiny_job.spec.settings, trainer={"save_strategy": "no"}, data_pilot=pilot)
         unsaved = replace(tiny_job, spec=replace(tiny_job.spec, settings=settings))
