@@ -161,7 +161,7 @@ def test_the_steps_that_are_told_are_those_that_the_trainer_takes(tmp_path, trai
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings = Distill(num_tokens=250, sequence_length=10, trainer=split | trainer)
     spec = spec_of(settings, CUT, student_layers=4)
-    rows = list(range(num_rows(settings)))
+    rows: Any = list(range(num_rows(settings)))
     args = training_arguments(settings, None, output_dir=tmp_path, seed=0)
     own = Trainer(torch.nn.Linear(1, 1), args, train_dataset=rows)
     *_, max_steps = own.set_initial_training_values(args, own.get_train_dataloader())
