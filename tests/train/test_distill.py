@@ -6,6 +6,7 @@ Covers: shoal.recipe.deepspeed_file, shoal.train.dataset, shoal.train.engine.arg
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
