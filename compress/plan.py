@@ -103,12 +103,16 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
         goals.refuse_unreachable(free_cuts(free, num_layers), ALL_FREE)
     elif is_automatic(prune):
         counts = drops_by_round(prune, num_layers)
-        free = num_layers - len(_protected(prune.protect, num_layers))
-        if len(counts) > 1 and sum(counts) > free:
-            raise UserError(
-                f"prune: {len(counts)} rounds are to drop {sum(counts)} layers, but only {free} of {num_layers} are "
-                "not protected; drop fewer or shorten prune.protect"
-            )
+        protected = _protected(prune.protect, num_layers) | _edited(prune)
+        count, free, longest = sum(counts), num_layers - len(protected), _longest_run(protected, num_layers)
+        problem = None
+        if prune.contiguous and len(counts) == 1 and count > longest:
+            problem = f"asks to drop a run of {count} layers, but the longest free one has {longest}"
+        elif count > free:
+            asked = f"{len(counts)} rounds are to drop" if len(counts) > 1 else "asks to drop"
+            problem = f"{asked} {count} layers, but only {free} of {num_layers} are not protected"
+        if problem:
+            raise UserError(f"prune: {problem} ({sorted(protected)} stay); drop fewer or shorten prune.protect")
 
 
 def drops_by_round(prune: Prune, num_layers: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ PEAK_SHARE = "peak_share"
 """Tokens per second against those at the speed of a large matrix product on this machine."""
 OBJECTIVE_FILE = "objective.json"
 """File of what loss terms keep between steps, inside a checkpoint."""
+ROW_FILE = "curve_row.json"
+"""File, inside a checkpoint, of what the curves' next row holds so far."""
 ON_POLICY_FILE = "on_policy.json"
 """File, inside a checkpoint, of what on-policy steps keep."""
 
@@ -90,10 +92,9 @@ class ObjectiveTrainer(Trainer):
         self._num_items: Tensor | int = 0
         self._step_sums = self._zero_sums()
         self._term_tokens: list[int] = []
-        self._window_sums = [0.0] * (2 * len(objective.terms) + 2)
-        self._steps_logged = 0
         self._gradient_norm: Tensor | float | None = None
         self._rate = Rate()
+        self._row = CurveRow(2 * len(objective.terms) + 2, self._guard, self._rate)
         self.add_callback(_StepEnds(self))
 
     def _zero_sums(self) -> Tensor:
@@ -239,8 +240,7 @@ class ObjectiveTrainer(Trainer):
             raise refuse_step(problem, step, self._batches, self.refused)
         own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
         self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
-        now = [*counts[: len(terms) + 2], *shares]
-        self._window_sums = [before + added for before, added in zip(self._window_sums, now, strict=True)]
+        self._row.add([*counts[: len(terms) + 2], *shares])
         if stopped:
             self._stop.ask("another rank was asked to stop")
         return stopped > 0
@@ -253,10 +253,12 @@ class ObjectiveTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
         logged; one that has learnt from none since the last time is not there."""
-        steps = self.state.global_step - self._steps_logged
-        if "loss" in logs and steps > 0:
-            names = term_names(self.objective.terms)
-            sums, (matches, compared, *shares) = self._window_sums[: len(names)], self._window_sums[len(names) :]
+        if "loss" in logs and (steps := self._row.num_steps):
+            terms = self.objective.terms
+            names = term_names(terms)
+            sums, (matches, compared, *shares) = self._row.sums[: len(names)], self._row.sums[len(names) :]
+            # the Trainer's own sum begins anew where training goes on inside of a row
+            logs["loss"] = sum(term.weight * value for term, value in zip(terms, sums, strict=True)) / steps
             logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
             if compared:
                 logs[AGREEMENT] = matches / compared
@@ -266,8 +268,7 @@ class ObjectiveTrainer(Trainer):
                 logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s
             if self._gradient_norm is not None:
                 logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
-            self._window_sums = [0.0] * len(self._window_sums)
-            self._steps_logged = self.state.global_step
+            self._row.begin()
         super().log(logs, start_time)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -294,31 +295,63 @@ class ObjectiveTrainer(Trainer):
     def _kept(self) -> dict[str, Any]:
         """What keeps a state between steps, by its file inside a checkpoint."""
         horizon = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.horizon}
-        return {OBJECTIVE_FILE: self.objective, **horizon}
+        return {OBJECTIVE_FILE: self.objective, ROW_FILE: self._row, **horizon}
 
-    def _load_callback_state(self) -> None:
-        """After the state was restored: term curves and training time go on from here, not from step 0."""
-        super()._load_callback_state()
-        self._steps_logged = self.state.global_step
-        history = [row for row in self.state.log_history if "loss" in row]
-        self._guard.remember([row["loss"] for row in history])
-        self._rate = Rate(history[-1]["seconds"] if history else 0.0)
+
+class CurveRow:
+    """Sums of the curves over the steps since their last row, with what else goes on over them.
+
+    A checkpoint has it, so that a row inside of which training stopped is the mean over the same steps as without the
+    stop, and the guard has the same losses to compare the next one with.
+    """
+
+    def __init__(self, num_sums: int, guard: LossGuard, rate: Rate) -> None:
+        self._guard, self._rate = guard, rate
+        self.sums, self.num_steps = [0.0] * num_sums, 0
+
+    def add(self, of_step: Sequence[float]) -> None:
+        """Count one more step."""
+        self.sums = [before + added for before, added in zip(self.sums, of_step, strict=True)]
+        self.num_steps += 1
+
+    def begin(self) -> None:
+        """Begin the next row."""
+        self.sums, self.num_steps = [0.0] * len(self.sums), 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        recent, seconds = self._guard.recent, self._rate.seconds
+        return {"sums": self.sums, "num_steps": self.num_steps, "recent losses": recent, "seconds": seconds}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.sums, self.num_steps = list(state["sums"]), state["num_steps"]
+        self._guard.remember(state["recent losses"])
+        self._rate.go_on_from(state["seconds"])
 
 
 class Rate:
     """Seconds of training and tokens per second, without the time for scoring and saving."""
 
-    def __init__(self, seconds_before: float = 0.0) -> None:
-        self._seconds_before = seconds_before
+    def __init__(self) -> None:
+        self._seconds_before = 0.0
+        self._started = self._read_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those of earlier lives included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def go_on_from(self, seconds: float) -> None:
+        """Begin now, after so many seconds in earlier lives."""
+        self._seconds_before = seconds
         self._started = self._read_at = time.monotonic()
 
     def read(self, num_tokens: int) -> dict[str, float]:
         """Curves for ``num_tokens`` since the last reading."""
+        values = {"seconds": self.seconds}
         now = time.monotonic()
-        values = {
-            "seconds": self._seconds_before + now - self._started,
-            "tokens_per_s": num_tokens / max(now - self._read_at, 1e-9),
-        }
+        values["tokens_per_s"] = num_tokens / max(now - self._read_at, 1e-9)
         self._read_at = now
         return values
 

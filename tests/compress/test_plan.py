@@ -195,6 +195,23 @@ def test_empty_drop_list_is_no_mistake_beside_edits() -> None:
     assert choose(drop=(), edits=(SKIP,)) == ((), "attention of layer 1 zeroed")
 
 
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        (Prune(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\] stay\)"),
+        (Prune(num_drop=4, edits=(SKIP,)), "asks to drop 4 layers, but only 3 of 6"),
+        (
+            Prune(num_drop=3, contiguous=True, protect=(0, 3, -1)),
+            r"asks to drop a run of 3 layers, but the longest free one has 2 \(\[0, 3, 5\] stay\)",
+        ),
+    ],
+)
+def test_more_layers_than_are_free_are_refused_before_anything_is_measured(prune: Prune, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_choice(prune, num_layers=NUM_LAYERS)
+    check_choice(replace(prune, num_drop=2), num_layers=NUM_LAYERS)
+
+
 def test_edits_that_this_model_cannot_take_are_refused() -> None:
     with pytest.raises(UserError, match=r"prune.edits.1: 6 is no layer of this model; its layers are 0..5"):
         choose(edits=(SKIP, SkipAttention("skip_attention", (6,))))

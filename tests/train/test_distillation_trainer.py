@@ -164,6 +164,23 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> 
         )
 
 
+def test_a_row_of_the_curves_goes_on_where_training_stopped_inside_of_it(tmp_path: Path) -> None:
+    steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": 0.3}]
+    whole = trainer_of(tmp_path, losses=losses, trained_by=steps)
+    whole.train()
+    again = trainer_of(tmp_path, losses=losses, trained_by=steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    for name in ("loss", "forward_kl", "cross_entropy", "top1_agreement"):
+        assert curve(again, name) == curve(whole, name), name
+    assert len(curve(whole)) == 3
+    means = zip(curve(whole, "forward_kl"), curve(whole, "cross_entropy"), strict=True)
+    assert curve(whole) == pytest.approx([kl + 0.3 * entropy for kl, entropy in means])
+    assert again._guard.recent == whole._guard.recent
+    seconds = curve(again, "seconds")
+    assert seconds == sorted(seconds)
+
+
 def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(tmp_path: Path) -> None:
     student, teacher = models()
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}

@@ -50,6 +50,11 @@ class LossGuard:
         self._recent.append(loss)
         return None
 
+    @property
+    def recent(self) -> list[float]:
+        """Losses of the last steps, to be remembered by the next life of this training."""
+        return list(self._recent)
+
     def remember(self, losses: Sequence[float]) -> None:
         """Losses of an earlier life of this training."""
         self._recent.extend(losses)

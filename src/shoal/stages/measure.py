@@ -88,8 +88,7 @@ def check_measure(run: Run) -> None:
             f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
             f"{bytes_text(available_memory())} are free; lower it"
         )
-    if run.recipe.prune.rounds > 1:
-        _check_removals_in_rounds(run)
+    _check_removals(run)
     for source in settings.data:
         load_texts(source, max_characters=1)
     for probe in settings.probes:
@@ -137,18 +136,21 @@ def _processor(run: Run) -> Any:
     return load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
 
 
-def _check_removals_in_rounds(run: Run) -> None:
-    """Refuse greedy orders of more removals than the model of the last round has layers for."""
+def _check_removals(run: Run) -> None:
+    """Refuse greedy orders of more removals than the model, of several rounds that of the last, has layers for."""
+    from shoal.compress.metrics.registry import METRICS
     from shoal.compress.plan import drops_by_round
 
-    measure = run.recipe.measure
-    fewest = run.num_layers - sum(drops_by_round(run.recipe.prune, run.num_layers)[:-1])
+    measure, rounds = run.recipe.measure, run.recipe.prune.rounds
+    before = drops_by_round(run.recipe.prune, run.num_layers)[:-1] if rounds > 1 else ()
+    fewest, model = run.num_layers - sum(before), "the model of the last round" if rounds > 1 else "the model"
+    orders = [name for name in measure.metrics if name in METRICS and METRICS[name].yields == "order"]
     greedy = None if measure.sweep is None else measure.sweep.greedy
-    for setting, count in (("measure.num_drop", measure.num_drop), ("measure.sweep.greedy", greedy)):
+    for setting, count in (("num_drop", measure.num_drop if orders else None), ("sweep.greedy", greedy)):
         if count is not None and count > fewest - 2:
             raise UserError(
-                f"{setting}: {count} removals are more than the model of the last round allows, which has {fewest} "
-                f"layers of which the first and the last stay; set at most {fewest - 2}"
+                f"measure.{setting}: {count} removals are more than {model} allows, which has {fewest} layers of which "
+                f"the first and the last stay; set at most {fewest - 2}"
             )
 
 
@@ -163,6 +165,9 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
     refuse_few_items(settings, counts, tokenizer, num_removals=num_removals)
+    scored = [*tasks, *(["perplexity"] if settings.perplexity_tokens else [])]
+    if unknown := sorted(settings.greedy_weights.keys() - set(scored)):
+        raise UserError(f"measure.sweep.greedy_weights: {unknown[0]!r} is not scored; there is {', '.join(scored)}")
     if _is_streamed(run):
         _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
@@ -295,6 +300,11 @@ def measure(run: Run) -> None:
     barrier()
 
 
+def removals_of_orders(run: Run) -> int:
+    """Layers that greedy metrics remove: measure.num_drop, or a quarter of what this round has."""
+    return run.recipe.measure.num_drop or max(1, len(run.base_layers) // 4)
+
+
 def _rows(run: Run) -> PackedRows:
     settings = run.recipe.measure
     log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
@@ -318,11 +328,10 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
         if model is None:
             scores = measure_streamed(run.base, rows, streaming=_streaming(run), **common)
         else:
-            num_drop = settings.num_drop or max(1, len(run.base_layers) // 4)
             scores = measure_importance(
                 model,
                 rows,
-                num_drop=num_drop,
+                num_drop=removals_of_orders(run),
                 seed=run.recipe.seed,
                 scale_removals=settings.scale_removals,
                 **common,

@@ -28,7 +28,7 @@ from shoal.recipe.prune import Calibration
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.recipe.track import is_gguf
 from shoal.runtime import barrier, is_main
-from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads
+from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads, removals_of_orders
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.run import Run, check_length, is_done, out_of_date, require
 
@@ -411,17 +411,32 @@ def read_importance(run: Run) -> Importance | None:
 
 
 def refuse_unmeasured(run: Run) -> None:
-    """Refuse a metric to choose by that nothing in the recipe measures, before hours are spent on others.
+    """Refuse to choose by what nothing in the recipe measures, or measures too short, before hours are spent on it.
 
     Where tasks are swept a name may be one of theirs, and where importance.json is there it tells.
     """
     from shoal.compress.metrics.images import COLUMNS
     from shoal.compress.metrics.registry import METRICS
-    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
+    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, drops_by_round, is_automatic
 
     prune, measure = run.recipe.prune, run.recipe.measure
-    if not is_automatic(prune) or measure.sweep is not None or (run.dir / Importance.FILE).is_file():
+    if not is_automatic(prune) or (run.dir / Importance.FILE).is_file():
         return
+    if prune.metric in METRICS and METRICS[prune.metric].yields == "order" and prune.target is None:
+        count, removals = drops_by_round(prune, run.num_layers)[run.round - 1], removals_of_orders(run)
+        if removals < count:
+            raise UserError(
+                f"measure.num_drop: orders end after {removals} of {len(run.base_layers)} layers, and prune.metric: "
+                f"{prune.metric} is to choose {count}; set measure.num_drop: {count}, or drop fewer"
+            )
+    if measure.sweep is not None:
+        return
+    for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):
+        if asked:
+            raise UserError(
+                f"prune.{setting}: needs swept tasks, and nothing is swept; name some in measure.sweep.tasks, or leave "
+                "it out"
+            )
     named = {f"prune.weights.{name}": name for name in prune.weights}
     default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
     for setting, name in (named or {"prune.metric": prune.metric or default}).items():

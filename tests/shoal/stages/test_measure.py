@@ -211,6 +211,12 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "perplexity_tokens": 300}}, "task 'perplexity': has [4-7] items, but over 6 removals"),
         ({"sweep": {**SWEEP, "limits": {"x": 9}}}, "measure.sweep.limits: 'x' is not among"),
         ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
+        ({"sweep": {**SWEEP, "greedy": 5}}, "sweep.greedy: 5 removals are more than the model allows, which has 6"),
+        ({"metrics": ["sleb"], "num_drop": 5}, "measure.num_drop: 5 removals are more than the model allows"),
+        (
+            {"sweep": {**SWEEP, "greedy": 2, "greedy_weights": {"misspelt": 1}}},
+            "measure.sweep.greedy_weights: 'misspelt' is not scored; there is ",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(

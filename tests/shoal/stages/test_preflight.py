@@ -38,6 +38,18 @@ from shoal.stages.run import open_run
         ),
         ({"contiguous": True}, {"metrics": ["sleb"]}, r"angular is not measured"),
         (
+            {"metric": "sleb", "num_drop": 2},
+            {"metrics": ["sleb"]},
+            r"measure\.num_drop: orders end after 1 of 6 layers, and prune\.metric: sleb is to choose 2; set",
+        ),
+        (
+            {"metric": "blockpruner", "num_drop": 3},
+            {"metrics": ["blockpruner"], "num_drop": 2},
+            r"measure\.num_drop: orders end after 2 of 6 layers, and prune\.metric: blockpruner is to choose 3",
+        ),
+        ({"spare": ["retrieval"]}, {}, r"prune\.spare: needs swept tasks, and nothing is swept; name some in"),
+        ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone: needs swept tasks, and nothing is swept"),
+        (
             {"weights": {"angular": 1, "taylr": 1}},
             {},
             r"weights\.taylr: taylr is no metric; did you mean taylor\?",
