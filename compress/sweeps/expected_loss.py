@@ -8,7 +8,7 @@ import numpy as np
 
 from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.formatting import layers_text, signed
-from shoal.recipe.edits import Edits, in_words
+from shoal.recipe.edits import Edits, in_words, removed_layers
 from shoal.stats.intervals import Array, combined
 
 
@@ -53,6 +53,7 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits
     if importance.atlas is None:
         return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
     left_out = (f"not counted: {'; '.join(map(in_words, edits))}",) if edits else ()
+    drop = [layer for layer in drop if layer not in removed_layers(edits)]
     if not drop:
         return left_out
     drop = importance.places(drop)

@@ -504,6 +504,9 @@ def test_what_is_not_known_is_said() -> None:
     assert expected_sacrifice(swept(), ()) == ()
     assert expected_sacrifice(swept(), (2,), (SKIP,))[-1] == "not counted: attention of layer 1 zeroed"
     assert expected_sacrifice(swept(), (), (SKIP,)) == ("not counted: attention of layer 1 zeroed",)
+    merged = "not counted: layers 2, 3 merged into one (laco)"
+    assert expected_sacrifice(swept(), (3,), (MERGE,)) == (merged,), "what a merge takes in is not dropped"
+    assert expected_sacrifice(swept(), (3, 4), (MERGE,)) == (*expected_sacrifice(swept(), (4,)), merged)
     made = task(right(0.3), "reasoning_continuation")
     scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
     assert "; no signal: the intact model is not clear of chance" in expected_sacrifice(scores, (2,))[1]
