@@ -32,7 +32,7 @@ from shoal.progress import Work, each
 from shoal.recipe.measure import Protocol, Sweeps
 from shoal.runtime import world_size
 
-from ...eval.evaluate import check_runnable, in_words, num_items, scores_of
+from ...eval.evaluate import check_runnable, in_words, num_items, refuse_idle_ranks, scores_of
 from ...eval.harness.engine import CausalLM, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of
 from ...eval.harness.perplexity import perplexity, windows
@@ -152,6 +152,7 @@ def checked_tasks(
         tasks = tasks_of(replace(settings, tasks=names))
         check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
         counts = num_items(tasks, settings)
+        refuse_idle_ranks(counts, num_ranks=world_size())
     _refuse_written_text(settings, tasks)
     return tasks, counts
 

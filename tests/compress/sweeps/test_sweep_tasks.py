@@ -158,3 +158,10 @@ def test_what_a_sweep_would_refuse_later_is_refused_at_once(
     asked = dataclasses.replace(settings(tasks, *names), **changes)
     with pytest.raises(UserError, match=message):
         checked_tasks(asked, model().config, tiny_tokenizer())
+
+
+def test_ranks_without_an_item_are_refused_at_once(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.compress.sweeps.sweep.world_size", lambda: 4)
+    asked = dataclasses.replace(settings(tasks, "plain"), limit=3)
+    with pytest.raises(UserError, match=r"measure\.sweep\.limit: 'plain' has [123] item\(s\) for 4 ranks"):
+        checked_tasks(asked, model().config, tiny_tokenizer())
