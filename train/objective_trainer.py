@@ -320,14 +320,14 @@ class CurveRow:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        recent, seconds = self._guard.recent, self._rate.seconds
-        return {"sums": self.sums, "num_steps": self.num_steps, "recent losses": recent, "seconds": seconds}
+        times = {"seconds": self._rate.seconds, "row seconds": self._rate.since_read}
+        return {"sums": self.sums, "num_steps": self.num_steps, "recent losses": self._guard.recent, **times}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.sums, self.num_steps = list(state["sums"]), state["num_steps"]
         self._guard.remember(state["recent losses"])
-        self._rate.go_on_from(state["seconds"])
+        self._rate.go_on_from(state["seconds"], since_read=state["row seconds"])
 
 
 class Rate:
@@ -342,17 +342,20 @@ class Rate:
         """Seconds of training so far, those of earlier lives included."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def go_on_from(self, seconds: float) -> None:
-        """Begin now, after so many seconds in earlier lives."""
-        self._seconds_before = seconds
-        self._started = self._read_at = time.monotonic()
+    @property
+    def since_read(self) -> float:
+        """Seconds of training since the last reading, which its tokens took."""
+        return time.monotonic() - self._read_at
+
+    def go_on_from(self, seconds: float, *, since_read: float) -> None:
+        """Begin now, after so many seconds in earlier lives, the last of them since a reading."""
+        self._seconds_before, self._started = seconds, time.monotonic()
+        self._read_at = self._started - since_read
 
     def read(self, num_tokens: int) -> dict[str, float]:
         """Curves for ``num_tokens`` since the last reading."""
-        values = {"seconds": self.seconds}
-        now = time.monotonic()
-        values["tokens_per_s"] = num_tokens / max(now - self._read_at, 1e-9)
-        self._read_at = now
+        values = {"seconds": self.seconds, "tokens_per_s": num_tokens / max(self.since_read, 1e-9)}
+        self._read_at = time.monotonic()
         return values
 
     @contextlib.contextmanager

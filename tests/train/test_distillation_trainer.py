@@ -36,6 +36,7 @@ from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
 from shoal.train.distillation_trainer import DistillationTrainer
+from shoal.train.objective_trainer import Rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)
@@ -179,6 +180,11 @@ def test_a_row_of_the_curves_goes_on_where_training_stopped_inside_of_it(tmp_pat
     assert again._guard.recent == whole._guard.recent
     seconds = curve(again, "seconds")
     assert seconds == sorted(seconds)
+    rate = Rate()
+    rate.go_on_from(30.0, since_read=5.0)
+    told = rate.read(100)
+    assert 30 <= told["seconds"] < 31
+    assert 19 < told["tokens_per_s"] <= 20, "over both parts of the row"
 
 
 def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(tmp_path: Path) -> None:
