@@ -328,7 +328,7 @@ def table(arguments: argparse.Namespace) -> str:
         seconds = ", ".join(f"{result.seconds + own_s:.0f}" for result, own_s in zip(training, healing, strict=True))
         first = f"{local[0]['num_tokens']:,} by the local heal, then " if local else ""
         if "choose" in ARMS[arm]:
-            rows[f"cut of {arm}"] = (pooled(own.values(), "pruned"), None)
+            rows[f"cut of {arm}"] = (pooled(own.values(), "pruned"), None if own is reference else pruned)
         title = f"{arm} ({first}{training[0].num_tokens:,} tokens; {seconds} s)"
         common = [seed for seed in own if seed in reference and own is not reference]
         rows[title] = (
@@ -341,7 +341,7 @@ def table(arguments: argparse.Namespace) -> str:
 
 
 Rows = Mapping[str, tuple[Scores, Scores | None]]
-"""Title -> scores, and those of the first arm over the same seeds."""
+"""Title -> scores, and those of the first arm over the same seeds; beside another cut those of the first arm's cut."""
 
 
 def kept_by_column(teacher: Scores, rows: Rows) -> str:
@@ -372,7 +372,7 @@ def kept_text(teacher: Scores, pruned: Scores, own: Scores, weights: Mapping[str
     if own is not pruned:
         gained = summed_change(scales, pruned, own)
         cell += f"; over pruned {gained.value:+.2f} [{gained.ci_low:+.2f}, {gained.ci_high:+.2f}]"
-    if first is not None:
+    if first is not None and first is not pruned:
         change = summed_change(scales, first, own)
         cell += f"; over the first {change.value:+.2f} [{change.ci_low:+.2f}, {change.ci_high:+.2f}]"
     return cell
