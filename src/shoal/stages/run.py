@@ -63,11 +63,11 @@ LOCK = ".lock"
 ROUNDS = "rounds"
 """Folder of a run directory that holds the rounds before the last, by number."""
 HEALED = "model healed before"
+"""Input of results that were made from the student of the round before."""
 DEPTH, BESIDE = "depth", "beside"
 """Folder of what `shoal depth` measures, and the role of measure.beside in it."""
 MEASURED = {"pruned": "student", "distilled": "distilled"}
 """Role -> folder of the run directory, of the models made from the teacher that `shoal depth` measures."""
-"""Input of results that were made from the student of the round before."""
 LOCK_WAIT_S = 30
 LEAST_SIZE = 0.2
 """Smallest share of a recipe's sizes, on however slow a device: with less there would be nothing to see."""

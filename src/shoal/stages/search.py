@@ -20,6 +20,7 @@ from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.search import HealedPlan, SearchResult
+from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
@@ -136,9 +137,17 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
         )
         candidate = parse_recipe(as_dict(candidate), source=f"search.plans.{index} ({plan.called})")
         own = Run(candidate)
+        _share_speed(run, own)
         check_choice(own.prune, num_layers=num_layers, goals=pruning.read_goals(own))
         candidates.append(Candidate(plan.called, own))
     return candidates
+
+
+def _share_speed(run: Run, candidate: Run) -> None:
+    """The teacher's time as `shoal eval` measured it in the run directory, where a plan has to keep to one."""
+    target, measured = candidate.recipe.prune.target, run.dir / Speed.FILE
+    if target is not None and target.ms_per_token is not None and measured.is_file():
+        _copy(run.dir, candidate.dir, Speed.FILE)
 
 
 def prune_of(plan: SearchPlan, prune: Prune) -> Prune:
@@ -276,6 +285,10 @@ def _adopt(kind: type[Artifact], source: Path, target: Path, name: str, inputs: 
     """Copy an artifact into another run of the same identity, where it is not there yet."""
     if not (source / name).is_file() or differences(inputs, kind.read(source / name).provenance.inputs):
         return
+    _copy(source, target, name)
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
     text = (source / name).read_text(encoding="utf-8")
     if not (target / name).is_file() or (target / name).read_text(encoding="utf-8") != text:
         write_text(target / name, text)

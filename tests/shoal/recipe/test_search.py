@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from results import speed
 from searches import EVAL, MEASURE, Healer
 
 from shoal import cli
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.search import SearchResult
+from shoal.artifacts.speed import Speed
 from shoal.errors import UserError
 from shoal.recipe.prune import Compensate, PlanTarget, Prune
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.search import SearchPlan
 from shoal.recipe.section import as_dict
 from shoal.stages import evaluate, measure
+from shoal.stages import prune as pruning
 from shoal.stages import search as searching
 from shoal.stages.run import Run, open_run
 from shoal.stages.search import prune_of
@@ -275,3 +280,22 @@ def test_the_verb_heals_plans_of_the_same_layers_once_from_their_own_recipes_and
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="`shoal search` starts its own launcher"):
         cli._dispatch("search", run.recipe, "recipe.yaml", [])
+
+
+@pytest.mark.slow
+def test_plans_keep_to_the_time_that_was_measured_in_the_run_directory(make_run: Any) -> None:
+    target = {"ms_per_token": {"limit": 40.0, "length": 144}}
+    run = make_run([{}, {"contiguous": True}], prune={"target": target})
+    settings = run.recipe.search
+    assert settings is not None
+    with pytest.raises(UserError, match="needs the teacher's own time to scale; run `shoal eval` first"):
+        searching._candidates(run, settings)
+    measured = speed()
+    batch = replace(measured.roles["teacher"].batches[0], decode_tokens_per_s=20.0)
+    roles = {"teacher": replace(measured.roles["teacher"], batches=(batch,))}
+    own = Provenance({"teacher": run.teacher_fingerprint})
+    replace(measured, provenance=own, roles=roles, half_depth=None).write(run.dir / Speed.FILE)
+    for candidate in searching._candidates(run, settings):
+        goals = pruning.read_goals(candidate.run)
+        assert goals is not None
+        assert "predicted from the teacher's 50 ms in eval/speed.json" in goals.in_words(())
