@@ -72,7 +72,7 @@ def task_score(
     check_answers(name, task, under_filter)
     metric_key = metric_of(task, under_filter[0]["metrics"])
     metric, items = _item_scores(name, task, under_filter, metric_key, count_tokens)
-    higher_is_better = bool(task.higher_is_better().get(metric_key, not metric.startswith(("nats", "bits"))))
+    higher_is_better = rises(task, metric_key)
     if under_filter[0]["filter"] != "none":
         metric = f"{metric} ({under_filter[0]['filter']})"
     score = TaskScore(
@@ -182,6 +182,12 @@ def metric_of(task: Any, available: Sequence[str]) -> str:
     """Which of the ``available`` metrics stands for the task."""
     named = (task.config.metadata or {}).get("metric")
     return named or next((metric for metric in PREFERRED_METRICS if metric in available), available[0])
+
+
+def rises(task: Any, metric: str) -> bool:
+    """Whether more of ``metric``, as metric_of names it, is better; False of nats and bits."""
+    counts_text = metric in ROLLING_METRICS or metric.startswith(("nats", "bits"))
+    return bool(task.higher_is_better().get(metric, not counts_text))
 
 
 def _item_scores(

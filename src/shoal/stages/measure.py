@@ -168,6 +168,8 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     scored = [*tasks, *(["perplexity"] if settings.perplexity_tokens else [])]
     if unknown := sorted(settings.greedy_weights.keys() - set(scored)):
         raise UserError(f"measure.sweep.greedy_weights: {unknown[0]!r} is not scored; there is {', '.join(scored)}")
+    if settings.greedy is not None:
+        _check_mean(settings, tasks)
     if _is_streamed(run):
         _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
@@ -176,6 +178,27 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
         _check_order(settings.order, run.num_layers)
     else:
         _check_order_name(settings.order, settings, run.recipe.measure.metrics, tasks)
+
+
+def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
+    """Refuse a greedy order by scores that have no mean, before the first round of it is scored."""
+    from shoal.eval.harness.samples import metric_of, rises
+
+    weights = settings.greedy_weights
+    if weights and not any(weights.values()):
+        raise UserError(
+            f"measure.sweep.greedy_weights: {weights} give no mean; give one task a weight above 0 at least"
+        )
+    metrics = {name: metric_of(task, list(task.higher_is_better())) for name, task in tasks.items()}
+    higher = {name: rises(tasks[name], metric) for name, metric in metrics.items()}
+    if settings.perplexity_tokens:
+        higher["perplexity"] = False
+    shares, in_nats = ([name for name, rising in higher.items() if rising is kind] for kind in (True, False))
+    if in_nats and shares and not weights:
+        raise UserError(
+            f"measure.sweep.greedy: {in_nats[0]} is in nats and {shares[0]} a share, which have no unit in common; "
+            "give each task a weight in measure.sweep.greedy_weights"
+        )
 
 
 def _check_disputed(settings: Sweeps, tasks: dict[str, Any]) -> None:

@@ -31,6 +31,12 @@ SWEEP: dict[str, Any] = {
     "perplexity_tokens": 800,
     "sequence_length": 64,
 }
+NATS_AND_SHARES = {
+    **SWEEP,
+    "tasks": ["reasoning_worked", "knowledge_continuation"],
+    "protocols": [],
+    "perplexity_tokens": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +223,15 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
             {"sweep": {**SWEEP, "greedy": 2, "greedy_weights": {"misspelt": 1}}},
             "measure.sweep.greedy_weights: 'misspelt' is not scored; there is ",
         ),
+        (
+            {"sweep": {**SWEEP, "greedy": 2}},
+            "measure.sweep.greedy: perplexity is in nats and knowledge_continuation a share, which have no unit",
+        ),
+        (
+            {"sweep": {**NATS_AND_SHARES, "greedy": 2}},
+            "measure.sweep.greedy: reasoning_worked is in nats and knowledge_continuation a share",
+        ),
+        ({"sweep": {**SWEEP, "greedy": 2, "greedy_weights": {"perplexity": 0}}}, "'perplexity': 0.0} give no mean"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
