@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shoal.artifacts.importance import ColumnReadWrite, Estimate, ReadWrite, Sweep, SweepColumn
-from shoal.stats.bootstrap import bootstrap_p, expanded_percentiles, num_resamples, resampled_means
+from shoal.stats.bootstrap import bootstrap_p, expanded_percentiles, resampled_means
 from shoal.stats.intervals import Array
 from shoal.stats.paired import holm
 
@@ -61,7 +61,7 @@ def _losses(column: Measured) -> Array:
 def _means(values_NL: Array, column: Measured) -> tuple[tuple[Estimate, ...], list[float]]:
     """The mean of every layer with its paired bootstrap interval, and the p-values that it is 0."""
     value_L = np.average(values_NL, axis=0, weights=column.weights_N)
-    means_RL = resampled_means(values_NL, column.weights_N, num_resamples(values_NL.shape[1]))
+    means_RL = resampled_means(values_NL, column.weights_N)
     limits = expanded_percentiles(means_RL, value_L, column.effective_n)
     rows = zip(value_L.tolist(), *(limit.tolist() for limit in limits), strict=True)
     return tuple(Estimate(*row) for row in rows), bootstrap_p(means_RL, value_L, column.effective_n).tolist()

@@ -16,7 +16,7 @@ from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Component
 from shoal.recipe.section import LEAST_ITEMS
-from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means
+from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
 from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson
 from shoal.stats.paired import holm, is_binary, mcnemar, paired_table, require_same_measurement, z_above_chance
 
@@ -134,7 +134,7 @@ def _measured(task: TaskScore, variants: Sequence[TaskScore], resample: bool) ->
     binary = is_binary(task) and all(is_binary(variant) for variant in variants)
     means_RK = None
     if resample or not binary:
-        means_RK = resampled_means(scores_NK, weights_N, num_resamples(len(variants)))
+        means_RK = resampled_means(scores_NK, weights_N)
     return Measured(task, ids, scores_NK, weights_N, binary, means_RK)
 
 
@@ -267,7 +267,7 @@ def restricted(column: Measured, ids: Sequence[str]) -> Measured:
     kept = tuple(items[identity] for identity in ids)
     score = float(np.average(scores_NK[:, 0], weights=weights_N))
     task = replace(column.task, items=kept, n=len(kept), score=score)
-    means_RK = resampled_means(scores_NK, weights_N, num_resamples(scores_NK.shape[1] - 1))
+    means_RK = resampled_means(scores_NK, weights_N)
     return Measured(task, tuple(ids), scores_NK, weights_N, column.is_binary, means_RK)
 
 

@@ -208,18 +208,13 @@ def test_equal_input_gives_an_equal_atlas_in_whatever_order_items_come() -> None
 def test_resampled_means_equal_a_loop_over_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     values, weights = rng.random((12, 3)), rng.random(12) + 0.5
-    whole = resampled_means(values, weights, 50)
-    counts = np.random.default_rng(bootstrap.RESAMPLE_SEED).multinomial(12, np.full(12, 1 / 12), size=50)
+    whole = resampled_means(values, weights)
+    counts = np.random.default_rng(bootstrap.RESAMPLE_SEED).multinomial(12, np.full(12, 1 / 12), size=4000)
     for row, drawn in zip(whole, counts, strict=True):
         items = np.repeat(np.arange(12), drawn)
         assert row == pytest.approx(np.average(values[items], axis=0, weights=weights[items]))
     monkeypatch.setattr(bootstrap, "COUNT_ELEMENTS", 40)
-    assert resampled_means(values, weights, 50) == pytest.approx(whole, abs=1e-12)
-
-
-def test_many_units_get_enough_resamples_to_survive_holm() -> None:
-    for units in (3, 30, 1000):
-        assert units / (1 + bootstrap.num_resamples(units)) < 0.05
+    assert resampled_means(values, weights) == pytest.approx(whole, abs=1e-12)
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.25])

@@ -296,6 +296,13 @@ def test_p_of_a_few_nats_is_that_of_a_t_test_and_not_what_resampling_cannot_exce
 
 
 @pytest.mark.slow
+def test_what_is_clear_stays_clear_among_hundreds_of_tasks() -> None:
+    """Holm's correction multiplies by the number of tasks: a least p that the resamples set would be lost to it."""
+    fallen = np.random.default_rng(0).normal(-0.5, 0.05, 300)
+    change = ours.paired_values(np.zeros(300), fallen, np.ones(300), binary=False, higher_is_better=False)
+    assert max(ours.holm([change.p_value] * 400)) < 1e-9
+
+
 def test_p_is_below_a_twentieth_exactly_where_the_interval_excludes_zero() -> None:
     rng = np.random.default_rng(15)
     sides = []
