@@ -13,6 +13,8 @@ from .sparing import affordable, require_affordable
 from .to_target import shortest_prefix
 
 HALVES = ("attention", "mlp")
+TASK_ORDER = "task_greedy"
+"""Name of the order by the mean score of swept tasks."""
 
 
 def first_of_order(
@@ -33,8 +35,9 @@ def first_of_order(
     if len(free) < count:
         removed = "halves" if of_halves else "layers"
         raise UserError(
-            f"prune.metric={metric}: its order in importance.json has {len(free)} {removed} that are not protected "
-            f"({in_teacher(protected, importance)}), {count} are needed; raise measure.num_drop, or drop fewer"
+            f"prune.metric={metric}: its order holds {len(free)} {removed} that are not protected "
+            f"({in_teacher(protected, importance)}), {count} are needed; raise {length_setting(metric)} before it is "
+            "measured, or drop fewer"
         )
     if of_halves:
         taken, last = free[:count], free[count - 1]
@@ -50,6 +53,11 @@ def first_of_order(
     if skipped:
         reason = f"{removed} of the order of {metric} that may go ({skipped} passed over)"
     return tuple(sorted(layers)), halves, reason
+
+
+def length_setting(metric: str) -> str:
+    """The setting that says how long an order is."""
+    return "measure.sweep.greedy" if metric == TASK_ORDER else "measure.num_drop"
 
 
 def is_of_halves(metric: str, importance: Importance) -> bool:
@@ -74,7 +82,8 @@ def _reaching(
 ) -> int:
     """How many removals of an order reach the goals. Only whole layers save something: a half leaves its place."""
     prefixes = prefixes_of(free, spared, of_halves=of_halves)
-    at = shortest_prefix([layers for _, layers in prefixes], goals, metric)
+    longer = f"{metric} that may go (raise {length_setting(metric)} for more)"
+    at = shortest_prefix([layers for _, layers in prefixes], goals, longer)
     return 1 + (prefixes[at][0] if of_halves else at)
 
 

@@ -76,8 +76,7 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     Raises:
         UserError: an impossible number of layers.
     """
-    taken = _protected(prune.protect, num_layers) | _edited(prune)
-    free = [layer for layer in range(num_layers) if layer not in taken]
+    free = free_layers(prune, num_layers)
     if goals is not None:
         lasts = [free[-count:] for count in range(1, min(len(free), num_layers - 1) + 1)]
         goals.refuse_unreachable(lasts, ALL_FREE)
@@ -98,9 +97,7 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
     if prune.drop is not None:
         _explicit(prune, prune.drop, num_layers)
     elif goals is not None:
-        protected = _protected(prune.protect, num_layers) | _edited(prune)
-        free = [layer for layer in range(num_layers) if layer not in protected]
-        goals.refuse_unreachable(free_cuts(free, num_layers), ALL_FREE)
+        goals.refuse_unreachable(free_cuts(free_layers(prune, num_layers), num_layers), ALL_FREE)
     elif is_automatic(prune):
         counts = drops_by_round(prune, num_layers)
         protected = _protected(prune.protect, num_layers) | _edited(prune)
@@ -113,6 +110,16 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
             problem = f"{asked} {count} layers, but only {free} of {num_layers} are not protected"
         if problem:
             raise UserError(f"prune: {problem} ({sorted(protected)} stay); drop fewer or shorten prune.protect")
+
+
+def free_layers(prune: Prune, num_layers: int) -> list[int]:
+    """The layers that an automatic choice may take, as far as it needs no scores.
+
+    Raises:
+        UserError: a protected layer that is none of the model's.
+    """
+    taken = _protected(prune.protect, num_layers) | _edited(prune)
+    return [layer for layer in range(num_layers) if layer not in taken]
 
 
 def drops_by_round(prune: Prune, num_layers: int) -> tuple[int, ...]:

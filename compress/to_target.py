@@ -70,13 +70,14 @@ def cheapest_run(runs: Sequence[Cut], goals: Goals, spends: Spends) -> Cut:
     )
 
 
-def shortest_prefix(prefixes: Sequence[Sequence[int]], goals: Goals, metric: str) -> int:
+def shortest_prefix(prefixes: Sequence[Sequence[int]], goals: Goals, order: str) -> int:
     """The position of the first of ``prefixes``, whole layers that are gone after so many removals, that reaches all.
+    ``order`` says in words whose removals they are.
 
     Raises:
         UserError: none does.
     """
-    goals.refuse_unreachable(prefixes, f"the {len(prefixes)} removals of the order of {metric} that may go")
+    goals.refuse_unreachable(prefixes, f"the {len(prefixes)} removals of the order of {order}")
     return next(index for index, layers in enumerate(prefixes) if goals.reached(layers))
 
 

@@ -148,7 +148,7 @@ def checked_tasks(
         UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
     """
     names = task_names(settings)
-    with _named_as_in_sweeps():
+    with named_as_in_sweeps():
         tasks = tasks_of(replace(settings, tasks=names))
         check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
         counts = num_items(tasks, settings)
@@ -168,14 +168,14 @@ def refuse_few_items(
     for task, count in counts.items():
         require_items(task, count, num_removals)
     if settings.perplexity_tokens:
-        with _named_as_in_sweeps():
+        with named_as_in_sweeps():
             weights = [window.weight for window in windows(tokenizer, settings)]
         require_items("perplexity", len(weights), num_removals, weights=weights)
 
 
 @contextlib.contextmanager
-def _named_as_in_sweeps() -> Iterator[None]:
-    """The same settings as those of evaluating are in another section here."""
+def named_as_in_sweeps() -> Iterator[None]:
+    """Refusals name the settings of a sweep: those of evaluating are called the same, in another section."""
     try:
         yield
     except UserError as error:

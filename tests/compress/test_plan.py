@@ -321,7 +321,7 @@ def test_protected_layers_of_an_order_are_passed_over_and_told() -> None:
 
 def test_an_order_that_is_too_short_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"has 3 layers that are not protected \(\[0, 5\]\), 4 are needed; raise measure.num"
+        UserError, match=r"holds 3 layers that are not protected \(\[0, 5\]\), 4 are needed; raise measure.num"
     ):
         change(num_drop=4, metric="sleb")
     with pytest.raises(UserError, match=r"has 4 halves that are not protected .*, 6 are needed"):

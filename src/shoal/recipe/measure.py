@@ -159,6 +159,10 @@ class Measure(Section):
     """GiB of memory for the weights; where they need more, the model is measured layer by layer from its files. None =
     hold it in memory."""
 
+    def removals(self, num_layers: int) -> int:
+        """Layers that greedy metrics remove of ``num_layers``."""
+        return self.num_drop or max(1, num_layers // 4)
+
 
 def contradictions(measure: Measure) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -28,7 +28,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
 from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import doing
 from shoal.recipe.edits import Component
-from shoal.recipe.measure import HeadTask, Sweeps
+from shoal.recipe.measure import METRICS, HeadTask, Sweeps
 from shoal.recipe.section import ImageRows, Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require, resolved
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 8
 """Bytes of one packed token: id and position."""
-TASK_ORDER = "task_greedy"
 DONOR_CONTENT = "measure.sweep.donor (content)"
 
 
@@ -177,7 +176,7 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     if isinstance(settings.order, tuple):
         _check_order(settings.order, run.num_layers)
     else:
-        _check_order_name(settings.order, settings, run.recipe.measure.metrics, tasks)
+        _check_order_name(run, settings.order, settings)
 
 
 def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
@@ -219,23 +218,20 @@ def _check_disputed(settings: Sweeps, tasks: dict[str, Any]) -> None:
         )
 
 
-def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks: dict[str, Any]) -> None:
+def _check_order_name(run: Run, name: str, settings: Sweeps) -> None:
     """Refuse an order that nothing will give before the sweep of single layers has taken its hours."""
-    if name in metrics:
-        return
-    abilities = {name: str((task.config.metadata or {}).get("ability") or name) for name, task in tasks.items()}
-    if settings.perplexity_tokens:
-        abilities["perplexity"] = "language"
-    ability, _, protocol = name.partition("/")
-    meant = [name] if name in abilities else [task for task, own_ability in abilities.items() if own_ability == ability]
-    swept_before = settings.operators[: settings.operators.index("cumulative")]
-    if "layer" not in swept_before or not meant:
+    from shoal.compress.placeholder import placeholder_importance
+    from shoal.compress.sweeps.columns import layer_scores
+
+    measure, before = run.recipe.measure, settings.operators[: settings.operators.index("cumulative")]
+    if name not in METRICS and "layer" not in before:
         raise UserError(
-            f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics ({', '.join(metrics)}), "
-            f"or put the operator layer before cumulative to order by a task ({', '.join(abilities)})"
+            f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics "
+            f"({', '.join(measure.metrics)}), or put the operator layer before cumulative to order by a task"
         )
-    if len(meant) > 1 and not protocol:
-        raise UserError(f"measure.sweep.order: {name!r} could be {' or '.join(meant)}; name one of them")
+    known = replace(measure, sweep=replace(settings, operators=before, greedy=None))
+    to_come = placeholder_importance(known, run.num_layers, with_tasks=name not in METRICS)
+    layer_scores(name, to_come, setting=f"measure.sweep.order={name}")
 
 
 def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
@@ -323,11 +319,6 @@ def measure(run: Run) -> None:
     barrier()
 
 
-def removals_of_orders(run: Run) -> int:
-    """Layers that greedy metrics remove: measure.num_drop, or a quarter of what this round has."""
-    return run.recipe.measure.num_drop or max(1, len(run.base_layers) // 4)
-
-
 def _rows(run: Run) -> PackedRows:
     settings = run.recipe.measure
     log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
@@ -354,7 +345,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
             scores = measure_importance(
                 model,
                 rows,
-                num_drop=removals_of_orders(run),
+                num_drop=settings.removals(len(run.base_layers)),
                 seed=run.recipe.seed,
                 scale_removals=settings.scale_removals,
                 **common,
@@ -385,6 +376,7 @@ def _own_rows(run: Run, settings: ImageRows, place: str) -> tuple[Iterator[Asked
 def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
     """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
+    from shoal.compress.orders import TASK_ORDER
     from shoal.compress.sweeps.atlas import atlas_of
     from shoal.compress.sweeps.columns import rankings
     from shoal.compress.sweeps.items import write_items
@@ -460,6 +452,7 @@ def _task_order(
 ) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
     from shoal.compress.metrics.greedy import greedy_order, layer_components, task_objective
+    from shoal.compress.orders import TASK_ORDER
 
     rounds = itertools.count()
 
@@ -507,6 +500,8 @@ def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
 
     num_layers = importance.num_layers
     if isinstance(settings.order, str):
+        if (removals := importance.orders.get(settings.order)) is not None:  # of what it never tried it says nothing
+            return tuple(removal.unit.layers[0] for removal in removals)
         scores = layer_scores(settings.order, importance, setting="measure.sweep.order")
         return tuple(sorted(range(num_layers), key=lambda layer: (scores[layer], layer))[:-1])
     _check_order(settings.order, num_layers)

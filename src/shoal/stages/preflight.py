@@ -12,13 +12,7 @@ from shoal.stages.distill import check_distill
 from shoal.stages.evaluate import check_eval
 from shoal.stages.export import check_quantize
 from shoal.stages.measure import check_measure
-from shoal.stages.prune import (
-    choose_plan,
-    read_goals,
-    refuse_impossible_changes,
-    refuse_unfit_student,
-    refuse_unmeasured,
-)
+from shoal.stages.prune import refuse_impossible_plan
 from shoal.stages.run import Run, check_length
 
 log = logging.getLogger(__name__)
@@ -30,22 +24,17 @@ def preflight(run: Run) -> None:
     Raises:
         UserError: as the stages do.
     """
-    from shoal.compress.plan import check_choice, is_automatic
     from shoal.eval.evaluate import num_items
     from shoal.eval.tasks.load import tasks_of
 
     recipe = run.recipe
-    check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
-    refuse_unmeasured(run)
-    refuse_impossible_changes(run)
+    refuse_impossible_plan(run)
     if recipe.export.gguf:
         from shoal.compress.targets.gguf import check_export
 
         check_export(run.config())
     if recipe.quantize is not None:
         check_quantize(run)
-    if not is_automatic(recipe.prune):
-        refuse_unfit_student(run, choose_plan(run, None, {}))
     check_measure((*run.rounds_before, run)[0])
     check_distill(run)
     check_eval(run)

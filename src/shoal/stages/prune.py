@@ -24,11 +24,12 @@ from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, reads_images
 from shoal.recipe.edits import Edit, Insert, Replace, in_words, removed_layers
+from shoal.recipe.measure import METRICS
 from shoal.recipe.prune import Calibration
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.recipe.track import is_gguf
 from shoal.runtime import barrier, is_main
-from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads, removals_of_orders
+from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.run import Run, check_length, is_done, out_of_date, require
 
@@ -154,12 +155,8 @@ def _teacher_time(run: Run) -> TeacherTime | None:
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import check_choice
-
     if missing := [kind.FILE for kind, _ in _chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
-        check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
-        refuse_impossible_changes(run)
-        refuse_unmeasured(run)
+        refuse_impossible_plan(run)
         log.info("prune: needs %s, measuring first", " and ".join(missing))
         measure(run)
     importance = read_importance(run)
@@ -410,33 +407,41 @@ def read_importance(run: Run) -> Importance | None:
     return importance
 
 
+def refuse_impossible_plan(run: Run) -> None:
+    """Refuse what no measurement could make possible, before hours are spent on one.
+
+    Raises:
+        UserError: a choice of layers that cannot be made, changes that the model does not allow, unreadable data.
+    """
+    from shoal.compress.plan import check_choice, is_automatic
+
+    check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    refuse_unmeasured(run)
+    refuse_impossible_changes(run)
+    if not is_automatic(run.recipe.prune):
+        plan = choose_plan(run, None, {})
+        _refuse_compensation(run, plan)
+        refuse_unfit_student(run, plan)
+
+
 def refuse_unmeasured(run: Run) -> None:
     """Refuse to choose by what nothing in the recipe measures, or measures too short, before hours are spent on it.
 
-    Where tasks are swept a name may be one of theirs, and where importance.json is there it tells.
+    Where importance.json is there and belongs to this run, it tells. Of several rounds all are looked at.
     """
     from shoal.compress.metrics.images import COLUMNS
-    from shoal.compress.metrics.registry import METRICS
-    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, drops_by_round, is_automatic
+    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
 
     prune, measure = run.recipe.prune, run.recipe.measure
-    if not is_automatic(prune) or (run.dir / Importance.FILE).is_file():
+    if not is_automatic(prune) or _is_measured(run):
         return
-    if prune.metric in METRICS and METRICS[prune.metric].yields == "order" and prune.target is None:
-        count, removals = drops_by_round(prune, run.num_layers)[run.round - 1], removals_of_orders(run)
-        if removals < count:
-            raise UserError(
-                f"measure.num_drop: orders end after {removals} of {len(run.base_layers)} layers, and prune.metric: "
-                f"{prune.metric} is to choose {count}; set measure.num_drop: {count}, or drop fewer"
-            )
-    if measure.sweep is not None:
-        return
-    for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):
-        if asked:
-            raise UserError(
-                f"prune.{setting}: needs swept tasks, and nothing is swept; name some in measure.sweep.tasks, or leave "
-                "it out"
-            )
+    if measure.sweep is None:
+        for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):
+            if asked:
+                raise UserError(
+                    f"prune.{setting}: needs swept tasks, and nothing is swept; name some in measure.sweep.tasks, or "
+                    "leave it out"
+                )
     named = {f"prune.weights.{name}": name for name in prune.weights}
     default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
     for setting, name in (named or {"prune.metric": prune.metric or default}).items():
@@ -445,11 +450,44 @@ def refuse_unmeasured(run: Run) -> None:
         if name in METRICS:
             measured = ", ".join(measure.metrics)
             raise UserError(f"{setting}: {name} is not measured; add it to measure.metrics ({measured})")
-        close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "`shoal list metrics` has all."
-        raise UserError(
-            f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
-        )
+        if measure.sweep is None:
+            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "`shoal list metrics` has all."
+            raise UserError(
+                f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
+            )
+    for own in (*run.rounds_before, run):
+        _refuse_impossible_choice(own)
+
+
+def _is_measured(run: Run) -> bool:
+    """Whether importance.json is there and belongs to this run."""
+    path = run.dir / Importance.FILE
+    return path.is_file() and not differences(measure_inputs(run), Importance.read(path).provenance.inputs)
+
+
+def _refuse_impossible_choice(run: Run) -> None:
+    """Make the choice of one round among columns without scores, whose names and lengths are known beforehand."""
+    from shoal.compress.orders import TASK_ORDER
+    from shoal.compress.placeholder import placeholder_importance
+    from shoal.compress.plan import choose_changes, drops_by_round, free_layers, round_of
+
+    prune, measure, num_layers, goals = run.prune, run.recipe.measure, run.num_layers, read_goals(run)
+    free = free_layers(prune, num_layers)
+    if goals is not None:
+        savings = {layer: goals.saving(layer) for layer in free}
+        if len(goals.goals) > 1 and len(set(savings.values())) > 1:
+            return  # which removals reach most is not known of several goals at once
+        free.sort(key=lambda layer: savings[layer], reverse=True)
+    # any layers may go in the rounds before: their number counts
+    gone = sum(drops_by_round(prune, num_layers)[: run.round - 1]) if prune.rounds > 1 else 0
+    kept = sorted({*range(num_layers)} - {*free[:gone]})
+    chosen = replace(round_of(prune, run.round, num_layers=num_layers, kept=kept), protect_heads=None)
+    tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
+    with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
+    go_first = [kept.index(layer) for layer in free[gone:]]
+    to_come = placeholder_importance(measure, len(kept), go_first=go_first, with_tasks=with_tasks)
+    choose_changes(chosen, num_layers=len(kept), importance=to_come, goals=goals)
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:

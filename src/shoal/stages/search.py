@@ -106,7 +106,6 @@ def search(run: Run, launch: Launch) -> str:
 
 def _candidates(run: Run, settings: Search) -> list[Candidate]:
     """Every plan as a run, after what can be refused at once was."""
-    from shoal.compress.plan import check_choice
     from shoal.eval.compare.ranking import check_columns
     from shoal.eval.tasks.load import tasks_of
 
@@ -122,7 +121,7 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
     distill = replace(recipe.distill, num_tokens=settings.num_tokens)
     if distill.writing.folder is None and any(source.path == TEACHER_TEXT for source in distill.data):
         distill = replace(distill, writing=replace(distill.writing, folder=str(run.dir / FOLDER / TEXT)))
-    candidates, num_layers = [], run.num_layers
+    candidates = []
     for index, (plan, prune) in enumerate(zip(settings.plans, prunes, strict=True)):
         candidate = replace(
             recipe,
@@ -138,7 +137,10 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
         candidate = parse_recipe(as_dict(candidate), source=f"search.plans.{index} ({plan.called})")
         own = Run(candidate)
         _share_speed(run, own)
-        check_choice(own.prune, num_layers=num_layers, goals=pruning.read_goals(own))
+        try:
+            pruning.refuse_impossible_plan(own)
+        except UserError as error:
+            raise UserError(f"search plan {plan.called}: {error}") from error
         candidates.append(Candidate(plan.called, own))
     return candidates
 

@@ -11,13 +11,16 @@ import pytest
 from architectures import tiny_model as tiny_family
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.heads import Heads
-from shoal.artifacts.importance import Importance
+from shoal.artifacts.importance import Importance, Removal
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress import measure as hidden_measure
 from shoal.compress.heads import scores as head_scores
 from shoal.compress.heads.scores import HeadScores
 from shoal.errors import UserError
+from shoal.recipe.edits import Component
+from shoal.recipe.measure import Sweeps
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import measure as measuring
 from shoal.stages import prune
@@ -201,15 +204,26 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
         (
             {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "taylr"}},
-            "order: 'taylr' is not measured",
+            "order=taylr: is not in importance.json; did you mean angular",
         ),
         (
             {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "knowledge"}},
-            "order: 'knowledge' could be knowledge_continuation or knowledge_generation",
+            "order=knowledge: knowledge could be knowledge_continuation or knowledge_generation",
         ),
         (
             {"sweep": {**SWEEP, "operators": ["layer", "cumulative"]}, "metrics": ["angular"]},
-            "'block_influence' is not",
+            "order=block_influence: is not in importance.json; it has angular",
+        ),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "knowledge/loglikelihood"}},
+            "order=knowledge/loglikelihood: is not in importance.json; did you mean knowledge/",
+        ),
+        (
+            {
+                "metrics": ["blockpruner"],
+                "sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "blockpruner"},
+            },
+            "order=blockpruner: blockpruner is an order of attention units",
         ),
         ({"sweep": {**SWEEP, "operators": ["cumulative", "layer"], "order": "knowledge"}}, "operator layer before"),
         ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
@@ -425,3 +439,13 @@ def test_prompts_longer_than_the_model_reads_are_refused(tmp_path: Path, make_ru
     run = make_run({"heads": {"tasks": ["retrieval"], "num_each": 1}}, model=str(short))
     with pytest.raises(UserError, match=r"measure.heads.tasks: retrieval: \d+ is more than the 256 positions"):
         measuring.measure(run)
+
+
+def test_cumulative_removals_end_where_a_greedy_order_does() -> None:
+    """Of layers that the order never took it says nothing, and by their numbers layer 0 would be the next to go."""
+    order = tuple(Removal(Component((layer,)), 0.0) for layer in (3, 1))
+    scores = {"block_influence": (0.5, 0.1, 0.3, 0.2, 0.4, 0.6)}
+    importance = Importance(Provenance({}), 6, 1, scores, {}, orders={"sleb": order})
+    sweep = {"tasks": ("retrieval_generation",), "operators": ("cumulative",)}
+    assert measuring._order(Sweeps(**sweep, order="sleb"), importance) == (3, 1)
+    assert measuring._order(Sweeps(**sweep, order="block_influence"), importance) == (1, 3, 2, 4, 0)

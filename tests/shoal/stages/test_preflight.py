@@ -16,6 +16,8 @@ from shoal.stages.evaluate import _warn_of_fewer_items
 from shoal.stages.preflight import preflight
 from shoal.stages.run import open_run
 
+SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}
+
 
 @pytest.mark.parametrize(
     ("prune", "measure", "message"),
@@ -40,12 +42,49 @@ from shoal.stages.run import open_run
         (
             {"metric": "sleb", "num_drop": 2},
             {"metrics": ["sleb"]},
-            r"measure\.num_drop: orders end after 1 of 6 layers, and prune\.metric: sleb is to choose 2; set",
+            r"prune\.metric=sleb: its order holds 1 layers that are not .* 2 are needed; raise measure\.num_drop",
         ),
         (
             {"metric": "blockpruner", "num_drop": 3},
             {"metrics": ["blockpruner"], "num_drop": 2},
-            r"measure\.num_drop: orders end after 2 of 6 layers, and prune\.metric: blockpruner is to choose 3",
+            r"prune\.metric=blockpruner: its order holds 4 halves that are not protected .* 6 are needed",
+        ),
+        (
+            {"metric": "block_influence", "contiguous": True},
+            {},
+            r"prune\.metric=block_influence: scores single layers, but .*contiguous needs .* of runs; use angular",
+        ),
+        (
+            {"metric": "laco_acceptance", "contiguous": True, "num_drop": 3},
+            {"metrics": ["laco_acceptance"]},
+            r"laco_acceptance: was measured for runs of up to 1 layers, but 3 are to go; set measure\.num_drop: 3",
+        ),
+        (
+            {"weights": {"blockpruner": 1}},
+            {"metrics": ["blockpruner"]},
+            r"prune\.weights\.blockpruner: blockpruner is an order of attention units, which has no scores of layers",
+        ),
+        (
+            {"metric": "sleb", "num_drop": None, "target": {"params": 35_000}},
+            {"metrics": ["sleb"]},
+            r"params: .* not reached by the 1 removals of the order of sleb .*raise measure\.num_drop for",
+        ),
+        (
+            {"contiguous": True, "num_drop": None, "protect": [0, 2, -1], "target": {"params": 45_000}},
+            {},
+            r"prune\.target\.params: .* not reached by any run",
+        ),
+        (
+            {"metric": "retreival/generation"},
+            {"sweep": SWEEP},
+            r"prune\.metric=retreival/generation: is not in importance\.json; did you mean retrieval/generation\?",
+        ),
+        ({"metric": "sleb"}, {"sweep": SWEEP}, r"prune\.metric: sleb is not measured; add it to measure\.metrics"),
+        ({"spare": ["knowledge"]}, {"sweep": SWEEP}, r"prune\.spare: knowledge: is not in importance\.json"),
+        (
+            {"metric": "task_greedy", "num_drop": 3},
+            {"sweep": {**SWEEP, "greedy": 2}},
+            r"task_greedy: its order holds 2 layers .* 3 are needed; raise measure\.sweep\.greedy before",
         ),
         ({"spare": ["retrieval"]}, {}, r"prune\.spare: needs swept tasks, and nothing is swept; name some in"),
         ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone: needs swept tasks, and nothing is swept"),
@@ -70,6 +109,16 @@ def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
     for stage in (preflight, pruning.prune, pruning.prune_dry_run):
         with pytest.raises(UserError, match=message):
             stage(run)
+
+
+def test_rounds_whose_orders_are_too_short_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": {"metrics": ["sleb"]}}
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 4, "rounds": 2}}))
+    with pytest.raises(UserError, match=r"prune\.metric=sleb: its order holds 1 layers .* 2 are needed"):
+        preflight(run)
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
+    preflight(run)
+    assert not run.root.exists()
 
 
 def test_a_look_at_few_items_says_how_the_many_come_back(

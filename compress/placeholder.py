@@ -1,0 +1,103 @@
+"""importance.json before anything is measured: every column that a recipe asks for, without what it will say.
+
+Whether a choice is possible depends on names and lengths first. What is refused of these no measurement makes possible,
+so it can be refused before one is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Agreement, Atlas, Effect, Estimate, Importance, Removal, Sweep, SweepColumn
+from shoal.recipe.edits import Component
+from shoal.recipe.measure import Measure, Sweeps
+
+from .metrics.images import COLUMNS
+from .metrics.laco import LacoAcceptance
+from .metrics.loss_metrics import BlockPruner
+from .metrics.registry import METRICS
+from .orders import HALVES, TASK_ORDER
+
+NOTHING = Estimate(0.0, 0.0, 0.0)
+NO_EFFECT = Effect(NOTHING, NOTHING, None, None, 1.0, 1.0, critical=False)
+
+
+def placeholder_importance(
+    measure: Measure, num_layers: int, *, go_first: Sequence[int] = (), with_tasks: bool = True
+) -> Importance:
+    """What ``measure`` will write of a model of ``num_layers``, all scores 0. ``go_first``: the layers that orders take
+    first, where they may go at all. ``with_tasks``: columns of swept tasks too, whose data is loaded for it.
+
+    Raises:
+        UserError: unknown tasks.
+    """
+    inner = range(1, num_layers - 1)  # no order takes the first or the last layer
+    going = [*(layer for layer in go_first if layer in inner), *(layer for layer in inner if layer not in go_first)]
+    removals, zeros = measure.removals(num_layers), (0.0,) * num_layers
+    layers: dict[str, tuple[float, ...]] = dict.fromkeys(COLUMNS if measure.images is not None else (), zeros)
+    runs: dict[str, tuple[tuple[float, ...], ...]] = {}
+    orders: dict[str, tuple[Removal, ...]] = {}
+    for name in measure.metrics:
+        metric = METRICS[name]
+        if metric.yields == "layers":
+            layers[name] = zeros
+        elif metric.yields == "runs":
+            longest = min(removals, num_layers - 1) if metric is LacoAcceptance else num_layers
+            runs[name] = tuple(zeros[length:] for length in range(longest))
+        else:
+            orders[name] = _order(going[:removals], halves=metric is BlockPruner)
+    sweep = measure.sweep
+    if sweep is not None and sweep.greedy is not None:
+        orders[TASK_ORDER] = _order(going[: sweep.greedy], halves=False)
+    atlas = _atlas(sweep, num_layers) if sweep is not None and with_tasks and "layer" in sweep.operators else None
+    return Importance(Provenance({}), num_layers, 0, layers, runs, orders=orders, atlas=atlas)
+
+
+def _order(layers: Sequence[int], *, halves: bool) -> tuple[Removal, ...]:
+    parts: Any = HALVES if halves else ("layer",)
+    return tuple(Removal(Component((layer,), part), 0.0) for layer in layers for part in parts)
+
+
+def _atlas(sweep: Sweeps, num_layers: int) -> Atlas:
+    units = tuple(Component((layer,)) for layer in range(num_layers))
+    columns = tuple(_columns(sweep, num_layers))
+    return Atlas(Sweep("layer", units, columns), (), (), Agreement((), (), (), (), 0, {}))
+
+
+def _columns(sweep: Sweeps, num_layers: int) -> Iterator[SweepColumn]:
+    from shoal.eval.harness.samples import protocol_of
+    from shoal.eval.tasks.load import tasks_of
+
+    from .sweeps.sweep import named_as_in_sweeps, task_names
+
+    with named_as_in_sweeps():
+        tasks = tasks_of(replace(sweep, tasks=task_names(sweep)))
+    for name, task in tasks.items():
+        told = task.config.metadata or {}
+        ability = str(told.get("ability") or name)
+        protocol = str(told.get("protocol") or protocol_of(task, [{"doc": task.eval_docs[0]}]))
+        yield _column(name, ability, protocol, num_layers, disputed=told.get("column") == "disputed")
+    if sweep.perplexity_tokens:
+        yield _column("perplexity", "language", "rolling", num_layers)
+
+
+def _column(task: str, ability: str, protocol: str, num_layers: int, *, disputed: bool = False) -> SweepColumn:
+    return SweepColumn(
+        task=task,
+        ability=ability,
+        protocol=protocol,
+        metric="",
+        chance=0.0,
+        higher_is_better=True,
+        n=0,
+        version="",
+        num_fewshot=0,
+        intact=NOTHING,
+        test="paired-bootstrap",
+        effects=(NO_EFFECT,) * num_layers,
+        correlation=tuple((0.0,) * layer + (1.0,) for layer in range(num_layers)),
+        disputed=disputed,
+    )
