@@ -324,7 +324,7 @@ def test_an_order_that_is_too_short_is_refused() -> None:
         UserError, match=r"holds 3 layers that are not protected \(\[0, 5\]\), 4 are needed; raise measure.num"
     ):
         change(num_drop=4, metric="sleb")
-    with pytest.raises(UserError, match=r"has 4 halves that are not protected .*, 6 are needed"):
+    with pytest.raises(UserError, match=r"holds 4 halves that are not protected .*, 6 are needed"):
         change(num_drop=3, metric="block_pruner")
 
 

@@ -24,8 +24,8 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import refuse_text_alone, text_config
-from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
-from shoal.models.load import load_model, load_processor, reads_images
+from shoal.models.checkpoint_files import model_fingerprint, read_shards
+from shoal.models.load import FLOATS, load_model, load_processor, loaded_dtype, reads_images
 from shoal.progress import doing
 from shoal.recipe.edits import Component
 from shoal.recipe.measure import METRICS, HeadTask, Sweeps
@@ -98,7 +98,7 @@ def check_measure(run: Run) -> None:
         if wanted and _is_streamed(run):
             raise UserError(
                 f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
-                "checkpoint's size"
+                "weights"
             )
     if settings.images is not None:
         _check_images(run, settings.images, "measure.images")
@@ -116,7 +116,7 @@ def _check_images(run: Run, settings: ImageRows, place: str) -> None:
     if _is_streamed(run):
         raise UserError(
             f"{place}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
-            "checkpoint's size"
+            "weights"
         )
     next(asked(load_image_rows(settings, place)[:1], _processor(run), config))
 
@@ -242,20 +242,34 @@ def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
     if written:
         raise UserError(
             f"measure.sweep.tasks: {written[0]!r} writes text, which takes the whole model in memory; leave it out, or "
-            "raise measure.memory_gb above the checkpoint's size"
+            "raise measure.memory_gb above what the weights take"
         )
     inside = [part for part in settings.operators if part != "cumulative" and KINDS[part].is_inside]
     if inside:
         raise UserError(
             f"measure.sweep.operators: {inside[0]} takes the whole model in memory; leave it out, or raise "
-            "measure.memory_gb above the checkpoint's size"
+            "measure.memory_gb above what the weights take"
         )
 
 
 def _is_streamed(run: Run) -> bool:
     """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
     limit = run.recipe.measure.memory_gb
-    return limit is not None and checkpoint_bytes(run.base) > limit * 2**30
+    return limit is not None and _loaded_bytes(run) > limit * 2**30
+
+
+def _loaded_bytes(run: Run) -> int:
+    """Bytes of the weights in the precision that they are loaded in; quantised ones stay as they are stored."""
+    from shoal.compress.surgery.quantised import without_quantization
+
+    shards, config = read_shards(run.base), run.config()
+    size = loaded_dtype(config, run.recipe.dtype, shards).itemsize
+    is_quantised = bool(without_quantization(config)[1])
+    return sum(
+        part.end - part.start if is_quantised or part.dtype not in FLOATS else size * math.prod(part.shape)
+        for shard in shards
+        for part in shard.tensors.values()
+    )
 
 
 def _streaming(run: Run) -> Streaming:

@@ -328,6 +328,14 @@ def test_a_model_that_does_not_fit_is_measured_from_its_files_with_the_same_numb
     )
 
 
+@pytest.mark.parametrize(("dtype", "is_streamed"), [("float32", True), ("bfloat16", False)])
+def test_the_limit_of_memory_is_that_of_the_weights_as_they_are_loaded(
+    make_run: Any, wide: str, dtype: str, is_streamed: bool
+) -> None:
+    """The files hold 9 MB in float32 whatever the run loads them in."""
+    assert measuring._is_streamed(make_run({"memory_gb": 0.006}, model=wide, dtype=dtype)) is is_streamed
+
+
 @pytest.mark.parametrize(
     ("measure", "message"),
     [
