@@ -78,6 +78,8 @@ def measure_importance(
     num_tokens = int(calibration.mask_NS.sum())
     if num_tokens == 0:
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
+    for name in metrics:
+        METRICS[name].refuse(model, name)
     results: dict[str, Any] = {}
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))

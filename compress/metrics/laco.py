@@ -44,12 +44,20 @@ class LacoAcceptance(Metric):
     needs: ClassVar[Need] = "merges"
     yields: ClassVar[Yields] = "runs"
 
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        if not any(_is_of_one_kind(model, start, 1) for start in range(len(decoder_layers(model)) - 1)):
+            raise UserError(
+                f"measure: {name} merges neighbouring layers, and no two of this model are of one kind; take it out of "
+                "measure.metrics"
+            )
+
 
 def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """LacoAcceptance; ranks share the runs.
 
     Raises:
-        UserError: quantised or shared layers, no two neighbours of one kind, a model that is not finite on the texts.
+        UserError: quantised or shared layers, a model that is not finite on the texts.
     """
     num_layers = len(decoder_layers(model))
     texts = first_texts(calibration)
@@ -61,11 +69,6 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     longest = min(calibration.num_drop or LONGEST_RUN, num_layers - 1)
     runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
     possible = [run for run in runs if _is_of_one_kind(model, *run)]
-    if not possible:
-        raise UserError(
-            f"measure: {names[0]} merges neighbouring layers, and no two of this model are of one kind; take it out of "
-            "measure.metrics"
-        )
     scores = torch.zeros(longest, num_layers, dtype=torch.float64)
     own_runs = possible[rank() :: world_size()]
     for start, length in each(own_runs, "measure: merges", unit="runs"):

@@ -125,17 +125,23 @@ class BlockPruner(LossMetric):
     yields: ClassVar[Yields] = "order"
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        halves = half_components(len(decoder_layers(model)), protected=PROTECTED)
-        for half in halves:
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        for half in _halves(model):
             if refusal := sublayers(model)[half.layers[0]].refusal:
-                raise UserError(f"measure.metrics: blockpruner: {refusal}; here use sleb, which removes whole layers")
+                raise UserError(f"measure.metrics: {name}: {refusal}; here use sleb, which removes whole layers")
+
+    @classmethod
+    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
         return greedy_order(
-            halves,
+            _halves(model),
             lambda variants: losses(variants, what="blockpruner"),
             num_removals=None if calibration.num_drop is None else 2 * calibration.num_drop,
             name="blockpruner",
         )
+
+
+def _halves(model: PreTrainedModel) -> tuple[Component, ...]:
+    return half_components(len(decoder_layers(model)), protected=PROTECTED)
 
 
 class PresentAbsent(LossMetric):

@@ -54,6 +54,14 @@ class Metric:
     """Shape of the result: "layers" = one score each; "runs" = one for every run of neighbouring layers; "order" = the
     components that go one after the other, where later choices depend on earlier ones."""
 
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        """Refuse a model of which the metric ``name`` says nothing, before others take their hours.
+
+        Raises:
+            UserError: why it says nothing.
+        """
+
 
 @dataclass(frozen=True)
 class Calibration:

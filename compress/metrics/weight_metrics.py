@@ -41,6 +41,10 @@ class Magnitude(Metric):
     needs: ClassVar[Need] = "weights"
     yields: ClassVar[Yields] = "layers"
 
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        plain_matrices(model, needs=f"{name} needs plain weights")
+
 
 class Taylor(Metric):
     """Sum over a layer's weight matrices of |W * dL/dW| (Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
@@ -52,6 +56,10 @@ class Taylor(Metric):
 
     needs: ClassVar[Need] = "gradients"
     yields: ClassVar[Yields] = "layers"
+
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        plain_matrices(model, needs=f"{name} needs gradients")
 
 
 class TaylorPlus(Taylor):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
-from shoal.compress.metrics.registry import METRICS
+from shoal.compress.metrics.registry import METRICS, PASSES
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
@@ -181,6 +181,14 @@ def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None
 def test_unknown_metrics_are_refused(metrics: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         measure_importance(tiny_model("llama"), ROWS, metrics=metrics, batch_size=2)
+
+
+def test_a_metric_that_the_model_cannot_have_is_refused_before_others_are_measured() -> None:
+    """Metrics do not go on after a stop: what the last one refuses would be paid with all before it."""
+    passes: Any = {need: lambda *_: pytest.fail("measured") for need in PASSES}
+    metrics = ["block_influence", "sleb", "blockpruner"]
+    with pytest.raises(UserError, match="blockpruner: layer 1 of mamba: is one sublayer only"):
+        measure_importance(tiny_architecture("mamba"), ROWS, metrics=metrics, batch_size=2, passes=passes)
 
 
 def test_rows_without_a_token_are_refused() -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from shoal.compress.metrics.loss_metrics import loss_scores
 from shoal.compress.metrics.metric import Calibration, Estimates
+from shoal.compress.metrics.registry import METRICS
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import PackedRows
 from shoal.models.anatomy import decoder_layers
@@ -33,6 +34,8 @@ def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any
 
 
 def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:
+    for name in names:
+        METRICS[name].refuse(model, name)
     found = loss_scores(model, calibration(**settings), names)
     return {name: one.values if isinstance(one, Estimates) else one for name, one in found.items()}
 

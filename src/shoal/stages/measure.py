@@ -115,8 +115,7 @@ def _check_images(run: Run, settings: ImageRows, place: str) -> None:
         raise UserError(f"{place}: {run.recipe.model} reads no images; leave it out")
     if _is_streamed(run):
         raise UserError(
-            f"{place}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
-            "weights"
+            f"{place}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the weights"
         )
     next(asked(load_image_rows(settings, place)[:1], _processor(run), config))
 
