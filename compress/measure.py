@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
+from shoal.models.mixed_documents import WHILE_MEASURED, warn_of_mixed_documents
 from shoal.recipe.measure import refuse_unknown_metrics
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
@@ -80,6 +81,8 @@ def measure_importance(
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
     for name in metrics:
         METRICS[name].refuse(model, name)
+    if passes is None:  # else the model has no weights
+        warn_of_mixed_documents(model, rows, WHILE_MEASURED)
     results: dict[str, Any] = {}
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from shoal.data.packing import PackedRows
 from shoal.models.anatomy import text_config
 from shoal.models.load import align_weights
+from shoal.models.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 
@@ -24,7 +25,6 @@ from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
 from .objective.host_batch import stacked
 from .objective.layer_losses import StateLosses
-from .objective.mixed_documents import warn_of_mixed_documents
 from .objective.objective import SharedPrefix
 from .student.frozen import share_frozen, stored_names
 from .student.spec import TrainSpec
@@ -103,7 +103,7 @@ def make_trainer(
             _share_weights(spec, student, teacher, stored)
     check_fused(wiring.objective, spec)
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
-        warn_of_mixed_documents(teacher or student, rows, autocast_dtype=spec.deepspeed.autocast_dtype)
+        warn_of_mixed_documents(teacher or student, rows, IN_TRAINING, autocast_dtype=spec.deepspeed.autocast_dtype)
     return trainer
 
 

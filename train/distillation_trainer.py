@@ -24,6 +24,7 @@ from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
+from shoal.models.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
 from shoal.recipe.distill_contradictions import contradictions
@@ -36,7 +37,6 @@ from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
 from .objective.host_batch import stacked
-from .objective.mixed_documents import warn_of_mixed_documents
 from .objective.objective import output_head
 from .objective_trainer import ObjectiveTrainer
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
@@ -199,7 +199,7 @@ class DistillationTrainer(ObjectiveTrainer):
             place_teacher(teacher, self, offload=False)
         check_fused(self.objective, self.spec)
         if teacher is not None and train_rows is not None:
-            warn_of_mixed_documents(teacher, train_rows, autocast_dtype=self._autocast_dtype)
+            warn_of_mixed_documents(teacher, train_rows, IN_TRAINING, autocast_dtype=self._autocast_dtype)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""

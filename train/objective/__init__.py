@@ -8,5 +8,4 @@ capture                   what these compare, taken in passing
 host_batch                what need not be asked of the device
 activation_checkpointing  what is kept for the backward pass
 compiling                 layers and the loss as compiled regions
-mixed_documents           whether documents that share a row see each other
 """
