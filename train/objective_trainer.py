@@ -35,7 +35,7 @@ from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler as OnPolicySampler
 from .generated.sampling import own_forwards
-from .objective.activation_checkpointing import recompute_selectively
+from .objective.activation_checkpointing import checkpointing_kept, recompute_selectively
 from .objective.host_batch import documents_known, on_host, queued
 from .objective.objective import Signals
 from .student.spec import TrainSpec
@@ -133,13 +133,11 @@ class ObjectiveTrainer(Trainer):
 
         wrapped: Any = self.model_wrapped
         dtype = self._autocast_dtype
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
             # TRL asks transformers by old names
             warnings.catch_warnings(action="ignore", category=FutureWarning),
-            unwrap_model_for_generation(
-                wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-            ) as model,
+            checkpointing_kept(self.objective.student),
+            unwrap_model_for_generation(wrapped, self.accelerator) as model,
             own_forwards(self.objective.student),
             # DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through
             torch.autocast(self.args.device.type, dtype, enabled=dtype is not None),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,6 +50,24 @@ def recompute_selectively(student: PreTrainedModel, arguments: TrainingArguments
 
     # on the instance: whoever turns checkpointing on, also after sampling, gets this; arguments stay plain values
     student.activation_checkpointing_enable = enable_selectively  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def checkpointing_kept(student: PreTrainedModel) -> Iterator[None]:
+    """Who turns checkpointing off inside and on again, as TRL does where text is written, leaves it as it was.
+
+    TRL turns it on for every layer, and does not know `every_n_layers` and `offload`, which transformers takes out of
+    `gradient_checkpointing_kwargs`.
+    """
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (module, name, getattr(module, name)) for module in student.modules() for name in names if hasattr(module, name)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _kept() -> frozenset[Any]:

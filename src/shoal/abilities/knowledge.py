@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 from shoal.abilities.facts import RELATIONS, Relation
 from shoal.abilities.facts_untrained import UNTRAINED
@@ -110,11 +111,12 @@ def knowledge_out_items(*, split: str, num_items: int, seed: int, relation: Valu
     return [make_fact(split, *fact) for fact in facts]
 
 
-def stated_facts(split: str) -> list[str]:
-    """Every fact of the split as a sentence: prompt and right answer."""
+@cache
+def stated_facts(split: str) -> tuple[str, ...]:
+    """Every fact of the split as a sentence: prompt and right answer. Kept: texts are held against them one by one."""
     pairs = [(name, *pair) for name in (*RELATIONS, *UNTRAINED) for pair in facts_in(split, name)]
     facts = [make_fact(split, *pair) for pair in pairs]
-    return [fact.context + fact.options[fact.answer] for fact in facts]
+    return tuple(fact.context + fact.options[fact.answer] for fact in facts)
 
 
 def examples_of(relation: str, subject: str | None, target: str | None = None) -> list[tuple[str, str]]:

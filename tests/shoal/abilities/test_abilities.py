@@ -316,3 +316,8 @@ def test_bad_parameters_are_refused(task: str, params: dict, message: str) -> No
 def test_bad_mixes_are_refused(params: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         training_texts(num_texts=params.get("num_texts", 3), seed=0, mix=params.get("mix", {"retrieval": 1.0}))
+
+
+def test_stated_facts_are_made_once() -> None:
+    """Every text that a teacher writes is held against them: made anew, they are most of the sifting."""
+    assert stated_facts("eval") is stated_facts("eval")

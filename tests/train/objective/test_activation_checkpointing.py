@@ -4,13 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 from transformers.modeling_utils import AttentionInterface
+from trl.models.utils import unwrap_model_for_generation
 
 from shoal.errors import UserError
-from shoal.train.objective.activation_checkpointing import recompute_selectively
+from shoal.models.anatomy import decoder_layers
+from shoal.train.objective.activation_checkpointing import checkpointing_kept, recompute_selectively
 
 
 class Calls(TorchDispatchMode):
@@ -119,3 +122,14 @@ def test_what_flash_kernels_have_given_is_kept(tmp_path, monkeypatch):
     calls.clear()
     run("llama", tmp_path, {"use_reentrant": False})
     assert (kept, len(calls)) == (6, 12)
+
+
+def test_checkpointing_of_some_layers_stays_so_where_text_is_written() -> None:
+    student = tiny_model("llama")
+    student.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2, offload=True)
+    layers = decoder_layers(student)
+    before = [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers]
+    assert {on for on, _ in before} == {True, False}
+    with checkpointing_kept(student), unwrap_model_for_generation(student, Accelerator(cpu=True)) as plain:
+        assert not plain.is_gradient_checkpointing
+    assert [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers] == before
