@@ -70,10 +70,11 @@ def _atlas(sweep: Sweeps, num_layers: int) -> Atlas:
 def _columns(sweep: Sweeps, num_layers: int) -> Iterator[SweepColumn]:
     from shoal.eval.harness.samples import protocol_of
     from shoal.eval.tasks.load import tasks_of
+    from shoal.eval.tasks.names import named_in
 
-    from .sweeps.sweep import named_as_in_sweeps, task_names
+    from .sweeps.sweep import SECTION, task_names
 
-    with named_as_in_sweeps():
+    with named_in(SECTION):
         tasks = tasks_of(replace(sweep, tasks=task_names(sweep)))
     for name, task in tasks.items():
         told = task.config.metadata or {}

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from lm_eval.models.utils import resolve_max_length
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Json, Provenance
 from shoal.artifacts.evaluation import MODEL, QUANTIZED, Evaluation, TaskScore
@@ -241,6 +242,25 @@ def in_words(tasks: dict[str, Any], settings: Tasks) -> str:
     return ", ".join(f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()) or "perplexity"
 
 
+def checked_items(
+    tasks: dict[str, Any],
+    settings: Tasks,
+    *,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    num_ranks: int = 1,
+) -> dict[str, int]:
+    """Number of items that are scored, by task, with no model at hand but its ``config``.
+
+    Raises:
+        UserError: what scoring would refuse of the tasks.
+    """
+    check_runnable(tasks, num_ranks=num_ranks, max_length=resolve_max_length(config, tokenizer))
+    counts = num_items(tasks, settings)
+    refuse_idle_ranks(counts, num_ranks=num_ranks)
+    return counts
+
+
 def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) -> None:
     """What lm-eval would refuse with a traceback, or silently do in another way on several ranks.
 
@@ -261,9 +281,9 @@ def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) ->
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
 
 
-def refuse_idle_ranks(counts: Mapping[str, int], *, num_ranks: int, setting: str = "eval.limit") -> None:
+def refuse_idle_ranks(counts: Mapping[str, int], *, num_ranks: int) -> None:
     """Refuse tasks of ``counts`` items of which lm-eval, dealing them out by rank, would leave some rank none: that one
-    would stop with a traceback, and the others wait for it. ``setting`` is what limits the items.
+    would stop with a traceback, and the others wait for it.
 
     Raises:
         UserError: on every rank, as all have the same counts.
@@ -271,7 +291,7 @@ def refuse_idle_ranks(counts: Mapping[str, int], *, num_ranks: int, setting: str
     for name, count in counts.items():
         if count < num_ranks:
             raise UserError(
-                f"{setting}: {name!r} has {count} item(s) for {num_ranks} ranks, and each has to get one; raise the "
+                f"eval.limit: {name!r} has {count} item(s) for {num_ranks} ranks, and each has to get one; raise the "
                 "limit, use fewer ranks, or leave the task out"
             )
 

@@ -17,6 +17,7 @@ from .evaluate import num_items, refuse_idle_ranks, scores_of
 from .harness.engine import CausalLM, connect_ranks
 from .harness.perplexity import perplexity
 from .tasks.load import tasks_of
+from .tasks.names import named_in
 
 HELD_OUT = "perplexity"
 
@@ -27,6 +28,10 @@ class QuickScore:
 
     value: float
     higher_is_better: bool
+
+
+SETTINGS = ("tasks", "limit")
+"""What section distill.watch says itself of what is scored; the rest is of section `eval`."""
 
 
 class QuickScores:
@@ -44,8 +49,8 @@ class QuickScores:
         self._seed = seed
         self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
         # now, and not by the first scores, which come when the training has begun
-        counts = num_items(self._tasks, settings)
-        refuse_idle_ranks(counts, num_ranks=world_size(), setting="distill.watch.limit")
+        with named_in("distill.watch", *SETTINGS):
+            refuse_idle_ranks(num_items(self._tasks, settings), num_ranks=world_size())
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,19 +7,16 @@ variant.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.utils import resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.evaluation import TaskScore
@@ -32,12 +29,13 @@ from shoal.progress import Work, each
 from shoal.recipe.measure import Protocol, Sweeps
 from shoal.runtime import world_size
 
-from ...eval.evaluate import check_runnable, in_words, num_items, refuse_idle_ranks, scores_of
+from ...eval.evaluate import checked_items, in_words, scores_of
 from ...eval.harness.engine import CausalLM, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of
 from ...eval.harness.perplexity import perplexity, windows
 from ...eval.harness.writing import Writing
 from ...eval.tasks.load import known_tasks, tasks_of
+from ...eval.tasks.names import named_in
 from ..edits.layer_edits import stored_name
 from ..variants.streamed import Streaming, score_variants_streamed
 from ..variants.variant_generation import Limits, generate_variants
@@ -46,6 +44,7 @@ from .table import require_items
 
 log = logging.getLogger(__name__)
 
+SECTION = "measure.sweep"
 REQUESTS_AT_ONCE = 64
 """Times the batch size: how many likelihoods are answered before they are written to disk."""
 TASK_NAMES: dict[Protocol, tuple[str, ...]] = {
@@ -148,11 +147,9 @@ def checked_tasks(
         UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
     """
     names = task_names(settings)
-    with named_as_in_sweeps():
+    with named_in(SECTION):
         tasks = tasks_of(replace(settings, tasks=names))
-        check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
-        counts = num_items(tasks, settings)
-        refuse_idle_ranks(counts, num_ranks=world_size())
+        counts = checked_items(tasks, settings, config=config, tokenizer=tokenizer, num_ranks=world_size())
     _refuse_written_text(settings, tasks)
     return tasks, counts
 
@@ -168,18 +165,9 @@ def refuse_few_items(
     for task, count in counts.items():
         require_items(task, count, num_removals)
     if settings.perplexity_tokens:
-        with named_as_in_sweeps():
+        with named_in(SECTION):
             weights = [window.weight for window in windows(tokenizer, settings)]
         require_items("perplexity", len(weights), num_removals, weights=weights)
-
-
-@contextlib.contextmanager
-def named_as_in_sweeps() -> Iterator[None]:
-    """Refusals name the settings of a sweep: those of evaluating are called the same, in another section."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"\beval\.(?=[a-z_]+\b)", "measure.sweep.", str(error))) from error
 
 
 def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from importlib import resources
@@ -48,6 +49,16 @@ def refuse_unknown(
     for name in outside:
         if not _stands_in(_collection(), name):
             raise unknown(name, folders, [other for text in _collection() for _, other in _names(text)], setting)
+
+
+@contextmanager
+def named_in(section: str, *settings: str) -> Iterator[None]:
+    """Refusals name ``settings`` of section `eval`, none = all, as those of ``section``, which are called the same."""
+    one_of = "|".join(settings) or "[a-z_]+"
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(rf"\beval\.(?=(?:{one_of})\b)", f"{section}.", str(error))) from error
 
 
 def unknown(name: str, folders: Sequence[Path], others: Sequence[str], setting: str = "eval.tasks") -> UserError:

@@ -233,6 +233,8 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
             refuse_unknown(sweep.tasks, sweep.include_path, setting="measure.sweep.tasks")
     if verb in ("record", "distill", "run"):
         read_deepspeed(distill.deepspeed)
+        if distill.watch is not None:
+            refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
         if distill.writing.backend == "vllm" and any(source.path == TEACHER_TEXT for source in distill.data):
             texts = Path(distill.writing.folder or f"{recipe.run_dir}/text").expanduser()
             if not any(texts.glob("written-*")):  # which are read without it, if they are the recipe's

@@ -18,6 +18,7 @@ REFUSED = (
     ("measure measure.metrics=[block_influance]", "'block_influance' is no metric; did you mean 'block_influence'?"),
     ("run measure.sweep.tasks=[knowledge_writen]", "measure.sweep.tasks: 'knowledge_writen' is no task, neither"),
     ("distill distill.deepspeed=nothing.json", "distill.deepspeed: no file 'nothing.json'; shipped ones are"),
+    ("distill distill.watch.tasks=[knowlege]", "distill.watch.tasks: 'knowlege' is no task, neither of shoal nor of"),
     (f"run {TEXT} distill.writing.backend=vllm", "distill.writing.backend: vllm is not installed here"),
     ("run quantize.format=w4a16_gptq", "quantize.format: w4a16_gptq is made and loaded by llmcompressor, which is not"),
     ("run quantize.format=int8 quantize.teacher_format=nf4", "quantize.teacher_format: nf4 is made and loaded by bit"),

@@ -36,7 +36,7 @@ from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
-from shoal.runtime import agreed, device, free_memory, seed_everything
+from shoal.runtime import agreed, device, free_memory, seed_everything, world_size
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.prune import choose_plan, read_goals, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, out_of_date
@@ -445,8 +445,10 @@ def check_distill(run: Run) -> None:
             wording, and what the checks below do.
     """
     from shoal.compress.plan import check_choice
-    from shoal.eval.evaluate import num_items
+    from shoal.eval.evaluate import checked_items, num_items
+    from shoal.eval.quick_eval import SETTINGS
     from shoal.eval.tasks.load import tasks_of
+    from shoal.eval.tasks.names import named_in
     from shoal.train.engine.fused import is_fused
     from shoal.train.teacher.server import ServerEngine
 
@@ -473,6 +475,11 @@ def check_distill(run: Run) -> None:
             if source.path in BUNDLED:
                 refuse_twin_wording(source.path)
         num_items(tasks_of(recipe.eval), recipe.eval)
+    if (watched := _watched(run)) is not None and watched.tasks:
+        num_ranks = max(world_size(), ranks_to_start(distill.num_ranks))
+        with named_in("distill.watch", *SETTINGS):
+            tasks = tasks_of(watched)
+            checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
 
 
 @cache

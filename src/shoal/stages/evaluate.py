@@ -35,7 +35,7 @@ from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_im
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
-from shoal.runtime import barrier, is_main, seed_everything
+from shoal.runtime import barrier, is_main, seed_everything, world_size
 from shoal.stages.distill import control_inputs, trained_inputs
 from shoal.stages.prune import read_plan
 from shoal.stages.run import (
@@ -322,7 +322,7 @@ def _score(
     cut_by: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """eval/<role>.json of every role that is ``due``."""
-    from shoal.eval.evaluate import num_items, role_evaluation
+    from shoal.eval.evaluate import checked_items, num_items, role_evaluation
     from shoal.eval.suites import in_words, rest_in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
@@ -333,6 +333,9 @@ def _score(
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
+        for role in due:
+            config, tokenizer = checkpoints[role].config, checkpoints[role].tokenizer()
+            checked_items(tasks, run.recipe.eval, config=config, tokenizer=tokenizer, num_ranks=world_size())
     if due and is_main():
         items, samples = num_items(tasks, run.recipe.eval), run.recipe.eval.samples
         further = {"perplexity_tokens": run.recipe.eval.perplexity_tokens, "num_samples": samples.n if samples else 0}

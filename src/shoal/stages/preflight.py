@@ -24,7 +24,7 @@ def preflight(run: Run) -> None:
     Raises:
         UserError: as the stages do.
     """
-    from shoal.eval.evaluate import num_items
+    from shoal.eval.evaluate import checked_items
     from shoal.eval.tasks.load import tasks_of
 
     recipe = run.recipe
@@ -41,4 +41,4 @@ def preflight(run: Run) -> None:
     check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)
-    num_items(tasks_of(recipe.eval), recipe.eval)
+    checked_items(tasks_of(recipe.eval), recipe.eval, config=run.config(), tokenizer=run.tokenizer())

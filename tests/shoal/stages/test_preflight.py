@@ -12,6 +12,7 @@ from results import evaluation
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
+from shoal.stages.distill import check_distill
 from shoal.stages.evaluate import _warn_of_fewer_items
 from shoal.stages.preflight import preflight
 from shoal.stages.run import open_run
@@ -119,6 +120,38 @@ def test_rounds_whose_orders_are_too_short_are_refused_at_once(teacher: Path, tm
     run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
     preflight(run)
     assert not run.root.exists()
+
+
+LONG = """
+task: long_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {rows}}}
+output_type: generate_until
+test_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_gen_toks: 5000, until: ["."]}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: Path, tmp_path: Path) -> None:
+    """Scored after hours of healing, or watched while it goes on, they would end the run then."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "When?", "answer": "Now"}\n' * 3)
+    (tmp_path / "long.yaml").write_text(LONG.format(rows=tmp_path / "rows.jsonl"))
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
+    own = {"tasks": ["long_texts"], "include_path": str(tmp_path)}
+    distill = {"sequence_length": 64, "data": ["python_docs"]}
+    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* leave this task out of eval.tasks"):
+        preflight(open_run(parse_recipe({**raw, "distill": distill, "eval": own})))
+    watched = {**distill, "watch": {"tasks": ["long_texts"]}}
+    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* leave this task out of distill.watch.tasks"):
+        check_distill(
+            open_run(parse_recipe({**raw, "distill": watched, "eval": {**own, "tasks": ["knowledge_continuation"]}}))
+        )
+    few = {**distill, "num_ranks": 8, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
+    with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
+        check_distill(open_run(parse_recipe({**raw, "distill": few})))
 
 
 def test_a_look_at_few_items_says_how_the_many_come_back(
