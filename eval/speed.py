@@ -26,7 +26,7 @@ from shoal.machine import device_memory, now
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
-from shoal.models.load import Checkpoint, num_parameters, without_data
+from shoal.models.load import Checkpoint, loaded_bytes, num_parameters, without_data
 from shoal.progress import progress
 from shoal.runtime import device
 
@@ -128,6 +128,13 @@ def expectation(
 def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> _Entry:
     """The model of ``role`` in memory, once it is known to take so many tokens and to keep a cache."""
     is_stored = isinstance(source, Checkpoint)
+    if is_stored:
+        needed = loaded_bytes(source.folder, source.config, source.load.dtype)
+        if needed > (free := device_memory(device())):
+            raise UserError(
+                f"speed: {role} takes {needed / 1e9:.1f} GB beside the models before it, and {free / 1e9:.1f} GB are "
+                "free; set eval.speed: false, or measure where all of them fit"
+            )
     model = source.model(device=device()) if is_stored else source
     positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if positions is not None and num_tokens > positions:

@@ -16,8 +16,12 @@ from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.eval import speed
 from shoal.eval.speed import expectation, measure_speed, peak_growth
+from shoal.inference.decoder import Decoder
 from shoal.models.cost import model_cost
 from shoal.models.load import Checkpoint, LoadSettings, without_data
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages import evaluate
+from shoal.stages.run import open_run
 
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
 
@@ -177,6 +181,31 @@ def test_a_batch_size_without_the_memory_for_it_is_left_out(
     assert len(found.left_out) == 1
     assert found.left_out[0].startswith("batch size 10000 is left out: teacher would need ")
     assert found.left_out[0] in caplog.text
+
+
+def test_models_that_do_not_fit_together_are_refused_by_name(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {role: Checkpoint.read(teacher, LoadSettings()) for role in ("teacher", "pruned")}
+    free = iter([1_000_000, 200_000])
+    monkeypatch.setattr(speed, "device_memory", lambda _: next(free))
+    with pytest.raises(UserError, match=r"speed: pruned takes 0.0 GB beside the models before it, and 0.0 GB are free"):
+        measure_speed(models, provenance=Provenance({}))
+
+
+def test_a_run_goes_on_where_its_speed_cannot_be_measured(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After hours of healing and scoring a recurrent model without a cache still gets its report."""
+    run = open_run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run")}))
+    made = Decoder.__init__
+
+    def without_cache(self: Decoder, *args: Any) -> None:
+        made(self, *args)
+        self.can_branch = False
+
+    monkeypatch.setattr(Decoder, "__init__", without_cache)
+    evaluate._speed(run, {"teacher": Checkpoint.read(teacher, LoadSettings())})
+    assert "the speed is not measured. speed: teacher keeps no cache of keys and values" in caplog.text
+    assert not (run.dir / Speed.FILE).exists()
 
 
 def test_speed_refuses_a_prompt_longer_than_the_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from shoal.models.checkpoint_files import (
     check_config,
     has_tokenizer,
     json_or_empty,
+    read_shards,
     refuse_no_model,
 )
 from shoal.models.demo import demo_config, resolve_demo
@@ -315,6 +317,17 @@ def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Itera
         return said
     floats = (FLOATS[tensor.dtype] for shard in shards for tensor in shard.tensors.values() if tensor.dtype in FLOATS)
     return next(floats, torch.float32)
+
+
+def loaded_bytes(folder: Path, config: PreTrainedConfig, wanted: str = "stored") -> int:
+    """Bytes of the weights in ``folder`` in the precision that they are loaded in; quantised ones stay as stored."""
+    shards = read_shards(folder)
+    size, is_quantised = loaded_dtype(config, wanted, shards).itemsize, hasattr(config, "quantization_config")
+    return sum(
+        part.end - part.start if is_quantised or part.dtype not in FLOATS else size * math.prod(part.shape)
+        for shard in shards
+        for part in shard.tensors.values()
+    )
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_im
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
-from shoal.runtime import barrier, is_main, seed_everything, world_size
+from shoal.runtime import barrier, free_memory, is_main, seed_everything, world_size
 from shoal.stages.distill import control_inputs, trained_inputs
 from shoal.stages.prune import read_plan
 from shoal.stages.run import (
@@ -427,7 +427,13 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
         return
     log.info("eval: speed of %s, interleaved", ", ".join(measured))
     batch_sizes = run.recipe.eval.speed_batch_sizes
-    measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half).write(path)
+    free_memory()  # of the models that were scored one after another
+    try:
+        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half)
+    except UserError as reason:  # the report of a run that has healed for hours is worth more than its speed
+        log.warning("eval: the speed is not measured. %s", reason)
+        return
+    speed.write(path)
 
 
 def draft_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import refuse_text_alone, text_config
-from shoal.models.checkpoint_files import model_fingerprint, read_shards
-from shoal.models.load import FLOATS, load_model, load_processor, loaded_dtype, reads_images
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import load_model, load_processor, loaded_bytes, reads_images
 from shoal.progress import doing
 from shoal.recipe.edits import Component
 from shoal.recipe.measure import METRICS, HeadTask, Sweeps
@@ -254,21 +254,7 @@ def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
 def _is_streamed(run: Run) -> bool:
     """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
     limit = run.recipe.measure.memory_gb
-    return limit is not None and _loaded_bytes(run) > limit * 2**30
-
-
-def _loaded_bytes(run: Run) -> int:
-    """Bytes of the weights in the precision that they are loaded in; quantised ones stay as they are stored."""
-    from shoal.compress.surgery.quantised import without_quantization
-
-    shards, config = read_shards(run.base), run.config()
-    size = loaded_dtype(config, run.recipe.dtype, shards).itemsize
-    is_quantised = bool(without_quantization(config)[1])
-    return sum(
-        part.end - part.start if is_quantised or part.dtype not in FLOATS else size * math.prod(part.shape)
-        for shard in shards
-        for part in shard.tensors.values()
-    )
+    return limit is not None and loaded_bytes(run.base, run.config(), run.recipe.dtype) > limit * 2**30
 
 
 def _streaming(run: Run) -> Streaming:
