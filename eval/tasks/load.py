@@ -20,14 +20,13 @@ from shoal.recipe.evaluate import Eval, Tasks
 
 from .data_sets import DataSet, Part, parts_of
 from .documents import LEAVE_OUT, MissingFiles, UnreadHub, local_rows
-from .names import described_data, described_tasks, refuse_unknown, task_folders, unknown
+from .names import described_data, described_tasks, local_data, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
 log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 """One document with what lm-eval asked of it, was answered, and made of the answers."""
-LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 """Data set paths under which `datasets` reads local files."""
 CHECKED_ITEMS = 20
 """Items of a task whose answers are looked at before a model is loaded."""
@@ -277,25 +276,19 @@ def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:
 
 def _refuse_missing_files(name: str, entry: Any) -> None:
     """Refuse local data that is not there or empty, before `datasets` does in its own words."""
-    config: dict[str, Any] = entry.cfg or {}
-    if config.get("dataset_path") not in LOCAL_FORMATS:
-        return
-    settings: dict[str, Any] = config.get("dataset_kwargs") or {}
-    files = settings.get("data_files") or settings.get("data_dir") or []
-    by_split = list(files.values()) if isinstance(files, dict) else [files]
-    for path in (path for paths in by_split for path in (paths if isinstance(paths, list) else [paths])):
+    for path in local_data(entry.cfg or {}):
         place = Path(path)
-        if "://" in str(path) or any(character in str(path) for character in "*?["):
+        if any(character in path for character in "*?["):
             continue
         if not place.exists():
             parent = next(folder for folder in place.absolute().parents if folder.is_dir())
             raise UserError(
-                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {str(path)!r}, which is not there (found as far as "
+                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {path!r}, which is not there (found as far as "
                 f"{parent}); correct dataset_kwargs, whose relative paths start from where shoal is started"
             )
         if place.is_file() and place.stat().st_size == 0:
             raise UserError(
-                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {str(path)!r}, which is empty; a task needs at least "
+                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {path!r}, which is empty; a task needs at least "
                 "one item, so name another file"
             )
 

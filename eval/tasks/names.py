@@ -9,22 +9,26 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
+from glob import glob
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from shoal.atomic_files import fingerprint
+import yaml
+
+from shoal.atomic_files import file_hashes, fingerprint
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.suites import CONFIGS_DIR
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 
+LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 TASKS_DIR = CONFIGS_DIR / "tasks"
 HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 NAMED_TASKS = 6
@@ -140,8 +144,9 @@ def described_tasks(
 def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> str:
     """Content hash of what shapes the items of ``tasks``, which may be groups: they are part of a score.
 
-    Their descriptions, the generators where one is theirs, and the task files in folders. If one of them is not
-    described, then all descriptions, since tasks of lm-eval may read any data set that is described.
+    Their descriptions, the generators where one is theirs, and the task files in folders with the local data that these
+    name. If one of them is not described, then all descriptions, since tasks of lm-eval may read any data set that is
+    described.
     """
     is_there = include_path is not None and Path(include_path).expanduser().is_dir()
     folders = task_folders(include_path if is_there else None)  # one that is missing is refused where tasks are loaded
@@ -160,7 +165,39 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
         for file in sorted(folder.rglob("*"))
         if file.suffix in (".yaml", ".py")
     ]
-    return fingerprint([[_identity(data) for data in data_sets.values()], texts])
+    files = (file for folder in folders[1:] for file in sorted(folder.rglob("*.yaml")))
+    places = (
+        Path(place) for file in files for path in local_data(_settings(file)) for place in glob(path, recursive=True)
+    )
+    rows = [(path, content) for place in places for path, content in file_hashes(place)]
+    return fingerprint([[_identity(data) for data in data_sets.values()], texts, *([rows] if rows else [])])
+
+
+def local_data(config: Mapping[str, Any]) -> list[str]:
+    """Paths and patterns of local files that a task file names as its data."""
+    if config.get("dataset_path") not in LOCAL_FORMATS:
+        return []
+    settings: dict[str, Any] = config.get("dataset_kwargs") or {}
+    files = settings.get("data_files") or settings.get("data_dir") or []
+    by_split = list(files.values()) if isinstance(files, dict) else [files]
+    paths = [str(path) for own in by_split for path in (own if isinstance(own, list) else [own])]
+    return [path for path in paths if "://" not in path]
+
+
+class _TaskFile(yaml.SafeLoader):
+    """Task files, in which `!function` names code."""
+
+
+_TaskFile.add_multi_constructor("!", lambda *_: None)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a task file says; nothing of one that is refused where tasks are loaded."""
+    try:
+        settings = yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskFile)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _identity(data: DataSet) -> dict[str, object]:

@@ -37,7 +37,7 @@ from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.artifacts.vision_states import VisionStates
-from shoal.atomic_files import file_hash, fingerprint, write_json
+from shoal.atomic_files import file_hashes, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
 from shoal.models.anatomy import image_layers, text_config
@@ -550,10 +550,9 @@ def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str)
 
 
 def local_data_fingerprint(data_dir: str) -> str:
-    """Content hash of the data sets in a folder, wherever that folder is."""
-    folder = Path(data_dir).expanduser()
-    files = sorted(folder.glob("*/*.jsonl"))
-    return fingerprint([[str(file.relative_to(folder)), file_hash(file)] for file in files])
+    """Content hash of the data sets in a folder, wherever that folder is; what lies beside their folders is none."""
+    places = sorted(place for place in Path(data_dir).expanduser().glob("[!.]*") if place.is_dir())
+    return fingerprint([[f"{place.name}/{path}", content] for place in places for path, content in file_hashes(place)])
 
 
 def write_story(run: Run) -> None:

@@ -21,6 +21,7 @@ from shoal.eval.tasks import documents
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.protocols import TEXT_MATCHES, letter_match, match_last, match_start
+from shoal.stages.run import local_data_fingerprint
 
 ASKED = {
     "knowledge_continuation": "bf34bc407e61c02b",
@@ -337,6 +338,29 @@ def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_pat
 def test_include_path_must_be_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval.include_path: '.*nowhere' is no folder"):
         load_tasks(["knowledge_continuation"], include_path=tmp_path / "nowhere")
+
+
+def test_tasks_of_own_files_are_identified_by_the_rows_that_these_name(tmp_path: Path) -> None:
+    rows = tmp_path / "data/rows.jsonl"
+    rows.parent.mkdir()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/own.yaml").write_text(OWN_TASK.format(name="own", data=rows) + "process_docs: !function a.b\n")
+    identities = []
+    for text in ('{"q": "1"}\n', '{"q": "2"}\n', '{"q": "1"}\n'):
+        rows.write_text(text)
+        identities.append(naming.tasks_fingerprint(["own"], tmp_path / "tasks"))
+    assert identities[0] == identities[2] != identities[1]
+
+
+def test_a_folder_of_data_is_identified_by_all_that_its_data_sets_hold(tmp_path: Path) -> None:
+    (tmp_path / "sets/mine").mkdir(parents=True)
+    seen = set()
+    for place in ("sets/mine/test.jsonl", "sets/test.json", "sets/test.json"):
+        (tmp_path / place).write_text(str(len(seen)))
+        seen.add(local_data_fingerprint(str(tmp_path)))
+    assert len(seen) == 3
+    (tmp_path / "README.md").write_text("beside the sets")
+    assert local_data_fingerprint(str(tmp_path)) in seen
 
 
 def test_a_task_file_whose_data_is_missing_is_named(tmp_path: Path) -> None:
