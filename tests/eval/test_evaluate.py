@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
+from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
+from shoal.stages.evaluate import eval_inputs
+from shoal.stages.run import open_run
 from shoal.stats.paired import paired
 
 
@@ -108,6 +112,19 @@ def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
     assert (made.role, made.num_layers, made.provenance.inputs) == ("pruned", 6, {"model": "m"})
     assert made.num_bytes > 0
     assert made.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_how_a_model_writes_by_itself_identifies_its_scores(teacher: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(teacher, tmp_path / "model"))
+    made = open_run(parse_recipe({"model": str(folder), "run_dir": str(tmp_path / "run")}))
+    file = folder / "generation_config.json"
+    said, ends = json.loads(file.read_text()), json.loads((folder / "config.json").read_text())["eos_token_id"]
+    identities: list[dict[str, Any]] = []
+    for own in ({}, {"repetition_penalty": 1.3}, {"use_cache": False, "eos_token_id": ends}):
+        file.write_text(json.dumps({**said, **own}))
+        identities.append(eval_inputs(made, folder))
+    assert identities[0] == identities[2]
+    assert identities[1] == {**identities[0], "generation_config.json": {"repetition_penalty": 1.3}}
 
 
 def test_perplexity_equals_a_plain_forward_over_each_window() -> None:

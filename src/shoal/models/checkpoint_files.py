@@ -247,6 +247,15 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def writing_settings(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of how a model writes (where a text ends, penalties, sampling) and config.json
+    does not say too."""
+    settings, config = (json_or_empty(folder / name) for name in ("generation_config.json", "config.json"))
+    own = settings.keys() - {"transformers_version", "_from_model_config", "use_cache"}
+    own -= {key for key in own if key.startswith("output_") or config.get(key) == settings[key]}
+    return {key: settings[key] for key in sorted(own)}
+
+
 def _samples(file: Path) -> Iterator[tuple[str, bytes]]:
     """Name and hash of every tensor in a safetensors file."""
     with file.open("rb") as handle:

@@ -30,7 +30,13 @@ from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
-from shoal.models.checkpoint_files import gguf_in, model_fingerprint, names_model, tokenizer_fingerprint
+from shoal.models.checkpoint_files import (
+    gguf_in,
+    model_fingerprint,
+    names_model,
+    tokenizer_fingerprint,
+    writing_settings,
+)
 from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_images
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
@@ -57,6 +63,8 @@ log = logging.getLogger(__name__)
 
 IMAGES = "eval.images"
 """Setting of rows of images, and what identifies them."""
+WRITING = "generation_config.json"
+"""Input of scores: how a model writes by itself, where it says so."""
 MODELS = "models"
 """Folder, where a comparison goes, of the scores of checkpoints that are no run's."""
 
@@ -116,6 +124,8 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
         **shaping(run.recipe, Shapes.SCORES),
         "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
     }
+    if writing := writing_settings(folder):
+        inputs[WRITING] = writing
     if settings.images is not None:
         inputs[IMAGES] = image_rows_fingerprint(load_image_rows(settings.images, IMAGES))
     if settings.data_dir is not None:
@@ -301,7 +311,9 @@ def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
     files = [run.dir / "eval" / f"{role}.json" for role in ("distilled", "pruned")]
     for file in filter(Path.is_file, files):
         stored = Evaluation.read(file).provenance.inputs
-        if unlike := differences({**inputs, **{key: stored.get(key) for key in ("model", "dtype")}}, stored):
+        of_its_own = {key: stored.get(key) for key in ("model", "dtype")}
+        asked = {key: value for key, value in {**inputs, **of_its_own}.items() if key != WRITING}
+        if unlike := differences(asked, {key: value for key, value in stored.items() if key != WRITING}):
             raise UserError(
                 f"{file}: was not scored with the settings of {run.root}'s recipe: {'; '.join(unlike)}. A checkpoint "
                 f"beside it would be asked otherwise; run `shoal eval {run.root}` first"
