@@ -6,8 +6,13 @@ Code of a stage is imported where it is used, so that a verb loads only what it 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+from transformers import GenerationConfig
 
 from shoal.data.sources import load_texts
+from shoal.errors import UserError
+from shoal.recipe.track import is_gguf
 from shoal.stages.distill import check_distill
 from shoal.stages.evaluate import check_eval
 from shoal.stages.export import check_quantize
@@ -41,4 +46,23 @@ def preflight(run: Run) -> None:
     check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)
-    checked_items(tasks_of(recipe.eval), recipe.eval, config=run.config(), tokenizer=run.tokenizer())
+    tasks = tasks_of(recipe.eval)
+    checked_items(tasks, recipe.eval, config=run.config(), tokenizer=run.tokenizer())
+    if recipe.quantize is not None and is_gguf(recipe.quantize.format):
+        _refuse_penalties(run, [name for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"])
+
+
+def _refuse_penalties(run: Run, written: Sequence[str]) -> None:
+    """Refuse tasks that write text where llama.cpp is to write it and the model asks for more than its likeliest
+    tokens."""
+    from shoal.eval.harness.writing import NEUTRAL_SETTINGS
+
+    if not written or not (run.teacher / "generation_config.json").is_file():
+        return
+    own = GenerationConfig.from_pretrained(run.teacher).to_diff_dict().keys() - NEUTRAL_SETTINGS
+    if own:
+        raise UserError(
+            "quantize.format: copies of this format are scored by llama.cpp, which does not do what "
+            f"{run.recipe.model}/generation_config.json asks for ({', '.join(sorted(own))}), and {written[0]} writes "
+            "text; quantise to another format, or leave the tasks that write out of eval.tasks"
+        )
