@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from shoal.artifacts.evaluation import Column
+from shoal.atomic_files import read_text
 from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
 from shoal.yaml_text import read_yaml
@@ -316,7 +317,7 @@ def read_data_sets(folder: Path) -> dict[str, DataSet]:
     described: dict[str, DataSet] = {}
     description = TypeAdapter(DataSet)  # takes longer to make than a file to read
     for file in sorted(folder.rglob("*.yaml")):
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         if not any(line.startswith("dataset:") for line in text.splitlines()):
             continue
         try:

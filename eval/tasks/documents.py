@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal.abilities import ALL_SCORED, GENERATORS, items
 from shoal.abilities.item import digest
+from shoal.atomic_files import read_text
 from shoal.errors import UserError
 from shoal.formatting import listed
 
@@ -154,7 +155,7 @@ def local_rows(data: DataSet, data_dir: Path, files: Mapping[str, str]) -> dict[
 
 def _json_lines(file: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

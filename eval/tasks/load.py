@@ -6,8 +6,10 @@ A name is a data set's with a protocol behind it (data_sets.py), a group's, or t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -82,7 +84,7 @@ def load_tasks(
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
         _set_ability(task, data_sets)
-        _check_column(name, task)
+        _check_metadata(name, task)
     return tasks
 
 
@@ -222,14 +224,28 @@ def _set_ability(task: Any, data_sets: Collection[DataSet]) -> None:
             config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
 
 
-def _check_column(name: str, task: Any) -> None:
-    """Refuse a column of a task file that is none; descriptions have been checked."""
-    column = (task.config.metadata or {}).get("column", "")
+def _check_metadata(name: str, task: Any) -> None:
+    """Refuse a column, chance or level of a task file that is none, before anything is scored; descriptions have been
+    checked. A chance may be a fraction, as there."""
+    told = task.config.metadata or {}
+    column = told.get("column", "")
     if column not in ("", *get_args(Column)):
         raise UserError(
             f"eval.tasks: {name!r} has metadata.column {column!r}; it is one of {', '.join(get_args(Column))}, or left "
             "out for a public benchmark"
         )
+    for key, is_one, what in (
+        ("chance", lambda value: 0 <= value < 1, "a share below 1 such as 0.25 or 1/4"),
+        ("level", math.isfinite, "a number"),
+    ):
+        if key in told:
+            try:
+                told[key] = float(Fraction(str(told[key]).replace(" ", "")))
+                is_right = is_one(told[key])
+            except (ValueError, ZeroDivisionError, OverflowError):
+                is_right = False
+            if not is_right:
+                raise UserError(f"eval.tasks: {name!r} has metadata.{key} {told[key]!r}; give {what}, or leave it out")
 
 
 @cache

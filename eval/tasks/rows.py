@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import StrictUndefined, Undefined
@@ -100,11 +100,12 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     }
     if data.page is not None:
         del templates["question"]
-    compiled = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
-    expressions = {key: getattr(data, key) for key in ("options", "answer", "answers", "beginnings")}
+    expressions = {key: getattr(data, key) or None for key in ("options", "answer", "answers", "beginnings")}
     expressions["shares"] = data.label_distribution
-    values = {key: jinja.compile_expression(text, undefined_to_none=False) for key, text in expressions.items() if text}
-    keeps = jinja.compile_expression(data.keep or "true")
+    expression_of = partial(jinja.compile_expression, undefined_to_none=False)
+    compiled = _compiled(part, jinja.from_string, templates)
+    values = _compiled(part, expression_of, expressions)
+    keeps = _compiled(part, jinja.compile_expression, {"keep": data.keep or "true"})["keep"]
     left_out = 0
     for number, row in enumerate(rows, 1):
         at = f"eval.tasks: {part.name!r}: {where}, row {number}"
@@ -154,6 +155,8 @@ def _finished(doc: Doc, at: str) -> Doc:
     doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
     if "options" in doc:
         doc["options"] = [str(option) for option in doc["options"]]
+        if "" in doc["options"]:
+            raise UserError(f"{at}: option {doc['options'].index('')} is empty; correct the data, or leave the row out")
         if "shares" in doc:
             _check_shares(doc["shares"], doc["options"], at)
             doc.setdefault("answer", doc["shares"].index(max(doc["shares"])))
@@ -166,6 +169,20 @@ def _finished(doc: Doc, at: str) -> Doc:
             raise UserError(f"{at} has no answer; correct the data")
     doc.setdefault("worked", doc["answers"][0])
     return {"id": digest(doc["context"], *doc.get("options", doc["answers"]))[:16], **doc}
+
+
+def _compiled(part: Part, compile_text: Callable[[str], Any], texts: Mapping[str, str | None]) -> dict[str, Any]:
+    """Key of the description -> what its text compiles to, where there is one."""
+    compiled = {}
+    for key, text in texts.items():
+        if text is not None:
+            try:
+                compiled[key] = compile_text(text)
+            except TemplateError as error:
+                raise UserError(
+                    f"eval.tasks: {part.name!r}: {key} in its description is no template ({error}): {text!r}"
+                ) from error
+    return compiled
 
 
 def _check_shares(shares: list[Any], options: list[str], at: str) -> None:
@@ -187,9 +204,11 @@ def _position(answer: Any, options: list[str], at: str) -> int:
     if isinstance(answer, str):
         text = answer.strip().strip("()")
         position = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1
-    if not 0 <= int(position) < len(options):
+    if isinstance(position, float) and position.is_integer():  # as tables with gaps hold whole numbers
+        position = int(position)
+    if not isinstance(position, int) or not 0 <= position < len(options):
         raise UserError(
             f"{at}: the answer {answer!r} is none of its {len(options)} options; correct the data, or answer in the "
             "description"
         )
-    return int(position)
+    return position

@@ -149,6 +149,18 @@ def put_in_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, however large it is."""
     with path.open("rb") as file:

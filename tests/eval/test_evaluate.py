@@ -26,6 +26,7 @@ from shoal.eval.evaluate import refuse_idle_ranks, role_evaluation
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
+from shoal.eval.tasks.load import load_tasks
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
@@ -187,6 +188,21 @@ def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
     wrong = own_task(tmp_path, MULTIPLE + "metadata: {column: outside}\n", rows)
     with pytest.raises(UserError, match=r"'own' has metadata\.column 'outside'; it is one of in, twin, out, public"):
         run(**dataclasses.asdict(wrong) | unchanged())
+
+
+@pytest.mark.parametrize("wrong", ["chance: 25", "chance: quarter", "level: high", "chance: 1/0"])
+def test_a_chance_or_level_that_is_none_is_refused_before_anything_is_scored(wrong: str, tmp_path: Path) -> None:
+    rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
+    with pytest.raises(UserError, match=r"'own' has metadata\.(chance|level) .*; give a"):
+        load_tasks(["own"], include_path=own_task(tmp_path, f"{MULTIPLE}metadata: {{{wrong}}}\n", rows).include_path)
+
+
+def test_a_chance_may_be_a_fraction_as_in_descriptions(tmp_path: Path) -> None:
+    rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
+    (score, _) = run(
+        **dataclasses.asdict(own_task(tmp_path, MULTIPLE + "metadata: {chance: 1/4}\n", rows)) | unchanged()
+    )
+    assert score.chance == 0.25
 
 
 def unchanged() -> dict[str, Any]:

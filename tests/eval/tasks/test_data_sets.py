@@ -198,7 +198,7 @@ def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -
         }
         ids = {tuple(task.eval_docs["id"]) for task in tasks.values()}
         assert len(ids) == 1
-        assert len(set(ids.pop())) == data.num_items or 200
+        assert len(set(ids.pop())) == (data.num_items or 200)
         for protocol, task in tasks.items():
             described = task.config.metadata
             family = part.family(protocol)
@@ -478,6 +478,10 @@ def one_row(**changes: Any) -> dict[str, list[dict[str, Any]]]:
             r"\(items\), row 1: the answer 2 is none of its 2 options; correct the data",
         ),
         (
+            one_row(choices={"text": ["x", ""], "label": ["A", "B"]}, answerKey="A"),
+            r"\(items\), row 1: option 1 is empty; correct the data",
+        ),
+        (
             {**one_row(), "arc_easy/test.jsonl": [{"q": "x"}]},
             r"row 1 cannot be read \('question' is undefined; its fields are q\)",
         ),
@@ -619,6 +623,25 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     (data / "own" / "test.jsonl").write_text(json.dumps({"question": "q", "choices": ["x", "y"], "gold": "y"}))
     task = load_tasks(["own_continuation"], include_path=tasks, data_dir=data)["own_continuation"]
     assert [doc["answer"] for doc in task.eval_docs] == [1]
+
+
+@pytest.mark.parametrize(
+    ("description", "row", "message"),
+    [
+        (OWN + "question: '{{q'\n", b'{"choices": ["x"], "gold": 0}', "question in its description is no template"),
+        (OWN + "keep: 'q =='\n", b'{"choices": ["x"], "gold": 0}', "keep in its description is no template"),
+        (OWN, b'{"question": "q", "choices": ["x"], "gold": [0]}', r"row 1: the answer \[0\] is none of its 1 options"),
+        (OWN, '{"question": "caf\u00e9"}'.encode("latin-1"), "test.jsonl: is not UTF-8 .*; save it as UTF-8"),
+    ],
+)
+def test_own_data_that_is_wrong_is_refused_in_a_sentence(
+    tmp_path: Path, description: str, row: bytes, message: str
+) -> None:
+    (tmp_path / "own.yaml").write_text(description)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/test.jsonl").write_bytes(row)
+    with pytest.raises(UserError, match=message):
+        load_tasks(["own_continuation"], include_path=tmp_path, data_dir=tmp_path)
 
 
 def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
