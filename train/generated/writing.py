@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from shoal.abilities.matching import MATCHING
 from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.chat import Chat, check_template
-from shoal.data.sources import BUNDLED, documents, load_texts
+from shoal.data.sources import BUNDLED, CutOff, documents, load_texts
 from shoal.errors import UserError
 from shoal.inference.vllm import vllm_engine
 from shoal.models.load import Checkpoint
@@ -132,7 +132,7 @@ def _kept(place: Path) -> list[str]:
             f"distill.writing: nothing that the teacher wrote can be kept ({reasons}); give other prompts or another "
             "temperature"
         )
-    return [record["text"] for record in records]
+    return [CutOff(record["text"]) if record.get("cut_off") else record["text"] for record in records]
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:
@@ -164,16 +164,19 @@ def _write_batches(
     for file, numbers in each([*missing.items()], "teacher text", unit="batches"):
         written = writer([prompts[number].ids for number in numbers], numbers)
         records = [
-            _record(number, prompts[number], ids, tokenizer) for number, ids in zip(numbers, written, strict=True)
+            _record(number, prompts[number], ids, tokenizer, most=settings.new_tokens)
+            for number, ids in zip(numbers, written, strict=True)
         ]
         write_text(file, _lines(records))
 
 
-def _record(number: int, prompt: Prompt, ids: list[int], tokenizer: Any) -> dict[str, Any]:
+def _record(number: int, prompt: Prompt, ids: list[int], tokenizer: Any, *, most: int) -> dict[str, Any]:
+    """What is kept of one text, which may have ``most`` new tokens; ``cut_off`` where it had more to say."""
+    cut_off = {"cut_off": True} if len(ids) >= most and ids[-1] != tokenizer.eos_token_id else {}
     written = tokenizer.decode(ids, skip_special_tokens=True)
     if prompt.messages is None:
         text = tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
-        return {"number": number, "text": text, "written": written}
+        return {"number": number, "text": text, "written": written, **cut_off}
     # turns and their borders are special tokens: what tokenising adds by itself stays out
     whole = [*prompt.ids, *ids]
     whole = whole[1:] if whole[0] == tokenizer.bos_token_id else whole
@@ -182,6 +185,7 @@ def _record(number: int, prompt: Prompt, ids: list[int], tokenizer: Any) -> dict
         "number": number,
         "text": tokenizer.decode(whole),
         "written": written,
+        **cut_off,
         "messages": [*prompt.messages, {"role": "assistant", "content": written.strip()}],
         "answer": prompt.answer,
     }

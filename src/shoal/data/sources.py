@@ -570,6 +570,10 @@ def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> lis
     return encode(text)[:count]
 
 
+class CutOff(str):
+    """A text that stops where its writer had to, in the middle: nobody is to learn that it ends there."""
+
+
 def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
     """Token lists with start (where the model has one it adds) and end token; of long texts the beginning."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -584,7 +588,7 @@ def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterato
                 if most is None or _size(text) <= most
                 else first_tokens(str(text), lambda part: tokenizer(part)["input_ids"], enough or 0)
             )
-            whole = ids if not ids or ids[-1:] == end else ids + end
+            whole = ids if not ids or ids[-1:] == end or isinstance(text, CutOff) else ids + end
             yield whole, np.ones(len(whole), bool)
 
 

@@ -12,7 +12,7 @@ import torch
 from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from shoal.data.sources import ability_prompts
+from shoal.data.sources import ability_prompts, pack
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
@@ -293,3 +293,23 @@ def test_decoding_that_cannot_be_compiled_says_so_once_and_goes_on(caplog):
     writer = transformers_writer(model, tokenizer, settings, seed=3, fixed=fixed)
     assert writer([[5, 6]], [0]) == writer([[5, 6]], [0]) == expected
     assert caplog.text.count("decoding of llama is not compiled and takes longer: ") == 1
+
+
+@pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "go on"}]])
+def test_a_text_that_had_more_to_say_teaches_no_end(tmp_path, messages):
+    """It stops where its writer had to: an end token behind it would teach to stop in the middle of a sentence."""
+    tokenizer = tiny_tokenizer()
+    prompt, end = writing.Prompt(tokenizer("once")["input_ids"][:1], messages), tokenizer.eos_token_id
+    more = tokenizer("upon a time")["input_ids"][:2]
+    written = {"ended": [more[0], end], "short": more[:1], "cut_off": more}
+    records = [writing._record(number, prompt, ids, tokenizer, most=2) for number, ids in enumerate(written.values())]
+    assert [record.get("cut_off", False) for record in records] == [False, False, True]
+    (tmp_path / writing.TEXTS).write_text(writing._lines(records))
+    (tmp_path / writing.COUNTS).write_text("{}")
+    lengths = []
+    for text in writing._kept(tmp_path):
+        rows = pack([(DataSource("teacher_text"), [text])], tokenizer, sequence_length=64, num_tokens=None, seed=0)
+        ids = rows.input_ids_NS[0].tolist()
+        real = len(tokenizer(text)["input_ids"])
+        lengths.append(ids[real] == end and rows.position_ids_NS[0, real] == real)
+    assert lengths == [True, True, False]
