@@ -334,16 +334,21 @@ class Rate:
     def __init__(self) -> None:
         self._seconds_before = 0.0
         self._started = self._read_at = time.monotonic()
+        self._paused_at: float | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far, those of earlier lives included."""
-        return self._seconds_before + time.monotonic() - self._started
+        return self._seconds_before + self._now() - self._started
 
     @property
     def since_read(self) -> float:
         """Seconds of training since the last reading, which its tokens took."""
-        return time.monotonic() - self._read_at
+        return self._now() - self._read_at
+
+    def _now(self) -> float:
+        """While it is paused the moment when that began: what a checkpoint says is asked for in the midst of saving."""
+        return time.monotonic() if self._paused_at is None else self._paused_at
 
     def go_on_from(self, seconds: float, *, since_read: float) -> None:
         """Begin now, after so many seconds in earlier lives, the last of them since a reading."""
@@ -359,10 +364,11 @@ class Rate:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What happens meanwhile is no training."""
-        began = time.monotonic()
+        began = self._paused_at = time.monotonic()
         try:
             yield
         finally:
+            self._paused_at = None
             away = time.monotonic() - began
             self._started += away
             self._read_at += away

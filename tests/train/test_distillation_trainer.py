@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,15 @@ def test_a_row_of_the_curves_goes_on_where_training_stopped_inside_of_it(tmp_pat
     told = rate.read(100)
     assert 30 <= told["seconds"] < 31
     assert 19 < told["tokens_per_s"] <= 20, "over both parts of the row"
+
+
+def test_what_a_checkpoint_says_of_time_leaves_out_the_time_of_saving_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 103.0, 110.0, 115.0])  # made, paused after three seconds, ends seven later, read
+    monkeypatch.setattr("shoal.train.objective_trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    rate = Rate()
+    with rate.paused():
+        assert (rate.seconds, rate.since_read) == (3.0, 3.0)
+    assert rate.seconds == 8.0
 
 
 def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(tmp_path: Path) -> None:
