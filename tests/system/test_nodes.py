@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,12 +111,35 @@ def test_the_hostfile_example_is_one_that_the_launcher_reads():
     assert fetch_hostfile(str(CLUSTER / "hostfile")) == {"node-a": 8, "node-b": 8}
 
 
+@pytest.mark.parametrize(("stop", "code", "said"), [(True, 143, ["TERM 7.0", "requeue 7"]), (False, 3, [])])
+def test_a_slurm_job_whose_time_is_up_saves_and_begins_again_and_one_that_failed_does_not(tmp_path, stop, code, said):
+    """Stand-ins for SLURM: srun runs until scancel asks its tasks to stop, or fails by itself."""
+    commands = {
+        "srun": 'touch started; [ "$FAIL" = yes ] && exit 3; while [ ! -e asked ]; do sleep 0.05; done; touch saved',
+        "scancel": 'echo "TERM $2" >> said; touch asked',
+        "scontrol": '[ "$1" = show ] && echo node-a && exit; [ -e saved ] && echo "$*" >> said',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_GPUS_PER_NODE": "2", "FAIL": "no" if stop else "yes"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", str(CLUSTER / "slurm.sbatch"), "r.yaml"], cwd=tmp_path, env=environment)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    if stop:
+        job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == code
+    assert (tmp_path / "said").read_text().splitlines() == said if said else not (tmp_path / "said").exists()
+
+
 @pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
 def test_the_scripts_for_clusters_are_valid_and_use_flags_that_exist(name):
     script = CLUSTER / name
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = re.sub(r"(?m)^\s*#.*$", "", script.read_text()).replace("\\\n", " ")
-    command = re.search(r"torchrun (.*)", text)
+    command = re.search(r"torchrun ([^&\n]*)", text)
     assert command is not None
     words = re.sub(r'"?\$\{?\w+(:-\w+)?\}?"?', "2", command.group(1)).split()
     options = get_args_parser().parse_args(words)
