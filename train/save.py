@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def training_of(
     return Training(
         provenance=Provenance(inputs),
         num_steps=trainer.state.global_step,
-        num_tokens=trainer.state.global_step * spec.tokens_per_step,
+        num_tokens=_tokens_trained_on(trainer, spec),
         seconds=seconds[-1] if seconds else 0.0,
         history=tuple({key: float(value) for key, value in row.items()} for row in history),
         settings={
@@ -91,3 +92,12 @@ def training_of(
         data={"sources": rows.counts},
         peak_memory_bytes=peak_memory_bytes,
     )
+
+
+def _tokens_trained_on(trainer: ObjectiveTrainer, spec: TrainSpec) -> int:
+    """Tokens of all steps; where no budget is set, the last step of an epoch has fewer rows."""
+    steps, dataset = trainer.state.global_step, trainer.train_dataset
+    assert dataset is not None
+    num_rows, rows_per_step = len(dataset), spec.tokens_per_step // spec.settings.sequence_length  # pyright: ignore[reportArgumentType]
+    epochs, begun = divmod(steps, max(1, math.ceil(num_rows / rows_per_step)))
+    return (epochs * num_rows + min(begun * rows_per_step, num_rows)) * spec.settings.sequence_length

@@ -36,6 +36,7 @@ from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
 from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
+from shoal.train import save
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.objective_trainer import Rate
 
@@ -568,3 +569,10 @@ def test_conversations_in_a_script_under_the_deepspeed_program(tmp_path: Path) -
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "healed").state_dict()
     for name, weight in student.state_dict().items():
         assert torch.allclose(saved[name], weight, atol=1e-4), name
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(1, 4), (2, 6), (3, 10), (4, 12)])
+def test_tokens_of_an_epoch_that_ends_within_a_step_are_those_of_its_rows(steps: int, rows: int) -> None:
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=steps), train_dataset=range(6))
+    spec: Any = SimpleNamespace(tokens_per_step=4 * 64, settings=SimpleNamespace(sequence_length=64))
+    assert save._tokens_trained_on(trainer, spec) == rows * 64

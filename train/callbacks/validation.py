@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from shoal.artifacts.artifact import differences
 from shoal.atomic_files import write_json, written_folder
 from shoal.recipe.distill import Watch
-from shoal.runtime import barrier, is_main
+from shoal.runtime import agreed, barrier, is_main
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,17 @@ class Watcher(TrainerCallback):
         barrier()
 
     def best(self) -> dict[str, Any] | None:
-        """Step, metric and score of the best state that this run has kept so far."""
-        file = self._folder / "best.json"
-        if not file.is_file():
-            return None
-        best = json.loads(file.read_bytes())
-        return None if differences(self._inputs, best["inputs"]) else best
+        """Step, metric and score of the best state that this run has kept so far. Every rank calls this, and rank 0 looks:
+        on a shared disk another node may see the file of a moment ago."""
+
+        def read() -> dict[str, Any] | None:
+            file = self._folder / "best.json"
+            if not file.is_file():
+                return None
+            best = json.loads(file.read_bytes())
+            return None if differences(self._inputs, best["inputs"]) else best
+
+        return agreed(read)
 
     def best_state(self) -> dict[str, Tensor]:
         """The weights kept at ``best()``."""

@@ -81,7 +81,10 @@ def chat_of(row: Mapping[str, Any], source: DataSource, where: str) -> Chat | No
         ]
     tools = None if source.tools is None else column_of(row, source.tools, where)
     if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip() else None
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise UserError(f"data {where}: column {source.tools!r} holds no JSON ({error}): {tools[:80]!r}") from error
     return Chat(messages, where, tools or None) if messages else None
 
 

@@ -281,3 +281,9 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
         assert chat is not None
         ids, _ = tokenised(chat, shipped("qwen2_5"), assistant_only=True)
         assert '"name": "add"' in shipped("qwen2_5").decode(ids)
+
+
+def test_tools_that_are_no_json_are_refused_by_row() -> None:
+    source = DataSource("x", messages="m", tools="t")
+    with pytest.raises(UserError, match=r"data x, row 1: column 't' holds no JSON .*: '\{\"name\": broken'"):
+        chat_of({"m": TURNS, "t": '{"name": broken'}, source, "x, row 1")

@@ -16,6 +16,7 @@ from shoal.errors import UserError
 from shoal.eval.quick_eval import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
+from shoal.train.callbacks import validation
 from shoal.train.callbacks.validation import Watcher
 
 
@@ -87,6 +88,13 @@ def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_ru
     assert found is not None
     assert found["step"] == 4
     assert watcher(tmp_path, best="knowledge", inputs={"a": 2}).best() is None
+
+
+def test_every_rank_goes_by_what_rank_0_has_kept(tmp_path, monkeypatch):
+    """On a disk that nodes share another one may see the file of a moment ago, and keep a state that nobody gathers."""
+    kept = watcher(tmp_path, every=2, best="knowledge")
+    monkeypatch.setattr(validation, "agreed", lambda decide: {"step": 4, "score": 0.5} if decide() is None else None)
+    assert kept.best() == {"step": 4, "score": 0.5}
 
 
 def test_nothing_is_kept_where_no_score_chooses(tmp_path):
