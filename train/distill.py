@@ -21,7 +21,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
-from shoal.recipe.losses import STATE_TERMS
+from shoal.recipe.losses import STATE_TERMS, CrossEntropy
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, free_memory, is_main, seed_everything
 from shoal.tracking import wandb_run
@@ -143,6 +143,12 @@ def check_distillable(spec: TrainSpec) -> None:
         raise UserError(
             f"distill.losses: {states[0].kind} needs the teacher's states, which a server does not tell; take it out, "
             "or use the live teacher"
+        )
+    on_policy = settings.on_policy is not None and settings.on_policy.share > 0
+    if on_policy and any(isinstance(term, CrossEntropy) and term.weight for term in settings.losses):
+        log.warning(
+            "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), whatever that "
+            "is; train on it with divergences alone"
         )
     if settings.lora is not None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)

@@ -98,8 +98,10 @@ class Watcher(TrainerCallback):
         barrier()
 
     def best(self) -> dict[str, Any] | None:
-        """Step, metric and score of the best state that this run has kept so far. Every rank calls this, and rank 0 looks:
-        on a shared disk another node may see the file of a moment ago."""
+        """Step, metric and score of the best state that this run has kept so far.
+
+        Every rank calls this, and rank 0 looks: on a shared disk another node may see the file of a moment ago.
+        """
 
         def read() -> dict[str, Any] | None:
             file = self._folder / "best.json"

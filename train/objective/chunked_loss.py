@@ -44,6 +44,7 @@ LOGITS = 2**24
 AGREEMENT_STRIDE = 8
 """Every so many tokens teacher and student are asked for their most probable word."""
 SMALLEST_TAIL = 1e-8
+SMALLEST_RECORDED_TAIL = 1e-30
 """Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
 
 
@@ -68,6 +69,9 @@ class TopK:
     """Log-probabilities of these tokens, in nats."""
     temperature: float
     """Temperature that logits were divided by when they were recorded."""
+    tail_N: Tensor | None = None
+    """Probability of all other tokens together; None = what the log-probabilities leave, which has no digits where the
+    teacher is sure."""
 
 
 @dataclass(frozen=True)
@@ -346,8 +350,11 @@ def _of_any_length(*values: Any) -> None:
 
 def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
     """The stored words of a chunk, and the teacher's distribution over them and, last, all others."""
-    log_CK = targets.log_probs_NK[part].double()  # 1 - sum has no digits in fp32 where the teacher is sure
-    tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
+    log_CK = targets.log_probs_NK[part].double()
+    if targets.tail_N is None:
+        tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
+    else:
+        tail_C1 = targets.tail_N[part, None].double().clamp(min=SMALLEST_RECORDED_TAIL)
     exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)
     log_C = torch.cat([log_CK, tail_C1.log()], -1).to(exact)
     return targets.ids_NK[part].long(), Softmax(log_C, log_C.exp())

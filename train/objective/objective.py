@@ -58,6 +58,8 @@ class Signals:
     """Recorded instead of the above: the most probable next tokens in falling order."""
     log_probs_BSK: Tensor | None = None
     """Log-probabilities of these tokens under the full softmax, in nats, never renormalised."""
+    tail_BS: Tensor | None = None
+    """Probability of all other tokens together, where that was recorded."""
     token_log_probs_BS: Tensor | None = None
     """Log-probabilities, in nats, of the tokens that stand there, of a teacher that an engine runs."""
     captured: Captured = field(default_factory=Captured)
@@ -188,7 +190,8 @@ class Objective:
             assert self._teacher_to_logits is not None
             targets = Dense(kept(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
-            targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature)
+            tail_N = None if signals.tail_BS is None else kept(signals.tail_BS)
+            targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature, tail_N)
         if not len(places_N):  # of a micro-batch; the step as a whole has some
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()

@@ -73,8 +73,10 @@ class RecordedTeacher:
             captured.states[layer] = queued(rows.states[layer], device)
         if not self.reads_logits:
             return Signals(captured=captured)
-        ids_BSK, log_probs_BSK = queued(rows.ids_BSK, device), queued(rows.log_probs_BSK, device)
-        return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, captured=captured)
+        ids_BSK, log_probs_BSK, tail_BS = (
+            queued(plane, device) for plane in (rows.ids_BSK, rows.log_probs_BSK, rows.tail_BS)
+        )
+        return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, tail_BS=tail_BS, captured=captured)
 
 
 @dataclass(frozen=True)

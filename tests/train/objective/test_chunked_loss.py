@@ -503,3 +503,21 @@ def test_a_term_is_not_computed_where_it_learns_from_no_token(monkeypatch: pytes
     assert [size for kind, size in computed if kind == "forward_kl"] == [4, 4, 4, 4, 3]
     assert [size for kind, size in computed if kind == "cross_entropy"] == [4, 4]
     assert not [size for kind, size in computed if kind == "reverse_kl"]
+
+
+def test_a_recorded_tail_counts_where_what_is_left_of_one_has_no_digits() -> None:
+    """A sure teacher leaves 1e-11 to all other words, and the student's mass there costs by the log of that."""
+    given = setting(5, torch.float64)
+    given["teacher_hidden"] *= 12
+    exact = stored(given, 6)
+    rest = torch.ones(N, V, dtype=torch.float64).scatter(-1, exact.ids_NK, 0.0)
+    p, q = (
+        coarse(torch.softmax(x, -1), exact.ids_NK, rest)
+        for x in (teacher_logits(given, 1.0), head(given["hidden"], given["weight"]))
+    )
+    assert p[:, -1].min() < 1e-10
+    expected = definition(ReverseKL(), p, q)
+    recorded = TopK(exact.ids_NK, exact.log_probs_NK.float(), 1.0, p[:, -1].float())
+    for targets, is_exact in ((recorded, True), (replace(recorded, tail_N=None), False)):
+        _, sums, _ = chunked(given, targets, (ReverseKL(),))
+        assert (abs(float(sums[0] / expected) - 1) < 1e-5) is is_exact
