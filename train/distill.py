@@ -147,8 +147,8 @@ def check_distillable(spec: TrainSpec) -> None:
     on_policy = settings.on_policy is not None and settings.on_policy.share > 0
     if on_policy and any(isinstance(term, CrossEntropy) and term.weight for term in settings.losses):
         log.warning(
-            "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), whatever that "
-            "is; train on it with divergences alone"
+            "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
+            "wrong; train on it with divergences alone"
         )
     if settings.lora is not None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)

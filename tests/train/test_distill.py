@@ -21,8 +21,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource
-from shoal.recipe.losses import TAID, ForwardKL, ValueRelation
+from shoal.recipe.distill import Distill, OnPolicy, Record, Teacher, TrainingSource
+from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL, ValueRelation
 from shoal.recipe.recipe import Recipe
 from shoal.stages import distill as stage
 from shoal.stages.run import open_run
@@ -58,6 +58,14 @@ def test_different_vocabularies_are_refused(teacher, tmp_path):
         UserError, match=r"has 272 vocabulary entries and student .* has 300; .*cut the student from this"
     ):
         check(teacher, student)
+
+
+def test_cross_entropy_on_what_the_student_writes_is_warned_of(teacher, caplog):
+    check(teacher, teacher, losses=(ForwardKL(), CrossEntropy()), on_policy=None)
+    check(teacher, teacher, losses=(ForwardKL(),), on_policy=OnPolicy(share=0.3))
+    assert "cross_entropy also learns" not in caplog.text
+    check(teacher, teacher, losses=(ForwardKL(), CrossEntropy()), on_policy=OnPolicy(share=0.3))
+    assert "cross_entropy also learns what the student itself writes (distill.on_policy)" in caplog.text
 
 
 def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
