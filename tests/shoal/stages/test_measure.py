@@ -454,6 +454,6 @@ def test_cumulative_removals_end_where_a_greedy_order_does() -> None:
     order = tuple(Removal(Component((layer,)), 0.0) for layer in (3, 1))
     scores = {"block_influence": (0.5, 0.1, 0.3, 0.2, 0.4, 0.6)}
     importance = Importance(Provenance({}), 6, 1, scores, {}, orders={"sleb": order})
-    sweep = {"tasks": ("retrieval_generation",), "operators": ("cumulative",)}
+    sweep: dict[str, Any] = {"tasks": ("retrieval_generation",), "operators": ("cumulative",)}
     assert measuring._order(Sweeps(**sweep, order="sleb"), importance) == (3, 1)
     assert measuring._order(Sweeps(**sweep, order="block_influence"), importance) == (1, 3, 2, 4, 0)
