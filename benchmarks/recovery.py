@@ -322,14 +322,18 @@ def table(arguments: argparse.Namespace) -> str:
     teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
     rows: dict[str, tuple[Scores, Scores | None]] = {"pruned": (pruned, None)}
     for arm, own in ((arm, own) for arm, own in runs.items() if own):
-        training = [Training.read(run / Training.FILE) for run in own.values()]
+        healed = [[*sorted(run.glob(f"rounds/*/{Training.FILE}")), run / Training.FILE] for run in own.values()]
+        training = [[Training.read(file) for file in files] for files in healed]
         local = [json.loads(file.read_text()) for run in own.values() if (file := run / "local/local.json").is_file()]
         healing = [heal["seconds"] for heal in local] or [0.0] * len(training)
-        seconds = ", ".join(f"{result.seconds + own_s:.0f}" for result, own_s in zip(training, healing, strict=True))
+        seconds = ", ".join(
+            f"{sum(one.seconds for one in of_rounds) + own_s:.0f}"
+            for of_rounds, own_s in zip(training, healing, strict=True)
+        )
         first = f"{local[0]['num_tokens']:,} by the local heal, then " if local else ""
         if "choose" in ARMS[arm]:
             rows[f"cut of {arm}"] = (pooled(own.values(), "pruned"), None if own is reference else pruned)
-        title = f"{arm} ({first}{training[0].num_tokens:,} tokens; {seconds} s)"
+        title = f"{arm} ({first}{sum(one.num_tokens for one in training[0]):,} tokens; {seconds} s)"
         common = [seed for seed in own if seed in reference and own is not reference]
         rows[title] = (
             pooled(own.values(), "distilled"),
