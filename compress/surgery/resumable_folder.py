@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import glob
 import logging
@@ -13,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from shoal.atomic_files import flush, make_folder, put_in_place, remove_leftovers
+from shoal.atomic_files import NO_LOCKS, flush, make_folder, put_in_place, remove_leftovers
 from shoal.errors import UserError, explained_disk_errors
 
 log = logging.getLogger(__name__)
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager

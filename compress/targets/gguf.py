@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +35,7 @@ from shoal.artifacts.artifact import Artifact
 from shoal.errors import UserError, explained_disk_errors
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import checkpoint_bytes, json_or_empty, read_shards, weight_files
+from shoal.models.checkpoint_files import checkpoint_bytes, json_or_empty, mtp_names, read_shards, weight_files
 from shoal.models.load import load_config
 from shoal.progress import doing, each
 
@@ -209,8 +209,8 @@ def _convert(script: Path, folder: Path, path: Path, *, options: list[str]) -> N
 
 def stored_type(folder: Path) -> str:
     """f16 or bf16 where every matrix is stored so, else f32: what holds each of the checkpoint's numbers exactly."""
-    tensors = [tensor for shard in read_shards(folder) for name, tensor in shard.tensors.items() if _is_text(name)]
-    dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
+    tensors = {name: tensor for shard in read_shards(folder) for name, tensor in shard.tensors.items()}
+    dtypes = {tensors[name].dtype for name in _converted(tensors, folder) if len(tensors[name].shape) > 1}
     return {"BF16": "bf16", "F16": "f16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
 
@@ -341,13 +341,15 @@ def _converters_tables() -> tuple[ModuleType, ModuleType]:
 def _text_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (no mapping)
-                if _is_text(name):
-                    yield name, handle.get_tensor(name)
+            for name in _converted(handle.keys(), folder):
+                yield name, handle.get_tensor(name)
 
 
-def _is_text(name: str) -> bool:
-    return not name.endswith(NOT_CONVERTED) and not any(part in name for part in NOT_TEXT)
+def _converted(names: Iterable[str], folder: Path) -> list[str]:
+    """Those of text, without those of multi-token prediction, which the converter is told to leave out."""
+    text = [name for name in names if not name.endswith(NOT_CONVERTED) and not any(part in name for part in NOT_TEXT)]
+    behind = set(mtp_names(text, text_config(load_config(folder)).num_hidden_layers))
+    return [name for name in text if name not in behind]
 
 
 def _block(name: str) -> str:

@@ -57,6 +57,8 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
                 folder_path=folder,
                 commit_message="Checkpoint, model card and figures from shoal",
                 ignore_patterns=["*.tmp", "*.old"],
+                # weights of an earlier upload in other files would be loaded in place of these, or beside them
+                delete_patterns=["model*.safetensors", "model.safetensors.index.json", "figures/*"],
             )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 """One document with what lm-eval asked of it, was answered, and made of the answers."""
-"""Data set paths under which `datasets` reads local files."""
 CHECKED_ITEMS = 20
 """Items of a task whose answers are looked at before a model is loaded."""
 

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import yaml
 
-from shoal.atomic_files import file_hashes, fingerprint
+from shoal.atomic_files import file_hashes, fingerprint, known_hash
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.suites import CONFIGS_DIR
@@ -29,6 +29,7 @@ from shoal.recipe.suites import CONFIGS_DIR
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
+"""Data set paths under which `datasets` reads local files."""
 TASKS_DIR = CONFIGS_DIR / "tasks"
 HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 NAMED_TASKS = 6
@@ -148,8 +149,7 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
     name. If one of them is not described, then all descriptions, since tasks of lm-eval may read any data set that is
     described.
     """
-    is_there = include_path is not None and Path(include_path).expanduser().is_dir()
-    folders = task_folders(include_path if is_there else None)  # one that is missing is refused where tasks are loaded
+    folders = _folders_there(include_path)
     described, tags = described_tasks(folders)
     members = {member for name in tasks for member in tags.get(name, (name,))}
     if members <= described.keys():
@@ -165,23 +165,39 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
         for file in sorted(folder.rglob("*"))
         if file.suffix in (".yaml", ".py")
     ]
-    files = (file for folder in folders[1:] for file in sorted(folder.rglob("*.yaml")))
-    places = (
-        Path(place) for file in files for path in local_data(_settings(file)) for place in glob(path, recursive=True)
-    )
-    rows = [(path, content) for place in places for path, content in file_hashes(place)]
+    files = (file for folder in folders[1:] for file in folder.rglob("*.yaml"))
+    named = {place for file in files for path in _data_in(_content(file)) for place in glob(path, recursive=True)}
+    rows = [(path, content) for place in sorted(named) for path, content in file_hashes(Path(place))]
     return fingerprint([[_identity(data) for data in data_sets.values()], texts, *([rows] if rows else [])])
 
 
+def _folders_there(include_path: str | Path | None) -> tuple[Path, ...]:
+    """Those that are there: one that is missing is refused where tasks are loaded."""
+    is_there = include_path is not None and Path(include_path).expanduser().is_dir()
+    return task_folders(include_path if is_there else None)
+
+
 def local_data(config: Mapping[str, Any]) -> list[str]:
-    """Paths and patterns of local files that a task file names as its data."""
-    if config.get("dataset_path") not in LOCAL_FORMATS:
-        return []
-    settings: dict[str, Any] = config.get("dataset_kwargs") or {}
-    files = settings.get("data_files") or settings.get("data_dir") or []
-    by_split = list(files.values()) if isinstance(files, dict) else [files]
-    paths = [str(path) for own in by_split for path in (own if isinstance(own, list) else [own])]
-    return [path for path in paths if "://" not in path]
+    """Paths and patterns of local files that a task reads."""
+    return list(_data_in(config)) if config.get("dataset_path") in LOCAL_FORMATS else []
+
+
+def _data_in(content: Any) -> Iterator[str]:
+    """Paths and patterns under `data_files` and `data_dir`, wherever these stand: tasks inherit parts of others."""
+    if isinstance(content, list):
+        for own in content:
+            yield from _data_in(own)
+    elif isinstance(content, Mapping):
+        for key, own in content.items():
+            yield from _texts_in(own) if key in ("data_files", "data_dir") else _data_in(own)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from () if "://" in value else (value,)
+    elif isinstance(value, list | Mapping):
+        for own in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(own)
 
 
 class _TaskFile(yaml.SafeLoader):
@@ -191,13 +207,20 @@ class _TaskFile(yaml.SafeLoader):
 _TaskFile.add_multi_constructor("!", lambda *_: None)
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> Any:
     """What a task file says; nothing of one that is refused where tasks are loaded."""
     try:
-        settings = yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskFile)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        return yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskFile)
+    except (yaml.YAMLError, ValueError):  # ValueError: no UTF-8, no date
+        return None
+
+
+def local_data_fingerprint(data_dir: str, include_path: str | Path | None = None) -> str:
+    """Content hash of the described data sets in a folder, wherever that is and whatever else lies there."""
+    parts = [part for data in described_data(_folders_there(include_path)).values() for part in parts_of(data)]
+    named = {name for part in parts for name in (*part.files, f"{part.data.place}/{part.data.examples}")}
+    folder = Path(data_dir).expanduser()
+    return fingerprint([[name, known_hash(folder / name)] for name in sorted(named) if (folder / name).is_file()])
 
 
 def _identity(data: DataSet) -> dict[str, object]:

@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def written_file(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What disks answer that cannot lock files: Lustre without -o flock, NFS without lockd."""
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -86,6 +91,8 @@ def written_folder(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
         temporary, lock = _locked_folder(path)
         try:
             yield temporary
+            for part in (*temporary.rglob("*"), temporary):  # what vouches for the folder is flushed, so this is before
+                flush(part)
             put_in_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -167,12 +174,23 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def known_hash(path: Path) -> str:
+    """The same, read once for every state of the file: identities ask for it again and again."""
+    state = path.stat()
+    return _hash_of_state(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _hash_of_state(path: Path, _changed_at: int, _size: int) -> str:
+    return file_hash(path)
+
+
 def file_hashes(place: Path) -> list[tuple[str, str]]:
     """(path from ``place``, SHA-256) of every file under it that is not hidden; of a file its own, without a path."""
     if place.is_file():
-        return [("", file_hash(place))]
+        return [("", known_hash(place))]
     paths = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
-    return [(str(path), file_hash(place / path)) for path in paths if not any(part[0] == "." for part in path.parts)]
+    return [(str(path), known_hash(place / path)) for path in paths if not any(part[0] == "." for part in path.parts)]
 
 
 def fingerprint(value: object) -> str:

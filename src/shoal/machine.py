@@ -27,8 +27,15 @@ def available_memory() -> int:
     available = psutil.virtual_memory().available
     limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
     if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
-        available = min(available, int(maximum) - int(used.read_text()))
+        available = min(available, int(maximum) - int(used.read_text()) + _cached_files())
     return available
+
+
+def _cached_files() -> int:
+    """Bytes of files that the container has read or written and the system keeps until somebody wants the memory."""
+    told = CONTROL_GROUP / "memory.stat"
+    lines = [line.split() for line in told.read_text().splitlines()] if told.is_file() else []
+    return sum(int(size) for name, size in lines if name in ("inactive_file", "active_file"))
 
 
 def device_memory(device: torch.device) -> int:

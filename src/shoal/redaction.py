@@ -10,7 +10,9 @@ from typing import Any
 HIDDEN = "(hidden)"
 _NAME = r"(?:token|secret|password|passwd|(?:api|secret|access|private)[_-]?key|credential|authorization)s?"
 _SECRET_KEY = re.compile(rf"^(?!.*_tokens$).*{_NAME}$", re.IGNORECASE)  # num_tokens is a count
-_SECRET_VALUE = re.compile(r"\b(hf_|api_org_|sk-|wandb_v1_|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s@]+(?=@)")
+_SECRET_VALUE = re.compile(
+    r"\b(?:(?:hf_|api_org_|wandb_v1_|ghp_|github_pat_|AKIA)\w{16,}|(?:sk-|glpat-|xox[bp]-)[\w-]{16,})|(?<=://)[^/\s@]+(?=@)"
+)
 _NUMBER = r" *[-+]?[\d_.]+(?:e[-+]?\d+)? *"
 _SECRET_ARGUMENT = re.compile(
     rf"(?P<key>(?<!num_){_NAME}=)(?!{_NUMBER}$).+|"

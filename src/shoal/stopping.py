@@ -39,6 +39,9 @@ def on_stop(act: Callable[[int], None]) -> Iterator[None]:
     stays so.
     """
     process = os.getpid()
+    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers: signals are others'
+        yield
+        return
 
     def handle(number: int, _frame: object) -> None:
         if os.getpid() == process:

@@ -325,6 +325,8 @@ def test_containers_limit_counts_as_memory(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "memory.current").write_text("2000\n")
     monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     assert machine.available_memory() == 3000
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 400\nactive_file 100\nslab 7\n")
+    assert machine.available_memory() == 3500, "files that are only kept give way"
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.available_memory() > 3000
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shoal.atomic_files import write_json, write_text, written_folder
+from shoal import atomic_files
+from shoal.atomic_files import known_hash, write_json, write_text, written_folder
 from shoal.errors import UserError
 
 
@@ -210,3 +211,21 @@ def test_file_size_limit_is_explained(tmp_path: Path) -> None:
     writer.join(60)
     assert writer.exitcode == 0
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flush, seen = tmp_path / "rows", os.fsync, []
+    monkeypatch.setattr("os.fsync", lambda descriptor: (seen.append(path.exists()), flush(descriptor)))
+    with written_folder(path) as folder:
+        (folder / "in").mkdir()
+        (folder / "in" / "a").write_text("1")
+    assert seen == [False] * 3, "the file, its folder and the whole"
+
+
+def test_a_file_is_hashed_once_for_every_state_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(atomic_files, "file_hash", lambda file: read.append(file.read_text()) or read[-1])
+    for text in ("1", "12"):
+        path.write_text(text)
+        assert [known_hash(path), known_hash(path)] == [text, text]
+    assert read == ["1", "12"]

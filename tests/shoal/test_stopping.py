@@ -17,7 +17,7 @@ from long_training import MANY, pruned_recipe, recipe, wait_for
 from ranks import environment
 from tiny import tiny_checkpoint
 
-from shoal.stopping import run_launcher
+from shoal.stopping import on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
 GONE_S = 10
@@ -148,3 +148,18 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -
     later(0, twice)
     assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, signal.SIGINT)
     assert 1 < time.monotonic() - begun < 30
+
+
+def test_signals_are_left_alone_off_the_main_thread() -> None:
+    """Python sets handlers there only: a run in a notebook's thread trains all the same."""
+    entered = []
+
+    def work() -> None:
+        with on_stop(lambda _: None):
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [before]

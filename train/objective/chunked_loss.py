@@ -44,7 +44,6 @@ LOGITS = 2**24
 AGREEMENT_STRIDE = 8
 """Every so many tokens teacher and student are asked for their most probable word."""
 SMALLEST_TAIL = 1e-8
-SMALLEST_RECORDED_TAIL = 1e-30
 """Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
 
 
@@ -354,7 +353,9 @@ def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
     if targets.tail_N is None:
         tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
     else:
-        tail_C1 = targets.tail_N[part, None].double().clamp(min=SMALLEST_RECORDED_TAIL)
+        # 0 where a server's rounded log-probabilities leave nothing, which says as little as above
+        tail_C1 = targets.tail_N[part, None].double()
+        tail_C1 = torch.where(tail_C1 > 0, tail_C1, SMALLEST_TAIL)
     exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)
     log_C = torch.cat([log_CK, tail_C1.log()], -1).to(exact)
     return targets.ids_NK[part].long(), Softmax(log_C, log_C.exp())

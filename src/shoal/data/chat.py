@@ -85,7 +85,17 @@ def chat_of(row: Mapping[str, Any], source: DataSource, where: str) -> Chat | No
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise UserError(f"data {where}: column {source.tools!r} holds no JSON ({error}): {tools[:80]!r}") from error
-    return Chat(messages, where, tools or None) if messages else None
+    return Chat(_without_nothing(messages), where, _without_nothing(tools) or None) if messages else None
+
+
+def _without_nothing(value: Any) -> Any:
+    """``value`` without keys that hold None.
+
+    Tables give every row the keys that any row has, and a template would write arguments that nobody gave.
+    """
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(own) for key, own in value.items() if own is not None}
+    return [_without_nothing(own) for own in value] if isinstance(value, list) else value
 
 
 def column_of(row: Mapping[str, Any], name: str, where: str) -> Any:

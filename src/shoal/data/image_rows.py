@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shoal.atomic_files import file_hash, fingerprint
+from shoal.atomic_files import fingerprint, known_hash
 from shoal.data.chat import ASSISTANT, ImageRow, column_of, without_layout
 from shoal.data.packing import IMAGES, NO_IMAGE, PackedRows
 from shoal.data.sources import records
@@ -111,24 +111,18 @@ def _unreadable(path: Path, row: str, reason: str) -> UserError:
 
 def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
     """Content hash of rows and images, wherever they lie."""
-    return fingerprint([[_hash(row.image, _version(row.image)), row.prompt, row.answer] for row in rows])
+    return fingerprint([[known_hash(row.image), row.prompt, row.answer] for row in rows])
 
 
 def num_shared_images(rows: Sequence[ImageRow], others: Sequence[ImageRow]) -> int:
     """How many of ``rows`` ask about an image, byte for byte, that one of ``others`` asks about too."""
-    known = {_hash(row.image, _version(row.image)) for row in others}
-    return sum(_hash(row.image, _version(row.image)) in known for row in rows)
+    known = {known_hash(row.image) for row in others}
+    return sum(known_hash(row.image) in known for row in rows)
 
 
 def images_fingerprint(data: Sequence[DataSource]) -> str:
     """The same of all sources of images among ``data``; raises as training_images does."""
     return image_rows_fingerprint([row for rows in training_images(data).values() for row in rows])
-
-
-@cache
-def _hash(path: Path, version: object) -> str:
-    """Hash of the file's bytes, read once of a ``version`` of it."""
-    return file_hash(path)
 
 
 def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Asked]:

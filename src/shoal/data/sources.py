@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from shoal.atomic_files import file_hash, fingerprint, write_json
+from shoal.atomic_files import fingerprint, known_hash, write_json
 from shoal.data.chat import Chat, ImageRow, chat_of, check_template, column_of, tokenised
 from shoal.data.general_text import docstrings, instructions, python_docs, readmes
 from shoal.data.packing import (
@@ -220,15 +220,24 @@ def _local_files(source: DataSource) -> list[Path] | None:
     Of a folder those that are named after the split (`train.jsonl`, `train-00000-of-00002.parquet`), else all.
     """
     path = Path(source.path).expanduser()
+    if path.exists() and source.name is not None:
+        raise UserError(f"data {source.path!r}: name is of data sets on the Hub and has no effect here; leave it out")
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
         if not files:
             raise UserError(f"data {source.path!r}: the folder holds no {', '.join(READERS)} file; name one that does")
         of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
+        if source.split != DataSource.split and not of_split:
+            raise UserError(
+                f"data {source.path!r}: no file of the folder is named after the split {source.split!r} (it holds "
+                f"{', '.join(file.name for file in files[:5])}); leave split out to read all"
+            )
         return of_split or files
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise UserError(f"data {source.path!r}: cannot read {path.suffix!r} files; use one of {', '.join(READERS)}")
+        if source.split != DataSource.split:
+            raise UserError(f"data {source.path!r}: is one file, of which split selects nothing; leave split out")
         return [path]
     if source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
         raise UserError(f"data {source.path!r}: no such file or folder; {_known_sources(source.path)}")
@@ -630,6 +639,6 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
         elif source.path in BUNDLED_ROWS:
             content = fingerprint(_bundled_rows(source.path))
         elif source.path != TEACHER_TEXT:
-            content = [[file.name, file_hash(file)] for file in _local_files(source) or ()]
+            content = [[file.name, known_hash(file)] for file in _local_files(source) or ()]
         parts.append([*source.text_settings.values(), content])
     return fingerprint(parts)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.atomic_files import make_folder, written_folder
+from shoal.atomic_files import NO_LOCKS, make_folder, written_folder
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models.checkpoint_files import check_checkpoint
 from shoal.progress import doing
@@ -31,7 +31,12 @@ def made_once(folder: Path, make: Callable[[Path], None], *, action: str) -> Pat
     with lock:
         log.info(action)
         with doing(action):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning("%s: this disk cannot lock files; start only one shoal that fills it", folder.parent)
             if not _is_whole(folder):  # another process may have made it meanwhile
                 with written_folder(folder, setting="SHOAL_CACHE") as temporary:
                     make(temporary)

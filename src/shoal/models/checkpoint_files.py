@@ -133,15 +133,15 @@ def gguf_in(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: those the index names, else model.safetensors. Others may lie beside them.
+    """The files that transformers loads: model.safetensors, else those the index names. Others may lie beside them.
 
     Raises:
         UserError: neither is there, or the index is damaged.
     """
-    if (folder / INDEX_FILE).is_file():
-        return [folder / name for name in sorted(set(read_index(folder)["weight_map"].values()))]
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return [folder / name for name in sorted(set(read_index(folder)["weight_map"].values()))]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     pickled = [name for name in others if not name.endswith(".safetensors")]
     if not others:
@@ -187,7 +187,7 @@ def read_shards(folder: Path) -> list[Shard]:
                     f"{folder}: {name} lies in both {holders[name]} and {shard.file.name}; {DOWNLOAD_AGAIN}"
                 )
             holders[name] = shard.file.name
-    if (folder / INDEX_FILE).is_file():
+    if not (folder / SINGLE_FILE).is_file():
         _refuse_wrong_index(folder, holders)
     return shards
 

@@ -36,6 +36,7 @@ from shoal.models.checkpoint_files import (
     ADAPTER_CONFIG,
     DEMO_PREFIX,
     DOWNLOAD_AGAIN,
+    WITH_MODEL,
     Shard,
     check_checkpoint,
     check_config,
@@ -57,7 +58,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MOST_LAYERS = 100_000
 CHECKPOINT_FILES = (
     *("*.json", "*.safetensors", "*.jinja", "*.txt"),
-    *("tokenizer.model", "*.py", "LICENSE*", "README.md"),
+    *("*.model", "*.py", *(f"{name}*" for name in WITH_MODEL), "README.md"),
 )
 """Files of a checkpoint on the Hub that are downloaded."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")

@@ -238,11 +238,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
-    if recipe.eval.backend == "vllm" and recipe.quantize is not None and not track.is_gguf(recipe.quantize.format):
-        yield (
-            f"eval.backend: vllm does not score copies in {recipe.quantize.format} (quantize.format); use backend: "
-            "transformers, or a format of llama.cpp"
-        )
     if recipe.eval.control and recipe.distill.trainable == "replacement":
         yield (
             "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "

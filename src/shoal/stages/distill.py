@@ -39,7 +39,7 @@ from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shap
 from shoal.runtime import agreed, device, free_memory, seed_everything, world_size
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.prune import choose_plan, read_goals, read_importance, read_plan
-from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, out_of_date
+from shoal.stages.run import Run, check_length, is_done, out_of_date
 from shoal.tracking import wandb_run
 
 if TYPE_CHECKING:
@@ -423,7 +423,7 @@ def _chosen_by(run: Run) -> dict[str, Any]:
     if watch is None or scored is None or watch.best is None:
         return {}
     from shoal.eval.quick_eval import HELD_OUT
-    from shoal.eval.tasks.names import tasks_fingerprint
+    from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
     if watch.best == HELD_OUT:
         chosen_by = {"data": sources_fingerprint(scored.perplexity_data), "sequence_length": scored.sequence_length}
@@ -432,7 +432,7 @@ def _chosen_by(run: Run) -> dict[str, Any]:
         chosen_by = {
             "tasks": tasks_fingerprint(scored.tasks, scored.include_path),
             "num_fewshot": scored.num_fewshot,
-            "data": None if folder is None else local_data_fingerprint(folder),
+            "data": None if folder is None else local_data_fingerprint(folder, scored.include_path),
         }
     return {"distill.watch.best (files)": fingerprint(chosen_by)}
 

@@ -48,7 +48,6 @@ from shoal.stages.run import (
     Run,
     check_length,
     is_done,
-    local_data_fingerprint,
     locked,
     open_run,
     require,
@@ -115,7 +114,7 @@ def calibration_sources(run: Run) -> list[DataSource]:
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     """What identifies the evaluation of the model in ``folder``."""
-    from shoal.eval.tasks.names import tasks_fingerprint
+    from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
     settings = run.recipe.eval
     inputs = {
@@ -129,7 +128,7 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     if settings.images is not None:
         inputs[IMAGES] = image_rows_fingerprint(load_image_rows(settings.images, IMAGES))
     if settings.data_dir is not None:
-        inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
+        inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
     return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
 
 
@@ -444,6 +443,7 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
         speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half)
     except UserError as reason:  # the report of a run that has healed for hours is worth more than its speed
         log.warning("eval: the speed is not measured. %s", reason)
+        path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores
         return
     speed.write(path)
 

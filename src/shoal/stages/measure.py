@@ -31,7 +31,7 @@ from shoal.recipe.edits import Component
 from shoal.recipe.measure import METRICS, HeadTask, Sweeps
 from shoal.recipe.section import ImageRows, Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
-from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require, resolved
+from shoal.stages.run import Run, check_length, is_done, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ DONOR_CONTENT = "measure.sweep.donor (content)"
 
 def measure_inputs(run: Run) -> dict[str, Any]:
     """What identifies importance.json."""
-    from shoal.eval.tasks.names import tasks_fingerprint
+    from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
     inputs = _inputs(run, Shapes.IMPORTANCE, data=sources_fingerprint(run.recipe.measure.data))
     settings = run.recipe.measure.sweep
@@ -65,11 +65,11 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     forms = [f"{task}_{protocol}" for task in settings.tasks for protocol in settings.protocols]
     inputs["measure.sweep.tasks (files)"] = tasks_fingerprint(forms or settings.tasks, settings.include_path)
     if settings.data_dir is not None:
-        inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
+        inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
     if settings.perplexity_tokens:
         inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
-    if settings.donor is not None:
-        inputs[DONOR_CONTENT] = model_fingerprint(resolved(settings.donor, settings.donor_revision))
+    if run.sweep_donor is not None:
+        inputs[DONOR_CONTENT] = model_fingerprint(run.sweep_donor)
     return inputs
 
 
@@ -484,7 +484,7 @@ def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
     from shoal.compress.sweeps.sweep import StreamedVariantsLM, VariantsLM, sweep
     from shoal.compress.variants.variants import Edited
 
-    donor = None if settings.donor is None else resolved(settings.donor, settings.donor_revision)
+    donor = run.sweep_donor
     tokenizer = run.tokenizer()
     if model is None:
         lm = partial(StreamedVariantsLM, run.base, tokenizer, streaming=_streaming(run), donor=donor)

@@ -40,6 +40,11 @@ def preflight(run: Run) -> None:
         check_export(run.config())
     if recipe.quantize is not None:
         check_quantize(run)
+        if recipe.eval.backend == "vllm" and not is_gguf(recipe.quantize.format):
+            raise UserError(
+                f"eval.backend: vllm does not score copies in {recipe.quantize.format} (quantize.format); use backend: "
+                "transformers, or a format of llama.cpp"
+            )
     check_measure((*run.rounds_before, run)[0])
     check_distill(run)
     check_eval(run)

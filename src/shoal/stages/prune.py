@@ -463,6 +463,8 @@ def refuse_unmeasured(run: Run) -> None:
 def _is_measured(run: Run) -> bool:
     """Whether importance.json is there and belongs to this run."""
     path = run.dir / Importance.FILE
+    if run.previous is not None and not run.previous.is_healed:
+        return False  # it is of a round that has to be made anew
     return path.is_file() and not differences(measure_inputs(run), Importance.read(path).provenance.inputs)
 
 

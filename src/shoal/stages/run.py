@@ -37,7 +37,7 @@ from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.artifacts.vision_states import VisionStates
-from shoal.atomic_files import file_hashes, fingerprint, write_json
+from shoal.atomic_files import NO_LOCKS, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
 from shoal.models.anatomy import image_layers, text_config
@@ -165,6 +165,17 @@ class Run:
         """The teacher's local folder."""
         return resolved(self.recipe.model, self.recipe.revision)
 
+    @cached_property
+    def _beside(self) -> Path:
+        """The local folder of measure.beside; ranks wait for each other the first time, so that is where all ask."""
+        return resolved(str(self.recipe.measure.beside), None)
+
+    @cached_property
+    def sweep_donor(self) -> Path | None:
+        """The local folder of measure.sweep.donor, likewise; None where there is none."""
+        sweep = self.recipe.measure.sweep
+        return None if sweep is None or sweep.donor is None else resolved(sweep.donor, sweep.donor_revision)
+
     @property
     def base(self) -> Path:
         """The local folder of the model that this round measures and cuts.
@@ -173,7 +184,7 @@ class Run:
             UserError: the round before has not made it yet.
         """
         if self.measured == BESIDE:
-            return resolved(str(self.recipe.measure.beside), None)
+            return self._beside
         if self.measured:
             return self.root / MEASURED[self.measured]
         if self.previous is None:
@@ -462,6 +473,11 @@ def locked(run: Run) -> Iterator[None]:
             log.info("waiting for %s, which holds %s", holder, run.root)
             time.sleep(5)
             continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s: this disk cannot lock files; start only one shoal that works there", run.root)
+            break
         if os.fstat(handle.fileno()).st_nlink:
             break
         handle.close()  # its last holder took it away in the meantime: nobody else would look at it
@@ -547,12 +563,6 @@ def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str)
     if changed := differences(inputs, kind.read(path).provenance.inputs):
         remedy = f"Run `{verb}` again, or set run_dir to another folder"
         raise UserError(f"{path}: belongs to another run: {'; '.join(changed)}. {remedy}")
-
-
-def local_data_fingerprint(data_dir: str) -> str:
-    """Content hash of the data sets in a folder, wherever that folder is; what lies beside their folders is none."""
-    places = sorted(place for place in Path(data_dir).expanduser().glob("[!.]*") if place.is_dir())
-    return fingerprint([[f"{place.name}/{path}", content] for place in places for path, content in file_hashes(place)])
 
 
 def write_story(run: Run) -> None:

@@ -19,13 +19,22 @@ import gguf
 import pytest
 import torch
 from run_gguf import llama_cpp_greedy, save_tokenizer
+from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.targets import gguf as gguf_export
-from shoal.compress.targets.gguf import GgufProof, check_export, check_gguf, export_gguf, find_converter, stored_type
+from shoal.compress.targets.gguf import (
+    GgufProof,
+    _text_tensors,
+    check_export,
+    check_gguf,
+    export_gguf,
+    find_converter,
+    stored_type,
+)
 from shoal.compress.targets.llama_cpp import llama_cpp_refusal
 from shoal.errors import UserError
 from shoal.models.load import load_config
@@ -377,3 +386,14 @@ def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
     with pytest.raises(UserError, match=r"nothing to export yet; run `shoal prune` first"):
         export.export_gguf(run)
+
+
+def test_tensors_of_multi_token_prediction_are_not_looked_for_in_a_file(tmp_path: Path) -> None:
+    """The converter is told to leave them out."""
+    folder = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16, num_hidden_layers=2)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    more = {"mtp.layers.0.up.weight": torch.zeros(2, 2), "model.layers.2.mlp.up_proj.weight": torch.zeros(2, 2)}
+    save_file(tensors | more, file, metadata={"format": "pt"})
+    assert {name for name, _ in _text_tensors(folder)} == set(tensors)
+    assert stored_type(folder) == "bf16"

@@ -91,7 +91,10 @@ class Answer(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
-        if not self.refused():
+        if "/tree/" in self.path and not self.refused():
+            entries = [{"type": "file", "path": path, "oid": oid, "size": 1} for path, oid in self.server.files.items()]
+            self.answer(entries)
+        elif not self.refused():
             self.answer({"id": REPO, "sha": "1" * 40, "siblings": [], "tags": [], "downloads": 0, "private": True})
 
     def chunks(self) -> Iterator[bytes]:
@@ -118,7 +121,9 @@ class Answer(BaseHTTPRequestHandler):
         self.server.commits += 1
         for line in lines:
             value = line["value"]
-            if line["key"] == "lfsFile":
+            if line["key"] == "deletedFile":
+                del self.server.files[value["path"]]
+            elif line["key"] == "lfsFile":
                 assert value["oid"] in self.server.objects
                 self.server.files[value["path"]] = value["oid"]
             elif line["key"] == "file":
@@ -143,7 +148,7 @@ class Answer(BaseHTTPRequestHandler):
                 return True
         return False
 
-    def answer(self, body: dict[str, Any], status: int = 200) -> None:
+    def answer(self, body: Any, status: int = 200) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -337,3 +342,11 @@ def test_a_folder_without_checkpoint_is_refused(tmp_path: Path, hub: Hub) -> Non
     with pytest.raises(UserError, match=r"has no config\.json"):
         send(tmp_path, hub)
     assert not hub.created
+
+
+def test_weights_of_an_earlier_push_in_other_files_go(folder: Path, hub: Hub) -> None:
+    """Some loaders take a single file before an index, others an index before a single file."""
+    hub.files |= dict.fromkeys(("model.safetensors.index.json", "model-00001-of-00002.safetensors", "notes.md"), "old")
+    send(folder, hub)
+    assert {path for path, oid in hub.files.items() if oid == "old"} == {"notes.md"}
+    assert "model.safetensors" in hub.files

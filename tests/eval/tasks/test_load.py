@@ -21,7 +21,6 @@ from shoal.eval.tasks import documents
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.protocols import TEXT_MATCHES, letter_match, match_last, match_start
-from shoal.stages.run import local_data_fingerprint
 
 ASKED = {
     "knowledge_continuation": "bf34bc407e61c02b",
@@ -344,7 +343,11 @@ def test_tasks_of_own_files_are_identified_by_the_rows_that_these_name(tmp_path:
     rows = tmp_path / "data/rows.jsonl"
     rows.parent.mkdir()
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/own.yaml").write_text(OWN_TASK.format(name="own", data=rows) + "process_docs: !function a.b\n")
+    (tmp_path / "tasks/base.yaml").write_text("dataset_path: json\nprocess_docs: !function a.b\n")
+    (tmp_path / "tasks/own.yaml").write_text(
+        f"task: own\ninclude: base.yaml\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data/*.jsonl}}}}\n"
+    )
+    (tmp_path / "tasks/odd.yaml").write_text("dataset_kwargs: [2024-13-45]\n")
     identities = []
     for text in ('{"q": "1"}\n', '{"q": "2"}\n', '{"q": "1"}\n'):
         rows.write_text(text)
@@ -352,15 +355,17 @@ def test_tasks_of_own_files_are_identified_by_the_rows_that_these_name(tmp_path:
     assert identities[0] == identities[2] != identities[1]
 
 
-def test_a_folder_of_data_is_identified_by_all_that_its_data_sets_hold(tmp_path: Path) -> None:
+def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
+    """Also where a set lies deeper, or its file has another ending; a run that writes beside them changes nothing."""
+    (tmp_path / "own.yaml").write_text(
+        "dataset: own\nabout: x\nability: knowledge\nfolder: sets/mine\nitems: rows.json\noptions: o\nanswer: a\n"
+    )
     (tmp_path / "sets/mine").mkdir(parents=True)
-    seen = set()
-    for place in ("sets/mine/test.jsonl", "sets/test.json", "sets/test.json"):
-        (tmp_path / place).write_text(str(len(seen)))
-        seen.add(local_data_fingerprint(str(tmp_path)))
-    assert len(seen) == 3
-    (tmp_path / "README.md").write_text("beside the sets")
-    assert local_data_fingerprint(str(tmp_path)) in seen
+    identities = []
+    for place, text in (("sets/mine/rows.json", "1"), ("runs.json", "2"), ("sets/mine/rows.json", "3")):
+        (tmp_path / place).write_text(text)
+        identities.append(naming.local_data_fingerprint(str(tmp_path), tmp_path))
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_a_task_file_whose_data_is_missing_is_named(tmp_path: Path) -> None:

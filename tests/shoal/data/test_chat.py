@@ -287,3 +287,14 @@ def test_tools_that_are_no_json_are_refused_by_row() -> None:
     source = DataSource("x", messages="m", tools="t")
     with pytest.raises(UserError, match=r"data x, row 1: column 't' holds no JSON .*: '\{\"name\": broken'"):
         chat_of({"m": TURNS, "t": '{"name": broken'}, source, "x, row 1")
+
+
+def test_keys_that_a_table_fills_up_with_nothing_are_no_arguments() -> None:
+    """Arrow gives every row the keys that any row has."""
+    call = {"function": {"name": "w", "arguments": {"city": "Paris", "query": None}}}
+    turns = [*TURNS[:1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tool = {"function": {"name": "w", "parameters": {"city": {"type": "string"}, "query": None}}}
+    chat = chat_of({"m": turns, "t": [tool]}, DataSource("x", messages="m", tools="t"), "x")
+    assert chat is not None
+    assert chat.messages[-1]["tool_calls"] == [{"function": {"name": "w", "arguments": {"city": "Paris"}}}]
+    assert chat.tools == [{"function": {"name": "w", "parameters": {"city": {"type": "string"}}}}]

@@ -682,3 +682,20 @@ def test_check_of_a_source_reads_no_more_than_it_needs(tmp_path: Path) -> None:
     check_source(DataSource(str(path)), tiny_tokenizer(), sequence_length=8)
     with pytest.raises(UserError, match="has no column 'title'; it has text"):
         check_source(DataSource(str(path), column="title"), tiny_tokenizer(), sequence_length=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "x"}, r"a.jsonl': name is of data sets on the Hub"),
+        ({"split": "train[:1]"}, r"a.jsonl': is one file, of which split selects nothing; leave split out"),
+    ],
+)
+def test_settings_that_a_local_file_does_not_have_are_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=message):
+        load_texts(DataSource(str(file), **settings))
+    with pytest.raises(UserError, match=r"no file of the folder is named after the split 'test' \(it holds a.jsonl\)"):
+        load_texts(DataSource(str(tmp_path), split="test"))

@@ -11,6 +11,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from architectures import tiny_config
 from architectures import tiny_model as tiny_architecture
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import (
@@ -44,6 +46,7 @@ from shoal.models.checkpoint_files import (
     weight_files,
 )
 from shoal.models.load import (
+    CHECKPOINT_FILES,
     load_config,
     load_model,
     load_tokenizer,
@@ -759,3 +762,21 @@ def test_what_goes_with_tokenizer_and_model_is_copied_in_folders_too_and_can_be_
     }
     assert {name: file.read_text() for name, file in files.items()} == {name: name for name in beside}
     assert all(file.stat().st_mode & 0o200 for file in files.values())
+
+
+def test_of_a_single_file_and_an_index_the_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    """What is cut, sized and identified has to be what is scored."""
+    folder = tiny_checkpoint(tmp_path, "llama", seed=1)
+    tiny_model("llama", seed=2).save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    for file in (tmp_path / "sharded").glob("model*"):
+        shutil.copy(file, folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert weight_files(folder) == [folder / "model.safetensors"] == [shard.file for shard in read_shards(folder)]
+    loaded = load_model(folder).state_dict()
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        assert all(torch.equal(loaded[name], stored.get_tensor(name)) for name in stored.keys())  # noqa: SIM118
+
+
+def test_notices_and_tokenizers_come_along_from_the_hub() -> None:
+    for name in ("NOTICE", "NOTICE.txt", "USE_POLICY.md", "LICENSE", "spiece.model", "preprocessor_config.json"):
+        assert any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES), name

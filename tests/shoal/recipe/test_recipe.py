@@ -467,7 +467,6 @@ SERVED = [
         r"record\.temperature: record\.server tells .* at 1 \(got 2\); set",
     ),
     (f"record: {{{SERVER}, states: [1]}}", r"record\.states: record\.server tells no state of a layer; leave them out"),
-    ("quantize: {format: int8}\neval: {backend: vllm}", r"eval\.backend: vllm does not score copies in int8 \(quant"),
     ("record: {backend: vllm, temperature: 2}", r"record\.temperature: record\.backend: vllm tells"),
     (f"record: {{{SERVER}, backend: vllm}}", r"record\.backend: vllm would run what record\.server does; leave one"),
     ("record: {check: null}", r"record\.check: has no effect on a teacher that transformers runs; leave it out"),

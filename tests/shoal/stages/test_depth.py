@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from shoal.artifacts.depth import DepthUse, Diagnostics
 from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
+from shoal.stages import run as running
 from shoal.stages.depth import depth
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
@@ -84,3 +86,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
     with pytest.raises(UserError, match="in the tokenizer of beside, but"):
         depth(opened(teacher, tmp_path, {"beside": str(other)}))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_model_beside_is_looked_up_once(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks wait for each other where it is; what rank 0 alone asks for later must not wait."""
+    run = replace(opened(teacher, tmp_path, {"beside": str(teacher)}), measured="beside")
+    asked: list[str] = []
+    monkeypatch.setattr(running, "resolved", lambda model, _: asked.append(model) or Path(model))
+    assert [run.base, run.base] == [teacher, teacher]
+    assert asked == [str(teacher)]

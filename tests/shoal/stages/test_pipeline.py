@@ -6,6 +6,7 @@ shoal.stages.run.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -809,3 +810,15 @@ def test_an_edit_that_is_taken_out_is_missed(make_run: Any) -> None:
     pruning.prune(make_run(prune={"drop": [1, 3], "edits": [{"kind": "skip_mlp", "layers": [2]}]}))
     with pytest.raises(UserError, match=r"prune.edits.0 is 'absent' in this recipe"):
         pruning.read_plan(make_run())
+
+
+def test_a_disk_that_cannot_lock_is_warned_of(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    run = make_run(prune={"drop": [1]})
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(run):
+        assert "this disk cannot lock files; start only one shoal that works there" in caplog.text

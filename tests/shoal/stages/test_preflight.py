@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from results import evaluation
 
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
@@ -153,6 +155,24 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: P
     few = {**distill, "num_ranks": 8, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
     with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
         check_distill(open_run(parse_recipe({**raw, "distill": few})))
+
+
+def test_copies_that_vllm_does_not_score_are_refused_at_once(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.stages.preflight.check_quantize", lambda _: None)
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
+    run = open_run(parse_recipe({**raw, "quantize": {"format": "int8"}, "eval": {"backend": "vllm"}}))
+    with pytest.raises(UserError, match=r"eval\.backend: vllm does not score copies in int8 \(quantize\.format\)"):
+        preflight(run)
+
+
+def test_a_round_that_is_to_be_made_anew_is_not_asked_for(teacher: Path, tmp_path: Path) -> None:
+    """importance.json is of the run before it had rounds."""
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": {"metrics": ["sleb"], "num_drop": 2}}
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
+    Importance(Provenance({}), 6, 1, {}, {}).write(run.root / Importance.FILE)
+    preflight(run)
 
 
 def test_penalties_that_llama_cpp_does_not_know_are_refused_at_once(

@@ -446,6 +446,9 @@ def test_secrets_are_hidden_by_name_form_and_because_the_environment_holds_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MY_SECRET", "swordfish-1")
+    for key in ("sk-proj-" + "a1-b_" * 5, "sk-ant-api03-" + "x" * 20, "AKIA" + "A" * 16, "glpat-" + "y" * 20):
+        assert redacted({"note": f"with {key} in it"}) == {"note": "with (hidden) in it"}
+    assert redacted("a sk-lift and AKIA") == "a sk-lift and AKIA"
     assert redacted(["the swordfish-1 is out", {"note": f"key {KEY}"}]) == [
         "the (hidden) is out",
         {"note": "key (hidden)"},
