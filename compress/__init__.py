@@ -8,7 +8,6 @@
     knapsack     the cheapest layers that save enough, exactly
     to_target    the choice by goals: of layers, runs or an order
     orders       the choice along a greedy order
-    placeholder  what will be measured, without its scores: choices that nothing can make possible
     sparing      columns on which nothing may be spent
     frontier     what cuts keep against what they leave of size and time
     apply        writes the student of a plan

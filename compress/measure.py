@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.data.mixed_documents import WHILE_MEASURED, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
-from shoal.models.mixed_documents import WHILE_MEASURED, warn_of_mixed_documents
 from shoal.recipe.measure import refuse_unknown_metrics
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs

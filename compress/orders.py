@@ -9,12 +9,9 @@ from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp
 
 from .goals import Goals
+from .metrics.greedy import HALVES, TASK_ORDER
 from .sparing import affordable, require_affordable
 from .to_target import shortest_prefix
-
-HALVES = ("attention", "mlp")
-TASK_ORDER = "task_greedy"
-"""Name of the order by the mean score of swept tasks."""
 
 
 def first_of_order(

@@ -12,10 +12,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from shoal.data.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
 from shoal.models.anatomy import text_config
 from shoal.models.load import align_weights
-from shoal.models.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 

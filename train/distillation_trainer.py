@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.data.in_memory import Dataset, documents_of
+from shoal.data.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
-from shoal.models.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
 from shoal.recipe.distill_contradictions import contradictions

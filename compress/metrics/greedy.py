@@ -21,6 +21,9 @@ from .metric import Order
 
 log = logging.getLogger(__name__)
 
+HALVES: tuple[ComponentPart, ...] = ("attention", "mlp")
+TASK_ORDER = "task_greedy"
+"""Name of the order by the mean score of swept tasks."""
 Objective = Callable[[Sequence[Variant]], Sequence[float]]
 """One number for every variant. All candidates of a round come at once, so that what they share is computed once."""
 
@@ -72,7 +75,7 @@ def layer_components(num_layers: int, *, protected: Collection[int] = ()) -> tup
 def half_components(num_layers: int, *, protected: Collection[int] = ()) -> tuple[Component, ...]:
     """Attention and MLP of every layer that is not ``protected``; negative numbers count from the end."""
     layers = layer_components(num_layers, protected=protected)
-    return tuple(Component(layer.layers, part) for layer in layers for part in ("attention", "mlp"))
+    return tuple(Component(layer.layers, part) for layer in layers for part in HALVES)
 
 
 def without_components(components: Sequence[Component], factors: Mapping[int, float] | None = None) -> Variant:

@@ -362,6 +362,7 @@ def test_sizes_follow_the_speed_of_all_cores(
 def test_a_run_directory_keeps_its_sizes_on_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float
 ) -> None:
+    monkeypatch.setattr("shoal.stages.run.num_cores", lambda: 2)
     monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(first, 1, 1))
     begun = open_run(recipe(tmp_path, **SIZES))
     begun.dir.mkdir()

@@ -17,7 +17,7 @@ from long_training import MANY, pruned_recipe, recipe, wait_for
 from ranks import environment
 from tiny import tiny_checkpoint
 
-from shoal.stopping import on_stop, run_launcher
+from shoal.stopping import _alive, on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
 GONE_S = 10
@@ -74,7 +74,7 @@ def words(process: psutil.Process) -> list[str]:
 
 def all_gone(started: list[psutil.Process]) -> None:
     def gone() -> bool:
-        return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in started)
+        return not any(map(_alive, started))
 
     wait_for(gone, "the processes that were started to end", GONE_S)
 
@@ -163,3 +163,22 @@ def test_signals_are_left_alone_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert entered == [before]
+
+
+def test_ranks_that_do_not_come_to_an_end_are_ended_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.stopping.SAVE_S", 1.0)
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
+    begun = time.monotonic()
+
+    def once() -> None:
+        wait_for(ready.exists, "the rank")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    later(0, once)
+    assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, signal.SIGINT)
+    assert 1 < time.monotonic() - begun < 30

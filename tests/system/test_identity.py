@@ -364,7 +364,7 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
     contents = ("sources", "model", "task_files", "local_data")
     for module, name in itertools.product(modules, [f"{content}_fingerprint" for content in contents]):
         monkeypatch.setattr(module, name, lambda *_: "...", raising=False)
-    monkeypatch.setattr(measure, "resolved", lambda *_: Path("teacher"))
+    monkeypatch.setattr("shoal.stages.run.resolved", lambda *_: Path("teacher"))
     recipe = parse_recipe(RECIPES["full"])
     recipe = dataclasses.replace(
         recipe,

@@ -32,6 +32,7 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.runtime import free_port
+from shoal.stopping import _alive
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -238,7 +239,7 @@ def start(path: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(launcher.pid).children(recursive=True)
-    running = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    running = [child for child in children if _alive(child)]
     return [child for child in running if any("distill.py" in word for word in child.cmdline()[:4])]
 
 
@@ -254,7 +255,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_p
     os.kill(processes[-1].pid if victim == "rank" else launcher.pid, signal.SIGKILL)
     launcher.wait(timeout=120)
     assert launcher.returncode != 0
-    wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in processes), "the ranks to end")
+    wait_for(lambda: not any(map(_alive, processes)), "the ranks to end")
     assert not (path.parent / "run" / "distilled").exists()
 
     log = finished(distill(path, ranks=ranks))

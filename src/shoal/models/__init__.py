@@ -12,5 +12,4 @@ adapters          LoRA adapters merged into their base
 demo              the bundled model, converted once
 cache             where such checkpoints are kept
 document_masks    documents of a row stay apart in every family
-mixed_documents   whether they do in this one
 """

@@ -219,8 +219,8 @@ def _check_disputed(settings: Sweeps, tasks: dict[str, Any]) -> None:
 
 def _check_order_name(run: Run, name: str, settings: Sweeps) -> None:
     """Refuse an order that nothing will give before the sweep of single layers has taken its hours."""
-    from shoal.compress.placeholder import placeholder_importance
     from shoal.compress.sweeps.columns import layer_scores
+    from shoal.compress.sweeps.placeholder import placeholder_importance
 
     measure, before = run.recipe.measure, settings.operators[: settings.operators.index("cumulative")]
     if name not in METRICS and "layer" not in before:
@@ -375,7 +375,7 @@ def _own_rows(run: Run, settings: ImageRows, place: str) -> tuple[Iterator[Asked
 def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
     """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
-    from shoal.compress.orders import TASK_ORDER
+    from shoal.compress.metrics.greedy import TASK_ORDER
     from shoal.compress.sweeps.atlas import atlas_of
     from shoal.compress.sweeps.columns import rankings
     from shoal.compress.sweeps.items import write_items
@@ -450,8 +450,7 @@ def _task_order(
     run: Run, sweep: Callable[..., Any], settings: Sweeps, factors: Mapping[int, float] | None, identity: str
 ) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
-    from shoal.compress.metrics.greedy import greedy_order, layer_components, task_objective
-    from shoal.compress.orders import TASK_ORDER
+    from shoal.compress.metrics.greedy import TASK_ORDER, greedy_order, layer_components, task_objective
 
     rounds = itertools.count()
 

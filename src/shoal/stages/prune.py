@@ -470,9 +470,9 @@ def _is_measured(run: Run) -> bool:
 
 def _refuse_impossible_choice(run: Run) -> None:
     """Make the choice of one round among columns without scores, whose names and lengths are known beforehand."""
-    from shoal.compress.orders import TASK_ORDER
-    from shoal.compress.placeholder import placeholder_importance
+    from shoal.compress.metrics.greedy import TASK_ORDER
     from shoal.compress.plan import choose_changes, drops_by_round, free_layers, round_of
+    from shoal.compress.sweeps.placeholder import placeholder_importance
 
     prune, measure, num_layers, goals = run.prune, run.recipe.measure, run.num_layers, read_goals(run)
     free = free_layers(prune, num_layers)

@@ -1,4 +1,7 @@
-"""What is refused within seconds: metrics that nothing measures, before hours are spent on others."""
+"""What is refused within seconds: metrics that nothing measures, before hours are spent on others.
+
+Covers: shoal.compress.sweeps.placeholder.
+"""
 
 from __future__ import annotations
 

@@ -389,3 +389,9 @@ def test_a_round_that_there_is_not_is_refused(
 ) -> None:
     assert call(patched, "distill", written(teacher, tmp_path), "--round", "3") == 2
     assert "--round 3: the recipe has prune.rounds: 2; name one of 1 to 2" in capsys.readouterr().err
+
+
+def test_a_round_before_the_last_is_a_run_of_its_own_in_wandb(teacher: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(settings(teacher, tmp_path))
+    names = [open_run(recipe, rounds_after=after).track.name for after in (1, 0)]
+    assert names == [f"{Path(recipe.run_dir).name}-round-1", None]

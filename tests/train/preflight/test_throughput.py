@@ -47,6 +47,7 @@ def test_layers_whose_state_is_recorded_are_not_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the peak is that of the GPU")
 def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
     ballast = torch.ones(1_000_000_000, dtype=torch.uint8)  # resident here, not in the child
     command = [sys.executable, "-c", "from shoal.machine import peak_memory; print(peak_memory())"]

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Agreement, Atlas, Effect, Estimate, Importance, Removal, Sweep, SweepColumn
 from shoal.recipe.edits import Component
 from shoal.recipe.measure import Measure, Sweeps
 
-from .metrics.images import COLUMNS
-from .metrics.laco import LacoAcceptance
-from .metrics.loss_metrics import BlockPruner
-from .metrics.registry import METRICS
-from .orders import HALVES, TASK_ORDER
+from ...eval.harness.samples import protocol_of
+from ...eval.tasks.load import tasks_of
+from ...eval.tasks.names import named_in
+from ..metrics.greedy import HALVES, TASK_ORDER
+from ..metrics.images import COLUMNS
+from ..metrics.laco import LacoAcceptance
+from ..metrics.loss_metrics import BlockPruner
+from ..metrics.registry import METRICS
+from .sweep import SECTION, task_names
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
 NO_EFFECT = Effect(NOTHING, NOTHING, None, None, 1.0, 1.0, critical=False)
@@ -57,7 +60,7 @@ def placeholder_importance(
 
 
 def _order(layers: Sequence[int], *, halves: bool) -> tuple[Removal, ...]:
-    parts: Any = HALVES if halves else ("layer",)
+    parts = HALVES if halves else ("layer",)
     return tuple(Removal(Component((layer,), part), 0.0) for layer in layers for part in parts)
 
 
@@ -68,12 +71,6 @@ def _atlas(sweep: Sweeps, num_layers: int) -> Atlas:
 
 
 def _columns(sweep: Sweeps, num_layers: int) -> Iterator[SweepColumn]:
-    from shoal.eval.harness.samples import protocol_of
-    from shoal.eval.tasks.load import tasks_of
-    from shoal.eval.tasks.names import named_in
-
-    from .sweeps.sweep import SECTION, task_names
-
     with named_in(SECTION):
         tasks = tasks_of(replace(sweep, tasks=task_names(sweep)))
     for name, task in tasks.items():

@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
+from shoal.models.anatomy import decoder_body
+from shoal.models.document_masks import documents_apart
 from shoal.runtime import device
-
-from .anatomy import decoder_body
-from .document_masks import documents_apart
 
 TOKENS = 64
 """Tokens of the first row that the model is tried on."""

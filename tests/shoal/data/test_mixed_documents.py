@@ -7,8 +7,8 @@ import torch
 from architectures import tiny_model
 
 from shoal.compress.measure import measure_importance
+from shoal.data.mixed_documents import IN_TRAINING, WHILE_MEASURED, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
-from shoal.models.mixed_documents import IN_TRAINING, WHILE_MEASURED, warn_of_mixed_documents
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
