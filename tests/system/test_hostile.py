@@ -227,6 +227,16 @@ def put(name: str, content: bytes | str) -> Damage:
     return lambda model: (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def indexed(text: str) -> Damage:
+    """Damage of an index, which counts where there is no single file."""
+
+    def damage(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        put(INDEX, text)(folder)
+
+    return damage
+
+
 def said_of(**settings: Any) -> Damage:
     return lambda model: set_json(model / "config.json", **settings)
 
@@ -280,11 +290,11 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "huge header": (put(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), "model/model.safetensors: is damaged"),
     "list header": (put(WEIGHTS, struct.pack("<Q", 2) + b"[]"), "model/model.safetensors: is damaged"),
     "deep header": (put(WEIGHTS, struct.pack("<Q", 40_000) + DEEP.encode()), "model/model.safetensors: is damaged"),
-    "index cut": (put(INDEX, '{"weight_map": {'), "model/model.safetensors.index.json: is damaged"),
-    "index deep": (put(INDEX, DEEP), "model/model.safetensors.index.json: is damaged"),
-    "index numbers": (put(INDEX, '{"weight_map": {"a": 1}}'), "model/model.safetensors.index.json: is damaged"),
-    "index outside": (put(INDEX, '{"weight_map": {"a": "../x"}}'), "model/model.safetensors.index.json: names '../x'"),
-    "index missing": (put(INDEX, '{"weight_map": {"a": "x"}}'), "model/x: is named by the checkpoint's index"),
+    "index cut": (indexed('{"weight_map": {'), "model/model.safetensors.index.json: is damaged"),
+    "index deep": (indexed(DEEP), "model/model.safetensors.index.json: is damaged"),
+    "index numbers": (indexed('{"weight_map": {"a": 1}}'), "model/model.safetensors.index.json: is damaged"),
+    "index outside": (indexed('{"weight_map": {"a": "../x"}}'), "model/model.safetensors.index.json: names '../x'"),
+    "index missing": (indexed('{"weight_map": {"a": "x"}}'), "model/x: is named by the checkpoint's index"),
     "adapter": (put("adapter_config.json", DEEP), "model/adapter_config.json: is not valid JSON"),
     "tokenizer list": (put("tokenizer_config.json", "[]"), "model/tokenizer_config.json: must be a mapping"),
     "tokenizer deep": (put("tokenizer_config.json", DEEP), "model/tokenizer_config.json: is not valid JSON"),
