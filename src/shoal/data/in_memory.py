@@ -53,7 +53,8 @@ def documents_of(
     if first is None:
         raise UserError(f"data {name!r}: is empty; give texts, or rows that hold some")
     columns = ("text",) if isinstance(first, str) else tuple(_mapping(first, f"{name!r} row 0"))
-    some_have_tools = "tools" in columns or any(isinstance(row, Mapping) and "tools" in row for row in dataset)
+    rows = dataset if isinstance(dataset, list | tuple) else ()  # of a table the first row has all columns
+    some_have_tools = "tools" in columns or any(isinstance(row, Mapping) and "tools" in row for row in rows)
     tools = {"tools": "tools"} if some_have_tools else {}
     if "messages" in columns:
         chosen: dict[str, Any] = {"messages": "messages", **tools}
