@@ -239,9 +239,10 @@ def _check_metadata(name: str, task: Any) -> None:
     ):
         if key in told:
             try:
-                told[key] = float(Fraction(str(told[key]).replace(" ", "")))
+                if isinstance(told[key], str):
+                    told[key] = float(Fraction(told[key].replace(" ", "")))
                 is_right = is_one(told[key])
-            except (ValueError, ZeroDivisionError, OverflowError):
+            except (ValueError, TypeError, ZeroDivisionError, OverflowError):
                 is_right = False
             if not is_right:
                 raise UserError(f"eval.tasks: {name!r} has metadata.{key} {told[key]!r}; give {what}, or leave it out")
