@@ -133,12 +133,16 @@ def later(delay_s: float, act: Callable[[], None]) -> None:
     threading.Timer(delay_s, act).start()
 
 
-def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -> None:
+def deaf_ranks(ready: Path) -> list[str]:
+    """The command of a launcher whose rank makes the file ``ready`` and does not hear SIGTERM."""
     deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    return [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
-    command = [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
-    begun = time.monotonic()
+    command, begun = deaf_ranks(ready), time.monotonic()
 
     def twice() -> None:
         wait_for(ready.exists, "the rank")
@@ -169,11 +173,8 @@ def test_ranks_that_do_not_come_to_an_end_are_ended_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.stopping.SAVE_S", 1.0)
-    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
-    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
     ready = tmp_path / "ready"
-    command = [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
-    begun = time.monotonic()
+    command, begun = deaf_ranks(ready), time.monotonic()
 
     def once() -> None:
         wait_for(ready.exists, "the rank")
