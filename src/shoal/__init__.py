@@ -4,8 +4,8 @@ In Python: measure_importance, choose_layers, cut_model, distill, evaluate, comp
 (docs/api.md).
 
 This folder holds what several stages use; compress/, train/ and eval/ at the top of the repository are the stages' own
-code. `stages`, `api`, `help` and `cli` alone know several of them; nothing else here imports compress, train or eval.
-tests/system/test_layout.py holds the levels of all folders.
+code. `stages`, `workflows`, `api`, `help` and `cli` alone know several of them; nothing else here imports compress,
+train or eval. tests/system/test_layout.py holds the levels of all folders.
 
 Data flows one way, all in one run directory:
 importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.html
@@ -43,6 +43,7 @@ Folders:
     stats         intervals and paired tests
     tracking      Weights & Biases
     train         train the cut model on the full one
+    workflows     what takes several stages: all in order, dry runs, search
 """
 
 from __future__ import annotations

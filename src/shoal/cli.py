@@ -59,28 +59,28 @@ class Verb:
 VERBS = {
     "measure": Verb(
         "measure what every layer is worth: importance.json",
-        "measure.measure",
+        "stages.measure.measure",
         example="--config my.yaml --diagnostics measure.num_tokens=100_000",
         takes_round=True,
     ),
     "prune": Verb(
         "choose layers and cut them out: plan.json, student/",
-        "prune.prune",
-        dry_run=("prune.prune_dry_run", "sizes, expected speed and targets before and after"),
+        "stages.prune.prune",
+        dry_run=("stages.prune.prune_dry_run", "sizes, expected speed and targets before and after"),
         takes_round=True,
         example="--config my.yaml prune.num_drop=6 --dry-run",
     ),
     "record": Verb(
         "write down what the teacher says of the training rows, to train from: signals/",
-        "distill.record",
+        "stages.distill.record",
         needs_group=True,
     ),
     "distill": Verb(
         "train the cut model, made first where there is none, on the full one: distilled/; with eval.control the full "
         "one too: control/",
-        "distill.distill",
+        "stages.distill.distill",
         dry_run=(
-            "distill.distill_dry_run",
+            "stages.distill.distill_dry_run",
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
         example="--config my.yaml distill.num_tokens=1e6 --dry-run",
@@ -88,38 +88,41 @@ VERBS = {
     ),
     "quantize": Verb(
         "quantised copies of the student, healed before, and of its teacher: quantized/, teacher_quantized/",
-        "export.quantize",
+        "stages.export.quantize",
         example="--config my.yaml quantize.format=int8 quantize.teacher_format=int4",
-        check="export.check_quantize",
+        check="stages.export.check_quantize",
         takes_round=True,
     ),
     "eval": Verb(
         "score teacher, pruned, control, distilled and quantised copies: eval/*.json",
-        "evaluate.evaluate",
+        "stages.evaluate.evaluate",
         example="--config my.yaml eval.suite=quick eval.limit=50",
         takes_round=True,
     ),
     "depth": Verb(
         "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved: depth_use.json",
-        "depth.depth",
+        "stages.depth.depth",
         example="--config atlas.yaml",
     ),
     "search": Verb(
         "heal several plans for the same few tokens and rank them: search.json, search.md",
-        "search.search",
+        "workflows.search.search",
         launches=True,
     ),
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",
-        "report.report",
+        "stages.report.report",
         example="runs/mine",
-        check="report.require_results",
+        check="stages.report.require_results",
         takes_round=True,
     ),
     "run": Verb(
         "all of it, skipping what is done and unchanged",
-        "pipeline.run_all",
-        dry_run=("dry_run.run_dry_run", "stage by stage what would be done, how long it takes here, how much disk"),
+        "workflows.pipeline.run_all",
+        dry_run=(
+            "workflows.dry_run.run_dry_run",
+            "stage by stage what would be done, how long it takes here, how much disk",
+        ),
         example="quickstart run_dir=runs/mine --dry-run",
         launches=True,
     ),
@@ -323,9 +326,9 @@ def _dry_run(verb: str, recipe: Recipe, rounds_after: int, options: dict[str, An
 
 
 def _stage(name: str) -> Callable[..., Any]:
-    """The function of shoal.stages that a row of VERBS names; its module is loaded now."""
-    module, function = name.split(".")
-    return getattr(importlib.import_module(f"shoal.stages.{module}"), function)
+    """The function of shoal that a row of VERBS names; its module is loaded now."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(f"shoal.{module}"), function)
 
 
 def _print(text: str) -> None:
@@ -370,9 +373,10 @@ def _dispatch(
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
         from shoal.artifacts.plan import PruningPlan
-        from shoal.stages import distill, pipeline
+        from shoal.stages import distill
         from shoal.stages.run import Run, locked, open_run
         from shoal.tracking.wandb_run import wandb_mode
+        from shoal.workflows import pipeline
 
         row = VERBS[verb]
         stage: Callable[..., Any] = _distill if verb == "distill" else _stage(row.stage)

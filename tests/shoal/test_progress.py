@@ -29,8 +29,8 @@ from shoal.progress import BYTES, POLL_S, Lines, Speaker, doing, each, progress
 from shoal.recipe.recipe import load_recipe, parse_recipe
 from shoal.stages import distill, evaluate, measure, prune, report
 from shoal.stages.run import open_run
-from shoal.stages.search import search
 from shoal.train.callbacks.progress import Progress
+from shoal.workflows.search import search
 
 
 class Clock:

@@ -27,7 +27,7 @@ from shoal.runtime import free_port
 
 PRELOADED = [
     "shoal.cli",
-    "shoal.stages.pipeline",
+    "shoal.workflows.pipeline",
     "shoal.train.distill",
     "deepspeed",
     "deepspeed.ops",

@@ -28,6 +28,7 @@ from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, sha
 from shoal.stages import distill as distilling
 from shoal.stages import evaluate, measure, prune
 from shoal.stages import run as run_module
+from shoal.stages.plan import plan_inputs
 from shoal.stages.run import Run
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
@@ -214,7 +215,7 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         "probes": measure._probes_inputs(run),
         "heads": {} if recipe.measure.heads is None else measure.heads_inputs(run),
         "vision": measure._vision_inputs(run),
-        "plan": prune.plan_inputs(run),
+        "plan": plan_inputs(run),
         "training": training,
         "control": distilling.control_inputs(run, plan),
         "rows": rows_from(training),

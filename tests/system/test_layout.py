@@ -29,6 +29,7 @@ LEVELS = (
     ("compress.sweeps", "train"),
     ("compress",),
     ("shoal.stages", "shoal.help"),
+    ("shoal.workflows",),
     ("shoal.api",),
     ("cli",),
 )

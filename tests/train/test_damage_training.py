@@ -33,10 +33,10 @@ from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows, read_rows
 from shoal.recipe.recipe import load_recipe
 from shoal.stages.distill import distill_dry_run
-from shoal.stages.dry_run import run_dry_run
 from shoal.stages.run import open_run
 from shoal.train.damage import SAMPLE_ROWS, nats_by_source
 from shoal.train.pilot import slope
+from shoal.workflows.dry_run import run_dry_run
 
 pytestmark = pytest.mark.slow
 

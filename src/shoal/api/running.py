@@ -21,9 +21,9 @@ from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.stages.evaluate import roles
 from shoal.stages.launch import LaunchEnded, launch_distill
 from shoal.stages.memory import remembering
-from shoal.stages.pipeline import run_all
 from shoal.stages.run import Run, open_run
 from shoal.trust import refuse_links
+from shoal.workflows.pipeline import run_all
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
-"""The verbs of the command, each in its run directory.
+"""The verbs of the command, each in its run directory. shoal.workflows has what takes several of them.
 
-run       one recipe in its run directory: precision, done, stale, locked
-memory    what a run directory remembers of recipe and overrides
-measure   measure
-prune     prune
-distill   record, distill
-overlap   evaluation items and wording of twins in text that a student learns from
-search    search
-evaluate   eval
-depth     depth
-report     report
-export     quantize; GGUF files, the Hub
-preflight  what is refused before a stage begins
-pipeline   all in order
-dry_run    what all in order would do, how long, how much disk
-launch     distill under the DeepSpeed launcher
+run             one recipe in its run directory: precision, done, stale, locked
+memory          what a run directory remembers of recipe and overrides
+measure         measure
+measure_checks  what measuring refuses before a weight is loaded
+prune           prune
+plan            which layers go, and what that follows from
+plan_checks     what pruning refuses before a model is loaded
+distill         record, distill
+overlap         evaluation items and wording of twins in text that a student learns from
+launch          distill under the DeepSpeed launcher
+evaluate        eval
+depth           depth
+report          report
+export          quantize; GGUF files, the Hub
 """

@@ -38,7 +38,8 @@ from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything, world_size
 from shoal.stages.overlap import search_of_rows
-from shoal.stages.prune import choose_plan, read_goals, read_importance, read_plan
+from shoal.stages.plan import choose_plan, read_goals, read_importance
+from shoal.stages.prune import read_plan
 from shoal.stages.run import Run, check_length, is_done, out_of_date
 from shoal.tracking import wandb_run
 

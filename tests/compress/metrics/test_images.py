@@ -27,7 +27,8 @@ from shoal.models.anatomy import decoder_layers, watched
 from shoal.models.load import load_model, load_processor
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import ImageRows
-from shoal.stages.measure import check_measure, measure, measure_inputs
+from shoal.stages.measure import measure, measure_inputs
+from shoal.stages.measure_checks import check_measure
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
 

@@ -25,7 +25,7 @@ from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.edits import SkipMlp
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
-from shoal.stages.prune import plan_inputs
+from shoal.stages.plan import plan_inputs
 from shoal.stages.run import open_run
 from shoal.train.student.frozen import write_student
 

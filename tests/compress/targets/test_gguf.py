@@ -39,8 +39,9 @@ from shoal.compress.targets.llama_cpp import llama_cpp_refusal
 from shoal.errors import UserError
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import export, preflight, prune
+from shoal.stages import export, prune
 from shoal.stages.run import Run, open_run
+from shoal.workflows import preflight
 
 pytestmark = pytest.mark.slow
 

@@ -30,7 +30,7 @@ from shoal.recipe.measure import Sweeps
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages.distill import _scorer
-from shoal.stages.measure import _check_disputed
+from shoal.stages.measure_checks import _check_disputed
 from shoal.stages.run import Run
 from shoal.stats.paired import retention
 

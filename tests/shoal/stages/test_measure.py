@@ -1,4 +1,7 @@
-"""The measure stage: what it writes, when it measures again, what it refuses before anything is loaded."""
+"""The measure stage: what it writes, when it measures again, what it refuses before anything is loaded.
+
+Covers: shoal.stages.measure_checks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from shoal.recipe.edits import Component
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import measure as measuring
-from shoal.stages import prune
+from shoal.stages import measure_checks, prune
+from shoal.stages.plan import choose_plan, plan_inputs, read_importance
 from shoal.stages.run import Run, open_run
 
 SWEEP: dict[str, Any] = {
@@ -333,7 +337,7 @@ def test_the_limit_of_memory_is_that_of_the_weights_as_they_are_loaded(
     make_run: Any, wide: str, dtype: str, is_streamed: bool
 ) -> None:
     """The files hold 9 MB in float32 whatever the run loads them in."""
-    assert measuring._is_streamed(make_run({"memory_gb": 0.006}, model=wide, dtype=dtype)) is is_streamed
+    assert measure_checks.is_streamed(make_run({"memory_gb": 0.006}, model=wide, dtype=dtype)) is is_streamed
 
 
 @pytest.mark.parametrize(
@@ -384,10 +388,10 @@ def test_heads_are_measured_once_and_protect_the_layers_that_copy(
     prune.prune(run)
     assert asked == [15]
     less = make_run(heads, prune={"num_drop": 2, "protect_heads": 0.5})
-    assert prune.plan_inputs(less) != prune.plan_inputs(run)
+    assert plan_inputs(less) != plan_inputs(run)
     other = make_run({"heads": {"tasks": ["retrieval"], "num_each": 2}}, prune={"num_drop": 2, "protect_heads": 0.9})
     with pytest.raises(UserError, match=r"heads.json.*measure.heads.num_each"):
-        prune.choose_plan(other, prune.read_importance(other), {})
+        choose_plan(other, read_importance(other), {})
 
 
 @pytest.mark.slow

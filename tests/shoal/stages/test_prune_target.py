@@ -1,6 +1,6 @@
 """A run whose recipe says what the student must reach.
 
-Covers: shoal.stages.prune.
+Covers: shoal.stages.plan, shoal.stages.prune.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shoal.errors import UserError
 from shoal.models.checkpoint_files import read_shards
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
+from shoal.stages.plan import TIMES, plan_inputs, read_goals
 from shoal.stages.run import Run, open_run
 
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32
@@ -74,21 +75,21 @@ def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Pa
     target = {"ms_per_token": {"limit": 1e-6, "batch": 3}}
     run = run_of(teacher, tmp_path, target)
     with pytest.raises(UserError, match="needs the teacher's own time to scale; run `shoal eval` first"):
-        pruning.read_goals(run)
+        read_goals(run)
     measured = speed()
     replace(measured, provenance=Provenance({"teacher": "another"})).write(run.dir / Speed.FILE)
     with pytest.raises(UserError, match="was measured with another teacher"):
-        pruning.read_goals(run)
+        read_goals(run)
     own = Provenance({"teacher": run.teacher_fingerprint})
     replace(measured, provenance=own).write(run.dir / Speed.FILE)
-    goals = pruning.read_goals(run)
+    goals = read_goals(run)
     assert goals is not None
     (batch,) = [one for one in measured.roles["teacher"].batches if one.batch_size == 4]  # 3 is nearer to 4 than to 1
     milliseconds = 1000 * 4 / batch.decode_tokens_per_s
     assert f"predicted from the teacher's {milliseconds:.4g} ms in eval/speed.json (batch size 4)" in goals.in_words(())
     half = replace(measured.roles["teacher"], num_layers=2, batches=(replace(batch, decode_tokens_per_s=1e9),))
     replace(measured, provenance=own, half_depth=half).write(run.dir / Speed.FILE)
-    again = pruning.read_goals(run)
+    again = read_goals(run)
     assert again is not None
     assert "(batch size 4) and 4e-06 ms of 2 layers" in again.in_words(())
     # models of one depth differ by noise alone
@@ -97,7 +98,7 @@ def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Pa
         for role, rate in (("a", 2e9), ("b", 1e9))
     }
     replace(measured, provenance=own, roles={"teacher": measured.roles["teacher"], **cut}).write(run.dir / Speed.FILE)
-    of_both = pruning.read_goals(run)
+    of_both = read_goals(run)
     assert of_both is not None
     assert "(batch size 4) and 3e-06 ms of 2 layers" in of_both.in_words(())
 
@@ -120,7 +121,7 @@ def test_a_plan_in_milliseconds_follows_from_the_times_it_was_made_by(teacher: P
 
     measure(50.0)
     first = planned()
-    assert first.provenance.inputs[pruning.TIMES]["milliseconds"] == pytest.approx(50.0)
+    assert first.provenance.inputs[TIMES]["milliseconds"] == pytest.approx(50.0)
     measure(70.0, "pruned", "distilled")
     assert planned() == first
     (run.dir / Speed.FILE).unlink()
@@ -146,15 +147,15 @@ def test_a_plan_of_before_times_were_recorded_stands(teacher: Path, tmp_path: Pa
     pruning.prune(run)
     file = run.dir / PruningPlan.FILE
     body = json.loads(file.read_text())
-    del body["provenance"]["inputs"][pruning.TIMES]
+    del body["provenance"]["inputs"][TIMES]
     file.write_text(json.dumps(body))
     assert pruning.what_is_cut(run) == []
-    assert pruning.TIMES not in pruning.read_plan(run).provenance.inputs
+    assert TIMES not in pruning.read_plan(run).provenance.inputs
     other = run_of(teacher, tmp_path, {"ms_per_token": {"limit": 41.0, "length": 144}})
     pruning.prune(other)
-    assert pruning.TIMES in pruning.read_plan(other).provenance.inputs
+    assert TIMES in pruning.read_plan(other).provenance.inputs
     told = run_of(teacher, tmp_path, {"ms_per_token": {"limit": 40.0, "length": 144, "teacher": 50.0}})
-    assert pruning.TIMES not in pruning.plan_inputs(told)
+    assert TIMES not in plan_inputs(told)
 
 
 @pytest.mark.slow

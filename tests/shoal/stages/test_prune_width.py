@@ -20,11 +20,13 @@ from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import distill, preflight
+from shoal.stages import distill
 from shoal.stages import prune as pruning
+from shoal.stages.plan import plan_inputs
 from shoal.stages.run import Run, open_run
 from shoal.train.student.spec import Ranks
 from shoal.train.student.trainable import recorded_layers
+from shoal.workflows import preflight
 
 pytestmark = pytest.mark.slow
 WIDTH = {"intermediate_size": 0.7, "kv_groups": 1, "data": "python_docs", "num_tokens": 1024, "sequence_length": 64}
@@ -73,7 +75,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
 
 
 def test_plans_without_width_have_the_identity_that_they_had(teacher: Path, tmp_path: Path) -> None:
-    inputs = pruning.plan_inputs(run_of(teacher, tmp_path, prune={"drop": [2]}))
+    inputs = plan_inputs(run_of(teacher, tmp_path, prune={"drop": [2]}))
     assert not [key for key in inputs if "width" in key]
 
 

@@ -30,9 +30,10 @@ from shoal.eval.report.findings import compare, read_run
 from shoal.eval.report.report import write_report
 from shoal.models.load import Checkpoint
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import distill, evaluate, export, preflight, prune
-from shoal.stages.dry_run import run_dry_run
+from shoal.stages import distill, evaluate, export, prune
 from shoal.stages.run import Run, open_run
+from shoal.workflows import preflight
+from shoal.workflows.dry_run import run_dry_run
 
 EVAL = {
     "tasks": ["retrieval_continuation"],

@@ -25,8 +25,9 @@ from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.recipe.edits import KEPT_LAYERS
 from shoal.recipe.recipe import load_recipe, parse_recipe
-from shoal.stages import launch, preflight
+from shoal.stages import launch
 from shoal.stages.run import open_run
+from shoal.workflows import preflight
 
 pytestmark = pytest.mark.slow
 STEPS = 4

@@ -17,10 +17,11 @@ from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_config
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages.distill import check_distill
-from shoal.stages.measure import check_measure, measure
-from shoal.stages.preflight import preflight
+from shoal.stages.measure import measure
+from shoal.stages.measure_checks import check_measure
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
+from shoal.workflows.preflight import preflight
 
 WORDS: dict[str, Any] = {"vocab_size": VOCAB_SIZE}
 MODELS: dict[str, dict[str, Any]] = {

@@ -16,13 +16,13 @@ from shoal.compress.metrics.registry import METRICS
 from shoal.models.cost import model_cost
 from shoal.models.load import without_data
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import dry_run
-from shoal.stages.dry_run import run_dry_run
 from shoal.stages.evaluate import eval_inputs
 from shoal.stages.measure import measure
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
 from shoal.train.dry_run import Estimate, NotEstimated
+from shoal.workflows import dry_run
+from shoal.workflows.dry_run import run_dry_run
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",

@@ -1,6 +1,6 @@
 """The search stage: plans as runs of their own, healed once each and ranked; going on after a kill; what is refused.
 
-Covers: shoal.stages.search.
+Covers: shoal.recipe.search.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.search import SearchPlan
 from shoal.recipe.section import as_dict
 from shoal.stages import evaluate, measure
-from shoal.stages import prune as pruning
-from shoal.stages import search as searching
+from shoal.stages.plan import read_goals
 from shoal.stages.run import Run, open_run
-from shoal.stages.search import prune_of
+from shoal.workflows import search as searching
+from shoal.workflows.search import prune_of
 
 PLANS: list[dict[str, Any]] = [{"drop": [1, 3]}, {"metric": "block_influence", "num_drop": 2}]
 
@@ -296,6 +296,6 @@ def test_plans_keep_to_the_time_that_was_measured_in_the_run_directory(make_run:
     own = Provenance({"teacher": run.teacher_fingerprint})
     replace(measured, provenance=own, roles=roles, half_depth=None).write(run.dir / Speed.FILE)
     for candidate in searching._candidates(run, settings):
-        goals = pruning.read_goals(candidate.run)
+        goals = read_goals(candidate.run)
         assert goals is not None
         assert "predicted from the teacher's 50 ms in eval/speed.json" in goals.in_words(())

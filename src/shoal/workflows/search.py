@@ -34,10 +34,12 @@ from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.recipe.track import Export
 from shoal.runtime import free_memory
 from shoal.stages import distill as distilling
-from shoal.stages import evaluate, preflight
+from shoal.stages import evaluate
 from shoal.stages import prune as pruning
 from shoal.stages.measure import heads_inputs, measure, measure_inputs
+from shoal.stages.plan_checks import refuse_impossible_plan
 from shoal.stages.run import Run, is_done, locked
+from shoal.workflows import preflight
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
         own = Run(candidate)
         _share_speed(run, own)
         try:
-            pruning.refuse_impossible_plan(own)
+            refuse_impossible_plan(own)
         except UserError as error:
             raise UserError(f"search plan {plan.called}: {error}") from error
         candidates.append(Candidate(plan.called, own))

@@ -35,11 +35,12 @@ from shoal.eval.tasks.load import tasks_of
 from shoal.recipe.edits import CLOSED_GAPS
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource
-from shoal.stages import distill, evaluate, measure, overlap, preflight
+from shoal.stages import distill, evaluate, measure, overlap
 from shoal.stages import prune as pruning
 from shoal.stages.run import Run, locked, open_run, write_story
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.engine.checkpoint import commit
+from shoal.workflows import preflight
 
 FORK = multiprocessing.get_context("fork")
 

@@ -16,8 +16,8 @@ from shoal.recipe.track import is_gguf
 from shoal.stages.distill import check_distill
 from shoal.stages.evaluate import check_eval
 from shoal.stages.export import check_quantize
-from shoal.stages.measure import check_measure
-from shoal.stages.prune import refuse_impossible_plan
+from shoal.stages.measure_checks import check_measure
+from shoal.stages.plan_checks import refuse_impossible_plan
 from shoal.stages.run import Run, check_length
 
 log = logging.getLogger(__name__)

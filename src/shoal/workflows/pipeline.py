@@ -11,10 +11,10 @@ from shoal.stages.distill import distill_is_done, refuse_later_trainings
 from shoal.stages.evaluate import evaluate
 from shoal.stages.export import quantize
 from shoal.stages.measure import measure
-from shoal.stages.preflight import preflight
 from shoal.stages.prune import prune
 from shoal.stages.report import report
 from shoal.stages.run import Run, locked, write_story
+from shoal.workflows.preflight import preflight
 
 log = logging.getLogger(__name__)
 

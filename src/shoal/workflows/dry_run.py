@@ -24,9 +24,10 @@ from shoal.stages.distill import training_estimate, what_is_trained
 from shoal.stages.evaluate import eval_inputs, quantized_inputs, roles
 from shoal.stages.export import formats
 from shoal.stages.measure import measured
-from shoal.stages.preflight import preflight
-from shoal.stages.prune import expected_plan, student_estimate, what_is_cut
+from shoal.stages.plan import expected_plan
+from shoal.stages.prune import student_estimate, what_is_cut
 from shoal.stages.run import Run, out_of_date
+from shoal.workflows.preflight import preflight
 
 UNKNOWN = "no estimate"
 READING_SHARE = 0.8

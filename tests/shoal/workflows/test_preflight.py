@@ -1,6 +1,6 @@
 """What is refused within seconds: metrics that nothing measures, before hours are spent on others.
 
-Covers: shoal.compress.sweeps.placeholder.
+Covers: shoal.compress.sweeps.placeholder, shoal.stages.plan_checks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
 from shoal.stages.distill import check_distill
 from shoal.stages.evaluate import _warn_of_fewer_items
-from shoal.stages.preflight import preflight
 from shoal.stages.run import open_run
+from shoal.workflows.preflight import preflight
 
 SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}
 
@@ -163,7 +163,7 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: P
 def test_copies_that_vllm_does_not_score_are_refused_at_once(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.stages.preflight.check_quantize", lambda _: None)
+    monkeypatch.setattr("shoal.workflows.preflight.check_quantize", lambda _: None)
     raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
     run = open_run(parse_recipe({**raw, "quantize": {"format": "int8"}, "eval": {"backend": "vllm"}}))
     with pytest.raises(UserError, match=r"eval\.backend: vllm does not score copies in int8 \(quantize\.format\)"):
@@ -181,7 +181,7 @@ def test_a_round_that_is_to_be_made_anew_is_not_asked_for(teacher: Path, tmp_pat
 def test_penalties_that_llama_cpp_does_not_know_are_refused_at_once(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.stages.preflight.check_quantize", lambda _: None)  # whose library may not be there
+    monkeypatch.setattr("shoal.workflows.preflight.check_quantize", lambda _: None)  # whose library may not be there
     folder = Path(shutil.copytree(teacher, tmp_path / "model"))
     raw = {
         "model": str(folder),
