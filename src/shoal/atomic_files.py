@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import glob
@@ -65,6 +66,8 @@ def written_file(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+RENAME_EXCHANGE = 2
+"""Of linux/fs.h."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What disks answer that cannot lock files: Lustre without -o flock, NFS without lockd."""
 
@@ -138,7 +141,14 @@ def remove_leftovers(path: Path) -> None:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``, moving aside what is there, as often as others put something there."""
+    """Rename ``temporary`` to ``path`` in place of what is there.
+
+    Where the disk can, the two change places in one step, so that a process killed at any moment leaves the old one or
+    the new one there. Else what is there is moved aside first, as often as others put something there.
+    """
+    if _exchanged(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     while True:
         with contextlib.suppress(FileNotFoundError):
@@ -154,6 +164,16 @@ def put_in_place(temporary: Path, path: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             return
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Whether both names now hold what the other one held: renameat2 of Linux, which Python does not offer.
+
+    False where one of them holds nothing, and on systems and disks that cannot.
+    """
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    return exchange is not None and exchange(0, names[0], 0, names[1], RENAME_EXCHANGE) == 0
 
 
 def read_text(path: Path) -> str:

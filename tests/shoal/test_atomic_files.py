@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -60,12 +61,28 @@ def test_folder_appears_whole(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["student"]
 
 
-def test_folder_is_replaced_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(atomic_files, "_exchanged", lambda *_: False)
     for name in ("a", "b"):
         with written_folder(tmp_path / "student") as folder:
             (folder / name).write_text(name)
     assert os.listdir(tmp_path) == ["student"]
     assert os.listdir(tmp_path / "student") == ["b"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "renameat2"), reason="this system cannot exchange two names")
+def test_folder_is_there_at_every_moment_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever dies between two renames would leave none."""
+    path = tmp_path / "student"
+    with written_folder(path) as folder:
+        (folder / "a").write_text("old")
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the place is empty for a moment"))
+    with written_folder(path) as folder:
+        (folder / "a").write_text("new")
+    assert (path / "a").read_text() == "new"
+    assert os.listdir(tmp_path) == ["student"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, UserError])
