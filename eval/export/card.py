@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     )
     card = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
     for path in paths:  # sources and tasks are called by their paths in results too
-        card = card.replace(path, _public(path))
+        alone = rf"(?<![\w./-]){re.escape(path)}(?![\w-])"  # /data is no part of org/data-8b, nor of .../data
+        card = re.sub(alone, lambda found: _public(found[0]), card)
     return str(ModelCard(card))
 
 

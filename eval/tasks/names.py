@@ -183,13 +183,19 @@ def local_data(config: Mapping[str, Any]) -> list[str]:
 
 
 def _data_in(content: Any) -> Iterator[str]:
-    """Paths and patterns under `data_files` and `data_dir`, wherever these stand: tasks inherit parts of others."""
+    """Paths and patterns under `data_files` and `data_dir`, and folders under `dataset_path`, wherever these stand:
+    tasks inherit parts of others."""
     if isinstance(content, list):
         for own in content:
             yield from _data_in(own)
     elif isinstance(content, Mapping):
         for key, own in content.items():
-            yield from _texts_in(own) if key in ("data_files", "data_dir") else _data_in(own)
+            if key in ("data_files", "data_dir"):
+                yield from _texts_in(own)
+            elif key == "dataset_path" and isinstance(own, str) and own not in LOCAL_FORMATS:
+                yield from (own,) if Path(own).exists() else ()
+            else:
+                yield from _data_in(own)
 
 
 def _texts_in(value: Any) -> Iterator[str]:

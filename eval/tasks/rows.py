@@ -106,6 +106,7 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     compiled = _compiled(part, jinja.from_string, templates)
     values = _compiled(part, expression_of, expressions)
     keeps = _compiled(part, jinja.compile_expression, {"keep": data.keep or "true"})["keep"]
+    asks_by_letter = "loglikelihood" in data.protocols or (data.lettered and "generation" in data.protocols)
     left_out = 0
     for number, row in enumerate(rows, 1):
         at = f"eval.tasks: {part.name!r}: {where}, row {number}"
@@ -119,7 +120,13 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
             raise UserError(
                 f"{at} cannot be read ({error}; its fields are {', '.join(row)}); correct the data or its description"
             ) from error
-        yield _finished(doc, at)
+        doc = _finished(doc, at)
+        if asks_by_letter and len(doc.get("options", ())) > len(LETTERS):
+            raise UserError(
+                f"{at}: {len(doc['options'])} options are more than the {len(LETTERS)} letters; leave the row out, or "
+                f"name protocols in {data.dataset} that ask without letters (continuation)"
+            )
+        yield doc
     if left_out:
         log.info("%s: %d of %d rows are left out, since not (%s)", where, left_out, len(rows), data.keep)
 
@@ -154,7 +161,12 @@ def _finished(doc: Doc, at: str) -> Doc:
         return {"id": digest(doc["page"])[:16], **doc}
     doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
     if "options" in doc:
-        doc["options"] = [str(option) for option in doc["options"]]
+        if not isinstance(doc["options"], list):
+            raise UserError(
+                f"{at}: its options are {doc['options']!r}, which is no list; name a column of lists in its "
+                "description, or write a list of columns"
+            )
+        doc["options"] = ["" if option is None else str(option) for option in doc["options"]]
         if "" in doc["options"]:
             raise UserError(f"{at}: option {doc['options'].index('')} is empty; correct the data, or leave the row out")
         if "shares" in doc:

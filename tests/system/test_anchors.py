@@ -31,6 +31,7 @@ def test_the_budget_is_the_published_one(name: str) -> None:
     )
     assert (heal.trainable, [loss.kind for loss in heal.losses]) == ("all", ["forward_kl"])
     assert (recipe.prune.num_drop or len(recipe.prune.drop or ())) == ANCHORS[name][2]
+    assert (recipe.eval.limit, recipe.eval.num_fewshot) == (None, 5), "200 items leave six points to chance"
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_im
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
-from shoal.runtime import barrier, free_memory, is_main, seed_everything, world_size
+from shoal.runtime import barrier, environment, free_memory, is_main, seed_everything, world_size
 from shoal.stages.distill import control_inputs, trained_inputs
 from shoal.stages.prune import read_plan
 from shoal.stages.run import (
@@ -375,10 +375,32 @@ def _score(
 
 
 def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of ``inputs``, by role what identifies its evaluation, whose evaluation is not there."""
+    """Those of ``inputs``, by role what identifies its evaluation, whose evaluation is not there.
+
+    Where there are any, also those made by a version of this code whose scores could not be compared with the new ones.
+    """
     files = {role: run.dir / "eval" / f"{role}.json" for role in inputs}
     _warn_of_fewer_items(run, files)
-    return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+    due = {role for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+    for role in inputs.keys() - due if due else ():
+        if changed := _other_code(run, Evaluation.read(files[role])):
+            log.info("eval %s: %s made it, so it is made again to be compared with what is", role, changed)
+            due.add(role)
+    return {role: own for role, own in inputs.items() if role in due}
+
+
+def _other_code(run: Run, scored: Evaluation) -> str:
+    """Which version of matching, or of lm-eval where tasks are its own, made these scores; "" = those of today."""
+    from shoal.abilities.matching import MATCHING
+    from shoal.eval.tasks.names import described_tasks, task_folders
+
+    versions = {task.matching for task in scored.tasks} - {1, MATCHING}  # 1 has what asks for no matching
+    if versions:
+        return f"matching {min(versions)}"
+    last, now = (environment.get("lm_eval") for environment in (scored.provenance.environment, environment()))
+    described, _ = described_tasks(task_folders(run.recipe.eval.include_path))
+    is_theirs = any(task.task not in described and task.task != "perplexity" for task in scored.tasks)
+    return f"lm_eval {last}" if is_theirs and last not in (None, now) else ""
 
 
 def _warn_of_fewer_items(run: Run, files: dict[str, Path]) -> None:

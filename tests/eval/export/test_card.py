@@ -240,6 +240,15 @@ def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
     assert metadata(card).base_model is None
 
 
+def test_a_short_path_is_no_part_of_other_names(tmp_path: Path) -> None:
+    recipe = {"model": "org/data-8b", "eval": {"data_dir": "/data"}, "distill": {"data": [{"path": "/data/x.jsonl"}]}}
+    recipe["distill"]["data"].append({"path": "org/data"})
+    card = model_card(write_run(tmp_path, recipe=recipe))
+    assert (metadata(card).base_model, metadata(card).datasets) == ("org/data-8b", ["org/data"])
+    assert "data_dir: '.../data'\n" in card
+    assert ".../x.jsonl" in card
+
+
 def test_card_gives_no_secret_away(tmp_path: Path) -> None:
     secret = "hf_" + "q" * 34
     folder = write_run(tmp_path, recipe={"distill": {"trainer": {"api_token": secret, "run": secret}}})

@@ -482,6 +482,22 @@ def one_row(**changes: Any) -> dict[str, list[dict[str, Any]]]:
             r"\(items\), row 1: option 1 is empty; correct the data",
         ),
         (
+            one_row(choices={"text": ["x", None], "label": ["A", "B"]}, answerKey="A"),
+            r"\(items\), row 1: option 1 is empty; correct the data",
+        ),
+        (
+            one_row(choices={"text": "x|y", "label": ["A", "B"]}, answerKey="A"),
+            r"\(items\), row 1: its options are 'x|y', which is no list; name a column of lists",
+        ),
+        (
+            one_row(choices={"text": 2, "label": ["A", "B"]}, answerKey="A"),
+            r"\(items\), row 1: its options are 2, which is no list; name a column of lists",
+        ),
+        (
+            one_row(choices={"text": list(map(str, range(27))), "label": list(map(str, range(27)))}, answerKey="3"),
+            r"\(items\), row 1: 27 options are more than the 26 letters; leave the row out, or name protocols in",
+        ),
+        (
             {**one_row(), "arc_easy/test.jsonl": [{"q": "x"}]},
             r"row 1 cannot be read \('question' is undefined; its fields are q\)",
         ),

@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 
+from shoal.errors import UserError
 from shoal.eval.tasks.load import load_tasks
 from shoal.recipe.suites import CONFIGS_DIR
 
@@ -23,7 +24,7 @@ include: {shipped}
 task: {name}
 dataset_path: json
 dataset_name: null
-dataset_kwargs: {{data_files: {{test: {data}, dev: {data}}}}}
+dataset_kwargs: {{data_files: {{test: {data}, dev: {dev}}}}}
 """
 
 
@@ -47,6 +48,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = folder / "mmlu.jsonl"
     rows = questions(["anatomy", "high_school_us_history"], 30)
     data.write_text("\n".join(map(json.dumps, rows)))
+    examples, of_anatomy = folder / "dev.jsonl", folder / "dev_anatomy.jsonl"
+    both = questions(["high_school_us_history", "anatomy"], 6)
+    shown = [{**row, "question": f"shown{row['question']}"} for row in both]
+    examples.write_text("\n".join(map(json.dumps, shown)))
+    of_anatomy.write_text("\n".join(map(json.dumps, shown[6:])))
     theirs = Path(lm_eval.tasks.__file__).parent / "mmlu"
     for protocol, name in THEIRS.items():
         shipped = {f"ours_{protocol}": CONFIGS_DIR / "hub_tasks" / f"mmlu_all_{protocol}.yaml"}
@@ -54,31 +60,38 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             file for file in theirs.glob("*/mmlu_anatomy.yaml") if f'task": "{name}"' in file.read_text()
         )
         for local, file in shipped.items():
-            (folder / f"{local}.yaml").write_text(LOCAL.format(shipped=file.resolve(), name=local, data=data))
+            dev = examples if local.startswith("ours") else of_anatomy
+            (folder / f"{local}.yaml").write_text(LOCAL.format(shipped=file.resolve(), name=local, data=data, dev=dev))
     return load_tasks([f"{side}_{protocol}" for side in ("ours", "theirs") for protocol in THEIRS], include_path=folder)
 
 
 @functools.cache
-def asked(task: Any) -> dict[str, Any]:
+def asked(task: Any, num_fewshot: int = 0) -> dict[str, Any]:
     """Question -> prompt, options and answer."""
     found = {}
     for doc in task.eval_docs:
         options = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
-        found[doc["question"]] = task.fewshot_context(doc, 0), options, task.doc_to_target(doc)
+        found[doc["question"]] = task.fewshot_context(doc, num_fewshot), options, task.doc_to_target(doc)
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_fewshot", [0, 5])
 @pytest.mark.parametrize("protocol", THEIRS)
-def test_prompts_options_and_matching_are_those_of_lm_eval(protocol: str, tasks: dict[str, Any]) -> None:
+def test_prompts_options_and_matching_are_those_of_lm_eval(
+    protocol: str, num_fewshot: int, tasks: dict[str, Any]
+) -> None:
     ours, theirs = tasks[f"ours_{protocol}"], tasks[f"theirs_{protocol}"]
-    anatomy = [name for name in asked(ours) if "anatomy" in name]
+    by_us, by_them = asked(ours, num_fewshot), asked(theirs, num_fewshot)
+    anatomy = [name for name in by_us if "anatomy" in name]
     assert len(anatomy) == 30
     for question in anatomy:
-        prompt, options, answer = asked(ours)[question]
-        assert (prompt, options, str(answer)) == (*asked(theirs)[question][:2], str(asked(theirs)[question][2]))
+        prompt, options, answer = by_us[question]
+        assert prompt.count("shown anatomy?") == num_fewshot
+        assert (prompt, options, str(answer)) == (*by_them[question][:2], str(by_them[question][2]))
     settings, of_theirs = ours.config.to_dict(), theirs.config.to_dict()
     if protocol == "generation":  # what comes after so many tokens of the first line cannot make it a letter
+        settings["generation_kwargs"] = dict(settings["generation_kwargs"])
         assert settings["generation_kwargs"].pop("max_gen_toks") == 8
     for key in ("output_type", "generation_kwargs", "filter_list", "target_delimiter"):
         assert settings.get(key) == of_theirs.get(key)
@@ -91,3 +104,9 @@ def test_all_protocols_ask_the_same_items_and_the_first_ones_are_of_all_subjects
     assert 5 < sum("anatomy" in question for question in order[:20]) < 15
     prompts = [prompt for prompt, _, _ in asked(tasks["ours_continuation"]).values()]
     assert sum("about high school us history.\n" in prompt for prompt in prompts) == 30
+
+
+def test_more_examples_than_a_subject_has_are_refused(tasks: dict[str, Any]) -> None:
+    task = tasks["ours_loglikelihood"]
+    with pytest.raises(UserError, match=r"num_fewshot: ours_loglikelihood has 6 examples of .*, and 7 are asked for"):
+        task.fewshot_context(task.eval_docs[0], 7)

@@ -361,6 +361,17 @@ def test_tasks_of_own_files_are_identified_by_the_rows_that_these_name(tmp_path:
     assert identities[0] == identities[2] != identities[1]
 
 
+def test_a_task_of_a_local_data_set_is_identified_by_its_files(tmp_path: Path) -> None:
+    for name in ("tasks", "rows"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tasks/own.yaml").write_text(f"task: own\ndataset_path: {tmp_path / 'rows'}\ntest_split: test\n")
+    identities = []
+    for text in ('{"q": "1"}\n', '{"q": "2"}\n', '{"q": "1"}\n'):
+        (tmp_path / "rows/test.jsonl").write_text(text)
+        identities.append(naming.tasks_fingerprint(["own"], tmp_path / "tasks"))
+    assert identities[0] == identities[2] != identities[1]
+
+
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
     """Also where a set lies deeper, or its file has another ending; a run that writes beside them changes nothing."""
     (tmp_path / "own.yaml").write_text(

@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import shutil
 import socket
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from results import evaluation
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -553,6 +555,29 @@ def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, cap
     with pytest.raises(UserError, match=r"control/distill.json: belongs to another run: distill.num_tokens is 200000 "):
         evaluate.require_models_of_this_run(asked, evaluate.roles(asked))
     evaluate.require_models_of_this_run(plain, evaluate.roles(plain))
+
+
+def test_scores_of_other_code_are_made_again_with_those_that_are_due(
+    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing would ever make the two comparable: what is asked has not changed."""
+    run = make_run()
+    asked = {role: evaluate.eval_inputs(run, run.teacher) for role in ("teacher", "pruned")}
+    other: dict[str, Any] = {"environment": {"lm_eval": "0.3"}}
+    written = evaluation("teacher").tasks[0]
+    for task, made_by, due in (
+        (replace(written, task="retrieval_generation", matching=2), {}, "teacher: matching 2"),
+        (replace(written, task="gsm8k"), other, "teacher: lm_eval 0.3"),
+        (replace(written, task="retrieval_generation"), other, ""),
+        (replace(written, task="gsm8k"), {}, ""),
+    ):
+        own = replace(evaluation("teacher", (task,)), provenance=Provenance(asked["teacher"], **made_by))
+        own.write(run.dir / "eval/teacher.json")
+        assert not evaluate._due(run, {"teacher": asked["teacher"]})
+        caplog.clear()
+        roles = list(evaluate._due(run, asked))
+        assert roles == (["teacher", "pruned"] if due else ["pruned"])
+        assert (f"eval {due} made it, so it is made again" in caplog.text) == bool(due)
 
 
 @pytest.mark.slow
