@@ -21,7 +21,7 @@ class ExamplesOfTheSubject(ConfigurableTask):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
-    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **how: Any) -> str | list[str]:
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *how: Any, **named: Any) -> str | list[str]:
         """The examples and the question, as lm-eval writes them.
 
         Raises:
@@ -35,4 +35,4 @@ class ExamplesOfTheSubject(ConfigurableTask):
                     f"{num_fewshot} are asked for; lower it"
                 )
             self.sampler.replace_df(own)
-        return super().fewshot_context(doc, num_fewshot, **how)
+        return super().fewshot_context(doc, num_fewshot, *how, **named)
