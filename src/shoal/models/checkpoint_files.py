@@ -38,6 +38,8 @@ WITH_MODEL = (*PROCESSOR[:1], "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Names of files that go with a tokenizer or a model wherever its weights change."""
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """Keys of tokenizer_config.json that shape tokens; the rest are paths, versions, and the pad token, which is masked."""
+WRITING = "generation_config.json"
+"""What says how a model writes by itself; also the name of what identifies that among the inputs of scores."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
@@ -250,7 +252,7 @@ def model_fingerprint(folder: Path) -> str:
 def writing_settings(folder: Path) -> dict[str, Any]:
     """What generation_config.json says of how a model writes (where a text ends, penalties, sampling) and config.json
     does not say too."""
-    settings, config = (json_or_empty(folder / name) for name in ("generation_config.json", "config.json"))
+    settings, config = (json_or_empty(folder / name) for name in (WRITING, "config.json"))
     own = settings.keys() - {"transformers_version", "_from_model_config", "use_cache"}
     own -= {key for key in own if key.startswith("output_") or config.get(key) == settings[key]}
     return {key: settings[key] for key in sorted(own)}

@@ -31,6 +31,7 @@ from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
 from shoal.models.checkpoint_files import (
+    WRITING,
     gguf_in,
     model_fingerprint,
     names_model,
@@ -62,8 +63,6 @@ log = logging.getLogger(__name__)
 
 IMAGES = "eval.images"
 """Setting of rows of images, and what identifies them."""
-WRITING = "generation_config.json"
-"""Input of scores: how a model writes by itself, where it says so."""
 MODELS = "models"
 """Folder, where a comparison goes, of the scores of checkpoints that are no run's."""
 

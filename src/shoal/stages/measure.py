@@ -20,7 +20,7 @@ from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_ima
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
 from shoal.models.load import load_model, reads_images
 from shoal.progress import doing
 from shoal.recipe.edits import Component
@@ -63,6 +63,8 @@ def measure_inputs(run: Run) -> dict[str, Any]:
         inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
     if run.sweep_donor is not None:
         inputs[DONOR_CONTENT] = model_fingerprint(run.sweep_donor)
+    if writing := writing_settings(run.base):
+        inputs[WRITING] = writing
     return inputs
 
 
@@ -199,8 +201,9 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     if settings.spare_heads:
         known = _without_retrieval_heads(known, read_heads(run), skeleton)
     importance = scored()
-    donor = measure_inputs(run).get(DONOR_CONTENT)
-    identity = fingerprint([model_fingerprint(run.base), run.recipe.dtype, run.recipe.attention, donor])
+    inputs = importance.provenance.inputs
+    own = [model_fingerprint(run.base), run.recipe.dtype, run.recipe.attention, inputs.get(DONOR_CONTENT)]
+    identity = fingerprint([*own, inputs[WRITING]] if WRITING in inputs else own)
     tables: dict[str, Any] = {}
     for operator in settings.operators:
         components = known.get(operator)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,26 @@ def test_answers_of_a_donor_that_has_changed_are_not_used(make_run: Any, tmp_pat
         measuring.measure(run)
         found.append((run.dir / "sweep/donor/knowledge_continuation.json").read_text())
     assert found[0] != found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_how_a_model_writes_by_itself_identifies_what_is_swept(
+    teacher: Path, make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(teacher, tmp_path / "model"))
+    runs = [make_run(measure, model=str(folder)) for measure in ({"sweep": {**SWEEP, "perplexity_tokens": 0}}, {})]
+    before = [measuring.measure_inputs(run) for run in runs]
+    assert "generation_config.json" not in before[0]
+    measuring.measure(runs[0])
+    told = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**told, "repetition_penalty": 1.3}))
+    writing = {"generation_config.json": {"repetition_penalty": 1.3}}
+    assert [measuring.measure_inputs(run) for run in runs] == [{**before[0], **writing}, before[1]]
+    measuring.measure(runs[0])
+    assert "answered already" not in caplog.text
+    (runs[0].dir / Importance.FILE).unlink()
+    measuring.measure(runs[0])
+    assert "answered already" in caplog.text
 
 
 SMALL = {"memory_gb": 0.0085}
