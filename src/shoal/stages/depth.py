@@ -76,10 +76,10 @@ def _models(run: Run) -> dict[str, Run]:
             "set measure.beside"
         )
     whole = replace(settings, diagnostics=settings.memory_gb is None)
-    sweep = replace(settings.sweep, operators=("layer",), greedy=None, greedy_weights={}, spare_heads=False)
-    layers_alone = replace(
-        whole, sweep=sweep, metrics=(CHEAPEST_METRIC,), scale_removals=False, probes=(), heads=None, vision_states=None
-    )
+    other_ways = {"greedy": None, "greedy_weights": {}, "spare_heads": False, "donor": None, "donor_revision": None}
+    sweep = replace(settings.sweep, operators=("layer",), **other_ways)
+    of_the_teacher = {"scale_removals": False, "images": None, "probes": (), "heads": None, "vision_states": None}
+    layers_alone = replace(whole, sweep=sweep, metrics=(CHEAPEST_METRIC,), **of_the_teacher)
     first = run.rounds_before[0] if run.rounds_before else run
     others = replace(run, recipe=replace(run.recipe, measure=layers_alone))
     return {

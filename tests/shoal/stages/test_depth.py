@@ -15,7 +15,7 @@ from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import run as running
-from shoal.stages.depth import depth
+from shoal.stages.depth import _models, depth
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
 
@@ -38,7 +38,8 @@ def test_the_cut_model_and_one_beside_are_swept_as_the_teacher_was(
     teacher: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     beside = tiny_checkpoint(tmp_path_factory.mktemp("beside"), "llama", max_position_embeddings=4096, seed=1)
-    run = opened(teacher, tmp_path, {"beside": str(beside)})
+    sweep = {**SWEEP, "operators": ["layer", "donor"], "donor": str(beside)}
+    run = opened(teacher, tmp_path, {"beside": str(beside), "sweep": sweep})
     prune(run)
     depth(run)
     use = DepthUse.read(run.dir / DepthUse.FILE)
@@ -86,6 +87,13 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
     with pytest.raises(UserError, match="in the tokenizer of beside, but"):
         depth(opened(teacher, tmp_path, {"beside": str(other)}))
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_teacher_is_measured_on_images(teacher: Path, tmp_path: Path) -> None:
+    images = {"path": str(tmp_path / "rows.jsonl")}
+    models = _models(opened(teacher, tmp_path, {"beside": str(teacher), "images": images}))
+    assert models["teacher"].recipe.measure.images is not None
+    assert models["beside"].recipe.measure.images is None
 
 
 def test_the_model_beside_is_looked_up_once(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
