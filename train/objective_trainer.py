@@ -93,6 +93,8 @@ class ObjectiveTrainer(Trainer):
         self._step_sums = self._zero_sums()
         self._term_tokens: list[int] = []
         self._gradient_norm: Tensor | float | None = None
+        self._scaler: torch.amp.GradScaler | None = None
+        """What scales losses in float16 without ZeRO."""
         self._rate = Rate()
         self._row = CurveRow(2 * len(objective.terms) + 2, self._guard, self._rate)
         self.add_callback(_StepEnds(self))
@@ -200,9 +202,9 @@ class ObjectiveTrainer(Trainer):
             return
         engine: Any = model
         # float16 finds its scale by steps that overflow: those are skipped, and the next one is tried with another
-        scaled = engine.fp16_enabled() or self._autocast_dtype is torch.float16
-        skipped = scaled and getattr(engine.optimizer, "overflow", False)
+        skipped = engine.fp16_enabled() and getattr(engine.optimizer, "overflow", False)
         self._gradient_norm = None if skipped else engine.get_global_grad_norm()
+        self._scaler = engine.torch_autocast_z0_gradscaler
 
     def end_step(self) -> bool:
         """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved; whether
@@ -231,9 +233,9 @@ class ObjectiveTrainer(Trainer):
         loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
         values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
         if self._gradient_norm is not None:
-            self._gradient_norm = norm
-            # DeepSpeed calls one that is no number -1 or infinite, depending on the stage, and goes on
-            values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
+            self._gradient_norm = judged_norm(norm, self._scaler)
+            if self._gradient_norm is not None:
+                values["the norm of the gradient"] = self._gradient_norm
         if problem := self._guard.problem(values):
             raise refuse_step(problem, step, self._batches, self.refused)
         own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
@@ -294,6 +296,15 @@ class ObjectiveTrainer(Trainer):
         """What keeps a state between steps, by its file inside a checkpoint."""
         horizon = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.horizon}
         return {OBJECTIVE_FILE: self.objective, ROW_FILE: self._row, **horizon}
+
+
+def judged_norm(norm: float, scaler: torch.amp.GradScaler | None) -> float | None:
+    """The norm of a step's gradient, NaN where it is no number; None = the step overflowed and was left out, by which
+    ``scaler`` finds its scale: it is lower now, and below 1 no scale is the reason any more."""
+    if 0 <= norm < math.inf:
+        return norm
+    # DeepSpeed calls one that is no number -1 or infinite, depending on the stage, and goes on
+    return math.nan if scaler is None or scaler.get_scale() < 1 else None
 
 
 class CurveRow:

@@ -155,6 +155,17 @@ def fast_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "product_rates", lambda device: rates(100, 400, 100))
 
 
+@pytest.mark.parametrize(("stage", "expected"), [(0, "float16"), (2, "float32")])
+def test_auto_is_no_float16_where_sharding_would_clip_scaled_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, expected: str
+) -> None:
+    monkeypatch.setattr(runs, "fast_dtype", lambda _: Choice("float16", "Volta multiplies fast in it"))
+    run = open_run(recipe(tmp_path, distill={"deepspeed": f"deepspeed/zero{stage}.json"}))
+    assert (run.recipe.dtype, run.recipe.distill.precision) == ("float16", expected)
+    assert run.numerics is not None
+    assert ("float16 trains rightly under ZeRO 0 alone" in run.numerics.reason) == (stage == 2)
+
+
 @pytest.mark.usefixtures("fast_half")
 def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)

@@ -21,6 +21,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
+from shoal.numerics import Choice
 from shoal.recipe.distill import Distill, OnPolicy, Record, Teacher, TrainingSource
 from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL, ValueRelation
 from shoal.recipe.recipe import Recipe
@@ -243,8 +244,42 @@ def test_half_precision_is_autocast_over_fp32_weights_where_the_device_is_fast_i
 
 def test_float16_is_autocast_with_loss_scaling_where_there_is_an_accelerator(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    config = deepspeed_config(Distill(precision="float16"))
+    config = deepspeed_config(Distill(precision="float16", deepspeed="deepspeed/zero0.json"))
     assert config["torch_autocast"] == {"enabled": True, "dtype": "float16"}  # DeepSpeed scales losses for this dtype
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_float16_is_not_autocast_where_gradients_are_clipped_with_their_scale(monkeypatch, stage):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    config = {"zero_optimization": {"stage": stage}}
+    message = rf"precision: float16 is autocast .* ZeRO {stage} clips gradients wrongly; set distill.deepspeed: .*zero0"
+    for settings in (
+        {"precision": "float16", "deepspeed": config},
+        {"deepspeed": config | {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}}},
+    ):
+        with pytest.raises(UserError, match=message):
+            deepspeed_config(Distill(**settings))
+    monkeypatch.setattr("shoal.train.engine.arguments.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("shoal.train.engine.arguments.fast_dtype", lambda _: Choice("float16", "a V100"))
+    assert "torch_autocast" not in deepspeed_config(Distill(deepspeed=config))
+    without_zero = deepspeed_config(Distill(deepspeed="deepspeed/zero0.json"))
+    assert without_zero["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization": None},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": None}},
+        {"bf16": None, "fp16": None, "torch_autocast": None},
+        {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}},
+    ],
+)
+def test_sections_that_say_nothing_leave_the_choice_to_the_recipe(config):
+    read = deepspeed_config(Distill(precision="bfloat16", deepspeed=config))
+    assert read["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert not {"bf16", "fp16"} & read.keys()
+    assert "offload_optimizer" not in read["zero_optimization"]
 
 
 def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
@@ -258,6 +293,12 @@ def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
     [
         ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are deepspeed/zero0\.json"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"stage must be 0, 1, 2 or 3 \(got 4\)"),
+        ({"deepspeed": {"bf16": True}}, r"bf16 must be a mapping \(got True\), as DeepSpeed's documentation"),
+        ({"deepspeed": {"zero_optimization": 2}}, r"zero_optimization must be a mapping \(got 2\)"),
+        (
+            {"deepspeed": {"torch_autocast": {"enabled": True}}},
+            r"torch_autocast\.dtype must be one of bfloat16, float16 \(got None\)",
+        ),
         (
             {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}},
             r"offload_param is on nvme, and its nvme_path is no folder \(got None\); .*device: cpu",
@@ -282,6 +323,28 @@ def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
 def test_deepspeed_settings_known_to_be_wrong_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         deepspeed_config(Distill(**settings))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            r"lr_scheduler_kwargs: \{\} do not go with .* \(One of min_lr or",
+        ),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, r"\{'min_lr': 1e-05\} do not go with lr_scheduler_type cosine \("),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, r"lr_scheduler_kwargs: \{\} do not go with .*num_decay_steps"),
+        (
+            {"optim": "grokadamw"},
+            r"optim: grokadamw needs what is not installed \(Please install grokadamw .*install it,",
+        ),
+        ({"optim": "lomo"}, r"optim: lomo needs what is not installed .*choose another, such as adamw_torch"),
+    ],
+)
+def test_what_a_schedule_or_optimizer_lacks_is_told_before_anything_is_measured(trainer, message):
+    with pytest.raises(UserError, match=message):
+        check_names(Distill(trainer=trainer))
+    check_names(Distill(trainer={"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}))
 
 
 def adam(**params):

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from shoal.errors import UserError
 from shoal.numerics import fast_dtype
-from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
+from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill
 from shoal.runtime import device, world_size
 
@@ -170,8 +170,8 @@ def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
 
 
 def check_names(settings: Distill) -> None:
-    """Refuse a training argument that transformers does not have, a value that is none, or another one than in the
-    DeepSpeed configuration, before anything is built.
+    """Refuse a training argument that transformers does not have, a value that is none, what its schedule or optimizer
+    lacks, or another number than in the DeepSpeed configuration, before anything is built.
 
     Raises:
         UserError: naming it and the closest one there is, or the value.
@@ -193,6 +193,8 @@ def check_names(settings: Distill) -> None:
             raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
     _check_values(settings.trainer)
     given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | settings.trainer
+    _check_schedule(given)
+    _check_optimizer(given)
     config = read_deepspeed(settings.deepspeed)
     for key, names in SAME_IN_DEEPSPEED.items():
         values = [given[name] for name in names]
@@ -229,6 +231,31 @@ def _check_values(trainer: Mapping[str, Any]) -> None:
             continue
         if not right:
             raise UserError(f"distill.trainer.{name}: must be {expected} (got {value!r})")
+
+
+def _check_schedule(given: Mapping[str, Any]) -> None:
+    """Refuse settings of a schedule that it does not take, or lacks: transformers looks when the training begins."""
+    name, settings = given["lr_scheduler_type"], given["lr_scheduler_kwargs"] or {}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"distill.trainer.lr_scheduler_kwargs: {settings} do not go with lr_scheduler_type {name} ({error}); mend "
+            "them, or choose another"
+        ) from error
+
+
+def _check_optimizer(given: Mapping[str, Any]) -> None:
+    """Refuse an optimizer whose package is not installed. What else it needs, a model for one, is not there yet."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**given))  # pyright: ignore[reportArgumentType]
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise UserError(
+                f"distill.trainer.optim: {given['optim']} needs what is not installed ({error}); install it, or choose "
+                "another, such as adamw_torch"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -310,7 +337,9 @@ def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str
     zero = config.setdefault("zero_optimization", {})
     stage, named = zero.setdefault("stage", 0), precisions_named(config)
     # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
-    precision = fast_dtype(device()).dtype if settings.precision == "auto" and not named else settings.precision
+    precision = settings.precision
+    if precision == "auto" and not named:
+        precision = trained_in(config, fast_dtype(device()).dtype)
     _refuse_wrong(config, named, settings.precision, computed_in=precision)
     if ranks is not None:
         _refuse_other_batch(config, settings, ranks=ranks)
@@ -372,6 +401,14 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
         key = "precision" if computed_in == "float16" else "deepspeed"
         raise UserError(
             f"distill.{key}: fp16 does not train on a CPU; use distill.precision: auto, and no fp16 section"
+        )
+    cast = config.get("torch_autocast", {})
+    cast_to = str(cast["dtype"]).removeprefix("torch.") if cast.get("enabled") else computed_in
+    if cast_to == "float16" and zero["stage"]:
+        raise UserError(
+            f"distill.precision: float16 is autocast with scaled losses, by which ZeRO {zero['stage']} clips gradients "
+            "wrongly; set distill.deepspeed: deepspeed/zero0.json, precision: float32, or an fp16 section in your own "
+            "DeepSpeed configuration"
         )
     for part in ("offload_optimizer", "offload_param"):
         place = zero.get(part) or {}

@@ -219,7 +219,7 @@ class TaidState:
         if self._previous is not None and step_mean_loss is not None:
             fall = (self._previous - step_mean_loss) / (self._previous + 1e-15)
             self._momentum = term.momentum * self._momentum + (1 - term.momentum) * fall
-            t += term.step_size * (1 - t) / (1 + math.exp(-self._momentum))
+            t += term.step_size * (1 - t) * (1 + math.tanh(self._momentum / 2)) / 2  # the logistic, which overflows
         self._previous = self._previous if step_mean_loss is None else step_mean_loss
         # never behind the straight line, never beyond the end, never back
         line = term.start + (term.end - term.start) * step / total

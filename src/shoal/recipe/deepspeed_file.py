@@ -9,17 +9,21 @@ from typing import Any
 from shoal.errors import UserError
 from shoal.recipe.suites import CONFIGS_DIR
 
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
+"""Sections that say what is computed in."""
+AUTOCAST_DTYPES = ("bfloat16", "float16")
+
 
 def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """A copy of the configuration: a mapping, the JSON file at a path, or that of a name under configs/.
 
     Raises:
-        UserError: there is no such file, or it holds no JSON mapping.
+        UserError: there is no such file, it holds no JSON mapping, or a section of it is none.
     """
     if source is None:
         return {}
     if isinstance(source, dict):
-        return json.loads(json.dumps(source))
+        return _with_sections(json.loads(json.dumps(source)))
     candidates = [Path(source), CONFIGS_DIR / source, CONFIGS_DIR.parent / source]
     if source.startswith("configs/"):
         candidates.append(CONFIGS_DIR / source.removeprefix("configs/"))
@@ -31,11 +35,51 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
                 raise UserError(f"{file}: is not valid JSON ({error}); mend it, or name a shipped one") from error
             if not isinstance(config, dict):
                 raise UserError(f"{file}: must be a JSON mapping (got {config!r}); mend it, or name a shipped one")
-            return config
+            return _with_sections(config)
     shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
 
 
 def precisions_named(config: dict[str, Any]) -> list[str]:
     """The sections by which ``config`` says itself what is computed in."""
-    return [key for key in ("bf16", "fp16", "torch_autocast") if config.get(key, {}).get("enabled")]
+    return [key for key in PRECISIONS if config.get(key, {}).get("enabled")]
+
+
+def zero_stage(config: dict[str, Any]) -> Any:
+    """The ZeRO stage that ``config`` names; 0 where it names none."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def trained_in(config: dict[str, Any], fastest: str) -> str:
+    """The precision of autocast for a device on which ``fastest`` is that, where nothing names one.
+
+    float16 needs its losses scaled, and the optimizers of ZeRO 1 to 3 clip gradients as if they were not (DeepSpeed
+    0.19): there it is float32.
+    """
+    return "float32" if fastest == "float16" and zero_stage(config) else fastest
+
+
+def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without sections that are null, or whose precision is `auto`, which is the recipe's.
+
+    Raises:
+        UserError: a section that is no mapping, or autocast to no precision.
+    """
+    zero = config.get("zero_optimization")
+    for parts, names in ((config, ("zero_optimization", *PRECISIONS)), (zero, ("offload_optimizer", "offload_param"))):
+        for name in names if isinstance(parts, dict) else ():
+            section = parts.get(name, {})
+            if section is None or (isinstance(section, dict) and section.get("enabled") == "auto"):
+                del parts[name]
+            elif not isinstance(section, dict):
+                raise UserError(
+                    f"distill.deepspeed: {name} must be a mapping (got {section!r}), as DeepSpeed's documentation "
+                    "writes it; mend it, or leave it out"
+                )
+    cast = config.get("torch_autocast", {})
+    if cast.get("enabled") and str(cast.get("dtype")).removeprefix("torch.") not in AUTOCAST_DTYPES:
+        raise UserError(
+            f"distill.deepspeed: torch_autocast.dtype must be one of {', '.join(AUTOCAST_DTYPES)} (got "
+            f"{cast.get('dtype')!r})"
+        )
+    return config

@@ -35,7 +35,11 @@ REFUSED_TRAINER_KEYS = {
     "push_to_hub": "is done by export.hub_repo; use that",
     "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
     "use_liger_kernel": "would replace the forward that holds the distillation loss; use distill.fused",
-    "torch_compile": "would compile the loss with what surrounds it; use distill.compile",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "would compile the loss with what surrounds it; use distill.compile",
+    ),
+    "data_seed": "would have no effect, packing has drawn the order; use seed",
 }
 """Training arguments that would be wrong, ignored or leaked here."""
 
@@ -77,10 +81,21 @@ def contradictions(distill: Distill) -> Iterator[str]:
     for key, reason in REFUSED_TRAINER_KEYS.items():
         if key in distill.trainer:
             yield f"distill.trainer.{key}: {reason}"
-    if distill.trainer.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+    if (schedule := distill.trainer.get("lr_scheduler_type")) in ("reduce_lr_on_plateau", "greedy"):
         yield (
-            "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set, which a training here has not; "
+            f"distill.trainer.lr_scheduler_type: {schedule} needs an eval set, which a training here has not; "
             "choose another, such as cosine"
+        )
+    if distill.trainer.get("save_strategy") == "best":
+        yield (
+            "distill.trainer.save_strategy: best needs an eval set, which a training here has not; choose steps, and "
+            "distill.watch.best keeps the best state"
+        )
+    accelerator = distill.trainer.get("accelerator_config")
+    if isinstance(accelerator, dict) and accelerator.get("split_batches"):
+        yield (
+            "distill.trainer.accelerator_config: split_batches would share one rank's rows out to all; leave it out, "
+            "and set distill.batch_size, which counts the rows of all ranks"
         )
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         checkpointing = distill.trainer.get(key)

@@ -45,7 +45,7 @@ from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.models.load import find_config, load_config, load_tokenizer, loaded_dtype, reads_images, resolve_model
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
-from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
+from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
 from shoal.recipe.edits import Swap
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe
@@ -352,13 +352,17 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
     if dtype == "auto":
         dtype, source = _begun_in(folder, "dtype") or (choice.dtype, None)
         reasons.append(source or choice.reason)
-    named = precisions_named(read_deepspeed(recipe.distill.deepspeed))
+    config = read_deepspeed(recipe.distill.deepspeed)
+    named = precisions_named(config)
     if precision == "auto" and not named and recipe.distill.weights == "bfloat16":
         precision = "bfloat16"
         reasons.append("distill.weights is bfloat16")
     elif precision == "auto" and not named:
-        precision, source = _begun_in(folder, "distill.precision") or (choice.dtype, None)
-        reasons.append(source or choice.reason)
+        fastest, why = trained_in(config, choice.dtype), choice.reason
+        if fastest != choice.dtype:
+            why = f"{why}; {choice.dtype} trains rightly under ZeRO 0 alone, distill.deepspeed=deepspeed/zero0.json"
+        precision, source = _begun_in(folder, "distill.precision") or (fastest, None)
+        reasons.append(source or why)
     slow = {
         key: slowness(value, own_device)
         for key, value in (("dtype", recipe.dtype), ("distill.precision", recipe.distill.precision))

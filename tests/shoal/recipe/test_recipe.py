@@ -155,6 +155,24 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "distill.trainer.train_sampling_strategy: would have no effect, packing has drawn the order; use seed",
         ),
         (
+            "distill: {trainer: {data_seed: 3}}",
+            "distill.trainer.data_seed: would have no effect, packing has drawn the order; use seed",
+        ),
+        (
+            "distill: {trainer: {torch_compile_backend: inductor}}",
+            "distill.trainer.torch_compile_backend: would compile the loss with what surrounds it; use distill.compile",
+        ),
+        (
+            "distill: {trainer: {save_strategy: best}}",
+            "distill.trainer.save_strategy: best needs an eval set, which a training here has not; choose steps, and "
+            "distill.watch.best keeps the best state",
+        ),
+        (
+            "distill: {trainer: {accelerator_config: {split_batches: true}}}",
+            "distill.trainer.accelerator_config: split_batches would share one rank's rows out to all; leave it out, "
+            "and set distill.batch_size, which counts the rows of all ranks",
+        ),
+        (
             "distill: {trainer: {lr_scheduler_type: reduce_lr_on_plateau}}",
             "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set, which a training here has not; "
             "choose another, such as cosine",

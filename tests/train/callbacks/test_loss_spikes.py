@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shoal.train.callbacks.loss_spikes import REMEMBERED_STEPS, LossGuard, load_batches, refuse_step
+from shoal.train.objective_trainer import judged_norm
 from shoal.train.trainer import DistillTrainer
 
 
@@ -29,14 +30,32 @@ def test_what_is_no_number_is_named_whichever_term_it_is(value):
     ("float16", "overflow", "norm"), [(True, True, None), (True, False, math.inf), (False, True, math.inf)]
 )
 def test_a_step_that_float16_skips_to_find_its_scale_has_no_norm_to_judge(float16, overflow, norm):
-    trainer: Any = SimpleNamespace(_autocast_dtype=None, is_deepspeed_enabled=True)
+    trainer: Any = SimpleNamespace(is_deepspeed_enabled=True)
     engine: Any = SimpleNamespace(
         fp16_enabled=lambda: float16,
         optimizer=SimpleNamespace(overflow=overflow),
         get_global_grad_norm=lambda: math.inf,
+        torch_autocast_z0_gradscaler=None,
     )
     DistillTrainer._get_grad_norm(trainer, engine)
     assert trainer._gradient_norm == norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "scale", "judged"),
+    [
+        (2.0, None, 2.0),
+        (math.inf, None, math.nan),
+        (-1.0, None, math.nan),
+        (2.0, 2.0**16, 2.0),
+        (math.inf, 2.0**15, None),
+        (math.nan, 1.0, None),
+        (math.inf, 0.5, math.nan),
+    ],
+)
+def test_a_norm_that_is_no_number_ends_the_training_unless_a_scale_is_being_found(norm, scale, judged):
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    assert judged_norm(norm, scaler) == (judged if judged is None else pytest.approx(judged, nan_ok=True))
 
 
 def test_a_spike_is_measured_against_the_median_of_the_steps_before():

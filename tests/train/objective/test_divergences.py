@@ -299,6 +299,15 @@ def test_taid_goes_on_from_a_checkpoint() -> None:
     assert second.state_dict() == whole.state_dict()
 
 
+@pytest.mark.parametrize(("first", "then"), [(1e-12, 1.0), (1.0, 1e-12), (-1e-9, 1.0)])
+def test_taid_goes_on_where_the_first_loss_is_about_none(first, then):
+    """A student that begins as its teacher: the relative fall of the loss has no bound."""
+    state = TaidState(TAID())
+    for step, loss in enumerate((first, then, then), 1):
+        state.update(loss, step, 10)
+    assert TAID().start <= state.t <= TAID().end
+
+
 def test_taid_keeps_to_its_line_in_a_step_that_it_learns_nothing_from() -> None:
     state, told = TaidState(TAID(momentum=0.5, step_size=0.1)), TaidState(TAID(momentum=0.5, step_size=0.1))
     for each in (state, told):
