@@ -190,6 +190,7 @@ def refuse_unmeasured(run: Run) -> None:
     Where importance.json is there and belongs to this run, it tells. Of several rounds all are looked at.
     """
     from shoal.compress.metrics.images import COLUMNS
+    from shoal.compress.metrics.loss_metrics import LOSS_METRICS, BlockPruner
     from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
 
     prune, measure = run.recipe.prune, run.recipe.measure
@@ -216,8 +217,35 @@ def refuse_unmeasured(run: Run) -> None:
             raise UserError(
                 f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
             )
+    if LOSS_METRICS.get(prune.metric or default) is BlockPruner:
+        _refuse_halves(run, _vision_blocks(run))
     for own in (*run.rounds_before, run):
         _refuse_impossible_choice(own)
+
+
+def _refuse_halves(run: Run, tower: int | None) -> None:
+    """Refuse single halves of layers, which an order of halves removes, beside what only goes with whole layers."""
+    prune = run.recipe.prune
+    for is_set, why, otherwise in (
+        (prune.width is not None, "prune.width narrows whole ones", "leave prune.width out"),
+        (prune.rounds > 1, "several rounds only drop layers", "set prune.rounds: 1"),
+        (
+            prune.compensate is not None,
+            "prune.compensate makes up for dropped layers alone",
+            "leave prune.compensate out",
+        ),
+        (
+            tower is not None,
+            "prune.vision_tower is cut where layers are dropped alone",
+            "set prune.vision_tower: whole",
+        ),
+        (prune.mtp == "keep", "prune.mtp: keep copies stored tensors", "set prune.mtp: drop"),
+    ):
+        if is_set:
+            raise UserError(
+                f"prune.metric: {prune.metric} removes halves of layers, and {why}; choose a metric of layers, or "
+                f"{otherwise}"
+            )
 
 
 def _is_measured(run: Run) -> bool:
@@ -278,11 +306,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         raise UserError(
             "prune.drop: is empty, and prune.vision_tower finds nothing to cut, so nothing would go; name layers"
         )
-    if choice.edits and width is not None:
-        raise UserError(
-            f"prune.metric: {run.recipe.prune.metric} removes halves of layers, and prune.width narrows whole ones; "
-            "choose a metric of layers, or leave prune.width out"
-        )
+    if choice.edits:
+        _refuse_halves(run, tower)
     if not several:
         told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
         return PruningPlan(
@@ -294,11 +319,6 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
             width=width,
             vision_blocks=tower,
             mtp=prune.mtp == "keep",
-        )
-    if choice.edits:
-        raise UserError(
-            f"prune.metric: {run.recipe.prune.metric} removes halves of layers, and several rounds only drop layers; "
-            "choose a metric of layers, or set prune.rounds: 1"
         )
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
     provenance = Provenance({**inputs, ROUND: run.round})  # training reads it of a plan that is only told of, too

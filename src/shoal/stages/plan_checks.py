@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.plan import PruningPlan
 from shoal.data.sources import load_texts
 from shoal.errors import UserError
-from shoal.recipe.edits import Edit, Replace, in_words
+from shoal.recipe.edits import Edit, Replace
 from shoal.recipe.prune import Calibration
 from shoal.recipe.track import is_gguf
 from shoal.stages.plan import choose_plan, read_goals, refuse_unmeasured, width_of
@@ -61,11 +61,6 @@ def refuse_compensation(run: Run, plan: PruningPlan) -> None:
     _refuse_calibration(run)
     if run.recipe.prune.compensate is None:
         return
-    if plan.edits:
-        raise UserError(
-            f"prune.compensate: makes up for dropped layers alone, and this plan has {in_words(plan.edits[0])} too; "
-            "leave one of them out"
-        )
     if 0 in plan.drop:
         raise UserError(
             "prune.compensate: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "

@@ -19,6 +19,7 @@ from shoal.recipe.recipe import parse_recipe
 from shoal.stages.distill import check_distill
 from shoal.stages.measure import measure
 from shoal.stages.measure_checks import check_measure
+from shoal.stages.plan_checks import refuse_impossible_plan
 from shoal.stages.prune import prune
 from shoal.stages.run import Run, open_run
 from shoal.workflows.preflight import preflight
@@ -72,6 +73,14 @@ def test_a_tower_with_nothing_to_cut_is_no_plan(models: Path, tmp_path: Path) ->
     run = run_of(models / "qwen3_vl", tmp_path, prune={"drop": [], "vision_tower": "auto"})
     with pytest.raises(UserError, match=r"prune.drop: is empty, and prune.vision_tower finds nothing to cut"):
         prune(run)
+
+
+def test_a_tower_is_not_cut_beside_halves(models: Path, tmp_path: Path) -> None:
+    settings = {"vision_tower": "auto", "metric": "blockpruner", "num_drop": 1}
+    sections = {"prune": settings, "measure": {"metrics": ["blockpruner"]}}
+    with pytest.raises(UserError, match=r"blockpruner removes halves of layers, and prune\.vision_tower is cut where"):
+        refuse_impossible_plan(run_of(models / "llava", tmp_path, **sections))
+    refuse_impossible_plan(run_of(models / "qwen3_vl", tmp_path, **sections))  # has nothing to cut
 
 
 def test_a_tower_is_not_cut_beside_edits() -> None:

@@ -24,6 +24,7 @@ from shoal.stages.run import open_run
 from shoal.workflows.preflight import preflight
 
 SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}
+HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,21 @@ SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}
         ({"spare": ["retrieval"]}, {}, r"prune\.spare: needs swept tasks, and nothing is swept; name some in"),
         ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone: needs swept tasks, and nothing is swept"),
         (
+            {"metric": "blockpruner", "compensate": "scale"},
+            HALVES,
+            r"blockpruner removes halves of layers, and prune\.compensate makes up for dropped layers alone",
+        ),
+        (
+            {"metric": "blockpruner", "width": {"intermediate_size": 32}},
+            HALVES,
+            r"blockpruner removes halves of layers, and prune\.width narrows whole ones",
+        ),
+        (
+            {"metric": "blockpruner", "mtp": "keep"},
+            HALVES,
+            r"blockpruner removes halves of layers, and prune\.mtp: keep copies stored tensors; .* prune\.mtp: drop",
+        ),
+        (
             {"weights": {"angular": 1, "taylr": 1}},
             {},
             r"weights\.taylr: taylr is no metric; did you mean taylor\?",
@@ -126,6 +142,13 @@ def test_rounds_whose_orders_are_too_short_are_refused_at_once(teacher: Path, tm
     run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
     preflight(run)
     assert not run.root.exists()
+
+
+def test_rounds_of_an_order_of_halves_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": HALVES}
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "blockpruner", "num_drop": 2, "rounds": 2}}))
+    with pytest.raises(UserError, match=r"blockpruner removes halves of layers, and several rounds only drop layers"):
+        preflight(run)
 
 
 LONG = """
