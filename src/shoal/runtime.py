@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
 import random
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -176,7 +178,10 @@ def barrier() -> None:
 
 
 def agreed(decide: Callable[[], T]) -> T:
-    """The decision of rank 0 on every rank that has joined; its refusal is everyone's."""
+    """The decision of rank 0 on every rank that has joined; its refusal is everyone's.
+
+    The others wait for as long as it takes, packing a billion tokens for hours too: the end of its process ends that.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -187,10 +192,31 @@ def agreed(decide: Callable[[], T]) -> T:
             answer[0] = decide()
         except UserError as error:
             answer[1] = str(error)
+    _meet_rank_0()
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
+
+
+def _meet_rank_0() -> None:
+    """Return on every rank once rank 0 is here. A collective that waited for it would end after `timeout_s`.
+
+    Raises:
+        torch.distributed.DistNetworkError: rank 0 is gone.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, key, pause_s = _get_default_store(), f"shoal/met/{next(_meetings)}", 0.01
+    if is_main():
+        store.set(key, "")
+    while not store.check([key]):
+        time.sleep(pause_s)
+        pause_s = min(1.0, 2 * pause_s)
+
+
+_meetings = itertools.count()
+"""Ranks meet in the same order, so they count alike."""
 
 
 def together(decide: Callable[[], T]) -> list[T]:

@@ -1,6 +1,6 @@
 """The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
 
-Covers: shoal.errors, shoal.runtime, shoal.stages.launch.
+Covers: shoal.errors, shoal.stages.launch.
 """
 
 from __future__ import annotations

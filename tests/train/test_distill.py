@@ -253,10 +253,11 @@ def test_float16_is_not_autocast_where_gradients_are_clipped_with_their_scale(mo
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     config = {"zero_optimization": {"stage": stage}}
     message = rf"precision: float16 is autocast .* ZeRO {stage} clips gradients wrongly; set distill.deepspeed: .*zero0"
-    for settings in (
+    refused: tuple[dict[str, Any], ...] = (
         {"precision": "float16", "deepspeed": config},
         {"deepspeed": config | {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}}},
-    ):
+    )
+    for settings in refused:
         with pytest.raises(UserError, match=message):
             deepspeed_config(Distill(**settings))
     monkeypatch.setattr("shoal.train.engine.arguments.device", lambda: torch.device("cuda"))

@@ -1,0 +1,45 @@
+"""Ranks that decide together. What the command makes of them is in test_cli."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ranks import call_on_ranks
+
+from shoal import runtime
+from shoal.errors import UserError
+from shoal.runtime import agreed, together
+
+PATIENCE_S = 1.0
+
+
+def _decide_on_rank(rank: int, world_size: int, folder: str) -> None:
+    patience = timedelta(seconds=PATIENCE_S)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world_size, timeout=patience)
+    runtime.is_main = lambda: rank == 0
+    dist.barrier()
+
+    def late() -> str:
+        assert rank == 0
+        time.sleep(2.5 * PATIENCE_S)
+        return "late"
+
+    def never() -> str:
+        raise UserError("nothing to decide")
+
+    assert agreed(late) == "late"
+    with pytest.raises(UserError, match="nothing to decide"):
+        agreed(never)
+    assert together(lambda: rank) == [0, 1]
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_ones_decision_however_long_it_takes(tmp_path: Path) -> None:
+    """A collective that waits for it ends with the group's timeout, and the work of hours with it."""
+    call_on_ranks(_decide_on_rank, str(tmp_path), ranks=2)
