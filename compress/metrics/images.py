@@ -6,7 +6,7 @@ Images of a row, and so its tokens, may be of any number and size; rows are not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from shoal.data.image_rows import Asked, on_device
 from shoal.data.packing import PackedRows
+from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import each
 from shoal.runtime import together
@@ -29,6 +30,7 @@ from .observation import Observation
 INFLUENCE = "block_influence_images"
 ANSWER_LOSS = "answer_loss_images"
 COLUMNS = (INFLUENCE, ANSWER_LOSS)
+REMEDY = "set dtype: float32, or leave the row out"
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def image_scores(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) 
     ``items`` are the rows of this rank, every world_size-th of ``num_rows``; all ranks call this and get the same.
 
     Raises:
-        UserError: a row that cannot be read, or states that are not finite.
+        UserError: a row that cannot be read, or states or losses that are not finite.
     """
     layers, device = decoder_layers(model), model.device
     writes = writes_into_input(model)
@@ -63,10 +65,13 @@ def image_scores(model: PreTrainedModel, items: Iterable[Asked], num_rows: int) 
             for layer in range(len(layers)):
                 with skipped(model, [layer]):
                     losses_NV[number, layer + 1] = answer_loss(model, inputs, item.num_answer)
+            if not torch.isfinite(losses_NV[number]).all():
+                break
 
     together(score_own_rows)
     influence: Any = similar.scores()["block_influence"]
     (losses_NV,) = add_up_ranks([losses_NV], device)
+    refuse_no_number(losses_NV, "measure.images", lambda column: f" where layer {column - 1} is skipped" * (column > 0))
     return {INFLUENCE: influence, ANSWER_LOSS: rises(losses_NV.cpu())}
 
 
@@ -79,6 +84,17 @@ def answer_loss(model: PreTrainedModel, inputs: dict[str, Any], num_answer: int)
     """The mean negative log-likelihood in nats of the last ``num_answer`` tokens."""
     logits_SV = model(**inputs, use_cache=False).logits[0, -num_answer - 1 : -1]
     return cross_entropy(logits_SV.double(), inputs["input_ids"][0, -num_answer:])
+
+
+def refuse_no_number(losses_NV: Tensor, setting: str, variant: Callable[[int], str]) -> None:
+    """Refuse losses of rows that are not finite; ``variant`` has words for a column.
+
+    Raises:
+        UserError: there is one.
+    """
+    if (faults := torch.nonzero(~torch.isfinite(losses_NV))).numel():
+        row, column = faults[0].tolist()
+        raise UserError(f"{setting}: the loss of row {row} is not finite{variant(column)}; {REMEDY}")
 
 
 def rises(losses_NV: Tensor) -> Estimates:

@@ -24,7 +24,7 @@ from shoal.progress import each
 from shoal.runtime import together
 
 from ..surgery.vision_tower import FIELD, states_read, tower_blocks
-from .images import answer_loss, rises
+from .images import REMEDY, answer_loss, refuse_no_number, rises
 from .metric import Estimates, add_up_ranks, rank, world_size
 
 
@@ -109,12 +109,8 @@ def _add_cosines(states: Sequence[Tensor], cosines_VV: Tensor) -> None:
 
 
 def _refuse_fault(cosines_VV: Tensor, losses_NV: Tensor) -> None:
-    remedy = "set dtype: float32, or leave the row out"
-    if (faults := torch.nonzero(~torch.isfinite(losses_NV))).numel():
-        row, state = faults[0].tolist()
-        raise UserError(
-            f"measure.vision_states: the loss of row {row} is not finite where state {state} of the vision tower is "
-            f"read; {remedy}"
-        )
+    refuse_no_number(
+        losses_NV, "measure.vision_states", lambda state: f" where state {state} of the vision tower is read"
+    )
     if (faults := torch.nonzero(~torch.isfinite(cosines_VV.diagonal()))).numel():
-        raise UserError(f"measure.vision_states: state {faults[0].item()} of the vision tower is not finite; {remedy}")
+        raise UserError(f"measure.vision_states: state {faults[0].item()} of the vision tower is not finite; {REMEDY}")

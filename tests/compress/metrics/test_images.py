@@ -18,6 +18,7 @@ from PIL import Image
 
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
+from shoal.compress.metrics import images as image_metrics
 from shoal.compress.metrics.images import ANSWER_LOSS, INFLUENCE, image_scores
 from shoal.compress.metrics.metric import Estimates
 from shoal.compress.surgery.cut_model import cut_model
@@ -101,6 +102,28 @@ def test_the_host_waits_for_no_answer_by_itself(llava: Path, rows: Path, monkeyp
     image_scores(model, asked(given, processor, model.config), len(given))
     assert callers
     assert "images.py" not in callers
+
+
+@pytest.mark.parametrize(
+    ("column", "message"), [(0, "finite; set dtype: float32"), (3, "finite where layer 2 is skipped;")]
+)
+def test_a_loss_that_is_not_finite_is_refused(
+    llava: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, column: int, message: str
+) -> None:
+    model, processor = load_model(llava), load_processor(llava)
+    given = load_image_rows(ImageRows(str(rows)))
+    losses: list[torch.Tensor] = []
+    plain = image_metrics.answer_loss
+
+    def overflowing(*asked: Any) -> torch.Tensor:
+        losses.append(plain(*asked) * (torch.nan if len(losses) == 7 + column else 1.0))
+        return losses[-1]
+
+    monkeypatch.setattr(image_metrics, "answer_loss", overflowing)
+    with pytest.raises(UserError, match=rf"measure\.images: the loss of row 1 is not {message}"):
+        image_scores(model, asked(given, processor, model.config), len(given))
+    assert len(losses) == 2 * 7
+    assert len(given) > 2
 
 
 def test_the_image_counts(llava: Path, rows: Path) -> None:
