@@ -95,7 +95,15 @@ def reduce_in_parts(engine: Any) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """The module's parameters in full where ZeRO-3 has sharded them; elsewhere nothing happens."""
+    """The module's parameters in full where ZeRO-3 has sharded them, and on the device where they are offloaded;
+    elsewhere nothing happens."""
+    if (hook := getattr(module, "_hf_hook", None)) is not None:  # accelerate's, which brings them for every call
+        hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            hook.post_forward(module, None)
+        return
     sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not sharded:
         yield

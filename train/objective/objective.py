@@ -251,13 +251,13 @@ def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     Under ZeRO 3 the head has to be `gathered`, and its own forward is passed by: the hooks there let go of the weight
     after every call and gather it for the next one. Ranks have unequal numbers of chunks, and a rank that gathers waits
-    for all others.
+    for all others. A head that is offloaded would come over for every chunk, unless it is `gathered` too.
     """
     through, head = logits_from_hidden(model, prepared=True), output_head(model)
 
     def linear(hidden: Tensor) -> Tensor:
-        sharded = hasattr(head.weight, "ds_id")
-        return functional.linear(hidden, head.weight, head.bias) if sharded else head(hidden)
+        is_held = hasattr(head.weight, "ds_id") or (hasattr(head, "_hf_hook") and not head.weight.is_meta)
+        return functional.linear(hidden, head.weight, head.bias) if is_held else head(hidden)
 
     return lambda hidden: through(hidden, linear)
 

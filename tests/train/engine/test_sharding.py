@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook
+from tiny import tiny_model
 
 from shoal.train.engine import sharding
+from shoal.train.engine.sharding import gathered
+from shoal.train.objective.objective import output_head, to_logits
 
 
 def test_without_zero_no_buffer_holds_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +37,23 @@ def test_without_zero_no_buffer_holds_all_gradients(monkeypatch: pytest.MonkeyPa
     sharding.reduce_in_parts(engine)
     engine.allreduce_gradients()
     assert buffers == [50, 12, 4]
+
+
+def test_an_offloaded_head_comes_over_once_for_all_chunks_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_model("llama").requires_grad_(False)
+    hidden_ND = torch.randn(6, teacher.config.hidden_size)
+    with torch.no_grad():
+        expected_NV = teacher.lm_head(hidden_ND)
+    cpu_offload(teacher, execution_device=torch.device("cpu"))
+    head, moved = output_head(teacher), []
+    bring = AlignDevicesHook.pre_forward
+    monkeypatch.setattr(
+        AlignDevicesHook, "pre_forward", lambda hook, *given: (moved.append(given[0] is head), bring(hook, *given))[1]
+    )
+    logits_of = to_logits(teacher)
+    with gathered(head):
+        rows = [logits_of(hidden_D) for hidden_D in hidden_ND]
+    torch.testing.assert_close(torch.stack(rows), expected_NV)
+    assert moved == [True]
+    assert head.weight.is_meta
+    assert torch.equal(logits_of(hidden_ND), expected_NV), "it comes over by itself where nobody holds it"
