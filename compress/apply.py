@@ -24,7 +24,7 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.machine import available_memory
+from shoal.machine import device_memory
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import (
     Shard,
@@ -510,11 +510,14 @@ def calibration_rows(
 def _source(teacher: Teacher, size: Size, settings: Calibration, out: Path, *, section: str) -> Source:
     """The teacher in float32, in memory or from its files, as ``settings`` allow."""
     if not goes_by_layers(size, settings):
-        if device().type == "cpu" and settings.memory_gb is None and size.in_memory > available_memory():
-            log.warning(
-                "%s: takes %s of memory, and %s are free; memory_gb does it layer by layer",
-                *(section, bytes_text(size.in_memory), bytes_text(available_memory())),
+        if settings.memory_gb is None and size.in_memory > (free := device_memory(device())):
+            shortage = (
+                f"{section}: takes {bytes_text(size.in_memory)} of memory, and {bytes_text(free)} are free; memory_gb "
+                "does it layer by layer"
             )
+            if device().type != "cpu":  # which has no swap to fall back on
+                raise UserError(shortage)
+            log.warning(shortage)
         model = load_model(
             teacher.folder,
             dtype="float32",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
-from shoal.machine import available_memory, free_disk
+from shoal.machine import device_memory, free_disk
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
@@ -251,7 +251,7 @@ def _calibration(
     about = f"{what}, {settings.num_tokens:,} tokens"
     if not goes_by_layers(size, settings):
         line = f"{about}, takes about {bytes_text(size.in_memory)} of memory"
-        if settings.memory_gb is None and device().type == "cpu" and size.in_memory > (free := available_memory()):
+        if settings.memory_gb is None and size.in_memory > (free := device_memory(device())):
             line += f", and {bytes_text(free)} are free: set {section}.memory_gb to do it layer by layer"
         return [line]
     streaming = streaming_of(settings, out.parent, section=section, trust_remote_code=trusted)

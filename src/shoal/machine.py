@@ -39,10 +39,9 @@ def _cached_files() -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes free on ``device``; on a CPU what available_memory says."""
-    if device.type == "cpu":
-        return available_memory()
-    return torch.get_device_module(device).mem_get_info(device)[0]
+    """Bytes free on ``device``; where it shares the machine's memory what available_memory says."""
+    told = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
+    return available_memory() if told is None else told(device)[0]
 
 
 def free_disk(path: Path) -> int:
