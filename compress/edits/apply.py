@@ -120,10 +120,12 @@ def materials(
     """Merge and train what the plan asks for, on the teacher with its swaps in force.
 
     Raises:
-        UserError: donors, runs or data that do not fit.
+        UserError: donors, runs, data, heads or halves that do not fit.
     """
+    # what is impossible is refused before anything is trained
+    with in_force(teacher, layer_edits(components(plan.edits), teacher)):
+        pass
     if any(isinstance(edit, Replace | Insert) for edit in plan.edits):
-        # what is impossible is refused before anything is trained
         cut_model(teacher, plan.drop, insert=insertions(plan.edits), share=True)
     layers: dict[int, Mapping[str, Tensor]] = {}
     inserted: dict[int, Mapping[str, Tensor]] = {}

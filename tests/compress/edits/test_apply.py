@@ -268,3 +268,20 @@ def test_an_impossible_cut_is_refused_before_a_replacement_is_trained() -> None:
     untrained = plan([{"kind": "replace", "layers": [1, 2], **TEXT}])
     with pytest.raises(UserError, match=r"layer 3: its attn.scaling is .* but would become"):
         edit_module.materials(model, untrained, {}, None, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ("llama", {"kind": "head_mask", "layer": 4, "heads": [9]}, r"layer 4 of llama: head 9: is out of range"),
+        ("llama", {"kind": "kv_group_mask", "layer": 4, "groups": [9]}, r"layer 4 of llama: key-value head 9: is out"),
+        ("mamba", {"kind": "skip_mlp", "layers": [4]}, r"layer 4 of mamba"),
+    ],
+)
+def test_edits_that_cannot_be_made_are_refused_before_a_replacement_is_trained(
+    kind: str, edit: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edit_module, "_trained", lambda *_, **__: pytest.fail("trained"))
+    untrained = plan([{"kind": "replace", "layers": [2, 3], **TEXT}, edit], drop=(0,))
+    with pytest.raises(UserError, match=message):
+        edit_module.materials(tiny_architecture(kind), untrained, {}, None, seed=0)
