@@ -32,7 +32,7 @@ from shoal.recipe.losses import STATE_TERMS, LossTerm
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Section
 
-from .engine.arguments import BATCH_SPLIT, resolved_deepspeed
+from .engine.arguments import BATCH_SPLIT, refuse_other_numbers, resolved_deepspeed
 from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
@@ -338,6 +338,7 @@ def _complete_deepspeed(args: TrainingArguments) -> None:
         config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
         config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
         config.setdefault("gradient_clipping", args.max_grad_norm)
+        refuse_other_numbers(config, vars(args), place="args.deepspeed", setting="args")
 
 
 def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> None:

@@ -358,6 +358,10 @@ def all_frozen() -> PreTrainedModel:
         ({"processing_class": None}, r"processing_class: is missing; give the tokenizer"),
         ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),
         ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),
+        (
+            {"args": {"deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.5}}},
+            r"args.deepspeed: gradient_clipping is 0.5, but 1.0 by args.max_grad_norm; set the former to .auto.",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(

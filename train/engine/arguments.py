@@ -195,11 +195,22 @@ def check_names(settings: Distill) -> None:
     given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | settings.trainer
     _check_schedule(given)
     _check_optimizer(given)
-    config = read_deepspeed(settings.deepspeed)
+    refuse_other_numbers(
+        read_deepspeed(settings.deepspeed), given, place="distill.deepspeed", setting="distill.trainer"
+    )
+
+
+def refuse_other_numbers(config: Mapping[str, Any], given: Mapping[str, Any], *, place: str, setting: str) -> None:
+    """Refuse a number of the DeepSpeed configuration, named by ``place``, that is another one in the training arguments
+    ``given``, named by ``setting``.
+
+    Raises:
+        UserError: there is one.
+    """
     for key, names in SAME_IN_DEEPSPEED.items():
         values = [given[name] for name in names]
         wanted = values if len(values) > 1 else values[0]
-        _refuse_other_number(config, key, wanted, setting=f"distill.trainer.{' and '.join(names)}")
+        _refuse_other_number(config, key, wanted, setting=f"{setting}.{' and '.join(names)}", place=place)
 
 
 def _check_values(trainer: Mapping[str, Any]) -> None:
@@ -431,7 +442,9 @@ def _refuse_other_batch(config: Mapping[str, Any], settings: Distill, *, ranks: 
         _refuse_other_number(config, key, wanted, setting=f"distill.{setting}")
 
 
-def _refuse_other_number(config: Mapping[str, Any], key: str, wanted: Any, *, setting: str) -> None:
+def _refuse_other_number(
+    config: Mapping[str, Any], key: str, wanted: Any, *, setting: str, place: str = "distill.deepspeed"
+) -> None:
     """Refuse that a DeepSpeed configuration has another number at ``key`` than ``setting``: transformers would, when
     all is prepared and the training begins.
 
@@ -443,8 +456,7 @@ def _refuse_other_number(config: Mapping[str, Any], key: str, wanted: Any, *, se
         number = number.get(part) if isinstance(number, Mapping) else None
     if number not in (None, "auto", wanted):
         raise UserError(
-            f'distill.deepspeed: {key} is {number!r}, but {wanted!r} by {setting}; set the former to "auto", or change '
-            "the latter"
+            f'{place}: {key} is {number!r}, but {wanted!r} by {setting}; set the former to "auto", or change the latter'
         )
 
 
