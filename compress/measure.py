@@ -17,6 +17,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
 from shoal.recipe.measure import refuse_unknown_metrics
 
+from .metrics.hidden_metrics import refuse_other_states
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
 from .metrics.registry import METRICS, PASSES
 
@@ -81,6 +82,8 @@ def measure_importance(
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
     for name in metrics:
         METRICS[name].refuse(model, name)
+    if scale_removals:
+        refuse_other_states(model, "they have no factor of a removal: set measure.scale_removals: false")
     if passes is None:  # else the model has no weights
         warn_of_mixed_documents(model, rows, WHILE_MEASURED)
     results: dict[str, Any] = {}

@@ -21,7 +21,8 @@ from shoal.models.anatomy import text_config
 from shoal.progress import each
 
 from .measure import Scores, measure_importance
-from .metrics.hidden_pass import Batch, HiddenPass, refuse_other_shape
+from .metrics.hidden_metrics import refuse_other_shape
+from .metrics.hidden_pass import Batch, HiddenPass
 from .metrics.metric import Calibration, Result
 from .metrics.observation import BatchView, Observation, Reading
 from .metrics.registry import METRICS

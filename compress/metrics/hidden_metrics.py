@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_body, decoder_layers, state_of, watched
+
+from ..edits.sublayers import probe_ids, probing
 from .metric import Layers, Metric, Need, Result, Runs, Yields
 from .observation import Observation, Reading, cosine
 
@@ -20,6 +25,8 @@ SMALLEST_NORM = 1e-6
 """Lower bound of a state's norm where something is divided by it."""
 SILENCE = 1e-6
 """Term that keeps AVSS's share of silent units away from zero, where the score divides by it."""
+METRICS_OF_OTHERS = "metrics of hidden states are not defined for this architecture: use metrics of loss or weights"
+"""What to do about layers that hand on other states than one vector per token."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,10 @@ class HiddenMetric(Metric):
     reads: ClassVar[frozenset[Reading]]
     dtype: ClassVar[torch.dtype] = torch.float64
     """Dtype of the sums."""
+
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        refuse_other_states(model)
 
     def __init__(self, size: PassSize) -> None:
         self.size = size
@@ -191,3 +202,29 @@ class AvssUpdate(AvssOutput):
 
     reads: ClassVar[frozenset[Reading]] = frozenset({"update_spread"})
     spread: ClassVar[Reading] = "update_spread"
+
+
+def refuse_other_states(model: PreTrainedModel, remedy: str = METRICS_OF_OTHERS) -> None:
+    """Refuse a model whose layers hand on other states than (B, S, D), by a run over a few tokens; one without weights,
+    which is streamed, tells that layer by layer.
+
+    Raises:
+        UserError: with what that rules out, and the ``remedy``.
+    """
+    if model.device.type == "meta":
+        return
+    ids_1S = probe_ids(model)
+
+    def after(layer: int, _: Any, __: Any, output: Any) -> None:
+        refuse_other_shape(layer, state_of(output), ids_1S.shape, remedy)
+
+    with probing(model), watched(decoder_layers(model), after=after):
+        decoder_body(model)(input_ids=ids_1S, use_cache=False)
+
+
+def refuse_other_shape(layer: int, state: Tensor, shape: torch.Size, remedy: str = METRICS_OF_OTHERS) -> None:
+    """Refuse a state of ``layer`` that is not (B, S, D); ``shape`` is (B, S)."""
+    if state.shape[:-1] != shape:
+        raise UserError(
+            f"measure: layer {layer} works on states of shape {tuple(state.shape)}, not one vector per token; {remedy}"
+        )

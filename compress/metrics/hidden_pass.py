@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched
 from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.progress import each
@@ -31,6 +30,7 @@ from .hidden_metrics import (
     PassSize,
     StreamlineCosine,
     UpdateNorm,
+    refuse_other_shape,
 )
 from .metric import Calibration, Result, add_up_ranks, refuse_fault
 from .mka import MkaSimilarity
@@ -222,12 +222,3 @@ def _last_tokens(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     ends_BS = torch.ones_like(mask_BS)  # a row's last token always ends its document
     ends_BS[:, :-1] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     return ends_BS & mask_BS
-
-
-def refuse_other_shape(layer: int, state: Tensor, shape: torch.Size) -> None:
-    """Refuse a state of ``layer`` that is not (B, S, D); ``shape`` is (B, S)."""
-    if state.shape[:-1] != shape:
-        raise UserError(
-            f"measure: layer {layer} works on states of shape {tuple(state.shape)}, not one vector per token; "
-            "metrics of hidden states are not defined for this architecture: use metrics of loss or weights"
-        )

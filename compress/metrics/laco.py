@@ -17,6 +17,7 @@ from shoal.progress import each
 from ..edits.merging import merged_layer, refuse_different_kinds, tensors_in_place
 from ..surgery.cut_model import skipped
 from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, rank, world_size
+from .weight_metrics import plain_matrices
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class LacoAcceptance(Metric):
                 f"measure: {name} merges neighbouring layers, and no two of this model are of one kind; take it out of "
                 "measure.metrics"
             )
+        plain_matrices(model, needs=f"{name} needs plain weights")
 
 
 def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import tiny_model as architecture
 from packed_rows import documents, packed, raw_states
 from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.compress import measure as measuring
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics import observation
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS, writes_into_input
@@ -266,3 +268,16 @@ def test_bfloat16_scores_are_near_those_of_float32() -> None:
     exact, rounded = measure(tiny_model("qwen3")), measure(tiny_model("qwen3", dtype=torch.bfloat16))
     assert rounded.layers["update_norm"] == pytest.approx(exact.layers["update_norm"], rel=0.01)
     assert rounded.runs["streamline_cosine"][0] == pytest.approx(exact.runs["streamline_cosine"][0], abs=0.005)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "cpmant"])
+def test_layers_without_one_vector_per_token_are_refused_before_anything_is_measured(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "PASSES", {})
+    model = architecture(family)
+    for name in HIDDEN_METRICS:
+        with pytest.raises(UserError, match=r"measure: layer 0 works on states of .*: use metrics of loss or weights"):
+            measure_importance(model, ROWS, metrics=["magnitude", name], batch_size=2)
+    with pytest.raises(UserError, match=r"not one vector per token; .*: set measure\.scale_removals: false"):
+        measure_importance(model, ROWS, metrics=["sleb"], batch_size=2, scale_removals=True)
