@@ -50,8 +50,9 @@ class Taylor(Metric):
     """Sum over a layer's weight matrices of |W * dL/dW| (Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
 
     L is the mean loss of the next token over the calibration data; its gradient is complete before the absolute value
-    is taken. Norms and biases are left out. Memory: a float32 gradient of every decoder matrix, and one batch's
-    activations, since nothing is computed twice.
+    is taken. Norms and biases are left out. A matrix that several layers share counts in each of them, as in Magnitude,
+    with its whole gradient: the score is of weights, and of one of their uses alone dL/dW says nothing. Memory: a
+    float32 gradient of every decoder matrix, and one batch's activations, since nothing is computed twice.
     """
 
     needs: ClassVar[Need] = "gradients"
@@ -176,18 +177,18 @@ def _gradients_into(
     weight = [0.0]
     model.requires_grad_(False)
     handles = []
-    for layer, own in enumerate(matrices):
-        for matrix in own.values():
+    # one hook for each: of a matrix that layers share, all that they add to the gradient is there by then
+    for matrix, layer in {own: layer for layer, named in enumerate(matrices) for own in named.values()}.items():
 
-            def take(parameter: Tensor, layer: int = layer, into: Tensor = sums[matrix]) -> None:
-                assert parameter.grad is not None
-                into.add_(parameter.grad, alpha=weight[0])
-                checks[layer].add_(parameter.grad.sum(dtype=torch.float32))  # stays on the device: no wait per matrix
-                parameter.grad = None  # so that one matrix's gradient in the model's dtype is held at a time
+        def take(parameter: Tensor, layer: int = layer, into: Tensor = sums[matrix]) -> None:
+            assert parameter.grad is not None
+            into.add_(parameter.grad, alpha=weight[0])
+            checks[layer].add_(parameter.grad.sum(dtype=torch.float32))  # stays on the device: no wait per matrix
+            parameter.grad = None  # so that one matrix's gradient in the model's dtype is held at a time
 
-            matrix.requires_grad_(True)
-            matrix.grad = None
-            handles.append(matrix.register_post_accumulate_grad_hook(take))
+        matrix.requires_grad_(True)
+        matrix.grad = None
+        handles.append(matrix.register_post_accumulate_grad_hook(take))
     try:
         yield weight
     finally:

@@ -36,7 +36,7 @@ def reference(model: PreTrainedModel, rows: PackedRows = ROWS) -> tuple[list[flo
         losses += [-log_p[place, token] for place, token in enumerate(document[0, 1:])]
     (sum(losses, torch.zeros(())) / len(losses)).backward()
     magnitude, taylor = [0.0] * NUM_LAYERS, [0.0] * NUM_LAYERS
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".layers." in name and parameter.ndim == 2:
             layer = int(name.split(".layers.")[1].split(".")[0])
             assert parameter.grad is not None
@@ -49,6 +49,16 @@ def reference(model: PreTrainedModel, rows: PackedRows = ROWS) -> tuple[list[flo
 def test_magnitude_and_taylor_equal_the_float64_reference(kind: str) -> None:
     scores = measure(tiny_model(kind)).layers
     magnitude, taylor = reference(tiny_model(kind))
+    assert scores["magnitude"] == pytest.approx(magnitude, rel=1e-6)
+    assert scores["taylor"] == pytest.approx(taylor, rel=1e-4)
+
+
+def test_a_matrix_that_layers_share_counts_in_each_of_them_with_its_whole_gradient() -> None:
+    model = tiny_model("llama")
+    layers = decoder_layers(model)
+    layers[4].mlp = layers[1].mlp
+    scores = measure(model).layers
+    magnitude, taylor = reference(model)
     assert scores["magnitude"] == pytest.approx(magnitude, rel=1e-6)
     assert scores["taylor"] == pytest.approx(taylor, rel=1e-4)
 
