@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ROUND, PruningPlan
-from shoal.artifacts.speed import Speed
+from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
@@ -132,7 +133,7 @@ def _teacher_time(run: Run) -> TeacherTime | None:
     shallower = [
         (score.num_layers, batch.step_ms)
         for score in (*speed.roles.values(), *([speed.half_depth] if speed.half_depth else []))
-        if score.num_layers is not None and score.num_layers < run.num_layers
+        if score.num_layers is not None and score.num_layers < run.num_layers and _has_its_layers(score)
         for batch in score.batches
         if batch.batch_size == nearest.batch_size
     ]
@@ -145,6 +146,13 @@ def _teacher_time(run: Run) -> TeacherTime | None:
         f"{Speed.FILE} (batch size {nearest.batch_size})",
         None if fewest is None else (fewest, fmean(times)),
     )
+
+
+def _has_its_layers(score: SpeedScore) -> bool:
+    """Whether a model is the teacher with fewer layers, by its parameters: one of narrowed layers tells nothing of what
+    a layer takes."""
+    expected = score.expected.get("num_parameters")  # the teacher's at this depth
+    return expected is None or math.isclose(score.num_parameters or 0, expected, rel_tol=0.01)
 
 
 def is_settled(run: Run) -> bool:

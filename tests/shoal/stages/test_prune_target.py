@@ -101,6 +101,12 @@ def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Pa
     of_both = read_goals(run)
     assert of_both is not None
     assert "(batch size 4) and 3e-06 ms of 2 layers" in of_both.in_words(())
+    narrow = replace(measured.roles["pruned"], num_layers=1, num_parameters=900_000, batches=cut["b"].batches)
+    roles = {"teacher": measured.roles["teacher"], "pruned": narrow}
+    replace(measured, provenance=own, roles=roles, half_depth=half).write(run.dir / Speed.FILE)
+    of_half = read_goals(run)
+    assert of_half is not None
+    assert "(batch size 4) and 4e-06 ms of 2 layers" in of_half.in_words(()), "a narrowed model is no shallower teacher"
 
 
 @pytest.mark.slow
