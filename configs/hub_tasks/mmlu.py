@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import cached_property
 from typing import Any
 
 from datasets import Dataset
@@ -28,7 +30,7 @@ class ExamplesOfTheSubject(ConfigurableTask):
             UserError: the subject has fewer examples.
         """
         if num_fewshot:
-            own = [example for example in self.fewshot_docs() if example["subject"] == doc["subject"]]
+            own = self._examples[doc["subject"]]
             if len(own) < num_fewshot:
                 raise UserError(
                     f"eval.num_fewshot: {self.config.task} has {len(own)} examples of {doc['subject']}, and "
@@ -36,3 +38,11 @@ class ExamplesOfTheSubject(ConfigurableTask):
                 )
             self.sampler.replace_df(own)
         return super().fewshot_context(doc, num_fewshot, *how, **named)
+
+    @cached_property
+    def _examples(self) -> dict[str, list[dict[str, Any]]]:
+        """The examples by their subject."""
+        by_subject = defaultdict[str, list[dict[str, Any]]](list)
+        for example in self.fewshot_docs():
+            by_subject[example["subject"]].append(example)
+        return by_subject
