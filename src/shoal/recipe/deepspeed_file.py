@@ -66,8 +66,12 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
         UserError: a section that is no mapping, or autocast to no precision.
     """
     zero = config.get("zero_optimization")
-    for parts, names in ((config, ("zero_optimization", *PRECISIONS)), (zero, ("offload_optimizer", "offload_param"))):
-        for name in names if isinstance(parts, dict) else ():
+    within = zero if isinstance(zero, dict) else {}
+    for parts, names in (
+        (config, ("zero_optimization", *PRECISIONS)),
+        (within, ("offload_optimizer", "offload_param")),
+    ):
+        for name in names:
             section = parts.get(name, {})
             if section is None or (isinstance(section, dict) and section.get("enabled") == "auto"):
                 del parts[name]
