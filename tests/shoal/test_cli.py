@@ -105,7 +105,7 @@ def test_help_names_every_verb_and_what_it_makes(capsys: pytest.CaptureFixture[s
 def test_every_verb_names_functions_of_stages(verb: str) -> None:
     row = cli.VERBS[verb]
     for name in filter(None, (row.stage, row.dry_run and row.dry_run[0], row.check)):
-        assert cli._stage(name).__module__ == f"shoal.stages.{name.split('.')[0]}"
+        assert cli._stage(name).__module__ == f"shoal.{name.rpartition('.')[0]}"
 
 
 OTHERS = ("delta", "compare", "init", "list", "explain", "completion")
