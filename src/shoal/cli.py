@@ -37,7 +37,7 @@ STOPPED = "shoal: stopped; what is answered or finished is kept, and the same co
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb that reads a recipe, and the functions of shoal.stages that do its work, as `module.function`."""
+    """A verb that reads a recipe, and the functions of shoal that do its work, as `folder.module.function`."""
 
     help: str
     stage: str
