@@ -33,7 +33,7 @@ from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Section
 
 from .engine.arguments import BATCH_SPLIT, refuse_other_numbers, resolved_deepspeed
-from .engine.sharding import place_teacher
+from .engine.sharding import compile_no_collectives, place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
 from .objective.host_batch import stacked
@@ -339,6 +339,7 @@ def _complete_deepspeed(args: TrainingArguments) -> None:
         config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
         config.setdefault("gradient_clipping", args.max_grad_norm)
         refuse_other_numbers(config, vars(args), place="args.deepspeed", setting="args")
+        compile_no_collectives()
 
 
 def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> None:

@@ -564,8 +564,10 @@ def test_conversations_in_a_script_under_the_deepspeed_program(tmp_path: Path) -
     (tmp_path / "script.py").write_text(SCRIPT)
     program = str(Path(sys.executable).with_name("deepspeed"))
     command = [program, "--num_gpus", "1", "--master_port", str(free_port()), "script.py"]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
+    env = environment(TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert not (tmp_path / "compiled").exists(), "a start would take minutes, and hang where one was killed meanwhile"
     losses = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}]
     data = HubDataset.from_list(CHATS)
     alone = trainer_of(

@@ -21,17 +21,20 @@ REDUCED_AT_ONCE = 2**24
 
 
 def join_deepspeed() -> None:
-    """Let DeepSpeed know the process group; otherwise ZeRO-3 takes the world size as 1 while it loads models.
-
-    On a CPU it would first compile shared-memory collectives, which takes minutes and fails without a C++ compiler;
-    gloo does their work.
-    """
+    """Let DeepSpeed know the process group; otherwise ZeRO-3 takes the world size as 1 while it loads models."""
     import deepspeed
+
+    compile_no_collectives()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def compile_no_collectives() -> None:
+    """On a CPU DeepSpeed would first compile shared-memory collectives, which takes minutes, fails without a C++
+    compiler and waits for ever where another process died while it compiled; gloo does their work."""
     import deepspeed.ops
 
     if device().type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def leave_deepspeed(trainer: Trainer) -> None:
