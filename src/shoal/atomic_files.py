@@ -172,7 +172,7 @@ def _exchanged(first: Path, second: Path) -> bool:
     False where one of them holds nothing, and on systems and disks that cannot.
     """
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)
-    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())  # so the descriptors 0 are not looked at
     return exchange is not None and exchange(0, names[0], 0, names[1], RENAME_EXCHANGE) == 0
 
 

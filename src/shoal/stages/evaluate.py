@@ -398,7 +398,7 @@ def _other_code(run: Run, scored: Evaluation) -> str:
         return f"matching {min(versions)}"
     last, now = (environment.get("lm_eval") for environment in (scored.provenance.environment, environment()))
     described, _ = described_tasks(task_folders(run.recipe.eval.include_path))
-    is_theirs = any(task.task not in described and task.task != "perplexity" for task in scored.tasks)
+    is_theirs = any(task.task not in (*described, "perplexity", "images") for task in scored.tasks)
     return f"lm_eval {last}" if is_theirs and last not in (None, now) else ""
 
 

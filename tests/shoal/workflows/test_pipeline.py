@@ -558,7 +558,7 @@ def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, cap
 
 
 def test_scores_of_other_code_are_made_again_with_those_that_are_due(
-    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else nothing would ever make the two comparable: what is asked has not changed."""
     run = make_run()
@@ -570,6 +570,7 @@ def test_scores_of_other_code_are_made_again_with_those_that_are_due(
         (replace(written, task="gsm8k"), other, "teacher: lm_eval 0.3"),
         (replace(written, task="retrieval_generation"), other, ""),
         (replace(written, task="gsm8k"), {}, ""),
+        (replace(written, task="images"), other, ""),
     ):
         own = replace(evaluation("teacher", (task,)), provenance=Provenance(asked["teacher"], **made_by))
         own.write(run.dir / "eval/teacher.json")

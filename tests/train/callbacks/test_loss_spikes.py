@@ -35,10 +35,11 @@ def test_a_step_that_float16_skips_to_find_its_scale_has_no_norm_to_judge(float1
         fp16_enabled=lambda: float16,
         optimizer=SimpleNamespace(overflow=overflow),
         get_global_grad_norm=lambda: math.inf,
-        torch_autocast_z0_gradscaler=None,
+        torch_autocast_z0_gradscaler=torch.amp.GradScaler("cpu"),
     )
     DistillTrainer._get_grad_norm(trainer, engine)
     assert trainer._gradient_norm == norm
+    assert trainer._scaler is engine.torch_autocast_z0_gradscaler
 
 
 @pytest.mark.parametrize(
