@@ -129,7 +129,7 @@ def _absent_teacher(
         assert recorded is not None
         return recorded
     vocab_size = text_config(spec.teacher.config).vocab_size
-    return ServedTeacher(engine, spec.record.top_k, vocab_size, spec.reads_logits, recorded)
+    return ServedTeacher(engine, spec.record.top_k, vocab_size, spec.reads_logits, recorded, spec.asked_sources)
 
 
 def _recorded_teacher(

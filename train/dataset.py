@@ -17,7 +17,7 @@ from shoal.data.packing import SOURCES, PackedRows, read_rows
 from shoal.data.sources import pack, sources_fingerprint, texts_fingerprint
 from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, sources_that_ask
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping_keys
 from shoal.runtime import agreed, device
@@ -75,11 +75,13 @@ def rows_to_train_on(
     rows: int | None = None,
     later: tuple[int, Sequence[float]] | None = None,
     images: ImageReader | None = None,
+    for_recording: bool = False,
 ) -> PackedRows:
     """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`, and what
     ``images`` has read for the sources of images.
 
     ``rows`` = so many of them. ``later`` = so many rows, and the weights of the sources once they are full.
+    ``for_recording``: as training_rows says.
     """
     identity = inputs_of_rows(settings, inputs)
     return training_rows(
@@ -92,6 +94,7 @@ def rows_to_train_on(
         inputs=identity if later is None else {**identity, "later": later},
         later=later,
         images=images,
+        for_recording=for_recording,
     )
 
 
@@ -127,9 +130,13 @@ def training_rows(
     inputs: dict[str, Any],
     later: tuple[int, Sequence[float]] | None = None,
     images: ImageReader | None = None,
+    for_recording: bool = False,
 ) -> PackedRows:
     """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``images``
     for those of images, ``later`` is that of shoal.data.sources.pack.
+
+    Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so rows
+    ``for_recording``: what is recorded serves other loss terms too.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
@@ -138,6 +145,10 @@ def training_rows(
     if images is not None:
         identity.append(rows_per_step(settings))
     images_of = {} if images is None else images.rows
+    asked = None if for_recording or settings.teacher.recorded is not None else sources_that_ask(settings)
+    groups = [(source.teacher, asked is None or n in asked) for n, source in enumerate(settings.data)]
+    if len(set(groups)) > len({teacher for teacher, _ in groups}):
+        identity.append({"rows that ask the teacher": [asks for _, asks in groups]})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
 
     def pack_once() -> None:
@@ -166,7 +177,7 @@ def training_rows(
                 later=later,
                 encode_image=None if images is None else images.tokens,
                 rows_per_step=rows_per_step(settings),
-                groups=[source.teacher for source in settings.data],
+                groups=groups,
             )
         for name, count in rows.counts.items():
             if count["repeats"]:

@@ -223,6 +223,8 @@ def _beside(job: Job) -> list[str]:
         how = "not run, the state above is recorded" if setting.teacher == "recorded" else "run once for both"
         which = "layer is" if shared == 1 else f"{shared} layers are"
         notes.append(f"the lowest {which} {how}")
+    if setting.asked < 1 and setting.teacher != "none":
+        notes.append(f"the teacher reads {setting.asked:.0%} of the rows, of sources that a loss term asks it about")
     if setting.four_bits:
         notes.append("frozen linear maps of the layers are held in 4 bits")
     whole = bytes_text(setting.weight_bytes * student.parameters)

@@ -204,6 +204,13 @@ def share_nothing() -> None:
     spec.shares_prefix = lambda *_: 0
 
 
+def ask_of_all_rows() -> None:
+    """Let the teacher read all rows, whatever loss terms learn from them."""
+    from shoal.train.student.spec import TrainSpec
+
+    TrainSpec.asked_sources = property(lambda _: None)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def go_along_with_loops() -> None:
     """Let every loop count, whatever the teacher says of it, which here is a random one and sure of nothing."""
     from shoal.train.generated import loops

@@ -477,22 +477,50 @@ def test_a_late_row_that_cannot_be_packed_is_refused_on_all_ranks(tmp_path):
     assert not list((tmp_path / "rows").glob("rows-*"))
 
 
-def test_rows_know_their_sources_where_a_source_has_losses_and_do_not_depend_on_which(tmp_path, monkeypatch):
-    def rows(*losses):
+TWO_TERMS = (ForwardKL(), CrossEntropy())
+BOTH_ASK = (ForwardKL(), ForwardKL(temperature=2.0))
+
+
+@pytest.fixture
+def rows_of(tmp_path):
+    """Rows of two sources that learn from these loss terms, None = from all."""
+
+    def rows(*losses, terms=TWO_TERMS, recorded=None, for_recording=False):
         names = ("python_docs", "python_docs_heldout")
         data = tuple(TrainingSource(name, losses=own) for name, own in zip(names, losses, strict=True))
-        inputs = {"a": 1}
-        settings = Distill(data=data, num_tokens=640, sequence_length=64)
+        teacher = Teacher(recorded=recorded)
+        settings = Distill(data=data, num_tokens=640, sequence_length=64, losses=terms, teacher=teacher)
         return training_rows(
-            settings, tiny_tokenizer(), num_rows=10, seed=0, teacher_text=[], folder=tmp_path, inputs=inputs
+            settings,
+            tiny_tokenizer(),
+            num_rows=10,
+            seed=0,
+            teacher_text=[],
+            folder=tmp_path,
+            inputs={"a": 1},
+            for_recording=for_recording,
         )
 
-    plain, by_source = rows(None, None), rows(("forward_kl",), None)
+    return rows
+
+
+def test_rows_know_their_sources_where_a_source_has_losses_and_do_not_depend_on_which(rows_of, monkeypatch):
+    plain, by_source = rows_of(None, None), rows_of(("forward_kl_1",), None, terms=BOTH_ASK)
     assert plain.sources_NS is None
     assert by_source.sources_NS is not None
     assert plain.fingerprint == by_source.fingerprint
     monkeypatch.setattr("shoal.train.dataset.pack", None)  # a third packing would fail
-    again = rows(None, ("cross_entropy",))
+    again = rows_of(None, ("forward_kl_2",), terms=BOTH_ASK)
     assert again.sources_NS is not None
     assert torch.equal(again.sources_NS, by_source.sources_NS)
-    assert rows(None, None).sources_NS is None
+    assert rows_of(None, None).sources_NS is None
+
+
+def test_sources_that_ask_no_teacher_have_rows_of_their_own_unless_it_is_recorded(rows_of):
+    each_its_own = (("forward_kl",), ("cross_entropy",))
+    mixed = rows_of(None, None)
+    assert mixed.fingerprint == rows_of(*each_its_own, recorded="signals").fingerprint
+    assert mixed.fingerprint == rows_of(*each_its_own, for_recording=True).fingerprint
+    apart = rows_of(*each_its_own)
+    of_rows = [set(row.tolist()) for row in apart.sources_NS]
+    assert sorted(map(sorted, of_rows)) == [[0]] * 5 + [[1]] * 5

@@ -21,6 +21,7 @@ from training_runs import (
     STEPS,
     Trial,
     all_of,
+    ask_of_all_rows,
     checkpointed_weights,
     finished,
     go_along_with_loops,
@@ -253,14 +254,28 @@ def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
     assert "step 1: its batch holds no supervised token; raise distill.batch_size" in refused.log
 
 
-@pytest.mark.parametrize(("stage", "by_source"), [(0, False), (2, True)])
-def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage, by_source):
+def by_source(folder: Path, *own: list[str] | None) -> list[dict[str, Any]]:
+    """Two sources that learn from these loss terms."""
+    return [{"path": alternating(folder, letter), "losses": names} for letter, names in zip("ab", own, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "own"),
+    [
+        (0, None),
+        (2, (["forward_kl", "value_relation", "taid"], None)),
+        (1, (["forward_kl", "taid"], ["cross_entropy"])),
+    ],
+)
+def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage, own):
     losses = [term for term in ALL_LOSSES if term["kind"] != "adaptive_kl"]  # whose head is found step by step
+    rows = 1
+    if stage == 1:  # micro-batches of which the teacher reads some rows
+        losses, rows = [term for term in losses if term["kind"] in ("forward_kl", "taid", "cross_entropy")], 4
     settings: dict[str, Any] = {"losses": losses, "deepspeed": f"deepspeed/zero{stage}.json", "num_tokens": 1024}
-    if by_source:
-        own = (["forward_kl", "value_relation", "taid"], None)
-        settings["data"] = [{"path": alternating(tmp_path, "ab"[n]), "losses": names} for n, names in enumerate(own)]
-    path = recipe(tmp_path, teacher, cut, **settings, trainer={"per_device_train_batch_size": 1, "logging_steps": 4})
+    if own is not None:
+        settings["data"] = by_source(tmp_path, *own)
+    path = recipe(tmp_path, teacher, cut, **settings, trainer={"per_device_train_batch_size": rows, "logging_steps": 4})
     hooks = (partial(note_waits, tmp_path / "waits.json"), partial(note_rates, tmp_path / "rates.json"))
     trial = finished(run(path, before=partial(all_of, *hooks)))
     steps = json.loads((tmp_path / "waits.json").read_text())
@@ -273,6 +288,22 @@ def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, 
     assert rates[0] == 0, "the warm-up begins there"
     (row,) = (row for row in trial.training.history if "loss" in row)
     assert (row["step"], row["learning_rate"]) == (4, pytest.approx(rates[-1])), "what the step was made with"
+
+
+@pytest.mark.parametrize("trainable", ["all", "from_first_cut"])
+def test_rows_that_ask_no_teacher_change_nothing_by_not_being_read(teacher, cut, tmp_path, trainable):
+    losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]
+    settings = {"losses": losses, "trainable": trainable, "deepspeed": "deepspeed/zero1.json"}
+    data, trials = by_source(tmp_path, ["forward_kl"], ["cross_entropy"]), []
+    for hook in (None, ask_of_all_rows):
+        path = recipe(tmp_path / f"{hook is None}", teacher, cut, **settings, data=data)
+        trials.append(finished(run(path, ranks=2, before=hook)))
+    ours, whole = trials
+    for name in ("loss", "forward_kl", "cross_entropy"):
+        assert ours.curve(name) == pytest.approx(whole.curve(name), rel=1e-5)
+    assert ours.curve("top1_agreement") == whole.curve("top1_agreement")
+    for name, weight in whole.weights().items():
+        torch.testing.assert_close(ours.weights()[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp_path):

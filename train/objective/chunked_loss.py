@@ -13,7 +13,8 @@ per token and word. On CPU that happens in blocks small enough for the cache, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ class HeadLoss(NamedTuple):
     term_sums: Tensor
     """Each term's own unweighted sum over tokens, (number of terms,), float64."""
     agreement: Tensor
-    """(2,), float64: of how many tokens teacher and student have the same most probable word, of how many asked."""
+    """(2,), float64: of how many tokens teacher and student have the same most probable word, of how many compared:
+    every so many of those of which the teacher is asked."""
 
 
 def chunked_head_loss(
@@ -108,8 +110,9 @@ def chunked_head_loss(
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
-    ``targets`` may be None where no term looks at the teacher; of `TopK` every divergence is that of the distributions
-    over K words and `another`, a lower bound of the whole one. Without any term only agreement is measured.
+    ``targets`` are of the first tokens, as many as there are of it: of the others no term asks the teacher. None = of
+    all others. Of `TopK` every divergence is that of the distributions over K words and `another`, a lower bound of the
+    whole one. Without any term only agreement is measured.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
     ``inputs`` has one entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns
@@ -156,15 +159,32 @@ class _Objective:
     terms: tuple[LogitTerm, ...]
     inputs: tuple[TermInput, ...]
     targets: Dense | TopK | None
+    """Of the first `num_asked` tokens."""
     labels_N: Tensor
     block_loss: Callable[..., tuple[Tensor, Tensor | None]]
     """The function of this name below, or what runs `rounded_block_loss` compiled."""
     is_compiled: bool
 
+    @property
+    def num_asked(self) -> int:
+        """Number of the first tokens of which the teacher has said something."""
+        if self.targets is None:
+            return 0
+        return len(self.targets.hidden_ND if isinstance(self.targets, Dense) else self.targets.ids_NK)
+
+    def parts(self, chunk: int) -> Iterator[slice]:
+        """Chunks of all tokens; the teacher has been asked of none or all of each."""
+        ends = (0, self.num_asked, len(self.labels_N))
+        return (
+            slice(start, min(start + chunk, end))
+            for begin, end in itertools.pairwise(ends)
+            for start in range(begin, end, chunk)
+        )
+
     def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """The terms' sums over the chunk ``part``, (number of terms,), its agreement, (2,), and the weighted gradient
         of its logits, (C, V), if wanted."""
-        targets, labels_C = self.targets, self.labels_N[part]
+        targets, labels_C = self.targets if part.start < self.num_asked else None, self.labels_N[part]
         teacher_logits_CV = kept = None
         if isinstance(targets, Dense):
             teacher_logits_CV = targets.to_logits(targets.hidden_ND[part])
@@ -390,8 +410,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
         if parameters and hidden_ND.device.type == "cpu":
             chunk = min(chunk, max(1, LOGITS // len(parameters[0])))
-        for start in range(0, len(hidden_ND), chunk):
-            part = slice(start, start + chunk)
+        for part in objective.parts(chunk):
             hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
             # the only graph there is: from this chunk's hidden states to its logits, gone with the next chunk
             with torch.enable_grad():

@@ -75,6 +75,35 @@ def on_host(batch: Mapping[str, Any]) -> OnHost:
     return OnHost(labels, positions, ids, batch[ROW].tolist() if ROW in batch else (), sources)
 
 
+def asking_rows(batch: Mapping[str, Any], sources: Collection[int] | None) -> Tensor | None:
+    """Which rows hold a token that is learnt and from these sources, (B,), on the host; None = all, in a batch of what
+    the student has written too."""
+    labels_BS = on_host(batch).labels_from(sources)
+    asks_B = (labels_BS[:, 1:] != IGNORED).any(1)
+    return None if sources is None or asks_B.all() else asks_B
+
+
+def rows_of(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """These rows of a micro-batch without images, with their host copy; ``rows`` are on the host."""
+    host, there = on_host(batch), queued(rows, batch["input_ids"].device)
+    part = OnHost(
+        host.labels_BS[rows],
+        host.position_ids_BS[rows],
+        None if host.input_ids_BS is None else host.input_ids_BS[rows],
+        [host.rows[row] for row in rows.tolist()] if host.rows else (),
+        None if host.sources_BS is None else host.sources_BS[rows],
+    )
+    return {**{name: batch[name][there] for name in ("input_ids", "position_ids", "labels")}, ON_HOST: part}
+
+
+def scattered(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """``values`` of some rows of a micro-batch, (b, ...), in their places among all, (B, ...), the others 0; ``rows``
+    are on the host."""
+    out = values.new_zeros(num_rows, *values.shape[1:])
+    out[queued(rows, values.device)] = values
+    return out
+
+
 def learnt_places(labels_BS: Tensor) -> Tensor:
     """Where in the flattened (B x S) tokens stand of which the next one is learnt; a row's first is no one's target."""
     learnt_BS = torch.zeros_like(labels_BS, dtype=torch.bool)

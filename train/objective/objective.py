@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from shoal.data.image_rows import on_device
@@ -22,7 +23,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, decoder_layers, state_of, with_state
 from shoal.models.document_masks import documents_apart
 from shoal.models.load import before_head, logits_from_hidden
-from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, term_names
+from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, asked_sources, reads_distributions, term_names
 
 from ..engine.fused import Fused
 from .capture import Captured
@@ -50,7 +51,8 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Signals:
-    """What a teacher says about one micro-batch. What no loss term asks for is absent. K recorded tokens."""
+    """What a teacher says about one micro-batch. What no loss term asks for is absent, and of a row of which none asks
+    anything it is 0. K recorded tokens."""
 
     hidden_BSD: Tensor | None = None
     """Final hidden states that the teacher's head reads; its logits are made chunk by chunk inside the loss."""
@@ -99,6 +101,7 @@ class Objective:
         self._chunk = chunk
         self._states = states
         self._sources = tuple(sources or [None] * len(terms))
+        self._asked = asked_sources(terms, self._sources, reads_distributions)
         self._recorded_temperature = recorded_temperature
         self._at_head = [index for index, term in enumerate(terms) if isinstance(term, LOGIT_TERMS)]
         self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
@@ -137,7 +140,8 @@ class Objective:
         images: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         states, host = self._states, on_host or OnHost(labels.cpu(), position_ids.cpu())
-        learnt_N, own_labels = learnt_places(host.labels_BS), self._own_labels(host)
+        learnt_N, num_asked = self._asked_first(host)
+        own_labels = self._own_labels(host)
         places_N = queued(learnt_N, labels.device)
         inputs = [
             TermInput(
@@ -148,7 +152,7 @@ class Objective:
         ]
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
             hidden_BSD = final_hidden(student, input_ids, position_ids, images)
-        loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals, inputs)
+        loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, num_asked, signals, inputs)
         *at_head, matches, compared = head_sums.unbind()
         # one by one: a list of indices would be copied to the device, which waits for it
         sums = dict(zip(self._at_head, at_head, strict=True))
@@ -160,6 +164,15 @@ class Objective:
             loss = loss + state_loss
             sums |= zip(self._at_layers, state_sums.unbind(), strict=True)
         return loss, torch.stack([*(sums[index] for index in range(len(self.terms))), matches, compared])
+
+    def _asked_first(self, host: OnHost) -> tuple[Tensor, int]:
+        """The learnt places as learnt_places says, (N,), those of whose tokens a term asks for the teacher's
+        distribution before the others, and their number."""
+        learnt_N, asked_BS = learnt_places(host.labels_BS), host.labels_from(self._asked)
+        if asked_BS is host.labels_BS:
+            return learnt_N, len(learnt_N)
+        asks_N = asked_BS.flatten()[learnt_N + 1] != IGNORED
+        return torch.cat([learnt_N[asks_N], learnt_N[~asks_N]]), int(asks_N.sum())
 
     def _own_labels(self, host: OnHost) -> list[Tensor]:
         """The labels that every term learns, (B, S): the host's own where it learns all, else IGNORED in other places.
@@ -179,26 +192,27 @@ class Objective:
         hidden_BSD: Tensor,
         labels_BS: Tensor,
         places_N: Tensor,
+        num_asked: int,
         signals: Signals,
         inputs: Sequence[TermInput],
     ) -> tuple[Tensor, Tensor]:
-        def kept(plane: Tensor) -> Tensor:
-            return plane.flatten(0, 1)[places_N]
+        def asked(plane: Tensor) -> Tensor:
+            return plane.flatten(0, 1)[places_N[:num_asked]]
 
         targets: Dense | TopK | None = None
         if signals.hidden_BSD is not None:
             assert self._teacher_to_logits is not None
-            targets = Dense(kept(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
+            targets = Dense(asked(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
-            tail_N = None if signals.tail_BS is None else kept(signals.tail_BS)
-            targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature, tail_N)
+            tail_N = None if signals.tail_BS is None else asked(signals.tail_BS)
+            targets = TopK(asked(signals.ids_BSK), asked(signals.log_probs_BSK), self._recorded_temperature, tail_N)
         if not len(places_N):  # of a micro-batch; the step as a whole has some
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()
             return nothing, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
         through = logits_from_hidden(self.student, prepared=True)
         loss, term_sums, agreement = chunked_head_loss(
-            kept(hidden_BSD),
+            hidden_BSD.flatten(0, 1)[places_N],
             labels_BS.flatten()[places_N + 1],  # position t predicts token t + 1
             targets,
             student_head=lambda hidden, *weights: through(hidden, lambda h: functional.linear(h, *weights)),
@@ -291,6 +305,25 @@ def final_hidden(
     return hidden_BSD if (prepare := before_head(model)) is None else prepare(hidden_BSD)
 
 
+class _AtTheCut(Exception):
+    """Ends the teacher's forward: what lies above has nobody to speak to."""
+
+
+def _joined(parts: Sequence[tuple[Tensor | None, Any]]) -> Any:
+    """What a layer would have returned of all rows of a micro-batch, from what it has of some of them at a time."""
+    (rows, output), *others = parts
+    if rows is None:
+        return output
+    places = torch.cat([rows, *(more for more, _ in others if more is not None)]).argsort()
+
+    def in_place(*values: Any) -> Any:
+        # what has no rows is the same for all
+        of_rows = isinstance(values[0], Tensor) and values[0].ndim and len(values[0]) == len(rows)
+        return torch.cat(values)[queued(places, values[0].device)] if of_rows else values[0]
+
+    return tree_map(in_place, output, *(more for _, more in others))
+
+
 class SharedPrefix:
     """Below the first cut a frozen student *is* the teacher: those layers are run once, by the teacher, for both.
 
@@ -303,21 +336,32 @@ class SharedPrefix:
         self._state_BSD: Tensor | None = None
         self._like: Any = None
         """Return value of a layer of this family: its state alone, or the first of several values."""
+        self._parts: list[tuple[Tensor | None, Any]] = []
+        """What the teacher's layer has returned of these rows; None = of all."""
         self._layers = list(decoder_layers(student)[:first_change])
         self._teacher_layer = None if teacher is None else decoder_layers(teacher)[first_change - 1]
 
+    def forget(self) -> None:
+        """Before another micro-batch: the state of the last one, which no student may have gone on from."""
+        self._state_BSD, self._parts = None, []
+
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """While the teacher runs: keep its state at the cut."""
+    def recording(self, rows: Tensor | None = None, *, goes_on: bool = True) -> Iterator[None]:
+        """While the teacher runs over these rows of the micro-batch, None = over all: keep its state at the cut. Unless
+        it ``goes_on`` its forward ends there, and with it the block."""
         assert self._teacher_layer is not None
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             # layers above may read the other values too, the tokens that GLM's indexer has chosen for one
-            self._state_BSD, self._like = state_of(output), output
+            self._parts.append((rows, output))
+            if not goes_on:
+                raise _AtTheCut
 
         handle = self._teacher_layer.register_forward_hook(keep)
         try:
             yield
+        except _AtTheCut:
+            pass
         finally:
             handle.remove()
 
@@ -328,6 +372,9 @@ class SharedPrefix:
     @contextmanager
     def replaying(self, dtype: torch.dtype) -> Iterator[None]:
         """While the student runs: the layers below the cut cost nothing."""
+        if self._parts:
+            self._like = _joined(self._parts)
+            self._state_BSD = state_of(self._like)
         recorded_BSD = self._state_BSD
         assert recorded_BSD is not None
         first, *_ = self._layers
@@ -353,7 +400,7 @@ class SharedPrefix:
         try:
             yield
         finally:
-            self._state_BSD = None
+            self.forget()
             if self._teacher_layer is not None:
                 self._like = None
             for layer in self._layers:

@@ -129,6 +129,8 @@ class Setting:
     """Rows of a forward in that stage."""
     writes: bool = False
     """The teacher writes text first, whole on every rank."""
+    asked: float = 1.0
+    """Share of the rows of which the teacher is asked; of the others a live one runs the shared layers alone."""
     measures: bool = False
     """Damage by source is measured first, with the teacher and then the student whole on every rank."""
 

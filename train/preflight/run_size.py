@@ -118,9 +118,16 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         compiled_loss=settings.compile and compiles(settings.losses),
         stored_bytes=spec.student.stored_dtype.itemsize,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
+        asked=_asked_share(spec),
         measures=settings.data_policy == "by_damage" and not spec.is_control,
     )
     return _with_states(_with_company(setting, spec), spec, teacher)
+
+
+def _asked_share(spec: TrainSpec) -> float:
+    """Of all rows the share that sources have of which the teacher is asked."""
+    asked, weights = spec.asked_sources, [source.weight for source in spec.settings.data]
+    return 1.0 if asked is None else sum(weights[number] for number in asked) / sum(weights)
 
 
 def _checkpoints(trainer: Mapping[str, Any]) -> bool:

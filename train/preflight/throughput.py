@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.data.packing import SOURCES
 from shoal.machine import now
 from shoal.models.anatomy import text_config
 from shoal.numerics import flops_per_second
@@ -19,6 +21,7 @@ from shoal.progress import doing
 from shoal.recipe.distill import Record
 
 from ..objective.capture import Captured
+from ..objective.host_batch import ON_HOST, on_host
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import SharedPrefix, Signals
 from ..student.sizes import ModelSize, built
@@ -69,7 +72,9 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
             total += forward
     total += 2 * student.head * (2 + student.head_trained)
     if teacher_runs:
-        total += sum(2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers) + 2 * teacher.head
+        layers = [2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers]
+        for_both = sum(layer.kept.per_row == 0 for layer in student.layers) if shared else 0
+        total += sum(layers[:for_both]) + setting.asked * (sum(layers[for_both:]) + 2 * teacher.head)
     return total
 
 
@@ -108,7 +113,7 @@ def probe(spec: TrainSpec, setting: Setting) -> Pace:
             expected = size * fastest / tokens if tokens else 0.0
             if now(device) - begun + expected > PROBE_S and tokens:
                 break
-            batch = _batch(vocabulary, piece, device)
+            batch = _batch(vocabulary, piece, device, spec)
             with doing(f"timing {size:,} tokens of the objective"):
                 started = now(device)
                 total = step(batch)
@@ -165,7 +170,7 @@ class _RandomRecording:
 @contextlib.contextmanager
 def _step(
     spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, *, autocast: bool
-) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
+) -> Iterator[Callable[[dict[str, Any]], Tensor]]:
     """Batch -> the loss sum of one micro-batch, as the trainer computes it. Models are themselves again behind it, and
     so is what kernels were put into for all models of a family."""
     config = text_config(student.config)
@@ -173,7 +178,7 @@ def _step(
     spec = replace(spec, settings=replace(spec.settings, compile=False))
     wiring = wire(spec, student, live, partial(_RandomRecording, config.vocab_size, config.hidden_size))
 
-    def step(batch: dict[str, Tensor]) -> Tensor:
+    def step(batch: dict[str, Any]) -> Tensor:
         signals = wiring.teacher(batch)
         replaying = contextlib.nullcontext() if wiring.prefix is None else wiring.prefix.replaying(torch.float32)
         with replaying, torch.autocast(student.device.type, spec.deepspeed.product_dtype, enabled=autocast):
@@ -186,9 +191,16 @@ def _step(
         wiring.objective.uninstall()
 
 
-def _batch(vocabulary: int, setting: Setting, device: torch.device) -> dict[str, Tensor]:
-    """Random tokens, two documents to a row: packed rows take another way through attention than whole ones."""
+def _batch(vocabulary: int, setting: Setting, device: torch.device, spec: TrainSpec) -> dict[str, Any]:
+    """Random tokens, two documents to a row: packed rows take another way through attention than whole ones. As many
+    rows as a micro-batch has on average, rounded up, are of a source that the teacher is asked about."""
     shape = (setting.rows, setting.sequence_length)
     ids = torch.randint(0, vocabulary, shape, device=device)
     positions = torch.arange(setting.sequence_length, device=device) % max(2, setting.sequence_length // 2)
-    return {"input_ids": ids, "position_ids": positions.repeat(setting.rows, 1), "labels": ids}
+    batch = {"input_ids": ids, "position_ids": positions.repeat(setting.rows, 1), "labels": ids}
+    if not (asked := spec.asked_sources):
+        return batch
+    others = {*range(len(spec.settings.data))} - asked
+    sources_BS = torch.full(shape, min(others, default=0))
+    sources_BS[: math.ceil(setting.asked * setting.rows)] = min(asked)
+    return {**batch, ON_HOST: on_host({**batch, SOURCES: sources_BS})}

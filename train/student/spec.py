@@ -14,8 +14,8 @@ from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config
 from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint, loaded_dtype
-from shoal.recipe.distill import Distill, Record
-from shoal.recipe.losses import looks_into_attention, needs_teacher, reads_distributions
+from shoal.recipe.distill import Distill, Record, sources_that_ask
+from shoal.recipe.losses import STATE_TERMS, looks_into_attention, needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
 
 from ..engine.arguments import DEFAULTS, DeepSpeed, batch_split, deepspeed_config
@@ -97,6 +97,14 @@ class TrainSpec:
     def teacher_dtype(self) -> torch.dtype:
         """Precision of a teacher that is loaded."""
         return loaded_dtype(self.teacher.config, self.settings.teacher.dtype or self.teacher.load.dtype)
+
+    @property
+    def asked_sources(self) -> frozenset[int] | None:
+        """Numbers of the sources of whose rows the teacher is asked; None = of all."""
+        # states are compared row by row, and under ZeRO 3 all ranks gather a layer, whatever rows they have
+        of_all = any(isinstance(term, STATE_TERMS) for term in self.settings.losses)
+        of_all |= self.deepspeed.stage == 3 and self.runs_teacher
+        return None if of_all or self.teacher_place == "recorded" else sources_that_ask(self.settings)
 
     @property
     def reads_logits(self) -> bool:

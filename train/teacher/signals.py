@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from shoal.data.packing import IMAGES
 
 from ..objective.capture import Captured
-from ..objective.host_batch import on_host, queued
+from ..objective.host_batch import asking_rows, documents_known, on_host, queued, rows_of, scattered
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
 from .prompt_scores import PromptEngine, prompt_signals
@@ -35,18 +35,46 @@ class LiveTeacher:
     """Loss terms that say what else is wanted of it."""
     prefix: SharedPrefix | None
     """Recorder of the state at the first cut, for the student to go on from."""
+    asked: frozenset[int] | None = None
+    """Numbers of the sources of whose tokens it is asked; None = of all. Rows without them pass the layers up to the
+    first cut alone, or none."""
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         """The teacher's final hidden states, and what the state terms compare with."""
         if not self.reads_logits and self.states is None and self.prefix is None:
             return Signals()
+        if self.prefix is not None:
+            self.prefix.forget()
+        asks_B = None if IMAGES in batch else asking_rows(batch, self.asked)
+        if asks_B is not None:
+            return self._of_rows(batch, asks_B)
         recording = contextlib.nullcontext() if self.prefix is None else self.prefix.recording()
         capturing = contextlib.nullcontext(Captured()) if self.states is None else self.states.capturing_teacher()
         with recording, capturing as captured:
             images: Any = batch.get(IMAGES)
             hidden_BSD = final_hidden(self.model, batch["input_ids"], batch["position_ids"], images)
         return Signals(hidden_BSD if self.reads_logits else None, captured=captured)
+
+    def _of_rows(self, batch: Mapping[str, Tensor], asks_B: Tensor) -> Signals:
+        """What it says of the rows marked in ``asks_B``."""
+        assert self.states is None, "states are compared row by row, of all rows"
+        asked, others = (mask_B.nonzero()[:, 0] for mask_B in (asks_B, ~asks_B))
+        hidden_BSD = None
+        if len(asked):
+            with contextlib.nullcontext() if self.prefix is None else self.prefix.recording(asked):
+                hidden_BSD = scattered(self._hidden(batch, asked), asked, len(asks_B))
+        if self.prefix is not None:
+            with self.prefix.recording(others, goes_on=False):
+                self._hidden(batch, others)
+        return Signals(hidden_BSD)
+
+    def _hidden(self, batch: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        """Final hidden states of these rows, (b, S, D)."""
+        part = rows_of(batch, rows)
+        ids, positions = part["input_ids"], part["position_ids"]
+        with documents_known(on_host(part), ids.device):
+            return final_hidden(self.model, ids, positions)
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,8 @@ class ServedTeacher:
     """A loss term looks at the teacher's distributions."""
     recorded: RecordedTeacher | None
     """What knows the rows of the data already; the engine is asked about what the student writes."""
+    asked: frozenset[int] | None = None
+    """Numbers of the sources of whose tokens the engine is asked; None = of all. Rows without them are not sent."""
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and how probable their own are."""
@@ -99,10 +129,19 @@ class ServedTeacher:
         if not self.reads_logits:
             return Signals()
         assert host.input_ids_BS is not None
+        asks_B = asking_rows(batch, self.asked)
+        rows = torch.arange(len(host.input_ids_BS)) if asks_B is None else asks_B.nonzero()[:, 0]
+        if not len(rows):
+            return Signals()
         said = prompt_signals(
-            self.engine, host.input_ids_BS, host.position_ids_BS, top_k=self.top_k, vocab_size=self.vocab_size
+            self.engine,
+            host.input_ids_BS[rows],
+            host.position_ids_BS[rows],
+            top_k=self.top_k,
+            vocab_size=self.vocab_size,
         )
         ids_BSK, log_probs_BSK, own_BS = (
-            queued(plane, device) for plane in (said.ids_BSK, said.log_probs_BSK, said.token_log_probs_BS)
+            queued(scattered(plane, rows, len(host.input_ids_BS)), device)
+            for plane in (said.ids_BSK, said.log_probs_BSK, said.token_log_probs_BS)
         )
         return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, token_log_probs_BS=own_BS)

@@ -73,7 +73,9 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
     terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
     states = StateLosses(terms, spec.plan, student, live, num_shared=spec.frozen_layers) if terms else None
     if live is not None:
-        teacher = LiveTeacher(live, reads_logits=spec.reads_logits, states=states, prefix=prefix)
+        teacher = LiveTeacher(
+            live, reads_logits=spec.reads_logits, states=states, prefix=prefix, asked=spec.asked_sources
+        )
     else:
         elsewhere = spec.teacher_place in ("recorded", "served")
         teacher = absent(states, prefix) if elsewhere else lambda _batch: Signals()

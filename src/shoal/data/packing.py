@@ -261,19 +261,24 @@ def rows_by_kind(rows: Iterable[Row], size: int) -> Iterator[Row]:
 def rows_apart(
     streams: Sequence[Iterator[TokenDocument]],
     weights: Sequence[float],
-    groups: Sequence[int],
+    groups: Sequence[Any],
     fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
 ) -> Iterator[Row]:
     """Rows that ``fill`` makes of the documents of one group of sources each; ``groups`` are the sources' own. Groups
-    have their shares of the rows as sources have theirs of the documents."""
+    have their shares of the rows as sources have theirs of the documents, and ``weights`` may change between rows."""
 
-    def of_group(numbers: list[int]) -> Iterator[Row]:
-        drawn = draw([streams[number] for number in numbers], [weights[number] for number in numbers])
+    def of_group(numbers: list[int], own: list[float]) -> Iterator[Row]:
+        drawn = draw([streams[number] for number in numbers], own)
         return fill((numbers[turn], document) for turn, document in drawn)
 
     members = [[number for number, own in enumerate(groups) if own == group] for group in sorted(set(groups))]
-    shares = [sum(weights[number] for number in numbers) for numbers in members]
-    yield from (row for _, row in draw([of_group(numbers) for numbers in members], shares))
+    own_weights = [[weights[number] for number in numbers] for numbers in members]
+    shares = [sum(own) for own in own_weights]
+    for _, row in draw([of_group(*pair) for pair in zip(members, own_weights, strict=True)], shares):
+        yield row
+        for numbers, own in zip(members, own_weights, strict=True):
+            own[:] = [weights[number] for number in numbers]
+        shares[:] = [sum(own) for own in own_weights]
 
 
 def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shoal.recipe.losses import ForwardKL, LossTerm, term_names
+from shoal.recipe.losses import ForwardKL, LossTerm, asked_sources, needs_teacher, term_names
 from shoal.recipe.section import (
     MIXED,
     Above0,
@@ -419,3 +419,8 @@ def sources_of_terms(distill: Distill) -> tuple[frozenset[int] | None, ...]:
         for name in term_names(distill.losses)
     )
     return tuple(None if numbers == every else numbers for numbers in of_terms)
+
+
+def sources_that_ask(distill: Distill) -> frozenset[int] | None:
+    """Numbers of the sources of whose tokens a loss term asks the teacher; None = of all."""
+    return asked_sources(distill.losses, sources_of_terms(distill), lambda term: needs_teacher([term]))

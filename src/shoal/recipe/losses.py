@@ -8,7 +8,7 @@ by the token count of the whole optimizer step. divergences.py and layer_losses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -209,6 +209,15 @@ def needs_teacher(terms: Sequence[LossTerm]) -> bool:
 def reads_distributions(term: LossTerm) -> bool:
     """Whether the term looks at the teacher's distributions over the vocabulary."""
     return isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
+
+
+def asked_sources(
+    terms: Sequence[LossTerm], sources: Sequence[frozenset[int] | None], asks: Callable[[LossTerm], bool]
+) -> frozenset[int] | None:
+    """Numbers of the data's sources of whose tokens some term that ``asks`` the teacher learns; None = all. ``sources``
+    are those of every term, None = all."""
+    asked = [own for term, own in zip(terms, sources, strict=True) if asks(term)]
+    return None if None in asked else frozenset[int]().union(*(own for own in asked if own is not None))
 
 
 def term_names(terms: Sequence[LossTerm]) -> list[str]:

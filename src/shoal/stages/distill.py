@@ -100,7 +100,7 @@ def record(run: Run) -> None:
             folder=text,
             inputs=inputs | cut,
         )
-    rows = rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs)
+    rows = rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs, for_recording=True)
     own = recipe.record.teacher
     record_signals(
         teacher,

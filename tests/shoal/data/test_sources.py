@@ -561,6 +561,17 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
         assert torch.equal(getattr(fewer, plane), getattr(rows, plane)[:90])
 
 
+def test_groups_of_sources_follow_weights_that_change() -> None:
+    sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 7] * 7), (2.0, ["c" * 7] * 5)]
+    given = {"num_tokens": 16 * 240, "with_sources": True, "groups": [1, 0, 1]}
+    rows, before = packed(*sources, **given, later=(80, (1.0, 6.0, 3.0))), packed(*sources, **given)
+    assert rows.sources_NS is not None
+    assert before.sources_NS is not None
+    assert torch.equal(rows.input_ids_NS[:80], before.input_ids_NS[:80])
+    shares = [[float((part == n).float().mean()) for n in range(3)] for part in rows.sources_NS.split([80, 160])]
+    assert shares == [pytest.approx([0.25, 0.25, 0.5], abs=0.02), pytest.approx([0.1, 0.6, 0.3], abs=0.02)]
+
+
 # --- larger than memory
 
 
