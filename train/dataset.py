@@ -135,22 +135,20 @@ def training_rows(
     """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``images``
     for those of images, ``later`` is that of shoal.data.sources.pack.
 
-    Sources of which no loss term asks the teacher have rows of their own, which it need not read, first in every
-    optimizer step. Not so rows ``for_recording``: what is recorded serves other loss terms too.
+    Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so rows
+    ``for_recording``, nor those of a recorded teacher: what is recorded serves other loss terms too.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
     """
     identity = [inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)]
-    asked = None if for_recording or settings.teacher.recorded is not None else sources_that_ask(settings)
-    groups = [source.teacher if asked is None else number in asked for number, source in enumerate(settings.data)]
-    by_step = images is not None
-    if asked is not None and len(set(groups)) > 1:
-        by_step = True
-        identity.append({"asks the teacher": groups})
-    if by_step:
+    if images is not None:
         identity.append(rows_per_step(settings))
     images_of = {} if images is None else images.rows
+    asked = None if for_recording or settings.teacher.recorded is not None else sources_that_ask(settings)
+    groups = [source.teacher if asked is None else number in asked for number, source in enumerate(settings.data)]
+    if asked is not None and len(set(groups)) > 1:
+        identity.append({"asks the teacher": groups})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
 
     def pack_once() -> None:
@@ -178,7 +176,7 @@ def training_rows(
                 with_sources=settings.by_source,
                 later=later,
                 encode_image=None if images is None else images.tokens,
-                rows_per_step=rows_per_step(settings) if by_step else 1,
+                rows_per_step=rows_per_step(settings),
                 groups=groups,
             )
         for name, count in rows.counts.items():

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from shoal.runtime import barrier, is_main, seed_everything, world_size
 from .callbacks.validation import Scorer, Watcher
 from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, separate_groups
+from .engine.dealing import StepSampler
 from .objective_trainer import ObjectiveTrainer
 from .student.spec import TrainSpec
 
@@ -38,6 +40,7 @@ class DistillTrainer(ObjectiveTrainer):
         """``identity`` is what a checkpoint must have in common with the run that goes on from it; ``args`` and
         ``kwargs`` are those of ObjectiveTrainer."""
         super().__init__(*args, spec=spec, **kwargs)
+        self._spec = spec
         self._identity = identity
         self._keep_checkpoints = kept_checkpoints(spec.settings)
 
@@ -59,7 +62,13 @@ class DistillTrainer(ObjectiveTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # pyright: ignore[reportArgumentType]
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
+        asked, (per_micro_batch, micro_batches) = self._spec.asked_sources, self._spec.batch_split
+        if asked is None or rows.sources_NS is None:
+            return SequentialSampler(rows)
+        asks_N = np.isin(rows.sources_NS[:, 0].numpy(), [*asked])  # rows of sources that ask hold no others
+        ranks = self._spec.ranks.count
+        return StepSampler(asks_N, rows=per_micro_batch, ranks=ranks, micro_batches=micro_batches)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing inside checkpoints: DeepSpeed's files hold the weights; `distilled/` is written once, at the end."""

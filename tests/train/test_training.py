@@ -26,6 +26,7 @@ from training_runs import (
     finished,
     go_along_with_loops,
     mask_labels_of_rows,
+    mix_sources,
     note_rates,
     note_waits,
     recipe,
@@ -404,7 +405,7 @@ def test_a_recording_made_before_sources_had_losses_serves_them(two_sources, tea
     signals = {"folder": str(tmp_path / "signals"), "top_k": 271}
     finished(run(recipe(tmp_path / "plain", teacher, cut, record=signals, **plain), verb="record"))
     settings |= {"data": data}
-    live = finished(run(recipe(tmp_path / "live", teacher, cut, **settings)))
+    live = finished(run(recipe(tmp_path / "live", teacher, cut, **settings), before=mix_sources))
     recorded = {"record": signals, "teacher": {"recorded": signals["folder"]}}
     read = finished(run(recipe(tmp_path / "read", teacher, cut, **settings, **recorded)))
     for ours, theirs in zip(curves(read), curves(live), strict=True):

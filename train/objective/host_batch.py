@@ -47,6 +47,8 @@ class OnHost:
         """
         if sources is None or (self.sources_BS is None and not self.rows):
             return self.labels_BS
+        if not sources:
+            return torch.full_like(self.labels_BS, IGNORED)
         assert self.sources_BS is not None, "rows that are learnt by source were packed without their sources"
         theirs_BS = torch.zeros_like(self.sources_BS, dtype=torch.bool)
         for number in sources:
@@ -76,11 +78,12 @@ def on_host(batch: Mapping[str, Any]) -> OnHost:
 
 
 def asking_rows(batch: Mapping[str, Any], sources: Collection[int] | None) -> Tensor | None:
-    """Which rows hold a token that is learnt and from these sources, (B,), on the host; None = all, in a batch of what
-    the student has written too."""
-    labels_BS = on_host(batch).labels_from(sources)
+    """Which rows hold a token that is learnt and from these sources, (B,), on the host; None = all, of what the student
+    has written too."""
+    if sources is None or (labels_BS := (host := on_host(batch)).labels_from(sources)) is host.labels_BS:
+        return None
     asks_B = (labels_BS[:, 1:] != IGNORED).any(1)
-    return None if sources is None or asks_B.all() else asks_B
+    return None if asks_B.all() else asks_B
 
 
 def rows_of(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def rows_of(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
         [host.rows[row] for row in rows.tolist()] if host.rows else (),
         None if host.sources_BS is None else host.sources_BS[rows],
     )
-    return {**{name: batch[name][there] for name in ("input_ids", "position_ids", "labels")}, ON_HOST: part}
+    return {**{name: batch[name][there] for name in ("input_ids", "position_ids")}, ON_HOST: part}
 
 
 def scattered(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
@@ -122,14 +125,14 @@ def documents_known(host: OnHost, device: torch.device) -> Iterator[None]:
     documents_BS = queued(first_BS.cumsum(1), device) if first_BS[:, 1:].any() else None
     borders = cache(lambda: document_borders(host.position_ids_BS, device))
     # both functions are looked up in their modules at every call, so that replacing them there is enough
-    asked = masking_utils.find_packed_sequence_indices
+    asked, cut = masking_utils.find_packed_sequence_indices, document_masks.document_borders
     masking_utils.find_packed_sequence_indices = lambda position_ids: documents_BS
     document_masks.document_borders = lambda position_ids_BS, device: borders()
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = asked
-        document_masks.document_borders = document_borders
+        document_masks.document_borders = cut
 
 
 def queued(values: Tensor, device: torch.device) -> Tensor:

@@ -373,7 +373,7 @@ class SharedPrefix:
     def replaying(self, dtype: torch.dtype) -> Iterator[None]:
         """While the student runs: the layers below the cut cost nothing."""
         if self._parts:
-            self._like = _joined(self._parts)
+            self._like, self._parts = _joined(self._parts), []
             self._state_BSD = state_of(self._like)
         recorded_BSD = self._state_BSD
         assert recorded_BSD is not None

@@ -125,9 +125,15 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
 
 
 def _asked_share(spec: TrainSpec) -> float:
-    """Of all rows the share that sources have of which the teacher is asked."""
-    asked, weights = spec.asked_sources, [source.weight for source in spec.settings.data]
-    return 1.0 if asked is None else sum(weights[number] for number in asked) / sum(weights)
+    """Of all rows the share of which the teacher is asked: those of some sources, all that have images, and in
+    on-policy steps what the student writes. Shares by damage are not known yet."""
+    settings, asked = spec.settings, spec.asked_sources
+    if asked is None:
+        return 1.0
+    weights = [(source.weight, number in asked or source.has_images) for number, source in enumerate(settings.data)]
+    of_text = sum(weight for weight, asks in weights if asks) / sum(weight for weight, _ in weights)
+    sampled = 0.0 if settings.on_policy is None else settings.on_policy.share
+    return sampled + (1 - sampled) * of_text
 
 
 def _checkpoints(trainer: Mapping[str, Any]) -> bool:

@@ -198,9 +198,10 @@ def _batch(vocabulary: int, setting: Setting, device: torch.device, spec: TrainS
     ids = torch.randint(0, vocabulary, shape, device=device)
     positions = torch.arange(setting.sequence_length, device=device) % max(2, setting.sequence_length // 2)
     batch = {"input_ids": ids, "position_ids": positions.repeat(setting.rows, 1), "labels": ids}
-    if not (asked := spec.asked_sources):
+    if (asked := spec.asked_sources) is None:
         return batch
     others = {*range(len(spec.settings.data))} - asked
     sources_BS = torch.full(shape, min(others, default=0))
-    sources_BS[: math.ceil(setting.asked * setting.rows)] = min(asked)
+    if asked:
+        sources_BS[: math.ceil(setting.asked * setting.rows)] = min(asked)
     return {**batch, ON_HOST: on_host({**batch, SOURCES: sources_BS})}

@@ -101,10 +101,11 @@ class TrainSpec:
     @property
     def asked_sources(self) -> frozenset[int] | None:
         """Numbers of the sources of whose rows the teacher is asked; None = of all."""
-        # states are compared row by row, and under ZeRO 3 all ranks gather a layer, whatever rows they have
+        # states are compared row by row; under ZeRO 3 all ranks gather a layer, whatever rows they have; and what comes
+        # over from the host does so for one row too
         of_all = any(isinstance(term, STATE_TERMS) for term in self.settings.losses)
-        of_all |= self.deepspeed.stage == 3 and self.runs_teacher
-        return None if of_all or self.teacher_place == "recorded" else sources_that_ask(self.settings)
+        of_all |= (self.deepspeed.stage == 3 and self.runs_teacher) or self.teacher_place in ("offloaded", "recorded")
+        return None if of_all else sources_that_ask(self.settings)
 
     @property
     def reads_logits(self) -> bool:

@@ -106,7 +106,7 @@ def recorded_models(folders: Sequence[str]) -> list[str]:
 
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What shapes the training rows; which loss terms learn from a source does not."""
+    """What shapes training rows that are recorded; which loss terms learn from a source does not."""
     images = "distill.data (images)"
     keys = (*shaping_keys(Distill, Shapes.ROWS, "distill."), "data", images, *shaping_keys(Recipe, Shapes.ROWS))
     shaped = {key: inputs[key] for key in keys if key in inputs}

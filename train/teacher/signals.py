@@ -26,7 +26,7 @@ Teacher = Callable[[Mapping[str, Tensor]], Signals]
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """Runs the teacher on every micro-batch, without gradients."""
+    """Runs the teacher on the micro-batch, without gradients."""
 
     model: PreTrainedModel
     reads_logits: bool

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -264,16 +263,9 @@ def rows_apart(
     weights: Sequence[float],
     groups: Sequence[Any],
     fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
-    *,
-    rows_per_step: int = 1,
 ) -> Iterator[Row]:
     """Rows that ``fill`` makes of the documents of one group of sources each; ``groups`` are the sources' own. Groups
-    have their shares of the rows as sources have theirs of the documents, and ``weights`` may change between steps.
-
-    The ``rows_per_step`` rows of a step come group by group: dealt out in turns, ranks then have as many of each group,
-    and a micro-batch has rows of one. A row in which nothing is learnt goes through at once: teaching_rows leaves it
-    out.
-    """
+    have their shares of the rows as sources have theirs of the documents, and ``weights`` may change between rows."""
 
     def of_group(numbers: list[int], own: list[float]) -> Iterator[Row]:
         drawn = draw([streams[number] for number in numbers], own)
@@ -282,16 +274,8 @@ def rows_apart(
     members = [[number for number, own in enumerate(groups) if own == group] for group in sorted(set(groups))]
     own_weights = [[weights[number] for number in numbers] for numbers in members]
     shares = [sum(own) for own in own_weights]
-    step: list[tuple[int, Row]] = []
-    for turn, row in draw([of_group(*pair) for pair in zip(members, own_weights, strict=True)], shares):
-        if not row.supervised.any():
-            yield row
-            continue
-        step.append((turn, row))
-        if len(step) < rows_per_step:
-            continue
-        yield from (row for _, row in sorted(step, key=itemgetter(0)))
-        step.clear()
+    for _, row in draw([of_group(*pair) for pair in zip(members, own_weights, strict=True)], shares):
+        yield row
         for numbers, own in zip(members, own_weights, strict=True):
             own[:] = [weights[number] for number in numbers]
         shares[:] = [sum(own) for own in own_weights]

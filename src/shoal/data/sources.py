@@ -314,8 +314,7 @@ def pack(
     values that can be sorted; None = all do.
 
     A source of images stands for its rows, which ``encode_image`` makes tokens of: each has a row for itself, padded,
-    and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none, and come
-    group by group.
+    and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none.
 
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
@@ -351,8 +350,7 @@ def pack(
     fill = functools.partial(
         best_fit_rows if packing == "best_fit" else split_rows, length=sequence_length, padding_id=padding_id
     )
-    apart = functools.partial(rows_apart, streams, weights, groups, rows_per_step=rows_per_step)
-    rows = fill(drawn) if groups is None or len(set(groups)) == 1 else apart(fill)
+    rows = fill(drawn) if groups is None or len(set(groups)) == 1 else rows_apart(streams, weights, groups, fill)
     if has_images:
         rows = rows_by_kind(rows, rows_per_step)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:

@@ -40,8 +40,9 @@ class TrainingSource(DataSource):
     """Names of the terms of distill.losses that learn from the tokens of this source, as their curves have them
     (`forward_kl`, of two of a kind `forward_kl_1`); None = all. To every other term these tokens are worth 0, while the
     loss is still divided by all supervised tokens of the step: a term's weight means the same whichever sources it
-    learns from, and one that learns from few tokens adds little. The student's own samples (distill.on_policy) are no
-    source's, and all terms learn from them."""
+    learns from, and one that learns from few tokens adds little. Sources whose terms ask no teacher have rows of their
+    own, which it does not read. The student's own samples (distill.on_policy) are no source's, and all terms learn from
+    them."""
     teacher: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 0)] = 0
     """Number of its teacher in the list distill.teacher.recorded. Sources of different teachers share no row."""
     image: Annotated[Text | None, Field(exclude_if=lambda column: column is None)] = None
@@ -80,7 +81,7 @@ class Teacher(Section):
     """Where the teacher's signals come from while the student trains."""
 
     recorded: Annotated[str | Annotated[tuple[Text, ...], Field(min_length=2)] | None, Shapes.BY_CONTENT] = None
-    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch. A list =
+    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher in training. A list =
     several teachers, each recorded with record.teacher: a row is read from the recording that the sources in it name
     (data.teacher)."""
     dtype: Annotated[Dtype | None, Shapes.TRAINING] = None
@@ -93,7 +94,7 @@ class Teacher(Section):
     lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
     dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
     server: Annotated[bool, Shapes.BY_CONTENT] = False
-    """Ask the server of record.server about every batch; no teacher is loaded. Beside ``recorded`` only about what the
+    """Ask the server of record.server in training; no teacher is loaded. Beside ``recorded`` only about what the
     student writes (on_policy)."""
 
     @property

@@ -286,7 +286,6 @@ def packed(
     with_sources: bool = False,
     later: tuple[int, list[float]] | None = None,
     groups: list[int] | None = None,
-    rows_per_step: int = 1,
 ) -> PackedRows:
     named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
     return pack(
@@ -300,7 +299,6 @@ def packed(
         with_sources=with_sources,
         later=later,
         groups=groups,
-        rows_per_step=rows_per_step,
     )
 
 
@@ -563,27 +561,9 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
         assert torch.equal(getattr(fewer, plane), getattr(rows, plane)[:90])
 
 
-def test_a_step_has_its_rows_group_by_group() -> None:
-    sources = [(1.0, ["a" * 7] * 7), (2.0, ["b" * 29] * 2)]
-    given: dict[str, Any] = {"num_tokens": 16 * 240, "with_sources": True, "groups": [1, 0]}
-    plain, rows, fewer = (
-        packed(*sources, **given | own)
-        for own in ({}, {"rows_per_step": 8}, {"rows_per_step": 8, "num_tokens": 16 * 80})
-    )
-    assert torch.equal(fewer.input_ids_NS, rows.input_ids_NS[:80])
-    assert rows.sources_NS is not None
-    for step in torch.arange(240).split(8):
-        assert torch.equal(rows.input_ids_NS[step].sort(0)[0], plain.input_ids_NS[step].sort(0)[0]), "the same rows"
-        of_rows = [given["groups"][source] for source in rows.sources_NS[step, 0].tolist()]
-        assert of_rows == sorted(of_rows)
-        assert sum(of_rows) in (2, 3)
-
-
-@pytest.mark.parametrize("rows_per_step", [1, 8])
-def test_groups_of_sources_follow_weights_that_change(rows_per_step: int) -> None:
+def test_groups_of_sources_follow_weights_that_change() -> None:
     sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 7] * 7), (2.0, ["c" * 7] * 5)]
     given: dict[str, Any] = {"num_tokens": 16 * 240, "with_sources": True, "groups": [1, 0, 1]}
-    given["rows_per_step"] = rows_per_step
     rows, before = packed(*sources, **given, later=(80, (1.0, 6.0, 3.0))), packed(*sources, **given)
     assert rows.sources_NS is not None
     assert before.sources_NS is not None

@@ -6,6 +6,7 @@ from tiny import tiny_model
 from transformers import masking_utils
 
 from shoal.data.packing import IGNORED, ROW, SOURCES
+from shoal.models import document_masks
 from shoal.train.objective.host_batch import (
     ON_HOST,
     OnHost,
@@ -38,6 +39,17 @@ def test_documents_are_those_that_transformers_finds_on_the_device(positions: li
     if ours is not None and theirs is not None:
         together = [documents[:, :, None] == documents[:, None] for documents in (ours, theirs)]
         assert torch.equal(*together)
+
+
+def test_what_is_known_of_a_part_of_a_batch_leaves_the_whole_known() -> None:
+    whole, part = (torch.tensor(LAYOUTS["documents in one row"][rows:]) for rows in (0, 1))
+    own = document_masks.document_borders
+    with documents_known(OnHost(whole, whole), CPU):
+        known = document_masks.document_borders
+        with documents_known(OnHost(part, part), CPU):
+            assert document_masks.document_borders is not known
+        assert document_masks.document_borders is known
+    assert document_masks.document_borders is own
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

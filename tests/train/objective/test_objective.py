@@ -346,6 +346,14 @@ def test_all_terms_learn_from_samples_and_rows_of_no_known_source_are_a_fault():
         objective(student, teacher, terms, sources=BY_SOURCE, host=OnHost(rows["labels"], rows["labels"], rows=(0, 1)))
 
 
+def test_rows_without_sources_serve_terms_that_ask_no_teacher():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    rows = batch()
+    host = OnHost(rows["labels"], rows["position_ids"], rows=(0, 1))
+    found = [objective(student, teacher, (CrossEntropy(),), host=given)[0] for given in (host, None)]
+    assert torch.equal(*found)
+
+
 def test_a_micro_batch_that_a_term_does_not_learn_from_gives_it_zero_and_every_parameter_a_gradient():
     student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
     rows = batch()

@@ -15,7 +15,7 @@ from jobs import LENGTH, dropping, job_of, spec_of
 from tiny import NUM_LAYERS, VOCAB_SIZE
 
 from shoal.machine import peak_memory
-from shoal.recipe.distill import Distill, Teacher, TrainingSource
+from shoal.recipe.distill import Distill, OnPolicy, Teacher, TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.preflight import throughput
 from shoal.train.preflight.run_size import Job, job
@@ -45,6 +45,12 @@ def test_a_teacher_that_is_asked_of_a_part_of_the_rows_costs_that_part(trainable
         for data in (sources, (sources[0], only_text))
     ]
     assert [each.setting.asked for each in found] == [1, 3 / 8]
+    sampled = job_of(data=(sources[0], only_text), losses=(ForwardKL(), CrossEntropy()), on_policy=OnPolicy(share=0.5))
+    assert sampled.setting.asked == (1 + 3 / 8) / 2
+    offloaded = job_of(
+        data=(sources[0], only_text), losses=(ForwardKL(), CrossEntropy()), teacher=Teacher(offload=True)
+    )
+    assert offloaded.setting.asked == 1
     layer, head = 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48) + 4 * 32 * LENGTH, 2 * 32 * VOCAB_SIZE
     above = NUM_LAYERS - (2 if trainable == "from_first_cut" else 0)
     assert found[0].flops_per_token - found[1].flops_per_token == 5 / 8 * (above * layer + head)

@@ -82,6 +82,23 @@ def test_rows_that_ask_nothing_end_at_the_cut_and_loss_and_gradients_stay(family
     assert any(gradient.any() for gradient in results[0][2].values())
 
 
+def test_an_offloaded_teacher_whose_forward_ends_at_the_cut_gives_its_layers_back() -> None:
+    from accelerate import cpu_offload
+
+    plain, teacher = (tiny_model("llama", vocab_size=VOCAB_SIZE) for _ in range(2))
+    cpu_offload(teacher, execution_device="cpu")
+    rows, states = batch(0, 1, 2), []
+    for model in (plain, teacher):
+        prefix = SharedPrefix(tiny_model("llama", vocab_size=VOCAB_SIZE), model, first_change=CUT)
+        live = LiveTeacher(model, reads_logits=True, states=None, prefix=prefix, asked=ASKED)
+        for _ in range(2):
+            said = live(rows)
+        with prefix.replaying(torch.float32):
+            states.append((said.hidden_BSD, prefix._state_BSD))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert all(parameter.is_meta for layer in decoder_layers(teacher) for parameter in layer.parameters())
+
+
 def test_without_a_shared_cut_only_rows_that_ask_are_read() -> None:
     teacher, seen = tiny_model("llama", vocab_size=VOCAB_SIZE), list[int]()
     rows_read(decoder_layers(teacher)[0], seen)
