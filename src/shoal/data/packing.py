@@ -261,7 +261,7 @@ def rows_by_kind(rows: Iterable[Row], size: int) -> Iterator[Row]:
 def rows_apart(
     streams: Sequence[Iterator[TokenDocument]],
     weights: Sequence[float],
-    groups: Sequence[Any],
+    groups: Sequence[int],
     fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
 ) -> Iterator[Row]:
     """Rows that ``fill`` makes of the documents of one group of sources each; ``groups`` are the sources' own. Groups

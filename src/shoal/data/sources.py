@@ -300,7 +300,7 @@ def pack(
     folder: Path | None = None,
     with_sources: bool = False,
     later: tuple[int, Sequence[float]] | None = None,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
@@ -310,8 +310,8 @@ def pack(
     ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded. With ``folder`` rows
     go to files there as they are made, and the result maps them. ``with_sources``: they say of every token which source
     it is from. ``later`` = so many rows, and the weights by which documents are drawn once they are full: these rows
-    are those of a call without it. ``groups``: of every source the group whose documents share rows with its own, of
-    values that can be sorted; None = all do.
+    are those of a call without it. ``groups``: of every source the group whose documents share rows with its own; None
+    = all do.
 
     A source of images stands for its rows, which ``encode_image`` makes tokens of: each has a row for itself, padded,
     and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none.
