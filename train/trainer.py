@@ -63,12 +63,14 @@ class DistillTrainer(ObjectiveTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        asked, (per_micro_batch, micro_batches) = self._spec.asked_sources, self._spec.batch_split
-        if asked is None or rows.sources_NS is None:
+        spec = self._spec
+        if spec.asked_sources is None or rows.sources_NS is None:
             return SequentialSampler(rows)
-        asks_N = np.isin(rows.sources_NS[:, 0].numpy(), [*asked])  # rows of sources that ask hold no others
-        ranks = self._spec.ranks.count
-        return StepSampler(asks_N, rows=per_micro_batch, ranks=ranks, micro_batches=micro_batches)
+        # rows of sources that ask hold no others; those behind a pilot are not known yet
+        asks_N = np.zeros(len(rows), bool)
+        asks_N[: len(rows.sources_NS)] = np.isin(rows.sources_NS[:, 0].numpy(), [*spec.asked_sources])
+        per_micro_batch, micro_batches = spec.batch_split
+        return StepSampler(asks_N, rows=per_micro_batch, ranks=spec.ranks.count, micro_batches=micro_batches)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing inside checkpoints: DeepSpeed's files hold the weights; `distilled/` is written once, at the end."""
