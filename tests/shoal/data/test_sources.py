@@ -564,7 +564,7 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
 def test_groups_of_sources_follow_weights_that_change() -> None:
     sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 7] * 7), (2.0, ["c" * 7] * 5)]
     given: dict[str, Any] = {"num_tokens": 16 * 240, "with_sources": True, "groups": [1, 0, 1]}
-    rows, before = packed(*sources, **given, later=(80, (1.0, 6.0, 3.0))), packed(*sources, **given)
+    rows, before = packed(*sources, **given, later=(80, [1.0, 6.0, 3.0])), packed(*sources, **given)
     assert rows.sources_NS is not None
     assert before.sources_NS is not None
     assert torch.equal(rows.input_ids_NS[:80], before.input_ids_NS[:80])

@@ -18,20 +18,19 @@ def test_ranks_run_the_teacher_in_the_same_micro_batches(
     sampler = StepSampler(asks_N, rows=rows, ranks=ranks, micro_batches=micro_batches)
     assert len(sampler) == steps * per_step
     # as accelerate deals what the Trainer hands it
-    batches = [
-        [*BatchSamplerShard(BatchSampler(sampler, rows, drop_last=False), num_processes=ranks, process_index=rank)]
+    shards = [
+        BatchSamplerShard(BatchSampler(sampler, rows, drop_last=False), num_processes=ranks, process_index=rank)
         for rank in range(ranks)
     ]
-    asked_RM = asks_N[np.array(batches)].sum(-1)  # by rank and micro-batch
+    rows_RMB = np.array([[*shard] for shard in shards])  # by rank and micro-batch
+    asked_RM = asks_N[rows_RMB].sum(-1)
     assert asked_RM.shape == (ranks, steps * micro_batches)
     assert (np.ptp(asked_RM, 0) <= 1).all()
     for step in range(steps):
         own = asked_RM[:, step * micro_batches : (step + 1) * micro_batches]
         assert ((own > 0) & (own < rows)).any(0).sum() <= 1, "at most one micro-batch has both"
-        dealt = sorted(
-            row for of_rank in batches for batch in of_rank[step * micro_batches :][:micro_batches] for row in batch
-        )
-        assert dealt == [*range(step * per_step, (step + 1) * per_step)], "a step holds the same rows"
+        dealt = rows_RMB[:, step * micro_batches : (step + 1) * micro_batches].ravel().tolist()
+        assert sorted(dealt) == [*range(step * per_step, (step + 1) * per_step)], "a step holds the same rows"
 
 
 @pytest.mark.parametrize("asks", [False, True])
