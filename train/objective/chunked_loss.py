@@ -110,9 +110,9 @@ def chunked_head_loss(
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
-    ``targets`` are of the first tokens, as many as there are of it: of the others no term asks the teacher. None = of
-    all others. Of `TopK` every divergence is that of the distributions over K words and `another`, a lower bound of the
-    whole one. Without any term only agreement is measured.
+    ``targets`` stand for the first tokens, one for each; no term asks the teacher about those behind them, or with
+    None about any. Of `TopK` every divergence is that of the distributions over K words and `another`, a lower bound of
+    the whole one. Without any term only agreement is measured.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
     ``inputs`` has one entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns

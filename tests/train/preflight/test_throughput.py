@@ -17,6 +17,7 @@ from tiny import NUM_LAYERS, VOCAB_SIZE
 from shoal.machine import peak_memory
 from shoal.recipe.distill import Distill, OnPolicy, Teacher, TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL
+from shoal.train.dry_run import _beside
 from shoal.train.preflight import throughput
 from shoal.train.preflight.run_size import Job, job
 from shoal.train.preflight.throughput import flops_per_token
@@ -45,6 +46,8 @@ def test_a_teacher_that_is_asked_of_a_part_of_the_rows_costs_that_part(trainable
         for data in (sources, (sources[0], only_text))
     ]
     assert [each.setting.asked for each in found] == [1, 3 / 8]
+    told = [[note for note in _beside(each) if "the teacher reads" in note] for each in found]
+    assert told == [[], ["the teacher reads 38% of the rows, of sources that a loss term asks it about"]]
     sampled = job_of(data=(sources[0], only_text), losses=(ForwardKL(), CrossEntropy()), on_policy=OnPolicy(share=0.5))
     assert sampled.setting.asked == (1 + 3 / 8) / 2
     offloaded = job_of(
