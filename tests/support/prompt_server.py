@@ -138,7 +138,7 @@ class Answer(BaseHTTPRequestHandler):
 def serving(folder: Path) -> Iterator[PromptServer]:
     """The server, until the block ends."""
     with PromptServer(folder) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield server

@@ -48,19 +48,11 @@ def rows(num: int = 8) -> PackedRows:
     return packed([[7, S - 7]] * 16).first(num)
 
 
-@pytest.fixture(scope="module")
-def running(teacher: Path) -> Iterator[PromptServer]:
+@pytest.fixture
+def server(teacher: Path) -> Iterator[PromptServer]:
+    """Of one test alone: a request that its client gave up would take part in the next one."""
     with serving(teacher) as server:
         yield server
-
-
-@pytest.fixture
-def server(running: PromptServer) -> Iterator[PromptServer]:
-    """As it was started."""
-    before = {name: value for name, value in vars(running).items() if not name.startswith("_")}
-    running.asked, running.statuses = [], []
-    yield running
-    vars(running).update(before)
 
 
 def settings(server: PromptServer | None, *, check: Check | None = CHECK, **changes: Any) -> Record:
