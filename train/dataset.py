@@ -119,6 +119,13 @@ def inputs_of_rows(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
     return {"model": inputs["model"], **rows_from(inputs)}
 
 
+def sources_apart(settings: Distill) -> list[bool] | None:
+    """Of each source whether the teacher is asked of its rows, if those of which it is not are rows of their own."""
+    asked = None if settings.teacher.recorded is not None else sources_that_ask(settings)
+    flags = [asked is None or number in asked for number in range(len(settings.data))]
+    return None if all(flags) or not any(flags) else flags
+
+
 def training_rows(
     settings: Distill,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,9 +152,9 @@ def training_rows(
     if images is not None:
         identity.append(rows_per_step(settings))
     images_of = {} if images is None else images.rows
-    asked = None if for_recording or settings.teacher.recorded is not None else sources_that_ask(settings)
-    groups = [source.teacher if asked is None else number in asked for number, source in enumerate(settings.data)]
-    if asked is not None and len(set(groups)) > 1:
+    apart = None if for_recording else sources_apart(settings)
+    groups = [source.teacher for source in settings.data] if apart is None else apart
+    if apart is not None:
         identity.append({"asks the teacher": groups})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
 

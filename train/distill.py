@@ -31,7 +31,7 @@ from .callbacks.progress import Progress
 from .callbacks.validation import Scorer, Watcher
 from .callbacks.wandb_curves import Curves
 from .damage import by_damage, nats_by_source, sample_rows, split_by_ability
-from .dataset import rows_to_train_on, teacher_texts
+from .dataset import rows_to_train_on, sources_apart, teacher_texts
 from .engine.arguments import (
     BATCH_SPLIT,
     check_names,
@@ -120,7 +120,10 @@ def distill_inputs(
 def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
     """The identity of a run's checkpoints: its real batch, and not how ranks and micro-batches share it."""
     split = {f"distill.trainer.{key}" for key in BATCH_SPLIT}
-    return {k: v for k, v in inputs.items() if k not in split} | {"distill.batch_size": rows_per_step(settings)}
+    identity = {k: v for k, v in inputs.items() if k not in split} | {"distill.batch_size": rows_per_step(settings)}
+    if (apart := sources_apart(settings)) is not None:  # before there was this, the same recipe had other rows
+        identity["distill.data (rows that ask the teacher)"] = apart
+    return identity
 
 
 def check_distillable(spec: TrainSpec) -> None:

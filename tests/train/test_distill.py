@@ -5,6 +5,7 @@ Covers: shoal.recipe.deepspeed_file, shoal.train.dataset, shoal.train.engine.arg
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from shoal.train.engine.arguments import (
     rows_per_step,
     training_arguments,
 )
+from shoal.train.engine.checkpoint import commit, last_complete
 from shoal.train.student.spec import Ranks, train_spec
 
 GENERAL = {"seed": 0, "dtype": "stored", "attention": "sdpa"}
@@ -225,6 +227,25 @@ def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
     assert two == known(4, batch_size=8, deepspeed="deepspeed/zero3.json")
     assert two == known(1, trainer={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
     assert two != known(1, trainer={"per_device_train_batch_size": 4})
+
+
+def test_a_checkpoint_of_rows_that_mixed_the_sources_is_not_gone_on_from(tmp_path):
+    inputs, apart = {"batch": 1}, "distill.data (rows that ask the teacher)"
+    own = [("forward_kl",), ("cross_entropy",)]
+    data = [TrainingSource("python_docs", losses=losses) for losses in own]
+
+    def known(*sources, **changes):
+        return checkpoint_inputs(Distill(data=sources, losses=TWO_TERMS, **changes), inputs)
+
+    assert known(*data)[apart] == [True, False]
+    for mixed in (known(*(replace(source, losses=None) for source in data)), known(data[0], data[0])):
+        assert apart not in mixed
+    recorded = known(*data, teacher=Teacher(recorded="signals"))
+    assert apart not in recorded
+    (folder := tmp_path / "checkpoint-1").mkdir()
+    commit(folder, recorded, zero_stage=0)  # as before sources had rows of their own
+    with pytest.raises(UserError, match=r"checkpoint-1: belongs to another run: distill\.data \(rows that ask"):
+        last_complete(tmp_path, known(*data))
 
 
 def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
