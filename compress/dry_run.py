@@ -30,7 +30,7 @@ from .layer_sizes import stored_bytes, usual_length
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
-from .surgery.vision_tower import is_above, without_unread_blocks
+from .surgery.vision_tower import without_unread_blocks
 from .targets.check import TARGETS, check_targets, refuse, student_config
 from .width.narrowing import narrow_files
 
@@ -130,14 +130,13 @@ def _sides(
         narrow, parts_of = smaller.own.model, smaller.shards
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
     refuse_changed_layers(narrow, models[1], keep)
-    by_layer = None if insertions(plan.edits) else stored_bytes(parts_of, narrow, keep_mtp=plan.mtp)
+    by_layer = None
+    if not insertions(plan.edits):
+        by_layer = stored_bytes(parts_of, narrow, keep_mtp=plan.mtp, vision_blocks=plan.vision_blocks)
     if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
         written = stored * costs[1].num_parameters // costs[0].num_parameters
     else:
         written = by_layer.of(keep)
-    if (blocks := plan.vision_blocks) is not None:
-        gone = (part for shard in shards for name, part in shard.tensors.items() if is_above(name, blocks))
-        written -= sum(part.end - part.start for part in gone)
     is_quantised = without_quantization(config)[1]
     each = stored / costs[0].num_parameters if is_quantised else bytes_per_weight
     return _Side(costs[0], stored, each), _Side(costs[1], written, each)

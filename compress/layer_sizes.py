@@ -8,20 +8,20 @@ and is counted as staying.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from shoal.models.anatomy import anatomy, text_config
+from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, active_parameters, decode_bytes, model_cost
 from shoal.models.load import load_config, loaded_dtype, without_data
 
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
+from .surgery.vision_tower import is_above, without_unread_blocks
 
 NUM_TOKENS = 2048
 """Length at which caches and speeds are given, or the model's positions where those are fewer."""
@@ -84,20 +84,25 @@ class LayerSizes:
         return weights + batch_size * self.layer_cache(layer, num_tokens)
 
 
-def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
-    """The sizes of the checkpoint in ``folder``, in the precision that it is stored in.
+def layer_sizes(
+    folder: Path, *, keep_mtp: bool = False, vision_blocks: int | None = None, trust_remote_code: bool = False
+) -> LayerSizes:
+    """The sizes of the checkpoint in ``folder``, in the precision that it is stored in, of what a cut may copy of it:
+    multi-token prediction only with ``keep_mtp``, of the vision tower so many blocks, None = all.
 
     Raises:
         UserError: what load_config, without_data and model_cost refuse.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    if vision_blocks is not None:
+        config = without_unread_blocks(config)
     shards = read_shards(folder)
     plain, quantisation = without_quantization(config)
     dtype = loaded_dtype(config, "stored", shards)
     model = without_data(plain, dtype=dtype)
     cost, parts = model_cost(model), anatomy(model)
     own = _own_parameters(model)
-    stored = stored_bytes(shards, model)
+    stored = stored_bytes(shards, model, keep_mtp=keep_mtp, vision_blocks=vision_blocks)
     if stored is None:  # then the student is saved as transformers names and merges its tensors
         layers = tuple(count * dtype.itemsize for count in own)
         stored = StoredBytes(cost.num_parameters * dtype.itemsize - sum(layers), layers)
@@ -117,8 +122,11 @@ def usual_length(config: object) -> int:
     return min(NUM_TOKENS, getattr(text_config(config), "max_position_embeddings", None) or NUM_TOKENS)
 
 
-def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel, *, keep_mtp: bool = False) -> StoredBytes | None:
-    """Of the tensors that a cut of ``model`` copies; None where names alone do not tell which those are."""
+def stored_bytes(
+    shards: Sequence[Shard], model: PreTrainedModel, *, keep_mtp: bool = False, vision_blocks: int | None = None
+) -> StoredBytes | None:
+    """Of the tensors that a cut of ``model`` copies, as layer_sizes says; None where names alone do not tell which
+    those are."""
     stored = {name: tensor.end - tensor.start for shard in shards for name, tensor in shard.tensors.items()}
     shapes = {name: tensor.shape for shard in shards for name, tensor in shard.tensors.items()}
     try:
@@ -126,38 +134,39 @@ def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel, *, keep_mtp: b
     except NotByCopy:
         return None
     num_layers = text_config(model.config).num_hidden_layers
-    return _by_layer(
-        {
-            name: stored[name]
-            for name in student_names(
-                stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers), keep_mtp=keep_mtp
-            )
-        },
-        prefix,
-        num_layers,
-    )
-
-
-def _by_layer(stored: Mapping[str, int], prefix: str, num_layers: int) -> StoredBytes:
+    copied = student_names(stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers), keep_mtp=keep_mtp)
+    holders, own = _holders(model), decoder_layers(model)
+    shared = [
+        {name for name, parameter in layer.named_parameters(remove_duplicate=False) if holders[id(parameter)] > 1}
+        for layer in own
+    ]
     layers, outside = [0] * num_layers, 0
-    for name, size in stored.items():
-        layer, _ = split_layer(name, prefix)
-        if layer is None or layer >= num_layers:
-            outside += size
+    for name in copied:
+        layer, rest = split_layer(name, prefix)
+        if vision_blocks is not None and is_above(name, vision_blocks):
+            continue
+        # a file has what layers share once, in one of them; a student without that one has it in the next
+        if layer is None or layer >= num_layers or rest in shared[layer]:
+            outside += stored[name]
         else:
-            layers[layer] += size
+            layers[layer] += stored[name]
     return StoredBytes(outside, tuple(layers))
 
 
 def _own_parameters(model: PreTrainedModel) -> tuple[int, ...]:
+    holders = _holders(model)
+    return tuple(
+        sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)
+        for layer in decoder_layers(model)
+    )
+
+
+def _holders(model: PreTrainedModel) -> Counter[int]:
+    """Of every parameter, by its id, how many layers have it, the rest of the model counting as one."""
     parts = anatomy(model)
     inside = f"{parts.layers_name}."
     every = model.named_parameters(remove_duplicate=False)
     holders = Counter({id(parameter): 1 for name, parameter in every if not name.startswith(inside)})
     for layer in parts.layers:
         holders.update(map(id, layer.parameters()))
-    return tuple(_unshared(layer, holders) for layer in parts.layers)
-
-
-def _unshared(layer: nn.Module, holders: Mapping[int, int]) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)
+    return holders

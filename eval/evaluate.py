@@ -22,7 +22,7 @@ from shoal.artifacts.evaluation import MODEL, QUANTIZED, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
-from shoal.models.load import Checkpoint, loaded_dtype, num_parameters, with_plain_weights, without_data
+from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
 from shoal.progress import each
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, environment, rank, seed_everything
@@ -71,7 +71,7 @@ def role_evaluation(
         else:
             model = checkpoint.model(device=device())
             if role in (*QUANTIZED, MODEL):
-                model = with_plain_weights(model, loaded_dtype(checkpoint.config, checkpoint.load.dtype))
+                model = with_plain_weights(model, checkpoint.loaded_dtype())
         return model_evaluation(
             role,
             model,

@@ -20,10 +20,9 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import read_shards
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS, read_shards
 from shoal.models.load import load_config, loaded_dtype, num_parameters, without_data
 from shoal.recipe.edits import (
-    ZEROED_WEIGHTS,
     Edit,
     Insert,
     LayerEdit,

@@ -68,13 +68,18 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
         raise UserError(
             f"measure: the final hidden states are not finite in {model.dtype}; set dtype: bfloat16 or dtype: float32"
         )
-    longest = min(calibration.num_drop or LONGEST_RUN, num_layers - 1)
+    longest = _longest_run(num_layers, calibration.num_drop)
     runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
     possible = [run for run in runs if _is_of_one_kind(model, *run)]
     scores = torch.zeros(longest, num_layers, dtype=torch.float64)
     own_runs = possible[rank() :: world_size()]
     for start, length in each(own_runs, "measure: merges", unit="runs"):
-        tensors = merged_layer(model, start, length + 1, warn=False)
+        try:
+            tensors = merged_layer(model, start, length + 1, warn=False)
+        except UserError as reason:  # an overflow, or tables of the routing that differ
+            log.warning("measure: %s; the run scores %g", reason, WORST)
+            scores[length - 1, start] = WORST
+            continue
         # the model stays whole: one layer holds the merged weights, those it took in pass their input on
         with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
             merged = _final_states(model, texts)
@@ -86,6 +91,16 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
                 scores[length - 1, start] = WORST
     rows = tuple(tuple(scores[length - 1, : num_layers - length + 1].tolist()) for length in range(1, longest + 1))
     return dict.fromkeys(names, rows)
+
+
+def tokens_read(num_layers: int, num_drop: int | None) -> int:
+    """At most, over all merges."""
+    runs = (num_layers - length for length in range(1, _longest_run(num_layers, num_drop) + 1))
+    return NUM_TEXTS * TEXT_LENGTH * (1 + sum(runs))
+
+
+def _longest_run(num_layers: int, num_drop: int | None) -> int:
+    return min(num_drop or LONGEST_RUN, num_layers - 1)
 
 
 def first_texts(calibration: Calibration) -> list[list[int]]:

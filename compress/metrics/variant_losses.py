@@ -22,7 +22,7 @@ from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, watched
-from shoal.models.document_masks import documents_apart
+from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.progress import progress
 from shoal.recipe.edits import LayerEdits
 
@@ -227,9 +227,9 @@ def removal_factors(model: PreTrainedModel, calibration: Calibration) -> Mapping
         sums[which, layer] += float(state_BSD[counted_BS].abs().sum(dtype=torch.float64))
 
     for rows_B in calibration.batches():
+        positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], calibration.mask_NS[rows_B].bool())
         ids_BS, positions_BS = (
-            plane_NS[rows_B].long().to(model.device)
-            for plane_NS in (calibration.rows.input_ids_NS, calibration.rows.position_ids_NS)
+            plane_BS.long().to(model.device) for plane_BS in (calibration.rows.input_ids_NS[rows_B], positions_BS)
         )
         counted_BS = calibration.follows_NS[rows_B].to(model.device)
         with (

@@ -31,7 +31,7 @@ from shoal.runtime import world_size
 
 from ...eval.evaluate import checked_items, in_words, scores_of
 from ...eval.harness.engine import CausalLM, connect_ranks
-from ...eval.harness.item_cache import ENGINE, ItemCache, key_of
+from ...eval.harness.item_cache import ENGINE, ItemCache, key_of, versions
 from ...eval.harness.perplexity import perplexity, windows
 from ...eval.harness.writing import Writing
 from ...eval.tasks.load import known_tasks, tasks_of
@@ -78,7 +78,8 @@ def sweep(
     settings = replace(settings, tasks=task_names(settings), protocols=())
     tasks = tasks_of(settings, seed=seed)
     lm.seed = seed
-    answered_by = fingerprint([identity, ENGINE, [stored_name(variant.edits) for variant in everything]])
+    made_by = [ENGINE, lm.device.type, versions()]
+    answered_by = fingerprint([identity, *made_by, [stored_name(variant.edits) for variant in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))

@@ -122,9 +122,14 @@ def identity_of(content: str, model: Any) -> str:
             "device": model.device.type,
             "generation": generation.to_diff_dict() if generation is not None else None,
             "engine": ENGINE,
-            **{package: importlib.metadata.version(package) for package in ("shoal", "torch", "transformers")},
+            **versions(),
         }
     )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that answers come from."""
+    return {package: importlib.metadata.version(package) for package in ("shoal", "torch", "transformers")}
 
 
 def _parsed(line: str) -> Any:

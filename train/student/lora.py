@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.distill import Lora
-from shoal.recipe.edits import ZEROED_WEIGHTS
 
 from .trainable import Trained
 

@@ -13,7 +13,7 @@ from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config
 from shoal.models.attention import without_kernels
-from shoal.models.load import Checkpoint, loaded_dtype
+from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, Record, sources_that_ask
 from shoal.recipe.losses import STATE_TERMS, looks_into_attention, needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
@@ -96,7 +96,7 @@ class TrainSpec:
     @property
     def teacher_dtype(self) -> torch.dtype:
         """Precision of a teacher that is loaded."""
-        return loaded_dtype(self.teacher.config, self.settings.teacher.dtype or self.teacher.load.dtype)
+        return self.teacher.loaded_dtype(self.settings.teacher.dtype)
 
     @property
     def asked_sources(self) -> frozenset[int] | None:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, text_config
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import reads_images
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import ZEROED_WEIGHTS, Insert, Merge, Replace, Swap, edited_layers
+from shoal.recipe.edits import Insert, Merge, Replace, Swap, edited_layers
 
 
 @dataclass(frozen=True)

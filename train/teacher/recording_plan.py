@@ -24,7 +24,7 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
-from shoal.models.load import Checkpoint, loaded_dtype
+from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys
@@ -139,8 +139,7 @@ def recording_layout(
     layout = Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
     if prefix is None:
         return layout
-    dtype = loaded_dtype(teacher.config, teacher.load.dtype)
-    return replace(layout, prefix=prefix - 1, prefix_dtype=str(dtype).removeprefix("torch."))
+    return replace(layout, prefix=prefix - 1, prefix_dtype=str(teacher.loaded_dtype()).removeprefix("torch."))
 
 
 def plan_recording(

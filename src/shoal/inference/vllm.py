@@ -44,9 +44,7 @@ def vllm_version() -> str:
 
 def vllm_dtype(checkpoint: Checkpoint) -> str:
     """Precision in which vLLM runs ``checkpoint``: the one that transformers would load it in."""
-    from shoal.models.load import loaded_dtype
-
-    return str(loaded_dtype(checkpoint.config, checkpoint.load.dtype)).removeprefix("torch.")
+    return str(checkpoint.loaded_dtype()).removeprefix("torch.")
 
 
 def vllm_engine(checkpoint: Checkpoint, *, seed: int, **settings: Any) -> Any:

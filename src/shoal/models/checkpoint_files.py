@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ WITH_MODEL = (*PROCESSOR[:1], "LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """Keys of tokenizer_config.json that shape tokens; the rest are paths, versions, and the pad token, which is masked."""
 WRITING = "generation_config.json"
+ZEROED_WEIGHTS = "shoal_zeroed_weights"
+"""Configuration key that names the student's parameters in which an edit zeroed entries."""
 """What says how a model writes by itself; also the name of what identifies that among the inputs of scores."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -229,8 +231,8 @@ def model_fingerprint(folder: Path) -> str:
     """Content hash of configuration, tokenizer, weights and what makes images into inputs, whatever the folder and
     however the weights are split.
 
-    A tensor of up to 256 KiB is hashed whole, a larger one by four evenly spaced blocks of 64 KiB: seconds for any
-    size, and a training step, a requantisation or an edit of a single tensor all show.
+    A tensor of up to 256 KiB is hashed whole, and so is one in which an edit zeroed entries; any other by four evenly
+    spaced blocks of 64 KiB: seconds for any size, and a training step, a requantisation or another weight all show.
     """
     digest = hashlib.sha256()
     config = json_or_empty(folder / "config.json")
@@ -243,7 +245,8 @@ def model_fingerprint(folder: Path) -> str:
     if (gguf := gguf_in(folder)) is not None:
         digest.update(file_hash(gguf).encode())
         return digest.hexdigest()[:16]
-    samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file)}
+    zeroed = config.get(ZEROED_WEIGHTS) or ()
+    samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file, zeroed)}
     for name in sorted(samples):
         digest.update(name.encode() + samples[name])
     return digest.hexdigest()[:16]
@@ -258,12 +261,15 @@ def writing_settings(folder: Path) -> dict[str, Any]:
     return {key: settings[key] for key in sorted(own)}
 
 
-def _samples(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and hash of every tensor in a safetensors file."""
+def _samples(file: Path, whole: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and hash of every tensor in a safetensors file; of those named in ``whole`` all bytes count."""
     with file.open("rb") as handle:
         for name, tensor in read_header(file).tensors.items():
             digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            for offset, size in sampled_ranges(tensor.start, tensor.end):
+            ranges = sampled_ranges(tensor.start, tensor.end)
+            if name in whole:
+                ranges = [(tensor.start, tensor.end - tensor.start)]
+            for offset, size in ranges:
                 handle.seek(offset)
                 digest.update(handle.read(size))
             yield name, digest.digest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from shoal.models.checkpoint_files import (
     Shard,
     check_checkpoint,
     check_config,
+    gguf_in,
     has_tokenizer,
     json_or_empty,
     read_shards,
@@ -362,7 +363,18 @@ class Checkpoint:
     @property
     def stored_dtype(self) -> torch.dtype:
         """Precision of the weights in the files."""
-        return loaded_dtype(self.config, "stored")
+        return self.loaded_dtype("stored")
+
+    def loaded_dtype(self, wanted: str | None = None) -> torch.dtype:
+        """Precision that the weights are loaded in, where it is ``wanted`` in place of that of the settings.
+
+        The files are read only where config.json does not say.
+        """
+        return loaded_dtype(self.config, wanted or self.load.dtype, self._headers())
+
+    def _headers(self) -> Iterator[Shard]:
+        if gguf_in(self.folder) is None:
+            yield from read_shards(self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer; raises as load_tokenizer does."""

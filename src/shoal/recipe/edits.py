@@ -25,8 +25,6 @@ layer that below it."""
 CLOSED_GAPS = "shoal_closed_gaps"
 """Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
 model."""
-ZEROED_WEIGHTS = "shoal_zeroed_weights"
-"""Configuration key that names the student's parameters in which an edit zeroed entries."""
 
 Index = Annotated[int, Field(ge=0)]
 Indices = Annotated[tuple[Index, ...], Field(min_length=1)]

@@ -207,6 +207,8 @@ def contradictions(prune: Prune) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     if prune.compensate is not None and prune.edits:
         yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
+    if prune.compensate is not None and prune.drop == ():
+        yield "prune.compensate: makes up for dropped layers, and prune.drop is empty; name layers, or leave it out"
     if prune.vision_tower != "whole" and prune.edits:
         yield "prune.vision_tower: is cut where layers are dropped alone, and prune.edits is set; leave one of them out"
     if prune.width is not None:

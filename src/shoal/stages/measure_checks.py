@@ -129,7 +129,11 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
 
     config, tokenizer = run.config(), run.tokenizer()
     tasks, counts = checked_tasks(settings, config, tokenizer)
-    num_removals = max((num_components(operator, text_config(config)) for operator in settings.operators), default=1)
+    orders = [settings.max_removed, len(settings.order) if isinstance(settings.order, tuple) else None]
+    of_each = {operator: num_components(operator, text_config(config)) for operator in settings.operators}
+    if "cumulative" in of_each:
+        of_each["cumulative"] = min(filter(None, [*orders, of_each["cumulative"]]))
+    num_removals = max(of_each.values(), default=1)
     _check_disputed(settings, tasks)
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")

@@ -87,7 +87,12 @@ def read_goals(run: Run) -> Goals | None:
     for name in ("memory_gb", "ms_per_token", "speedup"):
         if (serving := getattr(target, name)) is not None and serving.length is not None:
             check_length(run, serving.length, f"prune.target.{name}.length")
-    sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
+    sizes = layer_sizes(
+        run.base,
+        keep_mtp=run.recipe.prune.mtp == "keep",
+        vision_blocks=_vision_blocks(run),
+        trust_remote_code=run.recipe.trust_remote_code,
+    )
     removed, measured = removed_layers(run.recipe.prune.edits), _teacher_time(run)
     return goals_of(target, sizes, removed=removed, teacher_time=measured)
 
@@ -310,6 +315,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     heads = None if prune.protect_heads is None else read_heads(run)
     choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads, goals=read_goals(run))
     tower, width = _vision_blocks(run), width_of(run)
+    if tower is None and run.recipe.prune.vision_tower != "whole":
+        log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")
     if not choice.drop and not choice.edits and tower is None and width is None:
         raise UserError(
             "prune.drop: is empty, and prune.vision_tower finds nothing to cut, so nothing would go; name layers"
@@ -375,7 +382,4 @@ def _vision_blocks(run: Run) -> int | None:
 
     if run.recipe.prune.vision_tower == "whole":
         return None
-    blocks = blocks_read(run.config()) if reads_images(run.config()) else None
-    if blocks is None:
-        log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")
-    return blocks
+    return blocks_read(run.config()) if reads_images(run.config()) else None

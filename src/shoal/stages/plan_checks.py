@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from shoal.artifacts.plan import PruningPlan
 from shoal.data.sources import load_texts
@@ -13,9 +12,6 @@ from shoal.recipe.prune import Calibration
 from shoal.recipe.track import is_gguf
 from shoal.stages.plan import choose_plan, read_goals, refuse_unmeasured, width_of
 from shoal.stages.run import Run, check_length
-
-if TYPE_CHECKING:
-    pass
 
 
 def refuse_impossible_plan(run: Run) -> None:

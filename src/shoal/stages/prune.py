@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.importance import Importance
@@ -39,9 +39,6 @@ from shoal.stages.plan_checks import (
     refuse_unreadable_data,
 )
 from shoal.stages.run import Run, is_done, out_of_date, require
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +158,12 @@ def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure
                 "narrows layers too; leave it out"
             )
         return ()
-    sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
+    sizes = layer_sizes(
+        run.base,
+        keep_mtp=plan.mtp,
+        vision_blocks=plan.vision_blocks,
+        trust_remote_code=run.recipe.trust_remote_code,
+    )
     heads = None if run.recipe.prune.protect_heads is None else read_heads(run)
     front = frontier(run.prune, importance, sizes, heads)
     if figure is not None:

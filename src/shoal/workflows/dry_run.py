@@ -120,6 +120,7 @@ def _measure(run: Run) -> Stage:
 
 def _measuring_time(run: Run) -> str:
     """Of metrics alone: what sweeps, heads, images, diagnostics and probes take depends on what is not known before."""
+    from shoal.compress.metrics.laco import tokens_read
     from shoal.compress.metrics.registry import METRICS
 
     settings = run.recipe.measure
@@ -131,7 +132,8 @@ def _measuring_time(run: Run) -> str:
     needs = {METRICS[name].needs for name in settings.metrics}
     forwards = sum(LOSS_FORWARDS[name](layers, num_drop) for name in settings.metrics if name in LOSS_FORWARDS)
     forwards += ("hidden" in needs) + BACKWARD * ("gradients" in needs)
-    return _reading_time(run, forwards * settings.num_tokens)
+    merges = tokens_read(layers, num_drop) if "merges" in needs else 0
+    return _reading_time(run, forwards * settings.num_tokens + merges)
 
 
 def _reading_time(run: Run, num_tokens: float) -> str:

@@ -28,7 +28,8 @@ from shoal.compress.edits.growing import inserted_in_place, new_layers
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import KEPT_LAYERS, ZEROED_WEIGHTS, Insert, removed_layers
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
+from shoal.recipe.edits import KEPT_LAYERS, Insert, removed_layers
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import depth, prune
 from shoal.stages.run import open_run

@@ -29,9 +29,9 @@ from shoal.compress.edits.zeroing import unsaved_parameters, zero_half, zero_hea
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import num_parameters
 from shoal.recipe.edits import (
-    ZEROED_WEIGHTS,
     Component,
     Edit,
     HeadMask,

@@ -104,6 +104,15 @@ def test_padding_changes_no_score() -> None:
     assert measure(model, PackedRows(*padded), attention_mask_NS=mask) == measure(model)
 
 
+def test_a_merge_that_overflows_scores_worst_and_the_others_are_measured(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama").half()
+    for layer, value in enumerate((-30_000, 30_000, 30_000)):  # -t0 + t1 + t2 is above 65,504
+        decoder_layers(model)[layer].get_parameter("mlp.down_proj.weight").data[0, 0] = value
+    (first, *_), (overflown, *rest) = measure(model, num_drop=2)
+    assert (first < 2, overflown, rest[0] < 2) == (True, 2, True)
+    assert "mlp.down_proj.weight is not finite in torch.float16" in caplog.text
+
+
 def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
     with in_group(rank, world_size, folder):
         scores = measure_importance(tiny_model("llama"), ROWS, metrics=["laco_acceptance"], batch_size=2)

@@ -19,13 +19,14 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import estimate
+from shoal.compress.layer_sizes import layer_sizes
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import checkpoint_bytes, mtp_names, read_shards
 from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.edits import SkipMlp
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
-from shoal.stages.plan import plan_inputs
+from shoal.stages.plan import plan_inputs, read_goals
 from shoal.stages.run import open_run
 from shoal.train.student.frozen import write_student
 
@@ -145,7 +146,14 @@ def test_the_dry_run_counts_the_bytes_of_the_module(tmp_path: Path) -> None:
     for keeps in (True, False):
         apply_plan(folder, plan(mtp=keeps), tmp_path / str(keeps), proof="files")
         _, expected = estimate(folder, plan(mtp=keeps), tmp_path / "out", proof="files")
-        assert expected == sum(tensor.nbytes for tensor in tensors(tmp_path / str(keeps)).values())
+        written = sum(tensor.nbytes for tensor in tensors(tmp_path / str(keeps)).values())
+        assert expected == written
+        # what a target of memory counts with
+        raw = {"mtp": "keep" if keeps else "drop", "target": {"memory_gb": {"limit": 1e-4, "length": 1}}}
+        goals = read_goals(open_run(parse_recipe({"model": str(folder), "prune": raw})))
+        assert goals is not None
+        (goal,) = goals.goals
+        assert goal.amount(DROP) - layer_sizes(tmp_path / str(keeps)).cache(1, 1) == written
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import estimate
+from shoal.compress.layer_sizes import layer_sizes
 from shoal.compress.surgery.cut_model import skipped
 from shoal.compress.surgery.proof import behaviour, prove_by_run
 from shoal.compress.surgery.vision_tower import blocks_read, without_unread_blocks
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import read_shards
-from shoal.models.load import align_weights, load_model
+from shoal.models.load import align_weights, load_model, num_parameters
 
 BLOCKS = 4
 
@@ -72,6 +73,9 @@ def test_blocks_above_the_deepest_state_that_is_read_go_without_a_trace(
     assert estimated == sum(
         place.end - place.start for shard in read_shards(tmp_path / "student") for place in shard.tensors.values()
     )
+    sizes = layer_sizes(tmp_path / "teacher", vision_blocks=blocks)
+    assert sizes.stored.of(plan.keep) == estimated
+    assert sizes.cost.num_parameters - sizes.layer_parameters[3] == num_parameters(student)
 
 
 def test_the_tower_alone_can_go(tmp_path: Path) -> None:

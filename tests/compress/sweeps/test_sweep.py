@@ -96,6 +96,10 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "ENGINE", module.ENGINE + 1)
     run(variants, folder=tmp_path, identity="b")
     assert sum(calls) == answered + 12  # nor are those of another engine
+    calls[:] = [0, 0]
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "0.0"})
+    run(variants, folder=tmp_path, identity="b")
+    assert sum(calls) == answered + 12
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from shoal.errors import UserError
 from shoal.models import demo
 from shoal.models.anatomy import decoder_body, decoder_layers
 from shoal.models.checkpoint_files import (
+    ZEROED_WEIGHTS,
     check_checkpoint,
     checkpoint_bytes,
     copy_beside,
@@ -47,6 +48,8 @@ from shoal.models.checkpoint_files import (
 )
 from shoal.models.load import (
     CHECKPOINT_FILES,
+    Checkpoint,
+    LoadSettings,
     load_config,
     load_model,
     load_tokenizer,
@@ -182,6 +185,8 @@ def test_a_checkpoint_is_loaded_in_the_dtype_that_is_told(tmp_path: Path) -> Non
     shards, config = read_shards(tmp_path), tiny_config("llama")
     assert loaded_dtype(config) == torch.float32
     assert loaded_dtype(config, shards=shards) == torch.float16
+    unsaid = Checkpoint(tmp_path, config, LoadSettings(dtype="bfloat16"))
+    assert (unsaid.stored_dtype, unsaid.loaded_dtype()) == (torch.float16, torch.bfloat16)
     config.dtype = torch.bfloat16
     assert loaded_dtype(config, shards=shards) == torch.bfloat16
     assert loaded_dtype(config, "float64", shards) == torch.float64
@@ -421,6 +426,19 @@ def test_fingerprint_sees_what_makes_inputs_of_images(folder: Path, name: str) -
 
 
 @pytest.mark.slow
+def test_fingerprint_sees_which_entries_an_edit_zeroed(folder: Path) -> None:
+    """One head of GPT-2's output map is a block of rows, which may lie between the samples of a large tensor."""
+    name, found = "transformer.h.0.attn.c_proj.weight", set[str]()
+    for head in range(12):
+        weight = torch.ones(768, 768)
+        weight.view(12, 64, 768)[head] = 0
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        save_file({name: weight}, folder / "model.safetensors")
+        set_json(folder / "config.json", **{ZEROED_WEIGHTS: [name]})
+        found.add(model_fingerprint(folder))
+    assert len(found) == 12
+
+
 def test_fingerprint_sees_a_change_of_any_single_weight(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors, seen = load_file(file), {model_fingerprint(folder)}

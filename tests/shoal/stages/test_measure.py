@@ -67,6 +67,16 @@ def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     return make
 
 
+def test_items_are_needed_for_the_removals_that_there_are(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = list[int]()
+    refuse = "shoal.compress.sweeps.sweep.refuse_few_items"
+    monkeypatch.setattr(refuse, lambda *_, num_removals, **__: counted.append(num_removals))
+    for asked in ({}, {"max_removed": 2}, {"order": [3]}, {"order": [3, 2, 1], "max_removed": 4}):
+        measure_checks.check_measure(make_run({"sweep": {**SWEEP, "operators": ["cumulative"], **asked}}))
+    measure_checks.check_measure(make_run({"sweep": {**SWEEP, "operators": ["cumulative", "layer"], "order": [3]}}))
+    assert counted == [6, 2, 1, 3, 6]
+
+
 @pytest.mark.slow
 def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     make_run: Any, caplog: pytest.LogCaptureFixture

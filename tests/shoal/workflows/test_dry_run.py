@@ -115,6 +115,7 @@ def test_the_time_of_measuring_is_that_of_its_forwards(make_run: Any, monkeypatc
         (["single_drop_perplexity"], 3),
         (["sleb", "block_influence"], 2 * 3 + 1),
         (["local_shapley", "present_absent"], 2 * 8 * 6),
+        (["laco_acceptance"], 5 * 32 * (1 + 5 + 4) / 64),  # runs of one and of two of six layers
     ):
         told = rows(
             run_dry_run(make_run(measure={"metrics": metrics, "num_drop": 2}, prune={"num_drop": None, "drop": [2]}))

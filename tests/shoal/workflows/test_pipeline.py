@@ -776,6 +776,7 @@ def test_other_settings_of_the_compensation_make_another_student(make_run: Any) 
             {"drop": [3], "edits": [{"kind": "skip_mlp", "layers": [2]}], "compensate": "both"},
             "makes up for dropped layers alone",
         ),
+        ({"drop": [], "vision_tower": "auto", "compensate": "scale"}, "prune.drop is empty; name layers"),
         ({"drop": [3], "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"num_drop": 1, "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"drop": [3], "compensate": {"sequence_length": 100_000}}, "prune.compensate.sequence_length: 100000 is more"),

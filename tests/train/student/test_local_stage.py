@@ -23,9 +23,9 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, LocalHeal, Record
-from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student import local_stage as local
 from shoal.train.student.local_stage import LocalResult, heal_locally, local_stage
 from shoal.train.student.spec import Ranks, train_spec

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.distill import Lora
-from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student.frozen import finished_state, share_frozen, stored_names
 from shoal.train.student.lora import add_adapters, refuse_untrainable, remove_adapters
 from shoal.train.student.trainable import trained_parts

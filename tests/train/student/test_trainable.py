@@ -16,9 +16,9 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.distill import Distill, LocalHeal, Teacher
 from shoal.recipe.distill_contradictions import contradictions
-from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.objective.capture import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
 from shoal.train.student.trainable import (
