@@ -210,7 +210,7 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
     check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
     refuse_idle_ranks(counts, num_ranks=lm.world_size)
     lm.endings.clear()
-    first = {name: list(range(count)) for name, count in counts.items()}
+    first: dict[str, Any] = {name: range(count) for name, count in counts.items()}
     theirs: Any = task_module
     bar = theirs.tqdm
     # its making of prompts is told of as all else, not by a bar of its own for every task

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.recipe.evaluate import Tasks
-from shoal.runtime import world_size
+from shoal.runtime import agreed, world_size
 
 from .evaluate import num_items, refuse_idle_ranks, scores_of
 from .harness.engine import CausalLM, connect_ranks
-from .harness.perplexity import perplexity
+from .harness.perplexity import perplexity, windows
 from .tasks.load import tasks_of
 from .tasks.names import named_in
 
@@ -51,6 +51,8 @@ class QuickScores:
         # now, and not by the first scores, which come when the training has begun
         with named_in("distill.watch", *SETTINGS):
             refuse_idle_ranks(num_items(self._tasks, settings), num_ranks=world_size())
+        # and once: a Hub that does not answer must not end a training
+        self._windows = agreed(lambda: windows(tokenizer, settings)) if settings.perplexity_tokens else ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ class QuickScores:
                 lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
                 scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
                 if self._settings.perplexity_tokens:
-                    scores.insert(0, perplexity(lm, self._settings))
+                    scores.insert(0, perplexity(lm, self._settings, all_windows=self._windows))
         finally:
             model.train(was_training)
             random.setstate(python)

@@ -27,7 +27,7 @@ from shoal.inference.scoring import Score
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
 from shoal.recipe.measure import Protocol, Sweeps
-from shoal.runtime import world_size
+from shoal.runtime import agreed, world_size
 
 from ...eval.evaluate import checked_items, in_words, scores_of
 from ...eval.harness.engine import CausalLM, connect_ranks
@@ -87,11 +87,12 @@ def sweep(
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, settings))
     log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
     scores_of_all: list[tuple[TaskScore, ...]] = []
+    pieces = agreed(lambda: windows(lm.tokenizer, settings)) if settings.perplexity_tokens else ()
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
         lm.show(number)
         scores = scores_of(lm, tasks, settings, seed=seed)
         if settings.perplexity_tokens:
-            scores = (*scores, perplexity(lm, settings))
+            scores = (*scores, perplexity(lm, settings, all_windows=pieces))
         scores_of_all.append(scores)
     intact = scores_of_all[0]
     by_name = dict(zip((variant.name for variant in everything), scores_of_all, strict=True))

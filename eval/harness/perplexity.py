@@ -49,18 +49,25 @@ class Placed(NamedTuple):
     end: int
 
 
-def perplexity(lm: CausalLM, settings: Tasks, *, cut_by: PreTrainedTokenizerBase | None = None) -> TaskScore:
+def perplexity(
+    lm: CausalLM,
+    settings: Tasks,
+    *,
+    cut_by: PreTrainedTokenizerBase | None = None,
+    all_windows: Sequence[Window] = (),
+) -> TaskScore:
     """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
 
     A window never reaches over a document's end; every token is scored once, a window's first one after the start token
     or its predecessor. Items are windows, weighted by their tokens. Ranks share the windows. With ``cut_by``, a
-    tokenizer of other tokens, text and windows are what that one would take, as bits per byte.
+    tokenizer of other tokens, text and windows are what that one would take, as bits per byte. Who scores again and
+    again gives ``all_windows``, so that the text is read once.
 
     Raises:
         UserError: a window longer than the model's positions, text that cannot be read, or a tokenizer that cannot say
             where in a text its tokens stand.
     """
-    all_windows = windows(cut_by or lm.tokenizer, settings, reader=lm.tokenizer if cut_by else None)
+    all_windows = all_windows or windows(cut_by or lm.tokenizer, settings, reader=lm.tokenizer if cut_by else None)
     longest = settings.sequence_length if cut_by is None else max(len(window.scored) for window in all_windows)
     if longest > lm.max_length:
         raise UserError(

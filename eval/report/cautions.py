@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,9 @@ def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
     if refused := comparison.refused:
         count = "One score is" if len(refused) == 1 else f"{len(refused)} scores are"
         yield Caution("Settings differ", f"{count} left out of the tables, because settings differ.", refused)
+    if unpaired := comparison.formless:
+        lead = "A twin of other items is compared by its score alone, not item by item."
+        yield Caution("No form gap", lead, unpaired)
     for role, evaluation in run.evaluations.items():
         if run.plan and role in ("pruned", "distilled") and evaluation.num_layers != len(run.plan.keep):
             yield Caution(
@@ -133,18 +136,18 @@ def _overlap(run: Run) -> Iterator[Caution]:
 
 def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
     about = f"Overlap of {text.use} and evaluation"
+    overlap: Mapping[str, Any] = text.data.get("overlap") or {}
     if HELD_OUT in (text.data.get("sources") or {}):
         told = f"{text.reader} {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
         yield Caution(about, told)
-    elif overlap := text.data.get("overlap"):
-        if num_found := {task: counts["found"] for task, counts in overlap.items() if counts["found"]}:
-            told = "; ".join(
-                f"{count} of {overlap[task]['compared']} of {', '.join(task_words(task))}"
-                for task, count in num_found.items()
-            )
-            yield Caution(about, f"Evaluation items were found in {text.searched}, by 13 words in succession: {told}.")
-    elif foreign := _foreign(run, text):
-        told = "; ".join(foreign)
+    if num_found := {task: counts["found"] for task, counts in overlap.items() if counts["found"]}:
+        told = "; ".join(
+            f"{count} of {overlap[task]['compared']} of {', '.join(task_words(task))}"
+            for task, count in num_found.items()
+        )
+        yield Caution(about, f"Evaluation items were found in {text.searched}, by 13 words in succession: {told}.")
+    if unknown := _not_searched(run, text, overlap):
+        told = "; ".join(unknown)
         yield Caution(about, f"It was not checked whether {text.use} text and evaluation items overlap for: {told}.")
 
 
@@ -179,20 +182,22 @@ def disjointness(run: Run) -> str | None:
     )
 
 
-def _foreign(run: Run, text: _Text) -> list[str]:
-    """Sources and tasks that are not shoal's own, so that nothing keeps them apart."""
+def _not_searched(run: Run, text: _Text, searched: Collection[str]) -> list[str]:
+    """What nobody knows to be apart: nothing keeps apart sources and tasks that are not shoal's own, and only tasks
+    ``searched`` were looked for."""
     tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
-    own = (*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT)
+    own = (*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT, HELD_OUT)
     foreign = [name for name in text.data.get("sources") or {} if name not in own]
     described, _ = described_tasks(task_folders(None))
     bundled = {name for name, (part, _) in described.items() if part.data.bundled}
-    return foreign + [
-        ", ".join(score_words(task))
-        for name, task in tasks.items()
-        if not (held_out if task.protocol == "rolling" else name in bundled)
-    ]
+    kept_apart = {"perplexity", *bundled} if held_out else bundled
+    if searched:  # after that the sources are known, but to tasks that came later, and to running text
+        apart, foreign = {*searched} if foreign else {*searched, *kept_apart}, []
+    else:
+        apart = kept_apart
+    return foreign + [", ".join(score_words(task)) for name, task in tasks.items() if name not in apart]
 
 
 def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:

@@ -197,6 +197,8 @@ class Comparison:
     """Reasons why a role's score was left out of a row: it was measured with other settings."""
     elsewhere: tuple[Row, ...] = ()
     """Rows of the roles that another engine ran than the one that ran the teacher; nothing pairs the two."""
+    formless: tuple[str, ...] = ()
+    """Reasons why a twin has no form gap."""
 
 
 def read_run(folder: Path) -> Run:
@@ -263,8 +265,8 @@ def compare(run: Run) -> Comparison:
     engine = next((evaluation.engine for evaluation in run.evaluations.values()), "")
     own = {role: evaluation for role, evaluation in run.evaluations.items() if evaluation.engine == engine}
     others = {role: evaluation for role, evaluation in run.evaluations.items() if role not in own}
-    rows = _with_forms(_rows(own, refused), refused)
-    return Comparison(tuple(rows), tuple(refused), tuple(_rows(others, refused)))
+    rows, unpaired = _with_forms(_rows(own, refused))
+    return Comparison(tuple(rows), tuple(refused), tuple(_rows(others, refused)), tuple(unpaired))
 
 
 def _rows(evaluations: Mapping[str, Evaluation], refused: list[str]) -> list[Row]:
@@ -450,20 +452,20 @@ def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
     )
 
 
-def _with_forms(rows: Sequence[Row], refused: list[str]) -> list[Row]:
-    """The rows, those of twins with their form gaps; why one has none is added to ``refused``."""
-    by_task, forms = {row.any_score.task: row for row in rows}, dict[Key, Form]()
+def _with_forms(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows, those of twins with their form gaps, and why one has none."""
+    by_task, forms, formless = {row.any_score.task: row for row in rows}, dict[Key, Form](), list[str]()
     for row in rows:
         if own := by_task.get(row.any_score.twin_of):
             try:
                 forms[row.key] = form_of(own.scores, row.scores)
             except UserError as error:
-                refused.append(f"form gap: {error}")
+                formless.append(str(error))
     adjusted = _adjusted([form.gaps for form in forms.values()])
     corrected = {
         key: replace(form, adjusted_p=values) for (key, form), values in zip(forms.items(), adjusted, strict=True)
     }
-    return [replace(row, form=corrected.get(row.key)) for row in rows]
+    return [replace(row, form=corrected.get(row.key)) for row in rows], formless
 
 
 def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:

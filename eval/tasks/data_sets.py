@@ -28,6 +28,7 @@ from shoal.yaml_text import read_yaml
 TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling", "labels"]
 AGREED = 0.6
 """Share of the people asked who give the most frequent answer, from which on an item counts as agreed upon."""
+Stamps = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -307,16 +308,27 @@ def parts_of(data: DataSet) -> list[Part]:
     return [Part(data, value, kind) for value in (data.parts.values if data.parts else (None,)) for kind in kinds]
 
 
-@cache
+def yaml_files(folder: Path) -> Stamps:
+    """Name, time and size of every YAML file in a folder and below it: what is read of them is kept while these stay,
+    and no longer, since a notebook asks again after a file was edited."""
+    stats = ((file, file.stat()) for file in sorted(folder.rglob("*.yaml")))
+    return tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats)
+
+
 def read_data_sets(folder: Path) -> dict[str, DataSet]:
     """The descriptions in a folder and below it, by name.
 
     Raises:
         UserError: a description that is wrong, or two of one name.
     """
+    return _data_sets_in(folder, yaml_files(folder))
+
+
+@cache
+def _data_sets_in(folder: Path, files: Stamps) -> dict[str, DataSet]:
     described: dict[str, DataSet] = {}
     description = TypeAdapter(DataSet)  # takes longer to make than a file to read
-    for file in sorted(folder.rglob("*.yaml")):
+    for file in (Path(name) for name, *_ in files):
         text = read_text(file)
         if not any(line.startswith("dataset:") for line in text.splitlines()):
             continue

@@ -20,7 +20,7 @@ from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.recipe.evaluate import Eval, Tasks
 
-from .data_sets import DataSet, Part, parts_of
+from .data_sets import DataSet, Part, Stamps, parts_of, yaml_files
 from .documents import LEAVE_OUT, MissingFiles, UnreadHub, local_rows
 from .names import described_data, described_tasks, local_data, refuse_unknown, task_folders, unknown
 from .protocols import task_config
@@ -173,6 +173,8 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int 
             for setting in ("training_split", "validation_split", "test_split"):
                 if getattr(config, setting) not in splits:
                     setattr(config, setting, None)
+            if config.fewshot_config.split not in splits:  # lm-eval reads examples also where none are shown
+                config.fewshot_config.split = None
         opened.append(self)
 
     ConfigurableTask.download = from_folder
@@ -248,9 +250,13 @@ def _check_metadata(name: str, task: Any) -> None:
                 raise UserError(f"eval.tasks: {name!r} has metadata.{key} {told[key]!r}; give {what}, or leave it out")
 
 
-@cache
 def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
     """lm-eval's index of task files; reading its whole collection takes ten seconds."""
+    return _manager_of(folders, tuple(map(yaml_files, folders)), with_all=with_all)
+
+
+@cache
+def _manager_of(folders: tuple[Path, ...], _files: tuple[Stamps, ...], *, with_all: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(folders), include_defaults=with_all)
@@ -356,4 +362,7 @@ def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> No
         raise UserError(
             f"eval.num_fewshot: {name!r} has no examples beside the items it is scored on; set it to 0 (got {shots})"
         )
+    sampler = getattr(task, "sampler", None)
+    if shots and sampler is not None and shots > (most := len(sampler.fewshot_indices or sampler.df)):
+        raise UserError(f"eval.num_fewshot: {name!r} has {most} examples; set it to at most that (got {shots})")
     task.set_fewshot_seed(seed=seed)

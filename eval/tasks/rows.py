@@ -158,6 +158,8 @@ def _defined(value: Any, key: str) -> Any:
 def _finished(doc: Doc, at: str) -> Doc:
     """The document with its identity and everything the protocols ask for."""
     if "page" in doc:
+        if not doc["page"].strip():
+            raise UserError(f"{at}: its text is empty; correct the data, or leave the row out")
         return {"id": digest(doc["page"])[:16], **doc}
     doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
     if "options" in doc:

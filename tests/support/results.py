@@ -72,9 +72,7 @@ def nats(role: str, n: int = 60) -> TaskScore:
     noise = random.Random(1)
     items = tuple(ItemScore(f"w{i}", 4.0 - 2 * SKILL[role] + noise.random() * 0.1) for i in range(n))
     score = sum(item.score for item in items) / n
-    draft = TaskScore(
-        "python_docs_heldout", "language", "rolling", "nats_per_token", score, 0, 0, n, 0.0, False, "1", 0, items
-    )
+    draft = TaskScore("perplexity", "language", "rolling", "nats_per_token", score, 0, 0, n, 0.0, False, "1", 0, items)
     return _with_interval(draft)
 
 

@@ -45,6 +45,9 @@ def test_an_evaluation_of_another_plan_is_pointed_out(tmp_path: Path) -> None:
     assert "it belongs to another plan" in told(tmp_path)
 
 
+EVERY_TASK = {task.task: 0 for task in evaluation("teacher").tasks}
+
+
 def read(source: str, **found: int) -> dict:
     """What distill.json says of its data: one source, and how many items of which task were found in it."""
     overlap = {task: {"items": 10, "compared": 9, "found": count, "examples": []} for task, count in found.items()}
@@ -60,10 +63,15 @@ def read(source: str, **found: int) -> dict:
         (read("python_docs_heldout"), None, "which is evaluation text"),
         (read("python_docs"), "mmlu", "overlap for: MMLU, option text"),
         (
-            read("my.jsonl", mmlu=0, gsm8k=0),
+            read("my.jsonl", **EVERY_TASK),
             None,
-            "No evaluation item of 2 tasks was found in the first 5,000 tokens of the training",
+            f"No evaluation item of {len(EVERY_TASK)} tasks was found in the first 5,000 tokens of the training",
         ),
+        (read("my.jsonl", mmlu=0), "gsm8k", "overlap for: GSM8K, option text"),  # evaluated after the search
+        (read("python_docs", mmlu=0), "gsm8k", "overlap for: GSM8K, option text"),
+        (read("python_docs", mmlu=0), "knowledge_continuation", "No evaluation item of 1 tasks was found"),
+        (read("my.jsonl", mmlu=0), "knowledge_continuation", "overlap for: knowledge, option text"),
+        (read("python_docs"), "wikitext2_rolling", "overlap for: "),
         (
             read("my.jsonl", mmlu=0, gsm8k=3),
             None,
@@ -93,7 +101,7 @@ def compensated(text: dict) -> PruningPlan:
         (read("python_docs"), None),
         (read("my.jsonl"), "It was not checked whether compensation text and evaluation items overlap for: my.jsonl"),
         (read("python_docs_heldout"), "Compensation was fitted to python_docs_heldout, which is evaluation text"),
-        (read("my.jsonl", mmlu=0), None),
+        (read("my.jsonl", **EVERY_TASK), None),
         (read("my.jsonl", mmlu=2), "in the first 5,000 tokens of the text of prune.compensate, by 13 words in"),
         (
             {**read("my.jsonl", mmlu=0), "wording": {"a/b": {"found": 2, "places": [{"number": 0, "excerpt": "x"}]}}},

@@ -106,7 +106,10 @@ def test_a_twin_of_other_items_has_no_form_gap_and_that_is_told(tmp_path: Path) 
     rows = {row.any_score.task: row for row in compare(read_run(folder)).rows}
     assert rows["retrieval_twin_generation"].form is None
     assert rows["knowledge_twin_continuation"].form is not None
-    assert "fewer than half of 100 items have the same id" in told(folder)
+    text = told(folder)
+    assert "**No form gap.** A twin of other items is compared by its score alone" in text
+    assert "fewer than half of 100 items have the same id" in text
+    assert "Settings differ" not in text
 
 
 def test_p_values_of_form_gaps_are_corrected_over_the_twins(tmp_path: Path) -> None:

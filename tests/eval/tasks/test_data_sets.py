@@ -516,6 +516,19 @@ def test_examples_are_read_only_where_they_are_shown(tmp_path: Path) -> None:
         load("arc_easy_continuation", tmp_path, num_fewshot=2)
 
 
+def test_more_examples_than_there_are_are_refused_before_anything_is_asked(data_dir: Path) -> None:
+    assert load("arc_easy_continuation", data_dir, num_fewshot=1).config.num_fewshot == 1
+    for name, most in (("arc_easy_continuation", 1), ("triviaqa_generation", 3), ("knowledge_continuation", 32)):
+        with pytest.raises(UserError, match=rf"num_fewshot: '{name}' has {most} examples; set it to at most that"):
+            load(name, data_dir, num_fewshot=most + 1)
+
+
+def test_a_page_without_text_is_refused_by_its_row(tmp_path: Path) -> None:
+    write(tmp_path, {"wikitext2/test.jsonl": [*ROWS["wikitext2/test.jsonl"], {"page": " \n"}]})
+    with pytest.raises(UserError, match=r"row 2: its text is empty; correct the data, or leave the row out"):
+        load("wikitext2_rolling", tmp_path)
+
+
 def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) -> None:
     outside = {
         "task": "outside",
@@ -531,10 +544,12 @@ def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) 
     (tmp_path / "outside.yaml").write_text(yaml.safe_dump(outside))
     said = {**outside, "task": "said", "metadata": {"version": 2.0, "ability": "science"}}
     (tmp_path / "said.yaml").write_text(yaml.safe_dump(said))
+    (tmp_path / "shown.yaml").write_text(yaml.safe_dump({**outside, "task": "shown", "fewshot_split": "train"}))
     write(tmp_path, {"arc_easy/test.jsonl": ROWS["arc_easy/test.jsonl"]})
     task = load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path)["outside"]
     assert task.config.metadata["ability"] == "knowledge"  # that of the data it reads
     assert len(task.eval_docs) == len(ROWS["arc_easy/test.jsonl"])
+    assert load_tasks(["shown"], include_path=tmp_path, data_dir=tmp_path)["shown"].config.num_fewshot == 0
     said_itself = load_tasks(["said"], include_path=tmp_path, data_dir=tmp_path)["said"].config.metadata
     assert (said_itself["ability"], said_itself["version"]) == ("science", 2.0)
     with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \("):
@@ -639,6 +654,12 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     (data / "own" / "test.jsonl").write_text(json.dumps({"question": "q", "choices": ["x", "y"], "gold": "y"}))
     task = load_tasks(["own_continuation"], include_path=tasks, data_dir=data)["own_continuation"]
     assert [doc["answer"] for doc in task.eval_docs] == [1]
+    # a notebook asks again after its files were edited
+    (tasks / "own.yaml").write_text(f"{OWN}context: 'Say it: {{{{question}}}}'\n")
+    (tasks / "more.yaml").write_text(OWN.replace("dataset: own", "dataset: more\nfolder: own"))
+    again = load_tasks(["own_continuation", "more_continuation"], include_path=tasks, data_dir=data)
+    assert again["own_continuation"].doc_to_text(again["own_continuation"].eval_docs[0]) == "Say it: q"
+    assert "more_continuation" in again
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,15 @@ def test_items_of_tasks_are_their_questions_with_the_right_answer() -> None:
     }
 
 
+def test_a_wrong_option_is_no_item_whatever_is_asked_for() -> None:
+    names = ("knowledge_loglikelihood", "knowledge_continuation")
+    letters, options = (item_texts(load_tasks(names), dict.fromkeys(names, 5))[name] for name in names)
+    docs = load_tasks(names)["knowledge_loglikelihood"].eval_docs
+    for doc, by_letter, by_option in zip(docs, letters, options, strict=False):
+        assert by_letter == f"{doc['question']} {doc['answers'][0]}"
+        assert doc["answers"][0] in by_option
+
+
 def test_an_item_of_which_the_options_are_beginnings_is_read_as_one_sentence() -> None:
     class Task:
         eval_docs: ClassVar[list[dict[str, Any]]] = [{}]

@@ -112,6 +112,13 @@ def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(mo
         QuickScores(tiny_tokenizer(), Eval(tasks=("knowledge_continuation",), limit=1), seed=0)
 
 
+def test_held_out_text_is_read_before_the_training_and_not_again(monkeypatch: pytest.MonkeyPatch):
+    scorer = QuickScores(tiny_tokenizer(), Eval(tasks=(), perplexity_tokens=64, sequence_length=32), seed=3)
+    monkeypatch.setattr("shoal.eval.harness.perplexity.load_texts", None)
+    model = tiny_model("llama")
+    assert scorer(model) == scorer(model)
+
+
 def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():
     model = tiny_model("llama").train()
     scorer = QuickScores(tiny_tokenizer(), Eval(tasks=(), perplexity_tokens=64, sequence_length=32), seed=3)
