@@ -11,6 +11,7 @@ from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, QUANTIZED, ROLES, E
 from shoal.artifacts.search import PERPLEXITY
 from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.formatting import listed
+from shoal.models.checkpoint_files import WRITING
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
 from ..report.findings import SIGNAL_SIGMAS
@@ -291,9 +292,23 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
     for contender in judged[1:]:
         if contender.teacher == judged[0].teacher and contender.teacher is not None:
             yield from _restless(judged[0], contender, common)
+    yield from _other_writing(contenders)
     for name, values in _harmless(contenders).items():
         told = ", ".join(f"{value} in {' and '.join(letters)}" for value, letters in values.items())
         yield f"{name} differs ({told}), which does not change what is asked."
+
+
+def _other_writing(contenders: Sequence[Contender]) -> Iterator[str]:
+    """Models that write by settings of their own: with a penalty or sampling, texts differ whatever was cut."""
+    by_settings: dict[str, list[str]] = {}
+    for contender in contenders:
+        for role, evaluation in contender.run.evaluations.items():
+            settings = evaluation.provenance.inputs.get(WRITING) or {}
+            told = ", ".join(f"{key} {value}" for key, value in settings.items()) or "nothing"
+            by_settings.setdefault(told, []).append(f"{contender.letter} {role}")
+    if len(by_settings) > 1:
+        told = "; ".join(f"{settings} in {listed(names)}" for settings, names in by_settings.items())
+        yield f"{WRITING} says how a model writes, and not the same of all: {told}. Generated answers differ by that too."
 
 
 def _restless(first: Contender, other: Contender, common: Common) -> Iterator[str]:

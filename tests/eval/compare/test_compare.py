@@ -82,6 +82,14 @@ def test_a_missing_role_is_a_gap_that_is_named(tmp_path: Path) -> None:
     assert "A has none" in comparison_text(comparison)
 
 
+def test_models_that_write_by_settings_of_their_own_are_named(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain")
+    penal = write_run(tmp_path / "penal", inputs={"generation_config.json": {"repetition_penalty": 1.1}})
+    (told,) = [note for note in compare_runs([plain, penal]).notes if "how a model writes" in note]
+    assert "nothing in A teacher, A pruned and A distilled; repetition_penalty 1.1 in B teacher, B pruned" in told
+    assert not any("how a model writes" in note for note in compare_runs([plain, write_run(tmp_path / "two")]).notes)
+
+
 def test_speeds_are_relative_to_their_own_teacher_and_of_one_kind(two: list[Path]) -> None:
     write_speed(two[0], 1.5)
     write_speed(two[1], 1.8)
