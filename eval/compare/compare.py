@@ -308,7 +308,7 @@ def _other_writing(contenders: Sequence[Contender]) -> Iterator[str]:
             by_settings.setdefault(told, []).append(f"{contender.letter} {role}")
     if len(by_settings) > 1:
         told = "; ".join(f"{settings} in {listed(names)}" for settings, names in by_settings.items())
-        yield f"{WRITING} says how a model writes, and not the same of all: {told}. Generated answers differ by that too."
+        yield f"{WRITING} says how a model writes, not the same of all: {told}. Generated answers differ by that too."
 
 
 def _restless(first: Contender, other: Contender, common: Common) -> Iterator[str]:
