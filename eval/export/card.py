@@ -97,11 +97,26 @@ def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License
         license_name=terms.name if terms.identifier else "see-base-model",
         license_link=_license_link(run, terms, base),
         pipeline_tag="image-text-to-text" if _reads_images(run) else "text-generation",
-        tags=["shoal", "layer-pruning", "knowledge-distillation", "arxiv:2510.02091"],
+        tags=_tags(run),
         model_name=_name(run, base),
         eval_results=[_eval_result(row.scores[role], row, role) for row in scored] or None,
         **fields,
     )
+
+
+def _tags(run: Run) -> list[str]:
+    made_by = {"layer-pruning": _is_smaller(run), "knowledge-distillation": bool(run.training) and _asked_teacher(run)}
+    return ["shoal", *(tag for tag, holds in made_by.items() if holds), "arxiv:2510.02091"]
+
+
+def _is_smaller(run: Run) -> bool:
+    """Whether fewer or narrower layers are left than the base model has; what grew or was zeroed is no smaller."""
+    return run.plan is not None and (len(run.plan.keep) < run.plan.num_layers or run.plan.width is not None)
+
+
+def _asked_teacher(run: Run) -> bool:
+    kinds = {loss["kind"] for loss in ((run.recipe or {}).get("distill") or {}).get("losses") or ()}
+    return kinds != {"cross_entropy"}
 
 
 def _license_link(run: Run, terms: License, base: str | None) -> str | None:
@@ -161,7 +176,8 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
         if quantized := quantized_section(run, comparison):
             parts += [f"## {quantized.title}", *quantized.blocks]
         parts += ["## Read with care", *cautions_section(run, comparison).blocks]
-    parts += ["## What was cut", *_cut_lines(run, base), *_picture(run, "importance")]
+    changed = "cut" if _is_smaller(run) else "changed"
+    parts += [f"## What was {changed}", *_cut_lines(run, base), *_picture(run, "importance")]
     if run.training:
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:
@@ -171,7 +187,7 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
     automatic = "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM"
     usage = _USAGE.format(path=_repo(run) or ".", automatic=automatic)
     parts += ["## How to use it", Code(usage, "python")]
-    parts += ["## Intended use", Paragraph(_INTENDED), "## Limits", _limits(run, comparison)]
+    parts += ["## Intended use", Paragraph(_intended(run)), "## Limits", _limits(run, comparison)]
     parts += ["## License", Paragraph(_license_sentence(run, terms, base))]
     if run.recipe:
         text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
@@ -204,7 +220,8 @@ def _training_lines(run: Run) -> Bullets:
     assert run.training is not None
     training, distill = run.training, (run.recipe or {}).get("distill") or {}
     steps = sum(own.num_steps for own in run.trainings)
-    lines = [f"Distilled from the base model on {run.trained_tokens:,} tokens in {steps:,} steps"]
+    how = "Distilled from the base model on" if _asked_teacher(run) else "Trained without a teacher on"
+    lines = [f"{how} {run.trained_tokens:,} tokens in {steps:,} steps"]
     if run.rounds:
         lines[0] += f", in {len(run.trainings)} rounds of cutting and healing on the same text"
     if kinds := [str(loss["kind"]).replace("_", " ") for loss in distill.get("losses") or ()]:
@@ -249,9 +266,17 @@ def _picture(run: Run, name: str) -> list[str]:
     return [f"![{PICTURES[name]}]({file})"] if (run.folder / file).is_file() else []
 
 
+def _intended(run: Run) -> str:
+    stand_in = ", and as a smaller, faster stand-in for its base model where the scores above are good enough"
+    return (
+        f"Research on which layers a language model needs{stand_in if _is_smaller(run) else ''}. It is a plain Hugging "
+        "Face checkpoint: no remote code, safetensors only."
+    )
+
+
 def _limits(run: Run, comparison: Comparison) -> Bullets:
     lines = [
-        "It has the biases and gaps of its base model, and those that a cut adds.",
+        "It has the biases and gaps of its base model, and those that its changes add.",
         "Only the abilities in the table were measured. What is not in it, longer texts, other languages, safety "
         "behaviour, may have suffered more.",
         "Scores by likelihood can hide damage that shows when the model writes freely; look at the generation rows "
@@ -328,7 +353,3 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 model = {automatic}.from_pretrained(path)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
-_INTENDED = (
-    "Research on which layers a language model needs, and as a smaller, faster stand-in for its base model where the "
-    "scores above are good enough. It is a plain Hugging Face checkpoint: no remote code, safetensors only."
-)

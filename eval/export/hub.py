@@ -31,6 +31,11 @@ REMEDIES = {
 }
 
 
+LEFT_OUT = ["*.tmp", "*.old"]
+REPLACED = ["model*.safetensors", "model.safetensors.index.json", "figures/*"]
+"""Files of an earlier upload that go: weights in other files would be loaded in place of these, or beside them."""
+
+
 def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | None = None) -> str:
     """The URL of the Hub repository that now holds checkpoint, card and figures.
 
@@ -52,14 +57,20 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
         set_client_factory(_bounded_client)
         with doing(f"pushing to {repo}"):
             url = str(api.create_repo(repo, private=private, exist_ok=True))
+            if private and api.repo_info(repo).private is False:  # the Hub does not hide a repository that is there
+                raise UserError(
+                    f"export.private: {repo} is there already and public; make it private on the Hub, set "
+                    "export.private: false, or name another export.hub_repo"
+                )
             api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
                 commit_message="Checkpoint, model card and figures from shoal",
-                ignore_patterns=["*.tmp", "*.old"],
-                # weights of an earlier upload in other files would be loaded in place of these, or beside them
-                delete_patterns=["model*.safetensors", "model.safetensors.index.json", "figures/*"],
+                ignore_patterns=LEFT_OUT,
+                delete_patterns=REPLACED,
             )
+    except UserError:
+        raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
         reason = _reason(error).replace(token, "(hidden)")
@@ -85,7 +96,10 @@ def complete_export(folder: Path, card: str, figures: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: has no config.json, so there is no checkpoint to export; run `shoal distill` first")
     write_text(folder / "README.md", card)
-    for figure in sorted([*figures.glob("*.png"), *figures.glob("*.svg")]):
+    drawn = sorted([*figures.glob("*.png"), *figures.glob("*.svg")])
+    for old in {*(folder / FIGURES_DIR).glob("*")} - {folder / FIGURES_DIR / figure.name for figure in drawn}:
+        old.unlink()
+    for figure in drawn:
         with written_file(folder / FIGURES_DIR / figure.name) as temporary:
             shutil.copyfile(figure, temporary)
 
@@ -93,6 +107,8 @@ def complete_export(folder: Path, card: str, figures: Path) -> None:
 def retry_command(folder: Path, repo: str, *, private: bool, endpoint: str | None = None) -> str:
     """The command that pushes the export without shoal."""
     words = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
+    for option, patterns in (("--exclude", LEFT_OUT), ("--delete", REPLACED)):
+        words += [word for pattern in patterns for word in (option, pattern)]
     prefix = f"HF_ENDPOINT={shlex.quote(endpoint)} " if endpoint else ""
     return prefix + shlex.join(words)
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     """Name of the file, figure, title, and what it shows."""
 
 FIGURES_DIR = "figures"
+FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "read_write", "training", "depth_use"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -116,9 +117,13 @@ def build_document(
 def draw_figures(run: Run) -> dict[str, Picture]:
     """The run's figures by name, saved as SVG and PNG under figures/ and ready to stand in a page."""
     drawn = chain(_score_figures(run), _layer_figures(run), _training_figures(run))
-    return {
+    pictures = {
         name: picture(run.folder, f"{FIGURES_DIR}/{name}", figure, title, text) for name, figure, title, text in drawn
     }
+    for name in FIGURES - pictures.keys():  # of results that are no longer there; a card would show them
+        for suffix in ("svg", "png"):
+            (run.folder / FIGURES_DIR / f"{name}.{suffix}").unlink(missing_ok=True)
+    return pictures
 
 
 def _score_figures(run: Run) -> Iterator[NamedFigure]:

@@ -291,7 +291,7 @@ def _delta(arguments: argparse.Namespace) -> None:
     norms = delta_norms(resolve_model(arguments.base), resolve_model(arguments.donor))
     _print(norms.table())
     if arguments.json is not None:
-        write_json(Path(arguments.json), norms.document(), setting="--json")
+        write_json(Path(arguments.json).expanduser(), norms.document(), setting="--json")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

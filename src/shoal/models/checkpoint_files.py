@@ -29,6 +29,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 DOWNLOAD_AGAIN = "make or download the checkpoint again"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 """Names of all files that a tokenizer may be stored in."""
 WITH_TOKENIZER = (*TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templates")
@@ -242,6 +243,9 @@ def model_fingerprint(folder: Path) -> str:
     digest.update(tokenizer_fingerprint(folder).encode())
     for file in sorted(file for pattern in PROCESSOR for file in folder.glob(pattern)):
         digest.update(file.name.encode() + file.read_bytes())
+    if "auto_map" in config or "auto_map" in json_or_empty(folder / "tokenizer_config.json"):  # code of its own
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
     if (gguf := gguf_in(folder)) is not None:
         digest.update(file_hash(gguf).encode())
         return digest.hexdigest()[:16]
@@ -290,9 +294,12 @@ def has_tokenizer(folder: Path) -> bool:
 def tokenizer_fingerprint(folder: Path) -> str:
     """Content hash of the tokenizer's vocabulary, rules and chat template."""
     digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if TOKENIZER_FILES[0] not in names:  # which has all of it
+        others = {file.name for pattern in OTHER_VOCABULARIES for file in folder.glob(pattern)}
+        names += sorted(others - {*names})
+    for name in names:
+        digest.update(name.encode() + (folder / name).read_bytes())
     settings = json_or_empty(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
     chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")

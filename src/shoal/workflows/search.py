@@ -132,6 +132,7 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
             prune=prune,
             distill=distill,
             search=None,
+            quantize=None,
             eval=scored,
             track=replace(recipe.track, name=f"{recipe.track.name or run.dir.name}-{plan.called}"),
             export=Export(gguf=recipe.export.gguf),

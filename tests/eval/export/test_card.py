@@ -16,7 +16,7 @@ from results import SKILL, evaluation, plan, training, write_formed, write_quick
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.eval.export.card import model_card
-from shoal.recipe.edits import SkipMlp, Swap
+from shoal.recipe.edits import Insert, SkipMlp, Swap
 
 
 def metadata(card: str) -> Any:
@@ -55,7 +55,7 @@ def test_model_index_holds_the_distilled_scores(folder: Path) -> None:
     by_name = {result.dataset_name: result for result in results}
     assert by_name["retrieval_generation"].metric_type == "accuracy"
     assert by_name["retrieval_generation"].metric_args["num_items"] == 100
-    assert by_name["python_docs_heldout"].metric_type == "nats_per_token"
+    assert by_name["perplexity"].metric_type == "nats_per_token"
     assert len({result.unique_identifier for result in results}) == len(results)
 
 
@@ -83,7 +83,7 @@ def test_model_index_says_what_the_base_model_scored_and_what_is_kept(folder: Pa
     assert about["base_model_value"] == scores["teacher"].score
     assert about["retention"] == pytest.approx(scores["distilled"].score / scores["teacher"].score, abs=1e-6)
     assert about["retention_low"] < about["retention"] < about["retention_high"]
-    assert "retention" not in results["python_docs_heldout"].metric_args
+    assert "retention" not in results["perplexity"].metric_args
 
 
 def test_model_index_tells_a_score_in_the_trained_form_from_others(tmp_path: Path) -> None:
@@ -276,6 +276,22 @@ def test_card_tells_edits_and_no_path_of_a_donor(tmp_path: Path) -> None:
 def test_card_tells_how_narrow_layers_are(tmp_path: Path) -> None:
     replace(plan(()), width=KeptWidth(intermediate_size=1152)).write(tmp_path / "plan.json")
     assert "Narrowed: 1,152 MLP channels of every layer stay" in model_card(tmp_path)
+
+
+def test_a_model_that_grew_is_called_no_smaller_one(tmp_path: Path) -> None:
+    plan((), (Insert(kind="insert", after=(2,)),)).write(tmp_path / "plan.json")
+    card = model_card(tmp_path)
+    assert "layer-pruning" not in metadata(card).tags
+    assert "## What was changed" in card
+    assert not any(words in card for words in ("faster stand-in", "## What was cut"))
+
+
+def test_a_training_that_asks_no_teacher_is_called_no_distillation(tmp_path: Path) -> None:
+    assert "knowledge-distillation" in metadata(card := model_card(write_run(tmp_path / "a"))).tags
+    assert "Distilled from the base model on" in card
+    alone = {"distill": {"losses": [{"kind": "cross_entropy"}]}}
+    assert "knowledge-distillation" not in metadata(card := model_card(write_run(tmp_path / "b", recipe=alone))).tags
+    assert "Trained without a teacher on" in card
 
 
 def test_card_needs_a_plan(tmp_path: Path) -> None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 import json
 import logging
 import multiprocessing
+import shlex
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants, get_session
+from huggingface_hub.cli.upload import upload
 from results import evaluation, write_run
 
 from shoal.errors import UserError
 from shoal.eval.export.card import model_card
-from shoal.eval.export.hub import push
+from shoal.eval.export.hub import LEFT_OUT, REPLACED, push
 
 TOKEN = "hf_" + "t" * 34
 REPO = "someone/shallow"
@@ -44,6 +48,8 @@ class Hub(ThreadingHTTPServer):
         self.commits = 0
         self.fail: dict[str, int] = {}
         """Part of a path -> status with which it is answered."""
+        self.private = True
+        """What the repository is, whatever it was asked to be."""
         self.silent = ""
         """A path with this in it is never answered."""
         self.ended = threading.Event()
@@ -95,7 +101,8 @@ class Answer(BaseHTTPRequestHandler):
             entries = [{"type": "file", "path": path, "oid": oid, "size": 1} for path, oid in self.server.files.items()]
             self.answer(entries)
         elif not self.refused():
-            self.answer({"id": REPO, "sha": "1" * 40, "siblings": [], "tags": [], "downloads": 0, "private": True})
+            about = {"id": REPO, "sha": "1" * 40, "siblings": [], "tags": [], "downloads": 0}
+            self.answer({**about, "private": self.server.private})
 
     def chunks(self) -> Iterator[bytes]:
         while size := int(self.rfile.readline(), 16):
@@ -223,6 +230,34 @@ def test_the_card_of_a_run_arrives_so_that_its_results_can_be_read(tmp_path: Pat
 def test_a_public_push_asks_for_a_public_repository(folder: Path, hub: Hub) -> None:
     push(folder, CARD, REPO, private=False, endpoint=hub.url)
     assert hub.created[0]["visibility"] == "public"
+
+
+def test_nothing_goes_into_a_public_repository_that_was_to_be_private(folder: Path, hub: Hub) -> None:
+    hub.private = False
+    with pytest.raises(UserError, match=rf"export\.private: {REPO} is there already and public; make it private"):
+        send(folder, hub)
+    assert not hub.files
+    assert not hub.uploads
+    push(folder, CARD, REPO, private=False, endpoint=hub.url)
+    assert hub.files
+
+
+def test_the_command_for_later_replaces_what_a_push_replaces(folder: Path, hub: Hub) -> None:
+    hub.fail = {"/commit/": 500}
+    with pytest.raises(UserError) as failure:
+        send(folder, hub)
+    words = shlex.split(str(failure.value).rpartition("with: ")[2])
+    for option, patterns in (("exclude", LEFT_OUT), ("delete", REPLACED)):
+        assert [after for word, after in pairwise(words) if word == f"--{option}"] == patterns
+        assert option in inspect.signature(upload).parameters
+
+
+def test_figures_of_earlier_results_are_not_exported_again(folder: Path, hub: Hub) -> None:
+    send(folder, hub)
+    (old := folder / "figures/levels.png").write_bytes(b"of other scores")
+    send(folder, hub)
+    assert not old.exists()
+    assert "figures/before_after.png" in hub.files
 
 
 def test_pushing_again_sends_nothing_and_makes_no_commit(folder: Path, hub: Hub) -> None:

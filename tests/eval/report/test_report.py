@@ -5,9 +5,11 @@ Covers: shoal.eval.report.details, shoal.eval.report.flips, shoal.eval.report.se
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from shoal.eval.harness.rates import with_rates
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.document import FLIPS_IN_MARKDOWN
 from shoal.eval.report.findings import compare, protocol_gaps, read_run
-from shoal.eval.report.report import write_report
+from shoal.eval.report.report import FIGURES, write_report
 from shoal.stats.paired import holm, paired
 
 
@@ -157,6 +159,17 @@ def test_report_repeats_byte_for_byte(tmp_path: Path) -> None:
     write_run(tmp_path)
     first = write_report(tmp_path).read_bytes()
     assert write_report(tmp_path).read_bytes() == first
+
+
+def test_figures_of_results_that_are_gone_go_too(tmp_path: Path) -> None:
+    figures = write_report(write_run(tmp_path)).parent / "figures"
+    drawn = {file.name for file in figures.iterdir()}
+    for name in ("levels.png", "levels.svg", "mine.png"):
+        (figures / name).write_bytes(b"of other scores")
+    write_report(tmp_path)
+    assert {file.name for file in figures.iterdir()} == {*drawn, "mine.png"}
+    yielded = re.findall(r"yield \(?\s*\"(\w+)\"", inspect.getsource(sys.modules[write_report.__module__]))
+    assert set(yielded) == FIGURES
 
 
 def climbing(role: str, level: int) -> TaskScore:

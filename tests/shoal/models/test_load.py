@@ -426,6 +426,21 @@ def test_fingerprint_sees_what_makes_inputs_of_images(folder: Path, name: str) -
 
 
 @pytest.mark.slow
+def test_fingerprint_sees_code_and_vocabularies_of_other_names(folder: Path) -> None:
+    def change(name: str, text: str) -> str:
+        (folder / name).write_text(text)
+        return model_fingerprint(folder)
+
+    plain = model_fingerprint(folder)
+    assert change("modeling_x.py", "1") == plain, "nothing runs it"
+    assert change("spiece.model", "1") == plain, "tokenizer.json has all of it"
+    set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    with_code = {change("modeling_x.py", text) for text in "123"}
+    (folder / "tokenizer.json").unlink()
+    names = ("spiece.model", "qwen.tiktoken", "vocab.txt")
+    assert len(with_code | {change(name, text) for name in names for text in "12"}) == 3 + 6
+
+
 def test_fingerprint_sees_which_entries_an_edit_zeroed(folder: Path) -> None:
     """One head of GPT-2's output map is a block of rows, which may lie between the samples of a large tensor."""
     name, found = "transformer.h.0.attn.c_proj.weight", set[str]()
