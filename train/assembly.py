@@ -20,7 +20,7 @@ from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 
 from .dataset import rows_of_teacher, teachers_of_rows
-from .engine.sharding import place_teacher
+from .engine.sharding import loaded_in, place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
 from .objective.host_batch import stacked
@@ -80,7 +80,8 @@ def make_trainer(
     make_trainable(student, spec, seed=arguments.seed, stored=stored)
     keep_zeros(student)
     if spec.runs_teacher:
-        teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
+        with loaded_in(spec.teacher_dtype, arguments):
+            teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
     wiring = wire(spec, student, teacher, partial(_absent_teacher, spec, rows, identity.stage, engine))
     trainer = DistillTrainer(
         model=student,

@@ -56,6 +56,23 @@ def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_under_zero_3_a_teacher_has_the_precision_that_the_recipe_gives_it(
+    teacher: Path, cut: Path, tmp_path: Path, dtype: str, precision: str
+) -> None:
+    def curve(name: str, stage: int, ranks: int, of_teacher: str = dtype) -> Any:
+        settings = {"deepspeed": f"deepspeed/zero{stage}.json", "precision": precision}
+        path = recipe(tmp_path / name, teacher, cut, **settings, **{"teacher": {"dtype": of_teacher}})
+        return finished(run(path, ranks=ranks)).curve()
+
+    whole, other = curve("whole", 0, 1), curve("other", 0, 1, "float32" if dtype == "bfloat16" else "bfloat16")
+    sharded = curve("sharded", 3, 2)
+    between = max(abs(one - two) for one, two in zip(whole, other, strict=True))
+
+    assert sharded == pytest.approx(whole, abs=between / 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_training_in_bfloat16_weights_goes_on_bit_for_bit(
     teacher: Path, cut: Path, tmp_path: Path, stage: int

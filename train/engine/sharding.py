@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from shoal.errors import UserError
 from shoal.runtime import device
 
 from .arguments import resolved_deepspeed
 
+OF_STUDENT = ("bf16", "bfloat16", "fp16", "torch_autocast", "optimizer", "scheduler")
+"""Sections of a DeepSpeed configuration that a teacher has not, or has of its own."""
 REDUCED_AT_ONCE = 2**24
 """Gradients in one buffer that ranks add up without ZeRO; a larger tensor has one of its own."""
 
@@ -53,11 +57,38 @@ def leave_deepspeed(trainer: Trainer) -> None:
     unset_hf_deepspeed_config()
 
 
+@contextmanager
+def loaded_in(dtype: torch.dtype, arguments: TrainingArguments) -> Iterator[None]:
+    """Let from_pretrained keep ``dtype``: under ZeRO 3 it makes models in the precision of the DeepSpeed configuration,
+    whatever it is asked for."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config
+
+    of_student: Any = arguments.hf_deepspeed_config
+    if of_student is None or not of_student.is_zero3():
+        yield
+        return
+    own = HfDeepSpeedConfig(_in_precision(of_student.config, dtype))  # in force for as long as it is held
+    try:
+        yield
+    finally:
+        del own
+        set_hf_deepspeed_config(of_student)
+
+
+def _in_precision(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``config`` for a model that nothing is trained of, and that computes in ``dtype``, without autocast."""
+    named = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    own = copy.deepcopy({key: value for key, value in config.items() if key not in OF_STUDENT})
+    own["zero_optimization"].pop("offload_optimizer", None)
+    return own | ({} if named is None else {named: {"enabled": True}})
+
+
 def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) -> None:
     """Under ZeRO-3 the teacher is an inference engine of its own, sharded like the student; else it sits on the device,
     or with ``offload`` in CPU memory, from where its layers come over one by one.
 
-    The engine's wrapper is not kept: sharded parameters gather themselves wherever the teacher's modules are called.
+    The engine has the teacher's precision, not the student's: of weights marked for autocast ranks would gather rounded
+    ones. Its wrapper is not kept: sharded parameters gather themselves wherever the teacher's modules are called.
 
     Raises:
         UserError: offload under ZeRO-3.
@@ -66,9 +97,10 @@ def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) 
     if config.get("zero_optimization", {}).get("stage") == 3:
         if offload:
             raise UserError("distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out")
-        from trl.models.utils import prepare_deepspeed
+        import deepspeed
 
-        prepare_deepspeed(teacher, trainer.accelerator)
+        plugin: Any = trainer.accelerator.state.deepspeed_plugin
+        deepspeed.initialize(model=teacher, config=_in_precision(plugin.deepspeed_config, teacher.dtype))
     elif offload:
         from accelerate import cpu_offload
 
