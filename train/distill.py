@@ -255,7 +255,7 @@ def _train(
         load_universal=universal,
     )
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
-    callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else []), *([] if pilot is None else [pilot])]
+    callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else [])]
     trained = rows if pilot is None else Beginning.of(rows, length=num_rows(spec.settings))
     trainer = make_trainer(
         spec,
@@ -270,6 +270,7 @@ def _train(
     )
     if pilot is not None:
         pilot.through = trainer.looked_at
+        trainer.add_callback(pilot)  # behind what refuses a step that is not sound
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)

@@ -113,7 +113,8 @@ class DistillationTrainer(ObjectiveTrainer):
             args: Training arguments; None = transformers' own in a folder named after the model.
             train_dataset: Texts, or rows with `messages`, `prompt` and `completion`, or `text`, read once per epoch;
                 rows that shoal.data.sources.pack has made are taken in their order.
-            eval_dataset: The same, or several by name; gives `eval_loss`, the objective on these.
+            eval_dataset: The same, or several by name; gives `eval_loss`, the objective per learnt token of an
+                evaluation batch, and its mean over these, which is not that over tokens where rows have unequal ones.
             processing_class: The tokenizer of both models.
             callbacks: Callbacks besides the Trainer's own.
             optimizers: Optimizer and schedule in place of those of ``args``.

@@ -11,6 +11,7 @@ its micro-batches and ranks. So the curve does not depend on how a batch is spli
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import time
@@ -97,7 +98,27 @@ class ObjectiveTrainer(Trainer):
         """What scales losses in float16 without ZeRO."""
         self._rate = Rate()
         self._row = CurveRow(2 * len(objective.terms) + 2, self._guard, self._rate)
+        self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
         self.add_callback(_StepEnds(self))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, without the time for scoring and saving."""
+        return self._rate.seconds
+
+    def begin(self) -> None:
+        """Forget what another training of these models kept between its steps; what was built before took no time."""
+        for name, kept in self._kept().items():
+            kept.load_state(copy.deepcopy(self._at_first[name]))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # the Trainer's takes a step before it looks whether the one it goes on from was the last
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._rate.paused():
+            return super().evaluate(*args, **kwargs)
 
     def _zero_sums(self) -> Tensor:
         """Every term's sum over the step's supervised tokens, divided by their number, and the counts of top-1
@@ -276,7 +297,8 @@ class ObjectiveTrainer(Trainer):
         return data_collator
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with self._rate.paused():
+            super()._save_checkpoint(model, trial)
         if is_main():
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             for name, kept in self._kept().items():
@@ -375,6 +397,9 @@ class Rate:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What happens meanwhile is no training."""
+        if self._paused_at is not None:
+            yield
+            return
         began = self._paused_at = time.monotonic()
         try:
             yield
@@ -395,8 +420,12 @@ class _StepEnds(TrainerCallback):
         if self._trainer.is_deepspeed_enabled:
             keep_gradient_norm(self._trainer.model_wrapped)
             reduce_in_parts(self._trainer.model_wrapped)
+        if not state.global_step:
+            self._trainer.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # the last row of the curves may be of fewer steps
         if self._trainer.end_step() and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

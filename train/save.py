@@ -79,7 +79,7 @@ def training_of(
         provenance=Provenance(inputs),
         num_steps=trainer.state.global_step,
         num_tokens=_tokens_trained_on(trainer, spec),
-        seconds=seconds[-1] if seconds else 0.0,
+        seconds=seconds[-1] if seconds else trainer.seconds,
         history=tuple({key: float(value) for key, value in row.items()} for row in history),
         settings={
             "trainer": redacted(trainer.args.to_sanitized_dict()),

@@ -24,6 +24,7 @@ from training_runs import (
     finished,
     recipe,
     run,
+    spoil_gradient,
     terminate,
     unfinished,
 )
@@ -157,6 +158,15 @@ def test_a_training_that_knows_its_pilot_goes_through_without_a_stop_to_the_same
     assert "the pilot is over" not in trial.log
     assert "the pilot is over" in whole.log
     same_bits(trial, whole)
+
+
+def test_a_step_that_is_not_sound_is_refused_before_the_pilot_looks(
+    teacher: Path, cut: Path, piloted: dict[str, Any], tmp_path: Path
+) -> None:
+    refused = run(recipe(tmp_path, teacher, cut, **piloted), before=partial(spoil_gradient, PILOT))
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert f"step {PILOT}: the norm of the gradient is nan; the step's batch is in" in refused.log
 
 
 def test_checkpoints_are_refused_whose_pilot_is_gone(whole: Trial, tmp_path: Path) -> None:

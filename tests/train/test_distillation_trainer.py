@@ -176,7 +176,7 @@ def test_a_row_of_the_curves_goes_on_where_training_stopped_inside_of_it(tmp_pat
     again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
     for name in ("loss", "forward_kl", "cross_entropy", "top1_agreement"):
         assert curve(again, name) == curve(whole, name), name
-    assert len(curve(whole)) == 3
+    assert [row["step"] for row in whole.state.log_history if "loss" in row] == [2, 4, 6, 7]
     means = zip(curve(whole, "forward_kl"), curve(whole, "cross_entropy"), strict=True)
     assert curve(whole) == pytest.approx([kl + 0.3 * entropy for kl, entropy in means])
     assert again._guard.recent == whole._guard.recent
@@ -189,11 +189,40 @@ def test_a_row_of_the_curves_goes_on_where_training_stopped_inside_of_it(tmp_pat
     assert 19 < told["tokens_per_s"] <= 20, "over both parts of the row"
 
 
+def test_a_training_that_is_over_takes_no_step_more(tmp_path: Path) -> None:
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    whole = trainer_of(tmp_path, trained_by=steps)
+    whole.train()
+    assert whole.state.num_train_epochs * len(whole.get_train_dataloader()) > 4, "an epoch has more steps"
+    again = trainer_of(tmp_path, trained_by=steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
+    assert again.state.global_step == 4
+    for name, weight in again.objective.student.state_dict().items():
+        assert torch.equal(weight, whole.objective.student.state_dict()[name]), name
+
+
+def test_a_second_training_begins_as_the_first_did(tmp_path: Path) -> None:
+    losses = [{"kind": "taid", "step_size": 0.1, "momentum": 0.5}]
+    trainer = trainer_of(tmp_path, losses=losses, trained_by={"max_steps": 3, "logging_steps": 2})
+    trainer.train()
+    first = curve(trainer, "taid_t")
+    trainer.train()
+    assert curve(trainer, "taid_t") == first
+
+
+def test_time_begins_with_the_first_step_and_not_with_the_trainer(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, data=TEXTS, trained_by={"max_steps": 1, "logging_strategy": "no"})
+    trainer._rate.go_on_from(1000.0, since_read=1000.0)  # as if it had waited so long
+    trainer.train()
+    assert not curve(trainer)
+    assert 0 < trainer.seconds < 500
+
+
 def test_what_a_checkpoint_says_of_time_leaves_out_the_time_of_saving_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 103.0, 110.0, 115.0])  # made, paused after three seconds, ends seven later, read
     monkeypatch.setattr("shoal.train.objective_trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
     rate = Rate()
-    with rate.paused():
+    with rate.paused(), rate.paused():
         assert (rate.seconds, rate.since_read) == (3.0, 3.0)
     assert rate.seconds == 8.0
 

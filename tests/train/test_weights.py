@@ -62,7 +62,7 @@ def test_under_zero_3_a_teacher_has_the_precision_that_the_recipe_gives_it(
 ) -> None:
     def curve(name: str, stage: int, ranks: int, of_teacher: str = dtype) -> Any:
         settings = {"deepspeed": f"deepspeed/zero{stage}.json", "precision": precision}
-        path = recipe(tmp_path / name, teacher, cut, **settings, **{"teacher": {"dtype": of_teacher}})
+        path = recipe(tmp_path / name, teacher, cut, **settings, teacher={"dtype": of_teacher})
         return finished(run(path, ranks=ranks)).curve()
 
     whole, other = curve("whole", 0, 1), curve("other", 0, 1, "float32" if dtype == "bfloat16" else "bfloat16")

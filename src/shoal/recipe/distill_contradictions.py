@@ -22,6 +22,8 @@ REFUSED_TRAINER_KEYS = {
     "bf16": "is set by distill.precision; use that",
     "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
+    "neftune_noise_alpha": "would have no effect below the first cut, where the student takes the teacher's states; "
+    "leave it out",
     "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
     "ignore_data_skip": "would train the same text again after a resume; leave it out",
     "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
