@@ -360,7 +360,7 @@ def test_factors_of_neighbours_multiply_to_that_of_their_run() -> None:
     model = tiny_model("llama")
     factors = VariantLosses(model, replace(calibration(ROWS), scale_removals=True)).factors
     assert factors == pytest.approx(plain_factors(model), rel=1e-4)
-    padded = PackedRows(*(functional.pad(plane, (5, 0)) for plane in (ROWS.input_ids_NS, ROWS.position_ids_NS)))
+    padded = PackedRows(functional.pad(ROWS.input_ids_NS, (5, 0)), functional.pad(ROWS.position_ids_NS, (5, 0)))
     mask_NS = functional.pad(torch.ones_like(ROWS.input_ids_NS), (5, 0))
     of_padded = calibration(padded, attention_mask_NS=mask_NS, scale_removals=True)
     assert VariantLosses(model, of_padded).factors == pytest.approx(factors, rel=1e-5)
