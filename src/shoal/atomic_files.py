@@ -128,7 +128,13 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary siblings of ``path`` that dead processes left."""
+    """Delete the temporary siblings of ``path`` that dead processes left, and put back what one had moved aside."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # another process was faster
+                aside.rename(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         try:
             descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
@@ -149,7 +155,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     if _exchanged(temporary, path):
         shutil.rmtree(temporary, ignore_errors=True)
         return
-    aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.old")
     while True:
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside)

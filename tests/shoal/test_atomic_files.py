@@ -132,6 +132,20 @@ def test_leftover_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not
     assert os.listdir(tmp_path) == ["student"]
 
 
+def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    path, aside = tmp_path / "student", tmp_path / ".student.0123456789ab.old"
+    aside.mkdir()
+    (aside / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_folder(path):
+        raise KeyboardInterrupt
+    assert (path / "weights").read_text() == "old"
+    aside.mkdir()
+    with written_folder(path) as temporary:
+        (temporary / "weights").write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["student"]
+    assert (path / "weights").read_text() == "new"
+
+
 def test_folder_that_another_process_puts_in_place_first_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
