@@ -40,7 +40,7 @@ class Goal:
     asked: float
     """The recipe's value."""
     whole: int
-    """Amount before the cut."""
+    """Amount with all layers."""
     limit: int
     """Amount that the student may have at most."""
     layers: tuple[int, ...]
@@ -132,7 +132,7 @@ def goals_of(
     if target.params is not None and target.params >= sizes.cost.num_parameters:
         raise UserError(
             f"prune.target.params: {count_text(target.params)} is not below the model's "
-            f"{count_text(sizes.cost.num_parameters)}, which it has before any cut; give less, or leave it out"
+            f"{count_text(sizes.cost.num_parameters)}, which it has with all its layers; give less, or leave it out"
         )
     all_goals = Goals(goals, tuple(removed))
     if all_goals.reached(()):
@@ -173,7 +173,7 @@ def _goals(target: PlanTarget, sizes: LayerSizes, teacher_time: TeacherTime | No
             lambda value: value / GIB,
             lambda value: f"{value:.4g} GiB",
             f" for {_served(batch, length)}",
-            f" (before the cut {weights / GIB:.4g} GiB of weights and {whole / GIB:.4g} of cache)",
+            f" (with all layers {weights / GIB:.4g} GiB of weights and {whole / GIB:.4g} of cache)",
         )
     if (time := target.ms_per_token) is not None:
         batch, length, whole, own = _read(time, sizes)
@@ -203,7 +203,7 @@ def _goals(target: PlanTarget, sizes: LayerSizes, teacher_time: TeacherTime | No
 
 
 def _read(serving: Serving, sizes: LayerSizes) -> tuple[int, int, int, tuple[int, ...]]:
-    """Batch size, length, bytes read per step before the cut, and those that go with each layer."""
+    """Batch size, length, bytes read per step with all layers, and those that go with each layer."""
     batch, length = serving.batch, serving.length or sizes.length
     own = tuple(sizes.layer_read(layer, batch, length) for layer in range(sizes.num_layers))
     return batch, length, sizes.read(batch, length), own

@@ -42,7 +42,7 @@ class StoredBytes:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """A whole model, and what goes with each of its layers."""
+    """A model with all its layers, and what goes with each of them."""
 
     cost: Cost
     stored: StoredBytes
@@ -66,11 +66,11 @@ class LayerSizes:
         return cache[layer].num_bytes(num_tokens) if cache and len(cache) == self.num_layers else 0
 
     def cache(self, batch_size: int, num_tokens: int) -> int:
-        """Bytes of cache of all sequences before the cut; 0 where it cannot be told."""
+        """Bytes of cache of all sequences with all layers; 0 where it cannot be told."""
         return batch_size * self.cost.cache_bytes(num_tokens) if self.cost.cache else 0
 
     def read(self, batch_size: int, num_tokens: int) -> int:
-        """Bytes read for one token of each of ``batch_size`` sequences before the cut, as decode_bytes tells."""
+        """Bytes read for one token of each of ``batch_size`` sequences with all layers, as decode_bytes tells."""
         width = self.bytes_per_parameter
         return round(decode_bytes(self.cost, bytes_per_parameter=width, num_tokens=num_tokens, batch_size=batch_size))
 

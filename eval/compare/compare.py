@@ -292,7 +292,9 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
     for contender in judged[1:]:
         if contender.teacher == judged[0].teacher and contender.teacher is not None:
             yield from _restless(judged[0], contender, common)
-    yield from _other_writing(contenders)
+    first = next(iter(contenders[0].run.evaluations.values()))
+    if any(score_of(first, task).protocol == "generation" for task in common.tasks):
+        yield from _other_writing(contenders)
     for name, values in _harmless(contenders).items():
         told = ", ".join(f"{value} in {' and '.join(letters)}" for value, letters in values.items())
         yield f"{name} differs ({told}), which does not change what is asked."
@@ -304,7 +306,7 @@ def _other_writing(contenders: Sequence[Contender]) -> Iterator[str]:
     for contender in contenders:
         for role, evaluation in contender.run.evaluations.items():
             settings = evaluation.provenance.inputs.get(WRITING) or {}
-            told = ", ".join(f"{key} {value}" for key, value in settings.items()) or "nothing"
+            told = ", ".join(f"{key} {value}" for key, value in settings.items()) or "nothing recorded"
             by_settings.setdefault(told, []).append(f"{contender.letter} {role}")
     if len(by_settings) > 1:
         told = "; ".join(f"{settings} in {listed(names)}" for settings, names in by_settings.items())

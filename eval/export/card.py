@@ -15,6 +15,7 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty
 from shoal.recipe.edits import in_words
+from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
 from ..report.cautions import cautions_section
@@ -115,8 +116,11 @@ def _is_smaller(run: Run) -> bool:
 
 
 def _asked_teacher(run: Run) -> bool:
-    kinds = {loss["kind"] for loss in ((run.recipe or {}).get("distill") or {}).get("losses") or ()}
-    return kinds != {"cross_entropy"}
+    """Whether anything was learnt of the teacher: by a loss term, by layers healed before, or by text it wrote."""
+    distill = (run.recipe or {}).get("distill") or {}
+    kinds = {loss["kind"] for loss in distill.get("losses") or ()}
+    sources = (run.training.data.get("sources") or {}) if run.training else {}
+    return kinds != {"cross_entropy"} or bool(distill.get("local")) or TEACHER_TEXT in sources
 
 
 def _license_link(run: Run, terms: License, base: str | None) -> str | None:

@@ -115,9 +115,10 @@ def retry_command(folder: Path, repo: str, *, private: bool, endpoint: str | Non
 
 def _failure(folder: Path, repo: str, reason: str, *, private: bool, endpoint: str | None) -> str:
     command = retry_command(folder, repo, private=private, endpoint=endpoint)
+    if_private = " (which fills a public repository that is there already)" if private else ""
     return (
         f"export to {repo}: {reason}. The local export is complete at {folder}; push it again with the same shoal "
-        f"command or with: {command}"
+        f"command or{if_private} with: {command}"
     )
 
 

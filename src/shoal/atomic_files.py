@@ -128,7 +128,8 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary siblings of ``path`` that dead processes left, and put back what one had moved aside."""
+    """Delete the temporary siblings of ``path`` that dead processes left, and put back what one had moved aside, lest a
+    second failure lose it."""
     for aside in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)

@@ -142,7 +142,7 @@ def test_targets_that_say_nothing_about_the_model_are_refused(target: dict[str, 
 
 
 def test_a_memory_limit_below_what_the_cache_takes_is_refused_with_weights_and_cache() -> None:
-    cache = r"\(before the cut .* GiB of weights and .* of cache\)"
+    cache = r"\(with all layers .* GiB of weights and .* of cache\)"
     with pytest.raises(UserError, match=rf"memory_gb: 0.001 GiB is not reached .* 1,000 tokens {cache}"):
         choose({"memory_gb": {"limit": 0.001, "batch": 10_000, "length": 1000}})
 

@@ -30,7 +30,11 @@ DOWNLOAD_AGAIN = "make or download the checkpoint again"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")
-TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+"""Names of files that hold a vocabulary where there is no tokenizer.json."""
+TOKENIZER_PATTERNS = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *OTHER_VOCABULARIES[:2],
+)
 """Names of all files that a tokenizer may be stored in."""
 WITH_TOKENIZER = (*TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templates")
 PROCESSOR = ("*processor_config.json", "chat_template.json")
@@ -40,9 +44,9 @@ WITH_MODEL = (*PROCESSOR[:1], "LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """Keys of tokenizer_config.json that shape tokens; the rest are paths, versions, and the pad token, which is masked."""
 WRITING = "generation_config.json"
+"""What says how a model writes by itself; also the name of what identifies that among the inputs of scores."""
 ZEROED_WEIGHTS = "shoal_zeroed_weights"
 """Configuration key that names the student's parameters in which an edit zeroed entries."""
-"""What says how a model writes by itself; also the name of what identifies that among the inputs of scores."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000

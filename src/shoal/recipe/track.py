@@ -71,7 +71,7 @@ class Export(Section):
     hub_repo: str | None = None
     """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
     private: bool = True
-    """Make a new repository private."""
+    """Make a new repository private; one that is there already and public is refused."""
     gguf: bool = False
     """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
 

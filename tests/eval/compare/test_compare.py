@@ -86,7 +86,9 @@ def test_models_that_write_by_settings_of_their_own_are_named(tmp_path: Path) ->
     plain = write_run(tmp_path / "plain")
     penal = write_run(tmp_path / "penal", inputs={"generation_config.json": {"repetition_penalty": 1.1}})
     (told,) = [note for note in compare_runs([plain, penal]).notes if "how a model writes" in note]
-    assert "nothing in A teacher, A pruned and A distilled; repetition_penalty 1.1 in B teacher, B pruned" in told
+    assert (
+        "nothing recorded in A teacher, A pruned and A distilled; repetition_penalty 1.1 in B teacher, B pruned" in told
+    )
     assert not any("how a model writes" in note for note in compare_runs([plain, write_run(tmp_path / "two")]).notes)
 
 

@@ -425,7 +425,6 @@ def test_fingerprint_sees_what_makes_inputs_of_images(folder: Path, name: str) -
     assert len(fingerprints) == 3
 
 
-@pytest.mark.slow
 def test_fingerprint_sees_code_and_vocabularies_of_other_names(folder: Path) -> None:
     def change(name: str, text: str) -> str:
         (folder / name).write_text(text)
@@ -439,6 +438,9 @@ def test_fingerprint_sees_code_and_vocabularies_of_other_names(folder: Path) -> 
     (folder / "tokenizer.json").unlink()
     names = ("spiece.model", "qwen.tiktoken", "vocab.txt")
     assert len(with_code | {change(name, text) for name in names for text in "12"}) == 3 + 6
+    (beside := folder / "student").mkdir()
+    copy_beside(folder, beside)  # as a cut does
+    assert tokenizer_fingerprint(beside) == tokenizer_fingerprint(folder)
 
 
 def test_fingerprint_sees_which_entries_an_edit_zeroed(folder: Path) -> None:
@@ -454,6 +456,7 @@ def test_fingerprint_sees_which_entries_an_edit_zeroed(folder: Path) -> None:
     assert len(found) == 12
 
 
+@pytest.mark.slow
 def test_fingerprint_sees_a_change_of_any_single_weight(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors, seen = load_file(file), {model_fingerprint(folder)}
