@@ -40,7 +40,6 @@ from shoal.models.checkpoint_files import (
     Shard,
     check_checkpoint,
     check_config,
-    gguf_in,
     has_tokenizer,
     json_or_empty,
     read_shards,
@@ -373,7 +372,7 @@ class Checkpoint:
         return loaded_dtype(self.config, wanted or self.load.dtype, self._headers())
 
     def _headers(self) -> Iterator[Shard]:
-        if gguf_in(self.folder) is None:
+        if any(self.folder.glob("*.safetensors")):  # none of a GGUF, nor of a student that is still to be written
             yield from read_shards(self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
