@@ -237,7 +237,7 @@ def model_fingerprint(folder: Path) -> str:
     however the weights are split.
 
     A tensor of up to 256 KiB is hashed whole, and so is one in which an edit zeroed entries; any other by four evenly
-    spaced blocks of 64 KiB: seconds for any size, and a training step, a requantisation or another weight all show.
+    spaced blocks of 64 KiB: seconds for any size, and a training step, a requantisation or other weights show.
     """
     digest = hashlib.sha256()
     config = json_or_empty(folder / "config.json")
