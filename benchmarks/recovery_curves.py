@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from recovery import DROP, column_weights, pooled
+from recovery import ARMS, DROP, column_weights, pooled
 
 from shoal.artifacts.search import Interval
 from shoal.eval.compare.means import summed_change
@@ -44,6 +44,8 @@ class Point:
     gained: Mapping[str, Interval]
 
 
+COMMON_CUT = {arm for arm, own in ARMS.items() if "choose" not in own}
+"""Arms that heal the cut which --drop names."""
 Curves = Mapping[str, Mapping[int, Point]]
 """Arm -> tokens or dropped layers -> what was kept."""
 
@@ -85,7 +87,7 @@ def curves(arguments: argparse.Namespace) -> Curves:
         drawn[arm][place] = point(own, "distilled")
     if arguments.against == "layers":
         for place in sorted({place for _, place in runs}):
-            plain = [run for (arm, at), own in runs.items() if at == place and "," not in arm for run in own]
+            plain = [run for (arm, at), own in runs.items() if at == place and arm in COMMON_CUT for run in own]
             if plain:
                 drawn["cut, not healed"][place] = point(plain[:1], "pruned")
     else:

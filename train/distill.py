@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Provenance
@@ -152,6 +153,12 @@ def check_distillable(spec: TrainSpec) -> None:
         log.warning(
             "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
             "wrong; train on it with divergences alone"
+        )
+    in_float16 = spec.runs_teacher and spec.teacher_dtype == torch.float16
+    if in_float16 and spec.deepspeed.stage == 3 and spec.ranks.device.type == "cpu":
+        raise UserError(
+            "distill.teacher.dtype: under ZeRO 3 DeepSpeed runs no float16 teacher on a CPU; set it to float32, or "
+            "another stage"
         )
     if settings.lora is not None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)

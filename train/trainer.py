@@ -19,7 +19,7 @@ from shoal.runtime import barrier, is_main, seed_everything, world_size
 
 from .callbacks.validation import Scorer, Watcher
 from .engine.arguments import kept_checkpoints
-from .engine.checkpoint import commit, layout, remove_older, separate_groups
+from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
 from .engine.dealing import StepSampler
 from .objective_trainer import ObjectiveTrainer
 from .student.spec import TrainSpec
@@ -80,15 +80,11 @@ class DistillTrainer(ObjectiveTrainer):
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
         barrier()
-        try:
-            with explained_disk_errors(folder), self._rate.paused(), doing(f"saving {folder.name}"):
-                super()._save_checkpoint(model, trial)
-                zero: Any = self.args.hf_deepspeed_config
-                commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
-        except BaseException:
-            if is_main():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        saving = doing(f"saving {folder.name}")
+        with removed_unless_complete(folder), explained_disk_errors(folder), self._rate.paused(), saving:
+            super()._save_checkpoint(model, trial)
+            zero: Any = self.args.hf_deepspeed_config
+            commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
         if is_main():
             remove_older(folder.parent, keep=self._keep_checkpoints)
 

@@ -279,8 +279,8 @@ def _model_name(model: Model) -> str:
 def _cell_text(cell: Cell) -> str:
     """`48.3 % [36.2, 60.7], kept 33 %, +15.0 (p 0.310)`."""
     parts = [score_text(cell.score)]
-    if cell.kept and cell.kept.value is not None:
-        parts.append(f"kept {100 * cell.kept.value:.0f} %".replace("-", "−"))
+    if cell.kept and (value := cell.kept.value) is not None:  # what is more than the teacher has is no share of it
+        parts.append("more than the teacher" if value > 1 else f"kept {100 * value:.0f} %".replace("-", "−"))
     if cell.difference:
         share = is_share(cell.score)
         amount = signed((100 if share else 1) * cell.difference.difference, 1 if share else 3)

@@ -25,7 +25,7 @@ from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
 from ..report.sampled import sampled_section
-from ..report.sections import difference_table, no_signal_section, score_table
+from ..report.sections import DIFFERENCES, difference_table, form_section, no_signal_section, score_table
 from ..report.speed import draft_section, quantized_section, speed_section
 from ..report.wording import by_column, column_words
 from .license import License, base_license, license_file
@@ -40,8 +40,8 @@ PICTURES = {
     "training": "Training loss and learning rate by step",
 }
 """Figures that a card shows, as far as the run has drawn them."""
-
-
+SHOWN_DIFFERENCES = (("pruned", "distilled"), ("teacher", "control"), ("control", "distilled"))
+"""(before, after) that a card has a table for; every score stands above them."""
 TRAINED_FORM = "in the form of training text"
 
 
@@ -249,9 +249,11 @@ def _results(run: Run, comparison: Comparison) -> list[Block | str]:
     parts += [score_table(run, outside)] if outside else []
     if inside:
         parts += [f"### {TRAINED_FORM.capitalize()}", Paragraph(_TRAINED_FORM), score_table(run, inside)]
-    if any(("pruned", "distilled") in row.differences for row in comparison.rows):
-        caption = "Distilled minus pruned, paired over the same items"
-        parts.append(difference_table([*outside, *inside], "pruned", "distilled", caption))
+    for pair in SHOWN_DIFFERENCES:
+        if any(pair in row.differences for row in comparison.rows):
+            parts.append(difference_table([*outside, *inside], *pair, DIFFERENCES[pair]))
+    if form := form_section(comparison):
+        parts += [f"### {form.title}", *form.blocks]
     parts += _picture(run, "levels")
     silent = no_signal_section(comparison)
     if silent:

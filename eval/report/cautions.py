@@ -56,8 +56,8 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         return Section(title, (Cautions(cautions),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items or the wording of twins, a form that was learnt, too few items, tasks at chance, protocols that "
-        "disagree, generated text without a readable answer."
+        "items or the wording of twins and untrained abilities, a form that was learnt, too few items, tasks at "
+        "chance, protocols that disagree, generated text without a readable answer."
     )
     return Section(title, (Paragraph(text),))
 
@@ -152,18 +152,18 @@ def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
 
 
 def _twin_wording(run: Run) -> Iterator[Caution]:
-    """Forms that no training text may have, and this one has."""
+    """Wording that no training text may have, and this one has."""
     for text in (*_training_text(run), *_calibration_text(run)):
         if forms := {form: told for form, told in (text.data.get("wording") or {}).items() if told["found"]}:
             yield Caution(
-                f"Wording of twins in {text.use} text",
+                f"Wording of twins or untrained abilities in {text.use} text",
                 f"The wording of {listed(forms)} stands in {text.searched}: scores in such a form may flatter.",
                 (
                     *(
                         f"{form}: found in documents: {told['found']:,}, one with “{told['places'][0]['excerpt']}”."
                         for form, told in forms.items()
                     ),
-                    "A twin tells the ability from its form only where no training text has that form.",
+                    "Twins and untrained abilities tell what came back only where no training text has their wording.",
                 ),
             )
 
@@ -233,6 +233,19 @@ def _form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
             "No twin and no public benchmark",
             "Whether the ability came back or the form of the questions was learnt cannot be told from this run.",
             ("It takes tasks that ask the same items in a form that no training text has, or a public benchmark.",),
+        )
+    better = [row for row in clear if row.column not in ("in", "") and row.verdict("teacher", "distilled") == "better"]
+    if better:
+        gained = [row for row in better if row.verdict("teacher", "control") == "better"]
+        told = "A control (eval.control), never cut and trained alike, tells what such text teaches."
+        if "control" in run.evaluations:
+            gains = f"gained there too: {named_or_counted(gained)}" if gained else "is not shown to gain there"
+            told = f"The control, never cut and trained alike, {gains}."
+        yield Caution(
+            "More than was lost",
+            "The distilled model beats its teacher in forms that its training text does not have: the text taught the "
+            "ability itself, so these scores do not measure what the cut took.",
+            (f"Concerned: {named_or_counted(better)}.", told),
         )
     if learnt := [row for row in clear if row.form and row.form.is_learnt("distilled")]:
         yield Caution(

@@ -236,7 +236,9 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
     wording = data.get("wording")
     if isinstance(wording, dict) and wording:
         rows = tuple((form, _count(told.get("found"))) for form, told in wording.items())
-        blocks.append(Table("Wording of twins in the training text", ("Form", "Documents"), rows))
+        blocks.append(
+            Table("Wording of twins or untrained abilities in the training text", ("Form", "Documents"), rows)
+        )
     others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
     if others:
         blocks.append(Bullets(others))

@@ -229,6 +229,16 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
     )
 
 
+DIFFERENCES = {
+    ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
+    ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
+    ("teacher", "distilled"): "What is still missing: distilled minus teacher",
+    ("teacher", "control"): "What the control learnt, the uncut teacher trained alike: control minus teacher",
+    ("control", "distilled"): "What is still lost: distilled minus control",
+}
+"""(before, after) -> caption of the table of their differences."""
+
+
 def difference_table(rows: Sequence[Row], before: str, after: str, caption: str) -> Table:
     """Paired differences between two roles."""
     pair = (before, after)
@@ -368,14 +378,7 @@ def _gap_text(gap: float, limits: tuple[float, float] | None) -> str:
 
 
 def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
-    wanted = {
-        ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
-        ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
-        ("teacher", "distilled"): "What is still missing: distilled minus teacher",
-        ("teacher", "control"): "What the control learnt, the uncut teacher trained alike: control minus teacher",
-        ("control", "distilled"): "What is still lost: distilled minus control",
-    }
-    pairs = [pair for pair in wanted if any(pair in row.differences for row in rows)]
+    pairs = [pair for pair in DIFFERENCES if any(pair in row.differences for row in rows)]
     if not pairs:
         return [Paragraph("There is one model only so far, so there is nothing to compare it with.")]
     tests = {row.differences[pair].test for row in rows for pair in row.differences}
@@ -391,7 +394,7 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
         "What is kept is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing"
         f"{'; what is more than the teacher has is no share of it, see “Read with care”' if above else ''}."
     )
-    return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]
+    return [*(difference_table(rows, *pair, DIFFERENCES[pair]) for pair in pairs), legend]
 
 
 def fair_gaps(rows: Sequence[Row], role: str) -> list[tuple[Row, Row, float]]:

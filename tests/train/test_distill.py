@@ -71,6 +71,14 @@ def test_cross_entropy_on_what_the_student_writes_is_warned_of(teacher, caplog):
     assert "cross_entropy also learns what the student itself writes (distill.on_policy)" in caplog.text
 
 
+def test_a_float16_teacher_under_zero_3_is_refused_on_a_cpu(teacher):
+    half, zero_3 = Teacher(dtype="float16"), "deepspeed/zero3.json"
+    check(teacher, teacher, teacher=half)
+    check(teacher, teacher, deepspeed=zero_3)
+    with pytest.raises(UserError, match=r"teacher\.dtype: under ZeRO 3 .* no float16 .* set it to float32"):
+        check(teacher, teacher, teacher=half, deepspeed=zero_3)
+
+
 def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
     student = tiny_checkpoint(tmp_path, "llama")
     tokenizer = json.loads((student / "tokenizer.json").read_text())

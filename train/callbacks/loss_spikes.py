@@ -56,7 +56,8 @@ class LossGuard:
         return list(self._recent)
 
     def remember(self, losses: Sequence[float]) -> None:
-        """Losses of an earlier life of this training."""
+        """Losses of an earlier life of this training, and of no other one."""
+        self._recent.clear()
         self._recent.extend(losses)
 
 

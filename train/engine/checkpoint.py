@@ -19,6 +19,8 @@ import io
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None
         manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}
         write_text(folder / MANIFEST, json.dumps(signed(manifest), indent=1))
     barrier()
+
+
+@contextmanager
+def removed_unless_complete(folder: Path) -> Iterator[None]:
+    """Remove the checkpoint in ``folder`` where saving it fails, unless its manifest stands there already: a rank that
+    dies while the others wait for it at the end takes nothing from what is complete."""
+    try:
+        yield
+    except BaseException:
+        if is_main() and not (folder / MANIFEST).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.figures.style import INK, ROLE_STYLE, clean, figure_style, heading, legend_above, panels, short
-from shoal.task_words import task_words
+from shoal.task_words import COLUMNS, task_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 MAX_TASKS = 30
 """In the figure of scores, which would grow without end."""
+COLUMN_ORDER = (*COLUMNS, "")
 
 
 def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
     """Scores with 95 % intervals for each role, one panel per ability, chance as a dashed tick; MAX_TASKS at most.
+
+    In each panel twins stand first and the trained form last: what is learnt of a form is no ability regained.
 
     Raises:
         UserError: no role has a task.
@@ -27,15 +30,15 @@ def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
     keys = list(dict.fromkeys(task.key for evaluation in evaluations for task in evaluation.tasks))
     if not keys:
         raise UserError("eval: no evaluated task to draw; name some in eval.tasks")
-    by_ability: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
-    for key in keys[:MAX_TASKS]:
-        task = next(t for e in evaluations for t in e.tasks if t.key == key)
-        by_ability.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(key)
+    by_ability: dict[tuple[str, str], list[TaskScore]] = {}
+    tasks = [next(t for e in evaluations for t in e.tasks if t.key == key) for key in keys]
+    for task in sorted(tasks, key=lambda task: COLUMN_ORDER.index(task.column))[:MAX_TASKS]:
+        by_ability.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(task)
     ordered = sorted(by_ability.items(), key=lambda item: bool(item[0][1]))
     figure, axes = panels([0.75 + 0.62 * len(rows) for _, rows in ordered])
     with figure_style():
         for ax, ((ability, unit), rows) in zip(axes, ordered, strict=True):
-            _draw_ability(ax, ability, unit, rows, evaluations)
+            _draw_ability(ax, ability, unit, [task.key for task in rows], evaluations)
         legend_above(figure, axes)
     return figure
 
@@ -81,4 +84,5 @@ def _draw_ability(
 def _row_label(task: TaskScore) -> str:
     """The task in words, without the ability that stands above its panel."""
     first, *others = task_words(task.task, ability=task.ability, protocol=task.protocol, metric=task.metric)
-    return ", ".join(others if others and first == task.ability else (first, *others))
+    words = others if others and first == task.ability else [first, *others]
+    return ", ".join([*words, *([COLUMNS["in"]] if task.column == "in" else [])])

@@ -1,4 +1,4 @@
-"""Evaluation items and wording of twins in text that a student learns from.
+"""Evaluation items, and wording that no training text may have, in text that a student learns from.
 
 Code of eval is imported where it is used, so that a verb loads only what it runs.
 """
@@ -28,8 +28,8 @@ PLACES_TOLD = 3
 def search_of_rows(
     run: Run, text: str = "the training text"
 ) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
-    """What looks for evaluation items, by task, and for the wording of twins in rows of ``text``; None where the recipe
-    does not want it."""
+    """What looks for evaluation items, by task, and for the wording of twins and untrained abilities in rows of
+    ``text``; None where the recipe does not want it."""
     from shoal.eval.evaluate import num_items
     from shoal.eval.harness.item_texts import item_texts
     from shoal.eval.tasks.load import tasks_of
@@ -41,8 +41,9 @@ def search_of_rows(
     def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         tasks = tasks_of(settings)
         items = item_texts(tasks, num_items(tasks, settings))
-        twins = {name for name, task in tasks.items() if (task.config.metadata or {}).get("column") == "twin"}
-        own = {name: wording.shared_wording(items[name]) for name in twins}  # nothing where items have several forms
+        column_of = {name: (task.config.metadata or {}).get("column") for name, task in tasks.items()}
+        untrained = [name for name, column in column_of.items() if column in ("twin", "out")]
+        own = {name: wording.shared_wording(items[name]) for name in untrained}  # nothing where forms are several
         looked_for = wording.WordingSearch(twin_wordings() | own)
         texts = looked_for.passing(row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS))
         overlaps = contamination.find_overlap(items, texts)
@@ -51,8 +52,8 @@ def search_of_rows(
         if told := [_told(form, each) for form, each in looked_for.result.items() if each.found]:
             sources = [name for name in rows.counts if name not in BUNDLED] or rows.counts
             log.warning(
-                "the wording of twin forms stands in %s of %s: %s; scores in these forms may flatter, as twins tell "
-                "what is learnt only where no training text has their form; take such text out",
+                "the wording of twin forms or untrained abilities stands in %s of %s: %s; scores in these forms may "
+                "flatter, as they tell what is learnt only where no training text has them; take such text out",
                 text,
                 ", ".join(sources),
                 "; ".join(told),

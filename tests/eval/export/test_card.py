@@ -101,7 +101,7 @@ def test_model_index_tells_a_score_in_the_trained_form_from_others(tmp_path: Pat
 def test_the_trained_form_has_a_table_of_its_own_below_the_others(tmp_path: Path) -> None:
     card = model_card(write_formed(tmp_path)).replace("\\", "")
     opening, results = card.split("## Before and after")
-    outside, inside = results.split("Distilled minus pruned")[0].split("### In the form of training text")
+    outside, inside = results.split("What distilling brought back")[0].split("### In the form of training text")
     assert "| retrieval, twin, generated |" in outside
     assert "| ARC easy, option text |" in outside
     assert "| retrieval, generated |" not in outside
@@ -109,6 +109,14 @@ def test_the_trained_form_has_a_table_of_its_own_below_the_others(tmp_path: Path
     assert "more than the teacher" in trained
     assert "more of the form" in inside
     assert "Form gap" in opening
+
+
+def test_a_card_has_the_form_gaps_and_what_the_control_tells(tmp_path: Path) -> None:
+    card = model_card(write_formed(tmp_path)).replace("\\", "")
+    gaps = card.split("### Form and ability")[1].split("\n## ")[0]
+    assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in gaps
+    assert "What the control learnt, the uncut teacher trained alike" in card
+    assert "What is still lost: distilled minus control" in card
 
 
 def test_a_card_of_results_without_columns_has_one_table(folder: Path) -> None:
@@ -130,7 +138,7 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
     for text in (
         "Dropped layers (of the base model, counted from 0): 3 to 5",
         "Scores with 95 % intervals",
-        "Distilled minus pruned, paired over the same items",
+        "What distilling brought back: distilled minus pruned",
         "### No signal here",
         "## Read with care",
         "## Speed and size",

@@ -146,7 +146,7 @@ def test_wording_of_twins_in_training_text_is_a_caution_with_a_place(tmp_path: P
     assert "The wording of retrieval/letter stands in the first 5,000 tokens of the training text" in text
     assert about in text
     assert "retrieval/letter: found in documents: 1,200, one with “Dear Tom, you asked”" in text
-    assert "Wording of twins in the training text" in text
+    assert "Wording of twins or untrained abilities in the training text" in text
     wording["retrieval/letter"]["found"] = 0
     replace(training(), data=data).write(tmp_path / "distill.json")
     assert about not in told(tmp_path)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from results import formed, write_formed
+from results import FORMED_ROLES, formed, write_formed
 
 from shoal.artifacts.search import Interval
 from shoal.eval.report.document import to_markdown
@@ -18,6 +18,8 @@ from shoal.eval.report.report import build_document
 from shoal.eval.report.score_rows import score_rows
 from shoal.eval.report.wording import kept_words, retention_text
 from shoal.stats.paired import Retention, holm
+
+LOOK_UPS = ("retrieval_generation", "retrieval_twin_generation")
 
 
 def told(folder: Path) -> str:
@@ -90,6 +92,29 @@ def test_a_learnt_form_is_a_caution_with_its_tasks(tmp_path: Path) -> None:
     text = told(write_formed(tmp_path))
     assert "**Form learnt.** The distilled model does better in the trained form than in its twin, where the" in text
     assert "Concerned: retrieval (twin, generated) and reasoning (twin, worked answers)." in text
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (("teacher", "pruned", "distilled"), "A control (eval.control), never cut and trained alike, tells what such"),
+        (FORMED_ROLES, "alike, gained there too: retrieval (twin, generated)."),
+    ],
+)
+def test_a_twin_above_the_teacher_is_a_caution_that_asks_the_control(
+    tmp_path: Path, roles: tuple[str, ...], said: str
+) -> None:
+    folder = write_formed(tmp_path, roles=roles)
+    assert "More than was lost" not in told(folder)
+    for role in {"distilled", "control"} & {*roles}:
+        made = formed(role)
+        own, twin = (next(task for task in made.tasks if task.task == name) for name in LOOK_UPS)
+        above = replace(own, task=twin.task, column="twin", twin_of=twin.twin_of)
+        tasks = tuple(above if task is twin else task for task in made.tasks)
+        replace(made, tasks=tasks).write(folder / "eval" / f"{role}.json")
+    text = told(folder)
+    assert "**More than was lost.** The distilled model beats its teacher in forms that its training text" in text
+    assert said in text.replace("\\", "")
 
 
 def test_a_twin_of_other_items_has_no_form_gap_and_that_is_told(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from subprocess import run
 
 import pytest
+from matplotlib.figure import Figure
 from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
 
 from shoal.artifacts.artifact import Provenance
@@ -178,6 +179,18 @@ def test_before_after_figure_shows_scores_intervals_and_chance(tmp_path: Path) -
     assert (task.chance, task.chance) in drawn
     save_figure(figure, tmp_path / "a.svg")
     assert {"teacher", "pruned", "distilled", "chance", "option text"} <= set(texts(tmp_path / "a.svg"))
+
+
+def test_before_after_figure_shows_twins_first_and_names_the_trained_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(figure: Figure) -> list[str]:
+        return [text.get_text() for text in figure.axes[0].texts]
+
+    own = choice("teacher", "retrieval_generation", "retrieval", "generation")
+    twin = choice("teacher", "retrieval_twin_generation", "retrieval", "generation")
+    models = [evaluation("teacher", tasks=(replace(own, column="in"), replace(twin, column="twin")))]
+    assert rows(before_after_figure(models)) == ["twin, generated", "generated, trained form"]
+    monkeypatch.setattr("shoal.figures.scores.MAX_TASKS", 1)
+    assert rows(before_after_figure(models)) == ["twin, generated"]
 
 
 def test_before_after_figure_draws_what_there_is_of_one_role_and_refuses_nothing() -> None:

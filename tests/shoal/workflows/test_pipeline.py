@@ -665,7 +665,7 @@ def test_wording_of_twins_in_training_rows_is_told_with_its_places(
     (tmp_path / "mine").mkdir()
     rows = [{"word": f"w{number}", "reply": f"r{number}"} for number in range(9)]
     (tmp_path / "mine" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    tasks = ["mine_generation", "knowledge_continuation", "retrieval_twin_generation"]
+    tasks = ["mine_generation", "knowledge_continuation", "retrieval_twin_generation", "copying_offset1_generation"]
     settings = {"tasks": tasks, "limit": 20, "include_path": str(tmp_path), "data_dir": str(tmp_path)}
     search = overlap.search_of_rows(make_run(eval=settings))
     assert search is not None
@@ -691,15 +691,15 @@ def test_wording_of_twins_in_training_rows_is_told_with_its_places(
     assert "retrieval_twin_generation" not in wording  # its forms are there by their names
     place = wording["mine_generation"]["places"][0]
     assert place["excerpt"] == "and waits for your reply: no"
-    assert "twin forms stands in the training text of my.jsonl: " in caplog.text
+    assert "twin forms or untrained abilities stands in the training text of my.jsonl: " in caplog.text
     assert "retrieval/letter (documents: 2; row " in caplog.text
     assert f"mine_generation (documents: 1; row {place['number']}: 'and waits for your" in caplog.text
     caplog.clear()
-    clean = pack(
-        [(DataSource("x"), ["All is well. "] * 3)], tiny_tokenizer(), sequence_length=64, num_tokens=90, seed=0
-    )
-    assert not any(each["found"] for each in search(clean, tiny_tokenizer())["wording"].values())
-    assert "wording of twin" not in caplog.text
+    copied = "red, blue, green, white\nAgain, in steps of 1: red, blue, green"  # other words than those that are asked
+    for text, found in (("All is well. ", []), (copied, ["copying_offset1_generation"])):
+        rows = pack([(DataSource("x"), [text] * 3)], tiny_tokenizer(), sequence_length=256, num_tokens=90, seed=0)
+        assert [form for form, each in search(rows, tiny_tokenizer())["wording"].items() if each["found"]] == found
+        assert ("wording of twin" in caplog.text) == bool(found)
 
 
 # --- compensation -------------------------------------------------------------------------------------------------

@@ -68,6 +68,13 @@ def test_a_spike_is_measured_against_the_median_of_the_steps_before():
     assert "3.1, more than distill.stop_on_spike: 3 times 1, the median of the 21 steps before" in told
 
 
+def test_losses_of_another_training_are_forgotten():
+    guard = LossGuard(3.0)
+    problems(guard, [0.1] * 20)
+    guard.remember([])
+    assert guard.problem({"loss": 3.0}) is None
+
+
 def test_one_high_step_does_not_make_the_next_one_usual():
     guard = LossGuard(3.0)
     problems(guard, [1.0] * 20)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from shoal.train.engine.checkpoint import (
     needs_universal,
     refuse_other_run,
     remove_older,
+    removed_unless_complete,
     separate_groups,
 )
 
@@ -50,6 +52,17 @@ def committed(root, *steps):
 def test_the_newest_complete_checkpoint_is_taken_by_number_not_by_name(tmp_path):
     committed(tmp_path, 2, 10, 9)
     assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_whose_save_fails_goes_unless_its_manifest_vouches_for_it(tmp_path, monkeypatch):
+    """A rank that dies behind the manifest breaks the barrier at the end of the others; what they saved is complete."""
+    for waits, complete in ((0, None), (1, tmp_path / "checkpoint-2")):
+        folder = checkpoint(tmp_path, 2)
+        monkeypatch.setattr(checkpoint_module, "barrier", partial(next, iter(range(waits))))
+        with pytest.raises(StopIteration), removed_unless_complete(folder):
+            commit(folder, INPUTS)
+        assert last_complete(tmp_path, INPUTS) == complete
+        assert folder.exists() == (complete is not None)
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
