@@ -8,7 +8,7 @@ are the items: those asked in the trained form (in), the same in forms that no t
 trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. Arms are ranked by the mean
 over twin, out and public. Equal wall time: an arm's tokens per second are measured in a short run first, and its
 budget set so that its schedule ends when the time does; an arm whose teacher writes, or that heals layer by layer
-first, has that much less time to train.
+first, has that much less time to train; arms that score or choose before they train are run by --tokens alone.
 What is there is not done again, so a broken run goes on.
 
 General text is what every machine has (documentation, docstrings, readmes), or that of --general. From the first cut
@@ -131,6 +131,8 @@ ARMS: dict[str, dict[str, Any]] = {
 text, of the teacher's and of prompts with answers, `by_source` gives each source one loss, `choose` names the metric of
 an arm with a cut of its own, `scaled` closes its gaps, and `rounds` share layers and tokens."""
 OWN_KEYS = {"general", "written", "abilities", "by_source", "choose", "scaled", "rounds"}
+UNTIMED = {"by_damage", *(arm for arm, own in ARMS.items() if "choose" in own)}
+"""Arms that score the cut, or choose their layers, before they train."""
 PROBE_STEPS = 4
 WRITTEN_SHARE = 1 / 8
 """Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
@@ -155,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     refused = {arm: why for arm in ARMS if (why := why_not(arm, arguments)) is not None}
     arguments.arms = arguments.arms or [arm for arm in ARMS if arm not in refused]
-    for arm in arguments.arms:
+    for arm in arguments.arms or refused:
         if arm in refused:
             parser.error(refused[arm])
     for arm in arguments.arms:
@@ -168,6 +170,11 @@ def why_not(arm: str, arguments: argparse.Namespace) -> str | None:
     """Why the arm does not go with the other arguments; None = it does."""
     if arguments.compensate and "choose" in ARMS[arm]:
         return f"--compensate: closes the gaps of the common cut, and {arm} makes its own; leave one of them out"
+    if arguments.seconds and (arguments.compensate or arm in UNTIMED):
+        return (
+            f"--seconds: {f'--compensate {arguments.compensate}' if arguments.compensate else arm} takes time before "
+            "the first step, which is not counted here; give --tokens, or leave it out"
+        )
     if arguments.seconds and arm == "local_alone":
         return f"--seconds: {arm} takes all rows whatever time that is; give --tokens, or leave it out"
     return None

@@ -61,10 +61,11 @@ class Eval(Tasks):
     model is judged by), standard or full. Tasks named beside it are added, and everything else that is set here wins;
     limit caps the suite's limits of single tasks too."""
     tasks: Annotated[tuple[str, ...], Shapes.SCORES] = (
-        "retrieval_continuation",
-        "knowledge_continuation",
-        "reasoning_continuation",
+        *("retrieval_continuation", "knowledge_continuation", "reasoning_continuation"),
+        *("retrieval_twin_continuation", "knowledge_twin_continuation", "reasoning_twin_continuation"),
     )
+    """By default every ability in a form that training text may have, and as a twin: without one a form that was learnt
+    passes for an ability that came back."""
     limit: Annotated[Positive | None, Shapes.SCORES] = 200
     perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
     samples: Annotated[Samples | None, Shapes.SCORES, Field(exclude_if=lambda samples: samples is None)] = None

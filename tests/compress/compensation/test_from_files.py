@@ -156,6 +156,9 @@ WRITTEN = (
     ("both", "mixtral", {}),
     ("both", "qwen3_moe", {}),
     ("both", "gpt_oss", {}),
+    ("both", "cohere", {}),  # this and the next two: attention and MLP side by side
+    ("both", "gptj", {}),
+    ("both", "falcon", {}),
     ("scale", "gemma2", {}),
 )
 
