@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from compared_runs import cell_of, nats, point, write_run, write_speed
 from html_page import Page
+from results import write_formed
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
@@ -115,3 +116,12 @@ def test_marks_of_equal_cost_stand_side_by_side_and_letters_and_stairs_are_drawn
 def test_a_figure_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="there is no retention to draw"):
         pareto_figure([], {})
+
+
+def test_more_than_the_teacher_has_is_no_share_in_the_table_of_all_tasks(tmp_path: Path) -> None:
+    runs = [write_formed(tmp_path / name) for name in ("one", "other")]
+    write_comparison(compare_runs(runs), tmp_path / "out")
+    lines = (tmp_path / "out/compare.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| A distilled |") and ", kept " in line)
+    assert ", more than the teacher" in row
+    assert "kept 1" not in row
