@@ -59,7 +59,7 @@ from side_by_side import run_shoal, write_recipe
 from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.training import Training
 from shoal.eval.compare.means import HEADLINE, Scores, even_weights, summed_change
-from shoal.stats.paired import form_gap, interval, no_retention, paired
+from shoal.stats.paired import form_gap, form_gap_change, interval, no_retention, paired
 from shoal.task_words import COLUMNS
 
 DROP = (12, 13, 14, 21, 25, 26)
@@ -316,7 +316,7 @@ def cut(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(arguments: argparse.Namespace) -> str:
-    """Two tables with a row per arm: the mean share kept by column, then every task; means over the seeds."""
+    """Three tables with a row per arm: mean share kept by column, form gaps, every task; means over the seeds."""
     runs = {
         arm: {
             seed: run
@@ -348,7 +348,7 @@ def table(arguments: argparse.Namespace) -> str:
         )
         if all((run / "eval/control.json").exists() for run in own.values()):
             rows[f"control of {arm}"] = (pooled(own.values(), "control"), None)
-    return f"{kept_by_column(teacher, rows)}\n\n{by_task(teacher, rows)}"
+    return "\n\n".join((kept_by_column(teacher, rows), form_gaps(teacher, rows), by_task(teacher, rows)))
 
 
 Rows = Mapping[str, tuple[Scores, Scores | None]]
@@ -358,12 +358,27 @@ Rows = Mapping[str, tuple[Scores, Scores | None]]
 def kept_by_column(teacher: Scores, rows: Rows) -> str:
     """The mean share kept of the teacher's distance to chance, by column and over those outside the trained form."""
     columns = column_weights(teacher)
-    lines = [f"| arm | {' | '.join(columns)} | form gap |", f"|{' --- |' * (len(columns) + 2)}"]
+    lines = [f"| arm | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 1)}"]
     for title, (own, first) in rows.items():
         cells = [kept_text(teacher, rows["pruned"][0], own, weights, first) for weights in columns.values()]
-        twins = [task for task in own.values() if task.twin_of in own and task.higher_is_better]
-        gaps = [form_gap(own[task.twin_of], task).difference for task in twins]
-        lines.append(f"| {title} | {' | '.join(cells)} | {fmean(gaps):+.3f} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def form_gaps(teacher: Scores, rows: Rows) -> str:
+    """Score in the trained form minus that of the twin, and by how much it is larger than the first arm's."""
+    pairs = [(task.twin_of, name) for name, task in teacher.items() if task.twin_of in teacher]
+    lines = [f"| form gap | {' | '.join(own for own, _ in pairs)} |", f"|{' --- |' * (len(pairs) + 1)}"]
+    for title, (of_arm, first) in {"teacher": (teacher, None), **rows}.items():
+        cells = []
+        for own, twin in pairs:
+            gap = form_gap(of_arm[own], of_arm[twin])
+            cell = f"{gap.difference:+.2f} [{gap.ci_low:+.2f}, {gap.ci_high:+.2f}]"
+            if first is not None:
+                change, low, high = form_gap_change((first[own], first[twin]), (of_arm[own], of_arm[twin]))
+                cell += f"; over the first {change:+.2f} [{low:+.2f}, {high:+.2f}]"
+            cells.append(cell)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
