@@ -59,7 +59,7 @@ def _draw_ability(
                 continue
             label = label or _row_label(task)
             colour, marker = ROLE_STYLE.get(evaluation.role, (INK, "D"))
-            y = row + 0.1 + 0.2 * (position - (count - 1) / 2)
+            y = row + 0.1 + min(0.2, 0.45 / max(1, count - 1)) * (position - (count - 1) / 2)
             ax.plot([task.ci_low, task.ci_high], [y, y], color=colour, lw=2, alpha=0.75, solid_capstyle="round")
             ax.plot([task.score], [y], marker, color=colour, ms=6, label=clean(evaluation.role), ls="")
             if higher and position == 0:

@@ -167,9 +167,14 @@ def panel_grid(shape: tuple[int, int], size: tuple[float, float], **options: Any
     return figure, [list(row) for row in axes]
 
 
+IN_ONE_LINE = 4
+"""Entries of a legend that have room beside each other."""
+
+
 def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend above all panels, chance last."""
+    """One legend above all panels, chance last; in two lines where one would be wider than the figure."""
     handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if "chance" in handles:
         handles["chance"] = handles.pop("chance")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), columnspacing=1.2)
+    ncols = len(handles) if len(handles) <= IN_ONE_LINE else -(-len(handles) // 2)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=ncols, columnspacing=1.2)
