@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import math
 import time
 import warnings
@@ -41,6 +42,8 @@ from .objective.host_batch import documents_known, on_host, queued
 from .objective.objective import Signals
 from .student.spec import TrainSpec
 from .teacher.wiring import Wiring
+
+log = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "position_ids", "labels")
 """Planes that the student's forward takes of a batch; the teacher may read more."""
@@ -291,6 +294,15 @@ class ObjectiveTrainer(Trainer):
                 logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
             self._row.begin()
         super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if num_training_steps == 1 and not any(scheduler.get_last_lr()) and is_main():
+            log.warning(
+                "the training is one step, at which the warm-up begins with a rate of 0, so nothing is learnt; train "
+                "on more tokens (num_tokens), or set warmup_steps of the trainer to 0"
+            )
+        return scheduler
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """Loss and teacher read columns that the student's own forward does not have."""

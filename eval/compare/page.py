@@ -144,8 +144,13 @@ def _first(comparison: RunComparison) -> Iterator[str]:
             if len(groups.that_rank) > 1
             else f"in {_inside(groups.that_rank)}"
         )
+        best = [standing for standing in ranked if standing.mean and standing.mean.value == ranked[0].mean.value]
+        shown = f"{retention_text(ranked[0].mean)} {in_mean}."
         most = "reaches the most of the" if ranked[0].model.role == MODEL else "keeps the most of its"
-        yield f"{_model_name(ranked[0].model)} {most} teacher: {retention_text(ranked[0].mean)} {in_mean}."
+        if len(best) > 1:
+            yield f"No model is first: {listed([_model_name(standing.model) for standing in best])} have {shown}"
+        else:
+            yield f"{_model_name(ranked[0].model)} {most} teacher: {shown}"
     above = {
         title: [
             _model_name(standing.model)

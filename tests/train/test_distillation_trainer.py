@@ -61,6 +61,13 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     return TrainingArguments(str(folder / "out"), **(given | settings))
 
 
+def test_one_step_at_a_rate_of_0_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_of(tmp_path, trained_by={"max_steps": 1}).train()
+    assert "nothing is learnt" not in caplog.text
+    trainer_of(tmp_path, trained_by={"max_steps": 1, "lr_scheduler_type": "linear", "warmup_steps": 1}).train()
+    assert "the training is one step, at which the warm-up begins with a rate of 0, so nothing is learnt" in caplog.text
+
+
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
     teacher = tiny_model("llama")
     return cut_model(teacher, DROP), teacher

@@ -67,6 +67,8 @@ def evaluate(
     named = {"tasks": [tasks] if isinstance(tasks, str) else tasks, "limit": limit}
     section = of_arguments(Tasks, named | settings, taken=(*named, *TAKEN), source="shoal.evaluate")
     refuse_unknown(section.tasks, section.include_path)
+    if not section.tasks and not section.perplexity_tokens:
+        raise UserError("shoal.evaluate: tasks: names none; name some of `shoal list tasks`, or set perplexity_tokens")
     if section.perplexity_tokens:
         require_positions(model, section.sequence_length)
     asked = tasks_fingerprint(section.tasks, section.include_path)
@@ -117,11 +119,14 @@ def compare(before: Evaluation, after: Evaluation) -> ScoreChanges:
     Both models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).
 
     Raises:
-        UserError: no common task, or one that was asked in another way or of other items.
+        UserError: no evaluation, no common task, or one that was asked in another way or of other items.
 
     Example:
         >>> shoal.compare(shoal.evaluate(pruned, tokenizer), shoal.evaluate(healed, tokenizer)).to_pandas()
     """
+    for name, given in (("before", before), ("after", after)):
+        if not isinstance(given, Evaluation):
+            raise UserError(f"shoal.compare: {name}: is {type(given).__name__}; give what shoal.evaluate returns")
     first, second = by_task(before), by_task(after)
     shared = [task for task in first if task in second]
     if not shared:

@@ -17,10 +17,12 @@ from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.machine import peak_memory
+from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
 from shoal.numerics import fast_dtype
 from shoal.recipe.distill import Distill
 from shoal.recipe.distill_contradictions import contradictions
+from shoal.recipe.edits import KEPT_LAYERS
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
@@ -87,6 +89,12 @@ def distill(
     """
     require_usable(student, "student")
     require_usable(teacher, "teacher")
+    is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
+    if is_cut == [False, True] and len(decoder_layers(student)) > len(decoder_layers(teacher)):
+        raise UserError(
+            "shoal.distill: the teacher is a model that shoal has cut, and the student a deeper one that it has not; "
+            "give the cut model first"
+        )
     tokenizer = require_tokenizer(tokenizer)
     budget = {} if num_tokens is None else {"num_tokens": num_tokens}
     section = _section({"losses": as_terms(losses), **budget}, settings, learning_rate=learning_rate)

@@ -48,7 +48,8 @@ def add_help_verbs(verbs: Any, parser: argparse.ArgumentParser, run: Callable[[T
     init.add_argument("--out", metavar="FILE", help="where the recipe goes (default: NAME.yaml, after the model)")
     init.set_defaults(work=run(_init))
     names = add_verb(verbs, "list", LIST, "tasks --json")
-    names.add_argument("what", metavar="WHAT", choices=LISTS, help=f"kind of names: {', '.join(LISTS)}")
+    kinds = f"kind of names: {', '.join(LISTS)}; without it these"
+    names.add_argument("what", nargs="?", metavar="WHAT", choices=LISTS, help=kinds)
     names.set_defaults(work=run(_list))
     explain = add_verb(verbs, "explain", EXPLAIN, "distill.losses.forward_kl.temperature")
     explain.add_argument("key", nargs="?", metavar="KEY", help="section, section.key, or one below a kind")
@@ -80,6 +81,8 @@ def _init(arguments: argparse.Namespace) -> str:
 def _list(arguments: argparse.Namespace) -> str:
     from shoal.help import names
 
+    if arguments.what is None:
+        return _json(LISTS) if arguments.json else "\n".join(f"shoal list {what}" for what in LISTS)
     if arguments.what == "metrics":
         runtime.turn_down_libraries()  # which their classes load
     return _json(names.LISTS[arguments.what]()) if arguments.json else names.listing(arguments.what)

@@ -385,7 +385,8 @@ class Distill(Section):
     check_memory: Annotated[bool, Shapes.NOTHING] = True
     """Refuse a run that does not fit into memory or on the disk before it starts; false = only say so."""
     trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT] = field(default_factory=dict)
-    """Arguments handed to transformers.TrainingArguments untouched; all but NEUTRAL_TRAINER_KEYS shape the training."""
+    """Arguments handed to transformers.TrainingArguments untouched; all but those of saving, logging and loading data
+    shape the training."""
     deepspeed: Annotated[str | dict[str, Any] | None, Shapes.BY_CONTENT] = "deepspeed/zero2.json"
     """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
     num_ranks: Annotated[Positive | None, Shapes.NOTHING] = None

@@ -132,13 +132,20 @@ def measure(run: Run) -> None:
 def _rows(run: Run) -> PackedRows:
     settings = run.recipe.measure
     log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
-    return pack(
+    rows = pack(
         [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data],
         run.tokenizer(),
         sequence_length=settings.sequence_length,
         num_tokens=settings.num_tokens,
         seed=run.recipe.seed,
     )
+    if repeated := [name for name, counts in rows.counts.items() if counts["repeats"]]:
+        log.warning(
+            "measure.num_tokens: is more than %s has, which is repeated: scores rest on less text than they say; lower "
+            "it or name more text",
+            ", ".join(repeated),
+        )
+    return rows
 
 
 def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:

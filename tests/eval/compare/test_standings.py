@@ -152,6 +152,9 @@ def test_runs_scored_in_the_trained_form_only_are_ranked_by_it_and_say_so(tmp_pa
     assert re.search(r"A distilled keeps the most of its teacher: more than the teacher in trained form\.", text)
     assert "More than the teacher: in trained form A distilled." in text
     assert "no task outside the form of training text, so they are ranked in that form" in text
+    even = [write_run(tmp_path / name, scores=inside) for name in ("even", "same")]
+    told = comparison_text(compare_runs(even))
+    assert re.search(r"No model is first: A distilled and B distilled have .* in trained form\.", told)
     half = write_run(tmp_path / "c", scores=in_columns)
     whole = write_run(tmp_path / "d", scores=lambda share: in_columns(share)[:1])
     assert "retrieval_twin_generation is left out" in comparison_text(compare_runs([half, whole]))

@@ -41,6 +41,11 @@ def test_the_parser_knows_the_lists() -> None:
     assert tuple(names.LISTS) == verbs.LISTS
 
 
+def test_without_a_kind_the_kinds_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(capsys).splitlines() == [f"shoal list {what}" for what in verbs.LISTS]
+    assert json.loads(listed(capsys, "--json")) == [*verbs.LISTS]
+
+
 @pytest.mark.parametrize("what", verbs.LISTS)
 def test_every_list_says_what_each_name_is(capsys: pytest.CaptureFixture[str], what: str) -> None:
     entries, text = as_json(capsys, what), listed(capsys, what)

@@ -67,6 +67,15 @@ def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     return make
 
 
+def test_text_that_is_repeated_is_told(make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    measuring.measure(make_run())
+    assert "which is repeated" not in caplog.text
+    (tmp_path / "few.jsonl").write_text('{"text": "two and two are four."}\n')
+    measuring.measure(make_run({"data": str(tmp_path / "few.jsonl")}, run_dir=str(tmp_path / "other")))
+    assert "measure.num_tokens: is more than" in caplog.text
+    assert "few.jsonl has, which is repeated: scores rest on less text than they say" in caplog.text
+
+
 def test_items_are_needed_for_the_removals_that_there_are(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = list[int]()
     refuse = "shoal.compress.sweeps.sweep.refuse_few_items"
