@@ -62,10 +62,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
-from shoal.cli import run_verb
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack
+from shoal.launch.cli import run_verb
 from shoal.machine import peak_memory
 from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.numerics import fast_dtype

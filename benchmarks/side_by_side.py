@@ -159,7 +159,7 @@ def write_recipe(settings: dict[str, Any]) -> Path:
 
 
 def run_shoal(verb: str, recipe: Path, *overrides: str) -> None:
-    subprocess.run([sys.executable, "-m", "shoal.cli", verb, "--config", str(recipe), *overrides], check=True)
+    subprocess.run([sys.executable, "-m", "shoal.launch.cli", verb, "--config", str(recipe), *overrides], check=True)
 
 
 def write_tiny(folder: Path, **sizes: Any) -> None:

@@ -144,7 +144,7 @@ def _live(recipe: str, moment: str, count: str, share: str) -> None:
                 die()
 
     sys.addaudithook(watch)
-    from shoal.cli import main as shoal
+    from shoal.launch.cli import main as shoal
 
     shoal(["distill", "--config", recipe])
 

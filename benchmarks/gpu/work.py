@@ -37,13 +37,13 @@ from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.fixed_rows import can_be_recorded
+from shoal.launch.verbs.run import Run, open_run
 from shoal.machine import available_memory, device_memory, device_name, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
 from shoal.numerics import flops_per_second
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device, environment, leave_distributed, set_up_distributed, turn_down_libraries
-from shoal.stages.run import Run, open_run
 from shoal.train.assembly import Identity, make_trainer
 from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import training_arguments

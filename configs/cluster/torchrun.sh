@@ -10,4 +10,4 @@ export PYTHONSAFEPATH=1          # modules come from no current folder
 torchrun \
     --nnodes="${NODES:-2}" --nproc-per-node="${GPUS:-8}" --node-rank="$node" \
     --master-addr="$FIRST_NODE" --master-port="${PORT:-29500}" \
-    --module shoal.cli distill --config "$@"
+    --module shoal.launch.cli distill --config "$@"

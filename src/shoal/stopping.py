@@ -160,7 +160,7 @@ def _launcher_processes() -> list[psutil.Process]:
 
 def _is_launcher(command: list[str]) -> bool:
     words = command[:5]
-    if any(Path(word).name == "shoal" or word == "shoal.cli" for word in words):
+    if any(Path(word).name == "shoal" or word == "shoal.launch.cli" for word in words):
         return True
     names = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
     return any(name in word for word in words for name in names)

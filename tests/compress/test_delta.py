@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM
 
-from shoal.cli import main
 from shoal.compress import delta as delta_module
 from shoal.compress.delta import DeltaNorms, TensorDelta, delta_norms
 from shoal.errors import UserError
+from shoal.launch.cli import main
 
 
 def pair(path: Path, kind: str = "llama", **donor_settings: Any) -> tuple[Path, Path]:

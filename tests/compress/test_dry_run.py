@@ -18,10 +18,10 @@ from tiny import NUM_LAYERS, set_json, tiny_checkpoint, tiny_config
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.cli import run_verb
 from shoal.compress.dry_run import dry_run
 from shoal.compress.plan import choose_changes
 from shoal.errors import UserError
+from shoal.launch.cli import run_verb
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_model, without_data
 from shoal.recipe.recipe import parse_recipe

@@ -21,7 +21,6 @@ from torch import Tensor
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.draft import Acceptance, Drafts
 from shoal.artifacts.search import Interval
-from shoal.cli import main, run_verb
 from shoal.errors import UserError
 from shoal.eval import draft as module
 from shoal.eval.compare.compare import compare_runs
@@ -33,10 +32,11 @@ from shoal.eval.report.findings import read_run
 from shoal.eval.report.report import write_report
 from shoal.eval.report.speed import draft_cost, draft_section, draft_table
 from shoal.inference.decoder import Decoder
+from shoal.launch.cli import main, run_verb
+from shoal.launch.verbs.run import locked, open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import load_recipe
-from shoal.stages.run import locked, open_run
 from shoal.stats.drafting import tokens_per_round
 
 TEXTS: list[Text] = [([256], list(b"The sea is blue")), (list(b"What is it? "), list(b"it is")), ([256, 65], [66])]
@@ -215,7 +215,7 @@ def test_a_checkpoint_beside_a_run_waits_for_the_run_whose_answers_it_reads_and_
     held, student = shutil.copytree(run_dir, tmp_path / "held"), shutil.copytree(run_dir / "student", tmp_path / "own")
     for file in (held / "eval/items").iterdir():
         file.unlink()
-    monkeypatch.setattr("shoal.stages.run.LOCK_WAIT_S", -1)
+    monkeypatch.setattr("shoal.launch.verbs.run.LOCK_WAIT_S", -1)
 
     def compare() -> int | str | None:
         with pytest.raises(SystemExit) as ended:

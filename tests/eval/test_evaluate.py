@@ -27,13 +27,13 @@ from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
 from shoal.eval.tasks.load import load_tasks
+from shoal.launch.verbs.evaluate import eval_inputs
+from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
-from shoal.stages.evaluate import eval_inputs
-from shoal.stages.run import open_run
 from shoal.stats.paired import paired
 
 

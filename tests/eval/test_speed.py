@@ -17,11 +17,11 @@ from shoal.errors import UserError
 from shoal.eval import speed
 from shoal.eval.speed import expectation, measure_speed, peak_growth
 from shoal.inference.decoder import Decoder
+from shoal.launch.verbs import evaluate
+from shoal.launch.verbs.run import open_run
 from shoal.models.cost import model_cost
 from shoal.models.load import Checkpoint, LoadSettings, without_data
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import evaluate
-from shoal.stages.run import open_run
 
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
 

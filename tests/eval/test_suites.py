@@ -24,13 +24,13 @@ from shoal.eval.suites import Work, in_words, rest_in_words, work_of
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import known_tasks, tasks_of
 from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
+from shoal.launch.verbs import evaluate
+from shoal.launch.verbs.evaluate import _tell_of_left_out
+from shoal.launch.verbs.run import open_run
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
-from shoal.stages import evaluate
-from shoal.stages.evaluate import _tell_of_left_out
-from shoal.stages.run import open_run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")

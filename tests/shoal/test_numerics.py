@@ -15,11 +15,11 @@ import torch
 
 from shoal import machine, numerics
 from shoal.errors import UserError
+from shoal.launch.verbs import run as runs
+from shoal.launch.verbs.run import Run, open_run
 from shoal.models.attention import Chosen
 from shoal.numerics import Choice, choose, fast_dtype, slowness
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import run as runs
-from shoal.stages.run import Run, open_run
 
 CPU = torch.device("cpu")
 MEASURE = numerics.product_rates  # before a test's environment puts one in its place
@@ -294,7 +294,7 @@ def test_a_precision_that_is_slow_here_is_warned_of_once_with_what_to_type(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(numerics, "product_rates", lambda device: rates(76, 9.5, 9))
-    monkeypatch.setattr("shoal.stages.run.device_name", lambda device: "Ryzen")
+    monkeypatch.setattr("shoal.launch.verbs.run.device_name", lambda device: "Ryzen")
     run = open_run(recipe(tmp_path, dtype="bfloat16", distill={"precision": "bfloat16"}))
     assert run.recipe.dtype == "bfloat16"
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -359,8 +359,8 @@ def test_sizes_follow_the_speed_of_all_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, share: float, expected: list[int]
 ) -> None:
     monkeypatch.setattr(numerics, "product_rates", lambda device: rates(rate, 1, 1))
-    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(rate, 1, 1))
-    monkeypatch.setattr("shoal.stages.run.num_cores", lambda: 2)
+    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(rate, 1, 1))
+    monkeypatch.setattr("shoal.launch.verbs.run.num_cores", lambda: 2)
     run = open_run(recipe(tmp_path, **SIZES))
     assert sizes(run) == expected
     assert run.recipe.full_size_gflops is None, "settled sizes are not settled again"
@@ -373,12 +373,12 @@ def test_sizes_follow_the_speed_of_all_cores(
 def test_a_run_directory_keeps_its_sizes_on_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float
 ) -> None:
-    monkeypatch.setattr("shoal.stages.run.num_cores", lambda: 2)
-    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(first, 1, 1))
+    monkeypatch.setattr("shoal.launch.verbs.run.num_cores", lambda: 2)
+    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(first, 1, 1))
     begun = open_run(recipe(tmp_path, **SIZES))
     begun.dir.mkdir()
     (begun.dir / "run.json").write_text(json.dumps({"numerics": asdict(begun.numerics)}))  # pyright: ignore
-    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(then, 1, 1))
+    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(then, 1, 1))
     assert open_run(recipe(tmp_path, **SIZES)).recipe == begun.recipe
     other = {**SIZES, "full_size_gflops": 500 if then > first else 300}
     assert sizes(open_run(recipe(tmp_path, **other))) != sizes(begun), "is another recipe"
@@ -390,7 +390,7 @@ def test_sizes_are_what_they_say_without_a_speed_to_follow(tmp_path: Path) -> No
 
 
 def test_unlimited_items_and_no_watch_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.stages.run.product_rates", lambda device: rates(10, 1, 1))
+    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(10, 1, 1))
     run = open_run(recipe(tmp_path, full_size_gflops=400, distill={"watch": None}, eval={"limit": None}))
     assert run.recipe.distill.watch is None
     assert run.recipe.eval.limit is None

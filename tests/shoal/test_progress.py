@@ -1,6 +1,6 @@
 """What takes long says so: before 5 s are over, with rate and time left; a bar on a terminal, lines in a file.
 
-Covers: shoal.stages.report, shoal.train.callbacks.progress.
+Covers: shoal.launch.verbs.report, shoal.train.callbacks.progress.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from searches import EVAL, MEASURE, Healer
 from transformers.utils import logging as transformers_logging
 
 from shoal import progress as module
+from shoal.launch.verbs import distill, evaluate, measure, prune, report
+from shoal.launch.verbs.run import open_run
+from shoal.launch.workflows.search import search
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.progress import BYTES, POLL_S, Lines, Speaker, doing, each, progress
 from shoal.recipe.recipe import load_recipe, parse_recipe
-from shoal.stages import distill, evaluate, measure, prune, report
-from shoal.stages.run import open_run
 from shoal.train.callbacks.progress import Progress
-from shoal.workflows.search import search
 
 
 class Clock:

@@ -53,7 +53,11 @@ class Shoal:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def ranks(self) -> list[psutil.Process]:
-        return [child for child in self.children() if "shoal.cli" in (w := words(child)) and "deepspeed" not in str(w)]
+        return [
+            child
+            for child in self.children()
+            if "shoal.launch.cli" in (w := words(child)) and "deepspeed" not in str(w)
+        ]
 
     def stop(self, number: int) -> list[str]:
         """Send a signal as a terminal does, to the whole process group; what is said from then on."""

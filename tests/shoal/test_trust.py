@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from shoal import trust
-from shoal.cli import run_verb
 from shoal.errors import UserError
+from shoal.launch.cli import run_verb
 from shoal.trust import CONSENT, is_signed, is_trusted, refuse_links, signed
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
+from shoal.launch.verbs.prune import prune
+from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import load_recipe
-from shoal.stages.prune import prune
-from shoal.stages.run import open_run
 
 DROP = [2, 3]
 

@@ -26,8 +26,8 @@ from torch.multiprocessing.spawn import start_processes
 from shoal.runtime import free_port
 
 PRELOADED = [
-    "shoal.cli",
-    "shoal.workflows.pipeline",
+    "shoal.launch.cli",
+    "shoal.launch.workflows.pipeline",
     "shoal.train.distill",
     "deepspeed",
     "deepspeed.ops",
@@ -155,7 +155,7 @@ def _run(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    from shoal.cli import main
+    from shoal.launch.cli import main
 
     if before is not None:
         before()

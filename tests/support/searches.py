@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
+from shoal.launch.verbs import distill
+from shoal.launch.verbs.run import Run, open_run
 from shoal.recipe.recipe import load_recipe
-from shoal.stages import distill
-from shoal.stages.run import Run, open_run
 
 MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "metrics": ["angular"]}
 

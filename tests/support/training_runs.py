@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.artifacts.training import Training
+from shoal.launch.verbs.prune import prune
+from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import load_recipe
-from shoal.stages.prune import prune
-from shoal.stages.run import open_run
 
 DROP = [2, 3]
 STEPS = 8

@@ -55,7 +55,7 @@ def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) 
     if load_recipe(name).prune.compensate:
         here.append("prune.compensate={method: scale, num_tokens: 512, sequence_length: 64}")
     for verb in ("run", "distill --dry-run"):
-        words = [sys.executable, "-m", "shoal.cli", *verb.split(), "--config", name, *here]
+        words = [sys.executable, "-m", "shoal.launch.cli", *verb.split(), "--config", name, *here]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "ZeRO 3" in done.stdout

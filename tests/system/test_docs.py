@@ -9,12 +9,12 @@ from typing import get_args, get_type_hints
 import pytest
 from transformers import TrainingArguments
 
-from shoal.cli import _parse
 from shoal.compress.metrics.registry import METRICS
 from shoal.errors import UserError
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.names import TASKS_DIR, task_names
-from shoal.help.settings import find
+from shoal.launch.cli import _parse
+from shoal.launch.help.settings import find
 from shoal.recipe.distill import Trainable
 from shoal.recipe.losses import LOGIT_TERMS
 from shoal.recipe.messages import sections_in
@@ -100,8 +100,8 @@ def test_every_command_can_be_given(file: Path) -> None:
             words = shlex.split(line, comments=True)
             if words[:1] == ["shoal"]:
                 _parse(words[1:])
-            if "shoal.cli" in words:
-                _parse(words[words.index("shoal.cli") + 1 :])
+            if "shoal.launch.cli" in words:
+                _parse(words[words.index("shoal.launch.cli") + 1 :])
             scripts = [word for word in words[1:] if word.startswith("launch/")]
             assert all((ROOT / script).is_file() for script in scripts), line
 
@@ -169,7 +169,11 @@ def test_every_task_has_a_row() -> None:
 
 
 CONTRIBUTING = ROOT / "docs/contributing.md"
-MODULES = [file for folder in ("src", "compress", "train", "eval", "tests") for file in (ROOT / folder).rglob("*.py")]
+MODULES = [
+    file
+    for folder in ("src", "compress", "train", "eval", "launch", "lab", "tests")
+    for file in (ROOT / folder).rglob("*.py")
+]
 
 
 def is_defined(stem: str, name: str) -> bool:
@@ -208,7 +212,7 @@ ARXIV = re.compile(r"(?<![\d.])(?:1[5-9]|2\d)(?:0[1-9]|1[0-2])\.\d{5}(?!\d)")
 
 
 def test_every_paper_with_a_number_has_its_place_on_the_page_of_papers_and_no_other_has() -> None:
-    folders = ("src", "compress", "train", "eval", "launch", "benchmarks", "configs", "docs")
+    folders = ("src", "compress", "train", "eval", "launch", "lab", "benchmarks", "configs", "docs")
     files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
     read = [file for file in files if file.suffix in (".py", ".md", ".yaml", ".yml", ".cff") and file != PAPERS]
     named = {number for file in read for number in ARXIV.findall(file.read_text(encoding="utf-8"))}

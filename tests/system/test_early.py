@@ -28,7 +28,7 @@ REFUSED = (
 )
 PROGRAM = """
 import sys
-from shoal.cli import run_verb
+from shoal.launch.cli import run_verb
 from shoal.compress.quantize import formats
 from importlib import util
 

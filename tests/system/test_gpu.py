@@ -13,9 +13,9 @@ import torch
 from tiny import tiny_checkpoint
 
 from shoal.errors import UserError
+from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages.run import open_run
 from shoal.train.objective.objective import final_hidden
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from tiny import set_json
 
-from shoal import cli
-from shoal.cli import main
 from shoal.data import chat
+from shoal.launch import cli
+from shoal.launch.cli import main
 
 DEEP = "[" * 20_000 + "]" * 20_000
 LONG = "a" * 300
@@ -430,7 +430,7 @@ def test_json_of_delta_where_no_file_can_be(capsys: pytest.CaptureFixture[str], 
 
 def test_a_reader_that_leaves_early_ends_nothing() -> None:
     """`| head -1` closes the pipe; the command goes on with what it writes to files."""
-    script = "from shoal.cli import _print\nfor _ in range(3): _print('x' * 100_000)\nopen('done', 'w').close()"
+    script = "from shoal.launch.cli import _print\nfor _ in range(3): _print('x' * 100_000)\nopen('done', 'w').close()"
     done = subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "{script}" | head -c 1 > /dev/null; echo "${{PIPESTATUS[0]}}"'],
         capture_output=True,

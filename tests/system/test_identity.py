@@ -20,16 +20,16 @@ from tiny import tiny_tokenizer
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.eval.compare.comparable import TEXT_SETTINGS
+from shoal.launch.verbs import distill as distilling
+from shoal.launch.verbs import evaluate, measure, prune
+from shoal.launch.verbs import run as run_module
+from shoal.launch.verbs.plan import plan_inputs
+from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Horizon, OnPolicy
 from shoal.recipe.evaluate import Samples
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
-from shoal.stages import distill as distilling
-from shoal.stages import evaluate, measure, prune
-from shoal.stages import run as run_module
-from shoal.stages.plan import plan_inputs
-from shoal.stages.run import Run
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.generated.writing import _planned
@@ -365,7 +365,7 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
     contents = ("sources", "model", "task_files", "local_data")
     for module, name in itertools.product(modules, [f"{content}_fingerprint" for content in contents]):
         monkeypatch.setattr(module, name, lambda *_: "...", raising=False)
-    monkeypatch.setattr("shoal.stages.run.resolved", lambda *_: Path("teacher"))
+    monkeypatch.setattr("shoal.launch.verbs.run.resolved", lambda *_: Path("teacher"))
     recipe = parse_recipe(RECIPES["full"])
     recipe = dataclasses.replace(
         recipe,

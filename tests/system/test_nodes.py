@@ -21,7 +21,7 @@ from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
 
 from shoal.artifacts.training import Training
-from shoal.cli import _parse
+from shoal.launch.cli import _parse
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs" / "cluster"
@@ -90,7 +90,7 @@ def test_two_nodes_train_the_weights_of_one_bit_for_bit(nodes, tmp_path):
     for number, name in enumerate(nodes):
         command = ["ip", "netns", "exec", name, deepspeed, "--hostfile", str(hostfile), "--no_ssh"]
         command += ["--node_rank", str(number), "--master_addr", ADDRESSES[0], "--master_port", "29513"]
-        command += ["--module", "shoal.cli", "distill", "--config", str(together)]
+        command += ["--module", "shoal.launch.cli", "distill", "--config", str(together)]
         env = environment(GLOO_SOCKET_IFNAME=f"cable-{'ab'[number]}")
         launched.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
     one = run_ranks(["distill", "--config", str(alone)], ranks=2, env=environment(), cwd=tmp_path)
@@ -143,7 +143,7 @@ def test_the_scripts_for_clusters_are_valid_and_use_flags_that_exist(name):
     assert command is not None
     words = re.sub(r'"?\$\{?\w+(:-\w+)?\}?"?', "2", command.group(1)).split()
     options = get_args_parser().parse_args(words)
-    assert (options.module, options.training_script) == (True, "shoal.cli")
+    assert (options.module, options.training_script) == (True, "shoal.launch.cli")
     assert _parse(options.training_script_args).verb == "distill"
     assert options.nnodes == "2"
     assert options.nproc_per_node == "2"

@@ -23,7 +23,7 @@ LISTED = "assert not any(_main(['list', what]) for what in ('recipes', 'tasks', 
 def test_a_recipe_is_read_and_refused_before_anything_heavy_is_loaded(work: str) -> None:
     script = f"""
 import sys
-from shoal.cli import _main, run_verb
+from shoal.launch.cli import _main, run_verb
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.suites import CONFIGS_DIR
 {work}

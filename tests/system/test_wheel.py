@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tiny import tiny_checkpoint
 
-from shoal.help.names import LISTS
+from shoal.launch.help.names import LISTS
 
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0+wheel"
@@ -35,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with sdist and wheel, made of a copy: building writes beside the sources."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    for name in ("src", "compress", "train", "eval", "configs"):
+    for name in ("src", "compress", "train", "eval", "launch", "lab", "configs"):
         without = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=without)
     for name in ("README.md", "LICENSE"):
@@ -57,7 +57,10 @@ def test_packages_can_be_published(built: Path) -> None:
 def test_wheel_holds_all_that_is_tracked_beside_tests_documents_and_scripts(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    packages = {"src/shoal": "shoal", **{name: f"shoal/{name}" for name in ("compress", "train", "eval", "configs")}}
+    packages = {
+        "src/shoal": "shoal",
+        **{name: f"shoal/{name}" for name in ("compress", "train", "eval", "launch", "lab", "configs")},
+    }
     wanted = {
         f"{package}/{file.relative_to(ROOT / folder)}"
         for folder, package in packages.items()
@@ -93,7 +96,7 @@ def alone() -> dict[str, str]:
 
 FIND = """
 import json, shoal, shoal.compress, sys
-from shoal.help.names import LISTS
+from shoal.launch.help.names import LISTS
 from shoal.recipe.deepspeed_file import read_deepspeed
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.suites import CONFIGS_DIR

@@ -32,12 +32,12 @@ from training_runs import (
 from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows, read_rows
+from shoal.launch.verbs.distill import distill_dry_run
+from shoal.launch.verbs.run import open_run
+from shoal.launch.workflows.dry_run import run_dry_run
 from shoal.recipe.recipe import load_recipe
-from shoal.stages.distill import distill_dry_run
-from shoal.stages.run import open_run
 from shoal.train.damage import SAMPLE_ROWS, nats_by_source
 from shoal.train.pilot import slope
-from shoal.workflows.dry_run import run_dry_run
 
 pytestmark = pytest.mark.slow
 

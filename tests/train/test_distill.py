@@ -21,13 +21,13 @@ from transformers import Trainer
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
+from shoal.launch.verbs import distill as stage
+from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.numerics import Choice
 from shoal.recipe.distill import Distill, OnPolicy, Record, Teacher, TrainingSource
 from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL, ValueRelation
 from shoal.recipe.recipe import Recipe
-from shoal.stages import distill as stage
-from shoal.stages.run import open_run
 from shoal.train import dataset
 from shoal.train.dataset import training_rows
 from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jobs import CUT, LENGTH, spec_of
 
-from shoal.cli import run_verb
+from shoal.launch.cli import run_verb
 from shoal.recipe.distill import Distill, LocalHeal, OnPolicy
 from shoal.recipe.losses import ForwardKL, LossTerm, ValueRelation
 from shoal.train import dry_run as report

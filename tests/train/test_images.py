@@ -28,10 +28,10 @@ from training_runs import (
 )
 
 from shoal.errors import UserError
+from shoal.launch.verbs.distill import check_distill, record
+from shoal.launch.verbs.run import open_run
 from shoal.models.load import load_model, load_processor
 from shoal.recipe.recipe import load_recipe
-from shoal.stages.distill import check_distill, record
-from shoal.stages.run import open_run
 
 TERMS = [{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": 0.5}]
 OF_SOURCES = ("forward_kl", "cross_entropy")

@@ -11,9 +11,9 @@ import torch
 from prompt_server import PromptServer, serving
 from training_runs import Trial, finished, go_along_with_loops, recipe, run, unfinished
 
+from shoal.launch.verbs.distill import distill_dry_run
+from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import load_recipe
-from shoal.stages.distill import distill_dry_run
-from shoal.stages.run import open_run
 
 ON_POLICY = {"share": 0.5, "start": 0.0, "prompt_tokens": 8, "new_tokens": 24, "temperature": 0.0}
 SETTINGS: dict[str, Any] = {"on_policy": ON_POLICY, "trainer": {"save_strategy": "steps", "save_steps": 4}}

@@ -21,11 +21,11 @@ from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import dry_run
 from shoal.compress.edits import apply as edit_module
 from shoal.errors import UserError
+from shoal.launch.verbs import prune as pruning
+from shoal.launch.verbs.run import Run, open_run
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.edits import KEPT_LAYERS, removed_layers
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import prune as pruning
-from shoal.stages.run import Run, open_run
 
 TEXT = {"data": "python_docs", "num_tokens": 512, "sequence_length": 64, "batch_size": 2}
 

@@ -27,12 +27,12 @@ from shoal.compress.dry_run import dry_run
 from shoal.compress.edits.growing import inserted_in_place, new_layers
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
+from shoal.launch.verbs import depth, prune
+from shoal.launch.verbs.run import open_run
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.edits import KEPT_LAYERS, Insert, removed_layers
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import depth, prune
-from shoal.stages.run import open_run
 
 TINY = ("llama", "llama_tied", "qwen2", "qwen3", "gemma3")
 """Window or not by a threshold (qwen2) and by a list (gemma3), tied heads."""

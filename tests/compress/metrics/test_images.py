@@ -24,14 +24,14 @@ from shoal.compress.metrics.metric import Estimates
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows
 from shoal.errors import UserError
+from shoal.launch.verbs.measure import measure, measure_inputs
+from shoal.launch.verbs.measure_checks import check_measure
+from shoal.launch.verbs.prune import prune
+from shoal.launch.verbs.run import Run, open_run
 from shoal.models.anatomy import decoder_layers, watched
 from shoal.models.load import load_model, load_processor
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import ImageRows
-from shoal.stages.measure import measure, measure_inputs
-from shoal.stages.measure_checks import check_measure
-from shoal.stages.prune import prune
-from shoal.stages.run import Run, open_run
 
 TEXT = {"data": [{"path": "readmes"}], "num_tokens": 256, "sequence_length": 64, "metrics": ["block_influence"]}
 

@@ -28,11 +28,11 @@ from shoal.data.image_rows import Asked
 from shoal.errors import UserError
 from shoal.figures.style import save_figure
 from shoal.figures.vision_states import vision_states_figure
+from shoal.launch.verbs.measure import measure, measured
+from shoal.launch.verbs.measure_checks import check_measure
+from shoal.launch.verbs.run import Run, open_run, write_story
 from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages.measure import measure, measured
-from shoal.stages.measure_checks import check_measure
-from shoal.stages.run import Run, open_run, write_story
 
 BLOCKS = 3
 

@@ -21,13 +21,13 @@ from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import estimate
 from shoal.compress.layer_sizes import layer_sizes
 from shoal.errors import UserError
+from shoal.launch.verbs import prune as pruning
+from shoal.launch.verbs.plan import plan_inputs, read_goals
+from shoal.launch.verbs.run import open_run
 from shoal.models.checkpoint_files import checkpoint_bytes, mtp_names, read_shards
 from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.edits import SkipMlp
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import prune as pruning
-from shoal.stages.plan import plan_inputs, read_goals
-from shoal.stages.run import open_run
 from shoal.train.student.frozen import write_student
 
 DROP = (1, 3)

@@ -18,15 +18,15 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shoal.cli import run_verb
 from shoal.compress.surgery.cut_model import kept_layers
 from shoal.compress.targets import vllm as vllm_rules
 from shoal.compress.targets.check import TARGETS, check_targets, refuse_for_targets, student_config
 from shoal.compress.targets.vllm import vllm_loads
 from shoal.errors import UserError
+from shoal.launch.cli import run_verb
+from shoal.launch.verbs import prune
 from shoal.recipe.prune import Target
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import prune
 
 
 def cut(config: PreTrainedConfig, drop: Sequence[int]) -> PreTrainedConfig:

@@ -1,7 +1,7 @@
 """GGUF files: what llama.cpp's converter writes is the checkpoint, is run by llama.cpp as transformers runs it, or is
 refused.
 
-Covers: shoal.stages.export.
+Covers: shoal.launch.verbs.export.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from shoal.compress.targets.gguf import (
 )
 from shoal.compress.targets.llama_cpp import llama_cpp_refusal
 from shoal.errors import UserError
+from shoal.launch.verbs import export, prune
+from shoal.launch.verbs.run import Run, open_run
+from shoal.launch.workflows import preflight
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import export, prune
-from shoal.stages.run import Run, open_run
-from shoal.workflows import preflight
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,10 @@ from tiny import merging_tokenizer, set_json, tiny_checkpoint, tiny_model
 
 from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.artifacts.speed import Speed
-from shoal.cli import main, run_verb
 from shoal.eval.compare.compare import RunComparison, compare_runs
 from shoal.eval.compare.page import comparison_text, write_comparison
 from shoal.eval.harness.perplexity import windows
+from shoal.launch.cli import main, run_verb
 from shoal.models.checkpoint_files import names_model
 from shoal.models.load import load_tokenizer
 from shoal.recipe.evaluate import Eval

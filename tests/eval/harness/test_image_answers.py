@@ -18,12 +18,12 @@ from shoal.eval.evaluate import evaluate
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.image_answers import image_answers
 from shoal.eval.harness.item_cache import ItemCache
+from shoal.launch.verbs.evaluate import check_eval, eval_inputs
+from shoal.launch.verbs.run import open_run
 from shoal.models.load import load_model, load_processor, load_tokenizer
 from shoal.recipe.distill import TrainingSource
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import ImageRows
-from shoal.stages.evaluate import check_eval, eval_inputs
-from shoal.stages.run import open_run
 
 
 @pytest.fixture(scope="module")

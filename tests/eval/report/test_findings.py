@@ -21,9 +21,9 @@ from shoal.errors import UserError
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.harness.tokenizer_check import require_same_tokenizer
 from shoal.eval.report.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
+from shoal.launch.verbs import evaluate, prune
+from shoal.launch.verbs.run import Run as Stages
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import evaluate, prune
-from shoal.stages.run import Run as Stages
 from shoal.stats.paired import mcnemar
 
 

@@ -25,13 +25,13 @@ from shoal.eval.evaluate import evaluate
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.report.wording import limits_text
 from shoal.eval.tasks.load import load_tasks
+from shoal.launch.verbs.distill import _scorer
+from shoal.launch.verbs.measure_checks import _check_disputed
+from shoal.launch.verbs.run import Run
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages.distill import _scorer
-from shoal.stages.measure_checks import _check_disputed
-from shoal.stages.run import Run
 from shoal.stats.paired import retention
 
 SHARES = [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.6, 0.15, 0.25], [0.4, 0.35, 0.25], [0.34, 0.33, 0.33]]

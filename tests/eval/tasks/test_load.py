@@ -331,7 +331,7 @@ def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_pat
     """In a process of its own, with lm-eval's real collection."""
     (tmp_path / "r.yaml").write_text(f"model: m\nrun_dir: {tmp_path / 'run'}\neval: {{tasks: [arc_eazy]}}\n")
     code = (
-        "import sys; from shoal.cli import run_verb\n"
+        "import sys; from shoal.launch.cli import run_verb\n"
         f"assert run_verb('eval', {str(tmp_path / 'r.yaml')!r}, ()) == 2\n"
         "heavy = {'lm_eval', 'datasets', 'scipy', 'shoal.models.load'} & set(sys.modules); assert not heavy, heavy"
     )

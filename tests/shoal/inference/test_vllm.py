@@ -10,15 +10,15 @@ import torch
 from tiny import tiny_checkpoint
 from vllm_stand_in import LLM, install
 
-from shoal.cli import _refuse_early
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm
+from shoal.launch.cli import _refuse_early
+from shoal.launch.verbs.evaluate import check_eval
+from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, TrainingSource, Writing
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import Shapes, shaping
-from shoal.stages.evaluate import check_eval
-from shoal.stages.run import open_run
 from shoal.train.dataset import teacher_texts
 
 BRIEF = Writing(num_tokens=40, prompt_tokens=6, new_tokens=4, backend="vllm")

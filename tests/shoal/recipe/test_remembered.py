@@ -1,6 +1,6 @@
 """A run directory remembers its recipe and every override; what is refused it forgets, and strangers are not believed.
 
-Covers: shoal.stages.memory.
+Covers: shoal.launch.verbs.memory.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from shoal import __version__
-from shoal.cli import _main
 from shoal.errors import UserError
+from shoal.launch.cli import _main
+from shoal.launch.verbs import prune, report
+from shoal.launch.verbs.launch import LaunchEnded
+from shoal.launch.verbs.memory import remembering
+from shoal.launch.verbs.run import Run
 from shoal.recipe.recipe import load_recipe, read_settings
 from shoal.recipe.remembered import FILE, memory_in, memory_of, remember, take_back
-from shoal.stages import prune, report
-from shoal.stages.launch import LaunchEnded
-from shoal.stages.memory import remembering
-from shoal.stages.run import Run
 
 
 @pytest.fixture(autouse=True)

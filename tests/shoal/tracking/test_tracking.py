@@ -31,9 +31,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_server import WandbServer
 
 from shoal.artifacts.plan import PruningPlan
-from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.eval.report.score_rows import COLUMNS, score_rows
+from shoal.launch.cli import run_verb
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import as_dict
 from shoal.recipe.track import Track

@@ -1,0 +1,50 @@
+"""`shoal lab NAME RECIPE_OR_RUN_DIR [key=value ...]`: run one part of the lab on a run's model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from shoal import runtime
+from shoal.errors import UserError
+from shoal.launch.verbs.run import locked, open_run
+from shoal.progress import doing
+from shoal.recipe.messages import checked
+from shoal.recipe.recipe import apply_override, load_recipe
+
+PARTS: dict[str, str] = {}
+"""Name of every part, which is also its module here -> what it says, in a line."""
+
+
+def listing() -> str:
+    """Every part in a line of its own."""
+    width = max(map(len, PARTS), default=0)
+    return "\n".join(f"shoal lab {name:{width}}  {about}" for name, about in PARTS.items())
+
+
+def lab(words: Sequence[str]) -> str:
+    """Run the part that the first of ``words`` names on the run that the second names; the rest are its settings, as
+    key=value. Returns what is to be printed; without words a list of the parts.
+
+    Raises:
+        UserError: no such part, no run, or settings that the part does not take.
+    """
+    if not words:
+        return listing()
+    name, *rest = words
+    if name not in PARTS:
+        raise UserError(f"shoal lab {name}: there is no such part; there are {', '.join(PARTS)}")
+    if not rest or "=" in rest[0]:
+        raise UserError(f"shoal lab {name}: name a recipe or a run directory, such as `shoal lab {name} runs/mine`")
+    recipe = load_recipe(rest[0])
+    with doing("loading the libraries"):
+        runtime.turn_down_libraries()
+        part = importlib.import_module(f"shoal.lab.{name}")
+    said: dict[str, Any] = {}
+    for override in rest[1:]:
+        apply_override(said, override)
+    settings = checked(part.Settings, said, source=f"shoal lab {name}", overrides=rest[1:])
+    run = open_run(recipe)
+    with locked(run):
+        return part.work(run, settings)

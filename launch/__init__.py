@@ -1,0 +1,18 @@
+"""The roof: the command, its verbs, and what starts them. It alone knows several rooms; no room and no ground module
+imports it.
+
+distill.py, measure.py, eval.py and record.py are scripts as well: `deepspeed launch/distill.py --config RECIPE`.
+
+    cli        `shoal VERB RECIPE_OR_RUN_DIR [key=value ...]`
+    distill    script: the distill verb on every rank
+    eval       script: the eval verb on every rank
+    measure    script: the measure verb on every rank
+    record     script: the record verb on every rank
+
+Folders:
+
+    api        what `import shoal` offers, for models in memory
+    help       the recipe's keys explained, what it can name, a first recipe
+    verbs      the verbs of the command, each in its run directory
+    workflows  what takes several verbs: all in order, dry runs, search
+"""

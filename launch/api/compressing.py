@@ -1,0 +1,236 @@
+"""What the layers of a model in memory are worth, which of them go, and the model without these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.compress.edits.apply import NOTHING_MADE, edited_student
+from shoal.compress.edits.layer_edits import components_of
+from shoal.compress.measure import measure_importance as scores_of
+from shoal.compress.plan import choose_changes
+from shoal.compress.surgery import cut_model as surgery
+from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.columns import rankings
+from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, refuse_few_items, sweep, task_names
+from shoal.compress.variants.variants import Edited, variant_of
+from shoal.data.in_memory import Dataset, documents_of
+from shoal.data.sources import pack
+from shoal.errors import UserError
+from shoal.eval.tasks.names import tasks_fingerprint
+from shoal.models.anatomy import decoder_layers
+from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
+from shoal.recipe import measure, prune
+from shoal.recipe.edits import Insert, Merge, Replace, Swap
+from shoal.recipe.measure import Measure, Sweeps
+from shoal.recipe.messages import checked, of_arguments
+from shoal.recipe.prune import Prune
+from shoal.recipe.section import Shapes, shaping
+
+from .identity import measured_with
+
+MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "scale_removals", "sweep")
+"""Keys of the recipe's section `measure` that mean the same here."""
+
+
+def measure_importance(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, seed: int = 0, **settings: Any
+) -> Importance:
+    """What every decoder layer of ``model`` is worth on ``texts``. Higher = keep.
+
+    The model computes where it is, in its own precision, and is left as it was.
+
+    Args:
+        model: A causal language model of L layers.
+        tokenizer: Its tokenizer.
+        texts: Calibration texts, or rows as shoal.distill takes them; repeated where they hold fewer tokens than asked.
+        seed: Seed of the order of the texts and of what metrics draw.
+        settings: Keys of the recipe's section `measure`, with its defaults: metrics (names of docs/measuring.md, such
+            as `block_influence`, a share of 0 to 2, or `angular`, 0 to 1), num_tokens (rounded up to whole rows),
+            sequence_length (tokens of one row), batch_size (rows per forward), num_drop (removals of greedy metrics;
+            None = a quarter of the layers), scale_removals, and sweep (a mapping: tasks, limit, ...), which scores the
+            model without each of its layers on tasks.
+
+    Returns:
+        Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
+        on; `atlas` of what was swept. `to_pandas()` has a row per layer.
+
+    Raises:
+        UserError: an unknown metric or task, too few items, no text, rows longer than the model's positions, or scores
+            that are not finite.
+
+    Example:
+        >>> importance = shoal.measure_importance(model, tokenizer, texts, num_tokens=100_000)
+        >>> importance.layers["block_influence"][3]
+    """
+    require_usable(model)
+    section = of_arguments(
+        Measure,
+        settings,
+        taken=MEASURED,
+        source="shoal.measure_importance",
+        contradictions=measure.contradictions,
+    )
+    tokenizer = require_tokenizer(tokenizer)
+    require_positions(model, section.sequence_length)
+    if section.sweep is not None:
+        _refuse_sweep(section.sweep, model, tokenizer)
+    documents = documents_of(texts, name="texts", loss_on="all")
+    rows = pack(
+        [(documents.source, documents)],
+        tokenizer,
+        sequence_length=section.sequence_length,
+        num_tokens=section.num_tokens,
+        seed=seed,
+    )
+    with left_as_it_was(model):
+        scores = scores_of(
+            model,
+            rows,
+            metrics=section.metrics,
+            batch_size=section.batch_size,
+            num_drop=section.num_drop or max(1, len(decoder_layers(model)) // 4),
+            seed=seed,
+            scale_removals=section.scale_removals,
+        )
+        inputs = measured_with(model, section, Shapes.IMPORTANCE, "measure.", seed=seed, rows=rows.fingerprint)
+        del inputs["measure.data"]  # `rows` says what it was
+        if section.scale_removals:
+            inputs["measure.scale_removals"] = True
+        importance = Importance(Provenance(inputs), **vars(scores))
+        return importance if section.sweep is None else _swept(importance, model, tokenizer, section.sweep, seed=seed)
+
+
+def _refuse_sweep(settings: Sweeps, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if settings.operators != ("layer",) or settings.greedy is not None:
+        raise UserError(
+            "shoal.measure_importance: sweep: of a model in memory single layers are swept; leave operators and greedy "
+            "out, or give a whole recipe to shoal.run"
+        )
+    if settings.perplexity_tokens:
+        require_positions(model, settings.sequence_length)
+    _, counts = checked_tasks(settings, model.config, tokenizer)
+    refuse_few_items(settings, counts, tokenizer, num_removals=len(decoder_layers(model)))
+
+
+def _swept(
+    importance: Importance, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sweeps, *, seed: int
+) -> Importance:
+    """``importance`` with the atlas of single layers."""
+    variants = [variant_of(component, model) for component in components_of("layer", model)]
+    intact, removed = sweep(partial(VariantsLM, Edited(model, None), tokenizer), variants, settings, seed=seed)
+    asked = tasks_fingerprint(task_names(settings), settings.include_path)
+    inputs = {
+        **importance.provenance.inputs,
+        **shaping(settings, Shapes.SCORES, "measure.sweep."),
+        "measure.sweep.tasks (files)": asked,
+    }
+    atlas = build_atlas(intact, removed, metrics=rankings(importance))
+    return replace(importance, provenance=Provenance(inputs), atlas=atlas)
+
+
+def choose_layers(
+    importance: Importance,
+    *,
+    num_drop: int | None = None,
+    ratio: float | None = None,
+    metric: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    contiguous: bool = False,
+    protect: Sequence[int | Literal["cornerstone"]] = Prune.protect,
+    spare: Sequence[str] = (),
+) -> PruningPlan:
+    """The layers to drop, the least important ones.
+
+    Args:
+        importance: What measure_importance has given, or Importance.read of an importance.json.
+        num_drop: Layers to drop; without it and ``ratio`` an eighth of them.
+        ratio: Their share instead, rounded down.
+        metric: Score that chooses; None = block_influence, or angular when contiguous.
+        weights: Several scores instead, each with its weight: the mean of the layers' ranks.
+        contiguous: Drop one run of neighbouring layers.
+        protect: Layers that stay; negative counts from the end.
+        spare: Swept tasks or abilities on which nothing significant may be spent.
+
+    Returns:
+        `drop` (0-based, increasing) and `reason`; a metric that orders halves of layers gives `edits` too.
+
+    Raises:
+        UserError: no importance, both of num_drop and ratio, a score that was not measured, or no such choice.
+
+    Example:
+        >>> plan = shoal.choose_layers(importance, num_drop=8)
+        >>> plan.drop
+    """
+    if not isinstance(importance, Importance):
+        given = type(importance).__name__
+        raise UserError(f"shoal.choose_layers: importance: is {given}; give what shoal.measure_importance returns")
+    named = {
+        "num_drop": num_drop,
+        "ratio": ratio,
+        "metric": metric,
+        "weights": dict(weights or {}),
+        "contiguous": contiguous,
+        "protect": protect,
+        "spare": spare,
+    }
+    settings = checked(Prune, named, source="shoal.choose_layers", contradictions=prune.contradictions)
+    choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
+    inputs = {
+        "model": importance.provenance.inputs.get("model"),
+        "importance": importance.provenance.fingerprint,
+        **shaping(settings, Shapes.PLAN, "prune."),
+    }
+    return PruningPlan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason, choice.edits)
+
+
+def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreTrainedModel:
+    """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
+
+    ``model`` stays as it is, and nothing is shared with it. The new one computes to the bit what ``model`` computes
+    when it passes by these layers, and save_pretrained makes a plain checkpoint of it.
+
+    Args:
+        model: A causal language model.
+        drop: Layers (0-based, any order), or a plan of choose_layers.
+
+    Raises:
+        UserError: an index that is no layer, all layers, a cut that the architecture cannot express, or a plan of
+            another model or with edits that need more than the model.
+
+    Example:
+        >>> student = shoal.cut_model(model, plan)
+        >>> student.save_pretrained("student")
+    """
+    require_usable(model)
+    if not isinstance(drop, PruningPlan):
+        return surgery.cut_model(model, drop)
+    if (num_layers := len(decoder_layers(model))) != drop.num_layers:
+        raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
+    if closed := [gap for gap in drop.gaps if gap.is_closed]:
+        raise UserError(
+            f"drop: makes up for dropped layers ({closed[0].in_words()}), which only `shoal prune` does; load the "
+            "student that it wrote, or give drop=plan.drop"
+        )
+    if drop.width is not None:
+        raise UserError(
+            f"drop: narrows layers ({drop.width.in_words()} stay), which only `shoal prune` does; load the student "
+            "that it wrote, or give drop=plan.drop"
+        )
+    if not drop.edits:
+        return surgery.cut_model(model, drop.drop)
+    if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace | Insert)]:
+        raise UserError(
+            f"drop: its edit {needy[0]} is made from files; run `shoal prune` with a recipe that asks for it"
+        )
+    student = edited_student(model, drop, NOTHING_MADE)
+    for tensor in (*student.parameters(), *student.buffers()):
+        tensor.data = tensor.data.clone()
+    return student

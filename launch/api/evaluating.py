@@ -1,0 +1,138 @@
+"""Scores of a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.tables import Tabular
+from shoal.errors import UserError
+from shoal.eval.compare.means import by_task
+from shoal.eval.evaluate import model_evaluation
+from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
+from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
+from shoal.recipe.evaluate import Eval, Tasks
+from shoal.recipe.messages import of_arguments
+from shoal.recipe.section import Shapes
+from shoal.stats.paired import PairedDifference, holm, paired, verdict
+
+from .identity import measured_with
+
+TAKEN = ("limits", "num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
+"""Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: str | Sequence[str] = Eval.tasks,
+    *,
+    limit: int | None = Eval.limit,
+    role: str = "model",
+    seed: int = 0,
+    **settings: Any,
+) -> Evaluation:
+    """The scores of ``model`` on ``tasks``, each with its 95 % interval and its items.
+
+    The items are the first ones of every task, the same for every model and seed, so that two evaluations can be
+    compared item by item. The model computes where it is, in its own precision, and is left as it was.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        tasks: Names of docs/evaluating.md, or of any task of lm-eval.
+        limit: Items per task; None = all.
+        role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
+        seed: Seed of what lm-eval draws at random.
+        settings: Keys of the recipe's section `eval`: limits (items of single tasks), num_fewshot (examples before each
+            item; each task's own number if not given), batch_size (prompts at one time, 16), include_path (a further
+            folder of task YAMLs), data_dir (a folder of data sets in place of the Hub), perplexity_tokens (tokens of
+            held-out Python documentation whose nats per token are scored too; none if not given) and sequence_length
+            (their window, 512).
+
+    Returns:
+        `tasks`, a score each; `to_pandas()` has a row per task.
+
+    Raises:
+        UserError: an unknown task, data that cannot be had, or a task that runs code or needs images.
+
+    Example:
+        >>> evaluation = shoal.evaluate(model, tokenizer, ["retrieval_continuation"], limit=100)
+        >>> evaluation.to_pandas()[["task", "score", "ci_low", "ci_high"]]
+    """
+    require_usable(model)
+    named = {"tasks": [tasks] if isinstance(tasks, str) else tasks, "limit": limit}
+    section = of_arguments(Tasks, named | settings, taken=(*named, *TAKEN), source="shoal.evaluate")
+    refuse_unknown(section.tasks, section.include_path)
+    if not section.tasks and not section.perplexity_tokens:
+        raise UserError("shoal.evaluate: tasks: names none; name some of `shoal list tasks`, or set perplexity_tokens")
+    if section.perplexity_tokens:
+        require_positions(model, section.sequence_length)
+    asked = tasks_fingerprint(section.tasks, section.include_path)
+    inputs = measured_with(model, section, Shapes.SCORES, "eval.", seed=seed, tasks=asked)
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with left_as_it_was(model):
+        return model_evaluation(
+            role, model, require_tokenizer(tokenizer), section, inputs=inputs, seed=seed, num_bytes=num_bytes
+        )
+
+
+@dataclass(frozen=True)
+class ScoreChanges(Tabular):
+    """What changed from one evaluation to another, item by item."""
+
+    before: Evaluation
+    after: Evaluation
+    changes: dict[str, PairedDifference]
+    """Changes by task, after - before, of the tasks that both have."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per task. `adjusted_p` is corrected for the number of tasks (Holm); `verdict` says better or worse
+        where it is below 0.05, else unclear."""
+        adjusted = holm([change.p_value for change in self.changes.values()])
+        first, second = (by_task(evaluation) for evaluation in (self.before, self.after))
+        return [
+            {
+                "task": task,
+                "metric": first[task].metric,
+                "before": first[task].score,
+                "after": second[task].score,
+                "change": change.difference,
+                "ci_low": change.ci_low,
+                "ci_high": change.ci_high,
+                "adjusted_p": p_value,
+                "verdict": verdict(change, p_value, higher_is_better=first[task].higher_is_better),
+                "won": change.won,
+                "lost": change.lost,
+                "n": change.n,
+            }
+            for (task, change), p_value in zip(self.changes.items(), adjusted, strict=True)
+        ]
+
+
+def compare(before: Evaluation, after: Evaluation) -> ScoreChanges:
+    """The change from ``before`` to ``after`` on every task that both have, with its 95 % interval over the items.
+
+    Both models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).
+
+    Raises:
+        UserError: no evaluation, no common task, or one that was asked in another way or of other items.
+
+    Example:
+        >>> shoal.compare(shoal.evaluate(pruned, tokenizer), shoal.evaluate(healed, tokenizer)).to_pandas()
+    """
+    for name, given in (("before", before), ("after", after)):
+        if not isinstance(given, Evaluation):
+            raise UserError(f"shoal.compare: {name}: is {type(given).__name__}; give what shoal.evaluate returns")
+    first, second = by_task(before), by_task(after)
+    shared = [task for task in first if task in second]
+    if not shared:
+        raise UserError(
+            f"compare: the evaluations have no task in common ({', '.join(first)}; {', '.join(second)}); evaluate both "
+            "models on the same ones"
+        )
+    return ScoreChanges(before, after, {task: paired(first[task], second[task]) for task in shared})

@@ -1,0 +1,107 @@
+"""A whole recipe, from Python."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.tables import Tabular
+from shoal.artifacts.training import Training
+from shoal.atomic_files import write_json
+from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
+from shoal.recipe.recipe import parse_recipe, read_settings, settled
+from shoal.trust import refuse_links
+
+from ..verbs.evaluate import roles
+from ..verbs.launch import LaunchEnded, launch_distill
+from ..verbs.memory import remembering
+from ..verbs.run import Run, open_run
+from ..workflows.pipeline import run_all
+
+
+@dataclass(frozen=True)
+class RunResults(Tabular):
+    """What a run directory holds when all is done."""
+
+    folder: Path
+    """The run directory."""
+    importance: Importance
+    plan: PruningPlan
+    training: Training
+    evaluations: dict[str, Evaluation]
+    """Evaluations by role: teacher, pruned, distilled, and control where the recipe asks for it."""
+
+    @property
+    def distilled(self) -> Path:
+        """Folder of the healed model, a plain checkpoint."""
+        return self.folder / "distilled"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per role and task."""
+        return [{"role": role, **row} for role, evaluation in self.evaluations.items() for row in evaluation.rows()]
+
+
+def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
+    """Everything that `shoal run` does: measure, prune, distill, evaluate, report, skipping what is done and unchanged.
+
+    Training runs in processes of its own under the DeepSpeed launcher, one per GPU.
+
+    Args:
+        recipe: A recipe file, the name of a shipped one, a run directory, or a recipe as a mapping.
+        overrides: `section.key=value` for a recipe in a file, as on the command line.
+
+    Raises:
+        UserError: wrong settings, models or data; what launched processes refuse they have said on stderr.
+        KeyboardInterrupt: training was stopped and has saved; the same call goes on.
+        RuntimeError: launched processes have failed, and said why on stderr.
+
+    Example:
+        >>> results = shoal.run("quickstart.yaml", "run_dir=runs/quickstart")
+        >>> results.to_pandas()
+    """
+    with TemporaryDirectory() as temporary, explained_paths():
+        config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
+        if isinstance(recipe, Mapping):
+            if overrides:
+                raise UserError(f"overrides: {overrides[0]!r} stands beside a mapping; change the mapping instead")
+            parse_recipe(dict(recipe))  # whose messages say `recipe`, and not a file that nobody has written
+            write_json(Path(config), dict(recipe))  # JSON is YAML
+        said, file = read_settings(config, overrides)
+        settings = settled(said, file, overrides)
+        folder = Run(settings).root
+        refuse_links(folder)
+        try:
+            with remembering(folder, said) as memory:
+                opened = open_run(settings, memory=memory)
+                run_all(opened, partial(launch_distill, config=config, overrides=overrides))
+        except LaunchEnded as ended:
+            raise _failure(ended) from ended
+        return _results(opened)
+
+
+def _failure(ended: LaunchEnded) -> BaseException:
+    if ended.code == EXIT_USER_ERROR:
+        return UserError("distill: was refused; the message is on stderr, above")
+    if ended.code == 128 + signal.SIGINT:
+        return KeyboardInterrupt(ended.text)
+    return RuntimeError(
+        f"distill: ended with exit code {ended.code}; {ended.text or 'its message is on stderr, above'}"
+    )
+
+
+def _results(run: Run) -> RunResults:
+    return RunResults(
+        run.dir,
+        Importance.read(run.dir / Importance.FILE),
+        PruningPlan.read(run.dir / PruningPlan.FILE),
+        Training.read(run.dir / Training.FILE),
+        {role: Evaluation.read(run.dir / "eval" / f"{role}.json") for role in roles(run)},
+    )

@@ -1,0 +1,195 @@
+"""`shoal init`: a commented recipe for a model and this machine, from the model's configuration alone."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.plan import PruningPlan
+from shoal.compress.plan import DEFAULT_METRIC, default_count
+from shoal.compress.targets.check import student_config
+from shoal.errors import UserError
+from shoal.formatting import bytes_text, count_text
+from shoal.machine import available_memory, device_memory, device_name, ranks_to_start
+from shoal.models.anatomy import text_config
+from shoal.models.attention import choose_attention
+from shoal.models.load import Checkpoint, LoadSettings, find_config, loaded_dtype, num_parameters, without_data
+from shoal.numerics import fast_dtype
+from shoal.recipe.recipe import Recipe, apply_override, name_of_model, parse_recipe
+from shoal.runtime import device
+from shoal.train.preflight.fit import cheapest, overrides
+from shoal.train.preflight.run_size import Job, job
+from shoal.train.student.spec import Ranks, train_spec
+from shoal.yaml_text import read_yaml
+
+from .settings import Setting, as_yaml, first_sentence, settings_of
+
+WIDTH = 110
+"""Columns of the file."""
+SMALL = 500_000_000
+"""Parameters below which a model is trained with ten times the default learning rate, as the demo model is."""
+ROWS_OF_A_STEP = {"cpu": 2}
+"""Rows of an optimizer step by device type; on accelerators at least 32, a multiple of the ranks."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to train on."""
+
+    device: torch.device
+    name: str
+    """Name that the manufacturer gives the device."""
+    ranks: int
+    dtype: str
+    """Precision that the device multiplies fast in."""
+    free: int
+    """Free bytes on the device."""
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This one."""
+        own = device()
+        return cls(own, device_name(own), ranks_to_start(None), fast_dtype(own).dtype, device_memory(own))
+
+    @property
+    def in_words(self) -> str:
+        """`2 x NVIDIA ..., 85 GB free, computes in bfloat16`."""
+        return f"{self.ranks} x {self.name}, {bytes_text(self.free)} free, computes in {self.dtype}"
+
+
+def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -> str:
+    """The text of a recipe for ``model`` on ``machine``, with a comment on every key.
+
+    Raises:
+        UserError: a model that is not there, is no causal language model, or has one layer only.
+    """
+    config = find_config(model, revision=revision)
+    layers = text_config(config).num_hidden_layers
+    if layers < 2:
+        raise UserError(f"model {model!r}: has {layers} layer, so none can go; give a deeper one")
+    parameters = num_parameters(without_data(config))
+    raw = _proposal(model, revision, config, parameters, machine)
+    fit = _fitted(raw, config, machine)
+    stored = str(loaded_dtype(config)).removeprefix("torch.")
+    head = (
+        f"{model}: {layers} layers, {count_text(parameters)} parameters, stored in {stored}.",
+        f"Written for {machine.in_words}.",
+        fit,
+        "`shoal explain KEY` says all of a key, and which others there are; `shoal list` what can be named.",
+    )
+    text = "\n".join([*(line for words in head for line in _comment(words)), "", *_commented(raw)]) + "\n"
+    parse_recipe(read_yaml(text))
+    return text
+
+
+def default_file(model: str) -> Path:
+    """Where the recipe for ``model`` is written: NAME.yaml in this folder."""
+    return Path(f"{name_of_model(model)}.yaml")
+
+
+def _proposal(
+    model: str, revision: str | None, config: PreTrainedConfig, parameters: int, machine: Machine
+) -> dict[str, Any]:
+    """The recipe as a plain mapping, before it is known what fits."""
+    text, on_cpu = text_config(config), machine.device.type == "cpu"
+    longest = getattr(text, "max_position_embeddings", None) or 512
+    length = min(512 if on_cpu else 2048, longest)
+    rows = ROWS_OF_A_STEP.get(machine.device.type) or machine.ranks * max(1, 32 // machine.ranks)
+    return {
+        "model": model,
+        **({} if revision is None else {"revision": revision}),
+        "run_dir": f"runs/{name_of_model(model)}",
+        "measure": {"data": "python_docs", "num_tokens": 8192 if on_cpu else 131_072, "sequence_length": length},
+        "prune": {
+            "metric": DEFAULT_METRIC,
+            "num_drop": default_count(text.num_hidden_layers),
+            "protect": [0, -1] if text.num_hidden_layers > 2 else [0],
+        },
+        "distill": {
+            "data": [
+                {"path": "docstrings", "weight": 0.7, "losses": ["forward_kl"]},
+                {"path": "ability_texts", "weight": 0.3, "losses": ["cross_entropy"]},
+            ],
+            "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
+            "num_tokens": 80_000 if on_cpu else 10_000_000,
+            "sequence_length": length,
+            "batch_size": rows,
+            "trainable": "from_first_cut",
+            "deepspeed": "deepspeed/zero0.json" if machine.ranks == 1 else "deepspeed/zero2.json",
+            "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
+        },
+        "eval": {"suite": "quick"},
+    }
+
+
+def _fitted(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> str:
+    """Set in ``raw`` the fastest way of training that fits ``machine``; what comes of it, in words."""
+    later = "`shoal distill --dry-run` tells it once layers are chosen"
+    try:
+        size = _job(raw, config, machine)
+    except (UserError, RuntimeError) as error:  # the latter is torch's, of operations that need numbers
+        return f"What training takes cannot be told yet ({str(error).strip().splitlines()[0]}); {later}."
+    fitting = cheapest(size, device_free=machine.free, host_free=available_memory())
+    if fitting is None or fitting.teacher == "recorded":
+        return f"Training needs {bytes_text(size.memory.peak)} a rank and does not fit here as it is; {later}."
+    for override in overrides(size, fitting):
+        apply_override(raw, override)
+    needed = _job(raw, config, machine).memory
+    return f"Training takes {bytes_text(needed.peak)} a rank at most, which fits; {later}."
+
+
+def _job(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> Job:
+    """The size of the training if the lowest layers went, which no other choice of layers exceeds by much: the less is
+    frozen, the more is trained."""
+    recipe = parse_recipe(raw)
+    layers = text_config(config).num_hidden_layers
+    drop = tuple(range(1, 1 + default_count(layers)))
+    precisions = {"dtype": machine.dtype}
+    attention = choose_attention(recipe.attention, config, machine.device, precisions).attention
+    load = LoadSettings(dtype=machine.dtype, attention=attention)
+    student = student_config(config, [layer for layer in range(layers) if layer not in drop])
+    plan = PruningPlan(provenance=Provenance({}), num_layers=layers, drop=drop, reason="the lowest ones")
+    folder = Path(recipe.run_dir)
+    ranks = Ranks(machine.ranks, machine.ranks, machine.device)
+    teacher = Checkpoint(folder, config, load)
+    return job(train_spec(teacher, Checkpoint(folder, student, load), plan, recipe.distill, recipe.record, ranks))
+
+
+def _commented(raw: dict[str, Any]) -> list[str]:
+    """The lines of a recipe, each key below what it means; sections apart."""
+    lines: list[str] = []
+    for setting in settings_of(Recipe):
+        if setting.key not in raw:
+            continue
+        value = raw[setting.key]
+        if not isinstance(value, dict):
+            lines += [*_about(setting), f"{setting.key}: {as_yaml(value)}"]
+            continue
+        lines += ["", *_about(setting), f"{setting.key}:"]
+        for inner in settings_of(setting.sections[0]):
+            if inner.key in value:
+                lines += [f"  {line}" for line in [*_about(inner), *_entry(inner.key, value[inner.key])]]
+    return lines
+
+
+def _entry(key: str, value: Any) -> list[str]:
+    """A key and its value; a list of mappings with an entry a line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [f"{key}:", *(f"  - {as_yaml(each)}" for each in value)]
+    return [f"{key}: {as_yaml(value)}"]
+
+
+def _about(setting: Setting) -> list[str]:
+    return _comment(first_sentence(setting.meaning))
+
+
+def _comment(words: str) -> list[str]:
+    return textwrap.wrap(
+        words, WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False, break_long_words=False
+    )

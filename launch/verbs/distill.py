@@ -1,0 +1,558 @@
+"""The record and distill stages: signals/, distilled/ and distill.json, and what they refuse before anything starts.
+
+Code of compress and train is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.abilities.forms import twin_wordings
+from shoal.artifacts.artifact import differences
+from shoal.artifacts.evaluation import CONTROL
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.shares import Pilot, Shares
+from shoal.artifacts.training import Training
+from shoal.atomic_files import fingerprint
+from shoal.data import wording
+from shoal.data.image_rows import ImageReader
+from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint
+from shoal.errors import UserError
+from shoal.machine import ranks_to_start
+from shoal.models.anatomy import refuse_both_directions
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings
+from shoal.progress import doing
+from shoal.recipe.distill import Distill
+from shoal.recipe.evaluate import Tasks
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
+from shoal.runtime import agreed, device, free_memory, seed_everything, world_size
+from shoal.tracking import wandb_run
+
+from .overlap import search_of_rows
+from .plan import choose_plan, read_goals, read_importance
+from .prune import read_plan
+from .run import Run, check_length, is_done, out_of_date
+
+if TYPE_CHECKING:
+    from shoal.train.dry_run import Estimate
+    from shoal.train.student.spec import Ranks, TrainSpec
+    from shoal.train.teacher.prompt_scores import Reference
+
+log = logging.getLogger(__name__)
+
+RECORDING = "recording.json"
+
+
+def record(run: Run) -> None:
+    """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
+    from shoal.train.damage import by_damage, split_by_ability
+    from shoal.train.dataset import rows_of_teacher, rows_to_train_on, teacher_texts
+    from shoal.train.record import record_signals
+    from shoal.train.student.spec import student_parts
+    from shoal.train.student.trainable import recorded_layers
+    from shoal.train.teacher.recording_plan import recording_layout, rows_from
+
+    recipe, teacher = run.recipe, _teacher(run)
+    settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
+    if settings.has_images:
+        raise UserError(
+            "record: a source of distill.data has images, and what a teacher says of images is not recorded; leave it "
+            "out, or train with the teacher itself"
+        )
+    check_length(run, settings.sequence_length, "distill.sequence_length")
+    prefix = None
+    if settings.teacher.prefix:
+        plan = read_plan(run)
+        # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
+        prefix = recorded_layers(student_parts(teacher, plan, settings), plan, settings)
+    # refuses what the teacher cannot give before any text is read
+    recording_layout(recipe.record, teacher, sequence_length=settings.sequence_length)
+    seed_everything(recipe.seed)
+    inputs = {
+        "model": run.teacher_fingerprint,
+        "data": sources_fingerprint(settings.data),
+        **shaping(recipe, Shapes.TRAINING),
+        **shaping(settings, Shapes.ROWS, "distill."),
+    }
+    tokenizer, text = teacher.tokenizer(), run.dir / "text"
+    texts = teacher_texts(teacher, tokenizer, settings, text, inputs=inputs)
+    if settings.data_policy == "by_damage":
+        cut = _cut(run, read_plan(run))
+        if "student" not in cut:
+            raise _student_is_gone(run)
+        settings = by_damage(
+            split_by_ability(settings),
+            teacher,
+            Checkpoint.read(run.dir / "student", teacher.load),
+            tokenizer,
+            texts,
+            file=run.dir / Shares.FILE,
+            folder=text,
+            inputs=inputs | cut,
+        )
+    rows = rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs, for_recording=True)
+    own = recipe.record.teacher
+    record_signals(
+        teacher,
+        rows if own is None else rows_of_teacher(rows, settings, own),
+        run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
+        recipe.record,
+        model=run.teacher_fingerprint,
+        rows_from=rows_from(inputs),
+        prefix=prefix,
+        reference=_reference(run),
+    )
+
+
+def _reference(run: Run) -> Reference | None:
+    """The teacher as transformers computes it, for the comparison with an engine that runs it instead: layer by layer
+    from its files, unless record.check wants it whole. None where nothing is to be compared."""
+    teacher, check = _teacher(run), run.recipe.record.check
+    if check is None or run.recipe.record.engine == "transformers":
+        return None
+
+    from shoal.compress.variants.final_states import final_states
+    from shoal.compress.variants.streamed_model import StreamedModel
+    from shoal.models.load import logits_from_hidden
+    from shoal.train.objective.objective import final_hidden, output_head
+
+    def states_and_head(ids_NS: Tensor, positions_NS: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if check.whole:
+            model = teacher.model(device=device())
+            rows = zip(ids_NS.long().to(device()).split(1), positions_NS.long().to(device()).split(1), strict=True)
+            with torch.inference_mode():
+                hidden_NSD = torch.cat([final_hidden(model, *row).cpu() for row in rows])
+        else:
+            streamed = StreamedModel(
+                teacher.folder,
+                dtype=teacher.load.dtype,
+                device=device(),
+                attention=teacher.load.attention,
+                trust_remote_code=teacher.load.trust_remote_code,
+                whole="set record.check.whole: true, on a machine that holds all of it, or record.check: null",
+            )
+            model, hidden_NSD = streamed.model, final_states(streamed, ids_NS, positions_NS)
+        to_logits, head = logits_from_hidden(model, prepared=True), output_head(model).cpu()
+        return hidden_NSD, lambda hidden: to_logits(hidden, head).float()
+
+    return states_and_head
+
+
+def _teacher(run: Run) -> Checkpoint:
+    return Checkpoint.read(run.teacher, LoadSettings(**run.load_args()))
+
+
+def distill(run: Run) -> None:
+    """distilled/ and distill.json, and those of control/ where eval.control asks for them. All ranks take part, inside
+    an initialised process group. Rounds before this one come first, where they are missing."""
+    from shoal.train import distill as training
+    from shoal.train.preflight.fit import check_control
+    from shoal.train.student.spec import Ranks
+
+    recipe = run.recipe
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    if run.previous is not None:
+        distill(run.previous)
+        free_memory()
+    plan = read_plan(run)
+    inputs = training_inputs(run, plan)
+    is_trained, due = _is_trained(run, plan), _control_due(run, plan)
+    if is_trained and due is None:
+        return
+    if not is_trained and "student" not in inputs:
+        raise _student_is_gone(run)
+    if not is_trained:
+        refuse_later_trainings(run)
+    spec = _spec(run, plan, Ranks.here())
+    control = _control_of(run, spec) if recipe.eval.control else None
+    # rounds learn from the same rows unless shares follow the cut, and the teacher writes its text once
+    train = partial(
+        training.distill,
+        text=run.root / "text",
+        shares=run.dir,
+        make_scorer=_scorer(run),
+        reference=_reference(run),
+    )
+    if not is_trained:
+        if control is not None and due is not None:
+            with doing("working out what the control takes"):
+                agreed(lambda: check_control(control, run.dir / CONTROL, spec, run.dir))
+        seed_everything(recipe.seed)
+        train(
+            spec,
+            run_dir=run.dir,
+            inputs=inputs,
+            search_rows=search_of_rows(run),
+            start_tracking=partial(wandb_run.start, run.track, run.dir, as_dict(recipe)),
+        )
+        log.info("distill: %s", run.dir / "distilled")
+        free_memory()
+        due = _control_due(run, plan)  # which rows it reads may be known only now
+    if control is not None and due is not None:
+        log.info("distill: the control, which is the uncut teacher, on the same rows")
+        if recipe.distill.local is not None:
+            log.info("distill: distill.local is left out of the control, which has no gap to heal")
+        seed_everything(recipe.seed)
+        # its curve is in its distill.json alone: a W&B run has one axis of steps
+        train(control, run_dir=run.dir / CONTROL, inputs=due, start_tracking=lambda: None)
+        log.info("distill: %s", run.dir / CONTROL / "distilled")
+
+
+def _spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
+    """The training of the student of ``plan``, whether student/ is there or not."""
+    from shoal.compress.targets.check import student_config
+    from shoal.train.student.spec import train_spec
+
+    folder, teacher = run.dir / "student", _teacher(run)
+    if (folder / "config.json").is_file():
+        student = Checkpoint.read(folder, teacher.load)
+    else:
+        student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)
+    return train_spec(teacher, student, plan, run.recipe.distill, run.recipe.record, ranks)
+
+
+def _control_of(run: Run, spec: TrainSpec) -> TrainSpec:
+    """The training of the control beside ``spec``. After an earlier round it goes on from that round's control, so that
+    it has learnt from the rows as often as the student."""
+    from shoal.train.student.control import control_spec
+
+    control = control_spec(spec)
+    if run.previous is None or not (run.previous.dir / CONTROL / "distilled" / "config.json").is_file():
+        return control
+    before = Checkpoint.read(run.previous.dir / CONTROL / "distilled", spec.teacher.load)
+    return dataclasses.replace(control, student=before)
+
+
+def distill_dry_run(run: Run) -> str:
+    """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
+
+    Of several rounds that is the first which is not healed yet, and the tokens of all.
+
+    Raises:
+        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
+            memory cannot be told without running it.
+    """
+    run, recipe = run.first_open, run.recipe
+    check_training_settings(recipe)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    has_plan = (run.dir / PruningPlan.FILE).is_file()
+    plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
+    estimate = training_estimate(run, plan, is_cut=has_plan)
+    if recipe.prune.rounds == 1:
+        return estimate.text
+    tokens, rounds = estimate.num_tokens, recipe.prune.rounds
+    return (
+        f"{estimate.text}\n\nrounds: this is {run.called}; each trains on {tokens:,} tokens, {rounds * tokens:,} in all"
+    )
+
+
+def training_estimate(run: Run, plan: PruningPlan, *, is_cut: bool) -> Estimate:
+    """What training the student of ``plan`` takes on this machine, with its control; ``is_cut``: student/ is that one.
+
+    Raises:
+        UserError: what training would refuse; NotEstimated, as estimate.
+    """
+    from shoal.train.dry_run import estimate
+    from shoal.train.student.spec import Ranks
+
+    count = ranks_to_start(run.recipe.distill.num_ranks)
+    ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
+    spec = _spec(run, plan, ranks)
+    control = _control_of(run, spec) if run.recipe.eval.control else None
+    return estimate(spec, run.dir, control=control, is_cut=is_cut)
+
+
+def distill_is_done(run: Run) -> bool:
+    """Whether distilled/ is there already, and control/ where it is asked for, so that no launcher need be started."""
+    refuse_other_checkpoints(run)
+    if not run.is_healed:
+        return False
+    plan = read_plan(run)
+    return _is_trained(run, plan) and _control_due(run, plan) is None
+
+
+def _has_distilled(folder: Path) -> bool:
+    return (folder / "distilled" / "config.json").is_file()
+
+
+def trained_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """training_inputs to compare with distill.json, which alone still knows the student where student/ is gone."""
+    inputs, file = training_inputs(run, plan), run.dir / Training.FILE
+    if "student" not in inputs and file.is_file():
+        inputs["student"] = Training.read(file).provenance.inputs.get("student")
+    return inputs
+
+
+def _is_trained(run: Run, plan: PruningPlan) -> bool:
+    """Whether distilled/ is what this recipe makes."""
+    return _has_distilled(run.dir) and is_done(Training, run.dir / Training.FILE, trained_inputs(run, plan), "distill")
+
+
+def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
+    """The identity of a control that is still to be trained; None where it is there, or not asked for."""
+    folder = run.dir / CONTROL
+    if not run.recipe.eval.control:
+        return None
+    inputs = control_inputs(run, plan)
+    is_there = _has_distilled(folder) and is_done(Training, folder / Training.FILE, inputs, "distill, control")
+    return None if is_there else inputs
+
+
+def what_is_trained(run: Run) -> list[str] | None:
+    """What is out of date of distill.json and what it tells of, in words: nothing where it stays; None where a model is
+    missing. The student is there.
+
+    Raises:
+        UserError: checkpoints of other settings, with which training would be refused.
+    """
+    refuse_other_checkpoints(run)
+    plan = read_plan(run)
+    changed = out_of_date(Training, run.dir / Training.FILE, training_inputs(run, plan))
+    if changed is None or not _has_distilled(run.dir):
+        return None
+    if changed or not run.recipe.eval.control:
+        return changed
+    folder = run.dir / CONTROL
+    control = out_of_date(Training, folder / Training.FILE, control_inputs(run, plan))
+    return control if _has_distilled(folder) else None
+
+
+def _student_is_gone(run: Run) -> UserError:
+    return UserError(
+        f"{run.dir / 'student'}: is gone; run `shoal prune`, which makes it again, or choose another run_dir"
+    )
+
+
+def refuse_other_checkpoints(run: Run) -> None:
+    """Refuse a training that its ranks would refuse, before any is started and before the log promises one.
+
+    Raises:
+        UserError: checkpoints of other settings are in the way, the plan is of another run, or its student is gone.
+    """
+    has_plan, has_student = (run.dir / PruningPlan.FILE).is_file(), (run.dir / "student" / "config.json").is_file()
+    if has_plan and not has_student and not _has_distilled(run.dir):
+        raise _student_is_gone(run)
+    if has_plan and has_student and (run.dir / "checkpoints").is_dir():
+        _refuse_other_checkpoints(run.dir, training_inputs(run, read_plan(run)), run.recipe.distill)
+    if has_plan and run.recipe.eval.control and (run.dir / CONTROL / "checkpoints").is_dir():
+        _refuse_other_checkpoints(run.dir / CONTROL, control_inputs(run, read_plan(run)), run.recipe.distill)
+
+
+def refuse_later_trainings(run: Run) -> None:
+    """Refuse to heal a round under checkpoints of a later one, which would be refused only after hours.
+
+    Raises:
+        UserError: there are some.
+    """
+    for after in range(run.rounds_after):
+        folder = dataclasses.replace(run, rounds_after=after).dir
+        if any((folder / "checkpoints").glob("checkpoint-*")):
+            raise UserError(
+                f"{folder}: holds checkpoints of a training that came after another {run.called} than this recipe's, "
+                f"which {run.dir} does not hold. Set the recipe back, choose another run_dir, or delete "
+                f"{folder / 'checkpoints'}"
+            )
+
+
+def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Distill) -> None:
+    from shoal.train.distill import checkpoint_inputs
+    from shoal.train.engine.checkpoint import refuse_other_run
+
+    trained = folder / Training.FILE
+    if trained.is_file() and not differences(inputs, Training.read(trained).provenance.inputs):
+        return  # trained already, whatever number of ranks would train it now
+    identity = checkpoint_inputs(settings, inputs)
+    if settings.batch_size is None:
+        identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
+    refuse_other_run(folder / "checkpoints", identity)
+
+
+def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The identity of distilled/; without `student` where that folder is gone."""
+    return _inputs(run, run.recipe.distill, _cut(run, plan))
+
+
+def _cut(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    student = run.dir / "student"
+    is_there = (student / "config.json").is_file()
+    return {"prune.drop": list(plan.drop), **({"student": model_fingerprint(student)} if is_there else {})}
+
+
+def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The identity of control/distilled/: no student, and of the plan what decides how the control is trained."""
+    from shoal.train.student.control import control_identity
+
+    settings = dataclasses.replace(run.recipe.distill, local=None)
+    identity = control_identity(settings, plan)
+    if run.previous is not None:
+        identity["control.healed before"] = _fingerprint_of_control(run.previous)
+    if settings.data_policy == "by_damage":  # its rows are the student's
+        kinds: tuple[type[Shares | Pilot], ...] = (Shares, Pilot) if settings.data_pilot is not None else (Shares,)
+        shared = [(kind, run.dir / kind.FILE) for kind in kinds]
+        identity["control.shares"] = [kind.read(file).shares if file.is_file() else None for kind, file in shared]
+    return _inputs(run, settings, identity)
+
+
+def _fingerprint_of_control(run: Run) -> str | None:
+    """None where it is not trained yet."""
+    folder = run.dir / CONTROL
+    return model_fingerprint(folder / "distilled") if _has_distilled(folder) else None
+
+
+def _inputs(run: Run, settings: Distill, trained: dict[str, Any]) -> dict[str, Any]:
+    from shoal.train.distill import distill_inputs
+
+    recipe = run.recipe
+    general = shaping(recipe, Shapes.TRAINING)
+    inputs = distill_inputs(settings, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general)
+    return inputs | _chosen_by(run)
+
+
+def _chosen_by(run: Run) -> dict[str, Any]:
+    """Of section `eval`, by content, what distill.watch.best chooses a state by; nothing where it chooses none."""
+    watch, scored = run.recipe.distill.watch, _watched(run)
+    if watch is None or scored is None or watch.best is None:
+        return {}
+    from shoal.eval.quick_eval import HELD_OUT
+    from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
+
+    if watch.best == HELD_OUT:
+        chosen_by = {"data": sources_fingerprint(scored.perplexity_data), "sequence_length": scored.sequence_length}
+    else:
+        folder = scored.data_dir
+        chosen_by = {
+            "tasks": tasks_fingerprint(scored.tasks, scored.include_path),
+            "num_fewshot": scored.num_fewshot,
+            "data": None if folder is None else local_data_fingerprint(folder, scored.include_path),
+        }
+    return {"distill.watch.best (files)": fingerprint(chosen_by)}
+
+
+def check_distill(run: Run) -> None:
+    """Refuse what training would refuse, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: impossible layers, unknown tasks, kernels or a server that cannot be had, bundled text with a twin's
+            wording, and what the checks below do.
+    """
+    from shoal.compress.plan import check_choice
+    from shoal.eval.evaluate import checked_items, num_items
+    from shoal.eval.quick_eval import SETTINGS
+    from shoal.eval.tasks.load import tasks_of
+    from shoal.eval.tasks.names import named_in
+    from shoal.train.engine.fused import is_fused
+    from shoal.train.teacher.server import ServerEngine
+
+    recipe = run.recipe
+    refuse_both_directions(run.config())
+    check_training_settings(recipe)
+    is_fused(recipe.distill.fused, run.config().model_type, device())
+    check_recording(recipe)
+    if recipe.distill.teacher.server and not run.is_healed:
+        ServerEngine(recipe.record, length=recipe.distill.sequence_length)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    if not (run.dir / PruningPlan.FILE).is_file():
+        check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    tokenizer = run.tokenizer()
+    distill = recipe.distill
+    images = ImageReader.of(distill.data, _teacher(run)) if distill.has_images else None
+    for source in distill.data:
+        if images is not None and source.has_images:
+            images.check(source, sequence_length=distill.sequence_length)
+        elif source.path != TEACHER_TEXT:
+            check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
+    if recipe.distill.overlap:
+        for source in recipe.distill.data:
+            if source.path in BUNDLED:
+                refuse_twin_wording(source.path)
+        num_items(tasks_of(recipe.eval), recipe.eval)
+    if (watched := _watched(run)) is not None and watched.tasks:
+        num_ranks = max(world_size(), ranks_to_start(distill.num_ranks))
+        with named_in("distill.watch", *SETTINGS):
+            tasks = tasks_of(watched)
+            checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
+
+
+@cache
+def refuse_twin_wording(name: str) -> None:
+    """Refuse bundled text that holds the wording of a twin, which no training text may have.
+
+    Raises:
+        UserError: it does.
+    """
+    for form, occurrences in wording.find_wording(twin_wordings(), enumerate(load_texts(DataSource(name)))).items():
+        if occurrences.places:
+            first = occurrences.places[0]
+            raise UserError(
+                f"distill.data {name}: document {first.number} holds the wording of the form {form} "
+                f"({first.excerpt!r}), in which twin tasks are asked and no training text may be; take the "
+                "source out, or change its text or the form in shoal.abilities"
+            )
+
+
+def check_training_settings(recipe: Recipe) -> None:
+    """Refuse training settings that cannot work, without loading anything.
+
+    Raises:
+        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
+    """
+    from shoal.train.engine.arguments import check_names, deepspeed_config
+
+    check_names(recipe.distill)
+    deepspeed_config(recipe.distill)
+    wandb_run.wandb_mode(recipe.track)
+
+
+def check_recording(recipe: Recipe) -> None:
+    """Refuse a recording that is not there, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: it is not.
+    """
+    for recorded in recipe.distill.teacher.recordings:
+        if (Path(recorded).expanduser() / RECORDING).is_file():
+            continue
+        raise UserError(
+            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
+            "writes RUN_DIR/signals, or name the folder that it wrote"
+        )
+
+
+def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
+    """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
+    from shoal.eval.quick_eval import QuickScores
+    from shoal.eval.tasks.names import described_tasks, task_folders
+
+    watch, scored = run.recipe.distill.watch, _watched(run)
+    if watch is None or scored is None:
+        return None
+    described, _ = described_tasks(task_folders(scored.include_path))
+    if watch.best in described and described[watch.best][0].column == "disputed":
+        raise UserError(
+            f"distill.watch.best: {watch.best} asks items that people dispute, which choose no state; name another"
+        )
+    return partial(QuickScores, settings=scored, seed=run.recipe.seed)
+
+
+def _watched(run: Run) -> Tasks | None:
+    """Section `eval` as distill.watch scores by it; None where nothing is watched."""
+    watch, settings = run.recipe.distill.watch, run.recipe.eval
+    return watch and dataclasses.replace(
+        settings,
+        tasks=watch.tasks,
+        limit=watch.limit,
+        limits={},
+        perplexity_tokens=watch.perplexity_tokens,
+        sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
+    )

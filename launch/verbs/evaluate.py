@@ -1,0 +1,508 @@
+"""The stage `eval`: teacher, pruned, control and distilled model and quantised copies on the same items, and how fast
+they are.
+
+Code of a stage is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.artifacts.artifact import Provenance, differences
+from shoal.artifacts.draft import Drafts
+from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, Evaluation, Quantized
+from shoal.artifacts.speed import Speed
+from shoal.artifacts.training import Training
+from shoal.atomic_files import fingerprint
+from shoal.data.image_rows import (
+    ImageReader,
+    image_rows_fingerprint,
+    load_image_rows,
+    num_shared_images,
+    training_images,
+)
+from shoal.data.sources import sources_fingerprint
+from shoal.errors import UserError
+from shoal.formatting import listed
+from shoal.inference.vllm import check_vllm
+from shoal.models.checkpoint_files import (
+    WRITING,
+    gguf_in,
+    model_fingerprint,
+    names_model,
+    tokenizer_fingerprint,
+    writing_settings,
+)
+from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_images
+from shoal.progress import doing
+from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
+from shoal.runtime import barrier, environment, free_memory, is_main, seed_everything, world_size
+
+from .distill import control_inputs, trained_inputs
+from .prune import read_plan
+from .run import (
+    Run,
+    check_length,
+    is_done,
+    locked,
+    open_run,
+    require,
+    resolved,
+    write_story,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+IMAGES = "eval.images"
+"""Setting of rows of images, and what identifies them."""
+MODELS = "models"
+"""Folder, where a comparison goes, of the scores of checkpoints that are no run's."""
+
+
+def roles(run: Run) -> dict[str, Path]:
+    """The models that exist now, by role; control and quantised copies only where the recipe asks for them."""
+    folders = {"teacher": run.teacher, "pruned": run.dir / "student"}
+    if run.recipe.eval.control:
+        folders[CONTROL] = run.dir / CONTROL / "distilled"
+    folders["distilled"] = run.dir / "distilled"
+    folders |= {
+        role: run.dir / role for role in QUANTIZED if run.recipe.quantize and run.recipe.quantize.format_of(role)
+    }
+    return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+
+
+def quantized_from(run: Run, role: str) -> tuple[str, Path] | None:
+    """Role and folder of the model that a quantised copy is made of: cut and healed before it is quantised, as far as
+    the run is; None = there is no student yet."""
+    folders = {name: folder for name, folder in roles(run).items() if name not in QUANTIZED}
+    sources = ("teacher",) if role == "teacher_quantized" else ("distilled", "pruned")
+    return next(((source, folders[source]) for source in sources if source in folders), None)
+
+
+def quantized_inputs(run: Run, role: str) -> dict[str, Any]:
+    """What identifies the quantised copy ``role``; without the model where that is gone."""
+    from shoal.compress.quantize.formats import CALIBRATED, GROUPED
+
+    settings, source = run.recipe.quantize, quantized_from(run, role)
+    assert settings is not None
+    format = settings.format_of(role)
+    inputs: dict[str, Any] = {"quantize.format": format}
+    if source is not None:
+        inputs["model"] = model_fingerprint(source[1])
+    if format in GROUPED:
+        inputs["quantize.group_size"] = settings.group_size
+    if format in CALIBRATED:
+        own = run.recipe.distill
+        inputs |= {"quantize.num_tokens": settings.num_tokens, "distill.sequence_length": own.sequence_length}
+        inputs |= {"data": sources_fingerprint(calibration_sources(run)), "seed": run.recipe.seed}
+    return inputs
+
+
+def calibration_sources(run: Run) -> list[DataSource]:
+    """The training text, as far as it is there before the teacher writes any."""
+    return [source for source in run.recipe.distill.data if source.path != TEACHER_TEXT]
+
+
+def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
+    """What identifies the evaluation of the model in ``folder``."""
+    from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
+
+    settings = run.recipe.eval
+    inputs = {
+        "model": model_fingerprint(folder),
+        "data": sources_fingerprint(settings.perplexity_data),
+        **shaping(run.recipe, Shapes.SCORES),
+        "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
+    }
+    if writing := writing_settings(folder):
+        inputs[WRITING] = writing
+    if settings.images is not None:
+        inputs[IMAGES] = image_rows_fingerprint(load_image_rows(settings.images, IMAGES))
+    if settings.data_dir is not None:
+        inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
+    return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
+
+
+def check_eval(run: Run) -> None:
+    """Refuse an engine that is not there, and images that cannot be asked about.
+
+    Raises:
+        UserError: it is not, or cannot answer here; a model that reads no images, or rows that it cannot take.
+    """
+    if run.recipe.eval.backend == "vllm":
+        check_vllm("eval.backend")
+    if (images := run.recipe.eval.images) is not None:
+        config = run.config()
+        if not reads_images(config):
+            raise UserError(f"{IMAGES}: {run.recipe.model} reads no images; leave it out")
+        processor = load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+        rows = load_image_rows(images, IMAGES)
+        ImageReader(processor, config, {}).asked(rows[0])
+        learnt = [row for rows_of_source in training_images(run.recipe.distill.data).values() for row in rows_of_source]
+        if shared := num_shared_images(rows, learnt):
+            log.warning(
+                "%s: %d of %d rows ask about images that distill.data holds; their score may flatter",
+                *(IMAGES, shared, len(rows)),
+            )
+
+
+def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:
+    """Refuse models that vLLM would not load, or would take for others, and copies that others can read better.
+
+    Raises:
+        UserError: naming the role and what vLLM does.
+    """
+    from shoal.compress.targets.check import check_targets
+
+    for role, checkpoint in checkpoints.items():
+        if gguf_in(checkpoint.folder) is not None:  # which llama.cpp runs
+            continue
+        if getattr(checkpoint.config, "quantization_config", None) is not None:
+            raise UserError(
+                f"eval.backend: vllm does not score quantised models here, as the {role} model ({checkpoint.folder}) "
+                "is; use backend: transformers"
+            )
+        (verdict,) = check_targets(checkpoint.config, targets=("vllm",))
+        if verdict.loads == "no":
+            raise UserError(
+                f"eval.backend: vllm would not run the {role} model ({checkpoint.folder}) as it is: {verdict.reason}; "
+                "use backend: transformers"
+            )
+        if verdict.loads == "unknown":
+            log.warning("eval: %s: %s", role, verdict.in_words())
+
+
+def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
+    """What identifies the speed of these models, by role."""
+    settings = {**shaping(run.recipe, Shapes.SPEED), **shaping(run.recipe.eval, Shapes.SPEED, "eval.")}
+    return {**settings, **{role: model_fingerprint(folder) for role, folder in folders.items()}}
+
+
+def evaluate(run: Run) -> None:
+    """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
+    from shoal.eval.harness.tokenizer_check import require_same_tokenizer
+
+    check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
+    folders = roles(run)
+    require_models_of_this_run(run, folders)
+    require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
+    prune = run.recipe.prune
+    changes = (prune.drop, prune.num_drop, prune.ratio, prune.target, prune.edits, prune.width)
+    if list(folders) == ["teacher"] and any(changes):
+        log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
+    if run.recipe.quantize and not folders.keys() & set(QUANTIZED):
+        log.warning("eval: there are no quantised copies (quantize) in %s yet; `shoal quantize` makes them", run.dir)
+    if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
+        log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
+    checkpoints = _checkpoints(run, folders)
+    _score(run, checkpoints, _due(run, {role: eval_inputs(run, folder) for role, folder in folders.items()}))
+    if run.recipe.eval.speed and is_main():
+        _speed(run, checkpoints)
+    barrier()
+    if run.recipe.eval.draft:
+        _draft(run, checkpoints)
+
+
+def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool = False) -> list[Path]:
+    """Folders to compare: run directories as they are, and of every checkpoint among ``names`` one in ``out`` with its
+    scores, in the settings of the first run.
+
+    Raises:
+        UserError: no run among them, runs that cannot be compared, one whose recipe is not known, or as evaluate_beside
+            does.
+    """
+    from shoal.eval.compare.comparable import find_common, read_contenders, read_scored
+
+    runs = [Path(name) for name in names if not names_model(name)]
+    if not runs:
+        raise UserError(
+            f"compare: {listed(names)}: no run directory among them, with whose settings a checkpoint could be scored; "
+            "run `shoal eval` with a recipe of one of them, and name its run_dir"
+        )
+    read_scored(runs[0])
+    if len(runs) > 1:
+        find_common(read_contenders(runs), across_teachers=across_teachers)
+    try:
+        run = open_run(load_recipe(runs[0]))
+    except UserError as error:
+        raise UserError(f"compare: a checkpoint is scored as {runs[0]} was, but {error}") from error
+    scored = evaluate_beside(run, list(filter(names_model, names)), out)
+    return [scored.get(name) or Path(name) for name in names]
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A checkpoint that is to be scored as a run was."""
+
+    run: Run
+    """The run of the checkpoint alone, in a folder of its own."""
+    checkpoint: Checkpoint
+    inputs: dict[str, Any]
+    """What identifies its evaluation."""
+    cut_by: PreTrainedTokenizerBase | None
+    """Tokenizer of the run's teacher; None = the checkpoint's makes the same tokens."""
+
+
+def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Path]:
+    """Model -> folder in ``out`` that holds the scores of this checkpoint, which is no run's: of the tasks and settings
+    that ``run`` was scored with, and its speed in turns with the teacher of ``run``. What is there is kept.
+
+    Perplexity is of the text that the teacher's tokenizer cuts, see perplexity.
+
+    Raises:
+        UserError: no such model, one that cannot be scored so, or settings with which ``run`` was not scored.
+    """
+    beside = {model: _beside(run, model, out) for model in models}
+    teacher = _checkpoints(run, {"teacher": run.teacher})
+    for model, own in beside.items():
+        checkpoints = {MODEL: own.checkpoint}
+        with locked(own.run):
+            _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}), cut_by=own.cut_by)
+            if run.recipe.eval.speed:
+                _speed(own.run, teacher | checkpoints)
+            if run.recipe.eval.draft and own.cut_by is not None:
+                log.warning("draft: %s has other tokens than the teacher, whose draft it cannot be", model)
+            elif run.recipe.eval.draft:
+                _draft(own.run, teacher | checkpoints, beside=run)
+            write_story(own.run)
+    return {model: own.run.dir for model, own in beside.items()}
+
+
+def _beside(run: Run, model: str, out: Path) -> _Beside:
+    from shoal.eval.harness.perplexity import windows
+    from shoal.eval.harness.tokenizer_check import tokenizer_difference
+
+    folder, asked = resolved(model, None), run.recipe
+    recipe = Recipe(
+        model=model,
+        run_dir=str(out / MODELS / f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"),
+        seed=asked.seed,
+        dtype=asked.dtype,
+        attention=asked.attention,
+        trust_remote_code=asked.trust_remote_code,
+        eval=asked.eval,
+    )
+    own = Run(recipe, run.numerics)
+    check_length(own, recipe.eval.sequence_length, "eval.sequence_length")
+    inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]
+    _refuse_other_settings(run, inputs)
+    if recipe.dtype == "stored":  # so that the comparison can tell in what
+        inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
+    cut_by = None
+    if tokenizer_difference(folder, run.teacher, trust_remote_code=recipe.trust_remote_code):
+        cut_by = run.tokenizer()
+        inputs["text cut by"] = tokenizer_fingerprint(run.teacher)
+        windows(cut_by, recipe.eval, reader=checkpoint.tokenizer())  # one that cannot read them is refused now
+    return _Beside(own, checkpoint, inputs, cut_by)
+
+
+def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
+    """Refuse settings of a recipe that its results were not made with, before anything is scored with them."""
+    files = [run.dir / "eval" / f"{role}.json" for role in ("distilled", "pruned")]
+    for file in filter(Path.is_file, files):
+        stored = Evaluation.read(file).provenance.inputs
+        of_its_own = {key: stored.get(key) for key in ("model", "dtype")}
+        asked = {key: value for key, value in {**inputs, **of_its_own}.items() if key != WRITING}
+        if unlike := differences(asked, {key: value for key, value in stored.items() if key != WRITING}):
+            raise UserError(
+                f"{file}: was not scored with the settings of {run.root}'s recipe: {'; '.join(unlike)}. A checkpoint "
+                f"beside it would be asked otherwise; run `shoal eval {run.root}` first"
+            )
+        return
+
+
+def _checkpoints(run: Run, folders: dict[str, Path]) -> dict[str, Checkpoint]:
+    load = LoadSettings(**run.load_args())
+    return {role: Checkpoint.read(folder, load) for role, folder in folders.items()}
+
+
+def _score(
+    run: Run,
+    checkpoints: dict[str, Checkpoint],
+    due: dict[str, dict[str, Any]],
+    *,
+    cut_by: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """eval/<role>.json of every role that is ``due``."""
+    from shoal.eval.evaluate import checked_items, num_items, role_evaluation
+    from shoal.eval.suites import in_words, rest_in_words, work_of
+    from shoal.eval.tasks.load import tasks_of
+
+    if due:
+        check_eval(run)
+        if run.recipe.eval.backend == "vllm":
+            _refuse_for_engine({role: checkpoints[role] for role in due})
+    seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
+    with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
+        tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
+        for role in due:
+            config, tokenizer = checkpoints[role].config, checkpoints[role].tokenizer()
+            checked_items(tasks, run.recipe.eval, config=config, tokenizer=tokenizer, num_ranks=world_size())
+    if due and is_main():
+        items, samples = num_items(tasks, run.recipe.eval), run.recipe.eval.samples
+        further = {"perplexity_tokens": run.recipe.eval.perplexity_tokens, "num_samples": samples.n if samples else 0}
+        cost = work_of(tasks, items, **further)
+        log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
+    for number, (role, inputs) in enumerate(due.items(), 1):
+        path = run.dir / "eval" / f"{role}.json"
+        log.info("eval: %s (%s)", role, checkpoints[role].folder)
+        seed_everything(run.recipe.seed)
+        result = role_evaluation(
+            role,
+            checkpoints[role],
+            run.recipe.eval,
+            inputs=inputs,
+            seed=run.recipe.seed,
+            items=run.dir / "eval" / "items",
+            tasks=tasks,
+            cut_by=cut_by,
+        )
+        if is_main():
+            _tell_of_left_out(path, result)
+            result.write(path)
+            if rest := rest_in_words(result, list(due)[number:]):
+                log.info("eval: %s", rest)
+        barrier()
+
+
+def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of ``inputs``, by role what identifies its evaluation, whose evaluation is not there.
+
+    Where there are any, also those made by a version of this code whose scores could not be compared with the new ones.
+    """
+    files = {role: run.dir / "eval" / f"{role}.json" for role in inputs}
+    _warn_of_fewer_items(run, files)
+    due = {role for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+    for role in inputs.keys() - due if due else ():
+        if changed := _other_code(run, Evaluation.read(files[role])):
+            log.info("eval %s: %s made it, so it is made again to be compared with what is", role, changed)
+            due.add(role)
+    return {role: own for role, own in inputs.items() if role in due}
+
+
+def _other_code(run: Run, scored: Evaluation) -> str:
+    """Which version of matching, or of lm-eval where tasks are its own, made these scores; "" = those of today."""
+    from shoal.abilities.matching import MATCHING
+    from shoal.eval.tasks.names import described_tasks, task_folders
+
+    versions = {task.matching for task in scored.tasks} - {1, MATCHING}  # 1 has what asks for no matching
+    if versions:
+        return f"matching {min(versions)}"
+    last, now = (environment.get("lm_eval") for environment in (scored.provenance.environment, environment()))
+    described, _ = described_tasks(task_folders(run.recipe.eval.include_path))
+    is_theirs = any(task.task not in (*described, "perplexity", "images") for task in scored.tasks)
+    return f"lm_eval {last}" if is_theirs and last not in (None, now) else ""
+
+
+def _warn_of_fewer_items(run: Run, files: dict[str, Path]) -> None:
+    """A quick look at few items takes the place of scores of many: say how these come back."""
+    limit, key = run.recipe.eval.limit, "eval.limit"
+    before = [Evaluation.read(file).provenance.inputs.get(key, 0) for file in files.values() if file.is_file()]
+    if limit is not None and any(more is None or more > limit for more in before):
+        most = None if None in before else max(before)
+        log.warning(
+            "eval: scores of %s items a task take the place of those of %s; %s=%s brings them back from the answers in "
+            "eval/items. For a look beside them choose another run_dir",
+            *(limit, "all" if most is None else most, key, "null" if most is None else most),
+        )
+
+
+def _tell_of_left_out(path: Path, result: Evaluation) -> None:
+    """Log how many tasks of an earlier evaluation are no part of the one that takes its place."""
+    before = {task.task for task in Evaluation.read(path).tasks} if path.is_file() else set[str]()
+    now = {task.task for task in result.tasks}
+    if gone := before - now:
+        log.warning(
+            "eval %s: %d task%s in place of %d; %s no longer scored, answers given stay in eval/items",
+            result.role,
+            len(now),
+            "" if len(now) == 1 else "s",
+            len(before),
+            f"{', '.join(sorted(gone))} {'is' if len(gone) == 1 else 'are'}",
+        )
+
+
+def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
+    """Refuse a student/, distilled/, control/ or quantised copy that other settings made: scores of different runs
+    would share a table."""
+    if folders.keys() & {"pruned", CONTROL, "distilled"}:
+        plan = read_plan(run)
+        if CONTROL in folders:
+            require(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "shoal distill")
+        if "distilled" in folders:
+            require(Training, run.dir / Training.FILE, trained_inputs(run, plan), "shoal distill")
+    for role in folders.keys() & set(QUANTIZED):
+        require(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role), "shoal quantize")
+
+
+def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
+    from shoal.compress.surgery.cut_model import cut_model
+    from shoal.eval.speed import measure_speed
+    from shoal.models.anatomy import decoder_layers
+
+    def cut_half(teacher: PreTrainedModel) -> PreTrainedModel:
+        return cut_model(teacher, range(1, len(decoder_layers(teacher)), 2), share=True)
+
+    path = run.dir / Speed.FILE
+    # a control is as fast as the teacher, and quantised copies are served by other programs
+    measured = {role: own for role, own in checkpoints.items() if role not in (CONTROL, *QUANTIZED)}
+    inputs = speed_inputs(run, {role: own.folder for role, own in measured.items()})
+    if is_done(Speed, path, inputs, "speed"):
+        return
+    log.info("eval: speed of %s, interleaved", ", ".join(measured))
+    batch_sizes = run.recipe.eval.speed_batch_sizes
+    free_memory()  # of the models that were scored one after another
+    try:
+        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half)
+    except UserError as reason:  # the report of a run that has healed for hours is worth more than its speed
+        log.warning("eval: the speed is not measured. %s", reason)
+        path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores
+        return
+    speed.write(path)
+
+
+def draft_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
+    """What identifies what the teacher among these models accepts of the others' tokens."""
+    drafts = [(role, folder) for role, folder in folders.items() if role != "teacher"]
+    # the teacher is the model here, also where a checkpoint has that role
+    roles = {"checkpoint" if role == MODEL else role: model_fingerprint(folder) for role, folder in drafts}
+    return {**eval_inputs(run, folders["teacher"]), **roles}
+
+
+def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, beside: Run | None = None) -> None:
+    """What the teacher accepts. What it writes is kept in ``run``, or in the run ``beside``, whose teacher it is."""
+    from shoal.eval.draft import measure_drafts
+    from shoal.eval.tasks.load import tasks_of
+
+    path = run.dir / Drafts.FILE
+    # a control is no smaller than the teacher, and quantised copies are served by other programs
+    measured = {role: own for role, own in checkpoints.items() if role not in (CONTROL, *QUANTIZED)}
+    inputs = draft_inputs(run, {role: own.folder for role, own in measured.items()})
+    teacher = measured.pop("teacher")
+    if not measured:
+        log.warning("draft: there is no cut model yet; `shoal prune` makes it")
+    if not measured or is_done(Drafts, path, inputs, "draft"):
+        return
+    seed_everything(run.recipe.seed)
+    with nullcontext() if beside is None else locked(beside):
+        drafts = measure_drafts(
+            teacher,
+            measured,
+            run.recipe.eval,
+            provenance=Provenance(inputs),
+            tasks=tasks_of(run.recipe.eval, seed=run.recipe.seed),
+            seed=run.recipe.seed,
+            items=(beside or run).dir / "eval" / "items",
+        )
+    if is_main():
+        drafts.write(path)
+    barrier()

@@ -1,0 +1,100 @@
+"""The distill stage under the DeepSpeed launcher, started from here. Nothing is imported that takes long."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal import runtime
+from shoal.errors import EXIT_USER_ERROR
+from shoal.progress import SPEAKER, doing
+from shoal.stopping import STOPS, run_launcher
+
+if TYPE_CHECKING:
+    from .run import Run
+
+log = logging.getLogger(__name__)
+
+STARTED = "SHOAL_STARTED"
+"""Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
+
+
+class LaunchEnded(Exception):
+    """The launched ranks ended with ``code`` and have said why, or ``text`` does."""
+
+    def __init__(self, code: int, text: str = "") -> None:
+        super().__init__(code, text)
+        self.code, self.text = code, text
+
+
+def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
+    """Run the distill verb of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait
+    for it.
+
+    ``run`` is that of the recipe with these overrides, of the round to be healed.
+
+    Raises:
+        LaunchEnded: the ranks have not come to their end.
+    """
+    import torch
+
+    from shoal.machine import num_cores, ranks_to_start
+
+    recipe = run.recipe
+    on_gpu = torch.accelerator.is_available()
+    ranks = ranks_to_start(recipe.distill.num_ranks)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
+    if not on_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+        # the cores that this process may use: threads that share one wait for each other
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
+    command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]
+    command += ["distill", "--config", config, *overrides]
+    if run.rounds_after:
+        command += ["--round", str(run.round)]
+    if runtime.loudness() != "usual":
+        command.append(f"--{runtime.loudness()}")
+    log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        started = Path(folder) / "started"
+        with doing("distill, launcher and ranks"):
+            with SPEAKER.still(started.exists):
+                code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.launch.cli")
+            if code != 0 or asked is not None:
+                raise _unfinished(code, asked, run.dir)  # in here: nothing is called done
+
+
+def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:
+    """The end of ranks that have not come to theirs, told unless they have said it; ``asked`` is the signal that
+    stopped them."""
+    number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
+    goes_on = _where_distill_goes_on(run_dir)
+    if code in (EXIT_USER_ERROR, *(128 + number for number in STOPS)):
+        pass  # the rank has said why, or that it has saved
+    elif asked is not None:
+        done = "the training had just ended, and the same command goes on from there"
+        return LaunchEnded(128 + asked, f"stopped; {done if code == 0 else goes_on}")
+    elif number:
+        reason = ", most often because memory ran out" if number == signal.SIGKILL else ""
+        log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, goes_on)
+    else:
+        log.error("distill ended with exit code %d; its message is above, and %s", code, goes_on)
+    return LaunchEnded(128 + (asked or number) if asked or number else code)
+
+
+def _where_distill_goes_on(run_dir: Path) -> str:
+    """What the same command does after training was ended before its end."""
+    within = "control/" if (run_dir / "control" / "checkpoints").is_dir() else ""  # which is trained last
+    checkpoints = (run_dir / within / "checkpoints").glob("checkpoint-*/manifest.json")
+    steps = [int(file.parent.name.split("-")[1]) for file in checkpoints]
+    if steps:
+        return f"the same command goes on from {within}checkpoint-{max(steps)}"
+    return "there is no checkpoint yet, so the same command begins this training again"

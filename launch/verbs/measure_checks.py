@@ -1,0 +1,243 @@
+"""What measuring refuses before a weight is loaded: rows, tasks, orders and images that do not go with the model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from shoal.data.image_rows import asked, load_image_rows
+from shoal.data.sources import load_labelled, load_texts
+from shoal.errors import UserError
+from shoal.formatting import bytes_text
+from shoal.machine import available_memory
+from shoal.models.anatomy import refuse_text_alone, text_config
+from shoal.models.load import load_processor, loaded_bytes, reads_images
+from shoal.recipe.measure import METRICS, HeadTask, Sweeps
+from shoal.recipe.section import ImageRows
+
+from .run import Run, check_length
+
+if TYPE_CHECKING:
+    from shoal.compress.heads.prompts import CopyPrompt
+
+log = logging.getLogger(__name__)
+
+TOKEN_BYTES = 8
+"""Bytes of one packed token: id and position."""
+
+
+def check_measure(run: Run) -> None:
+    """Refuse what measuring would refuse, before any weight is loaded.
+
+    Raises:
+        UserError: rows longer than the model's positions, contradicting settings, unknown tasks or unreadable data.
+    """
+    settings = run.recipe.measure
+    refuse_text_alone(run.config())
+    check_length(run, settings.sequence_length, "measure.sequence_length")
+    if (needed := TOKEN_BYTES * settings.num_tokens) > available_memory():
+        raise UserError(
+            f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
+            f"{bytes_text(available_memory())} are free; lower it"
+        )
+    _check_removals(run)
+    for source in settings.data:
+        load_texts(source, max_characters=1)
+    for probe in settings.probes:
+        load_labelled(probe.source, probe.label)
+    if settings.heads is not None:
+        head_prompts(run)
+    for name, wanted in (("diagnostics", settings.diagnostics), ("probes", settings.probes), ("heads", settings.heads)):
+        if wanted and is_streamed(run):
+            raise UserError(
+                f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
+                "weights"
+            )
+    if settings.images is not None:
+        _check_images(run, settings.images, "measure.images")
+    if settings.vision_states is not None:
+        _check_images(run, settings.vision_states, "measure.vision_states")
+        _check_tower(run)
+    if settings.sweep is not None:
+        _check_sweep(run, settings.sweep)
+
+
+def _check_images(run: Run, settings: ImageRows, place: str) -> None:
+    config = run.config()
+    if not reads_images(config):
+        raise UserError(f"{place}: {run.recipe.model} reads no images; leave it out")
+    if is_streamed(run):
+        raise UserError(
+            f"{place}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the weights"
+        )
+    next(asked(load_image_rows(settings, place)[:1], processor_of(run), config))
+
+
+def _check_tower(run: Run) -> None:
+    from shoal.compress.surgery.vision_tower import READERS, TOWERS, states_read
+
+    if not states_read(run.config()):
+        raise UserError(
+            f"measure.vision_states: shoal does not know which states of its vision tower {run.recipe.model} "
+            f"({run.config().model_type}) reads; leave it out (known: {', '.join(READERS)} with {', '.join(TOWERS)})"
+        )
+
+
+def processor_of(run: Run) -> Any:
+    """The processor of the teacher, which makes tokens and pixels of images."""
+    return load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+
+
+def head_prompts(run: Run) -> dict[HeadTask, list[CopyPrompt]]:
+    """The prompts by task.
+
+    Raises:
+        UserError: prompts that the model has no positions for, or that its tokenizer cannot make.
+    """
+    from shoal.compress.heads.prompts import copy_prompts
+
+    settings = run.recipe.measure.heads
+    assert settings is not None
+    prompts = copy_prompts(settings.tasks, settings.num_each, run.tokenizer(), seed=run.recipe.seed)
+    for task, own in prompts.items():
+        check_length(run, max(len(prompt.input_ids) for prompt in own), f"measure.heads.tasks: {task}")
+    return prompts
+
+
+def _check_removals(run: Run) -> None:
+    """Refuse greedy orders of more removals than the model, of several rounds that of the last, has layers for."""
+    from shoal.compress.metrics.registry import METRICS
+    from shoal.compress.plan import drops_by_round
+
+    measure, rounds = run.recipe.measure, run.recipe.prune.rounds
+    before = drops_by_round(run.recipe.prune, run.num_layers)[:-1] if rounds > 1 else ()
+    fewest, model = run.num_layers - sum(before), "the model of the last round" if rounds > 1 else "the model"
+    orders = [name for name in measure.metrics if name in METRICS and METRICS[name].yields == "order"]
+    greedy = None if measure.sweep is None else measure.sweep.greedy
+    for setting, count in (("num_drop", measure.num_drop if orders else None), ("sweep.greedy", greedy)):
+        if count is not None and count > fewest - 2:
+            raise UserError(
+                f"measure.{setting}: {count} removals are more than {model} allows, which has {fewest} layers of which "
+                f"the first and the last stay; set at most {fewest - 2}"
+            )
+
+
+def _check_sweep(run: Run, settings: Sweeps) -> None:
+    from shoal.compress.edits.layer_edits import num_components
+    from shoal.compress.sweeps.sweep import checked_tasks, refuse_few_items
+
+    config, tokenizer = run.config(), run.tokenizer()
+    tasks, counts = checked_tasks(settings, config, tokenizer)
+    orders = [settings.max_removed, len(settings.order) if isinstance(settings.order, tuple) else None]
+    of_each = {operator: num_components(operator, text_config(config)) for operator in settings.operators}
+    if "cumulative" in of_each:
+        of_each["cumulative"] = min(filter(None, [*orders, of_each["cumulative"]]))
+    num_removals = max(of_each.values(), default=1)
+    _check_disputed(settings, tasks)
+    if settings.perplexity_tokens:
+        check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
+    refuse_few_items(settings, counts, tokenizer, num_removals=num_removals)
+    scored = [*tasks, *(["perplexity"] if settings.perplexity_tokens else [])]
+    if unknown := sorted(settings.greedy_weights.keys() - set(scored)):
+        raise UserError(f"measure.sweep.greedy_weights: {unknown[0]!r} is not scored; there is {', '.join(scored)}")
+    if settings.greedy is not None:
+        _check_mean(settings, tasks)
+    if is_streamed(run):
+        _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
+    if "cumulative" not in settings.operators:
+        return
+    if isinstance(settings.order, tuple):
+        check_order(settings.order, run.num_layers)
+    else:
+        _check_order_name(run, settings.order, settings)
+
+
+def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
+    """Refuse a greedy order by scores that have no mean, before the first round of it is scored."""
+    from shoal.eval.harness.samples import metric_of, rises
+
+    weights = settings.greedy_weights
+    if weights and not any(weights.values()):
+        raise UserError(
+            f"measure.sweep.greedy_weights: {weights} give no mean; give one task a weight above 0 at least"
+        )
+    metrics = {name: metric_of(task, list(task.higher_is_better())) for name, task in tasks.items()}
+    higher = {name: rises(tasks[name], metric) for name, metric in metrics.items()}
+    if settings.perplexity_tokens:
+        higher["perplexity"] = False
+    shares, in_nats = ([name for name, rising in higher.items() if rising is kind] for kind in (True, False))
+    if in_nats and shares and not weights:
+        raise UserError(
+            f"measure.sweep.greedy: {in_nats[0]} is in nats and {shares[0]} a share, which have no unit in common; "
+            "give each task a weight in measure.sweep.greedy_weights"
+        )
+
+
+def _check_disputed(settings: Sweeps, tasks: dict[str, Any]) -> None:
+    """Warn of tasks that people answer in different ways, and refuse to remove layers by what they dispute."""
+    asked = {name: [doc["shares"] for doc in task.eval_docs if "shares" in doc] for name, task in tasks.items()}
+    for name, shares in ((name, shares) for name, shares in asked.items() if shares):
+        log.warning(
+            "measure.sweep.tasks: %s asks what people answer in different ways (the most frequent answer is that of "
+            "%.0f %% of them), so its scores say less of layers than those of questions with one right answer",
+            *(name, 100 * fmean(map(max, shares))),
+        )
+    disputed = [name for name, task in tasks.items() if (task.config.metadata or {}).get("column") == "disputed"]
+    choosing = [name for name in disputed if settings.greedy_weights.get(name, not settings.greedy_weights)]
+    if settings.greedy is not None and choosing:
+        raise UserError(
+            f"measure.sweep.greedy: {', '.join(choosing)} asks items that people dispute, which choose no layers; "
+            "leave it out of measure.sweep.tasks, or give the others weights in measure.sweep.greedy_weights"
+        )
+
+
+def _check_order_name(run: Run, name: str, settings: Sweeps) -> None:
+    """Refuse an order that nothing will give before the sweep of single layers has taken its hours."""
+    from shoal.compress.sweeps.columns import layer_scores
+    from shoal.compress.sweeps.placeholder import placeholder_importance
+
+    measure, before = run.recipe.measure, settings.operators[: settings.operators.index("cumulative")]
+    if name not in METRICS and "layer" not in before:
+        raise UserError(
+            f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics "
+            f"({', '.join(measure.metrics)}), or put the operator layer before cumulative to order by a task"
+        )
+    known = replace(measure, sweep=replace(settings, operators=before, greedy=None))
+    to_come = placeholder_importance(known, run.num_layers, with_tasks=name not in METRICS)
+    layer_scores(name, to_come, setting=f"measure.sweep.order={name}")
+
+
+def check_order(order: tuple[int, ...], num_layers: int) -> None:
+    """Refuse an order of layers that the model has not, or of all of them."""
+    wrong = next((layer for layer in order if not 0 <= layer < num_layers or order.count(layer) > 1), None)
+    if wrong is not None or not order or len(order) == num_layers:
+        raise UserError(
+            f"measure.sweep.order: must name some of the layers 0..{num_layers - 1}, each once and not all "
+            f"(got {list(order)})"
+        )
+
+
+def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
+    """Refuse what takes the whole model in memory where measure.memory_gb says that it does not fit."""
+    from shoal.compress.edits.layer_edits import KINDS
+
+    written = sorted(name for name, kind in kinds.items() if kind == "generate_until")
+    if written:
+        raise UserError(
+            f"measure.sweep.tasks: {written[0]!r} writes text, which takes the whole model in memory; leave it out, or "
+            "raise measure.memory_gb above what the weights take"
+        )
+    inside = [part for part in settings.operators if part != "cumulative" and KINDS[part].is_inside]
+    if inside:
+        raise UserError(
+            f"measure.sweep.operators: {inside[0]} takes the whole model in memory; leave it out, or raise "
+            "measure.memory_gb above what the weights take"
+        )
+
+
+def is_streamed(run: Run) -> bool:
+    """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
+    limit = run.recipe.measure.memory_gb
+    return limit is not None and loaded_bytes(run.base, run.config(), run.recipe.dtype) > limit * 2**30

@@ -1,0 +1,386 @@
+"""Which layers go: the plan that a recipe asks for, what it is made from, and what no measurement could make possible.
+
+Room code is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from shoal.artifacts.artifact import Provenance, differences
+from shoal.artifacts.heads import Heads
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import ROUND, PruningPlan
+from shoal.artifacts.speed import Speed, SpeedScore
+from shoal.artifacts.width import KeptWidth
+from shoal.data.sources import sources_fingerprint
+from shoal.errors import UserError
+from shoal.models.load import reads_images
+from shoal.recipe.edits import Insert, Replace, removed_layers
+from shoal.recipe.measure import METRICS
+from shoal.recipe.section import Shapes, as_dict, shaping
+
+from .measure import heads_inputs, measure_inputs, read_heads
+from .run import Run, check_length, out_of_date, require
+
+if TYPE_CHECKING:
+    from shoal.compress.goals import Goals, TeacherTime
+
+log = logging.getLogger(__name__)
+
+TIMES = "prune.target.ms_per_token (measured)"
+"""Input of a plan: the times that its target was scaled from."""
+
+
+def plan_inputs(run: Run) -> dict[str, Any]:
+    """What identifies plan.json and student/: the importance layers were chosen by and what edits read included."""
+    from shoal.compress.plan import is_automatic
+
+    prune = run.recipe.prune
+    inputs = {**run.base_identity, **shaping(prune, Shapes.PLAN, "prune.")}
+    if prune.rounds > 1:
+        inputs |= {"prune.rounds": prune.rounds, ROUND: run.round}
+    if is_automatic(prune):
+        inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
+    if prune.protect_heads is not None:
+        inputs["prune.protect_heads"] = prune.protect_heads
+        inputs["prune.protect_heads (heads)"] = Provenance(heads_inputs(run)).fingerprint
+    if prune.vision_tower != "whole":
+        inputs["prune.vision_tower"] = prune.vision_tower
+    if prune.compensate is not None:
+        inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
+        inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
+    if prune.width is not None:
+        inputs |= shaping(prune.width, Shapes.PLAN, "prune.width.") | shaping(run.recipe, Shapes.PLAN)
+        inputs["prune.width.data"] = sources_fingerprint(prune.width.data)
+    for index, edit in enumerate(prune.edits):
+        inputs[f"prune.edits.{index}"] = as_dict(edit)
+        if isinstance(edit, Replace):
+            inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
+            inputs |= shaping(run.recipe, Shapes.PLAN)
+        elif isinstance(edit, Insert) and edit.init == "lesa":
+            inputs |= shaping(run.recipe, Shapes.PLAN)
+    last = _plan_to_the_same_target(run)
+    if last is None or TIMES in last:  # one of before it was recorded stands
+        inputs |= times_read(run)
+    donors = run.donor_fingerprints.items()
+    return {**inputs, **{f"prune.edits.{index}.donor": donor for index, donor in donors}}
+
+
+def read_goals(run: Run) -> Goals | None:
+    """What prune.target asks of this run's teacher; None where it is not set.
+
+    Raises:
+        UserError: targets that say nothing about this model, or lack what they need.
+    """
+    from shoal.compress.goals import goals_of
+    from shoal.compress.layer_sizes import layer_sizes
+
+    target = run.recipe.prune.target
+    if target is None:
+        return None
+    for name in ("memory_gb", "ms_per_token", "speedup"):
+        if (serving := getattr(target, name)) is not None and serving.length is not None:
+            check_length(run, serving.length, f"prune.target.{name}.length")
+    sizes = layer_sizes(
+        run.base,
+        keep_mtp=run.recipe.prune.mtp == "keep",
+        vision_blocks=_vision_blocks(run),
+        trust_remote_code=run.recipe.trust_remote_code,
+    )
+    removed, measured = removed_layers(run.recipe.prune.edits), _teacher_time(run)
+    return goals_of(target, sizes, removed=removed, teacher_time=measured)
+
+
+def times_read(run: Run) -> dict[str, Any]:
+    """What a plan in milliseconds follows from beside the recipe."""
+    measured = _teacher_time(run)
+    return {} if measured is None else {TIMES: asdict(measured)}
+
+
+def _plan_to_the_same_target(run: Run) -> dict[str, Any] | None:
+    """What the plan that is there was made from, where the recipe still has its target."""
+    path = run.dir / PruningPlan.FILE
+    last = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
+    target = shaping(run.recipe.prune, Shapes.PLAN).get("target")
+    return last if target is not None and target == last.get("prune.target") else None
+
+
+def _teacher_time(run: Run) -> TeacherTime | None:
+    """The teacher's time per token as the run directory has it, at the batch size measured that is nearest; None where
+    no target needs it, and where it was not measured.
+
+    A plan keeps the time that it was made by while cut models are measured beside the teacher: these follow from it.
+    """
+    from shoal.compress.goals import TeacherTime
+
+    asked = getattr(run.recipe.prune.target, "ms_per_token", None)
+    if asked is None or asked.teacher is not None:
+        return None
+    path = run.dir / Speed.FILE
+    speed = Speed.read(path) if path.is_file() else None
+    last = _plan_to_the_same_target(run)
+    if last is not None and TIMES in last and (speed is None or len(speed.roles) > 1):
+        return TeacherTime(**last[TIMES])
+    if speed is None:
+        return None
+    if speed.provenance.inputs.get("teacher") != run.teacher_fingerprint:
+        raise UserError(
+            f"{path}: was measured with another teacher; delete it and run `shoal eval` again, or set "
+            "prune.target.ms_per_token.teacher"
+        )
+    nearest = min(speed.roles["teacher"].batches, key=lambda batch: abs(batch.batch_size - asked.batch))
+    shallower = [
+        (score.num_layers, batch.step_ms)
+        for score in (*speed.roles.values(), *([speed.half_depth] if speed.half_depth else []))
+        if score.num_layers is not None and score.num_layers < run.num_layers and _has_its_layers(score)
+        for batch in score.batches
+        if batch.batch_size == nearest.batch_size
+    ]
+    fewest = min((num_layers for num_layers, _ in shallower), default=None)
+    times = [milliseconds for num_layers, milliseconds in shallower if num_layers == fewest]
+    return TeacherTime(
+        nearest.step_ms,
+        nearest.batch_size,
+        speed.prompt_tokens + speed.new_tokens // 2,
+        f"{Speed.FILE} (batch size {nearest.batch_size})",
+        None if fewest is None else (fewest, fmean(times)),
+    )
+
+
+def _has_its_layers(score: SpeedScore) -> bool:
+    """Whether a model is the teacher with fewer layers, by its parameters: one of narrowed layers tells nothing of what
+    a layer takes."""
+    expected = score.expected.get("num_parameters")  # the teacher's at this depth
+    return expected is None or math.isclose(score.num_parameters or 0, expected, rel_tol=0.01)
+
+
+def is_settled(run: Run) -> bool:
+    """Whether all is there that layers are chosen by."""
+    return all(out_of_date(kind, run.dir / kind.FILE, inputs) == [] for kind, inputs in chosen_by(run))
+
+
+def chosen_by(run: Run) -> list[tuple[type[Importance | Heads], dict[str, Any]]]:
+    """What layers are chosen by: the kind of each result, and what identifies it; nothing where they are named."""
+    from shoal.compress.plan import is_automatic
+
+    if not is_automatic(run.recipe.prune):
+        return []
+    heads = [] if run.recipe.prune.protect_heads is None else [(Heads, heads_inputs(run))]
+    return [(Importance, measure_inputs(run)), *heads]
+
+
+def read_importance(run: Run) -> Importance | None:
+    """importance.json, where layers are chosen by it and it is there."""
+    from shoal.compress.plan import is_automatic
+
+    path = run.dir / Importance.FILE
+    if not is_automatic(run.recipe.prune) or not path.is_file():
+        return None
+    require(Importance, path, measure_inputs(run), "shoal measure")
+    importance = Importance.read(path)
+    refuse_other_depth(run, path, importance.num_layers, len(run.base_layers))
+    return importance
+
+
+def refuse_other_depth(run: Run, path: Path, num_layers: int, expected: int) -> None:
+    """Refuse a result of a model with another number of layers than ``expected``."""
+    if num_layers != expected:
+        model = run.recipe.model if expected == run.num_layers else run.base
+        raise UserError(
+            f"{path}: num_layers: is {num_layers}, and {model} has {expected} layers; delete it and run its stage again"
+        )
+
+
+def refuse_unmeasured(run: Run) -> None:
+    """Refuse to choose by what nothing in the recipe measures, or measures too short, before hours are spent on it.
+
+    Where importance.json is there and belongs to this run, it tells. Of several rounds all are looked at.
+    """
+    from shoal.compress.metrics.images import COLUMNS
+    from shoal.compress.metrics.loss_metrics import LOSS_METRICS, BlockPruner
+    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
+
+    prune, measure = run.recipe.prune, run.recipe.measure
+    if not is_automatic(prune) or _is_measured(run):
+        return
+    if measure.sweep is None:
+        for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):
+            if asked:
+                raise UserError(
+                    f"prune.{setting}: needs swept tasks, and nothing is swept; name some in measure.sweep.tasks, or "
+                    "leave it out"
+                )
+    named = {f"prune.weights.{name}": name for name in prune.weights}
+    default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
+    for setting, name in (named or {"prune.metric": prune.metric or default}).items():
+        if name in measure.metrics or (measure.images is not None and name in COLUMNS):
+            continue
+        if name in METRICS:
+            measured = ", ".join(measure.metrics)
+            raise UserError(f"{setting}: {name} is not measured; add it to measure.metrics ({measured})")
+        if measure.sweep is None:
+            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "`shoal list metrics` has all."
+            raise UserError(
+                f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
+            )
+    if LOSS_METRICS.get(prune.metric or default) is BlockPruner:
+        _refuse_halves(run, _vision_blocks(run))
+    for own in (*run.rounds_before, run):
+        _refuse_impossible_choice(own)
+
+
+def _refuse_halves(run: Run, tower: int | None) -> None:
+    """Refuse single halves of layers, which an order of halves removes, beside what only goes with whole layers."""
+    prune = run.recipe.prune
+    for is_set, why, otherwise in (
+        (prune.width is not None, "prune.width narrows whole ones", "leave prune.width out"),
+        (prune.rounds > 1, "several rounds only drop layers", "set prune.rounds: 1"),
+        (
+            prune.compensate is not None,
+            "prune.compensate makes up for dropped layers alone",
+            "leave prune.compensate out",
+        ),
+        (
+            tower is not None,
+            "prune.vision_tower is cut where layers are dropped alone",
+            "set prune.vision_tower: whole",
+        ),
+        (prune.mtp == "keep", "prune.mtp: keep copies stored tensors", "set prune.mtp: drop"),
+    ):
+        if is_set:
+            raise UserError(
+                f"prune.metric: {prune.metric} removes halves of layers, and {why}; choose a metric of layers, or "
+                f"{otherwise}"
+            )
+
+
+def _is_measured(run: Run) -> bool:
+    """Whether importance.json is there and belongs to this run."""
+    path = run.dir / Importance.FILE
+    if run.previous is not None and not run.previous.is_healed:
+        return False  # it is of a round that has to be made anew
+    return path.is_file() and not differences(measure_inputs(run), Importance.read(path).provenance.inputs)
+
+
+def _refuse_impossible_choice(run: Run) -> None:
+    """Make the choice of one round among columns without scores, whose names and lengths are known beforehand."""
+    from shoal.compress.metrics.greedy import TASK_ORDER
+    from shoal.compress.plan import choose_changes, drops_by_round, free_layers, round_of
+    from shoal.compress.sweeps.placeholder import placeholder_importance
+
+    prune, measure, num_layers, goals = run.prune, run.recipe.measure, run.num_layers, read_goals(run)
+    free = free_layers(prune, num_layers)
+    if goals is not None:
+        savings = {layer: goals.saving(layer) for layer in free}
+        if len(goals.goals) > 1 and len(set(savings.values())) > 1:
+            return  # which removals reach most is not known of several goals at once
+        free.sort(key=lambda layer: savings[layer], reverse=True)
+    # any layers may go in the rounds before: their number counts
+    gone = sum(drops_by_round(prune, num_layers)[: run.round - 1]) if prune.rounds > 1 else 0
+    kept = sorted({*range(num_layers)} - {*free[:gone]})
+    chosen = replace(round_of(prune, run.round, num_layers=num_layers, kept=kept), protect_heads=None)
+    tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
+    with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
+    go_first = [kept.index(layer) for layer in free[gone:]]
+    to_come = placeholder_importance(measure, len(kept), go_first=go_first, with_tasks=with_tasks)
+    choose_changes(chosen, num_layers=len(kept), importance=to_come, goals=goals)
+
+
+def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
+    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
+
+    It leads from the teacher to the student, over all rounds so far.
+
+    Raises:
+        UserError: an impossible choice, and halves of layers where there are several rounds.
+    """
+    from shoal.compress.plan import choose_changes, round_of
+
+    if importance is None:
+        refuse_unmeasured(run)
+    layers, several = run.base_layers, run.recipe.prune.rounds > 1
+    if several and importance is None:
+        raise UserError(
+            f"prune: choosing the layers of {run.called} needs {run.dir / Importance.FILE}; run "
+            f"`shoal measure --round {run.round}` first"
+        )
+    prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
+    heads = None if prune.protect_heads is None else read_heads(run)
+    choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads, goals=read_goals(run))
+    tower, width = _vision_blocks(run), width_of(run)
+    if tower is None and run.recipe.prune.vision_tower != "whole":
+        log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")
+    if not choice.drop and not choice.edits and tower is None and width is None:
+        raise UserError(
+            "prune.drop: is empty, and prune.vision_tower finds nothing to cut, so nothing would go; name layers"
+        )
+    if choice.edits:
+        _refuse_halves(run, tower)
+    if not several:
+        told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
+        return PruningPlan(
+            Provenance(inputs),
+            run.num_layers,
+            choice.drop,
+            "; ".join(filter(None, [choice.reason, *told])),
+            choice.edits,
+            width=width,
+            vision_blocks=tower,
+            mtp=prune.mtp == "keep",
+        )
+    gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
+    provenance = Provenance({**inputs, ROUND: run.round})  # training reads it of a plan that is only told of, too
+    reason = f"in {run.called}, {choice.reason}"
+    drop, keep_mtp = tuple(sorted(gone)), prune.mtp == "keep"
+    return PruningPlan(provenance, run.num_layers, drop, reason, vision_blocks=tower, mtp=keep_mtp)
+
+
+def expected_plan(run: Run) -> PruningPlan:
+    """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so.
+
+    Raises:
+        UserError: an impossible choice.
+    """
+    from shoal.compress.plan import round_of, stand_in
+
+    if is_settled(run):
+        return choose_plan(run, read_importance(run), {})
+    layers = run.base_layers
+    prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
+    choice = stand_in(prune, num_layers=len(layers), goals=read_goals(run))
+    gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
+    drop, tower, keep_mtp = tuple(sorted(gone)), _vision_blocks(run), prune.mtp == "keep"
+    return PruningPlan(
+        Provenance({}),
+        run.num_layers,
+        drop,
+        choice.reason,
+        choice.edits,
+        width=width_of(run),
+        vision_blocks=tower,
+        mtp=keep_mtp,
+    )
+
+
+def width_of(run: Run) -> KeptWidth | None:
+    """How wide the layers of the student are; what stays of each is chosen once it is cut."""
+    from shoal.compress.surgery.narrow_config import kept_width
+
+    return None if (settings := run.recipe.prune.width) is None else kept_width(run.config(), settings)
+
+
+def _vision_blocks(run: Run) -> int | None:
+    """Blocks of the vision tower that the plan leaves; None = all."""
+    from shoal.compress.surgery.vision_tower import blocks_read
+
+    if run.recipe.prune.vision_tower == "whole":
+        return None
+    return blocks_read(run.config()) if reads_images(run.config()) else None

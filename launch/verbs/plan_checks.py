@@ -1,0 +1,103 @@
+"""What pruning refuses before a model is loaded: changes, text and targets that do not go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shoal.artifacts.plan import PruningPlan
+from shoal.data.sources import load_texts
+from shoal.errors import UserError
+from shoal.recipe.edits import Edit, Replace
+from shoal.recipe.prune import Calibration
+from shoal.recipe.track import is_gguf
+
+from .plan import choose_plan, read_goals, refuse_unmeasured, width_of
+from .run import Run, check_length
+
+
+def refuse_impossible_plan(run: Run) -> None:
+    """Refuse what no measurement could make possible, before hours are spent on one.
+
+    Raises:
+        UserError: a choice of layers that cannot be made, changes that the model does not allow, unreadable data.
+    """
+    from shoal.compress.plan import check_choice, is_automatic
+
+    check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    refuse_unmeasured(run)
+    refuse_impossible_changes(run)
+    if not is_automatic(run.recipe.prune):
+        plan = choose_plan(run, None, {})
+        refuse_compensation(run, plan)
+        refuse_unfit_student(run, plan)
+
+
+def refuse_impossible_changes(run: Run) -> None:
+    """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
+    from shoal.compress.compensation.check import refuse_impossible_compensation
+    from shoal.compress.edits.apply import refuse_impossible_edits
+
+    edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
+    refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
+    if run.recipe.prune.mtp == "keep":
+        from shoal.compress.apply import refuse_without_mtp
+
+        refuse_without_mtp(run.teacher, trust_remote_code=trusted)
+    refuse_unreadable_data(edits)
+    _refuse_calibration(run)
+    if (settings := run.recipe.prune.compensate) is not None:
+        refuse_impossible_compensation(run.teacher, settings, trust_remote_code=trusted)
+    if (width := width_of(run)) is not None:
+        from shoal.compress.width.narrowing import narrowing
+
+        narrowing(run.teacher, run.config(), width)
+
+
+def refuse_compensation(run: Run, plan: PruningPlan) -> None:
+    """Refuse what cannot be made up for, and calibration text that cannot be read, before a model is loaded."""
+    _refuse_calibration(run)
+    if run.recipe.prune.compensate is None:
+        return
+    if 0 in plan.drop:
+        raise UserError(
+            "prune.compensate: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
+            "keep it, or leave prune.compensate out"
+        )
+
+
+def calibration_of(run: Run) -> tuple[str, Calibration] | None:
+    """The section of the recipe that decides by calibration text, and its name; there is one of them at most."""
+    prune = run.recipe.prune
+    named = {"prune.compensate": prune.compensate, "prune.width": prune.width}
+    return next(((name, settings) for name, settings in named.items() if settings is not None), None)
+
+
+def _refuse_calibration(run: Run) -> None:
+    """Refuse rows that are too long for the model, and text that cannot be read."""
+    if (calibration := calibration_of(run)) is None:
+        return
+    name, settings = calibration
+    check_length(run, settings.sequence_length, f"{name}.sequence_length")
+    for source in settings.data:
+        load_texts(source, max_characters=1)
+
+
+def refuse_unreadable_data(edits: Sequence[Edit]) -> None:
+    """Refuse text that replaced layers would be fitted to and that cannot be read."""
+    for source in {source for edit in edits if isinstance(edit, Replace) for source in edit.data}:
+        load_texts(source, max_characters=1)
+
+
+def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
+    """Refuse a plan that no configuration can express, and one whose student a target or, as a GGUF file, llama.cpp
+    would not take, or takes for another model."""
+    from shoal.compress.targets.check import refuse_for_targets, student_config
+
+    student, copies = student_config(run.config(), plan.keep, plan.width), run.recipe.quantize
+    gguf = run.recipe.export.gguf or (copies is not None and is_gguf(copies.format))
+    if targets := run.recipe.prune.targets:
+        refuse_for_targets(student, targets)
+    if gguf:
+        from shoal.compress.targets.gguf import refuse_gguf
+
+        refuse_gguf(student)

@@ -1,0 +1,294 @@
+"""The prune stage: plan.json and student/, chosen by a metric or named, refused early where they cannot work.
+
+Room code is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shoal.artifacts.artifact import Provenance, differences
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.errors import UserError
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import load_config
+from shoal.runtime import barrier, is_main
+
+from .measure import measure, measure_inputs, read_heads
+from .overlap import search_of_rows
+from .plan import (
+    TIMES,
+    choose_plan,
+    chosen_by,
+    expected_plan,
+    is_settled,
+    plan_inputs,
+    read_importance,
+    refuse_other_depth,
+    times_read,
+)
+from .plan_checks import (
+    calibration_of,
+    refuse_compensation,
+    refuse_impossible_plan,
+    refuse_unfit_student,
+    refuse_unreadable_data,
+)
+from .run import Run, is_done, out_of_date, require
+
+log = logging.getLogger(__name__)
+
+
+def prune(run: Run) -> None:
+    """plan.json and student/. Measures first where the layers are chosen by a metric."""
+    if missing := [kind.FILE for kind, _ in chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
+        refuse_impossible_plan(run)
+        log.info("prune: needs %s, measuring first", " and ".join(missing))
+        measure(run)
+    importance = read_importance(run)
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    inputs = plan_inputs(run)
+    if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
+        refuse_unfit_student(run, _plan_of_its_student(run))
+        return
+    plan = choose_plan(run, importance, inputs | times_read(run))
+    if _is_cut_already(run, plan):
+        refuse_unfit_student(run, plan)
+        log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
+        if is_main():
+            last = PruningPlan.read(path)
+            replace(plan, gaps=last.gaps, width=last.width, text=last.text, student=last.student).write(path)
+        barrier()
+        return
+    _refuse_stale_training(run)
+    refuse_unreadable_data(plan.edits)
+    refuse_compensation(run, plan)
+    refuse_unfit_student(run, plan)
+    log.info("prune: %s", plan.in_words())
+    for line in _sacrifice(run, importance, plan):
+        log.info("prune: %s", line)
+    if is_main():
+        from shoal.compress.apply import apply_plan
+        from shoal.compress.surgery.narrow_config import BLOCK
+        from shoal.compress.targets.check import check_targets, log_verdicts
+
+        text = _calibration_text(run)
+        path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
+        applied = apply_plan(
+            run.base,
+            _in_base(run, plan),
+            student,
+            donors=run.donors,
+            seed=run.recipe.seed,
+            proof=run.recipe.prune.proof,
+            compensate=run.recipe.prune.compensate,
+            width=run.recipe.prune.width,
+            trust_remote_code=run.recipe.trust_remote_code,
+        )
+        plan = replace(plan, gaps=applied.gaps, width=applied.width, text=text)
+        replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
+        log.info("prune: %s", student)
+        if plan.width is not None and (plan.width.intermediate_size or 0) % BLOCK:
+            log.warning(
+                "prune: %s channels of an MLP are no multiple of %d: llama.cpp's K-quants keep the maps that read them "
+                "in larger formats",
+                *(f"{plan.width.intermediate_size:,}", BLOCK),
+            )
+        if not run.recipe.prune.targets:
+            log_verdicts(check_targets(load_config(student)))
+    barrier()
+
+
+def prune_dry_run(run: Run, figure: Path | None = None) -> str:
+    """What `shoal prune` would do and what would come of it, for a reader. Measures nothing and writes nothing but
+    ``figure``, where that is given: the frontier of the metric.
+
+    Of several rounds that is the first which is not healed yet.
+
+    Raises:
+        UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
+    """
+    run = run.first_open
+    refuse_unreadable_data(run.recipe.prune.edits)
+    importance = read_importance(run)
+    plan = choose_plan(run, importance, {})
+    told, _ = student_estimate(run, plan)
+    rounds = [f"rounds: this is {run.called}"] if run.recipe.prune.rounds > 1 else []
+    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds, *_frontier(run, importance, plan, figure)])
+
+
+def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
+    """What would come of ``plan``, for a reader, and the bytes of student/.
+
+    Raises:
+        UserError: what pruning would refuse.
+    """
+    from shoal.compress.dry_run import estimate
+
+    recipe = run.recipe
+    refuse_compensation(run, plan)
+    return estimate(
+        run.base,
+        _in_base(run, plan),
+        run.dir / "student",
+        donors=run.donors,
+        proof=recipe.prune.proof,
+        targets=recipe.prune.targets,
+        compensate=recipe.prune.compensate,
+        width=recipe.prune.width,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure: Path | None) -> Sequence[str]:
+    """The cuts that the metric would make, where layers are chosen by one; several rounds have one for each, and of
+    narrowed layers other sizes."""
+    from shoal.compress.frontier import frontier, frontier_lines
+    from shoal.compress.layer_sizes import layer_sizes
+
+    if importance is None or run.recipe.prune.rounds > 1 or plan.width is not None:
+        if figure is not None:
+            raise UserError(
+                f"--figure {figure}: draws what a metric would drop, and this recipe names layers, cuts in rounds or "
+                "narrows layers too; leave it out"
+            )
+        return ()
+    sizes = layer_sizes(
+        run.base,
+        keep_mtp=plan.mtp,
+        vision_blocks=plan.vision_blocks,
+        trust_remote_code=run.recipe.trust_remote_code,
+    )
+    heads = None if run.recipe.prune.protect_heads is None else read_heads(run)
+    front = frontier(run.prune, importance, sizes, heads)
+    if figure is not None:
+        from shoal.figures.frontier import frontier_figure
+        from shoal.figures.style import save_figure
+
+        points = front.points
+        kept = {name: [point.kept[name] for point in points] for name in points[0].kept}
+        chosen = next(((point.num_bytes, point.speedup) for point in points if point.drop == plan.drop), None)
+        own = frontier_figure(
+            [point.num_bytes for point in points],
+            [point.speedup for point in points],
+            kept or {front.metric: [point.score for point in points]},
+            kept=bool(kept),
+            chosen=chosen,
+        )
+        save_figure(own, figure)
+    return ("", *frontier_lines(front, plan.drop))
+
+
+def what_is_cut(run: Run) -> list[str] | None:
+    """What is out of date of plan.json and student/, in words: nothing where they stay; None where one is missing.
+
+    Raises:
+        UserError: a training of another cut lies there, which pruning would refuse.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    inputs = plan_inputs(run)
+    changed = out_of_date(PruningPlan, path, inputs)
+    if changed is None or not (student / "config.json").is_file():
+        return None
+    if changed and is_settled(run) and _is_cut_already(run, replace(expected_plan(run), provenance=Provenance(inputs))):
+        return []
+    if changed:
+        _refuse_stale_training(run)
+    return changed
+
+
+def read_plan(run: Run) -> PruningPlan:
+    """plan.json of this run; made first where it is missing.
+
+    Raises:
+        UserError: it belongs to another model, to other settings, or to another student.
+    """
+    path = run.dir / PruningPlan.FILE
+    if not path.is_file():
+        log.info("needs %s, pruning first", PruningPlan.FILE)
+        prune(run)
+    else:
+        require(PruningPlan, path, plan_inputs(run), "shoal prune")
+    return _plan_of_its_student(run)
+
+
+def _plan_of_its_student(run: Run) -> PruningPlan:
+    """plan.json, as student/ was made by it.
+
+    Raises:
+        UserError: it is for a model of another number of layers, or one of the two was changed after the cut.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    plan = PruningPlan.read(path)
+    refuse_other_depth(run, path, plan.num_layers, run.num_layers)
+    is_there = plan.student and (student / "config.json").is_file()
+    if is_there and plan.student != plan.sealed(model_fingerprint(student)):
+        raise UserError(
+            f"{path}: says {plan.in_words()!r}, and {student} was not made so: one of them was changed after the cut. "
+            "Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
+        )
+    return plan
+
+
+def _in_base(run: Run, plan: PruningPlan) -> PruningPlan:
+    """``plan`` as a cut of the model that this round cuts, whose layers have other numbers after an earlier round."""
+    drop = tuple(place for place, layer in enumerate(run.base_layers) if layer in plan.drop)
+    return replace(plan, num_layers=len(run.base_layers), drop=drop)
+
+
+def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
+    """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
+    from shoal.compress.sweeps.expected_loss import expected_sacrifice
+
+    path = run.dir / Importance.FILE
+    if importance is None and path.is_file():
+        measured = Importance.read(path)
+        importance = None if differences(measure_inputs(run), measured.provenance.inputs) else measured
+    if importance is None or importance.atlas is None:
+        return ()
+    return expected_sacrifice(importance, plan.drop, plan.edits)
+
+
+def _calibration_text(run: Run) -> dict[str, Any]:
+    """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items and forms stands in
+    it."""
+    from shoal.compress.apply import calibration_rows
+
+    if (calibration := calibration_of(run)) is None:
+        return {}
+    tokenizer, (name, settings) = run.tokenizer(), calibration
+    rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=name)
+    search = search_of_rows(run, f"the text of {name}")
+    return {"sources": rows.counts, **({} if search is None else search(rows, tokenizer))}
+
+
+def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
+    """Whether student/ is what ``plan`` would make, because a new importance.json, or times measured anew, choose what
+    the last ones chose.
+
+    Sweeps are made again whenever the text of a task changes; a training must not be lost where that moves no layer.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    if not path.is_file() or not (student / "config.json").is_file():
+        return False
+    last = PruningPlan.read(path)
+    before, now = ({**made_by.provenance.inputs, "importance": "", TIMES: ""} for made_by in (last, plan))
+    same = (last.drop, last.edits) == (plan.drop, plan.edits) and not differences(now, before)
+    return same and last.student == last.sealed(model_fingerprint(student))
+
+
+def _refuse_stale_training(run: Run) -> None:
+    path = run.dir / PruningPlan.FILE
+    if any((run.dir / "checkpoints").glob("checkpoint-*")) and path.is_file():
+        changes = differences(plan_inputs(run), PruningPlan.read(path).provenance.inputs)
+        raise UserError(
+            f"{run.dir}: holds checkpoints trained on another cut "
+            f"({'; '.join(changes) or 'student/ is gone'}). "
+            "Set the recipe back, choose another run_dir, or delete its checkpoints folder"
+        )

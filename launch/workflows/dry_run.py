@@ -1,0 +1,227 @@
+"""`shoal run --dry-run`: stage by stage what would be done, how long it takes here, and how much disk.
+
+Nothing is written. Figures are those of the stages' own dry runs. Code of a stage is imported where it is used, so that
+a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.artifacts.evaluation import CONTROL, Evaluation, Quantized
+from shoal.errors import UserError
+from shoal.formatting import aligned, bytes_text, duration_text
+from shoal.machine import free_disk
+from shoal.models.cost import model_cost
+from shoal.models.load import without_data
+from shoal.numerics import DTYPES, flops_per_second
+from shoal.progress import doing
+from shoal.runtime import device
+
+from ..verbs.distill import training_estimate, what_is_trained
+from ..verbs.evaluate import eval_inputs, quantized_inputs, roles
+from ..verbs.export import formats
+from ..verbs.measure import measured
+from ..verbs.plan import expected_plan
+from ..verbs.prune import student_estimate, what_is_cut
+from ..verbs.run import Run, out_of_date
+from .preflight import preflight
+
+UNKNOWN = "no estimate"
+READING_SHARE = 0.8
+"""Of a CPU's rate of matrix products that evaluation and measuring get by the tokens of work_of, which are more than
+there are: the demo model's 27 tasks took 1.07 to 1.15 of it on a core of an EPYC."""
+LOSS_FORWARDS = {
+    "single_drop_perplexity": lambda num_layers, num_drop: num_layers / 2,
+    "sleb": lambda num_layers, num_drop: num_drop * num_layers / 2,
+    "greedy_kl": lambda num_layers, num_drop: num_drop * num_layers / 2,
+    "blockpruner": lambda num_layers, num_drop: 2 * num_drop * num_layers,
+    "present_absent": lambda num_layers, num_drop: 8 * num_layers,
+    "local_shapley": lambda num_layers, num_drop: 8 * num_layers,
+}
+"""Metric of the loss -> forwards over the calibration text at most, as docs/measuring.md has them."""
+BACKWARD = 3
+"""Forwards that one forward with its backward takes as long as."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What `shoal run` would do in one stage."""
+
+    name: str
+    state: str
+    """`done`, `to do` or `made again`."""
+    why: str = ""
+    """What would be made, and what is out of date."""
+    time: str = ""
+    disk: str = ""
+    num_bytes: int = 0
+    told: str = ""
+    """The stage's own dry run; empty where it has none."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is to be done."""
+        return self.state == "done"
+
+
+def run_dry_run(run: Run) -> str:
+    """What `shoal run` would do, for a reader. Of several rounds that is the first which is not healed yet.
+
+    Raises:
+        UserError: what `shoal run` would refuse, before it begins or in a stage that is out of date.
+    """
+    preflight(run)
+    own = run.first_open
+    stages = [_measure(own)]
+    with doing("prune --dry-run"):
+        stages.append(cut := _prune(own))
+    with doing("distill --dry-run"):
+        stages.append(healed := _distill(own, cut=cut))
+    if run.recipe.quantize is not None:
+        stages.append(_quantize(run, healed=healed, is_last=own is run))
+    if own is run:
+        stages.append(_eval(run, cut=cut, healed=healed))
+    else:
+        stages.append(Stage("eval", "to do", f"once {run.called} is healed", UNKNOWN, UNKNOWN))
+    stages.append(Stage("report", "to do", time=UNKNOWN, disk=UNKNOWN))  # it is written whatever is there
+    rows = [("stage", "", "time here", "disk", "")]
+    rows += [(each.name, each.state, each.time, each.disk, each.why) for each in stages]
+    parts = [["dry run: nothing is written"], aligned(rows, left=(0, 1, 4)), [_disk(own, stages)]]
+    if run.recipe.prune.rounds > 1:
+        parts.append([f"rounds: this is {own.called}; each that follows measures, cuts and heals again"])
+    parts += [[f"--- {stage.name} ---", stage.told] for stage in stages if stage.told]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _state(changed: Sequence[str] | None) -> tuple[str, str]:
+    """State and reason by what out_of_date gives."""
+    if changed is None:
+        return "to do", ""
+    return ("made again", "; ".join(changed)) if changed else ("done", "")
+
+
+def _measure(run: Run) -> Stage:
+    states = [_state(out_of_date(kind, run.dir / kind.FILE, own)) for kind, own in measured(run).values()]
+    due = [state for state in states if state[0] != "done"]
+    if not due:
+        return Stage("measure", "done")
+    settings = run.recipe.measure
+    work = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
+    if settings.sweep is not None:
+        work += f", sweeps of {', '.join(settings.sweep.operators)}"
+    work += ", retrieval heads" if settings.heads is not None else ""
+    work += ", states of the vision tower" if settings.vision_states is not None else ""
+    why = "; ".join(filter(None, [*(why for _, why in due), work]))
+    return Stage("measure", due[0][0], why, _measuring_time(run), UNKNOWN)
+
+
+def _measuring_time(run: Run) -> str:
+    """Of metrics alone: what sweeps, heads, images, diagnostics and probes take depends on what is not known before."""
+    from shoal.compress.metrics.laco import tokens_read
+    from shoal.compress.metrics.registry import METRICS
+
+    settings = run.recipe.measure
+    not_of_text = (settings.heads, settings.images, settings.vision_states)
+    if settings.sweep or settings.diagnostics or settings.probes or any(not_of_text):
+        return UNKNOWN
+    layers = run.num_layers
+    num_drop = settings.num_drop or max(1, layers // 4)
+    needs = {METRICS[name].needs for name in settings.metrics}
+    forwards = sum(LOSS_FORWARDS[name](layers, num_drop) for name in settings.metrics if name in LOSS_FORWARDS)
+    forwards += ("hidden" in needs) + BACKWARD * ("gradients" in needs)
+    merges = tokens_read(layers, num_drop) if "merges" in needs else 0
+    return _reading_time(run, forwards * settings.num_tokens + merges)
+
+
+def _reading_time(run: Run, num_tokens: float) -> str:
+    """How long the teacher reads so many tokens here; on an accelerator, whose share nobody has measured, unknown."""
+    if device().type != "cpu" or run.recipe.dtype not in DTYPES:
+        return UNKNOWN
+    try:
+        cost = model_cost(without_data(run.config(), trust_remote_code=run.recipe.trust_remote_code))
+    except UserError:  # of a mixture of experts of which it is not known how many a token is sent to
+        return UNKNOWN
+    with doing("timing a matrix product"):
+        rate = READING_SHARE * flops_per_second(device(), getattr(torch, run.recipe.dtype))
+    return f"about {duration_text(2 * cost.active_parameters * num_tokens / rate)}"
+
+
+def _prune(run: Run) -> Stage:
+    state, why = _state(what_is_cut(run))
+    if state == "done":
+        return Stage("prune", state)
+    plan = expected_plan(run)
+    told, num_bytes = student_estimate(run, plan)
+    why = "; ".join(filter(None, [why, plan.reason]))
+    return Stage("prune", state, why, UNKNOWN, bytes_text(num_bytes), num_bytes, told)
+
+
+def _distill(run: Run, *, cut: Stage) -> Stage:
+    from shoal.train.dry_run import NotEstimated
+
+    state, why = _state(what_is_trained(run)) if cut.is_done else ("to do", "the student of the new cut")
+    if state == "done":
+        return Stage("distill", state)
+    if run.recipe.eval.control:
+        why = "; ".join(filter(None, [why, "the control too"]))
+    try:
+        size = training_estimate(run, expected_plan(run), is_cut=cut.is_done)
+    except NotEstimated as error:
+        return Stage("distill", state, why, UNKNOWN, UNKNOWN, told=str(error))
+    time = f"about {duration_text(size.seconds)}"
+    return Stage("distill", state, why, time, bytes_text(size.num_bytes), size.num_bytes, size.text)
+
+
+def _quantize(run: Run, *, healed: Stage, is_last: bool) -> Stage:
+    wanted = formats(run)
+    if is_last and healed.is_done and all(_is_up_to_date(run, role) for role in wanted):
+        return Stage("quantize", "done")
+    copies = ", ".join(f"{role}: {format}" for role, format in wanted.items())
+    return Stage("quantize", "to do", copies, UNKNOWN, UNKNOWN)
+
+
+def _is_up_to_date(run: Run, role: str) -> bool:
+    """Whether the quantised copy ``role`` is there, of the models that are there now."""
+    return out_of_date(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role)) == []
+
+
+def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.suites import in_words, rest_in_words, work_of
+    from shoal.eval.tasks.load import tasks_of
+
+    settings = run.recipe.eval
+    copies = formats(run)
+    wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled", *copies]
+    scored_roles = roles(run)
+    final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
+    final |= {role: healed.is_done and role in scored_roles and _is_up_to_date(run, role) for role in copies}
+    files = {role: run.dir / "eval" / f"{role}.json" for role in wanted}
+    scored = {
+        role
+        for role in wanted
+        if final[role] and out_of_date(Evaluation, files[role], eval_inputs(run, scored_roles[role])) == []
+    }
+    due = [role for role in wanted if role not in scored]
+    if not due:
+        return Stage("eval", "done")
+    tasks = tasks_of(settings, seed=run.recipe.seed)
+    num_samples = settings.samples.n if settings.samples else 0
+    work = work_of(
+        tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens, num_samples=num_samples
+    )
+    known = (rest_in_words(Evaluation.read(files[role]), due) for role in wanted if role in scored)
+    rest = next(filter(None, known), None)
+    why = f"{', '.join(due)}, each: {in_words(work)}" + (f"; {rest}" if rest else "")
+    speed = "; how fast they are is measured on top" if settings.speed else ""
+    return Stage("eval", "to do", why + speed, _reading_time(run, len(due) * work.tokens), UNKNOWN)
+
+
+def _disk(run: Run, stages: Sequence[Stage]) -> str:
+    needed, free = sum(stage.num_bytes for stage in stages), free_disk(run.root)
+    line = f"disk: {bytes_text(needed)} needed under {run.root} as far as it is known, {bytes_text(free)} free there"
+    return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"

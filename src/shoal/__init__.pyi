@@ -1,0 +1,13 @@
+from shoal.errors import UserError as UserError
+from shoal.launch.api.compressing import choose_layers as choose_layers
+from shoal.launch.api.compressing import cut_model as cut_model
+from shoal.launch.api.compressing import measure_importance as measure_importance
+from shoal.launch.api.evaluating import compare as compare
+from shoal.launch.api.evaluating import evaluate as evaluate
+from shoal.launch.api.running import run as run
+from shoal.launch.api.training import distill as distill
+from shoal.train.distillation_trainer import DistillationTrainer as DistillationTrainer
+
+__version__: str
+__all__: list[str]
+PLACES: dict[str, str]

@@ -1,0 +1,407 @@
+"""The functions of `import shoal`: what they give is what the command's stages give, and models are left as they were.
+
+Covers: shoal.launch.api.compressing, shoal.launch.api.evaluating, shoal.launch.api.identity,
+shoal.launch.api.running, shoal.launch.api.training, shoal.artifacts.tables, shoal.models.in_memory.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+from training_runs import DROP, LENGTH, STEPS, finished, prepare, recipe, run
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import shoal
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.importance import Importance, Removal
+from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.compress.edits.apply import NOTHING_MADE, edited
+from shoal.data.sources import load_texts
+from shoal.launch.api import running
+from shoal.launch.api.training import TAKEN
+from shoal.launch.verbs.evaluate import evaluate as eval_stage
+from shoal.launch.verbs.launch import LaunchEnded
+from shoal.launch.verbs.measure import measure as measure_stage
+from shoal.launch.verbs.prune import prune as prune_stage
+from shoal.launch.verbs.run import open_run
+from shoal.recipe.distill import Distill
+from shoal.recipe.edits import Component, Edit, Merge, SkipMlp
+from shoal.recipe.recipe import load_recipe
+from shoal.recipe.section import DataSource
+
+TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
+METRICS = ["block_influence", "angular", "present_absent", "blockpruner"]
+TASKS = ["knowledge_continuation", "retrieval_generation"]
+
+
+def loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def docs() -> list[str]:
+    return load_texts(DataSource("python_docs"))
+
+
+def run_of(folder: Path, model: Path, **sections: Any) -> Any:
+    settings = {"model": str(model), "run_dir": str(folder / "run"), "dtype": "float32", **sections}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return open_run(load_recipe(folder / "recipe.yaml"))
+
+
+def test_import_loads_no_library_and_every_name_is_there() -> None:
+    script = (
+        "import sys; before = set(sys.modules); import shoal; dir(shoal); shoal.UserError\n"
+        "heavy = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "assert not heavy - {'shoal'} - set(sys.stdlib_module_names), heavy\n"
+        "from shoal import *\n"
+        "assert callable(run) and DistillationTrainer.train, 'torch' in sys.modules\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert set(shoal.__all__) == set(shoal.PLACES) <= set(dir(shoal))
+    with pytest.raises(AttributeError, match="module 'shoal' has no attribute 'prune_model'"):
+        shoal.prune_model  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Path) -> None:
+    sweep = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 8}
+    settings = {"num_tokens": 512, "sequence_length": 64, "metrics": METRICS, "sweep": sweep}
+    own = run_of(tmp_path, teacher, measure=settings, prune={"num_drop": 2, "metric": "angular", "contiguous": True})
+    measure_stage(own)
+    prune_stage(own)
+    expected = Importance.read(own.dir / "importance.json")
+    model, tokenizer = loaded(teacher)
+    read = load_texts(DataSource("python_docs"), max_characters=16 * 512)  # so much of it the stage reads
+    importance = shoal.measure_importance(model, tokenizer, read, **settings)
+    for field in ("num_layers", "num_tokens", "layers", "runs", "errors", "orders", "atlas"):
+        assert getattr(importance, field) == getattr(expected, field), field
+    plan = shoal.choose_layers(importance, num_drop=2, metric="angular", contiguous=True)
+    assert plan.drop == PruningPlan.read(own.dir / "plan.json").drop
+    student = shoal.cut_model(model, plan)
+    written = load_file(own.dir / "student/model.safetensors")
+    assert written.keys() == student.state_dict().keys()
+    assert all(torch.equal(weight, student.state_dict()[name]) for name, weight in written.items())
+
+
+def test_scores_are_those_of_the_stage(tmp_path: Path, teacher: Path) -> None:
+    own = run_of(tmp_path, teacher, eval={"tasks": TASKS, "limit": 3, "perplexity_tokens": 512, "speed": False})
+    eval_stage(own)
+    model, tokenizer = loaded(teacher)
+    evaluation = shoal.evaluate(model, tokenizer, TASKS, limit=3, perplexity_tokens=512)
+    expected = Evaluation.read(own.dir / "eval/teacher.json")
+    assert evaluation.tasks == expected.tasks
+    assert (evaluation.num_parameters, evaluation.num_layers) == (expected.num_parameters, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_healing_is_that_of_the_stage(tmp_path: Path, teacher: Path, docs: list[str], precision: str) -> None:
+    """The command trains under DeepSpeed; these are the same steps."""
+    losses: list[Any] = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}]
+    given = {"losses": losses, "batch_size": 4, "trainable": "from_first_cut", "precision": precision}
+    told = finished(run(recipe(tmp_path / "trial", teacher, prepare(tmp_path / "cut", teacher), **given)))
+    model, tokenizer = loaded(teacher)
+    student, training = shoal.distill(
+        shoal.cut_model(model, DROP),
+        model,
+        docs,
+        tokenizer=tokenizer,
+        num_tokens=told.training.num_tokens,
+        sequence_length=LENGTH,
+        learning_rate=1e-3,
+        drop=DROP,
+        **given,
+    )
+    near = 1e-5 if precision == "float32" else 1e-3
+    for name in ("loss", "forward_kl", "hidden_states", "grad_norm"):
+        assert [row[name] for row in training.history if name in row] == pytest.approx(told.curve(name), rel=near), name
+    assert (training.num_steps, training.num_tokens) == (STEPS, told.training.num_tokens)
+    for name, weight in told.weights().items():
+        assert torch.allclose(weight, student.state_dict()[name], rtol=near, atol=0.1 * near), name
+
+
+def test_a_comparison_is_that_of_the_report_item_by_item() -> None:
+    one, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    tasks = ["knowledge_continuation", "retrieval_continuation"]
+    before = shoal.evaluate(one, tiny_tokenizer(), tasks, limit=12, perplexity_tokens=1024)
+    after = shoal.evaluate(other, tiny_tokenizer(), tasks[:1], limit=12, perplexity_tokens=1024, role="pruned")
+    assert after.role == "pruned"
+    rows = shoal.compare(before, after).rows()
+    assert [row["task"] for row in rows] == [tasks[0], "perplexity"]
+    for row in rows:
+        first, second = (next(t for t in e.tasks if t.task == row["task"]) for e in (before, after))
+        gained = [b.score - a.score for a, b in zip(first.items, second.items, strict=True)]
+        weights = [item.weight for item in first.items]
+        assert row["change"] == pytest.approx(sum(map(math.prod, zip(gained, weights, strict=True))) / sum(weights))
+        assert row["change"] == pytest.approx(row["after"] - row["before"])
+        assert row["ci_low"] <= row["change"] <= row["ci_high"]
+        better = [change > 0 if first.higher_is_better else change < 0 for change in gained if change]
+        assert (row["won"], row["lost"], row["n"]) == (sum(better), len(better) - sum(better), first.n)
+    with pytest.raises(shoal.UserError, match=r"compare: the evaluations have no task in common"):
+        shoal.compare(replace(before, tasks=before.tasks[1:2]), after)
+    with pytest.raises(shoal.UserError, match=r"task 'knowledge_continuation': n is 12 in one evaluation and 4"):
+        shoal.compare(before, shoal.evaluate(other, tiny_tokenizer(), tasks[0], limit=4))
+
+
+def test_healing_changes_the_student_alone_and_keeps_what_it_is_in() -> None:
+    teacher = tiny_model("llama", dtype=torch.bfloat16).train()
+    student = shoal.cut_model(teacher, DROP)
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    untrained = {name: weight.clone() for name, weight in student.state_dict().items()}
+    healed, training = shoal.distill(
+        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, learning_rate=1e-2, drop=DROP,
+        trainable="near_gaps", trainer={"max_steps": 2},
+    )  # fmt: skip
+    assert healed is student
+    assert training.num_steps == 2
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+    moved = {name for name, weight in student.state_dict().items() if not torch.equal(weight, untrained[name])}
+    assert moved
+    assert all(".layers.1." in name or ".layers.2." in name for name in moved)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert teacher.training
+    assert not student.training
+    assert student.config.use_cache
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in student.parameters())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
+    teacher = tiny_model("llama", dtype=torch.bfloat16)
+    student = shoal.cut_model(teacher, DROP)
+    names = [name for name, _ in student.named_parameters()]
+    untrained = {name: weight.clone() for name, weight in student.state_dict().items()}
+    _, training = shoal.distill(
+        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, learning_rate=1e-2,
+        trainable="near_gaps", lora={"rank": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3},
+        on_policy={"share": 1, "start": 0.3, "prompt_tokens": 8, "new_tokens": 8},
+    )  # fmt: skip
+    assert ["on_policy/kept_tokens" in row for row in training.history] == [False, True, True]
+    assert [name for name, _ in student.named_parameters()] == names
+    moved = {name for name, weight in student.state_dict().items() if not torch.equal(weight, untrained[name])}
+    assert moved == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (1, 2)}
+    assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in student.parameters())
+    assert training.provenance.inputs["distill.lora"]["rank"] == 2
+
+
+def test_a_step_that_is_no_number_ends_the_healing_and_the_student_is_in_its_own_precision() -> None:
+    teacher = tiny_model("llama", dtype=torch.bfloat16)
+    student = shoal.cut_model(teacher, DROP)
+    with torch.no_grad():
+        student.lm_head.weight[3] = math.nan
+    with pytest.raises(shoal.UserError, match=r"step 1: .* is nan; lower the learning rate, or take the text out$"):
+        shoal.distill(student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, lora={"rank": 2})
+    assert len(list(student.parameters())) == len(list(shoal.cut_model(teacher, DROP).parameters()))
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert student(torch.arange(9)[None]).logits.shape[1] == 9
+
+
+def test_a_data_set_is_learnt_once_where_no_budget_is_named() -> None:
+    teacher = tiny_model("llama")
+    rows = [{"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."} for n in range(10)]
+    _, training = shoal.distill(
+        shoal.cut_model(teacher, DROP), teacher, rows, tokenizer=tiny_tokenizer(), sequence_length=64
+    )
+    (counts,) = training.data["sources"].values()
+    assert counts["documents"] == 10
+    assert counts["repeats"] == 0
+    assert training.num_steps == -(-(counts["tokens"] + counts["padding"]) // (64 * 4))
+    assert "distill.num_tokens" not in training.provenance.inputs
+
+
+def test_a_plan_of_halves_is_cut_as_it_was_measured() -> None:
+    model = tiny_model("llama")
+    mlps, attentions = ((2, 3), (3, 1))
+    order = tuple(Removal(Component((layer,), "mlp"), 1.0) for layer in mlps)
+    order += tuple(Removal(Component((layer,), "attention"), 1.0) for layer in attentions)
+    importance = Importance(Provenance({}), 6, 10, {}, {}, orders={"blockpruner": order})
+    plan = shoal.choose_layers(importance, num_drop=2, metric="blockpruner")
+    assert plan.drop == (3,)
+    assert [edit.kind for edit in plan.edits] == ["skip_attention", "skip_mlp"]
+    student = shoal.cut_model(model, plan)
+    ids = torch.arange(30)[None]
+    with torch.no_grad(), edited(model, plan, NOTHING_MADE):
+        expected = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, expected)
+    places = {weight.data_ptr() for weight in model.parameters()}
+    assert not any(weight.data_ptr() in places for weight in student.parameters())
+
+
+def test_models_are_measured_as_evaluated_and_left_as_they_were() -> None:
+    """Dropout, which a model in training mode has, would change every score."""
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    model.model.norm.requires_grad_(False)
+    settings = {"num_tokens": 256, "sequence_length": 64, "metrics": ["block_influence", "taylor"]}
+    importance = shoal.measure_importance(model, tiny_tokenizer(pad_token=False), TEXTS, **settings)
+    again = shoal.measure_importance(tiny_model("llama"), tiny_tokenizer(), TEXTS, **settings)
+    assert importance.layers == again.layers
+    assert model.training
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["model.norm.weight"]
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, (2, 3), "", edits)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, t: shoal.measure_importance(m, t, TEXTS, metrics=["block"]), r"'block' is no metric; did you mean"),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, num_tokens=0),
+            r"shoal.measure_importance: num_tokens: must",
+        ),
+        (lambda m, t: shoal.measure_importance(m, t, TEXTS, sequence_length=4096), r"4096 is more than the 1024 posit"),
+        (
+            lambda m, t: shoal.measure_importance(m, m, TEXTS),
+            r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf",
+        ),
+        (lambda m, t: shoal.measure_importance(m, t, []), r"data 'texts': is empty; give texts"),
+        (
+            lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
+            r"shoal.choose_layers: prune.ratio: prune.num_drop is given too; give one of them",
+        ),
+        (lambda m, t: shoal.cut_model(m, [7]), r"drop: 7 is no layer of this model; its layers are 0..5"),
+        (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),
+        (
+            lambda m, t: shoal.cut_model(m, replace(plan_of(), gaps=(ClosedGap(2, 3, 1.5, False, 1, 1, 1, 1),))),
+            r"drop: makes up for dropped layers \(a factor of 1.500 for layers 2 to 3\), which only `shoal prune` does",
+        ),
+        (lambda m, t: shoal.cut_model(m, plan_of(Merge("merge", (2, 3)))), r"drop: its edit merge is made from files"),
+        (lambda m, t: shoal.evaluate(m, t, "knowlege_continuation"), r"knowlege_continuation.*knowledge_continuation"),
+        (lambda m, t: shoal.evaluate(m, t, limit=0), r"shoal.evaluate: limit: must be greater than 0 \(got 0\)"),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer={"save_steps": 5}),
+            r"trainer.save_steps: nothing is saved here; use shoal.DistillationTrainer",
+        ),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, losses=["forwardkl"]),
+            r"shoal.distill: losses.0.kind: must be one of .*did you mean 'forward_kl'",
+        ),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, teacher_text=1),
+            r"shoal.distill: teacher_text: unknown key; did you mean 'teacher'",
+        ),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer=5),
+            r"trainer: must be a m",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, memory_gb=1),
+            r"measure_importance: memory_gb: is for run directories, and has no use for a model in memory; leave it",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
+            r"sweep: of a model in memory single layers are swept; leave operators and greedy out",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["knowlege_continuation"]}),
+            r"measure.sweep.tasks: .*knowlege_continuation.*knowledge_continuation",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"perplexity_tokens": 500}),
+            r"'perplexity': has 1 items, but over 6 removals no interval",
+        ),
+        (
+            lambda m, t: shoal.evaluate(m, t, perplexity_tokens=9, sequence_length=2048),
+            r"sequence_length: 2048 is more than the 1024 positions of the model",
+        ),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer={"learning_rat": 5}),
+            r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
+        ),
+        (lambda m, t: shoal.evaluate(m, t, []), r"shoal.evaluate: tasks: names none; name some of `shoal list tasks`"),
+        (lambda m, t: shoal.compare(m, m), r"shoal.compare: before: is LlamaForCausalLM; give what shoal.evaluate ret"),
+        (lambda m, t: shoal.choose_layers(m), r"shoal.choose_layers: importance: is LlamaForCausalLM; give what"),
+        (
+            lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
+            r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",
+        ),
+        (lambda m, t: shoal.run({"run_dir": "y"}), r"recipe: model: is required"),
+        (lambda m, t: shoal.run({"model": "x", "run_dir": "y"}, "seed=1"), r"overrides: 'seed=1' stands beside a mapp"),
+    ],
+)
+def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(shoal.UserError, match=message):
+        call(tiny_model("llama"), tiny_tokenizer())
+
+
+def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> None:
+    """Every key of the section is taken, or refused: none is read and forgotten."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    useless = {field.name for field in fields(Distill)} - {*TAKEN, "losses", "num_tokens", "teacher"}
+    assert {"data", "local", "writing", "deepspeed", "watch", "num_ranks"} < useless
+    heal: Any = shoal.distill
+    for key in useless:
+        with pytest.raises(shoal.UserError) as refused:
+            heal(model, model, TEXTS, tokenizer=tokenizer, **{key: None})
+        assert str(refused.value) == (
+            f"shoal.distill: {key}: is for run directories, and has no use for a model in memory; leave it out, or "
+            "give a whole recipe to shoal.run"
+        )
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind", "message"),
+    [
+        (LaunchEnded(2), shoal.UserError, "distill: was refused; the message is on stderr, above"),
+        (LaunchEnded(128 + signal.SIGINT, "stopped; x"), KeyboardInterrupt, "stopped; x"),
+        (LaunchEnded(137, ""), RuntimeError, "distill: ended with exit code 137; its message is on stderr, above"),
+    ],
+)
+def test_launched_ranks_that_end_early_are_an_exception(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, ended: LaunchEnded, kind: Any, message: str
+) -> None:
+    def end(run: Any, launch: Any) -> None:
+        raise ended
+
+    monkeypatch.setattr(running, "run_all", end)
+    with pytest.raises(kind, match=message):
+        shoal.run({"model": str(teacher), "run_dir": str(tmp_path / "run"), "dtype": "float32"})
+
+
+def test_results_are_tables() -> None:
+    importance = Importance(
+        Provenance({}), 2, 10, {"a": (1.0, 0.25), "b": (3.0, 4.0)}, {"run": ((0.5, 0.75), (1.0,))}, {"b": (0.1, None)}
+    )
+    frame = importance.to_pandas()
+    assert list(frame.columns) == ["layer", "a", "b", "b_error", "run"]
+    assert frame["run"].tolist() == [0.5, 0.75]
+    assert frame["a"].tolist() == [1.0, 0.25]
+    shown = importance._repr_html_()
+    assert shown.count("<tr>") == 3
+    assert "<td>0.25</td>" in shown
+    assert "<td></td>" in shown
+    assert str(importance) == "\n".join(
+        [
+            "layer     a  b  b_error   run",
+            "0         1  3      0.1   0.5",
+            "1      0.25  4           0.75",
+        ]
+    )
+    odd = replace(importance, layers={"<script>": (1.0, 2.0)})
+    assert "<th>&lt;script&gt;</th>" in odd._repr_html_()
+    told = replace(plan_of(SkipMlp("skip_mlp", (1,))), reason="a < b")._repr_html_()
+    assert "dropping 2 of 6 layers: 2, 3" in told
+    assert "a &lt; b" in told
+
+
+def test_a_frame_without_pandas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(shoal.UserError, match=r"to_pandas: needs pandas, which is not installed; pip install pandas"):
+        Importance(Provenance({}), 2, 10, {"a": (1.0, 0.25)}, {}).to_pandas()

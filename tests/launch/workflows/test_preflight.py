@@ -1,0 +1,238 @@
+"""What is refused within seconds: metrics that nothing measures, before hours are spent on others.
+
+Covers: shoal.compress.sweeps.placeholder, shoal.launch.verbs.plan_checks.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results import evaluation
+
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance
+from shoal.errors import UserError
+from shoal.launch.verbs import prune as pruning
+from shoal.launch.verbs.distill import check_distill
+from shoal.launch.verbs.evaluate import _warn_of_fewer_items
+from shoal.launch.verbs.run import open_run
+from shoal.launch.workflows.preflight import preflight
+from shoal.recipe.recipe import parse_recipe
+
+SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}
+HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
+
+
+@pytest.mark.parametrize(
+    ("prune", "measure", "message"),
+    [
+        (
+            {"metric": "blok_influence"},
+            {},
+            r"metric: blok_influence is no metric; did you mean block_influence\?",
+        ),
+        (
+            {"metric": "nothing_alike"},
+            {},
+            r"nothing_alike is no metric; `shoal list metrics` has all\. To choose",
+        ),
+        ({"metric": "sleb"}, {}, r"sleb is not measured; add it to measure\.metrics \(block_influence, angular\)"),
+        (
+            {},
+            {"metrics": ["sleb"]},
+            r"metric: block_influence is not measured; add it to .*metrics \(sleb\)",
+        ),
+        ({"contiguous": True}, {"metrics": ["sleb"]}, r"angular is not measured"),
+        (
+            {"metric": "sleb", "num_drop": 2},
+            {"metrics": ["sleb"]},
+            r"prune\.metric=sleb: its order holds 1 layers that are not .* 2 are needed; raise measure\.num_drop",
+        ),
+        (
+            {"metric": "blockpruner", "num_drop": 3},
+            {"metrics": ["blockpruner"], "num_drop": 2},
+            r"prune\.metric=blockpruner: its order holds 4 halves that are not protected .* 6 are needed",
+        ),
+        (
+            {"metric": "block_influence", "contiguous": True},
+            {},
+            r"prune\.metric=block_influence: scores single layers, but .*contiguous needs .* of runs; use angular",
+        ),
+        (
+            {"metric": "laco_acceptance", "contiguous": True, "num_drop": 3},
+            {"metrics": ["laco_acceptance"]},
+            r"laco_acceptance: was measured for runs of up to 1 layers, but 3 are to go; set measure\.num_drop: 3",
+        ),
+        (
+            {"weights": {"blockpruner": 1}},
+            {"metrics": ["blockpruner"]},
+            r"prune\.weights\.blockpruner: blockpruner is an order of attention units, which has no scores of layers",
+        ),
+        (
+            {"metric": "sleb", "num_drop": None, "target": {"params": 35_000}},
+            {"metrics": ["sleb"]},
+            r"params: .* not reached by the 1 removals of the order of sleb .*raise measure\.num_drop for",
+        ),
+        (
+            {"contiguous": True, "num_drop": None, "protect": [0, 2, -1], "target": {"params": 45_000}},
+            {},
+            r"prune\.target\.params: .* not reached by any run",
+        ),
+        (
+            {"metric": "retreival/generation"},
+            {"sweep": SWEEP},
+            r"prune\.metric=retreival/generation: is not in importance\.json; did you mean retrieval/generation\?",
+        ),
+        ({"metric": "sleb"}, {"sweep": SWEEP}, r"prune\.metric: sleb is not measured; add it to measure\.metrics"),
+        ({"spare": ["knowledge"]}, {"sweep": SWEEP}, r"prune\.spare: knowledge: is not in importance\.json"),
+        (
+            {"metric": "task_greedy", "num_drop": 3},
+            {"sweep": {**SWEEP, "greedy": 2}},
+            r"task_greedy: its order holds 2 layers .* 3 are needed; raise measure\.sweep\.greedy before",
+        ),
+        ({"spare": ["retrieval"]}, {}, r"prune\.spare: needs swept tasks, and nothing is swept; name some in"),
+        ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone: needs swept tasks, and nothing is swept"),
+        (
+            {"metric": "blockpruner", "compensate": "scale"},
+            HALVES,
+            r"blockpruner removes halves of layers, and prune\.compensate makes up for dropped layers alone",
+        ),
+        (
+            {"metric": "blockpruner", "width": {"intermediate_size": 32}},
+            HALVES,
+            r"blockpruner removes halves of layers, and prune\.width narrows whole ones",
+        ),
+        (
+            {"metric": "blockpruner", "mtp": "keep"},
+            HALVES,
+            r"blockpruner removes halves of layers, and prune\.mtp: keep copies stored tensors; .* prune\.mtp: drop",
+        ),
+        (
+            {"weights": {"angular": 1, "taylr": 1}},
+            {},
+            r"weights\.taylr: taylr is no metric; did you mean taylor\?",
+        ),
+    ],
+)
+def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
+    teacher: Path,
+    prune: dict[str, Any],
+    measure: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": measure}
+    run = open_run(parse_recipe({**raw, "prune": {"num_drop": 1, **prune}}))
+    monkeypatch.setattr(pruning, "measure", lambda _: pytest.fail("measured"))
+    for stage in (preflight, pruning.prune, pruning.prune_dry_run):
+        with pytest.raises(UserError, match=message):
+            stage(run)
+
+
+def test_rounds_whose_orders_are_too_short_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": {"metrics": ["sleb"]}}
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 4, "rounds": 2}}))
+    with pytest.raises(UserError, match=r"prune\.metric=sleb: its order holds 1 layers .* 2 are needed"):
+        preflight(run)
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
+    preflight(run)
+    assert not run.root.exists()
+
+
+def test_rounds_of_an_order_of_halves_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": HALVES}
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "blockpruner", "num_drop": 2, "rounds": 2}}))
+    with pytest.raises(UserError, match=r"blockpruner removes halves of layers, and several rounds only drop layers"):
+        preflight(run)
+
+
+LONG = """
+task: long_texts
+dataset_path: json
+dataset_kwargs: {{data_files: {rows}}}
+output_type: generate_until
+test_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_gen_toks: 5000, until: ["."]}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: Path, tmp_path: Path) -> None:
+    """Scored after hours of healing, or watched while it goes on, they would end the run then."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "When?", "answer": "Now"}\n' * 3)
+    (tmp_path / "long.yaml").write_text(LONG.format(rows=tmp_path / "rows.jsonl"))
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
+    own = {"tasks": ["long_texts"], "include_path": str(tmp_path)}
+    distill = {"sequence_length": 64, "data": ["python_docs"]}
+    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* leave this task out of eval.tasks"):
+        preflight(open_run(parse_recipe({**raw, "distill": distill, "eval": own})))
+    watched = {**distill, "watch": {"tasks": ["long_texts"]}}
+    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* leave this task out of distill.watch.tasks"):
+        check_distill(
+            open_run(parse_recipe({**raw, "distill": watched, "eval": {**own, "tasks": ["knowledge_continuation"]}}))
+        )
+    few = {**distill, "num_ranks": 8, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
+    with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
+        check_distill(open_run(parse_recipe({**raw, "distill": few})))
+
+
+def test_copies_that_vllm_does_not_score_are_refused_at_once(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.launch.workflows.preflight.check_quantize", lambda _: None)
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
+    run = open_run(parse_recipe({**raw, "quantize": {"format": "int8"}, "eval": {"backend": "vllm"}}))
+    with pytest.raises(UserError, match=r"eval\.backend: vllm does not score copies in int8 \(quantize\.format\)"):
+        preflight(run)
+
+
+def test_a_round_that_is_to_be_made_anew_is_not_asked_for(teacher: Path, tmp_path: Path) -> None:
+    """importance.json is of the run before it had rounds."""
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": {"metrics": ["sleb"], "num_drop": 2}}
+    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
+    Importance(Provenance({}), 6, 1, {}, {}).write(run.root / Importance.FILE)
+    preflight(run)
+
+
+def test_penalties_that_llama_cpp_does_not_know_are_refused_at_once(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "shoal.launch.workflows.preflight.check_quantize", lambda _: None
+    )  # whose library may not be there
+    folder = Path(shutil.copytree(teacher, tmp_path / "model"))
+    raw = {
+        "model": str(folder),
+        "run_dir": str(tmp_path / "run"),
+        "prune": {"drop": [2]},
+        "distill": {"sequence_length": 64, "data": ["python_docs"]},
+        "quantize": {"format": "q4_k_m"},
+        "eval": {"tasks": ["knowledge_continuation", "knowledge_generation"]},
+    }
+    preflight(open_run(parse_recipe(raw)))
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    with pytest.raises(UserError, match=r"asks for \(repetition_penalty\), and knowledge_generation writes text"):
+        preflight(open_run(parse_recipe(raw)))
+    preflight(open_run(parse_recipe({**raw, "eval": {"tasks": ["knowledge_continuation"]}})))
+
+
+def test_a_look_at_few_items_says_how_the_many_come_back(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "run/eval/teacher.json"
+    scored = evaluation("teacher")
+    scored.provenance.inputs["eval.limit"] = 100
+    scored.write(file)
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run")}
+    with caplog.at_level(logging.WARNING, logger="shoal"):
+        _warn_of_fewer_items(open_run(parse_recipe({**raw, "eval": {"limit": 100}})), {"teacher": file})
+        assert "take the place" not in caplog.text
+        _warn_of_fewer_items(open_run(parse_recipe({**raw, "eval": {"limit": 4}})), {"teacher": file})
+    assert "scores of 4 items a task take the place of those of 100; eval.limit=100 brings them back" in caplog.text
