@@ -2,6 +2,7 @@
 
 recipe                  the whole; load_recipe() and overrides
 messages                why a recipe is refused, in the words of YAML
+gone                    keys that recipes once knew, and what to write instead
 section                 what sections are made of; what each key shapes, and identities from it
 measure                 `measure`, with `measure.sweep`
 prune                   `prune`

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from pydantic import ValidationError
 
 from shoal.errors import UserError
+from shoal.recipe.gone import gone
 from shoal.recipe.section import Section, adapter
 from shoal.redaction import redacted, redacted_arguments
 
@@ -136,7 +137,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
         known = [field.name for section in sections for field in dataclasses.fields(section)]
         close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
-        return _joined([*keys, last]), f"unknown key; {NOT_HERE.get(str(last), hint)}", ""
+        place = _joined([*keys, last])
+        return place, gone(place) or f"unknown key; {NOT_HERE.get(str(last), hint)}", ""
     keys, sections = _walk(problem["loc"], root)
     place = _joined(keys)
     match problem["type"]:
@@ -147,10 +149,14 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return place, f"needs a kind: one of {', '.join(kinds)}", ""
         case "union_tag_invalid":
             expected, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
+            if words := gone(f"{place}.{tag}"):
+                return f"{place}.{tag}", words, ""
             close = difflib.get_close_matches(tag, re.findall(r"'(.*?)'", expected), n=1, cutoff=0.6)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             # all of them: the closest in spelling may not be what was meant
             return f"{place}.kind", f"must be one of {expected}", f" (got {tag!r}{hint})"
+        case "literal_error" if words := gone(f"{place}.{problem['input']}"):
+            return f"{place}.{problem['input']}", words, ""
         case kind:
             value = reprlib.repr(redacted({last: problem["input"]})[last])
             form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
