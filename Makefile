@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test lint types fast-tests format docs wheel bench gpu
+.PHONY: quickstart check test prove lint types fast-tests format docs wheel bench gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
@@ -15,10 +15,15 @@ check: $(INSTALLED)
 	$(MAKE) --jobs 2 types fast-tests
 
 fast-tests: $(INSTALLED)
-	$(BIN)/python -m pytest --fast
+	$(BIN)/python -m pytest -q --fast
 
+# every rule once
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not prove" --numprocesses 2 --dist loadfile
+
+# before a release, beside `make test`: every family, launch and peak, and the numbers of tests/net
+prove: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m prove --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -33,14 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast, leave out tests that are marked slow, and all but the first case where not marked every_case."""
+    """With --fast, leave out what is marked slow or prove, and all but the first case where not marked every_case."""
     if not config.getoption("--fast"):
         return
     first: dict[str, pytest.Item] = {}
     for item in items:
         every_case = item.get_closest_marker("every_case") is not None
         first.setdefault(item.nodeid if every_case else item.nodeid.partition("[")[0], item)
-    kept = [item for item in first.values() if item.get_closest_marker("slow") is None]
+    kept = [item for item in first.values() if not {"slow", "prove"} & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
