@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test prove lint types fast-tests format docs wheel bench gpu
+.PHONY: quickstart check test prove lint size types fast-tests format docs wheel bench gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
@@ -29,6 +29,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(MAKE) types
+
+# how large the project is; fails above the limits of benchmarks/size.py
+size: $(INSTALLED)
+	$(BIN)/python benchmarks/size.py
 
 types: $(INSTALLED)
 	$(BIN)/pyright

@@ -1,0 +1,126 @@
+"""`make size`: how large the project is, against limits that it may not pass; exit code 1 above one of them.
+
+What is new has to pay for its room: where a limit is reached, something goes first.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIMITS = {
+    "lines of Python outside tests": 71_000,
+    "of them in lab/": 6_000,
+    "files of Python outside tests": 415,
+    "lines of tests": 56_500,
+    "recipe keys": 351,
+    "places that a recipe can set": 475,
+    "raise UserError": 780,
+    "late imports outside launch/ and lab/": 120,
+    "lines of a function, median": 8,
+    "lines of a function, 90 of 100": 24,
+    "lines of a function, most": 114,
+    "parameters of a function, most": 12,
+    "words of Markdown": 77_000,
+}
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def tracked(pattern: str) -> list[Path]:
+    """The files of the repository that ``pattern`` names, each once: no link into the rooms."""
+    listed = subprocess.run(["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {(ROOT / name).resolve() for name in filter(None, listed.stdout.split("\0")) if (ROOT / name).is_file()}
+    return sorted(file for file in files if file.is_relative_to(ROOT.resolve()))
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a module, inner ones and methods too."""
+    return (node for node in ast.walk(tree) if isinstance(node, FUNCTION))
+
+
+def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Parameters by name, without self and cls, *args and **kwargs."""
+    given = function.args.posonlyargs + function.args.args
+    return len(given) + len(function.args.kwonlyargs) - bool(given and given[0].arg in ("self", "cls"))
+
+
+def num_late_imports(tree: ast.AST) -> int:
+    """Imports inside functions."""
+    late = {
+        id(node) for own in functions(tree) for node in ast.walk(own) if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    return len(late)
+
+
+def num_keys(tree: ast.AST) -> int:
+    """Fields of all dataclasses."""
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    sections = (node for node in classes if any("dataclass" in ast.unparse(mark) for mark in node.decorator_list))
+    return sum(isinstance(line, ast.AnnAssign) for section in sections for line in section.body)
+
+
+def measured() -> dict[str, float]:
+    """Every figure of LIMITS as it is now."""
+    from shoal.launch.help.settings import all_settings
+
+    everything = tracked("*.py")
+    files = [file for file in everything if file.relative_to(ROOT.resolve()).parts[0] != "tests"]
+    texts = {file.relative_to(ROOT.resolve()): file.read_text(encoding="utf-8") for file in files}
+    trees = {file: ast.parse(text) for file, text in texts.items()}
+    own = [function for tree in trees.values() for function in functions(tree)]
+    lengths = sorted((function.end_lineno or 0) - function.lineno + 1 for function in own)
+    lines = {file: len(text.splitlines()) for file, text in texts.items()}
+    rooms = [tree for file, tree in trees.items() if file.parts[0] not in ("launch", "lab", "benchmarks")]
+    recipe = [tree for file, tree in trees.items() if file.is_relative_to("src/shoal/recipe")]
+    pages = [file for file in tracked("*.md") if not file.is_symlink()]
+    tests = [file for file in everything if file not in files]
+    return {
+        "lines of Python outside tests": sum(lines.values()),
+        "of them in lab/": sum(count for file, count in lines.items() if file.parts[0] == "lab"),
+        "files of Python outside tests": len(files),
+        "lines of tests": sum(len(file.read_text(encoding="utf-8").splitlines()) for file in tests),
+        "recipe keys": sum(map(num_keys, recipe)),
+        "places that a recipe can set": len(list(all_settings())),
+        "raise UserError": sum(len(re.findall(r"\braise UserError\b", text)) for text in texts.values()),
+        "late imports outside launch/ and lab/": sum(map(num_late_imports, rooms)),
+        "lines of a function, median": statistics.median(lengths),
+        "lines of a function, 90 of 100": lengths[int(0.9 * len(lengths))],
+        "lines of a function, most": lengths[-1],
+        "parameters of a function, most": max(map(num_parameters, own)),
+        "words of Markdown": sum(len(file.read_text(encoding="utf-8").split()) for file in pages),
+    }
+
+
+def longest(count: int = 5) -> str:
+    """The longest functions and the longest lists of parameters, with their places."""
+    places = []
+    for file in tracked("*.py"):
+        name = str(file.relative_to(ROOT.resolve()))
+        if not name.startswith("tests/"):
+            for own in functions(ast.parse(file.read_text(encoding="utf-8"))):
+                length = (own.end_lineno or 0) - own.lineno + 1
+                places.append((length, num_parameters(own), f"{name}:{own.lineno} {own.name}"))
+    by_length = [f"{place} {length}" for length, _, place in sorted(places, reverse=True)[:count]]
+    by_parameters = [
+        f"{place} {many}" for _, many, place in sorted(places, key=lambda row: row[1:], reverse=True)[:count]
+    ]
+    return f"longest functions: {', '.join(by_length)}\nmost parameters: {', '.join(by_parameters)}"
+
+
+def main() -> None:
+    """Print every figure beside its limit, and end with 1 where one is passed."""
+    figures = measured()
+    for name, limit in LIMITS.items():
+        print(f"{figures[name]:>8,.0f} of {limit:>7,}  {name}{'  TOO LARGE' if figures[name] > limit else ''}")
+    print(longest())
+    sys.exit(any(figures[name] > limit for name, limit in LIMITS.items()))
+
+
+if __name__ == "__main__":
+    main()
