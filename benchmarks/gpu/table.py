@@ -143,14 +143,13 @@ def _table(group: str, group_rows: Sequence[Row], rows: Sequence[Row], peak: flo
         cells = [
             [
                 r["size"],
-                *(f"{r[name]:.2f}" for name in ("loop_seconds", "unrecorded_seconds", "seconds", "times_faster")),
-                "yes" if r["recorded"] else "no",
+                *(f"{r[name]:.2f}" for name in ("loop_seconds", "seconds", "times_faster")),
                 r["equal_texts"],
             ]
             for r in group_rows
         ]
-        columns = ["loop over cut models, s", "together, rows that grow, s", "together, s", "times as fast"]
-        return _cells(["size", *columns, "recorded", "equal texts"], cells)
+        columns = ["loop over cut models, s", "together, s", "times as fast"]
+        return _cells(["size", *columns, "equal texts"], cells)
     if group == "tests":
         return "\n".join(f"{row['summary']} (exit code {row['exit_code']})" for row in group_rows)
     if group == "losses":

@@ -36,7 +36,6 @@ from shoal.compress.variants.variants import Edited, layerwise_or_none, without
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.inference.fixed_rows import can_be_recorded
 from shoal.launch.verbs.run import Run, open_run
 from shoal.machine import available_memory, device_memory, device_name, peak_memory
 from shoal.models.anatomy import decoder_layers
@@ -312,18 +311,14 @@ def sweep(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     model = RandomCheckpoint(folder, size.config, load, layers, on_host=size.same_everywhere).model()
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(257, size.vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator)
-    edited, decoder, growing, prompts = Edited(model), Decoder(model), Decoder(model), drawn.tolist()
-    growing.has_fixed_rows = False
+    edited, decoder, prompts = Edited(model), Decoder(model), drawn.tolist()
     limits = Limits(NEW_TOKENS, lambda tokens: False)
     numbers = range(len(decoder_layers(model)))
     layerwise_or_none(model)  # proven once, before anything is timed
 
-    def together(chosen: Iterable[int] = numbers, writer: Decoder = decoder) -> Any:
+    def together(chosen: Iterable[int] = numbers) -> Any:
         variants = [without([layer]) for layer in chosen]
-        return generate_variants(edited, writer, prompts, variants, limits, batch_size=PROMPTS)
-
-    def together_unrecorded(chosen: Iterable[int] = numbers) -> Any:
-        return together(chosen, growing)
+        return generate_variants(edited, decoder, prompts, variants, limits, batch_size=PROMPTS)
 
     @torch.no_grad()
     def one_by_one(chosen: Iterable[int] = numbers) -> Any:
@@ -339,18 +334,15 @@ def sweep(case: Case, size: Size, folder: Path) -> dict[str, Any]:
             for layer in chosen
         ]
 
-    for way in (together, together_unrecorded, one_by_one):  # libraries choose their kernels
+    for way in (together, one_by_one):  # libraries choose their kernels
         way([0])
     own_s, _, own = timed(together)
-    unrecorded_s, _, _ = timed(together_unrecorded)
     loop_s, _, loop = timed(one_by_one)
     equal = sum(
         a == b for texts, others in zip(own, loop, strict=True) for a, b in zip(texts, others.tolist(), strict=True)
     )
     return {
         "seconds": own_s,
-        "recorded": decoder.has_fixed_rows and can_be_recorded(model),
-        "unrecorded_seconds": unrecorded_s,
         "loop_seconds": loop_s,
         "times_faster": loop_s / own_s,
         "equal_texts": f"{equal} of {PROMPTS * len(numbers)}",

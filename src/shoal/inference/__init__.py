@@ -5,7 +5,6 @@ answer_positions  where a forward predicts an answer, for edits that hold at som
 prefix_sharing    what prompts begin with alike
 scoring           likelihoods
 generation        text
-fixed_rows        steps that write it, recorded as one CUDA graph
 drawing           which token comes next
 vllm              vLLM in their place
 """

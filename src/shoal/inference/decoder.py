@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
 from shoal.inference.answer_positions import answers_at
-from shoal.inference.fixed_rows import serves
 from shoal.models.anatomy import decoder_body, refuse_both_directions, text_config
 from shoal.models.families import family
 from shoal.models.load import logits_from_hidden
@@ -54,32 +53,23 @@ class Decoder:
             and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers)
         )
         """True where rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
-        self.has_fixed_rows = self.can_branch and self._takes_positions and serves(model)
-        """True where text is written in room that does not grow (fixed_rows.py)."""
         self._check_head()
 
     def new_cache(self) -> DynamicCache:
         """An empty cache of the model's own kind: sliding layers forget what left their window."""
         return DynamicCache(config=self.model.config)
 
-    def text_cache(self) -> DynamicCache:
-        """An empty cache to write in. Where room does not grow, masks hide what left a window."""
-        cache = self.new_cache()
-        return plain_cache(len(cache.layers)) if self.has_fixed_rows else cache
-
     @torch.no_grad()
     def hidden(
         self,
         input_ids_BS: Tensor,
         *,
-        mask: Tensor | Mapping[Any, Tensor] | None = None,
+        mask: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
         cache: DynamicCache | None = None,
         answer_BS: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens.
-
-        A mask of 4 dimensions, or one for each kind of layer, goes to the layers as it is.
 
         ``answer_BS`` is True where an answer is predicted (answer_positions.py); only edits that hold there ask for it.
         """
@@ -91,7 +81,7 @@ class Decoder:
         self,
         input_ids_BS: Tensor,
         *,
-        mask: Tensor | Mapping[Any, Tensor] | None = None,
+        mask: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> dict[str, Any]:
@@ -101,7 +91,7 @@ class Decoder:
             assert self._cache_name is not None, "a model that takes no cache was given one"
             arguments[self._cache_name] = cache
         # without a mask attention takes its faster, purely causal path
-        if isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()):
+        if mask is not None and bool(mask.all()):
             mask = None
         if mask is not None:
             arguments["attention_mask"] = mask

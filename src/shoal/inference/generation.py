@@ -5,12 +5,10 @@ to the longest of its batch; every new token copies all keys and values of all r
 that is finished is written on until the last one is. Here beginnings that prompts share are read once
 (prefix_sharing.py), new keys and values go into room that is kept behind the old ones, and rows leave the batch as soon
 as they are finished. What stays is what a token needs: the weights once per step for all rows, and each row's keys and
-values. On a CUDA GPU, where small steps wait for the host, they are recorded once and started whole (fixed_rows.py);
-then rows leave when half of them are finished.
+values.
 
 Held at one time are the keys and values of at most 2 x batch size rows (beginnings and texts under way), each as long
-as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice. Recorded steps hold up
-to fixed_rows.ROOM unused positions, and sliding layers do not forget what left their window.
+as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice.
 
 B batch, S sequence.
 """
@@ -28,13 +26,10 @@ from transformers.cache_utils import DynamicLayer
 
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.drawing import Choose, likeliest
-from shoal.inference.fixed_rows import FixedRows
 from shoal.inference.prefix_sharing import Reader, Start
 
 ROOM = 64
 """New positions for which a cache is enlarged at one time."""
-WORTH_FIXING = 16
-"""Tokens that are left to be written, at least, for steps to be recorded."""
 
 
 @dataclass
@@ -69,7 +64,7 @@ def write_after(
     if start is None:
         start = Reader(decoder, ()).start([tuple(prompt) for prompt in prompts], [0] * len(prompts))
     texts = Texts(
-        decoder.text_cache() if start.cache is None else start.cache,
+        decoder.new_cache() if start.cache is None else start.cache,
         start.mask,
         start.ids_BS,
         start.positions_BS,
@@ -94,13 +89,9 @@ def write(
     ``before_step`` is told which texts the rows of the next forward belong to.
     """
     texts.cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in texts.cache.layers]
-    fixed: FixedRows | None = None
     while texts.alive:
-        if fixed is None:
-            before_step(texts.alive)
-            logits_BV = _forward(decoder, texts)
-        else:
-            logits_BV = fixed.logits(texts.ids_BS[:, 0])
+        before_step(texts.alive)
+        logits_BV = _forward(decoder, texts)
         token_B = choose(logits_BV, texts.alive, len(texts.written[texts.alive[0]]))
         kept = []
         for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
@@ -109,26 +100,14 @@ def write(
                 kept.append(row)
         if not kept:
             break
-        position_B, rows = texts.positions_BS[:, -1], torch.tensor(kept, device=decoder.device)
-        narrows = len(kept) < len(texts.alive)
-        if narrows:
+        position_B = texts.positions_BS[:, -1]
+        if len(kept) < len(texts.alive):
+            rows = torch.tensor(kept, device=decoder.device)
             texts.alive = [texts.alive[row] for row in kept]
             token_B, position_B, texts.mask_BS = token_B[rows], position_B[rows], texts.mask_BS[rows]
+            _branch(texts, rows)
         texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
         texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
-        left = max_new_tokens - min(len(texts.written[text]) for text in texts.alive)
-        if fixed is None:
-            begins = decoder.has_fixed_rows and left >= WORTH_FIXING
-        else:
-            fixed.keep(rows)
-            rows = fixed.rows_N
-            # rows that are done take time too, but so does another recording
-            begins = narrows = fixed.is_full or (2 * len(rows) <= fixed.num_rows and left >= WORTH_FIXING)
-        if narrows:
-            _branch(texts, rows)
-        if begins:
-            before_step(texts.alive)
-            fixed = FixedRows(decoder, texts.cache, texts.mask_BS, texts.positions_BS[:, 0], left)
 
 
 def _branch(texts: Texts, rows: Tensor) -> None:

@@ -99,7 +99,7 @@ class Reader:
         """A cache to write in with the first ``cached`` tokens of each beginning, ending together."""
         if not any(cached):
             return None
-        cache = self._decoder.text_cache()
+        cache = self._decoder.new_cache()
         for number in range(len(cache.layers)):
             slots = [self._slots[beginning][number] if beginning else None for beginning in beginnings]
             some = next((slot for slot in slots if slot is not None), None)
