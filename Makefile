@@ -55,10 +55,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/distill.py runs/distillation head
 	$(BIN)/python benchmarks/distill.py runs/distillation length
 	$(BIN)/python benchmarks/eval.py
-	$(BIN)/python benchmarks/surgery.py
-	$(BIN)/python benchmarks/coverage.py
-	$(BIN)/python benchmarks/streamed.py
-	$(BIN)/python benchmarks/survives.py
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
 # ten minutes on one GPU; without one it says what it would do

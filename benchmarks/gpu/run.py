@@ -5,7 +5,7 @@
 Models are of Qwen3's shapes with random weights, made on the device; nothing is downloaded and no file is needed
 beside the repository. Every case is a process of its own, so that memory is its own, and running out of memory is a
 result. Cases come in the order of their importance; those that the budget has no time for are named as left out.
-OUT/gpu.json holds every figure with card, driver, versions and commit, OUT/gpu.md the table for docs/benchmarks.md,
+OUT/gpu.json holds every figure with card, driver, versions and commit, OUT/gpu.md a table of them,
 OUT/logs what the processes said.
 
 Without a GPU it prints what it would do, with the sizes that are expected. `--device cpu --tiny` does all of it with

@@ -7,7 +7,7 @@ activation, times the square of its column's norm. Ranked within a layer, on the
 without what was dropped.
 
 Minitron (arXiv:2407.14679) takes the size of x alone, the mean over positions of |x| and its root mean square over
-samples; benchmarks/shapes/width.py compares them.
+samples.
 
 B batch, S sequence, D hidden, N tokens, U units of a layer, K columns of a unit.
 """
