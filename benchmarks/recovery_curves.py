@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from recovery import ARMS, DROP, column_weights, pooled
 
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.eval.compare.means import summed_change
 from shoal.figures.style import INK, SERIES_COLOURS, SERIES_STYLE, figure_style, panels, save_figure
 

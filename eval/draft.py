@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.draft import MOST_DRAFTED, Acceptance, Drafts, DraftText, TextKind
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.prefix_sharing import even_batches

@@ -1,4 +1,4 @@
-"""`shoal measure | prune | record | distill | quantize | eval | depth | search | report | run RECIPE_OR_RUN_DIR
+"""`shoal measure | prune | record | distill | quantize | eval | depth | report | run RECIPE_OR_RUN_DIR
 [key=value ...]`, `shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain |
 completion`."""
 
@@ -106,11 +106,6 @@ VERBS = {
         "verbs.depth.depth",
         example="--config atlas.yaml",
     ),
-    "search": Verb(
-        "heal several plans for the same few tokens and rank them: search.json, search.md",
-        "workflows.search.search",
-        launches=True,
-    ),
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",
         "verbs.report.report",
@@ -162,6 +157,8 @@ def _main(argv: list[str]) -> int:
     arguments = _parse(argv)
     if "work" in arguments:  # of a verb without a recipe
         return _exit_code(lambda: arguments.work(arguments), arguments.loudness)
+    if getattr(arguments, "each", None):
+        return _exit_code(lambda: _run_each(arguments), arguments.loudness)
     return run_verb(
         arguments.verb,
         arguments.config,
@@ -317,6 +314,28 @@ def _compare(arguments: argparse.Namespace) -> None:
         write_json_file(comparison, Path(arguments.json).expanduser())
 
 
+def _run_each(arguments: argparse.Namespace) -> None:
+    """A run for every combination of the values of --each, then their comparison."""
+    from shoal.eval.compare.compare import compare_runs
+    from shoal.eval.compare.page import comparison_text, write_comparison
+    from shoal.recipe.recipe import load_recipe
+
+    from .workflows.each import combinations, run_each
+
+    def run_one(more: Sequence[str]) -> int:
+        overrides = [*arguments.overrides, *more]
+        return run_verb("run", arguments.config, overrides, dry_run=arguments.dry_run, loudness=arguments.loudness)
+
+    run_dir = Path(load_recipe(arguments.config, arguments.overrides).run_dir).expanduser()
+    runs = combinations(run_dir, arguments.each)
+    if code := run_each(runs, run_one):
+        sys.exit(code)
+    if not arguments.dry_run:
+        comparison = compare_runs([run.dir for run in runs])
+        _print(comparison_text(comparison))
+        write_comparison(comparison, run_dir / "compare")
+
+
 def _dry_run(verb: str, recipe: Recipe, rounds_after: int, options: dict[str, Any]) -> str:
     table = VERBS[verb].dry_run
     assert table is not None
@@ -454,6 +473,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--local_rank", **local_rank)
         if row.dry_run:
             sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
+        if verb == "run":
+            told = "a run for every value, in RUN_DIR/KEY=VALUE, and their comparison; may be said of several keys"
+            sub.add_argument("--each", metavar="KEY=A,B", action="append", help=told)
         if verb == "prune":
             told = "with --dry-run: draw what the metric's cuts keep against size and speed to FILE (.svg, .png)"
             sub.add_argument("--figure", metavar="FILE", type=Path, help=told)
@@ -526,7 +548,7 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace, res
     """Tell the recipe from the overrides: the first word that is none, unless --config names it."""
     words = [*([] if known.recipe is None else [known.recipe]), *known.overrides, *rest]
     if known.config is None:
-        known.config = next((word for word in words if "=" not in word), None)
+        known.config = next((word for word in words if "=" not in word or Path(word).is_dir()), None)
         if known.config is None:
             parser.error(f"name a recipe or a run directory, such as `shoal {known.verb} runs/mine`")
         words.remove(known.config)

@@ -7,5 +7,4 @@ standings   of models, by column
 data        for scripts
 page        for readers
 figure      what is kept against costs
-ranking     of plans, before and after a heal
 """

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, NATS_PER_TOKEN, Evaluation, TaskScore
-from shoal.artifacts.search import PERPLEXITY
+from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, NATS_PER_TOKEN, PERPLEXITY, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import Shapes, shaping_keys

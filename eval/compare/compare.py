@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, QUANTIZED, ROLES, Evaluation, TaskScore
-from shoal.artifacts.search import PERPLEXITY
+from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, PERPLEXITY, QUANTIZED, ROLES, Evaluation, TaskScore
 from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.atomic_files import write_json
 
 from .comparable import Contender, dtype_of

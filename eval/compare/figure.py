@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.formatting import listed
 

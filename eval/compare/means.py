@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.artifacts.evaluation import Evaluation, TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Evaluation, Interval, TaskScore
 from shoal.stats.intervals import Array, combined
 from shoal.stats.paired import paired
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-from shoal.artifacts.evaluation import MODEL
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import MODEL, Interval
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.style import clean
 from shoal.formatting import aligned, bytes_text, count_text, interval_text, listed, signed

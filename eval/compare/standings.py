@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.artifacts.evaluation import TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.stats.intervals import Array
 from shoal.stats.paired import form_gap, no_retention, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS

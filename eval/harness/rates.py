@@ -12,8 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from shoal.abilities.matching import letter_pattern
-from shoal.artifacts.evaluation import TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.data.repetition import ends_in_loop
 from shoal.stats.intervals import Array, wilson
 from shoal.stats.paired import PairedDifference, bootstrap_mean, paired_values

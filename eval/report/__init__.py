@@ -12,7 +12,6 @@ details     how it was done
 flips       items that changed sides
 sampled     drawn texts, answers demoted or gone
 speed       speed and size
-search      what a search found
 wording     how numbers are written
 score_rows  the table for programs
 """

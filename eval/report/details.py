@@ -9,7 +9,6 @@ import yaml
 
 from shoal.artifacts.artifact import Artifact, Json
 from shoal.artifacts.evaluation import QUANTIZED, ROLES
-from shoal.artifacts.search import SearchResult
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
@@ -125,12 +124,9 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
     return Section("Training", tuple(blocks))
 
 
-def costs_section(run: Run, search: SearchResult | None) -> Section | None:
+def costs_section(run: Run) -> Section | None:
     """What the run took: time, tokens and memory of every stage that recorded them; None where none did."""
     rows = []
-    if search:
-        healed = len({plan.same_as or plan.name for plan in search.plans})
-        rows.append((f"Healing {healed} plans to choose from", DASH, f"{healed * search.num_tokens:,}", DASH))
     for number, training in enumerate(run.trainings, 1):
         cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
         rows.append((f"Distilling, round {number}" if run.rounds else "Distilling", *cells))

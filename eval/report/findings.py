@@ -21,13 +21,13 @@ from shoal.artifacts.evaluation import (
     QUANTIZED,
     ROLES,
     Evaluation,
+    Interval,
     ItemScore,
     Quantized,
     TaskScore,
 )
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ROUND, PruningPlan
-from shoal.artifacts.search import Interval
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.errors import UserError

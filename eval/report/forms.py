@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from shoal.artifacts.evaluation import TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, form_gap, form_gap_change
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.evaluation import Evaluation
-from shoal.artifacts.search import SearchResult
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure, read_write_figure
 from shoal.figures.depth import depth_figure
@@ -30,12 +29,11 @@ from .details import (
     training_section,
 )
 from .document import Document, Facts, Picture, Section, picture, to_markdown
-from .findings import Comparison, Run, compare, read_result, read_run, with_comparable_scores
+from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
 from .sampled import sampled_section
-from .search import search_section
 from .sections import (
     depth_section,
     form_section,
@@ -66,16 +64,14 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     comparison = compare(run)
     pictures = draw_figures(with_comparable_scores(run, comparison))
-    document = build_document(run, comparison, pictures, read_result(SearchResult, run_dir / SearchResult.FILE))
+    document = build_document(run, comparison, pictures)
     write_text(run_dir / "report.md", to_markdown(document))
     path = run_dir / "report.html"
     write_text(path, to_html(document))
     return path
 
 
-def build_document(
-    run: Run, comparison: Comparison, pictures: Mapping[str, Picture], search: SearchResult | None = None
-) -> Document:
+def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) -> Document:
     """All sections that the run's results allow; what is absent is said to be absent."""
 
     def drawn(*names: str) -> list[Picture]:
@@ -96,11 +92,10 @@ def build_document(
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
         depth_section(run, pictures.get("depth_use")),
-        search_section(search),
         flips_section(comparison),
         speed_section(run),
         draft_section(run),
-        costs_section(run, search),
+        costs_section(run),
         terms_section(),
         settings_section(run),
         reproduce_section(run),

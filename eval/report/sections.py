@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from shoal.artifacts.evaluation import ROLES, TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import ROLES, Interval, TaskScore
 from shoal.figures.levels import Ladder, ladders
 from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed

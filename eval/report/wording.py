@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from shoal.artifacts.evaluation import TaskScore
+from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.artifacts.importance import Estimate
-from shoal.artifacts.search import Interval
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import COLUMNS, PROTOCOLS, task_words

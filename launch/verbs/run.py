@@ -302,7 +302,7 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
     def fewer(count: int) -> int:
         return math.ceil(share * count)
 
-    distill, scores, search = recipe.distill, recipe.eval, recipe.search
+    distill, scores = recipe.distill, recipe.eval
     return replace(
         recipe,
         measure=replace(recipe.measure, num_tokens=fewer(recipe.measure.num_tokens)),
@@ -320,8 +320,6 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
             limits={task: fewer(limit) for task, limit in scores.limits.items()},
             perplexity_tokens=fewer(scores.perplexity_tokens),
         ),
-        search=search
-        and replace(search, num_tokens=fewer(search.num_tokens), limit=search.limit and fewer(search.limit)),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.draft import Acceptance, Drafts
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.errors import UserError
 from shoal.eval import draft as module
 from shoal.eval.compare.compare import compare_runs

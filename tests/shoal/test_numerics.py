@@ -330,20 +330,17 @@ SIZES = {
         "local": {"num_tokens": 1000},
     },
     "eval": {"limit": 100, "limits": {"reasoning_continuation": 7}, "perplexity_tokens": 8192},
-    "search": {"plans": [{"drop": [1]}, {"drop": [2]}], "num_tokens": 50_000, "limit": 10},
 }
 
 
 def sizes(run: Run) -> list[int | None]:
-    distill, scores, search = run.recipe.distill, run.recipe.eval, run.recipe.search
+    distill, scores = run.recipe.distill, run.recipe.eval
     assert distill.watch is not None
     assert distill.local is not None
-    assert search is not None
     trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.writing.num_tokens]
     return [
         *(*trained, distill.watch.perplexity_tokens, distill.local.num_tokens),
         *(scores.limit, *scores.limits.values(), scores.perplexity_tokens),
-        *(search.num_tokens, search.limit),
     ]
 
 

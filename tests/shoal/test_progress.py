@@ -20,17 +20,18 @@ from typing import Any
 
 import pytest
 import training_runs
-from searches import EVAL, MEASURE, Healer
 from transformers.utils import logging as transformers_logging
 
 from shoal import progress as module
 from shoal.launch.verbs import distill, evaluate, measure, prune, report
 from shoal.launch.verbs.run import open_run
-from shoal.launch.workflows.search import search
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.progress import BYTES, POLL_S, Lines, Speaker, doing, each, progress
 from shoal.recipe.recipe import load_recipe, parse_recipe
 from shoal.train.callbacks.progress import Progress
+
+MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "metrics": ["angular"]}
+EVAL = {"tasks": ["knowledge_generation"], "limit": 2, "perplexity_tokens": 200, "sequence_length": 64}
 
 
 class Clock:
@@ -453,26 +454,6 @@ def test_a_dry_run_tells_what_it_times(teacher: Path, tmp_path: Path, caplog: py
         "timing a matrix product",
         "looking for the cheapest setting that fits",
     )
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("every_end_is_told")
-def test_a_search_tells_how_many_plans_are_done(
-    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    raw = {
-        "model": str(teacher),
-        "dtype": "float32",
-        "run_dir": str(tmp_path / "run"),
-        "measure": MEASURE,
-        "distill": {"sequence_length": 64},
-        "eval": EVAL,
-        "track": {"wandb": "off"},
-        "search": {"plans": [{"drop": [1]}, {"drop": [3]}], "num_tokens": 128, "rank_by": ["perplexity"]},
-    }
-    search(open_run(parse_recipe(raw)), Healer(1.0, 1.1))
-    told(caplog.messages, "search: plans cut", "search: plans before their heal", "search: plans healed")
-    assert "search: plans healed: 2 of 2 plans in 0:" in caplog.text
 
 
 def test_bars_of_transformers_are_hidden_while_ours_are_told_and_then_as_they_were(speaker, caplog, capsys):

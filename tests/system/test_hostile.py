@@ -96,7 +96,7 @@ RECIPES: list[tuple[str | bytes, str]] = [
     (f"seed: {'9' * 5000}", YAML),
     ("mоdel: x", "recipe.yaml: mоdel: unknown key; did you mean 'model'?"),
     ("prune: {dorp: [1]}", "recipe.yaml: prune.dorp: unknown key; did you mean 'drop'?"),
-    *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "record", "distill", "search")),
+    *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "record", "distill")),
     *((f"{name}: []", f"recipe.yaml: {name}: must be a mapping") for name in ("prune", "eval", "track", "export")),
     ("seed: .nan", "recipe.yaml: seed: must be a finite number"),
     ("seed: true", "recipe.yaml: seed: must be a whole number (got True)"),

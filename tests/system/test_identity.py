@@ -154,13 +154,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "num_ranks": 2,
             "timeout_s": 60,
         },
-        "search": {
-            "plans": [{}, {"num_drop": 1}],
-            "num_tokens": 200,
-            "tasks": ["knowledge_continuation"],
-            "limit": 3,
-            "rank_by": ["knowledge"],
-        },
         "eval": {
             "suite": "quick",
             "tasks": ["knowledge_loglikelihood"],
@@ -228,7 +221,6 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
             prefix=3,
         ),
         "speed": evaluate.speed_inputs(run, {}),
-        "search": {} if recipe.search is None else shaping(recipe.search, Shapes.SEARCH, "search."),
         "quantized": {} if recipe.quantize is None else shaping(recipe.quantize, Shapes.QUANTIZED, "quantize."),
     }
 

@@ -11,7 +11,6 @@ width          what stays within layers that are narrowed
 depth          diagnostics and probes
 draft          what a teacher accepts of a draft's tokens
 heads          retrieval heads and patching
-search         plans, and how they rank before and after they were healed
 vision_states  what states of a vision tower are worth
 shares         how training sources share the tokens
 """

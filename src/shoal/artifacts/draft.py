@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from shoal.artifacts.artifact import Artifact
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 
 MOST_DRAFTED = 8
 """Largest number of tokens drafted in a round that is counted."""

@@ -21,11 +21,27 @@ CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"
 """Role of a model that is no run's: a checkpoint as it is, which `shoal compare` takes beside runs."""
+PERPLEXITY = "perplexity"
+"""Name of the score of running text, which is there whatever the tasks are."""
 NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
 """Metrics of running text; of models with unequal tokenizers the second alone can be compared."""
 ROLES = ("teacher", "pruned", CONTROL, "distilled", *QUANTIZED)
 """Roles that an evaluation may have, in the order in which they are shown."""
 LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether a difference is more than noise."""
+        return not self.ci_low <= 0 <= self.ci_high
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.errors import UserError
 from shoal.figures.style import FAINT, INK, ROLE_STYLE, clean, figure_style, panel_grid, short
 

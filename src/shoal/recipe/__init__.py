@@ -11,7 +11,6 @@ distill                 `distill` and `record`
 distill_contradictions  what these two must not say
 losses                  `distill.losses`
 deepspeed_file          `distill.deepspeed`
-search                  `search`
 evaluate                `eval`, and what `measure.sweep` shares with it
 suites                  `eval.suite`: tasks by name, with their cost
 remembered              recipe.yaml of a run directory: what it was made with

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-GONE: dict[str, str] = {}
+GONE: dict[str, str] = {
+    "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
+}
 """Key without positions in lists (`distill.data.teacher`), kind (`distill.losses.value_relation`) or value
 (`distill.trainable.replacement`) -> the end of the sentence `KEY: gone since 0.1; ...`, one line each, sorted."""
 

@@ -18,14 +18,13 @@ from yaml import YAMLError
 
 from shoal import __version__
 from shoal.errors import UserError
-from shoal.recipe import distill_contradictions, evaluate, measure, prune, remembered, search, track
+from shoal.recipe import distill_contradictions, evaluate, measure, prune, remembered, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import looks_into_attention
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import Prune
-from shoal.recipe.search import Search
 from shoal.recipe.section import Dtype, Section, Shapes, Text
 from shoal.recipe.suites import CONFIGS_DIR, with_suite
 from shoal.recipe.track import Export, Quantize, Track
@@ -67,8 +66,6 @@ class Recipe(Section):
     prune: Prune = field(default_factory=Prune)
     record: Record = field(default_factory=Record)
     distill: Distill = field(default_factory=Distill)
-    search: Search | None = None
-    """Plans that `shoal search` compares; no other verb looks at it."""
     quantize: Quantize | None = None
     """Quantised copies of the student and of its teacher; None = there are none."""
     eval: Eval = field(default_factory=Eval)
@@ -230,11 +227,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
-    plans = () if recipe.search is None else recipe.search.plans
-    named = [("prune", recipe.prune), *((f"search.plans.{index}", plan) for index, plan in enumerate(plans))]
-    for place, own in named:
-        if own.protect_heads is not None and recipe.measure.heads is None:
-            yield f"{place}.protect_heads: needs measured heads; set measure.heads ({{}} will do), or leave it out"
+    if recipe.prune.protect_heads is not None and recipe.measure.heads is None:
+        yield "prune.protect_heads: needs measured heads; set measure.heads ({} will do), or leave it out"
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
@@ -249,10 +243,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"distill.losses: {relations[0].kind} compares heads with those of the teacher, and prune.width.kv_groups "
             "takes some away; leave one of them out"
         )
-    if recipe.distill.local is not None and recipe.prune.drop == () and not (recipe.prune.edits or recipe.search):
+    if recipe.distill.local is not None and recipe.prune.drop == () and not recipe.prune.edits:
         yield "distill.local: heals gaps between layers, and prune.drop: [] leaves none; leave it out"
-    if recipe.search is not None:
-        yield from search.contradictions(recipe.search, recipe.distill.trainer)
     if recipe.prune.rounds > 1:
         yield from _not_in_rounds(recipe)
     yield from track.contradictions(recipe.quantize, recipe.export)
@@ -264,7 +256,6 @@ def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
     operators = () if measure.sweep is None else measure.sweep.operators
     of_one_model = "numbers layers as the model of one round does"
     refused = (
-        (recipe.search, "search", "compares plans of one cut"),
         (measure.diagnostics, "measure.diagnostics", of_one_model),
         (measure.probes, "measure.probes", of_one_model),
         (measure.heads, "measure.heads", of_one_model),

@@ -114,8 +114,6 @@ class Shapes(Flag):
     """eval/speed.json."""
     QUANTIZED = auto()
     """quantized/ and teacher_quantized/."""
-    SEARCH = auto()
-    """search.json, besides the plans and scores it is made from."""
     NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | HEADS | PLAN | TEXT | TRAINING | SCORES
     """What comes of running a model."""
 

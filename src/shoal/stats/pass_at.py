@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.artifacts.evaluation import PassAt, TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval, PassAt, TaskScore
 from shoal.recipe.evaluate import Samples
 from shoal.stats.intervals import wilson
 from shoal.stats.paired import bootstrap_mean, is_binary

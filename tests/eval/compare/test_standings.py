@@ -1,4 +1,7 @@
-"""Where models stand: means over tasks, columns that count, controls."""
+"""Where models stand: means over tasks, columns that count, controls.
+
+Covers: shoal.eval.compare.means.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ from pathlib import Path
 import pytest
 from compared_runs import choice, nats, tasks, write_run
 
-from shoal.artifacts.evaluation import TaskScore
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
 from shoal.eval.compare.data import as_data
 from shoal.eval.compare.figure import pareto_panels

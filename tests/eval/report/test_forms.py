@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from results import FORMED_ROLES, formed, write_formed
 
-from shoal.artifacts.search import Interval
+from shoal.artifacts.evaluation import Interval
 from shoal.eval.report.document import to_markdown
 from shoal.eval.report.findings import compare, read_run
 from shoal.eval.report.forms import Form, form_of

@@ -28,13 +28,12 @@ from results import (
     write_run,
 )
 from sweep_results import importance_with_parts
-from told_report import searched, told
+from told_report import told
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import DepthUse, EffectiveDepth, Moved, RoleUse, TaskUse
 from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.importance import Estimate
-from shoal.artifacts.search import SearchResult
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.errors import UserError
 from shoal.eval.harness.rates import with_rates
@@ -246,21 +245,14 @@ def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     assert "question" in (tmp_path / "report.md").read_text()
 
 
-def test_costs_and_the_search_are_told_where_they_are_recorded(tmp_path: Path) -> None:
+def test_costs_are_told_where_they_are_recorded(tmp_path: Path) -> None:
     write_run(tmp_path)
-    searched().write(tmp_path / SearchResult.FILE)
     teacher = Evaluation.read(tmp_path / "eval/teacher.json")
     replace(teacher, num_requests=1092, num_kept=72).write(tmp_path / "eval/teacher.json")
     markdown = told(tmp_path)
     assert "; 72 of 1,092 answers were kept from before | – | – |" in markdown
     assert markdown.count("kept from before") == 1, "the others have asked everything themselves"
     assert "| Distilling | 8 s | 4,000 | 1 GB |" in markdown
-    assert "| Healing 2 plans to choose from | – | 2,000 | – |" in markdown
-    section = markdown.split("## What the search over plans found")[1].split("\n## ")[0]
-    assert "2 plans, each healed for 1,000 tokens, best first" in section
-    assert "| low | 1 | 2 | 3, 4 |" in section
-    assert "The ranking before the heal did not hold" in section
-    assert "drop: [3, 4]" in section
 
 
 def test_readers_see_words_and_find_identifiers_in_the_appendix(quickstart: tuple[Page, str, Path]) -> None:

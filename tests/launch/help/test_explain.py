@@ -54,8 +54,6 @@ def test_a_default_written_down_is_the_default(setting: Setting) -> None:
     raw: dict[str, Any] = {"model": "m"}
     *sections, key = setting.place.split(".")
     raw |= {name: {} for name in sections}  # a section that is left out may mean that its work is
-    if sections == ["search"]:
-        raw["search"] = {"plans": [{"num_drop": 1}, {"num_drop": 2}]}
     expected = parse_recipe(json.loads(json.dumps(raw)))
     inner = raw
     for name in sections:
@@ -74,7 +72,6 @@ def test_a_default_written_down_is_the_default(setting: Setting) -> None:
         ("prune.weights", "{name: number > 0}"),
         ("prune.targets", "[transformers, vllm or llama_cpp, ...]"),
         ("prune.protect", "[whole number or cornerstone, ...]"),
-        ("search.plans", "[a mapping of its settings, ...] (at least 2)"),
         ("track.wandb", "online, offline, 'off' or null"),
         ("distill.deepspeed", "text, {name: anything} or null"),
         ("distill.losses.jsd.beta", "number > 0 and < 1"),

@@ -480,12 +480,6 @@ def test_settings_of_heads_that_contradict_others_are_refused(
         make_run(measure, prune=prune_settings)
 
 
-def test_plans_of_a_search_need_measured_heads_too(make_run: Any) -> None:
-    plans = [{"num_drop": 1}, {"num_drop": 1, "protect_heads": 0.9}]
-    with pytest.raises(UserError, match=r"search.plans.1.protect_heads: needs measured heads"):
-        make_run(search={"plans": plans})
-
-
 def test_prompts_longer_than_the_model_reads_are_refused(tmp_path: Path, make_run: Any) -> None:
     short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=256)
     run = make_run({"heads": {"tasks": ["retrieval"], "num_each": 1}}, model=str(short))

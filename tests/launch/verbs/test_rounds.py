@@ -347,7 +347,6 @@ def test_a_round_that_is_gone_is_not_made_again_under_a_later_training(
         ),
         ({"prune": {"edits": [{"kind": "skip_mlp", "layers": [1]}]}}, "prune.rounds: several rounds only drop layers"),
         ({"prune": {"compensate": "scale"}}, "leave prune.compensate out, or set prune.rounds: 1"),
-        ({"search": {"plans": [{}, {"num_drop": 1}]}}, "search: compares plans of one cut"),
         ({"measure": {"diagnostics": True}}, "measure.diagnostics: numbers layers as the model of one round does"),
         (
             {"measure": {"sweep": {"tasks": ["knowledge"], "operators": ["layer", "mlp"]}}},

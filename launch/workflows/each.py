@@ -1,0 +1,81 @@
+"""`shoal run RECIPE --each KEY=A,B [--each seed=0,1]`: a run of every combination, in RUN_DIR/KEY=VALUE."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yaml import YAMLError
+
+from shoal.artifacts.importance import Importance
+from shoal.errors import UserError
+from shoal.yaml_text import read_yaml
+
+log = logging.getLogger(__name__)
+
+OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
+"""Results that runs of one model may share; a run of other settings finds them out of date and makes its own."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run of several."""
+
+    dir: Path
+    overrides: tuple[str, ...]
+
+
+def combinations(run_dir: Path, axes: Sequence[str]) -> list[Combination]:
+    """A run for every choice of one value from each of ``axes`` (`key=a,b`), the last axis changing first.
+
+    Raises:
+        UserError: an axis that is not of that form, or two runs of one name.
+    """
+    runs = []
+    for chosen in itertools.product(*map(_values, axes)):
+        name = ",".join(f"{key.rpartition('.')[2]}={_in_path(value)}" for key, value in chosen)
+        overrides = (*(f"{key}={_text(value)}" for key, value in chosen), f"run_dir={run_dir / name}")
+        runs.append(Combination(run_dir / name, overrides))
+    if len({run.dir for run in runs}) < len(runs):
+        raise UserError(f"--each {' --each '.join(axes)}: two of these runs have one name; name every value once")
+    return runs
+
+
+def run_each(runs: Sequence[Combination], run_one: Callable[[Sequence[str]], int]) -> int:
+    """Exit code of the first run that fails, 0 if none does; ``run_one`` runs the recipe with more overrides."""
+    for number, run in enumerate(runs, 1):
+        log.info("run %d of %d: %s", number, len(runs), run.dir)
+        for name in OF_THE_TEACHER:
+            if (runs[0].dir / name).is_file() and not (run.dir / name).exists():
+                (run.dir / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(runs[0].dir / name, run.dir / name)
+        if code := run_one(run.overrides):
+            return code
+    return 0
+
+
+def _values(axis: str) -> list[tuple[str, Any]]:
+    key, equals, text = axis.partition("=")
+    try:
+        values = read_yaml(f"[{text}]")
+    except YAMLError as error:
+        raise UserError(f"--each {axis}: the values are not valid YAML: {error}") from error
+    if not (key and equals and values):
+        raise UserError(f"--each {axis}: must have the form section.key=value,value")
+    return [(key, value) for value in values]
+
+
+def _text(value: Any) -> str:
+    """A value as an override takes it: what is JSON is YAML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _in_path(value: Any) -> str:
+    return re.sub(r"[^\w.+-]+", "-", _text(value)).strip("-")
