@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.artifacts.evaluation import Evaluation, Interval, TaskScore
 from shoal.stats.intervals import Array, combined
-from shoal.stats.paired import paired
+from shoal.stats.paired import kept_change, kept_influences, paired
 
 HEADLINE = ("twin", "out", "public")
 """Columns outside the form of the training text."""
@@ -54,9 +54,19 @@ def summed_change(scales: Mapping[str, float], before: Scores, after: Scores) ->
     another way err together; their correlation is taken from the items' own differences.
     """
     changes = [paired(before[task], after[task]) for task in scales]
-    correlations = np.array([[_correlated(before, after, task, other) for other in scales] for task in scales])
+    moves = {task: _changes(before[task], after[task]) for task in scales}
+    correlations = np.array([[_together(before, moves, task, other) for other in scales] for task in scales])
     limits = [(change.difference, change.ci_low, change.ci_high) for change in changes]
     return weighted_sum(list(scales.values()), limits, correlations)
+
+
+def summed_kept(weights: Mapping[str, float], teacher: Scores, before: Scores, after: Scores) -> Interval:
+    """The sum over tasks of weight times the change of the share kept of ``teacher``, with its interval, as
+    summed_change adds them up."""
+    changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
+    influences = {task: kept_influences(teacher[task], before[task], after[task]) for task in weights}
+    correlations = np.array([[_together(before, influences, task, other) for other in weights] for task in weights])
+    return weighted_sum(list(weights.values()), changes, correlations)
 
 
 def weighted_sum(scales: Sequence[float], limits: Sequence[tuple[float, float, float]], correlation: Array) -> Interval:
@@ -68,15 +78,14 @@ def weighted_sum(scales: Sequence[float], limits: Sequence[tuple[float, float, f
     return Interval(round(value, 12), round(low, 12), round(high, 12))
 
 
-def _correlated(before: Scores, after: Scores, first: str, other: str) -> float:
-    """How far the changes on two tasks go together, item by item; 0 where they share no items."""
+def _together(scores: Scores, moves: Mapping[str, Mapping[str, float]], first: str, other: str) -> float:
+    """How far two tasks err together, by how each item moves them; 0 where they share no items."""
     if first == other:
         return 1.0
-    if before[first].ability != before[other].ability:
+    if scores[first].ability != scores[other].ability:
         return 0.0
-    changes = [_changes(before[task], after[task]) for task in (first, other)]
-    shared = sorted(changes[0].keys() & changes[1].keys())
-    pairs = np.array([[change[item] for item in shared] for change in changes])
+    shared = sorted(moves[first].keys() & moves[other].keys())
+    pairs = np.array([[moves[task][item] for item in shared] for task in (first, other)])
     if len(shared) < 3 or np.ptp(pairs, axis=1).min() == 0:
         return 0.0
     return float(np.corrcoef(pairs)[0, 1])

@@ -16,7 +16,7 @@ from shoal.stats.paired import form_gap, no_retention, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
-from .means import HEADLINE, Scores, by_task, columns_that_rank, even_weights, summed_change, weighted_sum
+from .means import HEADLINE, Scores, by_task, columns_that_rank, even_weights, summed_kept, weighted_sum
 
 CONTROLLED = {"form learnt": ("teacher", "control"), "still lost": ("control", "distilled")}
 """What a control tells -> roles before and after."""
@@ -128,8 +128,7 @@ def _change(teacher: Scores, before: Scores, after: Scores, weights: Mapping[str
     """The weighted change of the share kept of ``teacher``; None where there is no share to keep."""
     if not weights or any(no_retention(teacher[task]) for task in weights):
         return None
-    scales = {task: weight / (teacher[task].score - teacher[task].chance) for task, weight in weights.items()}
-    return summed_change(scales, before, after)
+    return summed_kept(weights, teacher, before, after)
 
 
 def _form(scores: Scores, groups: Groups) -> Interval | None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+Limits = tuple[float, float, float]
+"""A value, and the lower and the upper limit of its 95 % interval."""
 Z95 = float(stats.norm.ppf(0.975))
 
 
@@ -53,28 +55,36 @@ def newcombe_paired(*, both: int, won: int, lost: int, neither: int) -> tuple[fl
 def paired_ratio(both: int, won: int, lost: int, neither: int, chance: float) -> tuple[float, float] | None:
     """95 % limits of (after - chance) / (before - chance) for paired 0/1 scores; None where they are not finite.
 
-    INFERRED for retention: the r at which the square-and-add limit of after - r * before (with chance taken off both)
-    reaches zero, from the Wilson limits of both shares and their correlation (MOVER for ratios, Donner and Zou 2012,
-    Stat. Methods Med. Res. 21:347). At r = 1 this is Newcombe's limit of the difference, so that retention holds 1
-    exactly where the change holds 0. Resampling would give [1, 1] where no item happened to change.
+    From the Wilson limits of both shares and their correlation. At a ratio of 1 this is Newcombe's limit of the
+    difference, so that retention holds 1 exactly where the change holds 0. Resampling would give [1, 1] where no item
+    happened to change.
     """
     n = both + won + lost + neither
-    after, before = (both + won) / n - chance, (both + lost) / n - chance
-    after_low, after_high = (limit - chance for limit in wilson(both + won, n))
-    before_low, before_high = (limit - chance for limit in wilson(both + lost, n))
-    phi = paired_correlation(both, won, lost, neither)
+    after, before = (
+        (share / n - chance, *(limit - chance for limit in wilson(share, n))) for share in (both + won, both + lost)
+    )
+    return ratio(after, before, paired_correlation(both, won, lost, neither))
 
-    def root(after_reach: float, before_reach: float, sign: int) -> float | None:
-        # (after - r before)**2 = after_reach**2 - 2 phi r after_reach before_reach + r**2 before_reach**2, solved for r
-        square = before**2 - before_reach**2
-        middle = after * before - phi * after_reach * before_reach
-        inside = middle**2 - square * (after**2 - after_reach**2)
-        return (middle + sign * math.sqrt(max(inside, 0.0))) / square if before > 0 and square > 0 else None
 
-    # below r = 0 the intact share enters with the other sign, so its other limit counts
-    low = root(after - after_low, before_high - before if after_low >= 0 else before - before_low, -1)
-    high = root(after_high - after, before - before_low if after_high >= 0 else before_high - before, +1)
-    return None if low is None or high is None else (low, high)
+def ratio(part: Limits, whole: Limits, correlation: float) -> tuple[float, float] | None:
+    """95 % limits of ``part`` / ``whole``, each a value with its limits; None where they are not finite.
+
+    INFERRED for shares kept: the r at which the square-and-add limit of part - r * whole reaches zero (MOVER for
+    ratios, Donner and Zou 2012, Stat. Methods Med. Res. 21:347). ``correlation`` of the two estimates.
+    """
+    (part_value, part_low, part_high), (value, low, high) = part, whole
+
+    def root(part_reach: float, reach: float, sign: int) -> float | None:
+        # (part - r whole)**2 = part_reach**2 - 2 phi r part_reach reach + r**2 reach**2, solved for r
+        square = value**2 - reach**2
+        middle = part_value * value - correlation * part_reach * reach
+        inside = middle**2 - square * (part_value**2 - part_reach**2)
+        return (middle + sign * math.sqrt(max(inside, 0.0))) / square if value > 0 and square > 0 else None
+
+    # below r = 0 the whole enters with the other sign, so its other limit counts
+    lowest = root(part_value - part_low, high - value if part_low >= 0 else value - low, -1)
+    highest = root(part_high - part_value, value - low if part_high >= 0 else high - value, +1)
+    return None if lowest is None or highest is None else (lowest, highest)
 
 
 def paired_correlation(both: int, won: int, lost: int, neither: int) -> float:

@@ -18,7 +18,7 @@ from scipy import optimize, stats
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
-from shoal.stats.intervals import Z95, Array, combined, newcombe_paired, paired_ratio, wilson
+from shoal.stats.intervals import Z95, Array, Limits, combined, newcombe_paired, paired_ratio, ratio, wilson
 
 SAME_MEASUREMENT = (
     *("task", "ability", "protocol", "metric", "chance", "higher_is_better", "version", "matching", "num_fewshot", "n"),
@@ -206,6 +206,38 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
     if limits is None:
         return Retention(None, None, None, f"the teacher's score is too uncertain for a ratio to it (n = {before.n})")
     return Retention(float(value), *limits)
+
+
+def kept_change(teacher: TaskScore, before: TaskScore, after: TaskScore) -> Limits:
+    """How much more of ``teacher`` above chance ``after`` keeps than ``before``, with its 95 % interval; infinite where
+    the teacher is too near to chance.
+
+    The ratio of the paired change to the teacher's distance to chance, whose own luck counts too: with it taken as
+    known, intervals held the truth in 88 to 93 % of cases where there is a change.
+    """
+    change, above = paired(before, after), teacher.score - teacher.chance
+    change_N, teacher_N = _aligned_change(teacher, before, after)
+    varies = np.ptp(change_N) > 0 and np.ptp(teacher_N) > 0
+    limits = ratio(
+        (change.difference, change.ci_low, change.ci_high),
+        (above, teacher.ci_low - teacher.chance, teacher.ci_high - teacher.chance),
+        float(np.corrcoef(change_N, teacher_N)[0, 1]) if varies else 0.0,
+    )
+    return change.difference / above, *(limits or (-math.inf, math.inf))
+
+
+def kept_influences(teacher: TaskScore, before: TaskScore, after: TaskScore) -> dict[str, float]:
+    """How much each item, by id, moves kept_change, to first order."""
+    above = teacher.score - teacher.chance
+    change_N, teacher_N = _aligned_change(teacher, before, after)
+    moves_N = change_N - (after.score - before.score) / above * teacher_N
+    shared = {item.id for item in before.items} & {item.id for item in after.items}
+    return dict(zip((item.id for item in teacher.items if item.id in shared), moves_N.tolist(), strict=True))
+
+
+def _aligned_change(teacher: TaskScore, before: TaskScore, after: TaskScore) -> tuple[Array, Array]:
+    teacher_N, before_N, after_N, _ = _aligned(teacher, before, after)
+    return after_N - before_N, teacher_N
 
 
 def retention_gap(

@@ -512,3 +512,38 @@ def test_intervals_of_form_gaps_and_of_their_changes_hold_the_truth(shares: tupl
         held_change += low <= (shares[2] - shares[3]) - (shares[0] - shares[1]) <= high
     assert held_gap >= 0.92 * 250
     assert held_change >= 0.92 * 250
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [(0.6, 0.3, 0.55, 0.25), (0.9, 0.1, 0.8, 0.0), (0.7, 0.5, 0.5, 0.25)], ids=str)
+@pytest.mark.parametrize(
+    "n", [60, pytest.param(20, marks=pytest.mark.prove), pytest.param(200, marks=pytest.mark.prove)]
+)
+def test_changes_of_the_share_kept_are_covered(shares: tuple[float, ...], n: int) -> None:
+    """Teacher, one student, another and chance; with the teacher's distance to chance taken as known .90 of intervals
+    held the truth at the first of these."""
+    *means, chance = shares
+    rng, held, counted = np.random.default_rng(17), 0, 0
+    for _ in range(1000):
+        luck = stats.norm.cdf(np.sqrt(0.5) * (rng.normal(size=n) + rng.normal(size=(3, n))))
+        scores = [task((own < mean).astype(float), chance=chance) for own, mean in zip(luck, means, strict=True)]
+        if not ours.no_retention(scores[0]):
+            value, low, high = ours.kept_change(*scores)
+            assert low <= value <= high
+            held += low - 1e-9 <= (means[2] - means[1]) / (means[0] - chance) <= high + 1e-9
+            counted += 1
+    assert 0.93 <= held / counted <= 0.985
+
+
+def test_what_an_item_moves_of_the_share_kept_is_its_derivative() -> None:
+    rng = np.random.default_rng(3)
+    teacher_N, before_N, after_N = (rng.random((3, 12)) < 0.6).astype(float)
+    moves = ours.kept_influences(task(teacher_N), task(before_N), task(after_N))
+
+    def kept(weights_N: np.ndarray) -> float:
+        return float(((after_N - before_N) @ weights_N) / ((teacher_N - 0.25) @ weights_N))
+
+    nudged = [kept(np.ones(12) + 1e-6 * np.eye(12)[index]) - kept(np.ones(12)) for index in range(12)]
+    above = float(teacher_N.mean()) - 0.25
+    slopes = [(moves[f"item{index}"] - np.mean([*moves.values()])) / above / 12 * 1e-6 for index in range(12)]
+    np.testing.assert_allclose(nudged, slopes, atol=1e-11)
