@@ -242,7 +242,7 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
             texts = Path(distill.writing.folder or f"{recipe.run_dir}/text").expanduser()
             if not any(texts.glob("written-*")):  # which are read without it, if they are the recipe's
                 check_vllm("distill.writing.backend")
-    if verb == "record" and recipe.record.engine == "vllm":
+    if verb == "record" and recipe.record.backend == "vllm":
         check_vllm("record.backend")
     if verb in ("quantize", "run") and quantize is not None:
         for role, setting in SETTINGS.items():

@@ -8,8 +8,6 @@
     trainer    the same in a run directory: whole checkpoints, samples, a clean stop
     distillation_trainer  the same for a model and a data set in memory
     dataset    the rows that are learnt from
-    damage     shares of the sources by what the cut took from each
-    pilot      shares by what each source regains in the first steps
     save       distilled/ and distill.json
 
 Folders:

@@ -14,12 +14,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from shoal.data.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
-from shoal.models.anatomy import text_config
 from shoal.models.load import align_weights
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 
-from .dataset import rows_of_teacher, teachers_of_rows
 from .engine.sharding import loaded_in, place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
@@ -29,10 +27,9 @@ from .objective.objective import SharedPrefix
 from .student.frozen import share_frozen, stored_names
 from .student.spec import TrainSpec
 from .student.trainable import keep_zeros
-from .teacher.prompt_scores import PromptEngine
-from .teacher.recording_plan import of_any_teacher, recording_inputs, rows_from
-from .teacher.recording_reader import RecordingReader, SeveralRecordings
-from .teacher.signals import RecordedTeacher, ServedTeacher, Teacher
+from .teacher.recording_plan import recording_inputs, rows_from
+from .teacher.recording_reader import RecordingReader
+from .teacher.signals import RecordedTeacher
 from .teacher.wiring import check_fused, make_trainable, wire
 from .trainer import DistillTrainer
 
@@ -59,12 +56,11 @@ def make_trainer(
     stop: StopRequest,
     callbacks: Sequence[TrainerCallback],
     peak_tokens_per_s: float | None,
-    engine: PromptEngine | None = None,
 ) -> DistillTrainer:
     """Load the student, made trainable, and the teacher where it is to run; the Trainer that joins them with the loss.
 
     The teacher is on its device, weights are shared. ``arguments`` exist before the models: under ZeRO-3 they make
-    from_pretrained shard what it loads. ``engine`` runs the teacher where the recipe has a server for that.
+    from_pretrained shard what it loads.
 
     Raises:
         UserError: parts of the recipe that contradict the plan, the models or a recording.
@@ -82,7 +78,7 @@ def make_trainer(
     if spec.runs_teacher:
         with loaded_in(spec.teacher_dtype, arguments):
             teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
-    wiring = wire(spec, student, teacher, partial(_absent_teacher, spec, rows, identity.stage, engine))
+    wiring = wire(spec, student, teacher, partial(_recorded_teacher, spec, rows, identity.stage))
     trainer = DistillTrainer(
         model=student,
         args=arguments,
@@ -117,22 +113,6 @@ def _share_weights(spec: TrainSpec, student: PreTrainedModel, teacher: PreTraine
         log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
 
 
-def _absent_teacher(
-    spec: TrainSpec,
-    rows: PackedRows,
-    inputs: dict[str, Any],
-    engine: PromptEngine | None,
-    states: StateLosses | None,
-    prefix: SharedPrefix | None,
-) -> Teacher:
-    recorded = _recorded_teacher(spec, rows, inputs, states, prefix) if spec.settings.teacher.recorded else None
-    if engine is None:
-        assert recorded is not None
-        return recorded
-    vocab_size = text_config(spec.teacher.config).vocab_size
-    return ServedTeacher(engine, spec.record.top_k, vocab_size, spec.reads_logits, recorded, spec.asked_sources)
-
-
 def _recorded_teacher(
     spec: TrainSpec,
     rows: PackedRows,
@@ -141,17 +121,17 @@ def _recorded_teacher(
     prefix: SharedPrefix | None,
 ) -> RecordedTeacher:
     settings = spec.settings
-    known_by = recording_inputs(
-        spec.record,
-        spec.teacher,
-        model=inputs["model"],
-        sequence_length=settings.sequence_length,
-        prefix=spec.shared_layers or None,
-    )
-    several = len(settings.teacher.recordings) > 1
-    opened = partial(
-        RecordingReader,
-        inputs=of_any_teacher(known_by) if several else known_by,
+    assert settings.teacher.recorded is not None
+    reader = RecordingReader(
+        Path(settings.teacher.recorded).expanduser(),
+        rows,
+        inputs=recording_inputs(
+            spec.record,
+            spec.teacher,
+            model=inputs["model"],
+            sequence_length=settings.sequence_length,
+            prefix=spec.shared_layers or None,
+        ),
         rows_from=rows_from(inputs),
         states=() if states is None else states.teacher_layers,
         temperatures={
@@ -159,17 +139,5 @@ def _recorded_teacher(
             for term in settings.losses
             if isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
         },
-        num_rows=len(rows),
-        vocab_size=text_config(spec.teacher.config).vocab_size,
     )
-    folders = [Path(folder).expanduser() for folder in settings.teacher.recordings]
-    if several:
-        of_row = teachers_of_rows(rows, settings)
-        parts = (rows_of_teacher(rows, settings, number) for number in range(len(folders)))
-        readers = [opened(folder, part) for folder, part in zip(folders, parts, strict=True)]
-        for number, folder in enumerate(folders):
-            log.info("teacher %d: %s rows of %s", number, f"{int((of_row == number).sum()):,}", folder)
-        reader = SeveralRecordings(readers, of_row)
-    else:
-        reader = opened(folders[0], rows)
     return RecordedTeacher(reader, reads_logits=spec.reads_logits, states=states, prefix=prefix)

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
-from shoal.data.sources import pack, sources_fingerprint, texts_fingerprint
+from shoal.data.sources import pack, texts_fingerprint
 from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, sources_that_ask
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping_keys
+from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
 from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
@@ -72,51 +70,25 @@ def rows_to_train_on(
     folder: Path,
     *,
     inputs: dict[str, Any],
-    rows: int | None = None,
-    later: tuple[int, Sequence[float]] | None = None,
     images: ImageReader | None = None,
     for_recording: bool = False,
 ) -> PackedRows:
     """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`, and what
     ``images`` has read for the sources of images.
 
-    ``rows`` = so many of them. ``later`` = so many rows, and the weights of the sources once they are full.
     ``for_recording``: as training_rows says.
     """
-    identity = inputs_of_rows(settings, inputs)
     return training_rows(
         settings,
         tokenizer,
-        num_rows=rows or num_rows(settings),
+        num_rows=num_rows(settings),
         seed=inputs["seed"],
         teacher_text=texts,
         folder=folder,
-        inputs=identity if later is None else {**identity, "later": later},
-        later=later,
+        inputs={"model": inputs["model"], **rows_from(inputs)},
         images=images,
         for_recording=for_recording,
     )
-
-
-def teachers_of_rows(rows: PackedRows, settings: Distill) -> np.ndarray:
-    """Of every row the number of the teacher that its sources name, (N,)."""
-    of_source = np.array([source.teacher for source in settings.data])
-    # a row begins with text; what pads it says nothing of sources
-    return of_source[np.zeros(len(rows), int) if rows.sources_NS is None else rows.sources_NS[:, 0].numpy()]
-
-
-def rows_of_teacher(rows: PackedRows, settings: Distill, number: int) -> PackedRows:
-    """The rows of the sources that name this teacher, in memory."""
-    own = torch.from_numpy(np.flatnonzero(teachers_of_rows(rows, settings) == number))
-    return PackedRows(rows.input_ids_NS[own], rows.position_ids_NS[own])
-
-
-def inputs_of_rows(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What shapes packed rows of ``settings``, whose sources and weights may be others than in ``inputs``."""
-    if settings.data_policy == "by_damage":
-        own = {"distill.data": as_dict(settings)["data"], "data": sources_fingerprint(settings.data)}
-        inputs = {**inputs, **own}
-    return {"model": inputs["model"], **rows_from(inputs)}
 
 
 def sources_apart(settings: Distill) -> list[bool] | None:
@@ -135,12 +107,11 @@ def training_rows(
     teacher_text: Sequence[str],
     folder: Path,
     inputs: dict[str, Any],
-    later: tuple[int, Sequence[float]] | None = None,
     images: ImageReader | None = None,
     for_recording: bool = False,
 ) -> PackedRows:
     """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``images``
-    for those of images, ``later`` is that of shoal.data.sources.pack.
+    for those of images.
 
     Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so rows
     ``for_recording``, nor those of a recorded teacher: what is recorded serves other loss terms too.
@@ -153,9 +124,8 @@ def training_rows(
         identity.append(rows_per_step(settings))
     images_of = {} if images is None else images.rows
     apart = None if for_recording else sources_apart(settings)
-    groups = [source.teacher for source in settings.data] if apart is None else apart
     if apart is not None:
-        identity.append({"asks the teacher": groups})
+        identity.append({"asks the teacher": apart})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
 
     def pack_once() -> None:
@@ -181,10 +151,9 @@ def training_rows(
                 packing=settings.packing,
                 folder=unfinished,
                 with_sources=settings.by_source,
-                later=later,
                 encode_image=None if images is None else images.tokens,
                 rows_per_step=rows_per_step(settings),
-                groups=groups,
+                groups=apart,
             )
         for name, count in rows.counts.items():
             if count["repeats"]:

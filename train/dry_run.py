@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.artifacts.evaluation import CONTROL
-from shoal.artifacts.shares import Shares
 from shoal.data.sources import source_names
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
@@ -15,7 +14,6 @@ from shoal.models.anatomy import text_config
 from shoal.numerics import flops_per_second
 from shoal.progress import doing
 
-from .damage import SAMPLE_ROWS, split_by_ability
 from .engine.arguments import kept_checkpoints, most_checkpoints
 from .preflight.fit import cheapest, disk_bytes, fits, missing_bytes, overrides, shortages
 from .preflight.memory import Setting, shared_weights
@@ -86,7 +84,7 @@ def estimate(
     parts: tuple[list[str], ...] = (
         ["dry run: nothing is written and nothing is trained"],
         _about(size),
-        _data(spec, run_dir if is_cut else None),
+        _data(spec),
         _memory_table(size, *free),
         _beside(size),
         time,
@@ -115,7 +113,6 @@ def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
         samples=0,
         healed_layers=(),
         writes=False,
-        measures=False,
     )
     return fits(replace(job, setting=alone), device_free=device_free, host_free=host_free)
 
@@ -127,7 +124,6 @@ def _about(job: Job) -> list[str]:
         "live": f"live, {setting.teacher_bytes} bytes a weight",
         "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
         "recorded": "recorded, not loaded",
-        "served": "run by a server, not loaded",
     }
     product_dtype = str(job.spec.deepspeed.product_dtype).removeprefix("torch.")
     precision = f"{product_dtype} {'autocast' if setting.autocast else 'products'}"
@@ -141,27 +137,15 @@ def _about(job: Job) -> list[str]:
     ]
 
 
-def _data(spec: TrainSpec, run_dir: Path | None) -> list[str]:
-    """How the sources share the tokens, as far as that is known before damage is measured; None = of another cut."""
-    settings = spec.settings
-    split, how = settings, "by the recipe's weights"
-    weights = [source.weight for source in settings.data]
-    if settings.data_policy == "by_damage":
-        split = split_by_ability(settings)
-        weights = [source.weight for source in split.data]
-        known = Shares.read(run_dir / Shares.FILE) if run_dir and (run_dir / Shares.FILE).is_file() else None
-        if known is not None and known.provenance.inputs["prune.drop"] == list(spec.plan.drop):
-            weights, how = [*known.shares], f"as {Shares.FILE} has it of this cut"
-        else:
-            how += f"; training shares them by damage, which it measures first, on {SAMPLE_ROWS} rows of each"
-    if settings.data_pilot is not None:
-        how += f"; what follows the pilot of {settings.data_pilot:,} tokens is shared by what each regains in it"
-    total, num_tokens = sum(weights), spec.num_row_tokens
+def _data(spec: TrainSpec) -> list[str]:
+    """How the sources share the tokens."""
+    data, num_tokens = spec.settings.data, spec.num_row_tokens
+    total = sum(source.weight for source in data)
     shares = (
-        f"{name} {weight / total:.1%} ({weight / total * num_tokens:,.0f} tokens)"
-        for name, weight in zip(source_names(split.data), weights, strict=True)
+        f"{name} {source.weight / total:.1%} ({source.weight / total * num_tokens:,.0f} tokens)"
+        for name, source in zip(source_names(data), data, strict=True)
     )
-    return [f"data: {', '.join(shares)}, {how}"]
+    return [f"data: {', '.join(shares)}, by the recipe's weights"]
 
 
 def _rows(job: Job) -> list[tuple[str, Setting]]:
@@ -246,8 +230,6 @@ def _beside(job: Job) -> list[str]:
         )
     if setting.writes:
         notes.append("teacher_text comes first: the teacher whole on every rank")
-    if setting.measures:
-        notes.append("damage by source is measured first: teacher, then student whole on every rank")
     return notes
 
 

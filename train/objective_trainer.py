@@ -272,7 +272,7 @@ class ObjectiveTrainer(Trainer):
     def read_curves(self) -> dict[str, float]:
         """Curves beside those of the loss, of the objective and of what the student writes, for the steps since they
         were last read."""
-        return self.objective.curves() | ({} if self._on_policy is None else self._on_policy.horizon.read_curves())
+        return self.objective.curves() | ({} if self._on_policy is None else self._on_policy.counts.read_curves())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
@@ -328,8 +328,8 @@ class ObjectiveTrainer(Trainer):
 
     def _kept(self) -> dict[str, Any]:
         """What keeps a state between steps, by its file inside a checkpoint."""
-        horizon = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.horizon}
-        return {OBJECTIVE_FILE: self.objective, ROW_FILE: self._row, **horizon}
+        counts = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.counts}
+        return {OBJECTIVE_FILE: self.objective, ROW_FILE: self._row, **counts}
 
 
 def judged_norm(norm: float, scaler: torch.amp.GradScaler | None) -> float | None:

@@ -25,8 +25,6 @@ from shoal.recipe.distill import Record
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
 from .objective.objective import final_hidden
-from .teacher.agreement import agreeing
-from .teacher.prompt_scores import PromptEngine, Reference, prompt_signals
 from .teacher.recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
 from .teacher.recording_plan import (
     RecordingManifest,
@@ -37,6 +35,7 @@ from .teacher.recording_plan import (
     shards_of,
     warn_of_engine,
 )
+from .teacher.vllm_teacher import VllmTeacher, agreeing
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +52,11 @@ def record_signals(
     model: str,
     rows_from: dict[str, Any],
     prefix: int | None = None,
-    reference: Reference | None = None,
 ) -> None:
     """Record what the teacher says of ``rows``, or what is missing of it. Every rank calls this.
 
     ``model`` is the teacher's fingerprint, ``rows_from`` what shaped the rows, for messages. So many of the lowest
-    layers as ``prefix`` says need never run again: the state above them is recorded. ``reference`` is what an engine is
-    compared with that runs the teacher in place of transformers.
+    layers as ``prefix`` says need never run again: the state above them is recorded.
 
     Raises:
         UserError: as recording_layout and plan_recording do, before any weight is loaded; the disk is full after all,
@@ -74,10 +71,10 @@ def record_signals(
     if not pending and manifest.num_rows >= len(rows):
         return
     recorded: Callable[..., dict[str, Tensor]]
-    if settings.engine == "transformers":
+    if settings.backend == "transformers":
         recorded = partial(_record_shard, teacher.model(device=device()), settings=settings)
     else:
-        engine = agreeing(settings, teacher, rows, reference)
+        engine = agreeing(teacher, rows, top_k=settings.top_k)
         warn_of_engine(folder / RecordingManifest.FILE, manifest.engine, engine.about)
         manifest = replace(manifest, engine=engine.about)
         if is_main():  # one that is interrupted names it too
@@ -153,12 +150,12 @@ def _record_shard(
 
 
 def _ask_of_shard(
-    engine: PromptEngine, rows: TokenRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
+    engine: VllmTeacher, rows: TokenRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
 ) -> dict[str, Tensor]:
     ids_NS, positions_NS = (x[shard.start : shard.stop] for x in (rows.input_ids_NS, rows.position_ids_NS))
-    said = prompt_signals(engine, ids_NS, positions_NS, top_k=layout.top_k, vocab_size=layout.vocab_size, tell=tell)
-    hashes = row_hashes(rows, shard.start, shard.stop)
-    return shard_planes(layout, said.ids_BSK, said.log_probs_BSK, said.tail_BS, hashes, {})
+    return shard_planes(
+        layout, *engine.says(ids_NS, positions_NS, tell=tell), row_hashes(rows, shard.start, shard.stop), {}
+    )
 
 
 @contextmanager

@@ -66,9 +66,8 @@ class DistillTrainer(ObjectiveTrainer):
         spec = self._spec
         if spec.asked_sources is None or rows.sources_NS is None:
             return SequentialSampler(rows)
-        # rows of sources that ask hold no others; those behind a pilot are not known yet
-        asks_N = np.zeros(len(rows), bool)
-        asks_N[: len(rows.sources_NS)] = np.isin(rows.sources_NS[:, 0].numpy(), [*spec.asked_sources])
+        # rows of sources that ask hold no others
+        asks_N = np.isin(rows.sources_NS[:, 0].numpy(), [*spec.asked_sources])
         per_micro_batch, micro_batches = spec.batch_split
         return StepSampler(asks_N, rows=per_micro_batch, ranks=spec.ranks.count, micro_batches=micro_batches)
 

@@ -12,15 +12,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.abilities.forms import twin_wordings
 from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data import wording
@@ -47,7 +44,6 @@ from .run import Run, check_length, is_done, out_of_date
 if TYPE_CHECKING:
     from shoal.train.dry_run import Estimate
     from shoal.train.student.spec import Ranks, TrainSpec
-    from shoal.train.teacher.prompt_scores import Reference
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +52,7 @@ RECORDING = "recording.json"
 
 def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
-    from shoal.train.damage import by_damage, split_by_ability
-    from shoal.train.dataset import rows_of_teacher, rows_to_train_on, teacher_texts
+    from shoal.train.dataset import rows_to_train_on, teacher_texts
     from shoal.train.record import record_signals
     from shoal.train.student.spec import student_parts
     from shoal.train.student.trainable import recorded_layers
@@ -87,66 +82,16 @@ def record(run: Run) -> None:
     }
     tokenizer, text = teacher.tokenizer(), run.dir / "text"
     texts = teacher_texts(teacher, tokenizer, settings, text, inputs=inputs)
-    if settings.data_policy == "by_damage":
-        cut = _cut(run, read_plan(run))
-        if "student" not in cut:
-            raise _student_is_gone(run)
-        settings = by_damage(
-            split_by_ability(settings),
-            teacher,
-            Checkpoint.read(run.dir / "student", teacher.load),
-            tokenizer,
-            texts,
-            file=run.dir / Shares.FILE,
-            folder=text,
-            inputs=inputs | cut,
-        )
     rows = rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs, for_recording=True)
-    own = recipe.record.teacher
     record_signals(
         teacher,
-        rows if own is None else rows_of_teacher(rows, settings, own),
+        rows,
         run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
         recipe.record,
         model=run.teacher_fingerprint,
         rows_from=rows_from(inputs),
         prefix=prefix,
-        reference=_reference(run),
     )
-
-
-def _reference(run: Run) -> Reference | None:
-    """The teacher as transformers computes it, for the comparison with an engine that runs it instead: layer by layer
-    from its files, unless record.check wants it whole. None where nothing is to be compared."""
-    teacher, check = _teacher(run), run.recipe.record.check
-    if check is None or run.recipe.record.engine == "transformers":
-        return None
-
-    from shoal.compress.variants.final_states import final_states
-    from shoal.compress.variants.streamed_model import StreamedModel
-    from shoal.models.load import logits_from_hidden
-    from shoal.train.objective.objective import final_hidden, output_head
-
-    def states_and_head(ids_NS: Tensor, positions_NS: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        if check.whole:
-            model = teacher.model(device=device())
-            rows = zip(ids_NS.long().to(device()).split(1), positions_NS.long().to(device()).split(1), strict=True)
-            with torch.inference_mode():
-                hidden_NSD = torch.cat([final_hidden(model, *row).cpu() for row in rows])
-        else:
-            streamed = StreamedModel(
-                teacher.folder,
-                dtype=teacher.load.dtype,
-                device=device(),
-                attention=teacher.load.attention,
-                trust_remote_code=teacher.load.trust_remote_code,
-                whole="set record.check.whole: true, on a machine that holds all of it, or record.check: null",
-            )
-            model, hidden_NSD = streamed.model, final_states(streamed, ids_NS, positions_NS)
-        to_logits, head = logits_from_hidden(model, prepared=True), output_head(model).cpu()
-        return hidden_NSD, lambda hidden: to_logits(hidden, head).float()
-
-    return states_and_head
 
 
 def _teacher(run: Run) -> Checkpoint:
@@ -176,13 +121,11 @@ def distill(run: Run) -> None:
         refuse_later_trainings(run)
     spec = _spec(run, plan, Ranks.here())
     control = _control_of(run, spec) if recipe.eval.control else None
-    # rounds learn from the same rows unless shares follow the cut, and the teacher writes its text once
+    # rounds learn from the same rows, and the teacher writes its text once
     train = partial(
         training.distill,
         text=run.root / "text",
-        shares=run.dir,
         make_scorer=_scorer(run),
-        reference=_reference(run),
     )
     if not is_trained:
         if control is not None and due is not None:
@@ -397,10 +340,6 @@ def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     identity = control_identity(settings, plan)
     if run.previous is not None:
         identity["control.healed before"] = _fingerprint_of_control(run.previous)
-    if settings.data_policy == "by_damage":  # its rows are the student's
-        kinds: tuple[type[Shares | Pilot], ...] = (Shares, Pilot) if settings.data_pilot is not None else (Shares,)
-        shared = [(kind, run.dir / kind.FILE) for kind in kinds]
-        identity["control.shares"] = [kind.read(file).shares if file.is_file() else None for kind, file in shared]
     return _inputs(run, settings, identity)
 
 
@@ -443,7 +382,7 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: impossible layers, unknown tasks, kernels or a server that cannot be had, bundled text with a twin's
+        UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's
             wording, and what the checks below do.
     """
     from shoal.compress.plan import check_choice
@@ -452,15 +391,12 @@ def check_distill(run: Run) -> None:
     from shoal.eval.tasks.load import tasks_of
     from shoal.eval.tasks.names import named_in
     from shoal.train.engine.fused import is_fused
-    from shoal.train.teacher.server import ServerEngine
 
     recipe = run.recipe
     refuse_both_directions(run.config())
     check_training_settings(recipe)
     is_fused(recipe.distill.fused, run.config().model_type, device())
     check_recording(recipe)
-    if recipe.distill.teacher.server and not run.is_healed:
-        ServerEngine(recipe.record, length=recipe.distill.sequence_length)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
         check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
@@ -520,9 +456,8 @@ def check_recording(recipe: Recipe) -> None:
     Raises:
         UserError: it is not.
     """
-    for recorded in recipe.distill.teacher.recordings:
-        if (Path(recorded).expanduser() / RECORDING).is_file():
-            continue
+    recorded = recipe.distill.teacher.recorded
+    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
         raise UserError(
             f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
             "writes RUN_DIR/signals, or name the folder that it wrote"

@@ -33,7 +33,6 @@ from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, ROLES, Evaluat
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.shares import Pilot, Shares
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.artifacts.vision_states import VisionStates
@@ -309,7 +308,6 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
         distill=replace(
             distill,
             num_tokens=fewer(distill.num_tokens),
-            data_pilot=distill.data_pilot and fewer(distill.data_pilot),
             writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
             watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
             local=distill.local and replace(distill.local, num_tokens=fewer(distill.local.num_tokens)),
@@ -579,8 +577,6 @@ def write_story(run: Run) -> None:
         (Diagnostics.FILE, Diagnostics),
         (Probes.FILE, Probes),
         (PruningPlan.FILE, PruningPlan),
-        (Shares.FILE, Shares),
-        (Pilot.FILE, Pilot),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
         *((f"{role}/{Quantized.FILE}", Quantized) for role in QUANTIZED),

@@ -26,7 +26,7 @@ from shoal.launch.verbs import run as run_module
 from shoal.launch.verbs.plan import plan_inputs
 from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Horizon, OnPolicy
+from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.evaluate import Samples
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
@@ -361,7 +361,7 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
     recipe = parse_recipe(RECIPES["full"])
     recipe = dataclasses.replace(
         recipe,
-        distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy(horizon=Horizon(max=100))),
+        distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()),
         eval=dataclasses.replace(recipe.eval, samples=Samples()),
     )
     before = with_perplexity(identities(Run(recipe)))

@@ -119,9 +119,9 @@ def kept_checkpoints(settings: Distill) -> int:
 
 def most_checkpoints(settings: Distill) -> int:
     """Complete checkpoints and one that is written, at most: one is removed after the next is complete. Where
-    `save_strategy: no` asks for none, those that a stop and the end of a pilot write."""
+    `save_strategy: no` asks for none, that which a stop writes."""
     if settings.trainer.get("save_strategy") == "no":
-        return 1 + (settings.data_pilot is not None)
+        return 1
     return kept_checkpoints(settings) + 1
 
 

@@ -11,7 +11,9 @@ B rows, S sequence, N tokens of loops.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,13 +24,19 @@ from torch import Tensor
 
 from shoal.data.packing import IGNORED
 from shoal.data.repetition import Loop, loop_at_end
+from shoal.recipe.distill import OnPolicy
+from shoal.runtime import together
 
 from ..objective.host_batch import ON_HOST, OnHost, on_host, queued
+
+log = logging.getLogger(__name__)
 
 LONGEST_PERIOD = 64
 """Most tokens of a piece whose copies make a loop."""
 GOES_ALONG = math.log(0.5)
 """Mean log-probability of a loop's tokens, in nats, above which the teacher itself would go on with it."""
+MANY_LOOPS = 0.3
+"""Share of looping texts in the first on-policy step above which the student should have learnt more before."""
 LogProbs = Callable[[Mapping[str, Any], Tensor], Tensor]
 """A micro-batch and N places in its flattened rows, on the host; the teacher's log-probabilities, in nats, of the
 tokens there, (N,)."""
@@ -54,11 +62,6 @@ class Sample:
     def repeats(self) -> slice:
         """Places behind that in the row."""
         return slice(self.start + self.kept_tokens, self.start + len(self.tokens))
-
-    @property
-    def effective_length(self) -> int:
-        """Tokens up to the loop."""
-        return len(self.tokens) if self.loop is None else self.loop.start
 
 
 def samples_in(host: OnHost) -> list[Sample]:
@@ -98,3 +101,52 @@ def without_repeats(batch: dict[str, Any], samples: Sequence[Sample]) -> dict[st
         labels_BS[sample.row, sample.repeats] = IGNORED
     device = batch["labels"].device
     return {**batch, "labels": queued(labels_BS, device), ON_HOST: replace(host, labels_BS=labels_BS)}
+
+
+class LoopCounts:
+    """What the curves tell of samples, counted since they were last read. The same on every rank."""
+
+    def __init__(self, settings: OnPolicy) -> None:
+        self._settings = settings
+        self._num_steps = 0
+        self._counts = Counter[str]()
+
+    def observe(self, own: Sequence[Sample], *, end_ids: Sequence[int], step: int) -> None:
+        """Count a step, of which this rank has these samples; every rank calls this.
+
+        Warns of a first on-policy step full of loops.
+        """
+        facts = [(sample.loop is not None, sample.tokens[-1] in end_ids, sample.kept_tokens) for sample in own]
+        loops, ended, learnt = zip(*(fact for of_rank in together(lambda: facts) for fact in of_rank), strict=True)
+        counts = {"steps": 1, "texts": len(loops), "loops": sum(loops), "ended": sum(ended), "learnt": sum(learnt)}
+        self._counts.update(counts)
+        rate = counts["loops"] / counts["texts"]
+        if self._num_steps == 0 and rate > MANY_LOOPS:
+            log.warning(
+                "step %d, the first on what the student writes: %.0f %% of its texts end in a loop, so that most of "
+                "them would teach little. Raise distill.on_policy.start (now %g), train longer before, or cut less",
+                step + 1,
+                100 * rate,
+                self._settings.start,
+            )
+        self._num_steps += 1
+
+    def read_curves(self) -> dict[str, float]:
+        """Of the steps since the last reading: shares of texts that end in a loop and with an end token, and learnt
+        tokens per step. Nothing where there was none."""
+        counts, self._counts = self._counts, Counter[str]()
+        if not counts["steps"]:
+            return {}
+        return {
+            "on_policy/loop_rate": counts["loops"] / counts["texts"],
+            "on_policy/end_rate": counts["ended"] / counts["texts"],
+            "on_policy/kept_tokens": counts["learnt"] / counts["steps"],
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What steps have changed, for a checkpoint."""
+        return {"num_steps": self._num_steps, "counts": dict(self._counts)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state()``."""
+        self._num_steps, self._counts = state["num_steps"], Counter(state["counts"])

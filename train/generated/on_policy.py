@@ -27,8 +27,7 @@ from shoal.recipe.distill import Distill, OnPolicy
 from shoal.runtime import together
 
 from ..objective.host_batch import ON_HOST, on_host, queued
-from .horizon import Horizon
-from .loops import LogProbs, Sample, confirmed, samples_in, without_repeats
+from .loops import LogProbs, LoopCounts, Sample, confirmed, samples_in, without_repeats
 from .sampling import Fixed, end_tokens, sample
 
 
@@ -37,7 +36,7 @@ class Sampler:
     """Turns the micro-batches of a step into samples of the student.
 
     Everything random follows from the seed, the step and the number of the row that a sample stands in for: the same
-    weights and the same horizon give the same samples after a resume, and however rows are dealt to micro-batches and
+    weights give the same samples after a resume, and however rows are dealt to micro-batches and
     ranks.
     """
 
@@ -68,9 +67,9 @@ class Sampler:
         return cls(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None, fixed)
 
     @cached_property
-    def horizon(self) -> Horizon:
-        """How long samples are: all that here changes from step to step."""
-        return Horizon(self.settings)
+    def counts(self) -> LoopCounts:
+        """What the curves tell of samples: all that here changes from step to step."""
+        return LoopCounts(self.settings)
 
     def replaces(self, step: int, num_steps: int) -> bool:
         """Whether step number ``step``, counted from 0, of ``num_steps`` trains on samples; the same on every rank."""
@@ -89,7 +88,7 @@ class Sampler:
         return [self._sampled(student, batch, step=step) for batch in batches]
 
     def judged(self, batches: Sequence[dict[str, Any]], log_probs: LogProbs, *, step: int) -> list[dict[str, Any]]:
-        """The samples of a step without labels that teach nothing (see ``OnPolicy.loops``); ``horizon`` learns of them.
+        """The samples of a step without labels that teach nothing (see ``confirmed``); ``counts`` learns of them.
 
         ``log_probs`` runs the teacher, which does not compute under the precision that ``batches`` is called in. Every
         rank calls this with as many micro-batches, and asks the teacher of one if any rank has to: a teacher in pieces
@@ -100,9 +99,9 @@ class Sampler:
         learnt, told = [], list[Sample]()
         for batch, of_batch, on_ranks in zip(batches, samples, zip(*looping, strict=True), strict=True):
             repeats = confirmed(batch, of_batch, log_probs) if any(on_ranks) else of_batch
-            learnt.append(without_repeats(batch, repeats) if self.settings.loops == "cut" else batch)
+            learnt.append(without_repeats(batch, repeats))
             told += repeats
-        self.horizon.observe(told, end_ids=self.end_ids, step=step)
+        self.counts.observe(told, end_ids=self.end_ids, step=step)
         return learnt
 
     def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Any], *, step: int) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class Sampler:
         for row, number in enumerate(host.rows):
             chance = np.random.default_rng([self.seed, step, number])
             prompts.append(self._prompts(*(plane[row] for plane in planes), chance=chance))
-            uniforms.append(chance.random((len(prompts[-1]), self.horizon.new_tokens)))
+            uniforms.append(chance.random((len(prompts[-1]), self.settings.new_tokens)))
         written = iter(
             sample(
                 student,
@@ -152,7 +151,7 @@ class Sampler:
         chosen: list[list[int]] = []
         room = self.sequence_length
         for place in chance.permutation(len(candidates)):
-            needed = len(candidates[place]) + self.horizon.new_tokens
+            needed = len(candidates[place]) + self.settings.new_tokens
             if needed <= room or not chosen:  # a sample that is longer than a row is cut at the row's end
                 chosen.append(candidates[place])
                 room -= needed
@@ -162,7 +161,7 @@ class Sampler:
         prompt_tokens = min(self.settings.prompt_tokens, self.sequence_length - 1)
         start_token = [] if document[0] != self.bos_id else document[:1]
         openings = [document[: min(prompt_tokens, len(document) - 1)]]  # without the end token
-        apart = prompt_tokens + self.horizon.new_tokens
+        apart = prompt_tokens + self.settings.new_tokens
         for start in range(apart, len(document) - prompt_tokens, apart):
             openings.append((start_token + document[start : start + prompt_tokens])[:prompt_tokens])
         return [opening for opening in openings if opening]

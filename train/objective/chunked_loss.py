@@ -373,7 +373,7 @@ def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
     if targets.tail_N is None:
         tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
     else:
-        # 0 where a server's rounded log-probabilities leave nothing, which says as little as above
+        # 0 where vLLM's rounded log-probabilities leave nothing, which says as little as above
         tail_C1 = targets.tail_N[part, None].double()
         tail_C1 = torch.where(tail_C1 > 0, tail_C1, SMALLEST_TAIL)
     exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)

@@ -62,8 +62,6 @@ class Signals:
     """Log-probabilities of these tokens under the full softmax, in nats, never renormalised."""
     tail_BS: Tensor | None = None
     """Probability of all other tokens together, where that was recorded."""
-    token_log_probs_BS: Tensor | None = None
-    """Log-probabilities, in nats, of the tokens that stand there, of a teacher that an engine runs."""
     captured: Captured = field(default_factory=Captured)
     """States and attention inputs that state terms compare with."""
 
@@ -230,8 +228,6 @@ class Objective:
 
         None of them is a row's first. Terms that read distributions have made a live teacher give its hidden states.
         """
-        if signals.token_log_probs_BS is not None:
-            return signals.token_log_probs_BS.flatten()[places_N]
         assert signals.hidden_BSD is not None
         assert self._teacher_to_logits is not None
         to_logits = _in_own_precision(self._teacher_to_logits)

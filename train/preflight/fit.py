@@ -35,7 +35,6 @@ SIGNAL_BYTES = 150
 ADVICE = {
     "scoring": "; distill.watch: null leaves scoring out",
     "the local stage": "; distill.local: null leaves it out",
-    "measuring damage": "; measure it where it fits, or set distill.data_policy: fixed",
     "the teacher's writing": "; write where it fits and set distill.writing.folder to where that text is",
 }
 """Remedies by what is done at the peak, where no other place for weights would change it."""
@@ -69,8 +68,7 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
         "distilled": setting.stored_bytes * student.parameters,
     }
     if not job.spec.is_control:
-        # the rows of a pilot lie there by themselves too
-        folders["text"] = (ROW_BYTES + SOURCE_BYTES * settings.by_source) * (tokens + (settings.data_pilot or 0))
+        folders["text"] = (ROW_BYTES + SOURCE_BYTES * settings.by_source) * tokens
     if settings.watch is not None and settings.watch.best is not None:
         # the next best student is complete before the last one is removed
         folders["checkpoints"] += 2 * setting.weight_bytes * student.parameters

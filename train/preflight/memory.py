@@ -131,8 +131,6 @@ class Setting:
     """The teacher writes text first, whole on every rank."""
     asked: float = 1.0
     """Share of the rows of which the teacher is asked; of the others a live one runs the shared layers alone."""
-    measures: bool = False
-    """Damage by source is measured first, with the teacher and then the student whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +202,6 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
         "saving": always + stays + _saving(student, setting) * (setting.device == "cpu"),
         "the local stage": fixed + _healing(student, teacher, setting),
         "the teacher's writing": fixed + setting.writes * setting.teacher_bytes * teacher.parameters,
-        "measuring damage": fixed
-        + setting.measures * setting.teacher_bytes * max(teacher.parameters, student.parameters),
     }
     peak_at = max(peaks, key=lambda name: peaks[name])
     held = setting.teacher in ("live", "offloaded")
@@ -353,7 +349,7 @@ def _state(student: ModelSize, setting: Setting) -> int:
 def _handed_over(student: ModelSize, setting: Setting) -> int:
     """Final hidden states: the student's and their supervised copy and gradient, and the teacher's and theirs."""
     own = _state(student, setting)
-    if setting.teacher in ("none", "recorded", "served"):
+    if setting.teacher in ("none", "recorded"):
         return 3 * own
     return 3 * own + 2 * own * setting.teacher_bytes // student.state_bytes
 
@@ -378,7 +374,7 @@ def _teacher(teacher: ModelSize, setting: Setting) -> tuple[int, int]:
     """On the device of a rank, and on the host of a node."""
     width = setting.teacher_bytes
     largest = max(layer.parameters for layer in teacher.layers)
-    if setting.teacher in ("none", "recorded", "served"):
+    if setting.teacher in ("none", "recorded"):
         return 0, 0
     if setting.teacher == "offloaded":  # a layer that runs and the next one on its way, embeddings or head
         return width * (2 * largest + teacher.head), setting.ranks_per_node * width * teacher.parameters

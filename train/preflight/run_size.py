@@ -15,7 +15,6 @@ from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
 from ..engine.fused import is_fused
-from ..generated.horizon import least_tokens
 from ..generated.writing import wants_teacher_text
 from ..objective.activation_checkpointing import SELECTIVE
 from ..objective.chunked_loss import compiles
@@ -119,14 +118,13 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         stored_bytes=spec.student.stored_dtype.itemsize,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
         asked=_asked_share(spec),
-        measures=settings.data_policy == "by_damage" and not spec.is_control,
     )
     return _with_states(_with_company(setting, spec), spec, teacher)
 
 
 def _asked_share(spec: TrainSpec) -> float:
     """Of all rows the share of which the teacher is asked: those of some sources, all that have images, and in
-    on-policy steps what the student writes. Shares by damage are not known yet."""
+    on-policy steps what the student writes."""
     settings, asked = spec.settings, spec.asked_sources
     if asked is None:
         return 1.0
@@ -159,11 +157,9 @@ def _with_company(setting: Setting, spec: TrainSpec) -> Setting:
         windows = math.ceil(watch.perplexity_tokens / length)
         setting = replace(setting, scored_rows=SCORED_ROWS if watch.tasks else min(SCORED_ROWS, windows))
     if on_policy is not None and on_policy.share > 0:
-        tokens = on_policy.prompt_tokens + least_tokens(on_policy)
+        tokens = on_policy.prompt_tokens + on_policy.new_tokens
         # as many as fit into a row; of a conversation fewer and longer ones
         samples = max(1, length // tokens)
-        if on_policy.horizon is not None:
-            tokens = length // samples  # later fewer ones that fill as much of the row
         setting = replace(setting, samples=samples, sample_tokens=tokens)
     if local is not None:
         layers = tuple(gap.layer for gap in gaps(plan.keep, plan.num_layers))

@@ -22,7 +22,7 @@ from ..engine.arguments import DEFAULTS, DeepSpeed, batch_split, deepspeed_confi
 from .sizes import built, shapes_only
 from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts, unhealed
 
-TeacherPlace = Literal["none", "live", "offloaded", "recorded", "served"]
+TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
 """none: no loss term asks it."""
 
 
@@ -79,8 +79,6 @@ class TrainSpec:
             return "recorded"
         if not needs_teacher(self.settings.losses):
             return "none"
-        if self.settings.teacher.server:
-            return "served"
         return "offloaded" if self.settings.teacher.offload else "live"
 
     @property
@@ -152,7 +150,7 @@ def train_spec(
     frozen = shares_prefix(trained, plan)
     if settings.teacher.prefix:
         spared = recorded_layers(trained, plan, settings)
-    elif settings.teacher.recorded is not None or settings.teacher.server or not needs_teacher(settings.losses):
+    elif settings.teacher.recorded is not None or not needs_teacher(settings.losses):
         spared = 0  # nobody to share them with
     else:
         spared = unhealed(frozen, plan, settings)

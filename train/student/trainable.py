@@ -20,7 +20,7 @@ from shoal.models.anatomy import anatomy, decoder_body, text_config
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import reads_images
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import Insert, Merge, Replace, Swap, edited_layers
+from shoal.recipe.edits import Insert, Swap, edited_layers
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,6 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
         case "near_gaps":
             swapped = any(isinstance(edit, Swap) and "norm" in edit.parts for edit in plan.edits)
             return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1 or swapped)
-        case "replacement":
-            first = [edit.layers[0] for edit in plan.edits if isinstance(edit, Merge | Replace)]
-            put_in = sorted({*map(keep.index, first), *plan.new_layers})
-            if not put_in:
-                raise UserError(
-                    "distill.trainable: replacement trains the layer that a replace, merge or insert edit has put in, "
-                    "and this plan has none; add one to prune.edits, or choose near_gaps"
-                )
-            return Trained(tuple(put_in), norm=False)
         case "norm_and_head":
             return Trained((), norm=True, embeddings=tied, head=True)
     raise AssertionError(trainable)
@@ -124,7 +115,7 @@ def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
     """How many of the lowest layers can be run once for teacher and student: those that are equal and stay so.
 
     That is more than none where ``plan`` leaves the first layer as it is, and ``trained`` comes from from_first_cut,
-    near_gaps, replacement, or norm_and_head without tied embeddings. Layers whose keys and values others read have to
+    near_gaps, or norm_and_head without tied embeddings. Layers whose keys and values others read have to
     run beside those.
     """
     if trained.embeddings or trained.rest:

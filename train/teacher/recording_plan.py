@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 PREFIX = "distill.teacher.prefix"
 """Names, in what identifies a recording, the layers that need not run in training."""
-OF_ONE_TEACHER = ("model", "dtype", "attention", "record.backend")
-"""Names there which teacher it is of and how that was run, of which several recordings of one training differ."""
 
 
 @dataclass(frozen=True)
@@ -73,36 +71,12 @@ def recording_inputs(
         "model": model,
         "tokenizer": tokenizer_fingerprint(teacher.folder),
         **settings.engine_inputs,
-        # a server has its own of both, vLLM its own attention
-        **({} if settings.engine == "server" else {"dtype": teacher.load.dtype}),
-        **({} if settings.engine_inputs else {"attention": teacher.load.attention}),
+        "dtype": teacher.load.dtype,
+        **({} if settings.engine_inputs else {"attention": teacher.load.attention}),  # vLLM has its own
         "sequence_length": sequence_length,
         **shaping(settings, Shapes.SIGNALS, "record."),
         **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
     }
-
-
-def of_any_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What identifies recorded signals, whichever teacher's: tokenizer, row length, top k and temperature."""
-    return {key: value for key, value in inputs.items() if key not in OF_ONE_TEACHER}
-
-
-def recorded_models(folders: Sequence[str]) -> list[str]:
-    """Fingerprints of the teachers of these recordings.
-
-    Raises:
-        UserError: one is not there; of what was read in training recording.json has to stay.
-    """
-    models = []
-    for folder in folders:
-        file = Path(folder).expanduser() / RecordingManifest.FILE
-        if not file.is_file():
-            raise UserError(
-                f"distill.teacher.recorded: {folder}: holds no {file.name}, which says whose signals it has; run "
-                "`shoal record` first, or bring that file back"
-            )
-        models.append(RecordingManifest.read(file).provenance.inputs["model"])
-    return models
 
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -277,16 +251,14 @@ def refuse_other_rows(
 
 
 def warn_of_engine(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Log where the recording at ``path`` was begun with another engine than goes on with it."""
-    for name in ("model", "version"):
-        if before is not None and before.get(name) != now.get(name):
-            log.warning(
-                "%s: was begun with %s %s of the engine, this is %s; the teacher's last digits may differ",
-                path,
-                name,
-                before.get(name),
-                now.get(name),
-            )
+    """Log where the recording at ``path`` was begun with another version of vLLM than goes on with it."""
+    if before is not None and before["version"] != now["version"]:
+        log.warning(
+            "%s: was begun with version %s of vLLM, this is %s; the teacher's last digits may differ",
+            path,
+            before["version"],
+            now["version"],
+        )
 
 
 def warn_of_versions(path: Path, before: Provenance) -> None:

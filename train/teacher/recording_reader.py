@@ -23,7 +23,6 @@ from shoal.recipe.losses import LOGIT_TERMS, AttentionRelation, LossTerm, ValueR
 from ..objective.chunked_loss import refuse_for_top_k
 from .recording_format import RECORD_AGAIN, ShardFile, TokenRows
 from .recording_plan import (
-    OF_ONE_TEACHER,
     PREFIX,
     RecordingManifest,
     refuse_other_rows,
@@ -54,10 +53,8 @@ class RecordedRows(NamedTuple):
 class RecordingReader:
     """A finished recording, opened for the rows of a run; reads any of them in any order.
 
-    ``inputs``: as recording_inputs gives them for this run, or of_any_teacher of them; a recording may hold a prefix
-    that they do not ask for. ``num_rows``: of the whole run, where ``rows`` are a part of it. ``vocab_size``: of this
-    run's teacher, where the recording may be of another. ``rows_from`` only explains a difference of rows. ``states``:
-    layers whose states will be asked for.
+    ``inputs``: as recording_inputs gives them for this run; a recording may hold a prefix that they do not ask for.
+    ``rows_from`` only explains a difference of rows. ``states``: layers whose states will be asked for.
     ``temperatures``: those of the loss terms that look at the teacher's distributions.
 
     Raises:
@@ -74,14 +71,12 @@ class RecordingReader:
         rows_from: dict[str, Any],
         states: Collection[int] = (),
         temperatures: Collection[float] = (),
-        num_rows: int | None = None,
-        vocab_size: int | None = None,
     ) -> None:
         path = folder / RecordingManifest.FILE
         if not path.is_file():
             raise UserError(f"{folder}: holds no recorded signals; run `shoal record` first")
         manifest = RecordingManifest.read(path)
-        not_asked = {PREFIX, *(OF_ONE_TEACHER if "model" not in inputs else ())} - inputs.keys()
+        not_asked = {PREFIX} - inputs.keys()
         recorded_inputs = {key: value for key, value in manifest.provenance.inputs.items() if key not in not_asked}
         differing = differences(inputs, recorded_inputs)
         if differing:
@@ -91,14 +86,9 @@ class RecordingReader:
             )
         if not manifest.shards:
             raise UserError(f"{path}: the recording was not finished; run `shoal record` again, which goes on with it")
-        if vocab_size not in (None, manifest.layout.vocab_size):
-            raise UserError(
-                f"{path}: is of a teacher with a vocabulary of {manifest.layout.vocab_size:,} entries, and this run's "
-                f"teacher has {vocab_size:,}; distillation compares distributions over the same words"
-            )
         self._refuse_missing(path, manifest, states, temperatures)
         if manifest.num_rows < len(rows):
-            needed = (num_rows or len(rows)) * manifest.layout.sequence_length
+            needed = len(rows) * manifest.layout.sequence_length
             raise UserError(
                 f"{path}: holds {manifest.num_rows:,} rows and this run needs {len(rows):,}; set record.num_tokens to "
                 f"{needed} and run `shoal record` again, which adds what is missing"
@@ -157,29 +147,6 @@ class RecordingReader:
                 f"{path}: is recorded at temperature {recorded:g}, and a loss term has {other[0]:g}: the mass outside "
                 "the top k is not known there. Set both to the same"
             )
-
-
-class SeveralRecordings:
-    """Recordings of several teachers as one, without states; every row lies in one of them, at the place that it has
-    among the rows of its teacher. ``of_row`` (N,) are the numbers of the rows' teachers in ``readers``."""
-
-    def __init__(self, readers: Sequence[RecordingReader], of_row: np.ndarray) -> None:
-        self._readers, self._of_row = tuple(readers), of_row
-        self._places = np.empty_like(of_row)
-        for number in range(len(readers)):
-            own = of_row == number
-            self._places[own] = np.arange(own.sum())
-
-    def rows(self, indices: Sequence[int]) -> RecordedRows:
-        """As RecordingReader's."""
-        wanted, parts = np.asarray(indices), list[RecordedRows]()
-        order = np.argsort(self._of_row[wanted], kind="stable")
-        for number in np.unique(self._of_row[wanted]):
-            own = wanted[order][self._of_row[wanted[order]] == number]
-            parts.append(self._readers[number].rows(self._places[own].tolist()))
-        back = torch.from_numpy(np.argsort(order))
-        ids, log_probs, tail = (torch.cat(planes)[back] for planes in zip(*(part[:3] for part in parts), strict=True))
-        return RecordedRows(ids, log_probs, tail, {})
 
 
 def refuse_unrecorded(losses: Sequence[LossTerm], record: Record, *, vocab_size: int) -> None:

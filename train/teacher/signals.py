@@ -1,4 +1,4 @@
-"""What a teacher says about a micro-batch, through one interface: run now, recorded before, or asked of an engine."""
+"""What a teacher says about a micro-batch, through one interface: run now, or recorded before."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from ..objective.capture import Captured
 from ..objective.host_batch import asking_rows, documents_known, on_host, queued, rows_of, scattered
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
-from .prompt_scores import PromptEngine, prompt_signals
-from .recording_reader import RecordingReader, SeveralRecordings
+from .recording_reader import RecordingReader
 
 Teacher = Callable[[Mapping[str, Tensor]], Signals]
 """Gives the signals of a micro-batch."""
@@ -81,7 +80,7 @@ class LiveTeacher:
 class RecordedTeacher:
     """Reads what `shoal record` has written about the rows of a micro-batch, and moves it to their device."""
 
-    reader: RecordingReader | SeveralRecordings
+    reader: RecordingReader
     reads_logits: bool
     """A loss term looks at the teacher's distributions."""
     states: StateLosses | None
@@ -105,43 +104,3 @@ class RecordedTeacher:
             queued(plane, device) for plane in (rows.ids_BSK, rows.log_probs_BSK, rows.tail_BS)
         )
         return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, tail_BS=tail_BS, captured=captured)
-
-
-@dataclass(frozen=True)
-class ServedTeacher:
-    """Asks an engine that runs the teacher about the rows of a micro-batch."""
-
-    engine: PromptEngine
-    top_k: int
-    vocab_size: int
-    reads_logits: bool
-    """A loss term looks at the teacher's distributions."""
-    recorded: RecordedTeacher | None
-    """What knows the rows of the data already; the engine is asked about what the student writes."""
-    asked: frozenset[int] | None = None
-    """Numbers of the sources of whose tokens the engine is asked; None = of all. Rows without them are not sent."""
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
-        """The rows' most probable tokens, and how probable their own are."""
-        host, device = on_host(batch), batch["input_ids"].device
-        if self.recorded is not None and host.rows:
-            return self.recorded(batch)
-        if not self.reads_logits:
-            return Signals()
-        assert host.input_ids_BS is not None
-        asks_B = asking_rows(batch, self.asked)
-        rows = torch.arange(len(host.input_ids_BS)) if asks_B is None else asks_B.nonzero()[:, 0]
-        if not len(rows):
-            return Signals()
-        said = prompt_signals(
-            self.engine,
-            host.input_ids_BS[rows],
-            host.position_ids_BS[rows],
-            top_k=self.top_k,
-            vocab_size=self.vocab_size,
-        )
-        ids_BSK, log_probs_BSK, own_BS = (
-            queued(scattered(plane, rows, len(host.input_ids_BS)), device)
-            for plane in (said.ids_BSK, said.log_probs_BSK, said.token_log_probs_BS)
-        )
-        return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, token_log_probs_BS=own_BS)

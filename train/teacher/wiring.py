@@ -26,8 +26,7 @@ from .signals import LiveTeacher, Teacher
 log = logging.getLogger(__name__)
 
 Absent = Callable[[StateLosses | None, SharedPrefix | None], Teacher]
-"""Makes the teacher that is not loaded, whose signals were recorded or come from an engine, from the state terms that
-read them and the layers that are spared."""
+"""Makes the teacher whose signals were recorded, from the state terms that read them and the layers that are spared."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def make_trainable_alike(student: PreTrainedModel, spec: TrainSpec) -> None:
 
 def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, absent: Absent) -> Wiring:
     """Join a student that is made trainable with its teacher: ``live``, or what ``absent`` makes where signals
-    lie on the disk or come from an engine.
+    lie on the disk.
 
     Raises:
         UserError: loss terms that contradict the plan, the models or a recording.
@@ -77,8 +76,7 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
             live, reads_logits=spec.reads_logits, states=states, prefix=prefix, asked=spec.asked_sources
         )
     else:
-        elsewhere = spec.teacher_place in ("recorded", "served")
-        teacher = absent(states, prefix) if elsewhere else lambda _batch: Signals()
+        teacher = absent(states, prefix) if spec.teacher_place == "recorded" else lambda _batch: Signals()
     objective = Objective(
         student,
         None if live is None else to_logits(live),

@@ -12,5 +12,4 @@ depth          diagnostics and probes
 draft          what a teacher accepts of a draft's tokens
 heads          retrieval heads and patching
 vision_states  what states of a vision tower are worth
-shares         how training sources share the tokens
 """

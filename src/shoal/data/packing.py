@@ -174,16 +174,13 @@ class Row:
         return self
 
 
-def draw(streams: Sequence[Iterator[Drawn]], weights: list[float]) -> Iterator[tuple[int, Drawn]]:
+def draw(streams: Sequence[Iterator[Drawn]], weights: Sequence[float]) -> Iterator[tuple[int, Drawn]]:
     """Documents, or rows, with the number of their source; next is the one that is furthest behind its share of tokens.
 
-    So the weights are exact within a document at every length, without randomness. Where ``weights`` have changed since
-    the last document, shares are counted from there on.
+    So the weights are exact within a document at every length, without randomness.
     """
-    drawn, known, total = [0] * len(streams), [*weights], sum(weights)
+    drawn, total = [0] * len(streams), sum(weights)
     while True:
-        if known != weights:
-            drawn, known, total = [0] * len(streams), [*weights], sum(weights)
         turn = min(range(len(streams)), key=lambda index: drawn[index] * total / weights[index])
         document = next(streams[turn])
         drawn[turn] += len(document)
@@ -265,7 +262,7 @@ def rows_apart(
     fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
 ) -> Iterator[Row]:
     """Rows that ``fill`` makes of the documents of one group of sources each; ``groups`` are the sources' own. Groups
-    have their shares of the rows as sources have theirs of the documents, and ``weights`` may change between rows."""
+    have their shares of the rows as sources have theirs of the documents."""
 
     def of_group(numbers: list[int], own: list[float]) -> Iterator[Row]:
         drawn = draw([streams[number] for number in numbers], own)
@@ -276,9 +273,6 @@ def rows_apart(
     shares = [sum(own) for own in own_weights]
     for _, row in draw([of_group(*pair) for pair in zip(members, own_weights, strict=True)], shares):
         yield row
-        for numbers, own in zip(members, own_weights, strict=True):
-            own[:] = [weights[number] for number in numbers]
-        shares[:] = [sum(own) for own in own_weights]
 
 
 def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Row]:

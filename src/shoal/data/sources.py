@@ -24,7 +24,6 @@ from shoal.data.packing import (
     FIELDS,
     SOURCES,
     PackedRows,
-    Row,
     TokenDocument,
     best_fit_rows,
     collect,
@@ -299,7 +298,6 @@ def pack(
     rows_per_step: int = 1,
     folder: Path | None = None,
     with_sources: bool = False,
-    later: tuple[int, Sequence[float]] | None = None,
     groups: Sequence[int] | None = None,
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
@@ -309,9 +307,7 @@ def pack(
     larger one. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
     ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded. With ``folder`` rows
     go to files there as they are made, and the result maps them. ``with_sources``: they say of every token which source
-    it is from. ``later`` = so many rows, and the weights by which documents are drawn once they are full: these rows
-    are those of a call without it. ``groups``: of every source the group whose documents share rows with its own; None
-    = all do.
+    it is from. ``groups``: of every source the group whose documents share rows with its own; None = all do.
 
     A source of images stands for its rows, which ``encode_image`` makes tokens of: each has a row for itself, padded,
     and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none.
@@ -355,8 +351,6 @@ def pack(
         rows = rows_by_kind(rows, rows_per_step)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
-        if later is not None:
-            rows = _reweighted(rows, weights, *later)
         marked = padded or any(source.assistant_only for source, _ in sources)
         without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
         if folder is not None and num_rows is not None:
@@ -378,14 +372,6 @@ def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
     for item in items:
         step()
         yield item
-
-
-def _reweighted(rows: Iterable[Row], weights: list[float], num_rows: int, later: Sequence[float]) -> Iterator[Row]:
-    """The rows; once ``num_rows`` are full, what draws documents by ``weights`` finds ``later`` in them."""
-    for number, row in enumerate(rows, 1):
-        yield row
-        if number == num_rows:
-            weights[:] = later
 
 
 def source_names(sources: Sequence[DataSource]) -> list[str]:

@@ -16,7 +16,7 @@ ON_RANKS = {
     "eval.backend": "run `shoal eval` without a launcher",
     "distill.writing.backend": "write once with distill.num_ranks=1 and a distill.writing.folder, which every later "
     "run reads",
-    "record.backend": "run `shoal record` without a launcher, or start vLLM's server and name it in record.server",
+    "record.backend": "run `shoal record` without a launcher",
 }
 """Setting that asks for vLLM -> what to do instead on several ranks."""
 

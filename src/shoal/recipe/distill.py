@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from shoal.recipe.losses import ForwardKL, LossTerm, asked_sources, needs_teacher, term_names
 from shoal.recipe.section import (
-    MIXED,
     Above0,
     DataSource,
     Dtype,
@@ -21,9 +20,8 @@ from shoal.recipe.section import (
     Text,
     as_sources,
 )
-from shoal.task_words import ABILITIES
 
-Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
+Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_head"]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     BeforeValidator(lambda value: "auto" if value is None else value),
@@ -43,8 +41,6 @@ class TrainingSource(DataSource):
     learns from, and one that learns from few tokens adds little. Sources whose terms ask no teacher have rows of their
     own, which it does not read. The student's own samples (distill.on_policy) are no source's, and all terms learn from
     them."""
-    teacher: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 0)] = 0
-    """Number of its teacher in the list distill.teacher.recorded. Sources of different teachers share no row."""
     image: Annotated[Text | None, Field(exclude_if=lambda column: column is None)] = None
     """The column that names an image file, from the folder of a local ``path`` on, beside ``prompt`` and
     ``completion``: rows as measure.images has them, for models that read images. Only the answer is learnt."""
@@ -63,14 +59,6 @@ class TrainingSource(DataSource):
         """Whether its rows name images."""
         return self.image is not None
 
-    @property
-    def parts(self) -> tuple[TrainingSource, ...]:
-        """Itself; of a source that mixes the abilities one source for each, with equal parts of the weight."""
-        if self.path not in MIXED:
-            return (self,)
-        weight = self.weight / len(ABILITIES)
-        return tuple(replace(self, path=f"{self.path}_{ability}", weight=weight) for ability in ABILITIES)
-
 
 TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
 """One source or a list of them."""
@@ -80,10 +68,8 @@ TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources)
 class Teacher(Section):
     """Where the teacher's signals come from while the student trains."""
 
-    recorded: Annotated[str | Annotated[tuple[Text, ...], Field(min_length=2)] | None, Shapes.BY_CONTENT] = None
-    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher in training. A list =
-    several teachers, each recorded with record.teacher: a row is read from the recording that the sources in it name
-    (data.teacher)."""
+    recorded: Annotated[str | None, Shapes.BY_CONTENT] = None
+    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher in training."""
     dtype: Annotated[Dtype | None, Shapes.TRAINING] = None
     """Precision of a live teacher; None = the recipe's dtype."""
     offload: Annotated[bool, Shapes.NOTHING] = False
@@ -93,14 +79,6 @@ class Teacher(Section):
     """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
     lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
     dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
-    server: Annotated[bool, Shapes.BY_CONTENT] = False
-    """Ask the server of record.server in training; no teacher is loaded. Beside ``recorded`` only about what the
-    student writes (on_policy)."""
-
-    @property
-    def recordings(self) -> tuple[str, ...]:
-        """The folders of ``recorded``."""
-        return (self.recorded,) if isinstance(self.recorded, str) else self.recorded or ()
 
 
 @dataclass(frozen=True)
@@ -158,29 +136,12 @@ class Lora(Section):
 
 
 @dataclass(frozen=True)
-class Horizon(Section):
-    """Samples become as long as the student can write without a loop, instead of new_tokens.
-
-    The idea is ShortOPD's (arXiv 2607.13124): what a cut model writes breaks off into a repeated end, so it writes
-    short texts first. A text's effective length is its tokens up to the loop that it ends in, if the teacher goes along
-    with it (see ``OnPolicy.loops``), else all. After every on-policy step slack times the quantile of these lengths,
-    over all ranks, enters an exponential mean by a tenth: that mean, rounded up, is what the student may write next, at
-    least 16 tokens (or start, where that is less) and at most max.
-    """
-
-    max: Annotated[Positive, Shapes.TRAINING]
-    """Most tokens of a sample, reached once the student holds them; with prompt_tokens they have to fit into a row."""
-    start: Annotated[Positive, Shapes.TRAINING] = 64
-    """Most tokens of a sample in the first on-policy step."""
-    quantile: Annotated[float, Field(gt=0, le=1), Shapes.TRAINING] = 0.8
-    """Quantile of a step's effective lengths."""
-    slack: Annotated[float, Field(gt=1, allow_inf_nan=False), Shapes.TRAINING] = 1.5
-    """How many times that quantile the student may write: above 1, or samples could never become longer."""
-
-
-@dataclass(frozen=True)
 class OnPolicy(Section):
-    """In a share of the steps the student's own samples stand in for the data (GKD, arXiv 2306.13649)."""
+    """In a share of the steps the student's own samples stand in for the data (GKD, arXiv 2306.13649).
+
+    Where a text ends in three or more copies of at most 64 tokens, what stands behind the second copy is not learnt, if
+    the teacher goes along: its mean log-probability of these tokens is above log 0.5.
+    """
 
     share: Annotated[float, Field(ge=0, le=1), Shapes.TRAINING] = 0.5
     """Probability that a step trains on samples, GKD's lambda; 0 = never, 1 = in every step."""
@@ -190,19 +151,8 @@ class OnPolicy(Section):
     """Tokens of running text that the student goes on from; of a conversation it gets all up to an assistant's turn."""
     new_tokens: Annotated[Positive, Shapes.TRAINING] = 128
     """Most tokens that the student writes after a prompt."""
-    horizon: Annotated[Horizon | None, Shapes.TRAINING] = None
-    """In place of new_tokens a number that grows with what the student can hold; None = new_tokens in every step."""
-    loops: Annotated[Literal["cut", "keep"], Shapes.TRAINING] = "cut"
-    """cut: where a text ends in three or more copies of at most 64 tokens, what stands behind the second copy is not
-    learnt, if the teacher goes along: its mean log-probability of these tokens is above log 0.5. A teacher that does
-    not teaches the way out, and these tokens stay. keep: all that was written is learnt."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1.0
     """Temperature of sampling, not of the loss; 0 = always the likeliest token."""
-
-    @property
-    def longest_sample(self) -> int:
-        """Most tokens that the student ever writes after a prompt."""
-        return self.new_tokens if self.horizon is None else self.horizon.max
 
 
 @dataclass(frozen=True)
@@ -236,50 +186,6 @@ class Writing(Section):
 
 
 @dataclass(frozen=True)
-class Server(Section):
-    """A server that runs the teacher: vLLM's, or one that answers `prompt_logprobs` at /completions as it does."""
-
-    url: Annotated[Text, Shapes.NOTHING]
-    """Address up to the version, such as http://127.0.0.1:8000/v1."""
-    model: Annotated[Text | None, Shapes.NOTHING] = None
-    """Name under which it serves the teacher; None = that of the only model it has."""
-    api_key_env: Annotated[Text | None, Shapes.NOTHING] = None
-    """Environment variable that holds its key, which is neither stored nor logged; None = it wants none."""
-    parallel: Annotated[Positive, Shapes.NOTHING] = 8
-    """Requests under way at one time from every rank; each is one document of a row."""
-    timeout_s: Annotated[Above0, Shapes.NOTHING] = 120.0
-    """Seconds that it may take for one request."""
-    retries: Annotated[int, Field(ge=0), Shapes.NOTHING] = 4
-    """Further tries, a second, two, four, ... later, where it does not answer, is busy (HTTP 429) or fails (5xx)."""
-
-    def __post_init__(self) -> None:
-        from httpx2 import URL, InvalidURL  # which will be asked, and is stricter than urllib; no other recipe needs it
-
-        must_be = "url must be an address such as http://127.0.0.1:8000/v1"
-        try:
-            url = URL(self.url)
-        except InvalidURL as error:
-            raise ValueError(must_be) from error
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(must_be)
-        if url.userinfo or url.query or url.fragment:
-            raise ValueError("url must be the address alone; name the variable that holds a key in api_key_env")
-
-
-@dataclass(frozen=True)
-class Check(Section):
-    """How what an engine answers is compared with what transformers computes, before it is used."""
-
-    num_tokens: Annotated[Positive, Shapes.NOTHING] = 4096
-    """Tokens of the first training rows that both read, rounded up to whole rows."""
-    max_kl: Annotated[Above0, Shapes.NOTHING] = 1e-3
-    """Mean bucket KL in nats per token above which the engine is refused."""
-    whole: Annotated[bool, Shapes.NOTHING] = False
-    """Load the teacher as a whole for it. false = layer by layer from its files, so that it may be larger than memory,
-    which takes plain weights and layers that can be run alone."""
-
-
-@dataclass(frozen=True)
 class Record(Section):
     """What `shoal record` keeps of the teacher for every token of the training rows."""
 
@@ -292,8 +198,6 @@ class Record(Section):
     """Teacher layers whose outputs are kept too, in bfloat16: two bytes per hidden dimension, token and layer."""
     num_tokens: Annotated[Positive | None, Shapes.BY_CONTENT] = None
     """Tokens to record; None = distill.num_tokens. Either is rounded up to whole optimizer steps."""
-    teacher: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.BY_CONTENT] = None
-    """Record only the rows of the sources that name this number (data.teacher); None = all rows."""
     folder: Annotated[Text | None, Shapes.NOTHING] = None
     """Folder of the files; None = signals/ in run_dir."""
     rows_per_shard: Annotated[Positive, Shapes.NOTHING] = 64
@@ -301,21 +205,13 @@ class Record(Section):
     batch_size: Annotated[Positive, Shapes.NOTHING] = 8
     """Rows that the teacher reads at one time on every rank; without effect on vLLM."""
     backend: Annotated[Literal["transformers", "vllm"], Shapes.BY_CONTENT] = "transformers"
-    """Library that runs the teacher; vllm has to be installed, and records on one rank."""
-    server: Annotated[Server | None, Shapes.BY_CONTENT] = None
-    """Server that runs the teacher in place of ``backend``; None = it is run here."""
-    check: Annotated[Check | None, Shapes.NOTHING] = Check()
-    """Comparison of a server, or of vLLM, with transformers; None = none, its answers are trusted."""
-
-    @property
-    def engine(self) -> str:
-        """What runs the teacher: transformers, vllm or server."""
-        return self.backend if self.server is None else "server"
+    """Library that runs the teacher; vllm has to be installed, records on one rank, and is refused where it does not
+    say what transformers computes."""
 
     @property
     def engine_inputs(self) -> dict[str, str]:
-        """What identities name of that: nothing of transformers, as before there was another."""
-        return {} if self.engine == "transformers" else {"record.backend": self.engine}
+        """What identities name of ``backend``: nothing of transformers, as before there was another."""
+        return {} if self.backend == "transformers" else {"record.backend": self.backend}
 
 
 @dataclass(frozen=True)
@@ -324,13 +220,6 @@ class Distill(Section):
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource("python_docs"),)
     """Text that the student is trained on, and images with questions and answers."""
-    data_policy: Annotated[Literal["fixed", "by_damage"], Shapes.TRAINING] = "fixed"
-    """fixed: sources share the tokens by their weights. by_damage: by weight times what the cut took from each, in nats
-    per token of its own text, measured once on the pruned student; a tenth is shared by the weights alone. Sources that
-    mix the abilities are split into one for each."""
-    data_pilot: Annotated[Positive | None, Shapes.TRAINING] = None
-    """Tokens, rounded up to an even number of optimizer steps, after which by_damage shares what is left by what each
-    source regains per token then; None = the first shares stay."""
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
@@ -348,9 +237,8 @@ class Distill(Section):
     """What the student is to match: the sum of these terms, each times its weight."""
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
     """Weights that are trained: everything; all but embeddings and head; the layers from the first cut up, with the
-    final norm (an edited layer counts as a cut); those next to a gap; only what a replace or merge edit has put in; or
-    final norm and head. What lies below is still the teacher, so there it is computed once for both and needs neither a
-    backward pass nor optimizer state."""
+    final norm (an edited layer counts as a cut); those next to a gap; or final norm and head. What lies below is still
+    the teacher, so there it is computed once for both and needs neither a backward pass nor optimizer state."""
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
     teacher: Annotated[Teacher, Shapes.LOCAL | Shapes.TRAINING] = Teacher()
@@ -401,9 +289,8 @@ class Distill(Section):
 
     @property
     def by_source(self) -> bool:
-        """Whether a source says which loss terms, or whose teacher, it is for, so that rows have to say what their
-        tokens are from."""
-        return any(source.losses is not None or source.teacher for source in self.data)
+        """Whether a source says which loss terms it is for, so that rows have to say what their tokens are from."""
+        return any(source.losses is not None for source in self.data)
 
 
 NEUTRAL_TRAINER_KEYS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.recipe import losses as terms
-from shoal.recipe.distill import Check, Distill, OnPolicy, Record, Writing, sources_of_terms
+from shoal.recipe.distill import Distill, Record, Writing, sources_of_terms
 from shoal.recipe.losses import term_names
 from shoal.recipe.section import TEACHER_TEXT
 
@@ -50,27 +50,17 @@ def contradictions(distill: Distill) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     yield from terms.contradictions(distill.losses, sources=sources_of_terms(distill))
     yield from _of_sources(distill)
-    yield from _of_shares(distill)
     yield from _of_images(distill)
     teacher, watch = distill.teacher, distill.watch
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
         yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
-    if teacher.server and (teacher.offload or teacher.dtype is not None):
-        name = "offload" if teacher.offload else "dtype"
-        yield f"distill.teacher.{name}: has no effect on a teacher that a server runs; leave it out"
-    if teacher.server and teacher.recorded is not None and (distill.on_policy is None or not distill.on_policy.share):
-        yield (
-            "distill.teacher.server: has nothing to say, all rows are recorded and no step is on-policy; leave it or "
-            "teacher.recorded out"
-        )
     if teacher.prefix and teacher.recorded is None:
         yield (
             "distill.teacher.prefix: is about recorded signals, a live teacher runs the layers below the lowest "
             "trained one for both models anyway; set teacher.recorded, or leave it out"
         )
     yield from _of_written_text(distill)
-    yield from _of_teachers(distill)
     yield from _of_speed(distill)
     if watch is not None:
         if not watch.tasks and not watch.perplexity_tokens:
@@ -107,17 +97,9 @@ def contradictions(distill: Distill) -> Iterator[str]:
 
 def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
     """The same of what runs the teacher in place of transformers, which both sections speak of."""
-    if record.server is not None and record.backend != "transformers":
-        yield f"record.backend: {record.backend} would run what record.server does; leave one of them out"
-    if record.teacher is not None and all(source.teacher != record.teacher for source in distill.data):
-        yield f"record.teacher: no source of distill.data names teacher {record.teacher}; leave it out"
-    if distill.teacher.server and record.server is None:
-        yield "distill.teacher.server: there is no server; set record.server.url, or leave it out"
-    if record.engine == "transformers":
-        if record.check != Check():
-            yield "record.check: has no effect on a teacher that transformers runs; leave it out"
+    if record.backend == "transformers":
         return
-    place = "record.backend: vllm" if record.server is None else "record.server"
+    place = "record.backend: vllm"
     if record.temperature != 1.0:
         yield (
             f"record.temperature: {place} tells the teacher's own log-probabilities, those at 1 (got "
@@ -127,29 +109,6 @@ def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
         yield f"record.states: {place} tells no state of a layer; leave them out, or record by transformers"
     if distill.teacher.prefix:
         yield f"distill.teacher.prefix: {place} tells no state of a layer; leave it out, or record by transformers"
-
-
-def _of_teachers(distill: Distill) -> Iterator[str]:
-    """Of several recordings: every one is for some source, and all that is asked of them lies in each."""
-    recordings, named = distill.teacher.recordings, {source.teacher for source in distill.data}
-    if not recordings and any(named):
-        yield (
-            f"distill.data: a source names teacher {max(named)}, and all learn from the recipe's model; list in "
-            "distill.teacher.recorded the folders that `shoal record` writes of every teacher, or leave it out"
-        )
-    if len(recordings) < 2:
-        return
-    for number in sorted(named - set(range(len(recordings)))):
-        yield f"distill.data: a source names teacher {number}, and teacher.recorded has 0 to {len(recordings) - 1}"
-    for number in sorted(set(range(len(recordings))) - named):
-        yield f"distill.teacher.recorded.{number}: no source of distill.data names teacher {number}; leave it out"
-    if distill.teacher.prefix:
-        yield "distill.teacher.prefix: the states of one teacher are none of another's; leave it out"
-    if distill.data_policy == "by_damage":
-        yield "distill.data_policy: by_damage shares rows after a cut of one teacher; set fixed, or record one teacher"
-    for term in distill.losses:
-        if isinstance(term, terms.STATE_TERMS):
-            yield f"distill.losses: {term.kind} reads the states of one teacher; take it out, or record one teacher"
 
 
 def _of_speed(distill: Distill) -> Iterator[str]:
@@ -189,31 +148,6 @@ def _of_sources(distill: Distill) -> Iterator[str]:
             )
 
 
-def _of_shares(distill: Distill) -> Iterator[str]:
-    if distill.data_policy == "by_damage" and sum(len(source.parts) for source in distill.data) == 1:
-        yield (
-            f"distill.data_policy: by_damage shares tokens between sources, and there is only {distill.data[0].path}; "
-            "name another one beside it, or set fixed"
-        )
-    if distill.data_pilot is None:
-        return
-    if distill.data_policy == "fixed":
-        yield "distill.data_pilot: has no effect on fixed shares; set distill.data_policy: by_damage, or leave it out"
-    if distill.data_pilot >= distill.num_tokens:
-        yield (
-            f"distill.data_pilot: {distill.data_pilot} leaves nothing to share of {distill.num_tokens} tokens "
-            "(distill.num_tokens); lower it"
-        )
-    if distill.teacher.recorded is not None:
-        yield (
-            "distill.data_pilot: which rows follow the pilot is not known before it, so they cannot be recorded; leave "
-            "it or teacher.recorded out"
-        )
-    for key in ("max_steps", "num_train_epochs"):
-        if key in distill.trainer:
-            yield f"distill.trainer.{key}: distill.data_pilot shares the tokens of distill.num_tokens; leave {key} out"
-
-
 def _of_images(distill: Distill) -> Iterator[str]:
     if not distill.has_images:
         return
@@ -221,9 +155,7 @@ def _of_images(distill: Distill) -> Iterator[str]:
     text_alone = {
         "on_policy": (samples, "the student writes from text alone"),
         "teacher.recorded": (distill.teacher.recorded is not None, "what a teacher says of images is not recorded"),
-        "teacher.server": (distill.teacher.server, "a server is asked about text alone"),
         "local": (distill.local is not None, "gaps are healed on text alone"),
-        "data_policy": (distill.data_policy == "by_damage", "damage is measured on text alone"),
     }
     for name, (is_on, reason) in text_alone.items():
         if is_on:
@@ -232,24 +164,15 @@ def _of_images(distill: Distill) -> Iterator[str]:
 
 def _of_written_text(distill: Distill) -> Iterator[str]:
     on_policy, writing = distill.on_policy, distill.writing
-    if on_policy is not None and (horizon := on_policy.horizon) is not None:
-        if on_policy.new_tokens != OnPolicy.new_tokens:
-            yield (
-                "distill.on_policy.new_tokens: has no effect beside horizon, which has a start and a max of its own; "
-                "leave one of them out"
-            )
-        if horizon.start > horizon.max:
-            yield f"distill.on_policy.horizon.start: must not be above max, {horizon.max} (got {horizon.start})"
     if on_policy is not None and on_policy.share > 0:
-        if distill.teacher.recorded is not None and not distill.teacher.server:
+        if distill.teacher.recorded is not None:
             yield (
-                "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out, "
-                "or set teacher.server: true beside record.server"
+                "distill.on_policy: nothing was recorded of what the student will write; leave it or teacher.recorded "
+                "out"
             )
-        if on_policy.prompt_tokens + on_policy.longest_sample > distill.sequence_length:
-            longest = "new_tokens" if on_policy.horizon is None else "horizon.max"
+        if on_policy.prompt_tokens + on_policy.new_tokens > distill.sequence_length:
             yield (
-                f"distill.on_policy: prompt_tokens {on_policy.prompt_tokens} + {longest} {on_policy.longest_sample} do "
+                f"distill.on_policy: prompt_tokens {on_policy.prompt_tokens} + new_tokens {on_policy.new_tokens} do "
                 f"not fit into a row; lower them, or raise distill.sequence_length (now {distill.sequence_length})"
             )
         if not any(map(terms.reads_distributions, distill.losses)):

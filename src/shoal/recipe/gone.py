@@ -5,6 +5,16 @@ from __future__ import annotations
 import re
 
 GONE: dict[str, str] = {
+    "distill.data.teacher": "a student has one teacher; train it in turn on runs of each",
+    "distill.data_pilot": "sources share the tokens by their weights; set weight of each in distill.data",
+    "distill.data_policy": "sources share the tokens by their weights; set weight of each in distill.data",
+    "distill.on_policy.horizon": "samples have at most on_policy.new_tokens tokens; set those",
+    "distill.on_policy.loops": "what repeats itself is never learnt; leave it out",
+    "distill.teacher.server": "record by vLLM, record.backend: vllm, and set distill.teacher.recorded",
+    "distill.trainable.replacement": "choose near_gaps",
+    "record.check": "what vLLM says is always compared with transformers; leave it out",
+    "record.server": "set record.backend: vllm, which runs the teacher in this process",
+    "record.teacher": "a student has one teacher; leave it out",
     "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
 }
 """Key without positions in lists (`distill.data.teacher`), kind (`distill.losses.value_relation`) or value

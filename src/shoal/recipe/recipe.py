@@ -232,11 +232,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
-    if recipe.eval.control and recipe.distill.trainable == "replacement":
-        yield (
-            "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "
-            "teacher has nothing; choose another trainable, or set eval.control: false"
-        )
     width, relations = recipe.prune.width, [term for term in recipe.distill.losses if looks_into_attention(term)]
     if width is not None and width.kv_groups is not None and relations:
         yield (
@@ -262,11 +257,6 @@ def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
         (measure.vision_states, "measure.vision_states", "compares states of the teacher's tower"),
         (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
         (distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
-        (
-            distill.data_policy == "by_damage" and distill.teacher.recorded is not None,
-            "distill.teacher.recorded",
-            "holds rows that distill.data_policy: by_damage has shared after one cut",
-        ),
     )
     for is_set, place, reason in refused:
         if is_set:

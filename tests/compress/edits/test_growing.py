@@ -254,7 +254,7 @@ def test_new_layers_are_trained_alone_evaluated_and_reported(tmp_path: Path) -> 
     """All that is not new is stored as the teacher has it, the layers above the new one included."""
     folder = tiny_checkpoint(tmp_path, "llama")
     losses = [{"kind": "cross_entropy"}, {"kind": "hidden_states"}]
-    path = write_recipe(tmp_path / "trial", folder, trainable="replacement", losses=losses)
+    path = write_recipe(tmp_path / "trial", folder, trainable="near_gaps", losses=losses)
     edits = "[{kind: insert, after: [2], init: copy}]"
     changes = ("prune.drop=null", f"prune.edits={edits}", "eval.speed=false")
     trial = finished(run(path, *changes))

@@ -284,7 +284,6 @@ def packed(
     packing: Packing = "split",
     folder: Path | None = None,
     with_sources: bool = False,
-    later: tuple[int, list[float]] | None = None,
     groups: list[int] | None = None,
 ) -> PackedRows:
     named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
@@ -297,7 +296,6 @@ def packed(
         packing=packing,
         folder=folder,
         with_sources=with_sources,
-        later=later,
         groups=groups,
     )
 
@@ -530,20 +528,6 @@ def test_rows_of_a_smaller_budget_begin_those_of_a_larger(packing: Packing, monk
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_weights_that_change_after_some_rows_change_none_of_them_and_hold_from_there_on(packing: Packing) -> None:
-    size = 14 if packing == "split" else 7  # cut at rows' ends, or two of them fill a row
-    sources = [(weight, [letter * size] * 5) for letter, weight in (("a", 3.0), ("b", 1.0))]
-    first = packed(*sources, num_tokens=16 * 80, packing=packing)
-    both = packed(*sources, num_tokens=16 * 240, packing=packing, with_sources=True, later=(80, [1.0, 4.0]))
-    for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
-        assert torch.equal(getattr(first, plane), getattr(both, plane)[:80])
-    assert both.sources_NS is not None
-    shares = [float((part == 1).float().mean()) for part in (both.sources_NS[:80], both.sources_NS[80:])]
-    assert shares == pytest.approx([0.25, 0.8], abs=0.02)
-    assert sum(both.counts[f"source{n}"]["tokens"] for n in (0, 1)) == 16 * 240
-
-
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) -> None:
     sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 29] * 2), (6.0, ["c" * 7] * 5)]
     rows, fewer = (
@@ -559,17 +543,6 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
     assert [row[0].item() == 1 for row in rows.sources_NS] == [found == {1} for found in in_row]
     for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
         assert torch.equal(getattr(fewer, plane), getattr(rows, plane)[:90])
-
-
-def test_groups_of_sources_follow_weights_that_change() -> None:
-    sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 7] * 7), (2.0, ["c" * 7] * 5)]
-    given: dict[str, Any] = {"num_tokens": 16 * 240, "with_sources": True, "groups": [1, 0, 1]}
-    rows, before = packed(*sources, **given, later=(80, [1.0, 6.0, 3.0])), packed(*sources, **given)
-    assert rows.sources_NS is not None
-    assert before.sources_NS is not None
-    assert torch.equal(rows.input_ids_NS[:80], before.input_ids_NS[:80])
-    shares = [[float((part == n).float().mean()) for n in range(3)] for part in rows.sources_NS.split([80, 160])]
-    assert shares == [pytest.approx([0.25, 0.25, 0.5], abs=0.02), pytest.approx([0.1, 0.6, 0.3], abs=0.02)]
 
 
 # --- larger than memory

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers.generation import utils
 
 from shoal.data.packing import IGNORED
 from shoal.inference.drawing import draw
-from shoal.recipe.distill import Distill, Horizon, OnPolicy
+from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.losses import ForwardKL
 from shoal.train.generated import on_policy as on_policy_module
 from shoal.train.generated.on_policy import Sampler, lay_out
@@ -37,8 +36,7 @@ def student():
 
 
 def sampler(**settings: Any) -> Sampler:
-    short: dict[str, Any] = {} if "horizon" in settings else {"new_tokens": 8}
-    chosen = OnPolicy(**{"share": 1.0, "start": 0.0, "prompt_tokens": 5} | short | settings)
+    chosen = OnPolicy(**{"share": 1.0, "start": 0.0, "prompt_tokens": 5, "new_tokens": 8} | settings)
     return Sampler(chosen, seed=3, sequence_length=ROW, end_ids=(END,), pad_id=PAD)
 
 
@@ -338,40 +336,23 @@ IN_THREES = follower(lambda token: token % 240 - token % 3 + (token + 1) % 3)
 """Goes round in three tokens from the first."""
 
 
-def test_a_student_that_loops_makes_samples_shorter_and_one_that_does_not_longer_up_to_max():
-    for student, until, rises in [(IN_THREES, 16, False), (COUNTER, 40, True)]:
-        chosen = sampler(horizon=Horizon(start=24, max=40), temperature=0.0)
-        lengths = []
-        for step in range(12):
-            lengths.append(chosen.horizon.new_tokens)
-            written, learnt = step_of(chosen, student, student, step=step)
-            texts = [labels for row in range(3) for _, labels in documents(written, row) if labels[-1] != IGNORED]
-            assert {sum(label != IGNORED for label in labels) for labels in texts} == {lengths[-1]}
-            # of a text that loops two copies of three tokens
-            assert (learnt["labels"] != IGNORED).sum() == len(texts) * (lengths[-1] if rises else 6)
-        assert all(rises == (one < other) or one == other == until for one, other in itertools.pairwise(lengths))
-        assert (lengths[0], lengths[-1]) == (24, until)
-        curves = chosen.horizon.read_curves()
-        assert (curves["on_policy/loop_rate"], curves["on_policy/end_rate"]) == (0.0 if rises else 1.0, 0.0)
-
-
-def test_a_loop_that_the_teacher_would_leave_is_learnt_whole_and_lets_samples_grow():
-    chosen = sampler(horizon=Horizon(start=24, max=40), temperature=0.0)
+def test_a_loop_that_the_teacher_would_leave_is_learnt_whole():
+    chosen = sampler(new_tokens=24, temperature=0.0)
     written, learnt = step_of(chosen, IN_THREES, COUNTER)
     assert torch.equal(learnt["labels"], written["labels"])
-    assert chosen.horizon.new_tokens == 26  # 0.9 x 24 + 0.1 x 1.5 x 24, rounded up
-    assert chosen.horizon.read_curves()["on_policy/loop_rate"] == 0
+    assert chosen.counts.read_curves()["on_policy/loop_rate"] == 0
 
 
-@pytest.mark.parametrize(("loops", "learnt_tokens"), [("cut", 35 + 2 * 4), ("keep", 35 + 3 * 4)])
-def test_what_stands_before_a_loop_is_learnt_and_all_of_it_where_loops_are_kept(loops, learnt_tokens):
+def test_what_stands_before_a_loop_and_two_copies_of_it_are_learnt():
     student = follower(lambda token: 100 if token == 103 else (token + 1) % 272)
     rows = text_rows(1, 48) | {"input_ids": torch.arange(64, 64 + ROW)[None]}
-    chosen = sampler(new_tokens=47, loops=loops, temperature=0.0, prompt_tokens=1)
+    chosen = sampler(new_tokens=47, temperature=0.0, prompt_tokens=1)
     written, learnt = step_of(chosen, student, student, rows=rows)
     assert written["input_ids"].tolist() == [[*range(64, 100), *[100, 101, 102, 103] * 3]]
-    assert (learnt["labels"] != IGNORED).sum() == learnt_tokens
-    assert chosen.horizon.read_curves()["on_policy/loop_rate"] == 1
+    assert (learnt["labels"] != IGNORED).sum() == 35 + 2 * 4
+    expected = {"on_policy/loop_rate": 1, "on_policy/end_rate": 0, "on_policy/kept_tokens": 43}
+    assert chosen.counts.read_curves() == expected
+    assert chosen.counts.read_curves() == {}
 
 
 def test_no_rank_asks_the_teacher_where_no_text_of_any_loops(monkeypatch):

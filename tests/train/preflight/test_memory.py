@@ -22,7 +22,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import ROUND, ClosedGap
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
-from shoal.recipe.distill import Distill, Horizon, LocalHeal, Lora, OnPolicy, Teacher, Watch
+from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Teacher, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden
@@ -382,12 +382,6 @@ def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
     few = job_of(watch=Watch(perplexity_tokens=100))
     assert few.setting.scored_rows == 2  # windows of 64 tokens
     assert job_of(watch=Watch(tasks=("a",))).setting.scored_rows == 16
-
-
-def test_a_horizon_is_counted_with_its_most_samples_and_all_of_the_row() -> None:
-    horizon = Horizon(start=20, max=60)  # rows of 64 tokens, and samples of 4 + 16 tokens at least
-    setting = job_of(on_policy=OnPolicy(prompt_tokens=4, horizon=horizon)).setting
-    assert (setting.samples, setting.sample_tokens) == (3, 21)
 
 
 @pytest.mark.slow

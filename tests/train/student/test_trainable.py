@@ -59,11 +59,6 @@ SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "no
         ("from_first_cut", NARROWED, range(8), True, 0),
         ("near_gaps", NARROWED, range(8), False, 0),
         ("norm_and_head", NARROWED, (), True, 0),
-        ("replacement", plan(7, 8, edits=(REPLACE,)), (6,), False, 6),
-        ("replacement", plan(3, 7, 8, edits=(REPLACE, MERGE)), (2, 5), False, 2),
-        ("replacement", plan(1, 7, 8, edits=(REPLACE,)), (5,), False, 1),  # from layer 1 on the student is another
-        ("replacement", plan(edits=(INSERT,)), (4, 7), False, 4),
-        ("replacement", plan(1, 7, 8, edits=(REPLACE, INSERT)), (3, 6, 7), False, 1),
         ("near_gaps", plan(edits=(INSERT,)), (3, 4, 5, 6, 7, 8), False, 3),
         ("near_gaps", plan(8, edits=({**INSERT, "after": [9]},)), (7, 8, 9), False, 7),
         ("near_gaps", plan(edits=({**INSERT, "after": [3]}, {**SKIP, "layers": [3]})), (3, 4, 5), False, 3),
@@ -132,8 +127,6 @@ def test_a_plan_that_cuts_no_layer_has_none_to_heal() -> None:
 
 
 def test_what_a_plan_does_not_have_is_refused() -> None:
-    with pytest.raises(UserError, match=r"replacement trains the layer .* this plan has none; add one to prune\.edits"):
-        trained_parts("replacement", plan(4, edits=(SKIP,)))
     with pytest.raises(UserError, match=r"from_first_cut .* drops the last ones; choose near_gaps"):
         trained_parts("from_first_cut", plan(8, 9))
 

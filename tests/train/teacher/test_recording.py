@@ -39,8 +39,8 @@ from shoal.train.teacher.recording_format import (
     pack_high_bits,
     unpack_high_bits,
 )
-from shoal.train.teacher.recording_plan import RecordingManifest, of_any_teacher, recording_inputs, recording_layout
-from shoal.train.teacher.recording_reader import RecordingReader, SeveralRecordings
+from shoal.train.teacher.recording_plan import RecordingManifest, recording_inputs, recording_layout
+from shoal.train.teacher.recording_reader import RecordingReader
 
 S = 12
 SETTINGS = Record(top_k=5, states=(1, 3), rows_per_shard=3, batch_size=2)
@@ -313,33 +313,6 @@ def test_rows_of_a_smaller_budget_are_the_first_rows_of_a_larger_one(tmp_path):
     ]
     assert torch.equal(made[0].input_ids_NS, made[1].input_ids_NS[:7])
     assert torch.equal(made[0].position_ids_NS, made[1].position_ids_NS[:7])
-
-
-def test_several_recordings_are_read_as_the_one_that_they_are_parts_of(teacher, tmp_path):
-    record(teacher, tmp_path / "whole")
-    of_row, data = np.array([0, 1, 1, 0, 1, 0, 0, 1]), rows()
-    parts = [Rows(data.input_ids_NS[of_row == number], data.position_ids_NS[of_row == number]) for number in (0, 1)]
-    readers = []
-    inputs = of_any_teacher(recording_inputs(SETTINGS, loaded(teacher, {})[0], model="x", sequence_length=S))
-    for number, part in enumerate(parts):
-        record(teacher, tmp_path / str(number), part, model=f"teacher {number}", attention=("sdpa", "eager")[number])
-        readers.append(
-            RecordingReader(tmp_path / str(number), part, inputs=inputs, rows_from=ROWS_FROM, vocab_size=VOCAB_SIZE)
-        )
-    several, whole = SeveralRecordings(readers, of_row), opened(teacher, tmp_path / "whole")
-    for wanted in ([7, 0, 3, 3, 5, 2], [4], range(8)):
-        ours, theirs = several.rows(wanted), whole.rows(wanted)
-        assert torch.equal(ours.ids_BSK, theirs.ids_BSK)
-        for found, expected in zip(ours[1:3], theirs[1:3], strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=MAX_ERROR)  # eager adds up in another order
-    with pytest.raises(UserError, match=r"vocabulary of 272 entries, and this run's teacher has 300"):
-        RecordingReader(tmp_path / "1", parts[1], inputs=inputs, rows_from=ROWS_FROM, vocab_size=300)
-    other = inputs | {"tokenizer": "another"}
-    with pytest.raises(UserError, match="tokenizer is 'another' in this recipe but"):
-        RecordingReader(tmp_path / "1", parts[1], inputs=other, rows_from=ROWS_FROM, vocab_size=VOCAB_SIZE)
-    more = Rows(*(torch.cat([plane, plane[:1]]) for plane in (parts[1].input_ids_NS, parts[1].position_ids_NS)))
-    with pytest.raises(UserError, match=r"holds 4 rows and this run needs 5; set record.num_tokens to 108"):
-        RecordingReader(tmp_path / "1", more, inputs=inputs, rows_from=ROWS_FROM, num_rows=9)
 
 
 # --- going on -----------------------------------------------------------------------------------------------------

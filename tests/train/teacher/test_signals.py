@@ -1,4 +1,4 @@
-"""What a live or served teacher is asked, and what it is not."""
+"""What a live teacher is asked, and what it is not."""
 
 from typing import Any
 
@@ -12,8 +12,7 @@ from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.objective.host_batch import ON_HOST, on_host
 from shoal.train.objective.objective import Objective, SharedPrefix, final_hidden, to_logits
-from shoal.train.teacher.prompt_scores import PromptEngine
-from shoal.train.teacher.signals import LiveTeacher, ServedTeacher
+from shoal.train.teacher.signals import LiveTeacher
 
 VOCAB_SIZE = 272
 CUT = 1
@@ -130,33 +129,3 @@ def test_the_teachers_head_gives_logits_of_the_tokens_that_a_term_asks_for_alone
     student(**rows, signals=signals)
     objective.uninstall()
     assert sum(seen) == 10, "a row has ten learnt tokens"
-
-
-class Engine(PromptEngine):
-    """Says of every token that the first words are likely, and keeps what it was asked."""
-
-    place = "engine"
-
-    def __init__(self) -> None:
-        self.about: dict[str, Any] = {}
-        self.prompts: list[list[int]] = []
-
-    def scored(self, prompts: Any, read: Any) -> Any:
-        """As PromptEngine says."""
-        for prompt in prompts:
-            self.prompts.append(prompt)
-            yield read(prompt, [None, *({0: -0.5, 1: -1.5, token: -3.0} for token in prompt[1:])])
-
-
-def test_a_server_is_sent_only_rows_that_ask() -> None:
-    engine = Engine()
-    served = ServedTeacher(engine, 2, VOCAB_SIZE, reads_logits=True, recorded=None, asked=ASKED)
-    rows = batch(0, 1, 2)
-    said = served(rows)
-    ids = rows["input_ids"][1].tolist()
-    assert [prompt[:-1] for prompt in engine.prompts] == [ids[:7], ids[7:]]
-    assert said.ids_BSK is not None
-    assert said.ids_BSK.shape == (3, 12, 2)
-    assert said.ids_BSK[1].tolist() == [[0, 1]] * 12
-    assert served(batch(0, 2)).ids_BSK is None
-    assert len(engine.prompts) == 2

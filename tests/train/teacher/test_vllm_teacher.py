@@ -1,0 +1,160 @@
+"""A teacher that vLLM runs: recorded like others, let in only if it agrees, and refused by what is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm_stand_in
+from packed_rows import packed
+from tiny import VOCAB_SIZE, tiny_checkpoint
+
+from shoal.data.packing import PackedRows
+from shoal.errors import UserError
+from shoal.models.load import Checkpoint, LoadSettings
+from shoal.recipe.distill import Record
+from shoal.train.record import record_signals
+from shoal.train.teacher import vllm_teacher
+from shoal.train.teacher.recording_format import MAX_ERROR
+from shoal.train.teacher.recording_plan import RecordingManifest, recording_inputs
+from shoal.train.teacher.recording_reader import RecordedRows, RecordingReader
+from shoal.train.teacher.vllm_teacher import bucket_kl
+
+S, TOP_K, VERSION = 12, 5, "0.33.0"
+ROWS_FROM = {"seed": 0, "distill.data": "text"}
+BY_VLLM = Record(top_k=TOP_K, rows_per_shard=3, backend="vllm")
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> type[vllm_stand_in.LLM]:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: VERSION)
+    monkeypatch.setattr(vllm_teacher, "COMPARED_TOKENS", 30)
+    monkeypatch.setattr(vllm_stand_in.LLM, "made", [])
+    monkeypatch.setattr(vllm_stand_in.LLM, "asked", [])
+    return vllm_stand_in.install(monkeypatch)
+
+
+def rows(num: int = 8) -> PackedRows:
+    """The first ``num`` of an endless supply, two documents in each."""
+    return packed([[7, S - 7]] * 16).first(num)
+
+
+def record(teacher: Path, folder: Path, how: Record = BY_VLLM, *, num_rows: int = 8) -> None:
+    checkpoint = Checkpoint.read(teacher, LoadSettings(dtype="float32"))
+    record_signals(checkpoint, rows(num_rows), folder, how, model="teacher", rows_from=ROWS_FROM)
+
+
+def read(teacher: Path, folder: Path, how: Record = BY_VLLM, *, dtype: Any = "float32") -> RecordedRows:
+    checkpoint = Checkpoint.read(teacher, LoadSettings(dtype=dtype))
+    inputs = recording_inputs(how, checkpoint, model="teacher", sequence_length=S)
+    return RecordingReader(folder, rows(), inputs=inputs, rows_from=ROWS_FROM).rows(range(8))
+
+
+@pytest.mark.parametrize("top_k", [1, VOCAB_SIZE - 1])
+def test_vllm_records_what_transformers_does(teacher, vllm, tmp_path, top_k):
+    local, here = Record(top_k=top_k, rows_per_shard=3), Record(top_k=top_k, rows_per_shard=3, backend="vllm")
+    record(teacher, tmp_path / "local", local)
+    record(teacher, tmp_path / "here", here)
+    ours, theirs = read(teacher, tmp_path / "here", here), read(teacher, tmp_path / "local", local)
+    assert (ours.ids_BSK == theirs.ids_BSK).float().mean() > 0.99  # up to equal ones
+    assert (ours.log_probs_BSK - theirs.log_probs_BSK).abs().max() < MAX_ERROR
+    assert (ours.tail_BS - theirs.tail_BS).abs().max() < 1e-5
+    engine = RecordingManifest.read(tmp_path / "here" / RecordingManifest.FILE).engine
+    assert engine is not None
+    assert 0 <= engine.pop("bucket_kl") < 1e-6
+    assert engine == {"engine": "vllm", "version": VERSION, "dtype": "float32", "compared_tokens": 3 * S}
+    documents = [part.tolist() for row in rows().input_ids_NS for part in (row[:7], row[7:])]
+    asked = [prompt for prompt, _ in vllm.asked[-len(documents) :]]
+    assert asked == [[*document, document[-1]] for document in documents], "with a token behind that nobody reads"
+
+
+def test_signals_of_vllm_are_its_own_and_a_whole_recording_starts_it_no_more(teacher, vllm, tmp_path):
+    record(teacher, tmp_path / "signals")
+    record(teacher, tmp_path / "signals")
+    assert len(vllm.made) == 1
+    with pytest.raises(UserError, match=r"another run: .*record\.backend is 'absent' in this recipe but 'vllm' there"):
+        read(teacher, tmp_path / "signals", Record(top_k=TOP_K, rows_per_shard=3))
+    with pytest.raises(UserError, match="another run: dtype is 'bfloat16' in this recipe but 'float32' there"):
+        read(teacher, tmp_path / "signals", dtype="bfloat16")
+
+
+def test_going_on_with_another_version_is_told(teacher, vllm, tmp_path, caplog, monkeypatch):
+    record(teacher, tmp_path / "signals", num_rows=3)
+    vllm.made[0].is_open = False
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
+    record(teacher, tmp_path / "signals")
+    assert f"was begun with version {VERSION} of vLLM, this is 1.0" in caplog.text
+
+
+def test_vllm_that_meets_several_ranks_or_long_rows_is_refused(teacher, tmp_path, monkeypatch):
+    short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=S + 1)
+    with pytest.raises(UserError, match=r"takes the 13 positions of .* and a row of 12 needs 14; lower distill\.seq"):
+        record(short, tmp_path / "signals")
+    monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"cannot be run by 2 ranks; run `shoal record` without a launcher"):
+        record(teacher, tmp_path / "signals")
+
+
+def test_bucket_kl_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    logits_p, logits_q = (torch.randn(2, 3, 40, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    p, q = logits_p.softmax(-1), logits_q.softmax(-1)
+    best = q.topk(4, dim=-1)
+    said = (best.indices, best.values.log().float(), 1 - best.values.sum(-1).float())
+    expected = 0.0
+    for row in range(2):
+        for place in range(3):
+            ids = best.indices[row, place].tolist()
+            for token in ids:
+                expected += float(p[row, place, token] * math.log(p[row, place, token] / q[row, place, token]))
+            rest_p, rest_q = (1 - float(x[row, place, ids].sum()) for x in (p, q))
+            expected += rest_p * math.log(rest_p / rest_q)
+    assert bucket_kl(said, logits_p.float(), lambda x: x) == pytest.approx(expected / 6, rel=1e-5)
+
+
+def _scale(factor: float) -> Callable[[list[Any]], None]:
+    def fault(told: list[Any]) -> None:
+        for entries in told[1:]:
+            for entry in entries.values():
+                entry.logprob *= factor
+
+    return fault
+
+
+def _rename(told: list[Any]) -> None:
+    told[1:] = [{token + 200: entry for token, entry in entries.items()} for entries in told[1:]]
+
+
+def _fewer(told: list[Any]) -> None:
+    told[1:] = [dict(list(entries.items())[:2]) for entries in told[1:]]
+
+
+FAULTS: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
+    "at another temperature": (_scale(2.0), r"does not say what the teacher says: .* over 36 tokens"),
+    "not log-probabilities": (_scale(-1.0), r"probabilities that sum to .*raw_logprobs"),
+    "not numbers": (_scale(math.nan), r"probabilities that sum to nan"),
+    "another vocabulary": (_rename, r"tells of token \d+, and the teacher's vocabulary has 272"),
+    "too few": (_fewer, r"tells of 2 tokens in place 2 of a prompt where record\.top_k asks for 5"),
+    "truncated": (list.pop, r"tells of \d+ tokens of a prompt of \d+: it cuts"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_answers_that_are_none_are_refused_by_what_is_wrong(teacher, vllm, tmp_path, monkeypatch, fault):
+    change, message = FAULTS[fault]
+    answer = vllm._answer
+
+    def wrong(self: Any, *args: Any) -> Any:
+        output = answer(self, *args)
+        change(output.prompt_logprobs)
+        return output
+
+    monkeypatch.setattr(vllm, "_answer", wrong)
+    with pytest.raises(UserError, match=rf"^record\.backend: vllm: .*{message}"):
+        record(teacher, tmp_path / "signals")
+    assert not [*(tmp_path / "signals").glob("shard-*")]
