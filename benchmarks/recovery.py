@@ -1,52 +1,31 @@
 """Which recipe gives back most, outside the form of its text: one cut, several ways to heal it.
 
-    python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms mixed forms ...]
-        [--drop 13 25 26] [--data-dir DIR] [--general FOLDER_OR_FILE ...] [--search-tokens 8192] [--control]
+    python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms mixed by_source ...]
+        [--drop 13 25 26] [--data-dir DIR] [--general FOLDER_OR_FILE ...] [--compensate both] [--control]
 
 Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
 are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
 trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. Arms are ranked by the mean
 over twin, out and public. Equal wall time: an arm's tokens per second are measured in a short run first, and its
-budget set so that its schedule ends when the time does; an arm whose teacher writes, or that heals layer by layer
-first, has that much less time to train; arms that score or choose before they train are run by --tokens alone.
-What is there is not done again, so a broken run goes on.
+budget set so that its schedule ends when the time does. What is there is not done again, so a broken run goes on.
 
 General text is what every machine has (documentation, docstrings, readmes), or that of --general. From the first cut
 up, at a learning rate of 1e-3, if nothing else is said:
 
-one_form       cross-entropy; 40 % Python's documentation, 60 % abilities in the form that `in` asks: the first default
-forms          the same with the abilities in all trained forms
-general_kl     the teacher's distributions on general text alone
-mixed_kl       the teacher's distributions; 49 % general text, 21 % instructions, 30 % abilities in all trained forms
-mixed_ce       cross-entropy on the same text
-mixed          half of each on the same text: the quickstart's recipe until by_source beat it
-by_source      on the same text, the teacher's distributions of general text and cross-entropy on the rest: the
-               quickstart's recipe
-half           as by_source, half of the text abilities: 35 % general text, 15 % instructions
-mixed_slow     mixed at 5e-4
-mixed_all      mixed with everything trained, at 3e-4
+by_source      the teacher's distributions of 49 % general text, cross-entropy on 21 % instructions and 30 % abilities
+               in all trained forms: the quickstart's recipe
+mixed          half of each on the same text
+mixed_kl       the teacher's distributions alone
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
-local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then by_source
-local_alone    the local heal by itself on all rows of a budget of --tokens
-near_gaps      by_source, training the layers beside the gaps alone: about the memory that the local heal needs
-multi_scale    by_source, and all text with the teacher's states, pooled over tokens in late layers (arXiv:2303.05251)
-self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
-by_damage      by_source, its shares by what the cut took from each source
-horizon        mixed_kl, in three tenths of the later steps on what the student writes, of growing length
-rounds         iterative (below) in two rounds, each with half the tokens and half the layers, chosen anew
-
-Four arms heal as by_source does and choose as many layers themselves, as `rounds` does too: one_shot by the loss of
-single drops, iterative by greedy removal, and both _scaled, which close every gap with a factor (Prune&Comp's
-ablation); of each there is a row for its cut before it is healed.
+one_form       cross-entropy; 40 % Python's documentation, 60 % abilities in the form that `in` asks
+general_kl     the teacher's distributions on general text alone
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -90,53 +69,20 @@ LIMITS = {
 GENERAL = {"docstrings": 7 / 14, "python_docs": 5 / 14, "readmes": 2 / 14}
 """Shares of what is there without --general; with the shares of an arm that names none, the quickstart's mixture."""
 ONE_FORM = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts_one_form", "weight": 0.6})
-FORMS = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts", "weight": 0.6})
 CROSS_ENTROPY = [{"kind": "cross_entropy"}]
 TEACHER = [{"kind": "forward_kl"}]
-BY_SOURCE = {"losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True}
 ARMS: dict[str, dict[str, Any]] = {
-    "one_form": {"data": ONE_FORM, "losses": CROSS_ENTROPY},
-    "forms": {"data": FORMS, "losses": CROSS_ENTROPY},
-    "general_kl": {"general": 1.0, "losses": TEACHER},
-    "mixed_kl": {"losses": TEACHER},
-    "mixed_ce": {"losses": CROSS_ENTROPY},
+    "by_source": {"losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True},
     "mixed": {},
-    "by_source": BY_SOURCE,
-    "half": {"general": 0.35, "abilities": 0.5, **BY_SOURCE},
-    "mixed_slow": {"trainer": {"learning_rate": 5e-4}},
-    "mixed_all": {"trainable": "all", "trainer": {"learning_rate": 3e-4}},
+    "mixed_kl": {"losses": TEACHER},
     "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
-    # many small steps: by the error behind the gaps, four of 8 rows at 2e-4 do nothing
-    "local": {"local": {"num_tokens": 16_384, "batch_size": 2, "rows_at_once": 2, "learning_rate": 1e-3}, **BY_SOURCE},
-    "local_alone": {
-        "local": {"num_tokens": 10**9, "batch_size": 2, "rows_at_once": 2, "learning_rate": 1e-3},
-        **BY_SOURCE,
-        "trainer": {"max_steps": 1, "learning_rate": 1e-9},  # one step, which moves nothing
-    },
-    "near_gaps": {"trainable": "near_gaps", **BY_SOURCE},
-    "multi_scale": {
-        "losses": [*TEACHER, *CROSS_ENTROPY, {"kind": "hidden_states", "multi_scale": True}],
-        "by_source": True,
-    },
-    "self_written": {"general": 0.25, "written": 0.24},
-    "by_damage": {"data_policy": "by_damage", **BY_SOURCE},
-    "horizon": {"losses": TEACHER, "on_policy": {"share": 0.3, "horizon": {"max": 256}}},
-    "rounds": {"choose": "sleb", "rounds": 2, **BY_SOURCE},
-    "one_shot": {"choose": "single_drop_perplexity", **BY_SOURCE},
-    "one_shot_scaled": {"choose": "single_drop_perplexity", "scaled": True, **BY_SOURCE},
-    "iterative": {"choose": "sleb", **BY_SOURCE},
-    "iterative_scaled": {"choose": "sleb", "scaled": True, **BY_SOURCE},
+    "one_form": {"data": ONE_FORM, "losses": CROSS_ENTROPY},
+    "general_kl": {"general": 1.0, "losses": TEACHER},
 }
-"""What an arm says of section `distill`, and of its own: `general`, `written` and `abilities` are shares of general
-text, of the teacher's and of prompts with answers, `by_source` gives each source one loss, `choose` names the metric of
-an arm with a cut of its own, `scaled` closes its gaps, and `rounds` share layers and tokens."""
-OWN_KEYS = {"general", "written", "abilities", "by_source", "choose", "scaled", "rounds"}
-UNTIMED = {"by_damage", *(arm for arm, own in ARMS.items() if "choose" in own)}
-"""Arms that score the cut, or choose their layers, before they train."""
+"""What an arm says of section `distill`, and of its own: `general` is the share of general text, `by_source` gives each
+source one loss."""
+OWN_KEYS = {"general", "by_source"}
 PROBE_STEPS = 4
-WRITTEN_SHARE = 1 / 8
-"""Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
-LEAST_WRITTEN = 4000
 
 
 def main() -> None:
@@ -146,38 +92,20 @@ def main() -> None:
     budgets.add_argument("--seconds", type=float, help="equal wall time of training")
     budgets.add_argument("--tokens", type=int, help="equal tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="all that go with the other arguments, if left out")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
     parser.add_argument("--general", nargs="+", help="sources of general text, in equal shares")
-    parser.add_argument("--search-tokens", type=int, default=8192, help="tokens on which arms choose their own layers")
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
-    refused = {arm: why for arm in ARMS if (why := why_not(arm, arguments)) is not None}
-    arguments.arms = arguments.arms or [arm for arm in ARMS if arm not in refused]
-    for arm in arguments.arms or refused:
-        if arm in refused:
-            parser.error(refused[arm])
+    if arguments.seconds and arguments.compensate:
+        parser.error("--seconds: --compensate takes time before the first step, which is not counted; give --tokens")
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
     print(table(arguments))
-
-
-def why_not(arm: str, arguments: argparse.Namespace) -> str | None:
-    """Why the arm does not go with the other arguments; None = it does."""
-    if arguments.compensate and "choose" in ARMS[arm]:
-        return f"--compensate: closes the gaps of the common cut, and {arm} makes its own; leave one of them out"
-    if arguments.seconds and (arguments.compensate or arm in UNTIMED):
-        return (
-            f"--seconds: {f'--compensate {arguments.compensate}' if arguments.compensate else arm} takes time before "
-            "the first step, which is not counted here; give --tokens, or leave it out"
-        )
-    if arguments.seconds and arm == "local_alone":
-        return f"--seconds: {arm} takes all rows whatever time that is; give --tokens, or leave it out"
-    return None
 
 
 def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -186,8 +114,7 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
     run_dir = folder_of(arguments) / f"{arm}-{seed}"
     file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
     run_shoal("distill", file)
-    same = ("teacher",) if "choose" in ARMS[arm] else ("teacher", "pruned")
-    for role in same:  # under every arm of one seed; `shoal eval` checks that
+    for role in ("teacher", "pruned"):  # under every arm of one seed; `shoal eval` checks that
         done = sorted(folder_of(arguments).glob(f"*-{seed}/eval/{role}.json"))
         if done and not (run_dir / "eval" / f"{role}.json").exists():
             (run_dir / "eval").mkdir(exist_ok=True)
@@ -206,38 +133,16 @@ def cut_of(arguments: argparse.Namespace) -> str:
 
 
 def budget(arm: str, arguments: argparse.Namespace) -> int:
-    """Tokens that the arm trains on in the time given, by a short run's steps but the first.
-
-    What the teacher writes is timed as the difference to a second run, which finds it written; the local heal says how
-    long it took.
-    """
+    """Tokens that the arm trains on in the time given, by a short run's steps but the first."""
     row_tokens = 2 * 512
-    probes = [
-        arguments.out / "probe" / cut_of(arguments) / name
-        for name in ((arm, f"{arm}-again") if writes(arm) else (arm,))
-    ]
-    walls = [probe / "wall_s" for probe in probes]
-    for probe, wall in zip(probes, walls, strict=True):
+    probe = arguments.out / "probe" / cut_of(arguments) / arm
+    if not (probe / Training.FILE).exists():
         file = recipe(arm, 0, arguments, run_dir=probe, tokens=(PROBE_STEPS + 1) * row_tokens)
-        if not wall.exists():
-            run_shoal("prune", file)
-            began = time.monotonic()
-            run_shoal("distill", file)
-            wall.write_text(str(time.monotonic() - began))
-    seconds = [row["seconds"] for row in Training.read(probes[-1] / Training.FILE).history]
-    token_s, left = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens), arguments.seconds
-    if writes(arm):
-        first, again = (float(wall.read_text()) for wall in walls)
-        token_s += WRITTEN_SHARE * (first - again) / LEAST_WRITTEN
-    if local := ARMS[arm].get("local"):
-        healed = json.loads((probes[-1] / "local/local.json").read_text())
-        left -= healed["seconds"] * local["num_tokens"] / healed["num_tokens"]
-    return max(row_tokens, math.floor(left / token_s / row_tokens) * row_tokens)
-
-
-def writes(arm: str) -> bool:
-    """Whether the teacher writes for this arm."""
-    return "written" in ARMS[arm]
+        run_shoal("prune", file)
+        run_shoal("distill", file)
+    seconds = [row["seconds"] for row in Training.read(probe / Training.FILE).history]
+    token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
+    return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
 
 
 def general_text(arguments: argparse.Namespace) -> Mapping[str, float]:
@@ -246,14 +151,11 @@ def general_text(arguments: argparse.Namespace) -> Mapping[str, float]:
 
 def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
     """Sources of an arm that names none of its own."""
-    shares = {"general": 0.49, "written": 0.0, **ARMS[arm]}
-    rest = 1.0 - shares["general"] - shares["written"]
-    abilities = shares.get("abilities", rest * 10 / 17)
-    weights = {path: shares["general"] * share for path, share in general.items()}
-    weights |= {"teacher_text": shares["written"], "instructions": rest - abilities, "ability_texts": abilities}
-    # losses inside the layers are for all text; of the head's two, each source has its own
-    inside = [loss["kind"] for loss in ARMS[arm].get("losses", ()) if loss not in (*TEACHER, *CROSS_ENTROPY)]
-    loss_of = {path: ["forward_kl" if path in general else "cross_entropy", *inside] for path in weights}
+    general_share = ARMS[arm].get("general", 0.49)
+    abilities = (1.0 - general_share) * 10 / 17
+    weights = {path: general_share * share for path, share in general.items()}
+    weights |= {"instructions": 1.0 - general_share - abilities, "ability_texts": abilities}
+    loss_of = {path: ["forward_kl" if path in general else "cross_entropy"] for path in weights}
     return [
         {"path": path, "weight": round(weight, 4), **({"losses": loss_of[path]} if "by_source" in ARMS[arm] else {})}
         for path, weight in weights.items()
@@ -263,11 +165,11 @@ def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
     trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
-    trainer |= {"warmup_steps": 5, "save_strategy": "no", **ARMS[arm].get("trainer", {})}
+    trainer |= {"warmup_steps": 5, "save_strategy": "no"}
     distill: dict[str, Any] = {
         "data": mixture(arm, general_text(arguments)),
         "losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}],
-        "num_tokens": tokens // ARMS[arm].get("rounds", 1),
+        "num_tokens": tokens,
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "watch": None,
@@ -275,14 +177,11 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         **{key: list(value) if key == "data" else value for key, value in ARMS[arm].items() if key not in OWN_KEYS},
         "trainer": trainer,
     }
-    if writes(arm):
-        num_written = max(LEAST_WRITTEN, round(WRITTEN_SHARE * tokens))
-        distill["writing"] = {"num_tokens": num_written, "folder": str(arguments.out.resolve() / "written")}
     settings = {
         "model": "demo:smollm2-135m",
         "run_dir": str(run_dir),
         "seed": seed,
-        **cut(arm, arguments),
+        "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
         "distill": distill,
         "eval": {
             "tasks": [*TASKS, *(PUBLIC_TASKS if arguments.data_dir else ())],
@@ -303,18 +202,6 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
     return write_recipe(settings)
 
 
-def cut(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Sections `measure` and `prune` of an arm: the cut that all share, or as many layers of its own choice."""
-    if not (metric := ARMS[arm].get("choose")):
-        return {"prune": {"drop": list(arguments.drop), "compensate": arguments.compensate}}
-    text = {"data": "python_docs", "num_tokens": arguments.search_tokens, "sequence_length": 512, "batch_size": 4}
-    scaled, num_drop, rounds = ARMS[arm].get("scaled", False), len(arguments.drop), ARMS[arm].get("rounds", 1)
-    in_a_round = -(-num_drop // rounds)
-    scores = {"metrics": [metric], "num_drop": in_a_round, "scale_removals": scaled and metric == "sleb"}
-    chosen = {"metric": metric, "num_drop": num_drop, "rounds": rounds}
-    return {"measure": {**text, **scores}, "prune": {**chosen, "compensate": "scale" if scaled else None}}
-
-
 def table(arguments: argparse.Namespace) -> str:
     """Three tables with a row per arm: mean share kept by column, form gaps, every task; means over the seeds."""
     runs = {
@@ -329,18 +216,8 @@ def table(arguments: argparse.Namespace) -> str:
     teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
     rows: dict[str, tuple[Scores, Scores | None]] = {"pruned": (pruned, None)}
     for arm, own in ((arm, own) for arm, own in runs.items() if own):
-        healed = [[*sorted(run.glob(f"rounds/*/{Training.FILE}")), run / Training.FILE] for run in own.values()]
-        training = [[Training.read(file) for file in files] for files in healed]
-        local = [json.loads(file.read_text()) for run in own.values() if (file := run / "local/local.json").is_file()]
-        healing = [heal["seconds"] for heal in local] or [0.0] * len(training)
-        seconds = ", ".join(
-            f"{sum(one.seconds for one in of_rounds) + own_s:.0f}"
-            for of_rounds, own_s in zip(training, healing, strict=True)
-        )
-        first = f"{local[0]['num_tokens']:,} by the local heal, then " if local else ""
-        if "choose" in ARMS[arm]:
-            rows[f"cut of {arm}"] = (pooled(own.values(), "pruned"), None if own is reference else pruned)
-        title = f"{arm} ({first}{sum(one.num_tokens for one in training[0]):,} tokens; {seconds} s)"
+        training = [Training.read(run / Training.FILE) for run in own.values()]
+        title = f"{arm} ({training[0].num_tokens:,} tokens; {', '.join(f'{one.seconds:.0f}' for one in training)} s)"
         common = [seed for seed in own if seed in reference and own is not reference]
         rows[title] = (
             pooled(own.values(), "distilled"),
@@ -352,7 +229,7 @@ def table(arguments: argparse.Namespace) -> str:
 
 
 Rows = Mapping[str, tuple[Scores, Scores | None]]
-"""Title -> scores, and those of the first arm over the same seeds; beside another cut those of the first arm's cut."""
+"""Title -> scores, and those of the first arm over the same seeds."""
 
 
 def kept_by_column(teacher: Scores, rows: Rows) -> str:
