@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact, differences
@@ -38,12 +39,12 @@ from shoal.artifacts.training import Training
 from shoal.artifacts.vision_states import VisionStates
 from shoal.atomic_files import NO_LOCKS, write_json
 from shoal.errors import UserError
-from shoal.machine import device_name, num_cores
+from shoal.machine import device_name
 from shoal.models.anatomy import image_layers, text_config
 from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.models.load import find_config, load_config, load_tokenizer, loaded_dtype, reads_images, resolve_model
-from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
+from shoal.numerics import DTYPES, fast_dtype, flops_per_second
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
 from shoal.recipe.edits import Swap
 from shoal.recipe.prune import Prune
@@ -68,8 +69,9 @@ DEPTH, BESIDE = "depth", "beside"
 MEASURED = {"pruned": "student", "distilled": "distilled"}
 """Role -> folder of the run directory, of the models made from the teacher that `shoal depth` measures."""
 LOCK_WAIT_S = 30
-LEAST_SIZE = 0.2
-"""Smallest share of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
+SHARES = 5
+"""Steps in which a recipe's sizes follow the device: one is the smallest share, with less there would be nothing to
+see, and a rate that is measured again comes to the same."""
 
 
 @dataclass(frozen=True)
@@ -329,8 +331,8 @@ def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
     begun = _mapping(Path(recipe.run_dir).expanduser() / "run.json", "numerics")
     if begun.get("full_size_gflops") == full_gflops and "size" in begun:
         return float(begun["size"]), str(begun.get("size_reason", ""))
-    rate = (num_cores() if own_device.type == "cpu" else 1) * product_rates(own_device)[dtype] / 1e9
-    share = round(min(1.0, max(LEAST_SIZE, rate / full_gflops)), 2)
+    rate = flops_per_second(own_device, getattr(torch, dtype)) / 1e9
+    share = min(SHARES, math.ceil(SHARES * rate / full_gflops)) / SHARES
     if share == 1:
         return share, ""
     reason = (
@@ -359,22 +361,9 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
             why = f"{why}; {choice.dtype} trains rightly under ZeRO 0 alone, distill.deepspeed=deepspeed/zero0.json"
         precision, source = _begun_in(folder, "distill.precision") or (fastest, None)
         reasons.append(source or why)
-    slow = {
-        key: slowness(value, own_device)
-        for key, value in (("dtype", recipe.dtype), ("distill.precision", recipe.distill.precision))
-        if value in DTYPES and slowness(value, own_device) > SLOW
-    }
-    if slow:
-        values = {key: recipe.dtype if key == "dtype" else recipe.distill.precision for key in slow}
-        log.warning(
-            "%s: products are %.2g times slower in it than in %s on %s; add %s to the command, or leave it out of the "
-            "recipe",
-            ", ".join(f"{key}: {value}" for key, value in values.items()),
-            max(slow.values()),
-            choice.dtype,
-            name,
-            " ".join(f"{key}={choice.dtype}" for key in values),
-        )
+    slow = [value for value in dict.fromkeys((recipe.dtype, recipe.distill.precision)) if value in DTYPES[1:]]
+    if slow and choice.dtype == "float32":
+        log.warning("%s: %s; leave dtype and distill.precision out of the recipe", " and ".join(slow), choice.reason)
     reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
     size, chosen = _size(recipe, choice.dtype), _attention(recipe, dtype, precision, computes=computes)
     return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *size, chosen.attention, chosen.reason)

@@ -1,11 +1,10 @@
-"""What `auto` means: by device, remembered, kept by a run directory, and told.
+"""What `auto` means: by device, kept by a run directory, and told.
 
 Covers: shoal.machine.
 """
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,128 +17,49 @@ from shoal.errors import UserError
 from shoal.launch.verbs import run as runs
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.attention import Chosen
-from shoal.numerics import Choice, choose, fast_dtype, slowness
+from shoal.numerics import Choice, fast_dtype, flops_per_second
 from shoal.recipe.recipe import parse_recipe
 
 CPU = torch.device("cpu")
-MEASURE = numerics.product_rates  # before a test's environment puts one in its place
-
-
-def rates(float32: float, bfloat16: float, float16: float | None = None) -> dict[str, float]:
-    found = {"float32": float32 * 1e9, "bfloat16": bfloat16 * 1e9}
-    return found if float16 is None else {**found, "float16": float16 * 1e9}
+DEVICE = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("told", "expected"),
     [
-        pytest.param(rates(76, 9), "float32", id="AVX2"),
-        pytest.param(rates(180, 395), "bfloat16", id="AVX512-BF16"),
-        pytest.param(rates(232, 1024), "bfloat16", id="AMX"),
-        pytest.param(rates(60, 27), "float32", id="AVX512 without BF16"),
-        pytest.param(rates(100, 110), "float32", id="no gain to speak of"),
-        pytest.param(rates(19_000, 300_000, 300_000), "bfloat16", id="Ampere and later"),
-        pytest.param(rates(7_000, 3_000, 45_000), "float16", id="Turing"),
-        pytest.param(rates(13_000, 13_000, 95_000), "float16", id="Volta"),
-        pytest.param(rates(9_000, 9_000, 150), "float32", id="Pascal"),
+        ("vendor_id: GenuineIntel\nflags: avx512f avx512_bf16 amx_bf16", "amx_bf16"),
+        ("vendor_id: GenuineIntel\nflags: avx512f avx512_bf16", ""),
+        ("vendor_id: AuthenticAMD\nflags: avx512f avx512_bf16", "avx512_bf16"),
+        ("vendor_id: AuthenticAMD\nflags: avx2", ""),
+        ("Features: asimd bf16", "bf16"),
+        ("", ""),
     ],
 )
-def test_the_precision_is_the_one_that_the_device_multiplies_fast_in(found: dict[str, float], expected: str) -> None:
-    assert choose(found, "a device").dtype == expected
-
-
-def test_the_reason_names_device_ratio_and_rates() -> None:
-    assert choose(rates(76, 9.5), "Ryzen") == Choice(
-        "float32", "Ryzen multiplies 8 times as slow in bfloat16 (9.5 GFLOP/s in bfloat16, 76 in float32)"
-    )
-    assert choose(rates(200, 1000), "Xeon").reason == (
-        "Xeon multiplies 5 times as fast in bfloat16 as in float32 (1,000 GFLOP/s in bfloat16, 200 in float32)"
-    )
-    assert "only 1.1 times as fast in bfloat16" in choose(rates(100, 110), "Xeon").reason
-
-
-def test_float16_is_not_chosen_on_a_cpu_however_fast_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "product_rates", lambda device: rates(100, 90, 1000))
-    assert fast_dtype(CPU).dtype == "float32"
-    assert slowness("bfloat16", CPU) == pytest.approx(100 / 90)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
-    """Sizes of the products that were timed, with a memory of this test's own."""
-    sizes: list[int] = []
-
-    def products(device: Any, dtypes: Any, *, size: int, seconds: float) -> dict[torch.dtype, float]:
-        sizes.append(size)
-        return {dtype: 1e9 * (1 + index) for index, dtype in enumerate(dtypes)}
-
-    monkeypatch.setattr(numerics, "fastest_products", products)
-    monkeypatch.setattr(numerics, "product_rates", MEASURE)
-    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
-    numerics._product_rates.cache_clear()
-    yield sizes
-    numerics._product_rates.cache_clear()
-
-
-def forget_process() -> None:
-    numerics._product_rates.cache_clear()
-
-
-def test_a_machine_is_measured_once(counted: list[int], tmp_path: Path) -> None:
-    first = numerics.product_rates(CPU)
-    forget_process()
-    assert numerics.product_rates(CPU) == first == {"float32": 1e9, "bfloat16": 2e9, "float16": 3e9}
-    assert counted == [512]
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["product_rates.json"]
-
-
-def test_another_machine_and_other_instructions_are_measured_again(
-    counted: list[int], monkeypatch: pytest.MonkeyPatch
+def test_a_processor_multiplies_fast_in_bfloat16_by_its_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, expected: str
 ) -> None:
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    numerics.product_rates(CPU)
-    forget_process()
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    numerics.product_rates(CPU)
-    monkeypatch.setattr(numerics, "device_name", lambda device: "another processor")
-    numerics.product_rates(CPU)
-    assert len(counted) == 3
+    (tmp_path / "cpuinfo").write_text(told)
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    assert machine.bfloat16_instructions(CPU) == expected
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"x": 1}', "{KEY: {}}", '{KEY: {"float32": 1.0, "bfloat16": 0.0}}'])
-def test_a_damaged_memory_is_measured_again(counted: list[int], tmp_path: Path, content: str) -> None:
-    numerics.product_rates(CPU)
-    file = tmp_path / "cache/product_rates.json"
-    (key,) = json.loads(file.read_text())
-    file.write_text(content.replace("KEY", json.dumps(key)))
-    forget_process()
-    assert numerics.product_rates(CPU)["bfloat16"] == 2e9
-    assert len(counted) == 2
-
-
-def test_nothing_but_time_is_lost_where_the_memory_cannot_be_written(
-    counted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("bfloat16", "capability", "expected"),
+    [(True, (8, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")],
+)
+def test_a_gpu_computes_in_what_it_has_instructions_for(
+    monkeypatch: pytest.MonkeyPatch, bfloat16: bool, capability: tuple[int, int], expected: str
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "file"))
-    assert numerics.product_rates(CPU)["bfloat16"] == 2e9
+    monkeypatch.setattr(numerics, "bfloat16_instructions", lambda device: "tensor cores" * bfloat16)
+    monkeypatch.setattr(numerics, "device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast_dtype(DEVICE).dtype == expected
 
 
-def test_products_are_timed_for_every_dtype_and_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = machine.fastest_products(CPU, (torch.float32, torch.bfloat16), size=32)
-    assert set(found) == {torch.float32, torch.bfloat16}
-    assert all(0 < rate < float("inf") for rate in found.values())
-    clock = iter(range(1000))
-    monkeypatch.setattr(machine, "now", lambda device: float(next(clock)))
-    # a turn takes five looks at this clock: two for each product and one at its end
-    assert machine.fastest_products(CPU, (torch.float32, torch.bfloat16), size=10, seconds=4.0)[torch.float32] == 2000
-    assert next(clock) == 6
-
-
-@pytest.mark.slow
-def test_measuring_leaves_the_number_of_threads_as_it_was() -> None:
-    before = torch.get_num_threads()
-    assert set(numerics._measured(CPU)) == set(numerics.DTYPES)
+def test_the_rate_is_of_all_cores_and_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, one = torch.get_num_threads(), numerics._product_rate("cpu", torch.float32)
+    monkeypatch.setattr(numerics, "num_cores", lambda: 3)
+    assert flops_per_second(CPU, torch.float32) == 3 * one > 0
     assert torch.get_num_threads() == before
 
 
@@ -152,7 +72,7 @@ def recipe(tmp_path: Path, **settings: Any) -> Any:
 
 @pytest.fixture
 def fast_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "product_rates", lambda device: rates(100, 400, 100))
+    monkeypatch.setattr(numerics, "bfloat16_instructions", lambda device: "amx_bf16")
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, "float16"), (2, "float32")])
@@ -173,7 +93,7 @@ def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.Lo
     settled = run.recipe
     assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == ("bfloat16",) * 3
     assert run.numerics is not None
-    assert "4 times as fast in bfloat16" in run.numerics.reason
+    assert "multiplies fast in bfloat16" in run.numerics.reason
     assert f"precision: bfloat16, training in bfloat16 ({run.numerics.reason})" in caplog.text
 
 
@@ -290,26 +210,15 @@ def test_a_result_that_does_not_say_it_does_not_count(tmp_path: Path, content: s
     assert open_run(recipe(tmp_path)).recipe.dtype == "bfloat16"
 
 
-def test_a_precision_that_is_slow_here_is_warned_of_once_with_what_to_type(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
+def test_half_precision_that_is_slow_here_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, warned: bool
 ) -> None:
-    monkeypatch.setattr(numerics, "product_rates", lambda device: rates(76, 9.5, 9))
-    monkeypatch.setattr("shoal.launch.verbs.run.device_name", lambda device: "Ryzen")
-    run = open_run(recipe(tmp_path, dtype="bfloat16", distill={"precision": "bfloat16"}))
-    assert run.recipe.dtype == "bfloat16"
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == (
-        "dtype: bfloat16, distill.precision: bfloat16: products are 8 times slower in it than in float32 on Ryzen; add "
-        "dtype=float32 distill.precision=float32 to the command, or leave it out of the recipe"
-    )
-
-
-def test_a_precision_that_is_not_much_slower_is_not_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(numerics, "product_rates", lambda device: rates(100, 200, 100))
-    open_run(recipe(tmp_path, dtype="float32"))
-    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    run = open_run(recipe(tmp_path, dtype=dtype, distill={"precision": dtype}))
+    assert run.recipe.dtype == dtype
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == warned
+    assert all("does not multiply fast in bfloat16; leave dtype and distill" in line for line in warnings)
 
 
 def test_a_bad_deepspeed_file_is_refused_as_ever(tmp_path: Path) -> None:
@@ -348,16 +257,14 @@ def sizes(run: Run) -> list[int | None]:
     ("rate", "share", "expected"),
     [
         (200, 1.0, [8192, 81_920, 4001, 4096, 1000, 100, 7, 8192, 50_000, 10]),
-        (75, 0.38, [3113, 31_130, 1521, 1557, 380, 38, 3, 3113, 19_000, 4]),
+        (75, 0.4, [3277, 32_768, 1601, 1639, 400, 40, 3, 3277, 20_000, 4]),
         (10, 0.2, [1639, 16_384, 801, 820, 200, 20, 2, 1639, 10_000, 2]),
     ],
 )
 def test_sizes_follow_the_speed_of_all_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, share: float, expected: list[int]
 ) -> None:
-    monkeypatch.setattr(numerics, "product_rates", lambda device: rates(rate, 1, 1))
-    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(rate, 1, 1))
-    monkeypatch.setattr("shoal.launch.verbs.run.num_cores", lambda: 2)
+    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e9 * rate)
     run = open_run(recipe(tmp_path, **SIZES))
     assert sizes(run) == expected
     assert run.recipe.full_size_gflops is None, "settled sizes are not settled again"
@@ -370,12 +277,11 @@ def test_sizes_follow_the_speed_of_all_cores(
 def test_a_run_directory_keeps_its_sizes_on_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float
 ) -> None:
-    monkeypatch.setattr("shoal.launch.verbs.run.num_cores", lambda: 2)
-    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(first, 1, 1))
+    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e9 * first)
     begun = open_run(recipe(tmp_path, **SIZES))
     begun.dir.mkdir()
     (begun.dir / "run.json").write_text(json.dumps({"numerics": asdict(begun.numerics)}))  # pyright: ignore
-    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(then, 1, 1))
+    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e9 * then)
     assert open_run(recipe(tmp_path, **SIZES)).recipe == begun.recipe
     other = {**SIZES, "full_size_gflops": 500 if then > first else 300}
     assert sizes(open_run(recipe(tmp_path, **other))) != sizes(begun), "is another recipe"
@@ -387,7 +293,7 @@ def test_sizes_are_what_they_say_without_a_speed_to_follow(tmp_path: Path) -> No
 
 
 def test_unlimited_items_and_no_watch_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.launch.verbs.run.product_rates", lambda device: rates(10, 1, 1))
+    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e10)
     run = open_run(recipe(tmp_path, full_size_gflops=400, distill={"watch": None}, eval={"limit": None}))
     assert run.recipe.distill.watch is None
     assert run.recipe.eval.limit is None

@@ -263,8 +263,7 @@ def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
 
 def test_half_precision_is_autocast_over_fp32_weights_where_the_device_is_fast_in_it(monkeypatch):
     assert "torch_autocast" not in deepspeed_config(Distill()), "the tests' device is not"
-    rates = {"float32": 1e11, "bfloat16": 4e11, "float16": 1e11}
-    monkeypatch.setattr("shoal.numerics.product_rates", lambda device: rates)
+    monkeypatch.setattr("shoal.numerics.bfloat16_instructions", lambda device: "amx_bf16")
     assert deepspeed_config(Distill())["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "torch_autocast" not in deepspeed_config(Distill(precision="float32"))
     own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
