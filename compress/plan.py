@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance, SweepColumn
@@ -99,15 +99,13 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
     elif goals is not None:
         goals.refuse_unreachable(free_cuts(free_layers(prune, num_layers), num_layers), ALL_FREE)
     elif is_automatic(prune):
-        counts = drops_by_round(prune, num_layers)
         protected = _protected(prune.protect, num_layers) | _edited(prune)
-        count, free, longest = sum(counts), num_layers - len(protected), _longest_run(protected, num_layers)
-        problem = None
-        if prune.contiguous and len(counts) == 1 and count > longest:
+        count, free = _count(prune, num_layers), num_layers - len(protected)
+        longest, problem = _longest_run(protected, num_layers), None
+        if prune.contiguous and count > longest:
             problem = f"asks to drop a run of {count} layers, but the longest free one has {longest}"
         elif count > free:
-            asked = f"{len(counts)} rounds are to drop" if len(counts) > 1 else "asks to drop"
-            problem = f"{asked} {count} layers, but only {free} of {num_layers} are not protected"
+            problem = f"asks to drop {count} layers, but only {free} of {num_layers} are not protected"
         if problem:
             raise UserError(f"prune: {problem} ({sorted(protected)} stay); drop fewer or shorten prune.protect")
 
@@ -120,37 +118,6 @@ def free_layers(prune: Prune, num_layers: int) -> list[int]:
     """
     taken = _protected(prune.protect, num_layers) | _edited(prune)
     return [layer for layer in range(num_layers) if layer not in taken]
-
-
-def drops_by_round(prune: Prune, num_layers: int) -> tuple[int, ...]:
-    """How many of the teacher's ``num_layers`` layers go in each of prune.rounds, by no more than one unequal.
-
-    Raises:
-        UserError: an impossible number of layers, or more rounds than that.
-    """
-    count, rounds = _count(prune, num_layers), prune.rounds
-    if rounds > count:
-        raise UserError(
-            f"prune.rounds: {rounds} rounds are more than the {layers_of(count, num_layers)} to drop; set at most "
-            f"{count}"
-        )
-    return tuple(count // rounds + (number < count % rounds) for number in range(rounds))
-
-
-def round_of(prune: Prune, number: int, *, num_layers: int, kept: Sequence[int]) -> Prune:
-    """``prune`` as the choice of round ``number``, from 1, in a model that has the layers ``kept`` of the teacher's
-    ``num_layers``: the layers of this round alone, and protected ones by their numbers in that model.
-
-    Raises:
-        UserError: an impossible number of layers, or a protected one that is none of the teacher's.
-    """
-    if prune.rounds == 1:
-        return prune
-    guarded = _protected(prune.protect, num_layers)
-    protect = [place for place, layer in enumerate(kept) if layer in guarded]
-    words = [name for name in prune.protect if isinstance(name, str)]
-    count = drops_by_round(prune, num_layers)[number - 1]
-    return replace(prune, num_drop=count, ratio=None, rounds=1, protect=(*protect, *words))
 
 
 def is_automatic(prune: Prune) -> bool:

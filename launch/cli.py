@@ -54,8 +54,6 @@ class Verb:
     """Whether a process that no launcher started joins a process group, too."""
     launches: bool = False
     """Whether it locks the run directory and starts a launcher itself."""
-    takes_round: bool = False
-    """Whether it can be told which of several rounds (prune.rounds) it works on."""
 
 
 VERBS = {
@@ -63,13 +61,11 @@ VERBS = {
         "measure what every layer is worth: importance.json",
         "verbs.measure.measure",
         example="--config my.yaml --diagnostics measure.num_tokens=100_000",
-        takes_round=True,
     ),
     "prune": Verb(
         "choose layers and cut them out: plan.json, student/",
         "verbs.prune.prune",
         dry_run=("verbs.prune.prune_dry_run", "sizes, expected speed and targets before and after"),
-        takes_round=True,
         example="--config my.yaml prune.num_drop=6 --dry-run",
     ),
     "record": Verb(
@@ -86,20 +82,17 @@ VERBS = {
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
         example="--config my.yaml distill.num_tokens=1e6 --dry-run",
-        takes_round=True,
     ),
     "quantize": Verb(
         "quantised copies of the student, healed before, and of its teacher: quantized/, teacher_quantized/",
         "verbs.export.quantize",
         example="--config my.yaml quantize.format=int8 quantize.teacher_format=int4",
         check="verbs.export.check_quantize",
-        takes_round=True,
     ),
     "eval": Verb(
         "score teacher, pruned, control, distilled and quantised copies: eval/*.json",
         "verbs.evaluate.evaluate",
         example="--config my.yaml eval.suite=quick eval.limit=50",
-        takes_round=True,
     ),
     "depth": Verb(
         "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved: depth_use.json",
@@ -111,7 +104,6 @@ VERBS = {
         "verbs.report.report",
         example="runs/mine",
         check="verbs.report.require_results",
-        takes_round=True,
     ),
     "run": Verb(
         "all of it, skipping what is done and unchanged",
@@ -165,7 +157,6 @@ def _main(argv: list[str]) -> int:
         arguments.overrides,
         dry_run=getattr(arguments, "dry_run", False),
         figure=getattr(arguments, "figure", None),
-        chosen_round=getattr(arguments, "round", None),
         loudness=arguments.loudness,
     )
 
@@ -177,21 +168,19 @@ def run_verb(
     *,
     dry_run: bool = False,
     figure: Path | None = None,
-    chosen_round: int | None = None,
     loudness: Loudness = "usual",
 ) -> int:
-    """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code. ``chosen_round``
-    is the one of prune.rounds to work on; None = the last. ``figure``: file that `shoal prune --dry-run` draws to."""
+    """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code.
+    ``figure``: file that `shoal prune --dry-run` draws to."""
     from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
 
     def work() -> None:
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides, further=_limits_without_task)
-        after = _rounds_after(recipe, chosen_round)
         _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
-                text = _dry_run(verb, recipe, after, {} if figure is None else {"figure": figure.expanduser()})
+                text = _dry_run(verb, recipe, {} if figure is None else {"figure": figure.expanduser()})
             _print(text)
             return
         from .verbs.memory import remembering
@@ -204,7 +193,7 @@ def run_verb(
             doing(label),
             remembering(run_dir, said) as memory,
         ):
-            _dispatch(verb, recipe, config, overrides, rounds_after=after, memory=memory)
+            _dispatch(verb, recipe, config, overrides, memory=memory)
         if STARTED not in os.environ and runtime.is_main():
             from shoal.tracking.wandb_run import tell_unsent
 
@@ -252,13 +241,6 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)
         if recipe.eval.backend == "vllm":
             check_vllm("eval.backend")
-
-
-def _rounds_after(recipe: Recipe, chosen_round: int | None) -> int:
-    rounds = recipe.prune.rounds
-    if chosen_round is not None and not 1 <= chosen_round <= rounds:
-        raise UserError(f"--round {chosen_round}: the recipe has prune.rounds: {rounds}; name one of 1 to {rounds}")
-    return 0 if chosen_round is None else rounds - chosen_round
 
 
 def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
@@ -336,7 +318,7 @@ def _run_each(arguments: argparse.Namespace) -> None:
         write_comparison(comparison, run_dir / "compare")
 
 
-def _dry_run(verb: str, recipe: Recipe, rounds_after: int, options: dict[str, Any]) -> str:
+def _dry_run(verb: str, recipe: Recipe, options: dict[str, Any]) -> str:
     table = VERBS[verb].dry_run
     assert table is not None
     with doing("loading the libraries"):
@@ -344,7 +326,7 @@ def _dry_run(verb: str, recipe: Recipe, rounds_after: int, options: dict[str, An
         from .verbs.run import open_run
 
         text_of = _stage(table[0])
-    return text_of(open_run(recipe, rounds_after), **options)
+    return text_of(open_run(recipe), **options)
 
 
 def _stage(name: str) -> Callable[..., Any]:
@@ -387,14 +369,12 @@ def _dispatch(
     config: str,
     overrides: Sequence[str],
     *,
-    rounds_after: int = 0,
     memory: str | None = None,
 ) -> None:
     if STARTED in os.environ and runtime.is_main():
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
-        from shoal.artifacts.plan import PruningPlan
         from shoal.tracking.wandb_run import wandb_mode
 
         from .verbs import distill
@@ -406,7 +386,7 @@ def _dispatch(
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
-    run = Run(recipe, rounds_after=rounds_after)  # its precision is settled where all ranks have joined
+    run = Run(recipe)  # its precision is settled where all ranks have joined
     wandb_mode(recipe.track)  # refuses now, not after hours
     if runtime.is_main():
         refuse_links(run.root)
@@ -417,30 +397,22 @@ def _dispatch(
         launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
 
     if verb == "distill" and not launched:
-        run = open_run(recipe, rounds_after, memory=memory)
+        run = open_run(recipe, memory=memory)
         distill.check_distill(run)
-        pipeline.finish_earlier_rounds(run, launch)
         distill.refuse_other_checkpoints(run)
         launch(run)
         return
     if launched or row.needs_group:
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.timeout_s)
-    run = open_run(recipe, rounds_after, memory=memory, computes=verb != "report")
+    run = open_run(recipe, memory=memory, computes=verb != "report")
     if row.launches:
         if text := stage(run, launch):
             _print(text)
         return
     if row.check:
         _stage(row.check)(run)
-    # what is scored or told rests on the rounds before only where this one has a plan
-    has_plan = (run.dir / PruningPlan.FILE).is_file()
-    rests_on_rounds = verb in ("measure", "prune") or (verb in ("quantize", "eval", "report") and has_plan)
-    if rests_on_rounds and not launched:
-        pipeline.finish_earlier_rounds(run, launch)
     with locked(run) if runtime.is_main() else contextlib.nullcontext():
-        if rests_on_rounds and launched and run.previous is not None:
-            _distill(run.previous)
         stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)
@@ -479,9 +451,6 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "prune":
             told = "with --dry-run: draw what the metric's cuts keep against size and speed to FILE (.svg, .png)"
             sub.add_argument("--figure", metavar="FILE", type=Path, help=told)
-        if row.takes_round:
-            told = "one of the rounds of prune.rounds, from 1; without it the last, once those before it are done"
-            sub.add_argument("--round", type=int, metavar="N", help=told)
         if verb == "measure":
             sub.add_argument(
                 "--diagnostics",

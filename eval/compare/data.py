@@ -67,8 +67,8 @@ def _run_data(contender: Contender) -> dict[str, Any]:
         "is_checkpoint": contender.is_model,
         "teacher": contender.teacher,
         "cut": run.plan.in_words() if run.plan else None,
-        "training_tokens": run.trained_tokens if run.training else None,
-        "training_seconds": run.trained_seconds if run.training else None,
+        "training_tokens": run.training.num_tokens if run.training else None,
+        "training_seconds": run.training.seconds if run.training else None,
         "drafts": {role: list(map(asdict, texts)) for role, texts in (run.drafts.roles if run.drafts else {}).items()},
     }
 

@@ -266,12 +266,12 @@ def _main_table(comparison: RunComparison) -> Table:
 
 def _cost_row(model: Model) -> tuple[str, ...]:
     evaluation, run = model.evaluation, model.contender.run
-    is_trained = model.role == "distilled" and run.training is not None
+    training = run.training if model.role == "distilled" else None
     speed = DASH
     if model.speed:
         ratio = "" if model.speed_ratio is None or model.role == "teacher" else f" ({model.speed_ratio.in_words()})"
         speed = f"{model.speed.decode_tokens_per_s:,.1f}{ratio}"
-    cost = (f"{run.trained_tokens:,}", f"{run.trained_seconds / 3600:,.2f}") if is_trained else (DASH, DASH)
+    cost = (f"{training.num_tokens:,}", f"{training.seconds / 3600:,.2f}") if training else (DASH, DASH)
     size = (count_text(evaluation.num_parameters), str(evaluation.num_layers), bytes_text(evaluation.num_bytes))
     return (_model_name(model), *size, speed, *cost)
 

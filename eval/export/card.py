@@ -19,7 +19,6 @@ from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
 from ..report.cautions import cautions_section
-from ..report.details import rounds_table
 from ..report.document import Block, Bullets, Code, Paragraph, block_markdown, inline
 from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
@@ -217,24 +216,20 @@ def _cut_lines(run: Run, base: str | None) -> list[Block]:
             "acceptance of their tokens has to be measured in vLLM"
         )
     lines.append(f"How they were chosen: {run.plan.reason}")
-    return [Bullets(tuple(lines)), *([rounds_table(run)] if run.rounds else [])]
+    return [Bullets(tuple(lines))]
 
 
 def _training_lines(run: Run) -> Bullets:
     assert run.training is not None
     training, distill = run.training, (run.recipe or {}).get("distill") or {}
-    steps = sum(own.num_steps for own in run.trainings)
     how = "Distilled from the base model on" if _asked_teacher(run) else "Trained without a teacher on"
-    lines = [f"{how} {run.trained_tokens:,} tokens in {steps:,} steps"]
-    if run.rounds:
-        lines[0] += f", in {len(run.trainings)} rounds of cutting and healing on the same text"
+    lines = [f"{how} {training.num_tokens:,} tokens in {training.num_steps:,} steps"]
     if kinds := [str(loss["kind"]).replace("_", " ") for loss in distill.get("losses") or ()]:
         lines.append(f"Objective: {listed(kinds)}")
     if sources := training.data.get("sources"):
         lines.append(f"Text: {listed(map(str, sources))}")
     environment = training.provenance.environment
-    peak = bytes_text(max(own.peak_memory_bytes for own in run.trainings))
-    took = f"{duration_text(run.trained_seconds)}, {peak} in the largest process"
+    took = f"{duration_text(training.seconds)}, {bytes_text(training.peak_memory_bytes)} in the largest process"
     lines.append(f"Took {took}; on {environment.get('world_size', 1)} x {environment.get('device', 'not recorded')}")
     versions = [f"{name} {environment[name]}" for name in ("shoal", "torch", "transformers") if name in environment]
     if versions:

@@ -110,12 +110,8 @@ class _Text:
 
 
 def _training_text(run: Run) -> list[_Text]:
-    """The text of all rounds, which is one text unless shares follow what a round took."""
-    texts: list[_Text] = []
-    for training in run.trainings:
-        text = _Text(training.data, "training", "the training text", "Training read")
-        texts += [text] if text not in texts else []
-    return texts
+    training = run.training
+    return [] if training is None else [_Text(training.data, "training", "the training text", "Training read")]
 
 
 def _calibration_text(run: Run) -> list[_Text]:

@@ -45,11 +45,6 @@ TERMS = (
     ("Paired difference", "The change between two models over the same items, which takes out the luck of the draw."),
 )
 
-ROUNDS = (
-    "The layers went in rounds: each measured and cut the healed student of the one before it, and was healed on the "
-    "same rows with the uncut model as its teacher."
-)
-
 
 def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
     """Which layers were dropped, why, and the figures of what layers are worth."""
@@ -65,8 +60,6 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
         if run.plan.width is not None:
             blocks.append(Paragraph(f"Narrowed: {run.plan.width.in_words()} stay."))
         blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
-        if run.rounds:
-            blocks += [Paragraph(ROUNDS), rounds_table(run)]
     if run.importance is None:
         blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))
         return Section("Which layers were cut, and why", tuple(blocks))
@@ -83,24 +76,9 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
             for place, layer in enumerate(run.importance.teacher_layers)
         )
         caption = f"Importance of every layer over {run.importance.num_tokens:,} tokens"
-        if run.importance.kept:
-            caption += ", in the model that the last round cut"
         columns = ("Layer", *(metric.replace("_", " ") for metric in metrics), "Plan")
         blocks.append(Table(caption, columns, rows, frozenset({0, len(metrics) + 1}), folded=True))
     return Section("Which layers were cut, and why", tuple(blocks))
-
-
-def rounds_table(run: Run) -> Table:
-    """What every round took out, by the teacher's numbers, and what its student was healed with."""
-    before = [(), *(plan.drop for plan in run.plans)]
-    rows = []
-    for number, plan in enumerate(run.plans):
-        training = run.trainings[number] if number < len(run.trainings) else None
-        healed = (f"{training.num_tokens:,}", duration_text(training.seconds)) if training else (DASH, DASH)
-        cut = layers_text([layer for layer in plan.drop if layer not in before[number]])
-        rows.append((str(number + 1), cut, str(len(plan.keep)), *healed, plan.reason))
-    columns = ("Round", "Layers cut", "Layers left", "Tokens of healing", "Time", "How they were chosen")
-    return Table("Rounds of cutting and healing", columns, tuple(rows), frozenset({0, 1, 5}))
 
 
 def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
@@ -109,10 +87,9 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
     if training is None:
         return Section("Training", (Paragraph("The cut model was not distilled in this run."),))
     rate = training.num_tokens / training.seconds if training.seconds > 0 else 0.0
-    last = "In the last round: " if run.rounds else ""
     blocks: list[Block] = [
         Paragraph(
-            f"{last}{training.num_steps:,} optimizer steps over {training.num_tokens:,} tokens in "
+            f"{training.num_steps:,} optimizer steps over {training.num_tokens:,} tokens in "
             f"{duration_text(training.seconds)} ({rate:,.0f} tokens/s); peak memory "
             f"{bytes_text(training.peak_memory_bytes)} in the largest process."
         )
@@ -127,9 +104,9 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
 def costs_section(run: Run) -> Section | None:
     """What the run took: time, tokens and memory of every stage that recorded them; None where none did."""
     rows = []
-    for number, training in enumerate(run.trainings, 1):
+    if training := run.training:
         cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
-        rows.append((f"Distilling, round {number}" if run.rounds else "Distilling", *cells))
+        rows.append(("Distilling", *cells))
     for role, scored in run.evaluations.items():
         kept = (
             f"; {scored.num_kept:,} of {scored.num_requests:,} answers were kept from before" if scored.num_kept else ""

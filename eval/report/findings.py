@@ -27,7 +27,7 @@ from shoal.artifacts.evaluation import (
     TaskScore,
 )
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import ROUND, PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
@@ -74,14 +74,6 @@ Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class EarlierRound:
-    """A round of cutting and healing before the one whose results the run directory holds."""
-
-    plan: PruningPlan
-    training: Training
-
-
-@dataclass(frozen=True)
 class Run:
     """Everything a run directory holds; None or absent = that stage has not run."""
 
@@ -95,8 +87,6 @@ class Run:
     speed: Speed | None
     numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
-    rounds: tuple[EarlierRound, ...] = ()
-    """Rounds before the last, the first first; empty where there is one cut."""
     depth_use: DepthUse | None = None
     """How the models use their layers, side by side; of `shoal depth`."""
     quantized: dict[str, Quantized] = dataclasses.field(default_factory=dict)
@@ -109,26 +99,6 @@ class Run:
         """Name of the model in the recipe, else `the model`."""
         name = (self.recipe or {}).get("model")
         return name if isinstance(name, str) else "the model"
-
-    @property
-    def plans(self) -> tuple[PruningPlan, ...]:
-        """The plan of every round; each leads from the teacher to the student of its round."""
-        return (*(own.plan for own in self.rounds), *([self.plan] if self.plan else []))
-
-    @property
-    def trainings(self) -> tuple[Training, ...]:
-        """The training of every round; none where the last one was not trained."""
-        return (*(own.training for own in self.rounds), self.training) if self.training else ()
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens of all trainings."""
-        return sum(training.num_tokens for training in self.trainings)
-
-    @property
-    def trained_seconds(self) -> float:
-        """Seconds of all trainings."""
-        return sum(training.seconds for training in self.trainings)
 
 
 @dataclass(frozen=True)
@@ -215,18 +185,17 @@ def read_run(folder: Path) -> Run:
         for role in (*ROLES, MODEL)
         if (evaluation := read_result(Evaluation, folder / "eval" / f"{role}.json")) is not None
     }
-    run_file, plan = _read_json(folder / "run.json"), read_result(PruningPlan, folder / PruningPlan.FILE)
+    run_file = _read_json(folder / "run.json")
     run = Run(
         folder=folder,
         recipe=run_file.get("recipe"),
         stages=run_file.get("stages") or {},
         importance=read_result(Importance, folder / Importance.FILE),
-        plan=plan,
+        plan=read_result(PruningPlan, folder / PruningPlan.FILE),
         training=read_result(Training, folder / Training.FILE),
         evaluations=evaluations,
         speed=read_result(Speed, folder / Speed.FILE),
         numerics=run_file.get("numerics") or {},
-        rounds=_earlier_rounds(folder, plan),
         depth_use=read_result(DepthUse, folder / DepthUse.FILE),
         quantized={
             role: record
@@ -241,17 +210,6 @@ def read_run(folder: Path) -> Run:
     _refuse_mixed_runs(run)
     _refuse_control_of_other_training(run)
     return run
-
-
-def _earlier_rounds(folder: Path, plan: PruningPlan | None) -> tuple[EarlierRound, ...]:
-    """The rounds before that of ``plan``, which lies in ``folder``: the run directory, or a round in it."""
-    inputs = {} if plan is None else plan.provenance.inputs
-    number, last = inputs.get(ROUND, 1), inputs.get("prune.rounds", 1)
-    home = folder / "rounds" if number == last else folder.parent
-    folders = [home / str(before) for before in range(1, number)]
-    return tuple(
-        EarlierRound(PruningPlan.read(own / PruningPlan.FILE), Training.read(own / Training.FILE)) for own in folders
-    )
 
 
 def read_result(kind: type[A], path: Path) -> A | None:

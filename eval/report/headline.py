@@ -140,8 +140,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         if role:
             figures.append(_faster(run.speed.roles["teacher"], run.speed.roles[role]))
     if run.training:
-        rounds = f" in {len(run.trainings)} rounds" if run.rounds else ""
-        figures.append((count_text(run.trained_tokens), f"tokens of distillation{rounds}"))
+        figures.append((count_text(run.training.num_tokens), "tokens of distillation"))
     return tuple(figures)
 
 

@@ -154,17 +154,15 @@ def _without(families: Sequence[Ladder], evaluation: Evaluation) -> Evaluation:
 
 def _layer_figures(run: Run) -> Iterator[NamedFigure]:
     importance, drop = run.importance, run.plan.drop if run.plan else ()
-    of_last = " Measured on the model that the last round cut, with the teacher's numbers of its layers."
-    of_last = of_last if importance and importance.kept else ""
     if run.plan:
-        fits = importance and (importance.kept or importance.num_layers == run.plan.num_layers)
+        fits = importance and importance.num_layers == run.plan.num_layers
         fitting = importance if fits else None
         text = "Layers from the first, on top, to the last; those that were cut stand out of the stack, hatched."
         if fitting:
             text += (
                 " Beside each layer its importance by column, every column on its own scale: longer means keep. "
                 "Columns by which layers were chosen come first. An arrow ends a bar that reaches far beyond the "
-                "others, a frame marks a layer without which the task is significantly worse." + of_last
+                "others, a frame marks a layer without which the task is significantly worse."
             )
         yield "depth", depth_figure(run.plan, fitting), "The stack of layers and what was taken out of it", text
     if importance and (importance.layers or importance.runs):
@@ -173,7 +171,7 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
             importance_figure(importance, drop),
             "Importance of the layers",
             "Bars: importance of each layer, the cut ones hatched and marked by a triangle. Heat map, where there "
-            "is one: importance of every run of neighbouring layers, by its first layer and its length." + of_last,
+            "is one: importance of every run of neighbouring layers, by its first layer and its length.",
         )
     if run.plan and importance and importance.runs:
         yield (
@@ -181,7 +179,7 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
             importance_figure(replace(importance, layers={}), drop),
             "Importance of runs of layers",
             "Importance of every run of neighbouring layers, by its first layer and its length; a frame marks the "
-            "cut where it is one run." + of_last,
+            "cut where it is one run.",
         )
     if importance and importance.atlas:
         yield (
@@ -190,7 +188,7 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
             "What every layer is worth, by ability and protocol",
             "Each row is a layer, each column a metric or a task under one protocol; the panels below show what is "
             "left of every task without each layer, with 95 % intervals. Layers without which a task is "
-            "significantly worse are framed." + of_last,
+            "significantly worse are framed.",
         )
         if importance.atlas.read_write:
             yield (
@@ -199,7 +197,7 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
                 "Reading against writing",
                 "What every task loses, with 95 % intervals, where a layer writes nothing before the prompt's last "
                 "token (reading) and nothing from there on (writing); a dash is the loss without the layer, a diamond "
-                "one that is not their sum. Below, what likelihood hides of both." + of_last,
+                "one that is not their sum. Below, what likelihood hides of both.",
             )
 
     if run.depth_use:

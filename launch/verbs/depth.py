@@ -81,10 +81,9 @@ def _models(run: Run) -> dict[str, Run]:
     sweep = replace(settings.sweep, operators=("layer",), **other_ways)
     of_the_teacher = {"scale_removals": False, "images": None, "probes": (), "heads": None, "vision_states": None}
     layers_alone = replace(whole, sweep=sweep, metrics=(CHEAPEST_METRIC,), **of_the_teacher)
-    first = run.rounds_before[0] if run.rounds_before else run
     others = replace(run, recipe=replace(run.recipe, measure=layers_alone))
     return {
-        "teacher": replace(first, recipe=replace(run.recipe, measure=whole)),
+        "teacher": replace(run, recipe=replace(run.recipe, measure=whole)),
         **{role: replace(others, measured=role) for role in folders},
     }
 

@@ -100,16 +100,14 @@ def _teacher(run: Run) -> Checkpoint:
 
 def distill(run: Run) -> None:
     """distilled/ and distill.json, and those of control/ where eval.control asks for them. All ranks take part, inside
-    an initialised process group. Rounds before this one come first, where they are missing."""
+    an initialised process group."""
     from shoal.train import distill as training
     from shoal.train.preflight.fit import check_control
+    from shoal.train.student.control import control_spec
     from shoal.train.student.spec import Ranks
 
     recipe = run.recipe
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
-    if run.previous is not None:
-        distill(run.previous)
-        free_memory()
     plan = read_plan(run)
     inputs = training_inputs(run, plan)
     is_trained, due = _is_trained(run, plan), _control_due(run, plan)
@@ -117,14 +115,11 @@ def distill(run: Run) -> None:
         return
     if not is_trained and "student" not in inputs:
         raise _student_is_gone(run)
-    if not is_trained:
-        refuse_later_trainings(run)
     spec = _spec(run, plan, Ranks.here())
-    control = _control_of(run, spec) if recipe.eval.control else None
-    # rounds learn from the same rows, and the teacher writes its text once
+    control = control_spec(spec) if recipe.eval.control else None
     train = partial(
         training.distill,
-        text=run.root / "text",
+        text=run.dir / "text",
         make_scorer=_scorer(run),
     )
     if not is_trained:
@@ -137,7 +132,7 @@ def distill(run: Run) -> None:
             run_dir=run.dir,
             inputs=inputs,
             search_rows=search_of_rows(run),
-            start_tracking=partial(wandb_run.start, run.track, run.dir, as_dict(recipe)),
+            start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
         )
         log.info("distill: %s", run.dir / "distilled")
         free_memory()
@@ -165,39 +160,19 @@ def _spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
     return train_spec(teacher, student, plan, run.recipe.distill, run.recipe.record, ranks)
 
 
-def _control_of(run: Run, spec: TrainSpec) -> TrainSpec:
-    """The training of the control beside ``spec``. After an earlier round it goes on from that round's control, so that
-    it has learnt from the rows as often as the student."""
-    from shoal.train.student.control import control_spec
-
-    control = control_spec(spec)
-    if run.previous is None or not (run.previous.dir / CONTROL / "distilled" / "config.json").is_file():
-        return control
-    before = Checkpoint.read(run.previous.dir / CONTROL / "distilled", spec.teacher.load)
-    return dataclasses.replace(control, student=before)
-
-
 def distill_dry_run(run: Run) -> str:
     """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
-
-    Of several rounds that is the first which is not healed yet, and the tokens of all.
 
     Raises:
         UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
             memory cannot be told without running it.
     """
-    run, recipe = run.first_open, run.recipe
+    recipe = run.recipe
     check_training_settings(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / PruningPlan.FILE).is_file()
     plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    estimate = training_estimate(run, plan, is_cut=has_plan)
-    if recipe.prune.rounds == 1:
-        return estimate.text
-    tokens, rounds = estimate.num_tokens, recipe.prune.rounds
-    return (
-        f"{estimate.text}\n\nrounds: this is {run.called}; each trains on {tokens:,} tokens, {rounds * tokens:,} in all"
-    )
+    return training_estimate(run, plan, is_cut=has_plan).text
 
 
 def training_estimate(run: Run, plan: PruningPlan, *, is_cut: bool) -> Estimate:
@@ -207,19 +182,20 @@ def training_estimate(run: Run, plan: PruningPlan, *, is_cut: bool) -> Estimate:
         UserError: what training would refuse; NotEstimated, as estimate.
     """
     from shoal.train.dry_run import estimate
+    from shoal.train.student.control import control_spec
     from shoal.train.student.spec import Ranks
 
     count = ranks_to_start(run.recipe.distill.num_ranks)
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
     spec = _spec(run, plan, ranks)
-    control = _control_of(run, spec) if run.recipe.eval.control else None
+    control = control_spec(spec) if run.recipe.eval.control else None
     return estimate(spec, run.dir, control=control, is_cut=is_cut)
 
 
 def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, and control/ where it is asked for, so that no launcher need be started."""
     refuse_other_checkpoints(run)
-    if not run.is_healed:
+    if not _has_distilled(run.dir):
         return False
     plan = read_plan(run)
     return _is_trained(run, plan) and _control_due(run, plan) is None
@@ -292,22 +268,6 @@ def refuse_other_checkpoints(run: Run) -> None:
         _refuse_other_checkpoints(run.dir / CONTROL, control_inputs(run, read_plan(run)), run.recipe.distill)
 
 
-def refuse_later_trainings(run: Run) -> None:
-    """Refuse to heal a round under checkpoints of a later one, which would be refused only after hours.
-
-    Raises:
-        UserError: there are some.
-    """
-    for after in range(run.rounds_after):
-        folder = dataclasses.replace(run, rounds_after=after).dir
-        if any((folder / "checkpoints").glob("checkpoint-*")):
-            raise UserError(
-                f"{folder}: holds checkpoints of a training that came after another {run.called} than this recipe's, "
-                f"which {run.dir} does not hold. Set the recipe back, choose another run_dir, or delete "
-                f"{folder / 'checkpoints'}"
-            )
-
-
 def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Distill) -> None:
     from shoal.train.distill import checkpoint_inputs
     from shoal.train.engine.checkpoint import refuse_other_run
@@ -338,15 +298,7 @@ def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
 
     settings = dataclasses.replace(run.recipe.distill, local=None)
     identity = control_identity(settings, plan)
-    if run.previous is not None:
-        identity["control.healed before"] = _fingerprint_of_control(run.previous)
     return _inputs(run, settings, identity)
-
-
-def _fingerprint_of_control(run: Run) -> str | None:
-    """None where it is not trained yet."""
-    folder = run.dir / CONTROL
-    return model_fingerprint(folder / "distilled") if _has_distilled(folder) else None
 
 
 def _inputs(run: Run, settings: Distill, trained: dict[str, Any]) -> dict[str, Any]:

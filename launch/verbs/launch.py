@@ -37,7 +37,7 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     """Run the distill verb of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait
     for it.
 
-    ``run`` is that of the recipe with these overrides, of the round to be healed.
+    ``run`` is that of the recipe with these overrides.
 
     Raises:
         LaunchEnded: the ranks have not come to their end.
@@ -58,8 +58,6 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]
     command += ["distill", "--config", config, *overrides]
-    if run.rounds_after:
-        command += ["--round", str(run.round)]
     if runtime.loudness() != "usual":
         command.append(f"--{runtime.loudness()}")
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)

@@ -107,20 +107,17 @@ def head_prompts(run: Run) -> dict[HeadTask, list[CopyPrompt]]:
 
 
 def _check_removals(run: Run) -> None:
-    """Refuse greedy orders of more removals than the model, of several rounds that of the last, has layers for."""
+    """Refuse greedy orders of more removals than the model has layers for."""
     from shoal.compress.metrics.registry import METRICS
-    from shoal.compress.plan import drops_by_round
 
-    measure, rounds = run.recipe.measure, run.recipe.prune.rounds
-    before = drops_by_round(run.recipe.prune, run.num_layers)[:-1] if rounds > 1 else ()
-    fewest, model = run.num_layers - sum(before), "the model of the last round" if rounds > 1 else "the model"
+    measure = run.recipe.measure
     orders = [name for name in measure.metrics if name in METRICS and METRICS[name].yields == "order"]
     greedy = None if measure.sweep is None else measure.sweep.greedy
     for setting, count in (("num_drop", measure.num_drop if orders else None), ("sweep.greedy", greedy)):
-        if count is not None and count > fewest - 2:
+        if count is not None and count > run.num_layers - 2:
             raise UserError(
-                f"measure.{setting}: {count} removals are more than {model} allows, which has {fewest} layers of which "
-                f"the first and the last stay; set at most {fewest - 2}"
+                f"measure.{setting}: {count} removals are more than the model allows, which has {run.num_layers} "
+                f"layers of which the first and the last stay; set at most {run.num_layers - 2}"
             )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import ROUND, PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import sources_fingerprint
@@ -44,8 +44,6 @@ def plan_inputs(run: Run) -> dict[str, Any]:
 
     prune = run.recipe.prune
     inputs = {**run.base_identity, **shaping(prune, Shapes.PLAN, "prune.")}
-    if prune.rounds > 1:
-        inputs |= {"prune.rounds": prune.rounds, ROUND: run.round}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
     if prune.protect_heads is not None:
@@ -201,7 +199,7 @@ def refuse_other_depth(run: Run, path: Path, num_layers: int, expected: int) -> 
 def refuse_unmeasured(run: Run) -> None:
     """Refuse to choose by what nothing in the recipe measures, or measures too short, before hours are spent on it.
 
-    Where importance.json is there and belongs to this run, it tells. Of several rounds all are looked at.
+    Where importance.json is there and belongs to this run, it tells.
     """
     from shoal.compress.metrics.images import COLUMNS
     from shoal.compress.metrics.loss_metrics import LOSS_METRICS, BlockPruner
@@ -233,8 +231,7 @@ def refuse_unmeasured(run: Run) -> None:
             )
     if LOSS_METRICS.get(prune.metric or default) is BlockPruner:
         _refuse_halves(run, _vision_blocks(run))
-    for own in (*run.rounds_before, run):
-        _refuse_impossible_choice(own)
+    _refuse_impossible_choice(run)
 
 
 def _refuse_halves(run: Run, tower: int | None) -> None:
@@ -242,7 +239,6 @@ def _refuse_halves(run: Run, tower: int | None) -> None:
     prune = run.recipe.prune
     for is_set, why, otherwise in (
         (prune.width is not None, "prune.width narrows whole ones", "leave prune.width out"),
-        (prune.rounds > 1, "several rounds only drop layers", "set prune.rounds: 1"),
         (
             prune.compensate is not None,
             "prune.compensate makes up for dropped layers alone",
@@ -265,15 +261,13 @@ def _refuse_halves(run: Run, tower: int | None) -> None:
 def _is_measured(run: Run) -> bool:
     """Whether importance.json is there and belongs to this run."""
     path = run.dir / Importance.FILE
-    if run.previous is not None and not run.previous.is_healed:
-        return False  # it is of a round that has to be made anew
     return path.is_file() and not differences(measure_inputs(run), Importance.read(path).provenance.inputs)
 
 
 def _refuse_impossible_choice(run: Run) -> None:
-    """Make the choice of one round among columns without scores, whose names and lengths are known beforehand."""
+    """Make the choice among columns without scores, whose names and lengths are known beforehand."""
     from shoal.compress.metrics.greedy import TASK_ORDER
-    from shoal.compress.plan import choose_changes, drops_by_round, free_layers, round_of
+    from shoal.compress.plan import choose_changes, free_layers
     from shoal.compress.sweeps.placeholder import placeholder_importance
 
     prune, measure, num_layers, goals = run.prune, run.recipe.measure, run.num_layers, read_goals(run)
@@ -283,38 +277,26 @@ def _refuse_impossible_choice(run: Run) -> None:
         if len(goals.goals) > 1 and len(set(savings.values())) > 1:
             return  # which removals reach most is not known of several goals at once
         free.sort(key=lambda layer: savings[layer], reverse=True)
-    # any layers may go in the rounds before: their number counts
-    gone = sum(drops_by_round(prune, num_layers)[: run.round - 1]) if prune.rounds > 1 else 0
-    kept = sorted({*range(num_layers)} - {*free[:gone]})
-    chosen = replace(round_of(prune, run.round, num_layers=num_layers, kept=kept), protect_heads=None)
+    chosen = replace(prune, protect_heads=None)
     tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
     with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
-    go_first = [kept.index(layer) for layer in free[gone:]]
-    to_come = placeholder_importance(measure, len(kept), go_first=go_first, with_tasks=with_tasks)
-    choose_changes(chosen, num_layers=len(kept), importance=to_come, goals=goals)
+    to_come = placeholder_importance(measure, num_layers, go_first=free, with_tasks=with_tasks)
+    choose_changes(chosen, num_layers=num_layers, importance=to_come, goals=goals)
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
     """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
 
-    It leads from the teacher to the student, over all rounds so far.
-
     Raises:
-        UserError: an impossible choice, and halves of layers where there are several rounds.
+        UserError: an impossible choice.
     """
-    from shoal.compress.plan import choose_changes, round_of
+    from shoal.compress.plan import choose_changes
 
     if importance is None:
         refuse_unmeasured(run)
-    layers, several = run.base_layers, run.recipe.prune.rounds > 1
-    if several and importance is None:
-        raise UserError(
-            f"prune: choosing the layers of {run.called} needs {run.dir / Importance.FILE}; run "
-            f"`shoal measure --round {run.round}` first"
-        )
-    prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
+    prune = run.prune
     heads = None if prune.protect_heads is None else read_heads(run)
-    choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads, goals=read_goals(run))
+    choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, heads=heads, goals=read_goals(run))
     tower, width = _vision_blocks(run), width_of(run)
     if tower is None and run.recipe.prune.vision_tower != "whole":
         log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")
@@ -324,23 +306,17 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         )
     if choice.edits:
         _refuse_halves(run, tower)
-    if not several:
-        told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
-        return PruningPlan(
-            Provenance(inputs),
-            run.num_layers,
-            choice.drop,
-            "; ".join(filter(None, [choice.reason, *told])),
-            choice.edits,
-            width=width,
-            vision_blocks=tower,
-            mtp=prune.mtp == "keep",
-        )
-    gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
-    provenance = Provenance({**inputs, ROUND: run.round})  # training reads it of a plan that is only told of, too
-    reason = f"in {run.called}, {choice.reason}"
-    drop, keep_mtp = tuple(sorted(gone)), prune.mtp == "keep"
-    return PruningPlan(provenance, run.num_layers, drop, reason, vision_blocks=tower, mtp=keep_mtp)
+    told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
+    return PruningPlan(
+        Provenance(inputs),
+        run.num_layers,
+        choice.drop,
+        "; ".join(filter(None, [choice.reason, *told])),
+        choice.edits,
+        width=width,
+        vision_blocks=tower,
+        mtp=prune.mtp == "keep",
+    )
 
 
 def expected_plan(run: Run) -> PruningPlan:
@@ -349,24 +325,20 @@ def expected_plan(run: Run) -> PruningPlan:
     Raises:
         UserError: an impossible choice.
     """
-    from shoal.compress.plan import round_of, stand_in
+    from shoal.compress.plan import stand_in
 
     if is_settled(run):
         return choose_plan(run, read_importance(run), {})
-    layers = run.base_layers
-    prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
-    choice = stand_in(prune, num_layers=len(layers), goals=read_goals(run))
-    gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
-    drop, tower, keep_mtp = tuple(sorted(gone)), _vision_blocks(run), prune.mtp == "keep"
+    choice = stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     return PruningPlan(
         Provenance({}),
         run.num_layers,
-        drop,
+        choice.drop,
         choice.reason,
         choice.edits,
         width=width_of(run),
-        vision_blocks=tower,
-        mtp=keep_mtp,
+        vision_blocks=_vision_blocks(run),
+        mtp=run.prune.mtp == "keep",
     )
 
 

@@ -81,7 +81,7 @@ def prune(run: Run) -> None:
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         applied = apply_plan(
             run.base,
-            _in_base(run, plan),
+            plan,
             student,
             donors=run.donors,
             seed=run.recipe.seed,
@@ -108,18 +108,14 @@ def prune_dry_run(run: Run, figure: Path | None = None) -> str:
     """What `shoal prune` would do and what would come of it, for a reader. Measures nothing and writes nothing but
     ``figure``, where that is given: the frontier of the metric.
 
-    Of several rounds that is the first which is not healed yet.
-
     Raises:
         UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
     """
-    run = run.first_open
     refuse_unreadable_data(run.recipe.prune.edits)
     importance = read_importance(run)
     plan = choose_plan(run, importance, {})
     told, _ = student_estimate(run, plan)
-    rounds = [f"rounds: this is {run.called}"] if run.recipe.prune.rounds > 1 else []
-    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds, *_frontier(run, importance, plan, figure)])
+    return "\n".join([told, *_sacrifice(run, importance, plan), *_frontier(run, importance, plan, figure)])
 
 
 def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
@@ -134,7 +130,7 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
     refuse_compensation(run, plan)
     return estimate(
         run.base,
-        _in_base(run, plan),
+        plan,
         run.dir / "student",
         donors=run.donors,
         proof=recipe.prune.proof,
@@ -147,16 +143,15 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
 
 
 def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure: Path | None) -> Sequence[str]:
-    """The cuts that the metric would make, where layers are chosen by one; several rounds have one for each, and of
-    narrowed layers other sizes."""
+    """The cuts that the metric would make, where layers are chosen by one; narrowed layers have other sizes."""
     from shoal.compress.frontier import frontier, frontier_lines
     from shoal.compress.layer_sizes import layer_sizes
 
-    if importance is None or run.recipe.prune.rounds > 1 or plan.width is not None:
+    if importance is None or plan.width is not None:
         if figure is not None:
             raise UserError(
-                f"--figure {figure}: draws what a metric would drop, and this recipe names layers, cuts in rounds or "
-                "narrows layers too; leave it out"
+                f"--figure {figure}: draws what a metric would drop, and this recipe names layers or narrows "
+                "layers too; leave it out"
             )
         return ()
     sizes = layer_sizes(
@@ -234,12 +229,6 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
             "Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
         )
     return plan
-
-
-def _in_base(run: Run, plan: PruningPlan) -> PruningPlan:
-    """``plan`` as a cut of the model that this round cuts, whose layers have other numbers after an earlier round."""
-    drop = tuple(place for place, layer in enumerate(run.base_layers) if layer in plan.drop)
-    return replace(plan, num_layers=len(run.base_layers), drop=drop)
 
 
 def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import logging
 import math
@@ -52,7 +51,6 @@ from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import memory_in, remember
 from shoal.recipe.section import as_dict
-from shoal.recipe.track import Track
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device, environment, is_main
 
@@ -60,10 +58,6 @@ log = logging.getLogger(__name__)
 
 ATTENTION = ("flash", "flex", "sdpa", "eager")
 LOCK = ".lock"
-ROUNDS = "rounds"
-"""Folder of a run directory that holds the rounds before the last, by number."""
-HEALED = "model healed before"
-"""Input of results that were made from the student of the round before."""
 DEPTH, BESIDE = "depth", "beside"
 """Folder of what `shoal depth` measures, and the role of measure.beside in it."""
 MEASURED = {"pruned": "student", "distilled": "distilled"}
@@ -105,8 +99,6 @@ class Run:
     recipe: Recipe
     numerics: Numerics | None = None
     """None = the recipe leaves nothing open, and nobody has asked why."""
-    rounds_after: int = 0
-    """Rounds of prune.rounds that come after this one; the results of the last are the run's."""
     memory: str | None = None
     """Text of recipe.yaml that the run directory keeps from now on (shoal.recipe.remembered); None = nothing is."""
     measured: str = ""
@@ -120,46 +112,8 @@ class Run:
 
     @property
     def dir(self) -> Path:
-        """The folder of this round's results: the run directory, or one in it for a round before the last."""
-        if self.measured:
-            return self.root / DEPTH / self.measured
-        return self.root / ROUNDS / str(self.round) if self.rounds_after else self.root
-
-    @property
-    def round(self) -> int:
-        """Number of this round, from 1."""
-        return self.recipe.prune.rounds - self.rounds_after
-
-    @property
-    def called(self) -> str:
-        """This round in words."""
-        return f"round {self.round} of {self.recipe.prune.rounds}"
-
-    @cached_property
-    def previous(self) -> Run | None:
-        """The round whose healed student this one cuts; None = the first, which cuts the teacher."""
-        return replace(self, rounds_after=self.rounds_after + 1) if self.round > 1 and not self.measured else None
-
-    @property
-    def rounds_before(self) -> tuple[Run, ...]:
-        """The rounds before this one, the first first."""
-        return () if self.previous is None else (*self.previous.rounds_before, self.previous)
-
-    @property
-    def first_open(self) -> Run:
-        """The first round up to this one whose student is not healed, which alone can be told of; else this one."""
-        return next((own for own in self.rounds_before if not own.is_healed), self)
-
-    @property
-    def is_healed(self) -> bool:
-        """Whether there is a healed student, whatever it was made from."""
-        return (self.dir / "distilled" / "config.json").is_file()
-
-    @property
-    def track(self) -> Track:
-        """The recipe's tracking. A round before the last is a run of its own in W&B, as it is a training of its own."""
-        own = self.recipe.track
-        return replace(own, name=f"{own.name or self.root.name}-round-{self.round}") if self.rounds_after else own
+        """The folder of results: the run directory, or one in it for a model measured beside."""
+        return self.root / DEPTH / self.measured if self.measured else self.root
 
     @cached_property
     def teacher(self) -> Path:
@@ -179,50 +133,23 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """The local folder of the model that this round measures and cuts.
-
-        Raises:
-            UserError: the round before has not made it yet.
-        """
+        """The local folder of the model that is measured and cut."""
         if self.measured == BESIDE:
             return self._beside
-        if self.measured:
-            return self.root / MEASURED[self.measured]
-        if self.previous is None:
-            return self.teacher
-        healed = self.previous.dir / "distilled"
-        if not self.previous.is_healed:
-            raise UserError(
-                f"{healed}: is not there, and {self.called} cuts it; run `shoal distill --round {self.previous.round}`"
-            )
-        return healed
+        return self.root / MEASURED[self.measured] if self.measured else self.teacher
 
     @cached_property
     def base_layers(self) -> tuple[int, ...]:
-        """The teacher's layers that the model to cut, or to measure, has.
-
-        Raises:
-            UserError: as base does.
-        """
+        """The teacher's layers that the model to cut, or to measure, has."""
         if self.measured in MEASURED:
             return PruningPlan.read(self.root / PruningPlan.FILE).keep
-        if self.previous is None:
-            return tuple(range(self.num_layers))
-        plan = PruningPlan.read(self.previous.dir / PruningPlan.FILE)
-        held = text_config(load_config(self.base, trust_remote_code=self.recipe.trust_remote_code)).num_hidden_layers
-        if held != len(plan.keep):
-            raise UserError(
-                f"{self.base}: has {held} layers, and the plan of {self.previous.called} keeps {len(plan.keep)}; "
-                f"run `shoal distill --round {self.previous.round}` again"
-            )
-        return plan.keep
+        return tuple(range(self.num_layers))
 
     @property
     def base_identity(self) -> dict[str, Any]:
-        """What tells the model to cut: the teacher, and where rounds came before, their healed student."""
+        """What tells the model to measure or to cut."""
         other = {"model measured": model_fingerprint(self.base)} if self.measured else {}
-        healed = {} if self.previous is None else {HEALED: model_fingerprint(self.base)}
-        return {"model": self.teacher_fingerprint, **healed, **other}
+        return {"model": self.teacher_fingerprint, **other}
 
     @cached_property
     def donors(self) -> dict[int, Path]:
@@ -269,10 +196,10 @@ class Run:
         }
 
 
-def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None, computes: bool = True) -> Run:
+def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True) -> Run:
     """The run of ``recipe`` in which no precision is `auto` any more, nor its attention. In a process group every rank
-    calls this, and all compute in what rank 0 finds. ``rounds_after`` and ``memory``: as in Run. ``computes``: False =
-    results are read and no model runs, wherever that may be.
+    calls this, and all compute in what rank 0 finds. ``memory``: as in Run. ``computes``: False = results
+    are read and no model runs, wherever that may be.
 
     A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
     asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
@@ -294,7 +221,7 @@ def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None
     if numerics.size < 1:
         log.info("sizes: %s", numerics.size_reason)
         settled = scaled(settled, numerics.size)
-    return Run(settled, numerics, rounds_after, memory)
+    return Run(settled, numerics, memory)
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:
@@ -397,9 +324,8 @@ def _halves(recipe: Recipe, config: PreTrainedConfig, dtype: str, precision: str
 def _begun_in(folder: Path, key: str, values: Sequence[str] = DTYPES) -> tuple[str, str] | None:
     """Which of ``values`` the results in a run directory were computed in or with under ``key``, and which of them says
     so."""
-    folders = [folder, *sorted(folder.glob(f"{ROUNDS}/*"))]
-    checkpoints = [file for own in folders for file in own.glob("checkpoints/checkpoint-*/manifest.json")]
-    results = [own / name for own in folders for name in ("distill.json", "importance.json", "eval/teacher.json")]
+    checkpoints = folder.glob("checkpoints/checkpoint-*/manifest.json")
+    results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
     for file in (*sorted(checkpoints, reverse=True), *results):
         value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
         if value in values:
@@ -573,11 +499,13 @@ def write_story(run: Run) -> None:
         (Speed.FILE, Speed),
         (Drafts.FILE, Drafts),
     ]
-    for folder, (name, kind) in itertools.product([own.dir for own in (*run.rounds_before, run)], kinds):
-        if (file := folder / name).is_file():
+    for name, kind in kinds:
+        if (file := run.dir / name).is_file():
             provenance = kind.read(file).provenance
-            place = str(file.relative_to(run.root))
-            stages[place] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
+            stages[str(file.relative_to(run.root))] = {
+                "fingerprint": provenance.fingerprint,
+                "created": provenance.created,
+            }
     numerics = None if run.numerics is None else asdict(run.numerics)
     story = {
         "recipe": redacted(as_dict(run.recipe)),

@@ -69,30 +69,24 @@ class Stage:
 
 
 def run_dry_run(run: Run) -> str:
-    """What `shoal run` would do, for a reader. Of several rounds that is the first which is not healed yet.
+    """What `shoal run` would do, for a reader.
 
     Raises:
         UserError: what `shoal run` would refuse, before it begins or in a stage that is out of date.
     """
     preflight(run)
-    own = run.first_open
-    stages = [_measure(own)]
+    stages = [_measure(run)]
     with doing("prune --dry-run"):
-        stages.append(cut := _prune(own))
+        stages.append(cut := _prune(run))
     with doing("distill --dry-run"):
-        stages.append(healed := _distill(own, cut=cut))
+        stages.append(healed := _distill(run, cut=cut))
     if run.recipe.quantize is not None:
-        stages.append(_quantize(run, healed=healed, is_last=own is run))
-    if own is run:
-        stages.append(_eval(run, cut=cut, healed=healed))
-    else:
-        stages.append(Stage("eval", "to do", f"once {run.called} is healed", UNKNOWN, UNKNOWN))
+        stages.append(_quantize(run, healed=healed, is_last=True))
+    stages.append(_eval(run, cut=cut, healed=healed))
     stages.append(Stage("report", "to do", time=UNKNOWN, disk=UNKNOWN))  # it is written whatever is there
     rows = [("stage", "", "time here", "disk", "")]
     rows += [(each.name, each.state, each.time, each.disk, each.why) for each in stages]
-    parts = [["dry run: nothing is written"], aligned(rows, left=(0, 1, 4)), [_disk(own, stages)]]
-    if run.recipe.prune.rounds > 1:
-        parts.append([f"rounds: this is {own.called}; each that follows measures, cuts and heals again"])
+    parts = [["dry run: nothing is written"], aligned(rows, left=(0, 1, 4)), [_disk(run, stages)]]
     parts += [[f"--- {stage.name} ---", stage.told] for stage in stages if stage.told]
     return "\n\n".join("\n".join(part) for part in parts)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from shoal.recipe.section import as_dict
 
-from ..verbs.distill import distill_is_done, refuse_later_trainings
+from ..verbs.distill import distill_is_done
 from ..verbs.evaluate import evaluate
 from ..verbs.export import quantize
 from ..verbs.measure import measure
@@ -17,49 +16,27 @@ from ..verbs.report import report
 from ..verbs.run import Run, locked, write_story
 from .preflight import preflight
 
-log = logging.getLogger(__name__)
-
 
 def run_all(run: Run, launch: Callable[[Run], None]) -> None:
-    """Every stage that is not done; ``launch`` runs the distill stage of a round under the DeepSpeed launcher.
+    """Every stage that is not done; ``launch`` runs the distill stage under the DeepSpeed launcher.
 
     The run directory is let go while the launched ranks hold it.
     """
     with locked(run):
         preflight(run)
         write_story(run)
-    finish_earlier_rounds(run, launch)
-    _heal(run, launch)
+        measure(run)
+        prune(run)
+        track(run)
+        is_done = distill_is_done(run)
+    if not is_done:
+        launch(run)
     with locked(run):
         if run.recipe.quantize is not None:
             quantize(run)
         evaluate(run)
         report(run)
         track(run)
-
-
-def finish_earlier_rounds(run: Run, launch: Callable[[Run], None]) -> None:
-    """Measure, cut and heal in the rounds before ``run``, as far as they are not done.
-
-    Raises:
-        UserError: what any stage refuses, and checkpoints of a later round that were trained after another round.
-    """
-    for own in run.rounds_before:
-        log.info("%s comes first: %s", own.called, own.dir)
-        _heal(own, launch)
-
-
-def _heal(run: Run, launch: Callable[[Run], None]) -> None:
-    """The healed student of one round, once those before it are done."""
-    with locked(run):
-        measure(run)
-        prune(run)
-        track(run)
-        is_done = distill_is_done(run)
-        if not is_done:
-            refuse_later_trainings(run)
-    if not is_done:
-        launch(run)
 
 
 def track(run: Run) -> None:
@@ -71,4 +48,4 @@ def track(run: Run) -> None:
 
         return score_rows(folder)
 
-    log_results(run.track, run.dir, as_dict(run.recipe), teacher=run.teacher, score_rows=score_rows)
+    log_results(run.recipe.track, run.dir, as_dict(run.recipe), teacher=run.teacher, score_rows=score_rows)

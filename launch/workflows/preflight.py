@@ -46,7 +46,7 @@ def preflight(run: Run) -> None:
                 f"eval.backend: vllm does not score copies in {recipe.quantize.format} (quantize.format); use backend: "
                 "transformers, or a format of llama.cpp"
             )
-    check_measure((*run.rounds_before, run)[0])
+    check_measure(run)
     check_distill(run)
     check_eval(run)
     check_length(run, recipe.eval.sequence_length, "eval.sequence_length")

@@ -315,7 +315,6 @@ def test_goals_are_reached_to_the_unit() -> None:
         ({"num_drop": 2}, r"prune.target: says how much goes, and so does prune.num_drop"),
         ({"ratio": 0.5}, r"prune.target: says how much goes, and so does prune.ratio"),
         ({"drop": [1]}, r"prune.target: has no effect beside prune.drop"),
-        ({"rounds": 2}, r"prune.rounds: share a number of layers, and prune.target leaves it open"),
     ],
 )
 def test_another_amount_beside_a_target_is_refused(prune: dict[str, Any], message: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from shoal.artifacts.plan import ROUND
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
@@ -76,10 +75,7 @@ def job(spec: TrainSpec) -> Job:
 def _not_the_teachers(spec: TrainSpec) -> set[int]:
     """Layers of the student whose weights are others than the teacher's before they are trained, frozen or not."""
     plan = spec.plan
-    changed = {*map(plan.keep.index, plan.changed_layers), *plan.new_layers}
-    # adapters of an earlier round went into weights that are frozen now; else what was trained once is trained again
-    had_adapters = spec.settings.lora is not None and plan.provenance.inputs.get(ROUND, 1) != 1
-    return changed | {*spec.trained.layers} if had_adapters else changed
+    return {*map(plan.keep.index, plan.changed_layers), *plan.new_layers}
 
 
 def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:

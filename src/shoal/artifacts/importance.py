@@ -334,7 +334,7 @@ class Importance(Tabular, Artifact):
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
     kept: tuple[int, ...] = ()
-    """The teacher's layers that the measured model has, where it is the healed student of an earlier round; layers are
+    """The teacher's layers that the measured model has, where it is a cut one; layers are
     numbered as in that model everywhere else here. Empty = it is the teacher."""
 
     @property

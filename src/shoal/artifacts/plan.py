@@ -15,9 +15,6 @@ from shoal.atomic_files import fingerprint
 from shoal.recipe.edits import Edits, Insert, edited_layers, first_change, in_words, insertions
 from shoal.recipe.section import as_dict
 
-ROUND = "round"
-"""Input of a plan that says which of prune.rounds it belongs to, from 1; absent where there is one."""
-
 
 @dataclass(frozen=True)
 class ClosedGap:

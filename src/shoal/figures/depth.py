@@ -42,10 +42,7 @@ class DepthColumn:
 
 
 def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[DepthColumn, ...]:
-    """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics.
-
-    Scores are by the teacher's layers; of those that went in an earlier round nothing is said.
-    """
+    """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics."""
     columns = {column.name: _in_teacher(column, importance, plan) for column in _all_columns(importance, plan)}
     return tuple(sorted(columns.values(), key=lambda column: not column.decided))
 

@@ -45,8 +45,7 @@ def number_layers(axis: Axis, numbers: Sequence[int]) -> None:
 
 
 def refuse_foreign(drop: Sequence[int], importance: Importance) -> None:
-    """Refuse dropped layers that are none of those that importance.json speaks of; layers that went in an earlier round
-    are none of its concern.
+    """Refuse dropped layers that are none of those that importance.json speaks of.
 
     Raises:
         UserError: there is one.

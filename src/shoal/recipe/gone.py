@@ -16,6 +16,7 @@ GONE: dict[str, str] = {
     "record.server": "set record.backend: vllm, which runs the teacher in this process",
     "record.teacher": "a student has one teacher; leave it out",
     "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
+    "prune.rounds": "cut once; to cut again, start a run from RUN_DIR/distilled (model: RUN_DIR/distilled)",
 }
 """Key without positions in lists (`distill.data.teacher`), kind (`distill.losses.value_relation`) or value
 (`distill.trainable.replacement`) -> the end of the sentence `KEY: gone since 0.1; ...`, one line each, sorted."""

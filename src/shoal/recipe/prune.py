@@ -166,9 +166,6 @@ class Prune(Section):
     """Instead of a number of layers, what the student must reach: parameters, memory, time per token, speed-up. Layers
     may be of unequal size. Of all cuts that reach everything named, the one with the lowest sum of scores is taken; of
     an order the shortest prefix, of runs the lowest one."""
-    rounds: Annotated[Positive, Shapes.BY_CONTENT] = 1
-    """Rounds of measuring, cutting and healing that share the layers to drop as evenly as possible, the earlier ones
-    taking what is left over. Each cuts the healed student of the round before it, and heals on the first teacher."""
     contiguous: Annotated[bool, Shapes.PLAN] = False
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
     protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
@@ -230,8 +227,6 @@ def contradictions(prune: Prune) -> Iterator[str]:
     if prune.target is not None and (prune.num_drop is not None or prune.ratio is not None):
         other = "ratio" if prune.num_drop is None else "num_drop"
         yield f"prune.target: says how much goes, and so does prune.{other}; give one of them"
-    if prune.rounds > 1:
-        yield from _of_rounds(prune)
     yield from (f"prune.edits.{problem}" for problem in edits.contradictions(prune.edits, prune.drop or ()))
 
 
@@ -241,31 +236,9 @@ def _of_width(prune: Prune) -> Iterator[str]:
         ("compensate", prune.compensate is not None, "ranks channels of the cut model as it is, without new tensors"),
         ("target", prune.target is not None, "changes what layers save, which prune.target counts by whole layers"),
         ("mtp: keep", prune.mtp == "keep", "narrows layers, and multi-token prediction stays as it is"),
-        ("rounds", prune.rounds > 1, "is chosen once, after the last cut"),
     ):
         if is_set:
             yield (
                 f"prune.width: {reason}; leave prune.{name} out, or narrow that student in a run of its own (model: "
                 "RUN_DIR/student, prune: {drop: [], width: ...})"
             )
-
-
-def _of_rounds(prune: Prune) -> Iterator[str]:
-    if prune.drop is not None:
-        yield (
-            "prune.rounds: chooses layers anew on every healed student, and prune.drop names them all; give "
-            "prune.num_drop or prune.ratio instead of it, or leave prune.rounds out"
-        )
-    if prune.target is not None:
-        yield (
-            "prune.rounds: share a number of layers, and prune.target leaves it open; give prune.num_drop or "
-            "prune.ratio instead of it, or set prune.rounds: 1"
-        )
-    for name in ("edits", "compensate"):
-        if getattr(prune, name):
-            yield f"prune.rounds: several rounds only drop layers; leave prune.{name} out, or set prune.rounds: 1"
-    if prune.num_drop is not None and prune.rounds > prune.num_drop:
-        yield (
-            f"prune.rounds: {prune.rounds} rounds are more than the layers to drop; set at most {prune.num_drop}, "
-            "prune.num_drop"
-        )

@@ -240,24 +240,4 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.distill.local is not None and recipe.prune.drop == () and not recipe.prune.edits:
         yield "distill.local: heals gaps between layers, and prune.drop: [] leaves none; leave it out"
-    if recipe.prune.rounds > 1:
-        yield from _not_in_rounds(recipe)
     yield from track.contradictions(recipe.quantize, recipe.export)
-
-
-def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
-    """What is made for one cut of one model, or numbers layers as the first teacher alone does."""
-    measure, distill = recipe.measure, recipe.distill
-    operators = () if measure.sweep is None else measure.sweep.operators
-    of_one_model = "numbers layers as the model of one round does"
-    refused = (
-        (measure.diagnostics, "measure.diagnostics", of_one_model),
-        (measure.probes, "measure.probes", of_one_model),
-        (measure.heads, "measure.heads", of_one_model),
-        (measure.vision_states, "measure.vision_states", "compares states of the teacher's tower"),
-        (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
-        (distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
-    )
-    for is_set, place, reason in refused:
-        if is_set:
-            yield f"{place}: {reason}, so it does not go beside prune.rounds: {recipe.prune.rounds}; leave it out"

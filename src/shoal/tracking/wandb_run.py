@@ -117,10 +117,10 @@ def sync_command(run_dir: Path) -> str:
 
 
 def tell_unsent(track: Track, run_dir: Path) -> None:
-    """Say where W&B's records of ``run_dir`` and of its rounds lie that no server has, and what uploads them."""
+    """Say where W&B's records of ``run_dir`` lie that no server has, and what uploads them."""
     if wandb_mode(track) == "off":
         return
-    runs = (offline for place in ("", "rounds/*/") for offline in run_dir.glob(f"{place}wandb/offline-run-*"))
+    runs = run_dir.glob("wandb/offline-run-*")
     for folder in sorted({run.parent for run in runs if not any(run.glob("*.synced"))}):
         log.info("W&B: %s was recorded offline; upload it with: %s", folder, sync_command(folder.parent))
 

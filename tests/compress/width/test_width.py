@@ -331,7 +331,6 @@ def test_states_that_are_not_finite_are_refused(tmp_path: Path, text: DataSource
         ({"width": {"kv_groups": 1}, "edits": [{"kind": "skip_mlp", "layers": [2]}]}, "leave prune.edits out"),
         ({"width": {"kv_groups": 1}, "target": {"params": 1e6}}, "leave prune.target out"),
         ({"drop": [1], "width": {"kv_groups": 1}, "mtp": "keep"}, "leave prune.mtp: keep out"),
-        ({"num_drop": 2, "width": {"kv_groups": 1}, "rounds": 2}, "leave prune.rounds out"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(prune: Any, message: str) -> None:

@@ -466,7 +466,6 @@ def test_a_model_that_answers_nothing_right_has_no_heads_to_find(make_run: Any) 
         ({"heads": {}}, {"protect_heads": 0.9, "drop": [1]}, "prune.protect_heads: has no effect beside prune.drop"),
         ({"heads": {}}, {"protect_heads": 0.0}, "prune.protect_heads"),
         ({"heads": {}}, {"protect_heads": 1.5}, "prune.protect_heads"),
-        ({"heads": {}}, {"rounds": 2, "num_drop": 2}, "measure.heads: numbers layers as the model of one round does"),
         ({"heads": {}, "sweep": {**SWEEP, "spare_heads": True}}, {}, "measure.sweep.spare_heads: needs measured heads"),
         ({"sweep": {**SWEEP, "operators": ["head"], "spare_heads": True}}, {}, "spare_heads: needs measured heads"),
         ({"heads": {"tasks": []}}, {}, "measure.heads.tasks"),

@@ -144,13 +144,6 @@ def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch:
     assert told.endswith("--- distill ---\nstrange: cannot be run without data")
 
 
-def test_of_several_rounds_the_first_open_one_is_told(make_run: Any) -> None:
-    told = run_dry_run(make_run(prune={"rounds": 2}))
-    assert "rounds: this is round 1 of 2; each that follows measures, cuts and heals again" in told
-    assert "a stand-in: 1 of 6 layers" in rows(told)["prune"]
-    assert "once round 2 of 2 is healed" in rows(told)["eval"]
-
-
 def test_the_verb_refuses_what_run_refuses(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [99]}}\n")

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from results import evaluation
 
-from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.distill import check_distill
@@ -134,23 +132,6 @@ def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
             stage(run)
 
 
-def test_rounds_whose_orders_are_too_short_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
-    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": {"metrics": ["sleb"]}}
-    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 4, "rounds": 2}}))
-    with pytest.raises(UserError, match=r"prune\.metric=sleb: its order holds 1 layers .* 2 are needed"):
-        preflight(run)
-    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
-    preflight(run)
-    assert not run.root.exists()
-
-
-def test_rounds_of_an_order_of_halves_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
-    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": HALVES}
-    run = open_run(parse_recipe({**raw, "prune": {"metric": "blockpruner", "num_drop": 2, "rounds": 2}}))
-    with pytest.raises(UserError, match=r"blockpruner removes halves of layers, and several rounds only drop layers"):
-        preflight(run)
-
-
 LONG = """
 task: long_texts
 dataset_path: json
@@ -191,14 +172,6 @@ def test_copies_that_vllm_does_not_score_are_refused_at_once(
     run = open_run(parse_recipe({**raw, "quantize": {"format": "int8"}, "eval": {"backend": "vllm"}}))
     with pytest.raises(UserError, match=r"eval\.backend: vllm does not score copies in int8 \(quantize\.format\)"):
         preflight(run)
-
-
-def test_a_round_that_is_to_be_made_anew_is_not_asked_for(teacher: Path, tmp_path: Path) -> None:
-    """importance.json is of the run before it had rounds."""
-    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": {"metrics": ["sleb"], "num_drop": 2}}
-    run = open_run(parse_recipe({**raw, "prune": {"metric": "sleb", "num_drop": 2, "rounds": 2}}))
-    Importance(Provenance({}), 6, 1, {}, {}).write(run.root / Importance.FILE)
-    preflight(run)
 
 
 def test_penalties_that_llama_cpp_does_not_know_are_refused_at_once(

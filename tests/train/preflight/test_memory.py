@@ -18,8 +18,7 @@ from jobs import CUT, LENGTH, ROWS, dropping, job_of, spec_of
 from tiny import NUM_LAYERS, VOCAB_SIZE, tiny_config, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 
-from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import ROUND, ClosedGap
+from shoal.artifacts.plan import ClosedGap
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Teacher, Watch
@@ -311,17 +310,6 @@ def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
     assert shared_weights(found.student, same) == sum(frozen.values())
     assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float32")).setting.sharing == "all"
     assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.sharing == "none"
-
-
-@pytest.mark.slow
-def test_what_adapters_of_an_earlier_round_went_into_is_not_shared() -> None:
-    first, second = (
-        job_of(lora=Lora(rank=4), plan=replace(CUT, provenance=Provenance({ROUND: number}))) for number in (1, 2)
-    )
-    assert second.spec.trained.layers == (0, 1, 2, 3)
-    assert not any(layer.frozen_linear for layer in second.student.layers)
-    lost = sum(layer.frozen_linear for layer in first.student.layers)
-    assert first.student.frozen_linear - second.student.frozen_linear == lost > 0
 
 
 @pytest.mark.slow
