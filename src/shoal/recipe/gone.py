@@ -12,11 +12,11 @@ GONE: dict[str, str] = {
     "distill.on_policy.loops": "what repeats itself is never learnt; leave it out",
     "distill.teacher.server": "record by vLLM, record.backend: vllm, and set distill.teacher.recorded",
     "distill.trainable.replacement": "choose near_gaps",
+    "prune.rounds": "cut once; to cut again, start a run from RUN_DIR/distilled (model: RUN_DIR/distilled)",
     "record.check": "what vLLM says is always compared with transformers; leave it out",
     "record.server": "set record.backend: vllm, which runs the teacher in this process",
     "record.teacher": "a student has one teacher; leave it out",
     "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
-    "prune.rounds": "cut once; to cut again, start a run from RUN_DIR/distilled (model: RUN_DIR/distilled)",
 }
 """Key without positions in lists (`distill.data.teacher`), kind (`distill.losses.value_relation`) or value
 (`distill.trainable.replacement`) -> the end of the sentence `KEY: gone since 0.1; ...`, one line each, sorted."""
