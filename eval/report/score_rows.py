@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from shoal.tracking.wandb_results import Rows
+from typing import Any
 
 from ..harness.rates import NAMES
 from .findings import compare, read_run
@@ -16,7 +15,7 @@ COLUMNS = (
 )
 
 
-def score_rows(run_dir: Path) -> Rows:
+def score_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Every score of a run that may stand in one table, with its 95 % interval and the share of the teacher's it keeps.
 
     A twin's row has its form gap: the score of the same items in the form that training text may have, minus its own.
@@ -39,4 +38,4 @@ def score_rows(run_dir: Path) -> Rows:
                     *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form, score.ceiling),
                 )
             )
-    return Rows(COLUMNS, tuple(rows))
+    return [dict(zip(COLUMNS, cells, strict=True)) for cells in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from shoal.recipe.section import as_dict
 
@@ -41,11 +42,11 @@ def run_all(run: Run, launch: Callable[[Run], None]) -> None:
 
 def track(run: Run) -> None:
     """Log to W&B what the run directory holds now, as far as the recipe wants it; what fails there is only said."""
-    from shoal.tracking.wandb_results import Rows, log_results
+    from shoal.tracking.wandb_run import log_results
 
-    def score_rows(folder: Path) -> Rows:
+    def score_rows(folder: Path) -> list[dict[str, Any]]:
         from shoal.eval.report.score_rows import score_rows
 
         return score_rows(folder)
 
-    log_results(run.recipe.track, run.dir, as_dict(run.recipe), teacher=run.teacher, score_rows=score_rows)
+    log_results(run.recipe.track, run.dir, as_dict(run.recipe), score_rows)

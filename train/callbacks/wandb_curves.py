@@ -6,33 +6,27 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 
 from shoal.redaction import redacted
 from shoal.tracking.wandb_run import attempt, is_tracking
 
 
-class Curves(TrainerCallback):
-    """What transformers' own callback logs; but where that fails, it is said once, and training goes on.
-
-    Its other hooks upload checkpoints where an environment variable says so, which only the recipe may.
-    """
+class Curves(WandbCallback):
+    """transformers' own callback; but where that fails, it is said once, and training goes on."""
 
     def __init__(self, run_dir: Path) -> None:
+        super().__init__()
         self._run_dir = run_dir
-        self._callback = WandbCallback()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        public = copy.copy(args)
+        public.to_dict = lambda: redacted(args.to_dict())
         if is_tracking():
             with attempt("curves could not be begun", self._run_dir):
-                public: Any = copy.copy(args)
-                public.to_dict = lambda: redacted(args.to_dict())
-                self._callback.on_train_begin(public, state, control, **kwargs)
+                super().on_train_begin(public, state, control, model=model, **kwargs)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if is_tracking():
             with attempt("curves could not be logged", self._run_dir):
-                self._callback.on_log(args, state, control, **kwargs)
+                super().on_log(args, state, control, model=model, logs=logs, **kwargs)

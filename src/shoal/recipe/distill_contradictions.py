@@ -13,7 +13,7 @@ REFUSED_TRAINER_KEYS = {
     "output_dir": "is set by shoal; use run_dir instead",
     "deepspeed": "is set by shoal; use distill.deepspeed instead",
     "seed": "is set by shoal; use seed instead",
-    "run_name": "is set by shoal; use track.name instead",
+    "run_name": "is set by shoal; it is the name of run_dir",
     "resume_from_checkpoint": "is set by shoal; use the same command again instead",
     "report_to": "is set by shoal; use track.wandb instead",
     "use_cpu": "is set by shoal, which uses an accelerator where there is one; leave it out",

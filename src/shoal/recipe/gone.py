@@ -17,6 +17,8 @@ GONE: dict[str, str] = {
     "record.server": "set record.backend: vllm, which runs the teacher in this process",
     "record.teacher": "a student has one teacher; leave it out",
     "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
+    "track.name": "a W&B run has the name of its run directory, or WANDB_NAME",
+    "track.upload_weights": "push the checkpoint to the Hub by export.hub_repo",
 }
 """Key without positions in lists (`distill.data.teacher`), kind (`distill.losses.value_relation`) or value
 (`distill.trainable.replacement`) -> the end of the sentence `KEY: gone since 0.1; ...`, one line each, sorted."""

@@ -49,19 +49,16 @@ def is_gguf(format: str) -> bool:
 
 @dataclass(frozen=True)
 class Track(Section):
-    """Where curves, tables, figures and artifacts go: Weights & Biases."""
+    """Where curves, scores, figures and reports go: Weights & Biases. The run has the name of its directory, or
+    WANDB_NAME."""
 
     wandb: Literal["online", "offline", "off"] | None = None
-    """None = online where somebody is logged in to W&B (a key in the environment, of `wandb login` or in its settings),
-    offline after `wandb offline` or WANDB_MODE=offline, else off."""
+    """None = online where somebody is logged in to W&B (a key in the environment or of `wandb login`),
+    offline after WANDB_MODE=offline, else off."""
     project: str = "shoal"
     """W&B project."""
-    name: str | None = None
-    """Name of the W&B run; None = that of the run directory."""
     tags: tuple[str, ...] = ()
     """Tags of the W&B run."""
-    upload_weights: bool = False
-    """Upload student/ and distilled/ as artifacts; otherwise artifacts only say where they lie."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
 """Weights & Biases.
 
-login          whether somebody is logged in to W&B here
-wandb_run      the Weights & Biases run
-wandb_results  what is logged there
+wandb_run  the Weights & Biases run: begun, gone on with, and what is logged there
 """

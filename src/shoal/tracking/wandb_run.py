@@ -1,28 +1,35 @@
 """Weights & Biases: one run for the whole life of a run directory, whichever stage writes to it.
 
 Tracking looks on. Results are on the disk before anything of them is logged, and nothing that goes wrong here ends a
-run: it is said once, and the stage goes on without. What is logged of which result: shoal.tracking.wandb_results.
+run: it is said once, and the stage goes on without.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import netrc
 import os
 import secrets
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
+import yaml
+
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.recipe.track import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.runtime import environment, is_main
-from shoal.tracking.login import has_key, wanted_mode
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -30,10 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
+LOGGED_FILE = "wandb_logged"
 UPLOAD_WAIT_S = 300
 """Seconds that a stage waits at its end for uploads; all of it is on the disk anyway."""
-FULL_DISK_BYTES = 100_000
-"""Bytes of free space below which the last records are lost, and W&B does not say so."""
+RESULT_FILES = (Importance.FILE, PruningPlan.FILE, Training.FILE, "eval/*.json", "report.*", "figures/*.svg")
 
 _given_up = False
 
@@ -46,64 +53,125 @@ def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
     """
     if track.wandb in ("off", "offline"):
         return track.wandb
-    wanted = wanted_mode() if track.wandb is None else None
+    wanted = os.environ.get("WANDB_MODE") if track.wandb is None else None
     if wanted in ("offline", "dryrun"):
         return "offline"
-    if wanted != "disabled" and has_key():
+    if wanted != "disabled" and _has_key():
         return "online"
     if track.wandb == "online":
         raise UserError("track.wandb: online needs an API key; run `wandb login`, set WANDB_API_KEY, or use offline")
     return "off"
 
 
-def start(track: Track, run_dir: Path, recipe: dict[str, Any], *, wait_s: float = UPLOAD_WAIT_S) -> Run | None:
+def _has_key() -> bool:
+    """Whether there is a key in the environment or in the file that `wandb login` writes; W&B is not loaded for it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):  # not there, or nothing that W&B could read
+        return False
+
+
+def start(track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run | None:
     """The W&B run of ``run_dir``, begun or gone on with, on rank 0; None where nothing is tracked.
 
-    Where W&B cannot be reached, this process goes on offline. At its end it waits ``wait_s`` for uploads.
+    Where W&B cannot be reached, this process goes on offline.
     """
     mode = wandb_mode(track)
     if mode == "off" or _given_up or not is_main():
         return None
     with attempt("it could not be started", run_dir):
-        return _open(mode, track, run_dir, recipe, wait_s)
+        return _open(mode, track, run_dir, recipe)
     return None
 
 
 def finish(run_dir: Path) -> None:
     """Close the W&B run of this process, if there is one, and wait a while for what is still to be uploaded."""
-    if "wandb" not in sys.modules:
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        with attempt("what is left was not uploaded", run_dir):
+            sys.modules["wandb"].finish()
+
+
+def log_results(
+    track: Track, run_dir: Path, recipe: dict[str, Any], score_rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """Log on rank 0 the scores, figures and result files of the run directory, unless just these were logged before.
+
+    ``score_rows`` reads the before/after table of a run directory: column, role, task, protocol, metric, score,
+    retention and form_gap among others.
+    """
+    files = sorted(file for pattern in RESULT_FILES for file in run_dir.glob(pattern))
+    if not files or not is_main() or wandb_mode(track) == "off":
         return
+    with attempt("results could not be logged", run_dir):
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(file.read_bytes())
+        marker = run_dir / LOGGED_FILE
+        if marker.is_file() and marker.read_text(encoding="utf-8") == digest.hexdigest():
+            return
+        run = start(track, run_dir, recipe)
+        if run is None:
+            return
+        if any(file.parent.name == "eval" for file in files):
+            _log_scores(run, score_rows(run_dir))
+        _log_files(run, run_dir, files, recipe)
+        finish(run_dir)
+        write_text(marker, digest.hexdigest())
+
+
+def _log_scores(run: Run, rows: list[dict[str, Any]]) -> None:
+    """The before/after table; scores, retention and form gaps go into the summary too, by which W&B compares runs."""
     import wandb
 
-    if wandb.run is None:
-        return
-    with attempt("what is left was not uploaded", run_dir):
-        wandb.finish()
-    if shutil.disk_usage(run_dir).free < FULL_DISK_BYTES:
-        give_up("the disk is full, so its records are not complete", run_dir)
+    for row in rows:
+        # the column stands first where it is known: nobody takes a score in the trained form for another
+        name = "/".join(row[key] for key in ("column", "role", "task", "protocol", "metric") if row[key])
+        values = {f"{key}/{name}": row[key] for key in ("score", "retention", "form_gap") if row[key] is not None}
+        run.summary.update(values)
+    if rows:
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        run.log({"before_after": table})
+
+
+def _log_files(run: Run, run_dir: Path, files: list[Path], recipe: dict[str, Any]) -> None:
+    """Figures as media, the other files as one artifact; as they are, but for secrets in settings."""
+    import wandb
+
+    artifact = wandb.Artifact(f"results-{run.id}", "results")
+    texts = {"recipe.yaml": yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True)}
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".svg":
+            run.log({f"figures/{file.stem}": wandb.Html(text, inject=False)})
+        else:
+            record = json.dumps(redacted(json.loads(text)), indent=1) if file.suffix == ".json" else text
+            texts[str(file.relative_to(run_dir))] = record
+    for name, text in texts.items():
+        with artifact.new_file(name, encoding="utf-8") as handle:
+            handle.write(text)
+    run.log_artifact(artifact)
 
 
 @contextmanager
 def attempt(problem: str, run_dir: Path) -> Iterator[None]:
     """Let tracking fail with one warning that says ``problem``; after that this process tracks nothing any more."""
+    global _given_up
     try:
         yield
     except Exception as error:
-        give_up(f"{problem} ({_reason(error)})", run_dir)
-
-
-def give_up(problem: str, run_dir: Path) -> None:
-    """Track nothing more in this process, and say so the first time."""
-    global _given_up
-    if not _given_up:
-        log.warning(
-            "W&B: %s. Nothing more is tracked by this process; results are in %s as always, and what W&B has recorded "
-            "there is uploaded with: %s",
-            problem,
-            run_dir,
-            sync_command(run_dir),
-        )
-    _given_up = True
+        if not _given_up:
+            log.warning(
+                "W&B: %s (%s). Nothing more is tracked by this process; results are in %s as always, and what W&B has "
+                "recorded there is uploaded with: %s",
+                problem,
+                _reason(error),
+                run_dir,
+                sync_command(run_dir),
+            )
+        _given_up = True
 
 
 def is_tracking() -> bool:
@@ -117,18 +185,15 @@ def sync_command(run_dir: Path) -> str:
 
 
 def tell_unsent(track: Track, run_dir: Path) -> None:
-    """Say where W&B's records of ``run_dir`` lie that no server has, and what uploads them."""
-    if wandb_mode(track) == "off":
-        return
-    runs = run_dir.glob("wandb/offline-run-*")
-    for folder in sorted({run.parent for run in runs if not any(run.glob("*.synced"))}):
-        log.info("W&B: %s was recorded offline; upload it with: %s", folder, sync_command(folder.parent))
+    """Say that ``run_dir`` has records that no server has, and what uploads them."""
+    offline = run_dir.glob("wandb/offline-run-*")
+    if wandb_mode(track) != "off" and not all(any(run.glob("*.synced")) for run in offline):
+        log.info("W&B: %s/wandb was recorded offline; upload it with: %s", run_dir, sync_command(run_dir))
 
 
-def _open(
-    mode: Literal["online", "offline"], track: Track, run_dir: Path, recipe: dict[str, Any], wait_s: float
-) -> Run:
+def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run:
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # artifacts wait there, not in ~
     import wandb
 
     id_file = run_dir / RUN_ID_FILE
@@ -137,12 +202,12 @@ def _open(
         write_text(id_file, secrets.token_hex(4) + "\n")
     arguments: dict[str, Any] = {
         "project": redacted(track.project),
-        "name": redacted(track.name or run_dir.resolve().name),
+        "name": redacted(os.environ.get("WANDB_NAME") or run_dir.resolve().name),
         "tags": redacted(track.tags) or None,
         "dir": str(run_dir),
-        "id": id_file.read_text().strip(),
+        "id": id_file.read_text(encoding="utf-8").strip(),
         "resume": "allow",
-        "settings": wandb.Settings(finish_timeout=wait_s, finish_timeout_raises=True),
+        "settings": wandb.Settings(finish_timeout=UPLOAD_WAIT_S, finish_timeout_raises=True),
     }
     command_line = sys.argv
     sys.argv = redacted_arguments(command_line)  # W&B records it, and a setting on it may be a secret

@@ -148,8 +148,7 @@ def test_p_values_of_form_gaps_are_corrected_over_the_twins(tmp_path: Path) -> N
 
 
 def test_rows_for_programs_have_column_and_form_gap(tmp_path: Path) -> None:
-    made = score_rows(write_formed(tmp_path))
-    rows = [dict(zip(made.columns, row, strict=True)) for row in made.rows]
+    rows = score_rows(write_formed(tmp_path))
     (twin,) = (row for row in rows if row["task"] == "retrieval_twin_generation" and row["role"] == "distilled")
     assert (twin["column"], twin["form_gap"]) == ("twin", pytest.approx(0.54))
     assert twin["form_gap_low"] < 0.54 < twin["form_gap_high"]

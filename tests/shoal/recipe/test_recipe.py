@@ -50,8 +50,8 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "distill: {losses: [{kind: forward_kl, wieght: 2}]}",
             "distill.losses.0.wieght: unknown key; did you mean 'weight'?",
         ),
-        ("track: {zzz: 1}", "track.zzz: unknown key; known keys are wandb, project, name, tags, upload_weights"),
-        ("track: {1: a}", "track.1: unknown key; known keys are wandb, project, name, tags, upload_weights"),
+        ("track: {zzz: 1}", "track.zzz: unknown key; known keys are wandb, project, tags"),
+        ("track: {1: a}", "track.1: unknown key; known keys are wandb, project, tags"),
         ("measure: 5", "measure: must be a mapping of settings (got 5)"),
         ("prune: {drop: 3}", "prune.drop: must be a list (got 3)"),
         ("prune: {drop: [1, x]}", "prune.drop.1: must be a whole number (got 'x')"),
@@ -313,7 +313,7 @@ def test_later_override_wins(tmp_path: Path) -> None:
 
 
 def test_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
-    assert load(tmp_path, "", "track.name=a=b").track.name == "a=b"
+    assert load(tmp_path, "", "track.project=a=b").track.project == "a=b"
 
 
 @pytest.mark.parametrize("override", ["seed", "=4", "a..b=1", ".seed=1", "seed.=1"])

@@ -1,0 +1,234 @@
+"""What W&B is given, read back from the files of an offline run; and that nothing of it can end or spoil a run.
+
+Covers: shoal.eval.report.score_rows, shoal.train.callbacks.wandb_curves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from offline_wandb import read_tracked
+from results import evaluation, importance, training
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from wandb_server import WandbServer
+
+from shoal.errors import UserError
+from shoal.eval.report.score_rows import COLUMNS, score_rows
+from shoal.launch.cli import run_verb
+from shoal.recipe.track import Track
+from shoal.redaction import redacted, redacted_arguments
+from shoal.tracking import wandb_run
+from shoal.train.callbacks.wandb_curves import Curves
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+HUB_TOKEN = "hf_" + "s" * 34
+ROLES = ("teacher", "pruned", "distilled")
+OFFLINE = Track(wandb="offline", tags=("a", HUB_TOKEN))
+RECIPE = {"model": "x", "note": HUB_TOKEN}
+
+
+@pytest.fixture(autouse=True)
+def _own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees what another one did to W&B, or leaves anything in the user's folders."""
+    for name in ("WANDB_MODE", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for folder in ("cache", "config", "data"):
+        monkeypatch.setenv(f"WANDB_{folder.upper()}_DIR", str(tmp_path / folder))
+    monkeypatch.setattr(wandb_run, "_given_up", False)
+    yield
+    end_service()
+
+
+def end_service() -> None:
+    """Wait until W&B has written everything, as the end of a process does."""
+    if "wandb" in sys.modules:
+        with contextlib.suppress(ConnectionError):  # a test has killed it
+            sys.modules["wandb"].teardown()
+
+
+def train(run_dir: Path, track: Track) -> None:
+    """Two logged steps of a training."""
+    assert wandb_run.start(track, run_dir, RECIPE) is not None
+    log_steps(run_dir)
+    wandb_run.finish(run_dir)
+
+
+def log_steps(run_dir: Path) -> None:
+    curves, state, control = Curves(run_dir), TrainerState(), TrainerControl()
+    output = str(run_dir / "checkpoints")
+    arguments = TrainingArguments(output_dir=output, use_cpu=True, report_to=[], hub_model_id=HUB_TOKEN)
+    curves.on_train_begin(arguments, state, control, model=None)
+    for step in (1, 2):
+        state.global_step = step
+        curves.on_log(arguments, state, control, logs={"loss": 1 / step, "watch/perplexity": 3.0 * step})
+
+
+def write_results(run_dir: Path) -> None:
+    for artifact in (importance(), training()):
+        artifact.write(run_dir / artifact.FILE)
+    for role in ROLES:
+        evaluation(role).write(run_dir / "eval" / f"{role}.json")
+    (run_dir / "figures").mkdir()
+    (run_dir / "figures/atlas.svg").write_text("<svg><title>atlas</title></svg>")
+
+
+@pytest.mark.slow
+def test_stages_are_one_run_with_curves_scores_and_files_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["shoal", "distill", f"distill.trainer.lr_scheduler_kwargs={{a: {HUB_TOKEN}}}"])
+    train(run_dir, OFFLINE)
+    write_results(run_dir)
+    for _ in range(2):  # the second time nothing is new
+        wandb_run.log_results(OFFLINE, run_dir, RECIPE, score_rows)
+    assert not wandb_run._given_up, "see the warning above"
+    end_service()
+    found = read_tracked(run_dir)
+    assert found.ids == [(run_dir / "wandb_run_id").read_text().strip()] * 2
+    assert found.config["recipe"] == {"model": "x", "note": "(hidden)"}
+    steps = [row for row in found.history if "train/loss" in row]
+    assert [(row["train/loss"], row["train/watch/perplexity"]) for row in steps] == [(1.0, 3.0), (0.5, 6.0)]
+    rows = found.table("before_after")
+    assert tuple(rows[0]) == COLUMNS
+    assert {row["role"] for row in rows} == set(ROLES)
+    kept = next(row for row in rows if row["role"] == "pruned" and row["task"] == "retrieval_generation")
+    assert kept["retention_low"] < kept["retention"] < kept["retention_high"]
+    assert found.summary["retention/pruned/retrieval_generation/generation/acc"] == pytest.approx(kept["retention"])
+    assert any("figures/atlas/path" in row for row in found.history)
+    content = found.content(f"results-{found.ids[0]}")
+    assert set(content) == {"recipe.yaml", "importance.json", "distill.json", *(f"eval/{role}.json" for role in ROLES)}
+    assert json.loads(content["importance.json"]) == json.loads((run_dir / "importance.json").read_text())
+    assert "distill.trainer.lr_scheduler_kwargs={a: (hidden)}" in found.arguments
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        assert KEY.encode() not in file.read_bytes(), file
+        assert HUB_TOKEN.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.prove
+def test_online_stages_arrive_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WandbServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    importance().write(tmp_path / "importance.json")
+    wandb_run.log_results(Track(wandb="online"), tmp_path, RECIPE, score_rows)
+    train(tmp_path, Track(wandb="online"))
+    end_service()
+    server.shutdown()
+    server.server_close()
+    assert server.run == (tmp_path / "wandb_run_id").read_text().strip()
+    assert [row["train/loss"] for row in server.history if "train/loss" in row] == [1.0, 0.5]
+    arrived = json.loads(server.uploads[f"results-{server.run}/importance.json"])
+    assert arrived == json.loads((tmp_path / "importance.json").read_text())
+    assert not [body for body in server.seen if HUB_TOKEN.encode() in body]
+
+
+@pytest.mark.prove
+def test_a_server_that_cannot_be_reached_is_said_and_the_stage_is_tracked_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    train(tmp_path, Track(wandb="online"))
+    end_service()
+    assert "cannot go online" in caplog.text
+    assert f"wandb sync --include-online {tmp_path / 'wandb'}" in caplog.text
+    assert [row["train/loss"] for row in read_tracked(tmp_path).history if "train/loss" in row] == [1.0, 0.5]
+
+
+@pytest.mark.slow
+def test_a_service_that_dies_ends_nothing_and_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert wandb_run.start(OFFLINE, tmp_path, {}) is not None
+    for child in psutil.Process().children(recursive=True):
+        if child.name().startswith("wandb"):
+            child.kill()
+            child.wait(10)
+    for _ in range(3):
+        log_steps(tmp_path)
+    wandb_run.finish(tmp_path)
+    assert wandb_run.start(OFFLINE, tmp_path, {}) is None
+    warnings = [record.message for record in caplog.records if record.name == "shoal.tracking.wandb_run"]
+    assert len([text for text in warnings if "Nothing more is tracked by this process; results are in" in text]) == 1
+
+
+def test_what_is_offline_is_told_of_until_it_is_uploaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "shoal")
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    wandb_run.tell_unsent(Track(wandb="off"), tmp_path)
+    assert not caplog.records
+    wandb_run.tell_unsent(OFFLINE, tmp_path)
+    assert f"upload it with: wandb sync --include-online {tmp_path}/wandb" in caplog.text
+    (tmp_path / "wandb" / "offline-run-1" / "run-1.wandb.synced").touch()
+    caplog.clear()
+    wandb_run.tell_unsent(OFFLINE, tmp_path)
+    assert not caplog.records
+
+
+def test_a_key_is_needed_only_where_online_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    netrc = tmp_path / "netrc"
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert wandb_run.wandb_mode(Track()) == "off", "without a key, who wants files of W&B says so"
+    write_results(tmp_path)
+    assert wandb_run.start(Track(), tmp_path, RECIPE) is None
+    wandb_run.log_results(Track(), tmp_path, RECIPE, score_rows)
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith("wandb")]
+    with pytest.raises(UserError, match=r"track\.wandb: online needs an API key; run `wandb login`"):
+        wandb_run.wandb_mode(Track(wandb="online"))
+    (tmp_path / "r.yaml").write_text(f"model: nowhere\nrun_dir: {tmp_path}/run\ntrack: {{wandb: online}}\n")
+    assert run_verb("measure", str(tmp_path / "r.yaml"), []) == 2
+    assert "track.wandb: online needs an API key" in capsys.readouterr().err
+    netrc.write_text(f"machine api.wandb.ai\n login user\n password {KEY}\n")
+    netrc.chmod(0o600)
+    assert wandb_run.wandb_mode(Track()) == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_run.wandb_mode(Track()) == "offline"
+
+
+def test_rows_tell_family_level_and_how_texts_went_wrong(tmp_path: Path) -> None:
+    plain, *_, written = evaluation("pruned").tasks
+    rates = {"malformed": 0.25, "repetition": 0.5, "cut_off": 0.0, "mean_tokens": 7.0}
+    evaluation("pruned", (plain, replace(written, family="chain", level=3.0, rates=rates))).write(
+        tmp_path / "eval" / "pruned.json"
+    )
+    first, last = score_rows(tmp_path)
+    assert (first["family"], first["level"], first["malformed"]) == (None, None, None)
+    assert {key: last[key] for key in rates} == rates
+    assert (last["family"], last["level"]) == ("chain", 3.0)
+
+
+def test_secrets_are_hidden_by_name_form_and_because_the_environment_holds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "swordfish-1")
+    for key in ("sk-proj-" + "a1-b_" * 5, "sk-ant-api03-" + "x" * 20, "AKIA" + "A" * 16, "glpat-" + "y" * 20):
+        assert redacted({"note": f"with {key} in it"}) == {"note": "with (hidden) in it"}
+    assert redacted("a sk-lift and AKIA") == "a sk-lift and AKIA"
+    assert redacted(["the swordfish-1 is out", {"note": f"key {KEY}"}]) == [
+        "the (hidden) is out",
+        {"note": "key (hidden)"},
+    ]
+    words = ["distill.num_tokens=80_000", "distill.trainer.hub_token=abc def", f"x={HUB_TOKEN}", "--config"]
+    assert redacted_arguments(words) == [
+        "distill.num_tokens=80_000",
+        "distill.trainer.hub_token=(hidden)",
+        "x=(hidden)",
+        "--config",
+    ]
+    nested = "distill.trainer={hub_token: 'ab c', eval_tokens: 5_000, other: {api_key: \"x, y\"}, last: 1}"
+    assert redacted_arguments([nested]) == [
+        "distill.trainer={hub_token: (hidden), eval_tokens: 5_000, other: {api_key: (hidden)}, last: 1}"
+    ]
