@@ -16,15 +16,14 @@
 
 Folders:
 
-    compensation  what makes up for dropped layers without training
-    depth         who writes, erases and decides along the depth of a model
-    edits         changes of layers besides dropping them
-    heads         heads that copy, and states that carry an answer
-    metrics       scores of layers from plain text
-    quantize      quantised copies of checkpoints
-    surgery       the student in memory and on disk, proven to be the teacher without the dropped layers
-    sweeps        variants scored on tasks, and what follows from it
-    targets       other programs that load students
-    variants      many edits of one model, what they share computed once
-    width         layers made narrower
+    changes   changes of layers that stay: compensation without training, width
+    depth     who writes, erases and decides along the depth of a model
+    edits     changes of layers besides dropping them
+    heads     heads that copy, and states that carry an answer
+    metrics   scores of layers from plain text
+    quantize  quantised copies of checkpoints
+    surgery   the student in memory and on disk, proven to be the teacher without the dropped layers
+    sweeps    variants scored on tasks, and what follows from it
+    targets   other programs that load students
+    variants  many edits of one model, what they share computed once
 """

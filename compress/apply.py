@@ -8,23 +8,18 @@ memory. Both are proven in the same ways.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.atomic_files import fingerprint, write_json
-from shoal.data.packing import PackedRows
-from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.machine import device_memory
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import (
     Shard,
@@ -37,34 +32,22 @@ from shoal.models.checkpoint_files import (
     read_shards,
 )
 from shoal.models.load import (
-    align_weights,
     load_config,
     load_model,
     load_tokenizer,
     loaded_dtype,
-    named_dtype,
     refuse_incomplete,
-    without_data,
 )
-from shoal.numerics import fast_dtype
 from shoal.progress import doing
 from shoal.recipe.edits import CLOSED_GAPS, Replace, insertions
-from shoal.recipe.prune import Calibration, Compensate, Width
-from shoal.runtime import device
+from shoal.recipe.prune import Compensate, Width
 
-from .compensation.check import refuse_quantised
-from .compensation.fit import Compensation
-from .compensation.fit import compensate as compensate_gaps
-from .compensation.size import (
-    COMPENSATE,
-    NARROW,
-    Size,
-    fitting_size,
-    goes_by_layers,
-    measuring_size,
-    output_names,
-)
-from .compensation.source import Source, from_files, in_memory, streaming_of
+from .changes.calibration import calibrating
+from .changes.fit import COMPENSATE, Compensation, refuse_quantised
+from .changes.fit import compensate as compensate_gaps
+from .changes.fold import output_names
+from .changes.narrowing import NARROW, NarrowedTensors, NarrowFiles, Narrowing, Units, cannot_narrow, narrow_files
+from .changes.units import as_kept, measure_width
 from .edits.apply import (
     Materials,
     edited,
@@ -100,9 +83,6 @@ from .surgery.stored_names import (
     student_names,
 )
 from .surgery.vision_tower import is_above, without_unread_blocks
-from .variants.streamed_model import as_a_whole
-from .width.measure import as_kept, measure_width
-from .width.narrowing import NarrowedTensors, NarrowFiles, Narrowing, Units, cannot_narrow, narrow_files
 
 log = logging.getLogger(__name__)
 
@@ -195,13 +175,11 @@ def apply_plan(
         teacher = replace(teacher, config=smaller.own.config, shards=smaller.shards)
     skeleton, copy = _route(teacher, plan, keep, compensate)
     with only_writer(out):
-        compensation = (
-            None if compensate is None else _compensation(teacher, plan, compensate, skeleton, out, seed=seed)
-        )
+        compensation = None if compensate is None else _compensation(teacher, plan, compensate, seed=seed)
         plan, units = replace(plan, gaps=() if compensation is None else compensation.gaps), dict[int, Units]()
         if smaller is not None:
             assert width is not None
-            units = _units(whole, plan, smaller.own, width, out, seed=seed)
+            units = _units(whole, plan, smaller.own, width, seed=seed)
             plan = replace(plan, width=as_kept(smaller.width, units))
         source = [shards_fingerprint(copy.shards)] if copy else [str(teacher_folder.resolve()), asdict(plan)]
         # gaps that were closed to the last digit as before have the same tensors
@@ -239,12 +217,10 @@ def apply_plan(
     return plan
 
 
-def _units(
-    teacher: Teacher, plan: PruningPlan, own: Narrowing, settings: Width, out: Path, *, seed: int
-) -> dict[int, Units]:
+def _units(teacher: Teacher, plan: PruningPlan, own: Narrowing, settings: Width, *, seed: int) -> dict[int, Units]:
     """What stays of every layer."""
-    size = measuring_size(without_data(teacher.config, dtype=torch.float32), settings)
-    with _calibration(teacher, size, settings, out, section=NARROW, seed=seed) as (source, rows):
+    trusted = teacher.trust_remote_code
+    with calibrating(teacher.folder, settings, section=NARROW, seed=seed, trust_remote_code=trusted) as (source, rows):
         return measure_width(source, own, plan.drop, settings, rows)
 
 
@@ -356,10 +332,6 @@ def _route(
             ) from reason
         if plan.width is not None:
             raise cannot_narrow(teacher.folder, reason) from reason
-        if settings is not None and goes_by_layers(fitting_size(skeleton, plan.drop, settings), settings):
-            raise UserError(
-                f"{teacher.folder}: its student cannot be written layer by layer: {reason}; {as_a_whole(COMPENSATE)}"
-            ) from reason
         if plan.vision_blocks is not None:
             raise UserError(
                 f"{teacher.folder}: its vision tower cannot be cut: {reason}; set prune.vision_tower: whole"
@@ -454,86 +426,24 @@ def _changed(
         return NarrowedTensors(smaller.own, units, smaller.slices, {new: old for old, new in names.items()})
     if compensation is None:
         return UNCHANGED
-    layers = {layer: tuple(tensors) for layer, tensors in compensation.kept.items()}
-    return changed_tensors(skeleton, layers, compensation.layer, copy.teacher.stored, names)
+    layers = {layer: tuple(tensors) for layer, tensors in compensation.layers.items()}
+    return changed_tensors(skeleton, layers, compensation.layers.__getitem__, copy.teacher.stored, names)
 
 
 def _as_loaded(teacher: Teacher, compensation: Compensation) -> dict[int, dict[str, Tensor]]:
     """The new tensors of all layers, in memory, in the precision in which the teacher is loaded."""
     dtype = loaded_dtype(teacher.config, shards=teacher.shards)
     return {
-        layer: {name: tensor.to("cpu", dtype) for name, tensor in compensation.layer(layer).items()}
-        for layer in compensation.kept
+        layer: {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
+        for layer, tensors in compensation.layers.items()
     }
 
 
-def _compensation(
-    teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton: PreTrainedModel, out: Path, *, seed: int
-) -> Compensation:
+def _compensation(teacher: Teacher, plan: PruningPlan, settings: Compensate, *, seed: int) -> Compensation:
     """What makes up for the dropped layers."""
-    size = fitting_size(skeleton, plan.drop, settings)
-    with _calibration(teacher, size, settings, out, section=COMPENSATE, seed=seed) as (source, rows):
+    folder, trusted = teacher.folder, teacher.trust_remote_code
+    with calibrating(folder, settings, section=COMPENSATE, seed=seed, trust_remote_code=trusted) as (source, rows):
         return compensate_gaps(source, plan.drop, settings, rows)
-
-
-@contextmanager
-def _calibration(
-    teacher: Teacher, size: Size, settings: Calibration, out: Path, *, section: str, seed: int
-) -> Iterator[tuple[Source, PackedRows]]:
-    """The teacher and the rows that a section of the recipe decides by, in a block in which that is done: in float32,
-    under autocast where half precision is fast, since a state's rounding to 16 bits hides changes."""
-    where = device()
-    fast = named_dtype(fast_dtype(where).dtype)
-    source = _source(teacher, size, settings, out, section=section)
-    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
-    rows = calibration_rows(settings, tokenizer, seed=seed, section=section)
-    # its cache of cast weights would keep every tensor that is tried
-    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
-        yield source, rows
-
-
-def calibration_rows(
-    settings: Calibration, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str
-) -> PackedRows:
-    """The text of a section of the recipe that decides by it."""
-    texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
-    rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
-    if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
-        log.warning(
-            "%s.num_tokens: is more than %s has, which is repeated: what is said of held-out text is partly of text "
-            "that was fitted to; lower it or name more text",
-            *(section, ", ".join(repeated)),
-        )
-    return rows
-
-
-def _source(teacher: Teacher, size: Size, settings: Calibration, out: Path, *, section: str) -> Source:
-    """The teacher in float32, in memory or from its files, as ``settings`` allow."""
-    if not goes_by_layers(size, settings):
-        if settings.memory_gb is None and size.in_memory > (free := device_memory(device())):
-            shortage = (
-                f"{section}: takes {bytes_text(size.in_memory)} of memory, and {bytes_text(free)} are free; memory_gb "
-                "does it layer by layer"
-            )
-            if device().type != "cpu":  # which has no swap to fall back on
-                raise UserError(shortage)
-            log.warning(shortage)
-        model = load_model(
-            teacher.folder,
-            dtype="float32",
-            attention=None,
-            device=device(),
-            trust_remote_code=teacher.trust_remote_code,
-        )
-        align_weights(model)  # so that from its files, where they are aligned, all is the same bit for bit
-        return in_memory(model)
-    log.info("%s: layer by layer from %s", section, teacher.folder)
-    streaming = streaming_of(settings, out.parent, section=section, trust_remote_code=teacher.trust_remote_code)
-    streamed = streaming.open(teacher.folder)
-    return from_files(
-        streamed,
-        streaming.store([streamed], tokens_at_once=size.tokens_at_once, fixed=size.fixed, states=size.waiting),
-    )
 
 
 def _write_from_memory(

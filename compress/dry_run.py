@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
-from shoal.machine import device_memory, free_disk
+from shoal.machine import free_disk
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
-from shoal.recipe.prune import Calibration, Compensate, Target, Width
-from shoal.runtime import device
+from shoal.recipe.prune import Compensate, Target, Width
 
 from .apply import refuse_own_code, refuse_without_mtp
-from .compensation.check import refuse_quantised
-from .compensation.size import COMPENSATE, NARROW, Size, fitting_size, goes_by_layers, measuring_size
-from .compensation.source import streaming_of
+from .changes.calibration import in_words as memory_in_words
+from .changes.calibration import needed_bytes
+from .changes.fit import needed_features, refuse_quantised
+from .changes.narrowing import narrow_files
 from .edits.apply import refuse_impossible_edits
 from .layer_sizes import stored_bytes, usual_length
 from .surgery.cut_model import kept_layers, refuse_changed_layers
@@ -32,7 +32,6 @@ from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
 from .surgery.vision_tower import without_unread_blocks
 from .targets.check import TARGETS, check_targets, refuse, student_config
-from .width.narrowing import narrow_files
 
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
@@ -102,7 +101,7 @@ def estimate(
         [verdict.in_words() for verdict in verdicts],
         [
             _space(out, sides[1].stored_bytes),
-            *_calibrations(teacher_folder, teacher_model, plan, (compensate, width), out, trust_remote_code),
+            *_calibrations(teacher_model, plan, compensate, width),
             f"proof: {_proof(config, shards, proof, in_float32=plan.width is not None)}",
         ],
     )
@@ -143,25 +142,15 @@ def _sides(
 
 
 def _calibrations(
-    folder: Path,
-    teacher_model: PreTrainedModel,
-    plan: PruningPlan,
-    settings: tuple[Compensate | None, Width | None],
-    out: Path,
-    trust_remote_code: bool,
+    teacher: PreTrainedModel, plan: PruningPlan, compensate: Compensate | None, width: Width | None
 ) -> Iterator[str]:
     """What fitting a compensation and choosing what stays of layers would read."""
-    compensate, width = settings
     if compensate is not None:
-        yield from _calibration(
-            *(folder, f"compensation: {compensate.method}", COMPENSATE, compensate, out),
-            fitting_size(teacher_model, plan.drop, compensate),
-            trust_remote_code,
-        )
+        needed = needed_bytes(teacher, compensate, num_features=needed_features(teacher, plan.drop, compensate))
+        told = memory_in_words(needed)
+        yield f"compensation: {compensate.method}, {compensate.num_tokens:,} tokens, {told}"
     if width is not None:
-        yield from _calibration(
-            *(folder, "width: chosen on", NARROW, width, out), measuring_size(teacher_model, width), trust_remote_code
-        )
+        yield f"width: chosen on, {width.num_tokens:,} tokens, {memory_in_words(needed_bytes(teacher, width))}"
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:
@@ -241,26 +230,6 @@ def _space(out: Path, needed: int) -> str:
     free = free_disk(out)
     line = f"disk: {bytes_text(needed)} needed for {out}, {bytes_text(free)} free there"
     return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
-
-
-def _calibration(
-    folder: Path, what: str, section: str, settings: Calibration, out: Path, size: Size, trusted: bool
-) -> list[str]:
-    """What ``section`` of the recipe takes; refuses what does not fit."""
-    about = f"{what}, {settings.num_tokens:,} tokens"
-    if not goes_by_layers(size, settings):
-        line = f"{about}, takes about {bytes_text(size.in_memory)} of memory"
-        if settings.memory_gb is None and size.in_memory > (free := device_memory(device())):
-            line += f", and {bytes_text(free)} are free: set {section}.memory_gb to do it layer by layer"
-        return [line]
-    streaming = streaming_of(settings, out.parent, section=section, trust_remote_code=trusted)
-    needed = streaming.needed([streaming.open(folder)], tokens_at_once=size.tokens_at_once, fixed=size.fixed)
-    file_folder = streaming.file_folder(needed, size.waiting)
-    waiting = f"{bytes_text(size.waiting)} of states and new tensors"
-    return [
-        f"{about}, layer by layer from the files, takes about {bytes_text(needed)} of memory and {waiting}"
-        + (", in memory too" if file_folder is None else f", in a file in {file_folder}")
-    ]
 
 
 def _proof(config: Any, shards: Sequence[Shard], proof: str, *, in_float32: bool) -> str:

@@ -34,7 +34,6 @@ def refuse_impossible_plan(run: Run) -> None:
 
 def refuse_impossible_changes(run: Run) -> None:
     """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
-    from shoal.compress.compensation.check import refuse_impossible_compensation
     from shoal.compress.edits.apply import refuse_impossible_edits
 
     edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
@@ -45,10 +44,12 @@ def refuse_impossible_changes(run: Run) -> None:
         refuse_without_mtp(run.teacher, trust_remote_code=trusted)
     refuse_unreadable_data(edits)
     _refuse_calibration(run)
-    if (settings := run.recipe.prune.compensate) is not None:
-        refuse_impossible_compensation(run.teacher, settings, trust_remote_code=trusted)
+    if run.recipe.prune.compensate is not None:
+        from shoal.compress.changes.fit import refuse_quantised
+
+        refuse_quantised(run.teacher, run.config())
     if (width := width_of(run)) is not None:
-        from shoal.compress.width.narrowing import narrowing
+        from shoal.compress.changes.narrowing import narrowing
 
         narrowing(run.teacher, run.config(), width)
 

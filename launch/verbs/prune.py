@@ -247,7 +247,7 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
 def _calibration_text(run: Run) -> dict[str, Any]:
     """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items and forms stands in
     it."""
-    from shoal.compress.apply import calibration_rows
+    from shoal.compress.changes.calibration import calibration_rows
 
     if (calibration := calibration_of(run)) is None:
         return {}

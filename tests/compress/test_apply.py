@@ -1,6 +1,7 @@
 """From folder to folder: the student on disk is proven, plain, and there only when it is complete.
 
-Covers: shoal.compress.surgery.resumable_folder, shoal.compress.surgery.stored_names.
+Covers: shoal.compress.surgery.changed_tensors, shoal.compress.surgery.resumable_folder,
+shoal.compress.surgery.stored_names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -39,7 +39,6 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
-from shoal.compress.compensation.size import Size
 from shoal.compress.surgery import proof
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.compress.surgery.resumable_folder import only_writer
@@ -48,7 +47,6 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, read_shards, tokenizer_fingerprint
 from shoal.models.load import load_model, resolve_model
 from shoal.recipe.edits import KEPT_LAYERS, SkipMlp
-from shoal.recipe.prune import Compensate
 
 Change = Callable[[Path], object]
 
@@ -321,29 +319,6 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
     spoil("model.norm.weight", monkeypatch)
     with pytest.raises(UserError, match="logits differ"):
         apply_plan(folder, plan((1,)), tmp_path / "student", proof="run")
-
-
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_a_fit_that_the_device_has_no_room_for_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
-    """A CPU swaps, so there it is a warning."""
-
-    class Loaded(Exception):
-        pass
-
-    def load(*_: Any, **__: Any) -> None:
-        raise Loaded
-
-    teacher: Any = SimpleNamespace(folder=tmp_path, trust_remote_code=False)
-    monkeypatch.setattr(apply, "device", lambda: torch.device(kind))
-    monkeypatch.setattr(apply, "device_memory", lambda _: 1000)
-    monkeypatch.setattr(apply, "load_model", load)
-    told = "prune.compensate: takes .* of memory, and 1 kB are free; memory_gb does it layer by layer"
-    refusal = pytest.raises(UserError, match=told) if kind == "cuda" else pytest.raises(Loaded)
-    with refusal:
-        apply._source(teacher, Size(4, 900, 50, 40, 20), Compensate(), tmp_path, section="prune.compensate")
-    assert bool(re.search(told, caplog.text)) == (kind == "cpu")
 
 
 def test_a_device_without_memory_of_its_own_has_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

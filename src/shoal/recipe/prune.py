@@ -33,9 +33,6 @@ class Calibration(Section):
     sequence_length: Annotated[RowLength, Shapes.PLAN] = 512
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Rows at one time."""
-    memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
-    """GiB of memory for weights, states and sums; where they need more, all is done layer by layer from the model's
-    files, with the same result. None = hold the model in memory."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What makes up for dropped layers: the regression against an independent one, and folded weights against hooks.
 
-Covers: shoal.compress.compensation.fit, shoal.compress.compensation.fold, shoal.compress.compensation.sums.
+Covers: shoal.compress.changes.calibration, shoal.compress.changes.fit, shoal.compress.changes.fold,
+shoal.compress.changes.sums.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from packed_rows import packed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.compress.compensation import fit, fold
-from shoal.compress.compensation.fit import LEAVE_OUT, Compensation, gaps
-from shoal.compress.compensation.source import in_memory
-from shoal.compress.compensation.sums import SHRINKAGES, Sums, fit_correction, fit_factor
+from shoal.compress.changes import fit, fold
+from shoal.compress.changes.calibration import source_of
+from shoal.compress.changes.fit import LEAVE_OUT, Compensation, gaps
+from shoal.compress.changes.sums import SHRINKAGES, Sums, fit_correction, fit_factor
 from shoal.compress.edits.merging import tensors_in_place, with_layers
 from shoal.compress.surgery.cut_model import skipped
 from shoal.data.packing import PackedRows
@@ -65,15 +66,15 @@ def multiplied(teacher: PreTrainedModel, factors: dict[int, float]) -> Iterator[
 
 def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
     """(B, S, D) The teacher's final state of the first held-out batch."""
-    fitting = fit._Fitting(in_memory(teacher), DROP, Compensate("scale", batch_size=4), rows)
+    fitting = fit._Fitting(source_of(teacher), DROP, Compensate("scale", batch_size=4), rows)
     fitting._see_teacher()
     end = fitting.held_out[0].end
     assert end is not None
-    return end.load()
+    return end
 
 
 def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Compensation:
-    return fit.compensate(in_memory(teacher), drop, settings, rows)
+    return fit.compensate(source_of(teacher), drop, settings, rows)
 
 
 def assert_near(ours: Tensor, theirs: Tensor) -> None:

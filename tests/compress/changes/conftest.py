@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shoal.compress.compensation import fit
+from shoal.compress.changes import fit
 
 
 @pytest.fixture

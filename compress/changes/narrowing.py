@@ -36,6 +36,8 @@ from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, load_without_data
 from ..variants.streamed_model import read_tensor
 
+NARROW = "prune.width"
+"""Section of the recipe."""
 GATE_UP, QKV = "gate_up_proj", "qkv_proj"
 """Modules that hold two or three maps in one tensor, one after the other."""
 Units = Mapping[Half, Sequence[int]]

@@ -169,6 +169,12 @@ class Correction:
         return tensors or None
 
 
+def output_names(model: PreTrainedModel, layer: int) -> list[str]:
+    """Tensors of a layer that write to the residual stream, by their names alone."""
+    named = named_halves(decoder_layers(model)[layer])
+    return [name for half in ("attention", "mlp") for name in output_parameters(model, layer, named, half)]
+
+
 def _output_map(model: PreTrainedModel, layer: int, outputs: Sequence[str]) -> nn.Linear | Conv1D | None:
     """The one linear map that the parameters ``outputs`` of the layer belong to; None where there are several."""
     owners = {name.rpartition(".")[0] for name in outputs}

@@ -1,13 +1,12 @@
 """Narrowed layers: what stays is what writes most, and the student is the cut teacher without the rest.
 
-Covers: shoal.compress.width.measure, shoal.compress.width.narrowing, shoal.compress.surgery.narrow_config,
+Covers: shoal.compress.changes.units, shoal.compress.changes.narrowing, shoal.compress.surgery.narrow_config,
 shoal.artifacts.width.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import KeptWidth, indices_of, mask_of
 from shoal.compress import apply
-from shoal.compress.apply import apply_plan, calibration_rows
-from shoal.compress.compensation.size import measuring_size
+from shoal.compress.apply import apply_plan
+from shoal.compress.changes.calibration import calibration_rows
 from shoal.compress.dry_run import estimate
 from shoal.compress.surgery.narrow_config import kept_width
 from shoal.compress.targets.check import check_targets, student_config
@@ -213,19 +212,6 @@ def test_channels_and_groups_that_write_nothing_are_found_and_missed_by_nobody(
     assert torch.allclose(narrow, whole, rtol=0, atol=1e-12)
 
 
-def test_layer_by_layer_from_files_the_same_stays(tmp_path: Path, text: DataSource, caplog: Any) -> None:
-    folder = saved(tmp_path, "qwen3", dtype=torch.bfloat16)
-    whole, out = narrowed(folder, settings(text, kv_groups=1))
-    content = {name: tensor for shard in read_shards(out) for name, tensor in load_file(shard.file).items()}
-    most = measuring_size(load_model(folder), settings(text)).in_memory - 1
-    with caplog.at_level(logging.INFO):
-        streamed, _ = narrowed(folder, settings(text, kv_groups=1, memory_gb=most / 2**30))
-    assert "prune.width: layer by layer from" in caplog.text
-    assert streamed.width == whole.width
-    again = {name: tensor for shard in read_shards(out) for name, tensor in load_file(shard.file).items()}
-    assert all(torch.equal(again[name], tensor) for name, tensor in content.items())
-
-
 def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource) -> None:
     folder, width = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(text, kv_groups=1)
     plan, out = narrowed(folder, width)
@@ -263,9 +249,9 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
     tmp_path: Path, text: DataSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if phi3's gate and up lay interleaved, which the layer's own run shows."""
-    monkeypatch.setattr("shoal.compress.width.narrowing.GATE_UP", "none")
+    monkeypatch.setattr("shoal.compress.changes.narrowing.GATE_UP", "none")
     monkeypatch.setattr(
-        "shoal.compress.width.narrowing._sizes", lambda _, half, name: [(2,)] if "gate_up" in name else [(1,)]
+        "shoal.compress.changes.narrowing._sizes", lambda _, half, name: [(2,)] if "gate_up" in name else [(1,)]
     )
     with pytest.raises(UserError, match=r"layer 0 of phi3, narrowed, gives another state than itself"):
         narrowed(saved(tmp_path, "phi3"), settings(text), proof="files")

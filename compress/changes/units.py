@@ -32,13 +32,13 @@ from shoal.models.anatomy import decoder_layers, text_config
 from shoal.progress import each
 from shoal.recipe.prune import Width
 
-from ..compensation.fold import same_states
-from ..compensation.source import Source, batches
 from ..edits.masks import Half
 from ..edits.merging import put_tensors
 from ..edits.sublayers import where
 from ..surgery.cut_model import kept_layers
 from ..variants.layerwise import Call
+from .calibration import Source, batches
+from .fold import same_states
 from .narrowing import Narrowing, Units
 
 
@@ -56,21 +56,19 @@ def measure_width(
     chosen: dict[int, Units] = {}
     waiting = list(batches(source, rows, settings.batch_size))
     for layer in each(kept_layers(source.layerwise.num_layers, drop), "prune: measuring width", unit="layers"):
-        with source.loaded(layer):
-            (prepared, state), module = waiting[-1], decoder_layers(source.model)[layer]
-            sums_UKK: dict[Half, Tensor] = {}
-            with ExitStack() as stack:
-                for half, name in own.maps[layer].items():
-                    add = partial(_add, sums_UKK, half, own.counts[half][0])
-                    stack.enter_context(module.get_submodule(name).register_forward_pre_hook(add))
-                for index, (batch, before) in enumerate(waiting):  # one at a time: states take most of the memory
-                    after_BSD = source.layerwise.run(layer, before.load(), batch.calls[layer])
-                    waiting[index] = batch, source.store.keep(after_BSD)
-            chosen[layer] = {
-                half: _largest(source, layer, module.get_submodule(own.maps[layer][half]), sums, own.counts[half][1])
-                for half, sums in sums_UKK.items()
-            }
-            _refuse_another_layer(source, own, layer, chosen[layer], state.load(), prepared.calls[layer])
+        (prepared, state), module = waiting[-1], decoder_layers(source.model)[layer]
+        sums_UKK: dict[Half, Tensor] = {}
+        with ExitStack() as stack:
+            for half, name in own.maps[layer].items():
+                add = partial(_add, sums_UKK, half, own.counts[half][0])
+                stack.enter_context(module.get_submodule(name).register_forward_pre_hook(add))
+            for index, (batch, before) in enumerate(waiting):  # one at a time: states take most of the memory
+                waiting[index] = batch, source.layerwise.run(layer, before, batch.calls[layer])
+        chosen[layer] = {
+            half: _largest(source, layer, module.get_submodule(own.maps[layer][half]), sums, own.counts[half][1])
+            for half, sums in sums_UKK.items()
+        }
+        _refuse_another_layer(source, own, layer, chosen[layer], state, prepared.calls[layer])
     return chosen
 
 

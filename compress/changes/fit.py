@@ -1,13 +1,12 @@
 """Fit what makes up for dropped layers, one gap after the other, on the student's own states.
 
-Teacher and student advance side by side through the layers, one layer for all batches, so that a model may be larger
-than memory. The student's state is kept as a teacher with hooks would have it: multiplied at every gap. As it passes,
-what was fitted goes into weights of kept layers (fold.py), and in the end these are compared with the hooks.
+Teacher and student advance side by side through the layers, one layer for all batches. The student's state is kept as a
+teacher with hooks would have it: multiplied at every gap. As it passes, what was fitted goes into weights of kept
+layers (fold.py), and in the end these are compared with the hooks.
 
 Operations: a pass of the teacher and one of the student over the calibration tokens, sums of one F x F and two F x D
 products per token and gap with a correction, and over the held-out eighth of the rows two passes of the teacher and
-student, and for every gap two of the layers above it. From files, layers are read once for every such pass, two passes
-of a gap together. Memory beside the model: size.py.
+student, and for every gap two of the layers above it.
 
 B batch, S sequence, D hidden, F features.
 """
@@ -19,10 +18,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.artifacts.plan import ClosedGap
 from shoal.data.packing import PackedRows
@@ -33,10 +34,10 @@ from shoal.recipe.prune import Compensate
 
 from ..edits.merging import tensors_in_place
 from ..surgery.cut_model import kept_layers
+from ..surgery.quantised import without_quantization
 from ..variants.layerwise import Prepared
-from ..variants.state_store import Kept
+from .calibration import Source, batches
 from .fold import Correction, NotFoldable, Tensors, is_blind_to_size, num_features, scaled_layer
-from .source import Source, batches
 from .sums import Fit, Sums, fit_correction, fit_factor
 
 log = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ FACTORS = (0.5, 4.0)
 """Least and largest factor; what lies outside comes of states that are not alike at all."""
 TOLERANCE = 0.02
 """Of the divergence between folded weights and hooks, relative to that between teacher and student."""
+COMPENSATE = "prune.compensate"
+"""Section of the recipe."""
 LEAVE_OUT = "leave prune.compensate out"
 
 NONE = Fit()
 
-_Attempt = Callable[[int, Kept], object]
+_Attempt = Callable[[int, Tensor], object]
 """Tries something on a layer and a state before it; raises NotFoldable."""
 
 
@@ -62,17 +65,23 @@ class Compensation:
     """What makes up for the dropped layers of a plan."""
 
     gaps: tuple[ClosedGap, ...]
-    kept: Mapping[int, Mapping[str, Kept]]
-    """New tensors of kept layers in float32, by the teacher's index and the name within the layer; maybe in a file."""
+    layers: Mapping[int, Tensors]
+    """New tensors of kept layers in float32, by the teacher's index and the name within the layer."""
 
-    def layer(self, index: int) -> Tensors:
-        """The new tensors of one layer; none where it stays as it is."""
-        return {name: tensor.load() for name, tensor in self.kept.get(index, {}).items()}
 
-    @property
-    def layers(self) -> dict[int, Tensors]:
-        """Those of all layers, in memory."""
-        return {index: self.layer(index) for index in self.kept}
+def refuse_quantised(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises UserError: quantised weights."""
+    if without_quantization(config)[1]:
+        raise UserError(
+            f"{folder}: is quantised, and prune.compensate changes weights of layers that stay; give the "
+            "full-precision model, or leave prune.compensate out"
+        )
+
+
+def needed_features(model: PreTrainedModel, drop: Sequence[int], settings: Compensate) -> int:
+    """The most features of an MLP that a correction is fitted to; 0 where there is none."""
+    below = [first - 1 for first, _ in gaps(drop) if settings.method != "scale"]
+    return max((num_features(model, layer) for layer in below), default=0)
 
 
 def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
@@ -105,46 +114,28 @@ def compensate(source: Source, drop: Sequence[int], settings: Compensate, rows: 
         source.model.train(was_training)
 
 
-@torch.no_grad()
-def refuse_unfoldable(source: Source, settings: Compensate, rows: PackedRows) -> None:
-    """Try on the lowest two layers what would be folded into others; ``rows`` are two that are long enough to run.
-
-    Raises:
-        UserError: a family into which it cannot be folded.
-    """
-    fitting = _Fitting(source, (1,), settings, rows)
-    generator = torch.Generator().manual_seed(0)
-    # as large as states above the cut, where what norms add to it does not count; those of embeddings are small
-    state_BSD = torch.randn(fitting.held_out[0].teacher.load().shape, generator=generator)
-    state = source.store.keep(state_BSD.to(source.model.device, source.model.dtype))
-    for layer in (0, 1):
-        with source.loaded(layer):
-            fitting.refuse_unfoldable(layer, state, corrected=layer == 0, scaled=layer == 1, is_last=layer == 1)
-
-
 @dataclass
 class _Batch:
     """Some rows on their way through the layers; states are (B, S, D)."""
 
     prepared: Prepared
     held_out: bool
-    teacher: Kept
-    student: Kept
-    end: Kept | None = None
+    teacher: Tensor
+    student: Tensor
+    end: Tensor | None = None
     """The teacher's final state, of held-out rows."""
 
 
 class _Fitting:
     def __init__(self, source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> None:
         self.model, self.layerwise, self.decoder = source.model, source.layerwise, source.decoder
-        self.loaded, self.store = source.loaded, source.store
         self.settings, self.num_layers = settings, self.layerwise.num_layers
         self.dropped = set(drop)
         self.gap_above = {first - 1: (first, last) for first, last in gaps(drop)}
         self.with_correction, self.with_factor = settings.method != "scale", settings.method != "linear"
         self.batches = list(self._batches(source, rows))
         self.held_out = [batch for batch in self.batches if batch.held_out]
-        self.folded: dict[int, dict[str, Kept]] = {}
+        self.folded: dict[int, Tensors] = {}
         self.product = 1.0
         """Product of the factors of all gaps below."""
 
@@ -166,19 +157,18 @@ class _Fitting:
             if gap is not None:
                 closed.append(self._close(layer, *gap))
                 continue
-            with self.loaded(layer):
-                if self.product != 1:
-                    self._fold_factor(layer, self.batches[-1].student)
-                for batch in self.batches if layer < top else self.held_out:
-                    shared = batch.student is batch.teacher  # below the first gap
-                    batch.student = self._run(layer, batch, batch.student)
-                    if layer < top:
-                        batch.teacher = batch.student if shared else self._run(layer, batch, batch.teacher)
+            if self.product != 1:
+                self._fold_factor(layer, self.batches[-1].student)
+            for batch in self.batches if layer < top else self.held_out:
+                shared = batch.student is batch.teacher  # below the first gap
+                batch.student = self._run(layer, batch, batch.student)
+                if layer < top:
+                    batch.teacher = batch.student if shared else self._run(layer, batch, batch.teacher)
         self._refuse_wrong_fold()
         return Compensation(tuple(closed), self.folded)
 
     def _refuse_few_tokens(self) -> None:
-        fitted = sum(batch.teacher.load().shape[:2].numel() for batch in self.batches if not batch.held_out)
+        fitted = sum(batch.teacher.shape[:2].numel() for batch in self.batches if not batch.held_out)
         most = max(num_features(self.model, layer) for layer in self.gap_above)
         if fitted < (needed := TOKENS_PER_FEATURE * most):
             raise UserError(
@@ -190,20 +180,19 @@ class _Fitting:
         """Run the teacher over held-out rows; refuse on the way what cannot be folded, before anything is fitted."""
         states = [batch.teacher for batch in self.held_out]
         for layer in range(self.num_layers):
-            with self.loaded(layer):
-                before, states = states[0], self._past(layer, states)
-                self._refuse_not_finite(f"layer {layer}", *(state.load() for state in states))
-                self.refuse_unfoldable(
-                    layer,
-                    before,
-                    corrected=layer in self.gap_above,
-                    scaled=layer > min(self.dropped) and layer not in self.dropped,
-                    is_last=layer == self.num_layers - 1,
-                )
+            before, states = states[0], self._past(layer, states)
+            self._refuse_not_finite(f"layer {layer}", *states)
+            self._refuse_unfoldable(
+                layer,
+                before,
+                corrected=layer in self.gap_above,
+                scaled=layer > min(self.dropped) and layer not in self.dropped,
+                is_last=layer == self.num_layers - 1,
+            )
         for batch, state in zip(self.held_out, states, strict=True):
             batch.end = self._finish(batch, state)
 
-    def refuse_unfoldable(self, layer: int, before: Kept, *, corrected: bool, scaled: bool, is_last: bool) -> None:
+    def _refuse_unfoldable(self, layer: int, before: Tensor, *, corrected: bool, scaled: bool, is_last: bool) -> None:
         """Refuse a layer, whose weights are there, into which what the method says cannot be folded.
 
         ``before`` is a state before it; ``is_last``: what follows the layers is tried, too.
@@ -215,30 +204,30 @@ class _Fitting:
         if self.with_factor and is_last:
             self._refuse_unless(self._try_end, layer, before, other="linear", instead=self._try_correction)
 
-    def _refuse_unless(self, attempt: _Attempt, layer: int, before: Kept, *, other: str, instead: _Attempt) -> None:
+    def _refuse_unless(self, attempt: _Attempt, layer: int, before: Tensor, *, other: str, instead: _Attempt) -> None:
         """Refuse what the ``attempt`` refuses, and propose the method ``other`` where ``instead`` goes."""
         try:
             attempt(layer, before)
         except NotFoldable as error:
             raise UserError(f"{error}; {self._remedy(other, instead, layer, before)}") from error
 
-    def _remedy(self, method: str, attempt: _Attempt, layer: int, before: Kept) -> str:
+    def _remedy(self, method: str, attempt: _Attempt, layer: int, before: Tensor) -> str:
         try:
             attempt(layer, before)
         except UserError:
             return LEAVE_OUT
         return f"set method: {method}, or {LEAVE_OUT}"
 
-    def _try_correction(self, layer: int, before: Kept) -> None:
+    def _try_correction(self, layer: int, before: Tensor) -> None:
         call = self.held_out[0].prepared.calls[layer]
-        Correction(self.layerwise, layer).form(before.load(), call)
+        Correction(self.layerwise, layer).form(before, call)
 
-    def _try_factor(self, layer: int, before: Kept) -> None:
-        scaled_layer(self.layerwise, layer, 1.0, before.load(), self.held_out[0].prepared.calls[layer])
+    def _try_factor(self, layer: int, before: Tensor) -> None:
+        scaled_layer(self.layerwise, layer, 1.0, before, self.held_out[0].prepared.calls[layer])
 
-    def _try_end(self, layer: int, before: Kept) -> None:
+    def _try_end(self, layer: int, before: Tensor) -> None:
         prepared = self.held_out[0].prepared
-        after_BSD = self.layerwise.run(layer, before.load(), prepared.calls[layer])
+        after_BSD = self.layerwise.run(layer, before, prepared.calls[layer])
         if not is_blind_to_size(self.layerwise, prepared, after_BSD):
             raise NotFoldable(
                 f"prune.compensate: {self.model.config.model_type} reads its last layer's state otherwise than through "
@@ -252,30 +241,28 @@ class _Fitting:
             for prepared, state in batches(source, some, self.settings.batch_size):
                 yield _Batch(prepared, held_out, state, state)
 
-    def _run(self, layer: int, batch: _Batch, state: Kept) -> Kept:
+    def _run(self, layer: int, batch: _Batch, state: Tensor) -> Tensor:
         """The state after ``layer``, with whatever weights are in place."""
-        return self.store.keep(self.layerwise.run(layer, state.load(), batch.prepared.calls[layer]))
+        return self.layerwise.run(layer, state, batch.prepared.calls[layer])
 
-    def _finish(self, batch: _Batch, state: Kept) -> Kept:
+    def _finish(self, batch: _Batch, state: Tensor) -> Tensor:
         """The final state from that after the last layer."""
-        return self.store.keep(self.layerwise.finish(state.load(), batch.prepared))
+        return self.layerwise.finish(state, batch.prepared)
 
     def _close(self, below: int, first: int, last: int) -> ClosedGap:
         """Past ``below``, the last kept layer before the gap ``first`` to ``last``, and past the gap."""
         where = layers_text([*range(first, last + 1)])
         before = [batch.student for batch in self.batches]
         for layer in range(below, last + 1):
-            with self.loaded(layer):
-                for batch in self.batches:
-                    batch.teacher = self._run(layer, batch, batch.teacher)
-        with self.loaded(below):
-            correction = Correction(self.layerwise, below) if self.with_correction else None
-            train, test = self._sums(correction, below, where)
-            fit = self._fit(train, test, is_last=last == self.num_layers - 1)
-            error = test.error()
-            del train, test  # which are large
-            still_open = [batch.student for batch in self.batches]
-            self._apply(fit, correction, below, before)
+            for batch in self.batches:
+                batch.teacher = self._run(layer, batch, batch.teacher)
+        correction = Correction(self.layerwise, below) if self.with_correction else None
+        train, test = self._sums(correction, below, where)
+        fit = self._fit(train, test, is_last=last == self.num_layers - 1)
+        error = test.error()
+        del train, test  # which are large
+        still_open = [batch.student for batch in self.batches]
+        self._apply(fit, correction, below, before)
         states = [[state for state, batch in zip(still_open, self.batches, strict=True) if batch.held_out]]
         divergence, closed = self._divergences(last + 1, *states, [batch.student for batch in self.held_out])
         helps = closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
@@ -297,8 +284,7 @@ class _Fitting:
             for batch, state in zip(self.batches, still_open, strict=True):
                 batch.student = state
         if self.product != 1:
-            with self.loaded(below):
-                self._fold_factor(below, before[-1])
+            self._fold_factor(below, before[-1])
         self.product *= fit.factor
         return ClosedGap(
             first=first,
@@ -316,14 +302,14 @@ class _Fitting:
         train, test = Sums(), Sums()
         for batch in self.batches:
             features_ND: Tensor | None = None
-            call, before_BSD, teacher_BSD = batch.prepared.calls[below], batch.student.load(), batch.teacher.load()
+            call, before_BSD, teacher_BSD = batch.prepared.calls[below], batch.student, batch.teacher
             if correction is None:
                 student_BSD = self.layerwise.run(below, before_BSD, call)
             else:
                 student_BSD, features_BSF = correction.features(before_BSD, call)
                 features_ND = features_BSF.flatten(0, 1)
             self._refuse_not_finite(where, student_BSD, teacher_BSD)
-            batch.student = self.store.keep(student_BSD)
+            batch.student = student_BSD
             (test if batch.held_out else train).add(student_BSD.flatten(0, 1), features_ND, teacher_BSD.flatten(0, 1))
         return train, test
 
@@ -334,19 +320,19 @@ class _Fitting:
                 f"weights, or {LEAVE_OUT}"
             )
 
-    def _apply(self, fit: Fit, correction: Correction | None, below: int, before: Sequence[Kept]) -> None:
+    def _apply(self, fit: Fit, correction: Correction | None, below: int, before: Sequence[Tensor]) -> None:
         """Close the gap above ``below`` by ``fit`` in all batches, from the student's states before that layer."""
         if correction is not None and fit.added_FD is not None:
             # of several batches the last is held out; features are made again, since all of them would be too much
             call = self.batches[-1].prepared.calls[below]
-            tensors = correction.folded(fit.added_FD / fit.factor, before[-1].load(), call)
+            tensors = correction.folded(fit.added_FD / fit.factor, before[-1], call)
             self._keep(below, tensors)
             with tensors_in_place(self.model, {below: tensors}):
                 for batch, state in zip(self.batches, before, strict=True):
                     batch.student = self._run(below, batch, state)
         if fit.factor != 1:
             for batch in self.batches:
-                batch.student = self.store.keep(batch.student.load() * fit.factor)
+                batch.student = batch.student * fit.factor
 
     def _fit(self, train: Sums, test: Sums, *, is_last: bool) -> Fit:
         with_factor = self.with_factor and not is_last  # behind the last gap there is a norm alone
@@ -354,20 +340,16 @@ class _Fitting:
             return fit_factor(train, test) if with_factor else NONE
         return fit_correction(train, test, with_factor=with_factor)
 
-    def _fold_factor(self, layer: int, before: Kept) -> None:
+    def _fold_factor(self, layer: int, before: Tensor) -> None:
         """Let ``layer``, with what is folded into it already, write to a state without the factors of gaps below."""
-        with tensors_in_place(self.model, {layer: self._tensors(layer)}):
+        with tensors_in_place(self.model, {layer: self.folded.get(layer, {})}):
             call = self.batches[-1].prepared.calls[layer]
-            self._keep(layer, scaled_layer(self.layerwise, layer, 1 / self.product, before.load(), call))
+            self._keep(layer, scaled_layer(self.layerwise, layer, 1 / self.product, before, call))
 
     def _keep(self, layer: int, tensors: Tensors) -> None:
-        kept = {name: self.store.keep(tensor) for name, tensor in tensors.items()}
-        self.folded[layer] = {**self.folded.get(layer, {}), **kept}
+        self.folded[layer] = {**self.folded.get(layer, {}), **tensors}
 
-    def _tensors(self, layer: int) -> Tensors:
-        return {name: tensor.load() for name, tensor in self.folded.get(layer, {}).items()}
-
-    def _divergences(self, start: int, *variants: Sequence[Kept]) -> list[float]:
+    def _divergences(self, start: int, *variants: Sequence[Tensor]) -> list[float]:
         """KL(teacher || student) in nats per held-out token, with gaps above ``start`` open.
 
         Of each variant, given by the states before layer ``start`` of all held-out batches.
@@ -375,20 +357,19 @@ class _Fitting:
         states = [list(variant) for variant in variants]
         for layer in range(start, self.num_layers):
             if layer not in self.dropped:
-                with self.loaded(layer):
-                    states = [self._past(layer, variant) for variant in states]
+                states = [self._past(layer, variant) for variant in states]
         return [self._divergence(variant) for variant in states]
 
-    def _past(self, layer: int, states: Sequence[Kept]) -> list[Kept]:
+    def _past(self, layer: int, states: Sequence[Tensor]) -> list[Tensor]:
         """The states of held-out batches after ``layer``."""
         return [self._run(layer, batch, state) for batch, state in zip(self.held_out, states, strict=True)]
 
-    def _divergence(self, states: Sequence[Kept]) -> float:
+    def _divergence(self, states: Sequence[Tensor]) -> float:
         """Of the states of held-out batches after the last layer."""
         total, num_tokens, size = 0.0, 0, self.decoder.positions_at_once()
         for batch, state in zip(self.held_out, states, strict=True):
             assert batch.end is not None
-            ours_ND, theirs_ND = (end.load().flatten(0, 1) for end in (self._finish(batch, state), batch.end))
+            ours_ND, theirs_ND = (end.flatten(0, 1) for end in (self._finish(batch, state), batch.end))
             for ours, theirs in zip(ours_ND.split(size), theirs_ND.split(size), strict=True):
                 log_q, log_p = (self.decoder.logits(some).log_softmax(-1) for some in (ours, theirs))
                 total += float(functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
@@ -402,12 +383,12 @@ class _Fitting:
             UserError: the divergence from the teacher is another one.
         """
         hooked = self._divergence([batch.student for batch in self.held_out])
-        states = [self.store.keep(self.layerwise.prepare(batch.prepared.inputs).hidden_BSD) for batch in self.held_out]
+        states = [self.layerwise.prepare(batch.prepared.inputs).hidden_BSD for batch in self.held_out]
         for layer in range(self.num_layers):
             if layer not in self.dropped:
-                with self.loaded(layer), tensors_in_place(self.model, {layer: self._tensors(layer)}):
+                with tensors_in_place(self.model, {layer: self.folded.get(layer, {})}):
                     states = self._past(layer, states)
-                self._refuse_not_finite(f"layer {layer}", *(state.load() for state in states))
+                self._refuse_not_finite(f"layer {layer}", *states)
         folded = self._divergence(states)
         if not math.isclose(hooked, folded, rel_tol=TOLERANCE, abs_tol=1e-4):
             raise UserError(

@@ -1,0 +1,135 @@
+"""The text that a change is decided on, and the model that runs over it, one layer at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.data.packing import PackedRows
+from shoal.data.sources import load_texts, pack
+from shoal.errors import UserError
+from shoal.formatting import bytes_text
+from shoal.inference.decoder import Decoder
+from shoal.machine import device_memory
+from shoal.models.anatomy import text_config
+from shoal.models.load import (
+    align_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    named_dtype,
+    num_parameters,
+    without_data,
+)
+from shoal.numerics import fast_dtype
+from shoal.recipe.prune import Calibration
+from shoal.runtime import device
+
+from ..variants.layerwise import Layerwise, Prepared
+
+log = logging.getLogger(__name__)
+
+STATES = 4.5
+"""Of every calibration token at one time, at a gap: the teacher's, the student's before the layer below, with the gap
+open and closed, and of the held-out eighth what goes on from there."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, taken apart."""
+
+    model: PreTrainedModel
+    layerwise: Layerwise
+    decoder: Decoder
+
+
+def source_of(model: PreTrainedModel) -> Source:
+    """``model``, taken apart.
+
+    Raises:
+        UserError: layers that cannot be run one by one.
+    """
+    decoder = Decoder(model)  # whose word on weights that are damaged is clearer
+    return Source(model, Layerwise(model), decoder)
+
+
+def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple[Prepared, Tensor]]:
+    """``rows`` on their way into the layers, and the states that the first layer gets."""
+    for start in range(0, len(rows), batch_size):
+        ids_BS, positions_BS = (
+            plane_NS[start : start + batch_size].long().to(source.model.device)
+            for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)
+        )
+        inputs = source.decoder.arguments(ids_BS, position_ids_BS=positions_BS)
+        prepared = source.layerwise.prepare(inputs, positions_BS)
+        yield prepared.without_hidden(), prepared.hidden_BSD
+
+
+@contextmanager
+def calibrating(
+    folder: Path, settings: Calibration, *, section: str, seed: int, trust_remote_code: bool
+) -> Iterator[tuple[Source, PackedRows]]:
+    """The model in ``folder`` and the rows that a ``section`` of the recipe decides by, in a block in which that is
+    done: in float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes.
+
+    Raises:
+        UserError: a model that does not fit into the memory of the device.
+    """
+    where = device()
+    _refuse_too_large(folder, settings, section=section, trust_remote_code=trust_remote_code)
+    fast = named_dtype(fast_dtype(where).dtype)
+    model = load_model(folder, dtype="float32", attention=None, device=where, trust_remote_code=trust_remote_code)
+    align_weights(model)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    rows = calibration_rows(settings, tokenizer, seed=seed, section=section)
+    # its cache of cast weights would keep every tensor that is tried
+    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
+        yield source_of(model), rows
+
+
+def calibration_rows(
+    settings: Calibration, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str
+) -> PackedRows:
+    """The text of a section of the recipe that decides by it."""
+    texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
+    rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
+    if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
+        log.warning(
+            "%s.num_tokens: is more than %s has, which is repeated: what is said of held-out text is partly of text "
+            "that was fitted to; lower it or name more text",
+            *(section, ", ".join(repeated)),
+        )
+    return rows
+
+
+def _refuse_too_large(folder: Path, settings: Calibration, *, section: str, trust_remote_code: bool) -> None:
+    skeleton = without_data(load_config(folder, trust_remote_code=trust_remote_code))
+    needed, free = needed_bytes(skeleton, settings), device_memory(device())
+    if needed > free:
+        shortage = f"{section}: {in_words(needed)}"
+        if device().type != "cpu":  # which has no swap to fall back on
+            raise UserError(f"{shortage}; leave {section} out, or take a device with more")
+        log.warning(shortage)
+
+
+def needed_bytes(model: PreTrainedModel, settings: Calibration, *, num_features: int = 0) -> int:
+    """Memory that deciding on ``model``, which may be without weights, takes, about: weights and states in float32, and
+    sums over ``num_features`` features of an MLP."""
+    hidden = text_config(model.config).hidden_size
+    sums = 8 * (4 * num_features**2 + 8 * num_features * hidden)
+    return 4 * num_parameters(model) + int(STATES * settings.num_tokens * hidden * 4) + sums
+
+
+def in_words(needed: int) -> str:
+    """What needed_bytes found, and whether it is there."""
+    free = device_memory(device())
+    return f"takes about {bytes_text(needed)} of memory" + (
+        "" if needed <= free else f", and {bytes_text(free)} are free"
+    )
