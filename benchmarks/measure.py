@@ -27,6 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from side_by_side import Bench, largest_difference, print_parts, timed
 from transformers import PreTrainedModel
 
+from shoal.components import ComponentPart, LayerEdit
 from shoal.compress.heads.prompts import copy_prompts
 from shoal.compress.heads.scores import score_heads
 from shoal.compress.measure import measure_importance
@@ -52,7 +53,6 @@ from shoal.eval.tasks.load import load_tasks
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import ComponentPart, LayerEdit
 from shoal.recipe.section import DataSource
 
 

@@ -22,6 +22,7 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import (
+    CLOSED_GAPS,
     Shard,
     StoredTensor,
     copy_beside,
@@ -39,7 +40,7 @@ from shoal.models.load import (
     refuse_incomplete,
 )
 from shoal.progress import doing
-from shoal.recipe.edits import CLOSED_GAPS, Replace, insertions
+from shoal.recipe.edits import Replace, insertions
 from shoal.recipe.prune import Compensate, Width
 
 from .changes.calibration import calibrating

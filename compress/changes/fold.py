@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shoal.components import LayerEdit
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
-from shoal.recipe.edits import LayerEdit
 
 from ..edits.layer_edits import in_force
 from ..edits.masks import with_halves

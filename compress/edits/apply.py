@@ -17,22 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PruningPlan
+from shoal.components import LayerEdit
 from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS, read_shards
 from shoal.models.load import load_config, loaded_dtype, num_parameters, without_data
-from shoal.recipe.edits import (
-    Edit,
-    Insert,
-    LayerEdit,
-    Merge,
-    Replace,
-    Swap,
-    components,
-    edited_layers,
-    insertions,
-)
+from shoal.recipe.edits import Edit, Insert, Merge, Replace, Swap, components, edited_layers, insertions
 from shoal.runtime import device
 
 from ..surgery.cut_model import cut_model, skipped

@@ -30,8 +30,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from shoal.components import Component, ComponentPart, LayerEdit, LayerEdits
 from shoal.models.anatomy import decoder_layers, layer_config
-from shoal.recipe.edits import Component, ComponentPart, LayerEdit, LayerEdits
 
 from .masks import (
     Hooks,

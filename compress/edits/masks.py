@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shoal.components import ComponentPart
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.answer_positions import answer_positions
 from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched, with_state
 from shoal.models.document_masks import documents_apart
-from shoal.recipe.edits import ComponentPart
 
 from ..surgery.cut_model import skipped
 from .sublayers import Sublayers, probe_ids, probing, silence, silent_output, sublayers, where

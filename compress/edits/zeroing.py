@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shoal.components import LayerEdit
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
-from shoal.recipe.edits import LayerEdit
 
 from .masks import Half, checked, with_halves, with_heads
 from .merging import put_tensors

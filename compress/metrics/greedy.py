@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Removal
+from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
 from shoal.errors import UserError
-from shoal.recipe.edits import REMOVED, Component, ComponentPart, LayerEdit
 
 from ..edits.layer_edits import KINDS, layer_edits
 from ..variants.variants import Variant, variant

@@ -15,9 +15,9 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from shoal.components import Component
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
-from shoal.recipe.edits import Component
 
 from ..edits.sublayers import sublayers
 from ..variants.variants import INTACT, Variant, without

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from shoal.components import LayerEdits
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, watched
 from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.progress import progress
-from shoal.recipe.edits import LayerEdits
 
 from ..variants.layerwise import Prepared
 from ..variants.variants import INTACT, STATE_BYTES, Edited, Variant, layerwise_or_none

@@ -19,10 +19,9 @@ from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
 from shoal.models.anatomy import deepstack_layers
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
 from shoal.models.families import family
 from shoal.models.load import NOT_CAUSAL
-from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
 
 from .special_cuts import GROUP_RULES, instead, refuse_moved_layers
 

@@ -17,9 +17,8 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS, Shard, read_shards
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS, Shard, read_shards
 from shoal.models.load import align_weights, load_config, load_model
-from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
 
 from .config_cut import RULES, SPELT_OUT_BY, refuse_wrong_entries
 from .cut_model import refuse_changed_layers

@@ -13,8 +13,8 @@ import numpy as np
 
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, TaskScore
 from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn
+from shoal.components import Component
 from shoal.errors import UserError
-from shoal.recipe.edits import Component
 from shoal.stats.bootstrap import bias_corrected, expanded_percentiles
 from shoal.stats.intervals import Array
 

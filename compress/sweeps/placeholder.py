@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Agreement, Atlas, Effect, Estimate, Importance, Removal, Sweep, SweepColumn
-from shoal.recipe.edits import Component
+from shoal.components import Component
 from shoal.recipe.measure import Measure, Sweeps
 
 from ...eval.harness.samples import protocol_of

@@ -13,8 +13,8 @@ import numpy as np
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn
+from shoal.components import Component
 from shoal.errors import UserError
-from shoal.recipe.edits import Component
 from shoal.recipe.section import LEAST_ITEMS
 from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
 from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson

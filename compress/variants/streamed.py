@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from shoal.components import ComponentPart
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.inference.decoder import LOGIT_ELEMENTS, Decoder
@@ -26,7 +27,6 @@ from shoal.inference.scoring import Layout, Score, layouts, settle
 from shoal.machine import free_disk
 from shoal.models.anatomy import text_config
 from shoal.progress import each
-from shoal.recipe.edits import ComponentPart
 
 from ..edits.layer_edits import KINDS
 from ..edits.sublayers import prove_alone

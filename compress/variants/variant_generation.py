@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.components import LayerEdit
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.generation import Texts, write, write_after
 from shoal.inference.prefix_sharing import batches
 from shoal.inference.scoring import Pass
-from shoal.recipe.edits import LayerEdit
 
 from ..edits.layer_edits import KINDS, hooks_of
 from ..edits.masks import RowsOfBatch

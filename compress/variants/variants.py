@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from shoal.components import REMOVED, Component, ComponentPart, LayerEdit, LayerEdits
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Layout, Pass, Score, layouts, settle
 from shoal.models.anatomy import decoder_layers, text_config
-from shoal.recipe.edits import REMOVED, Component, ComponentPart, LayerEdit, LayerEdits
 
 from ..edits.layer_edits import in_force, layer_edits
 from ..edits.masks import passed_on

@@ -18,11 +18,11 @@ from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.machine import peak_memory
 from shoal.models.anatomy import decoder_layers
+from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
 from shoal.numerics import fast_dtype
 from shoal.recipe.distill import Distill
 from shoal.recipe.distill_contradictions import contradictions
-from shoal.recipe.edits import KEPT_LAYERS
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device

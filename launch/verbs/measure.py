@@ -16,6 +16,7 @@ from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Importance, Removal
 from shoal.artifacts.vision_states import VisionStates
 from shoal.atomic_files import fingerprint
+from shoal.components import Component
 from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack, sources_fingerprint
@@ -23,7 +24,6 @@ from shoal.errors import UserError
 from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
 from shoal.models.load import load_model, reads_images
 from shoal.progress import doing
-from shoal.recipe.edits import Component
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.section import ImageRows, Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything

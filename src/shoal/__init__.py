@@ -22,6 +22,7 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
     lr_schedule   the learning rate of loops of our own
     redaction     secrets stay here
     yaml_text     YAML 1.2 scalars, no key twice
+    components    what can be taken out of a model's layers
     task_words    words instead of task identifiers
 
 Folders:

@@ -44,9 +44,9 @@ from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.compress.surgery.resumable_folder import only_writer
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, read_shards, tokenizer_fingerprint
+from shoal.models.checkpoint_files import INDEX_FILE, KEPT_LAYERS, checkpoint_bytes, read_shards, tokenizer_fingerprint
 from shoal.models.load import load_model, resolve_model
-from shoal.recipe.edits import KEPT_LAYERS, SkipMlp
+from shoal.recipe.edits import SkipMlp
 
 Change = Callable[[Path], object]
 

@@ -19,12 +19,13 @@ from sweep_results import importance as swept_importance
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Importance, Removal
+from shoal.components import Component
 from shoal.compress.plan import Choice, check_choice, choose_changes, default_count
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
-from shoal.recipe.edits import Component, Merge, SkipAttention, SkipMlp
+from shoal.recipe.edits import Merge, SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
 

@@ -17,12 +17,12 @@ from unequal_layers import LENGTH, OUTSIDE, PARAMETERS, SCORES, TOKEN_BYTES, siz
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
+from shoal.components import Component
 from shoal.compress.goals import Goal, Goals, TeacherTime, goals_of
 from shoal.compress.plan import check_choice, choose_changes
 from shoal.compress.sweeps.expected_loss import is_loss, joint_change
 from shoal.compress.to_target import cheapest_layers
 from shoal.errors import UserError
-from shoal.recipe.edits import Component
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
 

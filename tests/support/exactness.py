@@ -26,8 +26,8 @@ from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
 from shoal.compress.surgery.proof import prove_by_files
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
+from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.load import align_weights, load_model
-from shoal.recipe.edits import KEPT_LAYERS
 
 LENGTH = 3 * SLIDING_WINDOW
 PROMPT = SLIDING_WINDOW + 3

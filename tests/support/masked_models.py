@@ -11,9 +11,9 @@ from architectures import SLIDING_WINDOW, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.components import Component, ComponentPart
 from shoal.compress.edits.layer_edits import in_force, layer_edits
 from shoal.compress.edits.sublayers import Sublayers, sublayers
-from shoal.recipe.edits import Component, ComponentPart
 
 FAMILIES = (
     *("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "glm4", "cohere2", "phi"),

@@ -11,11 +11,11 @@ from results import provenance
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.artifacts.importance import Atlas, Importance, Removal, Sweep
+from shoal.components import Component, ComponentPart
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.read_write import read_write_of
 from shoal.compress.sweeps.table import Measured, table_of
 from shoal.eval.harness.rates import hold_answers, text_rates, with_rates
-from shoal.recipe.edits import Component, ComponentPart
 from shoal.stats.paired import interval
 
 NUM_LAYERS = 6

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from tiny import NUM_LAYERS
 
+from shoal.components import REMOVED, LayerEdit
 from shoal.compress.variants.variants import INTACT, variant, without
 from shoal.inference.prefix_sharing import Tokens
-from shoal.recipe.edits import REMOVED, LayerEdit
 
 VARIED: dict[str, Any] = {"initializer_range": 0.3}
 """At which greedy text varies and equal texts mean something."""

@@ -32,7 +32,7 @@ from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import IGNORED, PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
-from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port

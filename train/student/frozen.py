@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from shoal.atomic_files import write_json, written_folder
 from shoal.models.anatomy import anatomy, decoder_body, text_config
-from shoal.models.checkpoint_files import INDEX_FILE, copy_beside, mtp_names, read_shards
+from shoal.models.checkpoint_files import INDEX_FILE, KEPT_LAYERS, copy_beside, mtp_names, read_shards
 from shoal.models.load import Checkpoint
-from shoal.recipe.edits import KEPT_LAYERS
 
 from .lora import BASE, LINEAR, adapted_modules, remove_adapters, weight_change
 

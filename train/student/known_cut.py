@@ -15,7 +15,7 @@ from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import CHANNELS, anatomy, decoder_layers, text_config
-from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 
 Drop = Collection[int] | PruningPlan
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
+from shoal.components import Component
 from shoal.formatting import interval_text, layers_text
-from shoal.recipe.edits import Component
 
 
 @dataclass(frozen=True)

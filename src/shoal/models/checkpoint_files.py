@@ -45,6 +45,12 @@ TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos
 """Keys of tokenizer_config.json that shape tokens; the rest are paths, versions, and the pad token, which is masked."""
 WRITING = "generation_config.json"
 """What says how a model writes by itself; also the name of what identifies that among the inputs of scores."""
+KEPT_LAYERS = "shoal_kept_layers"
+"""Configuration key that names, for every layer of a student, the layer of the uncut model it was; of a new
+layer that below it."""
+CLOSED_GAPS = "shoal_closed_gaps"
+"""Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
+model."""
 ZEROED_WEIGHTS = "shoal_zeroed_weights"
 """Configuration key that names the student's parameters in which an edit zeroed entries."""
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,71 +15,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
+from shoal.components import Component
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Text
-
-KEPT_LAYERS = "shoal_kept_layers"
-"""Configuration key that names, for every layer of a student, the layer of the uncut model it was; of a new
-layer that below it."""
-CLOSED_GAPS = "shoal_closed_gaps"
-"""Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
-model."""
 
 Index = Annotated[int, Field(ge=0)]
 Indices = Annotated[tuple[Index, ...], Field(min_length=1)]
 Neighbours = Annotated[tuple[Index, ...], Field(min_length=2)]
 """Neighbouring layers, increasing."""
-ComponentPart = Literal["layer", "skip_prompt", "skip_written", "attention", "mlp", "head", "kv_group", "donor"]
-"""How much of a layer a component is: what it writes at prompt positions, or from the prompt's last token on where the
-answer is predicted; donor = the layer as another model has it."""
-
-
-@dataclass(frozen=True)
-class Component:
-    """What is taken out of the intact model, or put in from a donor, at one time."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    layers: tuple[int, ...]
-    """0-based. Several where layers go together; then in the order in which they were added to the set."""
-    part: ComponentPart = "layer"
-    index: int | None = None
-    """Index of the head or key-value group in the layer."""
-
-    @property
-    def name(self) -> str:
-        """`layer 3`, `layers 3, 7`, `attention 3`, `head 3.5`."""
-        plural = "s" if self.part == "layer" and len(self.layers) > 1 else ""
-        which = ", ".join(map(str, self.layers))
-        return f"{self.part.replace('_', ' ')}{plural} {which}" + ("" if self.index is None else f".{self.index}")
-
-
-@dataclass(frozen=True)
-class LayerEdit:
-    """What is done to one layer: the part is taken out, or put in from a donor."""
-
-    part: ComponentPart
-    indices: tuple[int, ...] = ()
-    """Query heads, increasing; none where the part is not one of several."""
-    factor: float = 1.0
-    """Times which a layer that is taken out hands on its input, as prune.compensate: scale would."""
-
-    @property
-    def removes_layer(self) -> bool:
-        """Whether the layer runs no more."""
-        return self.part == "layer"
-
-    @property
-    def at_positions(self) -> bool:
-        """Whether the layer runs as it is, and passes its input on at some positions."""
-        return self.part in ("skip_prompt", "skip_written")
-
-
-REMOVED = LayerEdit("layer")
-"""The layer passes its input on."""
-LayerEdits = tuple[tuple[int, LayerEdit], ...]
-"""(layer, what is done to it), in the order of the layers."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from shoal.components import ComponentPart
 from shoal.errors import UserError
-from shoal.recipe.edits import ComponentPart
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes, Text
 

@@ -23,8 +23,8 @@ from shoal.compress.edits import apply as edit_module
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, open_run
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
-from shoal.recipe.edits import KEPT_LAYERS, removed_layers
+from shoal.models.checkpoint_files import KEPT_LAYERS, ZEROED_WEIGHTS
+from shoal.recipe.edits import removed_layers
 from shoal.recipe.recipe import parse_recipe
 
 TEXT = {"data": "python_docs", "num_tokens": 512, "sequence_length": 64, "batch_size": 2}

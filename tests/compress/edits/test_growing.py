@@ -30,8 +30,8 @@ from shoal.errors import UserError
 from shoal.launch.verbs import depth, prune
 from shoal.launch.verbs.run import open_run
 from shoal.models.anatomy import decoder_layers
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
-from shoal.recipe.edits import KEPT_LAYERS, Insert, removed_layers
+from shoal.models.checkpoint_files import KEPT_LAYERS, ZEROED_WEIGHTS
+from shoal.recipe.edits import Insert, removed_layers
 from shoal.recipe.recipe import parse_recipe
 
 TINY = ("llama", "llama_tied", "qwen2", "qwen3", "gemma3")

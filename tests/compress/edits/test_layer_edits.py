@@ -1,23 +1,17 @@
+"""The table of what can be taken out of a layer.
+
+Covers: shoal.components.
+"""
+
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from architectures import tiny_config, tiny_model
 
+from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
 from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits, num_components, stored_name
-from shoal.recipe.edits import (
-    REMOVED,
-    Component,
-    ComponentPart,
-    HeadMask,
-    KvGroupMask,
-    LayerEdit,
-    Merge,
-    SkipAttention,
-    SkipMlp,
-    Swap,
-    components,
-)
+from shoal.recipe.edits import HeadMask, KvGroupMask, Merge, SkipAttention, SkipMlp, Swap, components
 from shoal.recipe.measure import Operator
 
 

@@ -17,7 +17,7 @@ from shoal.compress.edits.merging import layer_tensors, merged_layer, tensors_in
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import KEPT_LAYERS
+from shoal.models.checkpoint_files import KEPT_LAYERS
 
 ALIKE = {
     "llama": (0, 4),

@@ -23,6 +23,7 @@ from masked_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shoal.components import Component
 from shoal.compress.edits.layer_edits import layer_edits
 from shoal.compress.edits.masks import heads_of_groups
 from shoal.compress.edits.zeroing import unsaved_parameters, zero_half, zero_heads
@@ -31,16 +32,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import num_parameters
-from shoal.recipe.edits import (
-    Component,
-    Edit,
-    HeadMask,
-    KvGroupMask,
-    SkipAttention,
-    SkipMlp,
-    Swap,
-    components,
-)
+from shoal.recipe.edits import Edit, HeadMask, KvGroupMask, SkipAttention, SkipMlp, Swap, components
 from shoal.train.student.trainable import keep_zeros
 
 WRITERS = {

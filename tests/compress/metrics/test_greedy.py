@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from shoal.artifacts.evaluation import TaskScore
+from shoal.components import REMOVED, Component, LayerEdit
 from shoal.compress.metrics.greedy import (
     greedy_order,
     half_components,
@@ -19,7 +20,6 @@ from shoal.compress.metrics.greedy import (
 )
 from shoal.compress.variants.variants import Variant
 from shoal.errors import UserError
-from shoal.recipe.edits import REMOVED, Component, LayerEdit
 
 
 class Table:

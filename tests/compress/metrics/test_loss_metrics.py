@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
+from shoal.components import Component
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.loss_metrics import LOSS_METRICS, Sleb
 from shoal.compress.metrics.metric import Order
@@ -42,7 +43,7 @@ from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_layers, given_state, with_state
-from shoal.recipe.edits import Component, SkipAttention, SkipMlp
+from shoal.recipe.edits import SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
 
 Half = tuple[str, int]

@@ -18,7 +18,7 @@ from shoal.compress.surgery.config_cut import cut_config
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import KEPT_LAYERS
+from shoal.models.checkpoint_files import KEPT_LAYERS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,11 +16,11 @@ from scipy import optimize, stats
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
 
 from shoal.artifacts.evaluation import TaskScore
+from shoal.components import Component
 from shoal.compress.sweeps.agreement import agreement, column_stability, jaccard, spearman
 from shoal.compress.sweeps.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
 from shoal.compress.sweeps.table import Measured, needed_items, require_items, sweep_table
 from shoal.errors import UserError
-from shoal.recipe.edits import Component
 from shoal.stats import bootstrap, paired
 from shoal.stats.bootstrap import expanded_percentiles, resampled_means
 from shoal.stats.intervals import newcombe_paired, paired_ratio, wilson

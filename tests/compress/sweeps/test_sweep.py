@@ -14,6 +14,7 @@ from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from shoal.artifacts.evaluation import TaskScore
+from shoal.components import Component, LayerEdit
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
@@ -21,7 +22,6 @@ from shoal.compress.sweeps.sweep import VariantsLM, layer_runs, sweep, task_name
 from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, variant_of, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
-from shoal.recipe.edits import Component, LayerEdit
 from shoal.recipe.measure import Sweeps
 
 SETTINGS = Sweeps(

@@ -14,13 +14,13 @@ import yaml
 from evaluations import assert_same
 from tiny import tiny_model, tiny_tokenizer
 
+from shoal.components import LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
-from shoal.recipe.edits import LayerEdit
 from shoal.recipe.measure import Sweeps
 
 TASK: dict[str, Any] = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from variant_cases import requests
 
+from shoal.components import REMOVED, LayerEdit
 from shoal.compress.edits.layer_edits import components_of, in_force
 from shoal.compress.edits.masks import AtPositions
 from shoal.compress.surgery.cut_model import skipped
@@ -33,7 +34,6 @@ from shoal.inference.prefix_sharing import Reader, Tokens
 from shoal.inference.scoring import score
 from shoal.models.anatomy import decoder_body, decoder_layers
 from shoal.models.document_masks import documents_apart
-from shoal.recipe.edits import REMOVED, LayerEdit
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "full attention, grouped queries": lambda: tiny_model("llama", initializer_range=0.3),

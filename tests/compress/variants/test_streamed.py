@@ -21,6 +21,7 @@ from tiny import KINDS, NUM_LAYERS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from variant_cases import VARIANTS, requests
 
+from shoal.components import REMOVED, LayerEdit
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
 from shoal.compress.streamed import measure_streamed
@@ -34,7 +35,6 @@ from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import StoredTensor, read_shards
 from shoal.models.load import align_weights, load_model
-from shoal.recipe.edits import REMOVED, LayerEdit
 
 DONOR = LayerEdit("donor")
 METRICS = tuple(HIDDEN_METRICS)

@@ -10,6 +10,7 @@ import torch
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from variant_cases import VARIED, prompts
 
+from shoal.components import LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
@@ -17,7 +18,6 @@ from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, w
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import LayerEdit
 
 VARIANTS = [
     without([0]),

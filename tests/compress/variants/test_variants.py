@@ -13,6 +13,7 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 from variant_cases import VARIANTS, requests
 
+from shoal.components import REMOVED, LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants.layerwise import Layerwise
 from shoal.compress.variants.variant_generation import Limits, generate_variants
@@ -31,7 +32,6 @@ from shoal.inference.generation import write_after
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Score, score
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import REMOVED, LayerEdit
 
 DONOR = LayerEdit("donor")
 RUN_AS_A_WHOLE = ("dory", "gemma3n_text", "gemma4_text", "glm_moe_dsa", "hy_v4", "inkling2_loop_text", "zaya")

@@ -27,6 +27,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.importance import Importance, Removal
 from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.components import Component
 from shoal.compress.edits.apply import NOTHING_MADE, edited
 from shoal.data.sources import load_texts
 from shoal.launch.api import running
@@ -37,7 +38,7 @@ from shoal.launch.verbs.measure import measure as measure_stage
 from shoal.launch.verbs.prune import prune as prune_stage
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import Component, Edit, Merge, SkipMlp
+from shoal.recipe.edits import Edit, Merge, SkipMlp
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
 

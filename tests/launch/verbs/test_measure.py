@@ -19,6 +19,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance, Removal
 from shoal.artifacts.plan import PruningPlan
+from shoal.components import Component
 from shoal.compress import measure as hidden_measure
 from shoal.compress.heads import scores as head_scores
 from shoal.compress.heads.scores import HeadScores
@@ -27,7 +28,6 @@ from shoal.launch.verbs import measure as measuring
 from shoal.launch.verbs import measure_checks, prune
 from shoal.launch.verbs.plan import choose_plan, plan_inputs, read_importance
 from shoal.launch.verbs.run import Run, open_run
-from shoal.recipe.edits import Component
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.recipe import parse_recipe
 

@@ -38,7 +38,7 @@ from shoal.launch.verbs import distill, evaluate, measure, overlap
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.launch.workflows import preflight
-from shoal.recipe.edits import CLOSED_GAPS
+from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource
 from shoal.train.distill import checkpoint_inputs

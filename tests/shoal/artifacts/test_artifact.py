@@ -27,8 +27,8 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
+from shoal.components import Component
 from shoal.errors import UserError
-from shoal.recipe.edits import Component
 from shoal.recipe.evaluate import Samples
 
 MADE = Provenance({"model": "abc", "prune.drop": [1, 3], "seed": 0})

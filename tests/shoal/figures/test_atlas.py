@@ -15,6 +15,7 @@ from sweep_results import LOST, NUM_LAYERS, READ, WROTE, importance_with_parts, 
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.importance import Importance, Sweep
+from shoal.components import Component
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
@@ -29,7 +30,6 @@ from shoal.figures.atlas import (
     read_write_figure,
 )
 from shoal.figures.style import save_figure
-from shoal.recipe.edits import Component
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
