@@ -6,8 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from shoal.artifacts.artifact import Json, Provenance
 from shoal.artifacts.evaluation import MODEL, QUANTIZED, Evaluation, TaskScore
 from shoal.errors import UserError
+from shoal.inference.vllm import vllm_version
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
+from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
 from shoal.progress import each
 from shoal.recipe.evaluate import Eval, Tasks
@@ -30,11 +30,9 @@ from shoal.runtime import device, environment, rank, seed_everything
 from .harness.engine import CausalLM, connect_ranks
 from .harness.image_answers import image_answers
 from .harness.item_cache import ItemCache, identity_of
-from .harness.llama_cpp import GgufModel, LlamaCppLM
 from .harness.perplexity import perplexity
-from .harness.sampled import sampled
 from .harness.samples import task_score
-from .harness.vllm_engine import VllmLM, VllmModel, vllm_model
+from .harness.vllm import vllm_lm
 from .harness.writing import prompt_room
 from .tasks.load import tasks_of
 from .tasks.names import limit_without_task
@@ -42,82 +40,81 @@ from .tasks.names import limit_without_task
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked."""
+
+    settings: Tasks
+    seed: int
+    """Decides only what lm-eval draws at random, such as few-shot examples."""
+    tasks: dict[str, Any] | None = None
+    """Tasks of the settings, where they are loaded already."""
+    cut_by: PreTrainedTokenizerBase | None = None
+    """See perplexity."""
+
+
 def role_evaluation(
-    role: str,
-    checkpoint: Checkpoint,
-    settings: Eval,
-    *,
-    inputs: dict[str, Json],
-    seed: int,
-    items: Path | None = None,
-    tasks: dict[str, Any] | None = None,
-    cut_by: PreTrainedTokenizerBase | None = None,
+    role: str, checkpoint: Checkpoint, questions: Questions, *, inputs: dict[str, Json], items: Path | None = None
 ) -> Evaluation:
     """The artifact of one role: its scores, parameters, layers and the size of its weights in ``checkpoint``.
 
     All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
-    this model (``inputs["model"]``) has answered there already is not asked again. ``tasks``: see evaluate, ``cut_by``:
-    see perplexity.
+    this model (``inputs["model"]``) has answered there already is not asked again, but by vLLM.
 
     Raises:
         UserError: as evaluate does, or a checkpoint that cannot be loaded.
     """
-    gguf, tokenizer = gguf_in(checkpoint.folder), checkpoint.tokenizer()
-    with ExitStack() as running:
-        if gguf is not None:
-            model = GgufModel(gguf, checkpoint.config)
-        elif settings.backend == "vllm":
-            model = running.enter_context(vllm_model(checkpoint, seed=seed))
-        else:
-            model = checkpoint.model(device=device())
-            if role in (*QUANTIZED, MODEL):
-                model = with_plain_weights(model, checkpoint.loaded_dtype())
-        return model_evaluation(
-            role,
-            model,
-            tokenizer,
-            settings,
-            inputs=inputs,
-            seed=seed,
-            num_bytes=checkpoint_bytes(checkpoint.folder),
-            items=items,
-            tasks=tasks,
-            cut_by=cut_by,
+    num_bytes, settings = checkpoint_bytes(checkpoint.folder), questions.settings
+    if isinstance(settings, Eval) and settings.backend == "vllm":
+        started = time.monotonic()
+        with vllm_lm(checkpoint, seed=questions.seed) as lm:
+            scores = scored(lm, questions)
+        return Evaluation(
+            provenance=Provenance(inputs, environment() | {"vllm": vllm_version()}),
+            role=role,
+            tasks=scores,
+            num_parameters=num_parameters(without_data(copy.deepcopy(checkpoint.config))),
+            num_layers=text_config(checkpoint.config).num_hidden_layers,
+            num_bytes=num_bytes,
+            seconds=time.monotonic() - started,
         )
+    model = checkpoint.model(device=device())
+    if role in (*QUANTIZED, MODEL):
+        model = with_plain_weights(model, checkpoint.loaded_dtype())
+    return model_evaluation(
+        role, model, checkpoint.tokenizer(), questions, inputs=inputs, num_bytes=num_bytes, items=items
+    )
 
 
 def model_evaluation(
     role: str,
-    model: PreTrainedModel | GgufModel | VllmModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Tasks,
+    questions: Questions,
     *,
     inputs: dict[str, Json],
-    seed: int,
     num_bytes: int,
     items: Path | None = None,
-    tasks: dict[str, Any] | None = None,
-    cut_by: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """The same of a model in eval mode, whose weights take ``num_bytes``."""
-    started = time.monotonic()
-    cache = ItemCache()
+    started, cache = time.monotonic(), ItemCache()
     if items is not None:
         cache = ItemCache(items, identity_of(inputs["model"], model), rank=rank())
         if len(cache):
             log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
-    scores = evaluate(
-        model, tokenizer, settings, seed=seed, items=cache, tasks=tasks, called=f"eval {role}", cut_by=cut_by
-    )
+    connect_ranks(model.device)
+    lm = CausalLM(model, tokenizer, questions.settings.batch_size, items=cache, called=f"eval {role}")
+    scores = scored(lm, questions)
     counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    versions = {"vllm": model.version} if isinstance(model, VllmModel) else {}
+    packed = getattr(model.config, "quantization_config", None) is not None
+    whole = without_data(copy.deepcopy(model.config)) if packed else model  # which writes its attention into it
     return Evaluation(
-        provenance=Provenance(inputs, environment() | versions),
+        provenance=Provenance(inputs, environment()),
         role=role,
         tasks=scores,
-        num_parameters=_num_parameters(model),
+        num_parameters=num_parameters(whole),
         num_layers=text_config(model.config).num_hidden_layers,
         num_bytes=num_bytes,
         seconds=time.monotonic() - started,
@@ -126,61 +123,40 @@ def model_evaluation(
     )
 
 
-def _num_parameters(model: PreTrainedModel | GgufModel | VllmModel) -> int:
-    """Of a quantised model those it was made of: what is stored of them is packed."""
-    if isinstance(model, GgufModel | VllmModel) or getattr(model.config, "quantization_config", None) is not None:
-        return num_parameters(without_data(copy.deepcopy(model.config)))  # which writes its attention into it
-    return num_parameters(model)
-
-
 def evaluate(
-    model: PreTrainedModel | GgufModel | VllmModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Tasks,
-    *,
-    seed: int,
-    items: ItemCache | None = None,
-    tasks: dict[str, Any] | None = None,
-    called: str = "eval",
-    cut_by: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Tasks, *, seed: int
 ) -> tuple[TaskScore, ...]:
-    """The scores of ``settings.tasks`` and of running text, on every rank; answers in ``items`` are not asked again.
-
-    ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
-    (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
-    draws at random, such as few-shot examples, and the texts of ``samples`` in a section `eval`. ``called`` is what is
-    being done, for the log; ``cut_by``: see perplexity.
+    """The scores of ``settings.tasks`` and of running text, on every rank.
 
     Raises:
-        UserError: an unknown task, data that cannot be had, text longer than the model's positions, or images asked of
-            another engine than transformers.
+        UserError: as scored does.
     """
-    images = settings.images if isinstance(settings, Eval) else None  # a sweep has none
-    if images is not None and not isinstance(model, PreTrainedModel):
-        raise UserError(f"eval.images: needs transformers, and {called} runs in another engine; leave images out")
     connect_ranks(model.device)
-    engine = LlamaCppLM if isinstance(model, GgufModel) else VllmLM if isinstance(model, VllmModel) else CausalLM
-    lm = engine(model, tokenizer, settings.batch_size, items=items, called=called)  # pyright: ignore[reportArgumentType]
+    return scored(CausalLM(model, tokenizer, settings.batch_size), Questions(settings, seed))
+
+
+def scored(lm: CausalLM, questions: Questions) -> tuple[TaskScore, ...]:
+    """The scores of ``lm``, on every rank. The items are the tasks' first ``settings.limit`` (or ``settings.limits`` of
+    that task), the same for every model and every seed.
+
+    Raises:
+        UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
+    """
+    settings, tasks = questions.settings, questions.tasks
     if tasks is None:
-        tasks = tasks_of(settings, seed=seed)
+        tasks = tasks_of(settings, seed=questions.seed)
     log.info("eval: %s", in_words(tasks, settings))
-    scores = scores_of(lm, tasks, settings, seed=seed)
-    if isinstance(settings, Eval) and settings.samples is not None:  # a sweep draws nothing
-        scores = _of_rank_0(lm, sampled(lm, tasks, scores, settings.samples, seed=seed))
+    scores = scores_of(lm, tasks, settings, seed=questions.seed)
     if settings.perplexity_tokens:
-        scores = (*scores, perplexity(lm, settings, cut_by=cut_by))
-    if images is not None:
-        assert isinstance(model, PreTrainedModel)
-        scores = (*scores, image_answers(lm, model, images))
+        scores = (*scores, perplexity(lm, settings, cut_by=questions.cut_by))
+    if isinstance(settings, Eval) and settings.images is not None:
+        scores = (*scores, image_answers(lm, lm.model, settings.images))
     scores = tuple(replace(score, engine=lm.engine) for score in scores)
     for score in scores:
         log.info(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",
             *(score.task, score.metric, score.score, score.ci_low, score.ci_high, score.n),
         )
-        for passed in score.pass_at:
-            told = (score.task, passed.k, passed.score, passed.ci_low, passed.ci_high, passed.chance)
-            log.info("eval: %s pass@%d %.3f [%.3f, %.3f], chance %.3f", *told)
     return scores
 
 

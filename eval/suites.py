@@ -40,12 +40,8 @@ class Work:
         return self.read + self.written
 
 
-def work_of(
-    tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_tokens: int = 0, num_samples: int = 0
-) -> Work:
+def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_tokens: int = 0) -> Work:
     """Work of ``counts`` items of every task, and of ``perplexity_tokens`` tokens of running text.
-
-    After every prompt that text is written after, ``num_samples`` further texts are drawn.
 
     Tokens are characters divided by three (prose has more to a token, digits and UUIDs fewer), and written ones the
     most that a task allows. What a task's prompts begin with alike (few-shot examples), and the prompt that the options
@@ -59,11 +55,10 @@ def work_of(
         shared = _shared([of_item[0][0] for of_item in by_item]) if len(by_item) > 1 else 0
         scale = counts[name] / len(by_item)
         items += counts[name]
-        copies = [1 + num_samples * bool(_new_tokens(args)) for of_item in by_item for args in of_item]
-        requests += round(scale * sum(copies))
+        requests += round(scale * sum(map(len, by_item)))
         rest = sum(_characters(of_item) - shared for of_item in by_item)
         read += (shared + scale * rest) / CHARACTERS_PER_TOKEN
-        written += scale * (1 + num_samples) * sum(_new_tokens(args) for of_item in by_item for args in of_item)
+        written += scale * sum(_new_tokens(args) for of_item in by_item for args in of_item)
     return Work(items, requests, round(read), round(written))
 
 

@@ -5,4 +5,5 @@ A part is a module or a folder with `Settings`, a section of keys, and `work`, a
 that returns what is to be printed. What it writes goes to lab/ in the run directory.
 
     command   `shoal lab`: the parts, and what runs one
+    samples   drawn texts, pass@k, answers demoted or gone
 """

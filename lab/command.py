@@ -13,7 +13,9 @@ from shoal.progress import doing
 from shoal.recipe.messages import checked
 from shoal.recipe.recipe import apply_override, load_recipe
 
-PARTS: dict[str, str] = {}
+PARTS: dict[str, str] = {
+    "samples": "texts drawn beside the greedy ones: pass@k, and whether lost answers are demoted or gone",
+}
 """Name of every part, which is also its module here -> what it says, in a line."""
 
 

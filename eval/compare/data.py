@@ -112,8 +112,6 @@ def _cell_data(cell: Cell) -> dict[str, Any]:
         "score": _finite(cell.score.score),
         "ci_low": _finite(cell.score.ci_low),
         "ci_high": _finite(cell.score.ci_high),
-        "samples": vars(cell.score.samples) if cell.score.samples else None,
-        "pass_at": [vars(passed) for passed in cell.score.pass_at],
         "kept": None,
         "difference": None,
     }

@@ -23,7 +23,6 @@ from ..report.document import Block, Bullets, Code, Paragraph, block_markdown, i
 from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
-from ..report.sampled import sampled_section
 from ..report.sections import DIFFERENCES, difference_table, form_section, no_signal_section, score_table
 from ..report.speed import draft_section, quantized_section, speed_section
 from ..report.wording import by_column, column_words
@@ -174,8 +173,6 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
     parts += [first, *([lines] if lines else []), *others]
     if comparison.rows:
         parts += ["## Before and after", *_results(run, comparison)]
-        if sampled := sampled_section(comparison):
-            parts += [f"## {sampled.title}", *sampled.blocks]
         if quantized := quantized_section(run, comparison):
             parts += [f"## {quantized.title}", *quantized.blocks]
         parts += ["## Read with care", *cautions_section(run, comparison).blocks]

@@ -13,7 +13,6 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -29,20 +28,18 @@ from lm_eval.models.utils import (
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
 from shoal.inference.answer_positions import answers_at
 from shoal.inference.decoder import Decoder
-from shoal.inference.drawing import Choose, Drawn, DrawnOnly, likeliest
 from shoal.inference.generation import Finish, write_after
 from shoal.inference.prefix_sharing import Reader, Start, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
-from shoal.recipe.evaluate import Samples
 
 from .item_cache import ItemCache, key_of
-from .writing import CHOICE_SETTINGS, GREEDY_SETTINGS, NEUTRAL_SETTINGS, NEW_TOKENS, Draws, Ending, Writing, prompt_room
+from .writing import GREEDY_SETTINGS, NEUTRAL_SETTINGS, NEW_TOKENS, Ending, Writing, prompt_room
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +82,11 @@ class CausalLM(TemplateLM):
     @cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self._model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that answers."""
+        return self._model
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -200,59 +202,40 @@ class CausalLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return [text for (text,) in self._texts(requests, "writing")]
-
-    def sample_until(self, requests: Sequence[Any], samples: Samples, *, seed: int) -> list[list[str]]:
-        """``samples.n`` texts for every request of generate_until, drawn as Draws says."""
-        return self._texts(requests, "sampling", Draws(samples, seed, tuple(range(samples.n))))
-
-    def _texts(self, requests: Sequence[Any], what: str, draws: Draws | None = None) -> list[list[str]]:
-        """The texts of every request: one, or the ``draws`` of one prompt for each."""
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
-        texts: list[list[str]] = [[] for _ in requests]
-        total = len(requests) * (1 if draws is None else len(draws.numbers))
-        with progress(f"{self._called}: {what}", total=total, unit="texts") as step:
+            by_settings.setdefault(_as_key(request.args[1]), []).append(index)
+        texts = [""] * len(requests)
+        with progress(f"{self._called}: writing", total=len(requests), unit="texts") as step:
             for indices in by_settings.values():
                 prompts = [requests[index].args[0] for index in indices]
-                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), step, draws)
-                for index, own in zip(indices, answers, strict=True):
-                    texts[index] = own
+                written = self._texts(prompts, copy.deepcopy(requests[indices[0]].args[1]), step)
+                for index, text in zip(indices, written, strict=True):
+                    texts[index] = text
         return texts
 
-    def _generate(
-        self, prompts: list[str], settings: dict[str, Any], step: Work, draws: Draws | None
-    ) -> list[list[str]]:
-        """Texts of each of the prompts, which share their generation settings."""
+    def _texts(self, prompts: list[str], settings: dict[str, Any], step: Work) -> list[str]:
+        """The texts after ``prompts``, which share their generation settings."""
         room, wanted = prompt_room(settings, self.max_length)
         stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
-        max_new_tokens = wanted.pop("max_gen_toks")
+        how = Writing(wanted.pop("max_gen_toks"), stop, wanted)
         encoded = [self._encode_prompt(prompt) for prompt in prompts]
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
-        how, copies = Writing(max_new_tokens, stop, wanted), 1
-        if draws is not None:
-            copies = len(draws.numbers)
-            wanted = {key: value for key, value in wanted.items() if key not in CHOICE_SETTINGS}
-            how = replace(how, settings=wanted, draws=replace(draws, numbers=draws.numbers * len(prompts)))
-        written = self._write([ids for ids in encoded for _ in range(copies)], how, step)
-        if draws is None:
-            finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
-            for prompt, ids, tokens in zip(prompts, encoded, written, strict=True):
-                ending = self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
-                if self.texts is not None:
-                    self.texts.append((ids, tokens[: ending.num_tokens]))
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-        return [list(own) for own in batches([postprocess_generated_text(text, stop, None) for text in texts], copies)]
+        written = self._write(encoded, how, step)
+        for prompt, ids, tokens in zip(prompts, encoded, written, strict=True):
+            ending = self.endings[prompt, _as_key(settings)] = self._ending(tokens, how)
+            if self.texts is not None:
+                self.texts.append((ids, tokens[: ending.num_tokens]))
+        texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written)
+        return [postprocess_generated_text(text, stop, None) for text in texts]
 
-    def _ending(self, tokens: list[int], max_new_tokens: int, finish: Finish) -> Ending:
+    def _ending(self, tokens: list[int], how: Writing) -> Ending:
         """Of a text that may have been padded, or written on, to the length of others after its end."""
-        ends = self._end_ids()
+        finish, ends = self._finish(how), self._end_ids()
         own = tokens[: next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))]
-        if finish.stops_within(own):
-            own = next(own[:count] for count in range(1, len(own) + 1) if finish(own[:count]) or count == len(own))
-        return Ending(len(own), len(own) < max_new_tokens or finish(own))
+        own = own[: finish.length(own)]
+        return Ending(len(own), len(own) < how.max_new_tokens or finish(own))
 
     def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
         """The new tokens of every prompt."""
@@ -262,23 +245,21 @@ class CausalLM(TemplateLM):
         missing = items.missing(keys)
         step.known(len(prompts) - len(missing))
         if missing:
-            for batch, texts in self._written([prompts[index] for index in missing], how.of(missing)):
+            for batch, texts in self._written([prompts[index] for index in missing], how):
                 items.add([keys[missing[index]] for index in batch], texts)
                 step(len(batch))
         return [items[key] for key in keys]
 
     def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
         settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
-        if how.draws is None:
-            return [key_of("write", prompt, *settings) for prompt in prompts]
-        drawn = zip(prompts, how.draws.numbers, strict=True)
-        return [key_of("draw", prompt, number, *how.draws.identity, *settings) for prompt, number in drawn]
+        return [key_of("write", prompt, *settings) for prompt in prompts]
 
     def _written(self, prompts: Sequence[list[int]], how: Writing) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
         """Indices of prompts and their texts, batch after batch."""
         if not self._writes_itself(how):
-            for batch in batches(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])), self.batch_size):
-                yield batch, self._write_batch([prompts[index] for index in batch], how.of(batch))
+            by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+            for batch in batches(by_length, self.batch_size):
+                yield batch, self._write_batch([prompts[index] for index in batch], how)
             return
         rows = [tuple(prompt) for prompt in prompts]
         shared = common_beginnings(rows)
@@ -292,15 +273,15 @@ class CausalLM(TemplateLM):
             enough_tokens=sys.maxsize,
         ):
             start = reader.start([rows[index] for index in batch], [shared[index] for index in batch])
-            yield batch, self._write_batch([prompts[index] for index in batch], how.of(batch), start)
+            yield batch, self._write_batch([prompts[index] for index in batch], how, start)
 
     def _write_batch(self, rows: Sequence[list[int]], how: Writing, start: Start | None = None) -> list[list[int]]:
         """The new tokens of ``rows``, whose beginning ``start`` may have been read already."""
-        limit, finish = how.max_new_tokens, self._finish(how)
-        choose = likeliest if how.draws is None else how.draws.choice(rows, limit, self.device)
         if not self._writes_itself(how):
-            return self._generate_with_transformers(rows, how, choose)
-        return write_after(self._decoder, rows, max_new_tokens=limit, is_finished=finish, start=start, choose=choose)
+            return self._generate_with_transformers(rows, how)
+        return write_after(
+            self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=self._finish(how), start=start
+        )
 
     def _writes_itself(self, how: Writing) -> bool:
         """Whether the text can be written by our own loop; recurrent models, penalties and the like need another."""
@@ -324,9 +305,7 @@ class CausalLM(TemplateLM):
         model_settings = set() if config is None else config.to_diff_dict().keys() - NEUTRAL_SETTINGS
         return not wanted.get("do_sample") and not wanted.keys() - GREEDY_SETTINGS and not model_settings
 
-    def _generate_with_transformers(
-        self, rows: Sequence[list[int]], how: Writing, choose: Choose = likeliest
-    ) -> list[list[int]]:
+    def _generate_with_transformers(self, rows: Sequence[list[int]], how: Writing) -> list[list[int]]:
         """A task's own sampling, beams, penalties and models with a recurrent state are left to transformers."""
         wanted = how.settings
         if not wanted.get("do_sample"):
@@ -342,8 +321,6 @@ class CausalLM(TemplateLM):
                 pad_token_id=self.tokenizer.pad_token_id,
                 # whole on every rank also where ZeRO 3 trains it, and ranks have unequal numbers of batches
                 synced_gpus=False,
-                # behind the penalties, which hold for drawn texts too
-                logits_processor=LogitsProcessorList([DrawnOnly(choose)] if isinstance(choose, Drawn) else []),
                 **wanted,
             )
         return written[:, ids.shape[1] :].tolist()
@@ -375,6 +352,10 @@ class CausalLM(TemplateLM):
                 self.max_length,
                 what,
             )
+
+
+def _as_key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,7 +10,6 @@ cautions    what speaks against the numbers
 sections    what the model can do
 details     how it was done
 flips       items that changed sides
-sampled     drawn texts, answers demoted or gone
 speed       speed and size
 wording     how numbers are written
 score_rows  the table for programs

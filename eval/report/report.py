@@ -33,7 +33,6 @@ from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
-from .sampled import sampled_section
 from .sections import (
     depth_section,
     form_section,
@@ -87,7 +86,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         quantized_section(run, comparison),
         no_signal_section(comparison),
         protocol_section(run, comparison),
-        sampled_section(comparison),
         read_write_section(run, [replace(figure, folded=True) for figure in drawn("read_write")]),
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),

@@ -12,7 +12,7 @@ from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.tables import Tabular
 from shoal.errors import UserError
 from shoal.eval.compare.means import by_task
-from shoal.eval.evaluate import model_evaluation
+from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
 from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe.evaluate import Eval, Tasks
@@ -77,7 +77,7 @@ def evaluate(
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
         return model_evaluation(
-            role, model, require_tokenizer(tokenizer), section, inputs=inputs, seed=seed, num_bytes=num_bytes
+            role, model, require_tokenizer(tokenizer), Questions(section, seed), inputs=inputs, num_bytes=num_bytes
         )
 
 

@@ -32,7 +32,6 @@ from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
 from shoal.models.checkpoint_files import (
     WRITING,
-    gguf_in,
     model_fingerprint,
     names_model,
     tokenizer_fingerprint,
@@ -164,8 +163,6 @@ def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:
     from shoal.compress.targets.check import check_targets
 
     for role, checkpoint in checkpoints.items():
-        if gguf_in(checkpoint.folder) is not None:  # which llama.cpp runs
-            continue
         if getattr(checkpoint.config, "quantization_config", None) is not None:
             raise UserError(
                 f"eval.backend: vllm does not score quantised models here, as the {role} model ({checkpoint.folder}) "
@@ -333,7 +330,7 @@ def _score(
     cut_by: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """eval/<role>.json of every role that is ``due``."""
-    from shoal.eval.evaluate import checked_items, num_items, role_evaluation
+    from shoal.eval.evaluate import Questions, checked_items, num_items, role_evaluation
     from shoal.eval.suites import in_words, rest_in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
@@ -348,9 +345,7 @@ def _score(
             config, tokenizer = checkpoints[role].config, checkpoints[role].tokenizer()
             checked_items(tasks, run.recipe.eval, config=config, tokenizer=tokenizer, num_ranks=world_size())
     if due and is_main():
-        items, samples = num_items(tasks, run.recipe.eval), run.recipe.eval.samples
-        further = {"perplexity_tokens": run.recipe.eval.perplexity_tokens, "num_samples": samples.n if samples else 0}
-        cost = work_of(tasks, items, **further)
+        cost = work_of(tasks, num_items(tasks, run.recipe.eval), perplexity_tokens=run.recipe.eval.perplexity_tokens)
         log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
     for number, (role, inputs) in enumerate(due.items(), 1):
         path = run.dir / "eval" / f"{role}.json"
@@ -359,12 +354,9 @@ def _score(
         result = role_evaluation(
             role,
             checkpoints[role],
-            run.recipe.eval,
+            Questions(run.recipe.eval, run.recipe.seed, tasks, cut_by),
             inputs=inputs,
-            seed=run.recipe.seed,
             items=run.dir / "eval" / "items",
-            tasks=tasks,
-            cut_by=cut_by,
         )
         if is_main():
             _tell_of_left_out(path, result)

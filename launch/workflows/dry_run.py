@@ -204,10 +204,7 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     if not due:
         return Stage("eval", "done")
     tasks = tasks_of(settings, seed=run.recipe.seed)
-    num_samples = settings.samples.n if settings.samples else 0
-    work = work_of(
-        tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens, num_samples=num_samples
-    )
+    work = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
     known = (rest_in_words(Evaluation.read(files[role]), due) for role in wanted if role in scored)
     rest = next(filter(None, known), None)
     why = f"{', '.join(due)}, each: {in_words(work)}" + (f"; {rest}" if rest else "")

@@ -22,7 +22,7 @@ from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.artifacts.evaluation import Evaluation, TaskScore
 from shoal.errors import UserError
-from shoal.eval.evaluate import refuse_idle_ranks, role_evaluation
+from shoal.eval.evaluate import Questions, refuse_idle_ranks, role_evaluation
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
@@ -99,7 +99,7 @@ def test_what_may_be_quantised_is_scored_in_the_precision_that_is_asked_for(
     monkeypatch.setattr("shoal.eval.evaluate.with_plain_weights", lambda model, dtype: asked.append(dtype) or model)
     checkpoint = Checkpoint.read(tiny_checkpoint(tmp_path, "llama"), LoadSettings(dtype="bfloat16"))
     settings = Eval(tasks=("knowledge_continuation",), limit=1, perplexity_tokens=20, sequence_length=32)
-    role_evaluation(role, checkpoint, settings, inputs={"model": "m"}, seed=0)
+    role_evaluation(role, checkpoint, Questions(settings, 0), inputs={"model": "m"})
     assert asked == ([] if role == "teacher" else [torch.bfloat16])
 
 
@@ -107,7 +107,9 @@ def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
     model = tiny_model("llama", max_position_embeddings=4096)
     settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",))
-    made = role_evaluation("pruned", Checkpoint.read(folder, LoadSettings()), settings, inputs={"model": "m"}, seed=0)
+    made = role_evaluation(
+        "pruned", Checkpoint.read(folder, LoadSettings()), Questions(settings, 0), inputs={"model": "m"}
+    )
     made.write(tmp_path / "pruned.json")
     assert Evaluation.read(tmp_path / "pruned.json") == made
     assert (made.role, made.num_layers, made.provenance.inputs) == ("pruned", 6, {"model": "m"})

@@ -226,9 +226,6 @@ def test_a_cost_is_counted_by_hand_once() -> None:
 
     # a task that does not say how much it wants may write 256 tokens, as the engine lets it
     assert work_of({"w": Writing()}, {"w": 2}, perplexity_tokens=90) == Work(2, 2, round(10 / 3) + 90, 7 + 256)
-    # drawn texts are further requests after the same prompts
-    drawn = work_of({"w": Writing(), "t": Task()}, {"w": 2, "t": 2}, num_samples=8)
-    assert drawn == Work(4, 2 * 9 + 4, round((10 + 24) / 3), 9 * (7 + 256))
 
 
 def test_how_long_the_other_models_will_take_is_told_by_one_that_answered_anew() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    spaces_between_special_tokens: bool = True
 
 
 @dataclass
@@ -56,6 +58,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
+        **_: Any,
     ) -> None:
         assert dtype in ("float32", "bfloat16", "float16"), "auto would make float16 of float32"
         assert not any(other.is_open for other in LLM.made), "the memory of the one before is not free yet"
@@ -73,7 +76,7 @@ class LLM:
     def _shutdown(self) -> None:
         self.is_open = False
 
-    def generate(self, prompts: Sequence[Any], sampling_params: Any, *, use_tqdm: bool = True) -> list[Any]:
+    def generate(self, prompts: Sequence[Any], sampling_params: Any, *, use_tqdm: bool = True, **_: Any) -> list[Any]:
         assert self.is_open
         every = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
         pairs = zip(prompts, every, strict=True)
@@ -90,9 +93,9 @@ class LLM:
             assert params.prompt_logprobs <= self._max_logprobs
             pairs = zip(logits_SV.log_softmax(-1), prompt[1:], strict=False)
             found = [None, *(_entry(row, token, params.prompt_logprobs) for row, token in pairs)]
-        return SimpleNamespace(
-            prompt_logprobs=found, outputs=[SimpleNamespace(token_ids=self._text(prompt, logits_SV[-1], params))]
-        )
+        written = self._text(prompt, logits_SV[-1], params)
+        text = self._tokenizer.decode(written, skip_special_tokens=True)
+        return SimpleNamespace(prompt_logprobs=found, outputs=[SimpleNamespace(token_ids=written, text=text)])
 
     def _text(self, prompt: list[int], logits_V: torch.Tensor, params: SamplingParams) -> list[int]:
         written: list[int] = []
@@ -125,9 +128,22 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     """`import vllm` gives this module until the test ends."""
     module = ModuleType("vllm")
     module.__spec__ = ModuleSpec("vllm", None)
-    vars(module).update(LLM=LLM, SamplingParams=SamplingParams)
+    vars(module).update(LLM=LLM, SamplingParams=SamplingParams, TokensPrompt=dict)
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("shoal.eval.harness.vllm_engine.vllm_version", lambda: "0.33.0")
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.0" if name == "vllm" else real(name))
+    parts: dict[str, dict[str, Any]] = {
+        "lora": {},
+        "lora.request": {"LoRARequest": object},
+        "renderers": {},
+        "renderers.hf": {"resolve_chat_template": lambda **_: None},
+        "tokenizers": {"get_tokenizer": lambda name, **_: AutoTokenizer.from_pretrained(name)},
+    }
+    for name, holds in parts.items():
+        part = ModuleType(f"vllm.{name}")
+        vars(part).update(holds)
+        monkeypatch.setitem(sys.modules, f"vllm.{name}", part)
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
     monkeypatch.setattr(LLM, "made", [])
     monkeypatch.setattr(LLM, "asked", [])
     return LLM

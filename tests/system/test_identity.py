@@ -27,7 +27,6 @@ from shoal.launch.verbs.plan import plan_inputs
 from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, OnPolicy
-from shoal.recipe.evaluate import Samples
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
@@ -362,7 +361,6 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
     recipe = dataclasses.replace(
         recipe,
         distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()),
-        eval=dataclasses.replace(recipe.eval, samples=Samples()),
     )
     before = with_perplexity(identities(Run(recipe)))
     for place, shapes, changed in variants(recipe):

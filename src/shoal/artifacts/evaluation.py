@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
-from shoal.recipe.evaluate import Samples
 
 Column = Literal["in", "twin", "out", "public", "disputed"]
 """How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
@@ -60,20 +59,6 @@ class ItemScore:
     """Rates of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
     question: str = ""
     """Question without few-shot examples; the middle of a long one is left out."""
-    num_right: int | None = None
-    """Right ones among the texts that were drawn beside the greedy one; None = none were drawn."""
-
-
-@dataclass(frozen=True)
-class PassAt:
-    """Share of items of which at least one of ``k`` drawn texts is right, with its 95 % interval over the items."""
-
-    k: int
-    score: float
-    ci_low: float
-    ci_high: float
-    chance: float
-    """Share that guessing reaches in ``k`` texts."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +98,10 @@ class TaskScore:
     """How the items relate to training text; empty = not said."""
     twin_of: str = ""
     """Task that asks the same items (by id) in a form that training text may have; empty = none."""
-    samples: Samples | None = None
-    """Drawing of the texts that the items' ``num_right`` count; None = none were drawn."""
-    pass_at: tuple[PassAt, ...] = ()
-    """pass@k by k, increasing."""
     ceiling: float = 1.0
     """Best score there is: below 1 where an answer scores the share of people who gave it too."""
     engine: str = "transformers"
-    """What ran the model: transformers, vllm or llama.cpp. Scores of two engines are never paired."""
+    """What ran the model: transformers or vllm. Scores of two engines are never paired."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -140,9 +121,6 @@ class TaskScore:
         for index, item in enumerate(self.items):
             if item.weight <= 0:
                 yield f"items.{index}.weight: is {item.weight}"
-            drawn = self.samples.n if self.samples else None
-            if (item.num_right is None) != (drawn is None) or not 0 <= (item.num_right or 0) <= (drawn or 0):
-                yield f"items.{index}.num_right: is {item.num_right}, and {drawn or 'no'} texts were drawn"
         if self.ci_low > self.ci_high:
             yield f"ci_low: {self.ci_low} is above ci_high, {self.ci_high}"
         total = math.fsum(item.weight for item in self.items)

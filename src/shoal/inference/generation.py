@@ -15,6 +15,7 @@ B batch, S sequence.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,9 +182,10 @@ class Finish:
         # what stands at the edge of the window may decode differently inside the text
         return len(tokens) <= self._window or self._contains_stop(tokens)
 
-    def stops_within(self, tokens: list[int]) -> bool:
-        """Whether a stop string stands before the last of ``tokens``."""
-        return self._contains_stop(tokens[:-1])
+    def length(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` there were when a stop string was whole; all, if none is."""
+        first = bisect_left(range(len(tokens)), True, key=lambda count: self._contains_stop(tokens[:count]))
+        return min(first, len(tokens))
 
     def _contains_stop(self, tokens: list[int]) -> bool:
         text = self._tokenizer.decode(tokens, skip_special_tokens=False)

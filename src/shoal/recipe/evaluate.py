@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shoal.recipe.section import Above0, Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes
+from shoal.recipe.section import Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes
 from shoal.recipe.suites import SuiteName
 
 
@@ -39,20 +39,6 @@ class Tasks(Section):
 
 
 @dataclass(frozen=True)
-class Samples(Section):
-    """Texts that are drawn for every item of a generated task, beside the greedy one."""
-
-    n: Annotated[Positive, Shapes.SCORES] = 8
-    """Texts per item."""
-    temperature: Annotated[Above0, Shapes.SCORES] = 0.8
-    """Temperature of sampling, above 0; at 0 all texts of an item would be the greedy one."""
-    top_p: Annotated[Annotated[float, Field(gt=0, le=1)], Shapes.SCORES] = 0.95
-    """Share of probability that the likeliest tokens hold of which one is drawn."""
-    k: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)], Shapes.SCORES] = (1, 4, 8)
-    """Numbers of texts of which pass@k asks for a right one; none above ``n``."""
-
-
-@dataclass(frozen=True)
 class Eval(Tasks):
     """What the models are scored on."""
 
@@ -68,9 +54,6 @@ class Eval(Tasks):
     passes for an ability that came back."""
     limit: Annotated[Positive | None, Shapes.SCORES] = 200
     perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
-    samples: Annotated[Samples | None, Shapes.SCORES, Field(exclude_if=lambda samples: samples is None)] = None
-    """Draw further texts for every item of a generated task, for pass@k and for telling answers that a cut demoted from
-    those that are gone; None = greedy text alone. ``n`` texts take about ``n`` times as long to write."""
     images: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
     """Rows of images whose answers are scored in nats per token, as the task `images`; None = text alone."""
     backend: Annotated[
@@ -94,8 +77,5 @@ class Eval(Tasks):
 
 def contradictions(settings: Eval) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
-    samples = settings.samples
     if settings.images is not None and settings.backend != "transformers":
         yield f"eval.images: are scored with transformers alone, and eval.backend is {settings.backend}; leave one out"
-    if samples is not None and (most := max(samples.k)) > samples.n:
-        yield f"eval.samples.k: {most} texts cannot be taken out of eval.samples.n, {samples.n}; raise n, or lower k"

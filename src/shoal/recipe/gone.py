@@ -12,6 +12,7 @@ GONE: dict[str, str] = {
     "distill.on_policy.loops": "what repeats itself is never learnt; leave it out",
     "distill.teacher.server": "record by vLLM, record.backend: vllm, and set distill.teacher.recorded",
     "distill.trainable.replacement": "choose near_gaps",
+    "eval.samples": "`shoal lab samples RUN_DIR` draws texts and tells pass@k",
     "prune.compensate.memory_gb": "what makes up for layers is fitted with the model in memory; leave it out",
     "prune.rounds": "cut once; to cut again, start a run from RUN_DIR/distilled (model: RUN_DIR/distilled)",
     "prune.width.memory_gb": "width is chosen with the model in memory; leave it out",

@@ -15,7 +15,7 @@ from kept_answers import BATCH_SIZE, PROMPTS, asked, instances
 from ranks import call_apart
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from shoal.eval.evaluate import role_evaluation
+from shoal.eval.evaluate import Questions, role_evaluation
 from shoal.eval.harness import item_cache
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.item_cache import ItemCache, identity_of, key_of
@@ -197,9 +197,8 @@ def test_a_role_asks_only_what_it_has_not_answered(
         return role_evaluation(
             "teacher",
             Checkpoint.read(folder, LoadSettings()),
-            settings,
+            Questions(settings, 0),
             inputs={"model": model_fingerprint(folder)},
-            seed=0,
             items=tmp_path / "items",
         )
 

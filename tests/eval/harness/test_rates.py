@@ -231,7 +231,7 @@ def test_the_engine_tells_texts_that_ended_from_texts_that_were_cut_off() -> Non
 
 def test_padding_after_the_end_is_no_part_of_a_text() -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
-    never = lm._finish(Writing(5, [], {}))
-    assert lm._ending([65, 66, 257, 257, 257], 5, never) == Ending(3, True)
-    assert lm._ending([65, 66, 67, 68, 69], 5, never) == Ending(5, False)
-    assert lm._ending([65, 66, 67, 68, 257], 5, never) == Ending(5, True)
+    how = Writing(5, [], {})
+    assert lm._ending([65, 66, 257, 257, 257], how) == Ending(3, True)
+    assert lm._ending([65, 66, 67, 68, 69], how) == Ending(5, False)
+    assert lm._ending([65, 66, 67, 68, 257], how) == Ending(5, True)

@@ -21,7 +21,7 @@ from results import evaluation
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Artifact, Provenance, differences
-from shoal.artifacts.evaluation import Evaluation, ItemScore, PassAt, TaskScore
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.importance import Importance, Removal, Sweep
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
@@ -29,7 +29,6 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.components import Component
 from shoal.errors import UserError
-from shoal.recipe.evaluate import Samples
 
 MADE = Provenance({"model": "abc", "prune.drop": [1, 3], "seed": 0})
 TASK = TaskScore(
@@ -50,18 +49,12 @@ TASK = TaskScore(
     level=2.0,
     rates={"cut_off": 0.5},
 )
-DRAWN = dataclasses.replace(
-    TASK,
-    items=tuple(dataclasses.replace(item, num_right=2) for item in TASK.items),
-    samples=Samples(n=3, k=(1, 2)),
-    pass_at=(PassAt(1, 2 / 3, 0.2, 0.9, 0.25), PassAt(2, 1.0, 0.3, 1.0, 0.4375)),
-)
 BATCH = BatchSpeed(8, 3.0, 4.0, 0.1, None, {"first_token": (0.1, 0.2)}, {"decode_tokens_per_s": 4.5})
 ARTIFACTS = (
     Importance(MADE, num_layers=2, num_tokens=9, layers={"x": (0.1, 1 / 3)}, runs={"y": ((0.5, 1e-30), (2.0,))}),
     swept_importance(),
     PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="named"),
-    Evaluation(MADE, role="pruned", tasks=(DRAWN,), num_parameters=1, num_layers=2, num_bytes=9, seconds=0.5),
+    Evaluation(MADE, role="pruned", tasks=(TASK,), num_parameters=1, num_layers=2, num_bytes=9, seconds=0.5),
     Evaluation(MADE, role="teacher", tasks=(TASK,), num_parameters=10**12, num_layers=2, num_bytes=9, seconds=0.5),
     Speed(MADE, {"teacher": SpeedScore(1.0, 2.0, {"prefill": (1.0, 2.0)})}, 1, 2, 3, "float32"),
     Speed(MADE, {"pruned": SpeedScore(1.0, 2.0, {}, (BATCH,), 2, 10**12, 9, 4)}, 1, 2, 3, "float32", ("no room",)),
@@ -91,7 +84,7 @@ def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) ->
 def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_path: Path) -> None:
     made = {"schema": 1, "provenance": {"inputs": {}}}
     task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 0.25}], "n": 1}
-    for new in ("family", "level", "rates", "column", "twin_of", "samples", "pass_at"):
+    for new in ("family", "level", "rates", "column", "twin_of"):
         del task[new]
     sizes = {"num_parameters": 1, "num_layers": 1, "num_bytes": 1, "seconds": 1.0}
     path = tmp_path / "x.json"
@@ -99,7 +92,6 @@ def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_
     (found,) = Evaluation.read(path).tasks
     assert (found.family, found.level, found.rates, found.items[0].rates) == (None, None, {}, {})
     assert (found.column, found.twin_of) == ("", "")
-    assert (found.samples, found.pass_at, found.items[0].num_right) == (None, (), None)
     role = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0, "samples": {}}
     settings = {"batch_size": 1, "prompt_tokens": 2, "new_tokens": 3, "dtype": "float32"}
     path.write_text(json.dumps({**made, "roles": {"teacher": role}, **settings}))

@@ -57,17 +57,6 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("prune: {drop: [1, x]}", "prune.drop.1: must be a whole number (got 'x')"),
         ("prune: {ratio: 1.5}", "prune.ratio: must be less than 1 (got 1.5)"),
         ("prune: {num_drop: 0}", "prune.num_drop: must be greater than 0 (got 0)"),
-        (
-            "eval: {samples: {n: 4}}",
-            "eval.samples.k: 8 texts cannot be taken out of eval.samples.n, 4; raise n, or lower k",
-        ),
-        ("eval: {samples: {n: 0}}", "eval.samples.n: must be greater than 0 (got 0)"),
-        ("eval: {samples: {temperature: 0}}", "eval.samples.temperature: must be greater than 0 (got 0)"),
-        ("eval: {samples: {temperature: -0.5}}", "eval.samples.temperature: must be greater than 0 (got -0.5)"),
-        ("eval: {samples: {top_p: 1.5}}", "eval.samples.top_p: must be less than or equal to 1 (got 1.5)"),
-        ("eval: {samples: {k: []}}", "eval.samples.k: must have at least 1 item (got [])"),
-        ("eval: {samples: {k: [0]}}", "eval.samples.k.0: must be greater than 0 (got 0)"),
-        ("eval: {samples: {seed: 1}}", "eval.samples.seed: unknown key; known keys are n, temperature, top_p, k"),
         ("eval: {limit: many}", "eval.limit: must be a whole number (got 'many')"),
         (
             "measure: {num_tokens: 1.5}",
