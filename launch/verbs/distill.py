@@ -172,11 +172,11 @@ def distill_dry_run(run: Run) -> str:
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / PruningPlan.FILE).is_file()
     plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    return training_estimate(run, plan, is_cut=has_plan).text
+    return training_estimate(run, plan).text
 
 
-def training_estimate(run: Run, plan: PruningPlan, *, is_cut: bool) -> Estimate:
-    """What training the student of ``plan`` takes on this machine, with its control; ``is_cut``: student/ is that one.
+def training_estimate(run: Run, plan: PruningPlan) -> Estimate:
+    """What training the student of ``plan`` takes on this machine, with its control.
 
     Raises:
         UserError: what training would refuse; NotEstimated, as estimate.
@@ -189,7 +189,7 @@ def training_estimate(run: Run, plan: PruningPlan, *, is_cut: bool) -> Estimate:
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
     spec = _spec(run, plan, ranks)
     control = control_spec(spec) if run.recipe.eval.control else None
-    return estimate(spec, run.dir, control=control, is_cut=is_cut)
+    return estimate(spec, run.dir, control=control)
 
 
 def distill_is_done(run: Run) -> bool:

@@ -34,15 +34,6 @@ UNKNOWN = "no estimate"
 READING_SHARE = 0.8
 """Of a CPU's rate of matrix products that evaluation and measuring get by the tokens of work_of, which are more than
 there are: the demo model's 27 tasks took 1.07 to 1.15 of it on a core of an EPYC."""
-LOSS_FORWARDS = {
-    "single_drop_perplexity": lambda num_layers, num_drop: num_layers / 2,
-    "sleb": lambda num_layers, num_drop: num_drop * num_layers / 2,
-    "greedy_kl": lambda num_layers, num_drop: num_drop * num_layers / 2,
-    "blockpruner": lambda num_layers, num_drop: 2 * num_drop * num_layers,
-    "present_absent": lambda num_layers, num_drop: 8 * num_layers,
-    "local_shapley": lambda num_layers, num_drop: 8 * num_layers,
-}
-"""Metric of the loss -> forwards over the calibration text at most, as docs/measuring.md has them."""
 BACKWARD = 3
 """Forwards that one forward with its backward takes as long as."""
 
@@ -114,21 +105,16 @@ def _measure(run: Run) -> Stage:
 
 
 def _measuring_time(run: Run) -> str:
-    """Of metrics alone: what sweeps, heads, images, diagnostics and probes take depends on what is not known before."""
-    from shoal.compress.metrics.laco import tokens_read
+    """Of metrics that a forward over the text gives, or one with its backward: what others take depends on what is not
+    known before."""
     from shoal.compress.metrics.registry import METRICS
 
     settings = run.recipe.measure
-    not_of_text = (settings.heads, settings.images, settings.vision_states)
-    if settings.sweep or settings.diagnostics or settings.probes or any(not_of_text):
-        return UNKNOWN
-    layers = run.num_layers
-    num_drop = settings.num_drop or max(1, layers // 4)
     needs = {METRICS[name].needs for name in settings.metrics}
-    forwards = sum(LOSS_FORWARDS[name](layers, num_drop) for name in settings.metrics if name in LOSS_FORWARDS)
-    forwards += ("hidden" in needs) + BACKWARD * ("gradients" in needs)
-    merges = tokens_read(layers, num_drop) if "merges" in needs else 0
-    return _reading_time(run, forwards * settings.num_tokens + merges)
+    others = (settings.sweep, settings.diagnostics, settings.probes, settings.heads, settings.vision_states)
+    if any(others) or settings.images or needs & {"loss", "merges"}:
+        return UNKNOWN
+    return _reading_time(run, (("hidden" in needs) + BACKWARD * ("gradients" in needs)) * settings.num_tokens)
 
 
 def _reading_time(run: Run, num_tokens: float) -> str:
@@ -163,7 +149,7 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
     if run.recipe.eval.control:
         why = "; ".join(filter(None, [why, "the control too"]))
     try:
-        size = training_estimate(run, expected_plan(run), is_cut=cut.is_done)
+        size = training_estimate(run, expected_plan(run))
     except NotEstimated as error:
         return Stage("distill", state, why, UNKNOWN, UNKNOWN, told=str(error))
     time = f"about {duration_text(size.seconds)}"

@@ -259,22 +259,13 @@ def compile_nothing() -> None:
 
 
 def run_out_of_memory(step: int, message: str) -> None:
-    """Let the device be full in the middle of step number ``step``, counted from 1. Nobody then reckons with models
-    whose forwards are still those of training."""
-    from shoal.train.preflight import out_of_memory
+    """Let the device be full in the middle of step number ``step``, counted from 1."""
     from shoal.train.trainer import DistillTrainer
 
-    compute, reckon, students = DistillTrainer.compute_loss, out_of_memory.job, list[Any]()
-
-    def job(spec: Any) -> Any:
-        assert "forward" not in vars(students[0]), "the objective is still installed"
-        return reckon(spec)
-
-    out_of_memory.job = job
+    compute = DistillTrainer.compute_loss
 
     def full(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step + 1 == step:
-            students.append(trainer.objective.student)
             raise torch.OutOfMemoryError(message) if "CUDA out of memory" in message else RuntimeError(message)
         return compute(trainer, *args, **kwargs)
 

@@ -10,7 +10,7 @@ import pytest
 from jobs import CUT, LENGTH, spec_of
 
 from shoal.launch.cli import run_verb
-from shoal.recipe.distill import Distill, LocalHeal, OnPolicy
+from shoal.recipe.distill import Distill
 from shoal.recipe.losses import ForwardKL, LossTerm, ValueRelation
 from shoal.train import dry_run as report
 from shoal.train.student.control import control_spec
@@ -20,12 +20,13 @@ from shoal.train.student.control import control_spec
 def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
     spec = spec_of(Distill(sequence_length=LENGTH, trainable="from_first_cut"), CUT, student_layers=4)
     plain, told = (
-        report.dry_run(spec, tmp_path / "run", control=control, try_it=False) for control in (None, control_spec(spec))
+        report.estimate(spec, tmp_path / "run", control=control, try_it=False).text
+        for control in (None, control_spec(spec))
     )
     assert "control" not in plain
     (line,) = (line for line in told.splitlines() if line.startswith("control: "))
-    assert "trained on the same rows, 6 layers, 0.0 million weights trained: 1." in line
-    assert line.endswith(("GB at the peak of a rank (fits, scoring)", "GB at the peak of a rank (fits)"))
+    assert "trained on the same rows, 6 layers, " in line
+    assert line.endswith("GB at the peak of a rank (fits)")
     assert "control/checkpoints/ " in told
     assert "control/distilled/ " in told
     assert "control/text/ " not in told
@@ -35,7 +36,7 @@ def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
 def test_the_report_does_not_speak_of_recordings_where_they_would_be_refused(tmp_path: Path) -> None:
     def told(*losses: LossTerm) -> str:
         settings = Distill(sequence_length=LENGTH, losses=losses)
-        return report.dry_run(spec_of(settings, CUT, student_layers=4), tmp_path / "run", try_it=False)
+        return report.estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run", try_it=False).text
 
     assert "teacher recorded" in told(ForwardKL())
     assert "recorded" not in told(ForwardKL(), ValueRelation())
@@ -48,16 +49,10 @@ def test_the_report_tells_the_steps_and_tokens_that_are_trained(tmp_path: Path) 
         return report.estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run", try_it=False)
 
     whole, short, long = told(), told(max_steps=2), told(num_train_epochs=2)
-    assert [own.num_tokens for own in (whole, short, long)] == [2048, 512, 4096]
     for own, steps in ((whole, 8), (short, 2), (long, 16)):
         assert f" = 256 tokens; {steps} steps\n" in own.text
         assert f" for {steps * 256:,} tokens (" in own.text
         assert "100.0% (2,048 tokens)" in own.text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(20.1, "20.1 s"), (600, "10 min"), (7300, "2.03 h")])
-def test_a_duration_is_told_in_a_unit_that_it_fills(seconds: float, text: str) -> None:
-    assert report._duration(seconds) == text
 
 
 @pytest.mark.slow
@@ -65,23 +60,19 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
     settings = Distill(
         sequence_length=LENGTH,
         trainable="from_first_cut",
-        on_policy=OnPolicy(new_tokens=8),
-        local=LocalHeal(),
         precision="bfloat16",
     )
-    told = report.dry_run(spec_of(settings, CUT, student_layers=4), tmp_path / "run")
+    told = report.estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run").text
     for words in (
         "student: 4 layers",
         "teacher: 6 layers",
         "ZeRO 3 ",
         "this recipe",
-        "measured here on micro-batches of the real objective",
-        "weights once, which are frozen",
-        "the lowest layer is run once for both",  # the local stage trains the other one below the cut
-        "8 samples of 32 tokens are written at one time",
-        "distill.local comes first",
+        "measured here on 256 of the 256 tokens of a micro-batch of the real objective",
+        "frozen weights are held once",
+        "the lowest 2 layer(s) are run once for both",
         "recorded signals of these tokens would take",
-        "MB more (64 bytes a token)",
+        "MB more",
         "cheapest setting that fits",
     ):
         assert words in told, words
@@ -107,8 +98,8 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     assert run_verb("distill", str(file), [], dry_run=True) == 0
     told = capsys.readouterr().out
     assert "step:    3 rank(s) x 1 micro-batch(es) x 2 row(s) x 64 tokens" in told
-    assert "weights, recorded, not loaded\n" in told
-    assert "the lowest layer is not run, the state above is recorded" in told
+    assert "weights, recorded, not loaded, " in told
+    assert "the lowest 1 layer(s) are not run, the state above is recorded" in told
     assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
     assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -79,13 +79,16 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     assert "nothing is lost, the same command goes on from checkpoint-4" in refused.log
     assert "Traceback" not in refused.log
     added = "distill.trainer.per_device_train_batch_size=2"
-    assert f"Add {added}: about " in refused.log
+    assert f"To take less, add {added}" in refused.log
     assert finished(run(path, added)).curve() == pytest.approx(plain.curve(), abs=1e-5)
 
 
 def test_memory_that_runs_out_before_a_checkpoint_says_so(teacher: Path, cut: Path, tmp_path: Path) -> None:
     refused = run(recipe(tmp_path, teacher, cut, **settings()), before=partial(run_out_of_memory, 1, CUDA_FULL))
-    assert "nothing is lost but the steps of this start, of which none was saved yet. Add distill." in refused.log
+    assert (
+        "nothing is lost but the steps of this start, of which none was saved yet. To take less, add distill."
+        in refused.log
+    )
 
 
 def test_another_runtime_error_keeps_its_traceback(teacher: Path, cut: Path, tmp_path: Path) -> None:

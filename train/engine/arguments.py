@@ -300,14 +300,6 @@ class DeepSpeed:
         return next(enabled, torch.float32)
 
     @property
-    def gradients_dtype(self) -> torch.dtype:
-        """Precision in which gradients of micro-batches are added up."""
-        from deepspeed.runtime.config import DtypeEnum
-
-        named = (self.config.get("data_types") or {}).get("grad_accum_dtype")
-        return self.weight_dtype if named is None else DtypeEnum(named).value
-
-    @property
     def product_dtype(self) -> torch.dtype:
         """Precision of most matrix products of a step: autocast's, else that of the weights."""
         return self.autocast_dtype or self.weight_dtype

@@ -3,7 +3,6 @@
 fit            what fits, what is refused
 run_size       a run as far as its size goes
 memory         bytes of a rank
-optimizers     what the state of the recipe's optimizer takes
 throughput     time
 out_of_memory  what to change where it took more all the same
 """

@@ -26,18 +26,10 @@ log = logging.getLogger(__name__)
 
 MARGIN = 1.1
 """How far an estimate of memory may be off, either way."""
-ROW_BYTES = 9
-"""Bytes of one packed token: id, position, whether it is supervised."""
-SOURCE_BYTES = 2
-"""Bytes more where rows say which source a token is from."""
+ROW_BYTES = 11
+"""Bytes of one packed token: id, position, whether it is supervised, and its source."""
 SIGNAL_BYTES = 150
 """Bytes of one token of recorded signals at k = 32, at most."""
-ADVICE = {
-    "scoring": "; distill.watch: null leaves scoring out",
-    "the local stage": "; distill.local: null leaves it out",
-    "the teacher's writing": "; write where it fits and set distill.writing.folder to where that text is",
-}
-"""Remedies by what is done at the peak, where no other place for weights would change it."""
 PLACES: tuple[dict[str, Any], ...] = (
     {"stage": 0},
     {"stage": 2},
@@ -50,35 +42,24 @@ SHORT_TOKENS = 512
 """Tokens of a micro-batch at which about half the speed is lost: smaller ones are proposed late."""
 
 
-# --- disk ---------------------------------------------------------------------------------------------------------
-
-
 def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
     """What the run writes under run_dir, by folder, at its worst moment. A control reads the rows of the student."""
-    student, setting = job.student, job.setting
-    frozen = student.parameters - student.trained
+    student, setting, settings = job.student, job.setting, job.spec.settings
+    frozen, tokens = student.parameters - student.trained, job.spec.num_row_tokens
     weights = setting.weight_bytes * (frozen if setting.stage == 3 else student.parameters)
     weights -= (setting.weight_bytes - setting.teacher_bytes) * shared_weights(student, setting)
     # moments; with ZeRO the fp32 weights that are stepped lie beside them
-    states = setting.optimizer.num_bytes(student.trained, stage=setting.stage)
-    states += 4 * student.trained * (setting.stage > 0)
-    settings, tokens = job.spec.settings, job.spec.num_row_tokens
+    states = int(setting.optimizer_bytes * student.trained) + 4 * student.trained * (setting.stage > 0)
     folders = {
         "checkpoints": most_checkpoints(settings) * (weights + states),
-        "distilled": setting.stored_bytes * student.parameters,
+        "distilled": job.spec.student.stored_dtype.itemsize * student.parameters,
     }
     if not job.spec.is_control:
-        folders["text"] = (ROW_BYTES + SOURCE_BYTES * settings.by_source) * tokens
+        folders["text"] = ROW_BYTES * tokens
     if settings.watch is not None and settings.watch.best is not None:
         # the next best student is complete before the last one is removed
         folders["checkpoints"] += 2 * setting.weight_bytes * student.parameters
-    if setting.healed_layers:
-        healed = sum(student.layers[layer].parameters for layer in setting.healed_layers)
-        folders["local"] = setting.stored_bytes * student.parameters + 12 * healed
     return folders | ({"signals": SIGNAL_BYTES * tokens} if record else {})
-
-
-# --- refusal ------------------------------------------------------------------------------------------------------
 
 
 def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
@@ -159,8 +140,7 @@ def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:
     if device > MARGIN * device_free:
         where = f"{setting.ranks_per_node} rank(s) on this node" if setting.device == "cpu" else "a rank"
         problems.append(
-            f"{where} need {bytes_text(device)} of memory at the peak ({needed.peak_at}) and {bytes_text(device_free)} "
-            f"are free{ADVICE.get(needed.peak_at, '')}"
+            f"{where} need {bytes_text(device)} of memory at the peak and {bytes_text(device_free)} are free"
         )
     if setting.device != "cpu" and host > MARGIN * host_free:
         problems.append(f"this node needs {bytes_text(host)} of host memory and {bytes_text(host_free)} are free")
@@ -176,8 +156,8 @@ def fits(job: Job, *, device_free: int, host_free: int) -> bool:
 def _needed(needed: Memory, setting: Setting) -> tuple[int, int]:
     """Bytes on the device, and on the host of a node. On a CPU all ranks of the node share both."""
     if setting.device == "cpu":
-        return setting.ranks_per_node * (needed.peak - LIBRARY_BYTES) + needed.host, 0
-    return needed.peak, max(needed.host, needed.host_briefly)
+        return setting.ranks_per_node * (needed.peak - LIBRARY_BYTES), 0
+    return needed.peak, needed.host
 
 
 def missing_bytes(job: Job, run_dir: Path) -> int:
@@ -186,9 +166,6 @@ def missing_bytes(job: Job, run_dir: Path) -> int:
     wanted = disk_bytes(job)
     files = (file for name in wanted for file in (run_dir / name).rglob("*") if file.is_file())
     return max(0, sum(wanted.values()) - sum(file.stat().st_size for file in files))
-
-
-# --- what fits ----------------------------------------------------------------------------------------------------
 
 
 def cheapest(job: Job, *, device_free: int, host_free: int) -> Setting | None:

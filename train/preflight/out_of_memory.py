@@ -9,16 +9,10 @@ from pathlib import Path
 import torch
 
 from shoal.errors import UserError
-from shoal.formatting import bytes_text
 
 from ..engine.checkpoint import MANIFEST
 from ..student.spec import TrainSpec
-from .fit import overrides, proposals
-from .memory import Memory, Setting, memory
-from .run_size import Job, job
 
-LESS = 0.9
-"""Share of what is expected now that a proposal may take: less of a difference would be within the estimate's error."""
 IS_FULL = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
@@ -46,43 +40,15 @@ def explained_memory(spec: TrainSpec, run_dir: Path) -> Iterator[None]:
 
 def _remedy(spec: TrainSpec, run_dir: Path) -> str:
     saved = [file.parent.name for file in run_dir.glob(f"checkpoints/checkpoint-*/{MANIFEST}")]
+    lost = "nothing is lost but the steps of this start, of which none was saved yet"
     if saved:
         newest = max(saved, key=lambda name: int(name.removeprefix("checkpoint-")))
         lost = f"nothing is lost, the same command goes on from {newest}"
-    else:
-        lost = "nothing is lost but the steps of this start, of which none was saved yet"
-    try:
-        size = job(spec)
-    except RuntimeError:  # a family that cannot be run without data: no figures
-        size = None
-    better = None if size is None else _lower(size, goes_on=bool(saved))
-    if size is not None and better is not None:
-        changes = " ".join(overrides(size, better))
-        now, then = (
-            bytes_text(_in_a_step(memory(size.student, size.teacher, each))) for each in (size.setting, better)
-        )
-        return f"{lost}. Add {changes}: about {then} instead of {now} for models, gradients and one step's work"
-    return (
-        f"{lost}. Lower distill.trainer.per_device_train_batch_size (with distill.batch_size set, which keeps the "
-        "step), or use more ranks or a larger device; `shoal distill --dry-run` shows where memory goes"
-    )
-
-
-def _lower(size: Job, *, goes_on: bool) -> Setting | None:
-    """The first proposal that takes clearly less; ``goes_on``: and with which checkpoints of now go on."""
-    now = size.setting
-    for setting in proposals(size):
-        as_now = (setting.stage, setting.checkpointing) == (now.stage, now.checkpointing)
-        offloads_as_now = setting.offload_optimizer == now.offload_optimizer and setting.teacher != "recorded"
-        if goes_on and not (as_now and offloads_as_now and setting.offload_parameters == now.offload_parameters):
-            continue
-        if _in_a_step(memory(size.student, size.teacher, setting)) <= LESS * _in_a_step(size.memory):
-            return setting
-    return None
-
-
-def _in_a_step(needed: Memory) -> int:
-    """Bytes of all that is held in a step, at one moment of it or another: not of what happens beside steps, and not of
-    the process, which no setting makes smaller."""
-    states = needed.weights + needed.gradients + needed.optimizer + needed.teacher
-    return states + needed.activations + needed.head + needed.buffers
+    rows, accumulation = spec.batch_split
+    less = "use more ranks or a larger device"
+    if rows > 1:
+        micro = max(n for n in range(1, rows) if rows % n == 0)
+        less = f"add distill.trainer.per_device_train_batch_size={micro}"
+        if spec.settings.batch_size is None:  # else it follows
+            less += f" distill.trainer.gradient_accumulation_steps={accumulation * rows // micro}"
+    return f"{lost}. To take less, {less}; `shoal distill --dry-run` shows where memory goes and what fits"

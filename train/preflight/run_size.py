@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
 from ..engine.fused import is_fused
-from ..generated.writing import wants_teacher_text
 from ..objective.activation_checkpointing import SELECTIVE
 from ..objective.chunked_loss import compiles
-from ..objective.layer_losses import SCORES, layer_pairs
+from ..objective.layer_losses import layer_pairs
 from ..student.sizes import ModelSize, student_size, teacher_size
 from ..student.spec import TrainSpec
-from ..student.trainable import gaps
 from ..teacher.wiring import make_trainable_alike
-from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, memory
-from .optimizers import optimizer_state
+from .memory import BUCKET_ELEMENTS, Memory, Setting, memory
 from .throughput import flops_per_token
 
-CHECKPOINTING_KEYS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-SCORED_ROWS = 16
-"""Rows of a forward when the student is scored, at most: eval.batch_size unless it is set."""
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""The Trainer's names of checkpointing, today's first."""
+MOMENTS = {"ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "adafactor": 0, "sgd": 0}
+"""Moments of every weight, by the first word of an optimizer's name; the others have two, as AdamW."""
+WIDTHS = {"_8bit": 1 + 4 / 256, "_4bit": 0.5 + 4 / 128}
+"""Bytes of a moment with its share of the scale, by the end of an optimizer's name; 4 of all others."""
+LOGIT_BYTES, COMPILED_LOGIT_BYTES = 28, 4
+"""Bytes of a chunk's logit on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's
+product and its gradient, and their sum; of a compiled loss one tensor in fp32. On a CPU these exist for a block that
+fits its cache."""
+FUSED_SHARE = 0.8
+"""Share of what a layer keeps that is left with Liger's kernels, which keep three tensors of an MLP's width and not
+four, and of a norm its input alone: 0.77 for a Llama layer by the formula in docs/scaling.md."""
+COMPILED_SHARE = 0.72
+"""The same of a compiled layer, which computes again what is cheap: counted on small layers of Llama and Qwen 3 it is
+0.60 to 0.64 under autocast, 0.67 to 0.72 with bf16 weights."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def job(spec: TrainSpec) -> Job:
         RuntimeError: of torch, for a family that cannot be run without data.
     """
     teacher = teacher_size(spec.teacher.config, attention=spec.teacher.load.attention)
-    setting = _setting(spec, teacher)
+    setting, plan = _setting(spec, teacher), spec.plan
     student = student_size(
         spec.student.config,
         sequence_length=spec.settings.sequence_length,
@@ -67,15 +75,9 @@ def job(spec: TrainSpec) -> Job:
         dtype=torch.float32 if setting.weight_bytes == 4 else torch.bfloat16,
         autocast=setting.autocast,
         attention=spec.student.load.attention,
-        changed=_not_the_teachers(spec),
+        changed={*map(plan.keep.index, plan.changed_layers), *plan.new_layers},
     )
     return Job(spec, student, teacher, setting)
-
-
-def _not_the_teachers(spec: TrainSpec) -> set[int]:
-    """Layers of the student whose weights are others than the teacher's before they are trained, frozen or not."""
-    plan = spec.plan
-    return {*map(plan.keep.index, plan.changed_layers), *plan.new_layers}
 
 
 def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
@@ -83,39 +85,48 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
     zero, trainer = deepspeed.zero, DEFAULTS | settings.trainer
     rows, accumulation = spec.batch_split
     bucket, overlap = zero.get("reduce_bucket_size", BUCKET_ELEMENTS), zero.get("overlap_comm")
-    live = zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)
-    setting = Setting(
+    on_cpu = spec.ranks.device.type == "cpu"
+    fused = is_fused(settings.fused, spec.student.config.model_type, spec.ranks.device)
+    compiled_loss = settings.compile and compiles(settings.losses)
+    return Setting(
         rows=rows,
         sequence_length=settings.sequence_length,
         head_chunk=settings.head_chunk,
         accumulation=accumulation,
-        checkpointing=_checkpoints(trainer),
-        selective=any((trainer.get(key) or {}).get(SELECTIVE) for key in CHECKPOINTING_KEYS),
+        checkpointing=bool(next((trainer[key] for key in CHECKPOINTING if trainer.get(key) is not None), False)),
+        selective=any((trainer.get(f"{key}_kwargs") or {}).get(SELECTIVE) for key in CHECKPOINTING),
         stage=deepspeed.stage,
         ranks=spec.ranks.count,
         ranks_per_node=spec.ranks.per_node,
-        optimizer=optimizer_state(settings, deepspeed),
+        optimizer_bytes=optimizer_bytes(spec),
         offload_optimizer=deepspeed.offloads("offload_optimizer"),
         offload_parameters=deepspeed.offloads("offload_param"),
         bucket=teacher.hidden**2 if bucket == "auto" else int(bucket),  # what transformers fills in
         overlap=deepspeed.stage == 3 if overlap is None else bool(overlap),
-        live=LIVE_ELEMENTS if live == "auto" else int(live),
         weight_bytes=deepspeed.weight_dtype.itemsize,
-        gradient_bytes=deepspeed.gradients_dtype.itemsize,
         autocast=deepspeed.autocast_dtype is not None,
         teacher=spec.teacher_place,
         teacher_bytes=spec.teacher_dtype.itemsize,
         device=spec.ranks.device.type,
-        sharing=_sharing(spec),
+        # what frozen.py lets student and teacher hold once
+        shares=spec.teacher_dtype in (deepspeed.weight_dtype, deepspeed.autocast_dtype),
         four_bits=settings.lora is not None and settings.lora.quantization == "nf4",
-        fused=is_fused(settings.fused, spec.student.config.model_type, spec.ranks.device),
         compiled=settings.compile,
-        compiled_loss=settings.compile and compiles(settings.losses),
-        stored_bytes=spec.student.stored_dtype.itemsize,
-        writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
+        kept_share=max(FUSED_SHARE * fused, COMPILED_SHARE * settings.compile) or 1,
+        logit_bytes=COMPILED_LOGIT_BYTES if compiled_loss else 0 if on_cpu else LOGIT_BYTES,
+        captured=_captured(spec, teacher),
+        gathers=settings.watch is not None or (settings.on_policy is not None and settings.on_policy.share > 0),
         asked=_asked_share(spec),
     )
-    return _with_states(_with_company(setting, spec), spec, teacher)
+
+
+def optimizer_bytes(spec: TrainSpec) -> float:
+    """Bytes of the moments of one trained weight, by the name of the optimizer: the DeepSpeed configuration's, else
+    that of distill.trainer."""
+    own = spec.settings.trainer.get("optim") or TrainingArguments.__dataclass_fields__["optim"].default
+    named = str((spec.deepspeed.config.get("optimizer") or {}).get("type", own)).lower()
+    width = next((width for end, width in WIDTHS.items() if named.endswith(end)), 4)
+    return width * MOMENTS.get(named.removeprefix("paged_").split("_")[0], 2)
 
 
 def _asked_share(spec: TrainSpec) -> float:
@@ -130,41 +141,9 @@ def _asked_share(spec: TrainSpec) -> float:
     return sampled + (1 - sampled) * of_text
 
 
-def _checkpoints(trainer: Mapping[str, Any]) -> bool:
-    """Whether the Trainer checkpoints, by its name of today or, where that is not said, of before."""
-    said = trainer.get("activation_checkpointing")
-    return bool(trainer.get("gradient_checkpointing") if said is None else said)
-
-
-def _sharing(spec: TrainSpec) -> Sharing:
-    """What frozen.py lets student and teacher hold once."""
-    if spec.teacher_dtype == spec.deepspeed.weight_dtype:
-        return "all"
-    if spec.deepspeed.weight_dtype != torch.float32:
-        return "none"
-    return "linear" if spec.teacher_dtype == spec.deepspeed.autocast_dtype else "none"
-
-
-def _with_company(setting: Setting, spec: TrainSpec) -> Setting:
-    """What happens beside plain steps."""
-    settings, plan = spec.settings, spec.plan
-    watch, on_policy, local, length = settings.watch, settings.on_policy, settings.local, settings.sequence_length
-    if watch is not None:
-        windows = math.ceil(watch.perplexity_tokens / length)
-        setting = replace(setting, scored_rows=SCORED_ROWS if watch.tasks else min(SCORED_ROWS, windows))
-    if on_policy is not None and on_policy.share > 0:
-        tokens = on_policy.prompt_tokens + on_policy.new_tokens
-        # as many as fit into a row; of a conversation fewer and longer ones
-        samples = max(1, length // tokens)
-        setting = replace(setting, samples=samples, sample_tokens=tokens)
-    if local is not None:
-        layers = tuple(gap.layer for gap in gaps(plan.keep, plan.num_layers))
-        setting = replace(setting, healed_layers=layers, healed_rows=min(local.rows_at_once, local.batch_size))
-    return setting
-
-
-def _with_states(setting: Setting, spec: TrainSpec, teacher: ModelSize) -> Setting:
-    """What loss terms on states hold: each teacher's state once, and of both models what attention is computed from."""
+def _captured(spec: TrainSpec, teacher: ModelSize) -> int:
+    """Bytes per token of what loss terms on states hold: each teacher's state once, and of both models what attention
+    is computed from."""
     states: set[int] = set()
     attention: set[tuple[int, int]] = set()
     for term in spec.settings.losses:
@@ -172,13 +151,5 @@ def _with_states(setting: Setting, spec: TrainSpec, teacher: ModelSize) -> Setti
             states |= {target for _, target in layer_pairs(term, spec.plan, num_shared=spec.frozen_layers)}
         elif isinstance(term, STATE_TERMS):
             attention |= set(layer_pairs(term, spec.plan, num_shared=spec.frozen_layers))
-    width = 2 if setting.teacher == "recorded" else setting.teacher_bytes
-    numbers = teacher.pair_flops // 4 + 2 * teacher.key_numbers
-    return replace(
-        setting,
-        captured=width * len(states) * teacher.hidden + (setting.teacher_bytes + 4) * len(attention) * numbers,
-        # both states and their difference in fp32, and the gradient
-        comparing=4 * 4 * teacher.hidden if states else 0,
-        # scores, their logarithms and gradients, of both models
-        relation=6 * 4 * SCORES if attention else 0,
-    )
+    width = spec.teacher_dtype.itemsize
+    return width * len(states) * teacher.hidden + (width + 4) * len(attention) * teacher.attention_numbers

@@ -51,10 +51,8 @@ class LayerSize:
     """Weights of linear maps: two floating point operations each per token."""
     trained_matrices: int = 0
     """Trained weights of linear maps."""
-    frozen: int = 0
-    """Weights that are frozen and the teacher's."""
     frozen_linear: int = 0
-    """Weights among these that are in linear modules."""
+    """Weights of linear modules that are frozen and the teacher's."""
     kept: Kept = Kept()
     """Bytes that autograd keeps of the layer."""
 
@@ -79,12 +77,10 @@ class ModelSize:
     """Bytes of one number of the hidden states."""
     pair_flops: int
     """Floating point operations of one layer's attention per pair of tokens: scores and values, all heads."""
-    key_numbers: int
-    """Numbers of one token's keys in one layer's cache; its values are as many."""
-    frozen: int = 0
-    """Weights that are frozen and the teacher's, in and outside of layers; tied ones once."""
+    attention_numbers: int
+    """Numbers of one token's queries, keys and values in one layer."""
     frozen_linear: int = 0
-    """Weights among these that are in linear modules and plain embeddings."""
+    """Weights of linear modules and plain embeddings that are frozen and the teacher's; tied ones once."""
     outside: Kept = Kept()
     """Bytes that autograd keeps before the first layer and after the last one."""
 
@@ -205,8 +201,7 @@ def _sizes(model: PreTrainedModel, changed: Collection[int] = ()) -> ModelSize:
         hidden=config.hidden_size,
         state_bytes=head.weight.element_size(),
         pair_flops=4 * heads * width,
-        key_numbers=(getattr(config, "num_key_value_heads", None) or heads) * width,
-        frozen=sum(layer.frozen for layer in layers) + sum(p.numel() for p in outside if not p.requires_grad),
+        attention_numbers=(heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width,
         frozen_linear=sum(layer.frozen_linear for layer in layers)
         + sum(p.numel() for p, kinds in outside.items() if not p.requires_grad and kinds <= {*LINEAR, nn.Embedding}),
     )
@@ -220,7 +215,6 @@ def _layer_size(layer: nn.Module, is_changed: bool) -> LayerSize:
         _trained(layer.parameters()),
         sum(p.numel() for p in matrices),
         trained_matrices=_trained(matrices),
-        frozen=0 if is_changed else sum(p.numel() for p in layer.parameters() if not p.requires_grad),
         frozen_linear=0 if is_changed else sum(p.numel() for p in linear if not p.requires_grad),
     )
 

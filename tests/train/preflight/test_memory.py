@@ -21,25 +21,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from shoal.artifacts.plan import ClosedGap
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
-from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Teacher, Watch
+from shoal.recipe.distill import Distill, Lora, Teacher, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden
-from shoal.train.preflight.fit import disk_bytes, overrides
-from shoal.train.preflight.memory import (
-    COMPILED_LOGIT_BYTES,
-    COMPILED_SHARE,
-    FUSED_SHARE,
-    KEY_BYTES,
-    LOGIT_BYTES,
-    VALUE_BYTES,
-    Setting,
-    memory,
-    shared_weights,
-)
-from shoal.train.preflight.run_size import Job
+from shoal.train.preflight.fit import overrides
+from shoal.train.preflight.memory import memory, shared_weights
+from shoal.train.preflight.run_size import Job, optimizer_bytes
 from shoal.train.preflight.throughput import flops_per_token
-from shoal.train.student.sizes import ModelSize, student_size
+from shoal.train.student.sizes import student_size
 from shoal.train.teacher.wiring import make_trainable_alike
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -127,15 +117,15 @@ shape = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_attent
 teacher, student = (LlamaConfig(num_hidden_layers=n, tie_word_embeddings=True, **shape) for n in (6, 5))
 setting = Setting(rows=8, sequence_length=256, head_chunk=256, accumulation=2, device="cpu")
 sizes = student_size(student, sequence_length=256, prepare=lambda model: None), teacher_size(teacher)
-pace.PROBE_BATCHES, pace.PROBE_S = 2, float("inf")
+pace.PROBE_S = float("1e9")
 
 checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
 plan, ranks = PruningPlan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
 spec = train_spec(*checkpoints, plan, Distill(sequence_length=256, precision="bfloat16"), Record(), ranks)
-pace.probe(spec, replace(setting, rows=2))
+pace.probe(spec, replace(setting, rows=2), flops=1)
 gc.collect()  # models and their objectives hold each other
 before = psutil.Process().memory_info().rss
-pace.probe(spec, setting)
+pace.probe(spec, setting, flops=1)
 found = memory(*sizes, setting)
 print(found.peak - found.fixed - found.optimizer, peak_memory() - before)
 """
@@ -145,7 +135,7 @@ MAPPED = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Freed memory goes back at once: small tensors that linger would be a large part of so small a run."""
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
     """Of a process of its own: the second of two micro-batches of the objective, before AdamW has its moments.
 
@@ -185,29 +175,6 @@ def test_bf16_weights_have_fp32_copies_and_at_stage_1_the_sum_of_gradients_besid
     assert [parts(stage) for stage in (1, 2, 3)] == [(2, 6, 3), (2, 1, 3), (0.5, 1, 3)]
 
 
-@pytest.mark.slow
-def test_frozen_weights_are_counted_once_beside_a_teacher_in_the_same_precision() -> None:
-    settings: dict[str, Any] = {"deepspeed": "deepspeed/zero2.json", "trainable": "from_first_cut"}
-    held, cast = job_of(weights="bfloat16", **settings), job_of(**settings)
-    assert shared_weights(held.student, held.setting) == held.student.frozen
-    assert shared_weights(cast.student, cast.setting) == cast.student.frozen_linear < cast.student.frozen
-
-
-def test_compiled_layers_and_kernels_keep_less_and_a_compiled_loss_no_fp32_logits(tiny_job: Job) -> None:
-    def taken(**changes: Any) -> tuple[int, int]:
-        part = memory(tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, **changes))
-        return part.activations, part.head
-
-    layers = sum(layer.kept.per_row for layer in tiny_job.student.layers) * tiny_job.setting.rows
-    plain, compiled, fused = taken(), taken(compiled=True, compiled_loss=True), taken(fused=True)
-    assert plain[0] - compiled[0] == layers - int(COMPILED_SHARE * layers)
-    assert plain[0] - fused[0] == layers - int(FUSED_SHARE * layers)
-    assert taken(fused=True, compiled=True)[0] == fused[0], "kernels keep what they keep"
-    tokens = min(tiny_job.setting.head_chunk, tiny_job.setting.rows * (LENGTH - 1))
-    assert plain[1] - compiled[1] == tokens * VOCAB_SIZE * (LOGIT_BYTES - COMPILED_LOGIT_BYTES)
-    assert taken(compiled=True)[1] == fused[1] == plain[1]
-
-
 def test_ranks_without_zero_add_up_a_few_gradients_at_a_time(tiny_job: Job) -> None:
     student, teacher, setting = tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, stage=0, ranks=2)
     assert memory(student, teacher, setting).buffers == 4 * student.trained
@@ -224,7 +191,7 @@ def test_offload_moves_states_to_the_host_of_a_node(tiny_job: Job) -> None:
         tiny_job.student, tiny_job.teacher, replace(setting, offload_optimizer=True, offload_parameters=True)
     )
     assert (there.weights, there.gradients, there.optimizer) == (0, 0, 0)
-    assert there.host == 2 * (here.weights + here.gradients + here.optimizer)  # of two ranks on a node
+    assert there.host >= 2 * (here.weights + here.gradients + here.optimizer)  # of two ranks on a node
     assert there.peak < here.peak
 
 
@@ -234,11 +201,11 @@ def test_a_teacher_is_whole_sharded_on_the_host_or_not_there(tiny_job: Job) -> N
         return result.teacher, result.host
 
     whole = 2 * tiny_job.teacher.parameters
-    assert found() == (whole, 0)
+    own = 2 * 4 * tiny_job.student.parameters  # a node's two ranks load whole models there first
+    assert found() == (whole, own + 2 * whole)
     assert found(stage=3)[0] < whole
-    assert found(teacher="offloaded")[1] == 2 * whole  # a node's two ranks have one each
-    assert found(teacher="recorded") == (0, 0)
-    assert found(teacher="none") == (0, 0)  # no loss asks it anything
+    assert found(teacher="recorded") == (0, own)
+    assert found(teacher="none") == (0, own)  # no loss asks it anything
 
 
 def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: Job) -> None:
@@ -278,14 +245,6 @@ def test_selective_checkpointing_lies_between() -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_that_the_local_stage_heals_is_not_shared_and_its_state_not_compared() -> None:
-    losses = (ForwardKL(), HiddenStates())
-    plain, healed = (job_of(trainable="from_first_cut", losses=losses, local=local) for local in (None, LocalHeal()))
-    assert (plain.spec.shared_layers, healed.spec.shared_layers) == (2, 1)  # training says as much of its own
-    assert healed.setting.captured == plain.setting.captured > 0
-
-
-@pytest.mark.slow
 def test_adapters_alone_have_gradients_and_moments() -> None:
     whole, adapters = job_of(), job_of(lora=Lora(rank=4))
     pairs = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -304,12 +263,10 @@ def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
     expected = sum(count for name, count in frozen.items() if "norm" not in name)
     assert shared_weights(found.student, found.setting) == expected
     assert found.memory.weights == 4 * (found.student.parameters - expected)
-    for apart in ({"stage": 3}, {"teacher": "recorded"}, {"teacher": "offloaded"}, {"sharing": "none"}):
+    for apart in ({"stage": 3}, {"teacher": "recorded"}, {"teacher": "offloaded"}, {"shares": False}):
         assert shared_weights(found.student, replace(found.setting, **apart)) == 0
-    same = replace(found.setting, sharing="all")
-    assert shared_weights(found.student, same) == sum(frozen.values())
-    assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float32")).setting.sharing == "all"
-    assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.sharing == "none"
+    assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float32")).setting.shares
+    assert not job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.shares
 
 
 @pytest.mark.slow
@@ -351,75 +308,30 @@ def test_a_batch_over_all_ranks_sets_rows_and_micro_batches() -> None:
         job_of(batch_size=26)
 
 
-def large(job: Job, **setting: Any) -> tuple[ModelSize, ModelSize, Setting]:
-    """The job with models so large that nothing else counts."""
-    student, teacher = (replace(size, parameters=10**9 * size.parameters) for size in (job.student, job.teacher))
-    return student, teacher, replace(job.setting, **setting)
-
-
 @pytest.mark.slow
 def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
     watched = job_of(watch=Watch(), deepspeed="deepspeed/zero3.json")
-    student, teacher, setting = large(watched, stage=3, ranks=1000)
-    found = memory(student, teacher, setting)
-    assert found.peak_at == "scoring"
-    assert found.peak > 4 * student.parameters
-    unwatched = memory(student, teacher, replace(setting, scored_rows=0))
-    assert unwatched.peak < student.parameters
-    assert memory(student, teacher, replace(setting, stage=0)).peak_at != "scoring"
-    few = job_of(watch=Watch(perplexity_tokens=100))
-    assert few.setting.scored_rows == 2  # windows of 64 tokens
-    assert job_of(watch=Watch(tasks=("a",))).setting.scored_rows == 16
+    student, teacher = (
+        replace(size, parameters=10**9 * size.parameters) for size in (watched.student, watched.teacher)
+    )
+    setting = replace(watched.setting, ranks=1000)
+    assert memory(student, teacher, setting).peak > 4 * student.parameters
+    assert memory(student, teacher, replace(setting, gathers=False)).peak < student.parameters
 
 
-@pytest.mark.slow
-def test_samples_have_a_cache_of_keys_and_values() -> None:
-    found = job_of(on_policy=OnPolicy(prompt_tokens=4, new_tokens=12))
-    assert (found.setting.samples, found.setting.sample_tokens) == (4, 16)  # as many as fit into a row
-    longer = replace(found.setting, sample_tokens=10**9)
-    peaks = [memory(found.student, found.teacher, replace(longer, rows=rows)) for rows in (1, 2)]
-    assert peaks[0].peak_at == "sampling"
-    cached = 4 * 10**9 * 4 * 16 * (4 + 2)  # samples, tokens, layers, key numbers, bytes of a key and a value
-    assert peaks[1].peak - peaks[0].peak == pytest.approx(cached, rel=1e-5)
-    compiled = replace(longer, compiled=True, device="cuda")  # 8 and 16 rows, for 5 and 9 samples
-    for rows, samples in ((5, 8), (9, 16)):
-        peak = memory(found.student, found.teacher, replace(compiled, rows=rows, samples=1)).peak
-        assert peak == pytest.approx(samples * -(-(10**9) // 256) * 256 * 4 * 16 * (4 + 2), rel=1e-3)
-
-
-@pytest.mark.slow
-def test_the_cache_of_a_student_under_autocast_holds_what_is_counted() -> None:
-    model = tiny_model("llama")
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        cache = model(torch.arange(10)[None], use_cache=True).past_key_values
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    found = student_size(tiny_config("llama"), sequence_length=LENGTH, prepare=preparing())
-    assert held == 10 * NUM_LAYERS * found.key_numbers * (KEY_BYTES + VALUE_BYTES)
-
-
-@pytest.mark.slow
-def test_a_local_stage_takes_both_models_whole_and_twelve_bytes_per_trained_weight() -> None:
-    found = job_of(local=LocalHeal(), deepspeed="deepspeed/zero3.json")
-    assert found.setting.healed_layers == (1, 2)  # before layers 2 and 4 of the teacher
-    student, teacher, setting = large(found, ranks=1000)
-    told = memory(student, teacher, setting)
-    assert told.peak_at == "the local stage"
-    assert told.peak == pytest.approx(4 * student.parameters + 2 * teacher.parameters, rel=1e-3)
-    more = replace(student, layers=tuple(replace(layer, parameters=10**12) for layer in student.layers))
-    assert memory(more, teacher, setting).peak - told.peak == pytest.approx(2 * 12 * 10**12, rel=1e-3)
-    assert disk_bytes(found)["local"] == 4 * found.student.parameters + 12 * 2 * found.student.layers[1].parameters
-
-
-@pytest.mark.slow
-def test_writing_the_student_takes_a_copy_and_what_its_files_hold_otherwise() -> None:
-    student, teacher, setting = large(job_of(), device="cpu", stored_bytes=2, teacher="recorded")
-    found = memory(student, teacher, setting)
-    assert found.peak_at == "saving"
-    frozen = student.parameters - student.trained  # all but a few of these
-    assert found.peak == pytest.approx((4 + 4 + 2) * frozen, rel=1e-3)
-    on_gpu = memory(student, teacher, replace(setting, device="cuda"))
-    assert on_gpu.peak_at != "saving"
-    assert on_gpu.host_briefly >= (4 + 2) * frozen
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 8),
+        ({"trainer": {"optim": "lion_8bit"}}, 1 + 4 / 256),
+        ({"trainer": {"optim": "adamw_torch_4bit"}}, 2 * (0.5 + 4 / 128)),
+        ({"trainer": {"optim": "sgd"}}, 0),
+        ({"deepspeed": {"optimizer": {"type": "Lion"}}}, 4),
+    ],
+)
+def test_moments_follow_from_the_name_of_the_optimizer(settings: dict[str, Any], expected: float) -> None:
+    spec = spec_of(Distill(**{"deepspeed": None, **settings}), CUT, student_layers=4)
+    assert optimizer_bytes(spec) == expected
 
 
 @pytest.mark.slow
