@@ -217,7 +217,6 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         **clock.figures(spec.tokens_per_step),
         **memory_figures(),
         "estimate": told.memory.peak,
-        "estimate_at": told.memory.peak_at,
         "attention": student.config._attn_implementation,
         "flops_per_token": flops(told, rows, again=False),
         "flops_per_token_again": flops(told, rows, again=True),
