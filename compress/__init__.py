@@ -21,7 +21,6 @@ Folders:
     edits     changes of layers besides dropping them
     heads     heads that copy, and states that carry an answer
     metrics   scores of layers from plain text
-    quantize  quantised copies of checkpoints
     surgery   the student in memory and on disk, proven to be the teacher without the dropped layers
     sweeps    variants scored on tasks, and what follows from it
     targets   other programs that load students

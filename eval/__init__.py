@@ -1,6 +1,5 @@
 """Score teacher, pruned and distilled on the same items, say what may be said of the difference, and show it.
 
-    draft       what a teacher accepts of a student's tokens
     evaluate    the artifact of one role
     quick_eval  a few scores in the middle of training
     speed       tokens per second, memory, size

@@ -17,7 +17,7 @@ from lm_eval.models.utils import resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Json, Provenance
-from shoal.artifacts.evaluation import MODEL, QUANTIZED, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.inference.vllm import vllm_version
 from shoal.models.anatomy import text_config
@@ -79,7 +79,7 @@ def role_evaluation(
             seconds=time.monotonic() - started,
         )
     model = checkpoint.model(device=device())
-    if role in (*QUANTIZED, MODEL):
+    if role == MODEL:
         model = with_plain_weights(model, checkpoint.loaded_dtype())
     return model_evaluation(
         role, model, checkpoint.tokenizer(), questions, inputs=inputs, num_bytes=num_bytes, items=items

@@ -83,14 +83,8 @@ VERBS = {
         ),
         example="--config my.yaml distill.num_tokens=1e6 --dry-run",
     ),
-    "quantize": Verb(
-        "quantised copies of the student, healed before, and of its teacher: quantized/, teacher_quantized/",
-        "verbs.export.quantize",
-        example="--config my.yaml quantize.format=int8 quantize.teacher_format=int4",
-        check="verbs.export.check_quantize",
-    ),
     "eval": Verb(
-        "score teacher, pruned, control, distilled and quantised copies: eval/*.json",
+        "score teacher, pruned, control and distilled: eval/*.json",
         "verbs.evaluate.evaluate",
         example="--config my.yaml eval.suite=quick eval.limit=50",
     ),
@@ -208,7 +202,6 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     Raises:
         UserError: no such model, metric, task or DeepSpeed file, or a package that a format or an engine needs.
     """
-    from shoal.compress.quantize.formats import SETTINGS, check_format
     from shoal.eval.tasks.names import refuse_unknown
     from shoal.inference.vllm import check_vllm
     from shoal.models.checkpoint_files import refuse_no_model
@@ -216,7 +209,7 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     from shoal.recipe.measure import refuse_unknown_metrics
     from shoal.recipe.section import TEACHER_TEXT
 
-    sweep, distill, quantize = recipe.measure.sweep, recipe.distill, recipe.quantize
+    sweep, distill = recipe.measure.sweep, recipe.distill
     if verb != "report":
         refuse_no_model(recipe.model)
     if verb in ("measure", "run"):
@@ -233,10 +226,6 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
                 check_vllm("distill.writing.backend")
     if verb == "record" and recipe.record.backend == "vllm":
         check_vllm("record.backend")
-    if verb in ("quantize", "run") and quantize is not None:
-        for role, setting in SETTINGS.items():
-            if (format := quantize.format_of(role)) is not None:
-                check_format(format, setting)
     if verb in ("eval", "run"):
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)
         if recipe.eval.backend == "vllm":

@@ -162,9 +162,6 @@ def read_scored(folder: Path) -> Run:
         run = read_run(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
-    engine = next((evaluation.engine for evaluation in run.evaluations.values()), "")
-    kept = {role: evaluation for role, evaluation in run.evaluations.items() if evaluation.engine == engine}
-    run = replace(run, evaluations=kept)
     if not any(role in run.evaluations for role in (*CUT_ROLES, MODEL)):
         only = "only the teacher was evaluated" if run.evaluations else "holds no evaluation"
         is_cut = any((folder / name).is_dir() for name in ("student", "distilled"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, PERPLEXITY, QUANTIZED, ROLES, Evaluation, TaskScore
+from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, PERPLEXITY, ROLES, Evaluation, TaskScore
 from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING
@@ -20,7 +20,7 @@ from .comparable import CUT_ROLES, Common, Contender, find_common, read_contende
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
 HARMLESS_INPUTS = ("attention", "eval.batch_size")
-COMPARED = (*QUANTIZED, *CUT_ROLES, MODEL)
+COMPARED = (*CUT_ROLES, MODEL)
 """Roles whose models are compared with one of the first run, or with the checkpoint that stands first; of a run beside
 a checkpoint the last of them is."""
 HARMLESS_VERSIONS = ("torch", "transformers", "device")
@@ -267,9 +267,6 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
         for role in CUT_ROLES:
             if role not in contender.run.evaluations:
                 yield f"{contender.letter} has no {role} model here: {contender.file(role)} does not exist."
-        for role in QUANTIZED:
-            if role not in contender.run.evaluations and contender.file(role).is_file():
-                yield f"{contender.letter}'s {role} is left out: another engine scored it, with which nothing pairs."
         if "teacher" not in contender.run.evaluations:
             same = teacher_of(contender, contenders)
             said = "that of another run is used, of the same model" if same else "so nothing is known of what it kept"

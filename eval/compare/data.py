@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,6 @@ def _run_data(contender: Contender) -> dict[str, Any]:
         "cut": run.plan.in_words() if run.plan else None,
         "training_tokens": run.training.num_tokens if run.training else None,
         "training_seconds": run.training.seconds if run.training else None,
-        "drafts": {role: list(map(asdict, texts)) for role, texts in (run.drafts.roles if run.drafts else {}).items()},
     }
 
 

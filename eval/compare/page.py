@@ -17,7 +17,6 @@ from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
 from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from ..report.page import to_html
-from ..report.speed import DRAFT_LEGEND, draft_cost, draft_table
 from ..report.wording import (
     DASH,
     difference_text,
@@ -64,13 +63,12 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
 def build_document(comparison: RunComparison, figure: Picture | None) -> Document:
     """The page: what may be said, the table, the figure, every task with its tests, and what to know."""
     warning = [Paragraph(comparison.precision, warning=True)] if comparison.precision else []
-    groups, drafts = task_groups(comparison), _draft_blocks(comparison)
+    groups = task_groups(comparison)
     sections = [
         Section("The runs", (_runs_table(comparison),)),
         Section("What comes back", tuple(_standing_blocks(comparison, groups))),
         Section("All models in one table", (*warning, _main_table(comparison), Paragraph(_legend(comparison)))),
         Section("What is kept, at which cost", (figure,) if figure else (Paragraph(no_figure(comparison)),)),
-        *([Section("As a draft for the teacher", tuple(drafts))] if drafts else []),
         Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
     ]
     if known := _known(comparison):
@@ -91,7 +89,6 @@ def comparison_text(comparison: RunComparison) -> str:
         is_table = isinstance(block, Table)
         parts.append(f"{block.caption}\n{_aligned([block.columns, *block.rows])}" if is_table else block.text)
     parts.append(_aligned([COSTS_SHOWN, *map(_cost_row, comparison.models)]))
-    parts += [_aligned([block.columns, *block.rows]) for block in _draft_blocks(comparison) if isinstance(block, Table)]
     for index in range(len(comparison.tasks)):
         table = _task_table(comparison, index)
         narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
@@ -230,18 +227,6 @@ def _how_ranked(groups: Groups, *, formed: bool) -> Iterator[str]:
             "Form gap: the score in the form of training text minus that of the same items in a form that no training "
             "text has. The teacher's says how much harder that form is for a model that was not trained on either."
         )
-
-
-def _draft_blocks(comparison: RunComparison) -> list[Table | Paragraph]:
-    """What teachers accept of the models' tokens, of runs that measured it."""
-    rows = [
-        (f"{contender.letter} {role}", text, draft_cost(contender.run.speed, role))
-        for contender in comparison.contenders
-        if contender.run.drafts
-        for role, texts in contender.run.drafts.roles.items()
-        for text in texts
-    ]
-    return [draft_table(rows), Paragraph(DRAFT_LEGEND)] if rows else []
 
 
 def _inside(titles: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
 from ..report.sections import DIFFERENCES, difference_table, form_section, no_signal_section, score_table
-from ..report.speed import draft_section, quantized_section, speed_section
+from ..report.speed import speed_section
 from ..report.wording import by_column, column_words
 from .license import License, base_license, license_file
 
@@ -173,8 +173,6 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
     parts += [first, *([lines] if lines else []), *others]
     if comparison.rows:
         parts += ["## Before and after", *_results(run, comparison)]
-        if quantized := quantized_section(run, comparison):
-            parts += [f"## {quantized.title}", *quantized.blocks]
         parts += ["## Read with care", *cautions_section(run, comparison).blocks]
     changed = "cut" if _is_smaller(run) else "changed"
     parts += [f"## What was {changed}", *_cut_lines(run, base), *_picture(run, "importance")]
@@ -182,8 +180,6 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:
         parts += ["## Speed and size", *speed_section(run).blocks]
-    if drafts := draft_section(run):
-        parts += [f"## {drafts.title}", *drafts.blocks]
     automatic = "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM"
     usage = _USAGE.format(path=_repo(run) or ".", automatic=automatic)
     parts += ["## How to use it", Code(usage, "python")]

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from shoal.artifacts.artifact import Artifact, Json
-from shoal.artifacts.evaluation import QUANTIZED, ROLES
+from shoal.artifacts.evaluation import ROLES
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
@@ -176,10 +176,10 @@ def missing_section(run: Run) -> Section | None:
 
 
 def _results(run: Run) -> dict[tuple[str, str], Artifact | None]:
-    """Every result that a run can have, by its file and the verb that makes it; a control and quantised copies only
-    where they are wanted."""
+    """Every result that a run can have, by its file and the verb that makes it; a control only
+    where it is wanted."""
     recipe = run.recipe or {}
-    wanted = {"control": (recipe.get("eval") or {}).get("control"), **dict.fromkeys(QUANTIZED, recipe.get("quantize"))}
+    wanted = {"control": (recipe.get("eval") or {}).get("control")}
     roles = [role for role in ROLES if role in run.evaluations or wanted.get(role, True)]
     return {
         ("importance.json", "measure"): run.importance,

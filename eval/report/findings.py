@@ -14,16 +14,13 @@ from typing import Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, differences
 from shoal.artifacts.depth import DepthUse
-from shoal.artifacts.draft import Drafts
 from shoal.artifacts.evaluation import (
     LIKELIHOOD_PROTOCOLS,
     MODEL,
-    QUANTIZED,
     ROLES,
     Evaluation,
     Interval,
     ItemScore,
-    Quantized,
     TaskScore,
 )
 from shoal.artifacts.importance import Importance
@@ -55,13 +52,8 @@ PAIRS = (
     ("teacher", "distilled"),
     ("teacher", "control"),
     ("control", "distilled"),
-    ("pruned", "quantized"),
-    ("distilled", "quantized"),
-    ("teacher", "teacher_quantized"),
-    ("teacher_quantized", "quantized"),
 )
-"""(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was; the
-quantised teacher is what a quantised student has to beat."""
+"""(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was."""
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
@@ -89,10 +81,6 @@ class Run:
     """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
     depth_use: DepthUse | None = None
     """How the models use their layers, side by side; of `shoal depth`."""
-    quantized: dict[str, Quantized] = dataclasses.field(default_factory=dict)
-    """What quantised copies were made of, by role."""
-    drafts: Drafts | None = None
-    """What the teacher accepts of the cut models' tokens in speculative decoding."""
 
     @property
     def model(self) -> str:
@@ -165,8 +153,6 @@ class Comparison:
     rows: tuple[Row, ...]
     refused: tuple[str, ...]
     """Reasons why a role's score was left out of a row: it was measured with other settings."""
-    elsewhere: tuple[Row, ...] = ()
-    """Rows of the roles that another engine ran than the one that ran the teacher; nothing pairs the two."""
     formless: tuple[str, ...] = ()
     """Reasons why a twin has no form gap."""
 
@@ -197,12 +183,6 @@ def read_run(folder: Path) -> Run:
         speed=read_result(Speed, folder / Speed.FILE),
         numerics=run_file.get("numerics") or {},
         depth_use=read_result(DepthUse, folder / DepthUse.FILE),
-        quantized={
-            role: record
-            for role in QUANTIZED
-            if (record := read_result(Quantized, folder / role / Quantized.FILE)) is not None
-        },
-        drafts=read_result(Drafts, folder / Drafts.FILE),
     )
     parts = (run.importance, run.plan, run.training, run.speed)
     if all(part is None for part in parts) and not evaluations:
@@ -220,11 +200,8 @@ def read_result(kind: type[A], path: Path) -> A | None:
 def compare(run: Run) -> Comparison:
     """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
     refused: list[str] = []
-    engine = next((evaluation.engine for evaluation in run.evaluations.values()), "")
-    own = {role: evaluation for role, evaluation in run.evaluations.items() if evaluation.engine == engine}
-    others = {role: evaluation for role, evaluation in run.evaluations.items() if role not in own}
-    rows, unpaired = _with_forms(_rows(own, refused))
-    return Comparison(tuple(rows), tuple(refused), tuple(_rows(others, refused)), tuple(unpaired))
+    rows, unpaired = _with_forms(_rows(run.evaluations, refused))
+    return Comparison(tuple(rows), tuple(refused), tuple(unpaired))
 
 
 def _rows(evaluations: Mapping[str, Evaluation], refused: list[str]) -> list[Row]:
@@ -248,13 +225,11 @@ def _rows(evaluations: Mapping[str, Evaluation], refused: list[str]) -> list[Row
 
 
 def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
-    """The run without the scores that were refused a place beside the others, and without quantised copies, which have
-    a section of their own: for figures and curves."""
+    """The run without the scores that were refused a place beside the others: for figures and curves."""
     scores = {row.key: row.scores for row in comparison.rows}
     evaluations = {
         role: replace(evaluation, tasks=tuple(task for task in evaluation.tasks if role in scores.get(task.key, {})))
         for role, evaluation in run.evaluations.items()
-        if role not in QUANTIZED
     }
     return replace(run, evaluations={role: evaluation for role, evaluation in evaluations.items() if evaluation.tasks})
 
@@ -333,7 +308,7 @@ def _refuse_mixed_runs(run: Run) -> None:
                 f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
                 "move it back to its own name, or run `shoal eval` again"
             )
-    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill", DepthUse: "depth", Quantized: "quantize"}
+    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill", DepthUse: "depth"}
     parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
     for subject, entries in _identities(run, parts).items():
         (first, _, expected), *others = entries or [("", "", None)]
@@ -373,23 +348,12 @@ def _identities(
     if run.training:
         entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
     for role, subject in subjects.items():
-        if record := run.quantized.get(role):
-            entries[subject].append((f"{role}/{Quantized.FILE}", "content", record.content or None))
         if evaluation := run.evaluations.get(role):
             entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:
             entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
-        if run.drafts:
-            field = "model" if role == "teacher" else role
-            entries[subject].append((Drafts.FILE, field, run.drafts.provenance.inputs.get(field)))
         if run.depth_use:
             entries[subject].append((DepthUse.FILE, role, run.depth_use.provenance.inputs.get(role)))
-    for role, record in run.quantized.items():
-        if copy := run.evaluations.get(role):
-            file = f"{role}/{Quantized.FILE}"
-            entries[subjects[record.source]].append((file, "model", record.provenance.inputs.get("model")))
-            sizes = (file, "num_bytes", record.num_bytes), (f"eval/{role}.json", "num_bytes", copy.num_bytes)
-            entries[f"the size of {role}"] = list(sizes)
     told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
         dropped = list(run.training.provenance.inputs["prune.drop"])

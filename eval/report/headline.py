@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.artifacts.evaluation import QUANTIZED, ROLES
+from shoal.artifacts.evaluation import ROLES
 from shoal.artifacts.speed import SpeedScore
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
@@ -68,7 +68,7 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
 
 def board(run: Run, comparison: Comparison) -> Board | None:
     """What was lost and came back by ability, as it is asked worst and best; None where nothing can be compared."""
-    roles = tuple(role for role in ROLES if role in run.evaluations and role not in QUANTIZED)
+    roles = tuple(role for role in ROLES if role in run.evaluations)
     left_out = ("teacher", "distilled") if "control" in roles else None
     pairs = [pair for pair in CHANGES if set(pair) <= set(roles) and pair != left_out]
     rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]

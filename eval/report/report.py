@@ -42,7 +42,7 @@ from .sections import (
     read_write_section,
     scores_section,
 )
-from .speed import draft_section, quantized_section, speed_section
+from .speed import speed_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         form_section(comparison),
         scores_section(run, comparison, pictures.get("before_after")),
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
-        quantized_section(run, comparison),
         no_signal_section(comparison),
         protocol_section(run, comparison),
         read_write_section(run, [replace(figure, folded=True) for figure in drawn("read_write")]),
@@ -92,7 +91,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         depth_section(run, pictures.get("depth_use")),
         flips_section(comparison),
         speed_section(run),
-        draft_section(run),
         costs_section(run),
         terms_section(),
         settings_section(run),

@@ -202,8 +202,7 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
 
 def score_table(run: Run, rows: Sequence[Row]) -> Table:
     """Every task's scores by ability, with what is kept of them; in this order a phone sets what is kept below."""
-    engine = next((row.any_score.engine for row in rows), "")
-    roles = [role for role in ROLES if role in run.evaluations and run.evaluations[role].engine == engine]
+    roles = [role for role in ROLES if role in run.evaluations]
     kept = [role for role in roles if role != "control" and any(role in row.retained for row in rows)]
     told_apart = any(row.column for row in rows)
     groups: dict[str, list[Row]] = {}

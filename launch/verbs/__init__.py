@@ -13,5 +13,5 @@ launch          distill under the DeepSpeed launcher
 evaluate        eval
 depth           depth
 report          report
-export          quantize; GGUF files, the Hub
+export          GGUF files, the Hub
 """

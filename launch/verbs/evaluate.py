@@ -1,5 +1,4 @@
-"""The stage `eval`: teacher, pruned, control and distilled model and quantised copies on the same items, and how fast
-they are.
+"""The stage `eval`: teacher, pruned, control and distilled model on the same items, and how fast they are.
 
 Code of a stage is imported where it is used, so that a verb loads only what it runs.
 """
@@ -8,14 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance, differences
-from shoal.artifacts.draft import Drafts
-from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, Evaluation, Quantized
+from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
@@ -40,7 +37,7 @@ from shoal.models.checkpoint_files import (
 from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_images
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
-from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
+from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, environment, free_memory, is_main, seed_everything, world_size
 
 from .distill import control_inputs, trained_inputs
@@ -68,47 +65,12 @@ MODELS = "models"
 
 
 def roles(run: Run) -> dict[str, Path]:
-    """The models that exist now, by role; control and quantised copies only where the recipe asks for them."""
+    """The models that exist now, by role; control only where the recipe asks for it."""
     folders = {"teacher": run.teacher, "pruned": run.dir / "student"}
     if run.recipe.eval.control:
         folders[CONTROL] = run.dir / CONTROL / "distilled"
     folders["distilled"] = run.dir / "distilled"
-    folders |= {
-        role: run.dir / role for role in QUANTIZED if run.recipe.quantize and run.recipe.quantize.format_of(role)
-    }
     return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
-
-
-def quantized_from(run: Run, role: str) -> tuple[str, Path] | None:
-    """Role and folder of the model that a quantised copy is made of: cut and healed before it is quantised, as far as
-    the run is; None = there is no student yet."""
-    folders = {name: folder for name, folder in roles(run).items() if name not in QUANTIZED}
-    sources = ("teacher",) if role == "teacher_quantized" else ("distilled", "pruned")
-    return next(((source, folders[source]) for source in sources if source in folders), None)
-
-
-def quantized_inputs(run: Run, role: str) -> dict[str, Any]:
-    """What identifies the quantised copy ``role``; without the model where that is gone."""
-    from shoal.compress.quantize.formats import CALIBRATED, GROUPED
-
-    settings, source = run.recipe.quantize, quantized_from(run, role)
-    assert settings is not None
-    format = settings.format_of(role)
-    inputs: dict[str, Any] = {"quantize.format": format}
-    if source is not None:
-        inputs["model"] = model_fingerprint(source[1])
-    if format in GROUPED:
-        inputs["quantize.group_size"] = settings.group_size
-    if format in CALIBRATED:
-        own = run.recipe.distill
-        inputs |= {"quantize.num_tokens": settings.num_tokens, "distill.sequence_length": own.sequence_length}
-        inputs |= {"data": sources_fingerprint(calibration_sources(run)), "seed": run.recipe.seed}
-    return inputs
-
-
-def calibration_sources(run: Run) -> list[DataSource]:
-    """The training text, as far as it is there before the teacher writes any."""
-    return [source for source in run.recipe.distill.data if source.path != TEACHER_TEXT]
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
@@ -196,8 +158,6 @@ def evaluate(run: Run) -> None:
     changes = (prune.drop, prune.num_drop, prune.ratio, prune.target, prune.edits, prune.width)
     if list(folders) == ["teacher"] and any(changes):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
-    if run.recipe.quantize and not folders.keys() & set(QUANTIZED):
-        log.warning("eval: there are no quantised copies (quantize) in %s yet; `shoal quantize` makes them", run.dir)
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
         log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
     checkpoints = _checkpoints(run, folders)
@@ -205,8 +165,6 @@ def evaluate(run: Run) -> None:
     if run.recipe.eval.speed and is_main():
         _speed(run, checkpoints)
     barrier()
-    if run.recipe.eval.draft:
-        _draft(run, checkpoints)
 
 
 def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool = False) -> list[Path]:
@@ -260,16 +218,12 @@ def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Pat
     """
     beside = {model: _beside(run, model, out) for model in models}
     teacher = _checkpoints(run, {"teacher": run.teacher})
-    for model, own in beside.items():
+    for own in beside.values():
         checkpoints = {MODEL: own.checkpoint}
         with locked(own.run):
             _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}), cut_by=own.cut_by)
             if run.recipe.eval.speed:
                 _speed(own.run, teacher | checkpoints)
-            if run.recipe.eval.draft and own.cut_by is not None:
-                log.warning("draft: %s has other tokens than the teacher, whose draft it cannot be", model)
-            elif run.recipe.eval.draft:
-                _draft(own.run, teacher | checkpoints, beside=run)
             write_story(own.run)
     return {model: own.run.dir for model, own in beside.items()}
 
@@ -424,16 +378,14 @@ def _tell_of_left_out(path: Path, result: Evaluation) -> None:
 
 
 def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
-    """Refuse a student/, distilled/, control/ or quantised copy that other settings made: scores of different runs
-    would share a table."""
+    """Refuse a student/, distilled/, or control/ that other settings made: scores of different runs would share a
+    table."""
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
         plan = read_plan(run)
         if CONTROL in folders:
             require(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "shoal distill")
         if "distilled" in folders:
             require(Training, run.dir / Training.FILE, trained_inputs(run, plan), "shoal distill")
-    for role in folders.keys() & set(QUANTIZED):
-        require(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role), "shoal quantize")
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
@@ -445,8 +397,8 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
         return cut_model(teacher, range(1, len(decoder_layers(teacher)), 2), share=True)
 
     path = run.dir / Speed.FILE
-    # a control is as fast as the teacher, and quantised copies are served by other programs
-    measured = {role: own for role, own in checkpoints.items() if role not in (CONTROL, *QUANTIZED)}
+    # a control is as fast as the teacher
+    measured = {role: own for role, own in checkpoints.items() if role != CONTROL}
     inputs = speed_inputs(run, {role: own.folder for role, own in measured.items()})
     if is_done(Speed, path, inputs, "speed"):
         return
@@ -460,41 +412,3 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
         path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores
         return
     speed.write(path)
-
-
-def draft_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
-    """What identifies what the teacher among these models accepts of the others' tokens."""
-    drafts = [(role, folder) for role, folder in folders.items() if role != "teacher"]
-    # the teacher is the model here, also where a checkpoint has that role
-    roles = {"checkpoint" if role == MODEL else role: model_fingerprint(folder) for role, folder in drafts}
-    return {**eval_inputs(run, folders["teacher"]), **roles}
-
-
-def _draft(run: Run, checkpoints: dict[str, Checkpoint], *, beside: Run | None = None) -> None:
-    """What the teacher accepts. What it writes is kept in ``run``, or in the run ``beside``, whose teacher it is."""
-    from shoal.eval.draft import measure_drafts
-    from shoal.eval.tasks.load import tasks_of
-
-    path = run.dir / Drafts.FILE
-    # a control is no smaller than the teacher, and quantised copies are served by other programs
-    measured = {role: own for role, own in checkpoints.items() if role not in (CONTROL, *QUANTIZED)}
-    inputs = draft_inputs(run, {role: own.folder for role, own in measured.items()})
-    teacher = measured.pop("teacher")
-    if not measured:
-        log.warning("draft: there is no cut model yet; `shoal prune` makes it")
-    if not measured or is_done(Drafts, path, inputs, "draft"):
-        return
-    seed_everything(run.recipe.seed)
-    with nullcontext() if beside is None else locked(beside):
-        drafts = measure_drafts(
-            teacher,
-            measured,
-            run.recipe.eval,
-            provenance=Provenance(inputs),
-            tasks=tasks_of(run.recipe.eval, seed=run.recipe.seed),
-            seed=run.recipe.seed,
-            items=(beside or run).dir / "eval" / "items",
-        )
-    if is_main():
-        drafts.write(path)
-    barrier()

@@ -9,7 +9,6 @@ from shoal.data.sources import load_texts
 from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Replace
 from shoal.recipe.prune import Calibration
-from shoal.recipe.track import is_gguf
 
 from .plan import choose_plan, read_goals, refuse_unmeasured, width_of
 from .run import Run, check_length
@@ -94,11 +93,10 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
     would not take, or takes for another model."""
     from shoal.compress.targets.check import refuse_for_targets, student_config
 
-    student, copies = student_config(run.config(), plan.keep, plan.width), run.recipe.quantize
-    gguf = run.recipe.export.gguf or (copies is not None and is_gguf(copies.format))
+    student = student_config(run.config(), plan.keep, plan.width)
     if targets := run.recipe.prune.targets:
         refuse_for_targets(student, targets)
-    if gguf:
+    if run.recipe.export.gguf:
         from shoal.compress.targets.gguf import refuse_gguf
 
         refuse_gguf(student)

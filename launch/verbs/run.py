@@ -28,8 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact, differences
 from shoal.artifacts.depth import Diagnostics, Probes
-from shoal.artifacts.draft import Drafts
-from shoal.artifacts.evaluation import CONTROL, MODEL, QUANTIZED, ROLES, Evaluation, Quantized
+from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation
 from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
@@ -494,10 +493,8 @@ def write_story(run: Run) -> None:
         (PruningPlan.FILE, PruningPlan),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
-        *((f"{role}/{Quantized.FILE}", Quantized) for role in QUANTIZED),
         *((f"eval/{role}.json", Evaluation) for role in (*ROLES, MODEL)),
         (Speed.FILE, Speed),
-        (Drafts.FILE, Drafts),
     ]
     for name, kind in kinds:
         if (file := run.dir / name).is_file():

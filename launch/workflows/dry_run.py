@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.artifacts.evaluation import CONTROL, Evaluation, Quantized
+from shoal.artifacts.evaluation import CONTROL, Evaluation
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, duration_text
 from shoal.machine import free_disk
@@ -22,8 +22,7 @@ from shoal.progress import doing
 from shoal.runtime import device
 
 from ..verbs.distill import training_estimate, what_is_trained
-from ..verbs.evaluate import eval_inputs, quantized_inputs, roles
-from ..verbs.export import formats
+from ..verbs.evaluate import eval_inputs, roles
 from ..verbs.measure import measured
 from ..verbs.plan import expected_plan
 from ..verbs.prune import student_estimate, what_is_cut
@@ -71,8 +70,6 @@ def run_dry_run(run: Run) -> str:
         stages.append(cut := _prune(run))
     with doing("distill --dry-run"):
         stages.append(healed := _distill(run, cut=cut))
-    if run.recipe.quantize is not None:
-        stages.append(_quantize(run, healed=healed, is_last=True))
     stages.append(_eval(run, cut=cut, healed=healed))
     stages.append(Stage("report", "to do", time=UNKNOWN, disk=UNKNOWN))  # it is written whatever is there
     rows = [("stage", "", "time here", "disk", "")]
@@ -156,30 +153,15 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
     return Stage("distill", state, why, time, bytes_text(size.num_bytes), size.num_bytes, size.text)
 
 
-def _quantize(run: Run, *, healed: Stage, is_last: bool) -> Stage:
-    wanted = formats(run)
-    if is_last and healed.is_done and all(_is_up_to_date(run, role) for role in wanted):
-        return Stage("quantize", "done")
-    copies = ", ".join(f"{role}: {format}" for role, format in wanted.items())
-    return Stage("quantize", "to do", copies, UNKNOWN, UNKNOWN)
-
-
-def _is_up_to_date(run: Run, role: str) -> bool:
-    """Whether the quantised copy ``role`` is there, of the models that are there now."""
-    return out_of_date(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role)) == []
-
-
 def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     from shoal.eval.evaluate import num_items
     from shoal.eval.suites import in_words, rest_in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
     settings = run.recipe.eval
-    copies = formats(run)
-    wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled", *copies]
+    wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled"]
     scored_roles = roles(run)
     final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
-    final |= {role: healed.is_done and role in scored_roles and _is_up_to_date(run, role) for role in copies}
     files = {role: run.dir / "eval" / f"{role}.json" for role in wanted}
     scored = {
         role

@@ -10,7 +10,6 @@ from shoal.recipe.section import as_dict
 
 from ..verbs.distill import distill_is_done
 from ..verbs.evaluate import evaluate
-from ..verbs.export import quantize
 from ..verbs.measure import measure
 from ..verbs.prune import prune
 from ..verbs.report import report
@@ -33,8 +32,6 @@ def run_all(run: Run, launch: Callable[[Run], None]) -> None:
     if not is_done:
         launch(run)
     with locked(run):
-        if run.recipe.quantize is not None:
-            quantize(run)
         evaluate(run)
         report(run)
         track(run)

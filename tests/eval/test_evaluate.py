@@ -90,7 +90,7 @@ def test_few_shot_prompts_are_counted_in_the_score() -> None:
     assert score.num_fewshot == 2
 
 
-@pytest.mark.parametrize("role", ["teacher", "quantized", "teacher_quantized", "model"])
+@pytest.mark.parametrize("role", ["teacher", "model"])
 def test_what_may_be_quantised_is_scored_in_the_precision_that_is_asked_for(
     role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,6 @@ REFUSED = (
     ("distill distill.deepspeed=nothing.json", "distill.deepspeed: no file 'nothing.json'; shipped ones are"),
     ("distill distill.watch.tasks=[knowlege]", "distill.watch.tasks: 'knowlege' is no task, neither of shoal nor of"),
     (f"run {TEXT} distill.writing.backend=vllm", "distill.writing.backend: vllm is not installed here"),
-    ("run quantize.format=w4a16_gptq", "quantize.format: w4a16_gptq is made and loaded by llmcompressor, which is not"),
-    ("run quantize.format=int8 quantize.teacher_format=nf4", "quantize.teacher_format: nf4 is made and loaded by bit"),
     ("eval eval.tasks=[knowlege]", "eval.tasks: 'knowlege' is no task, neither of shoal nor of lm-eval; did you mean"),
     ("eval eval.backend=vllm", "eval.backend: vllm is not installed here; install it, or use backend: transformers"),
     ("record record.backend=vllm", "record.backend: vllm is not installed here; install it, or use backend"),
@@ -29,12 +27,10 @@ REFUSED = (
 PROGRAM = """
 import sys
 from shoal.launch.cli import run_verb
-from shoal.compress.quantize import formats
 from importlib import util
 
 find_spec = util.find_spec
 util.find_spec = lambda name, *more: None if name == "vllm" else find_spec(name, *more)
-formats._is_installed = lambda module: module == "torchao"
 for words in {refused!r}:
     verb, *overrides = words.split()
     print(words, run_verb(verb, {recipe!r}, overrides), [name for name in {heavy!r} if name in sys.modules], sep="|")

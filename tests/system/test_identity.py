@@ -168,7 +168,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "speed": False,
             "speed_batch_sizes": [1, 2],
         },
-        "quantize": {"format": "int8", "teacher_format": "nf4", "group_size": 64, "num_tokens": 900},
         "track": {"wandb": "off", "tags": ["a"]},
         "export": {"gguf": True},
     },
@@ -220,7 +219,6 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
             prefix=3,
         ),
         "speed": evaluate.speed_inputs(run, {}),
-        "quantized": {} if recipe.quantize is None else shaping(recipe.quantize, Shapes.QUANTIZED, "quantize."),
     }
 
 

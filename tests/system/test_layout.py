@@ -26,7 +26,7 @@ LEVELS = (
     ("shoal.artifacts", "shoal.data", "shoal.inference"),
     ("shoal.figures", "shoal.stats", "shoal.tracking", "compress.surgery", "train.engine"),
     ("compress.edits", "compress.targets", "train.callbacks", "train.objective", "eval.tasks"),
-    ("compress.quantize", "compress.variants", "train.generated", "train.student", "eval.harness"),
+    ("compress.variants", "train.generated", "train.student", "eval.harness"),
     ("compress.metrics", "compress.depth", "train.teacher", "eval.report"),
     ("compress.changes", "compress.heads", "train.preflight", "eval.compare", "eval.export", "eval"),
     ("compress.sweeps", "train"),

@@ -9,7 +9,6 @@ speed          how fast they are
 tables         results as tables: pandas, notebooks
 width          what stays within layers that are narrowed
 depth          diagnostics and probes
-draft          what a teacher accepts of a draft's tokens
 heads          retrieval heads and patching
 vision_states  what states of a vision tower are worth
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
@@ -14,8 +14,6 @@ Column = Literal["in", "twin", "out", "public", "disputed"]
 """How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
 that it never has, `out` = an ability that it never shows, `public` = a public benchmark; `disputed` = the items of any
 of them on which people do not agree, which choose nothing."""
-QUANTIZED = ("quantized", "teacher_quantized")
-"""Roles of the quantised copies of the student and of the teacher, and their folders in a run directory."""
 CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"
@@ -24,7 +22,7 @@ PERPLEXITY = "perplexity"
 """Name of the score of running text, which is there whatever the tasks are."""
 NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
 """Metrics of running text; of models with unequal tokenizers the second alone can be compared."""
-ROLES = ("teacher", "pruned", CONTROL, "distilled", *QUANTIZED)
+ROLES = ("teacher", "pruned", CONTROL, "distilled")
 """Roles that an evaluation may have, in the order in which they are shown."""
 LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
 
@@ -134,7 +132,7 @@ class Evaluation(Tabular, Artifact):
     """eval/<role>.json: the abilities of one model."""
 
     role: str
-    """Role of the model: teacher, pruned, control, distilled, quantized or teacher_quantized."""
+    """Role of the model: teacher, pruned, control, distilled or model."""
     tasks: tuple[TaskScore, ...]
     num_parameters: int
     num_layers: int
@@ -164,25 +162,3 @@ class Evaluation(Tabular, Artifact):
             if task.key in keys[:index]:
                 yield f"tasks.{index}: {' '.join(task.key)} is there twice"
             yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
-
-
-@dataclass(frozen=True)
-class Quantized(Artifact):
-    """quantize.json in quantized/ and teacher_quantized/: what the copy beside it was made of, and how."""
-
-    FILE: ClassVar[str] = "quantize.json"
-
-    source: str
-    """Role of the model that was quantised."""
-    format: str
-    library: str
-    """Library that did it, with its version."""
-    num_bytes: int
-    """Bytes of the copy's weights on disk."""
-    source_bytes: int
-    """The same of what it was made of."""
-    num_tokens: int
-    """Tokens it was calibrated on; 0 = the format takes none."""
-    seconds: float
-    content: str = ""
-    """Content hash of the copy, by which its scores know it; empty = not recorded."""

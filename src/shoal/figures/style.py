@@ -28,8 +28,6 @@ ROLE_STYLE = {
     "pruned": ("#d55e00", "v"),
     "control": ("#b08900", "D"),
     "distilled": ("#1f86c8", "o"),
-    "quantized": ("#b4699a", "P"),
-    "teacher_quantized": ("#7a6ff0", "X"),
     "model": ("#0f9d75", "^"),
 }
 """Role -> colour and marker."""

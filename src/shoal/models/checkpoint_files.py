@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.atomic_files import file_hash
 from shoal.errors import UserError
 
 DEMO_PREFIX = "demo:"
@@ -137,14 +136,7 @@ def mtp_names(names: Iterable[str], num_layers: int) -> list[str]:
 
 def checkpoint_bytes(folder: Path) -> int:
     """Size of the weights on disk."""
-    gguf = gguf_in(folder)
-    return sum(file.stat().st_size for file in (weight_files(folder) if gguf is None else [gguf]))
-
-
-def gguf_in(folder: Path) -> Path | None:
-    """The GGUF file that holds the weights of a folder, as `shoal quantize` leaves it; None = there is none."""
-    has_tensors = (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
-    return None if has_tensors else next(folder.glob("*.gguf"), None)
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -256,9 +248,6 @@ def model_fingerprint(folder: Path) -> str:
     if "auto_map" in config or "auto_map" in json_or_empty(folder / "tokenizer_config.json"):  # code of its own
         for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
-    if (gguf := gguf_in(folder)) is not None:
-        digest.update(file_hash(gguf).encode())
-        return digest.hexdigest()[:16]
     zeroed = config.get(ZEROED_WEIGHTS) or ()
     samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file, zeroed)}
     for name in sorted(samples):

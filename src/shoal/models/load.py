@@ -372,7 +372,7 @@ class Checkpoint:
         return loaded_dtype(self.config, wanted or self.load.dtype, self._headers())
 
     def _headers(self) -> Iterator[Shard]:
-        if any(self.folder.glob("*.safetensors")):  # none of a GGUF, nor of a student that is still to be written
+        if any(self.folder.glob("*.safetensors")):  # none of a student that is still to be written
             yield from read_shards(self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

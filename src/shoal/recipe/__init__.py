@@ -14,5 +14,5 @@ deepspeed_file          `distill.deepspeed`
 evaluate                `eval`, and what `measure.sweep` shares with it
 suites                  `eval.suite`: tasks by name, with their cost
 remembered              recipe.yaml of a run directory: what it was made with
-track                   `quantize`, `track` and `export`
+track                   `track` and `export`
 """

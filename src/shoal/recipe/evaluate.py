@@ -67,10 +67,6 @@ class Eval(Tasks):
     speed: Annotated[bool, Shapes.NOTHING] = True
     """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
     distilled, interleaved."""
-    draft: Annotated[bool, Shapes.NOTHING] = False
-    """Measure what the teacher would accept of the tokens of pruned and distilled as its drafts in speculative
-    decoding, on held-out text and on what it has written itself: eval/draft.json. Whether that pays is told with
-    ``speed``."""
     speed_batch_sizes: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)] | None, Shapes.SPEED] = None
     """Sequences at once that speed is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
 

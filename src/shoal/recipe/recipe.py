@@ -27,7 +27,7 @@ from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import Prune
 from shoal.recipe.section import Dtype, Section, Shapes, Text
 from shoal.recipe.suites import CONFIGS_DIR, with_suite
-from shoal.recipe.track import Export, Quantize, Track
+from shoal.recipe.track import Export, Track
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
 
@@ -66,8 +66,6 @@ class Recipe(Section):
     prune: Prune = field(default_factory=Prune)
     record: Record = field(default_factory=Record)
     distill: Distill = field(default_factory=Distill)
-    quantize: Quantize | None = None
-    """Quantised copies of the student and of its teacher; None = there are none."""
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
     export: Annotated[Export, Shapes.NOTHING] = field(default_factory=Export)
@@ -240,4 +238,4 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.distill.local is not None and recipe.prune.drop == () and not recipe.prune.edits:
         yield "distill.local: heals gaps between layers, and prune.drop: [] leaves none; leave it out"
-    yield from track.contradictions(recipe.quantize, recipe.export)
+    yield from track.contradictions(recipe.export)

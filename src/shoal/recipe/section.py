@@ -112,8 +112,6 @@ class Shapes(Flag):
     """The score of running text among them."""
     SPEED = auto()
     """eval/speed.json."""
-    QUANTIZED = auto()
-    """quantized/ and teacher_quantized/."""
     NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | HEADS | PLAN | TEXT | TRAINING | SCORES
     """What comes of running a model."""
 

@@ -3,5 +3,4 @@
 intervals  in closed form
 bootstrap  by bootstrap, for many variants at once
 paired     intervals, paired tests, retention
-drafting   what speculative decoding is worth
 """

@@ -15,7 +15,7 @@ import results
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.evaluation import Evaluation, ItemScore, Quantized, TaskScore
+from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
@@ -70,35 +70,6 @@ def test_results_of_another_run_are_refused(folder: Path, file: str, changes: di
     (folder / file).write_text(json.dumps(body))
     with pytest.raises(UserError, match=message):
         read_run(folder)
-
-
-@pytest.mark.parametrize(
-    ("source", "changes", "message"),
-    [
-        ("U", {}, r"/quantized/quantize.json: model is 'U', but 'D' in .*/distilled.json: .*`shoal quantize` again"),
-        (
-            "D",
-            {"num_bytes": 9},
-            r"/quantized.json: num_bytes is 8, but 9 in .*/quantize.json: .*`shoal eval` again",
-        ),
-        (
-            "D",
-            {"content": "R"},
-            r"/quantized.json: model is 'Q', but 'R' in .*/quantize.json: .*`shoal eval` again",
-        ),
-    ],
-)
-def test_scores_of_another_copy_are_refused(folder: Path, source: str, changes: dict[str, Any], message: str) -> None:
-    copy = Quantized(results.provenance(), "distilled", "int8", "torchao 1.0", 8, 32, 0, 1.0)
-    write(folder, "quantized/quantize.json", copy, model="D")
-    scored = dataclasses.replace(results.evaluation("distilled"), role="quantized", num_bytes=8)
-    write(folder, "eval/quantized.json", scored, model="Q")
-    assert "quantized" in read_run(folder).evaluations
-    write(folder, "quantized/quantize.json", dataclasses.replace(copy, **changes), model=source)
-    with pytest.raises(UserError, match=message):
-        read_run(folder)
-    (folder / "eval/quantized.json").unlink()  # then nothing is said of the copy
-    assert "quantized" in read_run(folder).quantized
 
 
 def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None:

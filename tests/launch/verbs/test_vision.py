@@ -12,7 +12,6 @@ from architectures import CLIP, LLAMA, MROPE, QWEN_VISION, tiny_model
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.quantize.copy import check_quantisable
 from shoal.errors import UserError
 from shoal.launch.verbs.distill import check_distill
 from shoal.launch.verbs.measure import measure
@@ -21,7 +20,7 @@ from shoal.launch.verbs.plan_checks import refuse_impossible_plan
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.launch.workflows.preflight import preflight
-from shoal.models.load import Checkpoint, LoadSettings, load_config
+from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
 
 WORDS: dict[str, Any] = {"vocab_size": VOCAB_SIZE}
@@ -149,11 +148,3 @@ def test_what_does_not_go_with_images_is_refused_with_the_recipe(section: dict[s
     sections = section if "measure" in section else {"distill": {"data": [IMAGES], **section}}
     with pytest.raises(UserError, match=message):
         parse_recipe({"model": "x", "run_dir": "y", **sections})
-
-
-def test_quantised_copies_are_refused(models: Path) -> None:
-    source = Checkpoint.read(models / "llava", LoadSettings())
-    with pytest.raises(
-        UserError, match=r"quantize.format: .*llava reads images \(llava\), and shoal makes no quantised"
-    ):
-        check_quantisable(source, "q4_k_m", "quantize.format")

@@ -6,7 +6,6 @@ Covers: shoal.compress.sweeps.placeholder, shoal.launch.verbs.plan_checks.
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,38 +161,6 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: P
     few = {**distill, "num_ranks": 8, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
     with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
         check_distill(open_run(parse_recipe({**raw, "distill": few})))
-
-
-def test_copies_that_vllm_does_not_score_are_refused_at_once(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shoal.launch.workflows.preflight.check_quantize", lambda _: None)
-    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
-    run = open_run(parse_recipe({**raw, "quantize": {"format": "int8"}, "eval": {"backend": "vllm"}}))
-    with pytest.raises(UserError, match=r"eval\.backend: vllm does not score copies in int8 \(quantize\.format\)"):
-        preflight(run)
-
-
-def test_penalties_that_llama_cpp_does_not_know_are_refused_at_once(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "shoal.launch.workflows.preflight.check_quantize", lambda _: None
-    )  # whose library may not be there
-    folder = Path(shutil.copytree(teacher, tmp_path / "model"))
-    raw = {
-        "model": str(folder),
-        "run_dir": str(tmp_path / "run"),
-        "prune": {"drop": [2]},
-        "distill": {"sequence_length": 64, "data": ["python_docs"]},
-        "quantize": {"format": "q4_k_m"},
-        "eval": {"tasks": ["knowledge_continuation", "knowledge_generation"]},
-    }
-    preflight(open_run(parse_recipe(raw)))
-    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
-    with pytest.raises(UserError, match=r"asks for \(repetition_penalty\), and knowledge_generation writes text"):
-        preflight(open_run(parse_recipe(raw)))
-    preflight(open_run(parse_recipe({**raw, "eval": {"tasks": ["knowledge_continuation"]}})))
 
 
 def test_a_look_at_few_items_says_how_the_many_come_back(
