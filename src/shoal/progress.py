@@ -1,4 +1,4 @@
-"""What takes long says so: a bar on a terminal, else a line in the log before 5 s have passed in silence.
+"""What takes long says so: tqdm's bar on a terminal, else a line in the log before 5 s have passed in silence.
 
 One mechanism for work that has steps to count (`progress`, `each`) and for work that has none (`doing`). A thread of
 its own speaks for what is being done: one slow step is told of like many quick ones, and a step costs an addition, no
@@ -14,10 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, TextIO, TypeVar
-
-from shoal.formatting import bytes_text, clock_text
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +31,15 @@ BYTES = "bytes"
 """The unit that is told as a size."""
 
 
-def draws(stream: TextIO) -> bool:
-    """Whether bars can be drawn there: a terminal that can move its cursor."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
 class Work:
     """A piece of work while it is done. Calling it counts steps."""
 
     def __init__(self, label: str, total: int | None, unit: str, started: float) -> None:
         self.label, self.total, self.unit, self.started = label, total, unit, started
-        self.done = 0
+        self.done = self._known = 0
         self.note = ""
         """Text behind the counts, such as the loss."""
-        self._known = 0
+        self.bar: Any = None
 
     def __call__(self, count: int = 1) -> None:
         self.done += count
@@ -59,30 +51,35 @@ class Work:
 
     def told(self, now: float, *, finished: bool = False) -> str:
         """One line: how far it is, how fast it goes and how long it will take, or how long it took."""
-        seconds, new = now - self.started, self.done - self._known
-        if not self.unit:
-            parts = [f"done in {clock_text(seconds)}" if finished else f"{clock_text(seconds)} so far"]
-        else:
-            unit = "" if self.unit == BYTES else f" {self.unit}"
-            total = "" if self.total is None else f" of {self._amount(self.total)}"
-            parts = [f"{self._amount(self.done)}{total}{unit}"]
-            if finished:
-                parts[0] += f" in {clock_text(seconds)}"
-            elif new and seconds > 0:
-                parts.append(self._rate(new / seconds))
-                if self.total is not None:
-                    parts.append(f"{clock_text((self.total - self.done) * seconds / new)} left")
-            else:
-                parts.append(f"{clock_text(seconds)} so far")
-        return f"{self.label}: {', '.join([*parts, *filter(None, [self.note])])}"
+        from tqdm import tqdm
 
-    def _rate(self, per_s: float) -> str:
-        if self.unit == BYTES:
-            return f"{bytes_text(per_s)}/s"
-        return f"{per_s:.3g} {self.unit}/s" if per_s >= 1 else f"{1 / per_s:.3g} s each"
+        size = {"unit": "B", "unit_scale": True} if self.unit == BYTES else {"unit": f" {self.unit}"}
+        ending = "{desc}: done in {elapsed}" if finished else "{desc}: {elapsed} so far"
+        if self.unit:
+            counts = "{n_fmt}{unit}" if self.total is None else "{n_fmt} of {total_fmt}{unit}"
+            left = "" if finished or self.total is None else ", {rate_fmt}, {remaining} left"
+            ending = f"{{desc}}: {counts}, {{elapsed}}{left}"
+        about = {"initial": self._known, "bar_format": ending + "{postfix}", "postfix": self.note, **size}
+        return tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.label, **about)
 
-    def _amount(self, count: int) -> str:
-        return bytes_text(count) if self.unit == BYTES else f"{count:,}"
+    def draw(self, stream: TextIO, now: float) -> None:
+        """Show or renew the bar."""
+        from tqdm import tqdm
+
+        if self.bar is None:
+            unit: dict[str, Any] = {"unit": f" {self.unit}"} if self.unit else {"bar_format": "{desc}: {elapsed}"}
+            unit = {"unit": "B", "unit_scale": True} if self.unit == BYTES else unit
+            self.bar = tqdm(total=self.total, desc=self.label, leave=False, file=stream, dynamic_ncols=True, **unit)
+            self.bar.start_t -= now - self.started
+        self.bar.initial, self.bar.n = self._known, self.done
+        self.bar.set_postfix_str(self.note, refresh=False)
+        self.bar.refresh()
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 class Speaker:
@@ -91,25 +88,19 @@ class Speaker:
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, stream: TextIO | None = None) -> None:
         """``stream`` None = stderr as it is then. With another clock than the machine's no thread calls `tick`."""
         self._clock, self._stream = clock, stream
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
-        self._works: list[Work] = []
-        self._bars: dict[Work, Any] = {}
-        self._last_said = self._clock()
+    def reset(self) -> None:
+        """Forget all work; a process that was forked off has none, and no thread."""
+        self.works: list[Work] = []
+        self.last_said = self._clock()
         self._lock = threading.RLock()
-        self._waiting = threading.Event()
         self._others_speak: Callable[[], bool] = lambda: False
         self._thread: threading.Thread | None = None
-        self._restore_others: Callable[[], Any] | None = None
-
-    @property
-    def draws_bars(self) -> bool:
-        return bool(self._bars)
 
     def heard(self) -> None:
         """Something was said, by whomever."""
-        self._last_said = self._clock()
+        self.last_said = self._clock()
 
     @contextmanager
     def telling(self, label: str, total: int | None, unit: str) -> Iterator[Work]:
@@ -119,30 +110,20 @@ class Speaker:
             yield work
             return
         with self._lock:
-            self._works.append(work)
-            self._hide_others()
-        self._start()
+            self.works.append(work)
+        if self._clock is time.monotonic and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+            self._thread.start()
         finished = False
         try:
             yield work
             finished = True
         finally:
             with self._lock:
-                self._works.remove(work)
-                if not self._works and self._restore_others is not None:
-                    self._restore_others()
-                    self._restore_others = None
-                if (bar := self._bars.pop(work, None)) is not None:
-                    bar.close()
+                self.works.remove(work)
+                work.clear()
                 if finished and self._clock() - work.started >= FIRST_S:
                     self._say(work, finished=True)
-
-    def _hide_others(self) -> None:
-        """Until all work is done, no bar of transformers, such as that of weights it loads: it would run into ours."""
-        library: Any = sys.modules.get("transformers.utils.logging")
-        if library is not None and self._restore_others is None:
-            before = library.set_tqdm_hook(lambda _, args, kwargs: library.EmptyTqdm(*args, **kwargs))
-            self._restore_others = partial(library.set_tqdm_hook, before)
 
     @contextmanager
     def still(self, when: Callable[[], bool]) -> Iterator[None]:
@@ -156,62 +137,30 @@ class Speaker:
     def tick(self) -> None:
         """Draw the bars, or say a line if it is time for one."""
         with self._lock:
-            if self._others_speak():
-                for bar in self._bars.values():
-                    bar.close()
-                self._bars.clear()
-                return
-            if not self._works:
-                return
             stream, now = self._stream or sys.stderr, self._clock()
-            if draws(stream):
-                for work in self._works:
-                    self._draw(work, stream, now)
-                return
-            work = self._works[-1]
-            if now - self._last_said >= max(FIRST_S, min(LONGEST_S, SHARE * (now - work.started))):
-                self._say(work)
+            if self._others_speak():
+                for work in self.works:
+                    work.clear()
+            elif stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+                for work in self.works:
+                    work.draw(stream, now)
+            elif self.works:
+                silence = max(FIRST_S, min(LONGEST_S, SHARE * (now - self.works[-1].started)))
+                if now - self.last_said >= silence:
+                    self._say(self.works[-1])
 
     def _say(self, work: Work, *, finished: bool = False) -> None:
         log.info("%s", work.told(self._clock(), finished=finished))
         self.heard()
 
-    def _draw(self, work: Work, stream: TextIO, now: float) -> None:
-        from tqdm import tqdm  # takes time to import, and only a terminal needs it
-
-        bar = self._bars.get(work)
-        if bar is None:
-            unit: dict[str, Any] = {"unit": f" {work.unit}"}
-            if not work.unit:
-                unit = {"bar_format": "{desc}: {elapsed}{postfix}"}
-            elif work.unit == BYTES:
-                unit = {"unit": "B", "unit_scale": True}
-            bar = tqdm(total=work.total, desc=work.label, leave=False, file=stream, dynamic_ncols=True, **unit)
-            bar.start_t -= now - work.started
-            self._bars[work] = bar
-        bar.initial, bar.n = work._known, work.done
-        bar.set_postfix_str(work.note, refresh=False)
-        bar.refresh()
-
-    def _start(self) -> None:
-        """Have a thread that ticks while there is work; a process that was forked off has none yet."""
-        self._waiting.set()
-        if self._clock is time.monotonic and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-            self._thread.start()
-
     def _run(self) -> None:
         while True:
-            self._waiting.wait()
             time.sleep(POLL_S)
-            with self._lock:
-                if not self._works:
-                    self._waiting.clear()
             self.tick()
 
 
 SPEAKER = Speaker()
-os.register_at_fork(after_in_child=SPEAKER._reset)
+os.register_at_fork(after_in_child=SPEAKER.reset)
 
 
 class Lines(logging.StreamHandler[TextIO]):
@@ -220,7 +169,7 @@ class Lines(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
         SPEAKER.heard()
-        if not SPEAKER.draws_bars:
+        if not any(work.bar for work in SPEAKER.works):
             super().emit(record)
             return
         from tqdm import tqdm

@@ -301,7 +301,7 @@ def test_no_token_says_how_to_log_in(folder: Path, hub: Hub, monkeypatch: pytest
 def test_an_unreachable_hub_is_explained(folder: Path, hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(UserError, match="cannot be reached") as failure:
+    with pytest.raises(UserError, match="cannot be reached"):
         send(folder, hub)
     assert is_whole(folder)
 
