@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shoal.artifacts.plan import ClosedGap, PruningPlan
-from shoal.atomic_files import fingerprint, write_json
+from shoal.atomic_files import fingerprint, write_json, written_folder
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
@@ -62,7 +62,7 @@ from .surgery.config_cut import uncut_layers
 from .surgery.cut_model import kept_layers, refuse_changed_layers, skipped
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
-from .surgery.resumable_folder import only_writer, resumable_folder
+from .surgery.resumable_folder import only_writer
 from .surgery.shards import (
     UNCHANGED,
     Changed,
@@ -185,7 +185,7 @@ def apply_plan(
         source = [shards_fingerprint(copy.shards)] if copy else [str(teacher_folder.resolve()), asdict(plan)]
         # gaps that were closed to the last digit as before have the same tensors
         chosen = [*map(asdict, plan.gaps), *([asdict(plan.width)] if plan.width else [])]
-        with resumable_folder(out, fingerprint([*source, *chosen])) as folder:
+        with written_folder(out, key=fingerprint([*source, *chosen])) as folder:
             new_layers = _as_loaded(teacher, compensation) if compensation and (runs or not copy) else {}
             if copy:
                 _name_closed_gaps(copy.config, teacher, plan.gaps)

@@ -1,18 +1,16 @@
-"""A folder that is written over hours: one writer, no half-finished result, and an interrupted one goes on."""
+"""A folder that is written over hours has one writer."""
 
 from __future__ import annotations
 
 import fcntl
-import glob
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from shoal.atomic_files import NO_LOCKS, flush, make_folder, put_in_place, remove_leftovers
+from shoal.atomic_files import NO_LOCKS, make_folder
 from shoal.errors import UserError, explained_disk_errors
 
 log = logging.getLogger(__name__)
@@ -55,28 +53,3 @@ def _locked(lock_file: Path, path: Path) -> IO[str]:
         if lock_file.exists() and os.path.samestat(os.fstat(handle.fileno()), lock_file.stat()):
             return handle
         handle.close()  # its last holder has just deleted it
-
-
-@contextmanager
-def resumable_folder(path: Path, key: str) -> Iterator[Path]:
-    """A hidden sibling folder that becomes ``path`` when the block ends well. Call it inside only_writer.
-
-    It is named by ``key``, a fingerprint of all that goes into it. A process that is killed leaves it behind, and
-    the next one with the same key finds it; a leftover with another key is deleted. An error deletes it too: what was
-    refused must not be found again, and on a full disk its bytes are what the user needs.
-    """
-    with explained_disk_errors(path):
-        folder = path.with_name(f".{path.name}.{key}.partial")
-        remove_leftovers(path)
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            if leftover != folder:
-                shutil.rmtree(leftover, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        try:
-            yield folder
-            for inner in (*folder.rglob("*"), folder):
-                flush(inner)
-            put_in_place(folder, path)
-        except Exception:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise

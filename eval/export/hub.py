@@ -24,7 +24,7 @@ REMEDIES = {
     403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",
     404: "no such account or organisation; check the spelling of export.hub_repo",
 }
-LEFT_OUT = ["*.tmp", "*.old"]
+LEFT_OUT = ["*.tmp"]
 REPLACED = ["model*.safetensors", "model.safetensors.index.json", "figures/*"]
 """Files of an earlier upload that go: weights in other files would be loaded in place of these, or beside them."""
 

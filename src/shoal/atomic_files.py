@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -82,95 +81,66 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def written_folder(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
-    """A temporary sibling folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+def written_folder(path: Path, *, key: str | None = None, setting: str = "run_dir") -> Iterator[Path]:
+    """A hidden sibling folder that becomes ``path`` when the block ends well, and vanishes on an error.
 
-    An existing ``path`` is replaced only then; ``setting`` is what a user can set to write elsewhere. Several processes
-    may do this at once: the last one to finish wins, and each removes only the leftovers of dead ones.
+    An existing ``path`` is replaced only then; ``setting`` is what a user can set to write elsewhere. With ``key``, a
+    fingerprint of all that goes into it, what a killed process left is found by the next one with the same key; every
+    other leftover of dead processes is deleted.
+
+    Raises:
+        UserError: another process writes it with the same key, or the disk cannot take it.
     """
     with explained_disk_errors(path, setting=setting):
         make_folder(path.parent, setting=setting)
-        remove_leftovers(path)
-        temporary, lock = _locked_folder(path)
+        aside = path.with_name(f".{path.name}.old")
+        if aside.exists() and not path.exists():  # a process died between two renames
+            aside.rename(path)
+        folder = path.with_name(f".{path.name}.{key or uuid.uuid4().hex[:12]}.partial")
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if leftover != folder and (dead := _lock_of(leftover)) is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+                os.close(dead)
+        folder.mkdir(exist_ok=True)
+        lock = _lock_of(folder)
+        if lock is None:
+            raise UserError(f"{path}: is being written by another process; wait for it or choose another folder")
         try:
-            yield temporary
-            for part in (*temporary.rglob("*"), temporary):  # what vouches for the folder is flushed, so this is before
+            yield folder
+            for part in (*folder.rglob("*"), folder):  # what vouches for the folder is flushed, so this is before
                 flush(part)
-            put_in_place(temporary, path)
+            _put_in_place(folder, path, aside)
+        except BaseException as error:
+            if key is None or isinstance(error, Exception):  # what was refused must not be found again
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A new temporary sibling of ``path`` and the descriptor that holds its lock.
-
-    The operating system lets go of the lock when the process dies, however it dies; a process number in the name would
-    say nothing to another machine or container on the same disk.
-    """
-    while True:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-        temporary.mkdir()
-        try:
-            descriptor = os.open(temporary, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another process took it for a leftover
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)  # it is just being removed, for the same reason
-            continue
-        except OSError:
-            return temporary, descriptor  # NFS cannot lock a folder: then nobody removes it, dead or alive
-        if temporary.exists():
-            return temporary, descriptor
+def _lock_of(folder: Path) -> int | None:
+    """The descriptor that locks a folder until it is closed or its process dies; None = a living one holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(descriptor)
+        return None
+    except OSError:
+        pass  # NFS cannot lock a folder; run directories are locked by a file
+    return descriptor
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete the temporary siblings of ``path`` that dead processes left, and put back what one had moved aside, lest a
-    second failure lose it."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
-        if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):  # another process was faster
-                aside.rename(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        try:
-            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue  # gone meanwhile, or no folder
-        with contextlib.suppress(OSError):  # a living process holds it, or this disk cannot lock
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(leftover, ignore_errors=True)
-        os.close(descriptor)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path`` in place of what is there.
-
-    Where the disk can, the two change places in one step, so that a process killed at any moment leaves the old one or
-    the new one there. Else what is there is moved aside first, as often as others put something there.
-    """
-    if _exchanged(temporary, path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        return
-    aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.old")
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(aside)
-        try:
-            temporary.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                if aside.exists():
-                    aside.rename(path)
-                raise
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
-            return
+def _put_in_place(folder: Path, path: Path, aside: Path) -> None:
+    """Rename ``folder`` to ``path``. Where the disk can, it and what is there change places in one step, so that a
+    process killed at any moment leaves the old or the new one there."""
+    if not _exchanged(folder, path):
         shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            path.rename(aside)
+        folder.rename(path)
+        folder = aside
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchanged(first: Path, second: Path) -> bool:

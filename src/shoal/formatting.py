@@ -14,13 +14,6 @@ def bytes_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def clock_text(seconds: float) -> str:
-    """A time as clocks show it: minutes and seconds, with hours where there are some."""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[str]:
     """Lines whose columns have equal width, all flush right but those of ``left``."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
