@@ -372,13 +372,9 @@ def _dispatch(
 
         row = VERBS[verb]
         stage: Callable[..., Any] = _distill if verb == "distill" else _stage(row.stage)
-    from shoal.trust import refuse_links
-
     launched = "LOCAL_RANK" in os.environ
     run = Run(recipe)  # its precision is settled where all ranks have joined
     wandb_mode(recipe.track)  # refuses now, not after hours
-    if runtime.is_main():
-        refuse_links(run.root)
     if row.launches and launched:
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
 

@@ -18,7 +18,6 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.recipe.recipe import parse_recipe, read_settings, settled
-from shoal.trust import refuse_links
 
 from ..verbs.evaluate import roles
 from ..verbs.launch import LaunchEnded, launch_distill
@@ -77,7 +76,6 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
         said, file = read_settings(config, overrides)
         settings = settled(said, file, overrides)
         folder = Run(settings).root
-        refuse_links(folder)
         try:
             with remembering(folder, said) as memory:
                 opened = open_run(settings, memory=memory)

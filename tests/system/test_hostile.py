@@ -404,7 +404,7 @@ def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Pa
         (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
         (["eval", "--config", "r", "--dry-run"], "`shoal eval` has no --dry-run; there is `shoal prune --dry-run`"),
         (["prune", "--config", "nothing.yaml"], "nothing.yaml: no such recipe file"),
-        (["prune", "--config", "."], ".: is a folder without recipe.yaml, so no run directory whose recipe is known"),
+        (["prune", "--config", "."], ".: is no run directory but a folder without recipe.yaml"),
         (["report", "runs/x", "runs/y"], "override 'runs/y': must have the form section.key=value"),
         (["prune", "--config", f"{LONG}.yaml"], "cannot be a path (File name too long)"),
         (["delta", "/nowhere", "/nowhere"], "model '/nowhere': no such folder"),

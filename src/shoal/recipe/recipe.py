@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from yaml import YAMLError
 
-from shoal import __version__
 from shoal.errors import UserError
 from shoal.recipe import distill_contradictions, evaluate, measure, prune, remembered, track
 from shoal.recipe.distill import Distill, Record
@@ -131,19 +130,11 @@ def settled(
     """The recipe of what read_settings gives.
 
     Raises:
-        UserError: as load_recipe; a secret that a run directory has not kept; and what another version of shoal has
-            kept there and this one does not take.
+        UserError: as load_recipe; a secret that a run directory has not kept.
     """
     if hidden := list(remembered.hidden_settings(said)):
         raise UserError(f"{file}: {hidden[0]} was a secret and is not kept; say it again: {hidden[0]}=...")
-    try:
-        return parse_recipe(said, source=str(file), overrides=overrides, further=further)
-    except UserError as error:
-        version = remembered.written_by_another(file)
-        problem = str(error).partition("\n")[0]
-        if version is None or not problem.startswith(f"{file}: "):
-            raise
-        raise UserError(f"{problem}; shoal {version} has written this file, and this is {__version__}") from error
+    return parse_recipe(said, source=str(file), overrides=overrides, further=further)
 
 
 def parse_recipe(

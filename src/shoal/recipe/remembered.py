@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from shoal import __version__
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.redaction import HIDDEN, redacted
@@ -21,27 +20,21 @@ from shoal.trust import CONSENT, is_signed, is_trusted, signed
 from shoal.yaml_text import read_yaml
 
 FILE = "recipe.yaml"
-_HEAD = "# kept by shoal {}: what this run is made with, overrides included; `shoal VERB RUN_DIR` reads it\n"
-_OURS = re.compile(re.escape(_HEAD).replace(r"\{\}", r"(?P<version>\S+)") + r"(# signature (?P<signature>\w+)\n)?")
+_HEAD = "# kept by shoal: what this run is made with, overrides included; `shoal VERB RUN_DIR` reads it\n"
+_OURS = re.compile(re.escape(_HEAD) + r"(# signature (?P<signature>\w+)\n)?")
 
 
 def memory_of(said: dict[str, Any]) -> str:
     """The text of recipe.yaml for what a recipe and overrides say."""
     body = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
     signature = signed({"recipe": body}).get("signature")
-    return _HEAD.format(__version__) + (f"# signature {signature}\n" if signature else "") + body
+    return _HEAD + (f"# signature {signature}\n" if signature else "") + body
 
 
 def memory_in(run_dir: Path) -> str | None:
     """The text of the recipe.yaml that is there now; None where there is none."""
     file = run_dir / FILE
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-
-
-def written_by_another(file: Path) -> str | None:
-    """The version of shoal that keeps this file, if it is another one."""
-    ours = _OURS.match(file.read_text(encoding="utf-8", errors="replace"))
-    return None if ours is None or ours["version"] == __version__ else ours["version"]
 
 
 def recipe_in(run_dir: Path) -> Path:
@@ -51,16 +44,10 @@ def recipe_in(run_dir: Path) -> Path:
         UserError: there is none, or none that this user's shoal keeps there, which nobody has vouched for.
     """
     file, text = run_dir / FILE, memory_in(run_dir)
-    if text is None and (run_dir / "config.json").is_file():
-        raise UserError(
-            f"{run_dir}: is a model and no run directory; `shoal init {run_dir}` writes a recipe for it, or name a "
-            f"recipe with model={run_dir}"
-        )
     if text is None:
-        raise UserError(
-            f"{run_dir}: is a folder without {FILE}, so no run directory whose recipe is known; name a recipe (with "
-            f"run_dir={run_dir} for results that lie there)"
-        )
+        is_model = (run_dir / "config.json").is_file()
+        what = f"a model; `shoal init {run_dir}` writes a recipe for it" if is_model else f"a folder without {FILE}"
+        raise UserError(f"{run_dir}: is no run directory but {what}; name a recipe with run_dir={run_dir}")
     if not _is_signed(text) and not is_trusted(run_dir):
         raise UserError(
             f"{file}: has no signature of yours, and a recipe of somebody else can run code; read it, then name the "

@@ -538,7 +538,7 @@ def test_what_a_newcomer_types_is_told_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean quickstart\? It is no run directory .*`shoal init MODEL`"):
         load_recipe("quikstart")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is a model and no run directory; `shoal init .*` writes a recipe for it"):
+    with pytest.raises(UserError, match=r"is no run directory but a model; `shoal init .*` writes a recipe for it"):
         load_recipe(tmp_path)
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match="must be a mapping of settings, got nothing"):
