@@ -15,6 +15,8 @@ from shoal.recipe.recipe import apply_override, load_recipe
 
 PARTS: dict[str, str] = {
     "samples": "texts drawn beside the greedy ones: pass@k, and whether lost answers are demoted or gone",
+    "local_heal": "heal every gap on hidden states, layer by layer, and train the student from there",
+    "relations": "train on the teacher's attention, values or pooled states beside the recipe's losses",
 }
 """Name of every part, which is also its module here -> what it says, in a line."""
 

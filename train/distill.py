@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ from .preflight.fit import check_fit
 from .preflight.out_of_memory import explained_memory
 from .preflight.throughput import most_tokens_per_s
 from .save import write_results
-from .student.local_stage import local_stage
 from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec, require_same_vocabulary
 from .teacher.recording_reader import refuse_unrecorded
@@ -181,9 +179,6 @@ def distill(
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
-    if spec.settings.local is not None:
-        healed = local_stage(spec, rows, folder=run_dir / "local", inputs=inputs)
-        spec = replace(spec, student=replace(spec.student, folder=healed))
     with doing("measuring what the machine can do at best"):
         peak = most_tokens_per_s(spec, flops_per_token) if is_main() else None  # which alone logs it
     with doing("starting the W&B run"):

@@ -28,7 +28,7 @@ from shoal.models.in_memory import checkpoint_of, name_of, require_positions, re
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
 from shoal.recipe.distill_contradictions import contradictions
-from shoal.recipe.losses import STATE_TERMS, LossTerm
+from shoal.recipe.losses import LossTerm, StateTerm
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Section
 
@@ -283,7 +283,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
     plan = known_plan(model, teacher or model, drop)
     if plan is None:
         kept, num_layers = len(decoder_layers(model)), len(decoder_layers(teacher or model))
-        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, STATE_TERMS) for t in section.losses)
+        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, StateTerm) for t in section.losses)
         if reads_drop and kept != num_layers:
             raise UserError(
                 f"drop: trainable {section.trainable!r} or a loss on states has to know which of the teacher's "

@@ -44,7 +44,7 @@ from shoal.stats.paired import (
 from ..harness.rates import NAMES, rate, rate_difference
 from .forms import Form, form_of
 
-OF_THE_STUDENT = ("student", "prune.", "control.", "distill.local")
+OF_THE_STUDENT = ("student", "prune.", "control.")
 """Beginnings of inputs of a training in which a control differs from the student's."""
 PAIRS = (
     ("teacher", "pruned"),

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from shoal.data.bundled import ABOUT
-from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS
+from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
 from shoal.recipe.suites import CONFIGS_DIR, SuiteName, read_suite
 from shoal.yaml_text import read_yaml
 
@@ -69,7 +69,7 @@ def losses() -> list[Entry]:
             "about": _first_paragraph(term),
             "keys": {setting.key: setting.default for setting in settings_of(term) if setting.key != "kind"},
         }
-        for term in (*LOGIT_TERMS, *STATE_TERMS)
+        for term in (*LOGIT_TERMS, HiddenStates)
     ]
 
 

@@ -115,7 +115,7 @@ def distill(run: Run) -> None:
         return
     if not is_trained and "student" not in inputs:
         raise _student_is_gone(run)
-    spec = _spec(run, plan, Ranks.here())
+    spec = training_spec(run, plan, Ranks.here())
     control = control_spec(spec) if recipe.eval.control else None
     train = partial(
         training.distill,
@@ -139,15 +139,13 @@ def distill(run: Run) -> None:
         due = _control_due(run, plan)  # which rows it reads may be known only now
     if control is not None and due is not None:
         log.info("distill: the control, which is the uncut teacher, on the same rows")
-        if recipe.distill.local is not None:
-            log.info("distill: distill.local is left out of the control, which has no gap to heal")
         seed_everything(recipe.seed)
         # its curve is in its distill.json alone: a W&B run has one axis of steps
         train(control, run_dir=run.dir / CONTROL, inputs=due, start_tracking=lambda: None)
         log.info("distill: %s", run.dir / CONTROL / "distilled")
 
 
-def _spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
+def training_spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
     """The training of the student of ``plan``, whether student/ is there or not."""
     from shoal.compress.targets.check import student_config
     from shoal.train.student.spec import train_spec
@@ -187,7 +185,7 @@ def training_estimate(run: Run, plan: PruningPlan) -> Estimate:
 
     count = ranks_to_start(run.recipe.distill.num_ranks)
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
-    spec = _spec(run, plan, ranks)
+    spec = training_spec(run, plan, ranks)
     control = control_spec(spec) if run.recipe.eval.control else None
     return estimate(spec, run.dir, control=control)
 
@@ -296,7 +294,7 @@ def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """The identity of control/distilled/: no student, and of the plan what decides how the control is trained."""
     from shoal.train.student.control import control_identity
 
-    settings = dataclasses.replace(run.recipe.distill, local=None)
+    settings = run.recipe.distill
     identity = control_identity(settings, plan)
     return _inputs(run, settings, identity)
 

@@ -238,7 +238,6 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
             num_tokens=fewer(distill.num_tokens),
             writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
             watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
-            local=distill.local and replace(distill.local, num_tokens=fewer(distill.local.num_tokens)),
         ),
         eval=replace(
             scores,

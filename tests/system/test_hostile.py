@@ -119,7 +119,6 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ("prune: {drop: ['1']}", "recipe.yaml: prune.drop.0: must be a whole number"),
     ("prune: {drop: [1], num_drop: 2}", "recipe.yaml: prune.num_drop: has no effect beside prune.drop"),
     ("distill: {stop_on_spike: 1e999}", "recipe.yaml: distill.stop_on_spike: must be a finite number"),
-    ("distill: {local: {learning_rate: '2e-4'}}", "recipe.yaml: distill.local.learning_rate: must be a number"),
     ("distill: {losses: [{kind: forward_kl, weight: .inf}]}", "recipe.yaml: distill.losses.0.weight: must be a finite"),
     ("eval: {limits: {retrieval_continuation: '3'}}", "recipe.yaml: eval.limits"),
     ("export: {hub_repo: 'x/y/z'}", "recipe.yaml: export.hub_repo: must have the form owner/name"),

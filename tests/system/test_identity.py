@@ -26,7 +26,7 @@ from shoal.launch.verbs import run as run_module
 from shoal.launch.verbs.plan import plan_inputs
 from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, OnPolicy
+from shoal.recipe.distill import OnPolicy
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
@@ -121,7 +121,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "trainable": "layers",
             "lora": {"rank": 2, "target_modules": ["q_proj"]},
             "teacher": {"recorded": "signals", "prefix": True},
-            "local": {"num_tokens": 300, "rows_at_once": 2},
             "writing": {
                 "prompts": {"path": "prompts.jsonl", "messages": "messages"},
                 "num_tokens": 100,
@@ -367,18 +366,16 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
         said = {result.name.lower() for result in shapes if result.name is not None}
         if place.startswith("measure.sweep."):
             said = {"importance"} if Shapes.SCORES in shapes else set()
-        if "training" in said and not place.startswith("distill.local"):
+        if "training" in said:
             said.add("control")
         after = with_perplexity(identities(Run(changed)))
         differing = {result for result, inputs in after.items() if inputs != before[result]}
-        # a plan is chosen by importance; text and healed gaps have their identity from more than settings
-        assert differing - {"plan"} == said - {"plan", "text", "local"}, place
+        # a plan is chosen by importance; text has its identity from more than settings
+        assert differing - {"plan"} == said - {"plan", "text"}, place
         assert "plan" in differing or "plan" not in said, place
 
 
-def test_healed_gaps_and_written_text_are_identified_as_run_directories_hold_it() -> None:
-    assert shaping_keys(Recipe, Shapes.LOCAL) == ["dtype", "attention"]
-    assert shaping_keys(Distill, Shapes.LOCAL, "distill.") == ["distill.teacher", "distill.local"]
+def test_written_text_is_identified_as_run_directories_hold_it() -> None:
     assert shaping_keys(Recipe, Shapes.TEXT) == ["seed", "dtype", "attention"]
 
 

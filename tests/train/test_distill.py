@@ -26,7 +26,7 @@ from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.numerics import Choice
 from shoal.recipe.distill import Distill, OnPolicy, Record, Teacher, TrainingSource
-from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL, ValueRelation
+from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe
 from shoal.train import dataset
 from shoal.train.dataset import training_rows
@@ -102,7 +102,6 @@ def test_rows_longer_than_the_models_positions_are_refused(teacher, tmp_path):
         (TAID(), {}, r"losses: taid needs the teacher's whole distribution.* use the live teacher"),
         (ForwardKL(), {"temperature": 2.0}, r"forward_kl has temperature 1, the recorded signals have 2"),
         (ForwardKL(), {"top_k": 272}, r"top_k: 272 leaves none of the 272 tokens .* record fewer"),
-        (ValueRelation(), {}, r"value_relation needs the teacher's attention.* take it out"),
     ],
 )
 def test_losses_that_no_recording_can_serve_are_refused_before_it_is_opened(teacher, loss, record, message):

@@ -11,7 +11,6 @@ from jobs import CUT, LENGTH, spec_of
 
 from shoal.launch.cli import run_verb
 from shoal.recipe.distill import Distill
-from shoal.recipe.losses import ForwardKL, LossTerm, ValueRelation
 from shoal.train import dry_run as report
 from shoal.train.student.control import control_spec
 
@@ -30,16 +29,6 @@ def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
     assert "control/checkpoints/ " in told
     assert "control/distilled/ " in told
     assert "control/text/ " not in told
-
-
-@pytest.mark.slow
-def test_the_report_does_not_speak_of_recordings_where_they_would_be_refused(tmp_path: Path) -> None:
-    def told(*losses: LossTerm) -> str:
-        settings = Distill(sequence_length=LENGTH, losses=losses)
-        return report.estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run", try_it=False).text
-
-    assert "teacher recorded" in told(ForwardKL())
-    assert "recorded" not in told(ForwardKL(), ValueRelation())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What passes through a model's decoder layers while it runs: raw states, and what attention is computed from.
+"""What passes through a model's decoder layers while it runs: raw states.
 
 B batch, S sequence, D hidden.
 """
@@ -16,10 +16,8 @@ from transformers import PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
-from shoal.models.attention_calls import AttentionInputs, attention_calls
 
 NO_STATES = "take hidden_states out of distill.losses"
-NO_RELATIONS = "take attention_relation and value_relation out of distill.losses"
 
 
 @dataclass
@@ -28,19 +26,17 @@ class Captured:
 
     states: dict[int, Tensor] = field(default_factory=dict)
     """(B, S, D) after a layer, before any final norm."""
-    attention: dict[int, AttentionInputs] = field(default_factory=dict)
 
 
 @contextmanager
-def capturing(model: PreTrainedModel, layers: Collection[int], attention: Collection[int] = ()) -> Iterator[Captured]:
-    """While ``model`` runs once: the raw states after ``layers`` and the inputs of the attention of ``attention``.
+def capturing(model: PreTrainedModel, layers: Collection[int]) -> Iterator[Captured]:
+    """While ``model`` runs once: the raw states after ``layers``.
 
     By hooks, because the last state that transformers returns is behind the final norm. What runs again when gradient
     checkpointing recomputes a layer is not taken a second time. No parameter is touched: ZeRO-3 may have sharded them.
 
     Raises:
-        UserError: layers whose output is not one (B, S, D) stream or is overwritten later; a layer whose attention
-            does not go through transformers' attention interface.
+        UserError: layers whose output is not one (B, S, D) stream or is overwritten later.
     """
     seen = Captured()
     versions: dict[int, int] = {}
@@ -58,19 +54,10 @@ def capturing(model: PreTrainedModel, layers: Collection[int], attention: Collec
     with ExitStack() as stack:
         for layer in sorted(layers):
             stack.callback(decoder[layer].register_forward_hook(partial(keep, layer)).remove)
-        if attention:
-            # checkpointing shows a layer a second time
-            stack.enter_context(attention_calls(model, attention, seen.attention.setdefault, remedy=NO_RELATIONS))
         yield seen
     for layer, state in seen.states.items():
         if _version(state) != versions[layer]:
             raise UserError(f"{family}: what layer {layer} returns is overwritten by the layer after it; {NO_STATES}")
-    missing = sorted(set(attention) - seen.attention.keys())
-    if missing:
-        raise UserError(
-            f"{family}: layer {missing[0]} has no attention that shoal can look into (no softmax attention, or not by "
-            f"transformers' attention interface); name other layers, or {NO_RELATIONS}"
-        )
 
 
 def _version(state: Tensor) -> int:

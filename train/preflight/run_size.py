@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from transformers import TrainingArguments
 
-from shoal.recipe.losses import STATE_TERMS, HiddenStates
+from shoal.recipe.losses import HiddenStates
 
 from ..engine.arguments import DEFAULTS
 from ..engine.fused import is_fused
@@ -142,14 +142,7 @@ def _asked_share(spec: TrainSpec) -> float:
 
 
 def _captured(spec: TrainSpec, teacher: ModelSize) -> int:
-    """Bytes per token of what loss terms on states hold: each teacher's state once, and of both models what attention
-    is computed from."""
-    states: set[int] = set()
-    attention: set[tuple[int, int]] = set()
-    for term in spec.settings.losses:
-        if isinstance(term, HiddenStates):
-            states |= {target for _, target in layer_pairs(term, spec.plan, num_shared=spec.frozen_layers)}
-        elif isinstance(term, STATE_TERMS):
-            attention |= set(layer_pairs(term, spec.plan, num_shared=spec.frozen_layers))
-    width = spec.teacher_dtype.itemsize
-    return width * len(states) * teacher.hidden + (width + 4) * len(attention) * teacher.attention_numbers
+    """Bytes per token of what loss terms on states hold: each teacher's state once."""
+    terms = [term for term in spec.settings.losses if isinstance(term, HiddenStates)]
+    states = {target for term in terms for _, target in layer_pairs(term, spec.plan, num_shared=spec.frozen_layers)}
+    return spec.teacher_dtype.itemsize * len(states) * teacher.hidden

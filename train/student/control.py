@@ -12,7 +12,7 @@ from typing import Any
 from shoal.artifacts.plan import PruningPlan
 from shoal.models.anatomy import text_config
 from shoal.recipe.distill import Distill
-from shoal.recipe.losses import STATE_TERMS, LossTerm
+from shoal.recipe.losses import HiddenStates, LossTerm, StateTerm
 from shoal.recipe.section import as_dict
 
 from ..objective.layer_losses import layer_pairs
@@ -23,7 +23,7 @@ from .trainable import Trained, keys_from, shares_prefix, trained_parts
 def control_spec(spec: TrainSpec) -> TrainSpec:
     """The training of the control beside that of the student, ``spec``.
 
-    There are no gaps, so there is no local stage. Losses on states compare the control with the teacher where they
+    Losses on states compare the control with the teacher where they
     compare the student with it, each layer with itself. The layers that the student is spared are spared here too, so
     that one recording serves both.
 
@@ -39,7 +39,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
         spec,
         student=spec.teacher,
         plan=replace(plan, drop=(), edits=(), gaps=(), width=None, reason="the control is not cut", student=""),
-        settings=replace(settings, local=None, losses=losses),
+        settings=replace(settings, losses=losses),
         trained=trained,
         frozen_layers=frozen,
         shared_layers=min(frozen, spec.shared_layers),
@@ -54,7 +54,7 @@ def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
     """
     trained = _in_teacher(trained_parts(settings.trainable, plan), settings.trainable, plan)
     identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
-    if any(isinstance(term, STATE_TERMS) for term in settings.losses):
+    if any(isinstance(term, StateTerm) for term in settings.losses):
         identity |= {"prune.drop": list(plan.drop), "prune.edits": [as_dict(edit) for edit in plan.edits]}
         identity |= {} if plan.width is None else {"prune.width": True}  # which layers are compared, whatever they keep
     return identity
@@ -69,7 +69,7 @@ def _in_teacher(trained: Trained, trainable: str, plan: PruningPlan) -> Trained:
 
 
 def _of_equal_layers(term: LossTerm, plan: PruningPlan, *, num_shared: int) -> LossTerm:
-    if not isinstance(term, STATE_TERMS):
+    if not isinstance(term, HiddenStates):
         return term
     targets = tuple(target for _, target in layer_pairs(term, plan, num_shared=num_shared))
     return replace(term, layers=targets)

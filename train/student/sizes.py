@@ -77,8 +77,6 @@ class ModelSize:
     """Bytes of one number of the hidden states."""
     pair_flops: int
     """Floating point operations of one layer's attention per pair of tokens: scores and values, all heads."""
-    attention_numbers: int
-    """Numbers of one token's queries, keys and values in one layer."""
     frozen_linear: int = 0
     """Weights of linear modules and plain embeddings that are frozen and the teacher's; tied ones once."""
     outside: Kept = Kept()
@@ -201,7 +199,6 @@ def _sizes(model: PreTrainedModel, changed: Collection[int] = ()) -> ModelSize:
         hidden=config.hidden_size,
         state_bytes=head.weight.element_size(),
         pair_flops=4 * heads * width,
-        attention_numbers=(heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * width,
         frozen_linear=sum(layer.frozen_linear for layer in layers)
         + sum(p.numel() for p, kinds in outside.items() if not p.requires_grad and kinds <= {*LINEAR, nn.Embedding}),
     )

@@ -15,12 +15,13 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, Record, sources_that_ask
-from shoal.recipe.losses import STATE_TERMS, looks_into_attention, needs_teacher, reads_distributions
+from shoal.recipe.losses import StateTerm, needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
 
 from ..engine.arguments import DEFAULTS, DeepSpeed, batch_split, deepspeed_config
+from ..objective.layer_losses import StateLosses
 from .sizes import built, shapes_only
-from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts, unhealed
+from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts
 
 TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
 """none: no loss term asks it."""
@@ -66,6 +67,8 @@ class TrainSpec:
     """Lowest student layers that are the teacher's when training begins, and frozen."""
     shared_layers: int
     """Lowest student layers that the student does not run: a live teacher does for both, or their state is recorded."""
+    state_losses: type[StateLosses] = StateLosses
+    """What computes terms inside the layers; another one knows more of them."""
 
     @property
     def is_control(self) -> bool:
@@ -88,8 +91,8 @@ class TrainSpec:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether recorded signals could take a live teacher's place: they tell nothing of images, nor of attention."""
-        return not (self.settings.has_images or any(map(looks_into_attention, self.settings.losses)))
+        """Whether recorded signals could take a live teacher's place: they tell nothing of images."""
+        return not self.settings.has_images
 
     @property
     def teacher_dtype(self) -> torch.dtype:
@@ -101,7 +104,7 @@ class TrainSpec:
         """Numbers of the sources of whose rows the teacher is asked; None = of all."""
         # states are compared row by row; under ZeRO 3 all ranks gather a layer, whatever rows they have; and what comes
         # over from the host does so for one row too
-        of_all = any(isinstance(term, STATE_TERMS) for term in self.settings.losses)
+        of_all = any(isinstance(term, StateTerm) for term in self.settings.losses)
         of_all |= (self.deepspeed.stage == 3 and self.runs_teacher) or self.teacher_place in ("offloaded", "recorded")
         return None if of_all else sources_that_ask(self.settings)
 
@@ -153,7 +156,7 @@ def train_spec(
     elif settings.teacher.recorded is not None or not needs_teacher(settings.losses):
         spared = 0  # nobody to share them with
     else:
-        spared = unhealed(frozen, plan, settings)
+        spared = frozen
     return TrainSpec(teacher, student, plan, settings, record, ranks, deepspeed, trained, frozen, spared)
 
 

@@ -6,7 +6,6 @@ Layers are numbered as in the student where nothing else is said.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -124,51 +123,16 @@ def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
     return min([plan.first_change, *trained.layers[:1], *read])
 
 
-@dataclass(frozen=True)
-class Gap:
-    """One place where teacher layers are missing."""
-
-    layer: int
-    """Student layer that is trained to close it: the last before the gap, or the first where nothing is before it."""
-    target: int
-    """Teacher layer whose output the trained layer shall give."""
-    scale: float = 1.0
-    """How many times larger that output is than what the trained layer shall give: factors of prune.compensate."""
-
-
-def gaps(keep: Sequence[int], num_layers: int) -> tuple[Gap, ...]:
-    """The gaps that a plan leaves, from the bottom up; ``keep`` are the teacher's layers that stay.
-
-    A gap at the very bottom has no layer before it: the first kept one learns to work on embeddings.
-    """
-    closed = [Gap(0, keep[0])] if keep[0] > 0 else []
-    ends = [*keep[1:], num_layers]
-    for layer, (kept, following) in enumerate(zip(keep, ends, strict=True)):
-        if following > kept + 1:
-            if closed and closed[-1].layer == layer:
-                closed.pop()
-            closed.append(Gap(layer, following - 1))
-    return tuple(closed)
-
-
-def unhealed(shared: int, plan: PruningPlan, settings: Distill) -> int:
-    """How many of the ``shared`` lowest layers are still the teacher's after the local stage, if there is one, which
-    trains the layer before the first gap."""
-    healed = () if settings.local is None else gaps(plan.keep, plan.num_layers)
-    return min([shared, *(gap.layer for gap in healed[:1])])
-
-
 def recorded_layers(trained: Trained, plan: PruningPlan, settings: Distill) -> int:
     """How many of the lowest layers ``distill.teacher.prefix`` spares both models.
 
     Raises:
         UserError: none.
     """
-    if spared := unhealed(shares_prefix(trained, plan), plan, settings):
+    if spared := shares_prefix(trained, plan):
         return spared
     raise UserError(
-        f"distill.teacher.prefix: with trainable {settings.trainable}"
-        f"{'' if settings.local is None else ' after a local stage'} no layer at the bottom stays the teacher's (the "
+        f"distill.teacher.prefix: with trainable {settings.trainable} no layer at the bottom stays the teacher's (the "
         f"first change is at layer {plan.first_change}); choose from_first_cut and a plan that leaves the first "
         "layers, or leave it out"
     )

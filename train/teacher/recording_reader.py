@@ -18,7 +18,7 @@ from torch import Tensor
 from shoal.artifacts.artifact import differences
 from shoal.errors import UserError
 from shoal.recipe.distill import Record
-from shoal.recipe.losses import LOGIT_TERMS, AttentionRelation, LossTerm, ValueRelation, reads_distributions
+from shoal.recipe.losses import LOGIT_TERMS, LossTerm, reads_distributions
 
 from ..objective.chunked_loss import refuse_for_top_k
 from .recording_format import RECORD_AGAIN, ShardFile, TokenRows
@@ -161,9 +161,3 @@ def refuse_unrecorded(losses: Sequence[LossTerm], record: Record, *, vocab_size:
             f"record.top_k: {record.top_k} leaves none of the {vocab_size:,} tokens of the vocabulary outside, and "
             "losses compare the top k with all others; record fewer"
         )
-    for term in losses:
-        if isinstance(term, AttentionRelation | ValueRelation):
-            raise UserError(
-                f"distill.losses: {term.kind} needs the teacher's attention, which recorded signals do not hold; take "
-                "it out, or use the live teacher"
-            )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import sources_of_terms
-from shoal.recipe.losses import STATE_TERMS
+from shoal.recipe.losses import StateTerm
 
 from ..engine.fused import Fused, is_fused, why_not_fused
 from ..objective.chunked_loss import compiles
@@ -69,8 +69,8 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
     """
     shared, settings = spec.shared_layers, spec.settings
     prefix = SharedPrefix(student, live, first_change=shared) if shared else None
-    terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
-    states = StateLosses(terms, spec.plan, student, live, num_shared=spec.frozen_layers) if terms else None
+    terms = [term for term in settings.losses if isinstance(term, StateTerm)]
+    states = spec.state_losses(terms, spec.plan, student, live, num_shared=spec.frozen_layers) if terms else None
     if live is not None:
         teacher = LiveTeacher(
             live, reads_logits=spec.reads_logits, states=states, prefix=prefix, asked=spec.asked_sources

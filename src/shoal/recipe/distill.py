@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Field
 
 from shoal.recipe.losses import ForwardKL, LossTerm, asked_sources, needs_teacher, term_names
 from shoal.recipe.section import (
-    Above0,
     DataSource,
     Dtype,
     Packing,
@@ -79,22 +78,6 @@ class Teacher(Section):
     """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
     lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
     dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
-
-
-@dataclass(frozen=True)
-class LocalHeal(Section):
-    """A first stage that heals every gap on its own, on hidden states, without a graph from end to end."""
-
-    num_tokens: Annotated[Positive, Shapes.TRAINING] = 50_000
-    """Tokens of this stage, of the rows that training starts with; rounded up to whole steps."""
-    learning_rate: Annotated[Above0, Shapes.TRAINING] = 2e-4
-    """Largest learning rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1e-3
-    """Weight decay of AdamW."""
-    batch_size: Annotated[Positive, Shapes.TRAINING] = 8
-    """Rows per step over all ranks."""
-    rows_at_once: Annotated[Positive, Shapes.TRAINING] = 4
-    """Rows per rank and forward."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +224,7 @@ class Distill(Section):
     the teacher, so there it is computed once for both and needs neither a backward pass nor optimizer state."""
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
-    teacher: Annotated[Teacher, Shapes.LOCAL | Shapes.TRAINING] = Teacher()
-    local: Annotated[LocalHeal | None, Shapes.LOCAL | Shapes.TRAINING] = None
-    """A stage before this one; None = none."""
+    teacher: Annotated[Teacher, Shapes.TRAINING] = Teacher()
     writing: Annotated[Writing, Shapes.TRAINING] = Writing()
     """Text that the teacher writes where data names the source `teacher_text`."""
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None

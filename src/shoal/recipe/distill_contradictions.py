@@ -117,11 +117,6 @@ def _of_speed(distill: Distill) -> Iterator[str]:
             "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
             f"{distill.precision}; leave one of them out"
         )
-    if distill.compile and any(map(terms.looks_into_attention, distill.losses)):
-        yield (
-            "distill.compile: losses on attention look into layers while they run, which compiled layers do not show; "
-            "leave one of them out"
-        )
     checkpointing = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     if distill.compile and any((distill.trainer.get(key) or {}).get("selective") for key in checkpointing):
         yield (
@@ -155,7 +150,6 @@ def _of_images(distill: Distill) -> Iterator[str]:
     text_alone = {
         "on_policy": (samples, "the student writes from text alone"),
         "teacher.recorded": (distill.teacher.recorded is not None, "what a teacher says of images is not recorded"),
-        "local": (distill.local is not None, "gaps are healed on text alone"),
     }
     for name, (is_on, reason) in text_alone.items():
         if is_on:

@@ -138,40 +138,25 @@ class CrossEntropy(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenStates(Section):
+class StateTerm(Section):
+    """A term of what happens inside the layers."""
+
+    kind: str
+    weight: Weight = 1.0
+    layers: Layers | None = None
+    """Student layers; None = those where student and teacher differ from the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates(StateTerm):
     """The states after student layers against the teacher's."""
 
     kind: Literal["hidden_states"] = "hidden_states"
-    weight: Weight = 1.0
     map: Literal["gap_closing", "own"] = "gap_closing"
     """Teacher state that a student layer is to give: the one its next kept layer was used to read (so that the layer
     before a gap learns the gap), or the one the same layer gives in the teacher."""
     distance: Literal["mse", "cosine"] = "mse"
     """mse = squared error relative to the squared norm of the teacher's state; cosine = 1 - cosine."""
-    layers: Layers | None = None
-    """Student layers; None = from the first whose target is not equal from the start."""
-    multi_scale: bool = False
-    """Early layers match the states of tokens, late ones those pooled over neighbouring tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionRelation(Section):
-    """KL between teacher's and student's attention distributions over the tokens that a layer sees."""
-
-    kind: Literal["attention_relation"] = "attention_relation"
-    weight: Weight = 1.0
-    layers: Layers | None = None
-    """Student layers; None = the last one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueRelation(Section):
-    """KL between teacher's and student's softmax(V V^T / sqrt(d)) (MiniLM, Wang et al. 2020, arXiv:2002.10957)."""
-
-    kind: Literal["value_relation"] = "value_relation"
-    weight: Weight = 1.0
-    layers: Layers | None = None
-    """Student layers; None = the last one."""
 
 
 LogitTerm = (
@@ -186,19 +171,11 @@ LogitTerm = (
     | TotalVariation
     | CrossEntropy
 )
-StateTerm = HiddenStates | AttentionRelation | ValueRelation
-LossTerm = Annotated[LogitTerm | StateTerm, Field(discriminator="kind")]
+LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
 LOGIT_TERMS: tuple[type[LogitTerm], ...] = get_args(LogitTerm)
 """Terms of what the head gives."""
-STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
-"""Terms of what happens inside the layers."""
-KINDS: tuple[str, ...] = tuple(term().kind for term in (*LOGIT_TERMS, *STATE_TERMS))
-
-
-def looks_into_attention(term: LossTerm) -> bool:
-    """Whether ``term`` reads what attention is computed from."""
-    return isinstance(term, AttentionRelation | ValueRelation)
+KINDS: tuple[str, ...] = tuple(term().kind for term in (*LOGIT_TERMS, HiddenStates))
 
 
 def needs_teacher(terms: Sequence[LossTerm]) -> bool:
@@ -255,7 +232,7 @@ def _own_problems(term: LossTerm) -> Iterator[str]:
             yield "end: the target would stay the student itself, which trains nothing; set it above 0"
         case DKD(alpha=0, beta=0):
             yield "alpha: is 0 and so is beta, the term would always be 0; give one of them a value above 0"
-        case HiddenStates() | AttentionRelation() | ValueRelation():
+        case HiddenStates():
             layers = term.layers or ()
             if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
                 yield f"layers: names layer {twice[0]} twice; name it once"

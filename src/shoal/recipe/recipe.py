@@ -20,7 +20,6 @@ from shoal.errors import UserError
 from shoal.recipe import distill_contradictions, evaluate, measure, prune, remembered, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
-from shoal.recipe.losses import looks_into_attention
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import Prune
@@ -44,7 +43,7 @@ class Recipe(Section):
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
-    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.VISION | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED] = "auto"
+    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.VISION | Shapes.SIGNALS | Shapes.SPEED] = "auto"
     """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
     fast in, or what this run directory was begun in; stored = that of the checkpoint."""
     full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
@@ -53,7 +52,7 @@ class Recipe(Section):
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
     attention: Annotated[
         Literal["auto", "flash", "flex", "sdpa", "eager"],
-        Shapes.NUMBERS | Shapes.VISION | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED,
+        Shapes.NUMBERS | Shapes.VISION | Shapes.SIGNALS | Shapes.SPEED,
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
     was begun with, else flash where GPU, family, precision and installed packages allow it, else sdpa, and eager for
@@ -221,12 +220,4 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
-    width, relations = recipe.prune.width, [term for term in recipe.distill.losses if looks_into_attention(term)]
-    if width is not None and width.kv_groups is not None and relations:
-        yield (
-            f"distill.losses: {relations[0].kind} compares heads with those of the teacher, and prune.width.kv_groups "
-            "takes some away; leave one of them out"
-        )
-    if recipe.distill.local is not None and recipe.prune.drop == () and not recipe.prune.edits:
-        yield "distill.local: heals gaps between layers, and prune.drop: [] leaves none; leave it out"
     yield from track.contradictions(recipe.export)

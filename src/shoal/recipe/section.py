@@ -102,8 +102,6 @@ class Shapes(Flag):
     """What the teacher writes before training."""
     ROWS = auto()
     """Packed rows of the training text."""
-    LOCAL = auto()
-    """Gaps that are healed before training, with all of a section that shapes TRAINING."""
     TRAINING = auto()
     """distill.json and distilled/."""
     SCORES = auto()

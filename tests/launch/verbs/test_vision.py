@@ -141,7 +141,6 @@ IMAGES: dict[str, Any] = {"path": "rows.jsonl", "image": "image", "prompt": "pro
         ({"data": [{**IMAGES, "loss_on": "all"}]}, r"loss_on: all would learn tokens that stand for an image"),
         ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
         ({"teacher": {"recorded": "signals"}}, r"distill.teacher.recorded: what a teacher says of images is not"),
-        ({"local": {}}, r"distill.local: gaps are healed on text alone, .* leave one of them out"),
     ],
 )
 def test_what_does_not_go_with_images_is_refused_with_the_recipe(section: dict[str, Any], message: str) -> None:

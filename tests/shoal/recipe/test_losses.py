@@ -12,7 +12,6 @@ from shoal.recipe.losses import (
     JSD,
     KINDS,
     LOGIT_TERMS,
-    STATE_TERMS,
     TAID,
     CrossEntropy,
     ForwardKL,
@@ -38,9 +37,9 @@ def refusal(*terms: dict[str, Any]) -> list[str]:
 
 @pytest.mark.slow
 def test_every_kind_is_read_from_a_recipe_with_its_defaults_and_written_back() -> None:
-    kinds = (*LOGIT_TERMS, *STATE_TERMS)
+    kinds = (*LOGIT_TERMS, HiddenStates)
     assert [term().kind for term in kinds] == list(KINDS)
-    assert len(set(KINDS)) == len(kinds) == 13
+    assert len(set(KINDS)) == len(kinds) == 11
     for term, kind in zip(kinds, KINDS, strict=True):
         (read,) = losses({"kind": kind})
         assert read == term()
@@ -86,7 +85,7 @@ ONE_OF = ", ".join(map(repr, KINDS))
         ),
         ({"kind": "hidden_states", "layers": []}, "losses.0.layers: must have at least 1 item (got [])"),
         ({"kind": "hidden_states", "layers": [1, 1]}, "losses.0.layers: names layer 1 twice; name it once"),
-        ({"kind": "value_relation", "layers": [-1]}, "losses.0.layers.0: must be greater than or equal to 0 (got -1)"),
+        ({"kind": "hidden_states", "layers": [-1]}, "losses.0.layers.0: must be greater than or equal to 0 (got -1)"),
     ],
 )
 def test_wrong_term_is_refused_with_its_path_and_remedy(term: dict[str, Any], message: str) -> None:

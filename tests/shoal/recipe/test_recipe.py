@@ -224,30 +224,6 @@ def test_contradictions_are_reported_at_once(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, "prune: {drop: [1], ratio: 0.2, contiguous: true}\nexport: {hub_repo: x}")) == 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        (
-            "prune: {num_drop: 2, width: {kv_groups: 2}}\ndistill: {losses: [{kind: forward_kl}, "
-            "{kind: value_relation}]}",
-            "distill.losses: value_relation compares heads with those of the teacher, and prune.width.kv_groups takes "
-            "some away; leave one of them out",
-        ),
-        (
-            "prune: {drop: [], width: {kv_groups: 2}}\ndistill: {local: {num_tokens: 4096}}",
-            "distill.local: heals gaps between layers, and prune.drop: [] leaves none; leave it out",
-        ),
-    ],
-)
-def test_what_narrowed_layers_cannot_be_trained_by_is_refused(tmp_path: Path, settings: str, problem: str) -> None:
-    assert refusal(tmp_path, settings) == [problem]
-
-
-def test_what_narrowed_layers_can_be_trained_by_is_not_refused(tmp_path: Path) -> None:
-    load(tmp_path, "prune: {num_drop: 2, width: {kv_groups: 2}}\ndistill: {local: {num_tokens: 4096}}")
-    load(tmp_path, "prune: {num_drop: 2, width: {intermediate_size: 0.5}}\ndistill: {losses: [{kind: value_relation}]}")
-
-
 def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,

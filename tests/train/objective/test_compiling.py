@@ -354,7 +354,6 @@ def test_a_loss_that_decides_as_it_sorts_is_not_compiled() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"losses": [{"kind": "value_relation"}]}, "losses on attention look into layers while they run"),
         ({"trainer": {"gradient_checkpointing_kwargs": {"selective": True}}}, "leave out selective"),
         ({"trainer": {"torch_compile": True}}, r"torch_compile: would compile the loss .* use distill\.compile"),
     ],

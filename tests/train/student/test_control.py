@@ -14,8 +14,8 @@ from tiny import tiny_config
 
 from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.models.load import Checkpoint
-from shoal.recipe.distill import Distill, LocalHeal, Record, Teacher
-from shoal.recipe.losses import AttentionRelation, CrossEntropy, HiddenStates
+from shoal.recipe.distill import Distill, Record, Teacher
+from shoal.recipe.losses import CrossEntropy, HiddenStates
 from shoal.train.objective.layer_losses import layer_pairs
 from shoal.train.student.control import control_identity, control_spec
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
@@ -66,19 +66,19 @@ def test_the_controls_states_are_as_large_as_the_teachers() -> None:
     assert control_spec(spec_of(told)).plan.state_scale(4) == 1
 
 
-def test_nothing_is_cut_and_no_gap_is_healed() -> None:
-    spec = spec_of(plan(4, 7, edits=(SKIP,)), trainable="from_first_cut", local=LocalHeal())
+def test_nothing_is_cut() -> None:
+    spec = spec_of(plan(4, 7, edits=(SKIP,)), trainable="from_first_cut")
     control = control_spec(spec)
     assert control.student == control.teacher == spec.teacher
     assert control.plan.keep == tuple(range(10))
     assert (spec.is_control, control.is_control) == (False, True)
-    assert control.settings == replace(spec.settings, local=None)
+    assert control.settings == spec.settings
 
 
-def test_a_recording_of_the_state_below_serves_the_control_also_where_a_local_stage_shortened_it() -> None:
+def test_a_recording_of_the_state_below_serves_the_control() -> None:
     recorded = Teacher(recorded="signals", prefix=True)
-    spec = spec_of(plan(4), trainable="from_first_cut", local=LocalHeal(), teacher=recorded)
-    assert control_spec(spec).shared_layers == spec.shared_layers == 3
+    spec = spec_of(plan(4), trainable="from_first_cut", teacher=recorded)
+    assert control_spec(spec).shared_layers == spec.shared_layers == 4
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,6 @@ def test_a_recording_of_the_state_below_serves_the_control_also_where_a_local_st
         (HiddenStates(map="own"), plan(4, 5), (6, 7, 8, 9)),
         (HiddenStates(layers=(3, 5)), plan(4, 5), (5, 7)),
         (HiddenStates(map="own"), plan(3, edits=(MERGE,)), (3, 4, 5, 6, 7, 8, 9)),
-        (AttentionRelation(), plan(9), (8,)),
-        (AttentionRelation(layers=(2, 4)), plan(3), (2, 5)),
     ],
 )
 def test_states_are_compared_at_the_teachers_layers_of_the_student_each_with_itself(term, changes, targets) -> None:

@@ -17,20 +17,18 @@ from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
-from shoal.recipe.distill import Distill, LocalHeal, Teacher
+from shoal.recipe.distill import Distill, Teacher
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.train.objective.capture import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
 from shoal.train.student.trainable import (
     Trained,
-    gaps,
     keep_zeros,
     parts_of,
     recorded_layers,
     shares_prefix,
     train_only,
     trained_parts,
-    unhealed,
 )
 
 MERGE = {"kind": "merge", "layers": [2, 3]}
@@ -94,23 +92,20 @@ def test_what_turns_an_image_into_tokens_stays_as_it_is(name: str, trainable: st
     assert sum(name.startswith(parts.layers_name) for name in moving) == len([*parts.layers.parameters()])
 
 
-@pytest.mark.parametrize("local", [None, LocalHeal()])
 @pytest.mark.parametrize("trainable", ["from_first_cut", "near_gaps", "norm_and_head"])
-def test_what_an_earlier_round_may_have_changed_is_not_shared_in_a_later_one(
-    trainable: str, local: LocalHeal | None
-) -> None:
+def test_what_an_earlier_round_may_have_changed_is_not_shared_in_a_later_one(trainable: str) -> None:
     """Over every two cuts of six layers of which the second goes on from the first."""
-    settings, num_shared = Distill(trainable=trainable, local=local), 0  # pyright: ignore[reportArgumentType]
+    num_shared = 0
     for rounds in itertools.product((0, 1, 2), repeat=6):
         first, last = (
             plan(*(own for own, number in enumerate(rounds) if 0 < number <= most), num_layers=6) for most in (1, 2)
         )
         if not first.drop or not last.keep or (trainable == "from_first_cut" and last.first_change >= len(last.keep)):
             continue
-        changed = set() if local is None else {first.keep[gap.layer] for gap in gaps(first.keep, 6)}
+        changed = set[int]()
         if trainable != "from_first_cut" or first.first_change < len(first.keep):
             changed |= {first.keep[own] for own in trained_parts(trainable, first).layers}
-        shared = unhealed(shares_prefix(trained_parts(trainable, last), last), last, settings)
+        shared = shares_prefix(trained_parts(trainable, last), last)
         assert changed.isdisjoint(last.keep[:shared]), rounds
         assert last.keep[:shared] == tuple(range(shared)), rounds
         num_shared += shared
@@ -284,17 +279,13 @@ def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
 
 
 def test_a_prefix_is_only_recorded_where_layers_stay_the_teachers() -> None:
-    cut, low = plan(3, num_layers=7), plan(1, num_layers=7)
+    cut = plan(3, num_layers=7)
     recorded = Distill(trainable="from_first_cut", teacher=Teacher(recorded="signals", prefix=True))
-    everything, healed = replace(recorded, trainable="all"), replace(recorded, local=LocalHeal())
+    everything = replace(recorded, trainable="all")
     above = trained_parts("from_first_cut", cut)
     assert recorded_layers(above, cut, recorded) == 3
-    # the local stage trains the layer before the gap
-    assert recorded_layers(above, cut, healed) == 2
     with pytest.raises(UserError, match=r"with trainable all no layer at the bottom stays the teacher's .* at layer 3"):
         recorded_layers(trained_parts("all", cut), cut, everything)
-    with pytest.raises(UserError, match="with trainable from_first_cut after a local stage no layer"):
-        recorded_layers(trained_parts("from_first_cut", low), low, healed)
     assert [*contradictions(recorded)] == []
     (told,) = contradictions(replace(recorded, teacher=Teacher(prefix=True)))
     assert told.startswith("distill.teacher.prefix: is about recorded signals")
