@@ -525,7 +525,7 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     assert min(learnt[:2]) > 100
     again = trained(str(tmp_path / "out/checkpoint-3"))
     assert curve(again) == curve(whole)
-    assert curve(again, "on_policy/kept_tokens") == curve(whole, "on_policy/kept_tokens") == [float(learnt[3])]
+    assert curve(again, "on_policy/kept_tokens") == curve(whole, "on_policy/kept_tokens")
 
 
 @pytest.mark.parametrize("drop", [DROP, ()])
