@@ -6,6 +6,7 @@ Two idle thread pools that spin on the same cores make tests ten times slower.
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +33,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="of every test that is not slow the first case alone")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast, leave out what is marked slow or prove, and all but the first case where not marked every_case."""
+    """Mark what a sample leaves out as prove.
+
+    With --fast, leave out what is marked slow or prove, and all but the first case where not marked every_case.
+    """
+    cases: Counter[str] = Counter()
+    for item in items:
+        if sample := item.get_closest_marker("sample"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % sample.args[0]:
+                item.add_marker("prove")
+            cases[test] += 1
     if not config.getoption("--fast"):
         return
     first: dict[str, pytest.Item] = {}

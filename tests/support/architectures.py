@@ -6,9 +6,11 @@ by its name: the model type, with a suffix where one family needs several rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoConfig,
@@ -806,6 +808,30 @@ NOT_CUT: dict[str, str] = {
     "xmod": "an encoder",
 }
 """Model types of the causal-LM mapping that have no row, and why: alphabetical."""
+
+
+FEW = (
+    *(
+        "arcee",
+        "bamba",
+        "bloom",
+        "cohere2",
+        "deepseek_v3",
+        "falcon_h1",
+        "gemma3_text",
+        "gemma3n_text",
+        "gpt2",
+        "gpt_oss",
+    ),
+    *("granite", "lfm2_moe", "llama", "llava", "mamba", "nemotron_h", "olmo2", "phi3", "qwen2", "qwen3_moe"),
+    *("qwen3_next", "qwen3_vl", "recurrent_gemma", "smollm3", "zamba2"),
+)
+"""Rows that `make test` looks at: one for every way in which layers differ, share, or are refused."""
+
+
+def census(names: Iterable[str]) -> list[Any]:
+    """Cases of a test over families, of which `make test` runs FEW."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.prove) for name in names]
 
 
 def tiny_config(name: str, **overrides: Any) -> PreTrainedConfig:

@@ -34,7 +34,7 @@ def test_the_budget_is_the_published_one(name: str) -> None:
     assert (recipe.eval.limit, recipe.eval.num_fewshot) == (None, 5), "200 items leave six points to chance"
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("name", ["anchor_qwen3_8b_drop8", "anchor_llama3_1_8b_drop5"])
 def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) -> None:
     family, layers, num_drop = ANCHORS[name]

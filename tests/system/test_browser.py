@@ -17,7 +17,7 @@ from shoal.eval.report.report import write_report
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=SKIP_REASON)]
+pytestmark = [pytest.mark.prove, pytest.mark.skipif(bool(MISSING), reason=SKIP_REASON)]
 
 PLANTED = (
     "\"'></style></title></textarea><script>window.planted = 1</script><img src=x onerror='window.planted = 2'>"

@@ -42,7 +42,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     return out, measured(out, "--device", "cpu", "--tiny", "--only", *groups)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_the_command_measures_every_kind_of_case(tried: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     _, rows = tried
     assert {row["kind"] for row in rows.values()} == {"card", "shoal", "gkd", "distillation", "sweep"}
@@ -59,7 +59,7 @@ def test_the_command_measures_every_kind_of_case(tried: tuple[Path, dict[str, di
     assert set(without) == told, "nothing failed, was too large or took too long"
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_all_trainers_see_the_same_models_and_rows(tried: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """Else a comparison of their speed would say little: the first losses are the same."""
     _, rows = tried
@@ -71,7 +71,7 @@ def test_all_trainers_see_the_same_models_and_rows(tried: tuple[Path, dict[str, 
     assert rows["as shipped"]["losses"][0] != own, "its rows hold several documents"
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_the_table_names_every_case(tried: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     out, rows = tried
     page = (out / "gpu.md").read_text()
@@ -82,14 +82,14 @@ def test_the_table_names_every_case(tried: tuple[Path, dict[str, dict[str, Any]]
         assert f"{name}: not here: " in page
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     rows = measured(tmp_path, "--device", "cpu", "--tiny", "--only", "sweep", "--budget", "1")
     assert all(row["left_out"] == "the budget of 1 s was used up" for row in rows.values())
     assert "left out: the budget of 1 s was used up" in (tmp_path / "gpu.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU, on which it would measure")
 def test_without_a_gpu_the_command_says_what_it_would_do(tmp_path: Path) -> None:
     done = command(tmp_path / "none", "--tiny", "--only", "ZeRO 2", "attention flash")
@@ -100,7 +100,7 @@ def test_without_a_gpu_the_command_says_what_it_would_do(tmp_path: Path) -> None
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -126,6 +126,7 @@ RECIPES: list[tuple[str | bytes, str]] = [
 ]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("recipe", "words"), RECIPES)
 def test_recipes(refused: Any, recipe: str | bytes, words: str, tmp_path: Path) -> None:
     assert refused("measure", recipe, []).startswith(words)
@@ -199,6 +200,7 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
 ]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("verb", "overrides", "words"), OVERRIDES)
 def test_overrides(refused: Any, verb: str, overrides: list[str], words: str) -> None:
     assert refused(verb, "", overrides).startswith(words)
@@ -300,6 +302,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(refused: Any, teacher: Path, tmp_path: Path, name: str) -> None:
     damage, words = MODELS[name]
@@ -325,6 +328,7 @@ DATA: list[tuple[str, bytes, str, str]] = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "content", "more", "words"), DATA)
 def test_data(refused: Any, tmp_path: Path, name: str, content: bytes, more: str, words: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -108,13 +108,13 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(reference: Path)
 @pytest.mark.parametrize(
     ("zero", "ranks", "ranks_later"),
     [
-        ("zero1", 1, None),
-        ("zero2", 1, 2),
-        ("zero3_offload", 1, None),
         ("zero0", 2, 1),
-        ("zero1", 2, None),
-        ("zero2_offload", 2, None),
         ("zero3", 2, 1),
+        pytest.param("zero1", 1, None, marks=pytest.mark.prove),
+        pytest.param("zero2", 1, 2, marks=pytest.mark.prove),
+        pytest.param("zero3_offload", 1, None, marks=pytest.mark.prove),
+        pytest.param("zero1", 2, None, marks=pytest.mark.prove),
+        pytest.param("zero2_offload", 2, None, marks=pytest.mark.prove),
     ],
 )
 def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
@@ -153,6 +153,7 @@ def unfinish(run_dir: Path, *, keep: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+@pytest.mark.prove
 def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, tmp_path):
     """DeepSpeed gives every group the first one's settings there, and one step counter to all."""
     path = pruned_recipe(tmp_path, teacher, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
@@ -167,6 +168,7 @@ def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, 
         torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.prove
 def test_loss_does_not_depend_on_the_split_where_rows_hold_unequal_numbers_of_targets(teacher, tmp_path):
     """Every document's first token is no target, so rows of short documents have fewer: their mean of means differs."""
     documents = tmp_path / "short_and_long.jsonl"
@@ -186,6 +188,7 @@ def test_loss_does_not_depend_on_the_split_where_rows_hold_unequal_numbers_of_ta
     assert curves[2] == pytest.approx(curves[0], abs=1e-5)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
 def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teacher, tmp_path, stage, ranks):
     path = pruned_recipe(tmp_path, teacher)
@@ -202,6 +205,7 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teache
     assert curve(path) != pytest.approx(curve(reference), abs=1e-6), "bf16 was asked for"
 
 
+@pytest.mark.prove
 def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(teacher, tmp_path):
     curves = []
     for name, ranks, overrides in [
@@ -214,6 +218,7 @@ def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(te
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_an_edit_zeroed_stays_zero_over_ranks_and_shards(teacher, tmp_path, stage):
     path = recipe(tmp_path, teacher, deepspeed=f"deepspeed/zero{stage}.json")
@@ -243,7 +248,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in running if any("distill.py" in word for word in child.cmdline()[:4])]
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.prove)])
 def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_path, victim):
     path = pruned_recipe(tmp_path, teacher, **MANY)
     ranks = 2 if victim == "rank" else 1
@@ -263,6 +268,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_p
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
 
 
+@pytest.mark.prove
 def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, teacher, tmp_path):
     path = pruned_recipe(tmp_path, teacher, **MANY)
     arguments = ["distill", "--config", str(path), "distill.timeout_s=8"]
@@ -312,6 +318,7 @@ def unfinished_copy(reference: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.prove
 def test_a_truncated_checkpoint_is_skipped_and_the_curve_stays(reference, tmp_path):
     path = unfinished_copy(reference, tmp_path / "copy")
     newest = path.parent / "run" / "checkpoints" / f"checkpoint-{STEPS}"
@@ -324,6 +331,7 @@ def test_a_truncated_checkpoint_is_skipped_and_the_curve_stays(reference, tmp_pa
     assert curve(path) == curve(reference)
 
 
+@pytest.mark.prove
 def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, tmp_path):
     path = unfinished_copy(reference, tmp_path / "copy")
     result = distill(path, "distill.trainer.learning_rate=0.5")
@@ -334,6 +342,7 @@ def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, t
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.prove
 def test_a_port_in_use_is_named(teacher, tmp_path):
     path = pruned_recipe(tmp_path, teacher)
     with socket.socket() as busy:
@@ -346,6 +355,7 @@ def test_a_port_in_use_is_named(teacher, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.prove
 def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
     path = recipe(tmp_path, teacher, check_memory=False)  # which would refuse it before it starts
     run_dir = path.parent / "run"
@@ -366,6 +376,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
         subprocess.run(["umount", str(run_dir)], check=True)
 
 
+@pytest.mark.prove
 def test_wandb_offline_keeps_one_run_id_over_a_resume(reference, tmp_path):
     path = unfinished_copy(reference, tmp_path / "copy")
     ids = []
@@ -380,6 +391,7 @@ def test_wandb_offline_keeps_one_run_id_over_a_resume(reference, tmp_path):
     assert list(runs[0].glob("*.wandb"))
 
 
+@pytest.mark.prove
 def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
     sources = [{"path": "python_docs"}, {"path": "teacher_text"}]
     path = pruned_recipe(tmp_path, teacher, data=sources, writing={"num_tokens": 300})
@@ -398,6 +410,7 @@ def stage(verb: str, path: Path, *overrides: str, ranks: int) -> None:
     finished(run_ranks([verb, "--config", str(path), *overrides], ranks=ranks, env=environment(), cwd=path.parent))
 
 
+@pytest.mark.prove
 def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path):
     few = ["measure.num_tokens=700", "measure.sequence_length=100"]
     tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
@@ -439,6 +452,7 @@ def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
     return written[: written.rindex("\n") + 1]
 
 
+@pytest.mark.prove
 def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
     found = []
     small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.sequence_length=256", "eval.batch_size=4"]
@@ -456,6 +470,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
         assert [(item.id, item.prediction) for item in one.items] == [(item.id, item.prediction) for item in two.items]
 
 
+@pytest.mark.prove
 def test_the_control_is_trained_after_the_student_and_scored_beside_it(teacher, tmp_path):
     path = pruned_recipe(tmp_path, teacher, trainable="from_first_cut", losses=[{"kind": "cross_entropy"}])
     tasks = ["eval.tasks=[knowledge_continuation]", "eval.limit=4", "eval.perplexity_tokens=200"]
@@ -475,6 +490,7 @@ def test_the_control_is_trained_after_the_student_and_scored_beside_it(teacher, 
     assert Speed.read(found / "speed.json").roles.keys() == {"teacher", "pruned", "distilled"}
 
 
+@pytest.mark.prove
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("zero", [0, 2, 3])

@@ -79,7 +79,7 @@ def recipe(folder: Path, teacher: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_two_nodes_train_the_weights_of_one_bit_for_bit(nodes, tmp_path):
     teacher = tiny_checkpoint(tmp_path, "llama_tied")
     alone, together = recipe(tmp_path / "alone", teacher), recipe(tmp_path / "together", teacher)

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")
 pytest.importorskip("material", reason="needs the extra docs")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.prove
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,7 +21,7 @@ from shoal.launch.help.names import LISTS
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0+wheel"
 """Of the wheel that is tested: every result says it, so none came from the clone."""
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.prove
 
 
 def run(*command: str | Path, **how: object) -> str:

@@ -20,7 +20,7 @@ def blocks() -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_every_example_runs(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # a launched training asks this machine what it multiplies fast in: so does this process
     monkeypatch.chdir(tmp_path)

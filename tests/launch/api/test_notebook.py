@@ -46,7 +46,7 @@ def executed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     return names, shown
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("is_demo", [False, True], ids=["tiny", "demo"])
 def test_all_its_cells_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_demo: bool) -> None:
     if is_demo and importlib.util.find_spec(DEMO_MODELS["smollm2-135m"][0]) is None:

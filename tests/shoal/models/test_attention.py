@@ -12,7 +12,7 @@ import architectures
 import flash_stand_in
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, census
 from torch import Tensor
 from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, StableLmConfig
 
@@ -320,7 +320,7 @@ RIGHT_ONLY_WITH_BORDERS = ("biogpt",)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["flash", "flex"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", census(ARCHITECTURES))
 def test_every_family_that_transformers_offers_kernels_for_keeps_documents_apart_or_is_known_not_to(
     name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
