@@ -17,9 +17,7 @@
 Folders:
 
     changes   changes of layers that stay: compensation without training, width
-    depth     who writes, erases and decides along the depth of a model
     edits     changes of layers besides dropping them
-    heads     heads that copy, and states that carry an answer
     metrics   scores of layers from plain text
     surgery   the student in memory and on disk, proven to be the teacher without the dropped layers
     sweeps    variants scored on tasks, and what follows from it

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.formatting import aligned, bytes_text
 from shoal.recipe.prune import Prune
@@ -46,13 +45,13 @@ class Frontier:
     """Tokens behind the one that is written, for speeds."""
 
 
-def frontier(prune: Prune, importance: Importance, sizes: LayerSizes, heads: Heads | None = None) -> Frontier:
+def frontier(prune: Prune, importance: Importance, sizes: LayerSizes) -> Frontier:
     """Cuts as the metric of ``prune`` chooses them, whatever number of layers it asks for.
 
     Raises:
         UserError: as cuts_by_size.
     """
-    metric, cuts = cuts_by_size(prune, importance, sizes.stored.layers, heads)
+    metric, cuts = cuts_by_size(prune, importance, sizes.stored.layers)
     layers, length = range(sizes.num_layers), sizes.length
     whole = sizes.read(1, length)
     points = [

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Edits, edited_layers, in_words, removed_layers
@@ -46,13 +45,11 @@ def choose_changes(
     *,
     num_layers: int,
     importance: Importance | None,
-    heads: Heads | None = None,
     goals: Goals | None = None,
 ) -> Choice:
     """The layers to drop and the edits to make. Layers that edits name are never chosen automatically.
 
-    ``heads`` are those of this model, for ``prune.protect_heads``. ``goals``: what prune.target asks of it; given where
-    that is set, and only there.
+    ``goals``: what prune.target asks of it; given where that is set, and only there.
 
     An explicit ``prune.drop`` is the user's wish and overrides the default of ``prune.protect``, which guards automatic
     choices; it may not contradict a protect list that differs from the default, since then the user has said both.
@@ -61,7 +58,7 @@ def choose_changes(
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
     _check_edits(prune.edits, num_layers)
-    drop, halves, reason = _choose(prune, num_layers, importance, heads, goals)
+    drop, halves, reason = _choose(prune, num_layers, importance, goals)
     removed = removed_layers(prune.edits)
     if len(drop) + len(removed) == num_layers:
         raise UserError(f"prune: drop and edits together remove all {num_layers} layers; keep at least one")
@@ -127,7 +124,7 @@ def is_automatic(prune: Prune) -> bool:
 
 
 def _choose(
-    prune: Prune, num_layers: int, importance: Importance | None, heads: Heads | None, goals: Goals | None
+    prune: Prune, num_layers: int, importance: Importance | None, goals: Goals | None
 ) -> tuple[tuple[int, ...], Edits, str]:
     """Layers that go beside those that edits remove, edits that skip halves, and the reason."""
     if prune.drop is not None:
@@ -145,7 +142,7 @@ def _choose(
             f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
             "run `shoal measure` again for this model"
         )
-    protected, copying, spared = _guarded(prune, importance, heads)
+    protected, spared = _guarded(prune, importance)
     halves: Edits = ()
     if prune.contiguous:
         drop, reason = _best_run(prune, wanted, protected, spared, importance)
@@ -157,46 +154,21 @@ def _choose(
         reason += f", for {goals.in_words(drop)}"
     if protected:
         reason += f"; {_named(in_teacher(protected, importance))} protected"
-    if copying:
-        reason += f", {_named(copying)} for {prune.protect_heads:.0%} of the retrieval score"
     if spared:
         reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
     return drop, halves, reason
 
 
-def _copying(share: float | None, heads: Heads | None, num_layers: int) -> tuple[int, ...]:
-    """The fewest layers that hold ``share`` of the retrieval score."""
-    if share is None:
-        return ()
-    if heads is None:
-        raise UserError(
-            f"prune.protect_heads: needs {Heads.FILE}, which is not there; set measure.heads and run `shoal measure`, "
-            "or leave it out"
-        )
-    if heads.num_layers != num_layers:
-        raise UserError(
-            f"{Heads.FILE}: was measured on a model of {heads.num_layers} layers, this one has {num_layers}; run "
-            "`shoal measure` again for this model"
-        )
-    return heads.layers_holding(share)
-
-
-def _guarded(
-    prune: Prune, importance: Importance, heads: Heads | None
-) -> tuple[set[int], tuple[int, ...], tuple[SweepColumn, ...]]:
-    """The layers that may not go, those among them that stay for their heads, and the columns on which nothing
-    significant may be spent."""
+def _guarded(prune: Prune, importance: Importance) -> tuple[set[int], tuple[SweepColumn, ...]]:
+    """The layers that may not go, and the columns on which nothing significant may be spent."""
     protected = _protected(prune.protect, importance.num_layers) | _edited(prune)
     if "cornerstone" in prune.protect:
         protected |= set(_cornerstones(importance))
-    copying = _copying(prune.protect_heads, heads, importance.num_layers)
     spared = spared_columns(prune, importance)
-    return protected | {*copying} | {layer for column in spared for layer in column.critical}, copying, spared
+    return protected | {layer for column in spared for layer in column.critical}, spared
 
 
-def cuts_by_size(
-    prune: Prune, importance: Importance, num_bytes: Sequence[int], heads: Heads | None = None
-) -> tuple[str, list[Cut]]:
+def cuts_by_size(prune: Prune, importance: Importance, num_bytes: Sequence[int]) -> tuple[str, list[Cut]]:
     """What is told of cuts in words, and the cuts that the metric of ``prune`` finds best, one per size, the whole
     model first.
 
@@ -204,9 +176,9 @@ def cuts_by_size(
     layer; of an order its prefixes. Nothing significant is spent where that is to be spared.
 
     Raises:
-        UserError: as choose_changes, for a column or heads that are not there.
+        UserError: as choose_changes, for a column that is not there.
     """
-    protected, _, spared = _guarded(prune, importance, heads)
+    protected, spared = _guarded(prune, importance)
     free, whole = _free(protected, importance), Cut((), 0.0)
     if prune.contiguous:
         metric = prune.metric or DEFAULT_RUN_METRIC

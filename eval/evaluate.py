@@ -28,7 +28,6 @@ from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, environment, rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks
-from .harness.image_answers import image_answers
 from .harness.item_cache import ItemCache, identity_of
 from .harness.perplexity import perplexity
 from .harness.samples import task_score
@@ -149,8 +148,6 @@ def scored(lm: CausalLM, questions: Questions) -> tuple[TaskScore, ...]:
     scores = scores_of(lm, tasks, settings, seed=questions.seed)
     if settings.perplexity_tokens:
         scores = (*scores, perplexity(lm, settings, cut_by=questions.cut_by))
-    if isinstance(settings, Eval) and settings.images is not None:
-        scores = (*scores, image_answers(lm, lm.model, settings.images))
     scores = tuple(replace(score, engine=lm.engine) for score in scores)
     for score in scores:
         log.info(

@@ -1,4 +1,4 @@
-"""`shoal measure | prune | record | distill | quantize | eval | depth | report | run RECIPE_OR_RUN_DIR
+"""`shoal measure | prune | record | distill | quantize | eval | report | run RECIPE_OR_RUN_DIR
 [key=value ...]`, `shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain |
 completion`."""
 
@@ -60,7 +60,7 @@ VERBS = {
     "measure": Verb(
         "measure what every layer is worth: importance.json",
         "verbs.measure.measure",
-        example="--config my.yaml --diagnostics measure.num_tokens=100_000",
+        example="--config my.yaml measure.num_tokens=100_000",
     ),
     "prune": Verb(
         "choose layers and cut them out: plan.json, student/",
@@ -87,11 +87,6 @@ VERBS = {
         "score teacher, pruned, control and distilled: eval/*.json",
         "verbs.evaluate.evaluate",
         example="--config my.yaml eval.suite=quick eval.limit=50",
-    ),
-    "depth": Verb(
-        "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved: depth_use.json",
-        "verbs.depth.depth",
-        example="--config atlas.yaml",
     ),
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",
@@ -436,12 +431,6 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "prune":
             told = "with --dry-run: draw what the metric's cuts keep against size and speed to FILE (.svg, .png)"
             sub.add_argument("--figure", metavar="FILE", type=Path, help=told)
-        if verb == "measure":
-            sub.add_argument(
-                "--diagnostics",
-                action="store_true",
-                help="depth diagnostics too: short for measure.diagnostics=true",
-            )
         sub.add_argument(
             "recipe",
             nargs="?",
@@ -493,8 +482,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--figure draws what --dry-run tells; give both")
     if "work" not in known:
         _name_recipe(parser, known, rest)
-    if getattr(known, "diagnostics", False):
-        known.overrides.append("measure.diagnostics=true")
     return known
 
 

@@ -1,4 +1,4 @@
-"""Scores of layers from plain text, and from images.
+"""Scores of layers from plain text.
 
 registry        all metrics by name, and the pass for each need
 metric          what a metric says of itself, and what a pass is given
@@ -12,6 +12,4 @@ loss_metrics    metrics of the loss under variants
 variant_losses  that loss, each variant measured once
 greedy          orders, one removal after the other
 shapley         means over subnetworks
-images          what layers are worth for answers about images
-vision_states   what states of a vision tower are worth for them
 """

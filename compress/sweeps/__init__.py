@@ -9,5 +9,4 @@ placeholder    what will be measured, without its scores: choices that nothing c
 read_write     reading against writing
 expected_loss  what a plan is expected to cost on tasks
 items          scores of every item, on disk
-depth_use      what models that descend from each other use their layers for
 """

@@ -18,7 +18,6 @@ from ...eval.harness.samples import protocol_of
 from ...eval.tasks.load import tasks_of
 from ...eval.tasks.names import named_in
 from ..metrics.greedy import HALVES, TASK_ORDER
-from ..metrics.images import COLUMNS
 from ..metrics.laco import LacoAcceptance
 from ..metrics.loss_metrics import BlockPruner
 from ..metrics.registry import METRICS
@@ -40,7 +39,7 @@ def placeholder_importance(
     inner = range(1, num_layers - 1)  # no order takes the first or the last layer
     going = [*(layer for layer in go_first if layer in inner), *(layer for layer in inner if layer not in go_first)]
     removals, zeros = measure.removals(num_layers), (0.0,) * num_layers
-    layers: dict[str, tuple[float, ...]] = dict.fromkeys(COLUMNS if measure.images is not None else (), zeros)
+    layers: dict[str, tuple[float, ...]] = {}
     runs: dict[str, tuple[tuple[float, ...], ...]] = {}
     orders: dict[str, tuple[Removal, ...]] = {}
     for name in measure.metrics:

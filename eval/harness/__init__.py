@@ -3,7 +3,6 @@
 engine           lm-eval's interface over a model in memory
 vllm             lm-eval's own over vLLM, for finished checkpoints
 perplexity       running text
-image_answers    answers about images
 samples          from lm-eval's log to scores per item
 rates            how written text fails
 writing          how texts are asked for and ended

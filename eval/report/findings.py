@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, differences
-from shoal.artifacts.depth import DepthUse
 from shoal.artifacts.evaluation import (
     LIKELIHOOD_PROTOCOLS,
     MODEL,
@@ -79,8 +78,6 @@ class Run:
     speed: Speed | None
     numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
-    depth_use: DepthUse | None = None
-    """How the models use their layers, side by side; of `shoal depth`."""
 
     @property
     def model(self) -> str:
@@ -182,7 +179,6 @@ def read_run(folder: Path) -> Run:
         evaluations=evaluations,
         speed=read_result(Speed, folder / Speed.FILE),
         numerics=run_file.get("numerics") or {},
-        depth_use=read_result(DepthUse, folder / DepthUse.FILE),
     )
     parts = (run.importance, run.plan, run.training, run.speed)
     if all(part is None for part in parts) and not evaluations:
@@ -308,7 +304,7 @@ def _refuse_mixed_runs(run: Run) -> None:
                 f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
                 "move it back to its own name, or run `shoal eval` again"
             )
-    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill", DepthUse: "depth"}
+    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
     parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
     for subject, entries in _identities(run, parts).items():
         (first, _, expected), *others = entries or [("", "", None)]
@@ -352,8 +348,6 @@ def _identities(
             entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:
             entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
-        if run.depth_use:
-            entries[subject].append((DepthUse.FILE, role, run.depth_use.provenance.inputs.get(role)))
     told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
         dropped = list(run.training.provenance.inputs["prune.drop"])

@@ -12,7 +12,6 @@ from shoal.artifacts.evaluation import Evaluation
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure, read_write_figure
 from shoal.figures.depth import depth_figure
-from shoal.figures.depth_use import depth_use_figure
 from shoal.figures.importance import importance_figure
 from shoal.figures.levels import Ladder, ladders, level_figure
 from shoal.figures.scores import MAX_TASKS, before_after_figure
@@ -34,7 +33,6 @@ from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
 from .sections import (
-    depth_section,
     form_section,
     level_section,
     no_signal_section,
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
     """Name of the file, figure, title, and what it shows."""
 
 FIGURES_DIR = "figures"
-FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "read_write", "training", "depth_use"}
+FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "read_write", "training"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -88,7 +86,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         read_write_section(run, [replace(figure, folded=True) for figure in drawn("read_write")]),
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
-        depth_section(run, pictures.get("depth_use")),
         flips_section(comparison),
         speed_section(run),
         costs_section(run),
@@ -195,15 +192,6 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
                 "token (reading) and nothing from there on (writing); a dash is the loss without the layer, a diamond "
                 "one that is not their sum. Below, what likelihood hides of both.",
             )
-
-    if run.depth_use:
-        yield (
-            "depth_use",
-            depth_use_figure(run.depth_use),
-            "What each model uses its layers for",
-            "What is left of each task without each layer, by the teacher's numbers, with 95 % intervals; a mark on "
-            "the upper edge is the centroid of what is lost. A model has no mark where its layer is gone.",
-        )
 
 
 def _training_figures(run: Run) -> Iterator[NamedFigure]:

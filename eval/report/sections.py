@@ -10,7 +10,6 @@ from shoal.figures.levels import Ladder, ladders
 from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
-from shoal.task_words import task_words
 
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
 from .findings import SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, is_share, protocol_gaps, writing
@@ -20,7 +19,6 @@ from .wording import (
     chance_text,
     column_words,
     difference_text,
-    estimate_text,
     gap_text,
     identifier_text,
     limits_text,
@@ -272,50 +270,6 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
             Table(f"{heading(ladder.family)} by level, {protocol_text(ladder.protocol)}", columns, rows, folded=True)
         )
     return Section("How many steps survive", tuple(blocks))
-
-
-def depth_section(run: Run, picture: Picture | None) -> Section | None:
-    """What every model uses its layers for, and what moved; None where `shoal depth` has not run."""
-    use = run.depth_use
-    if use is None or picture is None:
-        return None
-    rows, moves = [], []
-    for task in use.tasks:
-        name = ", ".join(task_words(task.task, ability=task.ability, protocol=task.protocol, metric=task.metric))
-        own = [task.roles[role] for role in use.kept]
-        rows.append((name, *(estimate_text(role.centroid) if role.left else role.reason for role in own), str(task.n)))
-        rows.append(("critical layers", *(str(role.num_critical) for role in own), ""))
-        for moved in task.moved:
-            clear = [str(layer) for layer, left in zip(moved.layers, moved.left, strict=True) if left.is_clear]
-            same = DASH if moved.rank_correlation is None else signed(moved.rank_correlation, 2)
-            layers = f"{len(clear)} of {len(moved.layers)}" + (f" ({', '.join(clear)})" if clear else "")
-            moves.append((name, f"{moved.before} to {moved.after}", estimate_text(moved.centroid, "+"), layers, same))
-    blocks: list[Block] = [
-        Paragraph(
-            "Every model's layers were taken out one at a time over the same items. The centroid is the mean depth of "
-            "what is lost, from the teacher's first layer (0) to its last (1). Losses are those of each model's own "
-            "score, so a layer may matter less only because the model does less."
-        ),
-        picture,
-        Table(
-            "Centroid of what is lost, and number of layers without which the task is significantly worse",
-            ("Task", *(role.capitalize() for role in use.kept), "Items"),
-            tuple(rows),
-        ),
-        Table(
-            "What moved",
-            ("Task", "From, to", "Centroid", "Layers whose interval lies off 0", "Rank correlation of layers"),
-            tuple(moves),
-        ),
-    ]
-    depths = [
-        f"{role}: {', '.join(f'{use.depth_in_words(role, rule)} by {rule}' for rule in rules)}"
-        for role, rules in use.effective_depth.items()
-    ]
-    if depths:
-        told = "; ".join(depths)
-        blocks.append(Paragraph(f"Effective depth (arXiv 2512.14064), by the teacher's numbers: {told}."))
-    return Section("How depth is used", tuple(blocks))
 
 
 def _reach(ladder: Ladder) -> str:

@@ -75,7 +75,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
             write_json(Path(config), dict(recipe))  # JSON is YAML
         said, file = read_settings(config, overrides)
         settings = settled(said, file, overrides)
-        folder = Run(settings).root
+        folder = Run(settings).dir
         try:
             with remembering(folder, said) as memory:
                 opened = open_run(settings, memory=memory)

@@ -11,7 +11,6 @@ distill         record, distill
 overlap         evaluation items and untrained wording in text that a student learns from
 launch          distill under the DeepSpeed launcher
 evaluate        eval
-depth           depth
 report          report
 export          GGUF files, the Hub
 """

@@ -16,13 +16,6 @@ from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
-from shoal.data.image_rows import (
-    ImageReader,
-    image_rows_fingerprint,
-    load_image_rows,
-    num_shared_images,
-    training_images,
-)
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
@@ -34,7 +27,7 @@ from shoal.models.checkpoint_files import (
     tokenizer_fingerprint,
     writing_settings,
 )
-from shoal.models.load import Checkpoint, LoadSettings, load_processor, reads_images
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import Shapes, shaping
@@ -58,8 +51,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IMAGES = "eval.images"
-"""Setting of rows of images, and what identifies them."""
 MODELS = "models"
 """Folder, where a comparison goes, of the scores of checkpoints that are no run's."""
 
@@ -86,34 +77,19 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     }
     if writing := writing_settings(folder):
         inputs[WRITING] = writing
-    if settings.images is not None:
-        inputs[IMAGES] = image_rows_fingerprint(load_image_rows(settings.images, IMAGES))
     if settings.data_dir is not None:
         inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
     return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
 
 
 def check_eval(run: Run) -> None:
-    """Refuse an engine that is not there, and images that cannot be asked about.
+    """Refuse an engine that is not there.
 
     Raises:
-        UserError: it is not, or cannot answer here; a model that reads no images, or rows that it cannot take.
+        UserError: it is not, or cannot answer here.
     """
     if run.recipe.eval.backend == "vllm":
         check_vllm("eval.backend")
-    if (images := run.recipe.eval.images) is not None:
-        config = run.config()
-        if not reads_images(config):
-            raise UserError(f"{IMAGES}: {run.recipe.model} reads no images; leave it out")
-        processor = load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-        rows = load_image_rows(images, IMAGES)
-        ImageReader(processor, config, {}).asked(rows[0])
-        learnt = [row for rows_of_source in training_images(run.recipe.distill.data).values() for row in rows_of_source]
-        if shared := num_shared_images(rows, learnt):
-            log.warning(
-                "%s: %d of %d rows ask about images that distill.data holds; their score may flatter",
-                *(IMAGES, shared, len(rows)),
-            )
 
 
 def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:
@@ -265,8 +241,8 @@ def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
         asked = {key: value for key, value in {**inputs, **of_its_own}.items() if key != WRITING}
         if unlike := differences(asked, {key: value for key, value in stored.items() if key != WRITING}):
             raise UserError(
-                f"{file}: was not scored with the settings of {run.root}'s recipe: {'; '.join(unlike)}. A checkpoint "
-                f"beside it would be asked otherwise; run `shoal eval {run.root}` first"
+                f"{file}: was not scored with the settings of {run.dir}'s recipe: {'; '.join(unlike)}. A checkpoint "
+                f"beside it would be asked otherwise; run `shoal eval {run.dir}` first"
             )
         return
 
@@ -345,7 +321,7 @@ def _other_code(run: Run, scored: Evaluation) -> str:
         return f"matching {min(versions)}"
     last, now = (environment.get("lm_eval") for environment in (scored.provenance.environment, environment()))
     described, _ = described_tasks(task_folders(run.recipe.eval.include_path))
-    is_theirs = any(task.task not in (*described, "perplexity", "images") for task in scored.tasks)
+    is_theirs = any(task.task not in (*described, "perplexity") for task in scored.tasks)
     return f"lm_eval {last}" if is_theirs and last not in (None, now) else ""
 
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shoal.data.image_rows import asked, load_image_rows
-from shoal.data.sources import load_labelled, load_texts
+from shoal.data.sources import load_texts
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import refuse_text_alone, text_config
-from shoal.models.load import load_processor, loaded_bytes, reads_images
-from shoal.recipe.measure import METRICS, HeadTask, Sweeps
-from shoal.recipe.section import ImageRows
+from shoal.models.load import loaded_bytes
+from shoal.recipe.measure import METRICS, Sweeps
 
 from .run import Run, check_length
-
-if TYPE_CHECKING:
-    from shoal.compress.heads.prompts import CopyPrompt
 
 log = logging.getLogger(__name__)
 
@@ -45,65 +40,8 @@ def check_measure(run: Run) -> None:
     _check_removals(run)
     for source in settings.data:
         load_texts(source, max_characters=1)
-    for probe in settings.probes:
-        load_labelled(probe.source, probe.label)
-    if settings.heads is not None:
-        head_prompts(run)
-    for name, wanted in (("diagnostics", settings.diagnostics), ("probes", settings.probes), ("heads", settings.heads)):
-        if wanted and is_streamed(run):
-            raise UserError(
-                f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
-                "weights"
-            )
-    if settings.images is not None:
-        _check_images(run, settings.images, "measure.images")
-    if settings.vision_states is not None:
-        _check_images(run, settings.vision_states, "measure.vision_states")
-        _check_tower(run)
     if settings.sweep is not None:
         _check_sweep(run, settings.sweep)
-
-
-def _check_images(run: Run, settings: ImageRows, place: str) -> None:
-    config = run.config()
-    if not reads_images(config):
-        raise UserError(f"{place}: {run.recipe.model} reads no images; leave it out")
-    if is_streamed(run):
-        raise UserError(
-            f"{place}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the weights"
-        )
-    next(asked(load_image_rows(settings, place)[:1], processor_of(run), config))
-
-
-def _check_tower(run: Run) -> None:
-    from shoal.compress.surgery.vision_tower import READERS, TOWERS, states_read
-
-    if not states_read(run.config()):
-        raise UserError(
-            f"measure.vision_states: shoal does not know which states of its vision tower {run.recipe.model} "
-            f"({run.config().model_type}) reads; leave it out (known: {', '.join(READERS)} with {', '.join(TOWERS)})"
-        )
-
-
-def processor_of(run: Run) -> Any:
-    """The processor of the teacher, which makes tokens and pixels of images."""
-    return load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-
-
-def head_prompts(run: Run) -> dict[HeadTask, list[CopyPrompt]]:
-    """The prompts by task.
-
-    Raises:
-        UserError: prompts that the model has no positions for, or that its tokenizer cannot make.
-    """
-    from shoal.compress.heads.prompts import copy_prompts
-
-    settings = run.recipe.measure.heads
-    assert settings is not None
-    prompts = copy_prompts(settings.tasks, settings.num_each, run.tokenizer(), seed=run.recipe.seed)
-    for task, own in prompts.items():
-        check_length(run, max(len(prompt.input_ids) for prompt in own), f"measure.heads.tasks: {task}")
-    return prompts
 
 
 def _check_removals(run: Run) -> None:
@@ -237,4 +175,4 @@ def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
 def is_streamed(run: Run) -> bool:
     """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
     limit = run.recipe.measure.memory_gb
-    return limit is not None and loaded_bytes(run.base, run.config(), run.recipe.dtype) > limit * 2**30
+    return limit is not None and loaded_bytes(run.teacher, run.config(), run.recipe.dtype) > limit * 2**30

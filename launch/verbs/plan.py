@@ -8,13 +8,12 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance, differences
-from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import Speed, SpeedScore
@@ -26,7 +25,7 @@ from shoal.recipe.edits import Insert, Replace, removed_layers
 from shoal.recipe.measure import METRICS
 from shoal.recipe.section import Shapes, as_dict, shaping
 
-from .measure import heads_inputs, measure_inputs, read_heads
+from .measure import measure_inputs
 from .run import Run, check_length, out_of_date, require
 
 if TYPE_CHECKING:
@@ -43,12 +42,9 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     from shoal.compress.plan import is_automatic
 
     prune = run.recipe.prune
-    inputs = {**run.base_identity, **shaping(prune, Shapes.PLAN, "prune.")}
+    inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
-    if prune.protect_heads is not None:
-        inputs["prune.protect_heads"] = prune.protect_heads
-        inputs["prune.protect_heads (heads)"] = Provenance(heads_inputs(run)).fingerprint
     if prune.vision_tower != "whole":
         inputs["prune.vision_tower"] = prune.vision_tower
     if prune.compensate is not None:
@@ -87,7 +83,7 @@ def read_goals(run: Run) -> Goals | None:
         if (serving := getattr(target, name)) is not None and serving.length is not None:
             check_length(run, serving.length, f"prune.target.{name}.length")
     sizes = layer_sizes(
-        run.base,
+        run.teacher,
         keep_mtp=run.recipe.prune.mtp == "keep",
         vision_blocks=_vision_blocks(run),
         trust_remote_code=run.recipe.trust_remote_code,
@@ -164,14 +160,13 @@ def is_settled(run: Run) -> bool:
     return all(out_of_date(kind, run.dir / kind.FILE, inputs) == [] for kind, inputs in chosen_by(run))
 
 
-def chosen_by(run: Run) -> list[tuple[type[Importance | Heads], dict[str, Any]]]:
+def chosen_by(run: Run) -> list[tuple[type[Importance], dict[str, Any]]]:
     """What layers are chosen by: the kind of each result, and what identifies it; nothing where they are named."""
     from shoal.compress.plan import is_automatic
 
     if not is_automatic(run.recipe.prune):
         return []
-    heads = [] if run.recipe.prune.protect_heads is None else [(Heads, heads_inputs(run))]
-    return [(Importance, measure_inputs(run)), *heads]
+    return [(Importance, measure_inputs(run))]
 
 
 def read_importance(run: Run) -> Importance | None:
@@ -183,14 +178,14 @@ def read_importance(run: Run) -> Importance | None:
         return None
     require(Importance, path, measure_inputs(run), "shoal measure")
     importance = Importance.read(path)
-    refuse_other_depth(run, path, importance.num_layers, len(run.base_layers))
+    refuse_other_depth(run, path, importance.num_layers, run.num_layers)
     return importance
 
 
 def refuse_other_depth(run: Run, path: Path, num_layers: int, expected: int) -> None:
     """Refuse a result of a model with another number of layers than ``expected``."""
     if num_layers != expected:
-        model = run.recipe.model if expected == run.num_layers else run.base
+        model = run.recipe.model if expected == run.num_layers else run.teacher
         raise UserError(
             f"{path}: num_layers: is {num_layers}, and {model} has {expected} layers; delete it and run its stage again"
         )
@@ -201,7 +196,6 @@ def refuse_unmeasured(run: Run) -> None:
 
     Where importance.json is there and belongs to this run, it tells.
     """
-    from shoal.compress.metrics.images import COLUMNS
     from shoal.compress.metrics.loss_metrics import LOSS_METRICS, BlockPruner
     from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
 
@@ -218,7 +212,7 @@ def refuse_unmeasured(run: Run) -> None:
     named = {f"prune.weights.{name}": name for name in prune.weights}
     default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
     for setting, name in (named or {"prune.metric": prune.metric or default}).items():
-        if name in measure.metrics or (measure.images is not None and name in COLUMNS):
+        if name in measure.metrics:
             continue
         if name in METRICS:
             measured = ", ".join(measure.metrics)
@@ -277,11 +271,10 @@ def _refuse_impossible_choice(run: Run) -> None:
         if len(goals.goals) > 1 and len(set(savings.values())) > 1:
             return  # which removals reach most is not known of several goals at once
         free.sort(key=lambda layer: savings[layer], reverse=True)
-    chosen = replace(prune, protect_heads=None)
     tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
     with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
     to_come = placeholder_importance(measure, num_layers, go_first=free, with_tasks=with_tasks)
-    choose_changes(chosen, num_layers=num_layers, importance=to_come, goals=goals)
+    choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
@@ -295,8 +288,7 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     if importance is None:
         refuse_unmeasured(run)
     prune = run.prune
-    heads = None if prune.protect_heads is None else read_heads(run)
-    choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, heads=heads, goals=read_goals(run))
+    choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
     tower, width = _vision_blocks(run), width_of(run)
     if tower is None and run.recipe.prune.vision_tower != "whole":
         log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")

@@ -19,7 +19,7 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
 from shoal.runtime import barrier, is_main
 
-from .measure import measure, measure_inputs, read_heads
+from .measure import measure, measure_inputs
 from .overlap import search_of_rows
 from .plan import (
     TIMES,
@@ -80,7 +80,7 @@ def prune(run: Run) -> None:
         text = _calibration_text(run)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         applied = apply_plan(
-            run.base,
+            run.teacher,
             plan,
             student,
             donors=run.donors,
@@ -129,7 +129,7 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
     recipe = run.recipe
     refuse_compensation(run, plan)
     return estimate(
-        run.base,
+        run.teacher,
         plan,
         run.dir / "student",
         donors=run.donors,
@@ -155,13 +155,12 @@ def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure
             )
         return ()
     sizes = layer_sizes(
-        run.base,
+        run.teacher,
         keep_mtp=plan.mtp,
         vision_blocks=plan.vision_blocks,
         trust_remote_code=run.recipe.trust_remote_code,
     )
-    heads = None if run.recipe.prune.protect_heads is None else read_heads(run)
-    front = frontier(run.prune, importance, sizes, heads)
+    front = frontier(run.prune, importance, sizes)
     if figure is not None:
         from shoal.figures.frontier import frontier_figure
         from shoal.figures.style import save_figure

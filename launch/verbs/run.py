@@ -27,14 +27,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact, differences
-from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation
-from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
-from shoal.artifacts.vision_states import VisionStates
 from shoal.atomic_files import NO_LOCKS, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name
@@ -57,10 +54,6 @@ log = logging.getLogger(__name__)
 
 ATTENTION = ("flash", "flex", "sdpa", "eager")
 LOCK = ".lock"
-DEPTH, BESIDE = "depth", "beside"
-"""Folder of what `shoal depth` measures, and the role of measure.beside in it."""
-MEASURED = {"pruned": "student", "distilled": "distilled"}
-"""Role -> folder of the run directory, of the models made from the teacher that `shoal depth` measures."""
 LOCK_WAIT_S = 30
 SHARES = 5
 """Steps in which a recipe's sizes follow the device: one is the smallest share, with less there would be nothing to
@@ -100,19 +93,11 @@ class Run:
     """None = the recipe leaves nothing open, and nobody has asked why."""
     memory: str | None = None
     """Text of recipe.yaml that the run directory keeps from now on (shoal.recipe.remembered); None = nothing is."""
-    measured: str = ""
-    """Role of the model that is measured in place of the one to cut, in a folder of its own (see stages/depth.py):
-    pruned, distilled or beside; empty = the one to cut."""
-
-    @property
-    def root(self) -> Path:
-        """The run directory."""
-        return Path(self.recipe.run_dir).expanduser()
 
     @property
     def dir(self) -> Path:
-        """The folder of results: the run directory, or one in it for a model measured beside."""
-        return self.root / DEPTH / self.measured if self.measured else self.root
+        """The run directory."""
+        return Path(self.recipe.run_dir).expanduser()
 
     @cached_property
     def teacher(self) -> Path:
@@ -120,35 +105,10 @@ class Run:
         return resolved(self.recipe.model, self.recipe.revision)
 
     @cached_property
-    def _beside(self) -> Path:
-        """The local folder of measure.beside; ranks wait for each other the first time, so that is where all ask."""
-        return resolved(str(self.recipe.measure.beside), None)
-
-    @cached_property
     def sweep_donor(self) -> Path | None:
         """The local folder of measure.sweep.donor, likewise; None where there is none."""
         sweep = self.recipe.measure.sweep
         return None if sweep is None or sweep.donor is None else resolved(sweep.donor, sweep.donor_revision)
-
-    @property
-    def base(self) -> Path:
-        """The local folder of the model that is measured and cut."""
-        if self.measured == BESIDE:
-            return self._beside
-        return self.root / MEASURED[self.measured] if self.measured else self.teacher
-
-    @cached_property
-    def base_layers(self) -> tuple[int, ...]:
-        """The teacher's layers that the model to cut, or to measure, has."""
-        if self.measured in MEASURED:
-            return PruningPlan.read(self.root / PruningPlan.FILE).keep
-        return tuple(range(self.num_layers))
-
-    @property
-    def base_identity(self) -> dict[str, Any]:
-        """What tells the model to measure or to cut."""
-        other = {"model measured": model_fingerprint(self.base)} if self.measured else {}
-        return {"model": self.teacher_fingerprint, **other}
 
     @cached_property
     def donors(self) -> dict[int, Path]:
@@ -369,7 +329,7 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         UserError: another living process holds it, it cannot be created, or as remember does.
     """
-    is_new = not run.root.exists()
+    is_new = not run.dir.exists()
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         handle = _lock_file(run)
@@ -381,15 +341,15 @@ def locked(run: Run) -> Iterator[None]:
                 holder = handle.read().strip() or "another process"
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"run_dir {run.root}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
+                    f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
                 ) from None
-            log.info("waiting for %s, which holds %s", holder, run.root)
+            log.info("waiting for %s, which holds %s", holder, run.dir)
             time.sleep(5)
             continue
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            log.warning("%s: this disk cannot lock files; start only one shoal that works there", run.root)
+            log.warning("%s: this disk cannot lock files; start only one shoal that works there", run.dir)
             break
         if os.fstat(handle.fileno()).st_nlink:
             break
@@ -400,7 +360,7 @@ def locked(run: Run) -> Iterator[None]:
         handle.flush()
         try:
             if run.memory is not None:
-                remember(run.root, run.memory)
+                remember(run.dir, run.memory)
             yield
         finally:
             _leave_nothing(run, is_new=is_new)
@@ -408,15 +368,15 @@ def locked(run: Run) -> Iterator[None]:
 
 def _lock_file(run: Run) -> TextIO:
     """Its file, open for reading and writing; never what a link in its place leads to."""
-    path = run.root / LOCK
+    path = run.dir / LOCK
     strange = UserError(f"{path}: is no regular file but a link, pipe or folder; remove it, or choose another run_dir")
     try:
-        run.root.mkdir(parents=True, exist_ok=True)
+        run.dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
             raise strange from error
-        raise UserError(f"run_dir {run.root}: cannot be created ({error.strerror}); choose another folder") from error
+        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise strange
@@ -425,7 +385,7 @@ def _lock_file(run: Run) -> TextIO:
 
 def _leave_nothing(run: Run, *, is_new: bool) -> None:
     """Remove our traces where nothing was made, such as a folder for a refused run with a misspelt run_dir."""
-    folder = run.root
+    folder = run.dir
     if not folder.is_dir():
         return
     traces = {LOCK} if memory_in(folder) != run.memory else {LOCK, RECIPE}
@@ -485,10 +445,6 @@ def write_story(run: Run) -> None:
     stages = {}
     kinds: list[tuple[str, type[Artifact]]] = [
         (Importance.FILE, Importance),
-        (Heads.FILE, Heads),
-        (VisionStates.FILE, VisionStates),
-        (Diagnostics.FILE, Diagnostics),
-        (Probes.FILE, Probes),
         (PruningPlan.FILE, PruningPlan),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
@@ -498,7 +454,7 @@ def write_story(run: Run) -> None:
     for name, kind in kinds:
         if (file := run.dir / name).is_file():
             provenance = kind.read(file).provenance
-            stages[str(file.relative_to(run.root))] = {
+            stages[str(file.relative_to(run.dir))] = {
                 "fingerprint": provenance.fingerprint,
                 "created": provenance.created,
             }

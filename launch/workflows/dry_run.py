@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.artifacts.evaluation import CONTROL, Evaluation
+from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, duration_text
 from shoal.machine import free_disk
@@ -23,7 +24,7 @@ from shoal.runtime import device
 
 from ..verbs.distill import training_estimate, what_is_trained
 from ..verbs.evaluate import eval_inputs, roles
-from ..verbs.measure import measured
+from ..verbs.measure import measure_inputs
 from ..verbs.plan import expected_plan
 from ..verbs.prune import student_estimate, what_is_cut
 from ..verbs.run import Run, out_of_date
@@ -87,18 +88,14 @@ def _state(changed: Sequence[str] | None) -> tuple[str, str]:
 
 
 def _measure(run: Run) -> Stage:
-    states = [_state(out_of_date(kind, run.dir / kind.FILE, own)) for kind, own in measured(run).values()]
-    due = [state for state in states if state[0] != "done"]
-    if not due:
-        return Stage("measure", "done")
+    state, why = _state(out_of_date(Importance, run.dir / Importance.FILE, measure_inputs(run)))
+    if state == "done":
+        return Stage("measure", state)
     settings = run.recipe.measure
     work = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
     if settings.sweep is not None:
         work += f", sweeps of {', '.join(settings.sweep.operators)}"
-    work += ", retrieval heads" if settings.heads is not None else ""
-    work += ", states of the vision tower" if settings.vision_states is not None else ""
-    why = "; ".join(filter(None, [*(why for _, why in due), work]))
-    return Stage("measure", due[0][0], why, _measuring_time(run), UNKNOWN)
+    return Stage("measure", state, "; ".join(filter(None, [why, work])), _measuring_time(run), UNKNOWN)
 
 
 def _measuring_time(run: Run) -> str:
@@ -108,8 +105,7 @@ def _measuring_time(run: Run) -> str:
 
     settings = run.recipe.measure
     needs = {METRICS[name].needs for name in settings.metrics}
-    others = (settings.sweep, settings.diagnostics, settings.probes, settings.heads, settings.vision_states)
-    if any(others) or settings.images or needs & {"loss", "merges"}:
+    if settings.sweep or needs & {"loss", "merges"}:
         return UNKNOWN
     return _reading_time(run, (("hidden" in needs) + BACKWARD * ("gradients" in needs)) * settings.num_tokens)
 
@@ -181,6 +177,6 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
 
 
 def _disk(run: Run, stages: Sequence[Stage]) -> str:
-    needed, free = sum(stage.num_bytes for stage in stages), free_disk(run.root)
-    line = f"disk: {bytes_text(needed)} needed under {run.root} as far as it is known, {bytes_text(free)} free there"
+    needed, free = sum(stage.num_bytes for stage in stages), free_disk(run.dir)
+    line = f"disk: {bytes_text(needed)} needed under {run.dir} as far as it is known, {bytes_text(free)} free there"
     return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"

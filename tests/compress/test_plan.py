@@ -17,7 +17,6 @@ from sweep_results import LOST, NUM_ITEMS, atlas, right, task
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
 from shoal.compress.plan import Choice, check_choice, choose_changes, default_count
@@ -49,19 +48,6 @@ def importance(num_layers: int = NUM_LAYERS, **runs: Any) -> Importance:
 def choose(scores: Importance | None = None, **prune: Any) -> tuple[tuple[int, ...], str]:
     choice = choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores)
     return choice.drop, choice.reason
-
-
-def test_layers_that_hold_the_retrieval_score_stay() -> None:
-    scores = ((0.0,), (0.3,), (0.9,), (0.0,), (0.05,), (0.0,))
-    heads = Heads(Provenance({}), NUM_LAYERS, (TaskHeads("retrieval", 15, 9, scores),))
-    settings = Prune(num_drop=1, protect_heads=0.7)
-    choice = choose_changes(settings, num_layers=NUM_LAYERS, importance=importance(), heads=heads)
-    assert choice.drop == (4,)
-    assert "layers 0, 2, 5 protected, layer 2 for 70% of the retrieval score" in choice.reason
-    with pytest.raises(UserError, match=r"prune.protect_heads: needs heads.json"):
-        choose(importance(), num_drop=1, protect_heads=0.7)
-    with pytest.raises(UserError, match=r"heads.json: was measured on a model of 6 layers, this one has 5"):
-        choose_changes(settings, num_layers=5, importance=importance(5), heads=heads)
 
 
 def test_explicit_list_is_sorted_and_needs_no_importance() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from shoal.compress.heads.prompts import CopyPrompt, Twins
+from shoal.lab.heads.prompts import CopyPrompt
+from shoal.lab.patching.twins import Twins
 
 NUM_TOKENS = 20
 PREVIOUS, COPYING = (0, 0), (1, 0)

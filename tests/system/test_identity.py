@@ -59,10 +59,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "batch_size": 3,
             "metrics": ["angular"],
             "num_drop": 3,
-            "diagnostics": True,
-            "gradient_prompts": 5,
-            "probes": [{"path": "probe.jsonl", "max_items": 9, "name": None}],
-            "heads": {"tasks": ["needle"], "num_each": 2, "twins": 1},
             "memory_gb": 3.5,
             "sweep": {
                 "tasks": ["knowledge"],
@@ -201,10 +197,6 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
     training = distilling.training_inputs(run, plan)
     return {
         "importance": measure.measure_inputs(run),
-        "diagnostics": measure._diagnostics_inputs(run),
-        "probes": measure._probes_inputs(run),
-        "heads": {} if recipe.measure.heads is None else measure.heads_inputs(run),
-        "vision": measure._vision_inputs(run),
         "plan": plan_inputs(run),
         "training": training,
         "control": distilling.control_inputs(run, plan),
@@ -228,7 +220,6 @@ def folder(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name, text in {
         "data/set/a.jsonl": '{"a": 1}\n',
         "mine/a.yaml": "task: a\n",
-        "probe.jsonl": '{"text": "a", "label": 1}\n',
         "prompts.jsonl": json.dumps({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}),
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

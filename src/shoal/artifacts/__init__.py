@@ -8,7 +8,4 @@ evaluation     scores of a model, roles of models
 speed          how fast they are
 tables         results as tables: pandas, notebooks
 width          what stays within layers that are narrowed
-depth          diagnostics and probes
-heads          retrieval heads and patching
-vision_states  what states of a vision tower are worth
 """

@@ -25,7 +25,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, load_processor, reads_images
 from shoal.recipe.distill import TrainingSource
-from shoal.recipe.section import DataSource, ImageRows
+from shoal.recipe.section import DataSource
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,6 @@ class Asked:
     """A batch of one: what the processor makes of image, prompt and answer."""
     num_answer: int
     """Tokens at the end that are the answer."""
-
-
-def load_image_rows(settings: ImageRows, place: str = "measure.images") -> list[ImageRow]:
-    """The first ``settings.num_rows`` rows of the setting ``place``, in order, all images of which can be opened.
-
-    Raises:
-        UserError: no such file or column, a row without an image or an answer, or an image that cannot be read.
-    """
-    columns = settings.image, settings.prompt, settings.answer
-    return _read(place, DataSource(settings.path), columns, settings.num_rows)
 
 
 def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRow]]:
@@ -59,14 +49,19 @@ def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRo
         if isinstance(source, TrainingSource) and source.image and source.prompt and source.completion:
             columns = source.image, source.prompt, source.completion
             first = sum(map(len, rows_of.values()))
-            rows_of[source] = _read("distill.data", source, columns, None, first=first)
+            rows_of[source] = load_image_rows("distill.data", source, columns, None, first=first)
     return rows_of
 
 
-def _read(
+def load_image_rows(
     place: str, source: DataSource, columns: tuple[str, str, str], num_rows: int | None, *, first: int = 0
 ) -> list[ImageRow]:
-    """The rows of ``source``, whose numbers begin with ``first``; ``place`` is the setting that names it."""
+    """The first ``num_rows`` rows of ``source`` (None = all), in order, whose numbers begin with ``first``; ``columns``
+    name image, prompt and answer, and ``place`` is the setting that names the source.
+
+    Raises:
+        UserError: no such file or column, a row without an image or an answer, or an image that cannot be read.
+    """
     rows: list[ImageRow] = []
     for number, (where, record) in enumerate(islice(records(source), num_rows)):
         row, named = f"{place}: row {number} of {where}", f"{where!r} row {number}"
@@ -112,12 +107,6 @@ def _unreadable(path: Path, row: str, reason: str) -> UserError:
 def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
     """Content hash of rows and images, wherever they lie."""
     return fingerprint([[known_hash(row.image), row.prompt, row.answer] for row in rows])
-
-
-def num_shared_images(rows: Sequence[ImageRow], others: Sequence[ImageRow]) -> int:
-    """How many of ``rows`` ask about an image, byte for byte, that one of ``others`` asks about too."""
-    known = {known_hash(row.image) for row in others}
-    return sum(known_hash(row.image) in known for row in rows)
 
 
 def images_fingerprint(data: Sequence[DataSource]) -> str:

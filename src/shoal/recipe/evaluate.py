@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shoal.recipe.section import Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes
+from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes
 from shoal.recipe.suites import SuiteName
 
 
@@ -54,8 +53,6 @@ class Eval(Tasks):
     passes for an ability that came back."""
     limit: Annotated[Positive | None, Shapes.SCORES] = 200
     perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
-    images: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
-    """Rows of images whose answers are scored in nats per token, as the task `images`; None = text alone."""
     backend: Annotated[
         Literal["transformers", "vllm"], Shapes.SCORES, Field(exclude_if=lambda backend: backend == "transformers")
     ] = "transformers"
@@ -69,9 +66,3 @@ class Eval(Tasks):
     distilled, interleaved."""
     speed_batch_sizes: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)] | None, Shapes.SPEED] = None
     """Sequences at once that speed is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
-
-
-def contradictions(settings: Eval) -> Iterator[str]:
-    """Rules between settings that single fields cannot express."""
-    if settings.images is not None and settings.backend != "transformers":
-        yield f"eval.images: are scored with transformers alone, and eval.backend is {settings.backend}; leave one out"

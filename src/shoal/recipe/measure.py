@@ -12,11 +12,10 @@ from pydantic import Field
 from shoal.components import ComponentPart
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
-from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, ImageRows, Positive, RowLength, Section, Shapes, Text
+from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes, Text
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal[ComponentPart, "cumulative"]
-HeadTask = Literal["retrieval", "needle"]
 METRICS = (
     *("block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity"),
     *("magnitude", "taylor", "taylor_plus", "laco_acceptance"),
@@ -68,53 +67,10 @@ class Sweeps(Tasks):
         default_factory=dict
     )
     """Weights of tasks in that mean; none = all tasks count the same."""
-    spare_heads: Annotated[bool, Shapes.BY_CONTENT] = False
-    """The operators head and kv_group take no head out that copies what is asked for, by measure.heads (a retrieval
-    score of 0.1 or more), and no group that serves one."""
     donor: Annotated[Text | None, Shapes.SCORES] = None
     """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
     donor_revision: Annotated[str | None, Shapes.SCORES] = None
     """Hub revision of the donor."""
-
-
-@dataclass(frozen=True)
-class ProbeSet(Section):
-    """A labelled text set whose concept is looked for at every depth."""
-
-    path: Text
-    """A local .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub data set id."""
-    text: str = "text"
-    """The column that holds the text."""
-    label: str = "label"
-    """The column that holds the class: a word, a number, or true and false."""
-    split: str = "train"
-    """Split of a Hub data set; of a folder the files that are named after it."""
-    name: str | None = None
-    """Configuration name of a Hub data set."""
-    max_items: Positive = 2000
-    """Most items; where there are more, so many are drawn by the seed."""
-    max_tokens: Positive = 512
-    """Tokens of a longer text that are read: its last ones, since the last one's state is probed."""
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of the items that a probe is scored on."""
-
-    @property
-    def source(self) -> DataSource:
-        """Where the texts come from."""
-        return DataSource(self.path, column=self.text, split=self.split, name=self.name)
-
-
-@dataclass(frozen=True)
-class Heads(Section):
-    """Which heads copy what is asked for (arXiv:2404.15574), and what brings the answer back (arXiv:2504.07898)."""
-
-    tasks: Annotated[tuple[HeadTask, ...], Field(min_length=1), Shapes.HEADS] = ("retrieval", "needle")
-    """Bundled look-ups of 8, 16 and 32 pairs; needles in 20, 40 and 80 sentences."""
-    num_each: Annotated[Positive, Shapes.HEADS] = 3
-    """Prompts of every task, each of these lengths and five places of the needle: 15 times as many of a task."""
-    twins: Annotated[int, Field(ge=0), Shapes.HEADS] = 0
-    """Look-ups of four pairs, each with three twins (another value, two keys exchanged, another key asked for), over
-    which every layer, half and head is patched: by far the most expensive part. 0 = none."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +79,9 @@ class Measure(Section):
 
     data: Annotated[Data, Shapes.IMPORTANCE] = (DataSource("python_docs"),)
     """Text that the model reads."""
-    num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 20_000
+    num_tokens: Annotated[Positive, Shapes.IMPORTANCE] = 20_000
     """Tokens that the model reads."""
-    sequence_length: Annotated[RowLength, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 512
+    sequence_length: Annotated[RowLength, Shapes.IMPORTANCE] = 512
     """Tokens of one row."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Sequences per rank and forward."""
@@ -136,25 +92,8 @@ class Measure(Section):
     scale_removals: Annotated[bool, Shapes.BY_CONTENT] = False
     """In orders of whole layers (sleb, greedy_kl, task_greedy) one that is gone still scales the state, by as much as
     it did on average: layers are chosen for a plan with prune.compensate (Prune&Comp, arXiv:2507.18212)."""
-    images: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
-    """Rows of images for the columns block_influence_images and answer_loss_images beside those of text, which take a
-    forward per row for every layer and one more; None = text alone."""
-    vision_states: Annotated[ImageRows | None, Shapes.BY_CONTENT] = None
-    """Rows of images over which states of the vision tower are compared, and each is read in place of the deepest that
-    is: vision_states.json. A forward per row for every state; None = they are not."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
-    diagnostics: Annotated[bool, Shapes.NOTHING] = False
-    """Depth diagnostics too: diagnostics.json."""
-    gradient_prompts: Annotated[int, Field(ge=0), Shapes.DIAGNOSTICS] = 0
-    """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
-    probes: Annotated[tuple[ProbeSet, ...], Shapes.PROBES] = ()
-    """Labelled texts whose classes are looked for after every layer: probes.json."""
-    heads: Heads | None = None
-    """Scores of retrieval heads: heads.json. None = they are not measured."""
-    beside: Annotated[Text | None, Shapes.NOTHING] = None
-    """A model with as many layers, local or on the Hub, that `shoal depth` measures beside the teacher: its base, say,
-    or a model that was distilled into its shape; None = only what is made from the teacher."""
     memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
     """GiB of memory for the weights; where they need more, the model is measured layer by layer from its files. None =
     hold it in memory."""
@@ -177,11 +116,6 @@ def contradictions(measure: Measure) -> Iterator[str]:
         yield "measure.scale_removals: needs the whole model in memory; leave measure.memory_gb out"
     if sweep is None:
         return
-    if sweep.spare_heads and (measure.heads is None or not {"head", "kv_group"} & set(sweep.operators)):
-        yield (
-            "measure.sweep.spare_heads: needs measured heads and an operator that takes heads out; set measure.heads "
-            "and the operator head or kv_group, or leave it out"
-        )
     limits = {"limit": sweep.limit, **{f"limits.{task}": limit for task, limit in sweep.limits.items()}}
     for place, limit in limits.items():
         if limit is not None and limit < LEAST_ITEMS and sweep.tasks:

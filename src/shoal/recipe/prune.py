@@ -15,7 +15,7 @@ from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, 
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguous", "spare", "protect_heads")
+NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguous", "spare")
 """Settings that choose layers, which `drop` names."""
 
 
@@ -168,9 +168,6 @@ class Prune(Section):
     protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
     """Layers never dropped; negative counts from the end. `cornerstone` = those whose removal alone takes a swept task
     to chance (less than 0.1 of its score above chance is kept)."""
-    protect_heads: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Shapes.BY_CONTENT] = None
-    """Share of the retrieval score of all heads (measure.heads): the fewest layers that hold it are not dropped
-    either. 0.9 guards what looks things up; None = heads protect nothing."""
     spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from yaml import YAMLError
 
 from shoal.errors import UserError
-from shoal.recipe import distill_contradictions, evaluate, measure, prune, remembered, track
+from shoal.recipe import distill_contradictions, measure, prune, remembered, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure
@@ -43,7 +43,7 @@ class Recipe(Section):
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
-    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.VISION | Shapes.SIGNALS | Shapes.SPEED] = "auto"
+    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "auto"
     """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
     fast in, or what this run directory was begun in; stored = that of the checkpoint."""
     full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
@@ -52,7 +52,7 @@ class Recipe(Section):
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
     attention: Annotated[
         Literal["auto", "flash", "flex", "sdpa", "eager"],
-        Shapes.NUMBERS | Shapes.VISION | Shapes.SIGNALS | Shapes.SPEED,
+        Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED,
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
     was begun with, else flash where GPU, family, precision and installed packages allow it, else sdpa, and eager for
@@ -215,9 +215,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
-    if recipe.prune.protect_heads is not None and recipe.measure.heads is None:
-        yield "prune.protect_heads: needs measured heads; set measure.heads ({} will do), or leave it out"
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
-    yield from evaluate.contradictions(recipe.eval)
     yield from track.contradictions(recipe.export)

@@ -86,14 +86,6 @@ class Shapes(Flag):
     stage that reads it adds this to the identity."""
     IMPORTANCE = auto()
     """importance.json."""
-    DIAGNOSTICS = auto()
-    """diagnostics.json."""
-    PROBES = auto()
-    """probes.json."""
-    HEADS = auto()
-    """heads.json."""
-    VISION = auto()
-    """vision_states.json."""
     PLAN = auto()
     """plan.json and student/."""
     SIGNALS = auto()
@@ -110,7 +102,7 @@ class Shapes(Flag):
     """The score of running text among them."""
     SPEED = auto()
     """eval/speed.json."""
-    NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | HEADS | PLAN | TEXT | TRAINING | SCORES
+    NUMBERS = IMPORTANCE | PLAN | TEXT | TRAINING | SCORES
     """What comes of running a model."""
 
 
@@ -217,22 +209,6 @@ def as_sources(value: Any) -> Any:
 
 Data = Annotated[tuple[DataSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
 """One source or a list of them."""
-
-
-@dataclass(frozen=True)
-class ImageRows(Section):
-    """Images with questions and answers, for models that read images."""
-
-    path: Annotated[Text, Shapes.BY_CONTENT]
-    """A local .jsonl, .json, .csv or .parquet file of rows."""
-    image: Annotated[str, Shapes.BY_CONTENT] = "image"
-    """The column that names an image file, from the folder of ``path`` on."""
-    prompt: Annotated[str, Shapes.BY_CONTENT] = "prompt"
-    """The column of questions."""
-    answer: Annotated[str, Shapes.BY_CONTENT] = "answer"
-    """The column of answers, whose likelihood counts."""
-    num_rows: Annotated[Positive, Shapes.BY_CONTENT] = 64
-    """Rows that are read, the first ones."""
 
 
 LEAST_ITEMS = 8

@@ -27,7 +27,7 @@ from shoal.compress.dry_run import dry_run
 from shoal.compress.edits.growing import inserted_in_place, new_layers
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
-from shoal.launch.verbs import depth, prune
+from shoal.launch.verbs import prune
 from shoal.launch.verbs.run import open_run
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS, ZEROED_WEIGHTS
@@ -245,8 +245,6 @@ def test_a_run_grows_a_model_and_tells_so(tmp_path: Path) -> None:
     stored = (tmp_path / "run/student").stat().st_ino
     prune.prune(growing)
     assert (tmp_path / "run/student").stat().st_ino == stored
-    with pytest.raises(UserError, match=r"those that prune\.edits inserts have none; leave depth out"):
-        depth._models(open_run(parse_recipe({**raw, "measure": {"sweep": {"tasks": ["knowledge_continuation"]}}})))
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ Covers: shoal.eval.report.details, shoal.eval.report.flips, shoal.eval.report.se
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shutil
 import sys
@@ -24,16 +23,12 @@ from results import (
     choice,
     evaluation,
     importance,
-    plan,
     write_run,
 )
 from sweep_results import importance_with_parts
 from told_report import told
 
-from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.depth import DepthUse, EffectiveDepth, Moved, RoleUse, TaskUse
 from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
-from shoal.artifacts.importance import Estimate
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.errors import UserError
 from shoal.eval.harness.rates import with_rates
@@ -268,36 +263,3 @@ def test_readers_see_words_and_find_identifiers_in_the_appendix(quickstart: tupl
     titles = [attributes["title"] for attributes in page.all("th") if "title" in attributes]
     assert "retrieval_generation, generation, match" in titles
     assert "retrieval, generated" in page.words
-
-
-def test_what_moved_in_depth_is_told_and_another_cuts_is_refused(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
-    kept = {"teacher": tuple(range(NUM_LAYERS)), "distilled": plan().keep}
-
-    def use(of: tuple[int, ...], at: float) -> RoleUse:
-        left = tuple(Estimate(1 - 0.01 * layer, 0.9 - 0.01 * layer, 1.0) for layer in of)
-        return RoleUse(Estimate(0.8, 0.7, 0.9), left, Estimate(at, at - 0.05, at + 0.05), 3)
-
-    layers = kept["distilled"]
-    changes = tuple(Estimate(0.3, 0.2, 0.4) if layer == layers[1] else Estimate(0, -0.1, 0.1) for layer in layers)
-    moved = Moved("teacher", "distilled", layers, changes, Estimate(0.123, 0.05, 0.2), 0.75)
-    roles = {"teacher": use(kept["teacher"], 0.4), "distilled": use(layers, 0.52)}
-    task = TaskUse("retrieval_continuation", "retrieval", "continuation", "acc", True, 80, roles, (moved,))
-    rules = {"cosine": EffectiveDepth(1, 0.5), "kl": EffectiveDepth(None, None, "no layer is nearer")}
-    inputs = {
-        role: json.loads((folder / f"eval/{role}.json").read_text())["provenance"]["inputs"]["model"] for role in kept
-    }
-    found = DepthUse(Provenance(inputs), NUM_LAYERS, kept, (task,), {"distilled": rules})
-    found.write(folder / DepthUse.FILE)
-    write_report(folder)
-    text = (folder / "report.md").read_text()
-    section = text.partition("## How depth is used")[2].partition("\n## ")[0].replace("\\", "")
-    assert "0.40 [0.35, 0.45]" in section
-    assert "+0.12 [+0.05, +0.20]" in section
-    assert f"1 of {len(layers)} ({layers[1]})" in section
-    assert "+0.75" in section
-    assert f"distilled: layer {layers[1]} (50 %) by cosine, no layer is nearer by kl" in section
-    assert (folder / "figures/depth_use.svg").is_file()
-    replace(found, provenance=Provenance({**inputs, "distilled": "another"})).write(folder / DepthUse.FILE)
-    with pytest.raises(UserError, match=r"depth_use\.json: distilled is 'another'.*Run `shoal depth` again"):
-        write_report(folder)

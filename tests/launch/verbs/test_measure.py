@@ -16,17 +16,13 @@ from architectures import tiny_model as tiny_family
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Importance, Removal
 from shoal.artifacts.plan import PruningPlan
 from shoal.components import Component
 from shoal.compress import measure as hidden_measure
-from shoal.compress.heads import scores as head_scores
-from shoal.compress.heads.scores import HeadScores
 from shoal.errors import UserError
 from shoal.launch.verbs import measure as measuring
 from shoal.launch.verbs import measure_checks, prune
-from shoal.launch.verbs.plan import choose_plan, plan_inputs, read_importance
 from shoal.launch.verbs.run import Run, open_run
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.recipe import parse_recipe
@@ -162,19 +158,6 @@ def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypat
 
 
 @pytest.mark.slow
-def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measuring.measure(make_run())
-    before = (make_run().dir / "importance.json").read_bytes()
-    run = make_run({"diagnostics": True})
-    measuring.measure(run)
-    assert (run.dir / "importance.json").read_bytes() == before
-    assert json.loads((run.dir / "diagnostics.json").read_text())["num_layers"] == NUM_LAYERS
-    assert (run.dir / "figures/diagnostics.svg").is_file()
-    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    measuring.measure(run)
-
-
-@pytest.mark.slow
 def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
     run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
@@ -188,20 +171,6 @@ def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     assert atlas is not None
     inner = {layer: atlas.columns[0].effects[layer].score.value for layer in range(1, NUM_LAYERS - 1)}
     assert order[0].score == max(inner.values()) == inner[order[0].unit.layers[0]]
-
-
-@pytest.mark.slow
-def test_probes_find_at_which_depth_a_class_can_be_told(make_run: Any, tmp_path: Path) -> None:
-    rows = [{"text": f"{word} {index}", "class": word} for index in range(24) for word in ("up", "down")]
-    data = tmp_path / "words.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = make_run({"probes": [{"path": str(data), "label": "class"}]})
-    measuring.measure(run)
-    (found,) = json.loads((run.dir / "probes.json").read_text())["sets"]
-    assert len(found["accuracy"]) == NUM_LAYERS + 1
-    assert (run.dir / "figures/probes.svg").is_file()
-    with pytest.raises(UserError, match="klass"):
-        measuring.measure(make_run({"probes": [{"path": str(data), "label": "klass"}]}))
 
 
 @pytest.mark.slow
@@ -387,7 +356,6 @@ def test_the_limit_of_memory_is_that_of_the_weights_as_they_are_loaded(
         ({"sweep": {**SWEEP, "protocols": ["continuation"], "operators": ["mlp"]}}, "operators: mlp takes the whole"),
         ({"metrics": ["taylor"]}, "taylor needs gradients, for which the whole model has to be in memory"),
         ({"memory_gb": 0.0001}, r"measure.memory_gb: 107 kB is too little to run one layer"),
-        ({"diagnostics": True}, "measure.diagnostics: takes the whole model in memory"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
@@ -396,94 +364,6 @@ def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         measuring.measure(make_run({**SMALL, **measure}, model=wide))
-
-
-COPYING = ((0.0,) * 4, (0.0,) * 4, (0.2, 0.0, 0.0, 0.0), (0.0, 0.9, 0.5, 0.0), (0.0,) * 4, (0.05, 0.0, 0.0, 0.0))
-"""Scores of the heads of a tiny llama, which in truth answers nothing right."""
-
-
-@pytest.mark.slow
-def test_heads_are_measured_once_and_protect_the_layers_that_copy(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked: list[int] = []
-
-    def scored(model: Any, prompts: Any, *, batch_size: int) -> HeadScores:
-        asked.append(len(prompts))
-        return HeadScores(7, COPYING)
-
-    monkeypatch.setattr(head_scores, "score_heads", scored)
-    heads = {"heads": {"tasks": ["retrieval"], "num_each": 1}}
-    run = make_run(heads, prune={"num_drop": 2, "protect_heads": 0.9})
-    prune.prune(run)
-    found = Heads.read(run.dir / "heads.json")
-    assert asked == [15]
-    assert (found.tasks[0].num_prompts, found.tasks[0].num_right, found.scores) == (15, 7, COPYING)
-    assert (run.dir / "figures/heads.svg").stat().st_size > 1000
-    assert "3 of 24 heads copy" in caplog.text
-    plan = PruningPlan.read(run.dir / "plan.json")
-    assert not {2, 3} & set(plan.drop)
-    assert "layers 2, 3 for 90% of the retrieval score" in plan.reason
-    measuring.measure(run)
-    prune.prune(run)
-    assert asked == [15]
-    less = make_run(heads, prune={"num_drop": 2, "protect_heads": 0.5})
-    assert plan_inputs(less) != plan_inputs(run)
-    other = make_run({"heads": {"tasks": ["retrieval"], "num_each": 2}}, prune={"num_drop": 2, "protect_heads": 0.9})
-    with pytest.raises(UserError, match=r"heads.json.*measure.heads.num_each"):
-        choose_plan(other, read_importance(other), {})
-
-
-@pytest.mark.slow
-def test_a_sweep_of_heads_spares_those_that_copy(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_scores, "score_heads", lambda *_, **__: HeadScores(7, COPYING))
-    sweep = {"tasks": ["knowledge"], "protocols": ["continuation"], "limit": 16, "operators": ["head", "kv_group"]}
-    heads = {"tasks": ["retrieval"], "num_each": 1}
-    run = make_run({"heads": heads, "sweep": {**sweep, "spare_heads": True}})
-    measuring.measure(run)
-    tables = Importance.read(run.dir / "importance.json").sweeps
-    every = {(layer, head) for layer in range(NUM_LAYERS) for head in range(4)}
-    assert {(unit.layers[0], unit.index) for unit in tables["head"].units} == every - {(2, 0), (3, 1), (3, 2)}
-    groups = {(layer, group) for layer in range(NUM_LAYERS) for group in range(2)}
-    assert {(unit.layers[0], unit.index) for unit in tables["kv_group"].units} == groups - {(2, 0), (3, 0), (3, 1)}
-    inputs = measuring.measure_inputs
-    assert inputs(run) != inputs(make_run({"heads": heads, "sweep": sweep}))
-    assert inputs(make_run({"heads": heads, "sweep": sweep})) == inputs(make_run({"sweep": sweep}))
-
-
-@pytest.mark.slow
-def test_a_model_that_answers_nothing_right_has_no_heads_to_find(make_run: Any) -> None:
-    run = make_run({"heads": {"tasks": ["retrieval"], "num_each": 1}})
-    with pytest.raises(UserError, match="answers none of 15 prompts right"):
-        measuring.measure(run)
-    assert not (run.dir / "importance.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("measure", "prune_settings", "message"),
-    [
-        ({}, {"protect_heads": 0.9}, "prune.protect_heads: needs measured heads"),
-        ({"heads": {}}, {"protect_heads": 0.9, "drop": [1]}, "prune.protect_heads: has no effect beside prune.drop"),
-        ({"heads": {}}, {"protect_heads": 0.0}, "prune.protect_heads"),
-        ({"heads": {}}, {"protect_heads": 1.5}, "prune.protect_heads"),
-        ({"heads": {}, "sweep": {**SWEEP, "spare_heads": True}}, {}, "measure.sweep.spare_heads: needs measured heads"),
-        ({"sweep": {**SWEEP, "operators": ["head"], "spare_heads": True}}, {}, "spare_heads: needs measured heads"),
-        ({"heads": {"tasks": []}}, {}, "measure.heads.tasks"),
-        ({"heads": {"tasks": ["knowledge"]}}, {}, "measure.heads.tasks"),
-    ],
-)
-def test_settings_of_heads_that_contradict_others_are_refused(
-    make_run: Any, measure: dict[str, Any], prune_settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        make_run(measure, prune=prune_settings)
-
-
-def test_prompts_longer_than_the_model_reads_are_refused(tmp_path: Path, make_run: Any) -> None:
-    short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=256)
-    run = make_run({"heads": {"tasks": ["retrieval"], "num_each": 1}}, model=str(short))
-    with pytest.raises(UserError, match=r"measure.heads.tasks: retrieval: \d+ is more than the 256 positions"):
-        measuring.measure(run)
 
 
 def test_cumulative_removals_end_where_a_greedy_order_does() -> None:

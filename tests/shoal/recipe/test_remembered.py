@@ -63,7 +63,7 @@ def test_a_run_directory_alone_is_enough_and_later_overrides_are_added(
     assert _main(["prune", str(run_dir), "eval.limit=6", "distill.trainer.learning_rate=1e-3"]) == 0
     assert _main(["report", "--config", str(run_dir)]) == 0
     assert [(run.recipe.seed, run.recipe.eval.limit) for run in seen] == [(7, 5), (7, 5), (7, 6), (7, 6)]
-    assert all(run.recipe.prune.drop == (1, 3) and run.root == run_dir for run in seen)
+    assert all(run.recipe.prune.drop == (1, 3) and run.dir == run_dir for run in seen)
     assert seen[-1].recipe.distill.trainer == {"learning_rate": 1e-3}
     said, _ = read_settings(run_dir)
     assert said["eval"] == {"limit": 6}, "what was said, and no defaults"
@@ -74,7 +74,7 @@ def test_a_run_directory_that_was_moved_is_the_run_dir(recipe: str, run_dir: Pat
     moved = run_dir.rename(run_dir.parent / "moved")
     assert _main(["report", str(moved)]) == 0
     assert _main(["report", str(moved), f"run_dir={run_dir}"]) == 0
-    assert [run.root for run in seen] == [run_dir, moved, run_dir]
+    assert [run.dir for run in seen] == [run_dir, moved, run_dir]
 
 
 def test_what_is_refused_is_not_remembered(recipe: str, run_dir: Path, seen: list[Run]) -> None:

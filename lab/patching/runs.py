@@ -1,0 +1,266 @@
+"""What brings a corrupted run back to the clean one: states of the clean run put into it, one part at a time.
+
+Activation patching as in arXiv:2504.07898: of two prompts of one length with different answers, LD = logit(clean
+answer) - logit(corrupted answer) at the last token; the effect of a part is (LD patched - LD corrupted) / (LD clean -
+LD corrupted), numerator and denominator summed over the twins. 1 = the part carries all of the difference, 0 = none.
+
+Below the patched layer, and before the first patched token, the run is the corrupted one: neither is computed again.
+
+S sequence, D hidden, R rows (one for every part that is put in), H query heads, d size of a head. Runs of both twins
+have them side by side: the clean one first.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from shoal.compress.edits.masks import with_halves
+from shoal.compress.edits.sublayers import Sublayers, probing, silent_output
+from shoal.compress.variants.layerwise import Layerwise, Prepared
+from shoal.errors import UserError
+from shoal.inference.decoder import Decoder, plain_cache
+from shoal.models.anatomy import state_of, watched, with_state
+from shoal.progress import each
+
+from .twins import Corruption, Twins
+
+Part = tuple[str, int]
+"""A site (residual: what enters the layer; attention, mlp: what they write; head: its context) and a head, else 0."""
+
+
+GROUPS = ("needle", "question", "last", "all")
+"""Groups of places: what is corrupted in the data, with its value; what stands behind the data, without the last token;
+the last token; everything from the first token on that differs."""
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What a part of a layer brings back of the clean run, at one group of places."""
+
+    twin: Corruption
+    site: str
+    """residual (what enters the layer), attention, mlp (what they write) or head (its context)."""
+    group: str
+    """One of GROUPS."""
+    effects: tuple[tuple[float, ...], ...]
+    """1 = all of the difference between the twins, 0 = none; one number a layer but for heads."""
+
+
+@dataclass
+class _Runs:
+    """Both intact runs of one pair of twins."""
+
+    states: list[Tensor] = field(default_factory=list)
+    """(2, S, D) What enters each layer."""
+    written: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """(2, S, D) What a module adds to the stream, by layer and the module's name within it."""
+    contexts: dict[int, Tensor] = field(default_factory=dict)
+    """(2, S, H * d) What each layer's output projection reads."""
+    cache: DynamicCache | None = None
+    differences: tuple[float, float] = (0.0, 0.0)
+    """LD of the clean and of the corrupted run."""
+    is_right: bool = False
+    """Whether the model gives both prompts their answers."""
+
+
+def patch_effects(
+    model: PreTrainedModel, twins_by_kind: Mapping[Corruption, Sequence[Twins]]
+) -> tuple[dict[Corruption, int], tuple[Patched, ...]]:
+    """How many twins the model answers right both ways, and over these the effect of every part and group of places.
+
+    A kind of twins of which none is answered right has no effects.
+
+    Raises:
+        UserError: layers that cannot be run alone or whose halves are not known, or no twins that are answered right.
+    """
+    patching = Patching(model)
+    num_used: dict[Corruption, int] = {}
+    patched: list[Patched] = []
+    with probing(model):
+        for kind, twins in twins_by_kind.items():
+            num_used[kind], effects = _effects(patching, kind, twins)
+            patched += effects
+    if not patched:
+        raise UserError(
+            f"shoal lab patching: the model answers none of {sum(map(len, twins_by_kind.values()))} pairs right both "
+            "ways, so nothing can be brought back"
+        )
+    return num_used, tuple(patched)
+
+
+def _effects(patching: Patching, kind: Corruption, twins: Sequence[Twins]) -> tuple[int, list[Patched]]:
+    gained: dict[tuple[str, str], list[list[float]]] = {}
+    num_used, gap = 0, 0.0
+    for pair in each(twins, f"patching: {kind}", unit="twins"):
+        runs = patching.intact(pair)
+        if not runs.is_right:
+            continue
+        num_used += 1
+        clean, corrupted = runs.differences
+        gap += clean - corrupted
+        for (group, places), layer in itertools.product(pair.groups.items(), range(patching.num_layers)):
+            parts = patching.parts(layer)
+            changes = patching.differences(runs, pair, layer, parts, places)
+            for (site, index), difference in zip(parts, changes, strict=True):
+                rows = gained.setdefault((site, group), patching.zeros(site))
+                rows[layer][index] += difference - corrupted
+    return num_used, [
+        Patched(kind, site, group, tuple(tuple(value / gap for value in row) for row in rows))
+        for (site, group), rows in gained.items()
+    ]
+
+
+class Patching:
+    """One model's clean, corrupted and patched runs.
+
+    Raises:
+        UserError: layers that cannot be run alone, or whose halves are not known.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layerwise, self._decoder = Layerwise(model), Decoder(model)
+        self.num_layers = self._layerwise.num_layers
+        self._halves: list[Sublayers] = [with_halves(model, layer) for layer in range(self.num_layers)]
+        self._prepared: tuple[tuple[Any, ...], Prepared, DynamicCache | None] | None = None
+
+    def parts(self, layer: int) -> list[Part]:
+        """What of ``layer`` can be put in; heads where they can be told apart."""
+        heads = range(self._halves[layer].num_heads)
+        return [("residual", 0), ("attention", 0), ("mlp", 0), *(("head", head) for head in heads)]
+
+    def zeros(self, site: str) -> list[list[float]]:
+        """One number for every layer and what of it can be put in at ``site``."""
+        counts = [sum(own == site for own, _ in self.parts(layer)) for layer in range(self.num_layers)]
+        return [[0.0] * count for count in counts]
+
+    def intact(self, twins: Twins) -> _Runs:
+        """Both runs, with what can be taken from them."""
+        runs = _Runs(cache=plain_cache(self.num_layers) if self._decoder.can_branch else None)
+        ids_2S = torch.tensor([twins.clean_ids, twins.corrupted_ids], device=self._decoder.device)
+
+        def enter(_: int, args: Any, kwargs: Any) -> None:
+            runs.states.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+        def wrote(layer: int, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            state_2SD = state_of(output) - silent_output(module, args, kwargs, output)
+            runs.written[layer, name] = state_2SD.reshape(*ids_2S.shape, -1)
+
+        def read(layer: int, _: nn.Module, args: Any) -> None:
+            runs.contexts[layer] = args[0].clone()
+
+        with ExitStack() as stack:
+            stack.enter_context(watched(self._layerwise.layers, before=enter))
+            for layer, halves in enumerate(self._halves):
+                module = self._layerwise.layers[layer]
+                for name in (*halves.attention, *halves.mlp):
+                    hook = partial(wrote, layer, name)
+                    stack.enter_context(module.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+                if halves.projection:
+                    projection = module.get_submodule(halves.projection)
+                    stack.enter_context(projection.register_forward_pre_hook(partial(read, layer)))
+            hidden_2SD = self._decoder.hidden(ids_2S, cache=runs.cache)
+        logits_2V = self._decoder.logits(hidden_2SD[:, -1])
+        clean, corrupted = self._differences(logits_2V, twins)
+        runs.differences = (clean, corrupted)
+        runs.is_right = logits_2V.argmax(-1).tolist() == [twins.right, twins.wrong]
+        return runs
+
+    def differences(
+        self, runs: _Runs, twins: Twins, layer: int, parts: Sequence[Part], places: Sequence[int]
+    ) -> list[float]:
+        """LD of the corrupted run with each of ``parts`` of ``layer`` as it is in the clean one, at ``places``."""
+        begin = min(places, default=0) if runs.cache is not None else 0
+        prepared, lengths_only = self._prepare(twins, begin, len(parts))
+        places_P = torch.tensor([place - begin for place in places], dtype=torch.long, device=self._decoder.device)
+        state_RSD = runs.states[layer][1:, begin:].repeat(len(parts), 1, 1)
+        for row, (site, _) in enumerate(parts):
+            if site == "residual":
+                state_RSD[row, places_P] = runs.states[layer][0, begin:][places_P]
+        with ExitStack() as stack:
+            for hook in self._hooks(runs, layer, parts, begin, places_P):
+                stack.enter_context(hook)
+            state_RSD = self._through(layer, state_RSD, runs, prepared, lengths_only, begin)
+        for above in range(layer + 1, self.num_layers):
+            state_RSD = self._through(above, state_RSD, runs, prepared, lengths_only, begin)
+        hidden_RSD = self._layerwise.finish(state_RSD, prepared)
+        return self._differences(self._decoder.logits(hidden_RSD[:, -1]), twins)
+
+    def _hooks(self, runs: _Runs, layer: int, parts: Sequence[Part], begin: int, places_P: Tensor) -> Iterator[Any]:
+        """What puts halves and heads of the clean run into their rows while ``layer`` runs."""
+        halves, module = self._halves[layer], self._layerwise.layers[layer]
+
+        def write(rows: Sequence[int], name: str, half: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            clean_SD = runs.written[layer, name][0, begin:]
+            silent_RSD = silent_output(half, args, kwargs, output).reshape(len(parts), *clean_SD.shape)
+            changed_RSD = state_of(output).clone().reshape(silent_RSD.shape)
+            for row in rows:
+                changed_RSD[row, places_P] = silent_RSD[row, places_P] + clean_SD[places_P]
+            return with_state(output, changed_RSD.reshape(state_of(output).shape))
+
+        def read(heads: Sequence[tuple[int, int]], _: nn.Module, args: Any) -> Any:
+            context_RSHd = args[0].clone().unflatten(-1, (halves.num_heads, -1))
+            clean_SHd = runs.contexts[layer][0, begin:].unflatten(-1, (halves.num_heads, -1))
+            for row, head in heads:
+                context_RSHd[row, places_P, head] = clean_SHd[places_P, head]
+            return (context_RSHd.flatten(-2), *args[1:])
+
+        for site, names in (("attention", halves.attention), ("mlp", halves.mlp)):
+            rows = [row for row, (own, _) in enumerate(parts) if own == site]
+            for name in names if rows else ():
+                hook = partial(write, rows, name)
+                yield module.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        if heads := [(row, head) for row, (site, head) in enumerate(parts) if site == "head"]:
+            yield module.get_submodule(halves.projection).register_forward_pre_hook(partial(read, heads))
+
+    def _prepare(self, twins: Twins, begin: int, num_rows: int) -> tuple[Prepared, DynamicCache | None]:
+        """How the layers are called over the corrupted prompt from ``begin`` on, behind a cache of what is before."""
+        key = (twins.corrupted_ids, begin, num_rows)
+        if self._prepared is None or self._prepared[0] != key:
+            ids_RS = torch.tensor([twins.corrupted_ids[begin:]] * num_rows, device=self._decoder.device)
+            positions_RS = torch.arange(begin, begin + ids_RS.shape[1], device=ids_RS.device).expand_as(ids_RS)
+            lengths_only = None
+            if self._decoder.can_branch:
+                lengths_only = plain_cache(self.num_layers)
+                # no number of it is read: the body asks for its length
+                zeros_R1S1 = torch.zeros(num_rows, 1, begin, 1, device=ids_RS.device)
+                for layer in range(self.num_layers if begin else 0):
+                    lengths_only.update(zeros_R1S1, zeros_R1S1, layer)
+            inputs = self._decoder.arguments(ids_RS, position_ids_BS=positions_RS, cache=lengths_only)
+            self._prepared = (key, self._layerwise.prepare(inputs), lengths_only)
+        return self._prepared[1:]
+
+    def _through(
+        self,
+        layer: int,
+        state_RSD: Tensor,
+        runs: _Runs,
+        prepared: Prepared,
+        lengths_only: DynamicCache | None,
+        begin: int,
+    ) -> Tensor:
+        call = prepared.calls[layer]
+        if lengths_only is not None:
+            assert runs.cache is not None
+            cache = copy.copy(lengths_only)
+            cache.layers = [copy.copy(slot) for slot in lengths_only.layers]
+            own: Any = copy.copy(runs.cache.layers[layer])
+            own.keys, own.values = (
+                kept[1:, :, :begin].expand(len(state_RSD), -1, -1, -1) for kept in (own.keys, own.values)
+            )
+            cache.layers[layer] = own
+            call = call.replacing(lengths_only, cache)
+        return self._layerwise.run(layer, state_RSD, call)
+
+    @staticmethod
+    def _differences(logits_RV: Tensor, twins: Twins) -> list[float]:
+        return (logits_RV[:, twins.right] - logits_RV[:, twins.wrong]).double().tolist()

@@ -1,0 +1,118 @@
+"""Look-ups with twins of one length and another answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from shoal.abilities import items
+from shoal.abilities.item import Item, generator
+from shoal.abilities.retrieval import numbers_in
+from shoal.errors import UserError
+
+from ..heads.prompts import Encoded, copy_prompt
+
+TWIN_PAIRS = 4
+"""Twins are short: each is run once for every state that is put in."""
+Corruption = Literal["value", "key", "question"]
+"""How the twin of a look-up differs: another value at the key that is asked for, two keys exchanged in the data, or
+another key asked for."""
+CORRUPTIONS: tuple[Corruption, ...] = ("value", "key", "question")
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Two prompts of one length with different answers, which are left out.
+
+    They differ in the `value` at the key that is asked for, in that two keys of the data are exchanged (`key`), or in
+    the key that is asked for (`question`).
+    """
+
+    clean_ids: tuple[int, ...]
+    corrupted_ids: tuple[int, ...]
+    right: int
+    """First token of the clean prompt's answer."""
+    wrong: int
+    """First token of the corrupted prompt's answer."""
+    groups: dict[str, tuple[int, ...]]
+    """Places by group. `needle`: the value, for `key` both pairs whose keys are exchanged; of a `question` nothing
+    there differs, and it has none. `question`: what stands behind the data, without the last token. `all` begins with
+    the first token that differs."""
+
+
+def copy_twins(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> dict[Corruption, list[Twins]]:
+    """``count`` look-ups with a twin of every kind.
+
+    Raises:
+        UserError: as copy_prompts does, or where no twin has as many tokens.
+    """
+    twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in CORRUPTIONS}
+    for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=TWIN_PAIRS):
+        for kind, twins in twins_by_kind.items():
+            candidates = (_twins(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))
+            if (pair := next(filter(None, candidates), None)) is not None:
+                twins.append(pair)
+    if (missing := next((kind for kind, twins in twins_by_kind.items() if not twins), None)) is not None:
+        raise UserError(
+            f"shoal lab patching: in this tokenizer no look-up has a twin with another {missing} in as many tokens"
+        )
+    return twins_by_kind
+
+
+def _corrupted(kind: Corruption, item: Item, seed: int) -> Iterator[Item]:
+    """What may be a twin of ``item``, in a random order."""
+    rng, end = generator("twins", "eval", seed, item=item.id, kind=kind), item.context.index("}") + 1
+    data, ask = item.context[:end], item.context[end:]
+    pairs: dict[str, str] = json.loads(data[data.index("{") :])
+    key, value = str(item.params["key"]), str(item.params["final"])
+    if kind == "value":
+        others = [number for number in numbers_in("eval") if number not in pairs.values()]
+        for other in rng.sample(others, len(others)):
+            yield _asking(item, data.replace(value, other), ask, other)
+        return
+    for other in rng.sample([name for name in pairs if name != key], len(pairs) - 1):
+        if kind == "key":
+            text = data.replace(f'"{key}":', '"":').replace(f'"{other}":', f'"{key}":').replace('"":', f'"{other}":')
+            yield _asking(item, text, ask, pairs[other])
+        else:
+            yield _asking(item, data, ask.replace(key, other), pairs[other])
+
+
+def _asking(item: Item, data: str, ask: str, value: str) -> Item:
+    return replace(
+        item,
+        context=data + ask,
+        question=data + item.question[len(data) :],
+        options=tuple(option.replace(str(item.params["final"]), value) for option in item.options),
+        params={**item.params, "final": value},
+    )
+
+
+def _twins(kind: Corruption, item: Item, other: Item, tokenizer: PreTrainedTokenizerBase) -> Twins | None:
+    """None where the two have not the same length, differ elsewhere too, or begin their answers alike."""
+    clean, corrupted = copy_prompt(item, tokenizer), copy_prompt(other, tokenizer)
+    if clean is None or corrupted is None or clean.answer[0] == corrupted.answer[0]:
+        return None
+    ids, other_ids = (prompt.input_ids[: -len(prompt.needle)] for prompt in (clean, corrupted))
+    different = [place for place, pair in enumerate(zip(ids, other_ids, strict=False)) if pair[0] != pair[1]]
+    last = len(ids) - 1
+    groups = {"needle": clean.needle, "question": tuple(range(clean.question, last)), "last": (last,)}
+    if kind == "key":
+        encoded, spans = Encoded.of(item.context, tokenizer), []
+        for value in (str(item.params["final"]), str(other.params["final"])):
+            pair = re.search(rf'"\w+": "{value}"', item.context)
+            assert pair is not None
+            spans += encoded.over(*pair.span())
+        groups["needle"] = tuple(sorted(set(spans)))
+    elif kind == "question":
+        del groups["needle"]
+    at = groups["question" if kind == "question" else "needle"]
+    if len(ids) != len(other_ids) or not different or not set(different) <= set(at):
+        return None
+    groups["all"] = tuple(range(different[0], last + 1))
+    return Twins(ids, other_ids, clean.answer[0], corrupted.answer[0], groups)

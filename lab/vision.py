@@ -1,0 +1,293 @@
+"""Vision models over rows of images, questions and answers: vision.json.
+
+What layers are worth for answers; how alike the states of the vision tower are, and what answers lose where another one
+is read, as arXiv:2504.21447 asks with models trained anew for every state; and what each model of the run says of the
+answers. Images of a row, and so its tokens, may be of any number and size; rows are not packed or padded.
+
+L layers, N rows, V states (state n is the one after n blocks of the tower), P places of an image, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.importance import Estimate
+from shoal.compress.metrics.hidden_pass import Batch, HiddenPass, watching, writes_into_input
+from shoal.compress.metrics.metric import Calibration
+from shoal.compress.metrics.observation import Observation
+from shoal.compress.surgery.cut_model import skipped
+from shoal.compress.surgery.vision_tower import FIELD, states_read, tower_blocks
+from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows, on_device
+from shoal.data.packing import PackedRows
+from shoal.errors import UserError
+from shoal.figures.style import DROPPED, FAINT, INK, KEPT, figure_style, panels
+from shoal.launch.verbs.run import Run
+from shoal.models.anatomy import decoder_layers, given_state, state_of, watched
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import load_model, load_processor, reads_images
+from shoal.progress import each
+from shoal.recipe.section import DataSource, Positive, Section, Text
+from shoal.runtime import device
+from shoal.stats.bootstrap import expanded_percentiles, resampled_means
+
+from .results import identity, made, told
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MODELS = {"pruned": "student", "distilled": "distilled"}
+"""Role -> folder of the run directory, of models that answer beside the teacher."""
+PLACES_AT_ONCE = 1024
+"""Places whose states are compared at a time: of a large picture in tiles, all of them would take gigabytes."""
+UNTRAINED = (
+    "the projector was trained on what is read and on no other state: what another state is worth shows once a "
+    "projector is trained for it, which shoal does not do"
+)
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """Images with questions and answers."""
+
+    path: Text
+    """A local .jsonl, .json, .csv or .parquet file of rows."""
+    image: str = "image"
+    """The column that names an image file, from the folder of ``path`` on."""
+    prompt: str = "prompt"
+    """The column of questions."""
+    answer: str = "answer"
+    """The column of answers, whose likelihood counts."""
+    num_rows: Positive = 64
+    """Rows that are read, the first ones. One takes a forward for every layer and state."""
+
+
+@dataclass(frozen=True)
+class Vision(Artifact):
+    """vision.json; losses are nats per token of an answer, the mean over rows with its 95 % interval."""
+
+    FILE: ClassVar[str] = "vision.json"
+
+    num_rows: int
+    block_influence: tuple[float, ...]
+    """By layer 1 - cosine of its input and output, the mean over all tokens, those of images too (arXiv:2403.03853)."""
+    layer_losses: tuple[Estimate, ...]
+    """By layer the rise of an answer's loss where it is skipped."""
+    states_read: tuple[int, ...]
+    """States of the tower that the projector is given, in its order; empty where shoal does not know them."""
+    similarity: tuple[tuple[float, ...], ...]
+    """V x V: cosine of two states at one place of an image, the mean over all places of all images."""
+    state_losses: tuple[Estimate, ...]
+    """Rise of an answer's loss where this state is read in place of the deepest one that is; 0 for that one."""
+    answers: dict[str, Estimate]
+    """Loss of the answers by role."""
+    added: dict[str, Estimate]
+    """What the others lose against the teacher, over the same rows."""
+
+    def in_words(self) -> str:
+        """The layers that answers need least, the cheapest states, and what every model loses."""
+        ordered = sorted(range(len(self.layer_losses)), key=lambda layer: self.layer_losses[layer].value)
+        lines = [f"{self.num_rows} rows; layers that answers about images need least: {ordered[: len(ordered) // 4]}"]
+        if self.states_read:
+            read = max(self.states_read)
+            others = sorted(set(range(len(self.state_losses))) - {read}, key=lambda s: self.state_losses[s].value)[:3]
+            cheap = ", ".join(f"{state} ({self.state_losses[state].value:+.3f} nats)" for state in others)
+            lines.append(f"states of the tower that cost least in place of {read}: {cheap}; {UNTRAINED}")
+        lines += [f"{role}: {loss.value:.3f} nats per token" for role, loss in self.answers.items()]
+        lines += [f"{role} - teacher: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for role, e in self.added.items()]
+        return "\n".join(lines)
+
+
+def work(run: Run, settings: Settings) -> str:
+    """What images say of layers, states and models, in words.
+
+    Raises:
+        UserError: a model that reads no images, rows that it cannot take, or numbers that are not finite.
+    """
+    if not reads_images(run.config()):
+        raise UserError(f"shoal lab vision: {run.recipe.model} reads no images")
+    columns = settings.image, settings.prompt, settings.answer
+    rows = load_image_rows("shoal lab vision", DataSource(settings.path), columns, settings.num_rows)
+    folders = {role: run.dir / name for role, name in MODELS.items()}
+    folders = {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+    inputs = identity(run, settings, rows=image_rows_fingerprint(rows))
+    inputs |= {role: model_fingerprint(folder) for role, folder in folders.items()}
+
+    def seen(provenance: Provenance) -> Vision:
+        processor = load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+        losses = {}
+        for role, folder in folders.items():
+            model = load_model(folder, device=device(), **run.load_args())
+            losses[role] = torch.stack([_loss(model, item) for item in asked(rows, processor, model.config)]).cpu()
+        model = load_model(run.teacher, device=device(), **run.load_args())
+        items = list(asked(rows, processor, model.config))
+        influence, losses_NV = layer_scores(model, items)
+        teacher_N = losses_NV[:, 0]
+        states = states_read(model.config)
+        similarity, state_losses_NV = state_scores(model, items) if states else ((), teacher_N.new_zeros(len(items), 0))
+        read_N = state_losses_NV[:, max(states)].unsqueeze(1) if states else 0
+        return Vision(
+            provenance,
+            len(rows),
+            influence,
+            means(losses_NV[:, 1:] - teacher_N.unsqueeze(1)),
+            states,
+            similarity,
+            means(state_losses_NV - read_N),
+            {role: means(own.unsqueeze(1))[0] for role, own in {"teacher": teacher_N, **losses}.items()},
+            {role: means((own - teacher_N).unsqueeze(1))[0] for role, own in losses.items()},
+        )
+
+    return told(run, made(run, Vision, inputs, seen, vision_figure))
+
+
+@torch.no_grad()
+def layer_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[float, ...], Tensor]:
+    """Block influence by layer over ``items``, and (N, 1 + L) the losses of answers intact and without each layer.
+
+    Raises:
+        UserError: states or losses that are not finite.
+    """
+    layers = decoder_layers(model)
+    writes, losses = writes_into_input(model), []
+    similar = HiddenPass(model, _row(torch.zeros(1, 1, dtype=torch.long)), ["block_influence"])
+    for number, item in enumerate(each(items, "vision: layers", unit="rows")):
+        row = _row(item.inputs["input_ids"])
+        batch = Batch.of(row, torch.tensor([0]), torch.empty(0, 2, dtype=torch.long), model.device)
+        batch = replace(batch, rows_B=torch.tensor([number]))
+        seen = Observation(batch.view, len(layers), similar.reads)
+        with watching(layers, batch, seen.observe, writes=writes):
+            losses.append([_loss(model, item)])
+        if not similar.add(batch, seen):
+            break
+        for layer in range(len(layers)):
+            with skipped(model, [layer]):
+                losses[-1].append(_loss(model, item))
+    influence: Any = similar.scores()["block_influence"]
+    return influence, _finite(torch.tensor(losses, dtype=torch.float64), "without a layer")
+
+
+@torch.no_grad()
+def state_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[tuple[float, ...], ...], Tensor]:
+    """(V, V) mean cosines of the tower's states, and (N, V) losses of answers where each is read in place of the
+    deepest one that is.
+
+    The cosine is that of states as they are: a direction that all places share raises it. A model that is given several
+    states joined gets the others unchanged.
+
+    Raises:
+        UserError: numbers that are not finite.
+    """
+    blocks, entries = tower_blocks(model), states_read(model.config)
+    num_states, deepest, num_places, losses = len(blocks) + 1, max(entries), 0, []
+    cosines_VV = torch.zeros(num_states, num_states, dtype=torch.float64, device=model.device)
+    for item in each(items, "vision: states of the tower", unit="rows"):
+        with _states_of(blocks) as states:
+            read = _loss(model, item)
+        _add_cosines(states, cosines_VV)
+        num_places += states[0].shape[:-1].numel()
+        # a list also where one is read: transformers takes a bare 0 for "no states are asked for"
+        reading = [[state if entry == deepest else entry for entry in entries] for state in range(num_states)]
+        own = [read if s == deepest else _loss(model, item, **{FIELD: reading[s]}) for s in range(num_states)]
+        losses.append(own)
+    similarity_VV = _finite((cosines_VV / num_places).cpu(), "of the vision tower's states")
+    return tuple(map(tuple, similarity_VV.tolist())), _finite(torch.tensor(losses, dtype=torch.float64), "of a state")
+
+
+def means(values_NK: Tensor) -> tuple[Estimate, ...]:
+    """The mean of every column with its 95 % interval over the rows; of one row no interval."""
+    if not values_NK.shape[1]:
+        return ()
+    value_K, num_rows = values_NK.double().numpy().mean(0), len(values_NK)
+    if num_rows == 1:
+        return tuple(Estimate(value, value, value) for value in value_K.tolist())
+    means_RK = resampled_means(values_NK.double().numpy(), np.ones(num_rows))
+    low_K, high_K = expanded_percentiles(means_RK, value_K, num_rows)
+    return tuple(Estimate(*row) for row in zip(value_K.tolist(), low_K.tolist(), high_K.tolist(), strict=True))
+
+
+def _row(input_ids_1S: Tensor) -> Calibration:
+    positions_1S = torch.arange(input_ids_1S.shape[1]).unsqueeze(0)
+    return Calibration(PackedRows(input_ids_1S, positions_1S), batch_size=1)
+
+
+@torch.no_grad()
+def _loss(model: PreTrainedModel, item: Asked, **more: Any) -> Tensor:
+    """The mean negative log-likelihood in nats of the answer's tokens."""
+    inputs: dict[str, Any] = on_device(item.inputs, model.device, model.dtype)
+    logits_SV = model(**inputs, **more, use_cache=False).logits[0, -item.num_answer - 1 : -1]
+    return cross_entropy(logits_SV.double(), inputs["input_ids"][0, -item.num_answer :])
+
+
+def _finite(numbers: Tensor, what: str) -> Tensor:
+    if not torch.isfinite(numbers).all():
+        raise UserError(f"shoal lab vision: numbers {what} are not finite; set dtype: float32, or leave rows out")
+    return numbers
+
+
+@contextmanager
+def _states_of(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What the first of ``blocks`` is given and what each of them returns, in one forward inside the block."""
+    states: list[Tensor] = []
+
+    def before(_: int, args: Any, kwargs: Any) -> None:
+        states.append(given_state(args, kwargs))
+
+    def after(_: int, args: Any, kwargs: Any, output: Any) -> None:
+        states.append(state_of(output))
+
+    with watched(blocks[:1], before=before), watched(blocks, after=after):
+        yield states
+
+
+def _add_cosines(states: Iterable[Tensor], cosines_VV: Tensor) -> None:
+    """Add those of all pairs of ``states`` at every place, in double precision."""
+    flat = [state.flatten(0, -2) for state in states]
+    for parts in zip(*(state_PD.split(PLACES_AT_ONCE) for state_PD in flat), strict=True):
+        units_PVD = normalize(torch.stack(parts, dim=1).float(), dim=-1)
+        cosines_VV += (units_PVD @ units_PVD.mT).double().sum(0)
+
+
+def vision_figure(vision: Vision) -> Figure:
+    """Losses by skipped layer and by state that is read, and the cosines of all pairs of states."""
+    from matplotlib.patches import Rectangle
+
+    figure, axes = panels([2.3, *([2.3, 4.2] if vision.states_read else [])])
+    with figure_style():
+        _draw_losses(axes[0], vision.layer_losses, None)
+        axes[0].set_title("Answer's loss without each layer")
+        axes[0].set_xlabel("layer")
+        if vision.states_read:
+            read = max(vision.states_read)
+            _draw_losses(axes[1], vision.state_losses, read)
+            axes[1].set_title(f"Answer's loss by the state read in place of {read}; the projector as it is")
+            axes[1].set_xlabel("state after so many blocks")
+            lowest = min(0.0, *(value for row in vision.similarity for value in row))
+            picture = axes[2].imshow(vision.similarity, cmap="cividis", vmin=lowest, vmax=1, origin="lower")
+            figure.colorbar(picture, ax=axes[2], shrink=0.8)
+            for state in vision.states_read:
+                axes[2].add_patch(Rectangle((state - 0.5, state - 0.5), 1, 1, fill=False, ec=INK, lw=1.6))
+            axes[2].set_title("Cosine of the tower's states; framed: read")
+    return figure
+
+
+def _draw_losses(ax: Axes, losses: Sequence[Estimate], read: int | None) -> None:
+    values = [loss.value for loss in losses]
+    limits = [[value - e.low for value, e in zip(values, losses, strict=True)]]
+    limits.append([e.high - value for value, e in zip(values, losses, strict=True)])
+    ax.errorbar(range(len(losses)), values, limits, fmt="o", ms=4, lw=1.2, color=KEPT)
+    if read is not None:
+        ax.plot([read], [0.0], "s", ms=6, color=DROPPED)
+    ax.axhline(0, color=FAINT, linewidth=1)
+    ax.set_ylabel("nats per token")
+    ax.grid(axis="y")

@@ -1,0 +1,503 @@
+"""Depth diagnostics against float64 references written from the formulae, and what they must not depend on.
+
+Covers: shoal.lab.diagnostics.effects, shoal.lab.diagnostics.figure, shoal.lab.diagnostics.path_gradients,
+shoal.lab.diagnostics.residual_flow, shoal.lab.diagnostics.runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from packed_rows import documents, packed
+from tiny import NUM_LAYERS, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import Provenance
+from shoal.data.packing import PackedRows
+from shoal.errors import UserError
+from shoal.figures.style import save_figure
+from shoal.lab.diagnostics import runs
+from shoal.lab.diagnostics.diagnose import Diagnostics, Effort, diagnose, effective_depths
+from shoal.lab.diagnostics.effects import cut_positions
+from shoal.lab.diagnostics.figure import diagnostics_figure
+from shoal.lab.diagnostics.runs import Prompt
+from shoal.models.anatomy import decoder_layers
+
+ROWS = packed([[40], [17, 23], [4, 36]])
+KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+FLOAT32 = 2.0**-24
+"""Relative error of one rounding."""
+ROUNDINGS = 16
+"""As many may add up: a path's ends, its points and the probabilities are float32, logits of about 10 among them."""
+
+EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28)
+PROMPTS = [
+    Prompt(tuple((7 * token + 3) % 250 for token in range(start, start + length)), 3)
+    for start, length in ((0, 13), (40, 20), (90, 11))
+]
+PROMPTS_BELOW_80 = [Prompt(tuple(token % 80 for token in prompt.input_ids), 3) for prompt in PROMPTS]
+States = list[Tensor]
+
+
+def rows_of(prompts: Sequence[Prompt]) -> PackedRows:
+    """One row, a document for each of ``prompts``."""
+    ids = [token for prompt in prompts for token in prompt.input_ids]
+    positions = [place for prompt in prompts for place in range(len(prompt.input_ids))]
+    return PackedRows(torch.tensor([ids]), torch.tensor([positions]))
+
+
+def run(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Diagnostics:
+    arguments.setdefault("effort", EFFORT)
+    return diagnose(model, rows, provenance=Provenance({}), batch_size=batch_size, **arguments)
+
+
+def double(kind: str, **overrides: Any) -> PreTrainedModel:
+    return tiny_model(kind, dtype=torch.float64, **overrides)
+
+
+def state(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def changed(module: torch.nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """The module's output becomes ``change(input, output)``."""
+
+    def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        new = change(args[0] if args else kwargs["hidden_states"], state(output))
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    with module.register_forward_hook(hook, with_kwargs=True):
+        yield
+
+
+def run_whole(model: PreTrainedModel, ids: Tensor) -> tuple[States, Tensor]:
+    """(S, D) states before every layer and behind the last, and (S, V) probabilities, of one text alone."""
+    states: States = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0][0].clone()))
+        for layer in decoder_layers(model)
+    ]
+    handles.append(decoder_layers(model)[-1].register_forward_hook(lambda _, __, out: states.append(state(out)[0])))
+    try:
+        logits = model(ids[None], use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states, logits.softmax(-1)
+
+
+def branches(model: PreTrainedModel, kind: str, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(S, D) what attention and MLP of every layer add, by the modules' names."""
+    names = ("post_attention_layernorm", "post_feedforward_layernorm") if kind == "gemma3" else ("self_attn", "mlp")
+    found: list[list[Tensor]] = []
+    handles = []
+    for layer in decoder_layers(model):
+        found.append([])
+        for name in names:
+            keep: Any = lambda _, __, out, into=found[-1]: into.append(state(out)[0])  # noqa: E731
+            handles.append(layer.get_submodule(name).register_forward_hook(keep))
+    model(ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [(attention, mlp) for attention, mlp in found]
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float(one @ other / (one.norm() * other.norm()))
+
+
+@torch.no_grad()
+def residual_reference(model: PreTrainedModel, kind: str) -> dict[tuple[str, str], list[float]]:
+    tokens: dict[tuple[str, str, int], list[float]] = {}
+    for document in documents(ROWS):
+        states, _ = run_whole(model, document[0])
+        for layer, (attention, mlp) in enumerate(branches(model, kind, document[0])):
+            before = states[layer]
+            terms = {
+                "attention": (before, attention),
+                "mlp": (before + attention, mlp),
+                "layer": (before, attention + mlp),
+            }
+            for name, (reads, written) in terms.items():
+                for one, other in zip(reads, written, strict=True):
+                    tokens.setdefault((name, "cosine", layer), []).append(cosine(one, other))
+                    tokens.setdefault((name, "size", layer), []).append(float(other.norm() / one.norm()))
+    means: dict[tuple[str, str], list[float]] = {}
+    for (name, what, _), values in tokens.items():
+        means.setdefault((name, what), []).append(sum(values) / len(values))
+    return means
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_curves_equal_the_reference(kind: str, dtype: torch.dtype) -> None:
+    found = run(tiny_model(kind, dtype=dtype), effort=replace(EFFORT, num_prompts=0))
+    wanted = (
+        residual_reference(double(kind), kind)
+        if dtype == torch.float64
+        else residual_reference(tiny_model(kind).double(), kind)
+    )
+    assert found.parallel == (False,) * NUM_LAYERS
+    assert found.num_tokens == ROWS.input_ids_NS.numel()
+    for name in ("layer", "attention", "mlp"):
+        assert found.cosines[name] == pytest.approx(wanted[name, "cosine"], abs=2e-6)
+        assert found.sizes[name] == pytest.approx(wanted[name, "size"], rel=5e-6)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("name", "parallel"), [("gpt_neox", True), ("cohere", True), ("olmo2", False)])
+def test_halves_of_parallel_layers_are_held_against_what_they_read(name: str, parallel: bool) -> None:
+    model = architectures.tiny_model(name).double()
+    rows = PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)
+    found = run(model, rows, effort=replace(EFFORT, num_prompts=0))
+    assert found.parallel == (parallel,) * 6
+    names = {
+        "gpt_neox": ("attention", "mlp"),
+        "cohere": ("self_attn", "mlp"),
+        "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    }[name]
+    cosines, sizes = [], []
+    layer = decoder_layers(model)[3]
+    caught: dict[str, Tensor] = {}
+    handles = [
+        layer.get_submodule(half).register_forward_hook(
+            lambda _, __, out, half=half: caught.__setitem__(half, state(out)[0].detach())
+        )
+        for half in names
+    ]
+    for document in documents(rows):
+        with torch.no_grad():
+            before = run_whole(model, document[0])[0][3]
+        reads = before if parallel else before + caught[names[0]]
+        cosines += [cosine(one, other) for one, other in zip(reads, caught[names[1]], strict=True)]
+        sizes += (caught[names[1]].norm(dim=-1) / reads.norm(dim=-1)).tolist()
+    for handle in handles:
+        handle.remove()
+    assert found.cosines["mlp"][3] == pytest.approx(sum(cosines) / len(cosines), abs=2e-6)
+    assert found.sizes["mlp"][3] == pytest.approx(sum(sizes) / len(sizes), rel=5e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lens_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runs.MAX_LOGITS, "cpu", 272 * 7)  # a few tokens at a time
+    model = double(kind)
+    found = run(model, effort=replace(EFFORT, num_prompts=0))
+    divergence, overlap = torch.zeros(NUM_LAYERS, dtype=torch.float64), torch.zeros(NUM_LAYERS, dtype=torch.float64)
+    for document in documents(ROWS):
+        with torch.no_grad():
+            states, final = run_whole(model, document[0])
+            for layer, before in enumerate(states[:-1]):
+                early = model.get_submodule("lm_head")(model.get_submodule("model.norm")(before)).softmax(-1)
+                divergence[layer] += (early * (early / final).log()).sum()
+                for one, other in zip(early.topk(5).indices.tolist(), final.topk(5).indices.tolist(), strict=True):
+                    overlap[layer] += len(set(one) & set(other)) / 5
+    assert found.lens_tokens == found.num_tokens
+    assert found.lens_kl == pytest.approx((divergence / found.num_tokens).tolist(), rel=1e-4)
+    assert found.lens_overlap == pytest.approx((overlap / found.num_tokens).tolist(), abs=1e-9)
+
+
+@pytest.mark.prove
+def test_never_more_logits_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = 272 * 6  # what the proofs, over six tokens, need
+    monkeypatch.setitem(runs.MAX_LOGITS, "cpu", bound)
+    model = tiny_model("llama")
+    sizes: list[int] = []
+    model.get_submodule("lm_head").register_forward_hook(lambda _, __, out: sizes.append(out.numel()))
+    run(model, batch_size=8, effort=replace(EFFORT, gradient_prompts=1, steps=8, answer_tokens=3))
+    assert max(sizes) == bound
+
+
+def largest_effects(
+    model: PreTrainedModel, prompts: Sequence[Prompt], seed: int
+) -> tuple[Tensor, list[float], list[float]]:
+    """Skip effects, their output effects and erasures, one prompt and cut at a time with hooks on whole runs."""
+    layers = decoder_layers(model)
+    relative = torch.zeros(NUM_LAYERS, NUM_LAYERS, dtype=torch.float64)
+    output, erased = [0.0] * NUM_LAYERS, [0.0] * NUM_LAYERS
+    everything = [run_whole(model, torch.tensor(prompt.input_ids))[0] for prompt in PROMPTS]
+    means = [torch.cat([states[layer] for states in everything]).mean(0) for layer in range(NUM_LAYERS)]
+    for prompt, cut in cut_positions(prompts, EFFORT.num_positions, seed=seed):
+        ids = torch.tensor(prompt.input_ids)
+        states, probabilities = run_whole(model, ids)
+        for skip in range(NUM_LAYERS):
+
+            def pass_on(given: Tensor, out: Tensor, cut: int = cut) -> Tensor:
+                return torch.cat([out[:, :1], given[:, 1:cut], out[:, cut:]], dim=1)
+
+            with changed(layers[skip], pass_on):
+                other, other_probabilities = run_whole(model, ids)
+            for later in range(skip + 1, NUM_LAYERS):
+                update, other_update = (one[later + 1] - one[later] for one in (states, other))
+                ratio = (update - other_update).norm(dim=-1) / update.norm(dim=-1)
+                relative[skip, later] = max(float(relative[skip, later]), float(ratio[cut:].max()))
+            change = (probabilities - other_probabilities).norm(dim=-1)
+            output[skip] = max(output[skip], float(change[cut:].max()))
+
+            def erase(_: Any, args: Any, skip: int = skip, cut: int = cut) -> Any:
+                given = args[0].clone()
+                given[:, cut] = means[skip]
+                return (given, *args[1:])
+
+            with layers[skip].register_forward_pre_hook(erase):
+                change = (probabilities - run_whole(model, ids)[1]).norm(dim=-1)
+            erased[skip] = max(erased[skip], float(change[cut + 1 :].max()))
+    return relative, output, erased
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("kind", KINDS)
+def test_effects_on_later_layers_equal_whole_runs_with_hooks(kind: str) -> None:
+    model = double(kind)
+    found = run(model, rows_of(PROMPTS), prompts=PROMPTS, seed=3)
+    with torch.no_grad():
+        relative, output, erased = largest_effects(model, PROMPTS, 3)
+    assert found.num_cuts == len(cut_positions(PROMPTS, 2, seed=3)) == 4
+    for row, wanted in zip(found.skip_effect, relative.tolist(), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
+    assert found.skip_output == pytest.approx(output, rel=1e-4)
+    assert found.skip_output[-1] == 0
+    assert min(found.skip_output[:-1]) > 1e-6
+    assert found.erasure_output == pytest.approx(erased, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.prove
+def test_cuts_leave_a_token_behind_and_repeat_with_the_seed() -> None:
+    prompts = [Prompt(tuple(range(length)), 1) for length in (9, 10, 17, 18, 100)]
+    cuts = [(len(prompt.input_ids), cut) for prompt, cut in cut_positions(prompts, 4, seed=0)]
+    assert [cut for length, cut in cuts if length < 100] == [8, 8, 8, 16]
+    assert len([cut for length, cut in cuts if length == 100]) == 4
+    assert cut_positions(prompts, 4, seed=0) == cut_positions(prompts, 4, seed=0)
+    assert cut_positions(prompts, 4, seed=0) != cut_positions(prompts, 4, seed=1)
+
+
+def probability(model: PreTrainedModel, prompt: Prompt, module: torch.nn.Module, output: Tensor) -> Tensor:
+    """Sum of the answer tokens' probabilities with another output of ``module``."""
+    ids = torch.tensor(prompt.input_ids)
+    with changed(module, lambda _, __: output[None]):
+        probabilities = model(ids[None], use_cache=False).logits[0].softmax(-1)
+    start = len(ids) - prompt.num_answer
+    return torch.stack([probabilities[index - 1, ids[index]] for index in range(start, len(ids))]).sum()
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("site", ["layer", "attention", "mlp"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str) -> None:
+    model, prompt, steps = double(kind), PROMPTS[0], 5
+    effort = replace(EFFORT, gradient_prompts=1, gradient_sites=(site,), steps=steps)
+    (found,) = run(model, prompts=PROMPTS, effort=effort).attributions
+    assert (found.site, found.input_ids, found.num_answer) == (site, prompt.input_ids, 3)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for index in (0, 2, NUM_LAYERS - 1):
+        layer = decoder_layers(model)[index]
+        module = {"layer": layer, "attention": layer.self_attn, "mlp": layer.mlp}[site]
+        caught: list[Tensor] = []
+        with module.register_forward_hook(lambda _, __, out, into=caught: into.append(state(out)[0].detach())):
+            model(torch.tensor([prompt.input_ids]), use_cache=False)
+        output, total = caught[0], torch.zeros_like(caught[0])
+        baseline = output.mean(0).expand_as(output)
+        for step in range(steps):
+            point = (baseline + step / steps * (output - baseline)).requires_grad_()
+            total += torch.autograd.grad(probability(model, prompt, module, point), point)[0]
+        wanted = ((output - baseline) * total / steps).sum(-1)
+        terms = ((output.abs() + baseline.abs()) * total.abs() / steps).sum(-1)
+        assert ((torch.tensor(found.gradients[index]) - wanted).abs() <= ROUNDINGS * FLOAT32 * terms).all()
+        with torch.no_grad():
+            ends = [float(probability(model, prompt, module, end)) for end in (output, baseline)]
+        assert found.change[index] == pytest.approx(ends[0] - ends[1], rel=0, abs=ROUNDINGS * FLOAT32 * sum(ends))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("site", ["layer", "attention", "mlp"])
+def test_gradients_add_up_to_the_change_as_steps_grow(site: str) -> None:
+    model = double("qwen3")
+    gaps = []
+    for steps in (16, 64, 256):
+        effort = replace(
+            EFFORT, num_prompts=1, num_positions=1, gradient_prompts=1, gradient_sites=(site,), steps=steps
+        )
+        (found,) = run(model, prompts=PROMPTS[:1], batch_size=64, effort=effort).attributions
+        gaps.append(
+            max(abs(sum(row) - change) / abs(change) for row, change in zip(found.gradients, found.change, strict=True))
+        )
+    assert gaps[0] > 2.5 * gaps[1] > 6 * gaps[2]  # the sum's error falls as 1 / steps
+    assert gaps[-1] < 0.05
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_nothing_depends_on_the_batch_size(batch_size: int) -> None:
+    model = tiny_model("gemma3")
+    effort = replace(EFFORT, gradient_prompts=2, steps=6)
+    assert_same(run(model, effort=effort), run(model, effort=effort, batch_size=batch_size))
+
+
+def assert_same(one: Diagnostics, other: Diagnostics) -> None:
+    assert (one.num_tokens, one.lens_tokens, one.num_cuts) == (other.num_tokens, other.lens_tokens, other.num_cuts)
+    for name in ("lens_kl", "skip_output", "erasure_output"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3, abs=1e-7), name
+    assert one.lens_overlap == pytest.approx(other.lens_overlap, abs=0.01)  # two tokens may tie but for rounding
+    for part in ("cosines", "sizes"):
+        for name, values in getattr(one, part).items():
+            assert values == pytest.approx(getattr(other, part)[name], abs=1e-5)
+    for row, other_row in zip(one.skip_effect, other.skip_effect, strict=True):
+        assert row == pytest.approx(other_row, rel=1e-3, abs=1e-6)
+    for attribution, other_attribution in zip(one.attributions, other.attributions, strict=True):
+        for row, other_row in zip(attribution.gradients, other_attribution.gradients, strict=True):
+            assert row == pytest.approx(other_row, rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_does_nothing_has_no_direction_and_no_effect(dtype: torch.dtype) -> None:
+    model, idle = tiny_model("llama", dtype=dtype), 2
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        decoder_layers(model)[idle].get_parameter(name).data.zero_()
+    found = run(model)
+    assert [found.cosines[name][idle] for name in ("layer", "attention", "mlp")] == [0.0] * 3
+    assert [found.sizes[name][idle] for name in ("layer", "attention", "mlp")] == [0.0] * 3
+    assert found.skip_effect[idle] == (0.0,) * NUM_LAYERS
+    assert found.skip_output[idle] == 0.0
+    assert found.lens_kl[idle] == found.lens_kl[idle + 1]
+    assert min(found.sizes["layer"][idle + 1], found.skip_output[idle - 1], found.skip_output[idle + 1]) > 0
+
+
+def test_effective_depth_by_each_rule() -> None:
+    cosines = {
+        "layer": (-0.3, -0.3, 0.1, -0.2, 0.3, 0.3),
+        "attention": (-0.3, 0.0, 0.2, -0.2, 0.3, 0.2),
+        "mlp": (0.3, 0.0, 0.3, -0.2, -0.1, 0.1),
+    }  # means: -0.1 -0.1 0.2 -0.2 0.17 0.2
+    found = effective_depths(cosines, (8.0, 10.0, 5.0, 4.9, 6.0, 1.0), (0.0, 0.3, 0.29, 0.31, 0.2, 0.9))
+    assert {rule: (depth.layer, depth.ratio) for rule, depth in found.items()} == {
+        "cosine": (3, 4 / 6),
+        "kl": (3, 4 / 6),
+        "overlap": (3, 4 / 6),
+    }
+
+
+@pytest.mark.prove
+def test_effective_depth_says_why_there_is_none() -> None:
+    flat: dict[str, tuple[float, ...]] = dict.fromkeys(("layer", "attention", "mlp"), (0.1, 0.2))
+    found = effective_depths(flat, (1.0, 0.9), (0.1, 0.2))
+    assert [depth.layer for depth in found.values()] == [None] * 3
+    assert [depth.ratio for depth in found.values()] == [None] * 3
+    assert [depth.reason for depth in found.values()] == [
+        "the mean cosine never turns from negative to positive",
+        "no divergence is below half the largest",
+        "no overlap exceeds 0.3",
+    ]
+    found = effective_depths({"layer": (-0.1, 0.1)}, (), ())
+    assert found["cosine"].reason == "needs the curves of attention and mlp"
+    assert found["kl"].reason == found["overlap"].reason == "needs the logit lens"
+
+
+@pytest.mark.prove
+def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
+    found = run(tiny_model("llama"), effort=replace(EFFORT, gradient_prompts=1, steps=2))
+    found.write(tmp_path / Diagnostics.FILE)
+    assert Diagnostics.read(tmp_path / "diagnostics.json") == found
+    text = found.in_words()
+    assert "effective depth" in save_figure(diagnostics_figure(found), tmp_path / "depth.svg").decode()
+    assert "depth of 6 layers over 120 tokens" in text
+    for rule in ("cosine", "kl", "overlap"):
+        assert f"effective depth by {rule}: " in text
+    assert "nothing about" not in text
+
+
+@pytest.mark.prove
+def test_layers_that_are_one_half_have_only_layer_curves_and_the_reason() -> None:
+    model = architectures.tiny_model("mamba")
+    rows = PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)
+    found = run(model, rows, effort=replace(EFFORT, gradient_prompts=1, steps=2))
+    assert set(found.cosines) == set(found.sizes) == {"layer"}
+    assert "is one sublayer only (mixer)" in found.halves_refusal
+    assert "nothing about attention and MLP: layer 0 of mamba" in found.in_words()
+    assert found.effective_depth["cosine"].reason == "needs the curves of attention and mlp"
+    assert found.effective_depth["kl"].ratio is not None
+    assert {attribution.site for attribution in found.attributions} == {"layer"}
+    assert len(found.skip_output) == 6
+
+
+@pytest.mark.prove
+def test_a_changed_residual_stream_is_not_split_into_halves() -> None:
+    found = run(architectures.tiny_model("doge"), rows_of(PROMPTS_BELOW_80), effort=replace(EFFORT, num_prompts=0))
+    assert "scales the residual stream in every layer" in found.halves_refusal
+    assert set(found.cosines) == {"layer"}
+
+
+@pytest.mark.prove
+def test_heads_that_do_more_than_shoal_knows_give_no_lens_and_no_output_effect() -> None:
+    model = tiny_model("llama")
+    model.get_submodule("lm_head").register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    whole = model.forward
+    model.forward = lambda *args, **kwargs: _doubled(whole(*args, **kwargs))
+    found = run(model)
+    assert (
+        found.lens_refusal == "llama: does more between its last layer and its logits than the final norm and the head"
+    )
+    assert found.lens_kl == found.lens_overlap == found.skip_output == found.erasure_output == ()
+    assert found.skip_effect[0][1] > 0
+    assert "nothing about the lens" in found.in_words()
+
+
+def _doubled(output: Any) -> Any:
+    output.logits = 2 * output.logits
+    return output
+
+
+@pytest.mark.prove
+def test_layers_that_share_more_than_a_state_have_curves_without_effects() -> None:
+    model = architectures.tiny_model("glm_moe_dsa")
+    found = run(model, rows_of(PROMPTS_BELOW_80), prompts=PROMPTS_BELOW_80)
+    assert "cannot be run one by one" in found.effects_refusal
+    assert found.skip_effect == found.skip_output == found.attributions == ()
+    assert len(found.lens_kl) == len(found.cosines["layer"]) == 6
+    assert "nothing about effects on later layers" in found.in_words()
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gemma3n_text", r"gemma3n_text passes states of shape \(4, 1, 6, 32\) from layer to layer, not one per token"),
+        ("dory", r"dory runs its layers in the order \[0, "),
+    ],
+)
+def test_depth_that_is_not_one_path_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(architectures.tiny_model(name), rows_of(PROMPTS_BELOW_80))
+
+
+@pytest.mark.prove
+def test_no_token_is_refused() -> None:
+    empty = torch.zeros(0, 4, dtype=torch.long)
+    with pytest.raises(UserError, match=r"there is no token to look at; name a data source that holds text"):
+        run(tiny_model("llama"), PackedRows(empty, empty))
+
+
+@pytest.mark.prove
+def test_documents_that_are_too_short_for_a_cut_are_refused() -> None:
+    with pytest.raises(UserError, match=r"no document has 10 tokens, so nothing can be skipped before a later token"):
+        run(tiny_model("llama"), packed([[9, 9, 9], [8, 8, 8, 3]]))
+    found = run(tiny_model("llama"), packed([[9, 9, 9]]), effort=replace(EFFORT, num_prompts=0))
+    assert (found.effects_refusal, found.num_cuts) == ("not asked for", 0)
+
+
+@pytest.mark.prove
+def test_states_that_overflow_are_refused() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"the model's states overflow in torch.float32; set dtype: bfloat16"):
+        run(model)

@@ -1,0 +1,209 @@
+"""What models use their layers for, side by side: against plain loops, with planted differences, over aligned layers.
+
+Covers: shoal.compress.sweeps.items.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from results import provenance
+from sweep_results import NUM_ITEMS, nats, right, task
+
+from shoal.artifacts.evaluation import TaskScore
+from shoal.artifacts.importance import Importance
+from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.items import write_items
+from shoal.errors import UserError
+from shoal.figures.style import save_figure
+from shoal.lab.depth_use import DepthUse, SweptRole, depth_use, depth_use_figure
+
+NUM_LAYERS = 6
+
+
+def swept(
+    folder: Path,
+    role: str,
+    lost: Sequence[int],
+    added: Sequence[float] | None = None,
+    *,
+    kept: tuple[int, ...] = (),
+    **changes: object,
+) -> SweptRole:
+    """A model measured over 80 look-ups, of which each layer's removal loses so many, and as many windows of text."""
+    intact = [task(right(0.8), **changes)]  # pyright: ignore[reportArgumentType]
+    removed = [[task(right(0.8, count), **changes)] for count in lost]  # pyright: ignore[reportArgumentType]
+    if added is not None:
+        base = 2.0 + np.linspace(0.0, 1.0, NUM_ITEMS)
+        wave = 0.01 * np.cos(np.arange(NUM_ITEMS))
+        intact.append(nats(base))
+        for scores, more in zip(removed, added, strict=True):
+            scores.append(nats(base + more + (wave if more else 0.0)))
+    return written(folder, role, intact, removed, kept)
+
+
+def written(
+    folder: Path, role: str, intact: list[TaskScore], removed: list[list[TaskScore]], kept: tuple[int, ...]
+) -> SweptRole:
+    importance = Importance(provenance(), len(removed), 100, {}, {}, atlas=build_atlas(intact, removed))
+    importance.write(folder / role / Importance.FILE)
+    write_items(folder / role / "sweep" / "layer", [f"layer {n}" for n in range(len(removed))], intact, removed)
+    return SweptRole(role, folder / role, kept or tuple(range(len(removed))))
+
+
+def compared(*models: SweptRole) -> DepthUse:
+    return depth_use(models, num_layers=NUM_LAYERS, provenance=provenance())
+
+
+@pytest.mark.prove
+def test_what_is_left_and_where_is_what_plain_loops_say(tmp_path: Path) -> None:
+    lost, added = (60, 0, 30, 0, 4, 16), (4.0, 0.0, 0.2, 0.02, 0.1, 0.3)
+    found = compared(
+        swept(tmp_path, "teacher", lost, added), swept(tmp_path, "distilled", (10, 0, 30, 0, 4, 50), added)
+    )
+    shares = [((64 - count) / 80 - 0.25) / (0.8 - 0.25) for count in lost]
+    by_task = {own.task: own for own in found.tasks}
+    teacher = by_task["retrieval_continuation"].roles["teacher"]
+    assert [left.value for left in teacher.left] == pytest.approx(shares, abs=1e-12)
+    losses = [max(0.0, 1 - share) for share in shares]
+    assert teacher.centroid is not None
+    assert teacher.centroid.value == pytest.approx(
+        sum(loss * layer / 5 for layer, loss in enumerate(losses)) / sum(losses), abs=1e-12
+    )
+    assert teacher.num_critical == 3, "four items fewer are no proof"
+    text = by_task["language_rolling"]
+    increases = [float(np.mean(more + (0.01 * np.cos(np.arange(80)) if more else 0))) for more in added]
+    assert [left.value for left in text.roles["teacher"].left] == pytest.approx(increases, abs=1e-9)
+    assert text.roles["teacher"].centroid is not None
+    assert text.roles["teacher"].centroid.value == pytest.approx(
+        sum(layer / 5 * more for layer, more in enumerate(increases)) / sum(increases), abs=1e-9
+    )
+
+
+@pytest.mark.prove
+def test_equal_models_have_not_moved(tmp_path: Path) -> None:
+    lost, added = (60, 0, 30, 0, 4, 16), (4.0, 0.0, 0.2, 0.02, 0.1, 0.3)
+    found = compared(swept(tmp_path, "teacher", lost, added), swept(tmp_path, "distilled", lost, added))
+    for own in found.tasks:
+        (moved,) = own.moved
+        assert moved.rank_correlation == pytest.approx(1.0)
+        assert moved.centroid is not None
+        assert (moved.centroid.value, moved.centroid.low, moved.centroid.high) == (0, 0, 0)
+        assert all(change.value == change.low == change.high == 0 for change in moved.left)
+
+
+def test_a_planted_move_is_found_with_its_sign_and_interval(tmp_path: Path) -> None:
+    before = swept(tmp_path, "teacher", (60, 0, 30, 0, 4, 0), (1.0, 0.0, 0.2, 0.0, 0.0, 0.1))
+    after = swept(tmp_path, "distilled", (60, 0, 0, 0, 4, 30), (1.0, 0.0, 0.0, 0.0, 0.0, 0.5))
+    found = compared(before, after)
+    look_ups, text = found.tasks
+    (moved,) = look_ups.moved
+    assert (moved.before, moved.after, moved.layers) == ("teacher", "distilled", (0, 1, 2, 3, 4, 5))
+    assert [layer for layer, change in enumerate(moved.left) if change.is_clear] == [2, 5]
+    assert moved.left[2].low > 0 > moved.left[5].high, "2 is needed less, 5 more"
+    assert moved.left[2].value == pytest.approx(30 / 80 / 0.55)
+    assert moved.centroid is not None
+    assert moved.centroid.low > 0, "deeper"
+    (moved,) = text.moved
+    assert moved.left[2].high < 0 < moved.left[5].low, "fewer nats are added without 2, and more without 5"
+
+
+@pytest.mark.prove
+def test_layers_are_aligned_by_the_teachers_numbers(tmp_path: Path) -> None:
+    lost = (60, 0, 30, 0, 4, 16)
+    kept = (0, 2, 4, 5)
+    cut = swept(tmp_path, "pruned", [lost[layer] for layer in kept], kept=kept)
+    found = compared(swept(tmp_path, "teacher", lost), cut)
+    (own,) = found.tasks
+    (moved,) = own.moved
+    assert moved.layers == kept
+    assert all(change.value == pytest.approx(0) for change in moved.left)
+    centroids = [role.centroid.value for role in own.roles.values() if role.centroid]
+    assert centroids[0] == pytest.approx(centroids[1]), "layers that cost nothing are gone, and nothing has moved"
+    assert found.kept == {"teacher": tuple(range(6)), "pruned": kept}
+
+
+@pytest.mark.prove
+def test_an_interval_covers_a_move_that_chance_could_make(tmp_path: Path) -> None:
+    """The luck of the items is shared: two sweeps of the same losses, differing in which items they lose."""
+    rng, covered, rounds = np.random.default_rng(0), 0, 60
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        models = []
+        for role in ("teacher", "distilled"):
+            intact = (rng.random(NUM_ITEMS) < 0.85).astype(float)
+            removed = [[task(intact * (rng.random(NUM_ITEMS) < kept))] for kept in (0.4, 0.9, 0.7, 0.95)]
+            models.append(written(folder, role, [task(intact)], removed, ()))
+        (own,) = depth_use(models, num_layers=4, provenance=provenance()).tasks
+        moved = own.moved[0].left[2]
+        covered += moved.low <= 0 <= moved.high
+    assert covered / rounds > 0.85
+
+
+@pytest.mark.prove
+def test_a_model_at_chance_has_no_share_and_nothing_to_compare(tmp_path: Path) -> None:
+    dead = written(
+        tmp_path, "pruned", [task(right(0.25))], [[task(right(0.25, count))] for count in (0, 1, 2, 3, 4, 5)], ()
+    )
+    found = compared(swept(tmp_path, "teacher", (60, 0, 30, 0, 4, 16)), dead)
+    (own,) = found.tasks
+    assert own.roles["pruned"].left == ()
+    assert "not clear of chance" in own.roles["pruned"].reason
+    assert own.moved == ()
+    assert "pruned: the intact model is not clear of chance" in found.in_words()
+    save_figure(depth_use_figure(found), tmp_path / "use.svg")
+    assert "pruned" not in (tmp_path / "use.svg").read_text()
+
+
+@pytest.mark.prove
+def test_it_is_written_and_read_and_drawn(tmp_path: Path) -> None:
+    found = compared(
+        swept(tmp_path, "teacher", (60, 0, 30, 0, 4, 16)),
+        swept(tmp_path, "pruned", (60, 0, 30, 4), kept=(0, 1, 2, 4)),
+        swept(tmp_path, "distilled", (50, 0, 20, 4), kept=(0, 1, 2, 4)),
+    )
+    found.write(tmp_path / DepthUse.FILE)
+    assert DepthUse.read(tmp_path / DepthUse.FILE) == found
+    assert [(moved.before, moved.after) for moved in found.tasks[0].moved] == [
+        ("teacher", "pruned"),
+        ("teacher", "distilled"),
+        ("pruned", "distilled"),
+    ]
+    save_figure(depth_use_figure(found), tmp_path / "use.svg")
+    for role in found.kept:
+        assert role in (tmp_path / "use.svg").read_text()
+
+
+@pytest.mark.prove
+def test_weights_of_items_count(tmp_path: Path) -> None:
+    weights = [1.0] * 40 + [3.0] * 40
+    scores = np.linspace(1, 2, 80)
+    intact, removed = [nats(scores, weights=weights)], [[nats(scores + np.arange(80) / 80, weights=weights)]] * 2
+    (own,) = compared(
+        written(tmp_path, "teacher", intact, removed, ()), written(tmp_path, "b", intact, removed, ())
+    ).tasks
+    assert own.roles["teacher"].left[0].value == pytest.approx(float(np.average(np.arange(80) / 80, weights=weights)))
+
+
+@pytest.mark.prove
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    lost = (60, 0, 30, 0, 4, 16)
+    teacher = swept(tmp_path, "teacher", lost)
+    with pytest.raises(UserError, match=r"no swept task in common \(teacher: retrieval_continuation, b: other_task\)"):
+        compared(teacher, swept(tmp_path, "b", lost, name="other_task"))
+    with pytest.raises(UserError, match="version is '1' of teacher and '2' of c; sweep both with the same settings"):
+        compared(teacher, swept(tmp_path, "c", lost, version="2"))
+    with pytest.raises(UserError, match="0 items are the same for all models"):
+        compared(teacher, swept(tmp_path, "d", lost, ids=[f"other-{n}" for n in range(NUM_ITEMS)]))
+    file = tmp_path / "teacher/sweep/layer/retrieval_continuation.json"
+    table = json.loads(file.read_text())
+    file.write_text(json.dumps(table | {"without": dict(list(table["without"].items())[:2])}))
+    with pytest.raises(UserError, match=r"has 2 units, importance\.json has 6"):
+        compared(teacher, teacher)
+    file.unlink()
+    with pytest.raises(UserError, match=r"cannot be read .*measure again"):
+        compared(teacher, teacher)

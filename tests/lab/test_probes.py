@@ -1,0 +1,278 @@
+"""Concept-depth probes: planted concepts, independent scores, seeded splits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import Provenance
+from shoal.errors import UserError
+from shoal.lab import probes
+from shoal.lab.diagnostics.runs import Prompt
+from shoal.lab.probes import DepthPoint, Probes, ProbeSet, depth_points, probe_depth
+from shoal.models.anatomy import decoder_layers
+
+WORDS = ("red", "blue", "green", "seven", "hill", "river", "stone", "lamp")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Different texts that all end with the same token."""
+    drawn = np.random.default_rng(seed)
+    return [f"{number} {' '.join(drawn.choice(WORDS, 1 + number % 4))}." for number in range(count)]
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> ProbeSet:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ProbeSet(str(path))
+
+
+def balanced(path: Path, count: int = 60) -> ProbeSet:
+    return write(path, [{"text": text, "label": number % 2} for number, text in enumerate(texts(count))])
+
+
+def planted(labels: dict[tuple[int, ...], int], depth: int) -> PreTrainedModel:
+    """A model whose layers pass their input on, but for one that adds a text's label to its last token's state."""
+    model, seen = tiny_model("llama"), list[list[int]]()
+    for index, layer in enumerate(decoder_layers(model)):
+
+        def replaced(_: Any, args: Any, output: Any, index: int = index) -> torch.Tensor:
+            state = args[0].clone()
+            if index == depth - 1:
+                for row, ids in enumerate(seen):
+                    for known, label in labels.items():
+                        if tuple(ids[: len(known)]) == known:
+                            state[row, len(known) - 1, 3] += 4.0 * (2 * label - 1)
+            return state
+
+        layer.register_forward_hook(replaced)
+
+    def remember(_: Any, __: Any, kwargs: Any) -> None:
+        seen[:] = kwargs["input_ids"].tolist()
+
+    model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
+    return model
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("depth", [1, 4, NUM_LAYERS])
+def test_a_concept_written_by_one_layer_is_found_from_there_on(depth: int, tmp_path: Path) -> None:
+    probe_set, tokenizer = balanced(tmp_path / "set.jsonl"), tiny_tokenizer()
+    labels = {tuple(tokenizer(text)["input_ids"]): number % 2 for number, text in enumerate(texts(60))}
+    found = probe_depth(planted(labels, depth), tokenizer, probe_set, batch_size=7)
+    assert len(found.accuracy) == NUM_LAYERS + 1
+    assert found.accuracy[depth:] == found.f1[depth:] == found.auc[depth:] == (1.0,) * (NUM_LAYERS + 1 - depth)
+    assert max(found.accuracy[:depth]) < 0.7  # all texts end with one token, whose state then says nothing
+    assert found.jump == found.enough == DepthPoint(depth / NUM_LAYERS)
+    assert found.converging.depth == (1.0 if depth < NUM_LAYERS else (NUM_LAYERS - 1) / NUM_LAYERS)
+    assert found.majority == 0.5
+    assert (found.num_train, found.num_test, found.classes) == (42, 18, ("0", "1"))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_scores_equal_a_reference_without_the_library(num_classes: int, tmp_path: Path) -> None:
+    """Minimises the penalised loss in float64 by itself; F1 and AUC by counting."""
+    rows = [{"text": text, "label": f"c{len(text) % num_classes}"} for text in texts(150, seed=5)]
+    probe_set, tokenizer, model = write(tmp_path / "set.jsonl", rows), tiny_tokenizer(), tiny_model("qwen3")
+    found = probe_depth(model, tokenizer, probe_set, batch_size=16, seed=2)
+    labels = np.array([int(row["label"][1]) for row in rows])
+    split = probes._stratified(labels, probe_set, 2)
+    for depth in (1, NUM_LAYERS):
+        with torch.no_grad():
+            states = torch.stack([_state(model, tokenizer(row["text"])["input_ids"], depth) for row in rows]).double()
+        train, test = states[split.train], states[split.test]
+        mean, spread = train.mean(0), train.std(0, correction=0)
+        chances = _fit_and_say((train - mean) / spread, labels[split.train], (test - mean) / spread, num_classes)
+        truth, said = labels[split.test], chances.argmax(1)
+        assert found.accuracy[depth] == pytest.approx(np.mean(said == truth))
+        assert found.f1[depth] == pytest.approx(_f1(truth, said, num_classes))
+        assert found.auc[depth] == pytest.approx(_auc(truth, chances, num_classes), abs=2e-3)
+
+
+def _state(model: PreTrainedModel, ids: list[int], depth: int) -> torch.Tensor:
+    caught: list[torch.Tensor] = []
+    with decoder_layers(model)[depth - 1].register_forward_hook(lambda _, __, out: caught.append(out[0, -1])):
+        model(torch.tensor([ids]), use_cache=False)
+    return caught[0]
+
+
+def _fit_and_say(train: torch.Tensor, labels: Any, test: torch.Tensor, num_classes: int) -> Any:
+    binary = num_classes == 2  # one weight vector then, or the penalty would count twice
+    weights = torch.zeros(train.shape[1], 1 if binary else num_classes, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(weights.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def scores(states: torch.Tensor) -> torch.Tensor:
+        raw = states @ weights + bias
+        return torch.cat([torch.zeros_like(raw), raw], dim=1) if binary else raw
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(scores(train), torch.tensor(labels), reduction="sum")
+        loss = loss + weights.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+    return scores(test).softmax(-1).detach().numpy()
+
+
+def _f1(truth: Any, said: Any, num_classes: int) -> float:
+    values = []
+    for label in (1,) if num_classes == 2 else range(num_classes):
+        both = ((truth == label) & (said == label)).sum()
+        values.append(2 * both / ((truth == label).sum() + (said == label).sum()))
+    return float(np.mean(values))
+
+
+def _auc(truth: Any, chances: Any, num_classes: int) -> float:
+    values = []
+    for label in (1,) if num_classes == 2 else range(num_classes):
+        ours, others = chances[truth == label, label], chances[truth != label, label]
+        values.append(np.mean([(one > other) + 0.5 * (one == other) for one in ours for other in others]))
+    return float(np.mean(values))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_nothing_depends_on_the_batch_size(kind: str, tmp_path: Path) -> None:
+    probe_set, tokenizer = balanced(tmp_path / "set.jsonl"), tiny_tokenizer()
+    model = tiny_model(kind)
+    prompts = [probes._prompt(tokenizer, text, probe_set)[0] for text in texts(12)]
+    alone = np.stack([probes._last_states(model, [prompt], 1, "x")[0] for prompt in prompts])
+    assert np.allclose(probes._last_states(model, prompts, 5, "x"), alone, atol=1e-5)
+    assert alone.shape == (12, NUM_LAYERS + 1, 32)
+
+
+def test_the_split_is_seeded_and_stratified(tmp_path: Path) -> None:
+    labels = np.array([0] * 70 + [1] * 20 + [2] * 10)
+    one, same, other = (probes._stratified(labels, ProbeSet("x"), seed) for seed in (0, 0, 1))
+    assert (one.test == same.test).all()
+    assert one.test.tolist() != other.test.tolist()
+    assert np.bincount(labels[one.test]).tolist() == [21, 6, 3]
+    assert sorted([*one.train, *one.test]) == list(range(100))
+
+
+@pytest.mark.prove
+def test_same_seed_gives_the_same_probes(tmp_path: Path) -> None:
+    probe_set, tokenizer, model = balanced(tmp_path / "set.jsonl"), tiny_tokenizer(), tiny_model("llama")
+    one, same = (probe_depth(model, tokenizer, probe_set, batch_size=8) for _ in range(2))
+    assert one == same
+    Probes(Provenance({}), NUM_LAYERS, (one,)).write(tmp_path / Probes.FILE)
+    assert Probes.read(tmp_path / "probes.json").sets == (one,)
+    assert one.in_words().startswith(f"{probe_set.path}: best accuracy ")
+    for low, accuracy, high in zip(one.accuracy_low, one.accuracy, one.accuracy_high, strict=True):
+        assert low <= accuracy <= high
+        assert 0.1 < high - low < 0.6  # 18 items
+
+
+@pytest.mark.prove
+def test_standardising_looks_at_the_training_part_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.preprocessing import StandardScaler
+
+    labels, seen = np.array([0, 1] * 20), list[Any]()
+    states = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    split, fit = probes._stratified(labels, ProbeSet("x"), 0), StandardScaler.fit
+    monkeypatch.setattr(StandardScaler, "fit", lambda self, given: seen.append(given) or fit(self, given))
+    probes._score(states, labels, split, "x")
+    assert np.array_equal(seen[0], states[split.train].astype(np.float64))
+
+
+def test_points_follow_from_the_accuracies() -> None:
+    points = depth_points((0.5, 0.5, 0.54, 0.6, 0.9, 0.95, 0.94))
+    assert points["variation"] == pytest.approx((1, 1.08, 0.6 / 0.54, 1.5, 0.95 / 0.9, 0.94 / 0.95))
+    assert points["jump"] == DepthPoint(3 / 6)
+    assert points["converging"] == DepthPoint(1.0)
+    assert points["enough"] == DepthPoint(5 / 6)
+    flat = depth_points((0.5, 0.45, 0.4, 0.0, 0.0, 0.3))
+    assert flat["variation"][3:] == (None, None)
+    assert flat["jump"] == DepthPoint(None, "no layer raises the accuracy by a factor of 1.1")
+    assert flat["converging"] == DepthPoint(None, "every layer changes the accuracy by 3% or more")
+    assert flat["enough"] == DepthPoint(0.0)
+
+
+@pytest.mark.prove
+def test_repeated_texts_count_once_and_draws_are_seeded(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts(60))]
+    probe_set = write(tmp_path / "set.jsonl", [*rows, *rows[:7]])
+    items, repeated = probes._items(probe_set, 0)
+    assert (items, repeated) == ([(row["text"], str(row["label"])) for row in rows], 7)
+    fewer, again, others = (probes._items(replace(probe_set, max_items=50), seed)[0] for seed in (0, 0, 1))
+    assert fewer == again != others
+    assert len(fewer) == 50
+    assert set(fewer) <= set(items)
+
+
+@pytest.mark.prove
+def test_long_texts_keep_their_start_token_and_their_end() -> None:
+    tokenizer, probe_set = tiny_tokenizer(), ProbeSet("x", max_tokens=4)
+    prompt, shortened = probes._prompt(tokenizer, "abcdef", probe_set)
+    assert (bytes(prompt.input_ids), shortened) == (bytes(tokenizer("cdef")["input_ids"]), True)
+    assert probes._prompt(tokenizer, "abcd", probe_set) == (
+        Prompt(tuple(tokenizer("abcd")["input_ids"]), 0),
+        False,
+    )
+
+    class WithStart:
+        bos_token_id = 256
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [256, *text.encode()]}
+
+    assert probes._prompt(WithStart(), "abcdef", probe_set)[0].input_ids == (256, *b"def")
+
+
+@pytest.mark.prove
+def test_csv_and_other_columns_are_read(tmp_path: Path) -> None:
+    lines = "".join(f'"{text}",{"yes" if number % 3 else "no"}\n' for number, text in enumerate(texts(45)))
+    (tmp_path / "set.csv").write_text("sentence,truth\n" + lines)
+    probe_set = ProbeSet(str(tmp_path / "set.csv"), text="sentence", label="truth")
+    items, _ = probes._items(probe_set, 0)
+    assert len(items) == 45
+    assert {label for _, label in items} == {"yes", "no"}
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": 1}] * 2 + [{"text": "b", "label": 1}], r"column 'label' holds one class only \(1\)"),
+        (
+            [{"text": f"t{n}", "label": int(n < 9)} for n in range(40)],
+            r"class '1' has 9 items among 40 different texts; every class needs 10",
+        ),
+        ([{"text": "a", "klass": 1}], r"has no column 'label'; it has text, klass"),
+        ([{"words": "a", "label": 1}], r"has no column 'text'; it has words, label"),
+        ([{"text": "a", "label": 1}, {"text": "  ", "label": 0}], r"row 1 has nothing in column 'text'; fill it"),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": None}], r"row 1 has nothing in column 'label'; fill it"),
+        ([{"text": 3, "label": 1}], r"column 'text' holds int, not text; name a column of text"),
+    ],
+)
+def test_sets_that_cannot_be_probed_are_refused(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    probe_set = write(tmp_path / "set.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        probe_depth(tiny_model("llama"), tiny_tokenizer(), probe_set, batch_size=2)
+
+
+@pytest.mark.prove
+def test_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file or folder"):
+        probe_depth(tiny_model("llama"), tiny_tokenizer(), ProbeSet(str(tmp_path / "no.jsonl")), batch_size=2)
+
+
+@pytest.mark.prove
+def test_states_that_overflow_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(math.inf)
+    with pytest.raises(UserError, match=r"probe '.*set.jsonl': the model's states overflow in torch.float32"):
+        probe_depth(model, tiny_tokenizer(), balanced(tmp_path / "set.jsonl"), batch_size=8)

@@ -1,0 +1,70 @@
+"""Every part on a run of a tiny model: what it writes, once, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_checkpoint
+
+from shoal.errors import UserError
+from shoal.lab import heads as heads_part
+from shoal.lab.command import lab
+from shoal.lab.heads.scores import HeadScores
+from shoal.launch.verbs.prune import prune
+from shoal.launch.verbs.run import open_run
+from shoal.recipe.recipe import load_recipe
+
+SWEEP = {"tasks": ["knowledge_continuation"], "limit": 10, "perplexity_tokens": 800, "sequence_length": 64}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    teacher = tiny_checkpoint(tmp_path / "teacher", "llama", max_position_embeddings=4096)
+    measure = {"num_tokens": 512, "sequence_length": 64, "batch_size": 2, "sweep": SWEEP}
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": measure, "prune": {"drop": [2]}}
+    (tmp_path / "my.yaml").write_text(json.dumps(raw))
+    return str(tmp_path / "my.yaml")
+
+
+def test_heads_say_which_layers_to_protect_and_are_scored_once(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying = ((0.0,) * 4, (0.0,) * 4, (0.2, 0.0, 0.0, 0.0), (0.0, 0.9, 0.5, 0.0), (0.0,) * 4, (0.05, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(heads_part, "score_heads", lambda *_, **__: HeadScores(7, copying))
+    said = lab(["heads", recipe, "tasks=[retrieval]", "num_each=1"])
+    assert "prune.protect: [2, 3]" in said
+    monkeypatch.setattr(heads_part, "score_heads", lambda *_, **__: pytest.fail("scored again"))
+    assert lab(["heads", recipe, "tasks=[retrieval]", "num_each=1"]) == said
+    assert {file.name for file in (tmp_path / "run/lab").iterdir()} == {"heads.json", "heads.svg"}
+
+
+@pytest.mark.prove
+def test_diagnostics_and_probes_are_written_and_told(recipe: str, tmp_path: Path) -> None:
+    assert "effective depth by kl" in lab(["diagnostics", recipe])
+    rows = [{"text": f"{number} {'red' if number % 2 else 'blue'} hills", "label": number % 2} for number in range(40)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "best accuracy" in lab(["probes", recipe, f"sets=[{{path: {tmp_path / 'set.jsonl'}}}]"])
+    names = {"diagnostics.json", "diagnostics.svg", "probes.json", "probes.svg"}
+    assert {file.name for file in (tmp_path / "run/lab").iterdir()} == names
+
+
+@pytest.mark.prove
+def test_a_model_that_answers_nothing_right_has_nothing_to_patch(recipe: str) -> None:
+    with pytest.raises(UserError, match="answers none of"):
+        lab(["patching", recipe, "twins=6"])
+
+
+@pytest.mark.prove
+def test_depth_use_sweeps_the_cut_model_and_one_beside(recipe: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no cut model yet"):
+        lab(["depth_use", recipe])
+    prune(open_run(load_recipe(recipe)))
+    beside = tiny_checkpoint(tmp_path / "beside", "llama", max_position_embeddings=4096, seed=1)
+    assert "teacher to pruned: " in lab(["depth_use", recipe, f"beside={beside}"])
+    use = json.loads((tmp_path / "run/lab/depth_use.json").read_text())
+    assert use["kept"] == {"teacher": [0, 1, 2, 3, 4, 5], "pruned": [0, 1, 3, 4, 5], "beside": [0, 1, 2, 3, 4, 5]}
+    short = tiny_checkpoint(tmp_path / "short", "llama", max_position_embeddings=4096, num_hidden_layers=2)
+    with pytest.raises(UserError, match="short has 2 layers and not 6"):
+        lab(["depth_use", recipe, f"beside={short}"])
