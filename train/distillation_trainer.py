@@ -339,7 +339,7 @@ def _complete_deepspeed(args: TrainingArguments) -> None:
         config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
         config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
         config.setdefault("gradient_clipping", args.max_grad_norm)
-        refuse_other_numbers(config, vars(args), place="args.deepspeed", setting="args")
+        refuse_other_numbers(config, vars(args), setting="args", place="args.deepspeed")
         compile_no_collectives()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shoal.formatting import listed
-from shoal.recipe.distill_contradictions import REFUSED_TRAINER_KEYS
+from shoal.recipe.distill_contradictions import REFUSED_ARGUMENTS
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Section
 
@@ -83,8 +83,8 @@ def _of_setting(setting: Setting) -> dict[str, Any]:
 
 def _of_entry(place: str, entry: str) -> str:
     """What is known of one entry of a plain mapping."""
-    if place == "distill.trainer" and entry in REFUSED_TRAINER_KEYS:
-        return f"{entry} {REFUSED_TRAINER_KEYS[entry]}"
+    if place == "distill.trainer" and entry in REFUSED_ARGUMENTS:
+        return f"{entry} {REFUSED_ARGUMENTS[entry]}"
     return f"{entry} is an entry of this mapping"
 
 

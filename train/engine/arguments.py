@@ -6,19 +6,20 @@ import difflib
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import NoneType, SimpleNamespace
-from typing import Any, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from shoal.errors import UserError
 from shoal.numerics import fast_dtype
-from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
+from shoal.recipe.deepspeed_file import PRECISIONS, precisions_named, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill
 from shoal.runtime import device, world_size
 
@@ -38,34 +39,32 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 """What differs from transformers' own defaults; `distill.trainer` overrides each."""
+OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
+"""DeepSpeed's own."""
+BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""How ranks and micro-batches share the rows of one optimizer step."""
 MOST = 1e12
 """No training argument is as large."""
 RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (0, 100),
-    "weight_decay": (0, 100),
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
-    "adam_epsilon": (0, 1),
-    "max_grad_norm": (0, MOST),
-    "warmup_steps": (0, MOST),
+    **dict.fromkeys(("learning_rate", "weight_decay"), (0, 100)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (0, 1)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps", "dataloader_num_workers"), (0, MOST)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), (1e-9, MOST)),
+    **dict.fromkeys(("save_total_limit", *BATCH_SPLIT), (1, MOST)),
     "max_steps": (-1, MOST),
-    "num_train_epochs": (1e-9, MOST),
-    "logging_steps": (1e-9, MOST),
-    "save_steps": (1e-9, MOST),
-    "save_total_limit": (1, MOST),
-    "dataloader_num_workers": (0, MOST),
 }
 """Training arguments that are at least the first and below the second number; transformers looks at few of them."""
 SAME_IN_DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": ("per_device_train_batch_size",),
+    "gradient_accumulation_steps": ("gradient_accumulation_steps",),
+    "train_batch_size": ("batch_size",),
     "gradient_clipping": ("max_grad_norm",),
     "optimizer.params.lr": ("learning_rate",),
     "optimizer.params.betas": ("adam_beta1", "adam_beta2"),
     "optimizer.params.eps": ("adam_epsilon",),
     "optimizer.params.weight_decay": ("weight_decay",),
 }
-"""What a DeepSpeed configuration may say too, by its path there, and the training arguments that say the same."""
-BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-"""How ranks and micro-batches share the rows of one optimizer step."""
+"""What a DeepSpeed configuration may say too, by its path there, and the settings that say the same."""
 
 
 def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:
@@ -176,76 +175,66 @@ def check_names(settings: Distill) -> None:
     Raises:
         UserError: naming it and the closest one there is, or the value.
     """
-    known = inspect.signature(TrainingArguments.__init__).parameters
-    unknown = [name for name in settings.trainer if name not in known]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
+    trainer, known = settings.trainer, inspect.signature(TrainingArguments.__init__).parameters
+    if unknown := next((name for name in trainer if name not in known), None):
+        close = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
-        raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
-    if settings.batch_size is not None and "gradient_accumulation_steps" in settings.trainer:
+        raise UserError(f"distill.trainer.{unknown}: no such training argument; {hint}")
+    if settings.batch_size is not None and "gradient_accumulation_steps" in trainer:
         raise UserError(
             f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
             "leave one of them out"
         )
-    for name in BATCH_SPLIT:
-        value = settings.trainer.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
-    _check_values(settings.trainer)
-    given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | settings.trainer
-    _check_schedule(given)
-    _check_optimizer(given)
-    refuse_other_numbers(
-        read_deepspeed(settings.deepspeed), given, place="distill.deepspeed", setting="distill.trainer"
-    )
+    _check_values(trainer)
+    given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | trainer
+    _check_makers(given)
+    numbers = {name: given[name] for names in SAME_IN_DEEPSPEED.values() for name in names if name in given}
+    for name in BATCH_SPLIT:  # how many ranks there are is known when the configuration is filled in
+        del numbers[name]
+    refuse_other_numbers(read_deepspeed(settings.deepspeed), numbers, setting="distill.trainer")
 
 
-def refuse_other_numbers(config: Mapping[str, Any], given: Mapping[str, Any], *, place: str, setting: str) -> None:
-    """Refuse a number of the DeepSpeed configuration, named by ``place``, that is another one in the training arguments
-    ``given``, named by ``setting``.
+def refuse_other_numbers(
+    config: Mapping[str, Any], given: Mapping[str, Any], *, setting: str, place: str = "distill.deepspeed"
+) -> None:
+    """Refuse a number of the DeepSpeed configuration, named by ``place``, that is another one in ``given``, named by
+    ``setting``: transformers would, when all is prepared and the training begins.
 
     Raises:
         UserError: there is one.
     """
     for key, names in SAME_IN_DEEPSPEED.items():
-        values = [given[name] for name in names]
-        wanted = values if len(values) > 1 else values[0]
-        _refuse_other_number(config, key, wanted, setting=f"{setting}.{' and '.join(names)}", place=place)
+        values = [given[name] for name in names if name in given]
+        number: Any = config
+        for part in key.split("."):
+            number = number.get(part) if isinstance(number, Mapping) else None
+        wanted = values if len(names) > 1 else next(iter(values), None)
+        if values and number not in (None, "auto", wanted):
+            raise UserError(
+                f"{place}: {key} is {number!r}, but {wanted!r} by {setting}.{' and '.join(names)}; set the former to "
+                '"auto", or change the latter'
+            )
 
 
 def _check_values(trainer: Mapping[str, Any]) -> None:
-    """Refuse numbers, booleans and mappings that are none, and choices that there are not (`optim`): transformers would
-    pass them on or refuse them only when the training begins.
-    """
+    """Refuse values that are none of their argument's: transformers would pass them on or refuse them only when the
+    training begins."""
     hints = get_type_hints(TrainingArguments)
     for name, value in trainer.items():
-        hint = hints[name]
-        kinds = {get_origin(kind) or kind for kind in get_args(hint) or (hint,)}
-        if value is None and NoneType in kinds:
-            continue
+        kinds = get_args(hints[name]) or (hints[name],)
+        choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+        try:
+            TypeAdapter(choices[0] if choices else hints[name]).validate_python(value, strict=not choices)
+        except ValidationError as error:
+            raise UserError(f"distill.trainer.{name}: {error.errors()[0]['msg']} (got {value!r})") from error
         least, end = RANGES.get(name, (-MOST, MOST))
-        for choices in (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)):
-            names = [str(choice.value) for choice in choices]
-            if value not in names:
-                close = difflib.get_close_matches(str(value), names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(names)}"
-                raise UserError(f"distill.trainer.{name}: there is no {value!r}; {hint}")
-        if kinds <= {bool, NoneType}:
-            right, expected = isinstance(value, bool), "true or false"
-        elif dict in kinds:
-            right, expected = isinstance(value, dict), "a mapping of settings"
-        elif kinds <= {int, float, NoneType}:
-            number: Any = value if isinstance(value, int if float not in kinds else int | float) else math.nan
-            right = not isinstance(value, bool) and least <= number < end
-            expected = f"a {'' if float in kinds else 'whole '}number from {least:g} to below {end:g}"
-        else:
-            continue
-        if not right:
-            raise UserError(f"distill.trainer.{name}: must be {expected} (got {value!r})")
+        if isinstance(value, int | float) and not least <= value < end:
+            raise UserError(f"distill.trainer.{name}: must be from {least:g} to below {end:g} (got {value!r})")
 
 
-def _check_schedule(given: Mapping[str, Any]) -> None:
-    """Refuse settings of a schedule that it does not take, or lacks: transformers looks when the training begins."""
+def _check_makers(given: Mapping[str, Any]) -> None:
+    """Refuse a schedule that cannot be made, or an optimizer whose package is not installed; what else that needs, a
+    model for one, is not there yet."""
     name, settings = given["lr_scheduler_type"], given["lr_scheduler_kwargs"] or {}
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
@@ -255,10 +244,6 @@ def _check_schedule(given: Mapping[str, Any]) -> None:
             f"distill.trainer.lr_scheduler_kwargs: {settings} do not go with lr_scheduler_type {name} ({error}); mend "
             "them, or choose another"
         ) from error
-
-
-def _check_optimizer(given: Mapping[str, Any]) -> None:
-    """Refuse an optimizer whose package is not installed. What else it needs, a model for one, is not there yet."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**given))  # pyright: ignore[reportArgumentType]
     except (ImportError, ValueError) as error:
@@ -343,16 +328,14 @@ def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str
     precision = settings.precision
     if precision == "auto" and not named:
         precision = trained_in(config, fast_dtype(device()).dtype)
-    _refuse_wrong(config, named, settings.precision, computed_in=precision)
+    for is_wrong, message in _wrong(config, settings, computed_in=precision):
+        if is_wrong:
+            raise UserError(message)
     if ranks is not None:
-        _refuse_other_batch(config, settings, ranks=ranks)
-    if settings.compile and stage == 3:
-        raise UserError(
-            "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; "
-            "set distill.deepspeed: deepspeed/zero2.json, or compile: false"
-        )
-    if settings.weights != "auto":
-        _refuse_other_weights(config, named, settings.weights)
+        rows, accumulation = batch_split(settings, ranks=ranks)
+        split = dict(zip(BATCH_SPLIT, (rows, accumulation), strict=True))
+        refuse_other_numbers(config, split, setting="distill.trainer")
+        refuse_other_numbers(config, {"batch_size": rows * accumulation * ranks}, setting="distill")
     if settings.weights == "bfloat16":
         # DeepSpeed steps fp32 copies: a plain bf16 weight does not move at usual learning rates, its rounding is
         # coarser than a step. Left alone it would add micro-batches' gradients up in bf16
@@ -376,106 +359,61 @@ def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str
     return config
 
 
-def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: str, *, computed_in: str) -> None:
-    """Refuse what shoal knows to be wrong of a configuration. ``named`` are the precisions that it names itself,
-    ``precision`` is what the recipe says, ``computed_in`` what comes of both.
-
-    Raises:
-        UserError: it is.
-    """
-    zero = config["zero_optimization"]
-    if zero["stage"] not in (0, 1, 2, 3):
-        raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {zero['stage']!r})")
-    if "scheduler" in config:
-        raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
-    if "optimizer" in config:
-        _refuse_unknown_optimizer(config["optimizer"])
-    if precision != "auto" and named:
-        raise UserError(
-            f"distill.precision: {precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
-            "leave one of them out"
-        )
-    if "bf16" in named and zero["stage"] == 0:
-        raise UserError(
-            "distill.deepspeed: bf16 with ZeRO stage 0 starts Adam one step late; use stage 1 to 3, or "
-            "distill.precision: bfloat16 (autocast), which is exact at every stage"
-        )
-    if ("fp16" in named or computed_in == "float16") and not torch.accelerator.is_available():
-        key = "precision" if computed_in == "float16" else "deepspeed"
-        raise UserError(
-            f"distill.{key}: fp16 does not train on a CPU; use distill.precision: auto, and no fp16 section"
-        )
+def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) -> Iterator[tuple[bool, str]]:
+    """What shoal knows to be wrong of a configuration, and whether it is so; ``computed_in`` is the precision that
+    comes of both."""
+    zero, named, weights = config["zero_optimization"], precisions_named(dict(config)), settings.weights
+    stage, on_gpu = zero["stage"], torch.accelerator.is_available()
+    both = "in the DeepSpeed configuration; leave one of them out"
+    optimizer = config.get("optimizer", {"type": "Adam"})
+    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    yield (
+        stage not in (0, 1, 2, 3),
+        f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})",
+    )
+    yield (
+        "scheduler" in config,
+        "distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer",
+    )
+    yield (
+        not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and not hasattr(torch.optim, kind)),
+        f"distill.deepspeed: optimizer.type must be one of {', '.join(OPTIMIZERS)}, or a class of torch.optim (got "
+        f"{kind!r})",
+    )
+    for setting, value, others in (
+        ("precision", settings.precision, {*PRECISIONS}),
+        ("weights", weights, {"fp16", "torch_autocast"} if weights == "bfloat16" else {"fp16", "bf16"}),
+    ):
+        clash = min(others & {*named}, default=None)
+        yield value != "auto" and clash is not None, f"distill.{setting}: {value} contradicts `{clash}` {both}"
+    yield (
+        ("bf16" in named or weights == "bfloat16") and stage == 0,
+        f"distill.{'deepspeed: bf16' if 'bf16' in named else 'weights: bfloat16'} with ZeRO stage 0 starts Adam one "
+        "step late; set distill.deepspeed: deepspeed/zero1.json or higher, or distill.precision: bfloat16 (autocast), "
+        "which is exact at every stage",
+    )
+    yield (
+        ("fp16" in named or computed_in == "float16") and not on_gpu,
+        f"distill.{'precision' if computed_in == 'float16' else 'deepspeed'}: fp16 does not train on a CPU; use "
+        "distill.precision: auto, and no fp16 section",
+    )
     cast = config.get("torch_autocast", {})
     cast_to = str(cast["dtype"]).removeprefix("torch.") if cast.get("enabled") else computed_in
-    if cast_to == "float16" and zero["stage"]:
-        raise UserError(
-            f"distill.precision: float16 is autocast with scaled losses, by which ZeRO {zero['stage']} clips gradients "
-            "wrongly; set distill.deepspeed: deepspeed/zero0.json, precision: float32, or an fp16 section in your own "
-            "DeepSpeed configuration"
-        )
+    yield (
+        cast_to == "float16" and stage > 0,
+        f"distill.precision: float16 is autocast with scaled losses, by which ZeRO {stage} clips gradients wrongly; "
+        "set distill.deepspeed: deepspeed/zero0.json, precision: float32, or an fp16 section of your own",
+    )
     for part in ("offload_optimizer", "offload_param"):
         place = zero.get(part) or {}
         folder = place.get("nvme_path")
-        if place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()):
-            raise UserError(
-                f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
-                "local disk, or set device: cpu"
-            )
-
-
-def _refuse_other_batch(config: Mapping[str, Any], settings: Distill, *, ranks: int) -> None:
-    rows, accumulation = batch_split(settings, ranks=ranks)
-    steps = "trainer.gradient_accumulation_steps" if settings.batch_size is None else "batch_size"
-    for key, wanted, setting in (
-        ("train_micro_batch_size_per_gpu", rows, "trainer.per_device_train_batch_size"),
-        ("gradient_accumulation_steps", accumulation, steps),
-        ("train_batch_size", rows * accumulation * ranks, "batch_size"),
-    ):
-        _refuse_other_number(config, key, wanted, setting=f"distill.{setting}")
-
-
-def _refuse_other_number(
-    config: Mapping[str, Any], key: str, wanted: Any, *, setting: str, place: str = "distill.deepspeed"
-) -> None:
-    """Refuse that a DeepSpeed configuration has another number at ``key`` than ``setting``: transformers would, when
-    all is prepared and the training begins.
-
-    Raises:
-        UserError: it has.
-    """
-    number: Any = config
-    for part in key.split("."):
-        number = number.get(part) if isinstance(number, Mapping) else None
-    if number not in (None, "auto", wanted):
-        raise UserError(
-            f'{place}: {key} is {number!r}, but {wanted!r} by {setting}; set the former to "auto", or change the latter'
+        yield (
+            place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()),
+            f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
+            "local disk, or set device: cpu",
         )
-
-
-def _refuse_other_weights(config: Mapping[str, Any], named: Sequence[str], weights: str) -> None:
-    """Refuse a DeepSpeed configuration that holds weights in another precision than distill.weights, ``weights``.
-
-    Raises:
-        UserError: it does, or its ZeRO stage has no float32 copies of weights.
-    """
-    if others := set(named) & ({"fp16", "torch_autocast"} if weights == "bfloat16" else {"fp16", "bf16"}):
-        raise UserError(
-            f"distill.weights: {weights} contradicts `{min(others)}` in the DeepSpeed configuration; leave one of them "
-            "out"
-        )
-    if weights == "bfloat16" and config["zero_optimization"]["stage"] == 0:
-        raise UserError(
-            "distill.weights: bfloat16 needs the float32 copies of ZeRO stage 1 to 3, and the stage is 0, which starts "
-            "Adam one step late; set distill.deepspeed: deepspeed/zero1.json or higher, or weights: float32"
-        )
-
-
-def _refuse_unknown_optimizer(entry: Any) -> None:
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    name = entry.get("type") if isinstance(entry, Mapping) else None
-    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name)):
-        raise UserError(
-            f"distill.deepspeed: optimizer.type must be one of {', '.join(DEEPSPEED_OPTIMIZERS)}, or a class of "
-            f"torch.optim (got {name!r})"
-        )
+    yield (
+        settings.compile and stage == 3,
+        "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; set "
+        "distill.deepspeed: deepspeed/zero2.json, or compile: false",
+    )

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from shoal.recipe import losses as terms
 from shoal.recipe.distill import Distill, Record, Writing, sources_of_terms
 from shoal.recipe.losses import term_names
 from shoal.recipe.section import TEACHER_TEXT
 
-REFUSED_TRAINER_KEYS = {
-    "output_dir": "is set by shoal; use run_dir instead",
+_REASONS: dict[str, str] = {
+    "output_dir run_name": "is set by shoal; use run_dir instead",
     "deepspeed": "is set by shoal; use distill.deepspeed instead",
     "seed": "is set by shoal; use seed instead",
-    "run_name": "is set by shoal; it is the name of run_dir",
     "resume_from_checkpoint": "is set by shoal; use the same command again instead",
     "report_to": "is set by shoal; use track.wandb instead",
-    "use_cpu": "is set by shoal, which uses an accelerator where there is one; leave it out",
-    "remove_unused_columns": "is set by shoal, the loss reads all columns; leave it out",
-    "label_names": "is set by shoal, rows have their labels in one column; leave it out",
-    "bf16": "is set by distill.precision; use that",
-    "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
+    "use_cpu remove_unused_columns label_names": "is set by shoal; leave it out",
+    "bf16 fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
-    "neftune_noise_alpha": "would have no effect below the first cut, where the student takes the teacher's states; "
-    "leave it out",
-    "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
+    "neftune_noise_alpha label_smoothing_factor": "would have no effect on the loss here; leave it out",
     "ignore_data_skip": "would train the same text again after a resume; leave it out",
     "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
     "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
     "load_best_model_at_end": "is done by distill.watch.best; use that",
-    "eval_strategy": "is done by distill.watch; use that",
-    "do_eval": "is done by distill.watch; use that",
-    "eval_on_start": "needs an eval set, which a training here has not; use distill.watch, which scores the student "
-    "before the first step",
-    "train_sampling_strategy": "would have no effect, packing has drawn the order; use seed",
+    "eval_strategy do_eval eval_on_start": "is done by distill.watch; use that",
+    "train_sampling_strategy data_seed": "would have no effect, packing has drawn the order; use seed",
     "push_to_hub": "is done by export.hub_repo; use that",
     "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
     "use_liger_kernel": "would replace the forward that holds the distillation loss; use distill.fused",
-    **dict.fromkeys(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        "would compile the loss with what surrounds it; use distill.compile",
-    ),
-    "data_seed": "would have no effect, packing has drawn the order; use seed",
+    "torch_compile torch_compile_backend torch_compile_mode": "would compile more than the layers; use distill.compile",
 }
+REFUSED_ARGUMENTS = {name: reason for names, reason in _REASONS.items() for name in names.split()}
 """Training arguments that would be wrong, ignored or leaked here."""
+REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("lr_scheduler_type", ("reduce_lr_on_plateau", "greedy"), "needs an eval set; choose another, such as cosine"),
+    ("save_strategy", ("best",), "needs an eval set; choose steps, and distill.watch.best keeps the best state"),
+    (
+        "accelerator_config.split_batches",
+        (True,),
+        "would share one rank's rows out to all; set distill.batch_size, which counts the rows of all ranks",
+    ),
+    *(
+        (f"{name}_checkpointing_kwargs.use_reentrant", (True,), "loses gradients above frozen layers; set it to false")
+        for name in ("gradient", "activation")
+    ),
+)
+"""Values of training arguments, or of a key of one, that a training here cannot have."""
 
 
 def contradictions(distill: Distill) -> Iterator[str]:
@@ -70,29 +73,18 @@ def contradictions(distill: Distill) -> Iterator[str]:
             yield f"distill.watch.best: must be one of {', '.join(names)} (got {watch.best!r})"
         if watch.every > 1 and watch.every != round(watch.every):
             yield f"distill.watch.every: must be whole steps or a share below 1 (got {watch.every:g})"
-    for key, reason in REFUSED_TRAINER_KEYS.items():
-        if key in distill.trainer:
-            yield f"distill.trainer.{key}: {reason}"
-    if (schedule := distill.trainer.get("lr_scheduler_type")) in ("reduce_lr_on_plateau", "greedy"):
-        yield (
-            f"distill.trainer.lr_scheduler_type: {schedule} needs an eval set, which a training here has not; "
-            "choose another, such as cosine"
-        )
-    if distill.trainer.get("save_strategy") == "best":
-        yield (
-            "distill.trainer.save_strategy: best needs an eval set, which a training here has not; choose steps, and "
-            "distill.watch.best keeps the best state"
-        )
-    accelerator = distill.trainer.get("accelerator_config")
-    if isinstance(accelerator, dict) and accelerator.get("split_batches"):
-        yield (
-            "distill.trainer.accelerator_config: split_batches would share one rank's rows out to all; leave it out, "
-            "and set distill.batch_size, which counts the rows of all ranks"
-        )
-    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        checkpointing = distill.trainer.get(key)
-        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
-            yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+    yield from _of_arguments(distill.trainer)
+
+
+def _of_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"distill.trainer.{name}: {reason}" for name, reason in REFUSED_ARGUMENTS.items() if name in trainer)
+    for place, values, reason in REFUSED_VALUES:
+        name, _, inner = place.partition(".")
+        value = trainer.get(name)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
+        if value in values:
+            yield f"distill.trainer.{place}: {value} {reason}"
 
 
 def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:

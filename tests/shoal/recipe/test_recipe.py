@@ -115,56 +115,13 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ),
         ("distill: {trainer: {seed: 1}}", "distill.trainer.seed: is set by shoal; use seed instead"),
         (
-            "distill: {trainer: {resume_from_checkpoint: x}}",
-            "distill.trainer.resume_from_checkpoint: is set by shoal; use the same command again instead",
-        ),
-        (
-            "distill: {trainer: {report_to: wandb}}",
-            "distill.trainer.report_to: is set by shoal; use track.wandb instead",
-        ),
-        (
-            "distill: {trainer: {use_cpu: true}}",
-            "distill.trainer.use_cpu: is set by shoal, which uses an accelerator where there is one; leave it out",
-        ),
-        (
-            "distill: {trainer: {remove_unused_columns: true}}",
-            "distill.trainer.remove_unused_columns: is set by shoal, the loss reads all columns; leave it out",
-        ),
-        (
-            "distill: {trainer: {label_names: [a]}}",
-            "distill.trainer.label_names: is set by shoal, rows have their labels in one column; leave it out",
-        ),
-        (
-            "distill: {trainer: {eval_on_start: true}}",
-            "distill.trainer.eval_on_start: needs an eval set, which a training here has not; use distill.watch, which "
-            "scores the student before the first step",
-        ),
-        (
-            "distill: {trainer: {train_sampling_strategy: sequential}}",
-            "distill.trainer.train_sampling_strategy: would have no effect, packing has drawn the order; use seed",
-        ),
-        (
-            "distill: {trainer: {data_seed: 3}}",
-            "distill.trainer.data_seed: would have no effect, packing has drawn the order; use seed",
-        ),
-        (
-            "distill: {trainer: {torch_compile_backend: inductor}}",
-            "distill.trainer.torch_compile_backend: would compile the loss with what surrounds it; use distill.compile",
-        ),
-        (
-            "distill: {trainer: {save_strategy: best}}",
-            "distill.trainer.save_strategy: best needs an eval set, which a training here has not; choose steps, and "
-            "distill.watch.best keeps the best state",
-        ),
-        (
             "distill: {trainer: {accelerator_config: {split_batches: true}}}",
-            "distill.trainer.accelerator_config: split_batches would share one rank's rows out to all; leave it out, "
-            "and set distill.batch_size, which counts the rows of all ranks",
+            "distill.trainer.accelerator_config.split_batches: True would share one rank's rows out to all; set "
+            "distill.batch_size, which counts the rows of all ranks",
         ),
         (
             "distill: {trainer: {lr_scheduler_type: reduce_lr_on_plateau}}",
-            "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set, which a training here has not; "
-            "choose another, such as cosine",
+            "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set; choose another, such as cosine",
         ),
         ("export: {hub_repo: name}", "export.hub_repo: must have the form owner/name (got 'name')"),
     ],
