@@ -17,10 +17,10 @@
 Folders:
 
     changes   changes of layers that stay: compensation without training, width
+    gguf      the student as a file for llama.cpp
     edits     changes of layers besides dropping them
     metrics   scores of layers from plain text
     surgery   the student in memory and on disk, proven to be the teacher without the dropped layers
     sweeps    variants scored on tasks, and what follows from it
-    targets   other programs that load students
     variants  many edits of one model, what they share computed once
 """

@@ -18,7 +18,7 @@ from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
-from shoal.recipe.prune import Compensate, Target, Width
+from shoal.recipe.prune import Compensate, Width
 
 from .apply import refuse_own_code, refuse_without_mtp
 from .changes.calibration import in_words as memory_in_words
@@ -26,12 +26,13 @@ from .changes.calibration import needed_bytes
 from .changes.fit import needed_features, refuse_quantised
 from .changes.narrowing import narrow_files
 from .edits.apply import refuse_impossible_edits
+from .gguf.patterns import misreading
 from .layer_sizes import stored_bytes, usual_length
 from .surgery.cut_model import kept_layers, refuse_changed_layers
+from .surgery.narrow_config import student_config
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
 from .surgery.vision_tower import without_unread_blocks
-from .targets.check import TARGETS, check_targets, refuse, student_config
 
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
@@ -59,7 +60,6 @@ def estimate(
     *,
     donors: Mapping[int, Path] | None = None,
     proof: str = "auto",
-    targets: Sequence[Target] = (),
     dtype: str = "stored",
     compensate: Compensate | None = None,
     width: Width | None = None,
@@ -71,8 +71,7 @@ def estimate(
     ``donors`` are the folders that swaps take from, by index of the edit.
 
     Raises:
-        UserError: what apply_plan would refuse by configuration and headers, and a student that one of ``targets``
-            would not take.
+        UserError: what apply_plan would refuse by configuration and headers.
     """
     config = load_config(teacher_folder, trust_remote_code=trust_remote_code)
     refuse_own_code(teacher_folder, config, trust_remote_code=trust_remote_code)
@@ -85,9 +84,6 @@ def estimate(
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
     whole, config = config, config if plan.vision_blocks is None else without_unread_blocks(config)
     student = student_config(config, keep, plan.width)
-    verdicts = check_targets(student, targets=targets or TARGETS)
-    if targets:
-        refuse(verdicts)
     runs_in = loaded_dtype(config, dtype, shards)
     teacher_model = without_data(without_quantization(whole)[0], dtype=runs_in)
     models = teacher_model, without_data(student, dtype=runs_in)
@@ -98,8 +94,8 @@ def estimate(
         _about(teacher_folder, config, plan, keep, runs_in),
         _table(sides, length),
         _expectation(sides, length),
-        [verdict.in_words() for verdict in verdicts],
         [
+            *([f"llama.cpp: would run another model: {problem}"] if (problem := misreading(student)) else []),
             _space(out, sides[1].stored_bytes),
             *_calibrations(teacher_model, plan, compensate, width),
             f"proof: {_proof(config, shards, proof, in_float32=plan.width is not None)}",

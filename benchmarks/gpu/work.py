@@ -30,7 +30,7 @@ from benchmarks.side_by_side import Clock, timed, write_byte_tokenizer
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.compress.targets.check import student_config
+from shoal.compress.surgery.narrow_config import student_config
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import Edited, layerwise_or_none, without
 from shoal.data.packing import PackedRows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +20,9 @@ from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.models.anatomy import CHANNELS, text_config
 from shoal.recipe.prune import Width
+
+from .config_cut import cut_config
+from .quantised import without_quantization
 
 MULTIPLE = 128
 """Channels that kernels work on at once."""
@@ -52,6 +56,16 @@ def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:
     if reason := _refusal(config, width):
         raise UserError(f"prune.width: {text.model_type} does not allow {width.in_words()}: {reason}; leave it out")
     return width
+
+
+def student_config(teacher: PreTrainedConfig, keep: Sequence[int], width: KeptWidth | None = None) -> PreTrainedConfig:
+    """The configuration of the student that keeps the layers ``keep``, as wide as ``width`` says, without settings of a
+    quantisation.
+
+    Raises:
+        UserError: as cut_config.
+    """
+    return cut_config(narrowed_config(without_quantization(teacher)[0], width), keep)
 
 
 def narrowed_config(config: PreTrainedConfig, width: KeptWidth | None) -> PreTrainedConfig:
@@ -98,14 +112,6 @@ def heads(text: Any) -> tuple[int, int, int]:
         )
     groups = getattr(text, "num_key_value_heads", None) or num_heads
     return num_heads, groups, getattr(text, "head_dim", None) or text.hidden_size // num_heads
-
-
-def has_strange_heads(config: PreTrainedConfig) -> bool:
-    """Whether the heads are not as wide as the states, in a family whose own configuration does not provide for it."""
-    text = text_config(config)
-    if hasattr(type(text), "head_dim") or getattr(text, "head_dim", None) is None:
-        return False
-    return text.num_attention_heads * text.head_dim != text.hidden_size
 
 
 def _channels(text: Any, asked: float | None) -> int | None:

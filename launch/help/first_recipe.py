@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.plan import DEFAULT_METRIC, default_count
-from shoal.compress.targets.check import student_config
+from shoal.compress.surgery.narrow_config import student_config
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, count_text
 from shoal.machine import available_memory, device_memory, device_name, ranks_to_start

@@ -147,7 +147,7 @@ def distill(run: Run) -> None:
 
 def training_spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
     """The training of the student of ``plan``, whether student/ is there or not."""
-    from shoal.compress.targets.check import student_config
+    from shoal.compress.surgery.narrow_config import student_config
     from shoal.train.student.spec import train_spec
 
     folder, teacher = run.dir / "student", _teacher(run)

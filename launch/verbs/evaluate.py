@@ -98,22 +98,12 @@ def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:
     Raises:
         UserError: naming the role and what vLLM does.
     """
-    from shoal.compress.targets.check import check_targets
-
     for role, checkpoint in checkpoints.items():
         if getattr(checkpoint.config, "quantization_config", None) is not None:
             raise UserError(
                 f"eval.backend: vllm does not score quantised models here, as the {role} model ({checkpoint.folder}) "
                 "is; use backend: transformers"
             )
-        (verdict,) = check_targets(checkpoint.config, targets=("vllm",))
-        if verdict.loads == "no":
-            raise UserError(
-                f"eval.backend: vllm would not run the {role} model ({checkpoint.folder}) as it is: {verdict.reason}; "
-                "use backend: transformers"
-            )
-        if verdict.loads == "unknown":
-            log.warning("eval: %s: %s", role, verdict.in_words())
 
 
 def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def export_gguf(run: Run) -> None:
     """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
-    from shoal.compress.targets import gguf
+    from shoal.compress.gguf import export as gguf
 
     folders = roles(run)
     role = next((role for role in ("distilled", "pruned") if role in folders), None)

@@ -1,4 +1,4 @@
-"""What pruning refuses before a model is loaded: changes, text and targets that do not go with it."""
+"""What pruning refuses before a model is loaded: changes and text that do not go with it."""
 
 from __future__ import annotations
 
@@ -89,14 +89,12 @@ def refuse_unreadable_data(edits: Sequence[Edit]) -> None:
 
 
 def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
-    """Refuse a plan that no configuration can express, and one whose student a target or, as a GGUF file, llama.cpp
-    would not take, or takes for another model."""
-    from shoal.compress.targets.check import refuse_for_targets, student_config
+    """Refuse a plan that no configuration can express, and one whose student llama.cpp would take for
+    another model where a GGUF file is to be written."""
+    from shoal.compress.surgery.narrow_config import student_config
 
     student = student_config(run.config(), plan.keep, plan.width)
-    if targets := run.recipe.prune.targets:
-        refuse_for_targets(student, targets)
     if run.recipe.export.gguf:
-        from shoal.compress.targets.gguf import refuse_gguf
+        from shoal.compress.gguf.export import refuse_misread
 
-        refuse_gguf(student)
+        refuse_misread(student)

@@ -74,8 +74,8 @@ def prune(run: Run) -> None:
         log.info("prune: %s", line)
     if is_main():
         from shoal.compress.apply import apply_plan
+        from shoal.compress.gguf.patterns import misreading
         from shoal.compress.surgery.narrow_config import BLOCK
-        from shoal.compress.targets.check import check_targets, log_verdicts
 
         text = _calibration_text(run)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
@@ -99,8 +99,8 @@ def prune(run: Run) -> None:
                 "in larger formats",
                 *(f"{plan.width.intermediate_size:,}", BLOCK),
             )
-        if not run.recipe.prune.targets:
-            log_verdicts(check_targets(load_config(student)))
+        if (problem := misreading(load_config(student))) is not None:
+            log.warning("prune: llama.cpp would run another model than this student: %s", problem)
     barrier()
 
 
@@ -134,7 +134,6 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
         run.dir / "student",
         donors=run.donors,
         proof=recipe.prune.proof,
-        targets=recipe.prune.targets,
         compensate=recipe.prune.compensate,
         width=recipe.prune.width,
         dtype=recipe.dtype,

@@ -111,16 +111,8 @@ def test_merged_layers_are_gone_and_silenced_ones_are_not(teachers: dict[str, Pa
 
 
 @pytest.mark.slow
-def test_targets_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
     report = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
-    assert (
-        len(
-            re.findall(
-                r"^(transformers|vLLM [\d.]+ \(its source was read, not run\)|llama\.cpp b\d+): yes, ", report, re.M
-            )
-        )
-        == 3
-    )
     assert re.search(r"^disk: [\d.]+ kB needed for .*folder, .* free there$", report, re.M)
     assert "proof: by its files, and the kind and settings of every layer, and by running" in report
     files = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student", proof="files")
@@ -138,18 +130,6 @@ def test_code_that_comes_with_the_model_is_refused_as_by_pruning(tmp_path: Path)
     set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "remote.RemoteForCausalLM"})
     with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
         dry_run(folder, plan(drop=[1]), tmp_path / "student", trust_remote_code=True)
-
-
-@pytest.mark.slow
-def test_a_named_target_that_would_refuse_ends_it(tmp_path: Path) -> None:
-    teacher = tiny_checkpoint(tmp_path, "qwen2")
-    with pytest.raises(UserError, match=r"prune\.targets: vLLM .* some layers slide"):
-        dry_run(teacher, plan(drop=[1]), tmp_path / "student", targets=("vllm",))
-    assert re.search(
-        r"^vLLM [\d.]+ \(its source was read, not run\): no, ",
-        dry_run(teacher, plan(drop=[1]), tmp_path / "student"),
-        re.M,
-    )
 
 
 def test_scores_that_are_not_there_are_asked_for(

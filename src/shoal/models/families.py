@@ -1,7 +1,8 @@
 """What single families do otherwise than the generic rules assume: one row per model type, read in its source.
 
 Everything else about a family is told from its modules and its configuration. A new family needs a row only where a
-test says that a rule does not hold for it. Rules that other programs have for families stand in compress/targets.
+test says that a rule does not hold for it. What llama.cpp counts of
+families stands in compress/gguf/patterns.py.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from shoal.recipe import edits
 from shoal.recipe.edits import Edits
 from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, Section, Shapes, Text
 
-Target = Literal["transformers", "vllm", "llama_cpp"]
-"""What a student can be asked to load in."""
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguous", "spare")
 """Settings that choose layers, which `drop` names."""
@@ -189,9 +187,6 @@ class Prune(Section):
     proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
     """Proof of the written student: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""
-    targets: Annotated[tuple[Target, ...], Shapes.NOTHING] = ()
-    """Libraries in which the student must load and be the same model; a plan with which it would not in one of them is
-    refused. Without any, what each of them would do is logged."""
 
 
 def contradictions(prune: Prune) -> Iterator[str]:

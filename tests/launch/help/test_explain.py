@@ -70,7 +70,6 @@ def test_a_default_written_down_is_the_default(setting: Setting) -> None:
         ("prune.ratio", "number > 0 and < 1 or null"),
         ("prune.drop", "[whole number, ...] or null"),
         ("prune.weights", "{name: number > 0}"),
-        ("prune.targets", "[transformers, vllm or llama_cpp, ...]"),
         ("prune.protect", "[whole number or cornerstone, ...]"),
         ("track.wandb", "online, offline, 'off' or null"),
         ("distill.deepspeed", "text, {name: anything} or null"),

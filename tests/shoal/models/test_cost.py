@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.compress.targets.check import student_config
+from shoal.compress.surgery.narrow_config import student_config
 from shoal.errors import UserError
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import without_data

@@ -19,23 +19,21 @@ import gguf
 import pytest
 import torch
 from run_gguf import llama_cpp_greedy, save_tokenizer
-from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from shoal.compress.surgery.cut_model import cut_model
-from shoal.compress.targets import gguf as gguf_export
-from shoal.compress.targets.gguf import (
+from shoal.compress.gguf import export as gguf_export
+from shoal.compress.gguf.export import (
     GgufProof,
-    _text_tensors,
     check_export,
     check_gguf,
     export_gguf,
     find_converter,
     stored_type,
 )
-from shoal.compress.targets.llama_cpp import llama_cpp_refusal
+from shoal.compress.gguf.patterns import misreading
+from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.launch.verbs import export, prune
 from shoal.launch.verbs.run import Run, open_run
@@ -106,20 +104,7 @@ def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert (types["blk.1.ffn_up_exps.weight"], types["blk.1.attn_norm.weight"]) == ("BF16", "F32")
     tensors_of(tmp_path)["blk.1.ffn_up_exps.weight"][2, 3, 5] ^= 1  # the lowest bit of one expert's number
-    with pytest.raises(UserError, match=r"(?s)numbers of .* in layer 1: .*experts.*against the file's blk.1.ffn_"):
-        check_gguf(path, tmp_path)
-
-
-@pytest.mark.slow
-@with_converter
-def test_a_family_that_only_the_converter_knows_is_compared_by_name(tmp_path: Path) -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = CONFIG_MAPPING["granite_swa"].from_dict({"vocab_size": 272, "num_hidden_layers": 2, **shape})
-    path, proof = exported(AutoModelForCausalLM.from_config(config), tmp_path)
-    assert "granite_swa" not in gguf.MODEL_ARCH_NAMES.values()
-    assert proof.num_equal > 2 * 7
-    tensors_of(tmp_path)["blk.1.ffn_down.weight"][:] = tensors_of(tmp_path)["blk.1.ffn_down.weight"][::-1].copy()
-    with pytest.raises(UserError, match=r"blk.1.ffn_down.weight is not .*down_proj.weight"):
+    with pytest.raises(UserError, match=r"does not hold the numbers of .* in layer 1; use another"):
         check_gguf(path, tmp_path)
 
 
@@ -186,7 +171,7 @@ def test_an_aligned_cut_runs_as_in_transformers_and_the_refused_one_would_not(
     with pytest.raises(UserError, match=r"layer 4 of this student for a sliding-window layer, but it is a full-"):
         exported(shifted, tmp_path / "refused")
     assert not (tmp_path / "refused" / "model.gguf").exists()
-    monkeypatch.setattr(gguf_export, "llama_cpp_refusal", lambda _: None)
+    monkeypatch.setattr(gguf_export, "misreading", lambda _: None)
     path, _ = exported(shifted, tmp_path / "shifted")
     assert distance(shifted, path)[0] > 0.1
 
@@ -224,13 +209,10 @@ def test_a_changed_number_a_swapped_layer_and_another_order_are_found(copied: Pa
 
 
 @with_converter
-def test_a_missing_layer_a_torn_file_and_other_metadata_are_found(copied: Path) -> None:
+def test_a_missing_layer_and_a_torn_file_are_found(copied: Path) -> None:
     file = copied / "model.gguf"
     save(cut_model(tiny_model("llama"), [1]), copied)
-    with pytest.raises(UserError, match=r"llama.block_count is 4, the model's is 5"):
-        check_gguf(file, copied)
-    save(tiny_model("llama", num_hidden_layers=4, num_attention_heads=2), copied)
-    with pytest.raises(UserError, match=r"llama.attention.head_count is 4, the model's is 2"):
+    with pytest.raises(UserError, match=r"has 4 blocks, the model 5 layers"):
         check_gguf(file, copied)
     file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match=r"model.gguf: is no GGUF file that can be read"):
@@ -283,9 +265,6 @@ def test_what_a_failing_converter_said_last_is_told(tmp_path: Path, monkeypatch:
     fake_converter(tmp_path / "failing", monkeypatch, "print('x' * 9)\nsys.exit('BPE pre-tokenizer not recognized')")
     with pytest.raises(UserError, match=r"(?s)failed on .*llama \(exit code 1\).*x{9}.*BPE pre-tokenizer not recog"):
         export_gguf(folder, tmp_path / "model.gguf")
-    fake_converter(tmp_path / "full", monkeypatch, f"sys.exit('OSError: {os.strerror(28)}')")
-    with pytest.raises(UserError, match=r"model.gguf: the disk is full"):
-        export_gguf(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -294,15 +273,6 @@ def test_converter_runs_without_network(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
     fake_converter(tmp_path / "asking", monkeypatch, "sys.exit('offline=' + os.environ['HF_HUB_OFFLINE'])")
     with pytest.raises(UserError, match=r"offline=1"):
-        export_gguf(folder, tmp_path / "model.gguf")
-
-
-def test_a_disk_that_is_too_small_is_refused_before_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
-    fake_converter(tmp_path / "never", monkeypatch, "sys.exit('was run')")
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"needs about [\d.]+ kB, but the disk has 1 kB left; free some space"):
         export_gguf(folder, tmp_path / "model.gguf")
 
 
@@ -317,7 +287,7 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_quantised_weights_and_unknown_families_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_converter(tmp_path / "never", monkeypatch, "")
+    fake_converter(tmp_path / "told", monkeypatch, "print('  - LlamaForCausalLM')")
     config: Any = CONFIG_MAPPING["llama"]()
     config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(UserError, match=r"GGUF: the weights are quantised already"):
@@ -369,7 +339,7 @@ def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_pat
     teacher = tiny_checkpoint(tmp_path, "gemma3", **GEMMA)
     run = run_of(teacher, tmp_path / "run")
     config = load_config(teacher)
-    assert llama_cpp_refusal(config) is None
+    assert misreading(config) is None
     with pytest.raises(UserError, match=r"GGUF: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
         prune.prune(run)
     assert not (tmp_path / "run" / "student").exists()
@@ -387,14 +357,3 @@ def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
     with pytest.raises(UserError, match=r"nothing to export yet; run `shoal prune` first"):
         export.export_gguf(run)
-
-
-def test_tensors_of_multi_token_prediction_are_not_looked_for_in_a_file(tmp_path: Path) -> None:
-    """The converter is told to leave them out."""
-    folder = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16, num_hidden_layers=2)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    more = {"mtp.layers.0.up.weight": torch.zeros(2, 2), "model.layers.2.mlp.up_proj.weight": torch.zeros(2, 2)}
-    save_file(tensors | more, file, metadata={"format": "pt"})
-    assert {name for name, _ in _text_tensors(folder)} == set(tensors)
-    assert stored_type(folder) == "bf16"
