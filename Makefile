@@ -53,7 +53,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py runs/distillation
 	$(BIN)/python benchmarks/distill.py runs/distillation head
-	$(BIN)/python benchmarks/distill.py runs/distillation length
 	$(BIN)/python benchmarks/eval.py
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 

@@ -1,27 +1,16 @@
-"""What a distillation step costs: shoal beside TRL's GKD trainer, a plain Trainer, and the two models alone.
+"""What a distillation step costs: shoal beside TRL's GKD trainer and a plain Trainer.
 
     python benchmarks/distill.py OUT [--repeats 3] [--sequence 1024] [--batch 4] [--checkpointing] [--variants ...]
     python benchmarks/distill.py OUT head       # peak memory of the loss at the head, by vocabulary and by tokens
-    python benchmarks/distill.py OUT length     # cost per token of runs of 10 thousand to a million tokens
 
 Every turn is a process of its own, since a process cannot lower its peak, and the variants take turns, so that a busy
 machine slows all. What is measured is added to OUT/*.json; a further call adds turns. Ratios are medians over turns.
 
 shoal          `shoal distill` on one rank: Trainer, DeepSpeed (ZeRO 2), optimizer; forward KL, everything trained
-lean           the same under ZeRO 0, since on one rank ZeRO 2 has nothing to shard and keeps copies of weights and
-               gradients, and with selective checkpointing
 prefix         the same with trainable: from_first_cut, so that the layers below are run once for teacher and student
-by_source      the same as prefix on two halves of the text, forward KL on one and cross-entropy on the other, so that
-               the teacher reads half of the rows
 recorded       the same as shoal from recorded signals
-spared         both: trainable: from_first_cut from recorded signals that hold the state at the cut, so that neither
-               model runs the layers below
-step           shoal's loss alone: teacher forward, student forward and backward; no Trainer, no DeepSpeed. Time of the
-               optimizer's step is kept apart
 trl            trl.experimental.gkd with lmbda 0 and beta 0, which is forward KL on the data as it is
 plain          a Trainer whose loss is F.kl_div on the logits of all tokens
-models         teacher forward, student forward and backward with their heads and nothing else: no loss, the backward
-               pass starts at the sum of the logits; no optimizer
 
 All take the same rows, batch, optimizer and --precision (autocast over fp32 weights, and the teacher). TRL's trainer
 hands no position_ids on and so knows no borders within a row; therefore every row is one document here.
@@ -36,7 +25,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,10 +39,8 @@ from side_by_side import (
     print_table,
     rotated,
     run_shoal,
-    step_figures,
     timed,
     write_recipe,
-    write_tiny,
 )
 from torch import Tensor
 from torch.nn import functional
@@ -75,19 +62,8 @@ from shoal.recipe.section import DataSource
 from shoal.runtime import device
 
 DROP = (12, 13, 14, 18, 21, 22, 25, 26)
-VARIANTS = ("shoal", "lean", "prefix", "by_source", "recorded", "spared", "step", "trl", "plain", "models")
-IN_SHOAL: dict[str, dict[str, Any]] = {
-    "shoal": {},
-    "lean": {"deepspeed": "deepspeed/zero0.json"},
-    "prefix": {"trainable": "from_first_cut"},
-    "by_source": {
-        "trainable": "from_first_cut",
-        "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
-    },
-    "recorded": {},
-    "spared": {"trainable": "from_first_cut"},
-}
-RECORDED: dict[str, dict[str, Any]] = {"recorded": {}, "spared": {"prefix": True}}
+VARIANTS = ("shoal", "prefix", "recorded", "trl", "plain")
+IN_SHOAL: dict[str, dict[str, Any]] = {"shoal": {}, "prefix": {"trainable": "from_first_cut"}, "recorded": {}}
 TRAINER: dict[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "constant",
@@ -99,13 +75,12 @@ HEAD_SIZE = 64
 HEAD_POINTS = [(vocab, 2048) for vocab in (32_768, 65_536, 131_072, 262_144)]
 HEAD_POINTS += [(49_152, tokens) for tokens in (1024, 2048, 4096, 8192)]
 """Vocabulary and tokens of the loss at the head."""
-LENGTHS = (10_240, 102_400, 1_024_000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for results and what is made to measure with")
-    parser.add_argument("measurement", nargs="?", choices=("steps", "head", "length"), default="steps")
+    parser.add_argument("measurement", nargs="?", choices=("steps", "head"), default="steps")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--sequence", type=int, default=1024)
@@ -122,7 +97,7 @@ def main() -> None:
     if arguments.turn:
         print(json.dumps(take_turn(arguments.turn, arguments)))
     else:
-        {"steps": measure_steps, "head": measure_head, "length": measure_length}[arguments.measurement](arguments)
+        {"steps": measure_steps, "head": measure_head}[arguments.measurement](arguments)
 
 
 def measured(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -135,12 +110,6 @@ def take_turn(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
     match kind:
         case "head":
             return head_turn(*map(int, numbers))
-        case "length":
-            return shoal_turn(arguments.out / "length" / numbers[0], tokens=512 * 4)
-        case "step":
-            return bare_turn(arguments, shoal_loss, trains=True)
-        case "models":
-            return bare_turn(arguments, no_loss, trains=False)
         case "trl":
             return trl_turn(arguments)
         case "plain":
@@ -157,7 +126,7 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     settings |= {"drop": list(arguments.drop), "precision": arguments.precision, "threads": torch.get_num_threads()}
     name = f"steps-{arguments.sequence}x{arguments.batch}-{arguments.precision}"
     path = arguments.out / f"{name}{'-checkpointing' * arguments.checkpointing}.json"
-    sizes = {variant: bytes_per_token(arguments, variant) for variant in RECORDED if variant in arguments.variants}
+    size = bytes_per_token(arguments) if "recorded" in arguments.variants else None
     turns: list[dict[str, Any]] = json.loads(path.read_text())["turns"] if path.is_file() else []
     for _ in range(arguments.repeats):
         order = rotated(arguments.variants, len(turns))
@@ -166,16 +135,15 @@ def measure_steps(arguments: argparse.Namespace) -> None:
             load = round(os.getloadavg()[0], 2)
             turns[-1][variant] = measured(variant, arguments) | {"load_before": load}
             print(f"{variant:9} {turns[-1][variant]}", file=sys.stderr, flush=True)
-            result = {"what": settings, "turns": turns, "bytes_per_token": sizes, "figures": figures(turns)}
+            result = {"what": settings, "turns": turns, "bytes_per_token": size, "figures": figures(turns)}
             write_json(path, result)
     print(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {len(turns)} turns")
     summary = figures(turns)
     print_table([{"variant": name, **values} for name, values in summary["variants"].items()], COLUMNS)
     ratios = [{"ratio": name, **values} for name, values in summary["ratios"].items() if values["measured"] is not None]
     print_table(ratios, {"ratio": "", "measured": ".2f", "by_cpu_time": ".2f", "goal": ""})
-    goals = {"recorded": "<= 150"}
-    recordings = [{"variant": name, "bytes_per_token": size, "goal": goals.get(name)} for name, size in sizes.items()]
-    print_table(recordings, {"variant": "", "bytes_per_token": ".0f", "goal": ""})
+    if size is not None:
+        print(f"recording: {size:.0f} bytes a token, goal <= 150")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -187,12 +155,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         if variant in arguments.variants:
             file = write_recipe(recipe_of(arguments, variant))
             run_shoal("prune", file)
-            if variant in RECORDED:
+            if variant == "recorded":
                 run_shoal("record", file)
 
 
 def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
-    signals = str(signals_folder(arguments, variant))
+    signals = str(signals_folder(arguments))
     distill: dict[str, Any] = {
         "data": str(arguments.out / "text.txt"),
         "num_tokens": arguments.steps * arguments.batch * arguments.sequence,
@@ -200,13 +168,10 @@ def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
         "precision": arguments.precision,
         "watch": None,
         **IN_SHOAL[variant],
-        "trainer": trainer_settings(arguments, selective=variant == "lean"),
+        "trainer": trainer_settings(arguments),
     }
-    if variant == "by_source":
-        kinds = [[loss["kind"]] for loss in distill["losses"]]
-        distill["data"] = [{"path": distill["data"], "losses": own} for own in kinds]
-    if variant in RECORDED:
-        distill["teacher"] = {"recorded": signals, **RECORDED[variant]}
+    if variant == "recorded":
+        distill["teacher"] = {"recorded": signals}
     return {
         "model": arguments.model,
         "run_dir": str(arguments.out / variant),
@@ -217,14 +182,14 @@ def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
     }
 
 
-def signals_folder(arguments: argparse.Namespace, variant: str) -> Path:
+def signals_folder(arguments: argparse.Namespace) -> Path:
     """A recording belongs to its rows."""
-    return arguments.out / f"signals-{'spared-' * (variant == 'spared')}{arguments.sequence}"
+    return arguments.out / f"signals-{arguments.sequence}"
 
 
-def bytes_per_token(arguments: argparse.Namespace, variant: str) -> float:
+def bytes_per_token(arguments: argparse.Namespace) -> float:
     """Bytes of the recording per token, headers included."""
-    folder = signals_folder(arguments, variant)
+    folder = signals_folder(arguments)
     shards = json.loads((folder / "recording.json").read_text())["shards"]
     num_tokens = arguments.sequence * sum(shard["rows"] for shard in shards)
     return sum(file.stat().st_size for file in folder.iterdir()) / num_tokens
@@ -270,73 +235,13 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "position_ids", "labels")}
 
 
-Loss = Callable[[dict[str, Tensor]], Tensor]
-
-
-def bare_turn(
-    arguments: argparse.Namespace, loss_with: Callable[[PreTrainedModel, PreTrainedModel], Loss], *, trains: bool
-) -> dict[str, Any]:
-    """Forward and backward in a loop; the optimizer's time, where it ``trains``, is kept apart."""
-    (teacher, student), rows = models_of(arguments), rows_of(arguments)
-    loss_of = loss_with(student, teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=TRAINER["learning_rate"], weight_decay=0.0)
-    steps, optimizing = [], []
-
-    def forward_and_backward() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
-            loss = loss_of(batch)
-        loss.backward()
-        return loss.item()
-
-    def step() -> None:
-        if trains:
-            torch.nn.utils.clip_grad_norm_(student.parameters(), TRAINER["max_grad_norm"])
-            optimizer.step()
-        optimizer.zero_grad()
-
-    for start in range(0, len(rows), arguments.batch):
-        batch = collate([rows[row] for row in range(start, start + arguments.batch)])
-        steps.append(timed(forward_and_backward))
-        optimizing.append(timed(step)[0])
-    wall, busy, losses = ([values[index] for values in steps] for index in range(3))
-    return step_figures(wall[1:], busy[1:], arguments.batch * arguments.sequence) | {
-        "optimizer_seconds": statistics.median(optimizing[1:]),
-        "peak": peak_memory(),
-        "loss": losses[0] if trains else None,
-    }
-
-
-def shoal_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
-    from shoal.train.objective.objective import Objective, to_logits
-    from shoal.train.teacher.signals import LiveTeacher
-
-    Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=Distill().head_chunk).install()
-    live = LiveTeacher(teacher, reads_logits=True, states=None, prefix=None)
-
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        return student(**batch, signals=live(batch))[0] / (batch["labels"][:, 1:] >= 0).sum()
-
-    return loss
-
-
-def no_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
-    def sum_of_logits(batch: dict[str, Tensor]) -> Tensor:
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        with torch.no_grad():
-            teacher(**inputs)
-        return student(**inputs).logits.sum()
-
-    return sum_of_logits
-
-
-def trainer_settings(arguments: argparse.Namespace, *, selective: bool = False) -> dict[str, Any]:
+def trainer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What every variant's Trainer is told."""
-    saving = {"selective": True} if selective and not arguments.checkpointing else {"use_reentrant": False}
     return {
         **TRAINER,
         "per_device_train_batch_size": arguments.batch,
-        "activation_checkpointing": arguments.checkpointing or selective,
-        "activation_checkpointing_kwargs": saving if arguments.checkpointing or selective else None,
+        "activation_checkpointing": arguments.checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if arguments.checkpointing else None,
     }
 
 
@@ -403,16 +308,8 @@ GOALS: dict[str, tuple[str, str, str, str, float]] = {
     "tokens/s against plain": ("shoal", "plain", "tokens_per_s", ">=", 1.2),
     "peak against trl": ("shoal", "trl", "peak", "<=", 0.5),
     "peak against plain": ("shoal", "plain", "peak", "<=", 0.5),
-    "lean, tokens/s against trl": ("lean", "trl", "tokens_per_s", ">=", 1.2),
-    "lean, tokens/s against plain": ("lean", "plain", "tokens_per_s", ">=", 1.2),
-    "lean, peak against trl": ("lean", "trl", "peak", "<=", 0.5),
-    "lean, peak against plain": ("lean", "plain", "peak", "<=", 0.5),
     "shared prefix, tokens/s against everything trained": ("prefix", "shoal", "tokens_per_s", ">=", 2.0),
-    "each source its loss, tokens/s against the teacher on all": ("by_source", "prefix", "tokens_per_s", ">=", 1.15),
-    "spared, tokens/s against everything trained": ("spared", "shoal", "tokens_per_s", ">=", 2.0),
     "recorded, tokens/s against live": ("recorded", "shoal", "tokens_per_s", ">=", 1.4),
-    "step time against the models alone": ("shoal", "models", "seconds", "<=", 1.1),
-    "loss and backward alone against the models alone": ("step", "models", "seconds", "<=", 1.1),
 }
 
 
@@ -420,7 +317,6 @@ COLUMNS = {
     "variant": "",
     "seconds": ".2f",
     "cpu_seconds": ".2f",
-    "optimizer_seconds": ".2f",
     "tokens_per_s": ".0f",
     "peak": ",.0f",
     "loss": ".5f",
@@ -503,41 +399,6 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
         "cpu_seconds": seconds,
         "cpu_us_per_token": 1e6 * seconds / tokens,
     }
-
-
-# --- long runs ----------------------------------------------------------------------------------------------------
-
-
-def measure_length(arguments: argparse.Namespace) -> None:
-    """A tiny model, so that whatever grows with the run would show beside its steps."""
-    teacher = arguments.out / "length" / "teacher"
-    if not teacher.exists():
-        write_tiny(teacher, num_hidden_layers=4)
-    points = []
-    for tokens in LENGTHS:
-        recipe = {
-            "model": str(teacher),
-            "run_dir": str(arguments.out / "length" / str(tokens)),
-            "prune": {"drop": [2]},
-            "distill": {
-                "data": "python_docs",
-                "num_tokens": tokens,
-                "sequence_length": 512,
-                "watch": None,
-                "stop_on_spike": None,  # of a loss that is rounding alone before long
-                "trainer": {**TRAINER, "per_device_train_batch_size": 4},
-            },
-        }
-        run_shoal("prune", write_recipe(recipe))
-        point: dict[str, Any] = {"tokens": tokens, **measured(f"length:{tokens}", arguments)}
-        tenth = max(1, len(point["steps"]) // 10)
-        for kind in ("steps", "cpu_steps"):
-            point[f"first_tenth_{kind}"] = 2048 / statistics.median(point[kind][:tenth])
-            point[f"last_tenth_{kind}"] = 2048 / statistics.median(point[kind][-tenth:])
-        points.append(point)
-    write_json(arguments.out / "length.json", {"points": points})
-    tenths = [f"{end}_tenth_{kind}" for kind in ("steps", "cpu_steps") for end in ("first", "last")]
-    print_table(points, {"tokens": ",", "tokens_per_s": ",.0f", "peak": ",", **dict.fromkeys(tenths, ",.0f")})
 
 
 if __name__ == "__main__":
