@@ -32,6 +32,7 @@ from unittest.mock import patch
 
 import psutil
 import torch
+from datasets import Dataset
 from side_by_side import (
     BENCHMARK_RECIPE,
     Clock,
@@ -46,6 +47,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainingArguments, trainer
 from transformers.trainer_callback import PrinterCallback
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
@@ -296,11 +298,21 @@ def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
-    from gpu.trl_trainers import gkd
+    def with_mask(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        planes = {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
+        return {**planes, "attention_mask": torch.ones_like(planes["input_ids"])}
 
     teacher, student = models_of(arguments)
-    tokenizer = load_tokenizer(resolve_model(arguments.model))
-    return train(gkd(student, teacher, rows_of(arguments), tokenizer, other_settings(arguments)), arguments)
+    rows, settings = rows_of(arguments), other_settings(arguments)
+    trainer = GKDTrainer(
+        student,
+        teacher,
+        GKDConfig(**settings, lmbda=0.0, beta=0.0, temperature=1.0, max_length=rows.input_ids_NS.shape[1]),
+        data_collator=with_mask,
+        train_dataset=Dataset.from_dict({"input_ids": rows.input_ids_NS.numpy(), "labels": rows.labels_NS.numpy()}),
+        processing_class=load_tokenizer(resolve_model(arguments.model)),
+    )
+    return train(trainer, arguments)
 
 
 GOALS: dict[str, tuple[str, str, str, str, float]] = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from transformers import Qwen3Config
 
-Kind = Literal["card", "shoal", "gkd", "distillation", "sweep", "tests"]
+Kind = Literal["card", "shoal", "trl"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Case:
     on_cpu: bool = False
     """The process sees no accelerator."""
     trl: dict[str, Any] = field(default_factory=dict)
-    """Of TRL's trainers: `weights` (a dtype), `one_row` (micro-batches of one row), `liger`."""
+    """Of TRL's trainer: `weights` (a dtype), `liger`."""
     limit_s: float = 60
     """Seconds after which it is ended."""
     steps_s: float = 6
@@ -108,9 +108,7 @@ def cases() -> list[Case]:
         *_attention(),
         *_weights_and_kernels(),
         *_memory(),
-        Case("generation sweep, each layer left out", kind="sweep", group="sweep", limit_s=90),
         *_large(),
-        Case("pytest -m gpu", kind="tests", group="tests", limit_s=240),
     ]
 
 
@@ -120,13 +118,12 @@ def _speed() -> Iterator[Case]:
     yield Case("from the first cut up, checkpointing", size="8B", group="speed", distill=large)
     yield Case("one document a row", size="1.7B", group="speed", whole_rows=True)
     both = {"size": "1.7B", "group": "speed", "whole_rows": True}
-    yield Case("TRL Distillation, Liger", kind="distillation", **both, trl={"liger": True})
-    yield Case("TRL GKD, Liger, one row at a time", kind="gkd", **both, trl={"liger": True, "one_row": True})
-    yield Case(
-        "TRL Distillation, bf16 weights, Liger", kind="distillation", **both, trl={"liger": True, "weights": "bfloat16"}
-    )
-    yield Case("TRL Distillation", kind="distillation", **both)
-    yield Case("TRL GKD, one row at a time", kind="gkd", **both, trl={"one_row": True})
+    for name, trl in (
+        ("TRL, Liger", {"liger": True}),
+        ("TRL, bf16 weights, Liger", {"liger": True, "weights": "bfloat16"}),
+        ("TRL", {}),
+    ):
+        yield Case(name, kind="trl", trl=trl, **both)
 
 
 def _losses() -> Iterator[Case]:

@@ -8,7 +8,7 @@ result. Cases come in the order of their importance; those that the budget has n
 OUT/gpu.json holds every figure with card, driver, versions and commit, OUT/gpu.md a table of them,
 OUT/logs what the processes said.
 
-Without a GPU it prints what it would do, with the sizes that are expected. `--device cpu --tiny` does all of it with
+Without a GPU it prints what it would do. `--device cpu --tiny` does all of it with
 models of a few thousand weights, which shows that it works and nothing else.
 """
 
@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,16 +30,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import trl_trainers  # noqa: F401  a process that waits for its case has loaded everything
 from benchmarks.gpu.cases import SIZES, TINY, Case, Size, cases
-from benchmarks.gpu.table import goals, markdown, outcome
-from benchmarks.gpu.work import ROOT, flops, measured, rows_of, spec_of
+from benchmarks.gpu.table import markdown, outcome
+from benchmarks.gpu.work import ROOT, measured
 from shoal.atomic_files import write_json
-from shoal.errors import UserError
-from shoal.formatting import aligned
-from shoal.runtime import set_up_logging, turn_down_libraries
-from shoal.train.preflight.run_size import job
-from shoal.train.student.spec import Ranks
+from shoal.runtime import set_up_logging
 
 BUDGET_S = 600
 LEAST_S = 12
@@ -68,7 +62,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if all(case.kind == "card" for case in chosen):
         parser.error(f"--only: no case has {' or '.join(map(repr, arguments.only))} in its group, size or name")
     if arguments.device is None and not torch.cuda.is_available():
-        print_plan(chosen, sizes)
+        print("No GPU is seen here: nothing is measured. On one, these cases would be, each in a process of its own:\n")
+        print("\n".join(f"{case.group:9}  {case.size:5}  {case.name}" for case in chosen))
         return 0
     # of several GPUs the first: trainers would split a batch over all that they see
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
@@ -89,42 +84,25 @@ def wanted(known: Sequence[Case], words: Sequence[str] | None) -> Iterator[Case]
             yield case
 
 
-# --- processes ----------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A process that has loaded its libraries and waits for its case."""
-
-    def __init__(self, *, on_cpu: bool) -> None:
-        self.on_cpu = on_cpu
-        # a process that has seen a GPU cannot be forked; without one forking spares seconds of loading
-        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-        self._pipe, theirs = context.Pipe()
-        with _hidden_gpus(on_cpu):
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
-        theirs.close()
-
-    def take(self, case: Case, size: Size, log: Path) -> None:
-        self._pipe.send((case, size, log))
-
-    def result(self, seconds: float) -> dict[str, Any]:
-        """What the process found; why there is nothing if it died, or was ended after so many seconds."""
-        try:
-            if not self._pipe.poll(seconds):
-                return {"not_measured": f"was not done after {seconds:.0f} s"}
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            return {"failed": f"its process ended with exit code {self._process.exitcode}"}
-        finally:
-            self.end()
-
-    def end(self) -> None:
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join()
-        self._pipe.close()
+def measured_apart(case: Case, size: Size, log: Path, seconds: float) -> dict[str, Any]:
+    """The figures of ``case``, measured by a process of its own; why there are none if it died, or was ended after so
+    many seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, case, size, log), daemon=True)
+    with _hidden_gpus(case.on_cpu):
+        process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return {"not_measured": f"was not done after {seconds:.0f} s"}
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return {"failed": f"its process ended with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 @contextmanager
@@ -138,13 +116,9 @@ def _hidden_gpus(hidden: bool) -> Iterator[None]:
         os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _serve(pipe: Connection) -> None:
-    """Measure the case that comes, send what was found, and end."""
+def _serve(pipe: Connection, case: Case, size: Size, log: Path) -> None:
+    """Measure a case, send what was found, and end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that waits for it ends it
-    try:
-        case, size, log = pipe.recv()
-    except EOFError:
-        return
     with log.open("w") as file, TemporaryDirectory() as folder:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -169,35 +143,18 @@ def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.
         "commit": commit(),
         "results": [],
     }
-    waiting: Worker | None = None
-    try:
-        for number, case in enumerate(chosen):
-            left = arguments.budget - (time.monotonic() - begun)
-            about = {"name": case.name, "group": case.group, "size": case.size, "kind": case.kind}
-            started = time.monotonic()
-            if left < LEAST_S:
-                figures: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
-            else:
-                if waiting is not None and waiting.on_cpu != case.on_cpu:
-                    waiting.end()
-                    waiting = None
-                worker = waiting or Worker(on_cpu=case.on_cpu)
-                limit_s = min(case.limit_s, left)
-                worker.take(replace(case, limit_s=limit_s), sizes[case.size], out / "logs" / f"{number:02d}.txt")
-                # the next one loads its libraries meanwhile
-                following = next(iter(chosen[number + 1 :]), None)
-                waiting = None if following is None else Worker(on_cpu=following.on_cpu)
-                figures = worker.result(limit_s)
-            row = about | {"wall_s": round(time.monotonic() - started, 1)} | figures
-            result["results"].append(row)
-            result["seconds"] = round(time.monotonic() - begun, 1)
-            result["goals"] = [] if arguments.tiny else goals(result)
-            write_json(out / "gpu.json", result)
-            (out / "gpu.md").write_text(markdown(result) + "\n", encoding="utf-8")
-            print(f"{result['seconds']:6.0f} s  {case.size:5} {case.name}: {outcome(row)}", file=sys.stderr, flush=True)
-    finally:
-        if waiting is not None:
-            waiting.end()
+    for number, case in enumerate(chosen):
+        left = arguments.budget - (time.monotonic() - begun)
+        figures: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
+        if left >= LEAST_S:
+            log, limit_s = out / "logs" / f"{number:02d}.txt", min(case.limit_s, left)
+            figures = measured_apart(case, sizes[case.size], log, limit_s)
+        row = {"name": case.name, "group": case.group, "size": case.size, "kind": case.kind} | figures
+        result["results"].append(row)
+        result["seconds"] = round(time.monotonic() - begun, 1)
+        write_json(out / "gpu.json", result)
+        (out / "gpu.md").write_text(markdown(result) + "\n", encoding="utf-8")
+        print(f"{result['seconds']:6.0f} s  {case.size:5} {case.name}: {outcome(row)}", file=sys.stderr, flush=True)
     return result
 
 
@@ -207,48 +164,6 @@ def commit() -> str | None:
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
     )
     return described.stdout.strip() or None
-
-
-# --- without a GPU ------------------------------------------------------------------------------------------------
-
-
-def print_plan(chosen: Sequence[Case], sizes: dict[str, Size]) -> None:
-    """What would be measured, and the sizes that are expected on one GPU."""
-    turn_down_libraries()
-    print("No GPU is seen here: nothing is measured. On one, these cases would be, each in a process of its own:\n")
-    rows = [["size", "case", "GB at the peak", "GFLOP a token", "what it is"]]
-    with TemporaryDirectory() as folder:
-        for case in chosen:
-            rows.append(
-                [
-                    case.size if case.kind not in ("card", "tests") else "",
-                    case.name,
-                    *expected(case, sizes[case.size], Path(folder)),
-                ]
-            )
-    print("\n".join(aligned(rows, left=(0, 1, 4))))
-
-
-def expected(case: Case, size: Size, folder: Path) -> tuple[str, str, str]:
-    """Peak, operations of a token without what is computed again, and a word on what is measured."""
-    if case.kind != "shoal":
-        words = {
-            "card": "card, driver, versions, speed of a matrix product",
-            "gkd": "TRL's GKDTrainer",
-            "distillation": "TRL's DistillationTrainer",
-            "sweep": "all layers at once, beside cut models one after the other",
-            "tests": "tests of this repository",
-        }
-        return "", "", words[case.kind]
-    where = torch.device("cpu" if case.on_cpu else "cuda:0")
-    try:
-        _, spec = spec_of(case, size, folder, Ranks(1, 1, where))
-        told = job(spec)
-    except UserError as error:
-        return "", "", f"not here: {error}"
-    operations = flops(told, rows_of(case, size), again=False)
-    split = f"{size.accumulation} x {size.rows} x {size.length} tokens a step"
-    return f"{told.memory.peak / 1e9:.1f}", f"{operations / 1e9:.3g}", split
 
 
 if __name__ == "__main__":

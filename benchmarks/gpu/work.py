@@ -1,5 +1,5 @@
 """How a case of `make gpu` is measured, in a process of its own: shoal's trainer as `shoal distill` puts it together,
-TRL's trainers, the generation sweep, and the tests marked gpu."""
+and TRL's."""
 
 from __future__ import annotations
 
@@ -9,36 +9,33 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import import_utils
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
 
 from benchmarks.gpu.cases import Case, Size, recipe_of
-from benchmarks.side_by_side import Clock, timed, write_byte_tokenizer
+from benchmarks.side_by_side import Clock, write_byte_tokenizer
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.surgery.narrow_config import student_config
-from shoal.compress.variants.variant_generation import Limits, generate_variants
-from shoal.compress.variants.variants import Edited, layerwise_or_none, without
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.inference.decoder import Decoder
 from shoal.launch.verbs.run import Run, open_run
 from shoal.machine import available_memory, device_memory, device_name, peak_memory
-from shoal.models.anatomy import decoder_layers
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
 from shoal.numerics import flops_per_second
 from shoal.recipe.recipe import parse_recipe
@@ -57,8 +54,6 @@ from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = 512
 """Mean length of a document in rows that hold several, in tokens."""
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 128, 24
-"""Of the generation sweep."""
 OPTIONAL = ("triton", "flash_attn", "flash_attn_3", "kernels", "liger_kernel", "bitsandbytes", "vllm")
 """Packages that make something faster or possible."""
 
@@ -117,9 +112,6 @@ def writable(module: nn.Module) -> Iterator[None]:
 def here() -> torch.device:
     """The device of this process."""
     return device()
-
-
-# --- what is trained ----------------------------------------------------------------------------------------------
 
 
 def write_config(config: PreTrainedConfig, folder: Path) -> Path:
@@ -187,9 +179,6 @@ def flops(size: Job, rows: PackedRows, *, again: bool) -> float:
     return none + seen * (whole - none)
 
 
-# --- steps --------------------------------------------------------------------------------------------------------
-
-
 def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Steps of the training of ``case``."""
     set_up_distributed(timeout_s=600)
@@ -227,10 +216,16 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
-    """Steps of one of TRL's trainers on the same rows, models and optimizer, without DeepSpeed."""
-    from benchmarks.gpu import trl_trainers
+class OnRows(DistillationTrainer):
+    """TRL's DistillationTrainer with beta 0, forward KL. It learns from what the student writes; here it is handed the
+    rows as if the student had written all but their first token, so that no writing is in its time."""
 
+    def _generate(self, prompts: list[list[int]]) -> Any:
+        return [row[:1] for row in prompts], [row[1:] for row in prompts], None, None, []
+
+
+def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
+    """Steps of TRL's trainer on the same rows, models and optimizer, without DeepSpeed."""
     if case.trl.get("liger") and importlib.util.find_spec("liger_kernel") is None:
         raise UserError("liger-kernel is not installed")
     attention = flash_name()
@@ -241,12 +236,11 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     teacher = RandomCheckpoint(folder / "teacher", size.config, load, tuple(range(size.layers)), **own).model()
     config = student_config(size.config, keep)
     student = RandomCheckpoint(folder, config, load, keep, **own).model(dtype=case.trl.get("weights", "float32"))
-    rows_at_once = 1 if case.trl.get("one_row") else size.rows
     settings = {
         "output_dir": str(folder / "trainer"),
         "max_steps": case.steps,
-        "per_device_train_batch_size": rows_at_once,
-        "gradient_accumulation_steps": size.rows * size.accumulation // rows_at_once,
+        "per_device_train_batch_size": size.rows,
+        "gradient_accumulation_steps": size.accumulation,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "bf16": True,
@@ -261,9 +255,12 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     }
     if case.trl.get("liger"):
         settings |= {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
-    make = getattr(trl_trainers, case.kind)
-    trainer = make(
-        student, teacher.requires_grad_(False), rows_of(case, size), load_tokenizer(folder / "teacher"), settings
+    trainer = OnRows(
+        student,
+        teacher.requires_grad_(False),
+        DistillationConfig(**settings, beta=0.0, temperature=1.0, shuffle_dataset=False),
+        train_dataset=Dataset.from_dict({"prompt": rows_of(case, size).input_ids_NS.tolist()}),
+        processing_class=load_tokenizer(folder / "teacher"),
     )
     clock = Clock(seconds=case.steps_s)
     trainer.add_callback(clock)
@@ -300,70 +297,6 @@ def memory_figures() -> dict[str, int]:
     }
 
 
-# --- the rest -----------------------------------------------------------------------------------------------------
-
-
-def sweep(case: Case, size: Size, folder: Path) -> dict[str, Any]:
-    """Greedy text without each layer, all together and one cut model after the other with transformers' generate."""
-    load = LoadSettings("bfloat16", "sdpa")
-    layers = tuple(range(size.layers))
-    model = RandomCheckpoint(folder, size.config, load, layers, on_host=size.same_everywhere).model()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(257, size.vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator)
-    edited, decoder, prompts = Edited(model), Decoder(model), drawn.tolist()
-    limits = Limits(NEW_TOKENS, lambda tokens: False)
-    numbers = range(len(decoder_layers(model)))
-    layerwise_or_none(model)  # proven once, before anything is timed
-
-    def together(chosen: Iterable[int] = numbers) -> Any:
-        variants = [without([layer]) for layer in chosen]
-        return generate_variants(edited, decoder, prompts, variants, limits, batch_size=PROMPTS)
-
-    @torch.no_grad()
-    def one_by_one(chosen: Iterable[int] = numbers) -> Any:
-        ids = drawn.to(model.device)
-        return [
-            cut_model(model, (layer,), share=True).generate(  # pyright: ignore[reportCallIssue]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )[:, PROMPT_TOKENS:]
-            for layer in chosen
-        ]
-
-    for way in (together, one_by_one):  # libraries choose their kernels
-        way([0])
-    own_s, _, own = timed(together)
-    loop_s, _, loop = timed(one_by_one)
-    equal = sum(
-        a == b for texts, others in zip(own, loop, strict=True) for a, b in zip(texts, others.tolist(), strict=True)
-    )
-    return {
-        "seconds": own_s,
-        "loop_seconds": loop_s,
-        "times_faster": loop_s / own_s,
-        "equal_texts": f"{equal} of {PROMPTS * len(numbers)}",
-        **memory_figures(),
-    }
-
-
-def run_tests(case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
-    """The tests of the repository that need an accelerator."""
-    # reading all files of tests takes longer than these tests
-    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", *files]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=case.limit_s - 5)
-    except subprocess.TimeoutExpired as late:
-        raise NotMeasured(f"the tests were not done after {late.timeout:.0f} s") from late
-    lines = done.stdout.strip().splitlines()
-    print(done.stdout, done.stderr, sep="\n")
-    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    return {"exit_code": done.returncode, "summary": lines[-1] if lines else "", "told": told}
-
-
 def card(_case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
     """What is measured on."""
     where, facts = here(), dict(environment())
@@ -393,10 +326,7 @@ def driver() -> str | None:
 KINDS: dict[str, Callable[[Case, Size, Path], dict[str, Any]]] = {
     "card": card,
     "shoal": shoal_step,
-    "gkd": trl_step,
-    "distillation": trl_step,
-    "sweep": sweep,
-    "tests": run_tests,
+    "trl": trl_step,
 }
 
 
