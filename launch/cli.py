@@ -263,7 +263,6 @@ def _delta(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the table of several runs, and write it with its figure."""
     from shoal.eval.compare.compare import compare_runs
-    from shoal.eval.compare.data import write_json_file
     from shoal.eval.compare.page import comparison_text, write_comparison
     from shoal.models.checkpoint_files import names_model
 
@@ -276,8 +275,6 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare_runs(folders, across_teachers=arguments.across_teachers)
     _print(comparison_text(comparison))
     write_comparison(comparison, out)
-    if arguments.json is not None:
-        write_json_file(comparison, Path(arguments.json).expanduser())
 
 
 def _run_each(arguments: argparse.Namespace) -> None:
@@ -452,7 +449,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help=f"{told}; two or more")
     compare.add_argument("--out", metavar="DIR", default="compare", help="where pages and figure go (default: compare)")
-    compare.add_argument("--json", metavar="FILE", help="also write every number to FILE")
     compare.add_argument("--across-teachers", action="store_true", help="compare runs of different models too")
     lab = add_verb(verbs, "lab", LAB, "NAME runs/mine")
     lab.set_defaults(work=_printing(lambda known: importlib.import_module("shoal.lab.command").lab(known.words)))

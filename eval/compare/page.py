@@ -9,12 +9,12 @@ from dataclasses import astuple
 from pathlib import Path
 
 from shoal.artifacts.evaluation import MODEL, Interval
-from shoal.atomic_files import make_folder, write_text
+from shoal.atomic_files import make_folder, write_json, write_text
 from shoal.figures.style import clean
-from shoal.formatting import aligned, bytes_text, count_text, interval_text, listed, signed
+from shoal.formatting import aligned, bytes_text, count_text, interval_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
-from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
+from ..report.document import Block, Document, Picture, Section, Table, to_markdown
 from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from ..report.page import to_html
 from ..report.wording import (
@@ -29,18 +29,14 @@ from ..report.wording import (
 )
 from .comparable import dtype_of
 from .compare import COMPARED, Cell, Model, RunComparison, same_models
-from .data import write_json_file
+from .data import as_data
 from .figure import draw, no_figure
 from .standings import CONTROLLED, Groups, controls, standings, task_groups
 
 log = logging.getLogger(__name__)
 
 NAME = "compare"
-IN_TERMINAL = (0, 1, 2, 3, 5, 7)
-"""Columns of a task's table that fit into a terminal."""
-COSTS_SHOWN = ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
-FIRST_COSTS = 2
-"""Number of cost columns before the scores: the model's name and its parameters."""
+COSTS = ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
 
 
 def write_comparison(comparison: RunComparison, folder: Path) -> Path:
@@ -50,9 +46,8 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
         UserError: the folder cannot be written.
     """
     make_folder(folder, setting="--out")
-    figure = draw(comparison, folder)
-    document = build_document(comparison, figure)
-    write_json_file(comparison, folder / f"{NAME}.json")
+    document = build_document(comparison, draw(comparison, folder))
+    write_json(folder / f"{NAME}.json", as_data(comparison), setting="--out")
     write_text(folder / f"{NAME}.md", to_markdown(document))
     path = folder / f"{NAME}.html"
     write_text(path, to_html(document))
@@ -60,43 +55,38 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
     return path
 
 
-def build_document(comparison: RunComparison, figure: Picture | None) -> Document:
-    """The page: what may be said, the table, the figure, every task with its tests, and what to know."""
-    warning = [Paragraph(comparison.precision, warning=True)] if comparison.precision else []
-    groups = task_groups(comparison)
+def build_document(comparison: RunComparison, figure: Picture | None = None) -> Document:
+    """The page: what may be said, where models stand, the figure, what to know, and every task with its tests."""
+    costs = Table("Models and their costs", COSTS, tuple(map(_cost_row, comparison.models)))
+    tables = (_task_table(comparison, index) for index in range(len(comparison.tasks)))
     sections = [
         Section("The runs", (_runs_table(comparison),)),
-        Section("What comes back", tuple(_standing_blocks(comparison, groups))),
-        Section("All models in one table", (*warning, _main_table(comparison), Paragraph(_legend(comparison)))),
-        Section("What is kept, at which cost", (figure,) if figure else (Paragraph(no_figure(comparison)),)),
-        Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
+        Section("What comes back", tuple(_standing_blocks(comparison, task_groups(comparison)))),
+        Section("What is kept, at which cost", (costs, _ABOUT_SPEED, figure or no_figure(comparison))),
+        Section("What to know before reading on", (tuple(_known(comparison)),)),
+        Section("Task by task", (_legend(comparison), *tables)),
+        Section("Versions and settings", (_versions_table(comparison),)),
     ]
-    if known := _known(comparison):
-        sections.insert(4, Section("What to know before reading on", (Bullets(tuple(known)),)))
-    sections.append(Section("Versions and settings", (_versions_table(comparison),)))
     names = listed(f"{c.letter} ({c.name})" for c in comparison.contenders)
     kinds = "runs and models" if any(contender.is_model for contender in comparison.contenders) else "runs"
-    return Document(
-        f"{len(comparison.contenders)} {kinds} compared: {names}", tuple(verdicts(comparison)), tuple(sections)
-    )
+    title = f"{len(comparison.contenders)} {kinds} compared: {names}"
+    return Document(title, tuple(verdicts(comparison)), tuple(section for section in sections if any(section.blocks)))
 
 
 def comparison_text(comparison: RunComparison) -> str:
-    """The table for a terminal: sizes and costs, then every task below the other, with intervals."""
-    parts = ["\n".join(_run_lines(comparison))]
-    parts += [comparison.precision] if comparison.precision else []
-    for block in _standing_blocks(comparison, task_groups(comparison)):
-        is_table = isinstance(block, Table)
-        parts.append(f"{block.caption}\n{_aligned([block.columns, *block.rows])}" if is_table else block.text)
-    parts.append(_aligned([COSTS_SHOWN, *map(_cost_row, comparison.models)]))
-    for index in range(len(comparison.tasks)):
-        table = _task_table(comparison, index)
-        narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
-        parts.append(f"{table.caption}\n{_aligned(narrow)}")
-    parts.append("\n".join(verdicts(comparison)))
-    known = _known(comparison)
-    parts += ["\n".join(f"- {line}" for line in known)] if known else []
+    """The page for a terminal, without its figure and the versions."""
+    document = build_document(comparison)
+    blocks = [block for section in document.sections[:-1] for block in section.blocks]
+    parts = [*map(_in_terminal, filter(None, blocks)), "\n".join(document.headline)]
     return clean("\n\n".join(parts))  # no name may steer the terminal
+
+
+def _in_terminal(block: Block) -> str:
+    if isinstance(block, Table):
+        cells = [[" ".join(cell.split()) for cell in row] for row in (block.columns, *block.rows)]
+        told = [column for column in zip(*cells, strict=True) if any(cell != DASH for cell in column[1:])]
+        return "\n".join([block.caption, *aligned(list(zip(*told, strict=True)))])
+    return block if isinstance(block, str) else "\n".join(f"- {line}" for line in block)
 
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:
@@ -173,13 +163,7 @@ def _runs_table(comparison: RunComparison) -> Table:
     return Table("The runs and their cuts", columns, tuple(rows), frozenset(range(len(columns))))
 
 
-def _run_lines(comparison: RunComparison) -> Iterator[str]:
-    for contender in comparison.contenders:
-        cut = f": {contender.run.plan.in_words()}" if contender.run.plan else ": a checkpoint" * contender.is_model
-        yield f"{contender.letter} = {contender.name}{cut}"
-
-
-def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Table | Paragraph]:
+def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Table | str]:
     """What every model keeps by column, how that is to be read, and what the controls tell."""
     if not groups.tasks:
         return
@@ -197,7 +181,7 @@ def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Tabl
     columns += [f"Against {first}"] if compared else []
     columns += [*groups.tasks, *(["Form gap"] if formed else [])]
     yield Table("Kept of the teacher, those that keep the most first", tuple(columns), tuple(rows))
-    yield Paragraph(" ".join(_how_ranked(groups, formed=formed)))
+    yield " ".join(_how_ranked(groups, formed=formed))
     if told := controls(comparison, groups):
         rows = [
             (f"{letter}, {effect} ({after} − {before})", *map(_points_text, changes.values()))
@@ -238,17 +222,6 @@ def _points_text(change: Interval | None) -> str:
     return DASH if change is None else interval_text(astuple(change), "+.1f", " points", scale=100)
 
 
-def _main_table(comparison: RunComparison) -> Table:
-    """Rows are models, columns every task and the costs; a phone shows the first ones."""
-    titles = [_task_title(comparison, index) for index in range(len(comparison.tasks))]
-    rows = []
-    for model in comparison.models:
-        cost = _cost_row(model)
-        rows.append((*cost[:FIRST_COSTS], *map(_cell_text, model.cells), *cost[FIRST_COSTS:]))
-    columns = (*COSTS_SHOWN[:FIRST_COSTS], *titles, *COSTS_SHOWN[FIRST_COSTS:])
-    return Table("Models, their scores and their costs", columns, tuple(rows))
-
-
 def _cost_row(model: Model) -> tuple[str, ...]:
     evaluation, run = model.evaluation, model.contender.run
     training = run.training if model.role == "distilled" else None
@@ -265,22 +238,10 @@ def _model_name(model: Model) -> str:
     return model.role if model.role == "teacher" else f"{model.contender.letter} {model.role}"
 
 
-def _cell_text(cell: Cell) -> str:
-    """`48.3 % [36.2, 60.7], kept 33 %, +15.0 (p 0.310)`."""
-    parts = [score_text(cell.score)]
-    if cell.kept and (value := cell.kept.value) is not None:  # what is more than the teacher has is no share of it
-        parts.append("more than the teacher" if value > 1 else f"kept {100 * value:.0f} %".replace("-", "−"))
-    if cell.difference:
-        share = is_share(cell.score)
-        amount = signed((100 if share else 1) * cell.difference.difference, 1 if share else 3)
-        parts.append(f"{amount} (p {p_text(cell.adjusted_p)})")
-    return ", ".join(parts)
-
-
 def _task_table(comparison: RunComparison, index: int) -> Table:
     """One task: every model's score, what it keeps, and its difference to the first run with the test behind it."""
     task, first = comparison.tasks[index], comparison.contenders[0]
-    columns = ("Model", "Score", "Kept", f"Against {first.letter}", "p", "p (Holm)", "Won / lost", "Would show from")
+    columns = ("Model", "Score", "Kept", f"Against {first.letter}", "p (Holm)", "Would show from")
     rows = [_task_row(comparison, model, index) for model in comparison.models]
     direction = "" if task.higher_is_better else ", lower is better"
     about = f"version {task.version}, {task.num_fewshot} shots"
@@ -293,7 +254,7 @@ def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str,
     cell = model.cells[index]
     row = (_model_name(model), score_text(cell.score), retention_text(cell.kept))
     if cell.difference is None:
-        return (*row, _no_difference(comparison, model), *[DASH] * 4)
+        return (*row, _no_difference(comparison, model), DASH, DASH)
     first = next(
         other
         for other in comparison.models
@@ -304,9 +265,7 @@ def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str,
     return (
         *row,
         difference_text(cell.difference, cell.score),
-        p_text(cell.difference.p_value),
         p_text(cell.adjusted_p),
-        f"{cell.difference.won} / {cell.difference.lost}",
         _least_text(least, share=share),
     )
 
@@ -329,26 +288,27 @@ def _task_title(comparison: RunComparison, index: int) -> str:
     return ", ".join(score_words(comparison.tasks[index]))
 
 
+_ABOUT_SPEED = (
+    "Decoding in brackets is relative to the teacher that took turns with it; then the smallest and largest ratio of a "
+    "round."
+)
+
+
 def _legend(comparison: RunComparison) -> str:
     first = comparison.contenders[0].letter
-    beside = (
-        "; a checkpoint stands against the last model of a run"
-        if any(contender.is_model for contender in comparison.contenders)
-        else ""
-    )
+    beside = "; a checkpoint stands against the last model of a run"
     return (
         "Each score has its 95 % interval in brackets. “Kept” is the share of the teacher's score above chance: 100 % "
         "is the teacher, 0 % guessing. Then the difference to the model of the same role in run "
-        f"{first}{beside}, over the same items, in points or in the metric's own unit, with its p-value corrected over "
-        "the whole table; intervals and tests are in “Task by task”, and what true difference so many items would show "
-        "four times out of five. Decoding in brackets is relative to the teacher that took turns with it; "
-        "then the smallest and largest ratio of one round."
+        f"{first}{beside if any(contender.is_model for contender in comparison.contenders) else ''}, over the same "
+        "items, with its p-value corrected over all differences, and what true difference so many items would show "
+        "four times out of five."
     )
 
 
 def _known(comparison: RunComparison) -> list[str]:
     """What a reader has to know before the numbers mean anything."""
-    lines = list(comparison.left_out)
+    lines = [*([comparison.precision] if comparison.precision else []), *comparison.left_out]
     for group in same_models(comparison):
         letters = listed(model.contender.letter for model in group)
         lines.append(f"The {group[0].role} models of {letters} are one and the same: their weights are equal.")
@@ -373,10 +333,3 @@ def _versions_table(comparison: RunComparison) -> Table:
     columns = ("What", *(c.letter for c in comparison.contenders))
     rows = tuple((field.replace("_", " "), *row) for field, row in values)
     return Table("Versions and settings of the evaluations", columns, rows, frozenset(range(len(columns))), folded=True)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns for a terminal; those that say nothing are left out."""
-    cells = [[" ".join(cell.split()) for cell in row] for row in rows]
-    told = [column for column in zip(*cells, strict=True) if any(cell != DASH for cell in column[1:])]
-    return "\n".join(aligned(list(zip(*told, strict=True))))

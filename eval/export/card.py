@@ -19,7 +19,7 @@ from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
 from ..report.cautions import cautions_section
-from ..report.document import Block, Bullets, Code, Paragraph, block_markdown, inline
+from ..report.document import block_markdown, inline, prose
 from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
@@ -64,9 +64,7 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     run = replace(run, recipe=_public(redacted(run.recipe)))
     comparison = compare(run)
     metadata = _metadata(run, comparison, base, terms, datasets)
-    body = "\n\n".join(
-        block if isinstance(block, str) else block_markdown(block) for block in _body(run, comparison, base, terms)
-    )
+    body = "\n\n".join(_body(run, comparison, base, terms))
     card = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
     for path in paths:  # sources and tasks are called by their paths in results too
         alone = rf"(?<![\w./-]){re.escape(path)}(?![\w-])"  # /data is no part of org/data-8b, nor of .../data
@@ -165,33 +163,33 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
     )
 
 
-def _body(run: Run, comparison: Comparison, base: str | None, terms: License) -> list[Block | str]:
+def _body(run: Run, comparison: Comparison, base: str | None, terms: License) -> list[str]:
     assert run.plan is not None
-    parts: list[Block | str] = [f"# {inline(_name(run, base))}"]
-    first, *others = (Paragraph(sentence) for sentence in headline(run, comparison))
+    parts: list[str] = [f"# {inline(_name(run, base))}"]
+    first, *others = (prose(sentence) for sentence in headline(run, comparison))
     lines = board(run, comparison)
-    parts += [first, *([lines] if lines else []), *others]
+    parts += [first, *([block_markdown(lines.table)] if lines else []), *others]
     if comparison.rows:
         parts += ["## Before and after", *_results(run, comparison)]
-        parts += ["## Read with care", *cautions_section(run, comparison).blocks]
+        parts += ["## Read with care", *map(block_markdown, cautions_section(run, comparison).blocks)]
     changed = "cut" if _is_smaller(run) else "changed"
     parts += [f"## What was {changed}", *_cut_lines(run, base), *_picture(run, "importance")]
     if run.training:
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:
-        parts += ["## Speed and size", *speed_section(run).blocks]
+        parts += ["## Speed and size", *map(block_markdown, speed_section(run).blocks)]
     automatic = "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM"
     usage = _USAGE.format(path=_repo(run) or ".", automatic=automatic)
-    parts += ["## How to use it", Code(usage, "python")]
-    parts += ["## Intended use", Paragraph(_intended(run)), "## Limits", _limits(run, comparison)]
-    parts += ["## License", Paragraph(_license_sentence(run, terms, base))]
+    parts += ["## How to use it", f"```python\n{usage.rstrip()}\n```"]
+    parts += ["## Intended use", prose(_intended(run)), "## Limits", _limits(run, comparison)]
+    parts += ["## License", prose(_license_sentence(run, terms, base))]
     if run.recipe:
         text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
-        parts += ["## Recipe", Paragraph("Made with shoal; this recipe makes it again."), Code(text, "yaml")]
+        parts += ["## Recipe", prose("Made with shoal; this recipe makes it again."), f"```yaml\n{text.rstrip()}\n```"]
     return parts
 
 
-def _cut_lines(run: Run, base: str | None) -> list[Block]:
+def _cut_lines(run: Run, base: str | None) -> list[str]:
     assert run.plan is not None
     lines = [f"Base model: {base or 'a local checkpoint'}, {run.plan.num_layers} decoder layers"]
     if run.plan.drop:
@@ -209,10 +207,10 @@ def _cut_lines(run: Run, base: str | None) -> list[Block]:
             "acceptance of their tokens has to be measured in vLLM"
         )
     lines.append(f"How they were chosen: {run.plan.reason}")
-    return [Bullets(tuple(lines))]
+    return [block_markdown(tuple(lines))]
 
 
-def _training_lines(run: Run) -> Bullets:
+def _training_lines(run: Run) -> str:
     assert run.training is not None
     training, distill = run.training, (run.recipe or {}).get("distill") or {}
     how = "Distilled from the base model on" if _asked_teacher(run) else "Trained without a teacher on"
@@ -227,25 +225,25 @@ def _training_lines(run: Run) -> Bullets:
     versions = [f"{name} {environment[name]}" for name in ("shoal", "torch", "transformers") if name in environment]
     if versions:
         lines.append(f"Versions: {listed(versions)}")
-    return Bullets(tuple(lines))
+    return block_markdown(tuple(lines))
 
 
-def _results(run: Run, comparison: Comparison) -> list[Block | str]:
+def _results(run: Run, comparison: Comparison) -> list[str]:
     inside = [row for row in comparison.rows if row.column == "in"]
     outside = [row for row in comparison.rows if row.column != "in"]
-    parts: list[Block | str] = [*_picture(run, "before_after")]
-    parts += [score_table(run, outside)] if outside else []
+    parts: list[str] = [*_picture(run, "before_after")]
+    parts += [block_markdown(score_table(run, outside))] if outside else []
     if inside:
-        parts += [f"### {TRAINED_FORM.capitalize()}", Paragraph(_TRAINED_FORM), score_table(run, inside)]
+        parts += [f"### {TRAINED_FORM.capitalize()}", prose(_TRAINED_FORM), block_markdown(score_table(run, inside))]
     for pair in SHOWN_DIFFERENCES:
         if any(pair in row.differences for row in comparison.rows):
-            parts.append(difference_table([*outside, *inside], *pair, DIFFERENCES[pair]))
+            parts.append(block_markdown(difference_table([*outside, *inside], *pair, DIFFERENCES[pair])))
     if form := form_section(comparison):
-        parts += [f"### {form.title}", *form.blocks]
+        parts += [f"### {form.title}", *map(block_markdown, form.blocks)]
     parts += _picture(run, "levels")
     silent = no_signal_section(comparison)
     if silent:
-        parts += ["### No signal here", *silent.blocks]
+        parts += ["### No signal here", *map(block_markdown, silent.blocks)]
     return parts
 
 
@@ -268,7 +266,7 @@ def _intended(run: Run) -> str:
     )
 
 
-def _limits(run: Run, comparison: Comparison) -> Bullets:
+def _limits(run: Run, comparison: Comparison) -> str:
     lines = [
         "It has the biases and gaps of its base model, and those that its changes add.",
         "Only the abilities in the table were measured. What is not in it, longer texts, other languages, safety "
@@ -280,7 +278,7 @@ def _limits(run: Run, comparison: Comparison) -> Bullets:
         lines.append("Nothing was evaluated before this card was written.")
     if run.training is None:
         lines.append("It was not trained after the cut.")
-    return Bullets(tuple(lines))
+    return block_markdown(tuple(lines))
 
 
 def _license_sentence(run: Run, terms: License, base: str | None) -> str:

@@ -16,7 +16,7 @@ from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
 from ..tasks.names import described_tasks, task_folders
-from .document import Caution, Cautions, Paragraph, Section
+from .document import Caution, Cautions, Section
 from .findings import FEW_ITEMS, PAIRS, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
 from .wording import kept_words, named_or_counted, score_words, task_names
@@ -59,7 +59,7 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         "items or the wording of twins and untrained abilities, a form that was learnt, too few items, tasks at "
         "chance, protocols that disagree, generated text without a readable answer."
     )
-    return Section(title, (Paragraph(text),))
+    return Section(title, ((text),))
 
 
 def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:

@@ -15,34 +15,21 @@ from shoal.redaction import redacted
 from shoal.task_words import task_words
 
 from .cautions import disjointness
-from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
+from .document import Block, Code, Picture, Section, Table
 from .findings import Run
 from .wording import DASH, score_words
 
 TERMS = (
-    ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
-    ("Teacher", "The intact model."),
-    ("Pruned", "The teacher without the cut layers, before any training."),
-    ("Distilled", "The pruned model after it was trained to predict what the teacher predicts."),
-    ("Control", "The uncut teacher after the same training as the cut model: what it learnt, the text teaches."),
-    ("Trained form", "Wording and carrier of questions that training text may have; the items are others."),
-    ("Twin form", "The items of the trained form in wordings and carriers that no training text has."),
-    ("Form gap", "The score in the trained form minus that of the same items in the twin form."),
-    ("Importance", "How much a layer changes what passes through it. Higher means: keep."),
-    ("Block influence", "One minus the cosine similarity between what enters a layer and what leaves it."),
-    (
-        "Angular distance",
-        "The angle between what enters a run of layers and what leaves it, from 0 (same) to 1 (opposite).",
-    ),
-    ("Chance", "The score that guessing reaches."),
-    ("pass@k", "The chance that at least one of k texts is right that the model draws for an item."),
-    ("Demoted, gone", "An answer that greedy text lost: some of the drawn texts still have it, or none has."),
-    ("Retention", "The share of the teacher's score above chance that is kept."),
-    (
-        "Nats and perplexity",
-        "Nats per token say how badly text is predicted; perplexity is exp(nats). Lower is better.",
-    ),
-    ("Paired difference", "The change between two models over the same items, which takes out the luck of the draw."),
+    "Decoder layer: one of the equal blocks (attention and MLP) that a language model stacks; counted from 0.",
+    "Teacher: the intact model. Pruned: the teacher without the cut layers, before any training. Distilled: the pruned "
+    "model after it was trained to predict what the teacher predicts.",
+    "Control: the uncut teacher after the same training as the cut model: what it learnt, the text teaches.",
+    "Trained form: wording and carrier of questions that training text may have; the items are others. Twin form: the "
+    "same items in wordings and carriers that no training text has. Form gap: the former score minus the latter.",
+    "Importance: how much a layer changes what passes through it. Higher means: keep.",
+    "Chance: the score that guessing reaches. Retention: the share of the teacher's score above chance that is kept.",
+    "Nats per token say how badly text is predicted; perplexity is exp(nats). Lower is better.",
+    "Paired difference: the change between two models over the same items, which takes out the luck of the draw.",
 )
 
 
@@ -50,18 +37,18 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
     """Which layers were dropped, why, and the figures of what layers are worth."""
     blocks: list[Block] = []
     if run.plan is None:
-        blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
+        blocks.append("No plan has been made yet: `shoal prune` fills this section.")
     else:
         drop = run.plan.drop
         if drop:
-            blocks.append(Paragraph(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}."))
+            blocks.append(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}.")
         if run.plan.edits:
-            blocks.append(Paragraph(f"Edited: {listed(map(in_words, run.plan.edits))}."))
+            blocks.append(f"Edited: {listed(map(in_words, run.plan.edits))}.")
         if run.plan.width is not None:
-            blocks.append(Paragraph(f"Narrowed: {run.plan.width.in_words()} stay."))
-        blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
+            blocks.append(f"Narrowed: {run.plan.width.in_words()} stay.")
+        blocks.append(f"How they were chosen: {run.plan.reason}")
     if run.importance is None:
-        blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))
+        blocks.append("Importance was not measured in this run, so there is no figure of it.")
         return Section("Which layers were cut, and why", tuple(blocks))
     blocks += pictures
     if run.importance.layers:
@@ -85,10 +72,10 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
     """Loss curves, text and cost of the distillation."""
     training = run.training
     if training is None:
-        return Section("Training", (Paragraph("The cut model was not distilled in this run."),))
+        return Section("Training", (("The cut model was not distilled in this run."),))
     rate = training.num_tokens / training.seconds if training.seconds > 0 else 0.0
     blocks: list[Block] = [
-        Paragraph(
+        (
             f"{training.num_steps:,} optimizer steps over {training.num_tokens:,} tokens in "
             f"{duration_text(training.seconds)} ({rate:,.0f} tokens/s); peak memory "
             f"{bytes_text(training.peak_memory_bytes)} in the largest process."
@@ -97,7 +84,7 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
     blocks += pictures
     blocks += _data_blocks(training.data)
     if kept_apart := disjointness(run):
-        blocks.append(Paragraph(kept_apart))
+        blocks.append(kept_apart)
     return Section("Training", tuple(blocks))
 
 
@@ -120,14 +107,14 @@ def costs_section(run: Run) -> Section | None:
 
 def terms_section() -> Section:
     """The words of the report, a sentence each."""
-    return Section("Words used here", (Terms(TERMS),))
+    return Section("Words used here", (TERMS,))
 
 
 def settings_section(run: Run) -> Section:
     """The exact recipe, secrets hidden, and the versions it ran with."""
-    blocks: list[Block] = [Paragraph(told) for told in [precision_text(run.numerics)] if told]
+    blocks: list[Block] = [(told) for told in [precision_text(run.numerics)] if told]
     if run.recipe is None:
-        blocks.append(Paragraph("run.json, which holds the recipe, is not in the run directory."))
+        blocks.append("run.json, which holds the recipe, is not in the run directory.")
     else:
         text = yaml.safe_dump(redacted(run.recipe), sort_keys=False, allow_unicode=True, width=100)
         blocks.append(Code(text, "yaml", "The recipe, with every default filled in"))
@@ -162,7 +149,7 @@ def reproduce_section(run: Run) -> Section:
         "Each stage prints its progress; the new report lies in NEW_FOLDER/report.html.",
         "On another machine or other versions the last digits of the scores may differ; the intervals should overlap.",
     ]
-    return Section("How to repeat this", (Bullets(tuple(lines)),))
+    return Section("How to repeat this", ((tuple(lines)),))
 
 
 def missing_section(run: Run) -> Section | None:
@@ -170,9 +157,7 @@ def missing_section(run: Run) -> Section | None:
     absent = tuple(f"{name} (shoal {verb})" for (name, verb), artifact in _results(run).items() if artifact is None)
     if not absent:
         return None
-    return Section(
-        "Not in this report", (Paragraph("These results do not exist in the run directory:"), Bullets(absent))
-    )
+    return Section("Not in this report", (("These results do not exist in the run directory:"), (absent)))
 
 
 def _results(run: Run) -> dict[tuple[str, str], Artifact | None]:
@@ -216,7 +201,7 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
         )
     others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
     if others:
-        blocks.append(Bullets(others))
+        blocks.append(others)
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""What a report consists of, apart from how it looks: sections of blocks.
+"""What a report or a comparison consists of, apart from how it looks: sections of blocks.
 
 page.py turns them into HTML and this file into Markdown: from one list of blocks, so the two cannot disagree. Every
 string is plain text that may hold anything a model wrote; each output escapes it at the one place where it is written.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from shoal.figures.style import clean, inline_svg, save_figure
 
@@ -19,40 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ESCAPES = {"://": ":&#47;/"}  # a bare address would become a link on GitHub
-T = TypeVar("T")
 MOST_STACKED = 12
 """Columns up to which a row stays together on a phone; one of more is for comparing down its columns."""
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Running text."""
-
-    text: str
-    warning: bool = False
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """An unordered list."""
-
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A few figures to take in at a glance."""
-
-    items: tuple[tuple[str, str], ...]
-    """Value and label of each."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """A list of terms with their explanations."""
-
-    items: tuple[tuple[str, str], ...]
-    """Term and meaning of each."""
+CAUTIONS_SHOWN = 3
+"""Cautions on a page before the rest is folded."""
+FLIPS_IN_MARKDOWN = 8
+"""Items per task and direction: a Markdown table cannot be searched or folded."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +48,10 @@ class Table:
         return 4 <= len(self.columns) <= MOST_STACKED
 
     @property
-    def grouped_rows(self) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
-        """Every heading with its rows; one without text where there are no headings."""
-        return _grouped(self.rows, self.groups)
-
-
-def _grouped(lines: Sequence[T], groups: Sequence[tuple[str, int]]) -> tuple[tuple[str, tuple[T, ...]], ...]:
-    left = iter(lines)
-    return tuple((text, tuple(next(left) for _ in range(count))) for text, count in groups or (("", len(lines)),))
+    def headings(self) -> dict[int, str]:
+        """Headings by the row that they stand above."""
+        places = [sum(count for _, count in self.groups[:index]) for index in range(len(self.groups))]
+        return {place: text for place, (text, _) in zip(places, self.groups, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -120,22 +87,11 @@ def picture(folder: Path, file: str, figure: Figure, title: str, description: st
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be copied as it is."""
+    """Text to be copied as it is, folded under a line that says what it is."""
 
     text: str
     language: str
-    summary: str | None = None
-    """Line under which the text is folded; None = open."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one model stands on a scale from 0 to 1, with its 95 % interval."""
-
-    role: str
-    at: float
-    low: float
-    high: float
+    summary: str
 
 
 @dataclass(frozen=True)
@@ -148,11 +104,11 @@ class BoardLine:
     identifier: str
     scores: tuple[str, ...]
     """Score with its interval, one per role of the board."""
-    changes: tuple[tuple[str, str], ...]
-    """Change with its interval and `better`, `worse` or `unclear`, one per pair of roles."""
-    places: tuple[Place, ...] = ()
-    """Places between 0 and 100 %; () = the score is no share."""
-    chance: float | None = None
+    changes: tuple[str, ...]
+    """Change with its interval, one per pair of roles."""
+    places: tuple[tuple[str, float, float, float], ...] = ()
+    """Role, score and ends of the 95 % interval, from 0 to 1; () = the score is no share."""
+    chance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,22 +121,14 @@ class Board:
     """Name of each change: `lost by the cut`."""
     lines: tuple[BoardLine, ...]
     groups: tuple[tuple[str, int], ...] = ()
-    """Headings over runs of lines: text and number of lines; () = no headings."""
+    """Headings over runs of lines, as those of a table."""
 
     @property
-    def grouped_lines(self) -> tuple[tuple[str, tuple[BoardLine, ...]], ...]:
-        """Every heading with its lines; one without text where there are no headings."""
-        return _grouped(self.lines, self.groups)
-
-    def as_table(self) -> Table:
+    def table(self) -> Table:
         """The same without its scale, for readers of plain text."""
-        rows = tuple(
-            (", ".join(filter(None, (line.task, line.unit))), *line.scores, *(text for text, _ in line.changes))
-            for line in self.lines
-        )
-        titles = tuple(line.identifier for line in self.lines)
+        rows = tuple((", ".join(filter(None, (own.task, own.unit))), *own.scores, *own.changes) for own in self.lines)
         heads = ("Ability", *(role.capitalize() for role in self.roles), *self.changes)
-        return Table(self.caption, heads, rows, groups=self.groups, row_titles=titles)
+        return Table(self.caption, heads, rows, groups=self.groups)
 
 
 @dataclass(frozen=True)
@@ -203,11 +151,6 @@ class Cautions:
     @property
     def shown(self) -> tuple[Caution, ...]:
         return self.items[:CAUTIONS_SHOWN]
-
-    @property
-    def more(self) -> int:
-        """Number of cautions that are not shown at once."""
-        return len(self.items) - len(self.shown)
 
     @property
     def folded(self) -> tuple[Caution, ...]:
@@ -250,30 +193,8 @@ class Flips:
         return text if len(self.items) == self.count else f"{text}, {len(self.items)} shown"
 
 
-@dataclass(frozen=True)
-class FlipBrowser:
-    """All changed items: one at a time with filters where scripts run, lists that fold everywhere."""
-
-    groups: tuple[Flips, ...]
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(group.task for group in self.groups))
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(group.change for group in self.groups))
-
-    @property
-    def shown(self) -> int:
-        return sum(len(group.items) for group in self.groups)
-
-
-Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Board | Cautions | FlipBrowser
-CAUTIONS_SHOWN = 3
-"""Cautions on a page before the rest is folded."""
-FLIPS_IN_MARKDOWN = 8
-"""Items per task and direction: a Markdown table cannot be searched or folded."""
+Block = str | tuple[str, ...] | Table | Picture | Code | Cautions | Flips
+"""A string is a paragraph, a tuple of strings a list."""
 
 
 @dataclass(frozen=True)
@@ -290,68 +211,63 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """The whole report, independent of HTML and Markdown."""
+    """The whole page, independent of HTML and Markdown."""
 
     title: str
     headline: tuple[str, ...]
     sections: tuple[Section, ...]
-    opening: tuple[Block, ...] = ()
-    """Blocks below the first sentence, before everything else."""
+    board: Board | None = None
+    """Table below the first sentence."""
+    facts: tuple[tuple[str, str], ...] = ()
+    """A few figures to take in at a glance, below the board: value and label of each."""
 
 
 def to_markdown(document: Document) -> str:
     """The document as GitHub-flavoured Markdown in which no text of a model or data set can act as markup."""
     first, *others = [inline(sentence) for sentence in document.headline] or [""]
-    parts = [f"# {inline(document.title)}", first, *map(block_markdown, document.opening), *others]
+    parts = [f"# {inline(document.title)}", first]
+    parts += [block_markdown(document.board.table)] if document.board else []
+    parts += ["\n".join(f"- **{inline(value)}** {inline(label)}" for value, label in document.facts)]
     for section in document.sections:
-        parts.append(f"## {inline(section.title)}")
-        parts += [block_markdown(block) for block in section.blocks]
-    return "\n\n".join(parts) + "\n"
+        others += [f"## {inline(section.title)}", *map(block_markdown, section.blocks)]
+    return "\n\n".join(filter(None, [*parts, *others])) + "\n"
 
 
 def block_markdown(block: Block) -> str:
     """One block as Markdown."""
     match block:
-        case Paragraph():
-            return ("> **Note.** " if block.warning else "") + prose(block.text)
-        case Bullets():
-            return "\n".join(f"- {prose(item)}" for item in block.items)
-        case Facts():
-            return "\n".join(f"- **{inline(value)}** {inline(label)}" for value, label in block.items)
-        case Terms():
-            return "\n".join(f"- **{inline(term)}**: {inline(meaning)}" for term, meaning in block.items)
+        case str():
+            return prose(block)
         case Cautions():
-            lines = (
-                f"- **{inline(item.about)}.** {' '.join(map(prose, (item.lead, *item.more)))}" for item in block.items
-            )
-            return "\n".join(lines)
-        case Board():
-            return block_markdown(block.as_table())
+            told = ((item.about, " ".join(map(prose, (item.lead, *item.more)))) for item in block.items)
+            return "\n".join(f"- **{inline(about)}.** {text}" for about, text in told)
         case Table():
-            rule = tuple(":--" if column in block.text_columns else "--:" for column in range(len(block.columns)))
-            lines = [_row(block.columns), "|" + "|".join(rule) + "|"]
-            for heading, rows in block.grouped_rows:
-                lines += [f"| **{inline(heading)}** " + "| " * len(block.columns[1:]) + "|"] if heading else []
-                lines += [_row(row) for row in rows]
+            lines = [_row(block.columns), "|" + "|".join(_rules(block)) + "|"]
+            for place, row in enumerate(block.rows):
+                if place in block.headings:
+                    lines.append(f"| **{inline(block.headings[place])}** " + "| " * len(block.columns[1:]) + "|")
+                lines.append(_row(row))
             return f"**{inline(block.caption)}**\n\n" + "\n".join(lines)
         case Picture():
             return f"![{inline(block.title)}]({block.file})\n\n{inline(block.description)}"
         case Code():
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
-            heading = f"**{inline(block.summary)}**\n\n" if block.summary else ""
-            return f"{heading}{fence}{block.language}\n{clean(block.text).rstrip()}\n{fence}"
-        case FlipBrowser():
-            return "\n\n".join(block_markdown(_as_table(group)) for group in block.groups)
+            return f"**{inline(block.summary)}**\n\n{fence}{block.language}\n{clean(block.text).rstrip()}\n{fence}"
+        case Flips():
+            return block_markdown(_as_table(block))
+        case _:
+            return "\n".join(f"- {prose(item)}" for item in block)
+
+
+def _rules(table: Table) -> list[str]:
+    return [":--" if column in table.text_columns else "--:" for column in range(len(table.columns))]
 
 
 def _as_table(flips: Flips) -> Table:
     shown = replace(flips, items=flips.items[:FLIPS_IN_MARKDOWN])
-    asked = any(flip.question for flip in shown.items)
-    head = ("item", *(["question"] if asked else []), "expected", shown.before, shown.after)
-    rows = tuple(
-        (flip.item, *([flip.question] if asked else []), flip.expected, flip.before, flip.after) for flip in shown.items
-    )
-    return Table(shown.caption, head, rows, frozenset(range(len(head))))
+    rows = [(own.item, own.question, own.expected, own.before, own.after) for own in shown.items]
+    head = ("item", "question", "expected", flips.before, flips.after)
+    return Table(shown.caption, head, tuple(rows), frozenset(range(len(head))))
 
 
 def prose(text: str) -> str:

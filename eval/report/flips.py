@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from shoal.artifacts.evaluation import ItemScore
 
-from .document import Flip, FlipBrowser, Flips, Paragraph, Section
+from .document import Flip, Flips, Section
 from .findings import Comparison, flipped
 from .wording import task_name
 
@@ -33,15 +33,15 @@ def flips_section(comparison: Comparison) -> Section | None:
     groups = [group for change in CHANGES for group in _groups(comparison, *change)]
     if not groups:
         return None
-    browser = FlipBrowser(tuple(within(groups, MAX_BYTES)))
+    shown = within(groups, MAX_BYTES)
     text = "Single answers behind the scores: items that one model has right and the other wrong."
-    changed = sum(group.count for group in browser.groups)
-    if browser.shown < changed:
+    changed, told = (sum(counts) for counts in ((own.count for own in groups), (len(own.items) for own in shown)))
+    if told < changed:
         text += (
-            f" {browser.shown:,} of {changed:,} are shown, the first of every task and direction, of long texts "
-            f"the beginning and the end; all of them are in eval/*.json."
+            f" {told:,} of {changed:,} are shown, the first of every task and direction, of long texts the beginning "
+            "and the end; all of them are in eval/*.json."
         )
-    return Section("Items that changed sides", (Paragraph(text), browser))
+    return Section("Items that changed sides", (text, *shown))
 
 
 def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost_word: str) -> list[Flips]:

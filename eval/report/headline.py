@@ -11,7 +11,7 @@ from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words
 
 from ..tasks.names import described_tasks, task_folders
-from .document import Board, BoardLine, Place
+from .document import Board, BoardLine
 from .findings import Comparison, Row, Run, is_share
 from .speed import speed_ratio
 from .wording import (
@@ -106,17 +106,17 @@ def _kept(row: Row) -> float:
 
 def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> BoardLine:
     first = row.any_score
-    places, chance = (), None
+    places, chance = (), 0.0
     if is_share(first):
         shown = [(role, row.scores[role]) for role in roles if role in row.scores]
-        places = tuple(Place(role, s.score, s.ci_low, s.ci_high) for role, s in shown)
+        places = tuple((role, s.score, s.ci_low, s.ci_high) for role, s in shown)
         chance = first.chance
     return BoardLine(
         task_name(row),
         glance_unit(first),
         identifier_text(first),
         tuple(glance_text(row.scores.get(role)) for role in roles),
-        tuple((change_text(row, *pair), row.verdict(*pair) or "") for pair in pairs),
+        tuple(change_text(row, *pair) for pair in pairs),
         places,
         chance,
     )

@@ -1,7 +1,7 @@
 """A document as one HTML page that opens from disk: no request, dark and light, made for phones and keyboards too.
 
-The page's policy lets exactly one style sheet and one script in, by their hashes: whatever a model or data set wrote
-could not run or load anything even if it were not escaped.
+The page's policy lets no script in and exactly one style sheet, by its hash: whatever a model or data set wrote could
+not run or load anything even if it were not escaped.
 """
 
 from __future__ import annotations
@@ -17,31 +17,19 @@ from markupsafe import Markup
 
 from shoal.figures.style import clean
 
-from .document import Document, FlipBrowser
+from .document import Document
 
 
 def to_html(document: Document) -> str:
     """The page. Everything is escaped by the template engine except the figures' SVG, which shoal draws itself."""
-    browses = any(isinstance(block, FlipBrowser) for section in document.sections for block in section.blocks)
-    style, script = _source("report.css"), _source("flips.js") if browses else Markup("")
-    return _template().render(document=document, style=style, script=script, policy=_policy(style, script))
-
-
-def _policy(style: str, script: str) -> str:
-    """The Content Security Policy; figures carry style attributes and, for heat maps, pictures inside themselves."""
-    scripts = f"script-src {_hash(script)}; " if script else ""
-    return (
-        f"default-src 'none'; {scripts}style-src 'unsafe-inline'; style-src-elem {_hash(style)}; img-src data:; "
+    style = Markup((files("shoal.eval.report") / "templates" / "report.css").read_text(encoding="utf-8"))
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    # figures carry style attributes and, for heat maps, pictures inside themselves
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; style-src-elem 'sha256-{digest}'; img-src data:; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
     )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _source(name: str) -> Markup:
-    return Markup((files("shoal.eval.report") / "templates" / name).read_text(encoding="utf-8"))
+    return _template().render(document=document, style=style, policy=policy)
 
 
 @cache

@@ -27,7 +27,7 @@ from .details import (
     terms_section,
     training_section,
 )
-from .document import Document, Facts, Picture, Section, picture, to_markdown
+from .document import Document, Picture, Section, picture, to_markdown
 from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import board, facts, headline
@@ -74,7 +74,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
     def drawn(*names: str) -> list[Picture]:
         return [pictures[name] for name in names if name in pictures]
 
-    glance, lines = facts(run), board(run, comparison)
     folded = [replace(figure, folded=True) for figure in drawn("runs", "atlas")]
     sections: list[Section | None] = [
         cautions_section(run, comparison),
@@ -98,7 +97,8 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         title=f"{run.model}: what a shallower model keeps",
         headline=headline(run, comparison),
         sections=tuple(section for section in sections if section is not None),
-        opening=(*([lines] if lines else []), *([Facts(glance)] if glance else [])),
+        board=board(run, comparison),
+        facts=facts(run),
     )
 
 

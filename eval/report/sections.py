@@ -11,7 +11,7 @@ from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
 
-from .document import Block, Bullets, Paragraph, Picture, Section, Table
+from .document import Block, Picture, Section, Table
 from .findings import SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, is_share, protocol_gaps, writing
 from .wording import (
     DASH,
@@ -43,11 +43,9 @@ VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse", "unclear": "○ n
 def scores_section(run: Run, comparison: Comparison, picture: Picture | None) -> Section:
     """The before/after tables with intervals, differences and retention."""
     if not run.evaluations:
-        return Section(
-            "Before and after", (Paragraph("Nothing has been evaluated yet: `shoal eval` fills this section."),)
-        )
+        return Section("Before and after", (("Nothing has been evaluated yet: `shoal eval` fills this section."),))
     blocks: list[Block] = [
-        Paragraph(
+        (
             "Each score is followed by its 95 % interval in brackets: the range in which it would lie for most other "
             "draws of as many items. All models answered exactly the same items, so they are compared item by "
             "item."
@@ -78,7 +76,7 @@ def form_section(comparison: Comparison) -> Section | None:
         body.append((task_name(asked) + unit_text(asked.any_score), *cells))
     columns = ("Task", *(role.capitalize() for role in roles), *(["Distilled − teacher"] * ("distilled" in roles)))
     caption = "Form gap, with the score in the trained form and that of its twin"
-    text = Paragraph(
+    text = (
         "A twin asks the items of a task in a wording and carrier that no training text has. The form gap is the score "
         "in the trained form minus that of the twin, over the same items: a form that is easier in itself gives the "
         "teacher a gap too, so what was learnt of it is by how much the gap of the distilled model is larger."
@@ -116,7 +114,7 @@ def no_signal_section(comparison: Comparison) -> Section | None:
     return Section(
         "No signal here",
         (
-            Paragraph(
+            (
                 f"On these tasks the intact teacher is not more than {SIGNAL_SIGMAS:.0f} standard errors above what "
                 "guessing reaches: it cannot do them, or there are too few items to show that it can. What a "
                 "model cannot do, a cut cannot damage: these rows stay in the tables, but no conclusion about the cut "
@@ -132,7 +130,7 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
     if not comparison.rows:
         return None
     blocks: list[Block] = [
-        Paragraph(
+        (
             "A protocol is the way in which an ability is asked for. Lettered options (`loglikelihood` in the recipe): "
             "which letter does the model find most likely? Option text (`continuation`): the same with the full text "
             "of every option. Generated (`generation`): the model writes, and what it wrote is checked. The first two "
@@ -157,10 +155,8 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
         blocks.append(Table(caption, columns, tuple(rows), frozenset({0, 1, 5})))
     else:
         blocks.append(
-            Paragraph(
-                "No protocol gap is shown: it needs an ability on which the teacher is above chance both by likelihood "
-                "and in generation, and on which a cut model was evaluated."
-            )
+            "No protocol gap is shown: it needs an ability on which the teacher is above chance both by likelihood "
+            "and in generation, and on which a cut model was evaluated."
         )
     if written := _written_table(comparison.rows):
         blocks.append(written)
@@ -172,7 +168,7 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
     if run.importance is None or run.importance.atlas is None or run.importance.atlas.read_write is None:
         return None
     atlas, read_write, numbers = run.importance.atlas, run.importance.atlas.read_write, run.importance.teacher_layers
-    text = Paragraph(
+    text = (
         "Reading is what a layer adds to the states of the prompt's earlier tokens, which later layers look up; "
         "writing is what it adds from the prompt's last token on, where the answer is predicted. Each was taken away "
         "alone, and both together, on the same items. Hidden writing is what likelihood keeps of the score above "
@@ -190,7 +186,7 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
                 for estimate in parts
             ]
             rows.append((atlas.sweep.title(own), str(numbers[layer]), *cells))
-    blocks: list[Block] = [text, Bullets(tuple(read_write.in_words(atlas.sweep, numbers))), *pictures]
+    blocks: list[Block] = [text, (tuple(read_write.in_words(atlas.sweep, numbers))), *pictures]
     if rows:
         columns = ("Task", "Layer", "Lost without it", "Reading", "Writing", "Less their sum")
         caption = "Layers whose removal, reading, writing or interaction is significant"
@@ -255,12 +251,12 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
     if not families:
         return None
     blocks: list[Block] = [
-        Paragraph(
+        (
             "Tasks of one family differ in nothing but their level: steps of reasoning, pairs of a look-up, or what "
             "else the family counts. A cut that takes away depth shows in how far up the levels a model still gets."
         ),
         *([picture] if picture else []),
-        Bullets(tuple(_reach(ladder) for ladder in families if next(iter(ladder.scores.values()))[0].higher_is_better)),
+        (tuple(_reach(ladder) for ladder in families if next(iter(ladder.scores.values()))[0].higher_is_better)),
     ]
     for ladder in families:
         scores = zip(*ladder.scores.values(), strict=True)
@@ -332,14 +328,14 @@ def _gap_text(gap: float, limits: tuple[float, float] | None) -> str:
 def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
     pairs = [pair for pair in DIFFERENCES if any(pair in row.differences for row in rows)]
     if not pairs:
-        return [Paragraph("There is one model only so far, so there is nothing to compare it with.")]
+        return [("There is one model only so far, so there is nothing to compare it with.")]
     tests = {row.differences[pair].test for row in rows for pair in row.differences}
     used = {
         "mcnemar-exact": "the exact McNemar test for right-or-wrong items",
         "paired-bootstrap": "a paired bootstrap",
     }
     above = any(row.verdict("teacher", "distilled") == "better" for row in rows)
-    legend = Paragraph(
+    legend = (
         f"“Better” and “worse” are said only where p (Holm) is below {SIGNIFICANT:g}: among many tasks, some change "
         "clearly by luck, so p is corrected for having looked at all of them, while each interval stands for its own "
         f"task alone. p is from {listed(used[test] for test in sorted(tests))}. "

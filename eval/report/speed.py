@@ -10,7 +10,7 @@ from shoal.artifacts.evaluation import ROLES
 from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.formatting import bytes_text, count_text, duration_text
 
-from .document import Block, Bullets, Paragraph, Section, Table
+from .document import Block, Section, Table
 from .findings import Run
 from .wording import DASH
 
@@ -51,11 +51,11 @@ def speed_section(run: Run) -> Section:
     if rows := [_size_row(run, role, scores.get(role)) for role in ROLES if role in run.evaluations or role in scores]:
         blocks.append(Table("Size", SIZES, tuple(rows)))
     if run.speed is None:
-        blocks.append(Paragraph("Speed was not measured in this run (`eval.speed` in the recipe)."))
+        blocks.append("Speed was not measured in this run (`eval.speed` in the recipe).")
         return Section("Speed and size", tuple(blocks))
     blocks += [_speed_table(run.speed), *_explanations(run.speed)]
     if run.speed.left_out:
-        blocks.append(Bullets(tuple(f"{reason[0].upper()}{reason[1:]}." for reason in run.speed.left_out)))
+        blocks.append(tuple(f"{reason[0].upper()}{reason[1:]}." for reason in run.speed.left_out))
     return Section("Speed and size", tuple(blocks))
 
 
@@ -106,26 +106,22 @@ def _explanations(speed: Speed) -> list[Block]:
     machine = speed.provenance.environment
     where = ", ".join(f"{key.replace('_', ' ')} {machine[key]}" for key in ("device", "cpu_threads") if key in machine)
     blocks: list[Block] = [
-        Paragraph(
+        (
             "The models were timed in turns in one process, so that a busy moment of the machine hits all of them. "
             f"Machine: {where or 'not recorded'}."
         )
     ]
     if any(batch.peak_memory_bytes is not None for score in speed.roles.values() for batch in score.batches):
         blocks.append(
-            Paragraph(
-                "Peak memory is what one model's weights, cache and intermediate tensors take at the fullest moment, "
-                "as torch's allocator counts it: without Python, libraries and what they set aside for themselves."
-            )
+            "Peak memory is what one model's weights, cache and intermediate tensors take at the fullest moment, "
+            "as torch's allocator counts it: without Python, libraries and what they set aside for themselves."
         )
     if any(score.expected or any(batch.expected for batch in score.batches) for score in speed.roles.values()):
         blocks.append(
-            Paragraph(
-                "“Expected” is the teacher's value with as many layers as this model has, all like the average one. It "
-                "takes reading to be all multiplications, and writing to be all reading of weights and cache from "
-                "memory; what remains outside the layers, such as the map to the vocabulary, is not made smaller by a "
-                "cut. Measured far below that, something else takes the time."
-            )
+            "“Expected” is the teacher's value with as many layers as this model has, all like the average one. It "
+            "takes reading to be all multiplications, and writing to be all reading of weights and cache from "
+            "memory; what remains outside the layers, such as the map to the vocabulary, is not made smaller by a "
+            "cut. Measured far below that, something else takes the time."
         )
     return blocks
 

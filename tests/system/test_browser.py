@@ -81,14 +81,12 @@ def hostile(task: TaskScore) -> TaskScore:
 def test_nothing_planted_runs_and_nothing_is_asked_for(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
-    browser.run("document.querySelector('.stage').focus()")
-    browser.press("End", "k", "k")
-    assert "window.planted" in browser.run("return document.querySelector('.stage').textContent")
+    assert "window.planted" in browser.run("return document.querySelector('.flips').textContent")
     assert browser.run("return window.planted ?? null") is None
     assert browser.run(
         "return ['script', 'style', 'img', 'title'].map((t) => document.querySelectorAll(t).length)"
     ) == [
-        *(1, 1, 0),
+        *(0, 1, 0),
         1 + browser.run("return document.querySelectorAll('svg > title').length"),
     ]
     assert browser.run("return [...document.links].filter((l) => l.getAttribute('href')[0] !== '#').length") == 0
@@ -113,70 +111,6 @@ def test_the_policy_holds_even_where_escaping_would_fail(browser: Browser, page:
     assert not [url for url in browser.requests(refused=False) if url.startswith(DISTANT)]
     refused = " ".join(browser.console())
     assert refused.count("Content Security Policy") >= 4
-
-
-def test_the_keyboard_moves_through_changed_items(browser: Browser, page: Path) -> None:
-    browser.resize(1280, 900)
-    browser.open(page)
-
-    def shown() -> str:
-        return browser.run("return document.querySelector('.tools output').textContent")
-
-    def heading() -> str:
-        return browser.run("return document.querySelector('.stage h3').textContent")
-
-    count = int(shown().removeprefix("1 of "))
-    assert count == browser.run("return document.querySelectorAll('.flips > li').length") > 100
-    browser.run("document.querySelector('.stage').focus()")
-    for key, place in (("ArrowRight", 2), ("j", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", count), ("Home", 1)):
-        browser.press(key)
-        assert shown() == f"{place} of {count}", key
-    first = heading()
-    browser.press("End")
-    assert heading() != first
-    browser.press("/", *"RETRIEVAL_CONTINUATION-1")
-    assert browser.run("return document.activeElement.name") == "text"
-    fewer = int(shown().removeprefix("1 of "))
-    assert 0 < fewer < count
-    assert "retrieval_continuation-1" in heading()
-    assert browser.run("return CSS.highlights.get('found').size") > 0
-    browser.press("ArrowDown")
-    assert shown() == f"2 of {fewer}"
-    browser.press(*"nowhere")
-    assert (shown(), heading()) == ("0 items", "No item matches.")
-    assert browser.console() == []
-
-
-def test_items_are_filtered_by_task_and_change(browser: Browser, page: Path) -> None:
-    browser.open(page)
-    found = browser.run(
-        "const choose = (name, value) => { const field = document.querySelector(`.tools [name=${name}]`);"
-        "  field.value = value; field.dispatchEvent(new Event('input')); };"
-        "choose('task', 'retrieval, option text'); choose('change', 'won back by distilling');"
-        "document.querySelector('.tools [name=next]').click();"
-        "return [document.querySelector('.tools output').textContent, document.querySelector('.stage h3').textContent,"
-        "  [...document.querySelectorAll('.stage dt span')].map((s) => s.textContent)]"
-    )
-    count = browser.run(
-        "return [...document.querySelectorAll('.flips')].find((list) => list.dataset.task === 'retrieval, option text'"
-        " && list.dataset.change === 'won back by distilling').children.length"
-    )
-    assert found[0] == f"2 of {count}"
-    assert found[1].startswith("retrieval, option text, won back by distilling · retrieval_continuation-")
-    assert found[2] == ["✗ wrong", "✓ right"]
-
-
-def test_without_scripts_all_items_are_plain_lists(browser: Browser, page: Path) -> None:
-    browser.command("Emulation.setScriptExecutionDisabled", value=True)
-    browser.open(page)
-    browser.command("Emulation.setScriptExecutionDisabled", value=False)
-    seen = browser.run(
-        "return ['.tools', '.stage', '.keys', '.lists > details > summary']"
-        ".map((name) => document.querySelector(name).checkVisibility())"
-    )
-    assert seen == [False, False, False, True]
-    browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
-    assert browser.run("return [...document.querySelectorAll('.flips > li')].every((item) => item.checkVisibility())")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

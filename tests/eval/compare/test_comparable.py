@@ -183,19 +183,19 @@ def test_what_only_moves_scores_by_rounding_is_said_and_not_refused(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_runs_in_different_precision_share_a_table_that_says_so_above_everything(tmp_path: Path) -> None:
+def test_runs_in_different_precision_share_a_page_that_says_so(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     other = write_run(tmp_path / "other", inputs={"dtype": "float32"}, distilled=0.5, layers=4)
     comparison = compare_runs([one, other])
     said = "The runs were not scored in the same precision: A in bfloat16, B in float32."
     text = comparison_text(comparison)
-    assert text.index(said) < text.index("Parameters")
+    assert said in text
     assert "B distilled against A distilled, in another precision: worse on" in text
     write_comparison(comparison, tmp_path / "out")
     page = Page((tmp_path / "out/compare.html").read_text()).words
-    assert 0 < page.index(said) < page.index("Models, their scores and their costs")
+    assert said in page
     data = json.loads((tmp_path / "out/compare.json").read_text())
-    assert data["precision"].startswith(said)
+    assert data["left_out"] == []
     assert [(model["run"], model["dtype"]) for model in data["models"]] == [
         *[("A", "bfloat16")] * 3,
         *[("B", "float32")] * 2,

@@ -134,12 +134,12 @@ def test_a_task_on_which_the_teacher_guesses_is_in_the_table_but_in_no_sentence_
 def test_the_command_prints_the_table_and_writes_everything(
     two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, data = tmp_path / "out", tmp_path / "all.json"
+    out = tmp_path / "out"
     with pytest.raises(SystemExit) as ended:
-        main(["compare", str(two[0]), "--out", str(out), str(two[1]), "--json", str(data)])
+        main(["compare", str(two[0]), "--out", str(out), str(two[1])])
     assert ended.value.code == 0
     assert "B distilled against A distilled" in capsys.readouterr().out
-    assert json.loads(data.read_text())["models"] == json.loads((out / "compare.json").read_text())["models"]
+    assert len(json.loads((out / "compare.json").read_text())["models"]) == 5
 
 
 def test_the_command_ends_with_2_and_one_message(
