@@ -34,7 +34,6 @@ from .harness.samples import task_score
 from .harness.vllm import vllm_lm
 from .harness.writing import prompt_room
 from .tasks.load import tasks_of
-from .tasks.names import limit_without_task
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +276,10 @@ def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:
     """
     unknown = sorted(set(settings.limits) - set(tasks))
     if unknown:
-        raise UserError(f"eval.limits: {limit_without_task(unknown[0], tasks)}")
+        raise UserError(
+            f"eval.limits: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
+            "them, or leave its limit out (on the command line: eval.limits={})"
+        )
     wanted = {name: settings.limits.get(name, settings.limit) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in tasks.items()}
     return {name: min(wanted[name] or available[name], available[name]) for name in tasks}

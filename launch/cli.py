@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,7 @@ def run_verb(
 
     def work() -> None:
         said, file = read_settings(config, overrides)
-        recipe = settled(said, file, overrides, further=_limits_without_task)
+        recipe = settled(said, file, overrides)
         _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
@@ -333,15 +333,6 @@ def _print(text: str) -> None:
 def _printing(text: Text) -> Callable[[argparse.Namespace], None]:
     """The work of a verb that only says something."""
     return lambda arguments: _print(text(arguments))
-
-
-def _limits_without_task(recipe: Recipe) -> Iterable[str]:
-    """What task files say of eval.limits, before they are used: perhaps after a training."""
-    if set(recipe.eval.limits) <= set(recipe.eval.tasks):
-        return ()
-    from shoal.eval.tasks.names import limits_without_task
-
-    return limits_without_task(recipe.eval)
 
 
 def _dispatch(

@@ -22,7 +22,7 @@ from shoal.recipe.evaluate import Eval, Tasks
 
 from .data_sets import DataSet, Part, Stamps, parts_of, yaml_files
 from .documents import LEAVE_OUT, MissingFiles, UnreadHub, local_rows
-from .names import described_data, described_tasks, local_data, refuse_unknown, task_folders, unknown
+from .names import described_data, described_tasks, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,13 @@ def load_tasks(
     local = _checked_folder(data_dir, outside, instead)
     tasks: dict[str, Any] = {}
     missing: dict[str, DataSet] = {}
-    with _data_from(local, folders, num_fewshot) as opened:
+    with _data_from(local, folders, num_fewshot):
         for member in members:
             try:
                 if member in described:
                     tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
                 else:
-                    tasks |= _load(manager, member, opened)
+                    tasks |= _load(manager, member)
             except MissingFiles as error:
                 missing |= error.files
             except UnreadHub as error:
@@ -148,17 +148,15 @@ def _files_of(parts: Sequence[Part]) -> str:
 
 
 @contextmanager
-def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int | None) -> Iterator[list[Any]]:
+def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int | None) -> Iterator[None]:
     """Let lm-eval's tasks take described data sets from ``data_dir`` instead of the Hub, without splits it lacks.
 
     The file of few-shot examples may be missing where none are shown.
-    Gives the tasks that have got their data, the one last that may fail over it.
     """
     from lm_eval.api.task import ConfigurableTask
 
     download = ConfigurableTask.download
     data_sets = described_data(folders).values()
-    opened: list[Any] = []
 
     def from_folder(self: Any, *args: Any, **kwargs: Any) -> None:
         config = self.config
@@ -175,11 +173,10 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int 
                     setattr(config, setting, None)
             if config.fewshot_config.split not in splits:  # lm-eval reads examples also where none are shown
                 config.fewshot_config.split = None
-        opened.append(self)
 
     ConfigurableTask.download = from_folder
     try:
-        yield opened
+        yield
     finally:
         ConfigurableTask.download = download
 
@@ -272,64 +269,28 @@ def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...]) -> Any:
     with_collection = _manager(folders, with_all=True)
     for name in outside:
         if name not in with_collection.task_index:
-            raise unknown(name, folders, with_collection.all_tasks)
+            raise unknown(name, folders)
     return with_collection
 
 
-def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:
+def _load(manager: Any, name: str) -> dict[str, Any]:
     """The tasks behind a name, sorted: lm-eval keeps a tag's tasks in a set, whose order differs between ranks."""
-    _refuse_missing_files(name, manager.task_index[name])
     try:
         tasks = dict(sorted(manager.load([name])["tasks"].items()))
     except UserError:
         raise
     except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
-        if isinstance(error, IndexError) and opened:
-            _refuse_bad_items(name, opened[-1])
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        if isinstance(error, IndexError):
+            reason = "its split has no items, or the answer of the first is none of its options"
         raise UserError(
             f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
             "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
         ) from error
-    for member, task in tasks.items():
-        _check_first_items(member, task)
+    for member, task in tasks.items():  # all items are checked where they are scored
+        docs = islice(enumerate(task.eval_docs), CHECKED_ITEMS)
+        check_answers(member, task, [{"doc_id": n, "doc": doc, "target": task.doc_to_target(doc)} for n, doc in docs])
     return tasks
-
-
-def _refuse_missing_files(name: str, entry: Any) -> None:
-    """Refuse local data that is not there or empty, before `datasets` does in its own words."""
-    for path in local_data(entry.cfg or {}):
-        place = Path(path)
-        if any(character in path for character in "*?["):
-            continue
-        if not place.exists():
-            parent = next(folder for folder in place.absolute().parents if folder.is_dir())
-            raise UserError(
-                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {path!r}, which is not there (found as far as "
-                f"{parent}); correct dataset_kwargs, whose relative paths start from where shoal is started"
-            )
-        if place.is_file() and place.stat().st_size == 0:
-            raise UserError(
-                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {path!r}, which is empty; a task needs at least "
-                "one item, so name another file"
-            )
-
-
-def _refuse_bad_items(name: str, task: Any) -> None:
-    """Refuse a task whose first item lm-eval could not look at, because there is none or its answer is no option."""
-    if not len(task.eval_docs):
-        raise UserError(
-            f"eval.tasks: {name!r} has no items: the split it is scored on is empty; correct its data, its split or "
-            "its process_docs"
-        )
-    if task.OUTPUT_TYPE == "multiple_choice":
-        _check_first_items(name, task)
-
-
-def _check_first_items(name: str, task: Any) -> None:
-    """Refuse an answer that is no option before a model is loaded; all items are checked where they are scored."""
-    docs = islice(enumerate(task.eval_docs), CHECKED_ITEMS)
-    check_answers(name, task, [{"doc_id": n, "doc": doc, "target": task.doc_to_target(doc)} for n, doc in docs])
 
 
 def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:

@@ -1,15 +1,12 @@
-"""Which task names there are, read off the files' text, so that a misspelt one is refused before anything is imported.
-
-lm-eval's own index parses fourteen thousand files, and importing what it needs takes as long again. That a name stands
-in none of them is seen by reading them, in a tenth of the time.
-"""
+"""Which tasks there are and what identifies them, read off the files' text: without importing lm-eval, whose index
+takes ten seconds, a misspelt name is refused in one."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -17,25 +14,26 @@ from glob import glob
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from shoal.atomic_files import file_hashes, fingerprint, known_hash
 from shoal.errors import UserError
-from shoal.recipe.evaluate import Tasks
 from shoal.recipe.suites import CONFIGS_DIR
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 """Data set paths under which `datasets` reads local files."""
+DATA_KEYS = ("data_files", "data_dir", "dataset_path")
+"""Keys of task files under which paths of local data stand."""
 TASKS_DIR = CONFIGS_DIR / "tasks"
 HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 NAMED_TASKS = 6
-"""Tasks that are named, at most, of those that a name covers."""
-NAMES = re.compile(r"^(task|group|tag):[ \t]*(\S.*)$", flags=re.MULTILINE)
-LISTED_TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t].*\n?)+)", flags=re.MULTILINE)
+"""Tasks that are named, at most, of those that a name begins."""
+NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
+TASKS = re.compile(r"^task:[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
 
 
 def refuse_unknown(
@@ -49,11 +47,11 @@ def refuse_unknown(
     """
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
-    files = [text for folder in folders for text in _texts(folder)]
-    outside = [name for name in names if not (name in described or name in tags or _stands_in(files, name))]
-    for name in outside:
-        if not _stands_in(_collection(), name):
-            raise unknown(name, folders, [other for text in _collection() for _, other in _names(text)], setting)
+    for name in names:
+        if name not in described and name not in tags:
+            whole = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+            if not any(name in text and whole.search(text) for text in _every_text(folders)):
+                raise unknown(name, folders, setting)
 
 
 @contextmanager
@@ -66,31 +64,20 @@ def named_in(section: str, *settings: str) -> Iterator[None]:
         raise UserError(re.sub(rf"\beval\.(?=(?:{one_of})\b)", f"{section}.", str(error))) from error
 
 
-def unknown(name: str, folders: Sequence[Path], others: Sequence[str], setting: str = "eval.tasks") -> UserError:
-    """What is said of a name that is no task's, ``others`` being names beside those in ``folders``."""
-    hint = _what_was_meant(name, folders, others)
+def unknown(name: str, folders: Sequence[Path], setting: str = "eval.tasks") -> UserError:
+    """What is said of a name that is no task's: what it begins, or what is closest to it."""
+    described, tags = described_tasks(folders)
+    known = [*described, *tags, *(other for text in _every_text(folders) for other in NAMES.findall(text))]
+    begun = [other for other in known if other.startswith(f"{name}_")][:NAMED_TASKS]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}?" if close else "`shoal list tasks` names shoal's own"
+    hint = f"there is {', '.join(begun)}" if begun else hint
     return UserError(f"{setting}: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
-
-
-def limit_without_task(name: str, tasks: Iterable[str]) -> str:
-    """What is said of a limit for a task that is not asked."""
-    return (
-        f"{name!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to them, or leave its limit "
-        "out (on the command line: eval.limits={})"
-    )
-
-
-def limits_without_task(settings: Tasks) -> Iterator[str]:
-    """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
-    described, tags = described_tasks(task_folders(settings.include_path))
-    tasks = [member for name in settings.tasks for member in tags.get(name, (name,))]
-    if described.keys() | set(tasks_in_files(HUB_TASKS_DIR)) >= set(tasks):
-        yield from (f"eval.limits: {limit_without_task(name, tasks)}" for name in settings.limits if name not in tasks)
 
 
 def tasks_in_files(folder: Path) -> list[str]:
     """The tasks that files below ``folder`` define by themselves, without a described data set."""
-    return [name for text in _texts(folder) for key, name in _names(text) if key == "task"]
+    return [name for text in _texts(folder) for name in TASKS.findall(text)]
 
 
 def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
@@ -165,8 +152,7 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
         for file in sorted(folder.rglob("*"))
         if file.suffix in (".yaml", ".py")
     ]
-    files = (file for folder in folders[1:] for file in folder.rglob("*.yaml"))
-    named = {place for file in files for path in _data_in(_content(file)) for place in glob(path, recursive=True)}
+    named = {place for folder in folders[1:] for place in _local_data(folder)}
     rows = [(path, content) for place in sorted(named) for path, content in file_hashes(Path(place))]
     return fingerprint([[_identity(data) for data in data_sets.values()], texts, *([rows] if rows else [])])
 
@@ -177,33 +163,24 @@ def _folders_there(include_path: str | Path | None) -> tuple[Path, ...]:
     return task_folders(include_path if is_there else None)
 
 
-def local_data(config: Mapping[str, Any]) -> list[str]:
-    """Paths and patterns of local files that a task reads."""
-    return list(_data_in(config)) if config.get("dataset_path") in LOCAL_FORMATS else []
+def _local_data(folder: Path) -> Iterator[str]:
+    """Files and folders that task files below ``folder`` read; tasks inherit parts of others, so anywhere in them."""
+    for file in folder.rglob("*.yaml"):
+        for key, text in _strings(_content(file)):
+            if key in DATA_KEYS and text not in LOCAL_FORMATS and "://" not in text:
+                yield from glob(text, recursive=True)
 
 
-def _data_in(content: Any) -> Iterator[str]:
-    """Paths and patterns under `data_files` and `data_dir`, and folders under `dataset_path`, wherever these stand:
-    tasks inherit parts of others."""
-    if isinstance(content, list):
+def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text with the key of DATA_KEYS that it stands under, else with its own."""
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, list):
         for own in content:
-            yield from _data_in(own)
+            yield from _strings(own, key)
     elif isinstance(content, Mapping):
-        for key, own in content.items():
-            if key in ("data_files", "data_dir"):
-                yield from _texts_in(own)
-            elif key == "dataset_path" and isinstance(own, str) and own not in LOCAL_FORMATS:
-                yield from (own,) if Path(own).exists() else ()
-            else:
-                yield from _data_in(own)
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield from () if "://" in value else (value,)
-    elif isinstance(value, list | Mapping):
-        for own in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_in(own)
+        for name, own in content.items():
+            yield from _strings(own, key if key in DATA_KEYS else str(name))
 
 
 class _TaskFile(yaml.SafeLoader):
@@ -244,47 +221,11 @@ def task_names(data: DataSet) -> dict[str, tuple[Part, TaskProtocol]]:
     return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
 
 
-def _what_was_meant(name: str, folders: Sequence[Path], others: Sequence[str]) -> str:
-    """The hint at an unknown name: the closest, of what it covers where only the protocol or the level is left out."""
-    described, tags = described_tasks(folders)
-    in_files = [pair for folder in folders for text in _texts(folder) for pair in _names(text)]
-    tasks = dict.fromkeys([*sorted({other for key, other in in_files if key == "task"}), *described])
-    covered: dict[str, dict[str, None]] = {}  # in their order
-    for task in tasks:
-        base, _, protocol = task.rpartition("_")
-        if protocol in get_args(TaskProtocol):
-            covered.setdefault(base, {})[task] = None
-    for task, (part, _) in described.items():
-        covered.setdefault(part.data.dataset, {})[task] = None
-    known = [*tasks, *sorted({other for _, other in in_files}), *tags, *covered]
-    close = [name] if name in covered else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    close = close or difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
-    group = f"{name}_suite"
-    if close and close[0] in covered:
-        members = list(covered[close[0]])
-        named = members if len(members) <= NAMED_TASKS else [*members[: NAMED_TASKS - 1], "...", members[-1]]
-        groups = [tag for tag in tags if set(members) <= set(tags[tag])]
-        meant = "" if close[0] == name else f"did you mean {close[0]!r}? "
-        return f"{meant}shoal asks it as {', '.join(named)}" + (f", all in the group {groups[0]}" if groups else "")
-    if group in tags:
-        return f"did you mean the group {group!r}?"
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"shoal's own are {', '.join(sorted(tags['shoal']))} ...; configs/tasks/README.md lists all"
-
-
-def _names(text: str) -> Iterator[tuple[str, str]]:
-    """(task, group or tag, name) that a file defines. Good enough for a hint: YAML has other ways to write them."""
-    for key, value in NAMES.findall(text):
-        for name in value.strip("[]").split(",") if value.startswith("[") else [value.split(" #")[0]]:
-            yield key, name.strip(" \"'")
-    for block in LISTED_TAGS.findall(text):
-        yield from (("tag", line.strip(" -\"'")) for line in block.splitlines())
-
-
-def _stands_in(texts: Sequence[str], name: str) -> bool:
-    whole = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    return any(name in text and whole.search(text) for text in texts)
+def _every_text(folders: Sequence[Path]) -> Iterator[str]:
+    """The text of every task file, of ``folders`` and of lm-eval."""
+    for folder in folders:
+        yield from _texts(folder)
+    yield from _collection()
 
 
 @cache

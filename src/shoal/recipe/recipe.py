@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,21 +79,18 @@ def name_of_model(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", end).strip(".-") or "model"
 
 
-def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, further: Callable[[Recipe], Iterable[str]] | None = None
-) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
 
     A name that is no file is looked up among the shipped recipes, so that `quickstart` works from any folder; a run
     directory holds the recipe that it is made with, and is then the run_dir.
-    ``further`` gives `place: what is wrong` of what a recipe alone cannot tell, to be reported with the rest.
 
     Raises:
         UserError: naming every problem at once as ``file: key.path: message (got value)``, or with the override that
             has set it instead of the file.
     """
     said, source = read_settings(path, overrides)
-    return settled(said, source, overrides, further=further)
+    return settled(said, source, overrides)
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
@@ -119,13 +116,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     return raw, file
 
 
-def settled(
-    said: dict[str, Any],
-    file: Path,
-    overrides: Sequence[str] = (),
-    *,
-    further: Callable[[Recipe], Iterable[str]] | None = None,
-) -> Recipe:
+def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of what read_settings gives.
 
     Raises:
@@ -133,24 +124,13 @@ def settled(
     """
     if hidden := list(remembered.hidden_settings(said)):
         raise UserError(f"{file}: {hidden[0]} was a secret and is not kept; say it again: {hidden[0]}=...")
-    return parse_recipe(said, source=str(file), overrides=overrides, further=further)
+    return parse_recipe(said, source=str(file), overrides=overrides)
 
 
-def parse_recipe(
-    raw: dict[str, Any],
-    *,
-    source: str = "recipe",
-    overrides: Sequence[str] = (),
-    further: Callable[[Recipe], Iterable[str]] | None = None,
-) -> Recipe:
+def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
-
-    def contradictions(recipe: Recipe) -> Iterator[str]:
-        yield from _contradictions(recipe)
-        yield from () if further is None else further(recipe)
-
-    return checked(Recipe, with_suite(raw), source=source, overrides=overrides, contradictions=contradictions)
+    return checked(Recipe, with_suite(raw), source=source, overrides=overrides, contradictions=_contradictions)
 
 
 def _find_recipe(path: Path) -> Path:

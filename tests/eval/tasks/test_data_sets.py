@@ -617,20 +617,8 @@ def test_a_close_name_is_offered_for_a_misspelt_task(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
     for name, hint in (
         ("state_traking_k4_generation", r"did you mean 'state_tracking_k4_generation'\?$"),
-        (
-            "knowledge",
-            "; shoal asks it as knowledge_continuation, .*_generation, .*, all in the group shoal_knowledge$",
-        ),
-        (
-            "state_tracking",
-            r"; shoal asks it as state_tracking_k1_.*, \.\.\., state_tracking_k8_.*the group depth_suite$",
-        ),
-        (
-            "state_tracking_k4",
-            "; shoal asks it as state_tracking_k4_continuation, state_tracking_k4_generation, all in",
-        ),
-        ("state_traking", r"did you mean 'state_tracking'\? shoal asks it as state_tracking_k1_"),
-        ("language", r"did you mean the group 'language_suite'\?$"),
+        ("knowledge", "; there is knowledge_continuation, "),
+        ("state_tracking_k4", "; there is state_tracking_k4_continuation, state_tracking_k4_generation$"),
     ):
         with pytest.raises(UserError, match=f"'{name}' is no task.*{hint}"):
             load(name, None)

