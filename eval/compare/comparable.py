@@ -5,32 +5,25 @@ A run is read from its directory alone: which recipe made it may be gone, its ar
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, NATS_PER_TOKEN, PERPLEXITY, Evaluation, TaskScore
 from shoal.errors import UserError
-from shoal.recipe.evaluate import Eval
-from shoal.recipe.section import Shapes, shaping_keys
-from shoal.stats.paired import SAME_MEASUREMENT, interval, paired, require_same_measurement
+from shoal.stats.paired import interval, paired, require_same_measurement
 from shoal.task_words import COLUMNS
 
 from ..report.findings import Run, read_run
 
 CUT_ROLES = ("pruned", "distilled")
-TEXT_SETTINGS = ("data", *shaping_keys(Eval, Shapes.PERPLEXITY, "eval."))
-"""Settings that the perplexity depends on; `data` is the hash of the text itself."""
 MOST_PROBLEMS = 8
 """Problems that one refusal lists."""
 SAME_TEACHER_P = 0.001
 """Below it one teacher's two scores are two measurements, whatever the settings say."""
-ABSENT = "absent"
 
 
 @dataclass(frozen=True)
@@ -122,15 +115,11 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
         tasks, other_tokens = _without_token_counts(contenders, tasks)
         left_out += other_tokens
     first = contenders[0]
-    seen: set[tuple[str, str]] = set()
     for contender in contenders:
         for role in contender.run.evaluations:
             alike = contender is not first and role in first.run.evaluations
             reference = role if alike else next(iter(first.run.evaluations))
-            for field, problem in _differences((first, reference), (contender, role), tasks):
-                if (contender.letter, field) not in seen:
-                    seen.add((contender.letter, field))
-                    problems.append(problem)
+            problems += _differences((first, reference), (contender, role), tasks)
     precision = _precision(contenders)
     if not problems and not across_teachers:
         why = "the precision moves it" if precision else "something that is not recorded differs"
@@ -300,101 +289,15 @@ def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> 
     return [task for task in tasks if task not in per_token], reasons
 
 
-def _differences(
-    base: tuple[Contender, str], compared: tuple[Contender, str], tasks: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-    """(what differs, problem) for everything that shapes a score and is not the same in both evaluations."""
+def _differences(base: tuple[Contender, str], compared: tuple[Contender, str], tasks: Sequence[str]) -> Iterator[str]:
+    """Every task that was not measured alike in both evaluations."""
     files = base[0].file(base[1]), compared[0].file(compared[1])
     first, other = base[0].run.evaluations[base[1]], compared[0].run.evaluations[compared[1]]
-    scores = [(score_of(first, task), score_of(other, task)) for task in tasks]
-    differing = [*_text_settings(first, other, scores), *_prompt_settings(first, other, scores)]
-    same_text = not any(difference.field in TEXT_SETTINGS for difference in differing)
-    judged = [pair for pair in scores if pair[0].task != PERPLEXITY or same_text]
-    differing += [difference for pair in judged for difference in _score_settings(*pair, first, other)]
-    for difference in differing:
-        values = [_short(value) for value in (difference.other, difference.base)]
-        field, note = difference.field, f" ({difference.note})" if difference.note else ""
-        yield field, f"{files[1]}: {field} is {values[0]}, but {values[1]} in {files[0]}{note}"
-    for before, after in judged:
-        if not any(_score_settings(before, after, first, other)):
-            try:
-                require_same_measurement(before, after)
-            except UserError as error:
-                yield f"{before.task} items", f"{files[1]} and {files[0]}: {error}"
-
-
-@dataclass(frozen=True)
-class _Difference:
-    field: str
-    base: Any
-    other: Any
-    note: str = ""
-
-
-def _text_settings(
-    first: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
-) -> Iterator[_Difference]:
-    """What shapes the perplexity."""
-    if not any(before.task == PERPLEXITY for before, _ in scores):
-        return
-    unequal = list(_unequal(first.provenance.inputs, other.provenance.inputs, TEXT_SETTINGS))
-    named = any(difference.field == "eval.perplexity_data" for difference in unequal)
-    yield from (difference for difference in unequal if difference.field != "data" or not named)
-
-
-def _prompt_settings(
-    first: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
-) -> Iterator[_Difference]:
-    """What makes prompts and reads answers, where a score does not hold the fingerprint of its prompts itself."""
-    asked = [before for before, after in scores if not (before.prompts and after.prompts) and before.task != PERPLEXITY]
-    if not asked:
-        return
-    inputs = first.provenance.inputs, other.provenance.inputs
-    versions = first.provenance.environment, other.provenance.environment
-    yield from _unequal(*inputs, ("tasks",), note="the content of the task files: prompts and matching rules")
-    yield from _unequal(*versions, ("lm_eval",), note="its version makes the prompts")
-    if any(score.num_fewshot for score in asked):
-        yield from _unequal(*inputs, ("seed",), note="it draws the few-shot examples")
-
-
-def _score_settings(before: TaskScore, after: TaskScore, first: Evaluation, other: Evaluation) -> Iterator[_Difference]:
-    """Fields of a task's score that say what was measured."""
-    fields = [field for field in SAME_MEASUREMENT if getattr(before, field) != getattr(after, field)]
-    for field in fields:
-        limits = [_limit(evaluation, before.task) for evaluation in (other, first)]
-        note = f"eval.limit {limits[0]} and {limits[1]}" if field == "n" and limits[0] != limits[1] else ""
-        note = "the version of the code that reads written answers" if field == "matching" else note
-        note = "eval.backend: another engine rounds and ties otherwise" if field == "engine" else note
-        yield _Difference(f"{field} of task {before.task!r}", getattr(before, field), getattr(after, field), note)
-    if not fields and before.prompts and after.prompts and before.prompts != after.prompts:
-        note = _why_prompts_differ(before, after, first, other)
-        yield _Difference(f"prompts of task {before.task!r}", before.prompts, after.prompts, note)
-
-
-def _why_prompts_differ(before: TaskScore, after: TaskScore, first: Evaluation, other: Evaluation) -> str:
-    """The first question that is not the same, else the settings that may have made the rest of the prompt another."""
-    asked = {item.id: item.question for item in before.items}
-    for item in after.items:
-        if item.question and asked.get(item.id) and item.question != asked[item.id]:
-            return f"item {item.id!r} asks {_short(item.question)} there and {_short(asked[item.id])} here"
-    causes = list(_unequal(first.provenance.inputs, other.provenance.inputs, ("tasks", "seed")))
-    causes += _unequal(first.provenance.environment, other.provenance.environment, ("lm_eval",))
-    told = "; ".join(f"{cause.field} is {_short(cause.other)} there and {_short(cause.base)} here" for cause in causes)
-    return told or "few-shot examples, wording or the rules of matching"
-
-
-def _limit(evaluation: Evaluation, task: str) -> Any:
-    inputs = evaluation.provenance.inputs
-    return (inputs.get("eval.limits") or {}).get(task, inputs.get("eval.limit"))
-
-
-def _unequal(
-    base: dict[str, Any], compared: dict[str, Any], fields: Sequence[str], *, note: str = ""
-) -> Iterator[_Difference]:
-    for field in fields:
-        values = base.get(field, ABSENT), compared.get(field, ABSENT)
-        if values[0] != values[1]:
-            yield _Difference(field, *values, note)
+    for task in tasks:
+        try:
+            require_same_measurement(score_of(first, task), score_of(other, task))
+        except UserError as error:
+            yield f"{files[1]} and {files[0]}: {error}"
 
 
 def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str) -> Iterator[str]:
@@ -413,21 +316,8 @@ def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str
 
 
 def dtype_of(contender: Contender, role: str) -> str:
-    """The precision a role was scored in; `stored`, once `auto`, is its checkpoint's, where that is still there.
-
-    Raises:
-        UserError: the checkpoint's config.json is not valid JSON.
-    """
-    asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
-    folder = {"control": "control/distilled", "pruned": "student", "teacher": "student"}.get(role, role)
-    config = contender.run.folder / folder / "config.json"
-    if asked not in ("stored", "auto") or not config.is_file():
-        return asked
-    try:
-        stored = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config}: is not valid JSON ({error}); make the checkpoint again") from error
-    return str(stored.get("dtype") or stored.get("torch_dtype") or asked) if isinstance(stored, dict) else asked
+    """The precision a role was scored in."""
+    return str(contender.run.evaluations[role].provenance.inputs.get("dtype", "absent"))
 
 
 def _precision(contenders: Sequence[Contender]) -> str:
@@ -440,11 +330,3 @@ def _precision(contenders: Sequence[Contender]) -> str:
         f"The runs were not scored in the same precision: {told}. Part of a difference between them may come from that "
         "and not from the models; with the same `dtype` in all of them it could not."
     )
-
-
-def _short(value: Any) -> str:
-    """A value for a message: text sources without their unset keys."""
-    if isinstance(value, list):
-        value = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
-    text = value if value == ABSENT else repr(value)
-    return text if len(text) <= 200 else text[:199] + "…"

@@ -19,11 +19,9 @@ from .comparable import CUT_ROLES, Common, Contender, find_common, read_contende
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
-HARMLESS_INPUTS = ("attention", "eval.batch_size")
 COMPARED = (*CUT_ROLES, MODEL)
 """Roles whose models are compared with one of the first run, or with the checkpoint that stands first; of a run beside
 a checkpoint the last of them is."""
-HARMLESS_VERSIONS = ("torch", "transformers", "device")
 
 
 @dataclass(frozen=True)
@@ -291,9 +289,6 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
     first = next(iter(contenders[0].run.evaluations.values()))
     if any(score_of(first, task).protocol == "generation" for task in common.tasks):
         yield from _other_writing(contenders)
-    for name, values in _harmless(contenders).items():
-        told = ", ".join(f"{value} in {' and '.join(letters)}" for value, letters in values.items())
-        yield f"{name} differs ({told}), which does not change what is asked."
 
 
 def _other_writing(contenders: Sequence[Contender]) -> Iterator[str]:
@@ -321,16 +316,3 @@ def _restless(first: Contender, other: Contender, common: Common) -> Iterator[st
             f"{other.letter} than in {first.letter} (another machine, library or batch size): so much of a difference "
             "means nothing."
         )
-
-
-def _harmless(contenders: Sequence[Contender]) -> dict[str, dict[str, list[str]]]:
-    """Setting -> value -> letters, of settings that differ and move scores by rounding at most."""
-    by_setting: dict[str, dict[str, list[str]]] = {name: {} for name in (*HARMLESS_INPUTS, *HARMLESS_VERSIONS)}
-    for contender in contenders:
-        provenance = next(iter(contender.run.evaluations.values())).provenance
-        values = {name: provenance.inputs.get(name) for name in HARMLESS_INPUTS}
-        values |= {name: provenance.environment.get(name) for name in HARMLESS_VERSIONS}
-        for name, value in values.items():
-            if value is not None:
-                by_setting[name].setdefault(str(value), []).append(contender.letter)
-    return {name: values for name, values in by_setting.items() if len(values) > 1}

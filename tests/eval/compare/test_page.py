@@ -14,11 +14,10 @@ from compared_runs import cell_of, nats, point, write_run, write_speed
 from html_page import Page
 
 from shoal.artifacts.evaluation import TaskScore
-from shoal.errors import UserError
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.data import as_data
 from shoal.eval.compare.page import comparison_text, write_comparison
-from shoal.figures.pareto import ParetoPanel, frontier, pareto_figure
+from shoal.figures.pareto import frontier, pareto_figure
 from shoal.figures.style import save_figure
 
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>"
@@ -81,36 +80,18 @@ def test_infinite_ends_are_null_in_json(tmp_path: Path) -> None:
 
 def test_the_frontier_holds_what_nothing_else_beats() -> None:
     points = (point("A", 10, 0.9), point("B", 8, 0.5), point("C", 8, 0.6), point("D", 9, 0.55), point("E", 6, 0.6))
-    by_size = frontier(ParetoPanel("x", "parameters", points))
-    assert [one.label for one in by_size] == ["E", "A"]
-    by_speed = frontier(ParetoPanel("x", "decode", points))
-    assert [one.label for one in by_speed] == ["A"]
+    assert [one.label for one in frontier(points, "parameters")] == ["E", "A"]
+    assert [one.label for one in frontier(points, "decode")] == ["A"]
     equal = (point("A", 8, 0.6), point("B", 8, 0.6))
-    assert [one.label for one in frontier(ParetoPanel("x", "bytes", equal))] == ["A", "B"]
+    assert [one.label for one in frontier(equal, "bytes")] == ["A", "B"]
 
 
 @pytest.mark.slow
-def test_marks_of_equal_cost_stand_side_by_side_and_letters_and_stairs_are_drawn(tmp_path: Path) -> None:
-    points = (point("", 10, 1.0, "teacher"), point("A", 6, 0.5), point("B", 6, 0.6), point("A, B", 6, 0.1, "pruned"))
-    panel = ParetoPanel("Retrieval, generation", "parameters", points)
-    figure = pareto_figure([[panel]], {"A": "one", "B": "other"})
-    (ax,) = figure.axes
-    marks = [line for line in ax.lines if line.get_marker() in ("o", "v", "s")]
-    places = [float(line.get_xdata()[0]) for line in marks]  # pyright: ignore[reportArgumentType, reportIndexIssue]
-    assert len(set(places)) == 4
-    assert places[0] == 10
-    assert [text.get_text() for text in ax.texts] == ["", "A", "B", "A, B"]
-    stairs = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
-    assert len(stairs) == 1
-    assert [label.get_text() for legend in figure.legends for label in legend.get_texts()] == [
-        *("teacher", "pruned", "distilled", "frontier"),
-        *("A = one", "B = other"),
-    ]
-    save_figure(figure, tmp_path / "one.svg")
-    save_figure(pareto_figure([[panel]], {"A": "one", "B": "other"}), tmp_path / "again.svg")
-    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
-
-
-def test_a_figure_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="there is no retention to draw"):
-        pareto_figure([], {})
+def test_letters_and_stairs_are_drawn_and_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    points = (point("", 10, 1.0, "teacher"), point("A", 6, 0.5), point("A, B", 6, 0.1, "pruned"))
+    figures = [pareto_figure({"parameters": points}, {"A": "one", "B": "other"}, "Mean") for _ in range(2)]
+    (ax,) = figures[0].axes
+    assert [text.get_text() for text in ax.texts] == ["", "A", "A, B"]
+    assert len([line for line in ax.lines if line.get_drawstyle() == "steps-post"]) == 1
+    written = [save_figure(figure, tmp_path / f"{index}.svg") for index, figure in enumerate(figures)]
+    assert written[0] == written[1]
