@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from shoal.abilities.matching import MATCHING, chosen_option, states_an_answer
 from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
@@ -226,8 +227,6 @@ def _with_text_rates(
     endings: Mapping[tuple[str, str], Ending],
 ) -> TaskScore:
     """The score with what is known of every text besides its being right."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
     texts, lengths, cut = [item.prediction for item in score.items], [], []
     for text, sample in zip(texts, samples, strict=True):
         prompt, settings = sample["arguments"][0]

@@ -8,9 +8,12 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, load_dataset
+
 from shoal.abilities import ALL_SCORED, GENERATORS, items
 from shoal.abilities.item import digest
 from shoal.atomic_files import read_text
+from shoal.data.sources import BUNDLED
 from shoal.errors import UserError
 from shoal.formatting import listed
 
@@ -64,8 +67,6 @@ def read_splits(part: Part, data_dir: Path | None, *, with_examples: bool, **_: 
     Raises:
         UserError: data that is not there or empty, or a row without a question or with an answer outside its options.
     """
-    from datasets import Dataset
-
     splits = {split: list(docs) for split, docs in _docs(part, data_dir, with_examples=with_examples).items()}
     if part.data.shuffled and part.data.bundled is None:
         splits["items"].sort(key=lambda doc: doc["id"])
@@ -93,8 +94,6 @@ def _docs(part: Part, data_dir: Path | None, *, with_examples: bool) -> dict[str
 
 
 def _bundled(part: Part, *, with_examples: bool) -> dict[str, list[Doc]]:
-    from shoal.data.sources import BUNDLED
-
     data = part.data
     assert data.bundled is not None
     if data.bundled in BUNDLED:
@@ -173,8 +172,6 @@ def _json_lines(file: Path, _changed_at: int, _size: int) -> list[Row]:
 
 
 def _hub_rows(part: Part, hub: HubData, *, with_examples: bool) -> dict[str, list[Row]]:
-    from datasets import load_dataset
-
     splits = {"items": hub.items, **({"examples": hub.examples} if hub.examples and with_examples else {})}
     try:
         loaded: Any = {split: load_dataset(hub.path, hub.name, split=name) for split, name in splits.items()}

@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+from datasets import Dataset
+
 from shoal.artifacts.evaluation import Column
 from shoal.errors import UserError
 from shoal.formatting import listed
@@ -188,8 +190,6 @@ def _local_splits(
 
     Examples that are not asked for are taken along where they are there.
     """
-    from datasets import Dataset
-
     part, name = _part_read_by(config.dataset_path, config.dataset_name, data_sets), config.dataset_name
     if part is None or part.hub is None:
         return None

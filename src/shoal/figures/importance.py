@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.figures.style import DROPPED, KEPT, figure_style, heading, panels
@@ -82,7 +84,6 @@ def _draw_layers(ax: Axes, metric: str, scores: Sequence[float], drop: Sequence[
 
 
 def _draw_runs(figure: Figure, ax: Axes, metric: str, rows: Sequence[Sequence[float]], drop: Sequence[int]) -> None:
-    import numpy as np
     from matplotlib.patches import Rectangle
 
     width = max(len(row) for row in rows)
