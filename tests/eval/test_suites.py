@@ -74,13 +74,6 @@ def test_a_limit_caps_the_limits_of_the_suite_but_not_those_the_recipe_names() -
         assert evaluation(**as_dict(recipe)) == recipe
 
 
-def test_spelling_it_out_twice_changes_nothing_and_no_suite_changes_nothing() -> None:
-    recipe = parse_recipe({"model": "m", "run_dir": "r", "eval": {"suite": "standard", "tasks": ["piqa_generation"]}})
-    assert parse_recipe(as_dict(recipe)) == recipe
-    assert evaluation() == Eval()
-    assert evaluation(tasks=["a"]).tasks == ("a",)
-
-
 def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"eval.suite: must be 'quick', 'transfer', 'standard' or 'full' \(got 'fast'\)"
@@ -152,23 +145,6 @@ def test_a_suite_without_data_names_every_file_before_anything_is_read(
     told = str(refused.value)
     assert told.startswith(f"eval.data_dir: '{tmp_path}/nowhere' is no folder; name one that holds ")
     assert not [file for file in files_of(name) if file not in told]
-
-
-@needs_data
-def test_a_suite_with_a_part_of_its_data_names_all_that_is_missing(tmp_path: Path) -> None:
-    lacks = ("arc_easy/test.jsonl", "mmlu/test.jsonl", "nq_open_oracle/test.jsonl")
-    for file in files_of("standard"):
-        if file not in lacks:
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            (tmp_path / file).write_text("\n".join((SHARED / file).read_text().split("\n")[:3]))
-    with pytest.raises(UserError) as refused:
-        tasks_of(evaluation(suite="standard", data_dir=str(tmp_path)))
-    told = str(refused.value)
-    assert all(file in told for file in lacks), told
-    assert "gsm8k/train.jsonl" in told, "examples that are shown are missing too"
-    assert "leave eval.data_dir out" not in told, "the Hub does not have all of it"
-    assert told.endswith("or name the tasks that you have data for in eval.tasks, without suite: standard")
-    assert "piqa" not in told
 
 
 @pytest.mark.slow

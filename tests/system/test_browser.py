@@ -255,22 +255,3 @@ def test_warnings_are_three_lines_and_the_rest_is_folded(browser: Browser, quick
     browser.run("document.querySelector('details.cautions summary').click()")
     browser.command("Emulation.setScriptExecutionDisabled", value=False)
     assert browser.run("return document.querySelector('details.cautions dd').checkVisibility()") is True
-
-
-def test_the_side_navigation_reads_as_links(browser: Browser, quickstart: Path) -> None:
-    browser.resize(1280, 800)
-    browser.open(quickstart)
-    style = "(node) => [getComputedStyle(node).color, getComputedStyle(node).textDecorationLine]"
-    found = browser.run(f"return [...document.querySelectorAll('nav a')].map({style})")
-    ink = browser.run("return getComputedStyle(document.body).color")
-    assert all(line == "underline" and colour != ink for colour, line in found)
-    assert {colour for colour, _ in found} == {"rgb(15, 95, 148)"}
-
-
-def test_a_table_wider_than_its_room_shows_that_it_scrolls(browser: Browser, quickstart: Path) -> None:
-    browser.resize(1280, 800)
-    browser.open(quickstart)
-    grounds = browser.run(
-        "return [...document.querySelectorAll('.scroll')].map((box) => getComputedStyle(box).backgroundAttachment)"
-    )
-    assert set(grounds) == {"local, local, scroll, scroll"}

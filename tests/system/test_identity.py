@@ -19,7 +19,6 @@ from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.eval.compare.comparable import TEXT_SETTINGS
 from shoal.launch.verbs import distill as distilling
 from shoal.launch.verbs import evaluate, measure, prune
 from shoal.launch.verbs import run as run_module
@@ -27,6 +26,7 @@ from shoal.launch.verbs.plan import plan_inputs
 from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import OnPolicy
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
@@ -373,7 +373,10 @@ def test_written_text_is_identified_as_run_directories_hold_it() -> None:
 def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The results, with that part of the scores' identity which the score of running text depends on."""
     scores = results["scores"]
-    return {**results, "perplexity": {key: scores[key] for key in TEXT_SETTINGS}}
+    return {
+        **results,
+        "perplexity": {key: scores[key] for key in ("data", *shaping_keys(Eval, Shapes.PERPLEXITY, "eval."))},
+    }
 
 
 @pytest.mark.usefixtures("folder")

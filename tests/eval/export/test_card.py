@@ -291,8 +291,6 @@ def test_a_training_that_asks_no_teacher_is_called_no_distillation(tmp_path: Pat
     assert "Trained without a teacher on" in card
     replace(training(), data={"sources": {"teacher_text": {}}}).write(tmp_path / "b/distill.json")
     assert "Distilled from the base model on" in model_card(tmp_path / "b")
-    healed = {"distill": {**alone["distill"], "local": {}}}
-    assert "Distilled from the base model on" in model_card(write_run(tmp_path / "c", recipe=healed))
 
 
 def test_card_needs_a_plan(tmp_path: Path) -> None:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model, tiny_tokenizer, tokens_fed
-from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
 from shoal.errors import UserError
 from shoal.eval.harness.engine import CausalLM
-from shoal.inference import generation
-from shoal.inference.decoder import Decoder, branched
+from shoal.inference.decoder import Decoder
 from shoal.inference.generation import ROOM, RoomyLayer
 from shoal.inference.scoring import layouts
 
@@ -118,21 +115,6 @@ def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.Monkey
     assert sum(fed) <= 100 + 4 * 2
 
 
-def test_one_token_options_share_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
-    assert lm._decoder  # made when first used, with a few tokens of its own
-    shapes: list[tuple[int, ...]] = []
-    original = Decoder.hidden
-
-    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        shapes.append(tuple(input_ids_BS.shape))
-        return original(self, input_ids_BS, **settings)
-
-    monkeypatch.setattr(Decoder, "hidden", counting)
-    lm.loglikelihood(instances("loglikelihood", [("context", letter) for letter in "abcd"]))
-    assert shapes == [(1, 7)]
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_rolling_equals_lm_evals_own_over_several_windows(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     texts = [("A text longer than the model's positions. " * 4,), ("short",), ("Größe und Maß",)]
@@ -168,21 +150,6 @@ def few_shot_prompts() -> list[str]:
     return [f"{FEW_SHOT}Question: {question}\nAnswer:" for question in QUESTIONS]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FURTHER_KINDS])
-def test_few_shot_prompts_equal_lm_evals_own(kind: str) -> None:
-    """Log-likelihoods and text, where the examples are read once for all questions."""
-    model = (
-        tiny_model(kind)
-        if kind in KINDS
-        else architectures.tiny_model(kind, vocab_size=272, max_position_embeddings=256)
-    )
-    lm, hf = CausalLM(model, tiny_tokenizer(), 3), hflm(model)
-    pairs = instances("loglikelihood", [(prompt, option) for prompt in few_shot_prompts() for option in OPTIONS])
-    assert_same(lm.loglikelihood(pairs), hf.loglikelihood(pairs, disable_tqdm=True))
-    requests = instances("generate_until", [(p, {"until": ["\n"], "max_gen_toks": 12}) for p in few_shot_prompts()])
-    assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
-
-
 def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
     assert lm._decoder  # made when first used, with a few tokens of its own
@@ -191,16 +158,6 @@ def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -
     beginning, longest = len(FEW_SHOT) + len("Question: wh"), max(map(len, QUESTIONS)) + len("\nAnswer:")
     assert len(fed) == 3
     assert sum(fed) < beginning + 4 * longest
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
-def test_a_long_text_outgrows_the_room_behind_its_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "ROOM", 7)
-    prompts = ["Once upon a time", "x", "1 2 3 4"]
-    requests = instances("generate_until", [(p, {"until": [], "max_gen_toks": 20}) for p in prompts])
-    found = CausalLM(tiny_model(kind), tiny_tokenizer(), 4).generate_until(requests)
-    assert found == reference(kind).generate_until(requests, disable_tqdm=True)
 
 
 def test_a_cache_with_room_holds_what_a_plain_one_holds() -> None:
@@ -290,27 +247,6 @@ def test_what_the_model_cannot_hold_is_refused(run: Any, message: str) -> None:
         run(lm)
 
 
-def test_an_unknown_head_is_refused() -> None:
-    model = tiny_model("llama")
-    model.config.logit_scale = 3.0  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(UserError, match="LlamaForCausalLM: shoal does not know how this architecture"):
-        Decoder(model)
-
-
-def test_branched_cache_leaves_the_original_as_it_was() -> None:
-    decoder = Decoder(tiny_model("gemma3"))
-    cache = decoder.new_cache()
-    decoder.hidden(torch.arange(24).reshape(2, 12), cache=cache)
-    layers: list[Any] = cache.layers
-    before = [layer.keys.clone() for layer in layers]
-    branch = branched(cache, torch.tensor([1, 1, 0]))
-    decoder.hidden(torch.tensor([[5], [6], [7]]), cache=branch)
-    assert cache.get_seq_length() == 12
-    assert branch.get_seq_length() == 13
-    for layer, keys in zip(layers, before, strict=True):
-        assert torch.equal(layer.keys, keys)
-
-
 def test_recurrent_models_get_full_forwards() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -324,12 +260,6 @@ def test_recurrent_models_get_full_forwards() -> None:
     hf = hflm(model, batch_size=1)
     requests = choices()[:6]
     assert_same(lm.loglikelihood(requests), hf.loglikelihood(requests, disable_tqdm=True))
-
-
-def test_llama_config_is_what_the_reference_reads() -> None:
-    """Guards the two tests above that rely on max_position_embeddings."""
-    assert isinstance(tiny_model("llama", max_position_embeddings=32).config, LlamaConfig)
-    assert CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 1).max_length == 32
 
 
 def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kept_answers import BATCH_SIZE, PROMPTS, asked, instances
+from kept_answers import BATCH_SIZE, asked, instances
 from ranks import call_apart
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -51,13 +51,6 @@ def test_a_repeated_evaluation_computes_nothing(tmp_path: Path, expected: tuple[
     forwards.clear()
     assert asked(tmp_path) == expected
     assert not forwards
-
-
-def test_equal_requests_are_asked_once(forwards: list[int]) -> None:
-    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), BATCH_SIZE)
-    first, second = lm.generate_until(instances("generate_until", [PROMPTS[0], PROMPTS[0]]))
-    assert first == second
-    assert max(forwards) == 1
 
 
 def asked_until_killed(folder: Path, forwards: int) -> None:
@@ -105,14 +98,6 @@ def test_a_torn_last_line_is_asked_again_and_nothing_else(
     assert sum(line.startswith('["') for line in file.read_text().splitlines()) == 24 + 10 + 1
 
 
-def test_bytes_that_a_disk_lost_are_skipped(tmp_path: Path) -> None:
-    ItemCache(tmp_path, "a").add(["one", "two"], [[-1.5, True], [-2.5, False]])
-    file = tmp_path / "a-0.jsonl"
-    file.write_bytes(file.read_bytes().replace(b"-2.5", b"\xff\x00.5"))
-    found = ItemCache(tmp_path, "a")
-    assert (len(found), found["one"]) == (1, [-1.5, True])
-
-
 @pytest.mark.slow
 def test_ranks_keep_files_of_their_own_and_read_all(
     tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
@@ -136,18 +121,6 @@ def test_values_come_back_bit_for_bit(tmp_path: Path) -> None:
     again = ItemCache(tmp_path, "a")
     assert [again[key] for key in keys] == values
     assert again.missing([*keys, "new", "new"]) == [4]
-
-
-@pytest.mark.slow
-def test_answers_of_another_model_are_neither_used_nor_lost(tmp_path: Path, forwards: list[int]) -> None:
-    asked(tmp_path)
-    first = len(forwards)
-    asked(tmp_path, kind="qwen3")
-    assert len(forwards) == 2 * first
-    forwards.clear()
-    asked(tmp_path)
-    asked(tmp_path, kind="qwen3")
-    assert not forwards
 
 
 def test_a_file_whose_head_names_another_identity_is_begun_anew(tmp_path: Path) -> None:

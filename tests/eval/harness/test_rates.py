@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from lm_eval.config.task import TaskConfig
 from scipy import stats
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
-from shoal.eval.harness import samples as scoring
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
 from shoal.eval.harness.samples import ending_key, prompts_fingerprint, task_score
@@ -66,22 +64,10 @@ def test_rates_of_a_task_are_means_over_its_texts() -> None:
     assert length.ci_low < 9.0 < length.ci_high
 
 
-def test_no_length_is_negative() -> None:
-    found = rate(written(["Rome"] * 4, lengths=[1, 1, 200, 1]), "mean_tokens")
-    assert found.ci_low == 0.0
-    assert found.ci_high > 100
-
-
 def test_a_text_of_which_the_tasks_filter_reads_nothing_is_malformed() -> None:
     assert hold_answers(["I think 7", "7"], ["[invalid]", "7"], ["7"]) == [False, True]
     (found,) = text_rates(["I think 7"], [False], [3], [False])
     assert found == {"malformed": 1.0, "repetition": 0.0, "cut_off": 0.0, "tokens": 3.0}
-
-
-def test_scores_that_are_no_texts_have_no_rates() -> None:
-    made = written(["Rome", "Paris"])
-    likely = replace(made, items=tuple(replace(item, rates={}) for item in made.items), rates={})
-    assert with_rates(likely).rates == {}
 
 
 def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() -> None:
@@ -153,21 +139,9 @@ def test_the_engine_says_how_texts_ended_and_otherwise_their_tokens_are_counted(
     assert made.rates["mean_tokens"] == 17 / 4
 
 
-def test_a_text_that_states_no_answer_is_malformed_where_the_answer_has_to_be_stated() -> None:
-    texts = [" From plum to battery. From battery to pillow.", "From plum to battery. The answer is Rome.", "####"]
-    assert [item.rates["malformed"] for item in logged(texts, match_stated).items] == [1, 0, 1]
-    assert [item.rates["malformed"] for item in logged(texts).items] == [0, 0, 1]
-
-
 def test_where_options_are_lettered_a_text_that_names_one_by_letter_or_text_is_readable() -> None:
     texts = ["A planet", "a", "B", "It is a star", "D"]
     assert [item.rates["malformed"] for item in logged(texts, letter_match, chance=0.5).items] == [0, 1, 0, 1, 1]
-
-
-def test_written_answers_carry_the_version_of_the_code_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert logged(["Rome"]).matching == scoring.MATCHING
-    monkeypatch.setattr(scoring, "MATCHING", 7)
-    assert logged(["Rome"]).matching == 7
 
 
 def test_a_score_knows_its_family_level_and_questions() -> None:
@@ -208,25 +182,6 @@ def test_shoals_rules_count_by_name_in_the_prompts_fingerprint_and_others_by_the
     assert print_of(match_stated, "as it is") == print_of(match_stated, "as it is after its helpers have moved")
     assert print_of(match_stated, "as it is") != print_of(match_start, "as it is")
     assert print_of(match_own, "as it is") != print_of(match_own, "as it is after a change")
-
-
-def test_the_engine_tells_texts_that_ended_from_texts_that_were_cut_off() -> None:
-    model: Any = tiny_model("llama", max_position_embeddings=4096)
-    lm = CausalLM(model, tiny_tokenizer(), 4)
-    prompts = ["one", "another prompt", "x"]
-    ids = {prompt: lm.tok_encode(prompt) for prompt in prompts}
-    with torch.no_grad():
-        plain = {
-            prompt: model.generate(torch.tensor([i]), max_new_tokens=9, do_sample=False)[0] for prompt, i in ids.items()
-        }
-    texts = {prompt: plain[prompt][len(ids[prompt]) :].tolist() for prompt in prompts}
-    last = lm.tokenizer.decode(texts["one"][2:4])  # two bytes, so that it is in one text and not in the others
-    for stop in ([], [last]):
-        settings = {"until": stop, "max_gen_toks": 9, "do_sample": False}
-        lm.generate_until([SimpleNamespace(args=(prompt, settings)) for prompt in prompts])
-        endings = {prompt: lm.endings[ending_key(prompt, settings)] for prompt in prompts}
-        assert endings["x"] == Ending(9, False)
-        assert endings["one"] == (Ending(4, True) if stop else Ending(9, False))
 
 
 def test_padding_after_the_end_is_no_part_of_a_text() -> None:

@@ -14,7 +14,6 @@ from results import (
     choice,
     evaluation,
     plan,
-    provenance,
     training,
     write_quickstart,
     write_run,
@@ -126,12 +125,6 @@ def test_overlap_of_compensation_and_evaluation_is_a_caution(tmp_path: Path, tex
     assert ("the text of prune.width" in wide) == (said is not None and "the text of" in said)
 
 
-def test_a_plan_without_a_word_on_its_compensations_text_is_not_trusted(tmp_path: Path) -> None:
-    write_run(tmp_path, recipe={"prune": {"drop": list(DROP), "compensate": {"data": "my.jsonl"}}})
-    compensated({}).write(tmp_path / "plan.json")
-    assert "compensation text and evaluation items overlap for: my.jsonl" in told(tmp_path)
-
-
 def test_wording_of_twins_in_training_text_is_a_caution_with_a_place(tmp_path: Path) -> None:
     wording = {
         "retrieval/letter": {"found": 1200, "places": [{"number": 7, "excerpt": "Dear Tom, you asked"}]},
@@ -193,17 +186,6 @@ def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
     assert said in str(cautions_section(run, compare(run)))
 
 
-def test_no_sentence_of_the_cautions_is_repeated_and_none_is_a_riddle(quickstart: tuple[Page, str, Path]) -> None:
-    section = quickstart[1].split("## Read with care")[1].split("\n## ")[0]
-    sentences = [one.strip() for line in section.split("\n") for one in re.split(r"(?<=\.) ", line) if len(one) > 25]
-    assert len(sentences) == len(set(sentences)) > 8
-    for riddle in ("1 other tasks", "texts of teacher", "cannot show any", "and 1 more"):
-        assert riddle not in quickstart[1]
-    page = quickstart[0].words
-    lead = "What is kept depends on how the model is asked: no number alone tells what it can do."
-    assert page.count(lead) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sources", "said"),
@@ -240,11 +222,3 @@ def test_the_precision_is_told_where_the_run_has_it_recorded(tmp_path: Path) -> 
     text = told(tmp_path)
     assert "training computes as DeepSpeed is configured, on some CPU" in text
     assert "on this processor. Sizes: half of the tokens, as this is slow.\n" in text
-
-
-def test_roles_that_were_scored_in_different_precision_are_a_caution(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    for role, dtype in (("teacher", "bfloat16"), ("pruned", "float32"), ("distilled", "float32")):
-        made = replace(provenance(), inputs={"model": "abc", "dtype": dtype})
-        replace(evaluation(role), provenance=made).write(tmp_path / "eval" / f"{role}.json")
-    assert "not scored with the same dtype. dtype: bfloat16 for teacher, float32 for pruned" in told(tmp_path)

@@ -1,15 +1,11 @@
 """Blocks as Markdown, and the wording of numbers.
 
-Covers: shoal.eval.report.wording, shoal.formatting.
+Covers: shoal.formatting.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from results import plan
-from told_report import told
 
 from shoal.eval.report.document import (
     Code,
@@ -47,13 +43,6 @@ def test_markdown_escapes_what_could_be_markup(text: str, escaped: str) -> None:
 )
 def test_markdown_keeps_commands_as_code_and_nothing_else(text: str, escaped: str) -> None:
     assert prose(text) == escaped
-
-
-def test_markdown_of_a_report_shows_no_escaped_backtick(tmp_path: Path) -> None:
-    plan().write(tmp_path / "plan.json")
-    markdown = told(tmp_path)
-    assert "`shoal eval`" in markdown
-    assert "\\`" not in markdown
 
 
 def test_markdown_blocks_cannot_be_broken_out_of() -> None:

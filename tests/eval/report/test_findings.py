@@ -12,18 +12,14 @@ from typing import Any
 
 import pytest
 import results
-from tiny import tiny_checkpoint, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.harness.tokenizer_check import require_same_tokenizer
 from shoal.eval.report.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
-from shoal.launch.verbs import evaluate, prune
-from shoal.launch.verbs.run import Run as Stages
-from shoal.recipe.recipe import parse_recipe
 from shoal.stats.paired import mcnemar
 
 
@@ -77,12 +73,6 @@ def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None
     (folder / "eval/pruned.json").rename(folder / "eval/distilled.json")
     with pytest.raises(UserError, match=r"distilled.json: role is 'pruned', but 'distilled' in the file's name; move"):
         read_run(folder)
-
-
-def test_what_files_do_not_say_is_not_held_against_them(folder: Path) -> None:
-    made = Evaluation.read(folder / "eval/pruned.json")
-    write(folder, "eval/pruned.json", made)
-    assert "pruned" in read_run(folder).evaluations
 
 
 # --- written text and protocols -----------------------------------------------------------------------------------
@@ -177,30 +167,6 @@ def test_a_tokenizer_that_differs_between_roles_is_refused(tmp_path: Path, chang
     folders = {"teacher": saved(tmp_path / "t"), "pruned": saved(tmp_path / "p", change)}
     with pytest.raises(UserError, match=message):
         require_same_tokenizer(folders)
-
-
-def test_files_that_say_the_same_in_other_words_are_the_same_tokenizer(tmp_path: Path) -> None:
-    whole, other = saved(tmp_path / "t"), saved(tmp_path / "p")
-    body = json.loads((other / "tokenizer.json").read_text())
-    (other / "tokenizer.json").write_text(json.dumps(body, indent=7))
-    require_same_tokenizer({"teacher": whole, "pruned": other})
-
-
-@pytest.mark.slow
-def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teacher = tiny_checkpoint(tmp_path, "llama")
-    run = Stages(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
-    prune.prune(run)
-    saved(run.dir / "student", add_token)
-    made = PruningPlan.read(run.dir / "plan.json")
-    dataclasses.replace(made, student="").write(
-        run.dir / "plan.json"
-    )  # of before plans knew their student, else refused for that
-    monkeypatch.setattr("shoal.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(UserError, match="number of tokens is 260 in the tokenizer of pruned"):
-        evaluate.evaluate(run)
 
 
 def test_a_control_of_another_training_is_refused(folder: Path) -> None:

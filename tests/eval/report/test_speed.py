@@ -7,7 +7,7 @@ from pathlib import Path
 
 import results
 
-from shoal.artifacts.speed import BatchSpeed, Speed
+from shoal.artifacts.speed import BatchSpeed
 from shoal.eval.report.document import Table
 from shoal.eval.report.findings import Run, read_run
 from shoal.eval.report.speed import SpeedRatio, speed_ratio, speed_section
@@ -63,31 +63,6 @@ def test_a_ratio_has_the_range_of_the_rounds_in_which_both_took_a_turn(tmp_path:
     _, table = tables(replace(run, speed=replace(run.speed, roles=roles)))
     row = next(row for row in table.rows if row[0] == "pruned")
     assert (row[3], row[6]) == ("1.50 × (expected 1.60 ×)", "1.50 × [1.00, 2.00] (expected 1.60 ×)")
-
-
-def test_old_results_of_one_batch_size_are_still_shown(tmp_path: Path) -> None:
-    run = read_run(results.write_run(tmp_path))
-    assert isinstance(run.speed, Speed)
-    roles = {
-        role: replace(
-            s, batches=(), num_layers=None, num_parameters=None, num_bytes=None, kv_bytes_per_token=None, expected={}
-        )
-        for role, s in run.speed.roles.items()
-    }
-    old = replace(run, speed=replace(run.speed, roles=roles, left_out=()))
-    size, speed = tables(old)
-    assert size.rows[1][2:6] == ("5.0 million", "62.5 %", "20 MB", "–")
-    assert speed.rows[1][1:] == (
-        "1",
-        "1,500.0 [1,485.0, 1,500.0]",
-        "1.50 × [1.50, 1.50]",
-        "85.3 ms",
-        "30.0 [28.5, 31.5]",
-        "1.50 × [1.50, 1.50]",
-        "–",
-    )
-    assert "Peak memory is" not in words(old)
-    assert "Expected" not in words(old)
 
 
 def test_a_run_without_speed_or_without_evaluations_shows_what_it_has(tmp_path: Path) -> None:

@@ -8,31 +8,24 @@ from __future__ import annotations
 import json
 import re
 import socket
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
 import pytest
 import yaml
-from jinja2.meta import find_undeclared_variables
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities import GENERATORS
-from shoal.abilities.facts import RELATIONS
-from shoal.abilities.facts_untrained import UNTRAINED
-from shoal.abilities.knowledge import facts_in
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.eval.tasks.data_sets import TaskProtocol, parts_of, read_data_sets
 from shoal.eval.tasks.load import known_tasks, load_tasks
 from shoal.eval.tasks.names import TASKS_DIR, task_names
 from shoal.eval.tasks.protocols import task_config
-from shoal.eval.tasks.rows import _jinja, bbh_options
+from shoal.eval.tasks.rows import bbh_options
 from shoal.recipe.evaluate import Eval
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
 DATA_SETS = read_data_sets(TASKS_DIR)
 ROWS: dict[str, list[dict[str, Any]]] = {
     "arc_easy/test.jsonl": [
@@ -242,22 +235,6 @@ def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_
         assert load(f"{name}_generation", None).config.metadata["chance"] == 0
 
 
-def test_all_facts_there_are_are_asked() -> None:
-    for name, relations in (("knowledge", RELATIONS), ("knowledge_out", UNTRAINED)):
-        assert DATA_SETS[name].num_items == sum(len(facts_in("eval", relation)) for relation in relations)
-
-
-def test_facts_that_are_all_scored_leave_none_for_examples() -> None:
-    assert load("knowledge_out_continuation", None, num_fewshot=0).config.num_fewshot == 0
-    with pytest.raises(UserError, match=r"'knowledge_out_continuation' has no examples beside the items .* \(got 2\)"):
-        load("knowledge_out_continuation", None, num_fewshot=2)
-
-
-def test_chance_is_no_matter_of_likelihoods() -> None:
-    assert "chance" not in load("state_tracking_k2_continuation", None).config.metadata
-    assert load("state_tracking_written_k2_worked", None).config.metadata["chance"] == 0
-
-
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
@@ -356,65 +333,6 @@ def test_options_of_bbh(text: str, target: str, expected: list[str]) -> None:
 
 # --- as lm-eval asks ----------------------------------------------------------------------------------------------
 
-SHIPPED = {
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "lambada": "lambada/lambada_openai.yaml",
-}
-NUM_COMPARED = 60
-
-
-@pytest.fixture(scope="module")
-def first_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first rows of the real files, since lm-eval's templates take their time."""
-    folder = tmp_path_factory.mktemp("first")
-    for file in SHARED.glob("*/*.jsonl"):
-        (folder / file.parent.name).mkdir(exist_ok=True)
-        with file.open(encoding="utf-8") as lines:
-            (folder / file.parent.name / file.name).write_text("".join(islice(lines, NUM_COMPARED)), encoding="utf-8")
-    return folder
-
-
-@needs_data
-@pytest.mark.parametrize("name", SHIPPED)
-def test_option_text_is_asked_as_lm_eval_asks_it_and_its_own_task_reads_the_folder_too(
-    name: str, tmp_path: Path, first_rows: Path
-) -> None:
-    file = Path(lm_eval.tasks.__file__).parent / SHIPPED[name]
-    (tmp_path / "theirs.yaml").write_text(f"include: {file}\ntask: theirs\n")
-    theirs = load_tasks(["theirs"], include_path=tmp_path, data_dir=first_rows)["theirs"]
-    ours = load(f"{name}_continuation", first_rows)
-    expected = sorted(requests(theirs, doc) for doc in theirs.eval_docs)
-    assert sorted(requests(ours, doc) for doc in ours.eval_docs) == expected
-    assert len(expected) == NUM_COMPARED
-
-
-@needs_data
-def test_mmlu_comes_from_the_folder_as_one_column_or_by_subject(tmp_path: Path) -> None:
-    file = next((Path(lm_eval.tasks.__file__).parent / "mmlu" / "default").glob("mmlu_anatomy.yaml"))
-    (tmp_path / "theirs.yaml").write_text(f"include: {file}\ntask: theirs\n")
-    theirs = load_tasks(["theirs"], include_path=tmp_path, data_dir=SHARED, num_fewshot=5)["theirs"]
-    assert set(theirs.eval_docs["subject"]) == {"anatomy"}
-    assert requests(theirs, theirs.eval_docs[0])[0][0].count("Answer:") == 6
-    whole = load("mmlu_all_loglikelihood", SHARED)
-    assert len(set(whole.eval_docs["subject"][:1000])) > 40
-
-
-@needs_data
-def test_every_described_data_set_can_be_read_from_the_folder_with_its_answers_among_the_options() -> None:
-    """Reading refuses an answer outside the options, so that loading is the test; one protocol reads for all."""
-    for data in (data for data in DATA_SETS.values() if data.items and data.protocols and data.dataset != "bbh"):
-        name = next(iter(task_names(data)))
-        assert len(load(name, SHARED).eval_docs) > 20
-    for part in ("sports_understanding", "movie_recommendation"):
-        docs = load(f"bbh_{part}_continuation", SHARED).eval_docs
-        assert all(len(doc["options"]) >= 2 for doc in docs)
-
-
 # --- through a model ----------------------------------------------------------------------------------------------
 
 
@@ -508,27 +426,6 @@ def test_data_that_is_not_as_expected_is_refused(rows: dict[str, Any], message: 
         load("arc_easy_continuation", write(tmp_path, rows))
 
 
-def test_examples_are_read_only_where_they_are_shown(tmp_path: Path) -> None:
-    write(tmp_path, {name: ROWS[name] for name in ("arc_easy/test.jsonl", "gsm8k/test.jsonl")})
-    assert load("arc_easy_continuation", tmp_path).config.num_fewshot == 0
-    assert load("gsm8k_generation", tmp_path, num_fewshot=0).config.num_fewshot == 0
-    with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \('arc_easy'; its folder holds test.jsonl\)"):
-        load("arc_easy_continuation", tmp_path, num_fewshot=2)
-
-
-def test_more_examples_than_there_are_are_refused_before_anything_is_asked(data_dir: Path) -> None:
-    assert load("arc_easy_continuation", data_dir, num_fewshot=1).config.num_fewshot == 1
-    for name, most in (("arc_easy_continuation", 1), ("triviaqa_generation", 3), ("knowledge_continuation", 32)):
-        with pytest.raises(UserError, match=rf"num_fewshot: '{name}' has {most} examples; set it to at most that"):
-            load(name, data_dir, num_fewshot=most + 1)
-
-
-def test_a_page_without_text_is_refused_by_its_row(tmp_path: Path) -> None:
-    write(tmp_path, {"wikitext2/test.jsonl": [*ROWS["wikitext2/test.jsonl"], {"page": " \n"}]})
-    with pytest.raises(UserError, match=r"row 2: its text is empty; correct the data, or leave the row out"):
-        load("wikitext2_rolling", tmp_path)
-
-
 def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) -> None:
     outside = {
         "task": "outside",
@@ -572,17 +469,6 @@ def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
         UserError, match=r"hold\), leave eval.data_dir out to read arc_easy and gsm8k from the Hub, or leave"
     ):
         load_tasks(["arc_easy_continuation", "gsm8k_generation"], data_dir=tmp_path)
-
-
-def test_lines_that_are_no_rows_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, one_row())
-    for text, message in (
-        ("{'a': 1}", r"test.jsonl:1: is no JSON \(.*\); write one object"),
-        ("[1]", "is list, not an object"),
-    ):
-        (tmp_path / "arc_easy" / "test.jsonl").write_text(text)
-        with pytest.raises(UserError, match=message):
-            load("arc_easy_continuation", tmp_path)
 
 
 def test_a_data_dir_must_be_a_folder_and_what_the_hub_lacks_needs_one(tmp_path: Path) -> None:
@@ -677,22 +563,6 @@ def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
     for protocol in ("loglikelihood", "continuation", "generation"):
         name = f"my_science_{protocol}"
         assert load_tasks([name], include_path=tmp_path, data_dir=tmp_path)[name].eval_docs[0]["answer"] == 1
-
-
-def test_the_readme_names_every_file_of_a_data_dir() -> None:
-    row = re.compile(r"^\| (`.*?) \| `(.*?\.jsonl)` \| (.*?) \| (.*?) \|$", re.MULTILINE)
-    lines = row.findall((TASKS_DIR / "README.md").read_text())
-    told = {place: (names, fields, shown) for names, place, fields, shown in lines}
-    outside = [data for data in DATA_SETS.values() if data.bundled is None]
-    assert {f"{data.place}/{data.items or ''}".replace("{}", "<part>") for data in outside} == set(told)
-    for data in outside:
-        names, fields, shown = told[f"{data.place}/{data.items or ''}".replace("{}", "<part>")]
-        assert data.dataset in re.findall(r"\w+", names)
-        assert shown.strip("`") == (data.examples or "-")
-        texts = [data.question if data.page is None else "", data.context, data.ending, data.worked, data.page]
-        texts += [f"{{{{{text}}}}}" for text in (data.options, data.answer, data.answers, data.beginnings) if text]
-        used = set[str]().union(*(find_undeclared_variables(_jinja().parse(text)) for text in texts if text))
-        assert used - {"LETTERS"} <= set(re.findall(r"\w+", fields)), data.dataset
 
 
 @pytest.mark.parametrize(

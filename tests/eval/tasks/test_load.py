@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from shoal.abilities.matching import MATCHING, lettered_prompt, letters_of
 from shoal.errors import UserError
 from shoal.eval.tasks import documents
 from shoal.eval.tasks import load as loading
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.load import load_tasks
-from shoal.eval.tasks.protocols import TEXT_MATCHES, letter_match, match_last, match_start
+from shoal.eval.tasks.protocols import match_last, match_start
 
 ASKED = {
     "knowledge_continuation": "bf34bc407e61c02b",
@@ -53,16 +52,6 @@ ASKED = {
 Never changed since the first version, so that scores of all versions can be compared.
 """
 FIRST_ITEMS = 20
-WRITTEN = (
-    *("", "Rome", "rome.", "The Rome", "It is Rome", "Rome, which is", "Romeo", "Paris\nRome", "\nRome", "D"),
-    *("3", "3.0", "-3", "\u22123", "3.5", "3.5km", "3/4", "3 apples", "10:30", "2^3", "so 5 - 2 = 3", "#### 3"),
-    *("1200", "1,200", "1,200.", "It costs $1,200", "Alice", "Bob gave it to Alice", "Alice gave it to Bob", "alice"),
-    *("A", "a", "B", "B)", "(b)", "a planet", "A planet.", "The answer is B", "I say B", "option b", "not B but C"),
-    *("B is wrong, the answer is C", "option B is incorrect; C", "The answer is B? No, C."),
-    *("The answer is Rome", "answer is 3, not 4"),
-)
-"""Texts in which the rules of matching read an answer, another one or none."""
-SHARED = Path(__file__).parents[4] / "shared" / "data"
 OWN_TASK = """\
 task: {name}
 dataset_path: json
@@ -77,38 +66,8 @@ metric_list:
 """
 
 
-@pytest.fixture(scope="module")
-def every_task() -> dict[str, Any]:
-    return load_tasks(tuple(ASKED))
-
-
-@pytest.fixture(scope="module")
-def with_examples() -> dict[str, Any]:
-    return load_tasks(tuple(ASKED), num_fewshot=2)
-
-
 def prompt(task: Any) -> str:
     return task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_every_task_of_our_own_is_complete(name: str, every_task: dict[str, Any]) -> None:
-    task = every_task[name]
-    described = task.config.metadata
-    assert {"version", "ability", "protocol", "metric"} <= described.keys()
-    assert name.startswith(described["ability"])
-    assert len(task.eval_docs) >= 200
-    assert len(set(task.eval_docs["id"])) == len(task.eval_docs)
-    assert ("examples" in task.dataset) == bool(task.config.num_fewshot)
-    if task.config.num_fewshot:
-        assert not set(task.eval_docs["id"]) & set(task.dataset["examples"]["id"])
-    assert ("family" in described) == ("level" in described)
-    assert not prompt(task).endswith(" ")
-    if task.OUTPUT_TYPE == "multiple_choice":
-        for doc in list(task.eval_docs)[:20]:
-            choices = task.doc_to_choice(doc)
-            assert len(choices) == 4
-            assert 0 <= task.doc_to_target(doc) < len(choices)
 
 
 def first_items(task: Any) -> list[list[Any]]:
@@ -126,54 +85,25 @@ def first_items(task: Any) -> list[list[Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ASKED)
-def test_what_our_own_tasks_ask_has_never_changed(
-    name: str, every_task: dict[str, Any], with_examples: dict[str, Any]
-) -> None:
-    task = every_task[name]
-    described = task.config.metadata
-    metric = described["metric"].removesuffix("_per_token")
-    options = 4 if task.OUTPUT_TYPE == "multiple_choice" else 0
-    content = [
-        first_items(task),
-        first_items(with_examples[name]),
-        *(described.get(key) for key in ("ability", "protocol", "metric", "family", "level")),
-        1 / options if options else described["chance"],
-        task.higher_is_better()[metric],
-        str(task.VERSION),
-        task.config.num_fewshot,
-        len(task.eval_docs),
-    ]
-    assert hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16] == ASKED[name]
-
-
-def test_protocols_of_an_ability_ask_the_same_items(every_task: dict[str, Any]) -> None:
-    for ability in ("retrieval", "retrieval_uuid", "knowledge", "reasoning"):
-        ids = [every_task[f"{ability}_{p}"].eval_docs["id"] for p in ("loglikelihood", "continuation", "generation")]
-        assert list(ids[0]) == list(ids[1]) == list(ids[2])
-
-
-def test_lettered_prompt_is_as_intended() -> None:
-    doc = {"question": "What is the capital of Peru?", "options": [" Lima", " Oslo", " Rome", " Bern"]}
-    expected = "What is the capital of Peru?\nA. Lima\nB. Oslo\nC. Rome\nD. Bern\nAnswer:"
-    assert lettered_prompt(doc) == expected
-    assert letters_of(doc) == ["A", "B", "C", "D"]
-
-
-def test_continuation_prompt_is_the_items_own(every_task: dict[str, Any]) -> None:
-    task = every_task["reasoning_continuation"]
-    doc = task.eval_docs[0]
-    assert prompt(task) == doc["context"]
-    requests = task.construct_requests(doc, prompt(task), metadata=("t", 0, 1))
-    assert [request.args for request in requests] == [(doc["context"], f" {option}") for option in doc["options"]]
-
-
-def test_written_reasoning_is_shown_three_training_examples(every_task: dict[str, Any]) -> None:
-    task = every_task["reasoning_generation"]
-    shown = prompt(task).split("\n\n")
-    examples = list(task.dataset["examples"])[:3]
-    assert shown[:3] == [f"{doc['context']} {doc['worked']}" for doc in examples]
-    assert shown[3] == task.eval_docs[0]["context"]
+def test_what_our_own_tasks_ask_has_never_changed() -> None:
+    with_examples = load_tasks(tuple(ASKED), num_fewshot=2)
+    found = {}
+    for name, task in load_tasks(tuple(ASKED)).items():
+        described = task.config.metadata
+        metric = described["metric"].removesuffix("_per_token")
+        options = 4 if task.OUTPUT_TYPE == "multiple_choice" else 0
+        content = [
+            first_items(task),
+            first_items(with_examples[name]),
+            *(described.get(key) for key in ("ability", "protocol", "metric", "family", "level")),
+            1 / options if options else described["chance"],
+            task.higher_is_better()[metric],
+            str(task.VERSION),
+            task.config.num_fewshot,
+            len(task.eval_docs),
+        ]
+        found[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    assert found == ASKED
 
 
 @pytest.mark.parametrize(
@@ -232,24 +162,6 @@ def test_groups_expand_in_one_order() -> None:
     _, tags = naming.described_tasks(naming.task_folders(None))
     assert [len(tags[group]) for group in groups] == [10, 11, 3, 10, 3, 2, 3, 6]
     assert {task for group in groups for task in tags[group]} == set(ASKED)
-
-
-def test_written_answers_of_our_own_tasks_are_matched_by_the_rule_of_before(every_task: dict[str, Any]) -> None:
-    rules = {name: task.config.process_results for name, task in every_task.items() if name.endswith("_generation")}
-    assert rules.pop("reasoning_generation") is match_last
-    assert set(rules.values()) == {match_start}
-
-
-def test_rules_of_one_version_read_written_answers_alike() -> None:
-    """Scores are compared where MATCHING is equal: who changes what a rule reads raises it, and then this hash."""
-    answers = ("Rome", "3", "Alice", "1,200")
-    docs: list[tuple[dict[str, Any], Any]] = [
-        ({"answers": [answer]}, rule) for answer in answers for rule in TEXT_MATCHES.values()
-    ]
-    docs.append(({"options": ["The sun", "A planet", "Rome", "3"], "answer": 1}, letter_match))
-    read = [[rule(doc, [text])["match"] for text in WRITTEN] for doc, rule in docs]
-    assert {0.0, 1.0} == {match for row in read for match in row}
-    assert (MATCHING, hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]) == (3, "843c2d3410aad00e")
 
 
 def test_tasks_are_identified_by_what_shapes_their_items_and_by_nothing_else(tmp_path: Path) -> None:
@@ -363,17 +275,6 @@ def test_tasks_of_own_files_are_identified_by_the_rows_that_these_name(tmp_path:
     assert identities[0] == identities[2] != identities[1]
 
 
-def test_a_task_of_a_local_data_set_is_identified_by_its_files(tmp_path: Path) -> None:
-    for name in ("tasks", "rows"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "tasks/own.yaml").write_text(f"task: own\ndataset_path: {tmp_path / 'rows'}\ntest_split: test\n")
-    identities = []
-    for text in ('{"q": "1"}\n', '{"q": "2"}\n', '{"q": "1"}\n'):
-        (tmp_path / "rows/test.jsonl").write_text(text)
-        identities.append(naming.tasks_fingerprint(["own"], tmp_path / "tasks"))
-    assert identities[0] == identities[2] != identities[1]
-
-
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
     """Also where a set lies deeper, or its file has another ending; a run that writes beside them changes nothing."""
     (tmp_path / "own.yaml").write_text(
@@ -423,16 +324,6 @@ def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
     assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
     with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has no examples"):
         load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
-
-
-@pytest.mark.skipif(not (SHARED / "arc_easy").is_dir(), reason="no folder of real test sets beside the repository")
-def test_a_local_folder_of_real_data_can_be_named(tmp_path: Path) -> None:
-    data = SHARED / "arc_easy" / "test.jsonl"
-    (tmp_path / "arc.yaml").write_text(OWN_TASK.format(name="arc_easy_local", data=data))
-    task = load_tasks(["arc_easy_local"], include_path=tmp_path)["arc_easy_local"]
-    doc = task.eval_docs[0]
-    assert prompt(task) == f"Question: {doc['question']}\nAnswer:"
-    assert task.doc_to_choice(doc)[task.doc_to_target(doc)]
 
 
 def test_a_defect_of_our_own_task_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,41 +19,24 @@ from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, trai
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Evaluation
-from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.figures.depth import depth_columns, depth_figure
 from shoal.figures.importance import importance_figure
 from shoal.figures.levels import ladders, level_figure
 from shoal.figures.scores import before_after_figure
 from shoal.figures.style import (
-    FAINT,
     INK,
-    ROLE_STYLE,
-    SERIES_COLOURS,
     inline_svg,
     save_figure,
 )
-from shoal.figures.training import loss_series, training_figure
+from shoal.figures.training import training_figure
 
 ROLES = ("teacher", "pruned", "distilled")
 
 
 def texts(path: Path) -> list[str]:
     return [node.text or "" for node in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance by the WCAG 2 definition."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
 
 
 def test_importance_figure_marks_the_dropped_layers_and_the_run() -> None:
@@ -126,20 +109,6 @@ def test_columns_that_layers_were_chosen_by_come_first(made: PruningPlan, first:
         assert columns[0].scores == (*importance().runs["angular"][2], None, None)
 
 
-def test_a_bar_far_out_is_broken_off_and_marked() -> None:
-    scores = (50.0, *([1.0] * (NUM_LAYERS - 1)))
-    _, column = depth_figure(plan(), replace(importance(), layers={"m": scores}, runs={})).axes
-    lengths = [bar.get_width() for bar in column.patches]  # pyright: ignore[reportAttributeAccessIssue]
-    assert max(lengths) == 1.0
-    assert [text.get_text() for text in column.texts if text.get_position()[1] == 0] == ["›"]
-
-
-def test_depth_figure_needs_no_importance_and_refuses_that_of_another_model() -> None:
-    assert len(depth_figure(plan(), None).axes) == 1
-    with pytest.raises(UserError, match=r"has 9 layers, plan\.json 8; measure again"):
-        depth_figure(plan(), replace(importance(), num_layers=9))
-
-
 def climbed(role: str, *levels: float) -> Evaluation:
     tasks = (choice(role, f"track_{level:g}", "reasoning", "generation", chance=0.0) for level in levels)
     return evaluation(role, tuple(replace(t, family="track", level=v) for t, v in zip(tasks, levels, strict=True)))
@@ -158,13 +127,6 @@ def test_level_figure_draws_every_role_over_the_levels_that_all_share() -> None:
     assert ladders([climbed("teacher", 1)]) == ()
     with pytest.raises(UserError, match="no family of tasks"):
         level_figure([])
-
-
-def test_training_figure_leaves_out_values_that_are_not_finite() -> None:
-    history = ({"step": 1.0, "loss": float("nan")}, {"step": 2.0, "loss": 1.5})
-    assert loss_series(replace(training(), history=history)) == {"loss": ([2.0], [1.5])}
-    with pytest.raises(UserError, match="holds no loss"):
-        training_figure(replace(training(), history=()))
 
 
 @pytest.mark.slow
@@ -244,20 +206,6 @@ def test_inline_svgs_share_a_page_without_sharing_ids(tmp_path: Path) -> None:
         assert background[2] == "none", "a page shows through"
         size = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', markup)[0]
         assert set(size) <= set(background[1].split()), "it is the whole picture's"
-
-
-def test_colours_hold_on_white_and_on_near_black() -> None:
-    for colour in (FAINT, *SERIES_COLOURS, *(colour for colour, _ in ROLE_STYLE.values())):
-        for page in ("#ffffff", "#14171c"):
-            assert contrast(colour, page) >= 3, (colour, page)
-    assert len({marker for _, marker in ROLE_STYLE.values()}) == len(ROLE_STYLE)
-
-
-def test_a_long_model_and_one_metric_are_drawn() -> None:
-    scores = (5.0, *([0.01] * 79))
-    artifact = Importance(importance().provenance, 80, 10, {"block_influence": scores}, {})
-    assert importance_figure(artifact).axes[0].get_yscale() == "log"
-    assert isinstance(training(), Training)
 
 
 @pytest.mark.slow
