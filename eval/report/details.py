@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from shoal.artifacts.artifact import Artifact, Json
-from shoal.artifacts.evaluation import ROLES
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
@@ -112,7 +111,7 @@ def terms_section() -> Section:
 
 def settings_section(run: Run) -> Section:
     """The exact recipe, secrets hidden, and the versions it ran with."""
-    blocks: list[Block] = [(told) for told in [precision_text(run.numerics)] if told]
+    blocks: list[Block] = [*filter(None, [precision_text(run.numerics)])]
     if run.recipe is None:
         blocks.append("run.json, which holds the recipe, is not in the run directory.")
     else:
@@ -141,38 +140,16 @@ def precision_text(numerics: Mapping[str, Any]) -> str:
     return f"Numeric precision: {listed(told)}{device}{why}.{sizes}"
 
 
-def reproduce_section(run: Run) -> Section:
-    """The commands that make this report again."""
-    lines = [
-        "Save the recipe above as recipe.yaml (hidden values filled in, if there are any).",
-        "Run `shoal run --config recipe.yaml run_dir=NEW_FOLDER` with the versions above.",
-        "Each stage prints its progress; the new report lies in NEW_FOLDER/report.html.",
-        "On another machine or other versions the last digits of the scores may differ; the intervals should overlap.",
-    ]
-    return Section("How to repeat this", ((tuple(lines)),))
-
-
-def missing_section(run: Run) -> Section | None:
-    """What this report could not show because a stage has not run; None where all ran."""
-    absent = tuple(f"{name} (shoal {verb})" for (name, verb), artifact in _results(run).items() if artifact is None)
-    if not absent:
-        return None
-    return Section("Not in this report", (("These results do not exist in the run directory:"), (absent)))
-
-
-def _results(run: Run) -> dict[tuple[str, str], Artifact | None]:
-    """Every result that a run can have, by its file and the verb that makes it; a control only
-    where it is wanted."""
-    recipe = run.recipe or {}
-    wanted = {"control": (recipe.get("eval") or {}).get("control")}
-    roles = [role for role in ROLES if role in run.evaluations or wanted.get(role, True)]
-    return {
-        ("importance.json", "measure"): run.importance,
-        ("plan.json", "prune"): run.plan,
-        ("distill.json", "distill"): run.training,
-        **{(f"eval/{role}.json", "eval"): run.evaluations.get(role) for role in roles},
-        ("eval/speed.json", "eval with eval.speed: true"): run.speed,
+def _results(run: Run) -> dict[str, Artifact]:
+    """Every result of the run, by its file."""
+    results = {
+        "importance.json": run.importance,
+        "plan.json": run.plan,
+        "distill.json": run.training,
+        **{f"eval/{role}.json": evaluation for role, evaluation in run.evaluations.items()},
+        "eval/speed.json": run.speed,
     }
+    return {name: artifact for name, artifact in results.items() if artifact is not None}
 
 
 def _data_blocks(data: dict[str, Json]) -> list[Block]:
@@ -216,7 +193,7 @@ def _identifiers(run: Run) -> Table | None:
 
 
 def _environment_blocks(run: Run) -> list[Block]:
-    provenances = {name: artifact.provenance for (name, _), artifact in _results(run).items() if artifact is not None}
+    provenances = {name: artifact.provenance for name, artifact in _results(run).items()}
     fields = list(dict.fromkeys(field for provenance in provenances.values() for field in provenance.environment))
     rows = []
     for field in fields:

@@ -21,8 +21,6 @@ from .cautions import cautions_section
 from .details import (
     costs_section,
     cut_section,
-    missing_section,
-    reproduce_section,
     settings_section,
     terms_section,
     training_section,
@@ -90,8 +88,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         costs_section(run),
         terms_section(),
         settings_section(run),
-        reproduce_section(run),
-        missing_section(run),
     ]
     return Document(
         title=f"{run.model}: what a shallower model keeps",

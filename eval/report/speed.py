@@ -85,7 +85,7 @@ def _speed_table(speed: Speed) -> Table:
     rows = []
     kinds: tuple[Kind, ...] = ("prefill", "decode")
     for role, score in speed.roles.items():
-        for batch in _batches(speed, score):
+        for batch in score.batches:
             teacher = _teacher_at(speed, batch.batch_size)
             cells = [role, f"{batch.batch_size:,}"]
             for kind in kinds:
@@ -126,19 +126,9 @@ def _explanations(speed: Speed) -> list[Block]:
     return blocks
 
 
-def _batches(speed: Speed, score: SpeedScore) -> Sequence[BatchSpeed]:
-    """Speeds by batch size; results from before there were several have one."""
-    if score.batches:
-        return score.batches
-    first = speed.batch_size * speed.prompt_tokens / score.prefill_tokens_per_s
-    return (
-        BatchSpeed(speed.batch_size, score.prefill_tokens_per_s, score.decode_tokens_per_s, first, None, score.samples),
-    )
-
-
 def _teacher_at(speed: Speed, batch_size: int) -> BatchSpeed | None:
     teacher = speed.roles.get("teacher")
-    batches = _batches(speed, teacher) if teacher else ()
+    batches = teacher.batches if teacher else ()
     return next((batch for batch in batches if batch.batch_size == batch_size), None)
 
 
