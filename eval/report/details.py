@@ -11,7 +11,6 @@ from shoal.artifacts.artifact import Artifact, Json
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
-from shoal.task_words import task_words
 
 from .cautions import disjointness
 from .document import Block, Code, Picture, Section, Table
@@ -115,14 +114,18 @@ def settings_section(run: Run) -> Section:
     if run.recipe is None:
         blocks.append("run.json, which holds the recipe, is not in the run directory.")
     else:
-        text = yaml.safe_dump(redacted(run.recipe), sort_keys=False, allow_unicode=True, width=100)
-        blocks.append(Code(text, "yaml", "The recipe, with every default filled in"))
+        blocks.append(Code(_yaml(run.recipe), "yaml", "The recipe, with every default filled in"))
     if run.training and run.training.settings:
-        text = yaml.safe_dump(redacted(run.training.settings), sort_keys=False, allow_unicode=True, width=100)
-        blocks.append(Code(text, "yaml", "Training arguments and DeepSpeed configuration, as resolved"))
+        blocks.append(
+            Code(_yaml(run.training.settings), "yaml", "Training arguments and DeepSpeed configuration, as resolved")
+        )
     if names := _identifiers(run):
         blocks.append(names)
-    blocks += _environment_blocks(run)
+    made = {name: artifact.provenance for name, artifact in _results(run).items()}
+    told = {
+        name: {"made": own.created, "fingerprint": own.fingerprint, **own.environment} for name, own in made.items()
+    }
+    blocks.append(Code(_yaml(told), "yaml", "Results this report was made from: when, on which machine and versions"))
     return Section("Exact settings and versions", tuple(blocks))
 
 
@@ -153,33 +156,20 @@ def _results(run: Run) -> dict[str, Artifact]:
 
 
 def _data_blocks(data: dict[str, Json]) -> list[Block]:
-    """Counts by source as a table; everything else that training recorded about its data as a line of its own."""
-    sources: Any = data.get("sources")
-    if not isinstance(sources, dict) or not all(isinstance(counts, dict) for counts in sources.values()):
-        sources = {}
-    sources = {name: {k: v for k, v in counts.items() if _is_plain(v)} for name, counts in sources.items()}
+    """Counts by source as a table; everything else that training recorded about its data as it was written."""
+    sources: Any = data.get("sources") or {}
     blocks: list[Block] = []
     if sources:
         fields = list(dict.fromkeys(field for counts in sources.values() for field in counts))
         rows = tuple((name, *(_count(counts.get(field)) for field in fields)) for name, counts in sources.items())
         blocks.append(Table("Training text by source", ("Source", *(f.replace("_", " ") for f in fields)), rows))
-    overlap = data.get("overlap")
-    if isinstance(overlap, dict) and overlap:
-        rows = tuple(
-            (", ".join(task_words(task)), *(_count(counts.get(key)) for key in ("items", "compared", "found")))
-            for task, counts in overlap.items()
-        )
-        blocks.append(Table("Evaluation items in the training text", ("Task", "Items", "Compared", "Found"), rows))
-    wording = data.get("wording")
-    if isinstance(wording, dict) and wording:
-        rows = tuple((form, _count(told.get("found"))) for form, told in wording.items())
-        blocks.append(
-            Table("Wording of twins or untrained abilities in the training text", ("Form", "Documents"), rows)
-        )
-    others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
-    if others:
-        blocks.append(others)
+    if others := {name: value for name, value in data.items() if name != "sources"}:
+        blocks.append(Code(_yaml(others), "yaml", "Searches in the training text, and what else is recorded of it"))
     return blocks
+
+
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(redacted(content), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _identifiers(run: Run) -> Table | None:
@@ -190,30 +180,6 @@ def _identifiers(run: Run) -> Table | None:
     )
     columns = ("Task", "Name in the recipe", "Protocol", "Metric", "Version", "Examples")
     return Table("Tasks by their names", columns, rows, frozenset(range(5)), folded=True) if rows else None
-
-
-def _environment_blocks(run: Run) -> list[Block]:
-    provenances = {name: artifact.provenance for name, artifact in _results(run).items()}
-    fields = list(dict.fromkeys(field for provenance in provenances.values() for field in provenance.environment))
-    rows = []
-    for field in fields:
-        values = {name: str(p.environment[field]) for name, p in provenances.items() if field in p.environment}
-        distinct = dict.fromkeys(values.values())
-        cell = (
-            next(iter(distinct))
-            if len(distinct) == 1
-            else "; ".join(f"{value} ({', '.join(n for n, v in values.items() if v == value)})" for value in distinct)
-        )
-        rows.append((field.replace("_", " "), cell))
-    stamps = tuple((name, p.created, p.fingerprint) for name, p in provenances.items())
-    return [
-        Table("Versions and machine", ("What", "Value"), tuple(rows), frozenset({0, 1})),
-        Table("Results this report was made from", ("File", "Made", "Fingerprint"), stamps, frozenset({0, 1, 2})),
-    ]
-
-
-def _is_plain(value: Json) -> bool:
-    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _count(value: Json) -> str:

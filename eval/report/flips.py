@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import itertools
-from collections.abc import Sequence
-from dataclasses import replace
-
 from shoal.artifacts.evaluation import ItemScore
 
 from .document import Flip, Flips, Section
@@ -18,14 +13,10 @@ CHANGES = (
     ("teacher", "pruned", "right only after the cut", "lost by the cut"),
 )
 """Role before, role after, name of the items won, name of the items lost."""
-MAX_ITEMS = 60
+MAX_ITEMS = 12
 """Items shown per task and direction."""
 MAX_CHARACTERS = 400
 """Characters shown of one text."""
-MAX_BYTES = 1_000_000
-"""Bytes of all shown items in the page: a report stays small however many items there are."""
-MARKUP_BYTES = 600
-"""Bytes that the page puts around the texts of one item."""
 
 
 def flips_section(comparison: Comparison) -> Section | None:
@@ -33,15 +24,14 @@ def flips_section(comparison: Comparison) -> Section | None:
     groups = [group for change in CHANGES for group in _groups(comparison, *change)]
     if not groups:
         return None
-    shown = within(groups, MAX_BYTES)
     text = "Single answers behind the scores: items that one model has right and the other wrong."
-    changed, told = (sum(counts) for counts in ((own.count for own in groups), (len(own.items) for own in shown)))
+    changed, told = (sum(counts) for counts in ((own.count for own in groups), (len(own.items) for own in groups)))
     if told < changed:
         text += (
             f" {told:,} of {changed:,} are shown, the first of every task and direction, of long texts the beginning "
             "and the end; all of them are in eval/*.json."
         )
-    return Section("Items that changed sides", (text, *shown))
+    return Section("Items that changed sides", (text, *groups))
 
 
 def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost_word: str) -> list[Flips]:
@@ -54,24 +44,6 @@ def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost
                     items = tuple(_flip(*pair) for pair in pairs[:MAX_ITEMS])
                     groups.append(Flips(task_name(row), word, index == 0, before, after, len(pairs), items))
     return groups
-
-
-def within(groups: Sequence[Flips], budget: int) -> list[Flips]:
-    """The groups with as many items as the budget allows, in turns, so that no task crowds out another."""
-    kept: list[list[Flip]] = [[] for _ in groups]
-    turns = itertools.product(range(MAX_ITEMS), zip(groups, kept, strict=True))
-    for place, (group, items) in turns:
-        if place < len(group.items):
-            budget -= _size(group.items[place])
-            if budget < 0:
-                break
-            items.append(group.items[place])
-    return [replace(group, items=tuple(items)) for group, items in zip(groups, kept, strict=True)]
-
-
-def _size(flip: Flip) -> int:
-    texts = (flip.item, flip.question, flip.expected, flip.before, flip.after)
-    return MARKUP_BYTES + sum(len(html.escape(text).encode(errors="replace")) for text in texts)
 
 
 def _flip(before: ItemScore, after: ItemScore) -> Flip:

@@ -24,13 +24,10 @@ from results import (
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.eval.report.document import (
     Document,
-    Flip,
-    Flips,
     Section,
     Table,
 )
 from shoal.eval.report.findings import compare, read_run
-from shoal.eval.report.flips import within
 from shoal.eval.report.page import to_html
 from shoal.eval.report.report import write_report
 from shoal.stats.paired import paired
@@ -121,7 +118,7 @@ def test_both_outputs_tell_the_same_numbers(report: tuple[Page, str, Path]) -> N
 
 @pytest.mark.slow
 def test_the_page_stays_small_however_many_items_there_are(tmp_path: Path) -> None:
-    """Bound: 1 MB of changed items in the page. A figure of thousands of items is as large as one of a hundred."""
+    """A figure of thousands of items is as large as one of a hundred."""
     for role in ("teacher", "pruned", "distilled"):
         names = ("retrieval_generation", "knowledge_generation", "reasoning_generation")
         tasks = tuple(choice(role, name, name.split("_")[0], "generation", chance=0.0, n=3000) for name in names)
@@ -131,7 +128,7 @@ def test_the_page_stays_small_however_many_items_there_are(tmp_path: Path) -> No
     (note,) = re.findall(r"([\d,]+) of ([\d,]+) are shown", page.decode())
     shown, changed = (int(number.replace(",", "")) for number in note)
     assert changed > 5000
-    assert shown == page.count(b'<dl class="flip">') > 200
+    assert shown == page.count(b'<dl class="flip">') > 60
     assert len(page) < 1_300_000
     assert len((tmp_path / "report.md").read_bytes()) < 200_000
 
@@ -139,15 +136,6 @@ def test_the_page_stays_small_however_many_items_there_are(tmp_path: Path) -> No
 def wordy(role: str, item: ItemScore) -> ItemScore:
     """The same item with a long answer, every character of which the page has to escape."""
     return replace(item, prediction=f"{role} {item.score} " + "<&" * 2000)
-
-
-def test_every_task_keeps_its_share_of_a_small_room() -> None:
-    flips = [Flip(str(index), "", "x", "y" * 100, "z" * 100) for index in range(50)]
-    groups = [Flips(name, "lost", False, "teacher", "pruned", 50, tuple(flips)) for name in ("a", "b")]
-    kept = within(groups, 12 * 850)
-    assert [len(group.items) for group in kept] == [6, 6]
-    assert kept[0].caption == "a: 50 items lost, 6 shown"
-    assert [len(group.items) for group in within(groups, 10**6)] == [50, 50]
 
 
 @pytest.mark.slow

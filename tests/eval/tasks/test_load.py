@@ -222,8 +222,6 @@ def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> N
             load_tasks([wrong])
     with pytest.raises(UserError, match=r"'qqq' is no task.*`shoal list tasks` names shoal's own"):
         load_tasks(["knowledge_continuation", "qqq"])
-    with pytest.raises(UserError, match=r"'retrieval' is no task.*there is retrieval_\w+, "):
-        load_tasks(["retrieval"])
 
 
 @pytest.mark.usefixtures("no_collection")
