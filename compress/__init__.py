@@ -5,11 +5,8 @@
     plan         the choice
     goals        what prune.target asks of the layers that go
     layer_sizes  what every layer takes of files, memory and time
-    knapsack     the cheapest layers that save enough, exactly
-    to_target    the choice by goals: of layers, runs or an order
     orders       the choice along a greedy order
     sparing      columns on which nothing may be spent
-    frontier     what cuts keep against what they leave of size and time
     apply        writes the student of a plan
     dry_run      what a plan would do
     delta        how far a donor's layers are from the base's

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -73,10 +73,6 @@ class LayerSizes:
         """Bytes read for one token of each of ``batch_size`` sequences with all layers, as decode_bytes tells."""
         width = self.bytes_per_parameter
         return round(decode_bytes(self.cost, bytes_per_parameter=width, num_tokens=num_tokens, batch_size=batch_size))
-
-    def at_depth(self, num_layers: int) -> LayerSizes:
-        """The whole of a model with another number of layers like these; what goes with each stays as it is."""
-        return replace(self, cost=self.cost.at_depth(num_layers))
 
     def layer_read(self, layer: int, batch_size: int, num_tokens: int) -> int:
         """What of it goes with a layer."""

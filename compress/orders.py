@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from shoal.artifacts.importance import Importance, Removal, SweepColumn
 from shoal.errors import UserError
@@ -11,7 +11,6 @@ from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp
 from .goals import Goals
 from .metrics.greedy import HALVES, TASK_ORDER
 from .sparing import affordable, require_affordable
-from .to_target import shortest_prefix
 
 
 def first_of_order(
@@ -33,7 +32,7 @@ def first_of_order(
         removed = "halves" if of_halves else "layers"
         raise UserError(
             f"prune.metric={metric}: its order holds {len(free)} {removed} that are not protected "
-            f"({in_teacher(protected, importance)}), {count} are needed; raise {length_setting(metric)} before it is "
+            f"({sorted(protected)}), {count} are needed; raise {length_setting(metric)} before it is "
             "measured, or drop fewer"
         )
     if of_halves:
@@ -78,21 +77,13 @@ def _reaching(
     metric: str, free: Sequence[Removal], goals: Goals, spared: Sequence[SweepColumn], *, of_halves: bool
 ) -> int:
     """How many removals of an order reach the goals. Only whole layers save something: a half leaves its place."""
-    prefixes = prefixes_of(free, spared, of_halves=of_halves)
-    longer = f"{metric} that may go (raise {length_setting(metric)} for more)"
-    at = shortest_prefix([layers for _, layers in prefixes], goals, longer)
-    return 1 + (prefixes[at][0] if of_halves else at)
-
-
-def prefixes_of(
-    free: Sequence[Removal], spared: Sequence[SweepColumn], *, of_halves: bool
-) -> list[tuple[int, list[int]]]:
-    """(position of the last removal in ``free``, whole layers that are gone after it), ever more of them."""
     if of_halves:
-        return [(at, _without_halves(free[: at + 1])[0]) for at in range(len(free))]
-    layers = [removal.unit.layers[0] for removal in free]
-    taken = affordable(layers, len(layers), spared)
-    return [(layers.index(last), taken[: count + 1]) for count, last in enumerate(taken)]
+        prefixes = [_without_halves(free[: at + 1])[0] for at in range(len(free))]
+    else:
+        taken = affordable([removal.unit.layers[0] for removal in free], len(free), spared)
+        prefixes = [taken[: at + 1] for at in range(len(taken))]
+    removals = f"the {len(prefixes)} removals of the order of {metric} (raise {length_setting(metric)} for more)"
+    return 1 + goals.first_reaching(prefixes, removals)
 
 
 def _without_halves(removals: Sequence[Removal]) -> tuple[list[int], Edits]:
@@ -103,11 +94,6 @@ def _without_halves(removals: Sequence[Removal]) -> tuple[list[int], Edits]:
     edits: list[Edit] = [SkipAttention("skip_attention", attention)] if attention else []
     edits += [SkipMlp("skip_mlp", mlp)] if mlp else []
     return sorted(both), tuple(edits)
-
-
-def in_teacher(layers: Iterable[int], importance: Importance) -> list[int]:
-    """The teacher's numbers of these layers of the measured model."""
-    return [importance.teacher_layers[layer] for layer in sorted(layers)]
 
 
 def layers_of(count: int, num_layers: int) -> str:

@@ -14,11 +14,10 @@ from shoal.recipe.edits import Edit, Edits, edited_layers, in_words, removed_lay
 from shoal.recipe.prune import Prune
 
 from .goals import Goals
-from .orders import first_of_order, in_teacher, is_of_halves, layers_of, prefixes_of
+from .orders import first_of_order, layers_of
 from .sparing import affordable, costs, require_affordable, spared_columns, warn_without_signal
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import layer_scores, ranks, swept_columns, unknown
-from .to_target import ALL_FREE, Cut, best_cuts, cheapest_layers, cheapest_run, free_cuts, runs_of, unbeaten
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +74,7 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     """
     free = free_layers(prune, num_layers)
     if goals is not None:
-        lasts = [free[-count:] for count in range(1, min(len(free), num_layers - 1) + 1)]
-        goals.refuse_unreachable(lasts, ALL_FREE)
-        drop = next(cut for cut in lasts if goals.reached(cut))
+        drop = free[-_fewest(free[::-1], num_layers, goals) :]
     else:
         drop = free[-_count(prune, num_layers) :]
     reason = f"a stand-in: {layers_of(len(drop), num_layers)}, chosen once they are measured"
@@ -94,7 +91,7 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
     if prune.drop is not None:
         _explicit(prune, prune.drop, num_layers)
     elif goals is not None:
-        goals.refuse_unreachable(free_cuts(free_layers(prune, num_layers), num_layers), ALL_FREE)
+        _fewest(free_layers(prune, num_layers), num_layers, goals)
     elif is_automatic(prune):
         protected = _protected(prune.protect, num_layers) | _edited(prune)
         count, free = _count(prune, num_layers), num_layers - len(protected)
@@ -153,7 +150,7 @@ def _choose(
     if goals is not None:
         reason += f", for {goals.in_words(drop)}"
     if protected:
-        reason += f"; {_named(in_teacher(protected, importance))} protected"
+        reason += f"; {_named(sorted(protected))} protected"
     if spared:
         reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
     return drop, halves, reason
@@ -168,34 +165,10 @@ def _guarded(prune: Prune, importance: Importance) -> tuple[set[int], tuple[Swee
     return protected | {layer for column in spared for layer in column.critical}, spared
 
 
-def cuts_by_size(prune: Prune, importance: Importance, num_bytes: Sequence[int]) -> tuple[str, list[Cut]]:
-    """What is told of cuts in words, and the cuts that the metric of ``prune`` finds best, one per size, the whole
-    model first.
-
-    Of layers and of runs those that no other one beats in both score and ``num_bytes``, the bytes that go with each
-    layer; of an order its prefixes. Nothing significant is spent where that is to be spared.
-
-    Raises:
-        UserError: as choose_changes, for a column that is not there.
-    """
-    protected, spared = _guarded(prune, importance)
-    free, whole = _free(protected, importance), Cut((), 0.0)
-    if prune.contiguous:
-        metric = prune.metric or DEFAULT_RUN_METRIC
-        runs = runs_of(_rows(metric, importance), free, importance.num_layers)
-        told, cuts = metric, unbeaten(runs, num_bytes)
-    elif prune.metric in importance.orders and prune.metric not in importance.layers:
-        metric = prune.metric
-        removals = [removal for removal in importance.orders[metric] if not protected & set(removal.unit.layers)]
-        prefixes = prefixes_of(removals, spared, of_halves=is_of_halves(metric, importance))
-        told = f"{metric} without them"
-        by_layers = {tuple(sorted(layers)): removals[at].score for at, layers in reversed(prefixes) if layers}
-        cuts = [Cut(*cut) for cut in reversed(by_layers.items())]
-    else:
-        told, scores = _scores(prune, importance)
-        told = f"sum of {told}"
-        cuts = best_cuts(scores, free, num_bytes)
-    return told, [whole, *(cut for cut in cuts if not costs(cut.layers, spared))]
+def _fewest(order: Sequence[int], num_layers: int, goals: Goals) -> int:
+    """How many of the first layers of ``order`` reach the goals, one layer staying."""
+    prefixes = [order[:count] for count in range(1, min(len(order), num_layers - 1) + 1)]
+    return 1 + goals.first_reaching(prefixes, "dropping every layer that is free to go")
 
 
 def _edited(prune: Prune) -> set[int]:
@@ -300,62 +273,60 @@ def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
 def _best_run(
     prune: Prune, wanted: int | Goals, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
 ) -> tuple[tuple[int, ...], str]:
-    """The cheapest run of ``wanted`` neighbours, or of as many as reach the goals, without a protected layer (Gromov et
+    """The cheapest run of ``wanted`` neighbours, or of as few as reach the goals, without a protected layer (Gromov et
     al. 2024, arXiv:2403.17887)."""
     metric = prune.metric or DEFAULT_RUN_METRIC
-    rows = _rows(metric, importance)
+    rows, num_layers = _rows(metric, importance), importance.num_layers
+
+    def free(count: int) -> list[int]:
+        return [start for start in range(num_layers - count + 1) if not protected & set(range(start, start + count))]
+
+    def affordable_runs(count: int) -> list[range]:
+        runs = (range(start, start + count) for start in free(count))
+        return sorted((run for run in runs if not costs(run, spared)), key=lambda run: rows[count - 1][run.start])
+
     if isinstance(wanted, Goals):
-        runs = tuple(runs_of(rows, _free(protected, importance), importance.num_layers))
-        run = cheapest_run(runs, wanted, lambda layers: costs(layers, spared))
-        lowest = f"the run of neighbours with the lowest {metric} ({run.score:.4g}) that reaches the target"
-        return run.layers, f"{layers_of(len(run.layers), importance.num_layers)}: {lowest}"
-    count = wanted
+        runs = [run for count in range(1, min(len(rows), num_layers - 1) + 1) for run in affordable_runs(count)]
+        count = len(runs[wanted.first_reaching(runs, "any run of neighbours that was measured and is free to go")])
+        runs = [run for run in affordable_runs(count) if wanted.reached(run)]
+    else:
+        count = wanted
+        runs = affordable_runs(count) if count <= len(rows) else []
     if count > len(rows):
         raise UserError(
             f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; set "
             f"measure.num_drop: {count} and measure again"
         )
-    scores = rows[count - 1]
-    free = [start for start in range(len(scores)) if not protected & set(range(start, start + count))]
-    if not free:
+    if not free(count):
         raise UserError(
-            f"prune: no run of {count} neighbouring layers is free of protected layers "
-            f"{in_teacher(protected, importance)}; "
-            f"the longest has {_longest_run(protected, importance.num_layers)}. Drop fewer or shorten prune.protect"
+            f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(protected)}; "
+            f"the longest has {_longest_run(protected, num_layers)}. Drop fewer or shorten prune.protect"
             + (" or prune.spare" if spared else "")
         )
-    starts = [start for start in free if not costs(range(start, start + count), spared)]
-    require_affordable(count if starts else 0, count, spared)
-    best = min(starts, key=lambda start: (scores[start], start))
-    reason = (
-        f"the run of {layers_of(count, importance.num_layers)} with the lowest {metric} ({scores[best]:.4g}) "
-        f"of {len(starts)} possible"
-    )
-    return tuple(range(best, best + count)), reason
+    require_affordable(count if runs else 0, count, spared)
+    lowest = f"lowest {metric} ({rows[count - 1][runs[0].start]:.4g}) of {len(runs)} possible"
+    return tuple(runs[0]), f"the run of {layers_of(count, num_layers)} with the {lowest}"
 
 
 def _lowest(
     prune: Prune, wanted: int | Goals, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
 ) -> tuple[tuple[int, ...], str]:
-    """The ``wanted`` layers of lowest score wherever they are, or those of lowest sum that reach the goals; equal
-    scores go by lower index."""
+    """The ``wanted`` layers of lowest score wherever they are, or as few of them as reach the goals; equal scores go by
+    lower index."""
     metric, scores = _scores(prune, importance)
     candidates = _free(protected, importance)
+    order = sorted(candidates, key=lambda layer: (scores[layer], layer))
     if isinstance(wanted, Goals):
-        chosen = cheapest_layers(scores, candidates, wanted, lambda layers: costs(layers, spared))
-        total = sum(scores[layer] for layer in chosen)
-        return chosen, (
-            f"{layers_of(len(chosen), importance.num_layers)}: of all that reach the target the lowest sum of {metric} "
-            f"({total:.4g})"
-        )
-    count = wanted
+        count = _fewest(affordable(order, len(order), spared), importance.num_layers, wanted)
+    else:
+        count = wanted
     if count > len(candidates):
         raise UserError(
             f"prune: asks to drop {count} layers, but only {len(candidates)} of {importance.num_layers} are not "
-            f"protected ({in_teacher(protected, importance)}); drop fewer or shorten prune.protect"
+            f"protected ({sorted(protected)}); drop fewer or shorten prune.protect"
             + (" or prune.spare" if spared else "")
         )
-    drop = affordable(sorted(candidates, key=lambda layer: (scores[layer], layer)), count, spared)
+    drop = affordable(order, count, spared)
     require_affordable(len(drop), count, spared)
     reason = (
         f"the {layers_of(count, importance.num_layers)} with the lowest {metric} "

@@ -145,7 +145,6 @@ def _main(argv: list[str]) -> int:
         arguments.config,
         arguments.overrides,
         dry_run=getattr(arguments, "dry_run", False),
-        figure=getattr(arguments, "figure", None),
         loudness=arguments.loudness,
     )
 
@@ -156,11 +155,9 @@ def run_verb(
     overrides: Sequence[str],
     *,
     dry_run: bool = False,
-    figure: Path | None = None,
     loudness: Loudness = "usual",
 ) -> int:
-    """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code.
-    ``figure``: file that `shoal prune --dry-run` draws to."""
+    """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code."""
     from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
 
     def work() -> None:
@@ -169,7 +166,7 @@ def run_verb(
         _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
-                text = _dry_run(verb, recipe, {} if figure is None else {"figure": figure.expanduser()})
+                text = _dry_run(verb, recipe)
             _print(text)
             return
         from .verbs.memory import remembering
@@ -416,9 +413,6 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "run":
             told = "a run for every value, in RUN_DIR/KEY=VALUE, and their comparison; may be said of several keys"
             sub.add_argument("--each", metavar="KEY=A,B", action="append", help=told)
-        if verb == "prune":
-            told = "with --dry-run: draw what the metric's cuts keep against size and speed to FILE (.svg, .png)"
-            sub.add_argument("--figure", metavar="FILE", type=Path, help=told)
         sub.add_argument(
             "recipe",
             nargs="?",
@@ -465,8 +459,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if words is not None:
         setattr(known, words, [*getattr(known, words), *rest])
         return known
-    if getattr(known, "figure", None) is not None and not known.dry_run:
-        parser.error("--figure draws what --dry-run tells; give both")
     if "work" not in known:
         _name_recipe(parser, known, rest)
     return known

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
-from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
@@ -29,12 +25,9 @@ from .measure import measure_inputs
 from .run import Run, check_length, out_of_date, require
 
 if TYPE_CHECKING:
-    from shoal.compress.goals import Goals, TeacherTime
+    from shoal.compress.goals import Goals
 
 log = logging.getLogger(__name__)
-
-TIMES = "prune.target.ms_per_token (measured)"
-"""Input of a plan: the times that its target was scaled from."""
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
@@ -60,9 +53,6 @@ def plan_inputs(run: Run) -> dict[str, Any]:
             inputs |= shaping(run.recipe, Shapes.PLAN)
         elif isinstance(edit, Insert) and edit.init == "lesa":
             inputs |= shaping(run.recipe, Shapes.PLAN)
-    last = _plan_to_the_same_target(run)
-    if last is None or TIMES in last:  # one of before it was recorded stands
-        inputs |= times_read(run)
     donors = run.donor_fingerprints.items()
     return {**inputs, **{f"prune.edits.{index}.donor": donor for index, donor in donors}}
 
@@ -79,7 +69,7 @@ def read_goals(run: Run) -> Goals | None:
     target = run.recipe.prune.target
     if target is None:
         return None
-    for name in ("memory_gb", "ms_per_token", "speedup"):
+    for name in ("memory_gb", "speedup"):
         if (serving := getattr(target, name)) is not None and serving.length is not None:
             check_length(run, serving.length, f"prune.target.{name}.length")
     sizes = layer_sizes(
@@ -88,71 +78,7 @@ def read_goals(run: Run) -> Goals | None:
         vision_blocks=_vision_blocks(run),
         trust_remote_code=run.recipe.trust_remote_code,
     )
-    removed, measured = removed_layers(run.recipe.prune.edits), _teacher_time(run)
-    return goals_of(target, sizes, removed=removed, teacher_time=measured)
-
-
-def times_read(run: Run) -> dict[str, Any]:
-    """What a plan in milliseconds follows from beside the recipe."""
-    measured = _teacher_time(run)
-    return {} if measured is None else {TIMES: asdict(measured)}
-
-
-def _plan_to_the_same_target(run: Run) -> dict[str, Any] | None:
-    """What the plan that is there was made from, where the recipe still has its target."""
-    path = run.dir / PruningPlan.FILE
-    last = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
-    target = shaping(run.recipe.prune, Shapes.PLAN).get("target")
-    return last if target is not None and target == last.get("prune.target") else None
-
-
-def _teacher_time(run: Run) -> TeacherTime | None:
-    """The teacher's time per token as the run directory has it, at the batch size measured that is nearest; None where
-    no target needs it, and where it was not measured.
-
-    A plan keeps the time that it was made by while cut models are measured beside the teacher: these follow from it.
-    """
-    from shoal.compress.goals import TeacherTime
-
-    asked = getattr(run.recipe.prune.target, "ms_per_token", None)
-    if asked is None or asked.teacher is not None:
-        return None
-    path = run.dir / Speed.FILE
-    speed = Speed.read(path) if path.is_file() else None
-    last = _plan_to_the_same_target(run)
-    if last is not None and TIMES in last and (speed is None or len(speed.roles) > 1):
-        return TeacherTime(**last[TIMES])
-    if speed is None:
-        return None
-    if speed.provenance.inputs.get("teacher") != run.teacher_fingerprint:
-        raise UserError(
-            f"{path}: was measured with another teacher; delete it and run `shoal eval` again, or set "
-            "prune.target.ms_per_token.teacher"
-        )
-    nearest = min(speed.roles["teacher"].batches, key=lambda batch: abs(batch.batch_size - asked.batch))
-    shallower = [
-        (score.num_layers, batch.step_ms)
-        for score in (*speed.roles.values(), *([speed.half_depth] if speed.half_depth else []))
-        if score.num_layers is not None and score.num_layers < run.num_layers and _has_its_layers(score)
-        for batch in score.batches
-        if batch.batch_size == nearest.batch_size
-    ]
-    fewest = min((num_layers for num_layers, _ in shallower), default=None)
-    times = [milliseconds for num_layers, milliseconds in shallower if num_layers == fewest]
-    return TeacherTime(
-        nearest.step_ms,
-        nearest.batch_size,
-        speed.prompt_tokens + speed.new_tokens // 2,
-        f"{Speed.FILE} (batch size {nearest.batch_size})",
-        None if fewest is None else (fewest, fmean(times)),
-    )
-
-
-def _has_its_layers(score: SpeedScore) -> bool:
-    """Whether a model is the teacher with fewer layers, by its parameters: one of narrowed layers tells nothing of what
-    a layer takes."""
-    expected = score.expected.get("num_parameters")  # the teacher's at this depth
-    return expected is None or math.isclose(score.num_parameters or 0, expected, rel_tol=0.01)
+    return goals_of(target, sizes, removed=removed_layers(run.recipe.prune.edits))
 
 
 def is_settled(run: Run) -> bool:
@@ -266,11 +192,8 @@ def _refuse_impossible_choice(run: Run) -> None:
 
     prune, measure, num_layers, goals = run.prune, run.recipe.measure, run.num_layers, read_goals(run)
     free = free_layers(prune, num_layers)
-    if goals is not None:
-        savings = {layer: goals.saving(layer) for layer in free}
-        if len(goals.goals) > 1 and len(set(savings.values())) > 1:
-            return  # which removals reach most is not known of several goals at once
-        free.sort(key=lambda layer: savings[layer], reverse=True)
+    if goals is not None and any(len({goal.layers[layer] for layer in free}) > 1 for goal in goals.goals):
+        return  # which removals reach most is not known before they are ordered
     tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
     with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
     to_come = placeholder_importance(measure, num_layers, go_first=free, with_tasks=with_tasks)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance, differences
@@ -104,9 +103,8 @@ def prune(run: Run) -> None:
     barrier()
 
 
-def prune_dry_run(run: Run, figure: Path | None = None) -> str:
-    """What `shoal prune` would do and what would come of it, for a reader. Measures nothing and writes nothing but
-    ``figure``, where that is given: the frontier of the metric.
+def prune_dry_run(run: Run) -> str:
+    """What `shoal prune` would do and what would come of it, for a reader. Measures nothing and writes nothing.
 
     Raises:
         UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
@@ -115,7 +113,7 @@ def prune_dry_run(run: Run, figure: Path | None = None) -> str:
     importance = read_importance(run)
     plan = choose_plan(run, importance, {})
     told, _ = student_estimate(run, plan)
-    return "\n".join([told, *_sacrifice(run, importance, plan), *_frontier(run, importance, plan, figure)])
+    return "\n".join([told, *_sacrifice(run, importance, plan)])
 
 
 def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
@@ -139,43 +137,6 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
-
-
-def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure: Path | None) -> Sequence[str]:
-    """The cuts that the metric would make, where layers are chosen by one; narrowed layers have other sizes."""
-    from shoal.compress.frontier import frontier, frontier_lines
-    from shoal.compress.layer_sizes import layer_sizes
-
-    if importance is None or plan.width is not None:
-        if figure is not None:
-            raise UserError(
-                f"--figure {figure}: draws what a metric would drop, and this recipe names layers or narrows "
-                "layers too; leave it out"
-            )
-        return ()
-    sizes = layer_sizes(
-        run.teacher,
-        keep_mtp=plan.mtp,
-        vision_blocks=plan.vision_blocks,
-        trust_remote_code=run.recipe.trust_remote_code,
-    )
-    front = frontier(run.prune, importance, sizes)
-    if figure is not None:
-        from shoal.figures.frontier import frontier_figure
-        from shoal.figures.style import save_figure
-
-        points = front.points
-        kept = {name: [point.kept[name] for point in points] for name in points[0].kept}
-        chosen = next(((point.num_bytes, point.speedup) for point in points if point.drop == plan.drop), None)
-        own = frontier_figure(
-            [point.num_bytes for point in points],
-            [point.speedup for point in points],
-            kept or {front.metric: [point.score for point in points]},
-            kept=bool(kept),
-            chosen=chosen,
-        )
-        save_figure(own, figure)
-    return ("", *frontier_lines(front, plan.drop))
 
 
 def what_is_cut(run: Run) -> list[str] | None:

@@ -8,5 +8,4 @@ atlas          sweeps
 depth          the stack of layers
 levels         score against level
 pareto         what is kept against what it costs
-frontier       what cuts would keep against the size and speed they leave
 """

@@ -30,6 +30,7 @@ GONE: dict[str, str] = {
     "prune.compensate.memory_gb": "what makes up for layers is fitted with the model in memory; leave it out",
     "prune.protect_heads": "`shoal lab heads RUN` prints the layers to name in prune.protect",
     "prune.rounds": "cut once; to cut again, start a run from RUN_DIR/distilled (model: RUN_DIR/distilled)",
+    "prune.target.ms_per_token": "set prune.target.speedup, a factor over the teacher",
     "prune.targets": "what llama.cpp would misread is always told, and refused with export.gguf; leave it out",
     "prune.width.memory_gb": "width is chosen with the model in memory; leave it out",
     "quantize": "make a copy with its own library, and score it: `shoal compare RUN COPY` (docs/quantize.md)",

@@ -86,24 +86,6 @@ class MemoryTarget(Serving):
 
 
 @dataclass(frozen=True)
-class TimeTarget(Serving):
-    """Time between two written tokens of a sequence, predicted from the teacher's. A number alone is its limit."""
-
-    limit: Annotated[Above0, Shapes.PLAN] = field(kw_only=True)
-    """Milliseconds at most."""
-    teacher: Annotated[Above0 | None, Shapes.PLAN] = None
-    """Milliseconds that the teacher takes at this batch and length where the student is to serve; None = as measured
-    in eval/speed.json of the run directory, which `shoal eval` writes."""
-    fixed: Annotated[Above0 | None, Shapes.PLAN, Field(exclude_if=lambda fixed: fixed is None)] = None
-    """Milliseconds of `teacher` that do not depend on its layers; None = none of them. eval/speed.json tells it by two
-    depths."""
-
-    def __post_init__(self) -> None:
-        if self.fixed is not None and (self.teacher is None or self.fixed >= self.teacher):
-            raise ValueError(f"fixed: {self.fixed} ms are part of the teacher's; give teacher, and more than that")
-
-
-@dataclass(frozen=True)
 class SpeedupTarget(Serving):
     """Speed of writing, predicted, as a multiple of the teacher's. A number alone is its factor."""
 
@@ -123,21 +105,19 @@ def as_factor(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class PlanTarget(Section):
-    """What the student must reach, all of it at once; the layers that cost least by the metric go."""
+    """What the student must reach, all of it at once: as few layers go, in the order of the metric, as reach it."""
 
     params: Annotated[Above0 | None, Shapes.PLAN] = None
     """Parameters at most, tied ones counted once."""
     memory_gb: Annotated[Annotated[MemoryTarget | None, BeforeValidator(as_limit)], Shapes.PLAN] = None
     """Memory of weights and cache; a number alone is a limit in GiB for one sequence."""
-    ms_per_token: Annotated[Annotated[TimeTarget | None, BeforeValidator(as_limit)], Shapes.PLAN] = None
-    """Time per written token; a number alone is a limit in milliseconds for one sequence. A prediction: the time is
-    taken to be that of reading weights and cache from memory."""
     speedup: Annotated[Annotated[SpeedupTarget | None, BeforeValidator(as_factor)], Shapes.PLAN] = None
-    """Speed of writing over the teacher's, by the same prediction; a number alone is a factor for one sequence."""
+    """Speed of writing over the teacher's; a number alone is a factor for one sequence. A prediction: the time is taken
+    to be that of reading weights and cache from memory."""
 
     def __post_init__(self) -> None:
-        if not any((self.params, self.memory_gb, self.ms_per_token, self.speedup)):
-            raise ValueError("names nothing to reach; give params, memory_gb, ms_per_token or speedup")
+        if not any((self.params, self.memory_gb, self.speedup)):
+            raise ValueError("names nothing to reach; give params, memory_gb or speedup")
 
 
 @dataclass(frozen=True)
@@ -158,9 +138,8 @@ class Prune(Section):
     ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
     target: Annotated[PlanTarget | None, Shapes.PLAN, Field(exclude_if=lambda target: target is None)] = None
-    """Instead of a number of layers, what the student must reach: parameters, memory, time per token, speed-up. Layers
-    may be of unequal size. Of all cuts that reach everything named, the one with the lowest sum of scores is taken; of
-    an order the shortest prefix, of runs the lowest one."""
+    """Instead of a number of layers, what the student must reach: parameters, memory, speed-up. As few layers go, in
+    the order of the metric, as reach everything named."""
     contiguous: Annotated[bool, Shapes.PLAN] = False
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
     protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
