@@ -296,7 +296,7 @@ def _run_each(arguments: argparse.Namespace) -> None:
         write_comparison(comparison, run_dir / "compare")
 
 
-def _dry_run(verb: str, recipe: Recipe, options: dict[str, Any]) -> str:
+def _dry_run(verb: str, recipe: Recipe) -> str:
     table = VERBS[verb].dry_run
     assert table is not None
     with doing("loading the libraries"):
@@ -304,7 +304,7 @@ def _dry_run(verb: str, recipe: Recipe, options: dict[str, Any]) -> str:
         from .verbs.run import open_run
 
         text_of = _stage(table[0])
-    return text_of(open_run(recipe), **options)
+    return text_of(open_run(recipe))
 
 
 def _stage(name: str) -> Callable[..., Any]:

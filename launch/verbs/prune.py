@@ -21,7 +21,6 @@ from shoal.runtime import barrier, is_main
 from .measure import measure, measure_inputs
 from .overlap import search_of_rows
 from .plan import (
-    TIMES,
     choose_plan,
     chosen_by,
     expected_plan,
@@ -29,7 +28,6 @@ from .plan import (
     plan_inputs,
     read_importance,
     refuse_other_depth,
-    times_read,
 )
 from .plan_checks import (
     calibration_of,
@@ -55,7 +53,7 @@ def prune(run: Run) -> None:
     if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
         refuse_unfit_student(run, _plan_of_its_student(run))
         return
-    plan = choose_plan(run, importance, inputs | times_read(run))
+    plan = choose_plan(run, importance, inputs)
     if _is_cut_already(run, plan):
         refuse_unfit_student(run, plan)
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
@@ -226,7 +224,7 @@ def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
     if not path.is_file() or not (student / "config.json").is_file():
         return False
     last = PruningPlan.read(path)
-    before, now = ({**made_by.provenance.inputs, "importance": "", TIMES: ""} for made_by in (last, plan))
+    before, now = ({**made_by.provenance.inputs, "importance": ""} for made_by in (last, plan))
     same = (last.drop, last.edits) == (plan.drop, plan.edits) and not differences(now, before)
     return same and last.student == last.sealed(model_fingerprint(student))
 
