@@ -148,6 +148,7 @@ def note_what_is_left(file: Path) -> None:
     distill.make_trainer = made  # pyright: ignore[reportPrivateImportUsage]
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(("zero", "ranks"), [("zero2", 2), ("zero3", 2)])
 def test_the_control_follows_the_student_in_one_process_and_finds_its_memory_free(
     student: Trial, both: Trial, teacher: Path, cut: Path, tmp_path, zero, ranks

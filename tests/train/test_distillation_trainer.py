@@ -307,7 +307,7 @@ def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) ->
     leave_distributed()
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("stage", [None, 0, 2, 3], ids=["ddp", "zero0", "zero2", "zero3"])
 def test_two_ranks_give_the_curve_of_one(tmp_path: Path, stage: int | None) -> None:
     student, teacher = models()
@@ -587,7 +587,7 @@ json.dump([row["loss"] for row in trainer.state.log_history if "loss" in row], o
 """
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_conversations_in_a_script_under_the_deepspeed_program(tmp_path: Path) -> None:
     """As a user of TRL has it: a script with TrainingArguments and a data set of messages, started on one rank."""
     student, teacher = models()

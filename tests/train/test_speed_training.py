@@ -42,6 +42,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) ->
     return finished(run(recipe(tmp_path_factory.mktemp("plain"), teacher, cut, **settings(trainer=SAVED))))
 
 
+@pytest.mark.prove
 def test_a_compiled_training_is_the_plain_one_and_goes_on_bit_for_bit(
     plain: Trial, teacher: Path, cut: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_compiled_training_is_the_plain_one_and_goes_on_bit_for_bit(
         assert torch.equal(weight, on.weights()[name]), name
 
 
+@pytest.mark.prove
 def test_a_training_that_cannot_be_compiled_says_so_once(
     plain: Trial, teacher: Path, cut: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +69,7 @@ def test_a_training_that_cannot_be_compiled_says_so_once(
     assert trial.curve() == plain.curve()
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("full", [CUDA_FULL, BLAS_FULL, HOST_FULL], ids=["device", "BLAS", "host"])
 def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     teacher: Path, cut: Path, tmp_path: Path, full: str, plain: Trial

@@ -142,6 +142,7 @@ def test_that_a_training_will_not_resume_bit_by_bit_is_said_once(teacher, cut, t
     assert trial.log.count("distill.trainer.optim: sgd has no effect, the DeepSpeed configuration names AdamW") == 1
 
 
+@pytest.mark.prove
 def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_micro_batch_teaches_nothing(
     everything, teacher, cut, tmp_path
 ):
@@ -157,6 +158,7 @@ def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_mic
     same(sharded, everything, [*NAMES, "taid_t"])
 
 
+@pytest.mark.prove
 def test_ranks_under_zero_3_whose_heads_need_different_numbers_of_chunks_give_the_curve_of_one(teacher, cut, tmp_path):
     """Conversations hold unequal numbers of learnt tokens; a weight that a chunk gathers would wait for other ranks."""
     chats, chunk = tmp_path / "chats.jsonl", 4
@@ -187,6 +189,7 @@ def test_a_run_that_is_not_watched_ends_with_the_same_bits(everything, teacher, 
     assert all(torch.equal(weight, last[name]) for name, weight in plain.weights().items())
 
 
+@pytest.mark.prove
 def test_a_stopped_run_keeps_its_best_state_and_the_share_of_taid_and_draws_on(everything, teacher, cut, tmp_path):
     path = recipe(tmp_path, teacher, cut, **WATCHED)
     scores = list(SCORES.values())
@@ -290,6 +293,7 @@ def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, 
     assert (row["step"], row["learning_rate"]) == (4, pytest.approx(rates[-1])), "what the step was made with"
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("trainable", ["all", "from_first_cut"])
 def test_rows_that_ask_no_teacher_change_nothing_by_not_being_read(teacher, cut, tmp_path, trainable):
     losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]

@@ -25,10 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import shoal
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Evaluation
-from shoal.artifacts.importance import Importance, Removal
+from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, PruningPlan
-from shoal.components import Component
-from shoal.compress.edits.apply import NOTHING_MADE, edited
 from shoal.data.sources import load_texts
 from shoal.launch.api import running
 from shoal.launch.api.training import TAKEN
@@ -198,50 +196,6 @@ def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
     assert training.provenance.inputs["distill.lora"]["rank"] == 2
 
 
-def test_a_step_that_is_no_number_ends_the_healing_and_the_student_is_in_its_own_precision() -> None:
-    teacher = tiny_model("llama", dtype=torch.bfloat16)
-    student = shoal.cut_model(teacher, DROP)
-    with torch.no_grad():
-        student.lm_head.weight[3] = math.nan
-    with pytest.raises(shoal.UserError, match=r"step 1: .* is nan; lower the learning rate, or take the text out$"):
-        shoal.distill(student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, lora={"rank": 2})
-    assert len(list(student.parameters())) == len(list(shoal.cut_model(teacher, DROP).parameters()))
-    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
-    assert student(torch.arange(9)[None]).logits.shape[1] == 9
-
-
-def test_a_data_set_is_learnt_once_where_no_budget_is_named() -> None:
-    teacher = tiny_model("llama")
-    rows = [{"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."} for n in range(10)]
-    _, training = shoal.distill(
-        shoal.cut_model(teacher, DROP), teacher, rows, tokenizer=tiny_tokenizer(), sequence_length=64
-    )
-    (counts,) = training.data["sources"].values()
-    assert counts["documents"] == 10
-    assert counts["repeats"] == 0
-    assert training.num_steps == -(-(counts["tokens"] + counts["padding"]) // (64 * 4))
-    assert "distill.num_tokens" not in training.provenance.inputs
-
-
-def test_a_plan_of_halves_is_cut_as_it_was_measured() -> None:
-    model = tiny_model("llama")
-    mlps, attentions = ((2, 3), (3, 1))
-    order = tuple(Removal(Component((layer,), "mlp"), 1.0) for layer in mlps)
-    order += tuple(Removal(Component((layer,), "attention"), 1.0) for layer in attentions)
-    importance = Importance(Provenance({}), 6, 10, {}, {}, orders={"blockpruner": order})
-    plan = shoal.choose_layers(importance, num_drop=2, metric="blockpruner")
-    assert plan.drop == (3,)
-    assert [edit.kind for edit in plan.edits] == ["skip_attention", "skip_mlp"]
-    student = shoal.cut_model(model, plan)
-    ids = torch.arange(30)[None]
-    with torch.no_grad(), edited(model, plan, NOTHING_MADE):
-        expected = model(ids, use_cache=False).logits
-    with torch.no_grad():
-        assert torch.equal(student(ids).logits, expected)
-    places = {weight.data_ptr() for weight in model.parameters()}
-    assert not any(weight.data_ptr() in places for weight in student.parameters())
-
-
 def test_models_are_measured_as_evaluated_and_left_as_they_were() -> None:
     """Dropout, which a model in training mode has, would change every score."""
     model = tiny_model("llama", attention_dropout=0.5).train()
@@ -400,9 +354,3 @@ def test_results_are_tables() -> None:
     told = replace(plan_of(SkipMlp("skip_mlp", (1,))), reason="a < b")._repr_html_()
     assert "dropping 2 of 6 layers: 2, 3" in told
     assert "a &lt; b" in told
-
-
-def test_a_frame_without_pandas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(shoal.UserError, match=r"to_pandas: needs pandas, which is not installed; pip install pandas"):
-        Importance(Provenance({}), 2, 10, {"a": (1.0, 0.25)}, {}).to_pandas()

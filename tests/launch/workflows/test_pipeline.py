@@ -6,41 +6,33 @@ shoal.launch.verbs.run.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import socket
-from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from results import evaluation
 from safetensors.torch import load_file
-from tiny import tiny_checkpoint, tiny_tokenizer
+from tiny import tiny_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.artifacts.training import Training
-from shoal.data.sources import BUNDLED, pack
 from shoal.errors import UserError
-from shoal.eval.harness.item_texts import item_texts
-from shoal.eval.tasks.load import tasks_of
-from shoal.launch.verbs import distill, evaluate, measure, overlap
+from shoal.launch.verbs import distill, evaluate, measure
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.launch.workflows import preflight
 from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.recipe.recipe import parse_recipe
-from shoal.recipe.section import DataSource
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.engine.checkpoint import commit
 
@@ -112,16 +104,6 @@ def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: py
 
 
 @pytest.mark.slow
-def test_changed_model_makes_it_again_and_says_so(
-    make_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    pruning.prune(make_run())
-    other = tiny_checkpoint(tmp_path, "llama", seed=1)
-    pruning.prune(make_run(model=str(other)))
-    assert "plan.json is out of date (model is '" in caplog.text
-
-
-@pytest.mark.slow
 def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path: Path) -> None:
     pruning.prune(make_run())
     other = make_run(model=str(tiny_checkpoint(tmp_path, "llama", seed=1)))
@@ -132,13 +114,6 @@ def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path
         f"{other.dir}/plan.json: belongs to another run: model is {here!r} in this recipe but {there!r} there. "
         "Run `shoal prune` again, or set run_dir to another folder"
     )
-
-
-@pytest.mark.slow
-def test_plan_of_other_settings_is_refused_with_the_field(make_run: Any) -> None:
-    pruning.prune(make_run())
-    with pytest.raises(UserError, match=r"prune.drop is \[2\] in this recipe but \[1, 3\] there"):
-        pruning.read_plan(make_run(prune={"drop": [2]}))
 
 
 @pytest.mark.slow
@@ -163,47 +138,6 @@ def test_a_plan_that_was_edited_is_not_believed(
     for stage in (pruning.prune, pruning.read_plan):
         with pytest.raises(UserError, match=rf"plan\.json: {message}"):
             stage(make_run(prune=prune))
-
-
-@pytest.mark.slow
-def test_a_student_that_was_exchanged_is_not_believed(make_run: Any, tmp_path: Path) -> None:
-    run = make_run()
-    pruning.prune(run)
-    shutil.rmtree(run.dir / "student")
-    tiny_checkpoint(tmp_path / "other", "llama", seed=3).rename(run.dir / "student")
-    with pytest.raises(UserError, match=r"plan\.json: says .* was not made so: .*Delete plan\.json and run"):
-        pruning.read_plan(make_run())
-    (run.dir / "plan.json").unlink()
-    pruning.prune(make_run())
-    assert pruning.read_plan(make_run()).drop == (1, 3)
-
-
-@pytest.mark.slow
-def test_importance_of_another_depth_chooses_nothing(make_run: Any) -> None:
-    run = make_run(prune={"num_drop": 1})
-    measure.measure(run)
-    path = run.dir / "importance.json"
-    body = json.loads(path.read_text())
-    layers = {name: scores[:3] for name, scores in body["layers"].items()}
-    runs = {name: [row[: 3 - n] for n, row in enumerate(rows[:3])] for name, rows in body["runs"].items()}
-    path.write_text(json.dumps({**body, "num_layers": 3, "layers": layers, "runs": runs}))
-    with pytest.raises(UserError, match=r"importance\.json: num_layers: is 3, and .* has 6 layers; delete it"):
-        pruning.prune(make_run(prune={"num_drop": 1}))
-
-
-@pytest.mark.slow
-def test_missing_plan_is_made_first_and_the_log_says_so(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert pruning.read_plan(make_run()).drop == (1, 3)
-    assert "needs plan.json, pruning first" in caplog.text
-
-
-@pytest.mark.slow
-def test_damaged_plan_is_refused_with_the_remedy(make_run: Any) -> None:
-    run = make_run()
-    pruning.prune(run)
-    (run.dir / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
-        pruning.prune(make_run())
 
 
 @pytest.mark.slow
@@ -287,14 +221,6 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
         pruning.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
 
 
-@pytest.mark.slow
-def test_batch_size_of_measuring_is_no_other_run(make_run: Any) -> None:
-    settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
-    measure.measure(make_run(**settings))
-    settings["measure"] = {**MEASURE, "batch_size": 1}
-    pruning.prune(make_run(**settings))
-
-
 def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,26 +228,6 @@ def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
     run = make_run(measure={**MEASURE, "sequence_length": 1025})
     with pytest.raises(UserError, match=r"measure.sequence_length: 1025 is more than the 1024 positions of /"):
         measure.measure(run)
-
-
-@pytest.mark.parametrize(
-    "plant",
-    [
-        lambda lock, precious: lock.symlink_to(precious),
-        lambda lock, _: os.mkfifo(lock),
-        lambda lock, _: lock.mkdir(),
-    ],
-)
-def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_is_left_alone(
-    make_run: Any, tmp_path: Path, plant: Any
-) -> None:
-    run, precious = make_run(), tmp_path / "precious"
-    precious.write_text("precious")
-    run.dir.mkdir(parents=True)
-    plant(run.dir / ".lock", precious)
-    with pytest.raises(UserError, match=r"\.lock: is no regular file .*; remove it, or choose"), locked(run):
-        pass
-    assert precious.read_text() == "precious"
 
 
 @pytest.mark.slow
@@ -358,24 +264,6 @@ def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     assert list(evaluate.roles(run)) == ["teacher"]
     pruning.prune(run)
     assert list(evaluate.roles(run)) == ["teacher", "pruned"]
-
-
-@pytest.mark.slow
-def test_evaluating_before_the_cut_says_that_only_the_teacher_is_scored(
-    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluate, "is_done", lambda *_: True)
-    run = make_run()
-    evaluate.evaluate(run)
-    assert f"{run.dir}/student does not exist: only the teacher is scored; `shoal prune` makes it" in caplog.text
-    caplog.clear()
-    evaluate.evaluate(make_run(prune={"drop": [], "width": {"kv_groups": 1}}))
-    assert "only the teacher is scored" in caplog.text
-    caplog.clear()
-    evaluate.evaluate(make_run(prune={}))
-    pruning.prune(run)
-    evaluate.evaluate(run)
-    assert "only the teacher" not in caplog.text
 
 
 def hold(run: Run, holding: Event, release: Event) -> None:
@@ -429,31 +317,6 @@ def test_a_run_that_makes_nothing_leaves_nothing(make_run: Any) -> None:
     assert {file.name for file in run.dir.iterdir()} == {"plan.json", ".lock"}
 
 
-def test_a_lock_file_that_was_removed_while_waiting_is_no_lock(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, stale = make_run(), []
-    original = fcntl.flock
-
-    def removed_first(handle: Any, how: int) -> None:
-        original(handle, how)
-        if not stale:
-            stale.append(handle)
-            (run.dir / ".lock").unlink()
-
-    monkeypatch.setattr("shoal.launch.verbs.run.fcntl.flock", removed_first)
-    with locked(run):
-        assert stale[0].closed
-        assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def test_run_dir_that_cannot_be_made_is_refused(make_run: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(UserError, match=r"file/run: cannot be created \(Not a directory\); choose another folder"),
-        locked(make_run(run_dir=str(tmp_path / "file" / "run"))),
-    ):
-        pass
-
-
 def test_a_recording_that_is_not_there_is_refused_before_anything_is_launched(tmp_path):
     recipe = parse_recipe(
         {"model": "m", "run_dir": str(tmp_path), "distill": {"teacher": {"recorded": str(tmp_path / "signals")}}}
@@ -491,18 +354,6 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
 
 
 @pytest.mark.slow
-def test_the_batch_of_all_ranks_is_compared_before_the_launch(make_run: Any) -> None:
-    run = make_run(distill={"num_ranks": 2})
-    pruning.prune(run)
-    distill.refuse_other_checkpoints(run)
-    trained_to(run, 1, **{"distill.batch_size": 8})
-    distill.refuse_other_checkpoints(run)
-    with pytest.raises(UserError, match=r"distill.batch_size is 12 in this recipe but 8 there"):
-        distill.refuse_other_checkpoints(make_run(distill={"num_ranks": 3}))
-    distill.refuse_other_checkpoints(make_run(distill={"num_ranks": 3, "batch_size": 8}))
-
-
-@pytest.mark.slow
 def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)
@@ -520,17 +371,6 @@ def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
     """What a training with these inputs leaves, with the weights of ``model``."""
     shutil.copytree(model, folder / "distilled")
     Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(folder / Training.FILE)
-
-
-@pytest.mark.slow
-def test_a_training_setting_that_is_taken_out_is_missed(make_run: Any) -> None:
-    run = make_run(distill={"trainer": {"learning_rate": 1e-6}})
-    pruning.prune(run)
-    as_trained(run.dir, distill.training_inputs(run, pruning.read_plan(run)), run.dir / "student")
-    evaluate.require_models_of_this_run(run, evaluate.roles(run))
-    without = make_run()
-    with pytest.raises(UserError, match=r"distill.trainer.learning_rate is 'absent' in this recipe but 1e-06 there"):
-        evaluate.require_models_of_this_run(without, evaluate.roles(without))
 
 
 @pytest.mark.slow
@@ -557,57 +397,6 @@ def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, cap
     evaluate.require_models_of_this_run(plain, evaluate.roles(plain))
 
 
-def test_scores_of_other_code_are_made_again_with_those_that_are_due(
-    make_run: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Else nothing would ever make the two comparable: what is asked has not changed."""
-    run = make_run()
-    asked = {role: evaluate.eval_inputs(run, run.teacher) for role in ("teacher", "pruned")}
-    other: dict[str, Any] = {"environment": {"lm_eval": "0.3"}}
-    written = evaluation("teacher").tasks[0]
-    for task, made_by, due in (
-        (replace(written, task="retrieval_generation", matching=2), {}, "teacher: matching 2"),
-        (replace(written, task="gsm8k"), other, "teacher: lm_eval 0.3"),
-        (replace(written, task="retrieval_generation"), other, ""),
-        (replace(written, task="gsm8k"), {}, ""),
-        (replace(written, task="images"), other, ""),
-    ):
-        own = replace(evaluation("teacher", (task,)), provenance=Provenance(asked["teacher"], **made_by))
-        own.write(run.dir / "eval/teacher.json")
-        assert not evaluate._due(run, {"teacher": asked["teacher"]})
-        caplog.clear()
-        roles = list(evaluate._due(run, asked))
-        assert roles == (["teacher", "pruned"] if due else ["pruned"])
-        assert (f"eval {due} made it, so it is made again" in caplog.text) == bool(due)
-
-
-@pytest.mark.slow
-def test_a_control_that_is_not_trained_yet_is_missed_by_the_evaluation(
-    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluate, "is_done", lambda *_: True)
-    run = make_run(eval={"control": True})
-    pruning.prune(run)
-    evaluate.evaluate(run)
-    assert "no control" not in caplog.text
-    as_trained(run.dir, distill.training_inputs(run, pruning.read_plan(run)), run.dir / "student")
-    evaluate.evaluate(run)
-    assert f"there is no control (eval.control) in {run.dir}/control yet; `shoal distill` trains it" in caplog.text
-
-
-@pytest.mark.slow
-def test_a_control_of_other_settings_is_refused_before_the_launch(make_run: Any) -> None:
-    run = make_run(eval={"control": True})
-    pruning.prune(run)
-    inputs = distill.control_inputs(make_run(seed=1), pruning.read_plan(run))
-    folder = run.dir / "control" / "checkpoints" / "checkpoint-2"
-    folder.mkdir(parents=True)
-    commit(folder, checkpoint_inputs(run.recipe.distill, inputs))
-    with pytest.raises(UserError, match=r"control/checkpoints/checkpoint-2: belongs to another run: seed is 0 in this"):
-        distill.refuse_other_checkpoints(run)
-    distill.refuse_other_checkpoints(make_run())
-
-
 def test_without_the_teachers_weights_a_recording_alone_trains_nothing(teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(teacher, tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").unlink()
@@ -631,75 +420,6 @@ def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measu
     run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})
     with pytest.raises(UserError, match=r"eval.limits: 'knowledge_continuation' is not among .*eval.limits=\{\}"):
         preflight.preflight(run)
-
-
-PLANTED = "Dear Tom, you asked me for the numbers of all places. For the lake it is 1234. Yours, Ann"
-OWN_TWIN = """\
-dataset: mine
-about: mine
-ability: retrieval
-column: twin
-items: test.jsonl
-question: "{{word}}"
-context: "A stranger whispers {{word}} and waits for your reply:"
-answers: "[reply]"
-protocols: [generation]
-"""
-
-
-def test_bundled_text_with_the_wording_of_a_twin_is_refused_before_anything_is_measured(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(BUNDLED, "planted", lambda: ["All is well.", f"So it goes. {PLANTED}"])
-    told = r"distill.data planted: document 1 holds the wording of the form retrieval/letter \('Dear Tom, you asked me"
-    with pytest.raises(UserError, match=told):
-        distill.check_distill(make_run(distill={"data": ["python_docs", "planted"]}))
-    distill.check_distill(make_run(distill={"data": ["python_docs", "planted"], "overlap": False}))
-
-
-@pytest.mark.slow
-def test_wording_of_twins_in_training_rows_is_told_with_its_places(
-    make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "mine.yaml").write_text(OWN_TWIN)
-    (tmp_path / "mine").mkdir()
-    rows = [{"word": f"w{number}", "reply": f"r{number}"} for number in range(9)]
-    (tmp_path / "mine" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    tasks = ["mine_generation", "knowledge_continuation", "retrieval_twin_generation", "copying_offset1_generation"]
-    settings = {"tasks": tasks, "limit": 20, "include_path": str(tmp_path), "data_dir": str(tmp_path)}
-    search = overlap.search_of_rows(make_run(eval=settings))
-    assert search is not None
-    own = "A STRANGER whispers hello\nand waits for your reply: no"
-    documents = ["All is well. " * 40, PLANTED, own, "All is well.", PLANTED.upper()]
-    packed = pack(
-        [(DataSource("my.jsonl"), documents)],
-        tiny_tokenizer(),
-        sequence_length=64,
-        num_tokens=900,
-        seed=0,
-        packing="split",
-    )
-    told = search(packed, tiny_tokenizer())
-    assert told["overlap"].keys() == set(tasks)
-    assert told["tokens_searched_for_overlap"] == packed.input_ids_NS.numel()
-    wording = told["wording"]
-    assert {form: each["found"] for form, each in wording.items() if each["found"]} == {
-        "retrieval/letter": 2,
-        "mine_generation": 1,
-    }
-    assert {"retrieval/arrows", "reasoning/dialogue", "knowledge/known"} < wording.keys()
-    assert "retrieval_twin_generation" not in wording  # its forms are there by their names
-    place = wording["mine_generation"]["places"][0]
-    assert place["excerpt"] == "and waits for your reply: no"
-    assert "twin forms or untrained abilities stands in the training text of my.jsonl: " in caplog.text
-    assert "retrieval/letter (documents: 2; row " in caplog.text
-    assert f"mine_generation (documents: 1; row {place['number']}: 'and waits for your" in caplog.text
-    caplog.clear()
-    copied = "red, blue, green, white\nAgain, in steps of 1: red, blue, green"  # other words than those that are asked
-    for text, found in (("All is well. ", []), (copied, ["copying_offset1_generation"])):
-        rows = pack([(DataSource("x"), [text] * 3)], tiny_tokenizer(), sequence_length=256, num_tokens=90, seed=0)
-        assert [form for form, each in search(rows, tiny_tokenizer())["wording"].items() if each["found"]] == found
-        assert ("wording of twin" in caplog.text) == bool(found)
 
 
 # --- compensation -------------------------------------------------------------------------------------------------
@@ -729,45 +449,6 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
     assert contents(run.dir / "student") == before
 
 
-def test_what_of_evaluation_items_stands_in_the_compensations_text_is_in_the_plan(
-    make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tasks = {"tasks": ["knowledge_continuation"], "limit": 5}
-    found = make_run(eval=tasks)
-    items = item_texts(tasks_of(found.recipe.eval), {"knowledge_continuation": 5})["knowledge_continuation"]
-    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in [*items, PLANTED]))
-    text = {"sequence_length": 64, "num_tokens": 4096, "method": "scale"}
-    for number, (data, overlap_wanted) in enumerate((("python_docs", True), ("mine", True), ("mine", False))):
-        run = make_run(
-            run_dir=str(tmp_path / f"run{number}"),
-            prune={"drop": [1, 3], "compensate": {**text, "data": data.replace("mine", str(tmp_path / "mine.jsonl"))}},
-            eval=tasks,
-            distill={"overlap": overlap_wanted},
-        )
-        caplog.clear()
-        pruning.prune(run)
-        told = PruningPlan.read(run.dir / PruningPlan.FILE).text
-        assert len(told["sources"]) == 1
-        if not overlap_wanted:
-            assert told.keys() == {"sources"}
-            continue
-        counts = told["overlap"]["knowledge_continuation"]
-        assert (counts["found"] > 0) == (data == "mine")
-        assert ("stand in the text of prune.compensate" in caplog.text) == (data == "mine")
-        assert (told["wording"]["retrieval/letter"]["found"] > 0) == (data == "mine")
-
-
-def test_other_settings_of_the_compensation_make_another_student(make_run: Any) -> None:
-    run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
-    pruning.prune(run)
-    factors = PruningPlan.read(run.dir / PruningPlan.FILE).gaps
-    other = make_run(prune={"drop": [1, 3], "compensate": {**COMPENSATE, "method": "scale"}})
-    pruning.prune(other)
-    again = PruningPlan.read(run.dir / PruningPlan.FILE).gaps
-    assert again != factors
-    assert not any(gap.is_corrected for gap in again)
-
-
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
@@ -791,23 +472,6 @@ def test_what_cannot_be_made_up_for_is_refused_and_nothing_is_left(
         pruning.prune(make_run(prune=prune))
     assert not (tmp_path / "run" / PruningPlan.FILE).exists()
     assert not (tmp_path / "run/student").exists()
-
-
-def test_a_changed_plan_of_a_compensated_student_is_refused(make_run: Any) -> None:
-    run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
-    pruning.prune(run)
-    path = run.dir / PruningPlan.FILE
-    told = json.loads(path.read_text())
-    told["gaps"][0]["factor"] *= 2
-    path.write_text(json.dumps(told))
-    with pytest.raises(UserError, match="one of them was changed after the cut"):
-        pruning.read_plan(run)
-
-
-def test_a_compensation_that_is_switched_off_is_missed(make_run: Any) -> None:
-    pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
-    with pytest.raises(UserError, match=r"prune.compensate.* is 'absent' in this recipe"):
-        pruning.read_plan(make_run())
 
 
 @pytest.mark.slow
@@ -838,15 +502,3 @@ def test_an_edit_that_is_taken_out_is_missed(make_run: Any) -> None:
     pruning.prune(make_run(prune={"drop": [1, 3], "edits": [{"kind": "skip_mlp", "layers": [2]}]}))
     with pytest.raises(UserError, match=r"prune.edits.0 is 'absent' in this recipe"):
         pruning.read_plan(make_run())
-
-
-def test_a_disk_that_cannot_lock_is_warned_of(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "no locks")
-
-    run = make_run(prune={"drop": [1]})
-    monkeypatch.setattr("fcntl.flock", flock)
-    with locked(run):
-        assert "this disk cannot lock files; start only one shoal that works there" in caplog.text

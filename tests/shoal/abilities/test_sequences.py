@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from shoal.abilities import Item, items
-from shoal.abilities.item import Value, distinct_items
+from shoal.abilities.item import Value
 
 PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 CHANCE, SLACK = 0.25, 0.075
@@ -95,21 +95,6 @@ def test_options_have_the_same_parts_and_length(task: str, settings: dict[str, V
             assert len({parts[0] for parts in options}) == 1, "the first element tells nothing"
 
 
-def test_a_dial_turns_nothing_else() -> None:
-    for offset in (1, 2, 4):
-        copied = made("copying", {"offset": offset}, 100)
-        assert {len(listed(item)) for item in copied} == {12}
-        assert Counter(listed(item).index(str(item.params["final"])) for item in copied).keys() == {4, 5, 6, 7, 8}
-    for depth in (3, 4, 8):
-        for item in made("brackets", {"depth": depth}, 50):
-            run = item.context.split()
-            assert len(run) == depth + 4
-            assert sum(bracket in PAIRS.values() for bracket in run) == 2
-    for number in (5, 9):
-        for item in made("sorting", {"num_elements": number}, 50):
-            assert len(set(elements_of(item))) == number
-
-
 def guesses_of_copying(item: Item) -> dict[str, int]:
     words, options = listed(item), [option.strip() for option in item.options]
     given = words.index(given_word(item))
@@ -160,37 +145,3 @@ def test_choosing_by_the_surface_is_at_chance(task: str, settings: dict[str, Val
         right["longest"] += max(range(4), key=lambda i: len(item.options[i])) == item.answer
     rates = {name: right[name] / len(problems) for name in (*GUESSES[task](problems[0]), "longest")}
     assert all(abs(rate - CHANCE) < SLACK for rate in rates.values()), rates
-
-
-@pytest.mark.parametrize(("task", "settings"), SETTINGS)
-def test_the_same_seed_gives_the_same_items_and_splits_share_no_content(task: str, settings: dict[str, Value]) -> None:
-    assert made(task, settings, 30) == made(task, settings, 30)
-    assert made(task, settings, 30) != items(task, split="eval", num_items=30, seed=1, **settings)
-    both = [made(task, settings, 60, split) for split in ("train", "eval")]
-    if task == "brackets" or settings.get("elements") == "number":
-        contents = [
-            {tuple(sorted(elements_of(item))) if task == "sorting" else item.question for item in part} for part in both
-        ]
-    else:
-        contents = [{word for item in part for word in re.findall(r"\w+", "".join(item.options))} for part in both]
-    assert not contents[0] & contents[1]
-
-
-@pytest.mark.parametrize(
-    ("task", "settings", "message"),
-    [
-        ("copying", {"offset": 0}, "copying offset is 0; it must be a whole number from 1 to 4"),
-        ("brackets", {"depth": 2}, "brackets depth is 2; it must be a whole number from 3 to 12"),
-        ("sorting", {"num_elements": 4}, "sorting num_elements is 4; it must be a whole number from 5 to 20"),
-        ("sorting", {"elements": "letter"}, "sorting elements is 'letter'; choose one of word, number"),
-    ],
-)
-def test_settings_outside_the_range_are_refused(task: str, settings: dict[str, Value], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        items(task, **({"split": "eval", "num_items": 4, "seed": 0} | settings))  # pyright: ignore[reportArgumentType]
-
-
-def test_more_items_than_there_are_are_refused() -> None:
-    one = made("copying", {"offset": 1}, 1)[0]
-    with pytest.raises(ValueError, match="copying at offset 1: there are fewer than 2 items; ask for fewer"):
-        distinct_items(lambda number: one, 2, kind="copying at offset 1")

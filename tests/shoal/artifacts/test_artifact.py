@@ -6,7 +6,6 @@ shoal.artifacts.training.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -73,40 +72,6 @@ def test_artifact_is_read_back_equal(tmp_path: Path, artifact: Artifact) -> None
     assert os.listdir(path.parent) == ["x.json"]
 
 
-def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) -> None:
-    path = tmp_path / "importance.json"
-    old = {"schema": 1, "provenance": {"inputs": {}}, "num_layers": 1, "num_tokens": 9, "layers": {}, "runs": {}}
-    path.write_text(json.dumps(old))
-    found = Importance.read(path)
-    assert (found.orders, found.atlas, found.sweeps) == ({}, None, {})
-
-
-def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_path: Path) -> None:
-    made = {"schema": 1, "provenance": {"inputs": {}}}
-    task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 0.25}], "n": 1}
-    for new in ("family", "level", "rates", "column", "twin_of"):
-        del task[new]
-    sizes = {"num_parameters": 1, "num_layers": 1, "num_bytes": 1, "seconds": 1.0}
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({**made, "role": "teacher", "tasks": [task], **sizes}))
-    (found,) = Evaluation.read(path).tasks
-    assert (found.family, found.level, found.rates, found.items[0].rates) == (None, None, {}, {})
-    assert (found.column, found.twin_of) == ("", "")
-    role = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0, "samples": {}}
-    settings = {"batch_size": 1, "prompt_tokens": 2, "new_tokens": 3, "dtype": "float32"}
-    path.write_text(json.dumps({**made, "roles": {"teacher": role}, **settings}))
-    speed = Speed.read(path)
-    assert (speed.left_out, speed.roles["teacher"].batches, speed.roles["teacher"].kv_bytes_per_token) == ((), (), None)
-
-
-def test_orders_and_sweeps_are_read_back_equal(tmp_path: Path) -> None:
-    half = Component((2,), "attention")
-    sweeps = {"head": Sweep("head", (Component((0,), "head", 3),), ())}
-    made = Importance(MADE, 3, 1, {}, {}, orders={"block_pruner": (Removal(half, 2.5),)}, sweeps=sweeps)
-    made.write(tmp_path / "x.json")
-    assert Importance.read(tmp_path / "x.json") == made
-
-
 def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     swept_importance().write(path)
@@ -128,10 +93,6 @@ def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
 )
 def test_units_have_names(unit: Component, name: str) -> None:
     assert unit.name == name
-
-
-def test_plan_keeps_what_it_does_not_drop() -> None:
-    assert PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="").keep == (0, 2, 4, 5)
 
 
 def test_provenance_records_versions_and_time() -> None:
@@ -183,11 +144,6 @@ def test_json_that_is_no_artifact_is_refused(tmp_path: Path, content: str) -> No
         PruningPlan.read(path)
 
 
-def test_folder_in_place_of_an_artifact_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
-        PruningPlan.read(tmp_path)
-
-
 def test_number_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         Importance(MADE, 1, 1, {"x": (float("nan"),)}, {}).write(tmp_path / "x.json")
@@ -203,28 +159,6 @@ def test_differences_names_every_field_and_both_values() -> None:
         "old is 'absent' in this recipe but 3 there",
     ]
     assert differences(here, here) == []
-
-
-def test_of_files_that_differ_their_setting_is_named_and_not_two_hashes() -> None:
-    keys = ("tasks", "eval.data_dir (files)", "measure.sweep.tasks (files)")
-    assert differences(dict.fromkeys(keys, "a"), dict.fromkeys(keys, "b")) == [
-        "the files of eval.data_dir differ",
-        "the files of measure.sweep.tasks differ",
-        "the task files, or what makes their items, differ",
-    ]
-    assert differences({"eval.data_dir (files)": "a"}, {}) == [
-        "eval.data_dir (files) is 'a' in this recipe but 'absent' there"
-    ]
-
-
-def test_every_field_that_differs_is_told_with_both_values() -> None:
-    made = {"model": "abc", "prune.drop": [1, 3], "prune.edits.0": "skip"}
-    assert differences({"model": "abc", "prune.drop": (1, 3), "prune.edits.0": "skip"}, made) == []
-    assert differences({"model": "xyz", "prune.drop": (1, 3), "ratio": 0.5}, made) == [
-        "model is 'xyz' in this recipe but 'abc' there",
-        "prune.edits.0 is 'absent' in this recipe but 'skip' there",
-        "ratio is 0.5 in this recipe but 'absent' there",
-    ]
 
 
 def test_fingerprint_depends_on_values_and_not_on_order() -> None:

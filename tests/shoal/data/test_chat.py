@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import trl
-from pydantic import TypeAdapter, ValidationError
 from tiny import tiny_tokenizer
 
-from shoal.data.chat import Chat, chat_of, tokenised
-from shoal.data.sources import check_source, load_texts, pack, sources_fingerprint
+from shoal.data.chat import Chat, tokenised
+from shoal.data.sources import check_source, pack, sources_fingerprint
 from shoal.errors import UserError
 from shoal.recipe.section import DataSource
 
@@ -65,26 +64,8 @@ def test_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(name: str, e
     assert learnt([SYSTEM, *TURNS], shipped(name)) == said
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "cohere2", "phi3", "qwen3_instruct_2507", "qwen2_5_vl", "gemma"])
-def test_a_template_that_marks_the_assistant_gives_the_same_but_for_layout(name: str) -> None:
-    """The mask that transformers makes from {% generation %} is the reference for the one found by rendering twice."""
-    marked, found = (learnt(TURNS, shipped(each)) for each in (f"{name}_training", name))
-    assert [text.rstrip() for text in marked] == found
-
-
 def test_an_empty_thought_that_stands_only_in_the_last_turn_is_understood() -> None:
     assert learnt(TURNS, shipped("qwen3")) == ["It is 4.<|im_end|>", "<think>\n\n</think>\n\ne<|im_end|>"]
-
-
-@pytest.mark.parametrize(
-    ("answers", "turn"),
-    [(["", QUESTION, "e"], 1), (["<think>x</think>y", QUESTION, "e"], 1), (["c", "d"], 2)],
-    ids=["empty answer", "thought in an earlier answer", "two answers in a row"],
-)
-def test_conversations_that_qwen3_writes_in_another_way_are_refused(answers: list[Any], turn: int) -> None:
-    turns = [each if isinstance(each, dict) else {"role": "assistant", "content": each} for each in answers]
-    with pytest.raises(UserError, match=rf"writes turn {turn} \(assistant\) of a conversation differently"):
-        learnt([QUESTION, *turns], shipped("qwen3"))
 
 
 def test_tool_calls_and_their_results_pass_through_the_template() -> None:
@@ -100,10 +81,6 @@ def test_tool_calls_and_their_results_pass_through_the_template() -> None:
     assert first.endswith("</tool_call><|im_end|>")
     assert '"name": "add"' in first
     assert second == "It is 4.<|im_end|>"
-
-
-def test_a_template_without_end_token_gives_what_it_writes() -> None:
-    assert learnt(TURNS, tiny_tokenizer()) == ["It is 4.\n", "e\n"]
 
 
 def test_what_follows_the_last_answer_is_cut_off() -> None:
@@ -174,12 +151,6 @@ def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> N
     assert count["supervised"] == (rows.labels_NS >= 0).sum()
 
 
-def test_loss_on_all_teaches_the_questions_too(tmp_path: Path) -> None:
-    path = written(tmp_path, [{"messages": [QUESTION, ANSWER]}])
-    rows = packed(DataSource(path, messages="messages", loss_on="all"), packing="best_fit")
-    assert texts_learnt(rows) == {"ser: What is 2 + 2?\nassistant: It is 4.\n"}
-
-
 @pytest.mark.parametrize(
     "row", [{"q": "What?", "a": "That."}, {"q": [{"role": "user", "content": "What?"}], "a": "That."}]
 )
@@ -216,14 +187,6 @@ def test_a_source_that_cannot_teach_is_refused(
         packed(source) if read == "pack" else check_source(source, tiny_tokenizer(), sequence_length=64)
 
 
-def test_an_answer_beyond_the_row_is_not_learnt_where_documents_stay_whole(tmp_path: Path) -> None:
-    source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 99}, ANSWER]}]), messages="m")
-    with pytest.raises(UserError, match=r"within the row where packing is best_fit\); name another column, raise seq"):
-        packed(source, packing="best_fit")
-    with pytest.raises(UserError, match="raise sequence_length"):
-        check_source(source, tiny_tokenizer(), sequence_length=64, packing="best_fit")
-
-
 def test_rows_in_which_nothing_is_learnt_are_left_out(tmp_path: Path) -> None:
     """The question fills whole rows: no batch may consist of those."""
     source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 200}, ANSWER]}]), messages="m")
@@ -247,54 +210,6 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
         pack([(source, None)], tokenizer, sequence_length=64, num_tokens=64, seed=0)
 
 
-def test_conversations_are_refused_where_text_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds conversations, and only distill\.data can take those"):
-        load_texts(DataSource(written(tmp_path, [{"m": TURNS}]), messages="m"))
-    with pytest.raises(UserError, match=r"'python_docs': holds text, not conversations; leave messages"):
-        packed(DataSource("python_docs", messages="m"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prompt": "q"}, "prompt and completion belong together"),
-        ({"prompt": "q", "completion": "a", "messages": "m"}, "two kinds of conversation"),
-        ({"messages": "m", "column": "story"}, "column 'story' would not be read"),
-        ({"loss_on": "assistant"}, "loss_on: assistant needs conversations"),
-        ({"tools": "t"}, "tools needs conversations"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, str], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        TypeAdapter(DataSource).validate_python({"path": "x", **settings})
-
-
 def test_what_is_learnt_is_part_of_the_identity() -> None:
     kinds: list[dict[str, Any]] = [{}, {"messages": "m"}, {"messages": "m", "loss_on": "all"}, {"messages": "n"}]
     assert len({sources_fingerprint([DataSource("teacher_text", **kind)]) for kind in kinds}) == len(kinds)
-
-
-def test_tools_reach_the_template(tmp_path: Path) -> None:
-    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
-    for value in ([tool], json.dumps([tool])):
-        chat = chat_of({"m": TURNS, "t": value}, DataSource("x", messages="m", tools="t"), "x")
-        assert chat is not None
-        ids, _ = tokenised(chat, shipped("qwen2_5"), assistant_only=True)
-        assert '"name": "add"' in shipped("qwen2_5").decode(ids)
-
-
-def test_tools_that_are_no_json_are_refused_by_row() -> None:
-    source = DataSource("x", messages="m", tools="t")
-    with pytest.raises(UserError, match=r"data x, row 1: column 't' holds no JSON .*: '\{\"name\": broken'"):
-        chat_of({"m": TURNS, "t": '{"name": broken'}, source, "x, row 1")
-
-
-def test_keys_that_a_table_fills_up_with_nothing_are_no_arguments() -> None:
-    """Arrow gives every row the keys that any row has."""
-    call = {"function": {"name": "w", "arguments": {"city": "Paris", "query": None}}}
-    turns = [*TURNS[:1], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    tool = {"function": {"name": "w", "parameters": {"city": {"type": "string"}, "query": None}}}
-    chat = chat_of({"m": turns, "t": [tool]}, DataSource("x", messages="m", tools="t"), "x")
-    assert chat is not None
-    assert chat.messages[-1]["tool_calls"] == [{"function": {"name": "w", "arguments": {"city": "Paris"}}}]
-    assert chat.tools == [{"function": {"name": "w", "parameters": {"city": {"type": "string"}}}}]

@@ -6,7 +6,6 @@ Covers: shoal.eval.harness.item_texts.
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar
 
 import pytest
 from tiny import tiny_tokenizer
@@ -58,18 +57,6 @@ def test_case_punctuation_and_unicode_forms_do_not_hide_an_item() -> None:
     assert find_overlap({"t": [item]}, [document])["t"].found == 1
 
 
-def test_signs_without_spaces_are_words_of_their_own() -> None:
-    assert words_of("東京は大きい。OK") == ["東", "京", "は", "大", "き", "い", "ok"]
-    assert find_overlap({"t": ["東京は日本の首都で大きい"]}, ["昨日、東京は日本の首都で大きいと聞いた"])["t"].found == 1
-
-
-def test_words_on_two_sides_of_a_documents_end_are_not_in_succession() -> None:
-    words = sentence(0, NUM_WORDS)
-    halves = [" ".join(words[:7]), " ".join(words[7:])]
-    assert find_overlap({"t": [" ".join(words)]}, halves)["t"].found == 0
-    assert find_overlap({"t": [" ".join(words)]}, [" ".join(halves)])["t"].found == 1
-
-
 def test_an_item_too_short_to_mean_anything_is_not_compared() -> None:
     short = " ".join(sentence(0, FEWEST_WORDS - 1))
     assert find_overlap({"t": [short, "", "!"]}, [short])["t"] == Overlap(3, 0, 0, ())
@@ -84,12 +71,6 @@ def test_the_wording_that_all_items_of_a_task_share_is_no_overlap() -> None:
     assert find_overlap({"t": items[:COMMON]}, [frame])["t"].found == COMMON
 
 
-def test_all_documents_are_asked_for_where_there_is_nothing_to_find() -> None:
-    documents = iter(["one", "two"])
-    assert find_overlap({"t": [""]}, documents)["t"].compared == 0
-    assert next(documents, None) is None  # who else looks at them as they pass has seen all
-
-
 def test_tasks_are_counted_apart_and_kept_as_json() -> None:
     one, other = " ".join(sentence(1, 20)), " ".join(sentence(2, 20))
     found = find_overlap({"a": [one, other], "b": [other], "empty": []}, [f"see {other}"])
@@ -98,14 +79,6 @@ def test_tasks_are_counted_apart_and_kept_as_json() -> None:
         "b": {"items": 1, "compared": 1, "found": 1, "examples": (0,)},
         "empty": {"items": 0, "compared": 0, "found": 0, "examples": ()},
     }
-
-
-@pytest.mark.parametrize("num_words", [1, 3, 13])
-def test_the_number_of_words_can_be_chosen(num_words: int) -> None:
-    words = sentence(3, 30)
-    shared = " ".join(words[10 : 10 + num_words])
-    assert find_overlap({"t": [" ".join(words)]}, [f"x {shared} x"], num_words=num_words)["t"].found == 1
-    assert find_overlap({"t": [" ".join(words)]}, [f"x {shared} x"], num_words=num_words + 1)["t"].found == 0
 
 
 def test_packed_rows_are_looked_through_as_they_are_trained_on() -> None:
@@ -137,29 +110,3 @@ def test_items_of_tasks_are_their_questions_with_the_right_answer() -> None:
         "retrieval_generation": 0,
         "reasoning_worked": 0,
     }
-
-
-def test_a_wrong_option_is_no_item_whatever_is_asked_for() -> None:
-    names = ("knowledge_loglikelihood", "knowledge_continuation")
-    letters, options = (item_texts(load_tasks(names), dict.fromkeys(names, 5))[name] for name in names)
-    docs = load_tasks(names)["knowledge_loglikelihood"].eval_docs
-    for doc, by_letter, by_option in zip(docs, letters, options, strict=False):
-        assert by_letter == f"{doc['question']} {doc['answers'][0]}"
-        assert doc["answers"][0] in by_option
-
-
-def test_an_item_of_which_the_options_are_beginnings_is_read_as_one_sentence() -> None:
-    class Task:
-        eval_docs: ClassVar[list[dict[str, Any]]] = [{}]
-        OUTPUT_TYPE = "multiple_choice"
-
-        def doc_to_text(self, doc: dict[str, Any]) -> int:
-            return 1
-
-        def doc_to_choice(self, doc: dict[str, Any]) -> list[str]:
-            return ["The cup", "The suitcase"]
-
-        def doc_to_target(self, doc: dict[str, Any]) -> str:
-            return "is too small."
-
-    assert item_texts({"t": Task()}, {"t": 5}) == {"t": ["The suitcase is too small."]}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sysconfig
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,12 @@ import pytest
 from shoal.abilities import GENERATORS
 from shoal.data import general_text
 from shoal.data.contamination import find_overlap
-from shoal.data.general_text import PACKAGES, QUESTIONS, docstrings, instructions, python_docs, readmes
+from shoal.data.general_text import QUESTIONS, docstrings, instructions, python_docs, readmes
 from shoal.errors import UserError
 from shoal.eval.harness.item_texts import item_texts
 from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.names import described_tasks, task_folders
 
-ROOT = Path(__file__).parents[3]
 GENERAL = {"docstrings": docstrings, "readmes": readmes, "instructions": instructions}
 
 
@@ -39,19 +36,6 @@ def test_python_docs_train_and_held_out_share_no_paragraph() -> None:
     assert sum(map(len, train)) > 200_000
     assert sum(map(len, held_out)) > 20_000
     assert all(text.strip() for text in train + held_out)
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_python_docs_repeat_no_paragraph(held_out: bool) -> None:
-    found = [p.strip() for text in python_docs(held_out=held_out) for p in text.split("\n\n") if p.strip()]
-    assert len(found) == len(set(found))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "documents", "characters"), [("docstrings", 500, 1e6), ("readmes", 20, 4e4)])
-def test_there_is_as_much_text_as_the_documentation_says(texts, name: str, documents: int, characters: float) -> None:
-    assert len(texts[name]) > documents
-    assert sum(map(len, texts[name])) > characters
 
 
 @pytest.mark.slow
@@ -84,13 +68,6 @@ def test_no_item_of_a_bundled_task_stands_in_the_text(texts) -> None:
     items = item_texts(tasks, {name: len(task.eval_docs) for name, task in tasks.items()})
     found = find_overlap(items, (text for documents in texts.values() for text in documents))
     assert {task: overlap.examples for task, overlap in found.items() if overlap.found} == {}
-
-
-@pytest.mark.slow
-def test_the_text_does_not_name_this_machine(texts) -> None:
-    places = (str(Path.home()), sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
-    for name, documents in texts.items():
-        assert not [text for text in documents for place in places if place in text], name
 
 
 @pytest.mark.slow
@@ -139,38 +116,6 @@ def test_prose_is_told_from_everything_else(paragraph: str, prose: str) -> None:
     assert general_text._prose(paragraph) == prose
 
 
-LONG = "This function does what its name says, and it does so for every argument that it is given by whoever calls it."
-MORE = "Whatever is put into it stays there until somebody takes it out."
-SOURCE = f'''"""{LONG}
-
-More about the module.
-"""
-
-raise SystemExit("imported")
-
-
-class Box:
-    """A box for many things. {LONG}"""
-
-    def put(self, thing):
-        """Put a thing into the box, on top of everything that has been in it before.
-
-        {LONG}
-
-        {MORE}
-
-        Args:
-            thing: What is put.
-        """
-
-    def _shake(self):
-        """Shake the box until nothing in it stands where it has been. {LONG}"""
-
-    def take(self):
-        """Too short."""
-'''
-
-
 def with_library(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str]) -> None:
     """Python's library is these files, and no package is installed."""
     for name, source in files.items():
@@ -181,35 +126,8 @@ def with_library(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str,
     monkeypatch.setattr(general_text, "_documented", general_text._documented.__wrapped__)
 
 
-def test_sources_are_read_and_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    other = SOURCE.replace(LONG, "What a test says is of no use to anybody who wants to learn how people write. " * 3)
-    broken = f'"""{LONG} {LONG}"""\nprint "2"\n'
-    files = {"b/box.py": SOURCE, "b/tests/x.py": other, "b/_inner/x.py": other, "not-a-name/x.py": other}
-    with_library(monkeypatch, tmp_path, {**files, "broken.py": broken})
-    (document,) = docstrings()
-    assert document.split("\n\n") == [
-        f"{LONG}",
-        "More about the module.",
-        f"Box: A box for many things. {LONG}",
-        "Box.put: Put a thing into the box, on top of everything that has been in it before.",
-        MORE,
-        f"Box._shake: Shake the box until nothing in it stands where it has been. {LONG}",
-    ]
-    asked = dict(text.split("\n\n") for text in instructions())
-    assert [re.findall("`(.*)`", question) for question in asked] == [["b.box.Box"], ["b.box.Box.put"]]
-    assert list(asked.values()) == [
-        f"A box for many things. {LONG}",
-        f"Put a thing into the box, on top of everything that has been in it before. {LONG} {MORE}",
-    ]
-
-
 def test_a_machine_without_any_text_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with_library(monkeypatch, tmp_path, {"a.py": "x = 1\n"})
     for name, read in GENERAL.items():
         with pytest.raises(UserError, match=rf"data '{name}': .* hold no text on this machine; install shoal's"):
             read()
-
-
-def test_only_what_shoal_depends_on_is_read() -> None:
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert set(PACKAGES) <= {re.findall(r"[\w.-]+", each)[0] for each in wanted}

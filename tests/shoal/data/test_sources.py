@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,11 @@ from shoal.abilities.forms import twin_wordings
 from shoal.abilities.knowledge import stated_facts
 from shoal.data import sources as data
 from shoal.data.chat import Chat
-from shoal.data.packing import FIELDS, IGNORED, PLANES, PackedRows, read_rows
+from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
 from shoal.data.sources import (
     BUNDLED,
     ability_prompts,
-    check_source,
     documents,
-    first_tokens,
     load_texts,
     pack,
     sources_fingerprint,
@@ -81,15 +78,6 @@ def test_bundled_rows_are_read_as_conversations_or_as_a_column() -> None:
         load_texts(DataSource("ability_prompts"))
 
 
-@pytest.mark.slow
-def test_the_fingerprint_of_bundled_rows_is_that_of_their_content(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = DataSource("ability_prompts", prompt="question", completion="answer")
-    before = sources_fingerprint([source])
-    assert before == sources_fingerprint([source])
-    monkeypatch.setattr(data, "_bundled_rows", lambda name: ({"question": "a", "answer": "b"},))
-    assert sources_fingerprint([source]) != before
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows in the format that the file's ending names."""
     path.parent.mkdir(exist_ok=True)
@@ -111,19 +99,6 @@ def test_every_kind_of_table_is_read(tmp_path: Path, ending: str) -> None:
     assert load_texts(DataSource(str(path), column="story")) == TEXTS[:2]
 
 
-def test_text_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("Ümläute\n\nund Absätze\n", encoding="utf-8")
-    assert load_texts(DataSource(str(tmp_path / "x.txt"))) == ["Ümläute\n\nund Absätze\n"]
-
-
-def test_folder_is_read_whole_and_in_order_of_names(tmp_path: Path) -> None:
-    write_rows(tmp_path / "b.jsonl", [{"text": "b"}])
-    write_rows(tmp_path / "a.parquet", [{"text": "a"}])
-    (tmp_path / "c.txt").write_text("c")
-    (tmp_path / "README.md").write_text("not this")
-    assert load_texts(DataSource(str(tmp_path))) == ["a", "b", "c"]
-
-
 def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
     for name in ("test", "train-00000-of-00002", "train-00001-of-00002", "training"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
@@ -134,53 +109,6 @@ def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
 def test_blank_and_missing_texts_are_left_out(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [{"text": "  \n"}, {"text": None}, {"text": "a"}])
     assert load_texts(DataSource(str(path))) == ["a"]
-
-
-def test_reading_stops_after_enough_characters(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.jsonl", [{"text": "abcd"}] * 10)
-    assert load_texts(DataSource(str(path)), max_characters=9) == ["abcd"] * 3
-
-
-@pytest.mark.parametrize(
-    ("rows", "column", "message"),
-    [
-        ([{"a": "x", "b": "y"}], "text", r"x.jsonl': has no column 'text'; it has a, b"),
-        ([{"text": " "}], "text", r"holds no text in column 'text'; name a source that does"),
-        ([{"text": [{"role": "user"}]}], "text", r"column 'text' holds list, not text; name a column of text"),
-        ([{"text": 3}], "text", r"column 'text' holds int, not text; name a column of text"),
-    ],
-)
-def test_table_without_the_text_is_refused(tmp_path: Path, rows: list[Any], column: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_texts(DataSource(str(write_rows(tmp_path / "x.jsonl", rows)), column=column))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.jsonl", b"", r"x.jsonl': the file is empty; name a source that holds text"),
-        ("x.txt", b" \n", r"x.txt': holds no text in column 'text'"),
-        ("x.txt", b"\xff\xfe", r"x.txt': cannot be read \(UnicodeDecodeError: "),
-        ("x.jsonl", b'{"text": "a"}\n{"text', r"x.jsonl': cannot be read \("),
-        ("x.parquet", b"not parquet", r"x.parquet': cannot be read \("),
-        ("x.pdf", b"%PDF", r"x.pdf': cannot read '.pdf' files; use one of .jsonl, .json, .txt, .csv, .parquet"),
-    ],
-)
-def test_unreadable_file_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_texts(DataSource(str(tmp_path / name)))
-
-
-def test_folder_without_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the folder holds no .jsonl, .json, .txt, .csv, .parquet file"):
-        load_texts(DataSource(str(tmp_path)))
-
-
-@pytest.mark.parametrize("name", ["/nowhere/x", "./x", "~/no such file.txt", "x.jsonl"])
-def test_missing_file_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"no such file or folder; bundled sources are python_docs, "):
-        load_texts(DataSource(name))
 
 
 def test_teacher_text_outside_of_distilling_is_refused() -> None:
@@ -225,55 +153,7 @@ def test_fingerprint_of_sources_sees_settings_and_content(tmp_path: Path) -> Non
     assert sources_fingerprint([DataSource("python_docs")]) == seen[3]
 
 
-def test_fingerprint_of_bundled_sources_is_that_of_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sources_fingerprint([DataSource("python_docs")])
-    data._bundled.cache_clear()
-    monkeypatch.setitem(BUNDLED, "python_docs", lambda: ["other"])
-    assert sources_fingerprint([DataSource("python_docs")]) != before
-    data._bundled.cache_clear()
-
-
 # --- packing
-
-
-class Counting:
-    """The tiny tokenizer, which counts the characters that it is given."""
-
-    def __init__(self) -> None:
-        self.own = tiny_tokenizer()
-        self.characters = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
-
-    def __call__(self, texts: Any, **settings: Any) -> Any:
-        self.characters += len(texts) if isinstance(texts, str) else sum(map(len, texts))
-        return self.own(texts, **settings)
-
-
-@pytest.mark.parametrize("texts", [["one two three " * 200_000], ["a", "one two three " * 200_000, "b c d"]])
-def test_of_a_very_long_line_only_the_beginning_is_tokenised_and_the_rows_are_those_of_the_whole(
-    texts: list[str],
-) -> None:
-    counting = Counting()
-    rows = pack([(DataSource("x"), texts)], counting, sequence_length=16, num_tokens=160, seed=0)
-    assert counting.characters < 10_000
-    whole = [text[:1000] for text in texts]  # the tiny tokenizer knows bytes: more than 160 tokens
-    same = pack([(DataSource("x"), whole)], tiny_tokenizer(), sequence_length=16, num_tokens=160, seed=0)
-    assert torch.equal(rows.input_ids_NS, same.input_ids_NS)
-    assert torch.equal(rows.position_ids_NS, same.position_ids_NS)
-
-
-def test_a_beginning_that_is_not_enough_is_made_longer() -> None:
-    seen: list[int] = []
-
-    def encode(text: str) -> list[int]:
-        seen.append(len(text))
-        return list(range(len(text) // 100))  # a hundred characters to a token
-
-    assert first_tokens("x" * 1_000_000, encode, 50) == list(range(50))
-    assert seen == [1824, 7296, 29184]
-    assert first_tokens("x" * 500, encode, 50) == list(range(5))
 
 
 def packed(
@@ -363,14 +243,6 @@ def test_sources_get_their_share_within_one_document(weights: tuple[float, float
         assert rows.counts[f"source{index}"]["tokens"] == pytest.approx(share, abs=2)
 
 
-@pytest.mark.slow
-def test_shares_hold_where_long_documents_are_cut() -> None:
-    """What is cut off is not trained on, so it must not count for a source's share either."""
-    rows = packed((1, ["a" * 100, "b" * 70]), (3, ["c" * 4, "d" * 3]), num_tokens=16 * 2000, packing="best_fit")
-    given = [rows.counts[f"source{n}"]["tokens"] for n in range(2)]
-    assert given[1] / given[0] == pytest.approx(3, rel=0.05)
-
-
 def test_counts_add_up() -> None:
     rows = packed((1, ["a" * 5]), (1, ["b" * 40, "c"]))
     assert sum(count["tokens"] for count in rows.counts.values()) == rows.input_ids_NS.numel()
@@ -393,11 +265,6 @@ def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
     first, again, other = packed((1, texts)), packed((1, texts)), packed((1, texts), seed=1)
     assert torch.equal(first.input_ids_NS, again.input_ids_NS)
     assert first.fingerprint == again.fingerprint != other.fingerprint
-
-
-def test_longer_budget_starts_with_the_rows_of_the_shorter() -> None:
-    short, long = packed((1, TEXTS), (2, ["x" * 50])), packed((1, TEXTS), (2, ["x" * 50]), num_tokens=800)
-    assert torch.equal(short.input_ids_NS, long.input_ids_NS[: len(short)])
 
 
 def test_end_token_is_not_doubled_where_the_tokenizer_adds_it() -> None:
@@ -500,31 +367,12 @@ def test_best_fit_keeps_documents_whole_and_marks_the_padding() -> None:
     assert padding < 0.15 * rows.input_ids_NS.numel()
 
 
-def test_best_fit_cuts_what_is_longer_than_a_row_and_counts_it() -> None:
-    rows = packed((1, ["abcdefgh" * 5]), num_tokens=32, packing="best_fit")
-    expected = tiny_tokenizer()("abcdefgh" * 2)["input_ids"]
-    assert rows.input_ids_NS.tolist() == [expected] * 2
-    assert rows.counts["source0"]["truncated"] == 2 * (41 - 16)
-
-
 def test_padding_belongs_to_no_document() -> None:
     """What stands before padding cannot change by it, nor can it be learnt."""
     rows = packed((1, ["abc"]), length=10, num_tokens=10, packing="best_fit")
     assert rows.input_ids_NS[0, 8:].tolist() == [258, 258]
     assert rows.position_ids_NS[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert (rows.labels_NS[0, 8:] == IGNORED).all()
-
-
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_rows_of_a_smaller_budget_begin_those_of_a_larger(packing: Packing, monkeypatch: pytest.MonkeyPatch) -> None:
-    for held in (data.HELD_CHARACTERS, 40):  # as a whole, and through the buffer
-        monkeypatch.setattr(data, "HELD_CHARACTERS", held)
-        sources = ((1, MANY), (2.5, ["x" * 50, "y" * 30, "z"]))
-        large = packed(*sources, num_tokens=16 * 200, packing=packing)
-        for num_rows in (1, 2, 7, 64, 199):
-            small = packed(*sources, num_tokens=16 * num_rows, packing=packing)
-            for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
-                assert torch.equal(getattr(small, plane), getattr(large, plane)[:num_rows])
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
@@ -628,58 +476,3 @@ def test_rows_say_of_every_token_which_source_it_is_from_and_are_the_same_withou
     assert "sources" not in plain[0]
     assert plain.fingerprint == rows.fingerprint
     assert plain.counts == rows.counts
-
-
-@pytest.mark.slow
-def test_packing_to_disk_takes_no_memory_that_grows_with_the_budget(tmp_path: Path) -> None:
-    class Quick:
-        """As many tokens as it is asked for, at once."""
-
-        eos_token_id = EOS
-
-        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
-            return {"input_ids": [ids for _ in texts]}
-
-    ids = list(range(1000))
-    peaks = []
-    for num_tokens in (500_000, 3_000_000):
-        tracemalloc.start()
-        source = DataSource("x")
-        pack([(source, ["a"])], Quick(), sequence_length=1024, num_tokens=num_tokens, seed=0, folder=tmp_path)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 2_000_000
-    assert (tmp_path / "input_ids.npy").stat().st_size > 12_000_000
-
-
-def test_sources_of_one_path_are_counted_apart() -> None:
-    sources = [(DataSource("a"), ["x"]), (DataSource("a", name="other"), ["yy"]), (DataSource("b"), ["z"])]
-    rows = pack(sources, tiny_tokenizer(), sequence_length=8, num_tokens=80, seed=0)
-    assert list(rows.counts) == ["a (1)", "a (2)", "b"]
-    assert all(set(count) == {*FIELDS, "dropped"} for count in rows.counts.values())
-    assert sum(count["tokens"] for count in rows.counts.values()) == 80
-
-
-def test_check_of_a_source_reads_no_more_than_it_needs(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": ""}\n{"text": "something"}\n' + '{"text": "more"}\n' * 3 + '{"story": 1}\n')
-    check_source(DataSource(str(path)), tiny_tokenizer(), sequence_length=8)
-    with pytest.raises(UserError, match="has no column 'title'; it has text"):
-        check_source(DataSource(str(path), column="title"), tiny_tokenizer(), sequence_length=8)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "x"}, r"a.jsonl': name is of data sets on the Hub"),
-        ({"split": "train[:1]"}, r"a.jsonl': is one file, of which split selects nothing; leave split out"),
-    ],
-)
-def test_settings_that_a_local_file_does_not_have_are_refused(
-    settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    file = write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match=message):
-        load_texts(DataSource(str(file), **settings))
-    with pytest.raises(UserError, match=r"no file of the folder is named after the split 'test' \(it holds a.jsonl\)"):
-        load_texts(DataSource(str(tmp_path), split="test"))

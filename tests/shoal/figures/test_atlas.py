@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import replace
 from pathlib import Path
-from subprocess import run
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import pytest
-from sweep_results import LOST, NUM_LAYERS, READ, WROTE, importance_with_parts, right, scores, task
+from sweep_results import LOST, READ, WROTE, importance_with_parts, right, task
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.importance import Importance, Sweep
@@ -20,8 +18,6 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
 from shoal.figures.atlas import (
-    DARK_TEXT,
-    LIGHT_TEXT,
     agreement_figure,
     atlas_figure,
     cumulative_figure,
@@ -157,33 +153,6 @@ def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None
         assert {round(effect.retention.low, 6), round(effect.retention.high, 6)} <= reached
 
 
-def test_malformed_and_looping_texts_are_drawn_where_there_are_some() -> None:
-    made = task(right(0.8), "retrieval_generation")
-    broken = task(right(0.8, 40), "retrieval_generation", texts=["", "so so " * 9] * 40)
-    atlas = build_atlas([made], [[made], [broken]])
-    figure = atlas_figure(replace(swept(), num_layers=2, atlas=atlas, layers={}, runs={}))
-    assert [line.get_label() for line in figure.axes[1].get_lines()][-2:] == ["malformed", "repetition"]
-
-
-def test_tasks_of_one_ability_and_protocol_are_named() -> None:
-    intact, removed = scores()
-    again = [replace(tasks[0], task="retrieval_uuid_continuation") for tasks in (intact, *removed)]
-    atlas = build_atlas(
-        [intact[0], again[0]], [[tasks[0], more] for tasks, more in zip(removed, again[1:], strict=True)]
-    )
-    names = [label.get_text() for label in atlas_figure(replace(swept(), atlas=atlas)).axes[0].get_xticklabels()]
-    assert names[-2:] == ["retrieval continuation", "retrieval uuid continuation"]
-
-
-def test_a_column_without_retention_is_drawn_by_its_score() -> None:
-    made = task(right(0.3), "reasoning_continuation")
-    atlas = build_atlas([made], [[made]] * NUM_LAYERS)
-    figure = atlas_figure(replace(swept(), atlas=atlas))
-    assert figure.axes[1].get_title(loc="left") == "reasoning/continuation: acc (n = 80)"
-    assert "–" in {text.get_text() for text in figure.axes[0].texts}
-    assert any("(the intact model is not" in text.get_text() for text in figure.axes[-1].texts)
-
-
 def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> None:
     atlas = swept().atlas
     assert atlas is not None
@@ -224,17 +193,6 @@ def test_cumulative_curve_starts_at_the_intact_model() -> None:
     assert list(line.get_ydata()) == pytest.approx([0.8, 0.675, 0.55, 0.3])  # pyright: ignore[reportArgumentType]
 
 
-def test_figures_refuse_what_they_cannot_draw() -> None:
-    with pytest.raises(UserError, match=r"holds no swept task to draw; name some in measure.sweep.tasks"):
-        atlas_figure(replace(swept(), atlas=None))
-    with pytest.raises(UserError, match="layer 6 cannot be dropped"):
-        atlas_figure(swept(), (6,))
-    with pytest.raises(UserError, match="'cumulative' has no heads or groups to map"):
-        head_map_figure(cumulative())
-    with pytest.raises(UserError, match="'cumulative' is empty"):
-        cumulative_figure(replace(cumulative(), columns=()))
-
-
 @pytest.mark.slow
 def test_equal_input_gives_equal_bytes_and_one_file(tmp_path: Path) -> None:
     for suffix in ("svg", "png"):
@@ -242,37 +200,3 @@ def test_equal_input_gives_equal_bytes_and_one_file(tmp_path: Path) -> None:
             save_figure(atlas_figure(swept(), DROP), tmp_path / f"{name}.{suffix}")
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
     assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_names_from_data_stay_text(tmp_path: Path) -> None:
-    name = "$\\frac{a}$ <b>x</b>\x00"
-    made = [task(right(0.8, lost), name, chance=0.25, ability=name, protocol="continuation") for lost in (0, 30)]
-    figure = atlas_figure(replace(swept(), num_layers=1, layers={}, runs={}, atlas=build_atlas(made[:1], [made[1:]])))
-    assert any("<b>" in text and "\ufffd" in text for text in saved_texts(figure, tmp_path / "a.svg"))
-
-
-def luminance(colour: Any) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_numbers_can_be_read_on_every_shade() -> None:
-    from matplotlib.colors import to_rgb
-
-    heat = atlas_figure(swept()).axes[0]
-    image = heat.images[0]
-    grid = image.get_array()
-    assert grid is not None
-    used = set()
-    for (column, row), text in cells(heat).items():
-        if not text.get_text():
-            continue
-        cell, ink = luminance(image.cmap(image.norm(grid[row][column]))), luminance(to_rgb(text.get_color()))
-        assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 3.9, (column, row)
-        used.add(text.get_color())
-    assert used == {DARK_TEXT, LIGHT_TEXT}
-
-
-def test_importing_the_figures_does_not_load_matplotlib() -> None:
-    code = "import sys, shoal.figures.atlas; assert 'matplotlib' not in sys.modules"
-    assert run([sys.executable, "-c", code], check=False).returncode == 0

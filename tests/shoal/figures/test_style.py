@@ -47,18 +47,6 @@ def test_importance_figure_marks_the_dropped_layers_and_the_run() -> None:
     assert heat.patches[0].get_xy() == (DROP[0] - 0.5, len(DROP) - 0.5)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_scattered_drops_mark_no_run() -> None:
-    _, heat, _ = importance_figure(importance(), (1, 4)).axes
-    assert not heat.patches
-
-
-def test_importance_figure_refuses_an_empty_artifact_and_a_foreign_layer() -> None:
-    with pytest.raises(UserError, match="holds no metric"):
-        importance_figure(replace(importance(), layers={}, runs={}))
-    with pytest.raises(UserError, match="layer 8 cannot be dropped"):
-        importance_figure(importance(), (8,))
-
-
 def test_training_figure_draws_every_loss_term_and_the_learning_rate() -> None:
     losses, rate = training_figure(training()).axes
     assert [line.get_label() for line in losses.get_lines()] == ["Loss", "Forward kl", "Cross entropy"]
@@ -155,12 +143,6 @@ def test_before_after_figure_shows_twins_first_and_names_the_trained_form(monkey
     assert rows(before_after_figure(models)) == ["twin, generated"]
 
 
-def test_before_after_figure_draws_what_there_is_of_one_role_and_refuses_nothing() -> None:
-    assert before_after_figure([evaluation("pruned")]).axes
-    with pytest.raises(UserError, match="no evaluated task"):
-        before_after_figure([evaluation("teacher", tasks=())])
-
-
 def test_names_from_data_stay_text(tmp_path: Path) -> None:
     name = "$\\frac{a}$ <script>alert(1)</script>\x00"
     task = choice("teacher", name, "retrieval", "continuation")
@@ -179,11 +161,6 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path, suffix: str) -> None:
     assert content == (tmp_path / f"b.{suffix}").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"a.{suffix}", f"b.{suffix}"]
     assert b"<metadata" not in content
-
-
-def test_save_figure_refuses_other_formats(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"written as \.svg or \.png"):
-        save_figure(importance_figure(importance()), tmp_path / "a.gif")
 
 
 @pytest.mark.slow

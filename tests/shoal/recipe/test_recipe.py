@@ -177,10 +177,6 @@ def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None
     }
 
 
-def test_contradictions_are_reported_at_once(tmp_path: Path) -> None:
-    assert len(refusal(tmp_path, "prune: {drop: [1], ratio: 0.2, contiguous: true}\nexport: {hub_repo: x}")) == 3
-
-
 def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,
@@ -219,47 +215,6 @@ def test_a_wrong_value_is_blamed_on_what_has_set_it(tmp_path: Path) -> None:
     }
 
 
-def test_a_wrong_entry_of_a_section_that_was_overridden_whole_is_blamed_on_the_override(tmp_path: Path) -> None:
-    assert refusal(
-        tmp_path, "measure: {num_token: 1}", "prune={num_drop: 2, ratio: 0.1}", "distill={num_token: 1}"
-    ) == [
-        "measure.num_token: unknown key; did you mean 'num_tokens'?",
-        "override 'distill={num_token: 1}': distill.num_token: unknown key; did you mean 'num_tokens'?",
-    ]
-    (line,) = refusal(tmp_path, "", "prune={drop: [1], num_drop: 2}")
-    assert line.startswith("override 'prune={drop: [1], num_drop: 2}': prune")
-
-
-def test_later_override_wins(tmp_path: Path) -> None:
-    assert load(tmp_path, "", "seed=1", "seed=2").seed == 2
-
-
-def test_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
-    assert load(tmp_path, "", "track.project=a=b").track.project == "a=b"
-
-
-@pytest.mark.parametrize("override", ["seed", "=4", "a..b=1", ".seed=1", "seed.=1"])
-def test_override_of_bad_form_is_refused(tmp_path: Path, override: str) -> None:
-    assert refusal(tmp_path, "", override) == [
-        f"override {override!r}: must have the form section.key=value, without blanks around the ="
-    ]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.x=3", "override 'model.x=3': 'model' is 'm', not a section"),
-        ("prune.drop=[1,", "override 'prune.drop=[1,': the value is not valid YAML: "),
-        ("track.tags.3=a", "override 'track.tags.3=a': '3' is no position in a list of 1 (counted from 0)"),
-        ("track.tags.x=a", "override 'track.tags.x=a': 'x' is no position in a list of 1 (counted from 0)"),
-        ("track.nme=a", "override 'track.nme=a': track.nme: unknown key; did you mean 'name'?"),
-        ("prune.drop={a: 1, a: 2}", "override 'prune.drop={a: 1, a: 2}': the value is not valid YAML: key 'a' appears"),
-    ],
-)
-def test_override_that_fits_nowhere_is_refused(tmp_path: Path, override: str, message: str) -> None:
-    assert refusal(tmp_path, "track: {tags: [a]}", override)[0].startswith(message)
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -291,47 +246,6 @@ def test_override_that_fits_nowhere_is_refused(tmp_path: Path, override: str, me
 def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
     assert load(tmp_path, f"distill: {{trainer: {{x: {text}}}}}").distill.trainer == {"x": value}
     assert load(tmp_path, "", f"distill.trainer.x={text}").distill.trainer == {"x": value}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model: other", "key 'model' appears twice"),
-        ("prune: {drop: [1], drop: [2]}", "key 'drop' appears twice"),
-        ("distill: {trainer: {a: 1, a: 2}}", "key 'a' appears twice"),
-        ("[a]: 1", "a key must be a plain word"),
-        ("a: [", "expected the node content"),
-        ("a: &a [*a]", "recursive"),
-        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-        ("seed: !!int x", "leave out explicit !!tags"),
-        ("a: " + "[" * 5000, "is not valid YAML"),
-        ("--- \na: 1", "expected a single document"),
-    ],
-)
-def test_broken_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    found = "\n".join(refusal(tmp_path, text))
-    assert found.startswith("is not valid YAML: ")
-    assert message in found
-
-
-def test_merge_keys_work(tmp_path: Path) -> None:
-    text = "distill: {losses: [&kl {kind: forward_kl, weight: 2}, {<<: *kl, weight: 3, temperature: 2}]}"
-    assert load(tmp_path, text).distill.losses == (ForwardKL(weight=2.0), ForwardKL(weight=3.0, temperature=2.0))
-
-
-@pytest.mark.parametrize(("text", "kind"), [("", "nothing"), ("- a", "list"), ("abc", "str")])
-def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: str) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=f"must be a mapping of settings, got {kind}"):
-        load_recipe(file)
-
-
-def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_bytes(b"\xff\xfe\x00model")
-    with pytest.raises(UserError, match=r"recipe.yaml: is not valid YAML"):
-        load_recipe(file)
 
 
 @pytest.mark.parametrize(
@@ -368,13 +282,6 @@ def test_a_source_names_the_terms_that_learn_from_it_and_without_names_it_is_all
     assert sources_of_terms(by_source(["forward_kl_2"], None, terms=twice).distill) == ({1}, None)
 
 
-def test_what_a_recipe_without_losses_of_a_source_says_is_what_it_said_before_there_were_any() -> None:
-    assert "losses" not in as_dict(by_source(None))["distill"]["data"][0]
-    recipe = by_source(["forward_kl"], None)
-    assert as_dict(recipe)["distill"]["data"][0]["losses"] == ["forward_kl"]
-    assert parse_recipe(as_dict(recipe)) == recipe
-
-
 @pytest.mark.parametrize(
     ("losses", "problem"),
     [
@@ -407,18 +314,6 @@ def test_samples_and_their_prompts_fit_into_a_row(tmp_path: Path) -> None:
         "distill.on_policy: prompt_tokens 24 + new_tokens 489 do not fit into a row; lower them, or raise "
         "distill.sequence_length (now 512)"
     ]
-
-
-def test_a_term_of_samples_alone_needs_no_source() -> None:
-    assert sources_of_terms(by_source(["cross_entropy"], on_policy={"share": 0.5}).distill) == (set(), None)
-    with pytest.raises(UserError, match=r"no source of distill.data learns from forward_kl"):
-        by_source(["cross_entropy"], on_policy={"share": 0.0})
-
-
-def test_only_training_text_has_losses() -> None:
-    raw = {"model": "m", "run_dir": "r", "measure": {"data": [{"path": "a", "losses": ["forward_kl"]}]}}
-    with pytest.raises(UserError, match=r"measure.data.0.losses: unknown key"):
-        parse_recipe(raw)
 
 
 def test_unknown_recipe_lists_the_shipped_ones() -> None:

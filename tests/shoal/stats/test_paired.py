@@ -18,7 +18,6 @@ from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.stats import paired as ours
 from shoal.stats.bootstrap import effective_n
-from shoal.stats.intervals import combined
 
 
 def task(
@@ -43,11 +42,6 @@ def nats(scores: Sequence[float] | np.ndarray, weights: Sequence[float] | None =
 def test_wilson_equals_scipys(successes: int, n: int) -> None:
     expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
     assert ours.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_wilson_of_a_full_score_contains_it() -> None:
-    assert ours.wilson(30, 30)[1] == 1.0
-    assert ours.wilson(0, 30)[0] == 0.0
 
 
 def test_wilson_refuses_no_items() -> None:
@@ -92,13 +86,6 @@ def test_bootstrap_interval_of_a_weighted_mean_covers() -> None:
     assert 0.89 <= covered / 200 <= 0.99
 
 
-def test_equal_scores_are_no_difference() -> None:
-    for made in (task([1, 0, 1, 1]), nats([2.0, 3.0, 1.5])):
-        found = ours.paired(made, made)
-        assert (found.difference, found.p_value, found.won, found.lost) == (0.0, 1.0, 0, 0)
-        assert found.ci_low <= 0 <= found.ci_high
-
-
 def test_paired_zero_one_scores_count_wins_and_losses() -> None:
     before, after = task([1, 1, 1, 0, 0, 0, 0, 1]), task([1, 0, 1, 1, 1, 1, 0, 1])
     found = ours.paired(before, after)
@@ -106,21 +93,6 @@ def test_paired_zero_one_scores_count_wins_and_losses() -> None:
     assert found.difference == pytest.approx(0.25)
     assert found.p_value == pytest.approx(0.625)
     assert found.ci_low < 0 < found.ci_high
-
-
-def test_lower_is_better_wins_where_the_value_falls() -> None:
-    rng = np.random.default_rng(3)
-    before = rng.normal(3.0, 1.0, size=50)
-    found = ours.paired(nats(before.tolist()), nats((before - 0.2 + rng.normal(0, 0.1, size=50)).tolist()))
-    assert found.test == "paired-bootstrap"
-    assert found.won > found.lost
-    assert found.ci_low < -0.2 < found.ci_high < 0
-    assert found.p_value < 0.01
-
-
-def test_weights_count_in_the_paired_difference() -> None:
-    before, after = nats([1.0, 2.0], [300, 100]), nats([2.0, 2.0], [300, 100])
-    assert ours.paired(before, after).difference == pytest.approx(0.75)
 
 
 def test_items_are_paired_by_id_not_by_position() -> None:
@@ -178,15 +150,6 @@ def test_retention_is_chance_corrected_and_holds_its_value() -> None:
     assert found.ci_low < expected < found.ci_high
 
 
-def test_retention_of_an_unchanged_model_is_one_and_its_interval_says_how_few_items_there_were() -> None:
-    few, many = task([1, 1, 1, 0, 1, 1, 1, 1]), task([1, 1, 1, 0, 1, 1, 1, 1] * 50)
-    wide, narrow = ours.retention(few, few), ours.retention(many, many)
-    assert wide.value == narrow.value == 1.0
-    assert wide.ci_low is not None
-    assert narrow.ci_low is not None
-    assert wide.ci_low < 0.8 < 0.98 < narrow.ci_low < 1.0
-
-
 def test_retention_says_why_it_is_none() -> None:
     assert "no chance level" in ours.retention(nats([2.0]), nats([3.0])).reason
     at_chance = task([1, 0, 0, 0])
@@ -215,34 +178,7 @@ def test_minimal_detectable_difference_has_the_promised_power() -> None:
     assert 0.75 <= shown <= 0.86
 
 
-def test_minimal_detectable_difference_of_few_items_is_everything() -> None:
-    assert ours.minimal_detectable_difference(task([1, 0, 1]), task([1, 0, 1])) == 1.0
-    spread = ours.minimal_detectable_difference(nats([1.0, 2.0, 3.0]), nats([1.1, 2.0, 2.9]))
-    assert spread == pytest.approx((4.30265 + 0.84162) * 0.1 / math.sqrt(3), rel=1e-4)
-
-
 # --- few items, weights, all equal ----------------------------------------------------------------------------------
-
-
-def test_one_item_claims_nothing() -> None:
-    found = ours.paired(nats([2.0]), nats([3.0]))
-    assert (found.difference, found.ci_low, found.ci_high, found.p_value) == (1.0, -math.inf, math.inf, 1.0)
-    assert ours.bootstrap_mean([2.5]) == (2.5, 2.5)
-    assert ours.minimal_detectable_difference(nats([2.0]), nats([3.0])) == math.inf
-    right = ours.paired(task([0]), task([1]))
-    assert right.ci_low < 0 < right.ci_high
-    assert right.p_value == 1.0
-    assert ours.retention(task([1], chance=0.0), task([1], chance=0.0)).value == 1.0
-
-
-def test_items_that_are_all_equal_have_no_spread() -> None:
-    assert ours.bootstrap_mean([2.0] * 5) == (2.0, 2.0)
-    moved = ours.paired(nats([2.0] * 9), nats([2.5] * 9))
-    assert (moved.ci_low, moved.ci_high) == (0.5, 0.5)
-    assert moved.p_value == 2**-8, "nine equal signs"
-    clear, none = task([0.5] * 9, chance=0.0), task([0.5] * 9, chance=0.5)
-    assert ours.z_above_chance(clear) == math.inf
-    assert ours.z_above_chance(none) == 0.0
 
 
 def test_unequal_weights_count_as_fewer_items() -> None:
@@ -275,6 +211,14 @@ def test_p_of_a_few_nats_is_that_of_a_t_test_and_not_what_resampling_cannot_exce
     assert found.p_value == pytest.approx(2 * stats.t.sf(t, 2), rel=0.5)
 
 
+@pytest.mark.prove
+def test_what_is_clear_stays_clear_among_hundreds_of_tasks() -> None:
+    """Holm's correction multiplies by the number of tasks: a least p that the resamples set would be lost to it."""
+    fallen = np.random.default_rng(0).normal(-0.5, 0.05, 300)
+    change = ours.paired_values(np.zeros(300), fallen, np.ones(300), binary=False, higher_is_better=False)
+    assert max(ours.holm([change.p_value] * 400)) < 1e-9
+
+
 def test_p_is_below_a_twentieth_exactly_where_the_interval_excludes_zero() -> None:
     rng = np.random.default_rng(15)
     sides = []
@@ -296,7 +240,7 @@ def test_a_change_that_is_not_there_is_found_one_time_in_twenty() -> None:
     assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.085
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_retention_of_scores_between_0_and_1_is_covered() -> None:
     rng = np.random.default_rng(12)
     hits = []
@@ -325,7 +269,7 @@ def two_protocols(rng: np.random.Generator, n: int, *, shared: bool) -> list[tup
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("shared", [True, False], ids=["the same items", "other items"])
 def test_the_gap_between_two_protocols_is_covered(shared: bool) -> None:
     rng = np.random.default_rng(13)
@@ -358,26 +302,6 @@ def test_the_gap_adds_limits_as_squares_and_uses_the_luck_that_two_protocols_sha
         assert found[2] == pytest.approx(
             a - b + math.sqrt((ah - a) ** 2 + (b - bl) ** 2 - 2 * rho * (ah - a) * (b - bl))
         )
-
-
-@pytest.mark.parametrize("shared", [0.0, 0.5, -0.5])
-def test_a_sum_has_no_limit_where_one_of_its_parts_has_none(shared: float) -> None:
-    correlation = np.array([[1.0, shared], [shared, 1.0]])
-    low, value, high = combined([0.5, 1.0], [0.4, -math.inf], [0.6, 1.0], correlation).tolist()
-    assert (low, value, high) == (-math.inf, 1.5, pytest.approx(1.6))
-
-
-def test_the_detectable_difference_in_nats_has_the_promised_power() -> None:
-    rng = np.random.default_rng(16)
-    shown = []
-    spread = 0.4
-    reference = rng.normal(0.0, spread, size=20)
-    reference *= spread / reference.std(ddof=1)
-    least = ours.minimal_detectable_difference(nats(np.full(20, 3.0)), nats(3.0 + reference))
-    for _ in range(400):
-        change = rng.normal(least, spread, size=20)
-        shown.append(abs(change.mean()) / (change.std(ddof=1) / math.sqrt(20)) > stats.t.ppf(0.975, 19))
-    assert 0.74 <= np.mean(shown) <= 0.86
 
 
 # --- form and ability -----------------------------------------------------------------------------------------------
@@ -451,13 +375,7 @@ def test_a_change_of_the_form_gap_is_a_difference_of_differences(make: Callable[
     assert ours.form_gap_change(before, before)[0] == 0.0
 
 
-def test_a_change_of_the_form_gap_asks_for_the_same_settings_of_both_models() -> None:
-    one, other = task([1, 1, 0, 1]), task([1, 0, 0, 1])
-    with pytest.raises(UserError, match="version is"):
-        ours.form_gap_change((one, other), (one, dataclasses.replace(other, version="2")))
-
-
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("n", [40, 150])
 @pytest.mark.parametrize("shares", [(0.64, 0.6, 0.98, 0.5), (0.95, 0.95, 0.98, 0.97), (0.05, 0.04, 0.1, 0.05)], ids=str)
 def test_intervals_of_form_gaps_and_of_their_changes_hold_the_truth(shares: tuple[float, ...], n: int) -> None:

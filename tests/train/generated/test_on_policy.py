@@ -220,7 +220,7 @@ def test_samples_follow_from_seed_step_and_weights(student):
     assert not equal(sampler().batches(student, [rows], step=8)[0], first)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_of_a_fixed_size_and_compiled_steps_follow_the_weights(kind):
     """Rows and lengths change from step to step, and weights in place, as an optimizer changes them."""

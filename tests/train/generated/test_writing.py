@@ -255,7 +255,7 @@ FIXED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("way", FIXED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_of_a_fixed_size_and_compiled_steps_write_the_same_tokens(kind, way, caplog):

@@ -124,6 +124,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.prove
 @needs_compiler
 def test_machine_code_gives_the_same_loss_and_gradients_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
@@ -134,6 +135,7 @@ def test_machine_code_gives_the_same_loss_and_gradients_up_to_rounding(monkeypat
         torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.prove
 def test_layers_of_a_kind_share_their_graphs() -> None:
     step("llama", compiled=True)
     first = dynamo_utils.counters["stats"]["unique_graphs"]
@@ -244,6 +246,7 @@ def test_too_many_variants_are_said_and_not_hidden(
     assert "cannot be compiled" in warning
 
 
+@pytest.mark.prove
 def test_text_is_written_by_layers_that_are_not_compiled() -> None:
     student = tiny_model("llama")
     compiled = Compiled(decoder_layers(student))
@@ -273,6 +276,7 @@ def coarse_block(terms: Sequence[LogitTerm]) -> tuple[Any, ...]:
     return terms, shares, student, Coarse(ids, log, log.exp(), 1.0), labels, learns
 
 
+@pytest.mark.prove
 @needs_compiler
 @pytest.mark.parametrize("arguments", [block(DENSE), coarse_block(COARSE)], ids=["whole", "stored"])
 def test_the_compiled_loss_is_the_eager_one_up_to_rounding(
