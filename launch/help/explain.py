@@ -1,51 +1,128 @@
-"""`shoal explain`: what a key of a recipe means, its default and what it may be."""
+"""`shoal explain`: what a key of a recipe means, its default and what it may be.
+
+All of it is pydantic's JSON schema of the sections, whose descriptions are the docstrings of the keys.
+"""
 
 from __future__ import annotations
 
-import inspect
+import difflib
+import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
-from shoal.formatting import listed
-from shoal.recipe.distill_contradictions import REFUSED_ARGUMENTS
-from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import Section
+import yaml
+from pydantic import ConfigDict, TypeAdapter
 
-from .settings import Setting, as_paragraph, as_yaml, find, first_sentence, kind_of, settings_of
+from shoal.errors import UserError
+from shoal.formatting import listed
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import TOO_LARGE, Section
 
 WIDTH = 120
 """Columns of a text for a terminal."""
 UNBROKEN: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
 """Lines are broken between words only, so that names can be copied."""
+CLOSE = 5
+"""Keys that are named, at most, of those that a wrong one may mean."""
+WORDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+"""Type -> what a YAML file gives for it."""
+LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe; a key that a class inherits has the docstring of the class above."""
+    Section.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # too slow for every recipe
+    whole = TypeAdapter(Recipe).json_schema()
+    below = [(base, each) for base in Section.__subclasses__() for each in base.__subclasses__()]
+    for base in dict.fromkeys(base for base, _ in below):
+        said = TypeAdapter(base).json_schema()["properties"]
+        for part in (whole["$defs"][each.__name__]["properties"] for above, each in below if above is base):
+            for key in filter(said.__contains__, part):
+                part[key] = {"description": said[key].get("description", ""), **part[key]}
+    return whole
+
+
+def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key of a recipe with all sections it is in, those of a section after it, and its schema.
+
+    Of a section that is one of several kinds, the kind stands for its position, and is a place of its own.
+    """
+    section = section or schema()
+    for key, own in section["properties"].items():
+        yield before + key, {**own, "is_required": key in section.get("required", ())}
+        inner = _sections(own)
+        for part in inner:
+            kind = f".{part['properties']['kind']['const']}" if len(inner) > 1 else ""
+            if kind:
+                yield before + key + kind, part
+            yield from places(part, f"{before}{key}{kind}.")
+
+
+def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """The places that ``place`` may mean, and what stands after them: an entry of a plain mapping. Positions in lists
+    and kinds may be left out.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    wanted, known = re.sub(r"\.\d+(?=\.|$)", "", place), dict(places())
+    if wanted in known:
+        return {wanted: known[wanted]}, ""
+    kinds = [each for each, own in known.items() if "properties" in own]
+    of_kind = {
+        kind + key: known[kind + key]
+        for kind in kinds
+        if (key := wanted.removeprefix(kind.rpartition(".")[0])) != wanted and kind + key in known
+    }
+    if of_kind:
+        one = len(of_kind) > 1 and len({str(own) for own in of_kind.values()}) == 1
+        return ({wanted: next(iter(of_kind.values()))} if one else of_kind), ""
+    parent, _, entry = wanted.rpartition(".")
+    while parent:
+        if "additionalProperties" in str(known.get(parent)) and "properties" not in known[parent]:
+            return {parent: known[parent]}, entry
+        parent, _, before = parent.rpartition(".")
+        entry = f"{before}.{entry}"
+    raise _unknown(place, list(known))
+
+
+def _unknown(place: str, known: list[str]) -> UserError:
+    leaf = place.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(place, same or known, n=CLOSE, cutoff=0 if same else 0.7)
+    leaves = difflib.get_close_matches(leaf, {other.rpartition(".")[2] for other in known}, n=1, cutoff=0.7)
+    close = close or [other for other in known if other.rpartition(".")[2] in leaves][:CLOSE]
+    hint = f"did you mean {listed(close, 'or')}?" if close else "`shoal explain` lists the sections"
+    return UserError(f"explain: a recipe has no key {place!r}; {hint}")
 
 
 def explanation(place: str | None) -> list[dict[str, Any]]:
-    """Everything there is to say of the key ``place``, JSON-ready: of each setting that it may mean, and of the
-    sections that stand there; None = of the whole recipe.
+    """Everything there is to say of the key ``place``, JSON-ready, for each place that it may mean; None = of the whole
+    recipe.
 
     Raises:
         UserError: a recipe has no such key.
     """
     if place is None:
-        return [{"key": "", "meaning": as_paragraph(Recipe.__doc__ or ""), "keys": _keys([Recipe])}]
-    settings, sections, entry = find(place)
-    if not settings:  # a kind
-        return [{"key": place, "meaning": _said(section), "keys": _keys([section])} for section in sections]
-    told: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        description = _of_setting(setting)
-        told.setdefault(str([description[name] for name in ("meaning", "values", "default")]), description)
-    if len(told) == 1 and len(settings) > 1:
-        next(iter(told.values()))["key"] = place
-    for description in told.values():
+        return [{"key": "", "meaning": meaning(schema()), "keys": _keys(schema())}]
+    several, entry = found(place)
+    told = []
+    for name, own in several.items():
+        said: dict[str, Any] = {"key": name, "meaning": meaning(own)}
+        inner = [own] if "properties" in own else _sections(own)
+        if "properties" not in own:
+            said |= {"values": values_text(own), "default": _default(own)}
         if entry:
-            description["entry"] = _of_entry(description["key"], entry)
-        if len(sections) > 1:
-            description["kinds"] = {str(kind_of(section)): _said(section) for section in sections}
-        elif sections:
-            description["keys"] = _keys(sections)
-    return list(told.values())
+            said["entry"] = f"{entry} is an entry of this mapping"
+        if len(inner) > 1:
+            said["kinds"] = {part["properties"]["kind"]["const"]: meaning(part) for part in inner}
+        elif inner:
+            said["keys"] = _keys(inner[0])
+        told.append(said)
+    return told
 
 
 def explained(place: str | None) -> str:
@@ -54,7 +131,18 @@ def explained(place: str | None) -> str:
     Raises:
         UserError: a recipe has no such key.
     """
-    return "\n\n".join("\n".join(_lines(part)) for part in explanation(place))
+    texts = []
+    for said in explanation(place):
+        lines = [said["key"]] if said["key"] else []
+        lines += textwrap.wrap(said["meaning"], WIDTH, **UNBROKEN)
+        if facts := [(name, said[name]) for name in ("values", "default", "entry") if name in said]:
+            lines += ["", *table(facts)]
+        if "kinds" in said:
+            lines += ["", "kinds:", *table(said["kinds"].items())]
+        if "keys" in said:
+            lines += ["", "keys, with their defaults:", *table(said["keys"].items())]
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
 
 
 def table(rows: Iterable[tuple[str, str]]) -> list[str]:
@@ -64,63 +152,66 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     lines: list[str] = []
     for name, words in rows:
         first = f"  {name:<{width}}  "
-        lines += textwrap.wrap(words, WIDTH, initial_indent=first, subsequent_indent=" " * (width + 4), **UNBROKEN) or [
-            first.rstrip()
-        ]
+        lines += textwrap.wrap(words, WIDTH, initial_indent=first, subsequent_indent=" " * (width + 4), **UNBROKEN)
     return lines
 
 
-def _of_setting(setting: Setting) -> dict[str, Any]:
-    return {
-        "key": setting.place,
-        "meaning": setting.meaning,
-        "values": setting.values,
-        "required": setting.is_required,
-        "default": setting.default,
-        "shapes": setting.shapes,
-    }
+def meaning(own: dict[str, Any]) -> str:
+    """What the docstring of a key or a section says, in one line and in the words of YAML."""
+    said = own.get("description") or next((part["description"] for part in _sections(own)), "")
+    return re.sub(r"\bNone\b", "null", " ".join(said.split())).replace("``", "`")
 
 
-def _of_entry(place: str, entry: str) -> str:
-    """What is known of one entry of a plain mapping."""
-    if place == "distill.trainer" and entry in REFUSED_ARGUMENTS:
-        return f"{entry} {REFUSED_ARGUMENTS[entry]}"
-    return f"{entry} is an entry of this mapping"
+def first_sentence(text: str) -> str:
+    """A paragraph up to the end of its first sentence, without the stop."""
+    return re.split(r"(?<=[^.])\.(?: (?=[A-Z`])|$)", text, maxsplit=1)[0]
 
 
-def _said(section: type[Section]) -> str:
-    return as_paragraph(inspect.getdoc(section) or "")
+def as_yaml(value: Any) -> str:
+    """A plain value in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _keys(sections: list[type[Section]]) -> dict[str, dict[str, Any]]:
-    """Key -> its meaning and default, of one class of sections."""
-    own = (setting for section in sections for setting in settings_of(section))
-    return {each.key: {"meaning": each.meaning, "required": each.is_required, "default": each.default} for each in own}
+def values_text(own: dict[str, Any]) -> str:
+    """What a key may be given: `whole number > 0 or null`, `[text, ...]`."""
+    if "$ref" in own:
+        return "a mapping of its keys"
+    if several := own.get("anyOf") or own.get("oneOf"):
+        return listed(dict.fromkeys(map(values_text, several)), "or")
+    if "enum" in own or "const" in own:
+        return listed(map(as_yaml, own.get("enum", [own.get("const")])), "or")
+    if own.get("type") == "array":
+        return f"[{values_text(own.get('items', {}))}, ...]"
+    if own.get("type") == "object":
+        inner = own.get("additionalProperties")
+        return f"{{name: {values_text(inner) if isinstance(inner, dict) else 'anything'}}}"
+    limits = [f"{sign} {own[name]:.12g}" for name, sign in LIMITS.items() if name in own and own[name] != TOO_LARGE]
+    return " ".join([WORDS.get(own.get("type", ""), "anything"), *([" and ".join(limits)] if limits else [])])
 
 
-def _lines(description: dict[str, Any]) -> list[str]:
-    lines = [description["key"]] if description["key"] else []
-    lines += textwrap.wrap(description["meaning"], WIDTH, **UNBROKEN)
-    if "values" in description:
-        facts = [("values", description["values"]), ("default", _default_text(description))]
-        facts += [("shapes", listed(description["shapes"]))] if description["shapes"] else []
-        facts += [("entry", description["entry"])] if "entry" in description else []
-        lines += ["", *table(facts)]
-    if "kinds" in description:
-        lines += ["", "kinds:", *table(description["kinds"].items())]
-    if "keys" in description:
-        rows = ((key, _in_short(said)) for key, said in description["keys"].items())
-        lines += ["", "keys, with their defaults:", *table(rows)]
-    return lines
+def _keys(section: dict[str, Any]) -> dict[str, str]:
+    """Key -> its meaning in a line or two, and its default."""
+    told = {}
+    for key, own in section["properties"].items():
+        default = _default({**own, "is_required": key in section.get("required", ())})
+        told[key] = first_sentence(meaning(own)) + ("" if "$ref" in own else f" [{default}]")
+    return told
 
 
-def _in_short(said: dict[str, Any]) -> str:
-    """A key in a line or two; sections have defaults of their own."""
-    meaning = first_sentence(said["meaning"])
-    return meaning if said["default"] == {} else f"{meaning} [{_default_text(said)}]"
-
-
-def _default_text(said: dict[str, Any]) -> str:
-    if said["required"]:
+def _default(own: dict[str, Any]) -> str:
+    if own.get("is_required"):
         return "must be given"
-    return as_yaml(said["default"]) if said["default"] != "" else "left out"
+    return as_yaml(own["default"]) if own.get("default", "") != "" else "left out"
+
+
+def _sections(own: Any) -> list[dict[str, Any]]:
+    """Schemas of the sections that a key holds; none where it is a plain value."""
+    found: list[dict[str, Any]] = []
+    if isinstance(own, list):
+        found = [part for each in own for part in _sections(each)]
+    elif isinstance(own, dict) and "$ref" in own:
+        found = [schema()["$defs"][own["$ref"].rpartition("/")[2]]]
+    elif isinstance(own, dict):
+        found = [part for name, each in own.items() if name != "properties" for part in _sections(each)]
+    return [part for index, part in enumerate(found) if part not in found[:index]]

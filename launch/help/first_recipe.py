@@ -21,14 +21,14 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import choose_attention
 from shoal.models.load import Checkpoint, LoadSettings, find_config, loaded_dtype, num_parameters, without_data
 from shoal.numerics import fast_dtype
-from shoal.recipe.recipe import Recipe, apply_override, name_of_model, parse_recipe
+from shoal.recipe.recipe import apply_override, name_of_model, parse_recipe
 from shoal.runtime import device
 from shoal.train.preflight.fit import cheapest, overrides
 from shoal.train.preflight.run_size import Job, job
 from shoal.train.student.spec import Ranks, train_spec
 from shoal.yaml_text import read_yaml
 
-from .settings import Setting, as_yaml, first_sentence, settings_of
+from .explain import as_yaml, first_sentence, meaning, places
 
 WIDTH = 110
 """Columns of the file."""
@@ -86,11 +86,6 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
     text = "\n".join([*(line for words in head for line in _comment(words)), "", *_commented(raw)]) + "\n"
     parse_recipe(read_yaml(text))
     return text
-
-
-def default_file(model: str) -> Path:
-    """Where the recipe for ``model`` is written: NAME.yaml in this folder."""
-    return Path(f"{name_of_model(model)}.yaml")
 
 
 def _proposal(
@@ -163,18 +158,14 @@ def _job(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> Job
 
 def _commented(raw: dict[str, Any]) -> list[str]:
     """The lines of a recipe, each key below what it means; sections apart."""
-    lines: list[str] = []
-    for setting in settings_of(Recipe):
-        if setting.key not in raw:
-            continue
-        value = raw[setting.key]
+    said, lines = {place: _comment(first_sentence(meaning(own))) for place, own in places()}, list[str]()
+    for key, value in raw.items():
         if not isinstance(value, dict):
-            lines += [*_about(setting), f"{setting.key}: {as_yaml(value)}"]
+            lines += [*said[key], f"{key}: {as_yaml(value)}"]
             continue
-        lines += ["", *_about(setting), f"{setting.key}:"]
-        for inner in settings_of(setting.sections[0]):
-            if inner.key in value:
-                lines += [f"  {line}" for line in [*_about(inner), *_entry(inner.key, value[inner.key])]]
+        lines += ["", *said[key], f"{key}:"]
+        for inner, own in value.items():
+            lines += [f"  {line}" for line in [*said[f"{key}.{inner}"], *_entry(inner, own)]]
     return lines
 
 
@@ -183,10 +174,6 @@ def _entry(key: str, value: Any) -> list[str]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [f"{key}:", *(f"  - {as_yaml(each)}" for each in value)]
     return [f"{key}: {as_yaml(value)}"]
-
-
-def _about(setting: Setting) -> list[str]:
-    return _comment(first_sentence(setting.meaning))
 
 
 def _comment(words: str) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from typing import Any, get_args
 
 from shoal.data.bundled import ABOUT
@@ -13,7 +13,6 @@ from shoal.recipe.suites import CONFIGS_DIR, SuiteName, read_suite
 from shoal.yaml_text import read_yaml
 
 from .explain import table
-from .settings import as_paragraph, settings_of
 
 Entry = dict[str, Any]
 """`name` and `about`, and what else a script may want to know."""
@@ -38,8 +37,6 @@ def tasks() -> list[Entry]:
         {
             "name": name,
             "about": part.data.about,
-            "data_set": part.data.dataset,
-            "part": part.name,
             "protocol": protocol,
             "ability": part.data.ability,
             "column": part.column,
@@ -67,7 +64,7 @@ def losses() -> list[Entry]:
         {
             "name": term().kind,
             "about": _first_paragraph(term),
-            "keys": {setting.key: setting.default for setting in settings_of(term) if setting.key != "kind"},
+            "keys": {key.name: key.default for key in fields(term) if key.name != "kind"},
         }
         for term in (*LOGIT_TERMS, HiddenStates)
     ]
@@ -80,11 +77,7 @@ def data() -> list[Entry]:
 
 def suites() -> list[Entry]:
     """What eval.suite can name."""
-    rows = []
-    for name in get_args(SuiteName):
-        suite = read_suite(name)
-        rows.append({"name": name, **asdict(suite)})
-    return rows
+    return [{"name": name, **asdict(read_suite(name))} for name in get_args(SuiteName)]
 
 
 def cluster() -> list[Entry]:
@@ -100,58 +93,19 @@ LISTS: dict[str, Callable[[], list[Entry]]] = {
     function.__name__: function for function in (recipes, tasks, metrics, losses, data, suites, cluster)
 }
 """Word after `shoal list` -> what gives the list."""
+DETAILS = ("model", "yields", "needs", "keys", "column", "file")
+"""What a reader is told of an entry beside its name."""
 
 
 def listing(kind: str) -> str:
-    """One of LISTS for a reader; tasks by data set, since there are hundreds."""
-    entries = LISTS[kind]()
-    if kind == "tasks":
-        return "\n".join([*table(_by_data_set(entries)), "", "every task that lm-eval ships can be named too"])
-    return "\n".join(table((entry["name"], _with_details(kind, entry)) for entry in entries))
-
-
-def _with_details(kind: str, entry: Entry) -> str:
-    match kind:
-        case "recipes":
-            return f"{entry['about']} [{entry['model']}]"
-        case "metrics":
-            yields = {"layers": "a score per layer", "runs": "a score per run", "order": "an order of removals"}
-            return f"{entry['about']} [{yields[entry['yields']]}; needs {entry['needs']}]"
-        case "losses":
-            return f"{entry['about']} [{', '.join(entry['keys'])}]"
-        case "suites":
-            cost: Mapping[str, int] = entry["cost"]
-            size = f"{cost['items']:,} items, {cost['tokens']:,} tokens a model"
-            return f"{entry['about']}. Needs {entry['needs']} [{size}]"
-        case "cluster":
-            return f"{entry['about']} [{entry['file']}]"
-        case _:
-            return entry["about"]
-
-
-def _by_data_set(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """Rows of data sets, or of single tasks where there is none: what is asked, and the names of its tasks."""
-    rows: dict[str, list[Entry]] = {}
-    for entry in entries:
-        rows.setdefault(entry.get("data_set", entry["name"]), []).append(entry)
-    told = []
-    for name, own in rows.items():
-        about = own[0]["about"]
-        if "part" in own[0]:
-            parts = _braced([entry["part"] for entry in own], name)
-            about += f": {parts}_{_braced([entry['protocol'] for entry in own])}"
-            about += f" [{own[0]['column'] or 'no column'}{'' if own[0]['bundled'] else '; eval.data_dir or Hub'}]"
-        told.append((name, about))
-    return told
-
-
-def _braced(names: Sequence[str], prefix: str = "") -> str:
-    """`retrieval_{20,50}pairs` as a shell writes it: the names once each, what they begin with alike outside."""
-    unique = list(dict.fromkeys(names))
-    before = f"{prefix}_" if prefix and all(name.startswith(f"{prefix}_") for name in unique) else ""
-    inside = ",".join(name.removeprefix(before) for name in unique)
-    return f"{before}{{{inside}}}" if len(unique) > 1 else f"{before}{inside}"
+    """One of LISTS for a reader."""
+    rows = []
+    for entry in LISTS[kind]():
+        own = [", ".join(entry[key]) if key == "keys" else str(entry[key]) for key in DETAILS if entry.get(key)]
+        rows.append((entry["name"], f"{entry['about']} [{'; '.join(own)}]" if own else entry["about"]))
+    rest = ["", "every task that lm-eval ships can be named too"] if kind == "tasks" else []
+    return "\n".join([*table(rows), *rest])
 
 
 def _first_paragraph(of: type) -> str:
-    return as_paragraph((inspect.getdoc(of) or "").partition("\n\n")[0])
+    return " ".join((inspect.getdoc(of) or "").partition("\n\n")[0].split())

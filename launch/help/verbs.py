@@ -19,7 +19,6 @@ from shoal.progress import doing
 INIT = "write a commented recipe for a model and this machine, from the model's configuration alone"
 LIST = "names that a recipe can use, and example files for a cluster"
 EXPLAIN = "what a key of a recipe means, its default and what it may be; without KEY all sections"
-COMPLETION = 'print a script that completes verbs, options and keys: eval "$(shoal completion bash)"'
 LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
 """Lists of shoal.launch.help.names."""
 
@@ -56,9 +55,12 @@ def add_help_verbs(verbs: Any, parser: argparse.ArgumentParser, run: Callable[[T
     explain.set_defaults(work=run(_explain))
     for sub in (names, explain):
         sub.add_argument("--json", action="store_true", help="print JSON, for a script")
-    shell = add_verb(verbs, "completion", COMPLETION, "zsh > ~/.shoal-completion")
-    shell.add_argument("shell", choices=("bash", "zsh"), help="shell that will read it")
-    shell.set_defaults(work=run(lambda arguments: _completion(arguments, parser)))
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=_PrintCompletion,
+        help="print a script for a shell",
+    )
 
 
 def _init(arguments: argparse.Namespace) -> str:
@@ -94,10 +96,12 @@ def _explain(arguments: argparse.Namespace) -> str:
     return _json(explanation(arguments.key)) if arguments.json else explained(arguments.key)
 
 
-def _completion(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    from .completion import completion
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _namespace: Any, values: Any, _option: Any = None) -> None:
+        import shtab
 
-    return completion(parser, arguments.shell)
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def _json(value: Any) -> str:

@@ -59,8 +59,10 @@ class Work:
             counts = "{n_fmt}{unit}" if self.total is None else "{n_fmt} of {total_fmt}{unit}"
             left = "" if finished or self.total is None else ", {rate_fmt}, {remaining} left"
             ending = f"{{desc}}: {counts}, {{elapsed}}{left}"
-        about = {"initial": self._known, "bar_format": ending + "{postfix}", "postfix": self.note, **size}
-        return tqdm.format_meter(self.done, self.total, now - self.started, prefix=self.label, **about)
+        about: dict[str, Any] = {"total": self.total, "initial": self._known, "postfix": self.note, **size}
+        return tqdm.format_meter(
+            self.done, elapsed=now - self.started, prefix=self.label, bar_format=ending + "{postfix}", **about
+        )
 
     def draw(self, stream: TextIO, now: float) -> None:
         """Show or renew the bar."""

@@ -101,7 +101,7 @@ def test_every_verb_names_functions_of_stages(verb: str) -> None:
         assert cli._stage(name).__module__ == f"shoal.launch.{name.rpartition('.')[0]}"
 
 
-OTHERS = ("delta", "compare", "init", "list", "explain", "completion")
+OTHERS = ("delta", "compare", "init", "list", "explain")
 """Verbs that read no recipe."""
 
 
@@ -277,7 +277,7 @@ def test_failed_distill_says_how_and_passes_its_exit_code_on(
 
 @pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
 def test_every_verb_can_be_quiet_or_verbose_and_not_both(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    words = {"delta": ["a", "b"], "compare": ["a", "b"], "list": ["tasks"], "completion": ["bash"]}.get(verb, ["r"])
+    words = {"delta": ["a", "b"], "compare": ["a", "b"], "list": ["tasks"]}.get(verb, ["r"])
     assert cli._parse([verb, *words]).loudness == "usual"
     assert cli._parse([verb, "--quiet", *words]).loudness == "quiet"
     assert cli._parse([verb, *words, "--verbose"]).loudness == "verbose"

@@ -14,7 +14,7 @@ from shoal.errors import UserError
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.names import TASKS_DIR, task_names
 from shoal.launch.cli import _parse
-from shoal.launch.help.settings import find
+from shoal.launch.help.explain import found
 from shoal.recipe.distill import Trainable
 from shoal.recipe.losses import LOGIT_TERMS
 from shoal.recipe.messages import sections_in
@@ -70,11 +70,11 @@ SECTIONS = [name for name, hint in get_type_hints(Recipe, include_extras=True).i
 def is_setting(path: list[str]) -> bool:
     """Whether the recipe has this key; of plain mappings those of the Trainer are known, all others may be anything."""
     try:
-        settings, _, entry = find(".".join(path))
+        settings, entry = found(".".join(path))
     except UserError:
         return False
-    trainer = any(setting.place == "distill.trainer" for setting in settings)
-    return not (trainer and entry) or entry in {field.name for field in dataclasses.fields(TrainingArguments)}
+    trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return not ("distill.trainer" in settings and entry) or entry in trainer
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)

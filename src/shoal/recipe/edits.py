@@ -22,8 +22,7 @@ from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section,
 
 Index = Annotated[int, Field(ge=0)]
 Indices = Annotated[tuple[Index, ...], Field(min_length=1)]
-Neighbours = Annotated[tuple[Index, ...], Field(min_length=2)]
-"""Neighbouring layers, increasing."""
+Neighbours = Annotated[tuple[Index, ...], Field(min_length=2, description="Neighbouring layers, increasing.")]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from shoal.recipe.section import Section
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Factor of the term in the loss; with 0 it is computed for its curve and trains nothing."""
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-"""Softens teacher and student alike; the term is scaled by its square."""
+FACTOR = "Factor of the term in the loss; with 0 it is computed for its curve and trains nothing."
+SOFTENS = "Softens teacher and student alike; the term is scaled by its square."
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, description=FACTOR)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description=SOFTENS)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]

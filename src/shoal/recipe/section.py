@@ -14,8 +14,7 @@ from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
 
 Positive = Annotated[int, Field(gt=0)]
-RowLength = Annotated[int, Field(ge=2)]
-"""Tokens of one row; a row of one token holds nothing to predict."""
+RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]

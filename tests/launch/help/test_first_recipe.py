@@ -13,8 +13,8 @@ from tiny import tiny_checkpoint, tiny_config
 
 from shoal.errors import UserError
 from shoal.launch.cli import main
+from shoal.launch.help.explain import first_sentence, meaning, places
 from shoal.launch.help.first_recipe import Machine, first_recipe
-from shoal.launch.help.settings import all_settings, first_sentence
 from shoal.models import load
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.yaml_text import read_yaml
@@ -42,7 +42,7 @@ def test_a_recipe_from_a_configuration_alone(tmp_path: Path) -> None:
 
 def test_every_key_stands_below_its_docstring(tmp_path: Path) -> None:
     lines = first_recipe(config_only(tmp_path / "model"), LAPTOP).splitlines()
-    meanings = {setting.place: setting.meaning for setting in all_settings()}
+    meanings = {place: meaning(own) for place, own in places()}
     section, comment, seen = "", "", 0
     for line in lines:
         word = line.strip()
