@@ -78,7 +78,7 @@ def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
         if (key := wanted.removeprefix(kind.rpartition(".")[0])) != wanted and kind + key in known
     }
     if of_kind:
-        one = len(of_kind) > 1 and len({str(own) for own in of_kind.values()}) == 1
+        one = len(of_kind) > 1 and len({meaning(own) + values_text(own) for own in of_kind.values()}) == 1
         return ({wanted: next(iter(of_kind.values()))} if one else of_kind), ""
     parent, _, entry = wanted.rpartition(".")
     while parent:
