@@ -36,10 +36,12 @@ def schema() -> dict[str, Any]:
     """The JSON schema of a recipe; a key that a class inherits has the docstring of the class above."""
     Section.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # too slow for every recipe
     whole = TypeAdapter(Recipe).json_schema()
+    parts = whole["$defs"]
     below = [(base, each) for base in Section.__subclasses__() for each in base.__subclasses__()]
+    below = [(base, parts[each.__name__]["properties"]) for base, each in below if each.__name__ in parts]
     for base in dict.fromkeys(base for base, _ in below):
         said = TypeAdapter(base).json_schema()["properties"]
-        for part in (whole["$defs"][each.__name__]["properties"] for above, each in below if above is base):
+        for part in (part for above, part in below if above is base):
             for key in filter(said.__contains__, part):
                 part[key] = {"description": said[key].get("description", ""), **part[key]}
     return whole
