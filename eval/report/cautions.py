@@ -44,7 +44,6 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
     cautions = (
         *_settings(run, comparison),
         *_overlap(run),
-        *_twin_wording(run),
         *_learnt_form(run, comparison.rows),
         *_form(run, comparison.rows),
         *_protocols(comparison.rows),
@@ -56,7 +55,7 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         return Section(title, (Cautions(cautions),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items or the wording of twins and untrained abilities, a form that was learnt, too few items, tasks at "
+        "items, a form that was learnt, too few items, tasks at "
         "chance, protocols that disagree, generated text without a readable answer."
     )
     return Section(title, ((text),))
@@ -145,23 +144,6 @@ def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
     if unknown := _not_searched(run, text, overlap):
         told = "; ".join(unknown)
         yield Caution(about, f"It was not checked whether {text.use} text and evaluation items overlap for: {told}.")
-
-
-def _twin_wording(run: Run) -> Iterator[Caution]:
-    """Wording that no training text may have, and this one has."""
-    for text in (*_training_text(run), *_calibration_text(run)):
-        if forms := {form: told for form, told in (text.data.get("wording") or {}).items() if told["found"]}:
-            yield Caution(
-                f"Wording of twins or untrained abilities in {text.use} text",
-                f"The wording of {listed(forms)} stands in {text.searched}: scores in such a form may flatter.",
-                (
-                    *(
-                        f"{form}: found in documents: {told['found']:,}, one with “{told['places'][0]['excerpt']}”."
-                        for form, told in forms.items()
-                    ),
-                    "Twins and untrained abilities tell what came back only where no training text has their wording.",
-                ),
-            )
 
 
 def disjointness(run: Run) -> str | None:

@@ -8,7 +8,7 @@ prune           prune
 plan            which layers go, and what that follows from
 plan_checks     what pruning refuses before a model is loaded
 distill         record, distill
-overlap         evaluation items and untrained wording in text that a student learns from
+overlap         evaluation items in text that a student learns from
 launch          distill under the DeepSpeed launcher
 evaluate        eval
 report          report

@@ -8,21 +8,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.abilities.forms import twin_wordings
 from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
-from shoal.data import wording
 from shoal.data.image_rows import ImageReader
-from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint
+from shoal.data.sources import check_source, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.anatomy import refuse_both_directions
@@ -32,7 +30,7 @@ from shoal.progress import doing
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
+from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything, world_size
 from shoal.tracking import wandb_run
 
@@ -358,33 +356,12 @@ def check_distill(run: Run) -> None:
             images.check(source, sequence_length=distill.sequence_length)
         elif source.path != TEACHER_TEXT:
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
-    if recipe.distill.overlap:
-        for source in recipe.distill.data:
-            if source.path in BUNDLED:
-                refuse_twin_wording(source.path)
-        num_items(tasks_of(recipe.eval), recipe.eval)
+    num_items(tasks_of(recipe.eval), recipe.eval)
     if (watched := _watched(run)) is not None and watched.tasks:
         num_ranks = max(world_size(), ranks_to_start(distill.num_ranks))
         with named_in("distill.watch", *SETTINGS):
             tasks = tasks_of(watched)
             checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
-
-
-@cache
-def refuse_twin_wording(name: str) -> None:
-    """Refuse bundled text that holds the wording of a twin, which no training text may have.
-
-    Raises:
-        UserError: it does.
-    """
-    for form, occurrences in wording.find_wording(twin_wordings(), enumerate(load_texts(DataSource(name)))).items():
-        if occurrences.places:
-            first = occurrences.places[0]
-            raise UserError(
-                f"distill.data {name}: document {first.number} holds the wording of the form {form} "
-                f"({first.excerpt!r}), in which twin tasks are asked and no training text may be; take the "
-                "source out, or change its text or the form in shoal.abilities"
-            )
 
 
 def check_training_settings(recipe: Recipe) -> None:

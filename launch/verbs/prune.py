@@ -202,16 +202,14 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
 
 
 def _calibration_text(run: Run) -> dict[str, Any]:
-    """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items and forms stands in
-    it."""
+    """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items stands in it."""
     from shoal.compress.changes.calibration import calibration_rows
 
     if (calibration := calibration_of(run)) is None:
         return {}
     tokenizer, (name, settings) = run.tokenizer(), calibration
     rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=name)
-    search = search_of_rows(run, f"the text of {name}")
-    return {"sources": rows.counts, **({} if search is None else search(rows, tokenizer))}
+    return {"sources": rows.counts, **search_of_rows(run, f"the text of {name}")(rows, tokenizer)}
 
 
 def _is_cut_already(run: Run, plan: PruningPlan) -> bool:

@@ -86,7 +86,6 @@ def small_training(*, steps: int = STEPS, **distill: Any) -> dict[str, Any]:
         "deepspeed": "deepspeed/zero0.json",
         "batch_size": BATCH,
         "watch": None,
-        "overlap": False,
         **distill,
         "trainer": {"learning_rate": 1e-3, "save_strategy": "no", **distill.get("trainer", {})},
     }

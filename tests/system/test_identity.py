@@ -109,7 +109,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "sequence_length": 64,
             "batch_size": 8,
             "packing": "best_fit",
-            "overlap": False,
             "losses": [
                 {"kind": "jsd", "beta": 0.25, "temperature": 2.0},
                 {"kind": "hidden_states", "weight": 0.5, "layers": [1]},

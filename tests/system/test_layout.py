@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 TOP = ("compress", "train", "eval", "launch", "lab")
 ROOMS = TOP[:3]
 LEVELS = (
-    ("shoal.abilities", "shoal"),
+    ("shoal",),
+    ("shoal.abilities",),
     ("shoal.models", "shoal.recipe"),
     ("shoal.artifacts", "shoal.data", "shoal.inference"),
     ("shoal.figures", "shoal.stats", "shoal.tracking", "compress.surgery", "train.engine"),

@@ -3,8 +3,10 @@
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from shoal.abilities.words import table
 
 Value = int | str | None
 SPLITS = ("train", "eval")
@@ -52,7 +54,7 @@ class Form:
 
     name: str
 
-    twin: bool
+    twin: bool = field(default=False, kw_only=True)
     """True: no training text has this form, so that a score in it tells the ability from the form that was trained."""
 
     @property
@@ -64,6 +66,16 @@ class Form:
 
 
 F = TypeVar("F", bound=Form)
+
+
+def forms_of(kind: type[F], ability: str) -> tuple[F, ...]:
+    """The forms of an ability, as forms.yaml has them; the first is the one asked for where none is named. Which are
+    twins was chosen so that the intact demo model finds both kinds equally hard."""
+    forms: list[F] = []
+    for told in table("forms")[ability]:
+        own: dict[str, Any] = {key: tuple(text) if isinstance(text, list) else text for key, text in told.items()}
+        forms.append(kind(**own))
+    return tuple(forms)
 
 
 def assigned_forms(forms: Sequence[F], asked: Value, task: str, num_items: int) -> list[F]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from shoal.abilities.facts import RELATIONS, Relation
-from shoal.abilities.facts_untrained import UNTRAINED
+from shoal.abilities.facts import RELATIONS, UNTRAINED, Relation
 from shoal.abilities.item import (
     Form,
     Item,
@@ -15,6 +14,7 @@ from shoal.abilities.item import (
     check_choice,
     check_range,
     digest,
+    forms_of,
     generator,
     split_of,
 )
@@ -56,28 +56,7 @@ class FactForm(Form):
         return f" {self.answer.format(target=target) or relation.answer.format(target)}"
 
 
-FORMS = (
-    FactForm("statement", False, "{prompt}", end="."),
-    FactForm("record", False, "{kind}: {subject}\n{wanted}:", "{target}", between="\n\n"),
-    FactForm("question", False, "Question: {question}\nAnswer:", "{target}", between="\n\n"),
-    FactForm("known", True, "It is well known that {paraphrase}"),
-    FactForm("object", True, '{{{examples}"{subject}":', '"{target}"', example='"{subject}": "{target}", '),
-    FactForm(
-        "rows",
-        True,
-        "{kind} | {wanted}\n--- | ---\n{examples}{subject} |",
-        "{target}",
-        example="{subject} | {target}\n",
-    ),
-    FactForm(
-        "notes",
-        True,
-        "My notes on {wanted}s. {examples}{subject}, of course:",
-        "{target}",
-        example="{subject}, of course: {target}. ",
-    ),
-)
-"""The first is the one asked for where none is named. Twins were chosen as those of retrieval were."""
+FORMS = forms_of(FactForm, "knowledge")
 
 
 def facts_in(split: str, relation: str) -> list[tuple[str, str]]:

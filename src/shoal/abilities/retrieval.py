@@ -14,6 +14,7 @@ from shoal.abilities.item import (
     build_item,
     check_choice,
     check_range,
+    forms_of,
     generator,
     split_of,
     words_in,
@@ -59,58 +60,7 @@ class LookupForm(Form):
         return f"{self.ask.format(key=key)} {self.value.format(value=value)}{self.end}"
 
 
-FORMS = (
-    LookupForm(
-        "json", False, "JSON data:\n{{{pairs}}}", '"{key}": "{value}"', '"{key}":', ", ", "\n\nAnswer:\n", '"{value}"'
-    ),
-    LookupForm(
-        "table",
-        False,
-        "| word | code |\n| --- | --- |\n{pairs}",
-        "| {key} | {value} |",
-        "The row of {key}:\n| {key} |",
-        end=" |",
-    ),
-    LookupForm("settings", False, "[settings]\n{pairs}", "{key} = {value}", "[read]\n{key} ="),
-    LookupForm(
-        "prose",
-        False,
-        "Everybody in this game has a number. {pairs}",
-        "The {key} has the number {value}.",
-        "Which number does the {key} have? The {key} has the number",
-        " ",
-        end=".",
-    ),
-    LookupForm(
-        "markup",
-        True,
-        "<entries>\n{pairs}\n</entries>",
-        '<entry name="{key}"> {value} </entry>',
-        '<entry name="{key}">',
-        end=" </entry>",
-    ),
-    LookupForm("arrows", True, "{pairs}", "{key} -> {value}", "Look up {key} in this list.\n{key} ->"),
-    LookupForm(
-        "dialogue",
-        True,
-        "Anna: Please tell me all the numbers.\nBen: {pairs}.",
-        "{key} is {value}",
-        "Anna: And what is {key}?\nBen: {key} is",
-        ", ",
-        "\n",
-    ),
-    LookupForm(
-        "letter",
-        True,
-        "Dear Tom, you asked me for the numbers of all places. {pairs} Yours, Ann",
-        "For the {key} it is {value}.",
-        "Tom wants to know the number of one place. For the {key} it is",
-        " ",
-        end=".",
-    ),
-)
-"""The first is the one asked for where none is named. Which of them are twins was chosen so that the intact demo
-model finds both kinds equally hard (docs/validity.md)."""
+FORMS = forms_of(LookupForm, "retrieval")
 
 
 def retrieval_items(

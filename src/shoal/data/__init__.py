@@ -9,6 +9,5 @@ mixed_documents  whether documents of a row see each other
 image_rows       rows of an image, a question and its answer
 chat             conversations
 contamination    evaluation items in training text
-wording          wording of evaluation forms in training text
 repetition       whether a text ends in one
 """

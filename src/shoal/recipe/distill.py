@@ -213,9 +213,6 @@ class Distill(Section):
     packing: Annotated[Packing, Shapes.ROWS | Shapes.TRAINING] = "split"
     """split: what does not fit a row goes on in the next as a document of its own. best_fit: documents stay whole, what
     is longer than a row is cut, and rows are padded."""
-    overlap: Annotated[bool, Shapes.NOTHING] = True
-    """Look for evaluation items and for the wording of twin forms and untrained abilities in the training text, and in
-    that of prune.compensate, and report what is there."""
     losses: Annotated[tuple[LossTerm, ...], Shapes.TRAINING] = (ForwardKL(),)
     """What the student is to match: the sum of these terms, each times its weight."""
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"

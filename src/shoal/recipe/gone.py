@@ -14,6 +14,7 @@ GONE: dict[str, str] = {
     "distill.losses.value_relation": "the lab has it: `shoal lab relations RUN_DIR`",
     "distill.on_policy.horizon": "samples have at most on_policy.new_tokens tokens; set those",
     "distill.on_policy.loops": "what repeats itself is never learnt; leave it out",
+    "distill.overlap": "training text is always searched for evaluation items; leave it out",
     "distill.teacher.server": "record by vLLM, record.backend: vllm, and set distill.teacher.recorded",
     "distill.trainable.replacement": "choose near_gaps",
     "eval.draft": "the library that serves both models tells what its drafts are worth; leave it out",

@@ -102,10 +102,6 @@ def compensated(text: dict) -> PruningPlan:
         (read("python_docs_heldout"), "Compensation was fitted to python_docs_heldout, which is evaluation text"),
         (read("my.jsonl", **EVERY_TASK), None),
         (read("my.jsonl", mmlu=2), "in the first 5,000 tokens of the text of prune.compensate, by 13 words in"),
-        (
-            {**read("my.jsonl", mmlu=0), "wording": {"a/b": {"found": 2, "places": [{"number": 0, "excerpt": "x"}]}}},
-            "The wording of a/b stands in the first 5,000 tokens of the text of prune.compensate",
-        ),
     ],
 )
 def test_overlap_of_compensation_and_evaluation_is_a_caution(tmp_path: Path, text: dict, said: str | None) -> None:
@@ -116,33 +112,13 @@ def test_overlap_of_compensation_and_evaluation_is_a_caution(tmp_path: Path, tex
     after = told(tmp_path)
     assert said is None or said in after
     assert said is None or said not in before
-    assert ("of compensation and evaluation" in after or "twins in compensation text" in after) == (said is not None)
+    assert ("of compensation and evaluation" in after) == (said is not None)
     replace(compensated(text), gaps=()).write(tmp_path / "plan.json")
     assert said is None or said not in told(tmp_path), "what stayed open was not fitted to any text"
     replace(compensated(text), gaps=(), width=KeptWidth(kv_groups=1)).write(tmp_path / "plan.json")
     wide = told(tmp_path)
-    assert ("of calibration and evaluation" in wide or "twins in calibration text" in wide) == (said is not None)
+    assert ("of calibration and evaluation" in wide) == (said is not None)
     assert ("the text of prune.width" in wide) == (said is not None and "the text of" in said)
-
-
-def test_wording_of_twins_in_training_text_is_a_caution_with_a_place(tmp_path: Path) -> None:
-    wording = {
-        "retrieval/letter": {"found": 1200, "places": [{"number": 7, "excerpt": "Dear Tom, you asked"}]},
-        "retrieval/arrows": {"found": 0, "places": []},
-    }
-    write_run(tmp_path)
-    about = "scores in such a form may flatter"
-    assert about not in told(tmp_path)
-    data = {**read("my.jsonl", mmlu=0), "wording": wording}
-    replace(training(), data=data).write(tmp_path / "distill.json")
-    text = told(tmp_path)
-    assert "The wording of retrieval/letter stands in the first 5,000 tokens of the training text" in text
-    assert about in text
-    assert "retrieval/letter: found in documents: 1,200, one with “Dear Tom, you asked”" in text
-    assert "Wording of twins or untrained abilities in the training text" in text
-    wording["retrieval/letter"]["found"] = 0
-    replace(training(), data=data).write(tmp_path / "distill.json")
-    assert about not in told(tmp_path)
 
 
 def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page, str, Path]) -> None:

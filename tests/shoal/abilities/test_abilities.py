@@ -1,6 +1,6 @@
 """The generated items are right, repeatable, and their two splits share no content.
 
-Covers: shoal.abilities.facts, shoal.abilities.facts_untrained, shoal.abilities.haystack, shoal.abilities.item,
+Covers: shoal.abilities.facts, shoal.abilities.haystack, shoal.abilities.item,
 shoal.abilities.knowledge, shoal.abilities.reasoning, shoal.abilities.retrieval, shoal.abilities.texts,
 shoal.abilities.words.
 """
@@ -12,8 +12,7 @@ from collections import Counter
 import pytest
 
 from shoal.abilities import GENERATORS, Item, items, training_texts, words
-from shoal.abilities.facts import RELATIONS
-from shoal.abilities.facts_untrained import UNTRAINED
+from shoal.abilities.facts import RELATIONS, UNTRAINED
 from shoal.abilities.forms import FORMS
 from shoal.abilities.item import split_of, words_in
 from shoal.abilities.knowledge import facts_in, stated_facts
