@@ -19,11 +19,11 @@ fast-tests: $(INSTALLED)
 
 # every rule once
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not prove" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not prove" --numprocesses 2 --dist worksteal
 
 # before a release, beside `make test`: every family, launch and peak, and the numbers of tests/net
 prove: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m prove --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m prove --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -149,33 +149,28 @@ PATCHES = {"pixel_values": (16, 96), "image_grid_thw": [[1, 4, 4]]}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 
 
+PLAIN = (
+    *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "axk2", "biogpt", "bitnet", "bloom", "cohere"),
+    *("cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v4", "doge", "ernie4_5", "exaone", "falcon_mamba"),
+    *("flex_olmo", "flint", "gemma", "gemma2", "glm", "glm4", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode"),
+    *("gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium"),
+    *("hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini", "lfm3"),
+    *("llama", "mamba", "minicpm3", "minimax_m3_vl_text", "ministral3", "mistral", "mixtral", "nanochat", "olmo"),
+    *("olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe", "seed_oss", "smollm3"),
+    *("solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu"),
+)
+"""Families of which toy dimensions are all that has to be said."""
 ARCHITECTURES: dict[str, Architecture] = {
+    **{name: Architecture() for name in PLAIN},
     "afmoe": Architecture({"num_dense_layers": 2, "global_attn_every_n_layers": 3}),
-    "apertus": Architecture(),
-    "apertus1p5_text": Architecture(),
-    "arcee": Architecture(),
-    "aria_text": Architecture(),
-    "axk1": Architecture(),
-    "axk2": Architecture(),
     "bailing_hybrid": Architecture(
-        {
-            "layer_types": MOSTLY_LINEAR,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-        },
+        {"layer_types": MOSTLY_LINEAR, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
         refuses="leaves only",
         drops=((1, 4),),
     ),
     "bamba": Architecture({"attn_layer_indices": [1, 4]}, refuses="leaves only", drops=((1, 4),)),
     "beam": Architecture(refuses="attn_residual_add_idx"),
-    "biogpt": Architecture(),
-    "bitnet": Architecture(),
-    "bloom": Architecture(),
     "codegen": Architecture({"rotary_dim": 4}),
-    "cohere": Architecture(),
-    "cohere2": Architecture(),
-    "cohere2_moe": Architecture(),
     "cohere_compass_text": Architecture(
         {
             "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -197,8 +192,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         padding="its positions count the padding",
     ),
-    "ctrl": Architecture(),
-    "cwm": Architecture(),
     "dbrx": Architecture(
         {
             "d_model": 32,
@@ -210,9 +203,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v2": Architecture({"first_k_dense_replace": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": Architecture({"first_k_dense_replace": 2}),
     "deepseek_v32": Architecture({"first_k_dense_replace": 2}),
-    "deepseek_v4": Architecture(),
     "diffllama": Architecture(refuses="computes lambda_init from a layer's index", drops=((4, 5),)),
-    "doge": Architecture(),
     "dory": Architecture({"n_input_layers": 2, "n_output_layers": 2}, refuses="entries for|ties layers"),
     "dots1": Architecture(
         {
@@ -234,7 +225,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
         }
     ),
-    "ernie4_5": Architecture(),
     "ernie4_5_moe": Architecture(
         {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 2, "moe_layer_end_index": 4}
     ),
@@ -244,18 +234,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         refuses="one layer in 2 is a mixture",
         drops=((0, 1), (2, 3), (1, 2)),
     ),
-    "exaone": Architecture(),
     "exaone4": Architecture({"sliding_window_pattern": 3}),
     "exaone_moe": Architecture({"sliding_window_pattern": 3, "first_k_dense_replace": 2}),
     "falcon": Architecture({"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": Architecture({"alibi": True, "multi_query": False}, model_type="falcon"),
     "falcon_h1": Architecture({"mamba_d_ssm": 64}),
-    "falcon_mamba": Architecture(),
-    "flex_olmo": Architecture(),
-    "flint": Architecture(),
     "fuyu": Architecture({"text_config": {"model_type": "persimmon"}}),
-    "gemma": Architecture(),
-    "gemma2": Architecture(),
     "gemma3": Architecture(
         {
             "text_config": {"sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
@@ -346,10 +330,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         padding="its positions count the padding",
     ),
-    "glm": Architecture(),
-    "glm4": Architecture(),
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
-    "glm4_moe_lite": Architecture(),
     "glm_moe_dsa": Architecture(
         {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"], "first_k_dense_replace": 2},
         refuses="attend to the tokens that layer",
@@ -375,37 +356,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
         }
     ),
-    "gpt-sw3": Architecture(),
-    "gpt2": Architecture(),
     "gpt2_inverse_scale": Architecture(
         {"scale_attn_by_inverse_layer_idx": True},
         "gpt2",
         refuses="attn.scaling is .* but would become",
         drops=((4, 5),),
     ),
-    "gpt_bigcode": Architecture(),
     "gpt_neo": Architecture(
         {"num_layers": 6, "attention_types": [[["global", "local"], 3]], "window_size": SLIDING_WINDOW}
     ),
-    "gpt_neox": Architecture(),
     "gpt_neox_japanese": Architecture(refuses="the last layer of gpt_neox_japanese alone adds a bias"),
-    "gpt_oss": Architecture(),
     "gptj": Architecture({"rotary_dim": 4}),
-    "granite": Architecture(),
-    "granite_swa": Architecture(),
-    "granitemoe": Architecture(),
-    "granitemoe_swa": Architecture(),
     "granitemoehybrid": Architecture(
         {"layer_types": ["mamba", "attention", "mamba"] * 2}, refuses="leaves only", drops=((1, 4),)
     ),
-    "granitemoeshared": Architecture(),
-    "helium": Architecture(),
     "hrm_text": Architecture(refuses="does not know where this architecture keeps its decoder layers"),
     "hunyuan_v1_dense": Architecture({"head_dim": 8}),
     "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": [2, 1, 3, 2, 1, 3], "num_shared_expert": [1] * 6}),
-    "hy_v3": Architecture(),
     "hy_v4": Architecture(refuses="attend to the tokens that layer"),
-    "hyperclovax": Architecture(),
     "idefics3": Architecture(
         {"image_token_id": 95, "text_config": LLAMA, "vision_config": VISION},
         images={"pixel_values": (1, 1, 3, 32, 32)},
@@ -449,7 +417,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
         }
     ),
-    "internlm3": Architecture(),
     "internvl": Architecture(
         {
             "image_token_id": 95,
@@ -458,31 +425,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         images=PICTURE,
     ),
-    "iquestcoder": Architecture(),
-    "jais2": Architecture(),
     "jamba": Architecture(
         {"attn_layer_period": 3, "attn_layer_offset": 1}, refuses="says that one layer in . is special|leaves only"
     ),
-    "jetmoe": Architecture(),
     "kimi_linear": Architecture(
-        {
-            "num_local_experts": 4,
-            "linear_head_dim": 8,
-            "linear_num_heads": 4,
-            "layer_types": MOSTLY_LINEAR,
-        },
+        {"num_local_experts": 4, "linear_head_dim": 8, "linear_num_heads": 4, "layer_types": MOSTLY_LINEAR},
         refuses="leaves only",
         drops=((1, 4),),
     ),
-    "kolibri1": Architecture(),
     "laguna": Architecture({"layer_types": ["full_attention", "sliding_attention", "sliding_attention"] * 2}),
-    "lara_mini": Architecture(),
     "lfm2": Architecture({"full_attn_idxs": [1, 4]}, refuses="leaves only", drops=((1, 4),)),
     "lfm2_moe": Architecture(
         {"layer_types": ["conv", "full_attention", "conv"] * 2}, refuses="leaves only", drops=((1, 4),)
     ),
-    "lfm3": Architecture(),
-    "llama": Architecture(),
     "llama4": Architecture(
         {
             "vision_config": {
@@ -548,19 +503,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         refuses="does not know where",
     ),
-    "mamba": Architecture(),
     "mamba2": Architecture({"num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "mellum": Architecture({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}),
     "mimo_v2_flash": Architecture({"hybrid_layer_pattern": [0, 1, 1, 1, 1, 0]}),
-    "minicpm3": Architecture(),
     "minimax": Architecture(
         {"block_size": 8, "sliding_window": None}, refuses="would come first|leaves only", drops=((0, 1),)
     ),
     "minimax_m2": Architecture({"attn_type_list": [1] * 6, "num_mtp_modules": 3}),
-    "minimax_m3_vl_text": Architecture(),
     "ministral": Architecture({"head_dim": 8}),
-    "ministral3": Architecture(),
-    "mistral": Architecture(),
     "mistral3": Architecture(
         {
             "image_token_index": 95,
@@ -569,7 +519,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         images={"pixel_values": (1, 3, 64, 64), "image_sizes": [[64, 64]]},
     ),
-    "mixtral": Architecture(),
     "mllama": Architecture(
         {
             "image_token_index": 95,
@@ -596,7 +545,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "modernbert-decoder": Architecture(refuses="layer 0 of modernbert-decoder alone has no attention norm"),
     "mpt": Architecture({"expansion_ratio": 2}),
-    "nanochat": Architecture(),
     "nemotron": Architecture({"head_dim": 8, "num_key_value_heads": 2}),
     "nemotron_h": Architecture(
         {
@@ -618,17 +566,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         refuses="leaves only",
         drops=((2, 5),),
     ),
-    "olmo": Architecture(),
-    "olmo2": Architecture(),
-    "olmo3": Architecture(),
     "olmo_hybrid": Architecture(
-        {"layer_types": MOSTLY_LINEAR},
-        refuses="leaves only|at least one attention layer",
-        drops=((1, 4),),
+        {"layer_types": MOSTLY_LINEAR}, refuses="leaves only|at least one attention layer", drops=((1, 4),)
     ),
-    "olmoe": Architecture(),
-    "openai-gpt": Architecture(),
-    "opt": Architecture(),
     "paligemma": Architecture(
         {
             "image_token_index": 95,
@@ -638,9 +578,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         images=PICTURE,
     ),
-    "persimmon": Architecture(),
-    "phi": Architecture(),
-    "phi3": Architecture(),
     "phi4_multimodal": Architecture(
         {
             "vision_config": {
@@ -663,7 +600,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
         }
     ),
-    "phimoe": Architecture(),
     "qwen2": Architecture({"use_sliding_window": True, "max_window_layers": 3, "head_dim": None}),
     "qwen2_5_vl": Architecture(
         {
@@ -702,9 +638,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": Architecture({"mlp_only_layers": [0, 3]}),
     "qwen3_moe_step": Architecture({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, "qwen3_moe"),
     "qwen3_next": Architecture(
-        {"layer_types": MOSTLY_LINEAR, "mlp_only_layers": [1, 2]},
-        refuses="leaves only",
-        drops=((1, 4),),
+        {"layer_types": MOSTLY_LINEAR, "mlp_only_layers": [1, 2]}, refuses="leaves only", drops=((1, 4),)
     ),
     "qwen4_exp": Architecture(
         {"text_config": QWEN4, "vision_config": QWEN_VISION}, refuses="ngram_embedding.weight: has shape"
@@ -724,28 +658,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "rwkv": Architecture(refuses="rescale_every=6: ties layers"),
     "sarvam_mla": Architecture({"first_k_dense_replace": 2}),
     "sarvam_moe": Architecture({"first_k_dense_replace": 2}),
-    "seed_oss": Architecture(),
-    "smollm3": Architecture(),
     "smolvlm": Architecture(
         {"image_token_id": 95, "text_config": LLAMA, "vision_config": VISION},
         images={"pixel_values": (1, 1, 3, 32, 32)},
     ),
-    "solar_open": Architecture(),
-    "stablelm": Architecture(),
-    "starcoder2": Architecture(),
-    "vaultgemma": Architecture(),
     "vipllava": Architecture(
-        {
-            "image_token_index": 95,
-            "vision_feature_layer": [-2, 0],
-            "text_config": LLAMA,
-            "vision_config": CLIP,
-        },
+        {"image_token_index": 95, "vision_feature_layer": [-2, 0], "text_config": LLAMA, "vision_config": CLIP},
         images=PICTURE,
     ),
-    "xglm": Architecture(),
     "xlstm": Architecture({"hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0}),
-    "youtu": Architecture(),
     "zamba": Architecture(refuses="leaves only"),
     "zamba2": Architecture(
         {
@@ -765,49 +686,60 @@ ARCHITECTURES: dict[str, Architecture] = {
 """Alphabetical."""
 
 NOT_CUT: dict[str, str] = {
-    "bart": "the decoder of an encoder-decoder model",
-    "bert": "an encoder",
-    "bert-generation": "the decoder of an encoder-decoder model",
-    "big_bird": "an encoder",
-    "bigbird_pegasus": "the decoder of an encoder-decoder model",
-    "blenderbot": "the decoder of an encoder-decoder model",
-    "blenderbot-small": "the decoder of an encoder-decoder model",
     "blt": "reads bytes through an encoder of patches: no single list of decoder layers",
-    "camembert": "an encoder",
-    "data2vec-text": "an encoder",
     "dots3_note": "a multimodal model around dots3_note_text, not examined",
-    "electra": "an encoder",
     "emu3": "transformers saves its text model under a type that it cannot load again",
-    "ernie": "an encoder",
     "gemma3n": "its vision tower needs the package timm; its text part is gemma3n_text",
-    "gemma4_assistant": "a draft model that reads the states of another model",
-    "gemma4_unified_assistant": "a draft model that reads the states of another model",
-    "marian": "the decoder of an encoder-decoder model",
-    "mbart": "the decoder of an encoder-decoder model",
-    "megatron-bert": "an encoder",
     "moshi": "speech: an audio decoder with a second, depthwise decoder inside",
     "moss_transcribe_diarize": "transcribes speech; its text part is qwen3",
-    "musicgen": "the decoder of an encoder-decoder model",
-    "musicgen_melody": "the decoder of an encoder-decoder model",
-    "mvp": "the decoder of an encoder-decoder model",
-    "pegasus": "the decoder of an encoder-decoder model",
-    "plbart": "the decoder of an encoder-decoder model",
-    "prophetnet": "the decoder of an encoder-decoder model",
     "reformer": "reversible layers",
-    "rembert": "an encoder",
-    "roberta": "an encoder",
-    "roberta-prelayernorm": "an encoder",
-    "roc_bert": "an encoder",
-    "roformer": "an encoder",
-    "trocr": "the decoder of an encoder-decoder model",
-    "whisper": "the decoder of an encoder-decoder model",
-    "xlm": "an encoder",
-    "xlm-roberta": "an encoder",
-    "xlm-roberta-xl": "an encoder",
     "xlnet": "permutation language model, no causal decoder",
-    "xmod": "an encoder",
+    **dict.fromkeys(
+        (
+            "bart",
+            "bert-generation",
+            "bigbird_pegasus",
+            "blenderbot",
+            "blenderbot-small",
+            "marian",
+            "mbart",
+            "musicgen",
+            "musicgen_melody",
+            "mvp",
+            "pegasus",
+            "plbart",
+            "prophetnet",
+            "trocr",
+            "whisper",
+        ),
+        "the decoder of an encoder-decoder model",
+    ),
+    **dict.fromkeys(
+        (
+            "bert",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xmod",
+        ),
+        "an encoder",
+    ),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "a draft model that reads the states of another model"
+    ),
 }
-"""Model types of the causal-LM mapping that have no row, and why: alphabetical."""
+"""Model types of the causal-LM mapping that have no row, and why."""
 
 
 FEW = (

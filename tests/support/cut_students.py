@@ -13,11 +13,7 @@ from shoal.recipe.edits import Edits
 
 def plan(*drop: int, num_layers: int = 10, edits: tuple[dict[str, Any], ...] = ()) -> PruningPlan:
     return PruningPlan(
-        Provenance({}),
-        num_layers=num_layers,
-        drop=drop,
-        reason="",
-        edits=TypeAdapter(Edits).validate_python(edits),
+        Provenance({}), num_layers=num_layers, drop=drop, reason="", edits=TypeAdapter(Edits).validate_python(edits)
     )
 
 

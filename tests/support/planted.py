@@ -160,12 +160,7 @@ def _retrieval_item(rng: random.Random) -> dict[str, Any]:
     pairs = " ".join(f"k{key}=v{value}" for key, value in zip(keys, values, strict=True))
     gold = f"v{values[asked]}"
     options = [f"v{value}" for value in rng.sample(values, 4)]
-    return {
-        "context": f"{pairs} ?k{keys[asked]}",
-        "options": options,
-        "answer": options.index(gold),
-        "gold": gold,
-    }
+    return {"context": f"{pairs} ?k{keys[asked]}", "options": options, "answer": options.index(gold), "gold": gold}
 
 
 def _knowledge_item(rng: random.Random) -> dict[str, Any]:
@@ -173,9 +168,4 @@ def _knowledge_item(rng: random.Random) -> dict[str, Any]:
     gold = fact_of(subject)
     others = rng.sample([fact for fact in range(NUM_FACTS) if fact != gold], 3)
     options = [f"f{fact}" for fact in rng.sample([gold, *others], 4)]
-    return {
-        "context": f"say s{subject}",
-        "options": options,
-        "answer": options.index(f"f{gold}"),
-        "gold": f"f{gold}",
-    }
+    return {"context": f"say s{subject}", "options": options, "answer": options.index(f"f{gold}"), "gold": f"f{gold}"}
