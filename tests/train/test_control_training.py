@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import NUM_LAYERS, tiny_checkpoint
-from training_runs import BATCH, DROP, LENGTH, STEPS, Trial, finished, recipe, run, terminate
+from training_runs import DROP, STEPS, Trial, finished, recipe, run, terminate
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.training import Training
@@ -70,15 +70,6 @@ def test_a_run_that_is_distilled_trains_only_the_control(student: Trial, both: T
         assert (both.dir / name).read_bytes() == (student.dir / name).read_bytes(), name
 
 
-def test_the_control_reads_the_same_rows_in_as_many_steps(student: Trial, both: Trial) -> None:
-    assert len([*(both.dir / "text").glob("rows-*")]) == 1
-    assert not (both.dir / "control" / "text").exists()
-    training, own = student.training, control_training(both)
-    assert own.settings["rows"] == training.settings["rows"]
-    assert (own.num_steps, own.num_tokens) == (STEPS, STEPS * BATCH * LENGTH)
-    assert own.data == {"sources": training.data["sources"]}
-
-
 def test_the_control_is_the_teacher_below_the_first_cut_and_learns_above(teacher: Path, both: Trial) -> None:
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -99,13 +90,6 @@ def test_the_control_has_lost_nothing_and_learns_the_text(student: Trial, both: 
     assert control_curve(both, "forward_kl")[0] == pytest.approx(0, abs=1e-6) != student.curve("forward_kl")[0]
     assert control_curve(both, "hidden_states")[0] == pytest.approx(0, abs=1e-6)
     assert control_curve(both, "cross_entropy")[-1] < control_curve(both, "cross_entropy")[0]
-
-
-def test_what_is_done_is_not_made_again(both: Trial) -> None:
-    before = {file: file.stat().st_mtime_ns for file in both.dir.rglob("*") if file.is_file() and file.name != ".lock"}
-    again = finished(run(both.recipe, CONTROL))
-    assert "distill, control: done already" in again.log
-    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_a_killed_control_goes_on_with_the_same_curve(teacher: Path, student: Trial, both: Trial, tmp_path) -> None:

@@ -4,19 +4,13 @@ Covers: shoal.recipe.deepspeed_file, shoal.train.dataset, shoal.train.engine.arg
 """
 
 import json
-import os
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from jobs import CUT, spec_of
-from ranks import call_on_ranks, in_group
 from tiny import tiny_checkpoint, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import Trainer
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
@@ -25,27 +19,21 @@ from shoal.launch.verbs import distill as stage
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.numerics import Choice
-from shoal.recipe.distill import Distill, OnPolicy, Record, Teacher, TrainingSource
+from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource
 from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe
-from shoal.train import dataset
 from shoal.train.dataset import training_rows
-from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
+from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import (
     DeepSpeed,
     batch_split,
     check_names,
     deepspeed_config,
-    kept_checkpoints,
     num_rows,
     rows_per_step,
     training_arguments,
 )
-from shoal.train.engine.checkpoint import commit, last_complete
 from shoal.train.student.spec import Ranks, train_spec
-
-GENERAL = {"seed": 0, "dtype": "stored", "attention": "sdpa"}
-TRAINED = {"student": "s", "prune.drop": [1]}
 
 
 def check(whole, cut, record=None, **settings):
@@ -61,14 +49,6 @@ def test_different_vocabularies_are_refused(teacher, tmp_path):
         UserError, match=r"has 272 vocabulary entries and student .* has 300; .*cut the student from this"
     ):
         check(teacher, student)
-
-
-def test_cross_entropy_on_what_the_student_writes_is_warned_of(teacher, caplog):
-    check(teacher, teacher, losses=(ForwardKL(), CrossEntropy()), on_policy=None)
-    check(teacher, teacher, losses=(ForwardKL(),), on_policy=OnPolicy(share=0.3))
-    assert "cross_entropy also learns" not in caplog.text
-    check(teacher, teacher, losses=(ForwardKL(), CrossEntropy()), on_policy=OnPolicy(share=0.3))
-    assert "cross_entropy also learns what the student itself writes (distill.on_policy)" in caplog.text
 
 
 def test_a_float16_teacher_under_zero_3_is_refused_on_a_cpu(teacher):
@@ -143,18 +123,6 @@ def test_a_value_that_is_none_is_refused_before_anything_is_built(values, messag
         check_names(Distill(trainer=values))
 
 
-def test_a_training_argument_that_transformers_refuses_is_said_in_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"distill\.trainer: .*requires the save and eval strategy to match"):
-        arguments(tmp_path, load_best_model_at_end=True)
-
-
-def test_at_least_two_checkpoints_are_kept(tmp_path):
-    assert [kept_checkpoints(Distill(trainer={"save_total_limit": limit})) for limit in (1, 5)] == [2, 5]
-    assert arguments(tmp_path, save_total_limit=5).save_total_limit is None, (
-        "rotation before the commit could delete the last good one"
-    )
-
-
 def test_rows_fill_whole_optimizer_steps():
     settings = Distill(
         num_tokens=1000,
@@ -162,30 +130,6 @@ def test_rows_fill_whole_optimizer_steps():
         trainer={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
     )
     assert num_rows(settings) == 128  # 100 rows, rounded up to steps of 32
-
-
-@pytest.mark.parametrize(
-    ("trainer", "steps"),
-    [
-        ({}, 7),
-        ({"max_steps": 3}, 3),
-        ({"max_steps": 30, "num_train_epochs": 2}, 30),
-        ({"max_steps": -1}, 7),
-        ({"num_train_epochs": 3}, 21),
-        ({"num_train_epochs": 0.5}, 4),
-        ({"num_train_epochs": 1.1}, 8),
-    ],
-)
-def test_the_steps_that_are_told_are_those_that_the_trainer_takes(tmp_path, trainer, steps):
-    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    settings = Distill(num_tokens=250, sequence_length=10, trainer=split | trainer)
-    spec = spec_of(settings, CUT, student_layers=4)
-    rows: Any = list(range(num_rows(settings)))
-    args = training_arguments(settings, None, output_dir=tmp_path, seed=0)
-    own = Trainer(torch.nn.Linear(1, 1), args, train_dataset=rows)
-    *_, max_steps = own.set_initial_training_values(args, own.get_train_dataloader())
-    assert spec.num_steps == max_steps == steps
-    assert spec.num_row_tokens == 280  # 25 rows, rounded up to steps of 4
 
 
 @pytest.mark.parametrize(
@@ -223,38 +167,6 @@ def test_a_batch_that_does_not_come_out_even_is_refused_naming_the_numbers(monke
         check_names(Distill(batch_size=16, trainer={"gradient_accumulation_steps": 2}))
 
 
-def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
-    def known(ranks, **settings):
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        chosen = Distill(**settings)
-        own = distill_inputs(chosen, Record(), teacher="t", trained=TRAINED, general=GENERAL)
-        return checkpoint_inputs(chosen, own)
-
-    two = known(2, trainer={"per_device_train_batch_size": 4})
-    assert two == known(4, batch_size=8, deepspeed="deepspeed/zero3.json")
-    assert two == known(1, trainer={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
-    assert two != known(1, trainer={"per_device_train_batch_size": 4})
-
-
-def test_a_checkpoint_of_rows_that_mixed_the_sources_is_not_gone_on_from(tmp_path):
-    inputs, apart = {"batch": 1}, "distill.data (rows that ask the teacher)"
-    own = [("forward_kl",), ("cross_entropy",)]
-    data = [TrainingSource("python_docs", losses=losses) for losses in own]
-
-    def known(*sources, **changes):
-        return checkpoint_inputs(Distill(data=sources, losses=TWO_TERMS, **changes), inputs)
-
-    assert known(*data)[apart] == [True, False]
-    for mixed in (known(*(replace(source, losses=None) for source in data)), known(data[0], data[0])):
-        assert apart not in mixed
-    recorded = known(*data, teacher=Teacher(recorded="signals"))
-    assert apart not in recorded
-    (folder := tmp_path / "checkpoint-1").mkdir()
-    commit(folder, recorded, zero_stage=0)  # as before sources had rows of their own
-    with pytest.raises(UserError, match=r"checkpoint-1: belongs to another run: distill\.data \(rows that ask"):
-        last_complete(tmp_path, known(*data))
-
-
 def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
     for spelling in ("deepspeed/zero3.json", "configs/deepspeed/zero3.json"):
         assert deepspeed_config(Distill(deepspeed=spelling))["zero_optimization"]["stage"] == 3
@@ -267,12 +179,6 @@ def test_half_precision_is_autocast_over_fp32_weights_where_the_device_is_fast_i
     assert "torch_autocast" not in deepspeed_config(Distill(precision="float32"))
     own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     assert "torch_autocast" not in deepspeed_config(Distill(deepspeed=own))
-
-
-def test_float16_is_autocast_with_loss_scaling_where_there_is_an_accelerator(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    config = deepspeed_config(Distill(precision="float16", deepspeed="deepspeed/zero0.json"))
-    assert config["torch_autocast"] == {"enabled": True, "dtype": "float16"}  # DeepSpeed scales losses for this dtype
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -308,12 +214,6 @@ def test_sections_that_say_nothing_leave_the_choice_to_the_recipe(config):
     assert read["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert not {"bf16", "fp16"} & read.keys()
     assert "offload_optimizer" not in read["zero_optimization"]
-
-
-def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
-    own = {"zero_optimization": {"stage": 1}}
-    deepspeed_config(Distill(deepspeed=own))
-    assert own == {"zero_optimization": {"stage": 1}}
 
 
 @pytest.mark.parametrize(
@@ -412,56 +312,6 @@ def test_another_number_in_the_deepspeed_file_than_the_trainers_is_refused(confi
         check_names(Distill(deepspeed=config, trainer=trainer))
 
 
-@pytest.mark.parametrize(
-    ("key", "settings", "message"),
-    [
-        ("train_micro_batch_size_per_gpu", {}, r"7, but 4 by distill\.trainer\.per_device_train_batch_size; "),
-        ("gradient_accumulation_steps", {}, r"7, but 1 by distill\.trainer\.gradient_accumulation_steps; "),
-        ("gradient_accumulation_steps", {"batch_size": 24}, r"7, but 3 by distill\.trainer\.gradient_acc.*; "),
-        ("train_batch_size", {}, r"7, but 8 by distill\.batch_size; "),
-    ],
-)
-def test_another_batch_in_the_deepspeed_file_than_the_trainers_is_refused(key, settings, message):
-    deepspeed_config(Distill(deepspeed={key: 7}, **settings))  # before the ranks are known
-    with pytest.raises(UserError, match=rf"^distill\.deepspeed: {key} is {message}"):
-        deepspeed_config(Distill(deepspeed={key: 7}, **settings), ranks=2)
-
-
-def test_the_trainers_own_numbers_are_allowed_in_the_deepspeed_file(tmp_path):
-    own = adam(lr=1e-4, betas=[0.9, 0.95], eps="auto", weight_decay=0) | {"gradient_clipping": 1}
-    own |= {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
-    settings = Distill(deepspeed=own)
-    check_names(settings)
-    deepspeed = DeepSpeed(deepspeed_config(settings, ranks=1))
-    args = training_arguments(settings, deepspeed, output_dir=tmp_path, seed=0)
-    assert args.hf_deepspeed_config.mismatches == []
-    for odd in (
-        {"optimizer": {"type": "Lion", "params": None}},
-        {"optimizer": {"type": "Lion"}},
-        {"optimizer": "Lion"},
-    ):
-        check_names(Distill(deepspeed=odd))
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"), [("{", "is not valid JSON"), ("[1]", r"must be a JSON mapping \(got \[1\]\)")]
-)
-def test_a_broken_deepspeed_file_is_named(tmp_path, text, fault):
-    file = tmp_path / "ds.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match=rf"ds\.json: {fault}"):
-        deepspeed_config(Distill(deepspeed=str(file)))
-
-
-def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
-    def inputs(**settings):
-        return distill_inputs(Distill(**settings), Record(), teacher="t", trained=TRAINED, general=GENERAL)
-
-    assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
-    assert inputs() != inputs(trainer={"learning_rate": 1.0})
-    assert inputs() != inputs(num_tokens=7)
-
-
 def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
     settings = Distill(num_tokens=640, sequence_length=64)
 
@@ -476,32 +326,6 @@ def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     assert first.counts == second.counts
     assert len(first) == 10
-
-
-def _refuse_on_rank(rank: int, ranks: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-    if rank:
-        dataset.pack = None  # pyright: ignore[reportAttributeAccessIssue]  # rank 0 alone packs
-    with in_group(rank, ranks, folder), pytest.raises(UserError, match=r"b\.jsonl'?: has no column 'text'"):
-        training_rows(
-            Distill(data=(TrainingSource(f"{folder}/data"),), sequence_length=64),
-            tiny_tokenizer(),
-            num_rows=100,
-            seed=0,
-            teacher_text=[],
-            folder=Path(folder) / "rows",
-            inputs={},
-        )
-
-
-@pytest.mark.slow
-def test_a_late_row_that_cannot_be_packed_is_refused_on_all_ranks(tmp_path):
-    (tmp_path / "data").mkdir()
-    for name, column in (("a", "text"), ("b", "other")):
-        row = json.dumps({column: "Of men and mice. " * 5})
-        (tmp_path / f"data/{name}.jsonl").write_text(f"{row}\n" * 20)
-    call_on_ranks(_refuse_on_rank, str(tmp_path), ranks=2)
-    assert not list((tmp_path / "rows").glob("rows-*"))
 
 
 TWO_TERMS = (ForwardKL(), CrossEntropy())

@@ -5,7 +5,6 @@ Covers: shoal.train.student.known_cut.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,9 +34,7 @@ from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
-from shoal.train import save
 from shoal.train.distillation_trainer import DistillationTrainer
-from shoal.train.objective_trainer import Rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)
@@ -59,13 +55,6 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     given = {"learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "report_to": [], "disable_tqdm": True}
     given |= {"use_cpu": True, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
     return TrainingArguments(str(folder / "out"), **(given | settings))
-
-
-def test_one_step_at_a_rate_of_0_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer_of(tmp_path, trained_by={"max_steps": 1}).train()
-    assert "nothing is learnt" not in caplog.text
-    trainer_of(tmp_path, trained_by={"max_steps": 1, "lr_scheduler_type": "linear", "warmup_steps": 1}).train()
-    assert "the training is one step, at which the warm-up begins with a rate of 0, so nothing is learnt" in caplog.text
 
 
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -174,66 +163,6 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> 
         )
 
 
-def test_a_row_of_the_curves_goes_on_where_training_stopped_inside_of_it(tmp_path: Path) -> None:
-    steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
-    losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": 0.3}]
-    whole = trainer_of(tmp_path, losses=losses, trained_by=steps)
-    whole.train()
-    again = trainer_of(tmp_path, losses=losses, trained_by=steps)
-    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
-    for name in ("loss", "forward_kl", "cross_entropy", "top1_agreement"):
-        assert curve(again, name) == curve(whole, name), name
-    assert [row["step"] for row in whole.state.log_history if "loss" in row] == [2, 4, 6, 7]
-    means = zip(curve(whole, "forward_kl"), curve(whole, "cross_entropy"), strict=True)
-    assert curve(whole) == pytest.approx([kl + 0.3 * entropy for kl, entropy in means])
-    assert again._guard.recent == whole._guard.recent
-    seconds = curve(again, "seconds")
-    assert seconds == sorted(seconds)
-    rate = Rate()
-    rate.go_on_from(30.0, since_read=5.0)
-    told = rate.read(100)
-    assert 30 <= told["seconds"] < 31
-    assert 19 < told["tokens_per_s"] <= 20, "over both parts of the row"
-
-
-def test_a_training_that_is_over_takes_no_step_more(tmp_path: Path) -> None:
-    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    whole = trainer_of(tmp_path, trained_by=steps)
-    whole.train()
-    assert whole.state.num_train_epochs * len(whole.get_train_dataloader()) > 4, "an epoch has more steps"
-    again = trainer_of(tmp_path, trained_by=steps)
-    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
-    assert again.state.global_step == 4
-    for name, weight in again.objective.student.state_dict().items():
-        assert torch.equal(weight, whole.objective.student.state_dict()[name]), name
-
-
-def test_a_second_training_begins_as_the_first_did(tmp_path: Path) -> None:
-    losses = [{"kind": "taid", "step_size": 0.1, "momentum": 0.5}]
-    trainer = trainer_of(tmp_path, losses=losses, trained_by={"max_steps": 3, "logging_steps": 2})
-    trainer.train()
-    first = curve(trainer, "taid_t")
-    trainer.train()
-    assert curve(trainer, "taid_t") == first
-
-
-def test_time_begins_with_the_first_step_and_not_with_the_trainer(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, data=TEXTS, trained_by={"max_steps": 1, "logging_strategy": "no"})
-    trainer._rate.go_on_from(1000.0, since_read=1000.0)  # as if it had waited so long
-    trainer.train()
-    assert not curve(trainer)
-    assert 0 < trainer.seconds < 500
-
-
-def test_what_a_checkpoint_says_of_time_leaves_out_the_time_of_saving_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 103.0, 110.0, 115.0])  # made, paused after three seconds, ends seven later, read
-    monkeypatch.setattr("shoal.train.objective_trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    rate = Rate()
-    with rate.paused(), rate.paused():
-        assert (rate.seconds, rate.since_read) == (3.0, 3.0)
-    assert rate.seconds == 8.0
-
-
 def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(tmp_path: Path) -> None:
     student, teacher = models()
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
@@ -255,14 +184,6 @@ def test_an_evaluation_after_training_computes_as_one_within(tmp_path: Path) -> 
     )
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == curve(trainer, "eval_loss")[1]
-
-
-def test_an_evaluation_leaves_the_curve_alone(tmp_path: Path) -> None:
-    evaluated = trainer_of(tmp_path, eval_dataset=TEXTS[:9], trained_by={"max_steps": 3, "eval_strategy": "steps"})
-    alone = trainer_of(tmp_path, trained_by={"max_steps": 3})
-    for trainer in (evaluated, alone):
-        trainer.train()
-    assert curve(evaluated, "forward_kl") == curve(alone, "forward_kl")
 
 
 def test_layers_below_the_cut_are_run_once_and_give_the_same_curve(tmp_path: Path) -> None:
@@ -411,23 +332,6 @@ def test_what_cannot_work_is_refused(
         DistillationTrainer(args=args, train_dataset=TEXTS, **given)
 
 
-def test_a_student_that_looks_into_the_teacher_is_refused(tmp_path: Path) -> None:
-    teacher = tiny_model("llama")
-    for student in (teacher, cut_model(teacher, DROP, share=True)):
-        with pytest.raises(UserError, match=r"model: shares the weights of model.embed_tokens.weight with the teacher"):
-            trainer_of(tmp_path, student, teacher)
-
-
-def test_weights_in_whose_rounding_steps_are_lost_are_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    student, teacher = models()
-    trainer_of(tmp_path, student, teacher)
-    assert "rounding" not in caplog.text
-    trainer_of(tmp_path, cut_model(tiny_model("llama", dtype=torch.bfloat16), DROP), teacher)
-    assert "model: its weights are bfloat16, in whose rounding steps at usual learning rates are lost" in caplog.text
-
-
 def test_a_plan_says_which_layers_are_gone_and_what_was_made_up_for(tmp_path: Path) -> None:
     gaps = (ClosedGap(2, 3, 1.5, True, 1, 1, 1, 1),)
     plan = PruningPlan(Provenance({}), 6, DROP, "", gaps=gaps)
@@ -447,28 +351,6 @@ def test_a_student_says_itself_which_layers_are_gone_and_what_makes_up_for_them(
         spec = trainer_of(tmp_path, student, teacher, trainable="from_first_cut", drop=drop).spec
         assert spec.plan.gaps == (gap,)
         assert spec.shared_layers == 1  # as above
-
-
-def test_of_a_model_cut_twice_the_layers_are_the_teachers(tmp_path: Path) -> None:
-    """Both name the layers of the model that nobody has cut; a gap that the teacher has too is none of the student."""
-    uncut = tiny_model("llama")
-    teacher = cut_model(uncut, (1,))
-    gaps = [asdict(ClosedGap(first, first, 1.5, False, 1, 1, 1, 1)) for first in (1, 4)]
-    student = cut_model(teacher, (3,))
-    setattr(student.config, CLOSED_GAPS, gaps)
-    plan = trainer_of(tmp_path, student, teacher).spec.plan
-    assert (plan.drop, [(gap.first, gap.last) for gap in plan.gaps]) == ((3,), [(3, 3)])
-    plan = trainer_of(tmp_path, student, uncut).spec.plan
-    assert (plan.drop, [gap.first for gap in plan.gaps]) == ((1, 4), [1, 4])
-
-
-def test_the_teachers_layers_are_known_again_in_fewer_bits(tmp_path: Path) -> None:
-    half = torch.bfloat16
-    for own, other in ((torch.float32, half), (half, torch.float32), (torch.float16, half)):
-        student, teacher = models()
-        stored: Any = student.to(half) if other is half else student  # pyright: ignore[reportArgumentType]
-        pair: Any = stored.to(own), teacher.to(other)  # pyright: ignore[reportArgumentType]
-        assert trainer_of(tmp_path, *pair, trainable="from_first_cut").spec.shared_layers == 2, (own, other)
 
 
 def test_adapters_become_plain_weights_and_training_with_them_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -526,27 +408,6 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     again = trained(str(tmp_path / "out/checkpoint-3"))
     assert curve(again) == curve(whole)
     assert curve(again, "on_policy/kept_tokens") == curve(whole, "on_policy/kept_tokens")
-
-
-@pytest.mark.parametrize("drop", [DROP, ()])
-@pytest.mark.parametrize("says_which", [True, False])
-@pytest.mark.parametrize("fewer", [{"intermediate_size": 16}, {"num_attention_heads": 2, "num_key_value_heads": 1}])
-def test_narrower_layers_are_the_teachers_in_no_place(
-    fewer: dict[str, int], says_which: bool, drop: tuple[int, ...], tmp_path: Path
-) -> None:
-    """Under ZeRO 3 weights are empty where the trainer is made, and cannot tell it."""
-    cut, teacher = models()
-    kept = [layer for layer in range(6) if layer not in drop]
-    config = copy.deepcopy(cut.config)
-    config.update({**fewer, "head_dim": cut.config.head_dim, "num_hidden_layers": len(kept)})
-    setattr(config, KEPT_LAYERS, kept if says_which else None)
-    student = AutoModelForCausalLM.from_config(config)
-    trainer = trainer_of(
-        tmp_path, student, teacher, trained_by={"max_steps": 2}, trainable="from_first_cut", drop=drop or None
-    )
-    assert (trainer.spec.frozen_layers, trainer.spec.trained.layers) == (0, tuple(range(len(kept))))
-    trainer.train()
-    assert len(curve(trainer)) == 2
 
 
 def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
@@ -613,10 +474,3 @@ def test_conversations_in_a_script_under_the_deepspeed_program(tmp_path: Path) -
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "healed").state_dict()
     for name, weight in student.state_dict().items():
         assert torch.allclose(saved[name], weight, atol=1e-4), name
-
-
-@pytest.mark.parametrize(("steps", "rows"), [(1, 4), (2, 6), (3, 10), (4, 12)])
-def test_tokens_of_an_epoch_that_ends_within_a_step_are_those_of_its_rows(steps: int, rows: int) -> None:
-    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=steps), train_dataset=range(6))
-    spec: Any = SimpleNamespace(tokens_per_step=4 * 64, settings=SimpleNamespace(sequence_length=64))
-    assert save._tokens_trained_on(trainer, spec) == rows * 64

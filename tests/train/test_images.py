@@ -22,8 +22,6 @@ from training_runs import (
     prepare,
     recipe,
     run,
-    share_nothing,
-    unfinished,
     write_recipe,
 )
 
@@ -93,18 +91,6 @@ def test_a_student_that_reads_images_learns_from_text(llava: Path, cut: Path, tm
     assert type(load_model(trial.dir / "distilled")).__name__ == "LlavaForConditionalGeneration"
 
 
-def test_steps_hold_images_or_text_and_only_the_language_model_moves(mixed: Trial) -> None:
-    of_images = np.greater_equal(images_of_steps(mixed), 0)
-    assert (of_images.all(1) == of_images.any(1)).all()
-    assert 2 <= of_images.all(1).sum() <= STEPS - 2
-    for step, values in enumerate(curves(mixed)):
-        assert ("cross_entropy" in values) == (not of_images[step].any())
-        assert "forward_kl" in values
-    assert moved(mixed) == {name for name in mixed.weights("student") if name.startswith("language_model.")}
-    counts = mixed.training.data["sources"]
-    assert all(count["supervised"] > 0 for count in counts.values())
-
-
 def answer_kl(models: list[Any], processor: Any, folder: Path, row: dict[str, str]) -> Tensor:
     """KL(teacher || student) at every token of the answer, by what transformers makes of the row alone, (N,)."""
     image = Image.open(folder / row["image"]).convert("RGB")
@@ -128,39 +114,12 @@ def test_the_first_step_is_the_mean_over_the_answers_tokens_of_its_rows(mixed: T
     assert curves(mixed)[0]["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
 
 
-def test_a_training_on_images_goes_on_with_the_same_bits(mixed: Trial, tmp_path: Path) -> None:
-    resumed = finished(run(unfinished(mixed, tmp_path / "resumed", step=5)))
-    assert "checkpoint-5" in resumed.log
-    assert curves(resumed) == curves(mixed)
-    after = mixed.weights()
-    assert all(torch.equal(weight, after[name]) for name, weight in resumed.weights().items())
-
-
 def test_two_ranks_under_zero_3_give_the_curves_of_one(
     mixed: Trial, llava: Path, cut: Path, rows: Path, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, llava, cut, data=both_kinds(rows), losses=TERMS, deepspeed="deepspeed/zero3.json")
     for ours, theirs in zip(curves(finished(run(path, ranks=2))), curves(mixed), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-def test_adapters_above_a_shared_prefix_give_the_curve_without_sharing(
-    llava: Path, cut: Path, rows: Path, tmp_path: Path
-) -> None:
-    settings = {
-        "data": both_kinds(rows)[:1],
-        "losses": TERMS[:1],
-        "trainable": "from_first_cut",
-        "lora": {"rank": 2, "target_modules": ["q_proj"]},
-        "num_tokens": 3 * BATCH * LENGTH,
-    }
-    checkpointing = {"gradient_checkpointing": True}
-    shared = finished(run(recipe(tmp_path / "shared", llava, cut, **settings, trainer=checkpointing)))
-    alone = finished(run(recipe(tmp_path / "alone", llava, cut, **settings), before=share_nothing))
-    assert (shared.training.settings["shared_layers"], alone.training.settings["shared_layers"]) == (2, 0)
-    for ours, theirs in zip(curves(shared), curves(alone), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    assert moved(shared) == {f"language_model.model.layers.{layer}.self_attn.q_proj.weight" for layer in (2, 3)}
 
 
 def test_what_cannot_be_learnt_from_is_refused_before_training(

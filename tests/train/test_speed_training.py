@@ -86,21 +86,6 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     assert finished(run(path, added)).curve() == pytest.approx(plain.curve(), abs=1e-5)
 
 
-def test_memory_that_runs_out_before_a_checkpoint_says_so(teacher: Path, cut: Path, tmp_path: Path) -> None:
-    refused = run(recipe(tmp_path, teacher, cut, **settings()), before=partial(run_out_of_memory, 1, CUDA_FULL))
-    assert (
-        "nothing is lost but the steps of this start, of which none was saved yet. To take less, add distill."
-        in refused.log
-    )
-
-
-def test_another_runtime_error_keeps_its_traceback(teacher: Path, cut: Path, tmp_path: Path) -> None:
-    broken = run(recipe(tmp_path, teacher, cut, **settings()), before=partial(run_out_of_memory, 1, "a defect"))
-    assert broken.result is not None
-    assert broken.result.returncode == 1
-    assert "RuntimeError: a defect" in broken.log
-
-
 def test_kernels_that_are_not_here_are_refused_before_training_or_done_without(
     plain: Trial, teacher: Path, cut: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,6 @@ from training_runs import (
     finished,
     go_along_with_loops,
     mask_labels_of_rows,
-    mix_sources,
     note_rates,
     note_waits,
     recipe,
@@ -93,9 +92,6 @@ def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) ->
         assert one.curve(name) == pytest.approx(other.curve(name), abs=within, rel=within), name
 
 
-TOO_LARGE = {"per_device_train_batch_size": 10_000_000}
-
-
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     """One rank, all losses, watched, never interrupted."""
@@ -131,15 +127,6 @@ def test_scores_stand_beside_the_losses_and_the_best_state_is_what_is_left(every
     assert all(torch.equal(weight, best[name]) for name, weight in everything.weights().items())
     assert not (everything.dir / "checkpoints" / "best").exists()
     assert everything.training.data["overlap"].keys() == {"knowledge_continuation"}
-
-
-def test_that_a_training_will_not_resume_bit_by_bit_is_said_once(teacher, cut, tmp_path):
-    own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "AdamW"}}
-    path = recipe(tmp_path, teacher, cut, deepspeed=own, batch_size=None, trainer=TOO_LARGE | {"optim": "sgd"})
-    trial = run(path, ranks=1)
-    assert "this training will not fit" in trial.log  # after everything has asked for the configuration
-    assert trial.log.count("does not resume bit by bit") == 1
-    assert trial.log.count("distill.trainer.optim: sgd has no effect, the DeepSpeed configuration names AdamW") == 1
 
 
 @pytest.mark.prove
@@ -238,14 +225,6 @@ def kept_batches(trial: Trial, step: int) -> list[list[int]]:
 def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
     (folder,) = (trial.dir / "text").glob("rows-*")
     return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
-
-
-def test_evaluation_items_that_cannot_be_had_are_missed_before_any_step(teacher, cut, tmp_path):
-    refused = run(recipe(tmp_path, teacher, cut, overlap=True), "eval.tasks=[mmlu_all_continuation]")
-    assert refused.result is not None
-    assert refused.result.returncode == 2, refused.log[-3000:]
-    assert "mmlu_all_continuation" in refused.log
-    assert "million parameters" not in refused.log, "what is told when training begins"
 
 
 def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
@@ -391,30 +370,6 @@ def test_two_ranks_and_accumulation_give_the_curves_of_two_sources(two_sources, 
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
 
 
-def test_a_training_on_two_sources_goes_on_with_the_same_curves(two_sources, tmp_path):
-    path = unfinished(two_sources, tmp_path / "killed", step=4)
-    resumed = finished(run(path))
-    assert "checkpoint-4" in resumed.log
-    assert curves(resumed) == curves(two_sources)
-    ours, theirs = resumed.weights(), two_sources.weights()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
-
-
-def test_a_recording_made_before_sources_had_losses_serves_them(two_sources, teacher, cut, tmp_path):
-    settings = of_two_sources(two_sources.recipe.parent.parent)
-    settings["losses"] = [{"kind": kind, "weight": BY_SOURCE[kind]} for kind in ("forward_kl", "cross_entropy")]
-    data = [{**source, "losses": [name]} for source, name in zip(settings["data"], BY_SOURCE, strict=False)]
-    plain = {**settings, "data": [{"path": source["path"]} for source in data]}
-    signals = {"folder": str(tmp_path / "signals"), "top_k": 271}
-    finished(run(recipe(tmp_path / "plain", teacher, cut, record=signals, **plain), verb="record"))
-    settings |= {"data": data}
-    live = finished(run(recipe(tmp_path / "live", teacher, cut, **settings), before=mix_sources))
-    recorded = {"record": signals, "teacher": {"recorded": signals["folder"]}}
-    read = finished(run(recipe(tmp_path / "read", teacher, cut, **settings, **recorded)))
-    for ours, theirs in zip(curves(read), curves(live), strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-3, rel=2e-3)
-
-
 RECORDED = {"top_k": 271, "states": [1, 3, 4, 5]}
 """All words but one of the vocabulary, and the states that both maps ask for."""
 
@@ -542,15 +497,6 @@ SAMPLES = ["on_policy/loop_rate", "on_policy/end_rate", "on_policy/kept_tokens"]
 def samples_of(trial: Trial) -> list[dict[str, float]]:
     """What every step logged of what the student writes."""
     return [{name: row[name] for name in SAMPLES if name in row} for row in trial.training.history if "loss" in row]
-
-
-def test_samples_have_curves(on_policy):
-    chosen = Sampler(OnPolicy(share=0.6, start=0), 0, LENGTH, (), 0)
-    for step, values in enumerate(samples_of(on_policy)):
-        assert list(values) == (SAMPLES if chosen.replaces(step, STEPS) else [])
-    assert any(0 < values["on_policy/loop_rate"] < 1 for values in samples_of(on_policy) if values), (
-        "what this is about"
-    )
 
 
 def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_path):

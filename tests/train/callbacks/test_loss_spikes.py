@@ -16,11 +16,6 @@ def problems(guard: LossGuard, losses: list[float]) -> list[str | None]:
     return [guard.problem({"loss": loss}) for loss in losses]
 
 
-def test_a_healthy_curve_has_no_problem():
-    falling = [5.0 / (1 + 0.1 * step) + 0.3 * (step % 3) for step in range(100)]
-    assert problems(LossGuard(2.0), falling) == [None] * 100
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_named_whichever_term_it_is(value):
     assert LossGuard(None).problem({"loss": 1.0, "reverse_kl": value}) == f"reverse_kl is {value}"
@@ -68,37 +63,10 @@ def test_a_spike_is_measured_against_the_median_of_the_steps_before():
     assert "3.1, more than distill.stop_on_spike: 3 times 1, the median of the 21 steps before" in told
 
 
-def test_losses_of_another_training_are_forgotten():
-    guard = LossGuard(3.0)
-    problems(guard, [0.1] * 20)
-    guard.remember([])
-    assert guard.problem({"loss": 3.0}) is None
-
-
-def test_one_high_step_does_not_make_the_next_one_usual():
-    guard = LossGuard(3.0)
-    problems(guard, [1.0] * 20)
-    assert guard.problem({"loss": 50.0}) is not None
-    assert guard.problem({"loss": 50.0}) is not None
-
-
 def test_the_first_steps_and_a_guard_that_is_off_say_nothing():
     few = REMEMBERED_STEPS // 2
     assert problems(LossGuard(2.0), [1.0] * (few - 1) + [100.0]) == [None] * few
     assert problems(LossGuard(None), [1.0] * 50 + [1e9]) == [None] * 51
-
-
-def test_a_loss_that_is_rounding_does_not_spike():
-    guard = LossGuard(3.0)
-    problems(guard, [1e-6] * 20)
-    assert guard.problem({"loss": 1e-4}) is None
-    assert guard.problem({"loss": 0.1}) is not None
-
-
-def test_losses_of_an_earlier_life_count():
-    guard = LossGuard(3.0)
-    guard.remember([1.0] * 40)
-    assert guard.problem({"loss": 4.0}) is not None
 
 
 def test_the_batch_of_a_refused_step_can_be_read_back(tmp_path, monkeypatch):

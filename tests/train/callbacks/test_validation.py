@@ -16,7 +16,6 @@ from shoal.errors import UserError
 from shoal.eval.quick_eval import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
-from shoal.train.callbacks import validation
 from shoal.train.callbacks.validation import Watcher
 
 
@@ -53,12 +52,6 @@ def test_the_student_is_scored_before_the_first_step_at_every_so_many_and_after_
     assert training.logged[0] == {"watch/knowledge": 0.0}
 
 
-def test_a_resumed_run_does_not_score_its_beginning_again(tmp_path):
-    training = Training(watcher(tmp_path, every=4), {})
-    training.run(range(6, 10), max_steps=10)
-    assert list(training.logged) == [8, 10]
-
-
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 4), (False, 6)])
 def test_the_best_state_is_kept_by_the_score_that_was_chosen(tmp_path, higher_is_better, best):
     kept = watcher(tmp_path, every=2, best="knowledge")
@@ -90,33 +83,12 @@ def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_ru
     assert watcher(tmp_path, best="knowledge", inputs={"a": 2}).best() is None
 
 
-def test_every_rank_goes_by_what_rank_0_has_kept(tmp_path, monkeypatch):
-    """On a disk that nodes share another one may see the file of a moment ago, and keep a state that nobody gathers."""
-    kept = watcher(tmp_path, every=2, best="knowledge")
-    monkeypatch.setattr(validation, "agreed", lambda decide: {"step": 4, "score": 0.5} if decide() is None else None)
-    assert kept.best() == {"step": 4, "score": 0.5}
-
-
-def test_nothing_is_kept_where_no_score_chooses(tmp_path):
-    kept = watcher(tmp_path, every=2)
-    Training(kept, {2: 1.0}).run(range(4), max_steps=4)
-    assert list(tmp_path.iterdir()) == []
-    assert kept.best() is None
-
-
 def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         UserError, match=r"^distill\.watch\.limit: 'knowledge_continuation' has 1 item\(s\) for 2 ranks"
     ):
         QuickScores(tiny_tokenizer(), Eval(tasks=("knowledge_continuation",), limit=1), seed=0)
-
-
-def test_held_out_text_is_read_before_the_training_and_not_again(monkeypatch: pytest.MonkeyPatch):
-    scorer = QuickScores(tiny_tokenizer(), Eval(tasks=(), perplexity_tokens=64, sequence_length=32), seed=3)
-    monkeypatch.setattr("shoal.eval.harness.perplexity.load_texts", None)
-    model = tiny_model("llama")
-    assert scorer(model) == scorer(model)
 
 
 def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():

@@ -20,7 +20,6 @@ from transformers.models.llama import modeling_llama
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.recipe import parse_recipe
 from shoal.train.engine import fused
 from shoal.train.engine.fused import Fused, is_fused, why_not_fused
 
@@ -89,20 +88,6 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return lambda factor: monkeypatch.setattr(fused, "_families", lambda: {"llama": stand_in(factor)})
 
 
-def test_kernels_are_taken_back_from_model_and_transformers(liger: Callable[[float], None]) -> None:
-    liger(1.0)
-    model = tiny_model("llama")
-    shared, own = dict(vars(modeling_llama)), {name: set(vars(part)) for name, part in model.named_modules()}
-    kernels = Fused([model])
-    kernels.install()
-    assert "forward" in vars(decoder_layers(model)[0].input_layernorm)
-    assert modeling_llama.LlamaMLP is shared["LlamaMLP"], "models that are built meanwhile are as they were"
-    assert modeling_llama.apply_rotary_pos_emb is not shared["apply_rotary_pos_emb"]
-    kernels.uninstall()
-    assert dict(vars(modeling_llama)) == shared
-    assert {name: set(vars(part)) for name, part in model.named_modules()} == own
-
-
 def test_kernels_that_compute_something_else_are_found_before_training(liger: Callable[[float], None]) -> None:
     model = tiny_model("llama")
     liger(1.0)
@@ -132,14 +117,3 @@ def test_kernels_that_cannot_be_had_are_refused_or_done_without(
     with pytest.raises(UserError, match=f"^distill.fused: {reason}; or set fused: false$"):
         is_fused(True, family, device)
     assert is_fused(True, "llama", CUDA)
-
-
-def test_a_missing_liger_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"distill\.fused: liger-kernel is not installed; `pip install liger-kernel`"):
-        is_fused(True, "llama", CUDA)
-
-
-def test_transformers_own_switch_names_ours() -> None:
-    with pytest.raises(UserError, match=r"use_liger_kernel: would replace the forward .* use distill\.fused"):
-        parse_recipe({"model": "m", "distill": {"trainer": {"use_liger_kernel": True}}})

@@ -14,16 +14,15 @@ import pytest
 import torch
 from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import utils
 
 from shoal.data.packing import IGNORED
 from shoal.inference.drawing import draw
-from shoal.recipe.distill import Distill, OnPolicy
+from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
-from shoal.train.generated import on_policy as on_policy_module
-from shoal.train.generated.on_policy import Sampler, lay_out
-from shoal.train.generated.sampling import Fixed, end_tokens, own_forwards, sample
+from shoal.train.generated.on_policy import Sampler
+from shoal.train.generated.sampling import Fixed, own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 
@@ -99,12 +98,6 @@ def test_a_text_ends_with_its_end_token(student):
     assert ended[1] == free[1][:stop]
 
 
-def test_all_end_tokens_of_a_model_are_known():
-    assert end_tokens(GenerationConfig(eos_token_id=[7, END]), END) == (END, 7)
-    assert end_tokens(GenerationConfig(eos_token_id=7), None) == (7,)
-    assert end_tokens(None, None) == ()
-
-
 def test_sampling_uses_the_own_forward_and_gives_the_objective_back(student):
     rows = text_rows(2)
     plain = sampler().batches(student, [rows], step=0)
@@ -123,14 +116,6 @@ def test_sampling_uses_the_own_forward_and_gives_the_objective_back(student):
         student.eval()
         for module in modules:
             del module.forward
-
-
-def test_a_model_without_a_head_of_its_own_keeps_its_forward(student, monkeypatch):
-    monkeypatch.setattr(student, "get_output_embeddings", lambda: None)
-    student.forward = fail
-    with own_forwards(student):
-        assert "forward" not in vars(student)
-    assert student.__dict__.pop("forward") is fail
 
 
 def test_only_sampled_tokens_are_learnt_up_to_the_end_token(student):
@@ -165,14 +150,6 @@ def test_long_documents_give_several_prompts_and_short_rows_one(student):
     (long,) = sampler(new_tokens=400).batches(student, [text_rows(1, 48)], step=0)
     assert long["input_ids"].shape[1] <= ROW
     assert (long["labels"] != IGNORED).sum() > 0
-
-
-def test_the_models_start_token_stays_in_front():
-    chosen = Sampler(OnPolicy(prompt_tokens=4, new_tokens=4), 0, ROW, (END,), PAD, bos_id=256)
-    document = [256, *range(30)]
-    assert chosen._openings(document) == [[256, 0, 1, 2], [256, 7, 8, 9], [256, 15, 16, 17], [256, 23, 24, 25]]
-    assert chosen._openings([256, END]) == [[256]]
-    assert chosen._openings([END]) == []
 
 
 @pytest.mark.slow
@@ -236,45 +213,6 @@ def test_a_cache_of_a_fixed_size_and_compiled_steps_follow_the_weights(kind):
         assert not equal(sampler().batches(student, [rows], step=step)[0], expected), "the weights matter"
     assert fixed.fixed is not None
     assert fixed.fixed.compiles
-
-
-def test_the_room_of_a_call_does_not_follow_from_calls_before_it(student, monkeypatch):
-    """A training that goes on from a checkpoint has not made them."""
-    rooms, static_cache = [], vars(utils)["StaticCache"]
-    monkeypatch.setattr(
-        utils, "StaticCache", lambda **settings: rooms.append(settings["max_cache_len"]) or static_cache(**settings)
-    )
-    for width in (300, 5):
-        uniforms = torch.zeros(1, 4, dtype=torch.float64)
-        fixed = Fixed(compiles=False, on_cpu=True)
-        sample(student, [[5] * width], uniforms, temperature=1.0, end_ids=(), pad_id=PAD, fixed=fixed)
-    assert rooms == [512, 256]
-
-
-def test_steps_are_compiled_where_training_is():
-    for compiled in (False, True):
-        settings = Distill(on_policy=OnPolicy(), compile=compiled)
-        found = Sampler.of(settings, tiny_model("llama"), tiny_tokenizer(), seed=0)
-        assert found is not None
-        assert (found.fixed is not None) == compiled
-
-
-def test_samples_do_not_depend_on_how_rows_are_dealt(student):
-    rows = text_rows(4)
-
-    def part(*numbers):
-        return {key: plane[list(numbers)] for key, plane in rows.items()}
-
-    def texts(*batches):
-        found = sampler().batches(student, batches, step=2)
-        return sorted(pair for batch in found for row in range(len(batch["labels"])) for pair in learnt(batch, row))
-
-    def learnt(batch, row):
-        return [pair for pair in documents(batch, row) if any(label != IGNORED for label in pair[1])]
-
-    whole = texts(rows)
-    assert whole == texts(part(0, 1), part(2, 3))  # micro-batches
-    assert whole == sorted(texts(part(0, 2)) + texts(part(3, 1)))  # ranks
 
 
 def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
@@ -341,44 +279,6 @@ def test_a_loop_that_the_teacher_would_leave_is_learnt_whole():
     written, learnt = step_of(chosen, IN_THREES, COUNTER)
     assert torch.equal(learnt["labels"], written["labels"])
     assert chosen.counts.read_curves()["on_policy/loop_rate"] == 0
-
-
-def test_what_stands_before_a_loop_and_two_copies_of_it_are_learnt():
-    student = follower(lambda token: 100 if token == 103 else (token + 1) % 272)
-    rows = text_rows(1, 48) | {"input_ids": torch.arange(64, 64 + ROW)[None]}
-    chosen = sampler(new_tokens=47, temperature=0.0, prompt_tokens=1)
-    written, learnt = step_of(chosen, student, student, rows=rows)
-    assert written["input_ids"].tolist() == [[*range(64, 100), *[100, 101, 102, 103] * 3]]
-    assert (learnt["labels"] != IGNORED).sum() == 35 + 2 * 4
-    expected = {"on_policy/loop_rate": 1, "on_policy/end_rate": 0, "on_policy/kept_tokens": 43}
-    assert chosen.counts.read_curves() == expected
-    assert chosen.counts.read_curves() == {}
-
-
-def test_no_rank_asks_the_teacher_where_no_text_of_any_loops(monkeypatch):
-    chosen = sampler(temperature=0.0)
-    written = chosen.batches(COUNTER, [text_rows(2)] * 2, step=0)
-    (first, second) = chosen.judged(written, fail, step=0)
-    assert equal(first, written[0])
-    assert equal(second, written[1])
-    asked = []
-    answers = iter([[[False, False], [False, True]]])  # another rank has a loop in its second micro-batch
-    gathered = on_policy_module.together
-    monkeypatch.setattr(on_policy_module, "together", lambda own: next(answers, None) or gathered(own))
-
-    def answer(batch, places):
-        asked.append((len(batch["labels"]), len(places)))
-        return torch.zeros(0)
-
-    assert equal(chosen.judged(written, answer, step=0)[1], written[1])
-    assert asked == [(1, 0)]
-
-
-def test_rows_of_different_lengths_are_filled_with_a_document_that_nobody_learns():
-    batch = lay_out([[([1, 2], [3, END])], [([4], [5]), ([6, 7], [8, 9])]], sequence_length=6, pad_id=PAD)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, END, PAD, PAD], [4, 5, 6, 7, 8, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
-    assert batch["labels"].tolist() == [[-100, -100, 3, END, -100, -100], [-100, 5, -100, -100, 8, 9]]
 
 
 def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):

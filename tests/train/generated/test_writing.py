@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
-from transformers import GenerationConfig
 
-from shoal.data.sources import ability_prompts, pack
+from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
-from shoal.train.generated import sampling, writing
+from shoal.train.generated import writing
 from shoal.train.generated.sampling import Fixed
 from shoal.train.generated.writing import transformers_writer, write_texts
 
@@ -65,13 +62,6 @@ def source(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.slow
-def test_the_number_of_texts_follows_from_the_budget(tmp_path, texts):
-    assert len(texts) == 13  # 200 tokens in texts of 6 + 10, none of which is rejected
-    short = write(tmp_path, Writing(**{**BRIEF, "new_tokens": 4}))
-    assert len(short) == 20
-
-
-@pytest.mark.slow
 def test_texts_are_read_back_without_the_teacher_while_nothing_changes(tmp_path, texts):
     settings = Writing(**BRIEF)
     assert write(tmp_path, settings) == texts
@@ -97,15 +87,6 @@ def test_anything_that_shapes_the_text_makes_it_anew(tmp_path):
     for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"new_tokens": 9}, {"backend": "vllm"}):
         write(tmp_path, Writing(**{**few, **change}), echo)
     assert len(list(tmp_path.glob("written-*"))) == 8
-
-
-@pytest.mark.slow
-def test_runs_share_a_folder_of_their_own_choice(tmp_path, texts):
-    settings = Writing(**BRIEF, folder=str(tmp_path / "shared"))
-    assert write(tmp_path / "run1", settings) == texts
-    for writer in (None, unexpected):
-        assert write(tmp_path / "run2", settings, writer) == texts
-    assert not (tmp_path / "run2").exists()
 
 
 @pytest.mark.slow
@@ -137,22 +118,6 @@ def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
     assert write(tmp_path, settings, main) == texts
     assert (len(main.asked), len(other.asked)) == (8, 5)  # batches of 4, 4, 4 and 1 in turn
     assert sorted(main.asked + other.asked) == list(range(13))
-
-
-@pytest.mark.slow
-def test_a_text_does_not_depend_on_its_batch(tmp_path, texts):
-    assert write(tmp_path, Writing(**{**BRIEF, "batch_size": 3})) == texts
-
-
-@pytest.mark.slow
-def test_every_prompt_is_used_before_any_is_used_again(tmp_path):
-    prompts = [f"Prompt {letter}: " for letter in "abcde"]
-    asked = DataSource(source(tmp_path, [{"question": prompt} for prompt in prompts]), column="question")
-    found = write(tmp_path / "run", Writing(**{**BRIEF, "prompts": asked}), data=PROSE[1:])
-    starts = [text[: len(prompts[0])] for text in found]
-    assert len(starts) == 10  # 200 tokens in texts of 10 + 10
-    assert sorted(starts[:5]) == sorted(starts[5:]) == prompts
-    assert len(set(found)) == len(found)  # the second answer to a prompt is another one
 
 
 def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp_path):
@@ -191,28 +156,6 @@ def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
         write(tmp_path / "other", settings, never_right, data=PROSE[1:])
 
 
-@pytest.mark.slow
-def test_the_prompts_of_the_bundled_abilities_are_answered_and_kept_where_right(tmp_path):
-    asked = DataSource("ability_prompts", prompt="question", completion="answer")
-    settings = Writing(
-        **{**BRIEF, "num_tokens": 30_000, "max_prompt_tokens": 4096, "prompts": asked, "keep": "correct"}
-    )
-    answers = {row["question"]: row["answer"] for row in ability_prompts()}
-    tokenizer = tiny_tokenizer()
-
-    def answer_half(prompts, numbers):
-        questions = [str(tokenizer.decode(ids)).removeprefix("user: ").removesuffix("\nassistant: ") for ids in prompts]
-        right = [f"I say it is {answers[question]}." for question in questions]
-        wrong = "I say it is 0 or nothing."
-        return [tokenizer(right[at] if number % 2 else wrong)["input_ids"] for at, number in enumerate(numbers)]
-
-    found = write(tmp_path / "run", settings, answer_half, data=PROSE[1:])
-    (counts,) = (json.loads(file.read_text()) for file in (tmp_path / "run").glob("*/counts.json"))
-    assert counts["kept"] == len(found) > 20
-    assert counts["wrong"] == counts["written"] - counts["kept"]
-    assert abs(counts["kept"] - counts["wrong"]) <= 1
-
-
 def test_right_answers_cannot_be_told_without_answers(tmp_path):
     for prompts in (None, DataSource("python_docs")):
         with pytest.raises(UserError, match=r"distill.writing.keep: correct needs"):
@@ -231,15 +174,6 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_pat
     message = rf"rows/1\.jsonl' row 1: the last assistant turn holds {kind}, .*distill.writing.keep: all"
     with pytest.raises(UserError, match=message):
         write(tmp_path / "run", settings, unexpected, data=PROSE[1:])
-
-
-@pytest.mark.slow
-def test_prompts_that_are_too_long_are_left_out(tmp_path):
-    asked = DataSource(source(tmp_path, [{"text": "short"}, {"text": "much too long"}]))
-    found = write(tmp_path / "run", Writing(**{**BRIEF, "prompts": asked, "max_prompt_tokens": 8}))
-    assert all(text.startswith("short") for text in found)
-    with pytest.raises(UserError, match="none of 2 prompts has 1 to 3 tokens"):
-        write(tmp_path / "run", Writing(prompts=asked, max_prompt_tokens=3), unexpected)
 
 
 def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
@@ -267,32 +201,6 @@ def test_a_cache_of_a_fixed_size_and_compiled_steps_write_the_same_tokens(kind, 
         asked = [prompts[number] for number in batch]
         assert fixed(asked, batch) == growing(asked, batch)
     assert "not compiled" not in caplog.text
-
-
-def test_on_a_gpu_a_family_that_transformers_does_not_compile_writes_in_a_growing_cache(monkeypatch):
-    asked: list[Any] = []
-    monkeypatch.setattr(sampling, "_generated", lambda *_, fixed, **__: asked.append(fixed) or [])
-    for compiles in (True, False):
-        on_gpu: Any = SimpleNamespace(
-            device=torch.device("cuda"), _can_compile_fullgraph=compiles, generation_config=GenerationConfig()
-        )
-        transformers_writer(on_gpu, tiny_tokenizer(), Writing(new_tokens=12, max_prompt_tokens=40), seed=3)([[5]], [0])
-    assert asked[0].length == 52
-    assert asked[1] is None
-
-
-@pytest.mark.slow
-def test_decoding_that_cannot_be_compiled_says_so_once_and_goes_on(caplog):
-    def fails(*_: Any) -> Any:
-        raise RuntimeError("no such instruction")
-
-    settings = Writing(new_tokens=12, max_prompt_tokens=40)
-    model, tokenizer = tiny_model("llama", seed=1), tiny_tokenizer()
-    expected = transformers_writer(model, tokenizer, settings, seed=3)([[5, 6]], [0])
-    fixed = Fixed(64, compile_config=compiled_on_cpu(fails), on_cpu=True)
-    writer = transformers_writer(model, tokenizer, settings, seed=3, fixed=fixed)
-    assert writer([[5, 6]], [0]) == writer([[5, 6]], [0]) == expected
-    assert caplog.text.count("decoding of llama is not compiled and takes longer: ") == 1
 
 
 @pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "go on"}]])

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
-from transformers.modeling_utils import AttentionInterface
 from trl.models.utils import unwrap_model_for_generation
 
 from shoal.errors import UserError
@@ -68,25 +67,6 @@ def test_products_are_kept_all_else_is_computed_again_and_no_bit_changes(kind, t
     assert calls_again["rsqrt"] > calls["rsqrt"]
 
 
-def test_checkpointing_turned_on_again_stays_selective(tmp_path):
-    student = tiny_model("llama").train()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to=[], activation_checkpointing_kwargs={"selective": True}
-    )
-    recompute_selectively(student, arguments)
-    assert "context_fn" not in str(arguments.to_dict())
-    student.activation_checkpointing_enable()
-    student.activation_checkpointing_disable()
-    with pytest.warns(FutureWarning):
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.arange(8)[None]
-    loss = student(input_ids=ids, labels=ids, use_cache=False).loss
-    with Calls() as calls:
-        loss.backward()
-    assert not calls.counts["_scaled_dot_product_flash_attention_for_cpu"]
-    assert calls.counts["rsqrt"]
-
-
 def test_reentrant_checkpointing_is_refused_and_without_the_key_nothing_changes(tmp_path):
     student = tiny_model("llama")
     arguments = TrainingArguments(
@@ -100,29 +80,6 @@ def test_reentrant_checkpointing_is_refused_and_without_the_key_nothing_changes(
     arguments.activation_checkpointing_kwargs = {"use_reentrant": True}
     recompute_selectively(student, arguments)
     assert "activation_checkpointing_enable" not in vars(student)
-
-
-def test_what_flash_kernels_have_given_is_kept(tmp_path, monkeypatch):
-    """Their packages register them with torch, as here: a kernel that counts how often it runs."""
-    calls = []
-
-    @torch.library.custom_op("shoal_flash_attn::varlen_fwd", mutates_args=())
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return (q * k).tanh() * v
-
-    forward.register_autograd(lambda context, gradient: (gradient, gradient, gradient))
-    monkeypatch.setattr(AttentionInterface, "get_interface", lambda *_: kernel)
-
-    def kernel(_module, query, key, value, *_, **__):
-        repeated = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
-        return forward(query, *repeated).transpose(1, 2).contiguous(), None
-
-    run("llama", tmp_path, {"selective": True})
-    kept = len(calls)
-    calls.clear()
-    run("llama", tmp_path, {"use_reentrant": False})
-    assert (kept, len(calls)) == (6, 12)
 
 
 def test_checkpointing_of_some_layers_stays_so_where_text_is_written() -> None:

@@ -16,19 +16,16 @@ from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from transformers import PreTrainedModel
 
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.distill import Distill
 from shoal.recipe.losses import (
     DKD,
     JSD,
     TAID,
-    AdaptiveKL,
     CrossEntropy,
     ForwardKL,
     LogitTerm,
@@ -38,16 +35,12 @@ from shoal.recipe.losses import (
     TotalVariation,
 )
 from shoal.recipe.recipe import parse_recipe
-from shoal.train.engine.arguments import deepspeed_config
 from shoal.train.generated.sampling import own_forwards
 from shoal.train.objective import compiling
 from shoal.train.objective.chunked_loss import (
     Coarse,
-    Dense,
-    TermInput,
     block_loss,
     chunked_head_loss,
-    compiles,
     rounded_block_loss,
 )
 from shoal.train.objective.compiling import Compiled
@@ -172,80 +165,6 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
     assert all(torch.equal(gradient, gradients_again[name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize(
-    ("error", "where"),
-    [(UserError, "function"), (torch.OutOfMemoryError, "function"), (torch.OutOfMemoryError, "compiler")],
-)
-def test_other_errors_are_none_of_compiling(
-    error: type[Exception], where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def raises(*_: Any) -> Any:
-        raise error("told as it is")
-
-    if where == "compiler":
-        monkeypatch.setattr(compiling, "BACKEND", raises)
-    compiled = Compiled([])
-    function = compiled.function(raises if where == "function" else lambda value: value * 2)
-    compiled.install()
-    with pytest.raises(error, match="told as it is"):
-        function(torch.ones(2))
-    compiled.uninstall()
-    assert "cannot be compiled" not in caplog.text
-
-
-def test_a_kernel_that_the_device_cannot_run_is_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
-    # as Triton raises at a kernel's first run, when the compiler has long been left
-    too_large = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
-    compiled = Compiled([])
-
-    def double(value_N: Tensor) -> Tensor:
-        return value_N * 2
-
-    def graphs(*_: Any) -> Any:
-        raise too_large("out of resource: shared memory")
-
-    compiled.install()
-    with caplog.at_level(logging.WARNING, logger="shoal"):
-        assert compiled._run(double, graphs, torch.ones(2)).tolist() == [2, 2]
-    compiled.uninstall()
-    assert caplog.text.count("double cannot be compiled; training goes on without") == 1
-    assert "out of resource: shared memory" in caplog.text
-
-
-def test_checkpointed_layers_are_computed_again_as_at_first_though_the_loss_cannot_be_compiled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def backend(graph: Any, inputs: Any) -> Any:
-        return (fails if "tanh" in str(graph.graph) else aot_eager)(graph, inputs)
-
-    gradients = []
-    for is_compiled in (False, True):
-        monkeypatch.setattr(compiling, "BACKEND", backend)
-        student = tiny_model("llama", seed=1).train()
-        student.activation_checkpointing_enable({"use_reentrant": False})
-        compiled = Compiled(decoder_layers(student) if is_compiled else [])
-        loss = compiled.function(lambda logits: logits.tanh().sum())
-        compiled.install()
-        loss(student(input_ids=batch()["input_ids"], use_cache=False).logits).backward()
-        compiled.uninstall()
-        gradients.append([p.grad for p in student.parameters()])
-    assert all(map(torch.equal, *gradients))
-
-
-def test_too_many_variants_are_said_and_not_hidden(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(compiling, "VARIANTS", 1)
-    compiled = Compiled([])
-    doubled = compiled.function(lambda value, times: value * times)
-    compiled.install()
-    with caplog.at_level(logging.WARNING, logger="shoal"):
-        assert [doubled(torch.ones(2), mode)[0].item() for mode in (2, 3.5, torch.tensor(4))] == [2, 3.5, 4]
-    compiled.uninstall()
-    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("shoal")]
-    assert "cannot be compiled" in warning
-
-
 @pytest.mark.prove
 def test_text_is_written_by_layers_that_are_not_compiled() -> None:
     student = tiny_model("llama")
@@ -293,20 +212,6 @@ def test_the_compiled_loss_is_the_eager_one_up_to_rounding(
     torch.testing.assert_close(gradient_again, gradient, rtol=1e-4, atol=1e-6)
 
 
-@needs_compiler
-def test_the_compiled_loss_of_bf16_logits_writes_no_fp32_tensor_of_their_size() -> None:
-    from torch._inductor.utils import run_and_get_code
-
-    terms, *rest = block([ForwardKL(), CrossEntropy()], dtype=torch.bfloat16)
-    rest[-1] = dict.fromkeys(range(2))
-    (_, gradient), (code, *_) = run_and_get_code(torch.compile(rounded_block_loss), terms, *rest)
-    assert gradient is not None
-    assert gradient.dtype == torch.bfloat16
-    made = [line for line in code.splitlines() if "= empty_strided" in line and f", {VOCABULARY})" in line]
-    assert len(made) == 1, made
-    assert "bfloat16" in made[0], "the gradient is all that has their size"
-
-
 def test_one_graph_serves_chunks_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     head = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
     compiled = Compiled([])
@@ -328,33 +233,6 @@ def test_one_graph_serves_chunks_of_any_length(monkeypatch: pytest.MonkeyPatch) 
     assert dynamo_utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_one_graph_serves_every_share_of_taid() -> None:
-    head = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
-    hidden = torch.randn(10, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    compiled = Compiled([])
-    loss = compiled.function(rounded_block_loss)
-    for share in (0.4, 0.41, 0.6):
-        arguments: dict[str, Any] = {
-            "student_head": lambda states, weight: states @ weight.T,
-            "student_parameters": [head],
-            "terms": [TAID()],
-            "chunk": 16,
-            "inputs": [TermInput(share)],
-        }
-        targets = Dense(hidden.detach().flip(0), lambda states: states @ head.T)
-        plain = chunked_head_loss(hidden, torch.arange(10), targets, **arguments)
-        compiled.install()
-        again = chunked_head_loss(hidden, torch.arange(10), targets, **arguments, compiled=loss)
-        compiled.uninstall()
-        torch.testing.assert_close(again.loss, plain.loss, rtol=1e-6, atol=0)
-    assert dynamo_utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_a_loss_that_decides_as_it_sorts_is_not_compiled() -> None:
-    assert compiles(DENSE)
-    assert not compiles([ForwardKL(), AdaptiveKL()])
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -365,8 +243,3 @@ def test_a_loss_that_decides_as_it_sorts_is_not_compiled() -> None:
 def test_what_compiled_layers_do_not_show_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_recipe({"model": "m", "distill": {"compile": True, **settings}})
-
-
-def test_layers_whose_weights_come_and_go_are_not_compiled() -> None:
-    with pytest.raises(UserError, match=r"distill\.compile: ZeRO 3 .*zero2\.json, or compile: false"):
-        deepspeed_config(Distill(compile=True, deepspeed="deepspeed/zero3.json"))

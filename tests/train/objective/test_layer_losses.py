@@ -190,18 +190,6 @@ def test_hidden_state_losses_and_their_gradients_follow_from_the_definition(term
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("term", KINDS, ids=str)
-def test_every_term_has_its_weight_and_weight_0_trains_nothing(term: HiddenStates) -> None:
-    teacher = tiny_model("llama")
-    student = changed(cut(teacher, (2, 3)))
-    terms = tuple(dataclasses.replace(term, weight=weight) for weight in (1.0, 2.5, 0.0))
-    loss, sums = run(StateLosses(terms, plan((2, 3)), student, teacher), student, teacher)
-    assert sums[0] == sums[1] == sums[2] > 0
-    torch.testing.assert_close(loss.double(), 3.5 * sums[0], rtol=1e-6, atol=0)
-    loss, _ = run(StateLosses(terms[2:], plan((2, 3)), student, teacher), student, teacher)
-    assert not loss.requires_grad
-
-
 @pytest.mark.parametrize("how", ["own", "gap_closing"])
 @pytest.mark.parametrize("distance", ["mse", "cosine"])
 def test_a_factor_that_is_folded_into_weights_changes_no_loss_on_states(how: Any, distance: Any) -> None:
@@ -287,38 +275,6 @@ def test_micro_batches_add_up(start: int) -> None:
         student, teacher = parts(ours, theirs, rows, slice(None))
         halves.append(losses(student, teacher, supervised[rows], positions[rows])[1])
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)
-
-
-@torch.no_grad()
-def test_documents_in_another_order_or_alone_give_the_same_loss() -> None:
-    """Nothing depends on where in a row a document is."""
-    losses, ours, theirs = captured_pair()
-
-    def sums(tokens: slice | list[int]) -> Tensor:
-        student, teacher = parts(ours, theirs, [0], tokens)
-        return losses(student, teacher, labels()[:1, tokens], POSITIONS[:1, tokens])[1]
-
-    packed = sums(slice(None))
-    torch.testing.assert_close(sums([*range(7, 12), *range(7)]), packed, rtol=1e-12, atol=0)
-    torch.testing.assert_close(sums(slice(0, 7)) + sums(slice(7, 12)), packed, rtol=1e-12, atol=0)
-
-
-def test_what_is_not_counted_does_not_matter_and_all_of_it_is_nothing() -> None:
-    losses, ours, theirs = captured_pair()
-    counted = torch.zeros(2, 12, dtype=torch.bool)
-    for where in counted_tokens(labels(), POSITIONS):
-        counted[where] = True
-    with torch.no_grad():
-        _, before = losses(ours, theirs, labels(), POSITIONS)
-        for state in (*ours.states.values(), *theirs.states.values()):
-            state[~counted] = 1e6
-        _, after = losses(ours, theirs, labels(), POSITIONS)
-    assert torch.equal(before, after)
-    for state in ours.states.values():
-        state.requires_grad_()
-    loss, sums = losses(ours, theirs, torch.full_like(labels(), IGNORED), POSITIONS)
-    loss.backward()
-    assert not sums.any()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -412,23 +368,6 @@ def test_arithmetic_is_float32_under_autocast_and_from_bfloat16() -> None:
     assert loss.dtype == torch.float32
 
 
-def test_nothing_but_states_is_kept_for_backward() -> None:
-    losses, ours, theirs = captured_pair()
-    for state in ours.states.values():
-        state.requires_grad_()
-    places = {state.untyped_storage().data_ptr() for side in (ours, theirs) for state in side.states.values()}
-    fresh: list[int] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in places:
-            fresh.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses(ours, theirs, labels(), POSITIONS)
-    assert max(fresh, default=0) <= 12, "more than one number per token of a row"
-
-
 def test_recorded_states_are_as_good_as_a_teacher() -> None:
     teacher = tiny_model("llama")
     student = changed(cut(teacher, (2, 3)))
@@ -443,23 +382,6 @@ def test_recorded_states_are_as_good_as_a_teacher() -> None:
     assert torch.equal(recorded(ours, again, labels(), POSITIONS)[1], live(ours, theirs, labels(), POSITIONS)[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("term", KINDS, ids=str)
-def test_thirty_steps_bring_the_student_nearer(term: HiddenStates) -> None:
-    teacher = tiny_model("llama")
-    student = changed(cut(teacher, (2, 3)))
-    losses = StateLosses((term,), plan((2, 3)), student, teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-    curve = []
-    for _ in range(30):
-        loss, sums = run(losses, student, teacher)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        curve.append(sums.item())
-    assert curve[-1] < 0.5 * curve[0]
-
-
 def test_a_plan_of_other_models_is_refused() -> None:
     teacher = tiny_model("llama")
     with pytest.raises(UserError, match=r"student: has 6 layers, but 4 by plan\.json"):
@@ -469,22 +391,6 @@ def test_a_plan_of_other_models_is_refused() -> None:
     wide = tiny_model("llama", hidden_size=64)
     with pytest.raises(UserError, match="student: hidden size 32, the teacher's is 64"):
         StateLosses(TERMS, plan((2, 3)), cut(teacher, (2, 3)), wide)
-
-
-def test_layers_without_one_stream_of_their_own_are_refused() -> None:
-    model = tiny_model("llama")
-    layer = decoder_layers(model)[2]
-    own = layer.forward
-    layer.forward = lambda hidden, *args, **kwargs: hidden.copy_(own(hidden, *args, **kwargs))
-    with (
-        pytest.raises(UserError, match="llama: what layer 1 returns is overwritten"),
-        torch.no_grad(),
-        capturing(model, [1]),
-    ):
-        final_hidden(model, ids(), POSITIONS)
-    layer.forward = lambda hidden, *args, **kwargs: own(hidden, *args, **kwargs)[None]
-    with pytest.raises(UserError, match="llama: layer 2 does not return one stream"), capturing(model, [2]):
-        final_hidden(model, ids(), POSITIONS)
 
 
 def test_a_term_that_trains_nothing_is_refused() -> None:

@@ -18,15 +18,13 @@ from jobs import CUT, LENGTH, ROWS, dropping, job_of, spec_of
 from tiny import NUM_LAYERS, VOCAB_SIZE, tiny_config, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 
-from shoal.artifacts.plan import ClosedGap
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
-from shoal.recipe.distill import Distill, Lora, Teacher, Watch
-from shoal.recipe.losses import CrossEntropy, ForwardKL, HiddenStates
-from shoal.train.engine.sharding import REDUCED_AT_ONCE
+from shoal.recipe.distill import Distill, Lora, Teacher
+from shoal.recipe.losses import CrossEntropy, HiddenStates
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight.fit import overrides
-from shoal.train.preflight.memory import memory, shared_weights
+from shoal.train.preflight.memory import memory
 from shoal.train.preflight.run_size import Job, optimizer_bytes
 from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.student.sizes import student_size
@@ -164,26 +162,6 @@ def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
     ]
 
 
-@pytest.mark.slow
-def test_bf16_weights_have_fp32_copies_and_at_stage_1_the_sum_of_gradients_beside_them() -> None:
-    def parts(stage: int) -> tuple[float, ...]:
-        found = job_of(weights="bfloat16", deepspeed=f"deepspeed/zero{stage}.json")
-        assert (found.setting.weight_bytes, found.setting.autocast) == (2, False)
-        part, weights = found.memory, found.student.parameters
-        return tuple(round(size / weights, 2) for size in (part.weights, part.gradients, part.optimizer))
-
-    assert [parts(stage) for stage in (1, 2, 3)] == [(2, 6, 3), (2, 1, 3), (0.5, 1, 3)]
-
-
-def test_ranks_without_zero_add_up_a_few_gradients_at_a_time(tiny_job: Job) -> None:
-    student, teacher, setting = tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, stage=0, ranks=2)
-    assert memory(student, teacher, setting).buffers == 4 * student.trained
-    larger = replace(student, trained=10**9)
-    assert memory(larger, teacher, setting).buffers == 4 * (REDUCED_AT_ONCE + student.head)
-    assert memory(replace(larger, head_trained=False), teacher, setting).buffers == 4 * REDUCED_AT_ONCE
-    assert memory(larger, teacher, replace(setting, ranks=1)).buffers == 0
-
-
 def test_offload_moves_states_to_the_host_of_a_node(tiny_job: Job) -> None:
     setting = replace(tiny_job.setting, stage=3)
     here = memory(tiny_job.student, tiny_job.teacher, setting)
@@ -221,19 +199,6 @@ def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: J
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("trainer", "expected"),
-    [
-        ({"gradient_checkpointing": True}, True),
-        ({"activation_checkpointing": True}, True),
-        ({"activation_checkpointing": False, "gradient_checkpointing": True}, False),
-    ],
-)
-def test_checkpointing_counts_under_either_name(trainer: dict[str, bool], expected: bool) -> None:
-    assert job_of(trainer=trainer).setting.checkpointing is expected
-
-
-@pytest.mark.slow
 def test_selective_checkpointing_lies_between() -> None:
     kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
     found = job_of(trainer=kwargs)
@@ -252,35 +217,6 @@ def test_adapters_alone_have_gradients_and_moments() -> None:
     assert adapters.student.trained == count
     assert adapters.student.parameters == whole.student.parameters + count
     assert (adapters.memory.gradients, adapters.memory.optimizer) == (4 * count, 8 * count)
-
-
-@pytest.mark.slow
-def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
-    found = job_of(trainable="from_first_cut")
-    model = tiny_model("llama", num_hidden_layers=4)
-    make_trainable_alike(model, found.spec)
-    frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
-    expected = sum(count for name, count in frozen.items() if "norm" not in name)
-    assert shared_weights(found.student, found.setting) == expected
-    assert found.memory.weights == 4 * (found.student.parameters - expected)
-    for apart in ({"stage": 3}, {"teacher": "recorded"}, {"teacher": "offloaded"}, {"shares": False}):
-        assert shared_weights(found.student, replace(found.setting, **apart)) == 0
-    assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float32")).setting.shares
-    assert not job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.shares
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("factor", "is_corrected", "num_changed"), [(1.0, True, 1), (1.2, False, 2), (1.2, True, 3), (1.0, False, 0)]
-)
-def test_layers_that_make_up_for_dropped_ones_are_not_shared(
-    factor: float, is_corrected: bool, num_changed: int
-) -> None:
-    """Of the layers 0, 1, 3 and 5 the correction changes layer 1, and a factor layers 3 and 5."""
-    closed = ClosedGap(2, 2, factor, is_corrected, 1, 1, 1, 1)
-    plain, changed = (job_of(trainable="norm_and_head", plan=replace(CUT, gaps=gaps)) for gaps in ((), (closed,)))
-    one_layer = plain.student.layers[0].frozen_linear
-    assert plain.student.frozen_linear - changed.student.frozen_linear == num_changed * one_layer
 
 
 @pytest.mark.slow
@@ -308,17 +244,6 @@ def test_a_batch_over_all_ranks_sets_rows_and_micro_batches() -> None:
         job_of(batch_size=26)
 
 
-@pytest.mark.slow
-def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
-    watched = job_of(watch=Watch(), deepspeed="deepspeed/zero3.json")
-    student, teacher = (
-        replace(size, parameters=10**9 * size.parameters) for size in (watched.student, watched.teacher)
-    )
-    setting = replace(watched.setting, ranks=1000)
-    assert memory(student, teacher, setting).peak > 4 * student.parameters
-    assert memory(student, teacher, replace(setting, gathers=False)).peak < student.parameters
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -332,13 +257,6 @@ def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
 def test_moments_follow_from_the_name_of_the_optimizer(settings: dict[str, Any], expected: float) -> None:
     spec = spec_of(Distill(**{"deepspeed": None, **settings}), CUT, student_layers=4)
     assert optimizer_bytes(spec) == expected
-
-
-@pytest.mark.slow
-def test_states_of_loss_terms_are_held() -> None:
-    held = [job_of(losses=losses).setting.captured for losses in ((ForwardKL(),), (HiddenStates(),))]
-    # student layers 2 and 3, and 1 before the gap: three states of the teacher in bf16
-    assert held == [0, 3 * 32 * 2]
 
 
 def test_ranks_of_a_node_are_read_from_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cut_students import plan
-from pydantic import TypeAdapter
 from tiny import tiny_config
 
-from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.artifacts.plan import PruningPlan
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, Record, Teacher
 from shoal.recipe.losses import CrossEntropy, HiddenStates
@@ -60,12 +59,6 @@ def test_what_is_trained_is_known_by_its_number_in_the_teacher(trainable, change
     assert (identity["control.layers"], identity["control.norm"]) == ([*layers], norm)
 
 
-def test_the_controls_states_are_as_large_as_the_teachers() -> None:
-    told = replace(plan(4), gaps=(ClosedGap(4, 4, 1.2, False, 0.0, 0.0, 0.0, 0.0),))
-    assert spec_of(told).plan.state_scale(4) == 1.2
-    assert control_spec(spec_of(told)).plan.state_scale(4) == 1
-
-
 def test_nothing_is_cut() -> None:
     spec = spec_of(plan(4, 7, edits=(SKIP,)), trainable="from_first_cut")
     control = control_spec(spec)
@@ -98,25 +91,3 @@ def test_states_are_compared_at_the_teachers_layers_of_the_student_each_with_its
     assert plain == CrossEntropy()
     assert layer_pairs(mapped, control.plan) == tuple((layer, layer) for layer in targets)  # pyright: ignore[reportArgumentType]
     assert replace(mapped, layers=term.layers) == term
-
-
-def test_states_that_nothing_below_can_change_are_left_out_as_for_the_student() -> None:
-    spec = spec_of(plan(4, 5), trainable="from_first_cut", losses=(HiddenStates(),))
-    (term,) = control_spec(spec).settings.losses
-    assert term.layers == (6, 7, 8, 9), "the student's layer before the gap is frozen"  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@pytest.mark.parametrize(
-    ("settings", "same"),
-    [
-        ({}, True),
-        ({"trainable": "norm_and_head"}, True),
-        ({"trainable": "from_first_cut"}, True),
-        ({"trainable": "near_gaps"}, False),
-        ({"losses": [{"kind": "hidden_states"}]}, False),
-    ],
-)
-def test_another_cut_makes_another_control_only_where_it_decides_how_it_is_trained(settings, same) -> None:
-    distill = TypeAdapter(Distill).validate_python(settings)
-    one, other = (control_identity(distill, plan(4, above)) for above in (6, 7))
-    assert (one == other) == same

@@ -5,13 +5,10 @@ from typing import Any
 import pytest
 import torch
 from cut_students import plan
-from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.nn import functional
 
-from shoal.models.anatomy import decoder_layers
-from shoal.models.load import load_model
-from shoal.train.student.frozen import finished_state, save_finished, share_frozen, stored_names
+from shoal.train.student.frozen import finished_state, share_frozen
 from shoal.train.student.trainable import train_only, trained_parts
 
 CUT = plan(3, num_layers=7)
@@ -112,45 +109,6 @@ def test_nothing_is_shared_without_autocast_to_the_teachers_dtype() -> None:
         assert not shared_names(student, teacher)
 
 
-def test_nothing_is_shared_where_the_model_computes_something_else_then() -> None:
-    student, teacher = pair("llama", BF16)
-    module: Any = decoder_layers(student)[0].get_submodule("mlp.up_proj")
-    module.register_forward_hook(lambda module, _args, output: output + (module.weight.dtype == BF16))
-    hooks = len(student.get_input_embeddings()._forward_hooks)
-    before = {name: parameter.data_ptr() for name, parameter in student.named_parameters()}
-    assert share_frozen(student, teacher, CUT.keep, autocast_dtype=BF16) == 0
-    assert {name: parameter.data_ptr() for name, parameter in student.named_parameters()} == before
-    assert len(student.get_input_embeddings()._forward_hooks) == hooks
-
-
-def test_a_teacher_in_fewer_bits_is_shared_and_the_student_written_as_it_was_stored(tmp_path) -> None:
-    """The checkpoint is float32; under autocast both models compute with its bfloat16."""
-    student, _ = pair("llama", torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.mul_(1 + 1e-4 * torch.rand(parameter.shape, generator=generator))
-    teacher = tiny_model("llama", num_hidden_layers=7, dtype=BF16).requires_grad_(False)
-    for mine, kept in zip(decoder_layers(student), CUT.keep, strict=True):
-        decoder_layers(teacher)[kept].load_state_dict(mine.state_dict())
-    teacher.lm_head.load_state_dict(student.lm_head.state_dict())
-    teacher.get_input_embeddings().load_state_dict(student.get_input_embeddings().state_dict())
-    student.save_pretrained(tmp_path)
-    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-
-    assert share_frozen(student, teacher, CUT.keep, autocast_dtype=BF16) == 0, "files are needed to undo that"
-    assert share_frozen(student, teacher, CUT.keep, autocast_dtype=BF16, stored=stored_names(tmp_path)) > 0
-    shared = shared_names(student, teacher)
-    assert "lm_head.weight" in shared
-    assert "model.embed_tokens.weight" not in shared, "its rows are not cast"
-    curve(student, teacher, BF16)
-
-    finished = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
-    assert finished.keys() == load_file(tmp_path / "model.safetensors").keys()
-    for name, parameter in student.named_parameters():
-        assert torch.equal(finished[name], before[name]) != parameter.requires_grad, name
-
-
 def test_what_was_trained_is_rounded_and_what_was_not_keeps_its_stored_dtype(tmp_path) -> None:
     student, _ = pair("llama", torch.float32)
     stored = {name: tensor.to(BF16) for name, tensor in student.state_dict().items()}
@@ -170,19 +128,3 @@ def test_what_was_trained_is_rounded_and_what_was_not_keeps_its_stored_dtype(tmp
     assert torch.equal(finished[trained_odd], student.get_parameter(trained_odd))
     assert finished[odd].dtype == torch.float32
     assert torch.equal(finished[trained], student.get_parameter(trained).to(BF16))
-
-
-def test_a_finished_student_says_the_dtype_it_is_written_in(tmp_path) -> None:
-    student, _ = pair("llama", torch.float32)
-    save_finished(student, {n: t.to(BF16) for n, t in student.state_dict().items()}, tmp_path, dtype=BF16)
-    assert load_model(tmp_path).dtype == BF16
-
-
-def test_a_frozen_weight_that_is_not_the_stored_one_is_written_as_it_is(tmp_path) -> None:
-    student, _ = pair("llama", torch.float32)
-    student.save_pretrained(tmp_path)
-    name = "model.layers.0.mlp.up_proj.weight"
-    with torch.no_grad():
-        student.get_parameter(name).mul_(2)
-    finished = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
-    assert torch.equal(finished[name], student.get_parameter(name))

@@ -1,6 +1,5 @@
 """LoRA: where adapters go, what is trained, and the plain checkpoint that they become."""
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -8,15 +7,13 @@ import torch
 from architectures import tiny_model as tiny_architecture
 from cut_students import names, plan
 from tiny import tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.distill import Lora
-from shoal.train.student.frozen import finished_state, share_frozen, stored_names
-from shoal.train.student.lora import add_adapters, refuse_untrainable, remove_adapters
+from shoal.train.student.frozen import finished_state, stored_names
+from shoal.train.student.lora import add_adapters, remove_adapters
 from shoal.train.student.trainable import trained_parts
 
 CUT = plan(3, num_layers=7)
@@ -99,26 +96,6 @@ def test_adapters_go_where_layers_are_trained_and_nowhere_else() -> None:
     ]
 
 
-def test_every_rank_draws_the_same_adapters_and_nothing_else_is_drawn() -> None:
-    torch.manual_seed(3)
-    first, _ = adapted("llama")
-    after = torch.rand(1)
-    torch.manual_seed(4)
-    second, _ = adapted("llama")
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    torch.manual_seed(3)
-    tiny_model("llama")
-    assert torch.equal(torch.rand(1), after)
-
-
-def test_weights_that_an_edit_zeroed_get_no_adapter() -> None:
-    student = tiny_model("llama")
-    setattr(student.config, ZEROED_WEIGHTS, ["model.layers.2.self_attn.o_proj.weight"])
-    chosen = add_adapters(student, RANK_3, trained_parts("near_gaps", CUT), seed=0)
-    assert "model.layers.2.self_attn.o_proj" not in chosen
-    assert "model.layers.3.self_attn.o_proj" in chosen
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_of_adapters_do_not_depend_on_checkpointing(dropout) -> None:
     gradients = []
@@ -134,40 +111,6 @@ def test_gradients_of_adapters_do_not_depend_on_checkpointing(dropout) -> None:
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["stored in bfloat16's numbers", "stored finer than the teacher"])
-def test_the_frozen_weights_beside_adapters_are_the_teachers_and_are_merged_as_if_they_were_not(
-    tmp_path, exact
-) -> None:
-    teacher = tiny_model("llama").bfloat16().requires_grad_(False)
-    student = tiny_model("llama")
-    if exact:
-        student.load_state_dict({name: tensor.float() for name, tensor in teacher.state_dict().items()})
-    cut = plan(2, num_layers=6)  # as many layers as the teacher's own, so that all are the teacher's
-    student.config.num_hidden_layers, student.model.layers = (
-        5,
-        nn.ModuleList([*student.model.layers[:2], *student.model.layers[3:]]),
-    )
-    student.save_pretrained(tmp_path)
-    add_adapters(student, RANK_3, trained_parts("near_gaps", cut), seed=0)
-    move_adapters(student)
-    unshared = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = logits(student)
-        before = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
-        stored = stored_names(tmp_path)
-        saved = share_frozen(student, teacher, cut.keep, autocast_dtype=torch.bfloat16, stored=stored)
-        assert torch.equal(logits(student), expected)
-    own = [p for p in student.parameters() if p.data_ptr() not in {t.data_ptr() for t in teacher.parameters()}]
-    assert before - saved == 4 * sum(p.numel() for p in own if not p.requires_grad)
-    finer = student.get_input_embeddings().weight  # which is looked up and not cast
-    assert all(p.requires_grad or p.ndim == 1 or (p is finer and not exact) for p in own), "norms and adapters are own"
-    assert any("base_layer" in name for name, p in student.named_parameters() if not any(p is one for one in own))
-
-    finished = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
-    assert finished.keys() == unshared.keys() == stored
-    assert all(torch.equal(weight, unshared[name]) for name, weight in finished.items())
-
-
 def test_targets_that_do_not_exist_are_refused_with_close_ones() -> None:
     with pytest.raises(UserError, match=r"target_modules: 'q_pro' is no linear module .* did you mean 'q_proj'"):
         adapted("llama", Lora(target_modules=("v_proj", "q_pro")))
@@ -175,17 +118,6 @@ def test_targets_that_do_not_exist_are_refused_with_close_ones() -> None:
         adapted("llama", Lora(target_modules=("mlp",)))
     with pytest.raises(UserError, match=r"'lm_head' is no linear module"):
         adapted("llama", Lora(target_modules=("lm_head",)))
-
-
-def test_settings_that_cannot_work_are_refused(monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"norm_and_head trains no layer that could have an adapter"):
-        refuse_untrainable(RANK_3, "norm_and_head", zero_stage=2)
-    with pytest.raises(UserError, match=r"ZeRO 3 cannot shard 4-bit weights"):
-        refuse_untrainable(Lora(quantization="nf4"), "all", zero_stage=3)
-    refuse_untrainable(RANK_3, "all", zero_stage=3)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"nf4 needs bitsandbytes; run `pip install 'bitsandbytes>=0\.50'`"):
-        refuse_untrainable(Lora(quantization="nf4"), "all", zero_stage=2)
 
 
 def test_adapters_beside_4_bit_weights_are_merged_into_the_stored_ones(tmp_path) -> None:

@@ -16,23 +16,17 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
-from shoal.recipe.distill import Distill, Teacher
-from shoal.recipe.distill_contradictions import contradictions
 from shoal.train.objective.capture import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
 from shoal.train.student.trainable import (
     Trained,
-    keep_zeros,
     parts_of,
-    recorded_layers,
     shares_prefix,
     train_only,
     trained_parts,
 )
 
 MERGE = {"kind": "merge", "layers": [2, 3]}
-REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
 SKIP = {"kind": "skip_attention", "layers": [1]}
 INSERT = {"kind": "insert", "after": [3, 5]}
 NARROWED = replace(plan(4, 7), width=KeptWidth(kv_groups=1))
@@ -112,15 +106,6 @@ def test_what_an_earlier_round_may_have_changed_is_not_shared_in_a_later_one(tra
     assert num_shared > 0
 
 
-def test_a_plan_that_cuts_no_layer_has_none_to_heal() -> None:
-    """The vision tower alone may have become smaller."""
-    whole = PruningPlan(Provenance({}), 6, (), "by hand", vision_blocks=3)
-    for choice in ("from_first_cut", "near_gaps"):
-        with pytest.raises(UserError, match=rf"{choice} trains the layers that a cut calls for, and this plan leaves"):
-            trained_parts(choice, whole)
-    assert shares_prefix(trained_parts("norm_and_head", whole), whole) == 6
-
-
 def test_what_a_plan_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match=r"from_first_cut .* drops the last ones; choose near_gaps"):
         trained_parts("from_first_cut", plan(8, 9))
@@ -148,39 +133,6 @@ def test_parameters_follow_the_choice_whatever_was_chosen_before() -> None:
     assert parts_of(tied, "norm_and_head", cut).embeddings
     train_only(tied, parts_of(tied, "norm_and_head", cut))
     assert names(tied) == {"model.embed_tokens.weight", "model.norm.weight"}
-
-
-def test_what_is_neither_layer_nor_norm_nor_head_is_frozen_unless_the_choice_is_wide() -> None:
-    from architectures import tiny_model as tiny_architecture
-
-    student = tiny_architecture("gpt2")  # with a table of positions, which the layers below a cut read
-    cut = plan(2, num_layers=len(decoder_layers(student)) + 1)
-    train_only(student, trained_parts("layers", cut))
-    assert "transformer.wpe.weight" in names(student)
-    train_only(student, trained_parts("from_first_cut", cut))
-    assert "transformer.wpe.weight" not in names(student)
-
-
-@pytest.mark.parametrize(
-    ("trainable", "run_again"), [("near_gaps", {2, 3, 4, 5}), ("norm_and_head", set()), ("layers", set(range(6)))]
-)
-def test_backward_goes_no_further_down_than_what_is_trained(trainable, run_again) -> None:
-    """Also where layers are run again in the backward pass: those below the lowest trained one are not."""
-    gradients = []
-    for checkpointed in (False, True):
-        student = tiny_model("llama").train()
-        train_only(student, trained_parts(trainable, plan(3, num_layers=7)))
-        if checkpointed:
-            student.activation_checkpointing_enable({"use_reentrant": False})
-        calls: list[int] = []
-        for index, layer in enumerate(decoder_layers(student)):
-            layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, i=index, calls=calls: calls.append(i))
-        ids = torch.arange(20)[None]
-        student(input_ids=ids, labels=ids).loss.backward()
-        assert sorted(calls) == sorted([*range(6), *(run_again if checkpointed else ())])
-        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
-        assert gradients[-1].keys() == names(student)
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 @pytest.mark.parametrize("trainable", ["near_gaps", "norm_and_head"])
@@ -245,21 +197,6 @@ def test_a_recorded_state_is_gone_on_from_whatever_layers_return(family) -> None
     assert calls == [0, *range(count)]
 
 
-@pytest.mark.parametrize("family", ["bamba", "glm_moe_dsa", "openai-gpt"])
-def test_what_layers_return_beside_their_state_goes_on_to_the_layers_above_the_shared_ones(family) -> None:
-    from architectures import tiny_model as tiny_architecture
-
-    teacher = tiny_architecture(family)
-    student, count = copy.deepcopy(teacher), len(decoder_layers(teacher)) - 2
-    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
-    prefix = SharedPrefix(student, teacher, first_change=count)
-    for _ in range(2):
-        with torch.no_grad(), prefix.recording():
-            expected = final_hidden(teacher, ids, positions)
-        with torch.no_grad(), prefix.replaying(torch.float32):
-            assert torch.equal(final_hidden(student, ids, positions), expected)
-
-
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
     from architectures import tiny_model as tiny_architecture
@@ -276,44 +213,3 @@ def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
         expected = final_hidden(teacher, ids, positions)
     with torch.no_grad(), prefix.replaying(torch.float32):
         assert torch.equal(final_hidden(student, ids, positions), expected)
-
-
-def test_a_prefix_is_only_recorded_where_layers_stay_the_teachers() -> None:
-    cut = plan(3, num_layers=7)
-    recorded = Distill(trainable="from_first_cut", teacher=Teacher(recorded="signals", prefix=True))
-    everything = replace(recorded, trainable="all")
-    above = trained_parts("from_first_cut", cut)
-    assert recorded_layers(above, cut, recorded) == 3
-    with pytest.raises(UserError, match=r"with trainable all no layer at the bottom stays the teacher's .* at layer 3"):
-        recorded_layers(trained_parts("all", cut), cut, everything)
-    assert [*contradictions(recorded)] == []
-    (told,) = contradictions(replace(recorded, teacher=Teacher(prefix=True)))
-    assert told.startswith("distill.teacher.prefix: is about recorded signals")
-
-
-def test_zeroed_weights_stay_zero_in_training_and_others_move() -> None:
-    student = tiny_model("llama").train()
-    skipped, masked = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 3))
-    with torch.no_grad():
-        student.get_parameter(skipped).zero_()
-        student.get_parameter(masked)[:, 8:16] = 0
-    setattr(student.config, ZEROED_WEIGHTS, [skipped, masked])
-    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-    keep_zeros(student)
-    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1)
-    for _ in range(3):
-        ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
-        student(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert not student.get_parameter(skipped).any()
-    after = student.get_parameter(masked)
-    assert not after[:, 8:16].any()
-    assert (after[:, :8] != before[masked][:, :8]).all()
-    assert (after[:, 16:] != before[masked][:, 16:]).all()
-
-
-def test_student_without_edits_is_trained_as_ever() -> None:
-    student = tiny_model("llama")
-    keep_zeros(student)
-    assert all(p.requires_grad and not p._backward_hooks for p in student.parameters())

@@ -11,7 +11,7 @@ from shoal.data.packing import IGNORED, ROW, SOURCES
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.objective.host_batch import ON_HOST, on_host
-from shoal.train.objective.objective import Objective, SharedPrefix, final_hidden, to_logits
+from shoal.train.objective.objective import Objective, SharedPrefix, to_logits
 from shoal.train.teacher.signals import LiveTeacher
 
 VOCAB_SIZE = 272
@@ -79,38 +79,6 @@ def test_rows_that_ask_nothing_end_at_the_cut_and_loss_and_gradients_stay(family
         assert (below, above) == (([4], [4]) if asked is None else ([2, 2], [2]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert any(gradient.any() for gradient in results[0][2].values())
-
-
-def test_an_offloaded_teacher_whose_forward_ends_at_the_cut_gives_its_layers_back() -> None:
-    from accelerate import cpu_offload
-
-    plain, teacher = (tiny_model("llama", vocab_size=VOCAB_SIZE) for _ in range(2))
-    cpu_offload(teacher, execution_device=torch.device("cpu"))
-    rows, states = batch(0, 1, 2), []
-    for model in (plain, teacher):
-        prefix = SharedPrefix(tiny_model("llama", vocab_size=VOCAB_SIZE), model, first_change=CUT)
-        live = LiveTeacher(model, reads_logits=True, states=None, prefix=prefix, asked=ASKED)
-        live(rows)
-        said = live(rows)  # which finds them back
-        with prefix.replaying(torch.float32):
-            states.append((said.hidden_BSD, prefix._state_BSD))
-    torch.testing.assert_close(*states, rtol=0, atol=0)
-    assert all(parameter.is_meta for layer in decoder_layers(teacher) for parameter in layer.parameters())
-
-
-def test_without_a_shared_cut_only_rows_that_ask_are_read() -> None:
-    teacher, seen = tiny_model("llama", vocab_size=VOCAB_SIZE), list[int]()
-    rows_read(decoder_layers(teacher)[0], seen)
-    live = LiveTeacher(teacher, reads_logits=True, states=None, prefix=None, asked=ASKED)
-    rows = batch(0, 1, 2)
-    hidden_BSD = live(rows).hidden_BSD
-    assert hidden_BSD is not None
-    with torch.no_grad():
-        whole_BSD = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
-    torch.testing.assert_close(hidden_BSD[1], whole_BSD[1])
-    assert not hidden_BSD[[0, 2]].any()
-    assert live(batch(0, 2)).hidden_BSD is None
-    assert seen == [1, 3]
 
 
 def test_the_teachers_head_gives_logits_of_the_tokens_that_a_term_asks_for_alone() -> None:

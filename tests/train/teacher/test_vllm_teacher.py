@@ -12,7 +12,7 @@ import pytest
 import torch
 import vllm_stand_in
 from packed_rows import packed
-from tiny import VOCAB_SIZE, tiny_checkpoint
+from tiny import VOCAB_SIZE
 
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -81,23 +81,6 @@ def test_signals_of_vllm_are_its_own_and_a_whole_recording_starts_it_no_more(tea
         read(teacher, tmp_path / "signals", Record(top_k=TOP_K, rows_per_shard=3))
     with pytest.raises(UserError, match="another run: dtype is 'bfloat16' in this recipe but 'float32' there"):
         read(teacher, tmp_path / "signals", dtype="bfloat16")
-
-
-def test_going_on_with_another_version_is_told(teacher, vllm, tmp_path, caplog, monkeypatch):
-    record(teacher, tmp_path / "signals", num_rows=3)
-    vllm.made[0].is_open = False
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
-    record(teacher, tmp_path / "signals")
-    assert f"was begun with version {VERSION} of vLLM, this is 1.0" in caplog.text
-
-
-def test_vllm_that_meets_several_ranks_or_long_rows_is_refused(teacher, tmp_path, monkeypatch):
-    short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=S + 1)
-    with pytest.raises(UserError, match=r"takes the 13 positions of .* and a row of 12 needs 14; lower distill\.seq"):
-        record(short, tmp_path / "signals")
-    monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"cannot be run by 2 ranks; run `shoal record` without a launcher"):
-        record(teacher, tmp_path / "signals")
 
 
 def test_bucket_kl_is_that_of_its_definition():
