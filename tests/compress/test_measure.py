@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
-from shoal.compress.metrics.registry import METRICS, PASSES
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
@@ -110,30 +109,6 @@ def test_padding_changes_no_score(kind: str, side: str) -> None:
     assert_close(measure(model), scores, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_that_do_nothing_score_exactly_zero(dtype: torch.dtype) -> None:
-    model = tiny_model("llama", dtype=dtype)
-    for layer in decoder_layers(model):
-        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-            layer.get_parameter(name).data.zero_()
-    scores = measure(model)
-    assert scores.layers["block_influence"] == (0.0,) * NUM_LAYERS
-    assert all(value == pytest.approx(0, abs=1e-7) for row in scores.runs["angular"] for value in row)
-
-
-def test_bfloat16_scores_are_finite_and_near_the_reference() -> None:
-    model = tiny_model("qwen3", dtype=torch.bfloat16)
-    influence, _ = reference(model, ROWS)
-    assert measure(model).layers["block_influence"] == pytest.approx(influence, abs=0.01)
-
-
-def test_zero_states_count_as_unchanged() -> None:
-    model = tiny_model("llama")
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    assert measure(model).layers["block_influence"] == (0.0,) * NUM_LAYERS
-
-
 def test_the_output_head_is_never_run_and_hooks_are_gone() -> None:
     model = tiny_model("llama")
     calls = []
@@ -141,15 +116,6 @@ def test_the_output_head_is_never_run_and_hooks_are_gone() -> None:
     measure(model)
     assert calls == []
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
-
-
-def test_one_metric_alone_gives_the_same_scores() -> None:
-    model = tiny_model("llama")
-    both = measure(model)
-    for name in ALL:
-        scores = measure_importance(model, ROWS, metrics=[name], batch_size=2)
-        assert {**scores.layers, **scores.runs}[name] == {**both.layers, **both.runs}[name]
-        assert [METRICS[name].yields] == [kind for kind in ("layers", "runs") if getattr(scores, kind)]
 
 
 def first_rows(count: int) -> PackedRows:
@@ -181,22 +147,6 @@ def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None
 def test_unknown_metrics_are_refused(metrics: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         measure_importance(tiny_model("llama"), ROWS, metrics=metrics, batch_size=2)
-
-
-def test_a_metric_that_the_model_cannot_have_is_refused_before_others_are_measured() -> None:
-    """Metrics do not go on after a stop: what the last one refuses would be paid with all before it."""
-    passes: Any = {need: lambda *_: pytest.fail("measured") for need in PASSES}
-    metrics = ["block_influence", "sleb", "blockpruner"]
-    with pytest.raises(UserError, match="blockpruner: layer 1 of mamba: is one sublayer only"):
-        measure_importance(tiny_architecture("mamba"), ROWS, metrics=metrics, batch_size=2, passes=passes)
-
-
-def test_rows_without_a_token_are_refused() -> None:
-    empty = torch.zeros(0, 4, dtype=torch.long)
-    with pytest.raises(UserError, match=r"there is no token to measure on"):
-        measure(tiny_model("llama"), PackedRows(empty, empty))
-    with pytest.raises(UserError, match=r"there is no token to measure on"):
-        measure(tiny_model("llama"), attention_mask_NS=torch.zeros_like(ROWS.input_ids_NS))
 
 
 @pytest.mark.parametrize("metric", HIDDEN_METRICS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from shoal.components import Component
 from shoal.compress.plan import Choice, check_choice, choose_changes, default_count
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
-from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
 from shoal.recipe.edits import Merge, SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
@@ -54,13 +52,6 @@ def test_explicit_list_is_sorted_and_needs_no_importance() -> None:
     assert choose(drop=(4, 1)) == ((1, 4), "2 of 6 layers named in the recipe")
 
 
-def test_explicit_list_overrides_the_default_protection_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    drop, reason = choose(drop=(5, 0))
-    assert drop == (0, 5)
-    assert reason.endswith("among them layers 0, 5, which an automatic choice would protect")
-    assert "layers 0, 5" in caplog.text
-
-
 def test_lowest_scores_go_first_and_equal_ones_by_lower_index() -> None:
     drop, reason = choose(importance(), num_drop=1)
     assert drop == (2,)
@@ -84,12 +75,6 @@ def test_an_eighth_goes_where_nothing_is_said(num_layers: int, count: int) -> No
     assert choose(importance())[0] == choose(importance(), num_drop=1)[0]
 
 
-def test_ratio_is_not_rounded_down_by_floating_point() -> None:
-    scores = Importance(Provenance({}), 100, 1, {"block_influence": tuple(float(i) for i in range(100))}, {})
-    drop = choose_changes(Prune(ratio=0.29), num_layers=100, importance=scores).drop
-    assert len(drop) == 29
-
-
 def test_a_run_longer_than_was_measured_is_refused() -> None:
     scores = importance(laco_acceptance=((0.1,) * NUM_LAYERS, (0.2,) * (NUM_LAYERS - 1)))
     with pytest.raises(UserError, match=r"runs of up to 2 layers, but 3 are to go; set measure.num_drop: 3"):
@@ -101,17 +86,6 @@ def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
     assert drop == (2, 3)
     assert reason == "the run of 2 of 6 layers with the lowest angular (0.1) of 3 possible; layers 0, 5 protected"
     assert choose(importance(), num_drop=2, contiguous=True, protect=(2,))[0] == (4, 5)
-
-
-def test_a_metric_of_runs_can_choose_single_layers() -> None:
-    assert choose(importance(), num_drop=2, metric="angular")[0] == (1, 2)
-
-
-def test_importance_read_from_disk_gives_the_same_choice(tmp_path: Path) -> None:
-    importance().write(tmp_path / "importance.json")
-    loaded = Importance.read(tmp_path / "importance.json")
-    for prune in ({"num_drop": 3}, {"num_drop": 3, "contiguous": True}):
-        assert choose(loaded, **prune) == choose(importance(), **prune)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +118,6 @@ def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> No
         choose(importance(), **prune)
 
 
-def test_automatic_choice_without_importance_is_refused() -> None:
-    with pytest.raises(UserError, match=r"needs importance.json; run `shoal measure` first"):
-        choose(num_drop=2)
-
-
-def test_importance_of_another_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"was measured on a model of 4 layers, this one has 6"):
-        choose(importance(4), num_drop=1)
-
-
 MERGE = Merge("merge", (2, 3))
 SKIP = SkipAttention("skip_attention", (1,))
 
@@ -176,10 +140,6 @@ def test_edited_layers_are_not_chosen_automatically() -> None:
     assert choose(importance(), num_drop=2)[0] == (2, 4)
     assert choose(importance(), num_drop=2, edits=(SkipAttention("skip_attention", (2,)),))[0] == (1, 4)
     assert choose(importance(), num_drop=1, contiguous=True, edits=(MERGE,))[0] == (1, 3)
-
-
-def test_empty_drop_list_is_no_mistake_beside_edits() -> None:
-    assert choose(drop=(), edits=(SKIP,)) == ((), "attention of layer 1 zeroed")
 
 
 @pytest.mark.parametrize(
@@ -232,18 +192,6 @@ def test_lower_is_better_columns_choose_what_raises_them_least() -> None:
     assert change(num_drop=2, metric="language/rolling").drop == (1, 3)
 
 
-def test_two_abilities_choose_other_layers() -> None:
-    assert change(num_drop=4, metric="retrieval/continuation", protect=(0,)).drop == (1, 3, 4, 5)
-    assert change(num_drop=2, metric="retrieval/continuation", protect=(1, 3)).drop == (4, 5)
-    assert change(num_drop=2, metric="knowledge/continuation", protect=(1, 3)).drop == (2, 4)
-
-
-def test_a_name_of_several_columns_is_refused() -> None:
-    message = r"prune.metric=retrieval: retrieval could be retrieval_continuation or retrieval_generation .* mix them"
-    with pytest.raises(UserError, match=message):
-        change(num_drop=1, metric="retrieval")
-
-
 def test_a_name_that_was_not_swept_is_refused_with_the_closest_one() -> None:
     with pytest.raises(UserError, match=r"prune.metric=knowledge/generation: .* did you mean knowledge/continuation"):
         change(num_drop=1, metric="knowledge/generation")
@@ -257,19 +205,6 @@ def test_a_name_that_was_not_swept_is_refused_with_the_closest_one() -> None:
         change(num_drop=1, spare=("block_influence",))
 
 
-def test_swept_columns_cannot_choose_runs() -> None:
-    for metric in ("knowledge_continuation", "sleb"):
-        with pytest.raises(UserError, match=rf"prune.metric={metric}: scores single layers, but prune.contiguous"):
-            change(num_drop=2, metric=metric, contiguous=True)
-
-
-def test_a_task_without_signal_warns(caplog: pytest.LogCaptureFixture) -> None:
-    made = task(right(0.3), "reasoning_continuation")
-    scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
-    change(scores, num_drop=1, metric="reasoning")
-    assert "reasoning_continuation says little about layers: the intact model is not clear of chance" in caplog.text
-
-
 def test_weights_mix_ranks() -> None:
     """block_influence ranks 1 2 5 4 3 from layer 1 on (0.2 apart with 0 for the lowest); knowledge ties 2, 3 and 4."""
     influence = {1: 0.0, 2: 0.2, 5: 0.4, 4: 0.6, 3: 0.8, 0: 1.0}
@@ -280,13 +215,6 @@ def test_weights_mix_ranks() -> None:
         choice = change(num_drop=count, weights={"block_influence": 3.0, "knowledge": 1.0}, protect=(0,))
         assert choice.drop == tuple(sorted(expected[:count]))
         assert "lowest mean rank of 0.75 block_influence + 0.25 knowledge (" in choice.reason
-
-
-def test_a_mix_can_hold_metrics_of_runs_and_orders_of_layers() -> None:
-    assert change(num_drop=1, weights={"angular": 1.0}, protect=()).drop == (0,)
-    assert change(num_drop=3, weights={"sleb": 1.0}, protect=()).drop == (0, 1, 3)
-    with pytest.raises(UserError, match="block_pruner is an order of attention units, which has no scores of layers"):
-        change(num_drop=1, weights={"block_pruner": 1.0})
 
 
 # --- greedy orders ------------------------------------------------------------------------------------------------
@@ -306,15 +234,6 @@ def test_protected_layers_of_an_order_are_passed_over_and_told() -> None:
     )
 
 
-def test_an_order_that_is_too_short_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"holds 3 layers that are not protected \(\[0, 5\]\), 4 are needed; raise measure.num"
-    ):
-        change(num_drop=4, metric="sleb")
-    with pytest.raises(UserError, match=r"holds 4 halves that are not protected .*, 6 are needed"):
-        change(num_drop=3, metric="block_pruner")
-
-
 def test_halves_become_edits_and_two_halves_of_one_layer_a_drop() -> None:
     choice = change(num_drop=2, metric="block_pruner", protect=())
     assert choice.drop == (3,)
@@ -331,18 +250,6 @@ def test_halves_become_edits_and_two_halves_of_one_layer_a_drop() -> None:
 def test_halves_stand_beside_the_edits_of_the_recipe() -> None:
     choice = change(num_drop=1, metric="block_pruner", protect=(), edits=(SKIP,))
     assert choice.edits == (SKIP, SkipAttention("skip_attention", (3,)), SkipMlp("skip_mlp", (0,)))
-
-
-def test_orders_of_other_units_make_no_plan() -> None:
-    heads = tuple(Removal(Component((layer,), "head", 0), 0.0) for layer in range(4))
-    runs = (Removal(Component((1, 2)), 0.0),)
-    mixed = (Removal(Component((1,)), 0.0), Removal(Component((2,), "mlp"), 0.0))
-    for order, part in ((heads, "head"), (runs, "layer"), (mixed, "layer, mlp")):
-        scores = replace(swept(), orders={"x": order})
-        with pytest.raises(
-            UserError, match=f"prune.metric=x: is an order of {part} units, of which no plan can be made"
-        ):
-            change(scores, num_drop=1, metric="x")
 
 
 # --- what may not be spent ----------------------------------------------------------------------------------------
@@ -423,12 +330,6 @@ def test_recipes_that_contradict_themselves_are_refused(prune: dict[str, Any], m
         parse_recipe({"model": "m", "run_dir": "r", "prune": prune})
 
 
-def test_a_recipe_can_protect_numbers_and_cornerstones() -> None:
-    prune = parse_recipe({"model": "m", "run_dir": "r", "prune": {"protect": [0, -1, "cornerstone"]}}).prune
-    assert prune.protect == (0, -1, "cornerstone")
-    check_choice(Prune(num_drop=1, protect=prune.protect), num_layers=NUM_LAYERS)
-
-
 # --- what a plan costs --------------------------------------------------------------------------------------------
 
 
@@ -462,38 +363,3 @@ def test_expected_sacrifice_names_every_column_and_the_critical_layers() -> None
     assert lines[2].endswith("n = 80; no significant loss")
     assert lines[3].startswith("  language_rolling (rolling): 2.500 -> 2.7")
     assert " nats_per_token, +0.2" in lines[3]
-
-
-def test_expected_sacrifice_stays_between_nothing_and_everything() -> None:
-    line = expected_sacrifice(swept(), (0, 2, 4))[2]
-    assert "80.0 % -> 0.0 %, −143.8 points" in line
-
-
-def test_a_set_that_was_swept_is_told_as_measured() -> None:
-    cumulative = sweep_table(
-        "cumulative",
-        [Component((3,)), Component((3, 2))],
-        [task(right(0.8))],
-        [[task(right(0.8))], [task(right(0.8, 50))]],
-    )
-    scores = replace(swept(), sweeps={"cumulative": cumulative})
-    head, first, second, *_ = expected_sacrifice(scores, (2, 3))
-    assert head == "measured without exactly these layers, before any distillation:"
-    assert "80.0 % -> 17.5 %, −62.5 points" in first
-    assert "retrieval_generation" in second
-    assert "expected sacrifice" in expected_sacrifice(scores, (2, 4))[0]
-
-
-def test_what_is_not_known_is_said() -> None:
-    assert expected_sacrifice(importance(), (2,)) == (
-        "what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",
-    )
-    assert expected_sacrifice(swept(), ()) == ()
-    assert expected_sacrifice(swept(), (2,), (SKIP,))[-1] == "not counted: attention of layer 1 zeroed"
-    assert expected_sacrifice(swept(), (), (SKIP,)) == ("not counted: attention of layer 1 zeroed",)
-    merged = "not counted: layers 2, 3 merged into one (laco)"
-    assert expected_sacrifice(swept(), (3,), (MERGE,)) == (merged,), "what a merge takes in is not dropped"
-    assert expected_sacrifice(swept(), (3, 4), (MERGE,)) == (*expected_sacrifice(swept(), (4,)), merged)
-    made = task(right(0.3), "reasoning_continuation")
-    scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
-    assert "; no signal: the intact model is not clear of chance" in expected_sacrifice(scores, (2,))[1]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shoal.compress.changes import fit, fold
 from shoal.compress.changes.calibration import source_of
-from shoal.compress.changes.fit import LEAVE_OUT, Compensation, gaps
+from shoal.compress.changes.fit import LEAVE_OUT, Compensation
 from shoal.compress.changes.sums import SHRINKAGES, Sums, fit_correction, fit_factor
 from shoal.compress.edits.merging import tensors_in_place, with_layers
 from shoal.compress.surgery.cut_model import skipped
@@ -151,30 +151,6 @@ def test_a_gap_where_the_divergence_does_not_fall_stays_open(monkeypatch: pytest
     assert found.layers.keys() == {5}
 
 
-def test_the_last_layers_gap_takes_no_factor() -> None:
-    """Behind it there is a norm alone, to which the size of the state is nothing."""
-    (gap,) = compensate(tiny_model("llama"), (5,), Compensate("scale"), ROWS).gaps
-    assert not gap.is_closed
-
-
-def test_too_few_tokens_for_a_correction_are_refused_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "TOKENS_PER_FEATURE", 200)
-    with pytest.raises(UserError, match=r"leaves 672 tokens to fit 48 features .* at least 9,600"):
-        compensate(tiny_model("llama"), DROP, Compensate("both"), ROWS)
-
-
-def test_states_that_are_not_finite_are_refused() -> None:
-    teacher = tiny_model("llama")
-    with torch.no_grad():
-        decoder_layers(teacher)[3].get_submodule("mlp").get_parameter("down_proj.weight").fill_(3e38)
-    with pytest.raises(UserError, match="not finite"):
-        compensate(teacher, DROP, Compensate("scale"), ROWS)
-
-
-def test_runs_of_dropped_layers() -> None:
-    assert gaps([7, 2, 3, 9, 1]) == [(1, 3), (7, 7), (9, 9)]
-
-
 def reference_correction(x: np.ndarray, f: np.ndarray, y: np.ndarray, shrinkage: float) -> tuple[float, np.ndarray]:
     """The factor and the matrix of least weighted error, by one system of equations over all unknowns."""
     w = 1 / (y**2).sum(-1)
@@ -225,18 +201,6 @@ def test_the_regression_is_that_of_an_independent_solver(with_factor: bool) -> N
     assert found.factor == pytest.approx(factor, rel=1e-3)
     np.testing.assert_allclose(found.added_FD.numpy(), added, rtol=0.02, atol=2e-3)
     assert test.error() == pytest.approx(error_of(1.0, np.zeros((7, 5))), rel=1e-4)
-
-
-def test_sums_are_not_rounded_where_the_model_runs_in_half_precision() -> None:
-    chance = np.random.default_rng(2)
-    x, f, y = (torch.from_numpy(chance.normal(size=(64, width))).float() for width in (5, 7, 5))
-    plain, half = Sums(), Sums()
-    plain.add(x, f, y)
-    with torch.autocast("cpu", torch.bfloat16):
-        half.add(x, f, y)
-    assert torch.equal(half.ff_FF, plain.ff_FF)
-    assert torch.equal(half.fy_FD, plain.fy_FD)
-    assert not torch.equal(plain.ff_FF, plain.ff_FF.bfloat16().double()), "no rounding would show"
 
 
 def test_the_factor_alone_is_the_weighted_least_squares_one() -> None:

@@ -16,13 +16,13 @@ import pytest
 import torch
 from architectures import tiny_model
 from safetensors.torch import load_file
-from tiny import VOCAB_SIZE, set_json, tiny_tokenizer
+from tiny import VOCAB_SIZE, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.width import KeptWidth, indices_of, mask_of
+from shoal.artifacts.width import indices_of, mask_of
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.changes.calibration import calibration_rows
@@ -280,33 +280,6 @@ def test_what_cannot_be_narrowed_is_refused_by_name(
     assert not (tmp_path / "student").exists()
 
 
-def test_a_number_of_heads_that_the_family_does_not_allow_is_refused_with_those_it_does(
-    tmp_path: Path, text: DataSource
-) -> None:
-    folder = saved(tmp_path, "llama", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
-    with pytest.raises(UserError, match=r"kv_groups: 3 of 4 cannot be kept .*not a multiple.*give 1, 2 or 4"):
-        narrowed(folder, settings(text, kv_groups=3))
-
-
-def test_quantised_weights_are_refused(tmp_path: Path, text: DataSource) -> None:
-    folder = saved(tmp_path, "llama")
-    width = settings(text)
-    plan = PruningPlan(Provenance({}), 6, DROP, "test", width=kept_width(load_config(folder), width))
-    set_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(UserError, match=r"is quantised, and prune.width slices weights"):
-        apply_plan(folder, plan, tmp_path / "student", width=width, proof="files")
-
-
-def test_states_that_are_not_finite_are_refused(tmp_path: Path, text: DataSource) -> None:
-    model: Any = tiny_model("llama", vocab_size=VOCAB_SIZE)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tiny_tokenizer()("~")["input_ids"][-1]] = torch.inf
-    model.save_pretrained(tmp_path / "llama")
-    tiny_tokenizer().save_pretrained(tmp_path / "llama")
-    with pytest.raises(UserError, match="states of layer 0 of llama are not finite"):
-        narrowed(tmp_path / "llama", settings(text))
-
-
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
@@ -321,13 +294,3 @@ def test_states_that_are_not_finite_are_refused(tmp_path: Path, text: DataSource
 def test_settings_that_do_not_go_together_are_refused(prune: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_recipe({"model": "m", "prune": prune})
-
-
-def test_masks_are_what_they_were_made_of() -> None:
-    for indices in ((), (0,), (3, 4, 1535), tuple(range(64))):
-        assert indices_of(mask_of(indices)) == indices
-    plan = PruningPlan(Provenance({}), 2, (0,), "test", width=replace(KeptWidth(intermediate_size=2), channels=("7",)))
-    assert list(plan.contradictions()) == ["width.channels.0: keeps 3, and 2 are to stay in every layer"]
-    plan = replace(plan, width=replace(KeptWidth(intermediate_size=2), channels=("3", "3")))
-    assert list(plan.contradictions()) == ["width.channels: names those of 2 layers, and 1 are kept"]
-    assert plan.sealed("x") != replace(plan, width=KeptWidth(intermediate_size=2)).sealed("x")

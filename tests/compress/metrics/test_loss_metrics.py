@@ -14,18 +14,15 @@ import pytest
 import torch
 from calibrations import (
     ROWS,
-    architecture,
     calibration,
     documents,
-    layer_calls,
     loss_without,
     measured,
-    packed,
     plain_loss,
 )
 from packed_rows import raw_states
 from ranks import call_on_ranks, in_group
-from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -33,15 +30,12 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
 from shoal.compress.measure import measure_importance
-from shoal.compress.metrics.loss_metrics import LOSS_METRICS, Sleb
-from shoal.compress.metrics.metric import Order
-from shoal.compress.metrics.shapley import local_shapley, shapley_of_walks
+from shoal.compress.metrics.loss_metrics import LOSS_METRICS
+from shoal.compress.metrics.shapley import shapley_of_walks
 from shoal.compress.metrics.variant_losses import VariantLosses
 from shoal.compress.plan import choose_changes
-from shoal.compress.variants.variants import INTACT, Edited, without
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_layers, given_state, with_state
 from shoal.recipe.edits import SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
@@ -92,56 +86,6 @@ def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
     assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_first_removal_of_sleb_is_the_lowest_single_drop_perplexity(seed: int) -> None:
-    model = tiny_model("llama", seed=seed)
-    found = measured(model, "single_drop_perplexity", "sleb", num_drop=1)
-    perplexities = found["single_drop_perplexity"]
-    (first,) = found["sleb"]
-    assert first.unit == Component((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
-    assert math.exp(first.score) == perplexities[first.unit.layers[0]]
-
-
-def sleb_layers(num_layers: int, order: Sequence[int]) -> int:
-    """Layers that have to run for one batch: candidates share what is below them, and what is below the middle is
-    remembered until a layer below it goes."""
-    half, count = num_layers // 2, 0
-    for number in range(len(order)):
-        gone = set(order[:number])
-        kept = [layer for layer in range(num_layers) if layer not in gone]
-        candidates = [layer for layer in kept if 0 < layer < num_layers - 1]
-        for layer in kept:
-            if layer < half and number > 0 and order[number - 1] >= half:
-                continue
-            # all that is gone is gone at the middle too, where the round before has been with the one removed last
-            last = max(candidate for candidate in candidates if candidate < half or layer >= half or number == 0)
-            count += sum(candidate < layer for candidate in candidates) + (layer < last)
-    return count
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_sleb_runs_three_fifths_of_a_plain_loops_layers(seed: int) -> None:
-    num_layers, num_drop = 16, 4
-    model = tiny_model("llama", num_hidden_layers=num_layers, seed=seed)
-    losses = VariantLosses(model, calibration(packed([[20]])))
-    found: list[Order] = []
-
-    def run() -> None:
-        found.append(Sleb.scores(losses, model, calibration(num_drop=num_drop)))
-
-    calls = layer_calls(model, run) - num_drop * num_layers  # every round asks how layers are called
-    assert calls == sleb_layers(num_layers, [removal.unit.layers[0] for removal in found[0]])
-    plain = sum((num_layers - 2 - gone) * (num_layers - 1 - gone) for gone in range(num_drop))
-    assert calls <= 0.6 * plain
-
-
-def test_sleb_without_a_number_removes_all_candidates_but_one() -> None:
-    order = measured(tiny_model("llama"), "sleb")["sleb"]
-    assert len(order) == NUM_LAYERS - 3
-    assert {removal.unit.layers[0] for removal in order} < set(CANDIDATES)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_blockpruner_equals_the_float64_loop_over_models_with_silent_halves(kind: str) -> None:
@@ -182,44 +126,6 @@ def test_local_shapley_is_near_the_value_over_all_walks(caplog: pytest.LogCaptur
         assert abs(value - expected) < 4 * error
 
 
-ONE_TOKEN = PackedRows(torch.full((2, 12), 9), torch.arange(12).expand(2, 12))
-
-
-def model_that_needs_layer_2() -> PreTrainedModel:
-    """It expects token 9 after token 9 whatever single layer is missing, but layer 2, without which it expects
-    anything else."""
-    model = tiny_model("llama")
-    decoder, edited = Decoder(model), Edited(model)
-    states = []
-    for drop in [(), *((layer,) for layer in range(NUM_LAYERS))]:
-        with edited.applied(without(drop).edits):
-            states.append(decoder.hidden(ONE_TOKEN.input_ids_NS[:1])[0, -1])  # the same at every position
-    wanted = torch.tensor([3.0, 2, 2, -3, 2, 2, 2])
-    head = model.get_parameter("lm_head.weight").data.zero_()
-    head[9] = torch.linalg.lstsq(torch.stack(states), wanted[:, None], driver="gelsd").solution[:, 0]
-    return model
-
-
-def test_local_shapley_stops_walks_at_the_loss_of_guessing(caplog: pytest.LogCaptureFixture) -> None:
-    model = model_that_needs_layer_2()
-    losses = VariantLosses(model, calibration(ONE_TOKEN))
-    intact, *singles = losses([INTACT, *(without([layer]) for layer in range(NUM_LAYERS))])
-    guessing = math.log(VOCAB_SIZE)
-    assert [single > guessing for single in [intact, *singles]] == [False, False, False, True, False, False, False]
-    caplog.set_level("INFO")
-    found = measured(model, "local_shapley", rows=ONE_TOKEN)["local_shapley"]
-    assert "no walk is cut short" not in caplog.text
-
-    def game(sets: Sequence[frozenset[int]]) -> list[float]:
-        return [-loss for loss in losses([without(absent) for absent in sets])]
-
-    settings = {"window": 3, "num_subnetworks": 8 * NUM_LAYERS}
-    whole, cut = (local_shapley(game, NUM_LAYERS, chance=chance, **settings) for chance in (-math.inf, -guessing))
-    assert found == pytest.approx(cut.values)
-    assert found != pytest.approx(whole.values, abs=0.01)
-    assert cut.num_subnetworks < whole.num_subnetworks
-
-
 @pytest.mark.parametrize(
     ("name", "num_drop", "message"),
     [
@@ -239,23 +145,6 @@ def test_local_shapley_stops_walks_at_the_loss_of_guessing(caplog: pytest.LogCap
 def test_more_removals_than_candidates_are_refused(name: str, num_drop: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         measured(tiny_model("llama"), name, num_drop=num_drop)
-
-
-def test_a_perplexity_beyond_all_numbers_is_refused() -> None:
-    model = tiny_model("llama")
-    model.get_parameter("lm_head.weight").data *= 1e4
-    with pytest.raises(
-        UserError, match=r"without layer \d the loss is .* whose perplexity no number can hold; use sleb"
-    ):
-        measured(model, "single_drop_perplexity")
-
-
-def test_a_family_without_halves_is_refused_before_anything_is_measured() -> None:
-    message = (
-        r"measure.metrics: blockpruner: layer 1 of mamba: is one sublayer only .*; here use sleb, which removes whole"
-    )
-    with pytest.raises(UserError, match=message):
-        measured(architecture("mamba"), "blockpruner", rows=packed([[9]], below=90), num_drop=1)
 
 
 @pytest.mark.slow

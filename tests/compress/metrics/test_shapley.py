@@ -111,43 +111,6 @@ def test_orders_come_in_antithetic_pairs_that_let_all_players_leave_equally_ofte
     assert pairs != antithetic_pairs(num_players, window, 11, seed=2)
 
 
-def test_every_player_is_at_every_place_equally_often() -> None:
-    num_players, window, count = 7, 2, 6000
-    places = [[0] * window for _ in range(num_players)]
-    for pair in antithetic_pairs(num_players, window, count, seed=0):
-        for order in pair:
-            for place in range(window):
-                places[order[place]][place] += 1
-    mean = 2 * count / num_players
-    assert all(abs(times - mean) < 5 * math.sqrt(mean) for row in places for times in row)
-
-
-def test_the_error_of_a_mean_over_pairs_is_that_of_the_means_of_pairs() -> None:
-    num_players, worth, pairs = 4, random_game(4), antithetic_pairs(4, 4, 9, seed=3)
-    found = shapley_of_walks(Asked(worth), num_players, pairs, window=num_players)
-    for player in range(num_players):
-        means = []
-        for pair in pairs:
-            marginals = []
-            for order in pair:
-                before = frozenset(order[: order.index(player)])
-                marginals.append(worth[before] - worth[before | {player}])
-            means.append(sum(marginals) / 2)
-        mean = sum(means) / len(means)
-        variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
-        assert found.values[player] == pytest.approx(mean)
-        assert found.standard_errors[player] == pytest.approx(math.sqrt(variance / len(means)))
-
-
-def test_an_antithetic_pair_is_exact_where_worth_falls_with_the_square_of_what_is_gone() -> None:
-    """A player's place in one order and in its reverse add up to the same, so that every pair alone tells its value."""
-    num_players = 8
-    worth = {absent: -float(len(absent) ** 2) for absent in random_game(num_players)}
-    found = local_shapley(Asked(worth), num_players, window=num_players, num_subnetworks=4 * num_players)
-    assert found.values == pytest.approx([8.0] * num_players)
-    assert found.standard_errors == pytest.approx([0.0] * num_players, abs=1e-12)
-
-
 def test_a_walk_ends_where_it_comes_to_chance() -> None:
     worth = {absent: 3.0 - sum({0: 1, 1: 2.5, 2: 0.5, 3: 0.25}[player] for player in absent) for absent in GAME_OF_4}
     asked = Asked(worth)
@@ -165,14 +128,6 @@ def test_a_walk_ends_where_it_comes_to_chance() -> None:
 GAME_OF_4 = random_game(4)
 
 
-def test_no_set_is_asked_for_twice_and_the_budget_is_kept() -> None:
-    asked = Asked(random_game(6))
-    found = local_shapley(asked, 6, window=3, num_subnetworks=50)
-    assert len(asked.sets) == len(set(asked.sets)) == found.num_subnetworks <= 51
-    assert found == local_shapley(Asked(asked.worth), 6, window=3, num_subnetworks=50)
-    assert found != local_shapley(Asked(asked.worth), 6, window=3, num_subnetworks=50, seed=1)
-
-
 @pytest.mark.parametrize(
     ("num_players", "window", "budget", "message"),
     [
@@ -187,12 +142,6 @@ def test_budgets_and_windows_that_give_no_value_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         local_shapley(Asked({}), num_players, window=window, num_subnetworks=budget)
-
-
-def test_the_smallest_budgets_that_are_named_do() -> None:
-    worth = {absent: float(-len(absent)) for absent in random_game(12)}
-    assert local_shapley(Asked(worth), 12, window=2, num_subnetworks=12).values == (1.0,) * 12
-    assert present_absent(Asked(worth), 12, num_absent=5, num_subnetworks=3).values == (0.0,) * 12
 
 
 # --- present-absent -----------------------------------------------------------------------------------------------
@@ -226,25 +175,6 @@ def test_a_sample_of_subnetworks_estimates_the_definition_within_its_errors() ->
             inside += abs(value - exact[player]) < 2 * error
     assert inside / (60 * num_players) > 0.9
     assert means == pytest.approx(exact, abs=0.2)
-
-
-def test_players_are_absent_equally_often() -> None:
-    asked = Asked(random_game(7))
-    present_absent(asked, 7, num_absent=2, num_subnetworks=15)
-    counts = [sum(player in absent for absent in asked.sets) for player in range(7)]
-    assert all(len(absent) == 2 for absent in asked.sets)
-    assert len(asked.sets) == len(set(asked.sets))
-    assert max(counts) - min(counts) <= 2  # a set drawn twice is asked for once
-    found = present_absent(Asked(asked.worth), 7, num_absent=2, num_subnetworks=15)
-    assert found == present_absent(Asked(asked.worth), 7, num_absent=2, num_subnetworks=15)
-    assert found != present_absent(Asked(asked.worth), 7, num_absent=2, num_subnetworks=15, seed=1)
-
-
-def test_the_error_of_a_single_draw_is_not_known() -> None:
-    worth = {absent: float(-sum(absent)) for absent in random_game(6)}
-    found = present_absent(Asked(worth), 6, num_absent=2, num_subnetworks=3)
-    assert all(math.isnan(error) for error in found.standard_errors)
-    assert all(math.isfinite(value) for value in found.values)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ from calibrations import (
     ROWS,
     architecture,
     calibration,
-    layer_calls,
     loss_without,
     measured,
     packed,
     plain_loss,
 )
-from tiny import KINDS, NUM_LAYERS, tiny_model
+from tiny import KINDS, tiny_model
 
 from shoal.compress.metrics.variant_losses import VariantLosses
 from shoal.compress.surgery.cut_model import cut_model
@@ -37,13 +36,6 @@ def test_losses_are_those_of_really_cut_models_document_by_document(kind: str) -
     expected = [loss_without(model, drop) if drop else plain_loss(copy.deepcopy(model)) for drop in drops]
     assert losses([without(drop) for drop in drops]) == pytest.approx(expected, abs=2e-6)
     assert losses.num_tokens == sum(length - 1 for length in DOCUMENT_LENGTHS)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_losses_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    model, variants = tiny_model("qwen2"), [INTACT, without([2])]
-    expected = VariantLosses(model, calibration())(variants)
-    assert VariantLosses(model, calibration(batch_size=batch_size))(variants) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -71,22 +63,6 @@ def test_an_architecture_that_runs_as_a_whole_gives_the_same_losses(monkeypatch:
     assert VariantLosses(model, calibration())(variants) == pytest.approx(layer_by_layer, abs=1e-6)
 
 
-def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, variants = tiny_model("llama"), [without([layer]) for layer in range(NUM_LAYERS)]
-    at_once = VariantLosses(model, calibration())(variants)
-    monkeypatch.setattr("shoal.compress.metrics.variant_losses.STATE_BYTES", 2 * 40 * 32 * 4)
-    assert VariantLosses(model, calibration())(variants) == at_once
-
-
-def test_rows_without_two_tokens_of_one_document_are_refused() -> None:
-    lonely = packed([[1, 1, 1], [1, 1, 1]])
-    with pytest.raises(UserError, match="holds no document of two tokens"):
-        measured(tiny_model("llama"), "sleb", rows=lonely)
-    nothing = torch.zeros(0, 4, dtype=torch.long)
-    with pytest.raises(UserError, match="holds no document of two tokens"):
-        measured(tiny_model("llama"), "sleb", rows=PackedRows(nothing, nothing))
-
-
 def test_losses_that_are_not_finite_are_refused_by_variant_and_row() -> None:
     model = tiny_model("llama")
     model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
@@ -107,27 +83,3 @@ def test_documents_stay_apart_where_the_model_knows_no_positions(name: str) -> N
     found = measured(model, "single_drop_perplexity", rows=rows)["single_drop_perplexity"]
     expected = [math.exp(plain_loss(cut_model(model, [layer]), rows)) for layer in range(len(decoder_layers(model)))]
     assert found == pytest.approx(expected, rel=3e-6)
-
-
-def test_metrics_share_their_losses() -> None:
-    model = tiny_model("llama")
-    losses = VariantLosses(model, calibration())
-    singles = [without([layer]) for layer in range(NUM_LAYERS)]
-    found = losses(singles)
-    assert layer_calls(model, lambda: losses(singles[::-1])) == 0
-    assert losses([without([3], "another name")]) == [found[3]]
-
-
-def test_states_at_the_middle_are_held_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    variants = [without([layer]) for layer in range(NUM_LAYERS)]
-    expected = VariantLosses(model, calibration())(variants)
-    monkeypatch.setattr("shoal.compress.metrics.variant_losses.MIDDLE_BYTES", 3 * 2 * 19 * 32 * 4)
-    losses = VariantLosses(model, calibration())
-    assert losses(variants) == expected
-    assert 0 < losses._middle_bytes <= 3 * 2 * 19 * 32 * 4
-    assert losses._middle_bytes == sum(state.nbytes for known in losses._middle for state in known.values())
-    losses([without([0, 1])])
-    assert [list(known) for known in losses._middle if known] == [[without([0, 1]).edits]] * len(
-        [known for known in losses._middle if known]
-    )

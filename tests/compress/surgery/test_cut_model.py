@@ -29,50 +29,6 @@ def test_dropping_nothing_changes_no_bit(kind: str) -> None:
     assert student.config.num_hidden_layers == NUM_LAYERS
 
 
-def test_skipping_is_undone_at_the_end_and_after_an_error() -> None:
-    model = tiny_model("llama")
-    intact = logits(model)
-    with skipped(model, (1,)):
-        assert not torch.equal(intact, logits(model))
-    assert torch.equal(intact, logits(model))
-    with pytest.raises(KeyError), skipped(model, (1,)):
-        raise KeyError
-    assert torch.equal(intact, logits(model))
-
-
-def test_student_shares_no_storage_with_its_teacher_unless_asked() -> None:
-    teacher = tiny_model("qwen3")
-    pointers = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
-    assert not any(tensor.data_ptr() in pointers for tensor in cut_model(teacher, (2,)).state_dict().values())
-    assert all(tensor.data_ptr() in pointers for tensor in cut_model(teacher, (2,), share=True).state_dict().values())
-
-
-def test_bfloat16_teacher_gives_a_bfloat16_student() -> None:
-    teacher = tiny_model("gemma3", dtype=torch.bfloat16)
-    student = cut_model(teacher, (0, 4))
-    with skipped(teacher, (0, 4)):
-        assert torch.equal(logits(teacher), logits(student))
-    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
-    assert student.config.dtype == torch.bfloat16
-
-
-def test_a_teacher_cast_as_a_whole_gives_an_equal_student() -> None:
-    teacher = tiny_model("llama").bfloat16()  # RoPE frequencies become bfloat16 too
-    student = cut_model(teacher, (3,))
-    with skipped(teacher, (3,)):
-        assert torch.equal(logits(teacher), logits(student))
-
-
-def test_generation_settings_are_kept() -> None:
-    teacher = tiny_model("llama")
-    assert teacher.generation_config is not None
-    teacher.generation_config.repetition_penalty = 1.25
-    student = cut_model(teacher, (3,))
-    assert student.generation_config is not None
-    assert student.generation_config.repetition_penalty == 1.25
-    assert not student.training
-
-
 def test_every_kept_layer_keeps_its_attention_kind() -> None:
     config = cut_config(tiny_model("gemma3").config, (1, 2, 4))
     assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
@@ -89,13 +45,6 @@ def test_every_kept_layer_keeps_its_attention_kind() -> None:
 def test_config_names_the_layers_of_the_first_teacher_after_two_cuts() -> None:
     once = cut_config(tiny_config("llama"), (0, 2, 3, 5))
     assert getattr(cut_config(once, (1, 3)), KEPT_LAYERS) == [2, 5]
-
-
-def test_cutting_a_config_leaves_the_teachers_alone() -> None:
-    config = tiny_config("gemma3")
-    before = config.to_dict()
-    cut_config(config, (0, 5))
-    assert config.to_dict() == before
 
 
 @pytest.mark.parametrize(
@@ -160,36 +109,12 @@ def test_config_that_a_cut_cannot_express_is_refused(field: str, value: Any, mes
         cut_config(tiny_config("llama", **{field: value}), (0, 2, 3, 4, 5))
 
 
-def test_hybrid_model_without_its_last_attention_layer_is_refused() -> None:
-    from transformers import Lfm2Config
-
-    config = Lfm2Config(num_hidden_layers=6, full_attn_idxs=[1, 4])
-    assert cut_config(config, (0, 2, 4)).layer_types == ["conv", "conv", "full_attention"]
-    with pytest.raises(UserError, match=r"leaves only conv layers; .* keep one layer of full_attention"):
-        cut_config(config, (0, 2, 3))
-
-
 def test_settings_of_single_layers_are_renumbered() -> None:
     from transformers import Gemma4TextConfig
 
     config = Gemma4TextConfig(num_hidden_layers=6, hidden_size_per_layer_input=0)
     assert set(config.to_dict()["per_layer_config"]) == {"5"}
     assert set(cut_config(config, (0, 2, 5)).to_dict()["per_layer_config"]) == {"2"}
-
-
-def test_cut_that_the_configuration_class_forbids_is_refused() -> None:
-    from transformers import OlmoHybridConfig
-
-    config = OlmoHybridConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(UserError, match=r"olmo_hybrid does not allow what these cuts would leave: .* at least one"):
-        cut_config(config, (0,))
-
-
-def test_family_whose_layers_read_each_other_is_refused() -> None:
-    from transformers import ZayaConfig
-
-    with pytest.raises(UserError, match=r"zaya: the router of every layer reads .*; shoal cannot cut this family"):
-        cut_config(ZayaConfig(num_hidden_layers=2, num_experts_per_tok=1), (0,))
 
 
 @pytest.mark.parametrize(
@@ -208,15 +133,6 @@ def test_layers_behind_which_the_image_is_added_stay_where_they_are(keep: tuple[
     assert cut_config(config, (0, 1, 4)).get_text_config().num_hidden_layers == 3
     with pytest.raises(UserError, match=problem):
         cut_config(config, keep)
-
-
-def test_lists_of_layers_outside_the_text_decoder_are_refused() -> None:
-    from transformers import Gemma3Config
-
-    config = Gemma3Config(text_config=tiny_config("gemma3").to_dict())
-    setattr(config, "deepstack_layer_map", [[3, 1]])  # noqa: B010
-    with pytest.raises(UserError, match=r"config.deepstack_layer_map: may name layers of the text decoder"):
-        cut_config(config, (0, 1))
 
 
 class AlternatingConfig(LlamaConfig):
@@ -260,34 +176,11 @@ def test_drops_outside_the_model_are_refused(function: Any, drop: Any, message: 
         function(tiny_model("llama"), drop)
 
 
-def test_a_layer_named_twice_is_dropped_once() -> None:
-    teacher = tiny_model("llama")
-    with skipped(teacher, (4, 1, 4)):
-        expected = logits(teacher)
-    assert torch.equal(logits(cut_model(teacher, (4, 1, 4))), expected)
-    assert torch.equal(logits(cut_model(teacher, (1, 4))), expected)
-
-
 def test_tensor_that_would_be_lost_is_refused() -> None:
     teacher = tiny_model("llama")
     decoder_layers(teacher)[2].register_parameter("gate", nn.Parameter(torch.ones(1)))
     cut_model(teacher, (2,))
     with pytest.raises(UserError, match=r"layers.2.gate: a tensor that would be lost in the cut"):
-        cut_model(teacher, (1,))
-
-
-def test_tensor_that_the_teacher_lacks_is_refused() -> None:
-    teacher = tiny_model("llama")
-    del decoder_layers(teacher)[2].get_submodule("input_layernorm")._parameters["weight"]
-    with pytest.raises(UserError, match=r"layers.2.input_layernorm.weight: a tensor that the student needs"):
-        cut_model(teacher, (1,))
-
-
-def test_tensor_of_another_shape_is_refused() -> None:
-    teacher = tiny_model("llama")
-    norm = decoder_layers(teacher)[2].get_submodule("input_layernorm")
-    norm._parameters["weight"] = nn.Parameter(torch.ones(3))
-    with pytest.raises(UserError, match=r"input_layernorm.weight: has shape \(3,\) but the student needs \(32,\)"):
         cut_model(teacher, (1,))
 
 

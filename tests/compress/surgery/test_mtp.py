@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
@@ -26,7 +25,6 @@ from shoal.launch.verbs.plan import plan_inputs, read_goals
 from shoal.launch.verbs.run import open_run
 from shoal.models.checkpoint_files import checkpoint_bytes, mtp_names, read_shards
 from shoal.models.load import Checkpoint, LoadSettings, load_model
-from shoal.recipe.edits import SkipMlp
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.student.frozen import write_student
 
@@ -173,23 +171,6 @@ def test_a_plan_says_it_and_only_where_it_is_kept(tmp_path: Path) -> None:
     assert mtp_names(tensors(run.dir / "student"), 4)
     with pytest.raises(UserError, match=r"prune.mtp is 'absent' in this recipe but 'keep' there"):
         pruning.read_plan(run)
-
-
-@pytest.mark.slow
-def test_there_must_be_something_to_keep(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama")
-    told = "stores nothing of multi-token prediction, no tensor named mtp and no module behind its last layer, 5"
-    with pytest.raises(UserError, match=told):
-        apply_plan(folder, plan(), tmp_path / "student")
-    raw = {"model": str(folder), "run_dir": str(tmp_path / "run"), "prune": {"num_drop": 2, "mtp": "keep"}}
-    with pytest.raises(UserError, match=told):  # before anything is measured
-        pruning.prune(open_run(parse_recipe(raw)))
-    edited = replace(plan(), drop=(), edits=(SkipMlp(kind="skip_mlp", layers=(2,)),))
-    with pytest.raises(UserError, match=r"prune.mtp: keep copies stored tensors, and prune.edits changes them"):
-        parse_recipe({"model": "m", "prune": {"edits": [{"kind": "skip_mlp", "layers": [2]}], "mtp": "keep"}})
-    named = with_mtp(tmp_path, "qwen3_next", NAMED)
-    with pytest.raises(UserError, match=r"is cut in memory: the plan changes layers that stay; set prune.mtp: drop"):
-        apply_plan(named, edited, tmp_path / "student")
 
 
 def test_names_tell_what_is_of_multi_token_prediction() -> None:

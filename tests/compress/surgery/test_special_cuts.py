@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_config, tiny_model
+from architectures import tiny_model
 from torch import Tensor
-from transformers import Gemma4TextConfig
 
-from shoal.compress.surgery.config_cut import cut_config
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.surgery.special_cuts import (
     GROUP_RULES,
     kept_part,
     refuse_moved_layers,
     side_by_side_dim,
-    teacher_leaf,
 )
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy
@@ -159,14 +156,6 @@ def test_hybrid_layers_keep_their_shared_block_and_no_block_is_stored_twice(num_
         assert student is None or not blocks or student["num_mem_blocks"] == len(set(blocks))
 
 
-def test_adapters_of_shared_blocks_are_found_by_their_rank_among_hybrid_layers() -> None:
-    config = tiny_config("zamba2", layers_block_type=["hybrid", "mamba", "hybrid", "hybrid", "hybrid", "mamba"])
-    leaf = "shared_transformer.feed_forward.gate_up_proj_adapter_list.{}.0.weight"
-    keep = (0, 1, 3, 4)  # hybrid layers 0, 2 and 3
-    assert [teacher_leaf(config, leaf.format(rank), keep) for rank in range(3)] == [leaf.format(n) for n in (0, 2, 3)]
-    assert teacher_leaf(tiny_config("llama"), leaf.format(1), keep) == leaf.format(1)
-
-
 def test_tables_of_all_layers_keep_the_parts_of_the_kept_ones() -> None:
     embeddings = torch.arange(2 * 3 * 4).reshape(2, 12)  # 2 tokens, 3 layers of 4
     assert kept_part("a.embed_tokens_per_layer.weight", embeddings, (0, 2), 3).tolist() == [
@@ -221,11 +210,3 @@ def test_layer_that_standing_elsewhere_would_change_is_named(
         refuse_moved_layers(model_type, values, keep)
     refuse_moved_layers("llama", values, keep)
     refuse_moved_layers(model_type, values, range(5))
-
-
-def test_settings_of_single_layers_are_found_where_their_keys_are_padded_with_zeros() -> None:
-    settings: dict[str, Any] = {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16}
-    config = Gemma4TextConfig(num_hidden_layers=12, **settings)
-    assert set(config.to_dict()["per_layer_config"]) == {"05", "11"}
-    student = cut_config(config, (0, 5, 8, 11))
-    assert [layer.head_dim for layer in student.per_layer_config] == [8, 16, 8, 16]

@@ -16,12 +16,11 @@ from scipy import optimize, stats
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
 
 from shoal.artifacts.evaluation import TaskScore
-from shoal.components import Component
-from shoal.compress.sweeps.agreement import agreement, column_stability, jaccard, spearman
-from shoal.compress.sweeps.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
-from shoal.compress.sweeps.table import Measured, needed_items, require_items, sweep_table
+from shoal.compress.sweeps.agreement import agreement, column_stability, spearman
+from shoal.compress.sweeps.atlas import build_atlas, cornerstones, layer_losses
+from shoal.compress.sweeps.table import Measured, needed_items, require_items
 from shoal.errors import UserError
-from shoal.stats import bootstrap, paired
+from shoal.stats import paired
 from shoal.stats.bootstrap import expanded_percentiles, resampled_means
 from shoal.stats.intervals import newcombe_paired, paired_ratio, wilson
 
@@ -81,10 +80,6 @@ def test_retention_holds_one_exactly_where_the_change_holds_zero(table: tuple[in
     assert (low <= 0 <= high) == (ratio[0] <= 1 <= ratio[1])
 
 
-def test_retention_over_a_score_that_may_be_at_chance_has_no_limits() -> None:
-    assert paired_ratio(2, 0, 8, 20, 0.25) is None
-
-
 def test_every_effect_equals_the_paired_comparison_of_the_two_scores() -> None:
     intact, removed = scores()
     for index, column in enumerate(atlas().columns):
@@ -105,37 +100,6 @@ UNEQUAL = ([512.0] * 3 + [6.0] * 9) * 3
 """Three documents as long as a window and nine short ones, three times over: 36 windows, as good as 9.6 equal ones."""
 
 
-def test_effects_of_unequal_windows_equal_the_paired_comparison() -> None:
-    rng = np.random.default_rng(0)
-    before = rng.gamma(4.0, 0.5, len(UNEQUAL))
-    after = [before + rng.normal(0.04, 0.03, len(UNEQUAL)) for _ in range(2)]
-    (column,) = sweep_table(
-        "mlp",
-        [Component((layer,), "mlp") for layer in range(2)],
-        [nats(before, weights=UNEQUAL)],
-        [[nats(values, weights=UNEQUAL)] for values in after],
-    ).columns
-    for effect, values in zip(column.effects, after, strict=True):
-        expected = paired.paired(nats(before, weights=UNEQUAL), nats(values, weights=UNEQUAL))
-        assert (effect.change.low, effect.change.high) == pytest.approx((expected.ci_low, expected.ci_high), rel=1e-9)
-        assert effect.p_value == pytest.approx(expected.p_value, rel=1e-9)
-        low, high = paired.bootstrap_mean(values.tolist(), UNEQUAL)
-        assert (effect.score.low, effect.score.high) == pytest.approx((low, high), rel=1e-9)
-
-
-@pytest.mark.slow
-def test_intervals_over_unequal_windows_hold_that_nothing_has_changed() -> None:
-    """1000 removals without any effect, as the columns of one sweep: 95 % of their intervals have to hold 0."""
-    rng = np.random.default_rng(3)
-    before = rng.gamma(4.0, 0.5, len(UNEQUAL))
-    variants = [[nats(before + rng.normal(0.0, 0.1, len(UNEQUAL)), weights=UNEQUAL)] for _ in range(1000)]
-    units = [Component((layer,), "mlp") for layer in range(1000)]
-    (column,) = sweep_table("mlp", units, [nats(before, weights=UNEQUAL)], variants).columns
-    held = np.mean([effect.change.low <= 0 <= effect.change.high for effect in column.effects])
-    assert 0.93 <= held <= 0.98
-    assert np.mean([effect.p_value < 0.05 for effect in column.effects]) == pytest.approx(1 - held)
-
-
 def test_retention_is_the_share_of_the_score_above_chance() -> None:
     for column in atlas().columns[:3]:
         for effect, lost in zip(column.effects, LOST[column.task], strict=True):
@@ -150,15 +114,6 @@ def test_planted_layers_are_critical_in_their_own_columns_only() -> None:
     assert found["retrieval_continuation"] == (0, 2)
     assert found["retrieval_generation"] == (0, 2, 4)
     assert found["knowledge_continuation"] == (0, 5)
-
-
-def test_a_layer_whose_removal_helps_is_not_critical() -> None:
-    variants = [[task(right(0.5, won=30))], [task(right(0.5, lost=30))]]
-    (column,) = build_atlas([task(right(0.5))], variants).columns
-    assert column.effects[0].adjusted_p < 0.001
-    assert column.critical == (1,)
-    worse = [[nats(np.linspace(1, 2, 40) + shift)] for shift in (-0.5, 0.5)]
-    assert build_atlas([nats(np.linspace(1, 2, 40))], worse).columns[0].critical == (1,)
 
 
 def test_a_layer_is_critical_only_after_holms_correction() -> None:
@@ -182,41 +137,13 @@ def test_changes_of_layers_are_correlated_over_items_with_their_weights() -> Non
     assert column.correlation[2] == (0.0, 0.0, 1.0)
 
 
-def test_layers_whose_removal_helps_weigh_nothing_in_depth() -> None:
-    better = build_atlas([task(right(0.5))], [[task(right(0.5, won=10))], [task(right(0.5, lost=16))]])
-    assert layer_losses(better.columns[0]) == (0.0, pytest.approx(0.8))
-    base = np.linspace(1, 2, 40)
-    lower = build_atlas([nats(base)], [[nats(base - 0.5)], [nats(base)], [nats(base + 0.25)]])
-    assert layer_losses(lower.columns[0]) == (0.0, 0.0, pytest.approx(0.25))
-    assert lower.depth[0].centroid is not None
-    assert lower.depth[0].centroid.value == 1.0
-
-
 def test_importance_is_higher_for_layers_to_keep_whatever_the_direction_of_the_metric() -> None:
     made = atlas()
     assert made.columns[0].importances == pytest.approx([lost / 80 for lost in LOST["retrieval_continuation"]])
     assert made.columns[3].importances[0] == pytest.approx(4.0, abs=0.01)
 
 
-@pytest.mark.slow
-def test_equal_input_gives_an_equal_atlas_in_whatever_order_items_come() -> None:
-    intact, removed = scores()
-    turned = [[replace(score, items=score.items[::-1]) for score in tasks] for tasks in removed]
-    assert build_atlas(intact, removed) == build_atlas(intact, turned)
-
-
-def test_resampled_means_equal_a_loop_over_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    values, weights = rng.random((12, 3)), rng.random(12) + 0.5
-    whole = resampled_means(values, weights)
-    counts = np.random.default_rng(bootstrap.RESAMPLE_SEED).multinomial(12, np.full(12, 1 / 12), size=4000)
-    for row, drawn in zip(whole, counts, strict=True):
-        items = np.repeat(np.arange(12), drawn)
-        assert row == pytest.approx(np.average(values[items], axis=0, weights=weights[items]))
-    monkeypatch.setattr(bootstrap, "COUNT_ELEMENTS", 40)
-    assert resampled_means(values, weights) == pytest.approx(whole, abs=1e-12)
-
-
+@pytest.mark.prove
 @pytest.mark.parametrize("chance", [0.0, 0.25])
 @pytest.mark.parametrize(("loss", "won"), [(0.02, 0.01), (0.1, 0.05), (0.3, 0.02), (0.95, 0.0)])
 def test_intervals_of_change_and_retention_cover_planted_truths(chance: float, loss: float, won: float) -> None:
@@ -236,7 +163,7 @@ def test_intervals_of_change_and_retention_cover_planted_truths(chance: float, l
     assert (held / 1500 <= most).all()
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("n", [20, 60])
 def test_intervals_of_a_mean_change_in_nats_cover_planted_truths(n: int) -> None:
     """1500 data sets of skewed increases side by side as columns: they share the resamples, not the items."""
@@ -247,27 +174,11 @@ def test_intervals_of_a_mean_change_in_nats_cover_planted_truths(n: int) -> None
     assert 0.93 <= ((low <= 0.2) & (high >= 0.2)).mean() <= 0.97
 
 
-def test_scores_in_nats_have_a_change_and_no_retention() -> None:
-    column = atlas().columns[3]
-    assert column.no_retention == "nats_per_token has no chance level; read the change"
-    assert all(effect.retention is None for effect in column.effects)
-    untouched = column.effects[1]
-    assert (untouched.change.value, untouched.change.low, untouched.change.high, untouched.p_value) == (0, 0, 0, 1)
-
-
 def test_a_task_without_signal_has_no_retention_and_says_why() -> None:
     made = task(right(0.3))
     (column,) = build_atlas([made], [[made], [made]]).columns
     assert column.no_retention == "the intact model is not clear of chance (0.30 against 0.25, n = 80)"
     assert layer_losses(column) is None
-
-
-def test_weights_of_items_count() -> None:
-    weights = [1.0] * 10 + [9.0] * 10
-    before = np.arange(20.0)
-    after = before + np.repeat([0.0, 1.0], 10)
-    made = build_atlas([nats(before, weights=weights)], [[nats(after, weights=weights)]])
-    assert made.columns[0].effects[0].change.value == pytest.approx(0.9)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -329,16 +240,6 @@ def test_unlike_scores_are_refused(spoilt: Callable[[list[TaskScore]], list[Task
         build_atlas(intact, removed)
 
 
-def test_an_atlas_of_no_task_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no task was scored, .* name some in measure.sweep.tasks"):
-        build_atlas([], [[]])
-
-
-def test_components_and_scores_must_be_as_many() -> None:
-    with pytest.raises(ValueError, match="2 components but scores of 1 variants"):
-        sweep_table("head", [Component((0,), "head", 0), Component((0,), "head", 1)], scores()[0], [scores()[0]])
-
-
 # --- written text -------------------------------------------------------------------------------------------------
 
 
@@ -371,41 +272,6 @@ def test_protocol_gap_is_the_difference_of_the_retentions_of_shared_items() -> N
     assert [estimate.low > 0 for estimate in gap.gaps] == [False, False, False, False, True, False]
 
 
-def test_gap_pairs_items_by_id_and_leaves_out_what_only_one_protocol_asked() -> None:
-    intact, removed = scores()
-    whole = build_atlas(intact[:2], [tasks[:2] for tasks in removed]).gaps[0]
-
-    def more(score: TaskScore) -> TaskScore:
-        extra = tuple(replace(item, id=f"more-{item.id}", score=1.0 - item.score) for item in score.items[:40])
-        items = (*extra, *score.items[::-1])
-        return task([i.score for i in items], score.task, ids=[i.id for i in items])
-
-    mixed = build_atlas([intact[0], more(intact[1])], [[tasks[0], more(tasks[1])] for tasks in removed])
-    assert mixed.gaps[0].n == NUM_ITEMS
-    for one, other in zip(whole.gaps, mixed.gaps[0].gaps, strict=True):
-        assert other.value == pytest.approx(one.value)
-
-
-def test_a_column_has_no_gap_to_itself() -> None:
-    made, lost = task(right(0.8), chance=0.0), task(right(0.8, 20), chance=0.0)
-    same = [replace(made, protocol="generation", task="retrieval_written") for made in (made, lost)]
-    (gap,) = build_atlas([made, same[0]], [[lost, same[1]]]).gaps
-    assert (gap.gaps[0].value, gap.mean.value) == (0, 0)
-    assert gap.gaps[0].high - gap.gaps[0].low < 0.01  # both limits of a retention differ a little in reach
-
-
-def test_gaps_that_cannot_be_computed_are_noted() -> None:
-    written = task(right(0.8), "retrieval_generation", ids=[f"other-{i}" for i in range(NUM_ITEMS)])
-    made = build_atlas([task(right(0.8)), written], [[task(right(0.8)), written]])
-    assert made.gaps == ()
-    assert made.notes == (
-        "protocol gap of retrieval_continuation and retrieval_generation: they share 0 items, 8 are needed",
-    )
-    silent = task(right(0.0), "retrieval_generation")
-    made = build_atlas([task(right(0.8)), silent], [[task(right(0.8)), silent]])
-    assert "retrieval_generation: the intact model is not clear of chance" in made.notes[0]
-
-
 def test_depth_centroid_and_concentration_equal_their_definitions() -> None:
     made = atlas()
     for column, profile in zip(made.columns, made.depth, strict=True):
@@ -424,18 +290,6 @@ def test_depth_centroid_and_concentration_equal_their_definitions() -> None:
         assert profile.gini == pytest.approx(pairs / (2 * NUM_LAYERS * sum(weights)))
 
 
-def test_one_layer_has_all_the_weight_and_equal_layers_share_it() -> None:
-    alone, equal = np.array([0.0, 0.0, 1.0, 0.0]), np.ones(4)
-    assert (normalised_entropy(alone), gini(alone)) == (0.0, 0.75)
-    assert (normalised_entropy(equal), gini(equal)) == pytest.approx((1.0, 0.0))
-
-
-def test_a_model_that_loses_nothing_has_no_centroid() -> None:
-    made = task(right(0.8))
-    (profile,) = build_atlas([made], [[made], [made]]).depth
-    assert (profile.centroid, profile.reason) == (None, "no layer's removal makes it worse")
-
-
 def test_cornerstones_are_the_layers_that_take_a_task_to_chance() -> None:
     assert cornerstones(atlas().sweep) == (0,)
     at_chance = task(right(0.25))
@@ -448,11 +302,6 @@ def test_rank_correlation_equals_scipys(ties: bool) -> None:
     one, other = np.random.default_rng(3).integers(0, 4 if ties else 10**6, size=(2, 20)).astype(float)
     assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other)[0])
     assert spearman(one, np.ones(20)) is None
-
-
-def test_shared_removals_are_counted_with_ties_by_lower_index() -> None:
-    assert jaccard((0.0, 0.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0.0), 2) == pytest.approx(1 / 3)
-    assert jaccard((1.0, 2.0), (3.0, 4.0), 1) == 1.0
 
 
 def test_columns_and_metrics_are_compared_together() -> None:
@@ -499,17 +348,3 @@ def test_ceiling_is_what_two_measurements_of_the_same_importance_reach() -> None
         ceilings.append(made.ceiling[0][1])
     assert 0.3 < np.mean(found) < 0.9
     assert np.mean(found) == pytest.approx(np.mean(ceilings), abs=0.1)
-
-
-def test_stability_of_a_column_that_ranks_nothing_is_unknown() -> None:
-    made = task(right(0.8))
-    found = build_atlas([made], [[made], [made]]).agreement
-    assert found.stability[made.task].thirds is None
-    assert found.spearman == ((None,),)
-
-
-def test_an_atlas_of_one_layer_is_finite() -> None:
-    intact, removed = scores()
-    made = build_atlas(intact, removed[:1])
-    assert made.depth[0].centroid is None
-    assert all(math.isfinite(third.value) for third in made.gaps[0].thirds)

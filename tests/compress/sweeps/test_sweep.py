@@ -14,12 +14,11 @@ from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from shoal.artifacts.evaluation import TaskScore
-from shoal.components import Component, LayerEdit
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import VariantsLM, layer_runs, sweep, task_names
-from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, variant_of, without
+from shoal.compress.sweeps.sweep import VariantsLM, sweep, task_names
+from shoal.compress.variants.variants import Edited, Variant, variant_of, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.recipe.measure import Sweeps
@@ -52,14 +51,6 @@ def test_a_sweep_scores_what_evaluating_every_cut_model_scores() -> None:
         assert_same(scores, evaluate(cut_model(model(), drop), tiny_tokenizer(), SETTINGS, seed=0))
     texts = {str([item.prediction for item in scores[2].items]) for scores in removed}
     assert len(texts) == len(drops)
-
-
-@pytest.mark.slow
-def test_few_shot_examples_are_the_same_for_every_variant() -> None:
-    settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), num_fewshot=2, perplexity_tokens=0)
-    intact, removed = run([without([2])], settings)
-    assert intact[0].num_fewshot == 2
-    assert_same(removed[0], evaluate(cut_model(model(), [2]), tiny_tokenizer(), settings, seed=0))
 
 
 @pytest.mark.slow
@@ -140,16 +131,6 @@ def test_units_of_an_operator_cover_the_model(operator: str, count: int) -> None
         assert [one.edits for one in variants] == [without(drop).edits for drop in ([3], [1, 3], [1, 3, 4])]
 
 
-def test_a_key_value_group_is_all_heads_that_read_it() -> None:
-    made = model()
-    (group,) = variant_of(Component((2,), "kv_group", 1), made).edits
-    (one,), (other,) = (
-        variant_of(Component((2,), "head", 2), made).edits,
-        variant_of(Component((2,), "head", 3), made).edits,
-    )
-    assert group[1].indices == one[1].indices + other[1].indices == (2, 3)
-
-
 def test_tasks_under_protocols_are_found_by_name() -> None:
     settings = Sweeps(tasks=("retrieval", "knowledge"), protocols=("continuation", "generation"))
     assert task_names(settings) == (
@@ -178,27 +159,3 @@ def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
     expected = evaluate(cut_model(made, [1]), tiny_tokenizer(), settings, seed=0)
     assert_same(removed[0], expected)
     assert_same(intact, evaluate(made, tiny_tokenizer(), settings, seed=0))
-
-
-@pytest.mark.slow
-def test_a_recurrent_model_writes_with_layers_that_write_at_some_positions() -> None:
-    from architectures import tiny_model as tiny_family
-
-    made = tiny_family("mamba2", vocab_size=272, num_hidden_layers=3, initializer_range=0.3)
-    settings = dataclasses.replace(SETTINGS, tasks=("retrieval_generation",), limit=2, perplexity_tokens=0)
-    prompt, written = LayerEdit("skip_prompt"), LayerEdit("skip_written")
-    layer = [variant("both", [(1, prompt), (1, written)]), without([1])]
-    parts = [variant("prompt", [(1, prompt)]), variant("written", [(1, written)])]
-    intact, found = sweep(partial(VariantsLM, Edited(made), tiny_tokenizer()), [*layer, *parts], settings, seed=0)
-    assert_same(found[0], found[1])
-    texts = [str([item.prediction for item in scores[0].items]) for scores in (intact, *found[1:])]
-    assert len(set(texts)) == 4
-
-
-def test_how_many_layers_a_sweep_runs_is_told_as_it_is() -> None:
-    singles = [without([layer]) for layer in range(NUM_LAYERS)]
-    assert layer_runs(singles, NUM_LAYERS) == (NUM_LAYERS - 1 + 15, NUM_LAYERS * (NUM_LAYERS - 1))
-    written = [variant(str(layer), [(layer, LayerEdit("skip_written"))]) for layer in range(NUM_LAYERS)]
-    # below and in its layer a variant runs as the intact model does
-    assert layer_runs([INTACT, *written], NUM_LAYERS) == (NUM_LAYERS + 15, NUM_LAYERS * (NUM_LAYERS + 1))
-    assert layer_runs([without([5]), without([4, 5]), without([3, 4, 5])], NUM_LAYERS) == (5, 5 + 4 + 3)

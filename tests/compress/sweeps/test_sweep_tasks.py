@@ -104,22 +104,6 @@ def test_filters_and_examples_drawn_at_random_are_those_of_an_evaluation(
 
 
 @pytest.mark.slow
-def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(tasks: Path, tmp_path: Path) -> None:
-    asked, folder = settings(tasks, "drawn"), tmp_path / "kept"
-    intact, removed = run(asked, [2], folder=folder, identity="a")
-    file = folder / "answers-0.jsonl"
-    head, *lines = file.read_text().splitlines()
-    assert len(lines) == 8  # two draws of each of four items
-    texts = [json.loads(line)[1][0] for line in lines]
-    assert len({str(text) for text in texts}) == 8
-    file.write_text("\n".join([head, *lines[::2]]) + "\n")
-    assert run(asked, [2], folder=folder, identity="a") == (intact, removed)
-    assert sorted(file.read_text().splitlines()[1:]) == sorted(lines)
-    other = sweep(partial(VariantsLM, Edited(model()), tiny_tokenizer()), [without([2])], asked, seed=1)
-    assert other[0][0].items != intact[0].items
-
-
-@pytest.mark.slow
 def test_a_variant_that_gives_no_numbers_is_named() -> None:
     donor = model()
     with torch.no_grad():
@@ -128,11 +112,6 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
     asked = Sweeps(tasks=("knowledge_continuation",), limit=2)
     with pytest.raises(UserError, match=r"layer 3 of the donor: .* no numbers then, in torch.float32; set dtype"):
         sweep(partial(VariantsLM, Edited(model(), donor), tiny_tokenizer()), variants, asked, seed=0)
-
-
-def test_a_task_that_only_writes_text_has_no_options_to_choose_from(tasks: Path) -> None:
-    with pytest.raises(UserError, match=r"measure.sweep.protocols: task 'plain' has no protocol loglikelihood, it wri"):
-        checked_tasks(settings(tasks, "plain", protocols=("loglikelihood",)), model().config, tiny_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -157,11 +136,4 @@ def test_what_a_sweep_would_refuse_later_is_refused_at_once(
 ) -> None:
     asked = dataclasses.replace(settings(tasks, *names), **changes)
     with pytest.raises(UserError, match=message):
-        checked_tasks(asked, model().config, tiny_tokenizer())
-
-
-def test_ranks_without_an_item_are_refused_at_once(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.compress.sweeps.sweep.world_size", lambda: 4)
-    asked = dataclasses.replace(settings(tasks, "plain"), limit=3)
-    with pytest.raises(UserError, match=r"measure\.sweep\.limit: 'plain' has [123] item\(s\) for 4 ranks"):
         checked_tasks(asked, model().config, tiny_tokenizer())

@@ -30,10 +30,9 @@ from shoal.errors import UserError
 from shoal.inference.answer_positions import answers_at
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
-from shoal.inference.prefix_sharing import Reader, Tokens
+from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import score
-from shoal.models.anatomy import decoder_body, decoder_layers
-from shoal.models.document_masks import documents_apart
+from shoal.models.anatomy import decoder_layers
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "full attention, grouped queries": lambda: tiny_model("llama", initializer_range=0.3),
@@ -42,9 +41,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "parallel attention": lambda: tiny_family("cohere", initializer_range=0.3),
     "parallel attention, positions partly rotated": lambda: tiny_family("gptj", initializer_range=0.3),
 }
-RECURRENT = ("falcon_h1", "mamba2", "qwen3_next", "zamba2")
-WHOLE = ("gemma4_text", "glm_moe_dsa")
-"""Families whose layers share more than their state, so that every variant runs through the whole model."""
 PARTS: tuple[AtPositions, ...] = ("skip_prompt", "skip_written")
 
 
@@ -154,25 +150,6 @@ def test_texts_are_those_of_whole_sequences_run_with_plain_hooks(
     assert len({str(texts) for texts in found}) > len(variants) // 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*RECURRENT, *WHOLE])
-def test_a_layer_that_remembers_still_remembers_what_it_does_not_write(name: str) -> None:
-    model = in_float64(tiny_family(name, initializer_range=0.3))
-    num_layers = len(decoder_layers(model))
-    variants, edited, decoder = variants_of(num_layers), Edited(model), Decoder(model)
-    found = score_variants(edited, decoder, asked()[:6], variants, batch_size=2)
-    for one, scores in zip(variants, found, strict=True):
-        expected = [plain_score(model, one, *pair) for pair in asked()[:6]]
-        assert [value for value, _ in scores] == pytest.approx(expected, abs=3e-5), one.name
-    one = variants[num_layers - 2]
-    prompt = prompts(9)[0]
-    with edited.applied(one.edits), answers_at(model, len(prompt)):  # as sweeps let transformers write
-        written: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
-    assert written[0, len(prompt) :].tolist() == plain_text(model, one, prompt, 4)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_each_variant_alone_gives_the_same_bits_and_tokens(kind: str) -> None:
     model = tiny_model(kind, initializer_range=0.3)
@@ -214,85 +191,7 @@ def test_a_prompt_of_all_positions_leaves_the_layer_out_and_one_of_none_leaves_i
                     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_a_prompt_of_one_token_is_all_answer() -> None:
-    model = tiny_model("llama", initializer_range=0.3)
-    texts = [((256,), tuple(range(40, 60))), ((3,), (9,))]
-    variants = [INTACT, without([2]), *(variant(part, [(2, LayerEdit(part))]) for part in PARTS)]
-    intact, gone, prompt, written = score_variants(Edited(model), Decoder(model), texts, variants, batch_size=2)
-    assert prompt == intact
-    assert written == gone
-
-
-def test_beginnings_that_are_read_once_for_all_are_prompts() -> None:
-    model = tiny_model("gemma3", initializer_range=0.3)
-    decoder = Decoder(model)
-    rows = [tuple(prompt) for prompt in prompts(12)]
-    for part in PARTS:
-        with in_force(model, [(1, LayerEdit(part)), (3, LayerEdit(part))]):
-            start = Reader(decoder, [row[:12] for row in rows]).start(rows, [12] * len(rows))
-            shared = write_after(decoder, rows, max_new_tokens=5, is_finished=lambda _: False, start=start)
-            assert shared == write_after(decoder, rows, max_new_tokens=5, is_finished=lambda _: False)
-
-
-@torch.no_grad()
-def test_documents_of_one_row_are_skipped_each_by_its_own_prompt() -> None:
-    model = tiny_model("llama", dtype=torch.float64)
-    documents, firsts = [list(range(20, 31)), list(range(60, 67))], [6, 2]
-    answer = [[place >= first for place in range(len(ids))] for ids, first in zip(documents, firsts, strict=True)]
-    positions = torch.tensor([[*range(11), *range(7)]])
-    for part in PARTS:
-        one = variant(part, [(3, LayerEdit(part))])
-        with (
-            in_force(model, one.edits),
-            answers_at(model, torch.tensor([[*answer[0], *answer[1]]])),
-            documents_apart(decoder_body(model), positions),
-        ):
-            ids = torch.tensor([[*documents[0], *documents[1]]])
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-        alone = []
-        for document, first in zip(documents, firsts, strict=True):
-            with plainly(model, one, first):
-                alone.append(model(input_ids=torch.tensor([document]), use_cache=False).logits[0])
-        torch.testing.assert_close(packed, torch.cat(alone))
-
-
-def test_a_forward_of_which_nobody_says_where_its_answer_is_is_refused() -> None:
-    model = tiny_model("llama")
-    ids = torch.arange(8).unsqueeze(0)
-    with in_force(model, [(2, LayerEdit("skip_prompt"))]), pytest.raises(UserError, match="nothing says where"):
-        model(input_ids=ids)
-    with (
-        in_force(model, [(2, LayerEdit("skip_prompt"))]),
-        answers_at(model, torch.ones(1, 7, dtype=torch.bool)),
-        pytest.raises(UserError, match="of these 8 positions"),
-    ):
-        model(input_ids=ids)
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_a_family_whose_states_hold_more_than_one_position_each_is_refused_by_name(part: str) -> None:
     with pytest.raises(UserError, match=r"gemma3n_text: its layers hand on a state of shape .* skip_prompt"):
         components_of(part, tiny_family("gemma3n_text"))
-
-
-def test_skipping_positions_costs_no_more_layers_than_leaving_layers_out() -> None:
-    model = tiny_model("llama")
-    edited, decoder = Edited(model), Decoder(model)
-    count = 0
-
-    def add(*_: object) -> None:
-        nonlocal count
-        count += 1
-
-    def cost(variants: list[Variant]) -> int:
-        nonlocal count
-        count = 0
-        score_variants(edited, decoder, asked()[:1], [INTACT, *variants], batch_size=1)
-        return count
-
-    score_variants(edited, decoder, asked()[:1], [INTACT], batch_size=1)
-    for layer in decoder_layers(model):
-        layer.register_forward_hook(add)
-    removed = cost([without([layer]) for layer in range(NUM_LAYERS)])
-    for part in PARTS:
-        assert cost([variant(str(layer), [(layer, LayerEdit(part))]) for layer in range(NUM_LAYERS)]) == removed

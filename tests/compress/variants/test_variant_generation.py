@@ -96,16 +96,6 @@ def test_swapped_layers_write_one_after_the_other() -> None:
 
 
 @pytest.mark.slow
-def test_groups_of_variants_write_what_all_at_once_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    edited = Edited(tiny_model("llama", **VARIED))
-    arguments = (edited, Decoder(edited.model), prompts(shared=20), VARIANTS, LIMITS)
-    at_once = generate_variants(*arguments, batch_size=4)
-    monkeypatch.setattr(variant_generation, "CACHE_BYTES", 1 << 17)
-    assert variant_generation._group_size(arguments[1], prompts(shared=20), LIMITS) < 4
-    assert generate_variants(*arguments, batch_size=4) == at_once
-
-
-@pytest.mark.slow
 def test_a_variant_that_writes_the_intact_text_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", **VARIED)
     with torch.no_grad():

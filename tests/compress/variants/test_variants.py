@@ -15,7 +15,6 @@ from variant_cases import VARIANTS, requests
 
 from shoal.components import REMOVED, LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.compress.variants.layerwise import Layerwise
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import (
     INTACT,
@@ -124,15 +123,6 @@ def test_a_donor_of_another_shape_is_refused() -> None:
         Edited(tiny_model("llama"), tiny_model("llama", intermediate_size=64))
 
 
-@pytest.mark.slow
-def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    arguments = (Edited(model), Decoder(model), requests(), VARIANTS)
-    at_once = score_variants(*arguments, batch_size=3)
-    monkeypatch.setattr("shoal.compress.variants.variants.STATE_BYTES", 4 * 3 * 40 * 32 * 4)
-    assert score_variants(*arguments, batch_size=3) == at_once
-
-
 def layer_calls(model: PreTrainedModel, variants: list[Variant]) -> int:
     count = 0
 
@@ -173,12 +163,3 @@ def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(ca
     assert "runs through the whole model" in caplog.text
     with edited.applied(variants[1].edits):
         assert found[1] == score(decoder, asked, batch_size=3)
-
-
-def test_a_full_device_is_not_taken_for_an_architecture_that_runs_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: Layerwise) -> list[int]:
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(Layerwise, "_wrong_layers", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        Layerwise(tiny_model("llama"))
