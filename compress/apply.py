@@ -27,9 +27,7 @@ from shoal.models.checkpoint_files import (
     StoredTensor,
     copy_beside,
     has_tokenizer,
-    is_mtp,
     json_or_empty,
-    mtp_names,
     read_shards,
 )
 from shoal.models.load import (
@@ -75,15 +73,12 @@ from .surgery.shards import (
 from .surgery.stored_names import (
     Loading,
     NotByCopy,
-    behind_last,
     find_layers,
     load_without_data,
     modules_inside,
     other_towers,
-    split_layer,
     student_names,
 )
-from .surgery.vision_tower import is_above, without_unread_blocks
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +95,6 @@ class Teacher:
     config: PreTrainedConfig
     shards: list[Shard]
     trust_remote_code: bool
-    vision_blocks: int | None = None
-    """Blocks of the vision tower that the plan leaves, as the configuration says already; None = all."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,11 +103,8 @@ class Teacher:
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
-        """All tensors by their stored names, but for those of blocks of the vision tower that go."""
-        stored = {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
-        if (blocks := self.vision_blocks) is None:
-            return stored
-        return {name: tensor for name, tensor in stored.items() if not is_above(name, blocks)}
+        """All tensors by their stored names."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def load(self, *, dtype: str = "stored") -> PreTrainedModel:
         """The model itself."""
@@ -243,29 +233,7 @@ def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_co
     shards = read_shards(folder)
     if inside := [shard.file for shard in shards if shard.file.resolve().is_relative_to(out.resolve())]:
         raise UserError(f"{out}: holds {inside[0].name} of the teacher; choose another folder for the student")
-    if plan.mtp:
-        refuse_without_mtp(folder, trust_remote_code=trust_remote_code)
-    if plan.vision_blocks is None:
-        return Teacher(folder, config, shards, trust_remote_code)
-    return Teacher(folder, without_unread_blocks(config), shards, trust_remote_code, plan.vision_blocks)
-
-
-def refuse_without_mtp(folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a checkpoint without multi-token prediction where that is to be kept; reads headers alone.
-
-    Raises:
-        UserError: it has none.
-    """
-    num_layers = text_config(load_config(folder, trust_remote_code=trust_remote_code)).num_hidden_layers
-    if not mtp_names((name for shard in read_shards(folder) for name in shard.tensors), num_layers):
-        raise _no_mtp(folder, num_layers)
-
-
-def _no_mtp(folder: Path, num_layers: int) -> UserError:
-    return UserError(
-        f"prune.mtp: keep: {folder} stores nothing of multi-token prediction, no tensor named mtp and no module behind "
-        f"its last layer, {num_layers - 1}; set prune.mtp: drop"
-    )
+    return Teacher(folder, config, shards, trust_remote_code)
 
 
 def refuse_own_code(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
@@ -289,7 +257,7 @@ def _shall_run(teacher: Teacher, proof: Proof, *, in_float32: bool) -> bool:
         return False
     if reason := why_not_run(teacher.config, teacher.shards):
         if proof == "run":
-            raise UserError(f"prune.proof: run is not possible: {reason}; set prune.proof: files")
+            raise UserError(f"prune: the student cannot be proven by running it: {reason}; ask for proof: files")
         log.warning(
             "prune: proven by its files and layers, not by running it: %s. Run it where it can run before you trust it",
             reason,
@@ -299,9 +267,7 @@ def _shall_run(teacher: Teacher, proof: Proof, *, in_float32: bool) -> bool:
         log.warning(
             "prune: %s; %s",
             shortage,
-            "trying all the same"
-            if proof == "run"
-            else "so it is proven by its files and layers, not by its logits (prune.proof: run forces that)",
+            "trying all the same" if proof == "run" else "so it is proven by its files and layers, not by its logits",
         )
         return proof == "run"
     return True
@@ -320,7 +286,7 @@ def _route(
     try:
         if plan.edits:
             raise NotByCopy("the plan changes layers that stay")
-        copy = _planned_copy(teacher, plain, skeleton, loading, keep, keep_mtp=plan.mtp)
+        copy = _planned_copy(teacher, plain, skeleton, loading, keep)
         if settings is not None:
             for layer in keep[keep.index(min(plan.drop) - 1) :]:
                 stored_places(skeleton, layer, output_names(skeleton, layer), teacher.stored)
@@ -333,15 +299,6 @@ def _route(
             ) from reason
         if plan.width is not None:
             raise cannot_narrow(teacher.folder, reason) from reason
-        if plan.vision_blocks is not None:
-            raise UserError(
-                f"{teacher.folder}: its vision tower cannot be cut: {reason}; set prune.vision_tower: whole"
-            ) from reason
-        if plan.mtp:
-            raise UserError(
-                f"prune.mtp: keep needs a student that is copied tensor by tensor, and {teacher.folder} is cut in "
-                f"memory: {reason}; set prune.mtp: drop"
-            ) from reason
         log.info("prune: making the student in memory: %s", reason)
         return skeleton, None
 
@@ -352,20 +309,17 @@ def _planned_copy(
     skeleton: PreTrainedModel,
     loading: Loading,
     keep: Sequence[int],
-    *,
-    keep_mtp: bool,
 ) -> Copy:
     """Raises: NotByCopy, or the UserErrors of cut_config."""
     prefix, model_prefix = find_layers(teacher.shapes, skeleton, plain), f"{anatomy(skeleton).layers_name}."
     num_layers = len(decoder_layers(skeleton))
-    names = student_names(teacher.shapes, prefix=prefix, num_layers=num_layers, keep=keep, keep_mtp=keep_mtp)
+    names = student_names(teacher.shapes, prefix=prefix, num_layers=num_layers, keep=keep)
     layer_names = LayerNames(
         prefixes=tuple({prefix, model_prefix}),
         others=frozenset(other_towers(teacher.shapes, {prefix, model_prefix})),
         modules=tuple(
             sorted(modules_inside(teacher.shapes, prefix) | modules_inside(skeleton.state_dict(), model_prefix))
         ),
-        mtp=tuple(behind_last(teacher.shapes, prefix=prefix, num_layers=num_layers)) if keep_mtp else None,
     )
     config = cut_stored_config(teacher.config, keep, layer_names)
     config.architectures = config.architectures or [type(skeleton).__name__]
@@ -382,16 +336,6 @@ def _planned_copy(
         if (settings := json_or_empty(teacher.folder / name))
     }
     shards = new_shards(teacher.shards, names)
-    if keep_mtp:
-        behind = layer_names.mtp or ()
-        kept = [new for name, new in names.items() if is_mtp(name) or split_layer(name, prefix)[0] in behind]
-        if not kept:
-            raise _no_mtp(teacher.folder, num_layers)
-        log.warning(
-            "prune: %d tensors of multi-token prediction (%s, ...) are kept, untrained: acceptance has to be measured "
-            "in vLLM",
-            *(len(kept), kept[0]),
-        )
     log.info(
         "prune: copying %s of %s as they are stored, without building the model",
         *(bytes_text(sum(shard.num_bytes for shard in some)) for some in (shards, teacher.shards)),

@@ -20,7 +20,7 @@ from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
 from shoal.recipe.prune import Compensate, Width
 
-from .apply import refuse_own_code, refuse_without_mtp
+from .apply import refuse_own_code
 from .changes.calibration import in_words as memory_in_words
 from .changes.calibration import needed_bytes
 from .changes.fit import needed_features, refuse_quantised
@@ -32,7 +32,6 @@ from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.narrow_config import student_config
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
-from .surgery.vision_tower import without_unread_blocks
 
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
@@ -59,7 +58,6 @@ def estimate(
     out: Path,
     *,
     donors: Mapping[int, Path] | None = None,
-    proof: str = "auto",
     dtype: str = "stored",
     compensate: Compensate | None = None,
     width: Width | None = None,
@@ -79,13 +77,10 @@ def estimate(
     if compensate is not None:
         refuse_quantised(teacher_folder, config)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
-    if plan.mtp:
-        refuse_without_mtp(teacher_folder, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
-    whole, config = config, config if plan.vision_blocks is None else without_unread_blocks(config)
     student = student_config(config, keep, plan.width)
     runs_in = loaded_dtype(config, dtype, shards)
-    teacher_model = without_data(without_quantization(whole)[0], dtype=runs_in)
+    teacher_model = without_data(without_quantization(config)[0], dtype=runs_in)
     models = teacher_model, without_data(student, dtype=runs_in)
     sides = _sides(teacher_folder, config, plan, shards, models, bytes_per_weight=runs_in.itemsize)
     length = usual_length(config)
@@ -98,7 +93,7 @@ def estimate(
             *([f"llama.cpp: would run another model: {problem}"] if (problem := misreading(student)) else []),
             _space(out, sides[1].stored_bytes),
             *_calibrations(teacher_model, plan, compensate, width),
-            f"proof: {_proof(config, shards, proof, in_float32=plan.width is not None)}",
+            f"proof: {_proof(config, shards, in_float32=plan.width is not None)}",
         ],
     )
     return "\n\n".join("\n".join(part) for part in parts), sides[1].stored_bytes
@@ -127,7 +122,7 @@ def _sides(
     refuse_changed_layers(narrow, models[1], keep)
     by_layer = None
     if not insertions(plan.edits):
-        by_layer = stored_bytes(parts_of, narrow, keep_mtp=plan.mtp, vision_blocks=plan.vision_blocks)
+        by_layer = stored_bytes(parts_of, narrow)
     if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
         written = stored * costs[1].num_parameters // costs[0].num_parameters
     else:
@@ -228,12 +223,10 @@ def _space(out: Path, needed: int) -> str:
     return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
 
 
-def _proof(config: Any, shards: Sequence[Shard], proof: str, *, in_float32: bool) -> str:
+def _proof(config: Any, shards: Sequence[Shard], *, in_float32: bool) -> str:
     by_files = "by its files, and the kind and settings of every layer"
-    if proof == "files":
-        return f"{by_files} (prune.proof: files)"
     if reason := why_not_run(config, shards):
         return f"{by_files}; it cannot be run here: {reason}"
-    if proof == "auto" and (shortage := memory_shortage(shards, in_float32=in_float32)):
-        return f"{by_files}; {shortage} (prune.proof: run tries all the same)"
+    if shortage := memory_shortage(shards, in_float32=in_float32):
+        return f"{by_files}; {shortage}"
     return f"{by_files}, and by running teacher and student on the same input"

@@ -21,7 +21,6 @@ from shoal.models.load import load_config, loaded_dtype, without_data
 
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
-from .surgery.vision_tower import is_above, without_unread_blocks
 
 NUM_TOKENS = 2048
 """Length at which caches and speeds are given, or the model's positions where those are fewer."""
@@ -80,25 +79,20 @@ class LayerSizes:
         return weights + batch_size * self.layer_cache(layer, num_tokens)
 
 
-def layer_sizes(
-    folder: Path, *, keep_mtp: bool = False, vision_blocks: int | None = None, trust_remote_code: bool = False
-) -> LayerSizes:
-    """The sizes of the checkpoint in ``folder``, in the precision that it is stored in, of what a cut may copy of it:
-    multi-token prediction only with ``keep_mtp``, of the vision tower so many blocks, None = all.
+def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
+    """The sizes of the checkpoint in ``folder``, in the precision that it is stored in, of what a cut may copy of it.
 
     Raises:
         UserError: what load_config, without_data and model_cost refuse.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    if vision_blocks is not None:
-        config = without_unread_blocks(config)
     shards = read_shards(folder)
     plain, quantisation = without_quantization(config)
     dtype = loaded_dtype(config, "stored", shards)
     model = without_data(plain, dtype=dtype)
     cost, parts = model_cost(model), anatomy(model)
     own = _own_parameters(model)
-    stored = stored_bytes(shards, model, keep_mtp=keep_mtp, vision_blocks=vision_blocks)
+    stored = stored_bytes(shards, model)
     if stored is None:  # then the student is saved as transformers names and merges its tensors
         layers = tuple(count * dtype.itemsize for count in own)
         stored = StoredBytes(cost.num_parameters * dtype.itemsize - sum(layers), layers)
@@ -118,9 +112,7 @@ def usual_length(config: object) -> int:
     return min(NUM_TOKENS, getattr(text_config(config), "max_position_embeddings", None) or NUM_TOKENS)
 
 
-def stored_bytes(
-    shards: Sequence[Shard], model: PreTrainedModel, *, keep_mtp: bool = False, vision_blocks: int | None = None
-) -> StoredBytes | None:
+def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel) -> StoredBytes | None:
     """Of the tensors that a cut of ``model`` copies, as layer_sizes says; None where names alone do not tell which
     those are."""
     stored = {name: tensor.end - tensor.start for shard in shards for name, tensor in shard.tensors.items()}
@@ -130,7 +122,7 @@ def stored_bytes(
     except NotByCopy:
         return None
     num_layers = text_config(model.config).num_hidden_layers
-    copied = student_names(stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers), keep_mtp=keep_mtp)
+    copied = student_names(stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers))
     holders, own = _holders(model), decoder_layers(model)
     shared = [
         {name for name, parameter in layer.named_parameters(remove_duplicate=False) if holders[id(parameter)] > 1}
@@ -139,8 +131,6 @@ def stored_bytes(
     layers, outside = [0] * num_layers, 0
     for name in copied:
         layer, rest = split_layer(name, prefix)
-        if vision_blocks is not None and is_above(name, vision_blocks):
-            continue
         # a file has what layers share once, in one of them; a student without that one has it in the next
         if layer is None or layer >= num_layers or rest in shared[layer]:
             outside += stored[name]

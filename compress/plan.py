@@ -194,7 +194,7 @@ def _check_edits(edits: Sequence[Edit], num_layers: int) -> None:
 
 
 def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], str]:
-    if not drop and (prune.edits or prune.vision_tower != "whole" or prune.width is not None):
+    if not drop and (prune.edits or prune.width is not None):
         return (), ""
     if not drop:
         raise UserError("prune.drop: is empty, so nothing would be dropped; name at least one layer")

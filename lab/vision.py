@@ -9,6 +9,7 @@ L layers, N rows, V states (state n is the one after n blocks of the tower), P p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate
@@ -26,7 +27,6 @@ from shoal.compress.metrics.hidden_pass import Batch, HiddenPass, watching, writ
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.observation import Observation
 from shoal.compress.surgery.cut_model import skipped
-from shoal.compress.surgery.vision_tower import FIELD, states_read, tower_blocks
 from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows, on_device
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -46,6 +46,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FIELD = "vision_feature_layer"
+READERS = ("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava")
+"""Model types whose code was read: they take states from the tower by FIELD and nothing else from it."""
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Towers whose last state is that of the last block, as it is; others norm it, which a block in the middle is not."""
+BLOCK = re.compile(r"(?:^|\.)(?:vision|image|video)_tower\.(?:\w+\.)*layers\.(\d+)\.")
+"""A stored tensor of a block; LLaVA and Video-LLaVA have no other layers in their towers."""
 MODELS = {"pruned": "student", "distilled": "distilled"}
 """Role -> folder of the run directory, of models that answer beside the teacher."""
 PLACES_AT_ONCE = 1024
@@ -291,3 +298,32 @@ def _draw_losses(ax: Axes, losses: Sequence[Estimate], read: int | None) -> None
     ax.axhline(0, color=FAINT, linewidth=1)
     ax.set_ylabel("nats per token")
     ax.grid(axis="y")
+
+
+def states_read(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The states of the tower that the language model is given, each by the number of blocks before it; empty where
+    shoal does not know."""
+    tower: Any = getattr(config, "vision_config", None)
+    known = config.model_type in READERS and getattr(tower, "model_type", None) in TOWERS
+    if not known or getattr(tower, "tie_last_hidden_states", None):
+        return ()
+    states_read = getattr(config, FIELD)
+    entries = [states_read] if isinstance(states_read, int) else list(states_read)
+    states = [entry if entry >= 0 else tower.num_hidden_layers + 1 + entry for entry in entries]
+    for entry, state in zip(entries, states, strict=True):
+        if not 0 <= state <= tower.num_hidden_layers:
+            raise UserError(
+                f"config.{FIELD}: {entry} is no state of a vision tower of {tower.num_hidden_layers} blocks; mend "
+                "config.json"
+            )
+    return tuple(states)
+
+
+def tower_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the tower that images pass; states_read has to know the model."""
+    lists = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and BLOCK.search(f"{name}.0.") and "video_tower" not in name
+    )
+    return next(lists)

@@ -7,7 +7,6 @@ special_cuts      families with rules of their own
 shards            by copying stored bytes
 changed_tensors   with new numbers in places of stored ones
 stored_names      which tensors those are
-vision_tower      blocks of it that nothing reads
 quantised         settings that name layers
 resumable_folder  a folder that is complete or absent
 proof             that the result is right

@@ -174,10 +174,8 @@ NOT_PER_LAYER = {
 """Lists that are not about the decoder layers, whatever their length and name."""
 
 
-def cut_config(config: PreTrainedConfig, keep: Sequence[int], *, keep_mtp: bool = False) -> PreTrainedConfig:
+def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
     """A new configuration for the layers ``keep`` (teacher indices, increasing) of ``config``, which stays unchanged.
-
-    With ``keep_mtp`` it says of multi-token prediction what it said before.
 
     Raises:
         UserError: a field that the cut cannot express, a list with one entry per layer that shoal does not know, or a
@@ -195,8 +193,6 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int], *, keep_mtp: bool 
     _refuse_unknown_lists(values, num_layers)
     refuse_moved_layers(text.model_type, {**values, "num_hidden_layers": num_layers}, keep)
     changes = _changes(values, keep)
-    if keep_mtp:
-        changes = {field: value for field, value in changes.items() if RULES.get(field) is not drop_mtp}
     rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
     if student is text:
         student = rebuilt

@@ -25,7 +25,6 @@ from .cut_model import refuse_changed_layers
 from .quantised import without_quantization
 from .special_cuts import GROUP_RULES
 from .stored_names import NotByCopy, load_without_data
-from .vision_tower import states_read
 
 PROOF_TOKENS = 24
 """Length of the random input on which a saved student must equal its teacher as planned."""
@@ -52,8 +51,6 @@ class Behaviour:
     logits_1SV: Tensor
     text_1S: Tensor
     """Tokens of the input and a few greedy ones, of a saved student written with the KV cache."""
-    image: tuple[Tensor, ...] = ()
-    """States of a random image that the language model is given, where states_read knows them."""
 
 
 @torch.inference_mode()
@@ -65,7 +62,7 @@ def behaviour(model: PreTrainedModel, *, use_cache: bool = True) -> Behaviour:
     input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)
     input_ids = input_ids.to(model.device)
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return Behaviour(logits, _greedy(model, input_ids, use_cache=use_cache), _image_states(model, generator))
+    return Behaviour(logits, _greedy(model, input_ids, use_cache=use_cache))
 
 
 def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, is_rounded: bool = False) -> None:
@@ -96,22 +93,6 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
             f"the saved student writes other text with a KV cache than {reference}; "
             f"shoal cannot cut the {family} family exactly"
         )
-    if not all(map(torch.equal, expected.image, actual.image)) or len(expected.image) != len(actual.image):
-        raise UserError(
-            f"the saved student's vision tower gives other states of an image than that of {reference}; "
-            f"shoal cannot cut the {family} family exactly"
-        )
-
-
-def _image_states(model: PreTrainedModel, generator: torch.Generator) -> tuple[Tensor, ...]:
-    states = states_read(model.config)
-    if not states:
-        return ()
-    body, seen = model.base_model, model.config.vision_config
-    tower: Any = getattr(body, "image_tower" if hasattr(body, "image_tower") else "vision_tower")
-    image = torch.rand(1, seen.num_channels, seen.image_size, seen.image_size, generator=generator)
-    hidden = tower(image.to(model.device, model.dtype), output_hidden_states=True).hidden_states
-    return tuple(hidden[state] for state in states)
 
 
 def prove_by_files(student_folder: Path, teacher: PreTrainedModel, keep: Sequence[int]) -> None:

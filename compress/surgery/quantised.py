@@ -37,9 +37,6 @@ class LayerNames:
     """Prefixes of numbered layers that end with the same word and are no decoder layers, in a vision tower perhaps."""
     modules: tuple[str, ...]
     """Modules inside a layer: `self_attn.q_proj`."""
-    mtp: tuple[int, ...] | None = None
-    """Numbers of multi-token-prediction modules behind the teacher's last layer, which the student has behind its own;
-    () = it has theirs under names without such a number, None = it has none."""
 
     @property
     def words(self) -> str:
@@ -71,7 +68,7 @@ def cut_stored_config(config: PreTrainedConfig, keep: Sequence[int], names: Laye
         UserError: what cut_config and renumbered refuse.
     """
     plain, settings = without_quantization(config)
-    student = cut_config(plain, keep, keep_mtp=names.mtp is not None)
+    student = cut_config(plain, keep)
     for (part, field), value in settings.items():
         new = renumbered(value, keep, names, where=f"config.{part}{'.' if part else ''}{field}")
         setattr(getattr(student, part) if part else student, field, new)
@@ -105,8 +102,7 @@ def _renamed(text: Any, keep: Sequence[int], names: LayerNames, where: str) -> A
     if not isinstance(text, str):
         return text
     if is_mtp(text):
-        return None if names.mtp is None else text
-    keep = [*keep, *(names.mtp or ())]
+        return None
     is_regex = text.startswith(REGEX_PREFIXES) or not REGEX_MARKS.isdisjoint(text)
     match = None if is_regex else re.search(rf"(?:^|\.)(?:{names.words})\.(\d+)(?=\.|$)", text)
     if match is None:

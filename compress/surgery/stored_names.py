@@ -110,29 +110,18 @@ def modules_inside(names: Iterable[str], prefix: str) -> set[str]:
     return {module for rest in rests if (module := rest.rpartition(".")[0])}
 
 
-def behind_last(names: Iterable[str], *, prefix: str, num_layers: int) -> list[int]:
-    """Numbers of the modules behind the last of ``num_layers`` layers, increasing: some families store multi-token
-    prediction there."""
-    layers = {split_layer(name, prefix)[0] for name in names}
-    return sorted(layer for layer in layers if layer is not None and layer >= num_layers)
-
-
-def student_names(
-    names: Iterable[str], *, prefix: str, num_layers: int, keep: Sequence[int], keep_mtp: bool = False
-) -> dict[str, str]:
+def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: Sequence[int]) -> dict[str, str]:
     """Stored name -> its name in the student, for every tensor that stays.
 
     Layers behind the last one, and tensors named mtp, predict further tokens of the uncut model from its states and
-    are no part of its own answers; they are left out, or with ``keep_mtp`` stand behind the student's last layer.
+    are no part of its own answers; they are left out.
     """
-    names = list(names)
-    behind = behind_last(names, prefix=prefix, num_layers=num_layers) if keep_mtp else []
-    new_index = {old: new for new, old in enumerate([*keep, *behind])}
+    new_index = {old: new for new, old in enumerate(keep)}
     kept: dict[str, str] = {}
     extra: list[str] = []
     for name in names:
         layer, rest = split_layer(name, prefix)
-        if not keep_mtp and (is_mtp(name) or (layer is not None and layer >= num_layers)):
+        if is_mtp(name) or (layer is not None and layer >= num_layers):
             extra.append(name)
         elif layer is None:
             kept[name] = name

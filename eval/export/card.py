@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
-from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty
+from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty, mtp_names, read_shards
 from shoal.recipe.edits import in_words
 from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
@@ -64,7 +64,7 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     run = replace(run, recipe=_public(redacted(run.recipe)))
     comparison = compare(run)
     metadata = _metadata(run, comparison, base, terms, datasets)
-    body = "\n\n".join(_body(run, comparison, base, terms))
+    body = "\n\n".join(_body(run, comparison, terms, base, base_folder))
     card = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
     for path in paths:  # sources and tasks are called by their paths in results too
         alone = rf"(?<![\w./-]){re.escape(path)}(?![\w-])"  # /data is no part of org/data-8b, nor of .../data
@@ -163,7 +163,7 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
     )
 
 
-def _body(run: Run, comparison: Comparison, base: str | None, terms: License) -> list[str]:
+def _body(run: Run, comparison: Comparison, terms: License, base: str | None, base_folder: Path | None) -> list[str]:
     assert run.plan is not None
     parts: list[str] = [f"# {inline(_name(run, base))}"]
     first, *others = (prose(sentence) for sentence in headline(run, comparison))
@@ -173,7 +173,7 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
         parts += ["## Before and after", *_results(run, comparison)]
         parts += ["## Read with care", *map(block_markdown, cautions_section(run, comparison).blocks)]
     changed = "cut" if _is_smaller(run) else "changed"
-    parts += [f"## What was {changed}", *_cut_lines(run, base), *_picture(run, "importance")]
+    parts += [f"## What was {changed}", *_cut_lines(run, base, base_folder), *_picture(run, "importance")]
     if run.training:
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:
@@ -189,7 +189,7 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
     return parts
 
 
-def _cut_lines(run: Run, base: str | None) -> list[str]:
+def _cut_lines(run: Run, base: str | None, base_folder: Path | None) -> list[str]:
     assert run.plan is not None
     lines = [f"Base model: {base or 'a local checkpoint'}, {run.plan.num_layers} decoder layers"]
     if run.plan.drop:
@@ -201,11 +201,9 @@ def _cut_lines(run: Run, base: str | None) -> list[str]:
     lines += [
         f"Made up for without training, in kept layers: {gap.in_words()}" for gap in run.plan.gaps if gap.is_closed
     ]
-    if run.plan.mtp:
-        lines.append(
-            "The base model's multi-token-prediction modules stand behind the last layer as they were, untrained: "
-            "acceptance of their tokens has to be measured in vLLM"
-        )
+    names = [name for shard in read_shards(base_folder) for name in shard.tensors] if base_folder else []
+    if mtp_names(names, run.plan.num_layers):
+        lines.append("Left out: the base model's modules of multi-token prediction, which guess further tokens")
     lines.append(f"How they were chosen: {run.plan.reason}")
     return [block_markdown(tuple(lines))]
 

@@ -16,7 +16,6 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.load import reads_images
 from shoal.recipe.edits import Insert, Replace, removed_layers
 from shoal.recipe.measure import METRICS
 from shoal.recipe.section import Shapes, as_dict, shaping
@@ -38,8 +37,6 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
-    if prune.vision_tower != "whole":
-        inputs["prune.vision_tower"] = prune.vision_tower
     if prune.compensate is not None:
         inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
@@ -72,12 +69,7 @@ def read_goals(run: Run) -> Goals | None:
     for name in ("memory_gb", "speedup"):
         if (serving := getattr(target, name)) is not None and serving.length is not None:
             check_length(run, serving.length, f"prune.target.{name}.length")
-    sizes = layer_sizes(
-        run.teacher,
-        keep_mtp=run.recipe.prune.mtp == "keep",
-        vision_blocks=_vision_blocks(run),
-        trust_remote_code=run.recipe.trust_remote_code,
-    )
+    sizes = layer_sizes(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     return goals_of(target, sizes, removed=removed_layers(run.recipe.prune.edits))
 
 
@@ -150,11 +142,11 @@ def refuse_unmeasured(run: Run) -> None:
                 f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
             )
     if LOSS_METRICS.get(prune.metric or default) is BlockPruner:
-        _refuse_halves(run, _vision_blocks(run))
+        _refuse_halves(run)
     _refuse_impossible_choice(run)
 
 
-def _refuse_halves(run: Run, tower: int | None) -> None:
+def _refuse_halves(run: Run) -> None:
     """Refuse single halves of layers, which an order of halves removes, beside what only goes with whole layers."""
     prune = run.recipe.prune
     for is_set, why, otherwise in (
@@ -164,12 +156,6 @@ def _refuse_halves(run: Run, tower: int | None) -> None:
             "prune.compensate makes up for dropped layers alone",
             "leave prune.compensate out",
         ),
-        (
-            tower is not None,
-            "prune.vision_tower is cut where layers are dropped alone",
-            "set prune.vision_tower: whole",
-        ),
-        (prune.mtp == "keep", "prune.mtp: keep copies stored tensors", "set prune.mtp: drop"),
     ):
         if is_set:
             raise UserError(
@@ -212,15 +198,11 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         refuse_unmeasured(run)
     prune = run.prune
     choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
-    tower, width = _vision_blocks(run), width_of(run)
-    if tower is None and run.recipe.prune.vision_tower != "whole":
-        log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")
-    if not choice.drop and not choice.edits and tower is None and width is None:
-        raise UserError(
-            "prune.drop: is empty, and prune.vision_tower finds nothing to cut, so nothing would go; name layers"
-        )
+    width = width_of(run)
+    if not choice.drop and not choice.edits and width is None:
+        raise UserError("prune.drop: is empty, so nothing would go; name layers")
     if choice.edits:
-        _refuse_halves(run, tower)
+        _refuse_halves(run)
     told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
     return PruningPlan(
         Provenance(inputs),
@@ -229,8 +211,6 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         "; ".join(filter(None, [choice.reason, *told])),
         choice.edits,
         width=width,
-        vision_blocks=tower,
-        mtp=prune.mtp == "keep",
     )
 
 
@@ -252,8 +232,6 @@ def expected_plan(run: Run) -> PruningPlan:
         choice.reason,
         choice.edits,
         width=width_of(run),
-        vision_blocks=_vision_blocks(run),
-        mtp=run.prune.mtp == "keep",
     )
 
 
@@ -262,12 +240,3 @@ def width_of(run: Run) -> KeptWidth | None:
     from shoal.compress.surgery.narrow_config import kept_width
 
     return None if (settings := run.recipe.prune.width) is None else kept_width(run.config(), settings)
-
-
-def _vision_blocks(run: Run) -> int | None:
-    """Blocks of the vision tower that the plan leaves; None = all."""
-    from shoal.compress.surgery.vision_tower import blocks_read
-
-    if run.recipe.prune.vision_tower == "whole":
-        return None
-    return blocks_read(run.config()) if reads_images(run.config()) else None

@@ -37,10 +37,6 @@ def refuse_impossible_changes(run: Run) -> None:
 
     edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
     refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
-    if run.recipe.prune.mtp == "keep":
-        from shoal.compress.apply import refuse_without_mtp
-
-        refuse_without_mtp(run.teacher, trust_remote_code=trusted)
     refuse_unreadable_data(edits)
     _refuse_calibration(run)
     if run.recipe.prune.compensate is not None:

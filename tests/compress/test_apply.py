@@ -252,7 +252,7 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
         context.setattr(apply, "load_model", never)
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert re.search(
-        r"running the model takes \d+ kB of memory and \d+ kB are free; so .*prune.proof: run forces that", caplog.text
+        r"running the model takes \d+ kB of memory and \d+ kB are free; so it is proven by its files", caplog.text
     )
     spoil("model.norm.weight", monkeypatch)
     with pytest.raises(UserError, match="logits differ"):
@@ -271,7 +271,7 @@ def test_weights_in_which_torch_cannot_calculate_are_copied_and_not_run(
     assert {tensor.dtype for shard in read_shards(tmp_path / "student") for tensor in shard.tensors.values()} == {
         "F8_E5M2"
     }
-    with pytest.raises(UserError, match=r"prune.proof: run is not possible: its weights are F8_E5M2"):
+    with pytest.raises(UserError, match=r"cannot be proven by running it: its weights are F8_E5M2"):
         apply_plan(folder, plan((1,)), tmp_path / "other", proof="run")
     assert not (tmp_path / "other").exists()
 

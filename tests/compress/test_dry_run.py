@@ -100,8 +100,6 @@ def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> 
     report = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
     assert re.search(r"^disk: [\d.]+ kB needed for .*folder, .* free there$", report, re.M)
     assert "proof: by its files, and the kind and settings of every layer, and by running" in report
-    files = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student", proof="files")
-    assert "(prune.proof: files)" in files
 
 
 def test_scores_that_are_not_there_are_asked_for(

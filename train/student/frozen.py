@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.atomic_files import write_json, written_folder
+from shoal.atomic_files import written_folder
 from shoal.models.anatomy import anatomy, decoder_body, text_config
-from shoal.models.checkpoint_files import INDEX_FILE, KEPT_LAYERS, copy_beside, mtp_names, read_shards
+from shoal.models.checkpoint_files import copy_beside, read_shards
 from shoal.models.load import Checkpoint
 
 from .lora import BASE, LINEAR, adapted_modules, remove_adapters, weight_change
@@ -198,33 +197,7 @@ def write_student(student: PreTrainedModel, state: Mapping[str, Tensor], before:
     remove_adapters(student)
     with written_folder(folder) as unfinished:
         save_finished(student, finished, unfinished, dtype=dtype)
-        if hasattr(student.config, KEPT_LAYERS):  # an uncut teacher's lie in its own folder
-            _add_mtp(before.folder, unfinished, num_layers=text_config(student.config).num_hidden_layers)
         copy_beside(before.folder, unfinished)  # a teacher's folder may hold much else, such as other formats
-
-
-def _add_mtp(before: Path, folder: Path, *, num_layers: int) -> None:
-    """Put what ``before`` has of multi-token prediction beside the weights in ``folder``, as it is: transformers saves
-    only what the model runs."""
-    files = read_shards(folder)
-    saved = {name for shard in files for name in shard.tensors}
-    tensors: dict[str, Tensor] = {}
-    for shard in read_shards(before):
-        with safe_open(shard.file, framework="pt") as file:
-            unsaved = set(mtp_names(shard.tensors, num_layers)) - saved
-            tensors |= {name: file.get_tensor(name) for name in sorted(unsaved)}
-    if not tensors:
-        return
-    count, weight_map = len(files) + 1, dict[str, str]()
-    for number, names in enumerate([*(shard.tensors for shard in files), tensors], 1):
-        weight_map |= dict.fromkeys(names, f"model-{number:05d}-of-{count:05d}.safetensors")
-    for shard in files:
-        shard.file.rename(folder / weight_map[next(iter(shard.tensors))])
-    save_file(tensors, folder / weight_map[next(iter(tensors))], metadata={"format": "pt"})
-    size = sum(tensor.end - tensor.start for shard in files for tensor in shard.tensors.values())
-    size += sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    log.info("distill: multi-token prediction of %s is kept as it was before training", before)
 
 
 def save_finished(student: PreTrainedModel, finished: dict[str, Tensor], folder: Path, *, dtype: torch.dtype) -> None:

@@ -70,10 +70,6 @@ class PruningPlan(Artifact):
     text: dict[str, Json] = field(default_factory=dict)
     """What prune.compensate was fitted to, or prune.width chosen on, as Training.data: documents and tokens by source,
     and what of evaluation items and forms stands in it."""
-    vision_blocks: int | None = None
-    """Blocks of the vision tower that stay, where those above them go because nothing reads them; None = all stay."""
-    mtp: bool = False
-    """Whether the multi-token-prediction modules are kept behind the last layer, as they are."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 
@@ -99,18 +95,15 @@ class PruningPlan(Artifact):
         """Value of the field ``student`` for a student of this fingerprint."""
         closed = [[asdict(gap) for gap in self.gaps]] if self.gaps else []
         width = [] if self.width is None else [asdict(self.width)]
-        tower = [] if self.vision_blocks is None else [self.vision_blocks]
         edits = [as_dict(edit) for edit in self.edits]
-        return fingerprint([self.num_layers, list(self.drop), edits, *closed, *width, *tower, student])
+        return fingerprint([self.num_layers, list(self.drop), edits, *closed, *width, student])
 
     def in_words(self) -> str:
         """The changes to the teacher in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
         closed = [gap.in_words() for gap in self.gaps if gap.is_closed]
-        tower = [] if self.vision_blocks is None else [f"ending the vision tower with block {self.vision_blocks - 1}"]
         width = [] if self.width is None else [f"keeping {self.width.in_words()}"]
-        kept = ["keeping multi-token prediction, untrained"] if self.mtp else []
-        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *width, *tower, *kept])
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *width])
 
     def state_scale(self, layer: int) -> float:
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""

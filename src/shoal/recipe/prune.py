@@ -156,16 +156,6 @@ class Prune(Section):
     width: Annotated[Width | None, Shapes.BY_CONTENT] = None
     """How wide the layers that stay are, chosen on the cut model; None = as wide as they were. With `drop: []` no layer
     goes."""
-    vision_tower: Annotated[Literal["whole", "auto"], Shapes.BY_CONTENT] = "whole"
-    """Of a model that reads images: auto = the blocks of its vision tower above the deepest state that is read go too,
-    which changes no bit of any answer."""
-    mtp: Annotated[Literal["drop", "keep"], Shapes.PLAN, Field(exclude_if=lambda mtp: mtp == "drop")] = "drop"
-    """What becomes of multi-token-prediction modules, which guess further tokens for speculative decoding: drop, or
-    keep them behind the student's last layer, as they are. They were trained on the whole model's states: what a
-    runtime accepts of their tokens has to be measured there."""
-    proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
-    """Proof of the written student: by running it against the teacher, or by comparing files and layers only,
-    which needs no memory; auto = run wherever the model fits into memory and can run here."""
 
 
 def contradictions(prune: Prune) -> Iterator[str]:
@@ -174,12 +164,8 @@ def contradictions(prune: Prune) -> Iterator[str]:
         yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
     if prune.compensate is not None and prune.drop == ():
         yield "prune.compensate: makes up for dropped layers, and prune.drop is empty; name layers, or leave it out"
-    if prune.vision_tower != "whole" and prune.edits:
-        yield "prune.vision_tower: is cut where layers are dropped alone, and prune.edits is set; leave one of them out"
     if prune.width is not None:
         yield from _of_width(prune)
-    if prune.mtp == "keep" and prune.edits:
-        yield "prune.mtp: keep copies stored tensors, and prune.edits changes them in memory; leave one of them out"
     if prune.drop is not None:
         for name in NOT_BESIDE_DROP:
             if getattr(prune, name) not in (None, False, {}, ()):
@@ -203,7 +189,6 @@ def _of_width(prune: Prune) -> Iterator[str]:
         ("edits", bool(prune.edits), "narrows stored tensors, and edits make others in memory"),
         ("compensate", prune.compensate is not None, "ranks channels of the cut model as it is, without new tensors"),
         ("target", prune.target is not None, "changes what layers save, which prune.target counts by whole layers"),
-        ("mtp: keep", prune.mtp == "keep", "narrows layers, and multi-token prediction stays as it is"),
     ):
         if is_set:
             yield (

@@ -288,7 +288,6 @@ def test_what_cannot_be_narrowed_is_refused_by_name(
         ({"drop": [1], "width": {"kv_groups": 1}, "compensate": "scale"}, "leave prune.compensate out"),
         ({"width": {"kv_groups": 1}, "edits": [{"kind": "skip_mlp", "layers": [2]}]}, "leave prune.edits out"),
         ({"width": {"kv_groups": 1}, "target": {"params": 1e6}}, "leave prune.target out"),
-        ({"drop": [1], "width": {"kv_groups": 1}, "mtp": "keep"}, "leave prune.mtp: keep out"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(prune: Any, message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from shoal.errors import UserError
 from shoal.launch.verbs.distill import check_distill
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.measure_checks import check_measure
-from shoal.launch.verbs.plan_checks import refuse_impossible_plan
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.launch.workflows.preflight import preflight
@@ -49,43 +47,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(model: Path, folder: Path, **sections: Any) -> Run:
     return open_run(parse_recipe({"model": str(model), "run_dir": str(folder / "run"), **sections}))
-
-
-def test_the_tower_goes_with_a_plan_and_plan_json_says_so(models: Path, tmp_path: Path) -> None:
-    settings = {"drop": [], "vision_tower": "auto"}
-    run = run_of(models / "llava", tmp_path, prune=settings)
-    prune(run)
-    plan = PruningPlan.read(run.dir / PruningPlan.FILE)
-    assert (plan.drop, plan.vision_blocks) == ((), 3)
-    assert plan.provenance.inputs["prune.vision_tower"] == "auto"
-    assert load_config(run.dir / "student").vision_config.num_hidden_layers == 3
-    before = (run.dir / PruningPlan.FILE).stat().st_mtime_ns
-    prune(run)  # it is there
-    assert (run.dir / PruningPlan.FILE).stat().st_mtime_ns == before
-    (tmp_path / "whole").mkdir()
-    whole = run_of(models / "llava", tmp_path / "whole", prune={"drop": [3]})
-    prune(whole)
-    assert "vision_tower" not in json.dumps(PruningPlan.read(whole.dir / PruningPlan.FILE).provenance.inputs)
-
-
-def test_a_tower_with_nothing_to_cut_is_no_plan(models: Path, tmp_path: Path) -> None:
-    run = run_of(models / "qwen3_vl", tmp_path, prune={"drop": [], "vision_tower": "auto"})
-    with pytest.raises(UserError, match=r"prune.drop: is empty, and prune.vision_tower finds nothing to cut"):
-        prune(run)
-
-
-def test_a_tower_is_not_cut_beside_halves(models: Path, tmp_path: Path) -> None:
-    settings = {"vision_tower": "auto", "metric": "blockpruner", "num_drop": 1}
-    sections = {"prune": settings, "measure": {"metrics": ["blockpruner"]}}
-    with pytest.raises(UserError, match=r"blockpruner removes halves of layers, and prune\.vision_tower is cut where"):
-        refuse_impossible_plan(run_of(models / "llava", tmp_path, **sections))
-    refuse_impossible_plan(run_of(models / "qwen3_vl", tmp_path, **sections))  # has nothing to cut
-
-
-def test_a_tower_is_not_cut_beside_edits() -> None:
-    raw = {"vision_tower": "auto", "edits": [{"kind": "skip_attention", "layers": [2]}]}
-    with pytest.raises(UserError, match=r"prune.vision_tower: is cut where layers are dropped alone"):
-        parse_recipe({"model": "x", "run_dir": "y", "prune": raw})
 
 
 def test_layers_behind_which_the_image_is_added_are_never_chosen(

@@ -457,7 +457,7 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
             {"drop": [3], "edits": [{"kind": "skip_mlp", "layers": [2]}], "compensate": "both"},
             "makes up for dropped layers alone",
         ),
-        ({"drop": [], "vision_tower": "auto", "compensate": "scale"}, "prune.drop is empty; name layers"),
+        ({"drop": [], "compensate": "scale"}, "prune.drop is empty; name layers"),
         ({"drop": [3], "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"num_drop": 1, "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"drop": [3], "compensate": {"sequence_length": 100_000}}, "prune.compensate.sequence_length: 100000 is more"),

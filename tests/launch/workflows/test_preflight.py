@@ -104,11 +104,6 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
             r"blockpruner removes halves of layers, and prune\.width narrows whole ones",
         ),
         (
-            {"metric": "blockpruner", "mtp": "keep"},
-            HALVES,
-            r"blockpruner removes halves of layers, and prune\.mtp: keep copies stored tensors; .* prune\.mtp: drop",
-        ),
-        (
             {"weights": {"angular": 1, "taylr": 1}},
             {},
             r"weights\.taylr: taylr is no metric; did you mean taylor\?",
