@@ -86,7 +86,7 @@ def _in_terminal(block: Block) -> str:
         cells = [[" ".join(cell.split()) for cell in row] for row in (block.columns, *block.rows)]
         told = [column for column in zip(*cells, strict=True) if any(cell != DASH for cell in column[1:])]
         return "\n".join([block.caption, *aligned(list(zip(*told, strict=True)))])
-    return block if isinstance(block, str) else "\n".join(f"- {line}" for line in block)
+    return "\n".join(f"- {line}" for line in block) if isinstance(block, tuple) else str(block)
 
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:

@@ -92,20 +92,6 @@ def check_eval(run: Run) -> None:
         check_vllm("eval.backend")
 
 
-def _refuse_for_engine(checkpoints: dict[str, Checkpoint]) -> None:
-    """Refuse models that vLLM would not load, or would take for others, and copies that others can read better.
-
-    Raises:
-        UserError: naming the role and what vLLM does.
-    """
-    for role, checkpoint in checkpoints.items():
-        if getattr(checkpoint.config, "quantization_config", None) is not None:
-            raise UserError(
-                f"eval.backend: vllm does not score quantised models here, as the {role} model ({checkpoint.folder}) "
-                "is; use backend: transformers"
-            )
-
-
 def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
     """What identifies the speed of these models, by role."""
     settings = {**shaping(run.recipe, Shapes.SPEED), **shaping(run.recipe.eval, Shapes.SPEED, "eval.")}
@@ -256,8 +242,6 @@ def _score(
 
     if due:
         check_eval(run)
-        if run.recipe.eval.backend == "vllm":
-            _refuse_for_engine({role: checkpoints[role] for role in due})
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
@@ -279,7 +263,6 @@ def _score(
             items=run.dir / "eval" / "items",
         )
         if is_main():
-            _tell_of_left_out(path, result)
             result.write(path)
             if rest := rest_in_words(result, list(due)[number:]):
                 log.info("eval: %s", rest)
@@ -292,7 +275,6 @@ def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     Where there are any, also those made by a version of this code whose scores could not be compared with the new ones.
     """
     files = {role: run.dir / "eval" / f"{role}.json" for role in inputs}
-    _warn_of_fewer_items(run, files)
     due = {role for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
     for role in inputs.keys() - due if due else ():
         if changed := _other_code(run, Evaluation.read(files[role])):
@@ -313,34 +295,6 @@ def _other_code(run: Run, scored: Evaluation) -> str:
     described, _ = described_tasks(task_folders(run.recipe.eval.include_path))
     is_theirs = any(task.task not in (*described, "perplexity") for task in scored.tasks)
     return f"lm_eval {last}" if is_theirs and last not in (None, now) else ""
-
-
-def _warn_of_fewer_items(run: Run, files: dict[str, Path]) -> None:
-    """A quick look at few items takes the place of scores of many: say how these come back."""
-    limit, key = run.recipe.eval.limit, "eval.limit"
-    before = [Evaluation.read(file).provenance.inputs.get(key, 0) for file in files.values() if file.is_file()]
-    if limit is not None and any(more is None or more > limit for more in before):
-        most = None if None in before else max(before)
-        log.warning(
-            "eval: scores of %s items a task take the place of those of %s; %s=%s brings them back from the answers in "
-            "eval/items. For a look beside them choose another run_dir",
-            *(limit, "all" if most is None else most, key, "null" if most is None else most),
-        )
-
-
-def _tell_of_left_out(path: Path, result: Evaluation) -> None:
-    """Log how many tasks of an earlier evaluation are no part of the one that takes its place."""
-    before = {task.task for task in Evaluation.read(path).tasks} if path.is_file() else set[str]()
-    now = {task.task for task in result.tasks}
-    if gone := before - now:
-        log.warning(
-            "eval %s: %d task%s in place of %d; %s no longer scored, answers given stay in eval/items",
-            result.role,
-            len(now),
-            "" if len(now) == 1 else "s",
-            len(before),
-            f"{', '.join(sorted(gone))} {'is' if len(gone) == 1 else 'are'}",
-        )
 
 
 def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:

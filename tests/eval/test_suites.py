@@ -25,7 +25,6 @@ from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import known_tasks, tasks_of
 from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
 from shoal.launch.verbs import evaluate
-from shoal.launch.verbs.evaluate import _tell_of_left_out
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
@@ -214,19 +213,6 @@ def test_how_long_the_other_models_will_take_is_told_by_one_that_answered_anew()
     assert rest_in_words(done, []) is None
     assert rest_in_words(replace(done, num_kept=50), ["pruned"]) is None
     assert rest_in_words(replace(done, num_requests=0), ["pruned"]) is None
-
-
-def test_an_evaluation_of_fewer_tasks_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file, all_of_it = tmp_path / "teacher.json", evaluation_of("teacher")
-    tasks = all_of_it.tasks
-    with caplog.at_level("WARNING"):
-        _tell_of_left_out(file, all_of_it)
-        evaluation_of("teacher", tasks[:3]).write(file)
-        _tell_of_left_out(file, all_of_it)
-        assert not caplog.records
-        _tell_of_left_out(file, evaluation_of("teacher", tasks[:1]))
-    gone = ", ".join(sorted(task.task for task in tasks[1:3]))
-    assert f"eval teacher: 1 task in place of 3; {gone} are no longer scored, answers given stay in" in caplog.text
 
 
 @pytest.mark.slow

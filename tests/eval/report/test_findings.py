@@ -155,12 +155,9 @@ def no_prefix(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            add_token,
-            r"/p: number of tokens is 260 in the tokenizer of pruned, but 259 in that of teacher \(.*/t\).*Copy",
-        ),
-        (other_end, r"eos_token is '<pad>' in the tokenizer of pruned, but '</s>' in that of teacher"),
-        (no_prefix, r"token 0 of a probing text is \['t'\] in the tokenizer of pruned, but \['T'\]"),
+        (add_token, r"/p: the tokenizer of pruned has another vocabulary than that of teacher \(.*/t\).*Copy"),
+        (other_end, "has another eos_token than that of teacher"),
+        (no_prefix, "has another way of splitting text than that of teacher"),
     ],
 )
 def test_a_tokenizer_that_differs_between_roles_is_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -5,17 +5,14 @@ Covers: shoal.compress.sweeps.placeholder, shoal.launch.verbs.plan_checks.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from results import evaluation
 
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.distill import check_distill
-from shoal.launch.verbs.evaluate import _warn_of_fewer_items
 from shoal.launch.verbs.run import open_run
 from shoal.launch.workflows.preflight import preflight
 from shoal.recipe.recipe import parse_recipe
@@ -156,18 +153,3 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: P
     few = {**distill, "num_ranks": 8, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
     with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
         check_distill(open_run(parse_recipe({**raw, "distill": few})))
-
-
-def test_a_look_at_few_items_says_how_the_many_come_back(
-    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "run/eval/teacher.json"
-    scored = evaluation("teacher")
-    scored.provenance.inputs["eval.limit"] = 100
-    scored.write(file)
-    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run")}
-    with caplog.at_level(logging.WARNING, logger="shoal"):
-        _warn_of_fewer_items(open_run(parse_recipe({**raw, "eval": {"limit": 100}})), {"teacher": file})
-        assert "take the place" not in caplog.text
-        _warn_of_fewer_items(open_run(parse_recipe({**raw, "eval": {"limit": 4}})), {"teacher": file})
-    assert "scores of 4 items a task take the place of those of 100; eval.limit=100 brings them back" in caplog.text
