@@ -7,6 +7,7 @@ that returns what is to be printed. What it writes goes to lab/ in the run direc
     command     `shoal lab`: the parts, and what runs one
     depth_use    what models that descend from each other use their layers for
     diagnostics  who writes, erases and decides along the depth
+    disputed     questions that people answer in different ways
     heads        which heads copy what is asked for
     local_heal  gaps healed on hidden states before the student is trained
     patching     through which states the answer reaches the last token

@@ -16,6 +16,7 @@ from shoal.recipe.recipe import apply_override, load_recipe
 PARTS: dict[str, str] = {
     "depth_use": "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved",
     "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects, integrated gradients",
+    "disputed": "how far models answer as people do, where these do not agree",
     "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
     "local_heal": "heal every gap on hidden states, layer by layer, and train the student from there",
     "patching": "through which states an answer reaches the last token, by patching activations",

@@ -78,7 +78,7 @@ def cornerstones(sweep: Sweep) -> tuple[int, ...]:
     Raises:
         UserError: no column has a retention.
     """
-    columns = [column for column in sweep.columns if not column.disputed]
+    columns = list(sweep.columns)
     if all(column.no_retention for column in columns):
         raise UserError(
             "prune.protect: cornerstone needs a task on which the intact model is clear of chance, but the sweep has "

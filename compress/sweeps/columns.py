@@ -46,22 +46,13 @@ def rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
 
 
 def swept_columns(name: str, importance: Importance) -> tuple[SweepColumn, ...]:
-    """All columns of the atlas that belong to a task, an ability, or `ability/protocol`; a task's name goes first.
-
-    Those on whose items people do not agree are left out: a layer is worth no more for giving the majority's answer.
-    """
-    columns = tuple(column for column in _meant(name, importance) if not column.disputed)
+    """All columns of the atlas that belong to a task, an ability, or `ability/protocol`; a task's name goes first."""
+    columns = tuple(importance.atlas.of(name)) if importance.atlas else ()
     return tuple(column for column in columns if column.task == name) or columns
-
-
-def _meant(name: str, importance: Importance) -> tuple[SweepColumn, ...]:
-    return tuple(importance.atlas.of(name)) if importance.atlas else ()
 
 
 def unknown(name: str, importance: Importance, setting: str, *, swept_only: bool = False) -> UserError:
     """The refusal of a name that is not in importance.json, or chooses nothing, with the closest one that is there."""
-    if _meant(name, importance):
-        return UserError(f"{setting}: asks items that people dispute, which choose no layers; name another task")
     metrics = [] if swept_only else [*importance.layers, *importance.runs, *importance.orders]
     columns = importance.atlas.columns if importance.atlas else ()
     names = list(dict.fromkeys([*metrics, *(name for c in columns for name in (c.task, c.ability, c.label))]))

@@ -76,12 +76,12 @@ def _columns(sweep: Sweeps, num_layers: int) -> Iterator[SweepColumn]:
         told = task.config.metadata or {}
         ability = str(told.get("ability") or name)
         protocol = str(told.get("protocol") or protocol_of(task, [{"doc": task.eval_docs[0]}]))
-        yield _column(name, ability, protocol, num_layers, disputed=told.get("column") == "disputed")
+        yield _column(name, ability, protocol, num_layers)
     if sweep.perplexity_tokens:
         yield _column("perplexity", "language", "rolling", num_layers)
 
 
-def _column(task: str, ability: str, protocol: str, num_layers: int, *, disputed: bool = False) -> SweepColumn:
+def _column(task: str, ability: str, protocol: str, num_layers: int) -> SweepColumn:
     return SweepColumn(
         task=task,
         ability=ability,
@@ -96,5 +96,4 @@ def _column(task: str, ability: str, protocol: str, num_layers: int, *, disputed
         test="paired-bootstrap",
         effects=(NO_EFFECT,) * num_layers,
         correlation=tuple((0.0,) * layer + (1.0,) for layer in range(num_layers)),
-        disputed=disputed,
     )

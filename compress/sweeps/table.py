@@ -172,7 +172,6 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
         effects=effects,
         no_retention=kept if isinstance(kept, str) else "",
         correlation=_correlation_rows(column) if keep else (),
-        disputed=task.column == "disputed",
         **_text_shares(task),
     )
 

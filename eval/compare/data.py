@@ -11,7 +11,7 @@ from .comparable import dtype_of
 from .compare import Cell, Model, RunComparison
 from .standings import standings, task_groups
 
-TASK_FIELDS = ("task", "ability", "protocol", "metric", "version", "num_fewshot", "n", "chance", "ceiling", "column")
+TASK_FIELDS = ("task", "ability", "protocol", "metric", "version", "num_fewshot", "n", "chance", "column")
 
 
 def as_data(comparison: RunComparison) -> dict[str, Any]:

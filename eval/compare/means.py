@@ -27,8 +27,8 @@ def by_task(evaluation: Evaluation) -> Scores:
 
 
 def columns_that_rank(columns: Iterable[str]) -> frozenset[str]:
-    """Those of ``columns`` that are outside the trained form; all of them where none is, but what people dispute."""
-    ranked = frozenset(columns) - {"disputed"}
+    """Those of ``columns`` that are outside the trained form; all of them where none is."""
+    ranked = frozenset(columns)
     return ranked & frozenset(HEADLINE) or ranked
 
 

@@ -20,7 +20,7 @@ from shoal.errors import UserError
 from shoal.stats.paired import interval
 
 from ..tasks.load import Sample, check_answers
-from ..tasks.protocols import letter_agreement, letter_match, match_stated
+from ..tasks.protocols import letter_match, match_stated
 from .rates import hold_answers, text_rates, with_rates
 from .writing import NEW_TOKENS, Ending
 
@@ -95,7 +95,6 @@ def task_score(
         prompts=prompts_fingerprint(task, under_filter),
         column=metadata.get("column", "public"),
         twin_of=metadata.get("twin_of", ""),
-        ceiling=_ceiling(under_filter) if higher_is_better else 1.0,
     )
     if task.OUTPUT_TYPE == "generate_until":
         score = replace(score, matching=MATCHING)
@@ -245,7 +244,7 @@ def _readable(task: Any, samples: Sequence[Sample], texts: Sequence[str], target
     """Out of which texts an answer can be read, right or wrong; by our own rules where the task is matched by them."""
     filtered = [_first(sample["filtered_resps"]) for sample in samples]
     rule = getattr(task.config, "process_results", None)
-    if rule in (letter_match, letter_agreement):
+    if rule is letter_match:
         pairs = zip(filtered, samples, strict=True)
         return [chosen_option(text, sample["doc"]["options"]) is not None for text, sample in pairs]
     readable = hold_answers(texts, filtered, targets)
@@ -313,13 +312,8 @@ def protocol_of(task: Any, samples: Sequence[Sample]) -> str:
 
 def _chance(task: Any, samples: Sequence[Sample]) -> float:
     """Share that guessing reaches: one over the number of options, averaged over items; 0 for other written text."""
-    if getattr(task.config, "process_results", None) in (letter_match, letter_agreement):
+    if getattr(task.config, "process_results", None) is letter_match:
         return float(np.mean([1 / len(sample["doc"]["options"]) for sample in samples]))
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
     return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
-
-
-def _ceiling(samples: Sequence[Sample]) -> float:
-    """The best score that there is: the share of people that gives the most frequent answer, where it is known."""
-    return float(np.mean([max(sample["doc"].get("shares", [1.0])) for sample in samples]))

@@ -11,7 +11,7 @@ from .findings import compare, read_run
 COLUMNS = (
     *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
     *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
-    *("family", "level", *NAMES, "column", "form_gap", "form_gap_low", "form_gap_high", "ceiling"),
+    *("family", "level", *NAMES, "column", "form_gap", "form_gap_low", "form_gap_high"),
 )
 
 
@@ -35,7 +35,7 @@ def score_rows(run_dir: Path) -> list[dict[str, Any]]:
                     *(role, score.task, score.ability, score.protocol, score.metric),
                     *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
                     *(*share, score.higher_is_better, score.num_fewshot, score.version),
-                    *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form, score.ceiling),
+                    *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form),
                 )
             )
     return [dict(zip(COLUMNS, cells, strict=True)) for cells in rows]

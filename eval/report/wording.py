@@ -129,11 +129,8 @@ def chance_text(score: TaskScore) -> str:
 
 
 def limits_text(score: TaskScore) -> str:
-    """`chance 25.0 %, people agree 81.0 %`: between which scores there is anything to be told."""
-    if not score.higher_is_better:
-        return ""
-    agree = f", people agree {100 * score.ceiling:.1f} %" if score.ceiling < 1 else ""
-    return f"chance {chance_text(score)}{agree}"
+    """`chance 25.0 %`, above which there is anything to be told."""
+    return f"chance {chance_text(score)}" if score.higher_is_better else ""
 
 
 def p_text(value: float | None) -> str:

@@ -25,9 +25,7 @@ from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
 from shoal.yaml_text import read_yaml
 
-TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling", "labels"]
-AGREED = 0.6
-"""Share of the people asked who give the most frequent answer, from which on an item counts as agreed upon."""
+TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling"]
 Stamps = tuple[tuple[str, int, int], ...]
 
 
@@ -134,10 +132,6 @@ class DataSet(Section):
     """Expression for the list of options."""
     answer: str | None = None
     """Expression for the right option: its position from 0, its text or its letter."""
-    label_distribution: str | None = None
-    """Expression for the share of the people asked who chose each option, in the order of ``options``, 1 in all, where
-    people do not agree; `COLUMN | shares` makes shares of counts. An answer then scores the share that gave it too, and
-    items on which fewer than AGREED agree are tasks of their own, `NAME_disputed_PROTOCOL`, which choose nothing."""
     beginnings: str | None = None
     """Expression for texts, one per option, after which the likelihood of one and the same ending is taken."""
     ending: str | None = None
@@ -173,16 +167,10 @@ class DataSet(Section):
         if self.bundled is None and "rolling" not in self.protocols and self.protocols:
             if (self.options is None) == (self.answers is None):
                 raise ValueError("needs options and answer, or answers of an open question")
-            if (self.options is None) != (self.answer is None and self.label_distribution is None):
-                raise ValueError("options and answer (or label_distribution) belong together; set both")
+            if (self.options is None) != (self.answer is None):
+                raise ValueError("options and answer belong together; set both")
             if self.options is None and "loglikelihood" in self.protocols:
                 raise ValueError("the protocol loglikelihood needs options; leave it out of protocols")
-        if self.label_distribution is not None and (self.bundled is not None or self.beginnings is not None):
-            raise ValueError("label_distribution is for rows with options; leave bundled and beginnings out")
-        if self.label_distribution is not None and "generation" in self.protocols and not self.lettered:
-            raise ValueError("label_distribution needs lettered options in written answers; leave lettered out")
-        if "labels" in self.protocols and self.label_distribution is None:
-            raise ValueError("the protocol labels needs label_distribution")
         if self.twin_of is not None and self.column != "twin":
             raise ValueError(f"twin_of needs column: twin (got column: {self.column or 'none'})")
         if (self.beginnings is None) != (self.ending is None):
@@ -213,16 +201,10 @@ class Part:
 
     data: DataSet
     value: int | str | None = None
-    disputed: bool = False
-    """Whether it is the items on which people do not agree, and not the others."""
 
     @property
     def name(self) -> str:
         """What its tasks are called before the protocol's name."""
-        return f"{self._whole_name}_disputed" if self.disputed else self._whole_name
-
-    @property
-    def _whole_name(self) -> str:
         parts = self.data.parts
         if self.value is None or parts is None:
             return self.data.dataset
@@ -237,8 +219,6 @@ class Part:
 
     def family(self, protocol: TaskProtocol) -> str | None:
         """Curve over levels to which its task under ``protocol`` belongs."""
-        if self.disputed:
-            return None
         return self._under(protocol).family or self.data.family
 
     def num_fewshot(self, protocol: TaskProtocol) -> int:
@@ -272,14 +252,12 @@ class Part:
 
     @property
     def column(self) -> Column | Literal[""]:
-        """How its items relate to healing text, or that people dispute them; empty = not said."""
-        if self.disputed:
-            return "disputed"
+        """How its items relate to healing text; empty = not said."""
         return self.data.column or ("public" if self.data.bundled is None else "")
 
     def twin_of(self, protocol: TaskProtocol) -> str:
         """Task under ``protocol`` that asks the same items in a form that healing text may have; empty = none."""
-        if not self.data.twin_of or self.disputed:
+        if not self.data.twin_of:
             return ""
         return f"{self.data.twin_of.format(self.value)}_{protocol}"
 
@@ -303,9 +281,8 @@ class Part:
 
 
 def parts_of(data: DataSet) -> list[Part]:
-    """The parts of a data set; one where it has none, and twice as many where people do not agree on its items."""
-    kinds = (False, True) if data.label_distribution else (False,)
-    return [Part(data, value, kind) for value in (data.parts.values if data.parts else (None,)) for kind in kinds]
+    """The parts of a data set; one where it has none."""
+    return [Part(data, value) for value in (data.parts.values if data.parts else (None,))]
 
 
 def yaml_files(folder: Path) -> Stamps:

@@ -18,7 +18,7 @@ from shoal.errors import UserError
 from shoal.formatting import listed
 
 from .data_sets import DataSet, HubData, Part
-from .rows import Doc, Row, agreed_or_disputed, as_docs
+from .rows import Doc, Row, as_docs
 
 NUM_ITEMS = 200
 """Items that a generator makes for a task that does not say how many."""
@@ -89,8 +89,7 @@ def _docs(part: Part, data_dir: Path | None, *, with_examples: bool) -> dict[str
         rows["examples"] = list(part.data.shots)
     if "examples" in rows:
         rows["examples"] = rows["examples"][:NUM_EXAMPLES]
-    docs = {split: as_docs(part, split_rows, f"{where} ({split})") for split, split_rows in rows.items()}
-    return docs | {"items": agreed_or_disputed(part, docs["items"], where)}
+    return {split: as_docs(part, split_rows, f"{where} ({split})") for split, split_rows in rows.items()}
 
 
 def _bundled(part: Part, *, with_examples: bool) -> dict[str, list[Doc]]:

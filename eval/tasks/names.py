@@ -154,7 +154,7 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
     ]
     named = {place for folder in folders[1:] for place in _local_data(folder)}
     rows = [(path, content) for place in sorted(named) for path, content in file_hashes(Path(place))]
-    return fingerprint([[_identity(data) for data in data_sets.values()], texts, *([rows] if rows else [])])
+    return fingerprint([[asdict(data) for data in data_sets.values()], texts, *([rows] if rows else [])])
 
 
 def _folders_there(include_path: str | Path | None) -> tuple[Path, ...]:
@@ -204,16 +204,6 @@ def local_data_fingerprint(data_dir: str, include_path: str | Path | None = None
     named = {name for part in parts for name in (*part.files, f"{part.data.place}/{part.data.examples}")}
     folder = Path(data_dir).expanduser()
     return fingerprint([[name, known_hash(folder / name)] for name in sorted(named) if (folder / name).is_file()])
-
-
-def _identity(data: DataSet) -> dict[str, object]:
-    """A description as fingerprints have it: without people's shares where there are none."""
-    settings = asdict(data)
-    return (
-        settings
-        if data.label_distribution
-        else {key: settings[key] for key in settings.keys() - {"label_distribution"}}
-    )
 
 
 def task_names(data: DataSet) -> dict[str, tuple[Part, TaskProtocol]]:

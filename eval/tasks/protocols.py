@@ -5,15 +5,11 @@ All tasks of a part read the same documents (documents.py): protocols differ in 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from scipy.special import log_softmax, rel_entr
 
 from shoal.abilities.matching import (
     LETTERS,
@@ -71,16 +67,12 @@ def _loglikelihood(part: Part) -> Config:
         "doc_to_text": lettered_prompt,
         "doc_to_choice": letters_of,
         "doc_to_target": "answer",
-        **_chosen(part, "acc"),
+        **_chosen("acc"),
     }
 
 
-def _chosen(part: Part, metric: str) -> Config:
-    """What counts where an option is chosen by its likelihood: that it is the right one, or who else has chosen it."""
-    if part.data.label_distribution is not None:
-        rule = agreement_norm if metric == "acc_norm" else agreement
-        shared = {"metric": rule.__name__, **MEAN}
-        return {"process_results": rule, "metric_list": [shared], "metadata": {"metric": rule.__name__}}
+def _chosen(metric: str) -> Config:
+    """What counts where an option is chosen by its likelihood: that it is the right one."""
     metrics = ("acc",) if metric == "acc" else ("acc", "acc_norm")
     return {"metric_list": [{"metric": name, **MEAN} for name in metrics], "metadata": {"metric": metric}}
 
@@ -100,20 +92,7 @@ def _continuation(part: Part) -> Config:
         fields = {"doc_to_text": "answer", "doc_to_choice": "beginnings", "doc_to_target": "ending"}
     else:
         fields = {"doc_to_text": "context", "doc_to_choice": "options", "doc_to_target": "answer"}
-    return {"output_type": "multiple_choice", **fields, **_chosen(part, data.metric)}
-
-
-def _labels(part: Part) -> Config:
-    del part
-    return {
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "options",
-        "doc_to_target": "answer",
-        "process_results": divergence,
-        "metric_list": [{"metric": "divergence", "aggregation": "mean", "higher_is_better": False}],
-        "metadata": {"metric": "divergence", "chance": 0.0},
-    }
+    return {"output_type": "multiple_choice", **fields, **_chosen(data.metric)}
 
 
 def _generation(part: Part) -> Config:
@@ -121,16 +100,15 @@ def _generation(part: Part) -> Config:
     chooses = data.lettered and (data.options is not None or data.bundled is not None)
     chance = {} if chooses and part.chance is None else {"chance": part.chance or 0.0}  # else by options, see samples
     open_answer = "worked" if data.expects_work else shown_answer
-    rule, metric = (letter_match, "match") if data.label_distribution is None else (letter_agreement, "agreement")
     return {
         "output_type": "generate_until",
         "doc_to_text": lettered_prompt if chooses else "context",
         "doc_to_target": right_letter if chooses else open_answer,
-        "process_results": rule if chooses else TEXT_MATCHES[data.match],
+        "process_results": letter_match if chooses else TEXT_MATCHES[data.match],
         "generation_kwargs": {"until": list(data.stop), "max_gen_toks": data.max_new_tokens, "do_sample": False},
-        "metric_list": [{"metric": metric, **MEAN}],
+        "metric_list": [{"metric": "match", **MEAN}],
         "fewshot_config": {"doc_to_target": "worked"} if data.shows_work else {},
-        "metadata": {"metric": metric, **chance},
+        "metadata": {"metric": "match", **chance},
     }
 
 
@@ -164,7 +142,6 @@ FORMS: dict[TaskProtocol, Callable[[Part], Config]] = {
     "generation": _generation,
     "worked": _worked,
     "rolling": _rolling,
-    "labels": _labels,
 }
 
 
@@ -191,34 +168,6 @@ def right_letter(doc: Mapping[str, Any]) -> str:
 def letter_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """1 where the written text chooses the right option."""
     return {"match": float(chosen_option(results[0], doc["options"]) == doc["answer"])}
-
-
-def letter_agreement(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Share of the people who chose the option that the written text chooses; 0 where it chooses none."""
-    option = chosen_option(results[0], doc["options"])
-    return {"agreement": 0.0 if option is None else doc["shares"][option]}
-
-
-def agreement(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Share of the people who chose the likeliest option."""
-    log_probs = [log_prob for log_prob, _ in results]
-    return {"agreement": doc["shares"][log_probs.index(max(log_probs))]}
-
-
-def agreement_norm(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Share of the people who chose the option that is likeliest per character."""
-    per_character = [(log_prob / len(text), own) for (log_prob, own), text in zip(results, doc["options"], strict=True)]
-    return {"agreement_norm": agreement(doc, per_character)["agreement"]}
-
-
-def divergence(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """KL(people || model) over the options in nats: cross-entropy less the people's entropy, 0 where both are alike.
-
-    A majority's vote would punish a model for being as undecided as people are (arXiv 2410.13776).
-    """
-    log_probs_O = log_softmax(np.array([log_prob for log_prob, _ in results]))
-    shares_O = np.array(doc["shares"]) / math.fsum(doc["shares"])
-    return {"divergence": float(rel_entr(shares_O, np.exp(log_probs_O)).sum())}
 
 
 def match_start(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

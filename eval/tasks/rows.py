@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -17,18 +16,14 @@ from shoal.abilities.item import digest
 from shoal.abilities.matching import LETTERS
 from shoal.errors import UserError
 
-from .data_sets import AGREED, Part
+from .data_sets import Part
 
 log = logging.getLogger(__name__)
-
-SHARES_OFF = 1e-3
-"""How far the sum of shares that were rounded when they were written may be from 1."""
 
 Row = Mapping[str, Any]
 """One row of a data set, as it is stored."""
 Doc = dict[str, Any]
-"""What is asked: id, question, context, options, answer (position of the right one), answers (accepted), worked, and
-shares of people by option where they do not agree."""
+"""What is asked: id, question, context, options, answer (position of the right one), answers (accepted), worked."""
 
 
 def bbh_options(text: str, target: str) -> list[str]:
@@ -61,11 +56,6 @@ def _values_beside(pairs: Sequence[Sequence[str]], position: int) -> list[str]:
     return sorted([gold, *others[:3]], key=digest)
 
 
-def _shares(counts: Sequence[float]) -> list[float]:
-    """Shares of counts by option."""
-    return [count / math.fsum(counts) for count in counts]
-
-
 @cache
 def _jinja() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -75,7 +65,6 @@ def _jinja() -> ImmutableSandboxedEnvironment:
         "bbh_options": bbh_options,
         "as_json": lambda pairs: json.dumps(dict(pairs)),
         "values_beside": _values_beside,
-        "shares": _shares,
     }
     environment.globals["LETTERS"] = LETTERS
     return environment
@@ -85,8 +74,7 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     """The documents that ``rows`` describe, in their order; ``where`` they are from, in words, is for messages.
 
     Raises:
-        UserError: no rows, one without a field that the description names, with an answer outside its options, or with
-            shares of people that are none.
+        UserError: no rows, one without a field that the description names, or with an answer outside its options.
     """
     data, jinja = part.data, _jinja()
     if not rows:
@@ -101,7 +89,6 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     if data.page is not None:
         del templates["question"]
     expressions = {key: getattr(data, key) or None for key in ("options", "answer", "answers", "beginnings")}
-    expressions["shares"] = data.label_distribution
     expression_of = partial(jinja.compile_expression, undefined_to_none=False)
     compiled = _compiled(part, jinja.from_string, templates)
     values = _compiled(part, expression_of, expressions)
@@ -131,24 +118,6 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
         log.info("%s: %d of %d rows are left out, since not (%s)", where, left_out, len(rows), data.keep)
 
 
-def agreed_or_disputed(part: Part, docs: Iterator[Doc], where: str) -> Iterator[Doc]:
-    """Those documents on which people agree, or of a disputed part the others; all, where nothing is known of people.
-
-    Raises:
-        UserError: there are none.
-    """
-    is_empty = True
-    for doc in docs:
-        if "shares" not in doc or (max(doc["shares"]) < AGREED) == part.disputed:
-            is_empty = False
-            yield doc
-    if is_empty:
-        share = f"{'less than' if part.disputed else 'at least'} {AGREED:.0%}"
-        raise UserError(
-            f"eval.tasks: {part.name!r}: {where} has no item on which {share} of the people agree; leave this task out"
-        )
-
-
 def _defined(value: Any, key: str) -> Any:
     if isinstance(value, Undefined):
         raise LookupError(f"no value for {key}")
@@ -171,9 +140,6 @@ def _finished(doc: Doc, at: str) -> Doc:
         doc["options"] = ["" if option is None else str(option) for option in doc["options"]]
         if "" in doc["options"]:
             raise UserError(f"{at}: option {doc['options'].index('')} is empty; correct the data, or leave the row out")
-        if "shares" in doc:
-            _check_shares(doc["shares"], doc["options"], at)
-            doc.setdefault("answer", doc["shares"].index(max(doc["shares"])))
         doc["answer"] = _position(doc["answer"], doc["options"], at)
         doc["answers"] = [doc["options"][doc["answer"]]]
     else:
@@ -197,17 +163,6 @@ def _compiled(part: Part, compile_text: Callable[[str], Any], texts: Mapping[str
                     f"eval.tasks: {part.name!r}: {key} in its description is no template ({error}): {text!r}"
                 ) from error
     return compiled
-
-
-def _check_shares(shares: list[Any], options: list[str], at: str) -> None:
-    """Refuse what is no distribution over the options."""
-    numbers = all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares)
-    if not numbers or len(shares) != len(options) or abs(math.fsum(shares) - 1) > SHARES_OFF:
-        raise UserError(
-            f"{at}: the label distribution {shares} of {len(options)} options does not give each a share, 1 in all; "
-            "correct the data, or write `| shares` behind the column in label_distribution if it holds "
-            "counts"
-        )
 
 
 def _position(answer: Any, options: list[str], at: str) -> int:

@@ -394,16 +394,10 @@ def check_recording(recipe: Recipe) -> None:
 def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
     """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
     from shoal.eval.quick_eval import QuickScores
-    from shoal.eval.tasks.names import described_tasks, task_folders
 
     watch, scored = run.recipe.distill.watch, _watched(run)
     if watch is None or scored is None:
         return None
-    described, _ = described_tasks(task_folders(scored.include_path))
-    if watch.best in described and described[watch.best][0].column == "disputed":
-        raise UserError(
-            f"distill.watch.best: {watch.best} asks items that people dispute, which choose no state; name another"
-        )
     return partial(QuickScores, settings=scored, seed=run.recipe.seed)
 
 

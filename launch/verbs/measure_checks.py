@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from shoal.data.sources import load_texts
@@ -70,7 +69,6 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     if "cumulative" in of_each:
         of_each["cumulative"] = min(filter(None, [*orders, of_each["cumulative"]]))
     num_removals = max(of_each.values(), default=1)
-    _check_disputed(settings, tasks)
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
     refuse_few_items(settings, counts, tokenizer, num_removals=num_removals)
@@ -107,24 +105,6 @@ def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
         raise UserError(
             f"measure.sweep.greedy: {in_nats[0]} is in nats and {shares[0]} a share, which have no unit in common; "
             "give each task a weight in measure.sweep.greedy_weights"
-        )
-
-
-def _check_disputed(settings: Sweeps, tasks: dict[str, Any]) -> None:
-    """Warn of tasks that people answer in different ways, and refuse to remove layers by what they dispute."""
-    asked = {name: [doc["shares"] for doc in task.eval_docs if "shares" in doc] for name, task in tasks.items()}
-    for name, shares in ((name, shares) for name, shares in asked.items() if shares):
-        log.warning(
-            "measure.sweep.tasks: %s asks what people answer in different ways (the most frequent answer is that of "
-            "%.0f %% of them), so its scores say less of layers than those of questions with one right answer",
-            *(name, 100 * fmean(map(max, shares))),
-        )
-    disputed = [name for name, task in tasks.items() if (task.config.metadata or {}).get("column") == "disputed"]
-    choosing = [name for name in disputed if settings.greedy_weights.get(name, not settings.greedy_weights)]
-    if settings.greedy is not None and choosing:
-        raise UserError(
-            f"measure.sweep.greedy: {', '.join(choosing)} asks items that people dispute, which choose no layers; "
-            "leave it out of measure.sweep.tasks, or give the others weights in measure.sweep.greedy_weights"
         )
 
 

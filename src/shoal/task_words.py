@@ -10,7 +10,6 @@ PROTOCOLS = {
     "generation": "generated",
     "worked": "worked answers",
     "rolling": "running text",
-    "labels": "shares of answers",
 }
 """Protocol -> its words for a reader."""
 COLUMNS = {
@@ -18,7 +17,6 @@ COLUMNS = {
     "out": "untrained abilities",
     "public": "public benchmarks",
     "in": "trained form",
-    "disputed": "items that people dispute",
 }
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")

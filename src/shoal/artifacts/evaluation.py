@@ -10,10 +10,9 @@ from typing import Any, Literal
 from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
 
-Column = Literal["in", "twin", "out", "public", "disputed"]
+Column = Literal["in", "twin", "out", "public"]
 """How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
-that it never has, `out` = an ability that it never shows, `public` = a public benchmark; `disputed` = the items of any
-of them on which people do not agree, which choose nothing."""
+that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
 CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"
@@ -96,8 +95,6 @@ class TaskScore:
     """How the items relate to training text; empty = not said."""
     twin_of: str = ""
     """Task that asks the same items (by id) in a form that training text may have; empty = none."""
-    ceiling: float = 1.0
-    """Best score there is: below 1 where an answer scores the share of people who gave it too."""
     engine: str = "transformers"
     """What ran the model: transformers or vllm. Scores of two engines are never paired."""
 
@@ -114,8 +111,6 @@ class TaskScore:
             yield f"items: has {len(self.items)} items, n says {self.n}"
         if not 0 <= self.chance < 1:
             yield f"chance: is {self.chance}; it is 0 or more and less than 1"
-        if not self.chance <= self.ceiling <= 1:
-            yield f"ceiling: is {self.ceiling}; it is at least chance, {self.chance}, and at most 1"
         for index, item in enumerate(self.items):
             if item.weight <= 0:
                 yield f"items.{index}.weight: is {item.weight}"

@@ -87,8 +87,6 @@ class SweepColumn:
     correlation: tuple[tuple[float, ...], ...] = ()
     """Row i: correlation of the change of component i with those of components 0..i, over items. What the interval of a
     sum of changes needs; empty where components are no single layers."""
-    disputed: bool = False
-    """Whether people do not agree on its items, so that it chooses no layers."""
 
     @property
     def label(self) -> str:

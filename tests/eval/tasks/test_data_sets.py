@@ -568,7 +568,7 @@ def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("answer: gold\n", ""), r"own.yaml: .*options and answer \(or label_distribution\) belong together; set both"),
+        (("answer: gold\n", ""), r"own.yaml: .*options and answer belong together; set both"),
         (("options: choices\nanswer: gold\n", ""), r"needs options and answer, or answers of an open question"),
         (("items: test.jsonl\n", ""), r"needs either bundled, or items"),
         (("about: mine", "abuot: mine"), r"own.yaml: abuot: unknown key; did you mean 'about'\?"),
@@ -599,7 +599,7 @@ def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
         (("about: mine", "about: [}"), r"own.yaml: is not valid YAML"),
         (
             ("about: mine", "column: inn\nabout: mine"),
-            r"own.yaml: column: .*'in', 'twin', 'out', 'public' or 'disputed'.*got 'inn'",
+            r"own.yaml: column: .*'in', 'twin', 'out' or 'public'.*got 'inn'",
         ),
         (("about: mine", "twin_of: retrieval\nabout: mine"), r"twin_of needs column: twin \(got column: none\)"),
         (("about: mine", "column: out\ntwin_of: x\nabout: mine"), r"twin_of needs column: twin \(got column: out\)"),
