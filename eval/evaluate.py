@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
+import lm_eval.evaluator
 import torch
 import torch.distributed as dist
 from lm_eval.models.utils import resolve_max_length
@@ -176,20 +178,17 @@ def _of_rank_0(lm: CausalLM, scores: tuple[TaskScore, ...]) -> tuple[TaskScore, 
 
 def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tuple[TaskScore, ...]:
     """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
-    from lm_eval import evaluator
-    from lm_eval.api import task as task_module
-
     check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
     refuse_idle_ranks(counts, num_ranks=lm.world_size)
     lm.endings.clear()
     first: dict[str, Any] = {name: range(count) for name, count in counts.items()}
-    theirs: Any = task_module
+    theirs: Any = lm_eval.api.task
     bar = theirs.tqdm
     # its making of prompts is told of as all else, not by a bar of its own for every task
     theirs.tqdm = partial(each, label="eval: making prompts", unit="items")
     try:
         # its bootstrap is left out: intervals are ours, paired over the kept items
-        results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
+        results: Any = lm_eval.evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
     finally:
         theirs.tqdm = bar
     gathered = lm.gather_object(lm.endings)

@@ -15,7 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+import lm_eval.tasks
 from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 
 from shoal.artifacts.evaluation import Column
 from shoal.errors import UserError
@@ -155,8 +157,6 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int 
 
     The file of few-shot examples may be missing where none are shown.
     """
-    from lm_eval.api.task import ConfigurableTask
-
     download = ConfigurableTask.download
     data_sets = described_data(folders).values()
 
@@ -254,9 +254,7 @@ def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
 
 @cache
 def _manager_of(folders: tuple[Path, ...], _files: tuple[Stamps, ...], *, with_all: bool) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=list(folders), include_defaults=with_all)
+    return lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=with_all)
 
 
 def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...]) -> Any:
