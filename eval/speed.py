@@ -1,16 +1,12 @@
-"""Speed, memory and size of several models, in turns, so that a busy moment of the machine hits all of them.
-
-Beside what is measured stands what the number of layers lets expect: see expectation.
-"""
+"""Speed, memory and size of several models, in turns, so that a busy moment of the machine hits all of them."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import MODEL
 from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes
-from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
-from shoal.models.load import Checkpoint, loaded_bytes, num_parameters, without_data
+from shoal.models.load import Checkpoint, loaded_bytes, num_parameters
 from shoal.progress import progress
 from shoal.runtime import device
 
@@ -39,8 +33,6 @@ OTHER_BATCH_SIZES = (1, 8, 32)
 FEWER_REPEATS = 3
 """Rounds of the batch sizes after the first, which take longer and vary less."""
 KINDS = ("prefill", "decode", "first_token")
-HALF_DEPTH = "half of the teacher's layers"
-"""Name in the log of what is measured where no role is a cut of the teacher."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,6 @@ def measure_speed(
     *,
     provenance: Provenance,
     batch_sizes: Sequence[int] | None = None,
-    cut_half: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
@@ -69,15 +60,12 @@ def measure_speed(
     Checkpoints are loaded here and kept in memory together: reloading between turns would measure a cold model. The
     first round of a batch size warms up, measures memory and is not timed; the order of the roles turns from round to
     round. Random tokens: speed does not depend on what is read. ``batch_sizes`` None = BATCH_SIZES; a size for which
-    the memory will not do is left out, and the result says so. ``cut_half`` gives the teacher without half of its
-    layers, in the same storage: that model takes its turns too where no role has fewer layers than the teacher.
+    the memory will not do is left out, and the result says so.
 
     Raises:
         UserError: a prompt that does not fit the model's positions, or a model that keeps no cache of keys and values.
     """
     entries = {role: _entry(role, model, prompt_tokens + new_tokens) for role, model in models.items()}
-    if cut_half and (half := _half_depth(entries, cut_half)):
-        entries[HALF_DEPTH] = half
     first = next(iter(entries.values())).decoder
     sizes = sorted(set(batch_sizes or BATCH_SIZES.get(first.device.type, OTHER_BATCH_SIZES)))
     batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
@@ -94,35 +82,15 @@ def measure_speed(
                 "speed: %s, %d at once: prefill %.0f, decode %.1f tokens/s, first token after %.2f s",
                 *(role, size, speed.prefill_tokens_per_s, speed.decode_tokens_per_s, speed.first_token_s),
             )
-    roles = {role: _score(entry, batches[role]) for role, entry in entries.items()}
-    half_depth = roles.pop(HALF_DEPTH, None)
     return Speed(
         provenance=provenance,
-        half_depth=half_depth,
-        roles=_with_expectations(roles, entries, prompt_tokens, new_tokens),
+        roles={role: _score(entry, batches[role]) for role, entry in entries.items()},
         batch_size=sizes[0],
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         dtype=str(first.model.dtype).removeprefix("torch."),
         left_out=tuple(left_out),
     )
-
-
-def expectation(
-    teacher: Cost, num_layers: int, *, batch_size: int, prompt_tokens: int, new_tokens: int, bytes_per_parameter: float
-) -> tuple[float, float]:
-    """Factors by which prefill and decoding should be faster with ``num_layers`` layers like the teacher's.
-
-    Reading a prompt takes multiplications, writing takes reading weights and cache from memory; what is outside the
-    layers stays. So a model of half the layers is less than twice as fast, most of all where its vocabulary is large.
-    """
-    student, length = teacher.at_depth(num_layers), prompt_tokens + new_tokens // 2
-    work = [prefill_flops(cost, prompt_tokens) for cost in (teacher, student)]
-    read = [
-        decode_bytes(cost, bytes_per_parameter=bytes_per_parameter, num_tokens=length, batch_size=batch_size)
-        for cost in (teacher, student)
-    ]
-    return work[0] / work[1], read[0] / read[1]
 
 
 def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> _Entry:
@@ -148,19 +116,6 @@ def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> 
             f"speed: {role} keeps no cache of keys and values to measure decoding with; set eval.speed: false"
         )
     return _Entry(decoder, _weight_bytes(model), checkpoint_bytes(source.folder) if is_stored else None)
-
-
-def _half_depth(entries: Mapping[str, _Entry], cut_half: Callable[[PreTrainedModel], PreTrainedModel]) -> _Entry | None:
-    """The teacher at half its depth; None where a role is shallower already, or the teacher cannot be cut so."""
-    depths = {role: text_config(entry.decoder.model.config).num_hidden_layers for role, entry in entries.items()}
-    if "teacher" not in entries or depths["teacher"] < 2 or min(depths.values()) < depths["teacher"]:
-        return None
-    try:
-        model = cut_half(entries["teacher"].decoder.model)
-    except UserError as error:
-        log.info("speed: nothing is measured at half the teacher's depth: %s", error)
-        return None
-    return _Entry(Decoder(model), _weight_bytes(model), None)
 
 
 def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds: int) -> dict[str, BatchSpeed]:
@@ -268,58 +223,3 @@ def _score(entry: _Entry, batches: Sequence[BatchSpeed]) -> SpeedScore:
         num_bytes=entry.num_bytes,
         kv_bytes_per_token=entry.decoder.cache_bytes,
     )
-
-
-def _with_expectations(
-    roles: dict[str, SpeedScore], entries: Mapping[str, _Entry], prompt_tokens: int, new_tokens: int
-) -> dict[str, SpeedScore]:
-    """The same scores, beside each value that which the teacher's and the layer count let expect."""
-    if "teacher" not in roles:
-        return roles
-    teacher, entry = roles["teacher"], entries["teacher"]
-    model = entry.decoder.model
-    try:
-        cost = model_cost(without_data(copy.deepcopy(model.config), dtype=model.dtype))
-    except UserError as error:
-        log.info("speed: nothing is expected beforehand: %s", error)
-        return roles
-    width = sum(parameter.nbytes for parameter in model.parameters()) / num_parameters(model)
-    expected = dict(roles)
-    for role, score in roles.items():
-        if role not in ("teacher", MODEL) and score.num_layers is not None:
-            expected[role] = _expected(score, teacher, cost, width, prompt_tokens, new_tokens)
-    return expected
-
-
-def _expected(
-    score: SpeedScore, teacher: SpeedScore, cost: Cost, width: float, prompt_tokens: int, new_tokens: int
-) -> SpeedScore:
-    assert score.num_layers is not None
-    depth = cost.at_depth(score.num_layers)
-    kept = depth.num_parameters / cost.num_parameters
-    sizes = {"num_parameters": float(depth.num_parameters)}
-    if teacher.num_bytes is not None:
-        sizes["num_bytes"] = teacher.num_bytes * kept
-    if teacher.kv_bytes_per_token is not None:
-        sizes["kv_bytes_per_token"] = teacher.kv_bytes_per_token * score.num_layers / cost.num_layers
-    batches = []
-    for own, whole in zip(score.batches, teacher.batches, strict=True):
-        faster_prefill, faster_decode = expectation(
-            cost,
-            score.num_layers,
-            batch_size=own.batch_size,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            bytes_per_parameter=width,
-        )
-        expected = {
-            "prefill_tokens_per_s": whole.prefill_tokens_per_s * faster_prefill,
-            "decode_tokens_per_s": whole.decode_tokens_per_s * faster_decode,
-            "first_token_s": whole.first_token_s / faster_prefill,
-        }
-        if whole.peak_memory_bytes is not None:
-            cached = [side.cache_bytes(prompt_tokens + new_tokens) if side.cache else 0 for side in (cost, depth)]
-            less = (cost.num_parameters - depth.num_parameters) * width + own.batch_size * (cached[0] - cached[1])
-            expected["peak_memory_bytes"] = whole.peak_memory_bytes - less
-        batches.append(replace(own, expected=expected))
-    return replace(score, batches=tuple(batches), expected=sizes)

@@ -68,15 +68,14 @@ def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
     parameters, stored = known("num_parameters", evaluation), known("num_bytes", evaluation)
     timed = run.speed.roles.get("teacher") if run.speed else None
     whole = teacher.num_parameters if teacher else timed.num_parameters if timed else None
-    expected = score.expected if score else {}
     cached = score.kv_bytes_per_token if score else None
     return (
         role,
         str(known("num_layers", evaluation) or DASH),
-        _beside(parameters, expected.get("num_parameters"), count_text),
+        _told(parameters, count_text),
         DASH if parameters is None or not whole else f"{100 * parameters / whole:.1f} %",
-        _beside(stored, expected.get("num_bytes"), bytes_text),
-        _beside(cached, expected.get("kv_bytes_per_token"), bytes_text),
+        _told(stored, bytes_text),
+        _told(cached, bytes_text),
         duration_text(evaluation.seconds) if evaluation else DASH,
     )
 
@@ -90,9 +89,11 @@ def _speed_table(speed: Speed) -> Table:
             cells = [role, f"{batch.batch_size:,}"]
             for kind in kinds:
                 cells.append(_with_range(getattr(batch, f"{kind}_tokens_per_s"), batch.samples.get(kind, ())))
-                cells.append(DASH if teacher is None or role == "teacher" else _against(teacher, batch, kind))
-            cells.insert(4, _beside(batch.first_token_s, batch.expected.get("first_token_s"), _seconds_text))
-            cells.append(_beside(batch.peak_memory_bytes, batch.expected.get("peak_memory_bytes"), bytes_text))
+                cells.append(
+                    DASH if teacher is None or role == "teacher" else speed_ratio(batch, teacher, kind).in_words()
+                )
+            cells.insert(4, _seconds_text(batch.first_token_s))
+            cells.append(_told(batch.peak_memory_bytes, bytes_text))
             rows.append(tuple(cells))
     caption = (
         f"Speed with prompts of {speed.prompt_tokens:,} tokens and {speed.new_tokens:,} new ones, {speed.dtype}; "
@@ -116,13 +117,6 @@ def _explanations(speed: Speed) -> list[Block]:
             "Peak memory is what one model's weights, cache and intermediate tensors take at the fullest moment, "
             "as torch's allocator counts it: without Python, libraries and what they set aside for themselves."
         )
-    if any(score.expected or any(batch.expected for batch in score.batches) for score in speed.roles.values()):
-        blocks.append(
-            "“Expected” is the teacher's value with as many layers as this model has, all like the average one. It "
-            "takes reading to be all multiplications, and writing to be all reading of weights and cache from "
-            "memory; what remains outside the layers, such as the map to the vocabulary, is not made smaller by a "
-            "cut. Measured far below that, something else takes the time."
-        )
     return blocks
 
 
@@ -132,29 +126,12 @@ def _teacher_at(speed: Speed, batch_size: int) -> BatchSpeed | None:
     return next((batch for batch in batches if batch.batch_size == batch_size), None)
 
 
-def _beside(value: float | None, expected: float | None, words: Words) -> str:
-    """The value with what was expected; that is left out where the two read the same."""
-    if value is None:
-        return DASH
-    text = words(value)
-    if expected is None:
-        return text
-    return f"{text} (as expected)" if words(expected) == text else f"{text} (expected {words(expected)})"
+def _told(value: float | None, words: Words) -> str:
+    return DASH if value is None else words(value)
 
 
 def _with_range(value: float, samples: Sequence[float]) -> str:
     return f"{value:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else "")
-
-
-def _against(teacher: BatchSpeed, batch: BatchSpeed, kind: Kind) -> str:
-    """The ratio with its range over the rounds, and what was expected of it."""
-    field = f"{kind}_tokens_per_s"
-    ratio, expected = speed_ratio(batch, teacher, kind), batch.expected.get(field)
-    if expected is None:
-        return ratio.in_words()
-    wanted = SpeedRatio(expected / getattr(teacher, field), None).in_words()
-    same = wanted == SpeedRatio(ratio.value, None).in_words()
-    return f"{ratio.in_words()} ({'as expected' if same else f'expected {wanted}'})"
 
 
 def _seconds_text(seconds: float) -> str:

@@ -47,7 +47,7 @@ from .run import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -309,12 +309,7 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
-    from shoal.compress.surgery.cut_model import cut_model
     from shoal.eval.speed import measure_speed
-    from shoal.models.anatomy import decoder_layers
-
-    def cut_half(teacher: PreTrainedModel) -> PreTrainedModel:
-        return cut_model(teacher, range(1, len(decoder_layers(teacher)), 2), share=True)
 
     path = run.dir / Speed.FILE
     # a control is as fast as the teacher
@@ -326,7 +321,7 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
     batch_sizes = run.recipe.eval.speed_batch_sizes
     free_memory()  # of the models that were scored one after another
     try:
-        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half)
+        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes)
     except UserError as reason:  # the report of a run that has healed for hours is worth more than its speed
         log.warning("eval: the speed is not measured. %s", reason)
         path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores

@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config, tiny_model
+from tiny import tiny_checkpoint, tiny_model
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.speed import Speed
-from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.eval import speed
-from shoal.eval.speed import expectation, measure_speed, peak_growth
+from shoal.eval.speed import measure_speed, peak_growth
 from shoal.inference.decoder import Decoder
 from shoal.launch.verbs import evaluate
 from shoal.launch.verbs.run import open_run
-from shoal.models.cost import model_cost
-from shoal.models.load import Checkpoint, LoadSettings, without_data
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.recipe import parse_recipe
 
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
@@ -52,7 +50,7 @@ def test_every_role_is_measured_at_every_batch_size(measured: Speed, tmp_path: P
 
 
 @pytest.mark.slow
-def test_sizes_are_those_of_the_formulas_and_the_cut_models_are_expected(measured: Speed) -> None:
+def test_sizes_are_those_of_the_formulas(measured: Speed) -> None:
     for role, layers in (("teacher", 6), ("pruned", 4)):
         score = measured.roles[role]
         assert score.num_layers == layers
@@ -60,11 +58,6 @@ def test_sizes_are_those_of_the_formulas_and_the_cut_models_are_expected(measure
         assert score.num_parameters == sum(
             p.numel() for p in tiny_model("llama", num_hidden_layers=layers).parameters()
         )
-    teacher, pruned = measured.roles["teacher"], measured.roles["pruned"]
-    assert teacher.expected == {}
-    assert pruned.expected["num_parameters"] == pruned.num_parameters
-    assert pruned.expected["kv_bytes_per_token"] == pruned.kv_bytes_per_token
-    assert pruned.expected["num_bytes"] == pytest.approx(pruned.num_bytes, rel=0.02)  # names in the file take room, too
 
 
 @pytest.mark.slow
@@ -75,9 +68,6 @@ def test_memory_is_weights_cache_and_what_is_under_way(measured: Speed) -> None:
             cache = batch.batch_size * (16 + 4) * layers * 2 * 2 * 8 * 4
             assert batch.peak_memory_bytes is not None
             assert weights + cache < batch.peak_memory_bytes < weights + cache + 300_000 * batch.batch_size
-    for whole, cut in zip(measured.roles["teacher"].batches, measured.roles["pruned"].batches, strict=True):
-        assert cut.expected["peak_memory_bytes"] == pytest.approx(cut.peak_memory_bytes, rel=0.03)
-        assert whole.expected == {}
 
 
 def test_peak_growth_is_what_tensors_hold_at_the_fullest_moment() -> None:
@@ -90,38 +80,6 @@ def test_peak_growth_is_what_tensors_hold_at_the_fullest_moment() -> None:
         kept.copy_((second[:1000] + torch.zeros(1000)).clone())
 
     assert peak_growth(torch.device("cpu"), work) == pytest.approx(2_000_000, abs=2000)
-
-
-def test_the_expectation_counts_multiplications_and_bytes() -> None:
-    cost = model_cost(without_data(tiny_config("llama"), dtype=torch.float32))
-    head, hidden, mlp, heads, kv, width = 272 * 32, 32, 48, 4, 2, 8
-    weights = hidden * heads * width * 2 + hidden * kv * width * 2 + 3 * hidden * mlp
-    norms = 2 * hidden
-
-    def flops(layers: int) -> float:
-        pairs = 16 * 17 / 2 * 2 * heads * 2 * width
-        return 2 * 16 * (layers * (weights + norms) + hidden) + 2 * head + layers * pairs
-
-    def read(layers: int, batch: int) -> float:
-        return 4 * (layers * (weights + norms) + hidden + head) + batch * 18 * layers * 2 * kv * width * 4
-
-    for layers in (1, 4, NUM_LAYERS):
-        for batch in (1, 8):
-            found = expectation(cost, layers, batch_size=batch, prompt_tokens=16, new_tokens=4, bytes_per_parameter=4)
-            assert found == pytest.approx((flops(6) / flops(layers), read(6, batch) / read(layers, batch)))
-
-
-def test_expected_speeds_are_the_teachers_scaled(measured: Speed) -> None:
-    cost = model_cost(without_data(tiny_config("llama"), dtype=torch.float32))
-    teacher, pruned = measured.roles["teacher"], measured.roles["pruned"]
-    for whole, cut in zip(teacher.batches, pruned.batches, strict=True):
-        width: dict[str, Any] = {"bytes_per_parameter": 4.0, "batch_size": cut.batch_size}
-        prefill, decode = expectation(cost, 4, prompt_tokens=16, new_tokens=4, **width)
-        assert 1.0 < prefill < 1.5
-        assert 1.0 < decode < 1.5
-        assert cut.expected["prefill_tokens_per_s"] == pytest.approx(whole.prefill_tokens_per_s * prefill)
-        assert cut.expected["decode_tokens_per_s"] == pytest.approx(whole.decode_tokens_per_s * decode)
-        assert cut.expected["first_token_s"] == pytest.approx(whole.first_token_s / prefill)
 
 
 @pytest.mark.slow
@@ -138,35 +96,6 @@ def test_roles_take_turns_and_none_is_always_first(monkeypatch: pytest.MonkeyPat
     found = measure_speed(models, provenance=Provenance({}), batch_sizes=(1,), repeats=3, **SHORT)
     assert "".join(turns) == "LG" + "LGGLLG"
     assert found.roles["pruned"].num_bytes is None  # a model in memory has no files
-
-
-def cut_half(model: Any) -> Any:
-    return cut_model(model, range(1, NUM_LAYERS, 2), share=True)
-
-
-@pytest.mark.slow
-def test_a_teacher_alone_is_measured_at_half_its_depth_too() -> None:
-    teacher = tiny_model("llama")
-    found = measure_speed({"teacher": teacher}, provenance=Provenance({}), repeats=1, cut_half=cut_half, **SHORT)
-    assert list(found.roles) == ["teacher"]
-    assert found.half_depth is not None
-    assert found.half_depth.num_layers == NUM_LAYERS // 2
-    assert [batch.batch_size for batch in found.half_depth.batches] == [1, 4]
-
-
-@pytest.mark.slow
-def test_half_the_depth_is_not_measured_beside_a_cut_or_where_it_cannot_be_cut(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    models = {"teacher": tiny_model("llama"), "pruned": tiny_model("llama", num_hidden_layers=4)}
-    beside = measure_speed(models, provenance=Provenance({}), batch_sizes=(1,), repeats=1, cut_half=cut_half, **SHORT)
-    assert beside.half_depth is None
-    refused: Any = lambda model: (_ for _ in ()).throw(UserError("cannot be cut"))  # noqa: E731
-    del models["pruned"]
-    with caplog.at_level(logging.INFO):
-        found = measure_speed(models, provenance=Provenance({}), batch_sizes=(1,), repeats=1, cut_half=refused, **SHORT)
-    assert found.half_depth is None
-    assert "nothing is measured at half the teacher's depth: cannot be cut" in caplog.text
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from shoal.artifacts.artifact import Artifact
@@ -21,8 +21,6 @@ class BatchSpeed:
     """Bytes of weights, cache and intermediate tensors at the fullest moment; None = not measured."""
     samples: dict[str, tuple[float, ...]]
     """Values of all repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
-    expected: dict[str, float] = field(default_factory=dict)
-    """Name of a field above -> the teacher's value, scaled by what the layer count says; empty for the teacher."""
 
     @property
     def step_ms(self) -> float:
@@ -46,8 +44,6 @@ class SpeedScore:
     """Bytes of the checkpoint's weights on disk."""
     kv_bytes_per_token: int | None = None
     """Bytes that one more token of one sequence adds to the cache."""
-    expected: dict[str, float] = field(default_factory=dict)
-    """Name of a size above -> what the teacher's would be with this role's number of layers; empty for the teacher."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ class Speed(Artifact):
     """eval/speed.json: the roles' speeds, measured interleaved in one process."""
 
     FILE: ClassVar[str] = "eval/speed.json"
+    SCHEMA: ClassVar[int] = 2
 
     roles: dict[str, SpeedScore]
     batch_size: int
@@ -64,6 +61,3 @@ class Speed(Artifact):
     dtype: str
     left_out: tuple[str, ...] = ()
     """Reasons why a batch size that was asked for is missing, a sentence each."""
-    half_depth: SpeedScore | None = None
-    """The teacher without every second layer, where no role has fewer layers than it: what time does not shrink with
-    the layers is told by two depths."""

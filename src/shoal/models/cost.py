@@ -8,7 +8,7 @@ expectation: see decode_bytes and prefill_flops.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,21 +64,6 @@ class Cost:
         """Bytes that the cache of one sequence of ``num_tokens`` takes."""
         assert self.cache is not None
         return sum(slot.num_bytes(num_tokens) for slot in self.cache)
-
-    def at_depth(self, num_layers: int) -> Cost:
-        """This cost with another number of layers, all like the average one; of the cache, evenly spaced slots."""
-        share = num_layers / self.num_layers
-        layers, active = round(share * self.layer_parameters), round(share * self.active_layer_parameters)
-        slots = self.cache and tuple(self.cache[index * len(self.cache) // num_layers] for index in range(num_layers))
-        return replace(
-            self,
-            num_layers=num_layers,
-            num_parameters=self.num_parameters - self.layer_parameters + layers,
-            active_parameters=self.active_parameters - self.active_layer_parameters + active,
-            layer_parameters=layers,
-            active_layer_parameters=active,
-            cache=slots,
-        )
 
 
 def model_cost(model: PreTrainedModel) -> Cost:

@@ -64,26 +64,6 @@ def real_cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3"])
-def test_a_cost_at_another_depth_is_that_of_a_model_of_that_depth(kind: str) -> None:
-    whole = cost(tiny.tiny_config(kind))
-    for layers in (1, 4, tiny.NUM_LAYERS, 9):
-        assert whole.at_depth(layers) == cost(tiny.tiny_config(kind, num_hidden_layers=layers))
-
-
-@pytest.mark.slow
-def test_a_cost_at_another_depth_takes_the_average_of_unlike_layers() -> None:
-    """Two of three of Gemma's layers keep a window only; a dense first layer stands beside mixtures in DeepSeek."""
-    gemma = cost(tiny.tiny_config("gemma3")).at_depth(3)
-    assert gemma.cache is not None
-    assert sum(slot.max_tokens is None for slot in gemma.cache) == 1
-    whole = cost(architectures.tiny_config("deepseek_v3"))
-    half = whole.at_depth(whole.num_layers // 2)
-    assert half.num_parameters == whole.num_parameters - whole.layer_parameters // 2
-    assert half.active_parameters == whole.active_parameters - whole.active_layer_parameters // 2
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_and_cache_are_those_of_the_real_model(name: str) -> None:
     model = architectures.tiny_model(name)
