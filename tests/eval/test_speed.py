@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tiny import tiny_checkpoint, tiny_model
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.speed import Speed
-from shoal.errors import UserError
 from shoal.eval import speed
 from shoal.eval.speed import measure_speed, peak_growth
 from shoal.inference.decoder import Decoder
@@ -98,28 +96,6 @@ def test_roles_take_turns_and_none_is_always_first(monkeypatch: pytest.MonkeyPat
     assert found.roles["pruned"].num_bytes is None  # a model in memory has no files
 
 
-@pytest.mark.slow
-def test_a_batch_size_without_the_memory_for_it_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(speed, "device_memory", lambda _: 2_000_000)
-    models = {"teacher": tiny_model("llama")}
-    with caplog.at_level(logging.WARNING):
-        found = measure_speed(models, provenance=Provenance({}), batch_sizes=(1, 2, 10_000), repeats=1, **SHORT)
-    assert [batch.batch_size for batch in found.roles["teacher"].batches] == [1, 2]
-    assert len(found.left_out) == 1
-    assert found.left_out[0].startswith("batch size 10000 is left out: teacher would need ")
-    assert found.left_out[0] in caplog.text
-
-
-def test_models_that_do_not_fit_together_are_refused_by_name(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = {role: Checkpoint.read(teacher, LoadSettings()) for role in ("teacher", "pruned")}
-    free = iter([1_000_000, 200_000])
-    monkeypatch.setattr(speed, "device_memory", lambda _: next(free))
-    with pytest.raises(UserError, match=r"speed: pruned takes 0.0 GB beside the models before it, and 0.0 GB are free"):
-        measure_speed(models, provenance=Provenance({}))
-
-
 def test_a_run_goes_on_where_its_speed_cannot_be_measured(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,8 +111,3 @@ def test_a_run_goes_on_where_its_speed_cannot_be_measured(
     evaluate._speed(run, {"teacher": Checkpoint.read(teacher, LoadSettings())})
     assert "the speed is not measured. speed: teacher keeps no cache of keys and values" in caplog.text
     assert not (run.dir / Speed.FILE).exists()
-
-
-def test_speed_refuses_a_prompt_longer_than_the_model() -> None:
-    with pytest.raises(UserError, match="make 288, but teacher has 64 positions"):
-        measure_speed({"teacher": tiny_model("llama", max_position_embeddings=64)}, provenance=Provenance({}))

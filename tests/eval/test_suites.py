@@ -28,7 +28,6 @@ from shoal.launch.verbs import evaluate
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
-from shoal.recipe.section import as_dict
 from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -61,16 +60,6 @@ def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
     assert changed.tasks == (*suite.tasks, "kv_8pairs_generation")
     assert (changed.limit, changed.limits) == (3, {**dict.fromkeys(suite.limits, 3), first: 2})
     assert evaluation(suite="quick", limit=None).limit is None
-
-
-def test_a_limit_caps_the_limits_of_the_suite_but_not_those_the_recipe_names() -> None:
-    assert read_suite("quick").limits == {"reasoning_generation": 16, "needle_20sentences_generation": 20}
-    capped = evaluation(suite="quick", limit=18)
-    assert capped.limits == {"reasoning_generation": 16, "needle_20sentences_generation": 18}
-    named = evaluation(suite="quick", limit=4, limits={"reasoning_generation": 9})
-    assert named.limits == {"reasoning_generation": 9, "needle_20sentences_generation": 4}
-    for recipe in (capped, named):
-        assert evaluation(**as_dict(recipe)) == recipe
 
 
 def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
@@ -146,7 +135,7 @@ def test_a_suite_without_data_names_every_file_before_anything_is_read(
     assert not [file for file in files_of(name) if file not in told]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @needs_data
 def test_no_public_item_of_a_suite_stands_in_bundled_text() -> None:
     """All items, not only those that a suite asks; one protocol of each data set."""
@@ -168,39 +157,6 @@ def test_no_public_item_of_a_suite_stands_in_bundled_text() -> None:
     assert {name: overlap.examples for name, overlap in found.items() if overlap.found} == {
         "arc_easy_continuation": (0,)
     }
-
-
-def test_a_cost_is_counted_by_hand_once() -> None:
-    class Task:
-        task_name = "t"
-
-        class config:
-            num_fewshot = 0
-            generation_kwargs = None
-
-        eval_docs = ("ab", "ac")
-
-        def fewshot_context(self, doc: str, num_fewshot: int) -> str:
-            return f"shared {doc}" + num_fewshot * "x"
-
-        def construct_requests(self, doc: str, prompt: str, metadata: Any) -> list[Any]:
-            class One:
-                def __init__(self, option: str) -> None:
-                    self.args = (prompt, option)
-
-            return [One(" yes"), One(" no")]
-
-    # 8 characters alike, then 1 of each prompt and 4 + 3 of its options
-    assert work_of({"t": Task()}, {"t": 2}) == Work(items=2, requests=4, read=round((8 + 2 * (1 + 7)) / 3), written=0)
-    assert work_of({"t": Task()}, {"t": 20}).items == 20
-
-    class Writing(Task):
-        def construct_requests(self, doc: str, prompt: str, metadata: Any) -> Any:
-            settings = {"until": ["."], **({"max_new_tokens": 7} if doc == "ab" else {})}
-            return type("One", (), {"args": (prompt, settings)})()
-
-    # a task that does not say how much it wants may write 256 tokens, as the engine lets it
-    assert work_of({"w": Writing()}, {"w": 2}, perplexity_tokens=90) == Work(2, 2, round(10 / 3) + 90, 7 + 256)
 
 
 def test_how_long_the_other_models_will_take_is_told_by_one_that_answered_anew() -> None:

@@ -5,7 +5,7 @@ Covers: shoal.machine.
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from shoal import machine, numerics
-from shoal.errors import UserError
 from shoal.launch.verbs import run as runs
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.attention import Chosen
-from shoal.numerics import Choice, fast_dtype, flops_per_second
+from shoal.numerics import Choice, fast_dtype
 from shoal.recipe.recipe import parse_recipe
 
 CPU = torch.device("cpu")
@@ -54,13 +53,6 @@ def test_a_gpu_computes_in_what_it_has_instructions_for(
     monkeypatch.setattr(numerics, "device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fast_dtype(DEVICE).dtype == expected
-
-
-def test_the_rate_is_of_all_cores_and_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, one = torch.get_num_threads(), numerics._product_rate("cpu", torch.float32)
-    monkeypatch.setattr(numerics, "num_cores", lambda: 3)
-    assert flops_per_second(CPU, torch.float32) == 3 * one > 0
-    assert torch.get_num_threads() == before
 
 
 # --- what a run computes in ---------------------------------------------------------------------------------------
@@ -144,35 +136,12 @@ def test_flash_is_asked_for_in_the_precision_of_every_model(tmp_path: Path, monk
     ]
 
 
-def test_a_run_begun_with_flash_is_refused_on_a_cpu(tmp_path: Path) -> None:
-    made(tmp_path, "importance.json", {"attention": "flash"})
-    with pytest.raises(UserError, match="attention: flash needs a CUDA GPU, and this device is cpu; set"):
-        open_run(recipe(tmp_path))
-
-
-@pytest.mark.usefixtures("fast_half")
-@pytest.mark.parametrize("said", ["auto", "flash"])
-def test_results_made_with_flash_are_read_on_a_cpu(tmp_path: Path, said: str) -> None:
-    made(tmp_path, "importance.json", {"attention": "flash"})
-    assert open_run(recipe(tmp_path, attention=said), computes=False).recipe.attention == "flash"
-
-
 @pytest.mark.usefixtures("fast_half")
 def test_what_the_recipe_names_is_kept(tmp_path: Path) -> None:
     run = open_run(recipe(tmp_path, dtype="stored", distill={"precision": "float32"}))
     assert (run.recipe.dtype, run.recipe.distill.precision) == ("stored", "float32")
     assert run.numerics is not None
     assert run.numerics.reason == "the recipe names it"
-
-
-@pytest.mark.usefixtures("fast_half")
-def test_a_deepspeed_file_that_names_a_precision_settles_training(tmp_path: Path) -> None:
-    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-    assert open_run(recipe(tmp_path, distill={"deepspeed": config})).recipe.distill.precision == "auto"
-
-
-def test_an_empty_precision_is_auto(tmp_path: Path) -> None:
-    assert recipe(tmp_path, distill={"precision": None}).distill.precision == "auto"
 
 
 def made(tmp_path: Path, name: str, inputs: dict[str, Any], *, bare: bool = False) -> None:
@@ -200,16 +169,6 @@ def test_a_training_goes_on_in_what_its_checkpoint_was_made_in(tmp_path: Path) -
     assert (run.recipe.dtype, run.recipe.distill.precision) == ("float32", "float32")
 
 
-@pytest.mark.usefixtures("fast_half")
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"provenance": 1}', '{"provenance": {"inputs": {"dtype": "auto"}}}']
-)
-def test_a_result_that_does_not_say_it_does_not_count(tmp_path: Path, content: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/importance.json").write_text(content)
-    assert open_run(recipe(tmp_path)).recipe.dtype == "bfloat16"
-
-
 @pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
 def test_half_precision_that_is_slow_here_is_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, warned: bool
@@ -219,11 +178,6 @@ def test_half_precision_that_is_slow_here_is_warned_of_once(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == warned
     assert all("does not multiply fast in bfloat16; leave dtype and distill" in line for line in warnings)
-
-
-def test_a_bad_deepspeed_file_is_refused_as_ever(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"distill\.deepspeed: no file 'nowhere\.json'"):
-        open_run(recipe(tmp_path, distill={"deepspeed": "nowhere.json"}))
 
 
 # --- sizes that follow the machine's speed -------------------------------------------------------------------------
@@ -285,21 +239,3 @@ def test_a_run_directory_keeps_its_sizes_on_another_machine(
     assert open_run(recipe(tmp_path, **SIZES)).recipe == begun.recipe
     other = {**SIZES, "full_size_gflops": 500 if then > first else 300}
     assert sizes(open_run(recipe(tmp_path, **other))) != sizes(begun), "is another recipe"
-
-
-def test_sizes_are_what_they_say_without_a_speed_to_follow(tmp_path: Path) -> None:
-    run = open_run(recipe(tmp_path, **{**SIZES, "full_size_gflops": None}))
-    assert sizes(run) == [8192, 81_920, 4001, 4096, 1000, 100, 7, 8192, 50_000, 10]
-
-
-def test_unlimited_items_and_no_watch_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e10)
-    run = open_run(recipe(tmp_path, full_size_gflops=400, distill={"watch": None}, eval={"limit": None}))
-    assert run.recipe.distill.watch is None
-    assert run.recipe.eval.limit is None
-
-
-def test_a_settled_recipe_is_settled_again_to_the_same(tmp_path: Path) -> None:
-    run = open_run(recipe(tmp_path))
-    assert open_run(run.recipe).recipe == run.recipe
-    assert replace(run, numerics=None) == Run(run.recipe)

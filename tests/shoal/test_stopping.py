@@ -116,14 +116,7 @@ def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, numbe
     assert not (tmp_path / "imported").exists()
 
 
-def test_ctrl_c_before_the_ranks_train_says_that_there_is_no_checkpoint(teacher: Path, tmp_path: Path) -> None:
-    shoal = Shoal(tmp_path, "distill", "--config", str(pruned_recipe(tmp_path, teacher, **MANY)))
-    wait_for(shoal.ranks, "a rank")
-    said = without_progress(shoal.stop(signal.SIGINT))
-    assert shoal.process.returncode == 130, shoal.said
-    assert said == ["shoal: stopped; there is no checkpoint yet, so the same command begins this training again"]
-
-
+@pytest.mark.prove
 def test_ranks_do_not_outlive_a_killed_shoal(teacher: Path, tmp_path: Path) -> None:
     shoal = Shoal(tmp_path, "distill", "--config", str(pruned_recipe(tmp_path, teacher, **MANY)))
     wait_for(shoal.ranks, "a rank")
@@ -144,6 +137,7 @@ def deaf_ranks(ready: Path) -> list[str]:
     return [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
 
 
+@pytest.mark.prove
 def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     command, begun = deaf_ranks(ready), time.monotonic()
@@ -171,19 +165,3 @@ def test_signals_are_left_alone_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert entered == [before]
-
-
-def test_ranks_that_do_not_come_to_an_end_are_ended_after_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shoal.stopping.SAVE_S", 1.0)
-    ready = tmp_path / "ready"
-    command, begun = deaf_ranks(ready), time.monotonic()
-
-    def once() -> None:
-        wait_for(ready.exists, "the rank")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    later(0, once)
-    assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, signal.SIGINT)
-    assert 1 < time.monotonic() - begun < 30

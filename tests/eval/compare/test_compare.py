@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from compared_runs import cell_of, choice, tasks, write_run, write_speed
 
-from shoal.artifacts.evaluation import Evaluation, TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.data import as_data
 from shoal.eval.compare.figure import pareto_panels
@@ -48,18 +48,6 @@ def test_p_values_are_corrected_over_the_whole_table(tmp_path: Path) -> None:
     assert compare_runs([*runs, again]).num_differences == 2 * 2 * 4 + 4
 
 
-def test_a_model_that_two_runs_share_is_not_compared_with_itself(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, distilled=share) for name, share in (("a", 0.7), ("b", 0.5))]
-    comparison = compare_runs(runs)
-    assert cell_of(comparison, "B", "pruned", "retrieval_continuation").difference is None
-    assert comparison.num_differences == 4
-    text = comparison_text(comparison)
-    assert "The pruned models of A and B are one and the same" in text
-    assert "the same model" in text
-    labels = [point.label for point in pareto_panels(comparison)["parameters"]]
-    assert labels == ["", "A, B", "A", "B"]
-
-
 def test_better_and_worse_are_said_after_the_correction_only(two: list[Path]) -> None:
     comparison = compare_runs(two)
     cell = cell_of(comparison, "B", "distilled", "perplexity")
@@ -69,27 +57,12 @@ def test_better_and_worse_are_said_after_the_correction_only(two: list[Path]) ->
     assert "B distilled against A distilled: worse on" in comparison_text(comparison)
 
 
-def test_tasks_of_few_items_are_named_before_the_numbers(two: list[Path]) -> None:
-    line = "Too few items: fewer than 50, so the intervals are wide: perplexity (running text)."
-    assert line in comparison_text(compare_runs(two))
-
-
 def test_a_missing_role_is_a_gap_that_is_named(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", roles=("teacher", "pruned"))
     other = write_run(tmp_path / "other", distilled=0.6)
     comparison = compare_runs([one, other])
     assert f"A has no distilled model here: {one}/eval/distilled.json does not exist." in comparison.notes
     assert "A has none" in comparison_text(comparison)
-
-
-def test_models_that_write_by_settings_of_their_own_are_named(tmp_path: Path) -> None:
-    plain = write_run(tmp_path / "plain")
-    penal = write_run(tmp_path / "penal", inputs={"generation_config.json": {"repetition_penalty": 1.1}})
-    (told,) = [note for note in compare_runs([plain, penal]).notes if "how a model writes" in note]
-    assert (
-        "nothing recorded in A teacher, A pruned and A distilled; repetition_penalty 1.1 in B teacher, B pruned" in told
-    )
-    assert not any("how a model writes" in note for note in compare_runs([plain, write_run(tmp_path / "two")]).notes)
 
 
 def test_speeds_are_relative_to_their_own_teacher_and_of_one_kind(two: list[Path]) -> None:
@@ -110,14 +83,6 @@ def test_speeds_are_relative_to_their_own_teacher_and_of_one_kind(two: list[Path
         comparison.left_out
     )
     assert [model.speed_ratio for model in comparison.models if model.contender.letter == "B"] == [None, None]
-
-
-@pytest.mark.slow
-def test_bytes_are_a_cost_of_their_own_where_they_do_not_follow_the_parameters(two: list[Path]) -> None:
-    assert list(pareto_panels(compare_runs(two))) == ["parameters"]
-    found = Evaluation.read(two[1] / "eval/distilled.json")
-    replace(found, num_bytes=found.num_bytes * 2).write(two[1] / "eval/distilled.json")
-    assert list(pareto_panels(compare_runs(two))) == ["parameters", "bytes"]
 
 
 def test_a_task_on_which_the_teacher_guesses_is_in_the_table_but_in_no_sentence_and_no_figure(tmp_path: Path) -> None:

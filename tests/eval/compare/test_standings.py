@@ -11,7 +11,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
-from compared_runs import choice, nats, tasks, write_run
+from compared_runs import choice, nats, write_run
 
 from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
@@ -132,27 +132,3 @@ def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: R
     assert data["standings"][1]["role"] == "distilled"
     assert data["standings"][0]["form_gap"]["value"] > 0
     assert [task["column"] for task in data["tasks"]] == ["twin", "out", "public", "public", "in", ""]
-
-
-def test_runs_scored_in_the_trained_form_only_are_ranked_by_it_and_say_so(tmp_path: Path) -> None:
-    def inside(share: float) -> tuple[TaskScore, ...]:
-        return tuple(replace(task, column="in") for task in tasks(share)[:3])
-
-    runs = [write_run(tmp_path / name, scores=inside, distilled=d) for name, d in (("a", 1.0), ("b", 0.5))]
-    text = comparison_text(compare_runs(runs))
-    assert re.search(r"A distilled keeps the most of its teacher: more than the teacher in trained form\.", text)
-    assert "More than the teacher: in trained form A distilled." in text
-    assert "no task outside the form of training text, so they are ranked in that form" in text
-    even = [write_run(tmp_path / name, scores=inside) for name in ("even", "same")]
-    told = comparison_text(compare_runs(even))
-    assert re.search(r"No model is first: A distilled and B distilled have .* in trained form\.", told)
-    half = write_run(tmp_path / "c", scores=in_columns)
-    whole = write_run(tmp_path / "d", scores=lambda share: in_columns(share)[:1])
-    assert "retrieval_twin_generation is left out" in comparison_text(compare_runs([half, whole]))
-
-
-def test_results_that_record_no_column_say_so_and_rank_by_ability_and_protocol(two: list[Path]) -> None:
-    groups = task_groups(compare_runs(two))
-    assert list(groups.tasks) == ["Retrieval, option text", "Retrieval, generated", "Knowledge, option text"]
-    assert groups.that_rank == tuple(groups.tasks)
-    assert "Not all of these results say whether" in comparison_text(compare_runs(two))

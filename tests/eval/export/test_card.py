@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from results import SKILL, evaluation, plan, training, write_formed, write_quickstart, write_run
+from results import evaluation, plan, training, write_formed, write_quickstart, write_run
 
-from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.eval.export.card import model_card
 from shoal.recipe.edits import Insert, SkipMlp, Swap
@@ -76,28 +75,6 @@ def test_every_result_keeps_its_own_interval_where_a_task_has_two_metrics(folder
     assert found["acc_norm"].metric_type == "acc_norm"
 
 
-def test_model_index_says_what_the_base_model_scored_and_what_is_kept(folder: Path) -> None:
-    results = {result.dataset_name: result for result in metadata(model_card(folder)).eval_results}
-    about = results["retrieval_generation"].metric_args
-    scores = {role: next(t for t in evaluation(role).tasks if t.task == "retrieval_generation") for role in SKILL}
-    assert about["base_model_value"] == scores["teacher"].score
-    assert about["retention"] == pytest.approx(scores["distilled"].score / scores["teacher"].score, abs=1e-6)
-    assert about["retention_low"] < about["retention"] < about["retention_high"]
-    assert "retention" not in results["perplexity"].metric_args
-
-
-def test_model_index_tells_a_score_in_the_trained_form_from_others(tmp_path: Path) -> None:
-    results = metadata(model_card(write_formed(tmp_path))).eval_results
-    columns = [result.metric_args.get("column", "") for result in results]
-    assert columns == ["twin"] * 3 + ["out", "public"] + ["in"] * 3 + [""]
-    names = {result.dataset_name: (result.task_name, result.metric_name) for result in results}
-    trained = ("retrieval (generation, trained form)", "match in the form of training text")
-    assert names["retrieval_generation"] == trained
-    assert names["retrieval_twin_generation"] == ("retrieval (generation, twin forms)", "match")
-    assert names["arc_easy_continuation"] == ("knowledge (continuation, public benchmarks)", "acc")
-    assert names["perplexity"] == ("language (rolling)", "nats_per_token")
-
-
 def test_the_trained_form_has_a_table_of_its_own_below_the_others(tmp_path: Path) -> None:
     card = model_card(write_formed(tmp_path)).replace("\\", "")
     opening, results = card.split("## Before and after")
@@ -117,10 +94,6 @@ def test_a_card_has_the_form_gaps_and_what_the_control_tells(tmp_path: Path) -> 
     assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in gaps
     assert "What the control learnt, the uncut teacher trained alike" in card
     assert "What is still lost: distilled minus control" in card
-
-
-def test_a_card_of_results_without_columns_has_one_table(folder: Path) -> None:
-    assert "form of training text" not in model_card(folder)
 
 
 def test_metadata_names_base_model_relation_and_training_data(tmp_path: Path) -> None:
@@ -200,19 +173,6 @@ def test_license_comes_from_the_base_models_file_where_its_card_says_nothing(tmp
     assert "taken over from the file LICENSE.txt that came with the base model; its text is in LICENSE.txt." in card
 
 
-def test_a_license_link_of_the_base_card_that_did_not_come_along_becomes_an_address(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", recipe={"model": "org/base"})
-    base = tmp_path / "snapshot"
-    base.mkdir()
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
-    assert metadata(model_card(folder, base_folder=base)).license_link == (
-        "https://huggingface.co/org/base/blob/main/LICENSE"
-    )
-    (folder / "distilled").mkdir()
-    (folder / "distilled" / "LICENSE").write_text("terms")
-    assert metadata(model_card(folder, base_folder=base)).license_link == "LICENSE"
-
-
 @pytest.mark.parametrize("readme", [None, "no metadata at all", "---\nlicense: [unclosed\n---\n"])
 def test_unknown_license_is_called_other_and_said(tmp_path: Path, readme: str | None) -> None:
     base = tmp_path / "base"
@@ -235,15 +195,6 @@ def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
     assert "Text: .../texts" in card
     assert str(tmp_path) not in card
     assert metadata(card).base_model is None
-
-
-def test_a_short_path_is_no_part_of_other_names(tmp_path: Path) -> None:
-    recipe = {"model": "org/data-8b", "eval": {"data_dir": "/data"}, "distill": {"data": [{"path": "/data/x.jsonl"}]}}
-    recipe["distill"]["data"].append({"path": "org/data"})
-    card = model_card(write_run(tmp_path, recipe=recipe))
-    assert (metadata(card).base_model, metadata(card).datasets) == ("org/data-8b", ["org/data"])
-    assert "data_dir: '.../data'\n" in card
-    assert ".../x.jsonl" in card
 
 
 def test_card_gives_no_secret_away(tmp_path: Path) -> None:
@@ -270,27 +221,12 @@ def test_card_tells_edits_and_no_path_of_a_donor(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-def test_card_tells_how_narrow_layers_are(tmp_path: Path) -> None:
-    replace(plan(()), width=KeptWidth(intermediate_size=1152)).write(tmp_path / "plan.json")
-    assert "Narrowed: 1,152 MLP channels of every layer stay" in model_card(tmp_path)
-
-
 def test_a_model_that_grew_is_called_no_smaller_one(tmp_path: Path) -> None:
     plan((), (Insert(kind="insert", after=(2,)),)).write(tmp_path / "plan.json")
     card = model_card(tmp_path)
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card
     assert not any(words in card for words in ("faster stand-in", "## What was cut"))
-
-
-def test_a_training_that_asks_no_teacher_is_called_no_distillation(tmp_path: Path) -> None:
-    assert "knowledge-distillation" in metadata(card := model_card(write_run(tmp_path / "a"))).tags
-    assert "Distilled from the base model on" in card
-    alone = {"distill": {"losses": [{"kind": "cross_entropy"}]}}
-    assert "knowledge-distillation" not in metadata(card := model_card(write_run(tmp_path / "b", recipe=alone))).tags
-    assert "Trained without a teacher on" in card
-    replace(training(), data={"sources": {"teacher_text": {}}}).write(tmp_path / "b/distill.json")
-    assert "Distilled from the base model on" in model_card(tmp_path / "b")
 
 
 def test_card_needs_a_plan(tmp_path: Path) -> None:

@@ -225,14 +225,6 @@ def test_nothing_goes_into_a_public_repository_that_was_to_be_private(folder: Pa
     assert hub.files
 
 
-def test_figures_of_earlier_results_are_not_exported_again(folder: Path, hub: Hub) -> None:
-    send(folder, hub)
-    (old := folder / "figures/levels.png").write_bytes(b"of other scores")
-    send(folder, hub)
-    assert not old.exists()
-    assert "figures/before_after.png" in hub.files
-
-
 def test_pushing_again_sends_nothing_and_makes_no_commit(folder: Path, hub: Hub) -> None:
     send(folder, hub)
     before = (len(hub.uploads), hub.commits)
@@ -304,17 +296,3 @@ def test_an_unreachable_hub_is_explained(folder: Path, hub: Hub) -> None:
     with pytest.raises(UserError, match="cannot be reached"):
         send(folder, hub)
     assert is_whole(folder)
-
-
-def test_a_folder_without_checkpoint_is_refused(tmp_path: Path, hub: Hub) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        send(tmp_path, hub)
-    assert not hub.created
-
-
-def test_weights_of_an_earlier_push_in_other_files_go(folder: Path, hub: Hub) -> None:
-    """Some loaders take a single file before an index, others an index before a single file."""
-    hub.files |= dict.fromkeys(("model.safetensors.index.json", "model-00001-of-00002.safetensors", "notes.md"), "old")
-    send(folder, hub)
-    assert {path for path, oid in hub.files.items() if oid == "old"} == {"notes.md"}
-    assert "model.safetensors" in hub.files

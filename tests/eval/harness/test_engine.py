@@ -12,13 +12,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model, tiny_tokenizer, tokens_fed
-from transformers.cache_utils import DynamicLayer
 
 from shoal.errors import UserError
 from shoal.eval.harness.engine import CausalLM
 from shoal.inference.decoder import Decoder
-from shoal.inference.generation import ROOM, RoomyLayer
-from shoal.inference.scoring import layouts
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 CONTEXTS = [
@@ -66,23 +63,6 @@ def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, boo
 def test_loglikelihood_equals_lm_evals_own(kind: str, batch_size: int) -> None:
     found = CausalLM(tiny_model(kind), tiny_tokenizer(), batch_size).loglikelihood(choices())
     assert_same(found, reference(kind).loglikelihood(choices(), disable_tqdm=True))
-
-
-@pytest.mark.parametrize("branch", [True, False])
-def test_a_context_of_white_space_is_as_an_empty_one_where_nothing_starts_a_text(branch: bool) -> None:
-    """lm-eval moves the white space to the continuation, and its own class cannot score what then has no context."""
-    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4, branch=branch)
-    others = [("a", "b c"), ("x", "y")]
-    found = lm.loglikelihood(instances("loglikelihood", [(" ", "the value"), *others, (" \n", "</s>a")]))
-    expected = reference("llama").loglikelihood(
-        instances("loglikelihood", [("", " the value"), *others, ("", " \n</s>a")])
-    )
-    assert_same(found, expected)
-
-
-def test_a_layout_takes_no_rows_without_a_context() -> None:
-    with pytest.raises(ValueError, match="a continuation is scored after at least one token"):
-        list(layouts(Decoder(tiny_model("llama")), [((1,), (2,)), ((), (2, 3))], batch_size=2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,42 +120,6 @@ def test_generated_text_equals_lm_evals_own(kind: str) -> None:
     assert any(found)
 
 
-FEW_SHOT = "Question: what is red?\nAnswer: a rose\n\nQuestion: what is cold?\nAnswer: the ice\n\n"
-QUESTIONS = ["what is hot?", "what is a very long question about?", "who?", "what is hot and not cold?"]
-FURTHER_KINDS = ("gpt2", "bloom", "deepseek_v3", "gpt_oss", "gemma2")
-"""Learned and relative positions, latent attention, sinks and experts, soft caps."""
-
-
-def few_shot_prompts() -> list[str]:
-    return [f"{FEW_SHOT}Question: {question}\nAnswer:" for question in QUESTIONS]
-
-
-def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
-    assert lm._decoder  # made when first used, with a few tokens of its own
-    fed = tokens_fed(monkeypatch)
-    lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 1}) for p in few_shot_prompts()]))
-    beginning, longest = len(FEW_SHOT) + len("Question: wh"), max(map(len, QUESTIONS)) + len("\nAnswer:")
-    assert len(fed) == 3
-    assert sum(fed) < beginning + 4 * longest
-
-
-def test_a_cache_with_room_holds_what_a_plain_one_holds() -> None:
-    torch.manual_seed(0)
-    plain, roomy = DynamicLayer(), RoomyLayer(DynamicLayer())
-    for count in (5, 1, 1, ROOM, 1, 3):
-        new = torch.randn(3, 2, count, 4), torch.randn(3, 2, count, 6)
-        for one, other in zip(plain.update(*new), roomy.update(*new), strict=True):
-            assert torch.equal(one, other)
-        chosen = torch.tensor([2, 0, 1])
-        plain.batch_select_indices(chosen)
-        roomy.batch_select_indices(chosen)
-        assert roomy.get_seq_length() == plain.get_seq_length()
-    rooms = [room.data_ptr() for room in roomy._rooms]
-    roomy.update(torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 6))
-    assert [room.data_ptr() for room in roomy._rooms] == rooms
-
-
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
     prompts = ["Once upon", "abc", "hello there", "1 2 3"]
@@ -220,16 +164,6 @@ def test_long_contexts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptu
     assert "4 of 6 requests are longer than the model's 32 positions" in caplog.text
 
 
-def test_long_prompts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    requests = instances(
-        "generate_until", [("p" * 70 + "q", {"until": [], "max_gen_toks": 8}), ("x", {"until": [], "max_gen_toks": 8})]
-    )
-    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 2)
-    found = lm.generate_until(requests)
-    assert found == reference("llama", max_position_embeddings=32).generate_until(requests, disable_tqdm=True)
-    assert "1 of 2 requests are longer than the model's 32 positions; the beginning of their prompt" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -268,18 +202,6 @@ def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
         model.get_parameter("model.norm.weight")[0] = float("nan")
     with pytest.raises(UserError, match=r"logits that are not finite in torch\.float32; set dtype"):
         Decoder(model)
-
-
-def test_an_item_without_numbers_is_refused_and_not_kept() -> None:
-    """lm-eval would choose the first of options that are all NaN, and a cache would say so for good."""
-    model = tiny_model("llama", tie_word_embeddings=False)
-    lm = CausalLM(model, tiny_tokenizer(), 4)
-    model.get_parameter("model.embed_tokens.weight").data[lm.tok_encode("z", add_special_tokens=False)] = torch.nan
-    (finite,) = lm.loglikelihood(instances("loglikelihood", [("context", " a")]))
-    assert finite[0] < 0
-    with pytest.raises(UserError, match=r"no numbers in torch\.float32; set dtype"):
-        lm.loglikelihood(instances("loglikelihood", [("fuzz", " a"), ("fuzz", " b c")]))
-    assert len(lm.items) == 1
 
 
 @pytest.mark.slow

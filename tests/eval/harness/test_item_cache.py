@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -18,7 +17,7 @@ from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from shoal.eval.evaluate import Questions, role_evaluation
 from shoal.eval.harness import item_cache
 from shoal.eval.harness.engine import CausalLM
-from shoal.eval.harness.item_cache import ItemCache, identity_of, key_of
+from shoal.eval.harness.item_cache import ItemCache, identity_of
 from shoal.inference.decoder import Decoder
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
@@ -112,26 +111,6 @@ def test_ranks_keep_files_of_their_own_and_read_all(
         assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected[0]], abs=1e-5)
     assert not forwards
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_values_come_back_bit_for_bit(tmp_path: Path) -> None:
-    values = [[0.1 + 0.2, True], [-math.inf, False], [1e-310, False], [5, 6, 7]]
-    keys = [key_of("score", index) for index in range(len(values))]
-    ItemCache(tmp_path, "a").add(keys, values)
-    again = ItemCache(tmp_path, "a")
-    assert [again[key] for key in keys] == values
-    assert again.missing([*keys, "new", "new"]) == [4]
-
-
-def test_a_file_whose_head_names_another_identity_is_begun_anew(tmp_path: Path) -> None:
-    ItemCache(tmp_path, "a", name="same").add(["k"], [1])
-    other = ItemCache(tmp_path, "b", name="same")
-    assert "k" not in other
-    other.add(["l"], [2])
-    assert [json.loads(line) for line in (tmp_path / "same-0.jsonl").read_text().splitlines()] == [
-        {"identity": "b"},
-        ["l", 2],
-    ]
 
 
 def test_everything_that_shapes_an_answer_is_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

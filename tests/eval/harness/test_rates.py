@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 from lm_eval.config.task import TaskConfig
 from scipy import stats
-from tiny import tiny_model, tiny_tokenizer
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
-from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
 from shoal.eval.harness.samples import ending_key, prompts_fingerprint, task_score
-from shoal.eval.harness.writing import Ending, Writing
-from shoal.eval.tasks.protocols import letter_match, match_start, match_stated
+from shoal.eval.tasks.protocols import match_start, match_stated
 from shoal.stats.intervals import newcombe_paired
 from shoal.stats.paired import mcnemar, paired
 
@@ -64,12 +61,6 @@ def test_rates_of_a_task_are_means_over_its_texts() -> None:
     assert length.ci_low < 9.0 < length.ci_high
 
 
-def test_a_text_of_which_the_tasks_filter_reads_nothing_is_malformed() -> None:
-    assert hold_answers(["I think 7", "7"], ["[invalid]", "7"], ["7"]) == [False, True]
-    (found,) = text_rates(["I think 7"], [False], [3], [False])
-    assert found == {"malformed": 1.0, "repetition": 0.0, "cut_off": 0.0, "tokens": 3.0}
-
-
 def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() -> None:
     before = written(["..."] * 12 + ["Rome"] * 38)
     after = written(["Rome"] * 11 + ["..."] + ["..."] * 2 + ["Rome"] * 36)
@@ -80,17 +71,6 @@ def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() ->
         assert found.difference == pytest.approx(-9 / 50)
         assert found.p_value == mcnemar(11, 2)
         assert (found.ci_low, found.ci_high) == newcombe_paired(both=1, won=2, lost=11, neither=36)
-
-
-def test_the_change_of_the_length_is_bootstrapped() -> None:
-    rng = np.random.default_rng(0)
-    short, long = rng.integers(5, 15, 40), rng.integers(5, 15, 40) + 20
-    found = rate_difference(
-        written(["Rome"] * 40, lengths=short.tolist()), written(["Rome"] * 40, lengths=long.tolist()), "mean_tokens"
-    )
-    expected = stats.t.interval(0.95, 39, (long - short).mean(), stats.sem(long - short))
-    assert found.test == "paired-bootstrap"
-    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.15)
 
 
 # --- from what lm-eval logs ---------------------------------------------------------------------------------------
@@ -139,11 +119,6 @@ def test_the_engine_says_how_texts_ended_and_otherwise_their_tokens_are_counted(
     assert made.rates["mean_tokens"] == 17 / 4
 
 
-def test_where_options_are_lettered_a_text_that_names_one_by_letter_or_text_is_readable() -> None:
-    texts = ["A planet", "a", "B", "It is a star", "D"]
-    assert [item.rates["malformed"] for item in logged(texts, letter_match, chance=0.5).items] == [0, 1, 0, 1, 1]
-
-
 def test_a_score_knows_its_family_level_and_questions() -> None:
     made = logged(["Rome", "Paris"], family="steps", level=3)
     assert (made.family, made.level) == ("steps", 3.0)
@@ -182,11 +157,3 @@ def test_shoals_rules_count_by_name_in_the_prompts_fingerprint_and_others_by_the
     assert print_of(match_stated, "as it is") == print_of(match_stated, "as it is after its helpers have moved")
     assert print_of(match_stated, "as it is") != print_of(match_start, "as it is")
     assert print_of(match_own, "as it is") != print_of(match_own, "as it is after a change")
-
-
-def test_padding_after_the_end_is_no_part_of_a_text() -> None:
-    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
-    how = Writing(5, [], {})
-    assert lm._ending([65, 66, 257, 257, 257], how) == Ending(3, True)
-    assert lm._ending([65, 66, 67, 68, 69], how) == Ending(5, False)
-    assert lm._ending([65, 66, 67, 68, 257], how) == Ending(5, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +9,14 @@ from pathlib import Path
 import pytest
 from html_page import Page
 from results import (
-    DROP,
     choice,
     evaluation,
-    plan,
     training,
     write_quickstart,
     write_run,
 )
 from told_report import told
 
-from shoal.artifacts.plan import ClosedGap, PruningPlan
-from shoal.artifacts.width import KeptWidth
 from shoal.eval.report.cautions import cautions_section
 from shoal.eval.report.findings import Comparison, Run, compare, read_run
 
@@ -36,12 +31,6 @@ def test_scores_of_other_settings_are_left_out_by_name(tmp_path: Path) -> None:
     assert "distilled" not in row.scores
     assert "num_fewshot is 0 in one evaluation and 5 in the other" in comparison.refused[0]
     assert "because settings differ" in told(tmp_path)
-
-
-def test_an_evaluation_of_another_plan_is_pointed_out(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    plan(DROP[:1]).write(tmp_path / "plan.json")
-    assert "it belongs to another plan" in told(tmp_path)
 
 
 EVERY_TASK = {task.task: 0 for task in evaluation("teacher").tasks}
@@ -87,38 +76,6 @@ def test_overlap_of_training_and_evaluation_is_stated(
         own = (choice("teacher", tasks, "knowledge", "continuation"),)
         evaluation("teacher", tasks=own).write(tmp_path / "eval" / "teacher.json")
     assert said in told(tmp_path)
-
-
-def compensated(text: dict) -> PruningPlan:
-    """A plan whose gap was closed after ``text``."""
-    return replace(plan(), gaps=(ClosedGap(DROP[0], DROP[-1], 1.2, False, 1, 1, 1, 1),), text=text)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (read("python_docs"), None),
-        (read("my.jsonl"), "It was not checked whether compensation text and evaluation items overlap for: my.jsonl"),
-        (read("python_docs_heldout"), "Compensation was fitted to python_docs_heldout, which is evaluation text"),
-        (read("my.jsonl", **EVERY_TASK), None),
-        (read("my.jsonl", mmlu=2), "in the first 5,000 tokens of the text of prune.compensate, by 13 words in"),
-    ],
-)
-def test_overlap_of_compensation_and_evaluation_is_a_caution(tmp_path: Path, text: dict, said: str | None) -> None:
-    write_run(tmp_path)
-    replace(training(), data=read("python_docs")).write(tmp_path / "distill.json")
-    before = told(tmp_path)
-    compensated(text).write(tmp_path / "plan.json")
-    after = told(tmp_path)
-    assert said is None or said in after
-    assert said is None or said not in before
-    assert ("of compensation and evaluation" in after) == (said is not None)
-    replace(compensated(text), gaps=()).write(tmp_path / "plan.json")
-    assert said is None or said not in told(tmp_path), "what stayed open was not fitted to any text"
-    replace(compensated(text), gaps=(), width=KeptWidth(kv_groups=1)).write(tmp_path / "plan.json")
-    wide = told(tmp_path)
-    assert ("of calibration and evaluation" in wide) == (said is not None)
-    assert ("the text of prune.width" in wide) == (said is not None and "the text of" in said)
 
 
 def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page, str, Path]) -> None:
@@ -181,20 +138,3 @@ def test_a_distilled_model_that_beats_its_teacher_may_have_learnt_the_form(
     assert "what is more than the teacher has is no share of it, see “Read with care”" in text
     write_run(tmp_path / "worse")
     assert "beats its teacher" not in told(tmp_path / "worse")
-
-
-def test_the_precision_is_told_where_the_run_has_it_recorded(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    assert "Numeric precision" not in told(tmp_path)
-    story = json.loads((tmp_path / "run.json").read_text())
-    why = "bfloat16 is 60 times slower on this processor."
-    story["numerics"] = {"dtype": "float32", "precision": "float32", "reason": why, "device": "some CPU"}
-    (tmp_path / "run.json").write_text(json.dumps(story))
-    settings = told(tmp_path).split("## Exact settings and versions")[1]
-    line = "models are measured and evaluated in float32 and training computes in float32, on some CPU: bfloat16 is 60"
-    assert f"Numeric precision: {line} times slower on this processor.\n" in settings
-    story["numerics"] |= {"precision": "auto", "size": 0.5, "size_reason": "half of the tokens, as this is slow"}
-    (tmp_path / "run.json").write_text(json.dumps(story))
-    text = told(tmp_path)
-    assert "training computes as DeepSpeed is configured, on some CPU" in text
-    assert "on this processor. Sizes: half of the tokens, as this is slow.\n" in text

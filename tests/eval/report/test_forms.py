@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from results import FORMED_ROLES, formed, write_formed
 
-from shoal.artifacts.evaluation import Interval
 from shoal.eval.report.document import to_markdown
 from shoal.eval.report.findings import compare, read_run
-from shoal.eval.report.forms import Form, form_of
 from shoal.eval.report.headline import headline
 from shoal.eval.report.report import build_document
-from shoal.eval.report.score_rows import score_rows
 
 LOOK_UPS = ("retrieval_generation", "retrieval_twin_generation")
 
@@ -65,17 +62,6 @@ def test_form_gaps_are_in_the_table_of_forms_and_more_than_the_teacher_is_no_sha
     assert "What is still lost: distilled minus control" in text
 
 
-def test_a_run_in_the_trained_form_alone_says_what_it_does_not_know(tmp_path: Path) -> None:
-    text = told(write_formed(tmp_path, columns=("in", "")))
-    assert "Nothing here was measured outside the form that training text may have" in text
-    assert re.search(r"form alone; (\w*twin\w*|twins of these tasks).* and public benchmarks would tell\.", text)
-    assert "**No twin and no public benchmark.** Whether the ability came back or the form" in text
-    assert "Form and ability" not in text
-    text = told(write_formed(tmp_path, columns=("in", "public")))
-    assert "Nothing here was measured outside" not in text
-    assert "No twin and no public" not in text
-
-
 def test_a_learnt_form_is_a_caution_with_its_tasks(tmp_path: Path) -> None:
     text = told(write_formed(tmp_path))
     assert "**Form learnt.** The distilled model does better in the trained form than in its twin, where the" in text
@@ -123,28 +109,3 @@ def test_a_twin_of_other_items_has_no_form_gap_and_that_is_told(tmp_path: Path) 
     assert "**No form gap.** A twin of other items is compared by its score alone" in text
     assert "fewer than half of 100 items have the same id" in text
     assert "Settings differ" not in text
-
-
-def test_rows_for_programs_have_column_and_form_gap(tmp_path: Path) -> None:
-    rows = score_rows(write_formed(tmp_path))
-    (twin,) = (row for row in rows if row["task"] == "retrieval_twin_generation" and row["role"] == "distilled")
-    assert (twin["column"], twin["form_gap"]) == ("twin", pytest.approx(0.54))
-    assert twin["form_gap_low"] < 0.54 < twin["form_gap_high"]
-    assert {row["form_gap"] for row in rows if row["column"] != "twin"} == {None}
-
-
-def test_a_gap_that_the_teacher_has_as_well_or_that_favours_the_twin_is_not_learnt() -> None:
-    own, twin = formed("teacher").tasks[:2]
-    wide = form_of({"teacher": own, "distilled": own}, {"teacher": twin, "distilled": twin})
-    gap = replace(wide.gaps["distilled"], difference=0.5)
-    for difference, growth, p_value, higher_is_better, learnt in (
-        (0.5, (0.4, 0.3, 0.5), 0.01, True, True),
-        (0.5, (0.1, -0.1, 0.3), 0.01, True, False),
-        (0.5, (0.4, 0.3, 0.5), 0.2, True, False),
-        (-0.5, (0.4, 0.3, 0.5), 0.01, True, False),
-        (-0.5, (-0.4, -0.5, -0.3), 0.01, False, True),
-        (0.5, (0.4, 0.3, 0.5), 0.01, False, False),
-    ):
-        gaps, grown = {"distilled": replace(gap, difference=difference)}, {"distilled": Interval(*growth)}
-        assert Form(gaps, grown, higher_is_better, {"distilled": p_value}).is_learnt("distilled") == learnt
-    assert not wide.is_learnt("teacher")

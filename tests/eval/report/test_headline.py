@@ -11,9 +11,8 @@ from results import choice, evaluation, plan
 from told_report import told
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
-from shoal.artifacts.width import KeptWidth
 from shoal.eval.harness.samples import with_interval
-from shoal.eval.report.findings import Run, compare, read_run
+from shoal.eval.report.findings import compare, read_run
 from shoal.eval.report.headline import facts, headline
 from shoal.eval.report.report import write_report
 from shoal.recipe.edits import SkipAttention, Swap
@@ -39,16 +38,6 @@ def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, s
     assert ("1.20 ×", "decoding speed (single rounds: 0.50 to 1.50 ×)") in glance
 
 
-def test_headline_of_a_plan_alone(tmp_path: Path) -> None:
-    plan((2,)).write(tmp_path / "plan.json")
-    run = read_run(tmp_path)
-    assert isinstance(run, Run)
-    assert headline(run, compare(run)) == (
-        "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0).",
-        "No ability has been evaluated yet, so nothing is said here about what was lost.",
-    )
-
-
 @pytest.mark.parametrize(
     ("drop", "said"),
     [
@@ -68,19 +57,6 @@ def test_edits_are_told_without_paths(tmp_path: Path, drop: tuple[int, ...], sai
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "attention of layer 3 zeroed" in page
     assert ("Cut: layers" in page) == bool(drop)
-
-
-@pytest.mark.parametrize(("drop", "said"), [((), "Narrowed in the model: "), ((2,), "counted from 0). Narrowed: ")])
-def test_narrowed_layers_are_told(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
-    width = KeptWidth(intermediate_size=1152, kv_groups=1)
-    replace(plan(drop), width=width, text={"sources": {"my.jsonl": {}}}).write(tmp_path / "plan.json")
-    run = read_run(tmp_path)
-    first = headline(run, compare(run))[0]
-    assert first.endswith(f"{said}1,152 MLP channels and 1 key-value group of every layer kept.")
-    assert ("cut out" in first) == bool(drop)
-    page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Narrowed: 1,152 MLP channels and 1 key-value group of every layer stay." in page
-    assert "MLP channels in every layer" in page
 
 
 def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path: Path) -> None:
@@ -133,16 +109,3 @@ def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(
         assert line in opening
     assert "lettered options" not in opening, "the teacher is at chance there, so nothing was lost"
     assert quickstart[0].words.index("64 %") < quickstart[0].words.index("Read with care")
-
-
-def test_a_change_is_a_number_in_the_opening_only_where_it_is_clear(tmp_path: Path) -> None:
-    """Seven of ten items changed their side, five of them for the worse: with ten items that is nothing."""
-    right = {"teacher": range(9), "pruned": range(3, 9)}
-    for role, kept in right.items():
-        items = tuple(ItemScore(str(i), float(i in kept), "a", "a") for i in range(10))
-        task = replace(choice("teacher", "retrieval_generation", "retrieval", "generation", chance=0.0), items=items)
-        task = with_interval(replace(task, n=10, score=len(kept) / 10))
-        evaluation(role, (task,)).write(tmp_path / "eval" / f"{role}.json")
-    opening = told(tmp_path).split("\n## ")[0]
-    assert "no clear change" in opening
-    assert "points" not in opening

@@ -6,10 +6,8 @@ shoal.eval.report.wording, shoal.redaction.
 
 from __future__ import annotations
 
-import inspect
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +23,15 @@ from results import (
     write_run,
 )
 from sweep_results import importance_with_parts
-from told_report import told
 
-from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.errors import UserError
 from shoal.eval.harness.rates import with_rates
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.document import FLIPS_IN_MARKDOWN
 from shoal.eval.report.findings import compare, protocol_gaps, read_run
-from shoal.eval.report.report import FIGURES, write_report
+from shoal.eval.report.report import write_report
 from shoal.stats.paired import paired
 
 
@@ -146,17 +143,6 @@ def test_report_repeats_byte_for_byte(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_bytes() == first
 
 
-def test_figures_of_results_that_are_gone_go_too(tmp_path: Path) -> None:
-    figures = write_report(write_run(tmp_path)).parent / "figures"
-    drawn = {file.name for file in figures.iterdir()}
-    for name in ("levels.png", "levels.svg", "mine.png"):
-        (figures / name).write_bytes(b"of other scores")
-    write_report(tmp_path)
-    assert {file.name for file in figures.iterdir()} == {*drawn, "mine.png"}
-    yielded = re.findall(r"yield \(?\s*\"(\w+)\"", inspect.getsource(sys.modules[write_report.__module__]))
-    assert set(yielded) == FIGURES
-
-
 def climbing(role: str, level: int) -> TaskScore:
     """A task of a family that gets harder, every item of which knows how its text went."""
     share = 0.9 if level == 1 else 0.5 if level == 2 else 0.02
@@ -173,13 +159,6 @@ def level(number: int, right: int) -> TaskScore:
     return with_interval(replace(task, score=right / 100, family="track", level=float(number)))
 
 
-def test_levels_that_nobody_masters_are_told_in_a_sentence(tmp_path: Path) -> None:
-    evaluation("pruned", (level(1, 2), level(2, 2))).write(tmp_path / "eval/pruned.json")
-    for right, expected in ((90, "clear of chance are teacher up to 1; pruned at no level."), (2, "no model is clear")):
-        evaluation("teacher", (level(1, right), level(2, 2))).write(tmp_path / "eval/teacher.json")
-        assert f"levels 1 to 2: {expected}" in told(tmp_path)
-
-
 @pytest.mark.slow
 def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     for role in SKILL:
@@ -193,16 +172,6 @@ def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     assert told in page.words
     assert "Question What is track_1-" in page.words
     assert "question" in (tmp_path / "report.md").read_text()
-
-
-def test_costs_are_told_where_they_are_recorded(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    teacher = Evaluation.read(tmp_path / "eval/teacher.json")
-    replace(teacher, num_requests=1092, num_kept=72).write(tmp_path / "eval/teacher.json")
-    markdown = told(tmp_path)
-    assert "; 72 of 1,092 answers were kept from before | – | – |" in markdown
-    assert markdown.count("kept from before") == 1, "the others have asked everything themselves"
-    assert "| Distilling | 8 s | 4,000 | 1 GB |" in markdown
 
 
 def test_readers_see_words_and_find_identifiers_in_the_appendix(quickstart: tuple[Page, str, Path]) -> None:

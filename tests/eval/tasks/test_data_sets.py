@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
 import pytest
-import yaml
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities import GENERATORS
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.eval.tasks.data_sets import TaskProtocol, parts_of, read_data_sets
-from shoal.eval.tasks.load import known_tasks, load_tasks
-from shoal.eval.tasks.names import TASKS_DIR, task_names
+from shoal.eval.tasks.load import load_tasks
+from shoal.eval.tasks.names import TASKS_DIR
 from shoal.eval.tasks.protocols import task_config
-from shoal.eval.tasks.rows import bbh_options
 from shoal.recipe.evaluate import Eval
 
 DATA_SETS = read_data_sets(TASKS_DIR)
@@ -118,19 +115,6 @@ def asked(name: str, folder: Path | None, number: int = 0) -> list[tuple[Any, ..
 
 
 # --- the descriptions ---------------------------------------------------------------------------------------------
-
-
-def test_names_are_no_others_and_have_a_level_where_they_have_a_family() -> None:
-    names = [name for data in DATA_SETS.values() for name in task_names(data)]
-    assert len(set(names)) == len(names) > 200
-    assert len(list(TASKS_DIR.rglob("*.yaml"))) == len(DATA_SETS), "there is one way to define a task"
-    assert set(names) <= known_tasks(ours_only=True)
-    for data in DATA_SETS.values():
-        levels = [part.level for part in parts_of(data)]
-        families = {part.family(protocol) for part in parts_of(data) for protocol in data.protocols} - {None}
-        assert bool(families) == (levels[0] is not None)
-        if data.parts is None or data.parts.names is None:
-            assert levels == sorted(levels, key=lambda level: level or 0)
 
 
 def test_every_task_says_how_its_items_relate_to_healing_text() -> None:
@@ -256,18 +240,6 @@ def test_a_question_with_options_is_asked_under_three_protocols(data_dir: Path) 
         assert written == {letter: float(letter == right) for letter in "AB"}
 
 
-def test_few_shot_examples_come_from_the_other_file_and_end_in_their_answer(data_dir: Path) -> None:
-    for protocol, answer in (("loglikelihood", "A"), ("continuation", "fish"), ("generation", "A")):
-        task = load(f"arc_easy_{protocol}", data_dir, num_fewshot=1)
-        prompt = requests(task, task.eval_docs[0])[0][0]
-        shown, rest = prompt.split("\n\n")
-        assert shown.endswith(f"Answer: {answer}")
-        assert "swims" in shown
-        assert rest.endswith("Answer:")
-    with pytest.raises(UserError, match="'boolq_continuation' has no examples beside the items"):
-        load("boolq_continuation", data_dir, num_fewshot=1)
-
-
 @pytest.mark.slow
 def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> None:
     assert asked("winogrande_continuation", data_dir) == [
@@ -315,20 +287,6 @@ def test_depth_tasks_show_solved_examples_of_the_same_number_of_steps() -> None:
     assert requests(written, doc)[0][0].count("The answer is") == 3
     assert written.process_results(doc, [f" {doc['worked']}"]) == {"match": 1.0}
     assert written.process_results(doc, [f" {doc['answers'][0]}"]) == {"match": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("text", "target", "expected"),
-    [
-        ("Which?\nOptions:\n(A) a dog\n(B) 3) cats", "(B)", ["a dog", "3) cats"]),
-        ("Is it?\nOptions:\n- Yes\n- No", "No", ["Yes", "No"]),
-        ("not True is", "False", ["True", "False"]),
-        ("Plausible?", "yes", ["yes", "no"]),
-        ("Count them", "7", []),
-    ],
-)
-def test_options_of_bbh(text: str, target: str, expected: list[str]) -> None:
-    assert bbh_options(text, target) == expected
 
 
 # --- as lm-eval asks ----------------------------------------------------------------------------------------------
@@ -426,35 +384,6 @@ def test_data_that_is_not_as_expected_is_refused(rows: dict[str, Any], message: 
         load("arc_easy_continuation", write(tmp_path, rows))
 
 
-def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) -> None:
-    outside = {
-        "task": "outside",
-        "dataset_path": "allenai/ai2_arc",
-        "dataset_name": "ARC-Easy",
-        "training_split": "train",
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices.text}}",
-        "doc_to_target": "{{choices.label.index(answerKey)}}",
-    }
-    (tmp_path / "outside.yaml").write_text(yaml.safe_dump(outside))
-    said = {**outside, "task": "said", "metadata": {"version": 2.0, "ability": "science"}}
-    (tmp_path / "said.yaml").write_text(yaml.safe_dump(said))
-    (tmp_path / "shown.yaml").write_text(yaml.safe_dump({**outside, "task": "shown", "fewshot_split": "train"}))
-    write(tmp_path, {"arc_easy/test.jsonl": ROWS["arc_easy/test.jsonl"]})
-    task = load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path)["outside"]
-    assert task.config.metadata["ability"] == "knowledge"  # that of the data it reads
-    assert len(task.eval_docs) == len(ROWS["arc_easy/test.jsonl"])
-    assert load_tasks(["shown"], include_path=tmp_path, data_dir=tmp_path)["shown"].config.num_fewshot == 0
-    said_itself = load_tasks(["said"], include_path=tmp_path, data_dir=tmp_path)["said"].config.metadata
-    assert (said_itself["ability"], said_itself["version"]) == ("science", 2.0)
-    with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \("):
-        load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
-    write(tmp_path, {"arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"]})
-    load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
-
-
 def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
     write(tmp_path, {"gsm8k/test.jsonl": ROWS["gsm8k/test.jsonl"]})
     with pytest.raises(UserError) as refused:
@@ -482,16 +411,6 @@ def test_a_data_dir_must_be_a_folder_and_what_the_hub_lacks_needs_one(tmp_path: 
         r"piqa/validation.jsonl \(shoal's .* leave their tasks out$",
     ):
         load_tasks(["nq_passage_generation", "nq_passage_worked", "piqa_continuation"])
-
-
-def test_without_network_the_remedy_is_a_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
-    with pytest.raises(
-        UserError,
-        match=r"'piqa' cannot be read from the Hub \(baber/piqa: .*to a folder with piqa/.*, gsm8k/.* and gsm8k/train",
-    ):
-        load_tasks(["piqa_continuation", "gsm8k_generation"])
 
 
 @pytest.mark.slow
@@ -534,25 +453,6 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     again = load_tasks(["own_continuation", "more_continuation"], include_path=tasks, data_dir=data)
     assert again["own_continuation"].doc_to_text(again["own_continuation"].eval_docs[0]) == "Say it: q"
     assert "more_continuation" in again
-
-
-@pytest.mark.parametrize(
-    ("description", "row", "message"),
-    [
-        (OWN + "question: '{{q'\n", b'{"choices": ["x"], "gold": 0}', "question in its description is no template"),
-        (OWN + "keep: 'q =='\n", b'{"choices": ["x"], "gold": 0}', "keep in its description is no template"),
-        (OWN, b'{"question": "q", "choices": ["x"], "gold": [0]}', r"row 1: the answer \[0\] is none of its 1 options"),
-        (OWN, '{"question": "caf\u00e9"}'.encode("latin-1"), "test.jsonl: is not UTF-8 .*; save it as UTF-8"),
-    ],
-)
-def test_own_data_that_is_wrong_is_refused_in_a_sentence(
-    tmp_path: Path, description: str, row: bytes, message: str
-) -> None:
-    (tmp_path / "own.yaml").write_text(description)
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/test.jsonl").write_bytes(row)
-    with pytest.raises(UserError, match=message):
-        load_tasks(["own_continuation"], include_path=tmp_path, data_dir=tmp_path)
 
 
 def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
@@ -611,10 +511,3 @@ def test_a_wrong_description_is_refused(change: tuple[str, str], message: str, t
     (tmp_path / "own.yaml").write_text(OWN.replace(*change))
     with pytest.raises(UserError, match=message):
         load_tasks(["own_continuation"], include_path=tmp_path)
-
-
-def test_a_description_cannot_reach_beyond_the_row(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(OWN + 'question: "{{question.__class__.__mro__}}"\n')
-    write(tmp_path, {"own/test.jsonl": [{"question": "q", "choices": ["x"], "gold": 0}]})
-    with pytest.raises(UserError, match=r"row 1 cannot be read \(.*__class__"):
-        load_tasks(["own_continuation"], include_path=tmp_path, data_dir=tmp_path)

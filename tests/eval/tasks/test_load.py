@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 
 from shoal.errors import UserError
-from shoal.eval.tasks import documents
-from shoal.eval.tasks import load as loading
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.protocols import match_last, match_start
@@ -64,10 +62,6 @@ doc_to_choice: "{{{{choices.text}}}}"
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
 """
-
-
-def prompt(task: Any) -> str:
-    return task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
 
 
 def first_items(task: Any) -> list[list[Any]]:
@@ -184,18 +178,6 @@ def test_tasks_are_identified_by_what_shapes_their_items_and_by_nothing_else(tmp
     assert identity("own", folder=with_other) != identity("own", folder=empty)
 
 
-def test_own_tasks_load_without_reading_lm_evals_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes ten seconds."""
-    manager = loading._manager
-
-    def without_all(folders: tuple[Path, ...], *, with_all: bool) -> Any:
-        assert not with_all
-        return manager(folders, with_all=False)
-
-    monkeypatch.setattr(loading, "_manager", without_all)
-    load_tasks(["knowledge_continuation"])
-
-
 @pytest.fixture
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's collection takes seconds to read; an empty one stands in for it, in text and as an index."""
@@ -224,20 +206,6 @@ def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> N
         load_tasks(["knowledge_continuation", "qqq"])
 
 
-@pytest.mark.usefixtures("no_collection")
-def test_a_name_that_a_task_file_only_mentions_is_refused_by_the_index(tmp_path: Path) -> None:
-    import lm_eval.tasks
-
-    (tmp_path / "own.yaml").write_text(f"{OWN_TASK.format(name='own_tasks', data='x')}# not own_task\n")
-    naming.refuse_unknown(["own_task", "own_tasks", "unheard_of", "einfach", "dreifach"], tmp_path)
-    manager: Any = lm_eval.tasks.TaskManager
-    manager.may_be_read = True
-    with pytest.raises(
-        UserError, match=r"'own_task' is no task, neither of shoal nor of lm-eval; did you mean 'own_tasks'"
-    ):
-        load_tasks(["own_task"], include_path=tmp_path)
-
-
 @pytest.mark.slow
 def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_path: Path) -> None:
     """In a process of its own, with lm-eval's real collection."""
@@ -252,27 +220,6 @@ def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_pat
     assert "'arc_eazy' is no task, neither of shoal nor of lm-eval; did you mean 'arc_easy'" in done.stderr
 
 
-def test_include_path_must_be_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval.include_path: '.*nowhere' is no folder"):
-        load_tasks(["knowledge_continuation"], include_path=tmp_path / "nowhere")
-
-
-def test_tasks_of_own_files_are_identified_by_the_rows_that_these_name(tmp_path: Path) -> None:
-    rows = tmp_path / "data/rows.jsonl"
-    rows.parent.mkdir()
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/base.yaml").write_text("dataset_path: json\nprocess_docs: !function a.b\n")
-    (tmp_path / "tasks/own.yaml").write_text(
-        f"task: own\ninclude: base.yaml\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data/*.jsonl}}}}\n"
-    )
-    (tmp_path / "tasks/odd.yaml").write_text("dataset_kwargs: [2024-13-45]\n")
-    identities = []
-    for text in ('{"q": "1"}\n', '{"q": "2"}\n', '{"q": "1"}\n'):
-        rows.write_text(text)
-        identities.append(naming.tasks_fingerprint(["own"], tmp_path / "tasks"))
-    assert identities[0] == identities[2] != identities[1]
-
-
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
     """Also where a set lies deeper, or its file has another ending; a run that writes beside them changes nothing."""
     (tmp_path / "own.yaml").write_text(
@@ -284,26 +231,6 @@ def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Pat
         (tmp_path / place).write_text(text)
         identities.append(naming.local_data_fingerprint(str(tmp_path), tmp_path))
     assert identities[0] == identities[1] != identities[2]
-
-
-def test_a_split_without_items_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text(
-        '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}'
-    )
-    (tmp_path / "nothing.py").write_text("def of(dataset):\n    return dataset.select([])\n")
-    text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl") + "process_docs: !function nothing.of\n"
-    (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"'own' cannot be loaded .its split has no items"):
-        load_tasks(["own"], include_path=tmp_path)
-
-
-def test_an_answer_that_is_no_option_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 2}')
-    text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl")
-    text = text.replace('"{{choices.label.index(answerKey)}}"', "answer").replace('"{{choices.text}}"', "choices")
-    (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"'own'.*answer .* none of its "):
-        load_tasks(["own"], include_path=tmp_path)
 
 
 def test_a_hub_task_without_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,9 +249,3 @@ def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
     assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
     with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has no examples"):
         load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
-
-
-def test_a_defect_of_our_own_task_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_generated", lambda *_: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        load_tasks(["shoal_knowledge"])

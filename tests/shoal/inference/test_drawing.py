@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.inference.drawing import Drawn, DrawnOnly, draw, likeliest
+from shoal.inference.drawing import Drawn, draw, likeliest
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -49,13 +49,3 @@ def test_texts_draw_by_their_own_numbers_whoever_else_is_left() -> None:
     expected = draw(logits, drawn.uniforms_BT[:, 3], temperature=0.7, top_p=0.9)
     assert torch.equal(whole[3], expected)
     assert any(not torch.equal(tokens, likeliest(logits, range(3), 0)) for tokens in whole)
-
-
-def test_generate_is_left_nothing_but_what_was_drawn() -> None:
-    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
-    drawn, only = Drawn(torch.tensor([[0.1, 0.9], [0.5, 0.3]]), 1.0), None
-    only = DrawnOnly(drawn)
-    for step in range(2):
-        left = only(torch.zeros(2, 1, dtype=torch.long), logits)
-        assert torch.equal(left.argmax(-1), drawn(logits, range(2), step))
-        assert (left.isfinite().sum(-1) == 1).all()

@@ -27,29 +27,11 @@ def test_what_saves_most_is_shared() -> None:
     assert common_beginnings(prompts) == [40, 25, 40, 0, 25]
 
 
-def test_a_short_instruction_before_long_examples_does_not_hide_them() -> None:
-    instruction = tokens(4)
-    prompts = [instruction + examples + tokens(6) for examples in (FIRST, SECOND) for _ in range(3)]
-    assert common_beginnings(prompts) == [44] * 3 + [29] * 3
-
-
-def test_many_with_little_outweigh_two_with_more() -> None:
-    few = [FIRST + tokens(10) + (index,) for index in range(6)]
-    prompts = [*few, (*few[0], 1), (*few[0], 2)]
-    assert common_beginnings(prompts) == [40] * 8
-
-
 def test_every_prompt_keeps_a_token_of_its_own() -> None:
     assert common_beginnings([FIRST, FIRST + tokens(3)]) == [39, 39]
     assert common_beginnings([(1,), (1, 2)]) == [0, 0]
     assert common_beginnings([FIRST]) == [0]
     assert common_beginnings([]) == []
-
-
-def test_a_beginning_that_saves_little_is_not_shared() -> None:
-    assert common_beginnings([tokens(3) + tokens(100) for _ in range(2)]) == [0, 0]
-    start = tokens(20)
-    assert common_beginnings([start + tokens(100) for _ in range(2)]) == [0, 0]
 
 
 @pytest.mark.slow
@@ -120,14 +102,3 @@ def test_rows_go_on_from_their_beginnings(kind: str) -> None:
     for row, hidden_SD in zip(rows, found, strict=True):
         expected = decoder.hidden(torch.tensor([row]))[0, -3:]
         torch.testing.assert_close(hidden_SD[-3:], expected, atol=1e-5, rtol=1e-4)
-
-
-def test_beginnings_are_held_as_long_as_rows_need_them() -> None:
-    decoder = Decoder(tiny_model("llama"))
-    rows = [FIRST + tokens(3), SECOND + tokens(3), FIRST + tokens(4)]
-    reader = Reader(decoder, [FIRST, SECOND, FIRST])
-    held = []
-    for row, count in zip(rows, (40, 25, 40), strict=True):
-        reader.start([row], [count])
-        held.append(set(reader._slots))
-    assert held == [{FIRST}, {FIRST}, set()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, VOCAB_SIZE, tiny_checkpoint, tiny_moe, tiny_tokenizer
+from tiny import VOCAB_SIZE, tiny_checkpoint, tiny_moe, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM
 
 from shoal.errors import UserError
 from shoal.models import adapters
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import load_model, load_tokenizer, resolve_model
+from shoal.models.load import load_model, resolve_model
 
 PROJECTIONS = ["q_proj", "v_proj"]
 PEFT_CHATTER = [
@@ -167,18 +166,6 @@ def test_experts_are_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_merging_in_float32_loses_less_than_in_bfloat16(tmp_path: Path) -> None:
-    """Why four bytes per parameter are spent."""
-    base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
-    adapter = trained(base, tmp_path / "adapter", lora())
-    expected = logits(PeftModel.from_pretrained(loaded(base), adapter))
-    naive: Any = PeftModel.from_pretrained(loaded(base, "bfloat16"), adapter, autocast_adapter_dtype=False)
-    naive = naive.merge_and_unload().float()
-    ours = load_model(resolve_model(str(adapter)), dtype="float32")
-    assert (logits(ours) - expected).norm() < (logits(naive) - expected).norm()
-
-
-@pytest.mark.slow
 def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path, cache: Path) -> None:
     base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
     (base / "LICENSE").write_text("a licence")
@@ -194,31 +181,6 @@ def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path
     assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert load_model(folder).dtype == torch.bfloat16
     assert sorted(file.name for file in folder.parent.iterdir()) == sorted([f".{folder.name}.lock", folder.name])
-
-
-@pytest.mark.slow
-def test_dtypes_of_single_tensors_are_kept(tmp_path: Path) -> None:
-    """DeepSeek's routers stay in float32."""
-    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 16,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-    }
-    settings: dict[str, Any] = SHAPE | latent | experts | {"first_k_dense_replace": 1, "num_key_value_heads": 4}
-    base = tmp_path / "base"
-    model = AutoModelForCausalLM.from_config(DeepseekV3Config(**settings), dtype=torch.bfloat16)
-    for layer in decoder_layers(model)[1:]:
-        layer.get_submodule("mlp.gate").float()
-    model.save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
-    adapter = trained(base, tmp_path / "adapter", lora(target_modules=["q_a_proj", "o_proj"]))
-    folder = resolve_model(str(adapter))
-    dtypes = [{name: tensor.dtype for name, tensor in tensors_of(where).items()} for where in (base, folder)]
-    assert set(dtypes[0].values()) == {torch.bfloat16, torch.float32}
-    assert dtypes[0] == dtypes[1]
 
 
 @pytest.mark.slow
@@ -254,23 +216,6 @@ def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter:
 
 
 @pytest.mark.slow
-def test_the_adapters_tokenizer_is_used_where_it_has_one(adapter: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<tool>"])
-    tokenizer.save_pretrained(adapter)
-    assert load_tokenizer(resolve_model(str(adapter))).convert_tokens_to_ids("<tool>") == 259
-
-
-@pytest.mark.slow
-def test_an_adapter_of_an_adapter_is_merged_into_the_merged_one(adapter: Path, tmp_path: Path) -> None:
-    first = resolve_model(str(adapter))
-    second = trained(first, tmp_path / "second", lora())
-    expected = logits(loaded(resolve_model(str(second))))
-    edit(second, base_model_name_or_path=str(adapter))
-    assert torch.equal(logits(loaded(resolve_model(str(second)))), expected)
-
-
-@pytest.mark.slow
 def test_the_base_is_taken_at_the_adapters_revision(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
@@ -282,19 +227,6 @@ def test_the_base_is_taken_at_the_adapters_revision(adapter: Path, base: Path, m
     edit(adapter, base_model_name_or_path="org/base", revision="abc123")
     adapters.merged_adapter(adapter)
     assert asked == [("org/base", "abc123")]
-
-
-@pytest.mark.slow
-def test_an_interrupted_merge_leaves_nothing(adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("shutil.copyfile", stop)
-        with pytest.raises(KeyboardInterrupt):
-            resolve_model(str(adapter))
-    assert not [folder for folder in (cache / "adapters").iterdir() if folder.is_dir()]
-    load_model(resolve_model(str(adapter)))
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -355,21 +287,6 @@ def test_other_methods_that_peft_saves_are_refused(
     refused(trained(base, tmp_path / "other", config), message, cache)
 
 
-def test_variants_are_settings_that_peft_saves_and_a_plain_lora_leaves_unset(adapter: Path) -> None:
-    saved = json.loads((adapter / "adapter_config.json").read_text())
-    assert saved.keys() >= adapters.VARIANTS
-    assert not [name for name in adapters.VARIANTS if saved[name]]
-
-
-@pytest.mark.slow
-def test_a_full_model_beside_the_adapter_is_refused(adapter: Path, base: Path, cache: Path) -> None:
-    shutil.copyfile(base / "config.json", adapter / "config.json")  # some trainers save the base's: no ambiguity
-    resolve_model(str(adapter))
-    shutil.rmtree(cache)
-    shutil.copyfile(base / "model.safetensors", adapter / "model.safetensors")
-    refused(adapter, r"holds a full model \(model.safetensors\) and an adapter .*, and could mean either; move", cache)
-
-
 def test_pickled_missing_and_damaged_adapters_are_refused(adapter: Path, cache: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
@@ -384,11 +301,6 @@ def test_pickled_missing_and_damaged_adapters_are_refused(adapter: Path, cache: 
     refused(adapter, r"adapter_config.json: must be a mapping of settings, got list", cache)
 
 
-def test_an_adapter_of_itself_is_refused(adapter: Path, cache: Path) -> None:
-    edit(adapter, base_model_name_or_path=str(adapter))
-    refused(adapter, r"base_model_name_or_path in .*: is the adapter itself; set it to the model", cache)
-
-
 def test_a_quantised_base_is_refused(adapter: Path, base: Path, cache: Path) -> None:
     file = base / "config.json"
     config = json.loads(file.read_text()) | {
@@ -400,25 +312,11 @@ def test_a_quantised_base_is_refused(adapter: Path, base: Path, cache: Path) -> 
     )
 
 
-def test_a_base_with_code_of_its_own_is_refused(adapter: Path, base: Path, cache: Path) -> None:
-    file = base / "config.json"
-    config = json.loads(file.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
-    file.write_text(json.dumps(config))
-    refused(adapter, r"llama needs code that comes with it, which a merged checkpoint could not bring along", cache)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
 def test_an_adapter_of_another_architecture_is_refused(adapter: Path, tmp_path: Path, kind: str, cache: Path) -> None:
     edit(adapter, base_model_name_or_path=str(tiny_checkpoint(tmp_path, kind, hidden_size=64)))
     refused(adapter, r"does not fit its base .*: tensors of other shapes; set base_model_name_or_path", cache)
-
-
-@pytest.mark.slow
-def test_an_adapter_of_a_deeper_model_is_refused(adapter: Path, base: Path, cache: Path) -> None:
-    """peft itself would leave the tensors of the missing layers out without a word."""
-    tiny_checkpoint(base.parent, "llama", num_hidden_layers=4)
-    refused(adapter, r"does not fit its base .*: .*layers.4.self_attn.q_proj.lora_A.weight has no place in it", cache)
 
 
 @pytest.mark.slow
@@ -442,21 +340,6 @@ def test_a_lora_on_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target:
     base = tiny_checkpoint(tmp_path, "llama_tied")
     adapter = trained(base, tmp_path / "adapter", lora(target_modules=[*PROJECTIONS, target]))
     refused(adapter, r"merged, it gives other logits than base and adapter side by side \(by up to .*tied embed", cache)
-
-
-@pytest.mark.slow
-def test_a_bias_without_a_place_is_refused(base: Path, tmp_path: Path, cache: Path) -> None:
-    adapter = trained(base, tmp_path / "adapter", lora(lora_bias=True))
-    refused(adapter, r"cannot be merged: Impossible to merge LoRA with `lora_bias=True` because the base layer", cache)
-
-
-@pytest.mark.slow
-def test_numbers_that_are_not_finite_are_refused(adapter: Path, tmp_path: Path, cache: Path) -> None:
-    rewrite(adapter, lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()})
-    refused(adapter, r"cannot be merged: NaNs detected in the merged weights", cache)
-    base = tiny_checkpoint(tmp_path, "qwen3", dtype=torch.float16)
-    other = trained(base, tmp_path / "other", lora(lora_alpha=10_000_000))
-    refused(other, r"merged, .*proj.weight overflows torch.float16; convert .*qwen3 to bfloat16 first", cache)
 
 
 @pytest.mark.slow

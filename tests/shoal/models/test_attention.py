@@ -14,7 +14,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, census
 from torch import Tensor
-from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, StableLmConfig
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, StableLmConfig
 
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
@@ -24,7 +24,7 @@ from shoal.models import attention
 from shoal.models.anatomy import decoder_body, decoder_layers, text_config
 from shoal.models.attention import choose_attention, implementation, named, without_kernels
 from shoal.models.attention_calls import AttentionInputs, attention_calls, attention_weights
-from shoal.models.document_masks import document_borders, documents_apart, padding_apart
+from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.families import family
 from shoal.models.load import load_model
 
@@ -118,21 +118,6 @@ def test_kernels_that_are_old_absent_or_broken_are_not_taken(monkeypatch: pytest
     assert "needs a GPU of compute capability 8.0, and this one has 7.5" in refusal()
 
 
-@pytest.mark.usefixtures("gpu")
-def test_kernels_without_what_a_family_computes_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor: ...
-
-    monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda _: ((None, varlen, None), (dict, dict)))
-    assert choose_attention("auto", LlamaConfig(), GPU, HALF).attention == "flash"
-    for config, reason in (
-        (LlamaConfig(attention_dropout=0.1), "flash has no dropout_p in flash_attention_2, and .* attention_dropout"),
-        (Gemma2Config(), r"flash has no softcap in flash_attention_2, and .* attn_logit_softcapping: 50\.0"),
-    ):
-        with pytest.raises(UserError, match=reason):
-            choose_attention("flash", config, GPU, HALF)
-        assert choose_attention("auto", config, GPU, HALF).attention != "flash"
-
-
 @pytest.mark.parametrize("wanted", ["flash", "flex"])
 def test_a_cpu_has_neither_and_auto_is_what_the_family_has(wanted: str) -> None:
     with pytest.raises(
@@ -159,13 +144,6 @@ def test_flex_is_refused_where_it_is_not_possible(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="triton, which is not installed"):
         choose_attention("flex", LlamaConfig(), GPU, HALF)
-
-
-def test_names_of_transformers_are_those_of_the_setting() -> None:
-    names = ("sdpa", "eager", "flash_attention_2", "kernels-community/flash-attn2", "flex_attention", "paged|other")
-    assert [named(name) for name in names] == ["sdpa", "eager", "flash", "flash", "flex", "paged|other"]
-    assert without_kernels("flash", Gemma2Config()) == "eager"
-    assert without_kernels("flex", GPTNeoXConfig()) == "sdpa"
 
 
 def test_a_checkpoint_is_loaded_with_the_kernels_of_its_setting(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,13 +174,6 @@ def test_packed_documents_and_padding_give_the_states_of_masked_attention(
     torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
 
 
-def test_borders_are_those_of_the_documents_of_all_rows() -> None:
-    borders = document_borders(POSITIONS, CPU)
-    assert borders["cu_seq_lens_q"].tolist() == [0, 12, 16, 19, 32]
-    assert borders["cu_seq_lens_q"].dtype == torch.int32
-    assert (borders["max_length_q"], borders["max_length_k"]) == (13, 13)
-
-
 @pytest.mark.parametrize("name", ["stablelm", "nemotron"])
 def test_a_family_that_keeps_borders_from_its_kernels_is_refused_when_it_runs(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -211,37 +182,6 @@ def test_a_family_that_keeps_borders_from_its_kernels_is_refused_when_it_runs(
     model = switched(architectures.tiny_model(name), "flash")
     with pytest.raises(UserError, match=rf"{name}: its layers do not tell flash kernels where docu"):
         hidden(model)
-
-
-def test_borders_are_looked_at_once_and_then_only_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_stand_in.install(monkeypatch)
-    from shoal.models import document_masks
-
-    model, looked = switched(architectures.tiny_model("llama"), "flash"), []
-    watched = document_masks._kernels_watched
-    monkeypatch.setattr(document_masks, "_proven", set())
-    monkeypatch.setattr(document_masks, "_kernels_watched", lambda *given: looked.append(1) or watched(*given))
-    first, second = hidden(model), hidden(model)
-    assert looked == [1]
-    assert torch.equal(first, second)
-
-
-def test_a_mask_that_flex_cannot_read_is_refused() -> None:
-    model = switched(architectures.tiny_model("doge"), "flex")
-    with pytest.raises(UserError, match="DogeAttention: hands attention a mask or biases of its own"):
-        hidden(model)
-
-
-def test_flex_stays_compiled_through_more_variants_than_torch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, **{"backend": "eager", **how}))
-    attention._compiled.cache_clear()
-    kernel, states = attention._kernel("cuda"), torch.randn(1, 1, 16, 16)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for cap in range(1, 11):
-            kernel(states, states, states, score_mod=lambda score, *_, cap=cap: score / cap)
-    attention._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("kernels", ["flash", "flex"])

@@ -13,11 +13,9 @@ import pytest
 from shoal.errors import UserError
 from shoal.launch.cli import _main
 from shoal.launch.verbs import prune, report
-from shoal.launch.verbs.launch import LaunchEnded
-from shoal.launch.verbs.memory import remembering
 from shoal.launch.verbs.run import Run
-from shoal.recipe.recipe import load_recipe, read_settings
-from shoal.recipe.remembered import FILE, memory_in, memory_of, remember, take_back
+from shoal.recipe.recipe import read_settings
+from shoal.recipe.remembered import FILE, memory_in
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +67,6 @@ def test_a_run_directory_alone_is_enough_and_later_overrides_are_added(
     assert said["eval"] == {"limit": 6}, "what was said, and no defaults"
 
 
-def test_a_run_directory_that_was_moved_is_the_run_dir(recipe: str, run_dir: Path, seen: list[Run]) -> None:
-    assert _main(["prune", recipe]) == 0
-    moved = run_dir.rename(run_dir.parent / "moved")
-    assert _main(["report", str(moved)]) == 0
-    assert _main(["report", str(moved), f"run_dir={run_dir}"]) == 0
-    assert [run.dir for run in seen] == [run_dir, moved, run_dir]
-
-
 def test_what_is_refused_is_not_remembered(recipe: str, run_dir: Path, seen: list[Run]) -> None:
     assert _main(["prune", recipe, "seed=13"]) == 2
     assert not run_dir.exists(), "nothing was made"
@@ -85,36 +75,6 @@ def test_what_is_refused_is_not_remembered(recipe: str, run_dir: Path, seen: lis
     assert _main(["prune", str(run_dir), "seed=13"]) == 2
     assert memory_in(run_dir) == before
     assert len(seen) == 3
-
-
-@pytest.mark.parametrize(("code", "is_kept"), [(2, False), (137, True)])
-def test_launched_ranks_that_refuse_are_forgotten_and_killed_ones_are_not(
-    run_dir: Path, code: int, is_kept: bool
-) -> None:
-    with pytest.raises(LaunchEnded), remembering(run_dir, {"model": "m"}) as memory:  # noqa: PT012
-        assert memory is not None
-        remember(run_dir, memory)
-        raise LaunchEnded(code)
-    assert (run_dir / FILE).is_file() == is_kept
-
-
-def test_a_newer_text_is_not_taken_back(run_dir: Path) -> None:
-    mine, other = memory_of({"model": "a"}), memory_of({"model": "b"})
-    remember(run_dir, other)
-    take_back(run_dir, mine, None)
-    assert memory_in(run_dir) == other
-    take_back(run_dir, other, mine)
-    assert memory_in(run_dir) == mine
-
-
-def test_a_recipe_of_the_users_own_in_that_place_is_left_alone(recipe: str, run_dir: Path, seen: list[Run]) -> None:
-    run_dir.mkdir(parents=True)
-    own = Path(recipe).rename(run_dir / FILE)
-    text = own.read_text()
-    assert _main(["prune", str(own)]) == 0
-    assert _main(["prune", str(own), f"run_dir={run_dir}"]) == 0
-    assert own.read_text() == text
-    assert len(seen) == 2
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -162,9 +122,3 @@ def test_secrets_are_not_kept_and_asked_for_again(
     )
     assert _main(["report", str(run_dir), f"track.tags.1={secret}"]) == 0
     assert seen[-1].recipe.track.tags == ("a", secret)
-
-
-def test_shipped_recipes_survive_being_remembered(run_dir: Path) -> None:
-    said, _ = read_settings("study", [f"run_dir={run_dir}", "eval.suite=quick"])
-    remember(run_dir, memory_of(said))
-    assert load_recipe(run_dir) == load_recipe("study", [f"run_dir={run_dir}", "eval.suite=quick"])
