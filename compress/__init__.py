@@ -9,7 +9,6 @@
     sparing      columns on which nothing may be spent
     apply        writes the student of a plan
     dry_run      what a plan would do
-    delta        how far a donor's layers are from the base's
 
 Folders:
 

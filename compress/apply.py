@@ -38,7 +38,6 @@ from shoal.models.load import (
     refuse_incomplete,
 )
 from shoal.progress import doing
-from shoal.recipe.edits import Replace, insertions
 from shoal.recipe.prune import Compensate, Width
 
 from .changes.calibration import calibrating
@@ -47,14 +46,7 @@ from .changes.fit import compensate as compensate_gaps
 from .changes.fold import output_names
 from .changes.narrowing import NARROW, NarrowedTensors, NarrowFiles, Narrowing, Units, cannot_narrow, narrow_files
 from .changes.units import as_kept, measure_width
-from .edits.apply import (
-    Materials,
-    edited,
-    edited_student,
-    materials,
-    refuse_impossible_edits,
-    runs_with_a_cache,
-)
+from .edits.tensors import tensors_in_place, with_layers
 from .surgery.changed_tensors import changed_tensors, stored_places
 from .surgery.config_cut import uncut_layers
 from .surgery.cut_model import kept_layers, refuse_changed_layers, skipped
@@ -128,7 +120,6 @@ def apply_plan(
     plan: PruningPlan,
     out: Path,
     *,
-    donors: Mapping[int, Path] | None = None,
     seed: int = 0,
     proof: Proof = "auto",
     compensate: Compensate | None = None,
@@ -142,8 +133,7 @@ def apply_plan(
 
     A plan that only drops layers is carried out by copying bytes, with a few megabytes of memory; a copy that was
     interrupted goes on where it stopped. What makes up for the layers is written over the copy, and so are tensors that
-    become smaller. Edits are carried out in memory; ``donors`` are the folders that swaps take from, by index of the
-    edit, and ``seed`` is for replacements and calibration text. ``proof``:
+    become smaller. ``seed`` is for calibration text. ``proof``:
 
     - `run`: the saved folder is loaded and gives, bit for bit, the logits and greedy text of the teacher with the
       layers skipped and the edits in force. One of the two is in memory at a time.
@@ -158,9 +148,8 @@ def apply_plan(
             architecture or a quantisation that cannot be cut, a damaged checkpoint, a full disk.
     """
     teacher = _read_teacher(teacher_folder, out, plan, trust_remote_code=trust_remote_code)
-    keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
+    keep = kept_layers(plan.num_layers, plan.drop)
     runs = _shall_run(teacher, proof, in_float32=plan.width is not None)
-    refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     whole, smaller = teacher, narrow_files(teacher_folder, teacher.config, plan.width, teacher.shards)
     if smaller is not None:
         teacher = replace(teacher, config=smaller.own.config, shards=smaller.shards)
@@ -181,15 +170,7 @@ def apply_plan(
                 _name_closed_gaps(copy.config, teacher, plan.gaps)
                 expected = _write_copy(copy, folder, _changed(copy, skeleton, compensation, smaller, units))
             else:
-                expected = _write_from_memory(
-                    teacher,
-                    plan,
-                    folder,
-                    donors=donors or {},
-                    compensated=new_layers,
-                    seed=seed,
-                    runs=runs,
-                )
+                expected = _write_from_memory(teacher, plan, folder, compensated=new_layers, runs=runs)
             copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
             with doing("prune: proving the student by its files"):
                 prove_by_files(folder, skeleton, keep)
@@ -201,7 +182,7 @@ def apply_plan(
                         with smaller.own.masked(model, units), skipped(model, plan.drop):
                             expected = behaviour(model)
                         del model
-                    expected = expected or _planned_behaviour(teacher.load(), plan, Materials({}, new_layers))
+                    expected = expected or _planned_behaviour(teacher.load(), plan, new_layers)
                 with doing("prune: proving the student by running it"):
                     reference = f"the teacher after {plan.in_words()}"
                     prove_by_run(folder, expected, reference=reference, is_rounded=smaller is not None)
@@ -284,8 +265,6 @@ def _route(
     if not quantisation:
         refuse_incomplete(teacher.folder, plain.model_type, loading.missing, loading.mismatched)
     try:
-        if plan.edits:
-            raise NotByCopy("the plan changes layers that stay")
         copy = _planned_copy(teacher, plain, skeleton, loading, keep)
         if settings is not None:
             for layer in keep[keep.index(min(plan.drop) - 1) :]:
@@ -396,26 +375,16 @@ def _write_from_memory(
     plan: PruningPlan,
     folder: Path,
     *,
-    donors: Mapping[int, Path],
     compensated: Mapping[int, Mapping[str, Tensor]],
-    seed: int,
     runs: bool,
 ) -> Behaviour | None:
     """Returns what the teacher as planned answers where that is asked for, because it is in memory now."""
     model = teacher.load()
-    loaded = {
-        path: load_model(path, attention=None, trust_remote_code=teacher.trust_remote_code)
-        for path in set(donors.values())
-    }
-    reads = any(isinstance(edit, Replace) for edit in plan.edits)
-    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code) if reads else None
-    ingredients = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
-    ingredients = replace(ingredients, layers={**ingredients.layers, **compensated})
     with doing("prune: writing the student"):
-        student = edited_student(model, plan, ingredients)
+        student = with_layers(model, plan.drop, compensated, share=True)
         _name_closed_gaps(student.config, teacher, plan.gaps)
         student.save_pretrained(folder)
-    return _planned_behaviour(model, plan, ingredients) if runs else None
+    return _planned_behaviour(model, plan, compensated) if runs else None
 
 
 def _name_closed_gaps(config: PreTrainedConfig, teacher: Teacher, gaps: Sequence[ClosedGap]) -> None:
@@ -426,6 +395,8 @@ def _name_closed_gaps(config: PreTrainedConfig, teacher: Teacher, gaps: Sequence
         setattr(config, CLOSED_GAPS, [*(getattr(config, CLOSED_GAPS, None) or ()), *closed])
 
 
-def _planned_behaviour(model: PreTrainedModel, plan: PruningPlan, ingredients: Materials) -> Behaviour:
-    with edited(model, plan, ingredients):
-        return behaviour(model, use_cache=runs_with_a_cache(plan))
+def _planned_behaviour(
+    model: PreTrainedModel, plan: PruningPlan, new_layers: Mapping[int, Mapping[str, Tensor]]
+) -> Behaviour:
+    with tensors_in_place(model, new_layers), skipped(model, plan.drop):
+        return behaviour(model)

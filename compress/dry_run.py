@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, without_data
-from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
 from shoal.recipe.prune import Compensate, Width
 
 from .apply import refuse_own_code
@@ -25,15 +24,12 @@ from .changes.calibration import in_words as memory_in_words
 from .changes.calibration import needed_bytes
 from .changes.fit import needed_features, refuse_quantised
 from .changes.narrowing import narrow_files
-from .edits.apply import refuse_impossible_edits
 from .gguf.patterns import misreading
 from .layer_sizes import stored_bytes, usual_length
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.narrow_config import student_config
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
-
-CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,6 @@ def estimate(
     plan: PruningPlan,
     out: Path,
     *,
-    donors: Mapping[int, Path] | None = None,
     dtype: str = "stored",
     compensate: Compensate | None = None,
     width: Width | None = None,
@@ -65,8 +60,6 @@ def estimate(
 ) -> tuple[str, int]:
     """What apply_plan would write to ``out``, for a reader, and the bytes of it. Nothing is written and no weight is
     read.
-
-    ``donors`` are the folders that swaps take from, by index of the edit.
 
     Raises:
         UserError: what apply_plan would refuse by configuration and headers.
@@ -76,8 +69,7 @@ def estimate(
     shards = read_shards(teacher_folder)
     if compensate is not None:
         refuse_quantised(teacher_folder, config)
-    refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
-    keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
+    keep = kept_layers(plan.num_layers, plan.drop)
     student = student_config(config, keep, plan.width)
     runs_in = loaded_dtype(config, dtype, shards)
     teacher_model = without_data(without_quantization(config)[0], dtype=runs_in)
@@ -118,12 +110,10 @@ def _sides(
     narrow, parts_of = models[0], shards
     if (smaller := narrow_files(folder, config, plan.width, shards)) is not None:
         narrow, parts_of = smaller.own.model, smaller.shards
-    keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
+    keep = kept_layers(plan.num_layers, plan.drop)
     refuse_changed_layers(narrow, models[1], keep)
-    by_layer = None
-    if not insertions(plan.edits):
-        by_layer = stored_bytes(parts_of, narrow)
-    if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
+    by_layer = stored_bytes(parts_of, narrow)
+    if by_layer is None:  # then the student is saved as transformers names and merges its tensors
         written = stored * costs[1].num_parameters // costs[0].num_parameters
     else:
         written = by_layer.of(keep)
@@ -158,9 +148,6 @@ def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dt
     ]
     if plan.width is not None:
         lines.append(f"keeps:   {plan.width.in_words()}")
-    for edit in plan.edits:
-        note = "" if removed_layers([edit]) or isinstance(edit, Insert) else f" ({CHANGES_WEIGHTS_ONLY})"
-        lines.append(f"edit:    {in_words(edit)}{note}")
     return lines
 
 

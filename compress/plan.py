@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.errors import UserError
-from shoal.recipe.edits import Edit, Edits, edited_layers, in_words, removed_layers
 from shoal.recipe.prune import Prune
 
 from .goals import Goals
@@ -29,12 +28,10 @@ DEFAULT_PART = 8
 
 @dataclass(frozen=True)
 class Choice:
-    """Changes to the teacher, and why."""
+    """The layers that go, and why."""
 
     drop: tuple[int, ...]
-    """Layers that go, increasing; among them those that edits merge or replace."""
-    edits: Edits
-    """Edits of the recipe, and the single halves that an order of halves removes."""
+    """Increasing."""
     reason: str
     """Reason in words."""
 
@@ -46,7 +43,7 @@ def choose_changes(
     importance: Importance | None,
     goals: Goals | None = None,
 ) -> Choice:
-    """The layers to drop and the edits to make. Layers that edits name are never chosen automatically.
+    """The layers to drop.
 
     ``goals``: what prune.target asks of it; given where that is set, and only there.
 
@@ -56,13 +53,7 @@ def choose_changes(
     Raises:
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
-    _check_edits(prune.edits, num_layers)
-    drop, halves, reason = _choose(prune, num_layers, importance, goals)
-    removed = removed_layers(prune.edits)
-    if len(drop) + len(removed) == num_layers:
-        raise UserError(f"prune: drop and edits together remove all {num_layers} layers; keep at least one")
-    edits = (*prune.edits, *halves)
-    return Choice(tuple(sorted({*drop, *removed})), edits, "; ".join(filter(None, [reason, *map(in_words, edits)])))
+    return Choice(*_choose(prune, num_layers, importance, goals))
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
@@ -78,7 +69,7 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     else:
         drop = free[-_count(prune, num_layers) :]
     reason = f"a stand-in: {layers_of(len(drop), num_layers)}, chosen once they are measured"
-    return Choice(tuple(sorted({*drop, *removed_layers(prune.edits)})), prune.edits, reason)
+    return Choice(tuple(sorted(drop)), reason)
 
 
 def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> None:
@@ -87,13 +78,12 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
     Raises:
         UserError: as choose_changes does, as far as it needs no scores.
     """
-    _check_edits(prune.edits, num_layers)
     if prune.drop is not None:
         _explicit(prune, prune.drop, num_layers)
     elif goals is not None:
         _fewest(free_layers(prune, num_layers), num_layers, goals)
     elif is_automatic(prune):
-        protected = _protected(prune.protect, num_layers) | _edited(prune)
+        protected = _protected(prune.protect, num_layers)
         count, free = _count(prune, num_layers), num_layers - len(protected)
         longest, problem = _longest_run(protected, num_layers), None
         if prune.contiguous and count > longest:
@@ -110,25 +100,21 @@ def free_layers(prune: Prune, num_layers: int) -> list[int]:
     Raises:
         UserError: a protected layer that is none of the model's.
     """
-    taken = _protected(prune.protect, num_layers) | _edited(prune)
+    taken = _protected(prune.protect, num_layers)
     return [layer for layer in range(num_layers) if layer not in taken]
 
 
 def is_automatic(prune: Prune) -> bool:
     """Whether layers are to be chosen by scores, so that importance.json is needed."""
-    edits_only = prune.edits and prune.num_drop is None and prune.ratio is None and prune.target is None
-    return prune.drop is None and not edits_only
+    return prune.drop is None
 
 
 def _choose(
     prune: Prune, num_layers: int, importance: Importance | None, goals: Goals | None
-) -> tuple[tuple[int, ...], Edits, str]:
-    """Layers that go beside those that edits remove, edits that skip halves, and the reason."""
+) -> tuple[tuple[int, ...], str]:
+    """Layers that go, and the reason."""
     if prune.drop is not None:
-        drop, reason = _explicit(prune, prune.drop, num_layers)
-        return drop, (), reason
-    if not is_automatic(prune):
-        return (), (), ""
+        return _explicit(prune, prune.drop, num_layers)
     wanted = goals or _count(prune, num_layers)
     if importance is None:
         raise UserError(
@@ -140,11 +126,10 @@ def _choose(
             "run `shoal measure` again for this model"
         )
     protected, spared = _guarded(prune, importance)
-    halves: Edits = ()
     if prune.contiguous:
         drop, reason = _best_run(prune, wanted, protected, spared, importance)
     elif prune.metric in importance.orders and prune.metric not in importance.layers:
-        drop, halves, reason = first_of_order(prune.metric, wanted, protected, spared, importance)
+        drop, reason = first_of_order(prune.metric, wanted, protected, spared, importance)
     else:
         drop, reason = _lowest(prune, wanted, protected, spared, importance)
     if goals is not None:
@@ -153,12 +138,12 @@ def _choose(
         reason += f"; {_named(sorted(protected))} protected"
     if spared:
         reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
-    return drop, halves, reason
+    return drop, reason
 
 
 def _guarded(prune: Prune, importance: Importance) -> tuple[set[int], tuple[SweepColumn, ...]]:
     """The layers that may not go, and the columns on which nothing significant may be spent."""
-    protected = _protected(prune.protect, importance.num_layers) | _edited(prune)
+    protected = _protected(prune.protect, importance.num_layers)
     if "cornerstone" in prune.protect:
         protected |= set(_cornerstones(importance))
     spared = spared_columns(prune, importance)
@@ -171,10 +156,6 @@ def _fewest(order: Sequence[int], num_layers: int, goals: Goals) -> int:
     return 1 + goals.first_reaching(prefixes, "dropping every layer that is free to go")
 
 
-def _edited(prune: Prune) -> set[int]:
-    return {layer for edit in prune.edits for layer in edited_layers(edit)}
-
-
 def _cornerstones(importance: Importance) -> tuple[int, ...]:
     if importance.atlas is None:
         raise UserError(
@@ -184,17 +165,8 @@ def _cornerstones(importance: Importance) -> tuple[int, ...]:
     return cornerstones(importance.atlas.sweep)
 
 
-def _check_edits(edits: Sequence[Edit], num_layers: int) -> None:
-    for index, edit in enumerate(edits):
-        for layer in edited_layers(edit):
-            if layer >= num_layers:
-                raise UserError(
-                    f"prune.edits.{index}: {layer} is no layer of this model; its layers are 0..{num_layers - 1}"
-                )
-
-
 def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], str]:
-    if not drop and (prune.edits or prune.width is not None):
+    if not drop and prune.width is not None:
         return (), ""
     if not drop:
         raise UserError("prune.drop: is empty, so nothing would be dropped; name at least one layer")

@@ -14,15 +14,21 @@ from shoal.recipe.messages import checked
 from shoal.recipe.recipe import apply_override, load_recipe
 
 PARTS: dict[str, str] = {
+    "delta": "how far a donor's layers are from the model's, matrix by matrix, from the files alone",
     "depth_use": "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved",
     "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects, integrated gradients",
     "disputed": "how far models answer as people do, where these do not agree",
+    "grow": "new layers between others, zero, copied, mean or predicted (LESA)",
     "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
     "local_heal": "heal every gap on hidden states, layer by layer, and train the student from there",
+    "merge": "neighbouring layers merged into one (LaCo)",
     "patching": "through which states an answer reaches the last token, by patching activations",
     "probes": "at which depth a concept of labelled texts can be read off",
     "relations": "train on the teacher's attention, values or pooled states beside the recipe's losses",
+    "replace": "neighbouring layers replaced by one trained layer (LLM-Streamline)",
     "samples": "texts drawn beside the greedy ones: pass@k, and whether lost answers are demoted or gone",
+    "skip": "attention, MLP or heads of layers silent for good",
+    "swap": "layers of a donor in the place of the model's own",
     "vision": "what images say of layers, of states of the vision tower and of every model of the run",
 }
 """Name of every part, which is also its module here -> what it says, in a line."""

@@ -1,5 +1,5 @@
 """`shoal measure | prune | record | distill | quantize | eval | report | run RECIPE_OR_RUN_DIR
-[key=value ...]`, `shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain |
+[key=value ...]`, `shoal compare RUN_DIR RUN_OR_MODEL ...`, and `shoal init | list | explain |
 completion`."""
 
 from __future__ import annotations
@@ -110,7 +110,6 @@ COMPARE = (
     "needs no recipe"
 )
 LAB = "what a paper needs and a pruner does not: one part of the lab, on the model of a run"
-DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -242,19 +241,6 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
             print(f"\nshoal: {ended.text}", file=sys.stderr, flush=True)
         return ended.code
     return 0
-
-
-def _delta(arguments: argparse.Namespace) -> None:
-    """Print how far the weights of two models are from each other."""
-    runtime.turn_down_libraries()
-    from shoal.atomic_files import write_json
-    from shoal.compress.delta import delta_norms
-    from shoal.models.load import resolve_model
-
-    norms = delta_norms(resolve_model(arguments.base), resolve_model(arguments.donor))
-    _print(norms.table())
-    if arguments.json is not None:
-        write_json(Path(arguments.json).expanduser(), norms.document(), setting="--json")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -422,11 +408,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="override a setting, see `shoal explain`"
         )
-    delta = add_verb(verbs, "delta", DELTA, "org/base org/fine-tuned")
-    delta.set_defaults(work=_delta)
-    for name in ("base", "donor"):
-        delta.add_argument(name, help="Hub id, local path or demo:<name>")
-    delta.add_argument("--json", metavar="FILE", help="also write every tensor's norms to FILE")
     compare = add_verb(verbs, "compare", COMPARE, "runs/a runs/b --out compare")
     compare.set_defaults(work=_compare)
     told = (

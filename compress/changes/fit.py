@@ -32,7 +32,7 @@ from shoal.formatting import layers_text
 from shoal.progress import each
 from shoal.recipe.prune import Compensate
 
-from ..edits.merging import tensors_in_place
+from ..edits.tensors import tensors_in_place
 from ..surgery.cut_model import kept_layers
 from ..surgery.quantised import without_quantization
 from ..variants.layerwise import Prepared

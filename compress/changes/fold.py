@@ -31,9 +31,8 @@ from shoal.models.anatomy import decoder_layers, text_config
 
 from ..edits.layer_edits import in_force
 from ..edits.masks import with_halves
-from ..edits.merging import refuse_shared_parameters, tensors_in_place
-from ..edits.sublayers import named_halves, sublayers, where
-from ..edits.zeroing import output_parameters
+from ..edits.sublayers import named_halves, output_parameters, sublayers, where
+from ..edits.tensors import refuse_shared_parameters, tensors_in_place
 from ..variants.layerwise import Call, Layerwise, Prepared
 
 Tensors = dict[str, Tensor]

@@ -27,9 +27,8 @@ from shoal.models.checkpoint_files import Shard, StoredTensor
 from shoal.models.load import without_data
 
 from ..edits.masks import Half
-from ..edits.merging import refuse_shared_parameters
-from ..edits.sublayers import named_halves, where
-from ..edits.zeroing import output_parameters
+from ..edits.sublayers import named_halves, output_parameters, where
+from ..edits.tensors import refuse_shared_parameters
 from ..surgery.changed_tensors import as_bytes, stored_places
 from ..surgery.narrow_config import channels, heads, narrowed_config
 from ..surgery.quantised import without_quantization

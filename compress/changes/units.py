@@ -33,8 +33,8 @@ from shoal.progress import each
 from shoal.recipe.prune import Width
 
 from ..edits.masks import Half
-from ..edits.merging import put_tensors
 from ..edits.sublayers import where
+from ..edits.tensors import put_tensors
 from ..surgery.cut_model import kept_layers
 from ..variants.layerwise import Call
 from .calibration import Source, batches

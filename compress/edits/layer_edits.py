@@ -1,22 +1,19 @@
-"""The one table of what can be taken out of a layer: how it is counted, put in force and written for good.
+"""The one table of what can be taken out of a layer: how it is counted and put in force.
 
-Sweeps, orders of removals and the skips and masks of a plan are said in components (shoal.recipe.edits). Here they
-become edits of single layers, and KINDS says of each part what is done with it:
+Sweeps and orders of removals are said in components (shoal.components). Here they become edits of single layers, and
+KINDS says of each part what is done with it:
 
-| part        | in `prune.edits` | swept by        | in force                      | for good                      |
-| ----------- | ---------------- | --------------- | ----------------------------- | ----------------------------- |
-| `layer`     | `prune.drop`     | layer           | passes its input on           | is cut (surgery/)             |
-| `skip_prompt`, `skip_written` | none | layer     | passes its input on at these positions | cannot be       |
-| `attention` | `skip_attention` | layer           | adds nothing                  | output projection is zero     |
-| `mlp`       | `skip_mlp`       | layer           | adds nothing                  | output projection is zero     |
-| `head`      | `head_mask`      | query head      | its context is zero           | its columns there are zero    |
-| `kv_group`  | `kv_group_mask`  | key-value head  | as the query heads that read it                              ||
-| `donor`     | `swap`           | layer           | the donor's layer runs        | the donor's tensors           |
+| part        | swept by        | in force                                              |
+| ----------- | --------------- | ----------------------------------------------------- |
+| `layer`     | layer           | passes its input on; for good it is cut (surgery/)    |
+| `skip_prompt`, `skip_written` | layer | passes its input on at these positions        |
+| `attention` | layer           | adds nothing                                          |
+| `mlp`       | layer           | adds nothing                                          |
+| `head`      | query head      | its context is zero                                   |
+| `kv_group`  | key-value head  | as the query heads that read it                       |
+| `donor`     | layer           | the donor's layer runs                                |
 
-To add a part, touch four files: src/shoal/recipe/edits.py (its name in ComponentPart; its class in Edit, its components
-and its words, if a plan may name it), masks.py (hooks that put it in force), zeroing.py (weights that do the same, and
-what then is idle), and its row in KINDS. An edit that gives layers other weights, as `merge` and `replace` do, is no
-part: it takes its class in src/shoal/recipe/edits.py, a module of its own, and its place in apply.py.
+To add a part: its name in ComponentPart, hooks in masks.py, and its row in KINDS.
 """
 
 from __future__ import annotations
@@ -46,10 +43,6 @@ from .masks import (
     with_halves,
     with_heads,
 )
-from .zeroing import zero_half, zero_heads
-
-LayerIndices = dict[int, tuple[int, ...]]
-"""Layer -> which heads and the like of it; none of a part that is not one of several."""
 
 
 def _half(model: PreTrainedModel, layer: int) -> Sequence[None]:
@@ -69,12 +62,10 @@ class Kind:
     """Setting of a configuration that says how many components a layer has; empty = there is one."""
     heads: Callable[[PreTrainedModel, int, Sequence[int]], list[int]] | None = None
     """(model, layer, indices) -> the query heads by which it is taken out; then the rest is as with `head`."""
-    hooks: Callable[[PreTrainedModel, int, Sequence[int], RowsOfBatch | None], Hooks] | None = None
-    """(model, layer, indices, rows) -> what puts it in force, in all rows of a batch where ``rows`` is None.
+    hooks: Callable[..., Hooks] | None = None
+    """(model, layer, rows), and of heads which, -> what puts it in force, in all rows where ``rows`` is None.
 
     None where it takes more than the model: a donor."""
-    for_good: Callable[[PreTrainedModel, LayerIndices], list[str]] | None = None
-    """Zeroes weights of a student; the names of the changed parameters."""
     stored: str = ""
     """How stored answers of sweeps name its edit, with its indices at {}."""
 
@@ -91,20 +82,17 @@ KINDS: dict[ComponentPart, Kind] = {
     "attention": Kind(
         _half,
         hooks=partial(half_silenced, "attention"),
-        for_good=partial(zero_half, "attention"),
         stored="Silenced(half='attention')",
     ),
     "mlp": Kind(
         _half,
         hooks=partial(half_silenced, "mlp"),
-        for_good=partial(zero_half, "mlp"),
         stored="Silenced(half='mlp')",
     ),
     "head": Kind(
         lambda model, layer: range(with_heads(model, layer).num_heads),
         told_by="num_attention_heads",
         hooks=heads_masked,
-        for_good=zero_heads,
         stored="Masked(heads={})",
     ),
     "kv_group": Kind(
@@ -164,7 +152,7 @@ def layer_edits(components: Iterable[Component], model: PreTrainedModel | None) 
 def hooks_of(model: PreTrainedModel, layer: int, edit: LayerEdit, rows: RowsOfBatch | None) -> Hooks:
     """What puts ``edit`` of ``layer`` in force, in all rows of a batch where ``rows`` is None; nothing for a donor."""
     if (hooks := KINDS[edit.part].hooks) is not None:
-        yield from hooks(model, layer, edit.indices, rows)
+        yield from hooks(model, layer, rows, *([edit.indices] if edit.part == "head" else []))
     if edit.factor != 1:
         yield state_multiplied(model, layer, edit.factor, rows)
 
@@ -181,23 +169,6 @@ def in_force(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> 
             for hook in hooks_of(model, layer, edit, None):
                 stack.enter_context(hook)
         yield model
-
-
-def zero_for_good(student: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> list[str]:
-    """Let ``student`` do without what ``edits`` take out; returns the names of the parameters that became zero.
-
-    Raises:
-        UserError: as in_force does; weights that shoal does not know, that are quantised, or that other layers use too.
-    """
-    by_part: dict[ComponentPart, LayerIndices] = defaultdict(dict)
-    for layer, edit in edits:
-        by_part[edit.part][layer] = edit.indices
-    zeroed: list[str] = []
-    for part, layers in by_part.items():
-        zero = KINDS[part].for_good
-        assert zero is not None, f"{part} is not taken out by zeros"
-        zeroed += zero(student, layers)
-    return zeroed
 
 
 def stored_name(edits: LayerEdits) -> str:

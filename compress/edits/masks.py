@@ -1,4 +1,4 @@
-"""Hooks that silence attention, MLP or heads of single layers; zeroing.py does it for good in a student.
+"""Hooks that silence attention, MLP or heads of single layers.
 
 Hooks replace what the sublayer writes. No weight is copied or changed, and everything is undone when they are removed.
 They act on every row of the batch, or on the rows that a RowsOfBatch names for the next forward.
@@ -8,8 +8,8 @@ B batch, S sequence, R rows with an edit, H query heads, d size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,18 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.components import ComponentPart
-from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.answer_positions import answer_positions
-from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched, with_state
-from shoal.models.document_masks import documents_apart
+from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, watched, with_state
 
 from ..surgery.cut_model import skipped
 from .sublayers import Sublayers, probe_ids, probing, silence, silent_output, sublayers, where
 
 Half = Literal["attention", "mlp"]
 AtPositions = Literal["skip_prompt", "skip_written"]
-Replacement = Literal["zero", "mean", "resample"]
 Hooks = Iterator[AbstractContextManager[object]]
 """What holds an edit of one layer in force until it is closed."""
 
@@ -45,7 +42,7 @@ class RowsOfBatch:
     """B"""
 
 
-def layer_skipped(model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch | None) -> Hooks:
+def layer_skipped(model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
     """``layer`` passes its input on, in some rows of the batch; None = in all.
 
     Raises:
@@ -68,9 +65,7 @@ def layer_skipped(model: PreTrainedModel, layer: int, _: Sequence[int], rows: Ro
     yield module.register_forward_hook(pass_on)
 
 
-def positions_skipped(
-    part: AtPositions, model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch | None
-) -> Hooks:
+def positions_skipped(part: AtPositions, model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
     """``layer`` passes its input on before the answer positions (skip_prompt), or at these (skip_written).
 
     It runs on the states that come in at all positions: what other positions attend to inside it, and what a recurrent
@@ -143,7 +138,7 @@ def state_multiplied(
     return decoder_layers(model)[layer].register_forward_hook(multiply)
 
 
-def half_silenced(half: Half, model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch | None) -> Hooks:
+def half_silenced(half: Half, model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
     """One half of ``layer`` (or what mixes tokens in the attention's place) adds nothing to the residual stream.
 
     It still runs, because a KV cache counts on every layer's slot.
@@ -167,14 +162,8 @@ def half_silenced(half: Half, model: PreTrainedModel, layer: int, _: Sequence[in
             yield module.register_forward_hook(partial(silence_rows, rows), with_kwargs=True)
 
 
-def heads_masked(
-    model: PreTrainedModel,
-    layer: int,
-    heads: Sequence[int],
-    rows: RowsOfBatch | None,
-    value_of: Callable[[Tensor, int], Tensor] | None = None,
-) -> Hooks:
-    """Zeros in the place of the contexts of single query ``heads``, or ``value_of`` all contexts and the head.
+def heads_masked(model: PreTrainedModel, layer: int, rows: RowsOfBatch | None, heads: Sequence[int]) -> Hooks:
+    """Zeros in the place of the contexts of single query ``heads``.
 
     A head's context is its slice of the output projection's input. Under grouped-query attention nothing else changes
     there; zeroing the value rows instead would silence all heads that share them.
@@ -187,100 +176,13 @@ def heads_masked(
 
     def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         context = args[0].clone()
-        intact_BSHd, context_BSHd = (states.unflatten(-1, (halves.num_heads, -1)) for states in (args[0], context))
+        context_BSHd = context.unflatten(-1, (halves.num_heads, -1))
         # one head at a time: two index lists side by side would be paired, not crossed
         for head in heads:
-            value = 0 if value_of is None else value_of(intact_BSHd, head)
-            context_BSHd[slice(None) if rows is None else rows.rows_R, ..., head, :] = value
+            context_BSHd[slice(None) if rows is None else rows.rows_R, ..., head, :] = 0
         return (context, *args[1:])
 
     yield decoder_layers(model)[layer].get_submodule(halves.projection).register_forward_pre_hook(mask)
-
-
-@contextmanager
-def heads_replaced(
-    model: PreTrainedModel,
-    heads: Mapping[int, Sequence[int]],
-    *,
-    replacement: Replacement = "zero",
-    means: Mapping[int, Tensor] | None = None,
-    seed: int = 0,
-    legacy_gqa: bool = False,
-) -> Iterator[PreTrainedModel]:
-    """``model`` with the contexts of single query heads (layer -> heads) replaced until the block ends.
-
-    ``zero`` is heads_masked, ``mean`` puts the vectors of ``means`` (from head_means), ``resample`` the same head's
-    context at the same position of another sequence of the batch: one permutation for all heads and layers, drawn from
-    ``seed``, that leaves no sequence in its place. Positions must mean the same in all of them, so that padding is
-    refused.
-
-    ``legacy_gqa`` masks every head of the key-value groups that ``heads`` touch. The code published with arXiv
-    2510.02091 does so; this is only for comparing with figures made by it.
-
-    Raises:
-        UserError: as heads_masked does, or ``mean`` without fitting means; at a forward, ``resample`` of a single
-            sequence or of padded ones.
-    """
-    if replacement not in ("zero", "mean", "resample"):
-        raise UserError(f"heads_replaced: replacement {replacement!r} is none; there is zero, mean and resample")
-    if (replacement == "mean") != (means is not None):
-        raise UserError(
-            f"heads_replaced: replacement {replacement!r} and means do not fit; mean needs them, no other does"
-        )
-
-    def other_context(context_BSHd: Tensor, head: int) -> Tensor:
-        return context_BSHd[_elsewhere(len(context_BSHd), seed).to(context_BSHd.device), ..., head, :]
-
-    with ExitStack() as stack:
-        if replacement == "resample":
-            stack.enter_context(_padding_refused(model))
-        for layer, chosen in heads.items():
-            halves = with_heads(model, layer)
-            value_of = other_context if replacement == "resample" else None
-            if means is not None:
-                value_of = partial(_mean_context, _mean_of(means, layer, halves, model))
-            if legacy_gqa:
-                checked(chosen, halves.num_heads, f"{where(model, layer)}: head")
-                size = halves.num_heads // halves.num_kv_heads
-                chosen = heads_of_groups(model, layer, sorted({head // size for head in chosen}))
-            for hook in heads_masked(model, layer, chosen, None, value_of):
-                stack.enter_context(hook)
-        yield model
-
-
-def head_means(
-    model: PreTrainedModel, rows: PackedRows, layers: Sequence[int], *, batch_size: int
-) -> dict[int, Tensor]:
-    """Mean context of every query head over all tokens of ``rows``: layer -> (H, d), float64 on the CPU.
-
-    Raises:
-        UserError: no rows, an index that is no layer, a layer whose heads cannot be masked alone.
-    """
-    if len(rows) == 0:
-        raise UserError("head_means: there is no token to average over; name a data source that holds text")
-    sums: dict[int, Tensor] = {}
-
-    def adding(layer: int) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            total = args[0].flatten(0, -2).double().sum(0).cpu()
-            sums[layer] = sums[layer] + total if layer in sums else total
-
-        return add
-
-    with ExitStack() as stack, probing(model):
-        halves = {layer: with_heads(model, layer) for layer in layers}
-        for layer, parts in halves.items():
-            projection = decoder_layers(model)[layer].get_submodule(parts.projection)
-            stack.enter_context(projection.register_forward_pre_hook(adding(layer)))
-        for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            ids_BS, positions_BS = (
-                ids_NS[batch].to(model.device) for ids_NS in (rows.input_ids_NS, rows.position_ids_NS)
-            )
-            with documents_apart(decoder_body(model), positions_BS):
-                decoder_body(model)(input_ids=ids_BS, position_ids=positions_BS, use_cache=False)
-    num_tokens = rows.input_ids_NS.numel()
-    return {layer: sums[layer].unflatten(0, (halves[layer].num_heads, -1)) / num_tokens for layer in layers}
 
 
 def _with_rows(output: Any, rows: RowsOfBatch, values: Tensor) -> Any:
@@ -339,39 +241,3 @@ def heads_of_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -
     checked(groups, halves.num_kv_heads, f"{where(model, layer)}: key-value head")
     size = halves.num_heads // halves.num_kv_heads
     return [head for group in groups for head in range(group * size, (group + 1) * size)]
-
-
-def _elsewhere(num_rows: int, seed: int) -> Tensor:
-    """(B,) For every row another one: a random cycle through all of them."""
-    if num_rows < 2:
-        raise UserError(
-            "heads_replaced: resample takes contexts from other sequences of the batch, and it has only one"
-        )
-    cycle = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
-    others = torch.empty_like(cycle)
-    others[cycle] = cycle.roll(1)
-    return others
-
-
-@contextmanager
-def _padding_refused(model: PreTrainedModel) -> Iterator[None]:
-    def refuse(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
-            raise UserError("heads_replaced: resample needs sequences of one length, and some are padded")
-
-    # callers may run the body alone, without the head
-    with decoder_body(model).register_forward_pre_hook(refuse, with_kwargs=True):
-        yield
-
-
-def _mean_of(means: Mapping[int, Tensor], layer: int, halves: Sublayers, model: PreTrainedModel) -> Tensor:
-    """(H, d) on the model's device."""
-    mean = means.get(layer)
-    if mean is None or mean.dim() != 2 or len(mean) != halves.num_heads:
-        raise UserError(f"heads_replaced: means hold nothing for {where(model, layer)}; name the layer in head_means")
-    return mean.to(model.device)
-
-
-def _mean_context(mean_Hd: Tensor, context_BSHd: Tensor, head: int) -> Tensor:
-    return mean_Hd[head].to(context_BSHd)

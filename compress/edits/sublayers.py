@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,6 +46,13 @@ MLP_COMPANIONS = {"fc2": ("fc1",)}
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
 """Last part of the name of the map from all heads' contexts to the residual stream."""
 
+OUTPUT_MAPS = {
+    *(*OUTPUT_PROJECTIONS, "linear_out"),  # of attention and what stands in its place
+    *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear"),  # of MLPs and experts
+}
+"""Modules and parameters that write a half's result. What these names miss shows when the zeroed half is run."""
+OUTPUT_BIASES = ("bias", "experts.bias")
+"""Parameters of a half itself that are added to its result (JetMoE)."""
 
 PROBE_LENGTH = 6
 LAST_ID = 5
@@ -123,6 +130,20 @@ def named_halves(layer: nn.Module) -> Sublayers:
         elif half:
             halves[half].append(path)
     return Sublayers(tuple(halves["attention"]), tuple(halves["mlp"]))
+
+
+def output_parameters(
+    model: PreTrainedModel, layer: int, halves: Sublayers, half: Literal["attention", "mlp"]
+) -> list[str]:
+    """Names within the layer of the parameters that write the half's result, by their names alone."""
+    names = []
+    for path in getattr(halves, half):
+        module = decoder_layers(model)[layer].get_submodule(path)
+        for name, _ in module.named_parameters():
+            parts = {part.removesuffix("_bias") for part in (path.rpartition(".")[2], *name.split("."))}
+            if parts & OUTPUT_MAPS or name in OUTPUT_BIASES:
+                names.append(f"{path}.{name}")
+    return names
 
 
 def silence(module: nn.Module) -> RemovableHandle:

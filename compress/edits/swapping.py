@@ -19,8 +19,7 @@ from shoal.models.anatomy import anatomy, text_config
 
 from ..surgery.cut_model import layer_traits
 from .masks import checked
-from .merging import buffers, put_tensors
-from .zeroing import PLAIN_DTYPES
+from .tensors import PLAIN_DTYPES, buffers, put_tensors
 
 Part = Literal["embeddings", "norm", "head"]
 

@@ -14,7 +14,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, decoder_layers
 from shoal.progress import each
 
-from ..edits.merging import merged_layer, refuse_different_kinds, tensors_in_place
+from ..edits.tensors import laco_factors, merged_layer, refuse_different_kinds, tensors_in_place
 from ..surgery.cut_model import skipped
 from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, rank, world_size
 from .weight_metrics import plain_matrices
@@ -75,7 +75,7 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     own_runs = possible[rank() :: world_size()]
     for start, length in each(own_runs, "measure: merges", unit="runs"):
         try:
-            tensors = merged_layer(model, start, length + 1, warn=False)
+            tensors = merged_layer(model, start, laco_factors(length + 1))
         except UserError as reason:  # an overflow, or tables of the routing that differ
             log.warning("measure: %s; the run scores %g", reason, WORST)
             scores[length - 1, start] = WORST

@@ -21,7 +21,7 @@ from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import logits_from_hidden
 from shoal.progress import each
 
-from ..edits.zeroing import PLAIN_DTYPES
+from ..edits.tensors import PLAIN_DTYPES
 from ..surgery.quantised import without_quantization
 from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.formatting import layers_text, signed
-from shoal.recipe.edits import Edits, in_words, removed_layers
 from shoal.stats.intervals import Array, combined
 
 
@@ -44,18 +43,15 @@ def is_loss(column: SweepColumn, change: Estimate) -> bool:
     return change.high < 0 if column.higher_is_better else change.low > 0
 
 
-def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits = ()) -> tuple[str, ...]:
+def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str, ...]:
     """Lines for a reader: what dropping these layers is expected to cost on every swept task.
 
-    A set that the sweep of cumulative removals went through is told as it was measured. What edits cost is not known
-    from removals of layers, and said to be left out.
+    A set that the sweep of cumulative removals went through is told as it was measured.
     """
     if importance.atlas is None:
         return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
-    left_out = (f"not counted: {'; '.join(map(in_words, edits))}",) if edits else ()
-    drop = [layer for layer in drop if layer not in removed_layers(edits)]
     if not drop:
-        return left_out
+        return ()
     drop = importance.places(drop)
     measured = _measured(importance, drop)
     if measured:
@@ -67,7 +63,7 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits
         )
     numbers = importance.teacher_layers
     lines = (_line(column, drop, measured.get(column.task), numbers) for column in importance.atlas.columns)
-    return (head, *lines, *left_out)
+    return (head, *lines)
 
 
 def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None, numbers: Sequence[int]) -> str:

@@ -14,7 +14,6 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty, mtp_names, read_shards
-from shoal.recipe.edits import in_words
 from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
@@ -195,12 +194,7 @@ def _cut_lines(run: Run, base: str | None, base_folder: Path | None) -> list[str
     if run.plan.drop:
         lines.append(f"Dropped layers (of the base model, counted from 0): {layers_text(run.plan.drop)}")
         lines.append(f"Kept: {layers_text(run.plan.keep)}")
-    lines += [f"Edited: {in_words(edit)}" for edit in run.plan.edits]
-    if run.plan.width is not None:
-        lines.append(f"Narrowed: {run.plan.width.in_words()} stay")
-    lines += [
-        f"Made up for without training, in kept layers: {gap.in_words()}" for gap in run.plan.gaps if gap.is_closed
-    ]
+    lines += [f"Changed ({change.kind}): {change.words}" for change in run.plan.changes]
     names = [name for shard in read_shards(base_folder) for name in shard.tensors] if base_folder else []
     if mtp_names(names, run.plan.num_layers):
         lines.append("Left out: the base model's modules of multi-token prediction, which guess further tokens")

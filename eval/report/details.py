@@ -9,7 +9,6 @@ import yaml
 
 from shoal.artifacts.artifact import Artifact, Json
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
-from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
 
 from .cautions import disjointness
@@ -40,10 +39,8 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
         drop = run.plan.drop
         if drop:
             blocks.append(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}.")
-        if run.plan.edits:
-            blocks.append(f"Edited: {listed(map(in_words, run.plan.edits))}.")
-        if run.plan.width is not None:
-            blocks.append(f"Narrowed: {run.plan.width.in_words()} stay.")
+        if run.plan.changes:
+            blocks.append(f"Changed: {'; '.join(change.words for change in run.plan.changes)}.")
         blocks.append(f"How they were chosen: {run.plan.reason}")
     if run.importance is None:
         blocks.append("Importance was not measured in this run, so there is no figure of it.")

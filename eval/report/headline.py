@@ -8,7 +8,6 @@ from shoal.artifacts.evaluation import ROLES
 from shoal.artifacts.speed import SpeedScore
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
-from shoal.recipe.edits import in_words
 
 from ..tasks.names import described_tasks, task_folders
 from .document import Board, BoardLine
@@ -127,8 +126,6 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
     figures: list[tuple[str, str]] = []
     if run.plan and (run.plan.drop or not run.plan.changes_layers):
         figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
-    if run.plan and run.plan.edits:
-        figures.append((str(len(run.plan.edits)), "edits of layers" if len(run.plan.edits) > 1 else "edit of layers"))
     if run.plan and run.plan.width:
         figures += [(f"{count:,}", f"{part} in every layer") for count, part in run.plan.width.parts]
     small, teacher = _smallest(run), run.evaluations.get("teacher")
@@ -154,8 +151,7 @@ def _faster(teacher: SpeedScore, small: SpeedScore) -> tuple[str, str]:
 def _cut(run: Run) -> str:
     if run.plan is None:
         return f"No layer of {run.model} has been cut yet."
-    drop, edits = run.plan.drop, run.plan.edits
-    changes = [*map(in_words, edits), *([] if run.plan.width is None else [f"{run.plan.width.in_words()} kept"])]
+    drop, changes = run.plan.drop, [change.words for change in run.plan.changes]
     layers = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
     which = f"({'layer' if len(drop) == 1 else 'layers'} {layers_text(drop)}, counted from 0)"
     sentence = f"{layers} {'was' if len(drop) == 1 else 'were'} cut out {which}"
@@ -163,8 +159,7 @@ def _cut(run: Run) -> str:
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
         sentence += f", which takes the model from {count_text(before)} to {count_text(after)} parameters"
-    how = "Edited" if edits else "Narrowed"
-    changed = f"{how}{'' if drop else f' in {run.model}'}: {listed(changes)}." if changes else ""
+    changed = f"Changed{'' if drop else f' in {run.model}'}: {listed(changes)}." if changes else ""
     return " ".join([*([f"{sentence}."] if drop or not changes else []), *([changed] if changed else [])])
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.edits.apply import NOTHING_MADE, edited_student
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of
 from shoal.compress.plan import choose_changes
@@ -28,7 +27,6 @@ from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
-from shoal.recipe.edits import Insert, Merge, Replace, Swap
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.prune import Prune
@@ -160,7 +158,7 @@ def choose_layers(
         spare: Swept tasks or abilities on which nothing significant may be spent.
 
     Returns:
-        `drop` (0-based, increasing) and `reason`; a metric that orders halves of layers gives `edits` too.
+        `drop` (0-based, increasing) and `reason`.
 
     Raises:
         UserError: no importance, both of num_drop and ratio, a score that was not measured, or no such choice.
@@ -188,7 +186,7 @@ def choose_layers(
         "importance": importance.provenance.fingerprint,
         **shaping(settings, Shapes.PLAN, "prune."),
     }
-    return PruningPlan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason, choice.edits)
+    return PruningPlan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason)
 
 
 def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreTrainedModel:
@@ -203,7 +201,7 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
 
     Raises:
         UserError: an index that is no layer, all layers, a cut that the architecture cannot express, or a plan of
-            another model or with edits that need more than the model.
+            another model or with other changes.
 
     Example:
         >>> student = shoal.cut_model(model, plan)
@@ -214,23 +212,9 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
         return surgery.cut_model(model, drop)
     if (num_layers := len(decoder_layers(model))) != drop.num_layers:
         raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
-    if closed := [gap for gap in drop.gaps if gap.is_closed]:
+    if drop.changes:
         raise UserError(
-            f"drop: makes up for dropped layers ({closed[0].in_words()}), which only `shoal prune` does; load the "
-            "student that it wrote, or give drop=plan.drop"
-        )
-    if drop.width is not None:
-        raise UserError(
-            f"drop: narrows layers ({drop.width.in_words()} stay), which only `shoal prune` does; load the student "
+            f"drop: changes layers that stay ({drop.changes[0].words}), which only the command does; load the student "
             "that it wrote, or give drop=plan.drop"
         )
-    if not drop.edits:
-        return surgery.cut_model(model, drop.drop)
-    if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace | Insert)]:
-        raise UserError(
-            f"drop: its edit {needy[0]} is made from files; run `shoal prune` with a recipe that asks for it"
-        )
-    student = edited_student(model, drop, NOTHING_MADE)
-    for tensor in (*student.parameters(), *student.buffers()):
-        tensor.data = tensor.data.clone()
-    return student
+    return surgery.cut_model(model, drop.drop)

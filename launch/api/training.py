@@ -66,7 +66,8 @@ def distill(
         num_tokens: Tokens to train on, rounded up to whole steps; a smaller data set is repeated. None = all data once.
         learning_rate: Peak of a cosine with a tenth of warm-up.
         drop: Layers of the teacher that the student lacks, or the plan that says so; None = as the student's
-            configuration says, where shoal has cut it. A student with edits needs the plan where layers are shared.
+            configuration says, where shoal has cut it. Beside other changes the plan is needed where
+            layers are shared.
         loss_on: Tokens of conversations that are learnt; None = what the assistant says.
         seed: Seed of the order of the data and of all else that is drawn.
         settings: Keys of the recipe's section `distill`, with its defaults: sequence_length (tokens of one row),

@@ -107,7 +107,7 @@ def evaluate(run: Run) -> None:
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     prune = run.recipe.prune
-    changes = (prune.drop, prune.num_drop, prune.ratio, prune.target, prune.edits, prune.width)
+    changes = (prune.drop, prune.num_drop, prune.ratio, prune.target, prune.width)
     if list(folders) == ["teacher"] and any(changes):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import LAB, PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.recipe.edits import Insert, Replace, removed_layers
 from shoal.recipe.measure import METRICS
-from shoal.recipe.section import Shapes, as_dict, shaping
+from shoal.recipe.section import Shapes, shaping
 
 from .measure import measure_inputs
 from .run import Run, check_length, out_of_date, require
@@ -30,9 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
-    """What identifies plan.json and student/: the importance layers were chosen by and what edits read included."""
+    """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
+    of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
     from shoal.compress.plan import is_automatic
 
+    if (made := _made_in_the_lab(run)) is not None:
+        return {**made, "model": run.teacher_fingerprint}
     prune = run.recipe.prune
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if is_automatic(prune):
@@ -43,15 +45,14 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     if prune.width is not None:
         inputs |= shaping(prune.width, Shapes.PLAN, "prune.width.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.width.data"] = sources_fingerprint(prune.width.data)
-    for index, edit in enumerate(prune.edits):
-        inputs[f"prune.edits.{index}"] = as_dict(edit)
-        if isinstance(edit, Replace):
-            inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
-            inputs |= shaping(run.recipe, Shapes.PLAN)
-        elif isinstance(edit, Insert) and edit.init == "lesa":
-            inputs |= shaping(run.recipe, Shapes.PLAN)
-    donors = run.donor_fingerprints.items()
-    return {**inputs, **{f"prune.edits.{index}.donor": donor for index, donor in donors}}
+    return inputs
+
+
+def _made_in_the_lab(run: Run) -> dict[str, Any] | None:
+    """The inputs of the plan that is there, where a part of the lab made it."""
+    path = run.dir / PruningPlan.FILE
+    inputs = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
+    return inputs if LAB in inputs else None
 
 
 def read_goals(run: Run) -> Goals | None:
@@ -70,7 +71,7 @@ def read_goals(run: Run) -> Goals | None:
         if (serving := getattr(target, name)) is not None and serving.length is not None:
             check_length(run, serving.length, f"prune.target.{name}.length")
     sizes = layer_sizes(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    return goals_of(target, sizes, removed=removed_layers(run.recipe.prune.edits))
+    return goals_of(target, sizes)
 
 
 def is_settled(run: Run) -> bool:
@@ -142,26 +143,11 @@ def refuse_unmeasured(run: Run) -> None:
                 f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
             )
     if LOSS_METRICS.get(prune.metric or default) is BlockPruner:
-        _refuse_halves(run)
+        raise UserError(
+            f"prune.metric: {prune.metric} removes halves of layers, which stay in their layers; choose a metric of "
+            f"layers, or run `shoal lab skip RUN_DIR order={prune.metric}`"
+        )
     _refuse_impossible_choice(run)
-
-
-def _refuse_halves(run: Run) -> None:
-    """Refuse single halves of layers, which an order of halves removes, beside what only goes with whole layers."""
-    prune = run.recipe.prune
-    for is_set, why, otherwise in (
-        (prune.width is not None, "prune.width narrows whole ones", "leave prune.width out"),
-        (
-            prune.compensate is not None,
-            "prune.compensate makes up for dropped layers alone",
-            "leave prune.compensate out",
-        ),
-    ):
-        if is_set:
-            raise UserError(
-                f"prune.metric: {prune.metric} removes halves of layers, and {why}; choose a metric of layers, or "
-                f"{otherwise}"
-            )
 
 
 def _is_measured(run: Run) -> bool:
@@ -199,17 +185,14 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     prune = run.prune
     choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
     width = width_of(run)
-    if not choice.drop and not choice.edits and width is None:
+    if not choice.drop and width is None:
         raise UserError("prune.drop: is empty, so nothing would go; name layers")
-    if choice.edits:
-        _refuse_halves(run)
     told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
     return PruningPlan(
         Provenance(inputs),
         run.num_layers,
         choice.drop,
         "; ".join(filter(None, [choice.reason, *told])),
-        choice.edits,
         width=width,
     )
 
@@ -230,7 +213,6 @@ def expected_plan(run: Run) -> PruningPlan:
         run.num_layers,
         choice.drop,
         choice.reason,
-        choice.edits,
         width=width_of(run),
     )
 

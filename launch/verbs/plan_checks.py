@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from shoal.artifacts.plan import PruningPlan
 from shoal.data.sources import load_texts
 from shoal.errors import UserError
-from shoal.recipe.edits import Edit, Replace
 from shoal.recipe.prune import Calibration
 
 from .plan import choose_plan, read_goals, refuse_unmeasured, width_of
@@ -33,11 +30,6 @@ def refuse_impossible_plan(run: Run) -> None:
 
 def refuse_impossible_changes(run: Run) -> None:
     """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
-    from shoal.compress.edits.apply import refuse_impossible_edits
-
-    edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
-    refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
-    refuse_unreadable_data(edits)
     _refuse_calibration(run)
     if run.recipe.prune.compensate is not None:
         from shoal.compress.changes.fit import refuse_quantised
@@ -75,12 +67,6 @@ def _refuse_calibration(run: Run) -> None:
     name, settings = calibration
     check_length(run, settings.sequence_length, f"{name}.sequence_length")
     for source in settings.data:
-        load_texts(source, max_characters=1)
-
-
-def refuse_unreadable_data(edits: Sequence[Edit]) -> None:
-    """Refuse text that replaced layers would be fitted to and that cannot be read."""
-    for source in {source for edit in edits if isinstance(edit, Replace) for source in edit.data}:
         load_texts(source, max_characters=1)
 
 

@@ -34,7 +34,6 @@ from .plan_checks import (
     refuse_compensation,
     refuse_impossible_plan,
     refuse_unfit_student,
-    refuse_unreadable_data,
 )
 from .run import Run, is_done, out_of_date, require
 
@@ -63,7 +62,6 @@ def prune(run: Run) -> None:
         barrier()
         return
     _refuse_stale_training(run)
-    refuse_unreadable_data(plan.edits)
     refuse_compensation(run, plan)
     refuse_unfit_student(run, plan)
     log.info("prune: %s", plan.in_words())
@@ -80,7 +78,6 @@ def prune(run: Run) -> None:
             run.teacher,
             plan,
             student,
-            donors=run.donors,
             seed=run.recipe.seed,
             compensate=run.recipe.prune.compensate,
             width=run.recipe.prune.width,
@@ -106,7 +103,6 @@ def prune_dry_run(run: Run) -> str:
     Raises:
         UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
     """
-    refuse_unreadable_data(run.recipe.prune.edits)
     importance = read_importance(run)
     plan = choose_plan(run, importance, {})
     told, _ = student_estimate(run, plan)
@@ -127,7 +123,6 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
         run.teacher,
         plan,
         run.dir / "student",
-        donors=run.donors,
         compensate=recipe.prune.compensate,
         width=recipe.prune.width,
         dtype=recipe.dtype,
@@ -196,7 +191,7 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
         importance = None if differences(measure_inputs(run), measured.provenance.inputs) else measured
     if importance is None or importance.atlas is None:
         return ()
-    return expected_sacrifice(importance, plan.drop, plan.edits)
+    return expected_sacrifice(importance, plan.drop)
 
 
 def _calibration_text(run: Run) -> dict[str, Any]:
@@ -221,7 +216,7 @@ def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
         return False
     last = PruningPlan.read(path)
     before, now = ({**made_by.provenance.inputs, "importance": ""} for made_by in (last, plan))
-    same = (last.drop, last.edits) == (plan.drop, plan.edits) and not differences(now, before)
+    same = last.drop == plan.drop and not differences(now, before)
     return same and last.student == last.sealed(model_fingerprint(student))
 
 

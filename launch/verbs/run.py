@@ -41,7 +41,6 @@ from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.models.load import find_config, load_config, load_tokenizer, loaded_dtype, reads_images, resolve_model
 from shoal.numerics import DTYPES, fast_dtype, flops_per_second
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
-from shoal.recipe.edits import Swap
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
@@ -109,16 +108,6 @@ class Run:
         """The local folder of measure.sweep.donor, likewise; None where there is none."""
         sweep = self.recipe.measure.sweep
         return None if sweep is None or sweep.donor is None else resolved(sweep.donor, sweep.donor_revision)
-
-    @cached_property
-    def donors(self) -> dict[int, Path]:
-        """The local folders of the models that swaps take layers from, by index in prune.edits."""
-        edits = enumerate(self.recipe.prune.edits)
-        return {index: resolved(edit.donor, edit.donor_revision) for index, edit in edits if isinstance(edit, Swap)}
-
-    @cached_property
-    def donor_fingerprints(self) -> dict[int, str]:
-        return {index: model_fingerprint(folder) for index, folder in self.donors.items()}
 
     @cached_property
     def teacher_fingerprint(self) -> str:

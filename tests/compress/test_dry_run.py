@@ -35,7 +35,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def plan(**prune: Any) -> PruningPlan:
     settings = parse_recipe({"model": "m", "run_dir": "r", "prune": prune}).prune
     choice = choose_changes(settings, num_layers=NUM_LAYERS, importance=None)
-    return PruningPlan(Provenance({}), NUM_LAYERS, choice.drop, choice.reason, choice.edits)
+    return PruningPlan(Provenance({}), NUM_LAYERS, choice.drop, choice.reason)
 
 
 def row(report: str, title: str) -> list[str]:
@@ -84,17 +84,6 @@ def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_merged_layers_are_gone_and_silenced_ones_are_not(teachers: dict[str, Path], tmp_path: Path) -> None:
-    edits = [{"kind": "merge", "layers": [2, 3, 4]}, {"kind": "skip_mlp", "layers": [1]}]
-    report = dry_run(teachers["llama"], plan(edits=edits), tmp_path / "student")
-    assert row(report, "layers")[:2] == ["6", "4"]
-    assert "edit:    layers 2, 3, 4 merged into one (laco)\n" in report
-    assert "edit:    MLP of layer 1 zeroed (saves neither memory nor time)" in report
-    silenced = dry_run(teachers["llama"], plan(edits=edits[1:]), tmp_path / "student")
-    assert row(silenced, "parameters read per token")[2] == "1.000"
-    assert "decode  1.00 x" in silenced
-
-
 @pytest.mark.slow
 def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
     report = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")

@@ -22,7 +22,6 @@ from shoal.compress.plan import Choice, check_choice, choose_changes, default_co
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
 from shoal.errors import UserError
-from shoal.recipe.edits import Merge, SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
 
@@ -118,35 +117,10 @@ def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> No
         choose(importance(), **prune)
 
 
-MERGE = Merge("merge", (2, 3))
-SKIP = SkipAttention("skip_attention", (1,))
-
-
-def test_layers_that_a_merge_takes_in_are_dropped_and_told() -> None:
-    assert choose(edits=(MERGE, SKIP)) == (
-        (3,),
-        "layers 2, 3 merged into one (laco); attention of layer 1 zeroed",
-    )
-    drop, reason = choose(drop=(5,), edits=(MERGE,))
-    assert drop == (3, 5)
-    assert (
-        reason
-        == "1 of 6 layers named in the recipe, among them layer 5, which an automatic choice would protect"
-        + ("; layers 2, 3 merged into one (laco)")
-    )
-
-
-def test_edited_layers_are_not_chosen_automatically() -> None:
-    assert choose(importance(), num_drop=2)[0] == (2, 4)
-    assert choose(importance(), num_drop=2, edits=(SkipAttention("skip_attention", (2,)),))[0] == (1, 4)
-    assert choose(importance(), num_drop=1, contiguous=True, edits=(MERGE,))[0] == (1, 3)
-
-
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
         (Prune(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\] stay\)"),
-        (Prune(num_drop=4, edits=(SKIP,)), "asks to drop 4 layers, but only 3 of 6"),
         (
             Prune(num_drop=3, contiguous=True, protect=(0, 3, -1)),
             r"asks to drop a run of 3 layers, but the longest free one has 2 \(\[0, 3, 5\] stay\)",
@@ -157,16 +131,6 @@ def test_more_layers_than_are_free_are_refused_before_anything_is_measured(prune
     with pytest.raises(UserError, match=message):
         check_choice(prune, num_layers=NUM_LAYERS)
     check_choice(replace(prune, num_drop=2), num_layers=NUM_LAYERS)
-
-
-def test_edits_that_this_model_cannot_take_are_refused() -> None:
-    with pytest.raises(UserError, match=r"prune.edits.1: 6 is no layer of this model; its layers are 0..5"):
-        choose(edits=(SKIP, SkipAttention("skip_attention", (6,))))
-    with pytest.raises(UserError, match=r"drop and edits together remove all 6 layers"):
-        choose(drop=(0, 1, 2, 3, 4), edits=(Merge("merge", (4, 5)),))
-    check_choice(Prune(edits=(SKIP,)), num_layers=NUM_LAYERS)
-    with pytest.raises(UserError, match=r"1 is no layer"):
-        check_choice(Prune(edits=(SKIP,)), num_layers=1)
 
 
 # --- columns of a sweep -------------------------------------------------------------------------------------------
@@ -222,7 +186,7 @@ def test_weights_mix_ranks() -> None:
 
 def test_the_first_removals_of_an_order_go() -> None:
     choice = change(num_drop=2, metric="sleb", protect=())
-    assert (choice.drop, choice.edits) == ((0, 3), ())
+    assert choice.drop == (0, 3)
     assert choice.reason == "the first 2 of 6 layers of the order of sleb (4 without them)"
 
 
@@ -232,24 +196,6 @@ def test_protected_layers_of_an_order_are_passed_over_and_told() -> None:
     assert choice.reason == (
         "the first 2 of 6 layers of the order of sleb that may go (1 passed over); layers 0, 5 protected"
     )
-
-
-def test_halves_become_edits_and_two_halves_of_one_layer_a_drop() -> None:
-    choice = change(num_drop=2, metric="block_pruner", protect=())
-    assert choice.drop == (3,)
-    assert choice.edits == (SkipMlp("skip_mlp", (0, 1)),)
-    choice = change(num_drop=2, metric="block_pruner")
-    assert (choice.drop, choice.edits) == (
-        (3,),
-        (SkipAttention("skip_attention", (2,)), SkipMlp("skip_mlp", (1,))),
-    )
-    assert choice.reason.startswith("the first 4 halves of the order of block_pruner that may go (1 passed over)")
-    assert choice.reason.endswith("; attention of layer 2 zeroed; MLP of layer 1 zeroed")
-
-
-def test_halves_stand_beside_the_edits_of_the_recipe() -> None:
-    choice = change(num_drop=1, metric="block_pruner", protect=(), edits=(SKIP,))
-    assert choice.edits == (SKIP, SkipAttention("skip_attention", (3,)), SkipMlp("skip_mlp", (0,)))
 
 
 # --- what may not be spent ----------------------------------------------------------------------------------------

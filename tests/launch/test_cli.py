@@ -101,7 +101,7 @@ def test_every_verb_names_functions_of_stages(verb: str) -> None:
         assert cli._stage(name).__module__ == f"shoal.launch.{name.rpartition('.')[0]}"
 
 
-OTHERS = ("delta", "compare", "init", "list", "explain")
+OTHERS = ("compare", "init", "list", "explain")
 """Verbs that read no recipe."""
 
 
@@ -129,7 +129,6 @@ def test_every_verb_has_help_with_an_example_that_can_be_given(capsys: pytest.Ca
     [
         (["explain", "seed=1"], "seed=1"),
         (["list", "recipes", "a=b"], "unrecognized arguments: a=b"),
-        (["delta", "a", "b", "c=d"], "unrecognized arguments: c=d"),
     ],
 )
 def test_verbs_without_a_recipe_take_no_overrides(
@@ -277,7 +276,7 @@ def test_failed_distill_says_how_and_passes_its_exit_code_on(
 
 @pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
 def test_every_verb_can_be_quiet_or_verbose_and_not_both(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    words = {"delta": ["a", "b"], "compare": ["a", "b"], "list": ["tasks"]}.get(verb, ["r"])
+    words = {"compare": ["a", "b"], "list": ["tasks"]}.get(verb, ["r"])
     assert cli._parse([verb, *words]).loudness == "usual"
     assert cli._parse([verb, "--quiet", *words]).loudness == "quiet"
     assert cli._parse([verb, *words, "--verbose"]).loudness == "verbose"

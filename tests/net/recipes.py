@@ -98,7 +98,6 @@ CASES: dict[str, Case] = {
     "cut_by_ratio": cut(after="metrics", ratio=0.4, protect=[0, 1]),
     "cut_of_run": cut(after="metrics", contiguous=True, num_drop=2),
     "cut_by_mix": cut(after="metrics", weights={"taylor": 1.0, "block_influence": 2.0}, num_drop=2),
-    "cut_by_halves": cut(after="metrics", metric="blockpruner", num_drop=1),
     "cut_by_task": cut(after="sweep", metric="retrieval/continuation", num_drop=2),
     "cut_by_order_of_tasks": cut(after="sweep_in_turn", metric="task_greedy", num_drop=2),
     "cut_to_params": cut(after="metrics", target={"params": 50_000}),

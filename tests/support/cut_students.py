@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
-from shoal.recipe.edits import Edits
+from shoal.artifacts.plan import PlannedChange, PruningPlan
 
 
-def plan(*drop: int, num_layers: int = 10, edits: tuple[dict[str, Any], ...] = ()) -> PruningPlan:
-    return PruningPlan(
-        Provenance({}), num_layers=num_layers, drop=drop, reason="", edits=TypeAdapter(Edits).validate_python(edits)
-    )
+def plan(
+    *drop: int, num_layers: int = 10, keep: tuple[int, ...] = (), changes: tuple[PlannedChange, ...] = ()
+) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, drop, "", keep, changes)
 
 
 def names(student: Any) -> set[str]:

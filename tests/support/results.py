@@ -12,11 +12,10 @@ from typing import Any
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import PlannedChange, PruningPlan
 from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.artifacts.training import Training
 from shoal.eval.harness.rates import with_rates
-from shoal.recipe.edits import Edits
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 from shoal.stats.paired import interval
@@ -38,8 +37,10 @@ def importance() -> Importance:
     return Importance(provenance(), NUM_LAYERS, 20_000, layers, runs)
 
 
-def plan(drop: tuple[int, ...] = DROP, edits: Edits = ()) -> PruningPlan:
-    return PruningPlan(provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance", edits)
+def plan(drop: tuple[int, ...] = DROP, changes: tuple[PlannedChange, ...] = ()) -> PruningPlan:
+    return PruningPlan(
+        provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance", (), changes
+    )
 
 
 def training() -> Training:

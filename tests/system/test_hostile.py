@@ -410,8 +410,6 @@ def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Pa
         (["prune", "--config", "."], ".: is no run directory but a folder without recipe.yaml"),
         (["report", "runs/x", "runs/y"], "override 'runs/y': must have the form section.key=value"),
         (["prune", "--config", f"{LONG}.yaml"], "cannot be a path (File name too long)"),
-        (["delta", "/nowhere", "/nowhere"], "model '/nowhere': no such folder"),
-        (["delta", LONG, LONG], "cannot be a path (File name too long)"),
         (["compare", "/nowhere", "/nothing"], "/nowhere"),
     ],
 )
@@ -422,13 +420,6 @@ def test_command_lines(capsys: pytest.CaptureFixture[str], argv: list[str], word
     assert ended.value.code == 2
     assert words in said
     assert "Traceback" not in said
-
-
-def test_json_of_delta_where_no_file_can_be(capsys: pytest.CaptureFixture[str], teacher: Path) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["delta", str(teacher), str(teacher), "--json", "/proc/x/y"])
-    assert ended.value.code == 2
-    assert "/proc/x: cannot be made (No such file or directory); set --json to" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_early_ends_nothing() -> None:

@@ -85,12 +85,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "num_drop": 2,
             "protect": [0, -1, "cornerstone"],
             "spare": ["knowledge"],
-            "edits": [
-                {"kind": "skip_mlp", "layers": [1]},
-                {"kind": "head_mask", "layer": 2, "heads": [0]},
-                {"kind": "swap", "layers": [3], "donor": "teacher", "weight": 0.5},
-                {"kind": "replace", "layers": [4, 5], "data": [DATA], "num_tokens": 100},
-            ],
             "proof": "files",
             "targets": ["vllm"],
         },
@@ -170,7 +164,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "run_dir": "run",
         "dtype": "float32",
         "attention": "sdpa",
-        "prune": {"drop": [1, 2], "edits": [{"kind": "swap", "layers": [3], "donor": "teacher"}]},
+        "prune": {"drop": [1, 2]},
         "distill": {
             "teacher": {"dtype": "bfloat16", "offload": True},
             "on_policy": {"share": 0.25, "new_tokens": 8},
@@ -232,8 +226,7 @@ WHOLE = (Shapes.NOTHING, Shapes.BY_CONTENT)
 
 
 def is_of_content(key: str) -> bool:
-    of_edit = key.startswith("prune.edits.") and key.count(".") == 3
-    return key in OF_CONTENT or key.endswith(("(files)", "(content)")) or of_edit
+    return key in OF_CONTENT or key.endswith(("(files)", "(content)"))
 
 
 @pytest.mark.usefixtures("folder")

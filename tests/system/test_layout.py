@@ -39,6 +39,7 @@ LEVELS = (
     ("lab.results",),
     ("lab.diagnostics", "lab.heads"),
     ("lab.patching",),
+    ("lab.edits",),
     ("lab",),
 )
 """Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""

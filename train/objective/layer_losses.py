@@ -23,7 +23,6 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.document_masks import document_starts
-from shoal.recipe.edits import Merge, Replace
 from shoal.recipe.losses import HiddenStates, StateTerm
 
 from .capture import Captured, capturing
@@ -42,7 +41,7 @@ def layer_map(plan: PruningPlan, kind: Literal["gap_closing", "own"]) -> tuple[i
         ends = (*(after - 1 for after in plan.keep[1:]), plan.num_layers - 1)
         # a layer below a new one has its own state: what comes after is the new one's work
         return tuple(map(max, plan.keep, ends))
-    ends = {edit.layers[0]: edit.layers[-1] for edit in plan.edits if isinstance(edit, Merge | Replace)}
+    ends = dict(run for change in plan.changes for run in change.runs)
     return tuple(ends.get(layer, layer) for layer in plan.keep)
 
 

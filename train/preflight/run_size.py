@@ -75,7 +75,7 @@ def job(spec: TrainSpec) -> Job:
         dtype=torch.float32 if setting.weight_bytes == 4 else torch.bfloat16,
         autocast=setting.autocast,
         attention=spec.student.load.attention,
-        changed={*map(plan.keep.index, plan.changed_layers), *plan.new_layers},
+        changed={*map(plan.keep.index, plan.reweighted), *plan.new_layers},
     )
     return Job(spec, student, teacher, setting)
 

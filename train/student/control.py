@@ -13,7 +13,6 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.models.anatomy import text_config
 from shoal.recipe.distill import Distill
 from shoal.recipe.losses import HiddenStates, LossTerm, StateTerm
-from shoal.recipe.section import as_dict
 
 from ..objective.layer_losses import layer_pairs
 from .spec import TrainSpec
@@ -38,7 +37,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     return replace(
         spec,
         student=spec.teacher,
-        plan=replace(plan, drop=(), edits=(), gaps=(), width=None, reason="the control is not cut", student=""),
+        plan=PruningPlan(plan.provenance, plan.num_layers, (), reason="the control is not cut"),
         settings=replace(settings, losses=losses),
         trained=trained,
         frozen_layers=frozen,
@@ -55,8 +54,9 @@ def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
     trained = _in_teacher(trained_parts(settings.trainable, plan), settings.trainable, plan)
     identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
     if any(isinstance(term, StateTerm) for term in settings.losses):
-        identity |= {"prune.drop": list(plan.drop), "prune.edits": [as_dict(edit) for edit in plan.edits]}
-        identity |= {} if plan.width is None else {"prune.width": True}  # which layers are compared, whatever they keep
+        # which layers are compared, whatever they hold
+        changed = [[change.kind, *change.layers, *change.runs] for change in plan.changes]
+        identity |= {"plan.keep": list(plan.keep), "plan.changes": changed}
     return identity
 
 

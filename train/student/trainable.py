@@ -19,7 +19,6 @@ from shoal.models.anatomy import anatomy, decoder_body, text_config
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import reads_images
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import Insert, Swap, edited_layers
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ def keys_from(config: Any) -> int | None:
 def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys_from: int | None = None) -> Trained:
     """The parts that ``distill.trainable`` means for the student of ``plan``.
 
-    A layer is next to a gap if a teacher's layer right below or above it is gone. An edited layer counts as one, since
-    what reads or writes it has changed, and so does every narrowed one; a new layer is itself a gap; the final norm
-    does if the last layer is gone, or if it was swapped.
+    A layer is next to a gap if a teacher's layer right below or above it is gone. A changed layer counts as one, since
+    what reads or writes it has changed, as every narrowed one has; a new layer is itself a gap; the final norm counts
+    if the last layer is gone.
     ``tied``: input embeddings and head are one table, so that training one is training both.
 
     Raises:
@@ -86,8 +85,7 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
                 )
             return Trained(everything[plan.first_change :], norm=True)
         case "near_gaps":
-            swapped = any(isinstance(edit, Swap) and "norm" in edit.parts for edit in plan.edits)
-            return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1 or swapped)
+            return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1)
         case "norm_and_head":
             return Trained((), norm=True, embeddings=tied, head=True)
     raise AssertionError(trainable)
@@ -95,10 +93,7 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
 
 def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
     kept = list(enumerate(plan.keep))
-    if plan.width is not None:
-        return tuple(layer for layer, _ in kept)
-    edits = [edit for edit in plan.edits if not isinstance(edit, Insert)]
-    near = {layer for layer, index in kept for edit in edits if index in edited_layers(edit)} - {*plan.new_layers}
+    near = {layer for layer, index in kept if index in plan.changed} - {*plan.new_layers}
     near |= {place for new in plan.new_layers for place in (new - 1, new, new + 1) if place < len(kept)}
     for (below, lower), (above, upper) in itertools.pairwise(kept):
         if upper > lower + 1:

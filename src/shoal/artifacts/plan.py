@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import ClassVar
@@ -12,8 +12,11 @@ from typing import ClassVar
 from shoal.artifacts.artifact import Artifact, Json
 from shoal.artifacts.width import KeptWidth
 from shoal.atomic_files import fingerprint
-from shoal.recipe.edits import Edits, Insert, edited_layers, first_change, in_words, insertions
-from shoal.recipe.section import as_dict
+
+LAB = "lab"
+"""Input of a plan that a part of the lab made: the part."""
+COMPENSATION, WIDTH = "compensation", "width"
+"""Kinds of changes that training knows by their numbers."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,28 @@ class ClosedGap:
 
 
 @dataclass(frozen=True)
+class PlannedChange:
+    """What a change does to layers that stay, as far as healing, reports and cards have to know. Numbers are the
+    teacher's."""
+
+    kind: str
+    """Name of the change, such as `width`."""
+    words: str
+    """What it does, for a reader."""
+    layers: tuple[int, ...] = ()
+    """Kept layers that do something else, increasing; of a layer that is inserted none."""
+    rescaled: tuple[int, ...] = ()
+    """Kept layers that do what they did to states of another size, with other weights."""
+    runs: tuple[tuple[int, int], ...] = ()
+    """(layer, last): a layer that stands for all from itself to ``last``."""
+
+
+@dataclass(frozen=True)
 class PruningPlan(Artifact):
     """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
 
     FILE: ClassVar[str] = "plan.json"
+    SCHEMA: ClassVar[int] = 2
 
     num_layers: int
     """Layers of the teacher."""
@@ -61,8 +82,12 @@ class PruningPlan(Artifact):
     """Dropped layers, strictly increasing."""
     reason: str
     """Reason for this choice of layers, for a reader."""
-    edits: Edits = ()
-    """Changes to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+    keep: tuple[int, ...] = ()
+    """For every layer of the student the teacher's layer that it is, in order; empty = all that ``drop`` leaves. A new
+    layer has the number of the one below it, whose kind it has: of a number that is there twice the first is the
+    teacher's layer."""
+    changes: tuple[PlannedChange, ...] = ()
+    """What else is done to layers that stay, in order; of ``gaps`` and ``width`` it is told by themselves."""
     gaps: tuple[ClosedGap, ...] = ()
     """How prune.compensate closed the gaps that ``drop`` leaves, increasing; empty = they are open."""
     width: KeptWidth | None = None
@@ -73,6 +98,13 @@ class PruningPlan(Artifact):
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 
+    def __post_init__(self) -> None:
+        own = tuple(layer for layer in range(self.num_layers) if layer not in {*self.drop})
+        object.__setattr__(self, "keep", self.keep or own)
+        others = (change for change in self.changes if change.kind not in (COMPENSATION, WIDTH))
+        told = (*others, *_compensation(self.gaps, self.keep), *_narrowing(self.width, self.keep))
+        object.__setattr__(self, "changes", told)
+
     def contradictions(self) -> Iterator[str]:
         drop, asked = list(self.drop), self.provenance.inputs.get("prune.drop")
         if drop != sorted(set(drop)):
@@ -81,6 +113,8 @@ class PruningPlan(Artifact):
             yield f"drop: names layer {wrong[0]} of a model of {self.num_layers} layers"
         if len(drop) >= self.num_layers:
             yield "drop: leaves no layer"
+        if list(self.keep) != sorted(self.keep) or {*self.keep} != {*range(self.num_layers)} - {*drop}:
+            yield f"keep: is {list(self.keep)}; layers are increasing, and all but those of drop"
         for index, gap in enumerate(self.gaps):
             if not set(range(gap.first, gap.last + 1)) <= set(drop):
                 yield f"gaps.{index}: is of layers {gap.first} to {gap.last}, which are not all dropped"
@@ -88,22 +122,19 @@ class PruningPlan(Artifact):
                 yield f"gaps.{index}.factor: is {gap.factor}"
         if self.width is not None:
             yield from self.width.contradictions(len(self.keep))
-        if asked and not (set(asked) <= set(drop) if self.edits else set(asked) == set(drop)):
+        if asked and set(asked) != set(drop):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
 
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""
-        closed = [[asdict(gap) for gap in self.gaps]] if self.gaps else []
-        width = [] if self.width is None else [asdict(self.width)]
-        edits = [as_dict(edit) for edit in self.edits]
-        return fingerprint([self.num_layers, list(self.drop), edits, *closed, *width, student])
+        changes = [asdict(change) for change in self.changes]
+        details = [[asdict(gap) for gap in self.gaps], self.width and asdict(self.width)]
+        return fingerprint([self.num_layers, list(self.drop), list(self.keep), changes, details, student])
 
     def in_words(self) -> str:
         """The changes to the teacher in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
-        closed = [gap.in_words() for gap in self.gaps if gap.is_closed]
-        width = [] if self.width is None else [f"keeping {self.width.in_words()}"]
-        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *width])
+        return "; ".join([*([gone] if self.drop else []), *(change.words for change in self.changes)])
 
     def state_scale(self, layer: int) -> float:
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""
@@ -115,43 +146,45 @@ class PruningPlan(Artifact):
     @property
     def changes_layers(self) -> bool:
         """Whether the student's layers are others than the teacher's."""
-        return bool(self.drop or self.edits or self.width)
+        return self.keep != tuple(range(self.num_layers)) or any(change.layers for change in self.changes)
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """The teacher's layers that stay and do something else, increasing; new ones are beside them."""
+        return tuple(sorted({layer for change in self.changes for layer in change.layers}))
+
+    @property
+    def reweighted(self) -> tuple[int, ...]:
+        """The teacher's layers that stay with other weights, before any training, increasing."""
+        return tuple(sorted({*self.changed, *(layer for change in self.changes for layer in change.rescaled)}))
 
     @property
     def first_change(self) -> int:
-        """The lowest layer at which the student is not the teacher any more; behind the last where it is in none."""
-        if self.width is not None:
-            return 0
-        changed = [first_change(self.drop, self.edits)] if self.drop or self.edits else []
-        return min([*changed, *self._corrected], default=self.num_layers)
-
-    @property
-    def edited_layers(self) -> set[int]:
-        """The teacher's layers that stay and that edits change; new ones are beside them."""
-        changing = [edit for edit in self.edits if not isinstance(edit, Insert)]
-        return {layer for edit in changing for layer in edited_layers(edit)} - {*self.drop}
-
-    @property
-    def changed_layers(self) -> tuple[int, ...]:
-        """The teacher's layers that stay with other weights, before any training, increasing."""
-        changed = {layer for layer in self.keep if self.width is not None or self.state_scale(layer) != 1}
-        return tuple(sorted((self.edited_layers | changed | {*self._corrected}) - {*self.drop}))
-
-    @property
-    def _corrected(self) -> tuple[int, ...]:
-        return tuple(gap.first - 1 for gap in self.gaps if gap.is_corrected)
-
-    @property
-    def keep(self) -> tuple[int, ...]:
-        """For every layer of the student the teacher's layer that it is, in order. A new layer has the number of the
-        one below it, whose kind it has: of a number that is there twice the first is the teacher's layer."""
-        dropped, followed = set(self.drop), set(insertions(self.edits))
-        own = (layer for layer in range(self.num_layers) if layer not in dropped)
-        return tuple(number for layer in own for number in (layer,) * (2 if layer in followed else 1))
+        """The lowest layer at which the student is not the teacher any more; behind its last where it is in none."""
+        other = (place for place, layer in enumerate(self.keep) if layer != place or layer in self.changed)
+        return next(other, len(self.keep))
 
     @property
     def new_layers(self) -> tuple[int, ...]:
-        """The student's layers that edits insert, by their numbers in it."""
+        """The student's layers that are inserted, by their numbers in it."""
         return tuple(
             place for place, (lower, upper) in enumerate(itertools.pairwise(self.keep), start=1) if lower == upper
         )
+
+
+def _compensation(gaps: Sequence[ClosedGap], keep: Sequence[int]) -> tuple[PlannedChange, ...]:
+    """What closing ``gaps`` does to the layers ``keep`` that stay; none where all stay open."""
+    closed = [gap for gap in gaps if gap.is_closed]
+    if not closed:
+        return ()
+    scaled = (layer for layer in keep if math.prod(gap.factor for gap in gaps if gap.last <= layer) != 1)
+    corrected = (gap.first - 1 for gap in gaps if gap.is_corrected)
+    words = "; ".join(gap.in_words() for gap in closed)
+    return (PlannedChange(COMPENSATION, words, tuple(corrected), tuple(scaled)),)
+
+
+def _narrowing(width: KeptWidth | None, keep: Sequence[int]) -> tuple[PlannedChange, ...]:
+    """What ``width`` does to the layers ``keep`` that stay."""
+    if width is None:
+        return ()
+    return (PlannedChange(WIDTH, f"keeping {width.in_words()}", tuple(keep)),)

@@ -15,7 +15,6 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.figures.style import DROPPED, FAINT, INK, KEPT, WIDTH_INCHES, clean, figure_style, panel_grid
-from shoal.recipe.edits import insertions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +120,7 @@ def _side_by_side(num_layers: int, num_columns: int) -> tuple[Figure, list[Axes]
 def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    edited, followed = plan.edited_layers, insertions(plan.edits)
+    edited, followed = plan.changed, {plan.keep[place] for place in plan.new_layers}
     for layer in range(plan.num_layers):
         out = layer in plan.drop
         brick = FancyBboxPatch(

@@ -6,7 +6,6 @@ gone                    keys that recipes once knew, and what to write instead
 section                 what sections are made of; what each key shapes, and identities from it
 measure                 `measure`, with `measure.sweep`
 prune                   `prune`
-edits                   `prune.edits`: what is done to layers besides dropping them
 distill                 `distill` and `record`
 distill_contradictions  what these two must not say
 losses                  `distill.losses`

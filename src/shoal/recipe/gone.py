@@ -29,6 +29,7 @@ GONE: dict[str, str] = {
     "measure.sweep.spare_heads": "sweeps of heads are `shoal lab sweeps RUN`",
     "measure.vision_states": "`shoal lab vision RUN path=FILE`",
     "prune.compensate.memory_gb": "what makes up for layers is fitted with the model in memory; leave it out",
+    "prune.edits": "`shoal lab merge RUN_DIR layers=[4,5,6]` writes plan.json and student/; `shoal distill` heals it",
     "prune.mtp": "modules that guess further tokens are always left out; leave it out",
     "prune.proof": "a student is run wherever it fits and can run, else proven by its files; leave it out",
     "prune.protect_heads": "`shoal lab heads RUN` prints the layers to name in prune.protect",

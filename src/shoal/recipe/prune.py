@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shoal.recipe import edits
-from shoal.recipe.edits import Edits
 from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, Section, Shapes, Text
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -133,8 +131,8 @@ class Prune(Section):
     """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
     nats and cosines have only ranks in common."""
     num_drop: Annotated[Positive | None, Shapes.PLAN] = None
-    """Layers to drop; an order of halves (attention, MLP) takes two halves for each. Where neither drop, ratio nor
-    edits are given either, an eighth of the layers goes, at least one."""
+    """Layers to drop. Where neither drop nor ratio is
+    given either, an eighth of the layers goes, at least one."""
     ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
     target: Annotated[PlanTarget | None, Shapes.PLAN, Field(exclude_if=lambda target: target is None)] = None
@@ -148,8 +146,6 @@ class Prune(Section):
     spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""
-    edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
-    """Other changes of the teacher's layers; a list may stand beside or instead of a drop."""
     compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""
@@ -160,8 +156,6 @@ class Prune(Section):
 
 def contradictions(prune: Prune) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
-    if prune.compensate is not None and prune.edits:
-        yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
     if prune.compensate is not None and prune.drop == ():
         yield "prune.compensate: makes up for dropped layers, and prune.drop is empty; name layers, or leave it out"
     if prune.width is not None:
@@ -181,12 +175,10 @@ def contradictions(prune: Prune) -> Iterator[str]:
     if prune.target is not None and (prune.num_drop is not None or prune.ratio is not None):
         other = "ratio" if prune.num_drop is None else "num_drop"
         yield f"prune.target: says how much goes, and so does prune.{other}; give one of them"
-    yield from (f"prune.edits.{problem}" for problem in edits.contradictions(prune.edits, prune.drop or ()))
 
 
 def _of_width(prune: Prune) -> Iterator[str]:
     for name, is_set, reason in (
-        ("edits", bool(prune.edits), "narrows stored tensors, and edits make others in memory"),
         ("compensate", prune.compensate is not None, "ranks channels of the cut model as it is, without new tensors"),
         ("target", prune.target is not None, "changes what layers save, which prune.target counts by whole layers"),
     ):

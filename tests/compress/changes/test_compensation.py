@@ -23,7 +23,7 @@ from shoal.compress.changes import fit, fold
 from shoal.compress.changes.calibration import source_of
 from shoal.compress.changes.fit import LEAVE_OUT, Compensation
 from shoal.compress.changes.sums import SHRINKAGES, Sums, fit_correction, fit_factor
-from shoal.compress.edits.merging import tensors_in_place, with_layers
+from shoal.compress.edits.tensors import tensors_in_place, with_layers
 from shoal.compress.surgery.cut_model import skipped
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError

@@ -286,7 +286,6 @@ def test_what_cannot_be_narrowed_is_refused_by_name(
         ({"drop": [1], "width": {}}, "names nothing to narrow"),
         ({"drop": [1], "width": {"intermediate_size": 7.5}}, "7.5 is no whole number"),
         ({"drop": [1], "width": {"kv_groups": 1}, "compensate": "scale"}, "leave prune.compensate out"),
-        ({"width": {"kv_groups": 1}, "edits": [{"kind": "skip_mlp", "layers": [2]}]}, "leave prune.edits out"),
         ({"width": {"kv_groups": 1}, "target": {"params": 1e6}}, "leave prune.target out"),
     ],
 )

@@ -11,7 +11,6 @@ from architectures import tiny_config, tiny_model
 
 from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
 from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits, num_components, stored_name
-from shoal.recipe.edits import HeadMask, KvGroupMask, Merge, SkipAttention, SkipMlp, Swap, components
 from shoal.recipe.measure import Operator
 
 
@@ -38,16 +37,14 @@ def test_an_operator_that_is_none_is_refused() -> None:
         components_of("neuron", tiny_model("llama"))
 
 
-def test_skips_and_masks_of_a_plan_become_one_edit_per_layer_and_part() -> None:
-    edits = (
-        KvGroupMask("kv_group_mask", 4, (1,)),
-        SkipMlp("skip_mlp", (2, 1)),
-        HeadMask("head_mask", 4, (2, 0)),
-        SkipAttention("skip_attention", (2,)),
-        Swap("swap", (3,), "donor"),
-        Merge("merge", (5, 6)),
+def test_components_become_one_edit_per_layer_and_part() -> None:
+    taken = (
+        Component((4,), "kv_group", 1),
+        *(Component((layer,), "mlp") for layer in (2, 1)),
+        *(Component((4,), "head", head) for head in (2, 0)),
+        Component((2,), "attention"),
     )
-    assert layer_edits(components(edits), tiny_model("llama", num_key_value_heads=2)) == (
+    assert layer_edits(taken, tiny_model("llama", num_key_value_heads=2)) == (
         (1, LayerEdit("mlp")),
         (2, LayerEdit("attention")),
         (2, LayerEdit("mlp")),

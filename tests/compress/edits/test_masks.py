@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SLIDING_WINDOW, tiny_model
+from architectures import ARCHITECTURES
 from masked_models import (
     FAMILIES,
     attention_skipped,
@@ -26,7 +26,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.compress.edits.masks import head_means, heads_of_groups, heads_replaced
 from shoal.compress.edits.sublayers import sublayers
 from shoal.compress.surgery.cut_model import skipped
 from shoal.data.packing import PackedRows
@@ -204,31 +203,6 @@ def test_operators_copy_no_weight_and_let_gradients_through() -> None:
     assert [bool(column) for column in columns] == [False, True, True, True]
 
 
-def test_the_published_masking_silences_whole_groups() -> None:
-    """It zeroes rows of queries, keys and values and columns of the output; the value rows belong to a group."""
-    model = tiny("llama")
-    head, size = 2, 8
-    with heads_replaced(model, {3: [head]}, legacy_gqa=True):
-        found = logits(model)
-    with kv_groups_masked(model, {3: [head // 2]}):
-        assert torch.equal(logits(model), found)
-    with heads_masked(model, {3: [head]}):
-        assert not torch.equal(logits(model), found)
-    attention: Any = decoder_layers(model)[3].get_submodule("self_attn")
-    group = head // (4 // 2)
-    with torch.no_grad():
-        attention.q_proj.weight[head * size : (head + 1) * size] = 0
-        attention.k_proj.weight[group * size : (group + 1) * size] = 0
-        attention.v_proj.weight[group * size : (group + 1) * size] = 0
-        attention.o_proj.weight[:, head * size : (head + 1) * size] = 0
-    torch.testing.assert_close(logits(model), found)
-    single = tiny_model("llama", num_key_value_heads=4)
-    with heads_masked(single, {3: [head]}):
-        alone = logits(single)
-    with heads_replaced(single, {3: [head]}, legacy_gqa=True):
-        assert torch.equal(logits(single), alone)
-
-
 def rows(num: int = 5, length: int = 12) -> PackedRows:
     positions = torch.cat([torch.arange(5), torch.arange(length - 5)]).expand(num, -1)
     return PackedRows(ids(num, length, seed=7).int(), positions.int())
@@ -246,107 +220,8 @@ def contexts(model: PreTrainedModel, layer: int, run: Callable[[], object]) -> l
     return seen
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2"])
-def test_means_are_those_of_all_tokens_whatever_the_batches(name: str) -> None:
-    model = tiny(name).train()
-    layer, _ = with_heads(model)
-    data = rows()
-    found = head_means(model, data, [layer], batch_size=2)[layer]
-    assert all(one.training for one in model.modules())
-    model.eval()
-    positions: dict[str, Tensor] = {"position_ids": data.position_ids_NS.long()}
-
-    def run() -> None:
-        with torch.no_grad():
-            model(input_ids=data.input_ids_NS.long(), use_cache=False, **positions)
-
-    (context,) = contexts(model, layer, run)
-    torch.testing.assert_close(found, context.double().mean((0, 1)), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(head_means(model, data, [layer], batch_size=5)[layer], found, rtol=1e-5, atol=1e-7)
-
-
-def test_mean_ablation_puts_the_mean_in_the_heads_place() -> None:
-    model = tiny("llama")
-    means = head_means(model, rows(), [1, 4], batch_size=3)
-    (intact,) = contexts(model, 4, lambda: logits(model))
-    with heads_replaced(model, {4: [1, 3]}, replacement="mean", means=means):
-        (found,) = contexts(model, 4, lambda: logits(model))
-    assert torch.equal(found[:, :, [0, 2]], intact[:, :, [0, 2]])
-    assert torch.equal(found[:, :, [1, 3]], means[4][[1, 3]].float().expand(*found.shape[:2], 2, 8))
-    with heads_replaced(model, {4: heads_of_groups(model, 4, [0])}, replacement="mean", means=means):
-        (grouped,) = contexts(model, 4, lambda: logits(model))
-    assert torch.equal(grouped[0, 0, [0, 1]], means[4][[0, 1]].float())
-    assert torch.equal(grouped[:, :, 2:], intact[:, :, 2:])
-
-
-@pytest.mark.parametrize("num_rows", [2, 3, 7])
-def test_resampling_takes_the_head_from_another_sequence(num_rows: int) -> None:
-    model = tiny("llama")
-    batch = ids(num_rows)
-    orders = set()
-    for seed in range(5):
-        with torch.no_grad():
-            (intact,) = contexts(model, 2, lambda: logits(model, batch))
-            with heads_replaced(model, {2: [3], 4: [0]}, replacement="resample", seed=seed):
-                (found,) = contexts(model, 2, lambda: logits(model, batch))
-                (again,) = contexts(model, 2, lambda: logits(model, batch))
-        assert torch.equal(found, again)
-        assert torch.equal(found[:, :, :3], intact[:, :, :3])
-        order = [next(o for o in range(num_rows) if torch.equal(row[:, 3], intact[o, :, 3])) for row in found]
-        assert sorted(order) == list(range(num_rows))
-        assert all(other != row for row, other in enumerate(order))
-        orders.add(tuple(order))
-    assert len(orders) > 1 or num_rows == 2
-
-
-def test_resampling_refuses_what_has_no_other_sequence_of_the_same_positions() -> None:
-    model = tiny("llama")
-    with heads_replaced(model, {2: [3]}, replacement="resample"):
-        with pytest.raises(UserError, match=r"resample takes contexts from other sequences .* only one"):
-            logits(model, ids(1))
-        mask = torch.ones(2, 2 * SLIDING_WINDOW)
-        model(input_ids=ids(), attention_mask=mask)
-        mask[0, 0] = 0
-        with pytest.raises(UserError, match="resample needs sequences of one length, and some are padded"):
-            model(input_ids=ids(), attention_mask=mask)
-    model(input_ids=ids(), attention_mask=mask)
-
-
 MEANS = {2: torch.zeros(4, 8)}
 NO_REPLACEMENT: Any = "noise"
-
-
-@pytest.mark.parametrize(
-    ("operate", "message"),
-    [
-        (lambda model: attention_skipped(model, [6]), r"layer 6: is out of range; there are 0\.\.5"),
-        (lambda model: mlp_skipped(model, [-1]), r"layer -1: is out of range; there are 0\.\.5"),
-        (lambda model: heads_masked(model, {6: [0]}), r"layer 6: is out of range"),
-        (lambda model: heads_masked(model, {2: [4]}), r"layer 2 of llama: head 4: is out of range; there are 0\.\.3"),
-        (
-            lambda model: kv_groups_masked(model, {2: [2]}),
-            r"layer 2 of llama: key-value head 2: is out of range; .*0\.\.1",
-        ),
-        (lambda model: heads_replaced(model, {2: [0]}, replacement="mean"), "mean needs them, no other does"),
-        (lambda model: heads_replaced(model, {2: [0]}, means=MEANS), "replacement 'zero' and means do not fit"),
-        (lambda model: heads_replaced(model, {1: [0]}, replacement="mean", means=MEANS), "hold nothing for layer 1"),
-        (
-            lambda model: heads_replaced(model, {2: [0]}, replacement=NO_REPLACEMENT),
-            "'noise' is none; there is zero, mean",
-        ),
-    ],
-)
-def test_what_is_no_layer_head_or_replacement_is_refused(operate: Callable[[Any], Any], message: str) -> None:
-    model = tiny("llama")
-    with pytest.raises(UserError, match=message), operate(model):
-        pass
-    assert hooks(model) == 0
-
-
-def test_means_of_nothing_are_refused() -> None:
-    empty = PackedRows(torch.zeros(0, 4).int(), torch.zeros(0, 4).int())
-    with pytest.raises(UserError, match="there is no token to average over"):
-        head_means(tiny("llama"), empty, [0], batch_size=2)
 
 
 @pytest.mark.parametrize(

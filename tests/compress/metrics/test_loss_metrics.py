@@ -37,7 +37,6 @@ from shoal.compress.plan import choose_changes
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, given_state, with_state
-from shoal.recipe.edits import SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
 
 Half = tuple[str, int]
@@ -161,9 +160,9 @@ def test_a_plan_can_be_made_of_what_is_measured() -> None:
     )
     assert scores.num_tokens == ROWS.input_ids_NS.numel()
     for name, metric in LOSS_METRICS.items():
-        choice = choose_changes(Prune(metric=name, num_drop=2), num_layers=NUM_LAYERS, importance=importance)
-        halves = sum(len(edit.layers) for edit in choice.edits if isinstance(edit, SkipAttention | SkipMlp))
-        assert 2 * len(choice.drop) + halves == 4
+        if name != "blockpruner":  # an order of halves
+            choice = choose_changes(Prune(metric=name, num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+            assert len(choice.drop) == 2
         assert (metric.yields == "order") == (name in scores.orders)
     of_sleb = choose_changes(Prune(metric="sleb", num_drop=2), num_layers=NUM_LAYERS, importance=importance)
     assert set(of_sleb.drop) == {removal.unit.layers[0] for removal in scores.orders["sleb"]}

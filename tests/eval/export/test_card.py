@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import ModelCard
 from results import evaluation, plan, training, write_formed, write_quickstart, write_run
 
+from shoal.artifacts.plan import PlannedChange
 from shoal.errors import UserError
 from shoal.eval.export.card import model_card
-from shoal.recipe.edits import Insert, SkipMlp, Swap
 
 
 def metadata(card: str) -> Any:
@@ -211,18 +211,18 @@ def test_card_of_a_cut_model_without_evaluation_says_so(tmp_path: Path) -> None:
     assert metadata(card).eval_results is None
 
 
-def test_card_tells_edits_and_no_path_of_a_donor(tmp_path: Path) -> None:
-    edits = (SkipMlp("skip_mlp", (3,)), Swap("swap", (5,), f"{tmp_path}/donor"))
-    plan((), edits).write(tmp_path / "plan.json")
+def test_card_tells_changes(tmp_path: Path) -> None:
+    changes = PlannedChange("skip", "mlp 3 silent", (3,)), PlannedChange("swap", "layer 5 swapped", (5,))
+    plan((), changes).write(tmp_path / "plan.json")
     card = model_card(tmp_path)
-    assert "Edited: MLP of layer 3 zeroed" in card
-    assert "Edited: layer 5 swapped with donor at weight 1" in card
+    assert "Changed (skip): mlp 3 silent" in card
+    assert "Changed (swap): layer 5 swapped" in card
     assert "Dropped layers" not in card
     assert str(tmp_path) not in card
 
 
 def test_a_model_that_grew_is_called_no_smaller_one(tmp_path: Path) -> None:
-    plan((), (Insert(kind="insert", after=(2,)),)).write(tmp_path / "plan.json")
+    replace(plan((), (PlannedChange("grow", "new"),)), keep=(0, 1, 2, 2, 3, 4, 5, 6, 7)).write(tmp_path / "plan.json")
     card = model_card(tmp_path)
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card

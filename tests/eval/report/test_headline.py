@@ -11,11 +11,11 @@ from results import choice, evaluation, plan
 from told_report import told
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.plan import PlannedChange
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.findings import compare, read_run
 from shoal.eval.report.headline import facts, headline
 from shoal.eval.report.report import write_report
-from shoal.recipe.edits import SkipAttention, Swap
 
 
 def test_headline_claims_only_what_the_tests_show(report: tuple[Page, str, Path]) -> None:
@@ -41,21 +41,21 @@ def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, s
 @pytest.mark.parametrize(
     ("drop", "said"),
     [
-        ((), "Edited in the model: attention of layer 3 zeroed and layer 5 swapped with donor at weight 1."),
+        ((), "Changed in the model: attention 3 silent and layer 5 swapped."),
         (
             (2,),
             "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0). "
-            "Edited: attention of layer 3 zeroed and layer 5 swapped with donor at weight 1.",
+            "Changed: attention 3 silent and layer 5 swapped.",
         ),
     ],
 )
-def test_edits_are_told_without_paths(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
-    edits = (SkipAttention("skip_attention", (3,)), Swap("swap", (5,), f"{tmp_path}/donor"))
-    plan(drop, edits).write(tmp_path / "plan.json")
+def test_changes_are_told(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
+    changes = PlannedChange("skip", "attention 3 silent", (3,)), PlannedChange("swap", "layer 5 swapped", (5,))
+    plan(drop, changes).write(tmp_path / "plan.json")
     run = read_run(tmp_path)
     assert headline(run, compare(run))[0] == said
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "attention of layer 3 zeroed" in page
+    assert "attention 3 silent" in page
     assert ("Cut: layers" in page) == bool(drop)
 
 

@@ -36,7 +36,6 @@ from shoal.launch.verbs.measure import measure as measure_stage
 from shoal.launch.verbs.prune import prune as prune_stage
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import Edit, Merge, SkipMlp
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
 
@@ -209,8 +208,8 @@ def test_models_are_measured_as_evaluated_and_left_as_they_were() -> None:
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers, (2, 3), "", edits)
+def plan_of(*, num_layers: int = 6) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, (2, 3), "")
 
 
 @pytest.mark.parametrize(
@@ -235,9 +234,8 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
         (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),
         (
             lambda m, t: shoal.cut_model(m, replace(plan_of(), gaps=(ClosedGap(2, 3, 1.5, False, 1, 1, 1, 1),))),
-            r"drop: makes up for dropped layers \(a factor of 1.500 for layers 2 to 3\), which only `shoal prune` does",
+            r"drop: changes layers that stay \(a factor of 1.500 for layers 2 to 3\), which only the command does",
         ),
-        (lambda m, t: shoal.cut_model(m, plan_of(Merge("merge", (2, 3)))), r"drop: its edit merge is made from files"),
         (lambda m, t: shoal.evaluate(m, t, "knowlege_continuation"), r"knowlege_continuation.*knowledge_continuation"),
         (lambda m, t: shoal.evaluate(m, t, limit=0), r"shoal.evaluate: limit: must be greater than 0 \(got 0\)"),
         (
@@ -351,6 +349,6 @@ def test_results_are_tables() -> None:
     )
     odd = replace(importance, layers={"<script>": (1.0, 2.0)})
     assert "<th>&lt;script&gt;</th>" in odd._repr_html_()
-    told = replace(plan_of(SkipMlp("skip_mlp", (1,))), reason="a < b")._repr_html_()
+    told = replace(plan_of(), reason="a < b")._repr_html_()
     assert "dropping 2 of 6 layers: 2, 3" in told
     assert "a &lt; b" in told

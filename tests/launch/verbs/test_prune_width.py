@@ -53,7 +53,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     assert plan.width is not None
     assert (plan.width.intermediate_size, plan.width.kv_groups) == (32, 1)
     assert len(plan.width.channels) == len(plan.width.groups) == 5
-    assert (plan.first_change, plan.changed_layers) == (0, (0, 1, 3, 4, 5))
+    assert (plan.first_change, plan.changed) == (0, (0, 1, 3, 4, 5))
     assert plan.provenance.inputs["prune.width.intermediate_size"] == 0.7
     assert plan.text["sources"]["python_docs"]
     assert "what stays of each layer writes most, on 1,024 tokens" in plan.reason

@@ -453,10 +453,6 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
     ("prune", "message"),
     [
         ({"drop": [0, 3], "compensate": "scale"}, "layer 0 is dropped"),
-        (
-            {"drop": [3], "edits": [{"kind": "skip_mlp", "layers": [2]}], "compensate": "both"},
-            "makes up for dropped layers alone",
-        ),
         ({"drop": [], "compensate": "scale"}, "prune.drop is empty; name layers"),
         ({"drop": [3], "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"num_drop": 1, "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
@@ -495,10 +491,3 @@ def test_what_chooses_the_best_state_is_part_of_the_training(
         assert trained_by({}, best) != trained_by(change, best)
         assert trained_by({}, None) == trained_by(change, None), "it only looks on"
     assert trained_by({}, best) == trained_by({"limit": 3, "perplexity_tokens": 9}, best), "watch has its own"
-
-
-@pytest.mark.slow
-def test_an_edit_that_is_taken_out_is_missed(make_run: Any) -> None:
-    pruning.prune(make_run(prune={"drop": [1, 3], "edits": [{"kind": "skip_mlp", "layers": [2]}]}))
-    with pytest.raises(UserError, match=r"prune.edits.0 is 'absent' in this recipe"):
-        pruning.read_plan(make_run())

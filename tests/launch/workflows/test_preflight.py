@@ -47,9 +47,9 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
             r"prune\.metric=sleb: its order holds 1 layers that are not .* 2 are needed; raise measure\.num_drop",
         ),
         (
-            {"metric": "blockpruner", "num_drop": 3},
-            {"metrics": ["blockpruner"], "num_drop": 2},
-            r"prune\.metric=blockpruner: its order holds 4 halves that are not protected .* 6 are needed",
+            {"metric": "blockpruner"},
+            HALVES,
+            r"blockpruner removes halves .* `shoal lab skip RUN_DIR order=b",
         ),
         (
             {"metric": "block_influence", "contiguous": True},
@@ -90,16 +90,6 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
         ),
         ({"spare": ["retrieval"]}, {}, r"prune\.spare: needs swept tasks, and nothing is swept; name some in"),
         ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone: needs swept tasks, and nothing is swept"),
-        (
-            {"metric": "blockpruner", "compensate": "scale"},
-            HALVES,
-            r"blockpruner removes halves of layers, and prune\.compensate makes up for dropped layers alone",
-        ),
-        (
-            {"metric": "blockpruner", "width": {"intermediate_size": 32}},
-            HALVES,
-            r"blockpruner removes halves of layers, and prune\.width narrows whole ones",
-        ),
         (
             {"weights": {"angular": 1, "taylr": 1}},
             {},

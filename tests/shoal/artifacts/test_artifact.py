@@ -116,8 +116,8 @@ def plan_with(tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "has schema 99, this version reads 1; delete it"),
-        ({"schema": None}, "has schema None, this version reads 1; delete it"),
+        ({"schema": 99}, "has schema 99, this version reads 2; delete it"),
+        ({"schema": None}, "has schema None, this version reads 2; delete it"),
         ({"drop": "x"}, r"plan.json: drop: .*; delete it and run its stage again"),
         ({"reason": None}, r"plan.json: reason: .*; delete it and run its stage again"),
         ({"more": 1}, r"plan.json: more: .*; delete it and run its stage again"),

@@ -63,7 +63,6 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
         ),
         ("distill: {watch: {every: x}}", "distill.watch.every: must be a number (got 'x')"),
-        ("prune: {edits: [1]}", "prune.edits.0: must be a mapping of settings (got 1)"),
         ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
         ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
         ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
@@ -87,10 +86,6 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ),
         ("distill: {deepspeed: 3}", "distill.deepspeed: must be a string or must be a mapping of settings (got 3)"),
         ("distill: {trainer: [1]}", "distill.trainer: must be a mapping of settings (got [1])"),
-        (
-            "prune: {edits: [{kind: skip_mlp, layers: [-1]}]}",
-            "prune.edits.0.layers.0: must be greater than or equal to 0 (got -1)",
-        ),
         ("measure: {data: []}", "measure.data: must have at least 1 item (got [])"),
         ("measure: {data: 5}", "measure.data.0: must be a mapping of settings (got 5)"),
         ("measure: {data: {path: a, weight: .inf}}", "measure.data.0.weight: must be a finite number (got inf)"),

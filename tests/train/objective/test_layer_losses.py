@@ -18,11 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, PlannedChange, PruningPlan
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of, with_state
-from shoal.recipe.edits import Edits, Insert, Merge, Replace, SkipMlp
 from shoal.recipe.losses import HiddenStates
 from shoal.train.objective.capture import Captured, capturing
 from shoal.train.objective.layer_losses import StateLosses, layer_map, layer_pairs
@@ -35,8 +34,10 @@ KINDS = tuple(
 )
 
 
-def plan(drop: tuple[int, ...], edits: Edits = (), num_layers: int = 6) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers=num_layers, drop=drop, reason="", edits=edits)
+def plan(
+    drop: tuple[int, ...], *changes: PlannedChange, keep: tuple[int, ...] = (), num_layers: int = 6
+) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, drop, "", keep, changes)
 
 
 def labels(positions: Tensor = POSITIONS) -> Tensor:
@@ -97,9 +98,8 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-MERGED = Merge("merge", (1, 2, 3))
-REPLACED = Replace("replace", (3, 4))
-INSERTED = Insert("insert", (1, 3))
+MERGED = PlannedChange("merge", "", (1,), runs=((1, 3),))
+SILENT = PlannedChange("skip", "", (3,))
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,9 @@ INSERTED = Insert("insert", (1, 3))
         (plan((1, 4)), (0, 2, 3, 5), (1, 2, 4, 5)),
         (plan((4, 5)), (0, 1, 2, 3), (0, 1, 2, 5)),
         (plan((0,)), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
-        (plan((2, 3), (MERGED,)), (0, 3, 4, 5), (0, 3, 4, 5)),
-        (plan((4, 5), (REPLACED,)), (0, 1, 2, 4), (0, 1, 2, 5)),
-        (plan((), (INSERTED,)), (0, 1, 1, 2, 3, 3, 4, 5), (0, 1, 1, 2, 3, 3, 4, 5)),
-        (plan((2, 4), (INSERTED,)), (0, 1, 1, 3, 3, 5), (0, 1, 2, 3, 4, 5)),
-        (plan((2,), (SkipMlp("skip_mlp", (4,)),)), (0, 1, 3, 4, 5), (0, 2, 3, 4, 5)),
+        (plan((2, 3), MERGED), (0, 3, 4, 5), (0, 3, 4, 5)),
+        (plan((), keep=(0, 1, 1, 2, 3, 3, 4, 5)), (0, 1, 1, 2, 3, 3, 4, 5), (0, 1, 1, 2, 3, 3, 4, 5)),
+        (plan((2, 4), keep=(0, 1, 1, 3, 3, 5)), (0, 1, 1, 3, 3, 5), (0, 1, 2, 3, 4, 5)),
     ],
 )
 def test_layer_map_is_that_of_the_hand_written_table(cut_plan, own, gap_closing) -> None:
@@ -128,14 +126,14 @@ def test_layers_that_are_not_named_are_those_that_differ() -> None:
     assert layer_pairs(HiddenStates(), dropped) == ((1, 3), (2, 4), (3, 5))
     assert layer_pairs(HiddenStates(map="own"), dropped) == ((2, 4), (3, 5))
     assert layer_pairs(HiddenStates(), plan(())) == tuple(zip(range(6), range(6), strict=True))
-    assert layer_pairs(HiddenStates(), plan((5,), (SkipMlp("skip_mlp", (3,)),))) == ((3, 3), (4, 5))
+    assert layer_pairs(HiddenStates(), plan((5,), SILENT)) == ((3, 3), (4, 5))
     assert layer_pairs(HiddenStates(layers=(3, 0)), dropped) == ((0, 0), (3, 5))
     with pytest.raises(UserError, match=r"hidden_states: layers: the student has 4 layers, 0 to 3 \(got 4\)"):
         layer_pairs(HiddenStates(layers=(1, 4)), dropped)
 
 
 def test_new_layers_stand_for_none_of_the_teachers_unless_they_are_named() -> None:
-    grown = plan((), (INSERTED,))
+    grown = plan((), keep=(0, 1, 1, 2, 3, 3, 4, 5))
     assert layer_pairs(HiddenStates(), grown) == ((3, 2), (4, 3), (6, 4), (7, 5))
     assert layer_pairs(HiddenStates(layers=(2, 3)), grown) == ((2, 1), (3, 2))
 

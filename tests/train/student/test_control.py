@@ -11,7 +11,7 @@ import torch
 from cut_students import plan
 from tiny import tiny_config
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import PlannedChange, PruningPlan
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, Record, Teacher
 from shoal.recipe.losses import CrossEntropy, HiddenStates
@@ -19,9 +19,9 @@ from shoal.train.objective.layer_losses import layer_pairs
 from shoal.train.student.control import control_identity, control_spec
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 
-MERGE = {"kind": "merge", "layers": [2, 3]}
-SKIP = {"kind": "skip_attention", "layers": [1]}
-SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
+MERGE = PlannedChange("merge", "", (2,), runs=((2, 3),))
+SKIP = PlannedChange("skip", "", (1,))
+SWAP = PlannedChange("swap", "", (0, 4))  # other embeddings than the teacher's
 
 
 def spec_of(changes: PruningPlan, **settings: Any) -> TrainSpec:
@@ -39,13 +39,13 @@ def spec_of(changes: PruningPlan, **settings: Any) -> TrainSpec:
         ("all", plan(4), range(10), True, 0),
         ("layers", plan(4), range(10), True, 0),
         ("from_first_cut", plan(4, 7), range(4, 10), True, 4),  # those that the cut removes are trained as well
-        ("from_first_cut", plan(7, edits=(SKIP,)), range(1, 10), True, 1),
+        ("from_first_cut", plan(7, changes=(SKIP,)), range(1, 10), True, 1),
         ("near_gaps", plan(4), (3, 5), False, 3),
         ("near_gaps", plan(3, 4, 7), (2, 5, 6, 8), False, 2),
         ("near_gaps", plan(0, 1), (2,), False, 0),
         ("near_gaps", plan(8, 9), (7,), True, 7),
-        ("near_gaps", plan(3, edits=(MERGE,)), (2, 4), False, 2),
-        ("near_gaps", plan(7, edits=(SWAP,)), (4, 6, 8), True, 0),
+        ("near_gaps", plan(3, changes=(MERGE,)), (2, 4), False, 2),
+        ("near_gaps", plan(7, changes=(SWAP,)), (0, 4, 6, 8), False, 0),
         ("norm_and_head", plan(4), (), True, 4),
     ],
 )
@@ -60,7 +60,7 @@ def test_what_is_trained_is_known_by_its_number_in_the_teacher(trainable, change
 
 
 def test_nothing_is_cut() -> None:
-    spec = spec_of(plan(4, 7, edits=(SKIP,)), trainable="from_first_cut")
+    spec = spec_of(plan(4, 7, changes=(SKIP,)), trainable="from_first_cut")
     control = control_spec(spec)
     assert control.student == control.teacher == spec.teacher
     assert control.plan.keep == tuple(range(10))
@@ -80,7 +80,7 @@ def test_a_recording_of_the_state_below_serves_the_control() -> None:
         (HiddenStates(), plan(4, 5), (5, 6, 7, 8, 9)),  # the layer before the gap is asked for the state after it
         (HiddenStates(map="own"), plan(4, 5), (6, 7, 8, 9)),
         (HiddenStates(layers=(3, 5)), plan(4, 5), (5, 7)),
-        (HiddenStates(map="own"), plan(3, edits=(MERGE,)), (3, 4, 5, 6, 7, 8, 9)),
+        (HiddenStates(map="own"), plan(3, changes=(MERGE,)), (3, 4, 5, 6, 7, 8, 9)),
     ],
 )
 def test_states_are_compared_at_the_teachers_layers_of_the_student_each_with_itself(term, changes, targets) -> None:

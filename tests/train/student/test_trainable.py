@@ -12,7 +12,7 @@ from cut_students import names, plan
 from tiny import tiny_model
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import PlannedChange, PruningPlan
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
@@ -26,11 +26,11 @@ from shoal.train.student.trainable import (
     trained_parts,
 )
 
-MERGE = {"kind": "merge", "layers": [2, 3]}
-SKIP = {"kind": "skip_attention", "layers": [1]}
-INSERT = {"kind": "insert", "after": [3, 5]}
+MERGE = PlannedChange("merge", "", (2,), runs=((2, 3),))
+SKIP = PlannedChange("skip", "", (1,))
+GROWN = plan(keep=(0, 1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 9))
 NARROWED = replace(plan(4, 7), width=KeptWidth(kv_groups=1))
-SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
+SWAP = PlannedChange("swap", "", (0, 4))  # other embeddings than the teacher's
 
 
 @pytest.mark.parametrize(
@@ -39,24 +39,23 @@ SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "no
         ("all", plan(4), range(9), True, 0),
         ("layers", plan(4), range(9), True, 0),
         ("from_first_cut", plan(4, 7), range(4, 8), True, 4),
-        ("from_first_cut", plan(7, edits=(SKIP,)), range(1, 9), True, 1),
+        ("from_first_cut", plan(7, changes=(SKIP,)), range(1, 9), True, 1),
         ("near_gaps", plan(4), (3, 4), False, 3),
         ("near_gaps", plan(3, 4, 7), (2, 3, 4, 5), False, 2),
         ("near_gaps", plan(2, 4, 5), (1, 2, 3), False, 1),
         ("near_gaps", plan(0, 1), (0,), False, 0),
         ("near_gaps", plan(8, 9), (7,), True, 7),
-        ("near_gaps", plan(3, edits=(MERGE,)), (2, 3), False, 2),  # the merged layer, and the one above it
-        ("near_gaps", plan(7, edits=(SKIP,)), (1, 6, 7), False, 1),
-        ("near_gaps", plan(7, edits=(SWAP,)), (4, 6, 7), True, 0),  # other embeddings than the teacher's
+        ("near_gaps", plan(3, changes=(MERGE,)), (2, 3), False, 2),  # the merged layer, and the one above it
+        ("near_gaps", plan(7, changes=(SKIP,)), (1, 6, 7), False, 1),
+        ("near_gaps", plan(7, changes=(SWAP,)), (0, 4, 6, 7), False, 0),
         ("from_first_cut", NARROWED, range(8), True, 0),
         ("near_gaps", NARROWED, range(8), False, 0),
         ("norm_and_head", NARROWED, (), True, 0),
-        ("near_gaps", plan(edits=(INSERT,)), (3, 4, 5, 6, 7, 8), False, 3),
-        ("near_gaps", plan(8, edits=({**INSERT, "after": [9]},)), (7, 8, 9), False, 7),
-        ("near_gaps", plan(edits=({**INSERT, "after": [3]}, {**SKIP, "layers": [3]})), (3, 4, 5), False, 3),
-        ("from_first_cut", plan(edits=(INSERT,)), range(4, 12), True, 4),
-        ("from_first_cut", plan(edits=({**INSERT, "after": [9]},)), (10,), True, 10),
-        ("norm_and_head", plan(edits=(INSERT,)), (), True, 4),
+        ("near_gaps", GROWN, (3, 4, 5, 6, 7, 8), False, 3),
+        ("near_gaps", plan(8, keep=(0, 1, 2, 3, 4, 5, 6, 7, 9, 9)), (7, 8, 9), False, 7),
+        ("from_first_cut", GROWN, range(4, 12), True, 4),
+        ("from_first_cut", plan(keep=(*range(10), 9)), (10,), True, 10),
+        ("norm_and_head", GROWN, (), True, 4),
         ("norm_and_head", plan(4), (), True, 4),
     ],
 )

@@ -1,4 +1,7 @@
-"""Train one layer to stand for a run of neighbours. N rows, B batch, S sequence, D hidden."""
+"""Train one layer to stand for a run of neighbours (LLM-Streamline, Chen et al. 2024, arXiv:2403.19135).
+
+N rows, B batch, S sequence, D hidden.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,30 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shoal.compress.edits.tensors import check_run, layer_tensors
 from shoal.data.packing import PackedRows
+from shoal.data.sources import load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
+from shoal.formatting import layers_text
+from shoal.launch.verbs.run import Run, check_length
 from shoal.lr_schedule import warmup_cosine
 from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
-from shoal.recipe.edits import Replace
+from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, shaping
+from shoal.runtime import device
 
-from .lesa import predicted_layers, refuse_without_examples
-from .merging import check_run, layer_tensors, mean_of_layers, refuse_different_shapes
+from .edits.between import mean_of_layers, predicted_layers, refuse_different_shapes, refuse_without_examples
+from .edits.student import loaded_teacher, write_student
+from .merge import Run_, one_for_a_run, refuse_gaps
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +43,48 @@ FINAL_RATE = 0.25
 """Of the peak: 2e-4 falls to 5e-5 in the authors' code, from which the weight decay is too."""
 WEIGHT_DECAY = 1e-3
 MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """Which layers become one, and how that one is trained; its target is the state after the run."""
+
+    layers: Run_
+    """Neighbouring layers, increasing, counted from 0."""
+    data: Data = field(default_factory=lambda: (DataSource("python_docs"),))
+    """Text that it is trained on."""
+    num_tokens: Positive = 50_000
+    """Tokens of it."""
+    sequence_length: RowLength = 512
+    """Tokens of a row."""
+    batch_size: Positive = 4
+    """Rows per step."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
+    """Largest learning rate of AdamW."""
+    init: Literal["first", "mean", "lesa"] = "first"
+    """What training starts from: the run's first layer, the mean of its layers, or what LESA (arXiv:2502.13794)
+    predicts from the layers right below and right above the run."""
+
+    def __post_init__(self) -> None:
+        refuse_gaps(self.layers)
+
+
+def work(run: Run, settings: Settings) -> str:
+    """student/ and plan.json: the run's model with one trained layer in the place of several."""
+    check_length(run, settings.sequence_length, "sequence_length")
+    seed, tokens = run.recipe.seed, settings.num_tokens
+    texts = [(source, load_texts(source, max_characters=16 * tokens)) for source in settings.data]
+    rows = pack(texts, run.tokenizer(), sequence_length=settings.sequence_length, num_tokens=tokens, seed=seed)
+    teacher: Any = loaded_teacher(run)
+    home = teacher.device
+    trained = train_replacement(teacher.to(device()), settings, rows, seed=seed)
+    teacher.to(home)
+    tensors = {name: tensor.to(home) for name, tensor in trained.tensors.items()}
+    start = "" if settings.init == "first" else f" (started from {settings.init})"
+    words = f"layers {layers_text(settings.layers)} replaced by one trained layer{start}"
+    edited = one_for_a_run(teacher, settings.layers, tensors, "replace", words)
+    read = {"data": sources_fingerprint(settings.data), **shaping(run.recipe, Shapes.PLAN)}
+    return write_student(run, "replace", settings, edited, teacher, read)
 
 
 @dataclass(frozen=True)
@@ -50,7 +102,7 @@ class TrainedLayer:
     """Of the trained layer, rounded to the dtypes it is saved in."""
 
 
-def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedRows, *, seed: int) -> TrainedLayer:
+def train_replacement(teacher: PreTrainedModel, settings: Settings, rows: PackedRows, *, seed: int) -> TrainedLayer:
     """One layer in the place of the first of ``settings.layers``, trained to give the state after the last of them.
 
     The objective is that of LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): min E |f(h) - h'|^2 over all tokens, h
@@ -109,7 +161,7 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
     return TrainedLayer(tensors, initial_error, error)
 
 
-def refuse_impossible_start(teacher: PreTrainedModel, settings: Replace) -> None:
+def refuse_impossible_start(teacher: PreTrainedModel, settings: Settings) -> None:
     """Refuse what a trained layer cannot start from; ``teacher`` may be without weights.
 
     Raises:
@@ -128,7 +180,7 @@ def refuse_impossible_start(teacher: PreTrainedModel, settings: Replace) -> None
         refuse_without_examples(teacher, first)
 
 
-def _start(teacher: PreTrainedModel, settings: Replace, *, seed: int) -> Mapping[str, Tensor]:
+def _start(teacher: PreTrainedModel, settings: Settings, *, seed: int) -> Mapping[str, Tensor]:
     first, last = settings.layers[0], settings.layers[-1]
     if settings.init == "mean":
         return mean_of_layers(teacher, settings.layers)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM
 
-from shoal.compress import delta as delta_module
-from shoal.compress.delta import DeltaNorms, TensorDelta, delta_norms
-from shoal.errors import UserError
-from shoal.launch.cli import main
+from shoal.lab import delta as delta_module
+from shoal.lab.delta import DeltaNorms, Settings, TensorDelta, delta_norms, work
+from shoal.launch.verbs.run import open_run
+from shoal.recipe.recipe import parse_recipe
 
 
 def pair(path: Path, kind: str = "llama", **donor_settings: Any) -> tuple[Path, Path]:
@@ -147,84 +147,9 @@ def test_table_and_document_say_the_same() -> None:
     assert lines[3] == ["outside", "0.0000", "embed", "0.0000"]
 
 
-def test_command_prints_the_table_and_writes_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_part_prints_the_table_and_writes_the_document(tmp_path: Path) -> None:
     base, donor = pair(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["delta", str(base), str(donor), "--json", str(tmp_path / "delta.json")])
-    assert ended.value.code == 0
+    run = open_run(parse_recipe({"model": str(base), "run_dir": str(tmp_path / "run")}))
     found = delta_norms(base, donor)
-    assert found.table() in capsys.readouterr().out
-    assert json.loads((tmp_path / "delta.json").read_text()) == json.loads(json.dumps(found.document()))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("./nowhere",), "shoal: error: model './nowhere': no such folder"),
-        (("./nowhere", "seed=1"), "unrecognized arguments: seed=1"),
-    ],
-)
-def test_command_refuses_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["delta", str(tiny_checkpoint(tmp_path, "llama")), *words])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_hidden_layers": 5}, r"donor/llama: has num_hidden_layers 5, but .*base/llama has 6"),
-        ({"intermediate_size": 40}, r"layers\.0\.mlp\.\w+\.weight has shape .*40.* but in .*48"),
-        ({"attention_bias": True}, r"base/llama: has no model\.layers\.0\.self_attn\.k_proj\.bias, which .*donor"),
-    ],
-)
-def test_models_of_other_shapes_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    base, donor = pair(tmp_path, **settings)
-    with pytest.raises(UserError, match=message):
-        delta_norms(base, donor)
-
-
-def test_other_families_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has model_type qwen3, but .* has llama"):
-        delta_norms(tiny_checkpoint(tmp_path, "llama"), tiny_checkpoint(tmp_path, "qwen3"))
-
-
-def rewrite(folder: Path, name: str, tensor: torch.Tensor) -> None:
-    file = folder / "model.safetensors"
-    save_file({**load_file(file), name: tensor}, file, {"format": "pt"})
-
-
-def test_what_is_quantised_or_not_finite_is_refused(tmp_path: Path) -> None:
-    base, donor = pair(tmp_path)
-    name = "model.layers.2.self_attn.q_proj.weight"
-    weight = load_file(donor / "model.safetensors")[name]
-    weight[0, 0] = math.nan
-    rewrite(donor, name, weight)
-    with pytest.raises(UserError, match=rf"{name}: holds numbers that are not finite"):
-        delta_norms(base, donor)
-    rewrite(donor, name, torch.zeros(weight.shape, dtype=torch.int8))
-    with pytest.raises(UserError, match=rf"{name} is I8, but F32 in .*base"):
-        delta_norms(base, donor)
-    for folder in (base, donor):
-        rewrite(folder, name, weight.to(torch.float8_e4m3fn))
-    with pytest.raises(UserError, match=rf"{name} is F8_E4M3, which is quantised"):
-        delta_norms(base, donor)
-    config = json.loads((donor / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (donor / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"donor/llama: is quantised; give the full-precision model"):
-        delta_norms(base, donor)
-
-
-def test_masks_and_positions_are_no_weights_but_must_be_equal(tmp_path: Path) -> None:
-    base, donor = pair(tmp_path)
-    positions = torch.arange(7)
-    for folder in (base, donor):
-        rewrite(folder, "model.layers.1.positions", positions)
-    assert "model.layers.1.positions" not in {delta.name for delta in delta_norms(base, donor).tensors}
-    rewrite(donor, "model.layers.1.positions", positions + 1)
-    with pytest.raises(UserError, match=r"layers\.1\.positions is I64, no weight, and differs"):
-        delta_norms(base, donor)
+    assert work(run, Settings(str(donor))).startswith(found.table())
+    assert json.loads((run.dir / "lab/delta.json").read_text()) == json.loads(json.dumps(found.document()))

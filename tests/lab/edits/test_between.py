@@ -12,9 +12,9 @@ from tiny import NUM_LAYERS, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.compress.edits import lesa
-from shoal.compress.edits.lesa import predicted_layers, refuse_without_examples
 from shoal.errors import UserError
+from shoal.lab.edits import between
+from shoal.lab.edits.between import predicted_layers, refuse_without_examples
 from shoal.models.anatomy import decoder_layers
 
 
@@ -45,7 +45,7 @@ def test_weights_that_are_affine_in_depth_are_predicted_exactly(kind: str) -> No
 def test_coefficients_are_those_of_the_decomposition() -> None:
     """U S V_i by numpy in float64: the spectrum, the rows up to their signs, and every matrix whole again."""
     weights_LEmn = torch.randn(5, 1, 12, 20, generator=torch.Generator().manual_seed(0))
-    directions_mm, scale_m = lesa._basis(weights_LEmn)
+    directions_mm, scale_m = between._basis(weights_LEmn)
     side_by_side = np.concatenate(list(weights_LEmn[:, 0].double().numpy()), axis=1)
     _, spectrum, rows = np.linalg.svd(side_by_side, full_matrices=False)
     np.testing.assert_allclose(scale_m.flip(0).numpy(), spectrum, rtol=1e-4)
@@ -57,6 +57,7 @@ def test_coefficients_are_those_of_the_decomposition() -> None:
         torch.testing.assert_close(whole, weights_LEmn[layer, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.prove
 def test_directions_that_no_matrix_has_are_no_hindrance() -> None:
     """A type of zeros, and matrices of low rank, of which the smallest singular values are nothing but rounding."""
     model, _ = affine_in_depth("llama")
@@ -80,8 +81,9 @@ def learnable() -> PreTrainedModel:
     return model
 
 
+@pytest.mark.prove
 def test_what_a_mean_cannot_give_is_learnt(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(lesa, "EPOCHS", 60)
+    monkeypatch.setattr(between, "EPOCHS", 60)
     model = learnable()
     caplog.set_level("INFO")
     (found,) = predicted_layers(model, [(4, 6)], seed=0)
@@ -92,6 +94,7 @@ def test_what_a_mean_cannot_give_is_learnt(monkeypatch: pytest.MonkeyPatch, capl
     assert "lesa: mlp.up_proj.weight: held-out loss" in caplog.text
 
 
+@pytest.mark.prove
 def test_a_network_that_learns_nothing_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = affine_in_depth("llama")
     caplog.set_level("INFO")
@@ -100,6 +103,7 @@ def test_a_network_that_learns_nothing_is_left_out(caplog: pytest.LogCaptureFixt
     assert torch.isfinite(torch.cat([tensor.flatten() for tensor in found.values()])).all()
 
 
+@pytest.mark.prove
 def test_equal_seeds_give_equal_bits_and_other_seeds_others() -> None:
     model = learnable()
     state = torch.random.get_rng_state()
@@ -109,15 +113,16 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_others() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.prove
 def test_the_loss_is_that_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network that gives a known difference: (1 - lambda) MSE + lambda (|prediction| - |target|)^2, by batches."""
     coefficients_LRn = torch.randn(3, 160, 5, generator=torch.Generator().manual_seed(0))
     known = nn.Linear(10, 5)
-    monkeypatch.setattr(lesa, "_network", lambda *_: copy.deepcopy(known))
-    monkeypatch.setattr(lesa, "EPOCHS", 0)
+    monkeypatch.setattr(between, "_network", lambda *_: copy.deepcopy(known))
+    monkeypatch.setattr(between, "EPOCHS", 0)
     told: list[tuple[float, float]] = []
-    monkeypatch.setattr(lesa.log, "info", lambda _text, _name, network, mean, _end: told.append((network, mean)))
-    lesa._learnt("name", coefficients_LRn, [1], torch.Generator().manual_seed(7))
+    monkeypatch.setattr(between.log, "info", lambda _text, _name, network, mean, _end: told.append((network, mean)))
+    between._learnt("name", coefficients_LRn, [1], torch.Generator().manual_seed(7))
     held_out = torch.randperm(160, generator=torch.Generator().manual_seed(7))[:10]
     below, target, above = coefficients_LRn[:, held_out].double()
     mean = (below + above) / 2

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shoal.compress.edits.tensors import combined, layer_tensors, shapes_of
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import each
 from shoal.runtime import device
-
-from .merging import combined, layer_tensors, refuse_different_shapes
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +78,42 @@ def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *
         for number, matrix in zip(numbers, matrices, strict=True):
             predicted[number][name] = matrix
     return predicted
+
+
+def mean_of_layers(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Every parameter and every stored buffer of a layer that is the mean of ``layers``, whatever attention they have.
+
+    Raises:
+        UserError: as refuse_different_shapes; tensors that are shared with other layers, or that differ and are not of
+            floating point.
+    """
+    refuse_different_shapes(model, layers)
+    tensors = [layer_tensors(model, layer) for layer in layers]
+    where = " and ".join(map(str, layers))
+    factors = (1 / len(layers),) * len(layers)
+    return {
+        name: combined([own[name] for own in tensors], factors, where=f"mean: {name} of layers {where}")
+        for name in tensors[0]
+    }
+
+
+def refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Refuse layers of which no tensors can be calculated together.
+
+    Raises:
+        UserError: naming the first tensor that one of them lacks or has in another shape.
+    """
+    first, *others = layers
+    expected = shapes_of(model, first)
+    for layer in others:
+        own = shapes_of(model, layer)
+        if differing := sorted(name for name in expected.keys() | own.keys() if expected.get(name) != own.get(name)):
+            name = differing[0]
+            shapes = f"{expected.get(name)} in one and {own.get(name)} in the other"
+            raise UserError(
+                f"layers {first} and {layer} hold different tensors: the shape of {name} is {shapes}, so that no "
+                "weights can be calculated from both; choose another init"
+            )
 
 
 def refuse_without_examples(model: PreTrainedModel, layer: int) -> None:

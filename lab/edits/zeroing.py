@@ -19,21 +19,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.components import LayerEdit
+from shoal.compress.edits.masks import Half, checked, with_halves, with_heads
+from shoal.compress.edits.sublayers import adds_something, output_parameters, probe_ids, probing, sublayers, where
+from shoal.compress.edits.tensors import PLAIN_DTYPES, put_tensors
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
-
-from .masks import Half, checked, with_halves, with_heads
-from .merging import put_tensors
-from .sublayers import OUTPUT_PROJECTIONS, Sublayers, adds_something, probe_ids, probing, sublayers, where
-
-OUTPUT_MAPS = {
-    *(*OUTPUT_PROJECTIONS, "linear_out"),  # of attention and what stands in its place
-    *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear"),  # of MLPs and experts
-}
-"""Modules and parameters that write a half's result. What these names miss shows when the zeroed half is run."""
-OUTPUT_BIASES = ("bias", "experts.bias")
-"""Parameters of a half itself that are added to its result (JetMoE)."""
-PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -121,18 +111,6 @@ def unsaved_parameters(model: PreTrainedModel, edits: Iterable[tuple[int, LayerE
     return sum((shares | whole).values())
 
 
-def output_parameters(model: PreTrainedModel, layer: int, halves: Sublayers, half: Half) -> list[str]:
-    """Names within the layer of the parameters that write the half's result, by their names alone."""
-    names = []
-    for path in getattr(halves, half):
-        module = decoder_layers(model)[layer].get_submodule(path)
-        for name, _ in module.named_parameters():
-            parts = {part.removesuffix("_bias") for part in (path.rpartition(".")[2], *name.split("."))}
-            if parts & OUTPUT_MAPS or name in OUTPUT_BIASES:
-                names.append(f"{path}.{name}")
-    return names
-
-
 def _loud_layers(model: PreTrainedModel, layers: Collection[int], half: Half) -> list[int]:
     """Those of ``layers`` whose half still adds something, on a few tokens."""
     loud: list[int] = []
@@ -167,3 +145,19 @@ def _refuse_unzeroable(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 def _name_of(model: PreTrainedModel, layer: int) -> str:
     return f"{anatomy(model).layers_name}.{layer}"
+
+
+def zero_for_good(student: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> list[str]:
+    """Let ``student`` do without what ``edits`` take out; returns the names of the parameters that became zero.
+
+    Raises:
+        UserError: as the two above.
+    """
+    zeroed: list[str] = []
+    for layer, edit in edits:
+        if edit.part == "head":
+            zeroed += zero_heads(student, {layer: edit.indices})
+        else:
+            assert edit.part in ("attention", "mlp"), f"{edit.part} is not taken out by zeros"
+            zeroed += zero_half(edit.part, student, [layer])
+    return zeroed

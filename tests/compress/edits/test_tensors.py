@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,10 @@ from tiny import KINDS, NUM_LAYERS, tiny_model, tiny_moe
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel
 
-from shoal.compress.edits.merging import layer_tensors, merged_layer, tensors_in_place, with_layers
-from shoal.compress.surgery.cut_model import cut_model, skipped
+from shoal.compress.edits.tensors import laco_factors, layer_tensors, merged_layer, tensors_in_place, with_layers
+from shoal.compress.surgery.cut_model import skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.models.checkpoint_files import KEPT_LAYERS
 
 ALIKE = {
     "llama": (0, 4),
@@ -33,9 +31,9 @@ def parameters(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     return dict(decoder_layers(model)[layer].named_parameters())
 
 
-def merge_run(model: PreTrainedModel, start: int, length: int, **settings: Any) -> PreTrainedModel:
+def merge_run(model: PreTrainedModel, start: int, length: int) -> PreTrainedModel:
     """The student in which one layer stands for a run."""
-    merged = merged_layer(model, start, length, **settings)
+    merged = merged_layer(model, start, laco_factors(length))
     return with_layers(model, range(start + 1, start + length), {start: merged})
 
 
@@ -69,7 +67,7 @@ def test_laco_is_the_printed_formula_for_every_parameter(kind: str, dtype: torch
 @pytest.mark.parametrize(("length", "same"), [(2, True), (3, False), (4, False)])
 def test_laco_differs_from_the_released_code_beyond_two_layers(length: int, same: bool) -> None:
     model = tiny_model("llama")
-    merged = merged_layer(model, 1, length)
+    merged = merged_layer(model, 1, laco_factors(length))
     run = [parameters(model, layer) for layer in range(1, 1 + length)]
     for name, found in merged.items():
         released = laco_as_released([own[name] for own in run])
@@ -77,77 +75,20 @@ def test_laco_differs_from_the_released_code_beyond_two_layers(length: int, same
         assert torch.equal(found, run[-1][name]) == same
 
 
-@pytest.mark.parametrize("weights", [None, (0.2, 0.5, 0.3), (1.5, -0.5, 0.0)])
-def test_weighted_merge_is_the_weighted_sum(weights: tuple[float, ...] | None) -> None:
-    model = tiny_model("qwen3")
-    merged = merged_layer(model, 2, 3, method="weighted", weights=weights)
-    for name, found in merged.items():
-        expected = sum(
-            weight * parameters(model, 2 + k)[name].double() for k, weight in enumerate(weights or (1 / 3,) * 3)
-        )
-        assert isinstance(expected, Tensor)
-        torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=1e-9)
-
-
-def test_all_weight_on_one_layer_is_the_cut_that_keeps_it() -> None:
-    model = tiny_model("llama")
-    student = merge_run(model, 2, 3, method="weighted", weights=(0, 0, 1))
-    assert torch.equal(logits(student), logits(cut_model(model, (2, 3))))
-    first = merge_run(model, 2, 3, method="weighted", weights=(1, 0, 0))
-    assert torch.equal(logits(first), logits(cut_model(model, (3, 4))))
-
-
 def test_rounding_happens_once_and_at_the_end() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     values = (256.0, 1.0, 1.0, 1.0)  # bfloat16 cannot hold 257: added one by one in it the ones would vanish
     for layer, value in enumerate(values):
         nn.init.constant_(decoder_layers(model)[layer].get_parameter("mlp.up_proj.weight"), value)
-    merged = merged_layer(model, 0, 4, method="weighted", weights=(1, 2, -3, 1))
+    merged = merged_layer(model, 0, (1, 2, -3, 1))
     assert (merged["mlp.up_proj.weight"] == 256).all()
-    merged = merged_layer(model, 0, 4, method="weighted", weights=(0.25, 0.25, 0.25, 0.25))
+    merged = merged_layer(model, 0, (0.25, 0.25, 0.25, 0.25))
     assert (merged["mlp.up_proj.weight"] == torch.tensor(64.75).bfloat16()).all()
-
-
-def test_merging_equal_layers_changes_no_bit() -> None:
-    model = tiny_model("llama")
-    for layer in (2, 3):
-        decoder_layers(model)[layer].load_state_dict(decoder_layers(model)[1].state_dict())
-    for method in ("laco", "weighted"):
-        merged = merged_layer(model, 1, 3, method=method)
-        assert all(torch.equal(tensor, parameters(model, 1)[name]) for name, tensor in merged.items())
-
-
-@pytest.mark.slow
-def test_student_reloads_and_its_config_names_the_first_layer(tmp_path: Any) -> None:
-    model = tiny_model("gemma3", dtype=torch.bfloat16)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    student = merge_run(model, 3, 2)
-    assert getattr(student.config, KEPT_LAYERS) == [0, 1, 2, 3, 5]
-    assert not torch.equal(logits(student), logits(cut_model(model, (4,))))
-    student.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")), logits(student))
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in student.parameters())
-
-
-@pytest.mark.parametrize("share", [False, True])
-def test_merges_and_drops_at_once_see_the_intact_model(share: bool) -> None:
-    model = tiny_model("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tensors = {0: merged_layer(model, 0, 2), 3: merged_layer(model, 3, 2, method="weighted", weights=(0.3, 0.7))}
-    student = with_layers(model, (1, 2, 4), tensors, share=share)
-    assert getattr(student.config, KEPT_LAYERS) == [0, 3, 5]
-    # one after the other, each in a model of its own
-    once = merge_run(model, 0, 2)
-    twice = merge_run(once, 2, 2, method="weighted", weights=(0.3, 0.7))
-    assert torch.equal(logits(student), logits(cut_model(twice, (1,))))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_routers_and_experts_are_merged_by_their_index() -> None:
     model = tiny_moe()
-    merged = merged_layer(model, 1, 3)
+    merged = merged_layer(model, 1, laco_factors(3))
     assert {name for name in merged if "experts" in name or "gate" in name}
     for name, found in merged.items():
         expected = laco([parameters(model, layer)[name] for layer in (1, 2, 3)])
@@ -159,11 +100,11 @@ def test_stored_buffers_are_merged_and_computed_ones_stay() -> None:
     for layer in (1, 2, 3):
         decoder_layers(model)[layer].register_buffer("offset", torch.tensor([float(layer)]))
         decoder_layers(model)[layer].register_buffer("table", torch.arange(3), persistent=False)
-    assert merged_layer(model, 1, 3)["offset"].item() == 1 + (2 - 1) + (3 - 1)
-    assert "table" not in merged_layer(model, 1, 3)
+    assert merged_layer(model, 1, laco_factors(3))["offset"].item() == 1 + (2 - 1) + (3 - 1)
+    assert "table" not in merged_layer(model, 1, laco_factors(3))
     decoder_layers(model)[3].get_buffer("table").add_(1)
     with pytest.raises(UserError, match=r"layers 1 and 3 are of different kinds: their computed table differs"):
-        merged_layer(model, 1, 3)
+        merged_layer(model, 1, laco_factors(3))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +129,7 @@ def test_stored_buffers_are_merged_and_computed_ones_stay() -> None:
 )
 def test_layers_of_different_kinds_are_refused(model: Any, run: tuple[int, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        merged_layer(model(), *run)
+        merged_layer(model(), run[0], laco_factors(run[1]))
 
 
 def test_mamba_and_attention_layers_are_refused() -> None:
@@ -208,30 +149,7 @@ def test_mamba_and_attention_layers_are_refused() -> None:
     )
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match=r"layers 0 and 1 are of different kinds"):
-        merged_layer(model, 0, 2)
-
-
-@pytest.mark.parametrize(("distance", "warned"), [(1.0, True), (0.01, False)])
-def test_laco_of_layers_far_from_each_other_is_warned_of(
-    distance: float, warned: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny_model("llama")
-    layers = decoder_layers(model)
-    for layer in (2, 3, 4):
-        near = {
-            name: torch.lerp(layers[1].get_parameter(name), own, distance)
-            for name, own in layers[layer].named_parameters()
-        }
-        layers[layer].load_state_dict(near)
-    merged = merged_layer(model, 1, 4)
-    sizes = [
-        sum(own.double().square().sum().item() for own in tensors.values() if own.ndim > 1) ** 0.5
-        for tensors in (merged, parameters(model, 1))
-    ]
-    start = f"merge of layers 1..4: the merged weights are {sizes[0] / sizes[1]:.1f} times as large as those of layer 1"
-    assert [record.getMessage().startswith(start) for record in caplog.records] == [True] * warned
-    merged_layer(model, 1, 4, method="weighted")
-    assert len(caplog.records) == warned
+        merged_layer(model, 0, laco_factors(2))
 
 
 def test_layers_of_different_shapes_are_refused() -> None:
@@ -240,7 +158,7 @@ def test_layers_of_different_shapes_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"shape of mlp.up_proj.weight is \(48, 32\) in one and \(40, 32\) in the other"
     ):
-        merged_layer(model, 1, 2)
+        merged_layer(model, 1, laco_factors(2))
 
 
 def test_parameters_shared_with_other_layers_are_refused() -> None:
@@ -248,7 +166,7 @@ def test_parameters_shared_with_other_layers_are_refused() -> None:
     layers = decoder_layers(model)
     setattr(layers[5].get_submodule("mlp.up_proj"), "weight", layers[2].get_parameter("mlp.up_proj.weight"))  # noqa: B010
     with pytest.raises(UserError, match=r"layer 2: shares parameters with other layers of this llama model"):
-        merged_layer(model, 1, 2)
+        merged_layer(model, 1, laco_factors(2))
     with pytest.raises(UserError, match=r"layer 5: shares parameters"):
         with_layers(model, (), {5: {}})
 
@@ -257,12 +175,12 @@ def test_tensors_that_are_no_floating_point_stay_where_equal_and_are_refused_whe
     model = tiny_model("llama")
     for layer in decoder_layers(model):
         layer.register_buffer("codes", torch.ones(2, dtype=torch.int8))
-    merged = merged_layer(model, 1, 2)["codes"]
+    merged = merged_layer(model, 1, laco_factors(2))["codes"]
     assert merged.dtype == torch.int8
     assert torch.equal(merged, torch.ones(2, dtype=torch.int8))
     decoder_layers(model)[2].get_buffer("codes").add_(1)
     with pytest.raises(UserError, match=r"codes of layers 1..2 is torch.int8 and differs; only floating-point numbers"):
-        merged_layer(model, 1, 2)
+        merged_layer(model, 1, laco_factors(2))
 
 
 def test_overflow_is_refused() -> None:
@@ -270,26 +188,7 @@ def test_overflow_is_refused() -> None:
     for layer, value in {1: -30_000.0, 2: 30_000.0, 3: 30_000.0}.items():
         nn.init.constant_(decoder_layers(model)[layer].get_parameter("mlp.up_proj.weight"), value)
     with pytest.raises(UserError, match=r"layers 1..3: mlp.up_proj.weight is not finite in torch.float16; merge fewer"):
-        merged_layer(model, 1, 3)
-
-
-@pytest.mark.parametrize(
-    ("run", "settings", "message"),
-    [
-        ((4, 3), {}, r"layers 4..6: this model's layers are 0..5"),
-        ((-1, 2), {}, r"layers -1..0: this model's layers are 0..5"),
-        ((2, 1), {}, r"merge of 1 layers: takes at least two"),
-        ((2, 2), {"method": "slerp"}, r"'slerp' is no method; there is laco and weighted"),
-        ((2, 2), {"weights": (0.5, 0.5)}, r"weights have no effect on laco"),
-        ((2, 2), {"method": "weighted", "weights": (1.0,)}, r"has 1 weights for 2 layers; give one per layer"),
-        ((2, 2), {"method": "weighted", "weights": (0.5, 0.4)}, r"weights add up to 0.9; let them add up to 1"),
-        ((2, 2), {"method": "weighted", "weights": (0.5, math.nan)}, r"weights add up to nan"),
-        ((2, 2), {"method": "weighted", "weights": (math.inf, -math.inf)}, r"weights add up to nan"),
-    ],
-)
-def test_impossible_merges_are_refused(run: tuple[int, int], settings: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        merged_layer(tiny_model("llama"), *run, **settings)
+        merged_layer(model, 1, laco_factors(3))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +219,7 @@ def test_tensors_in_place_are_the_student_with_layers_skipped_and_leave_the_teac
     model = tiny_model("gemma3")
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
     intact = logits(model)
-    made = {3: merged_layer(model, 3, 2)}
+    made = {3: merged_layer(model, 3, laco_factors(2))}
     with tensors_in_place(model, made), skipped(model, (4,)):
         assert torch.equal(logits(model), logits(merge_run(tiny_model("gemma3"), 3, 2)))
     assert torch.equal(logits(model), intact)

@@ -15,20 +15,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from shoal.atomic_files import write_json
+from shoal.compress.surgery.quantised import without_quantization
+from shoal.compress.surgery.stored_names import NotByCopy, find_layers, split_layer
 from shoal.errors import UserError
+from shoal.launch.verbs.run import Run, resolved
 from shoal.models.anatomy import anatomy, text_config
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
 from shoal.models.load import FLOATS, load_config, without_data
 from shoal.progress import BYTES, Work, progress
-
-from .surgery.quantised import without_quantization
-from .surgery.stored_names import NotByCopy, find_layers, split_layer
+from shoal.recipe.section import Section, Text
 
 CHUNK = 2**22
 """Numbers of each checkpoint in memory at one time: 32 MiB in float64."""
 COUNTING = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 """Dtypes of masks and positions that old checkpoints hold: no weights, but they must be equal."""
 BAR_WIDTH = 30
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """What the run's model is compared with."""
+
+    donor: Text
+    """Hub id, local path or demo:<name> of a model of the same shape."""
+    donor_revision: str | None = None
+    """Hub revision of the donor."""
+
+
+def work(run: Run, settings: Settings) -> str:
+    """A table of all layers; lab/delta.json has every tensor's norms."""
+    norms = delta_norms(run.teacher, resolved(settings.donor, settings.donor_revision))
+    path = run.dir / "lab" / "delta.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, norms.document())
+    return f"{norms.table()}\n{path}"
 
 
 @dataclass(frozen=True)

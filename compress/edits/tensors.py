@@ -1,13 +1,10 @@
-"""Merge neighbouring decoder layers into one; put new tensors into the layers of a student."""
+"""Tensors of decoder layers: put into a model or its student, compared, and merged into one layer."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import MappingProxyType
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +17,22 @@ from ..surgery.cut_model import cut_model, kept_layers, layer_traits
 
 log = logging.getLogger(__name__)
 
-Method = Literal["laco", "weighted"]
-LARGEST_GROWTH = 1.5
-"""Layers near each other give 1; those that have nothing in common 1.7 (three of them), 2.6 (four), 3.6 (five)."""
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def merged_layer(
-    model: PreTrainedModel,
-    start: int,
-    length: int,
-    *,
-    method: Method = "laco",
-    weights: Sequence[float] | None = None,
-    warn: bool = True,
-) -> dict[str, Tensor]:
-    """Every parameter and every stored buffer of the layer that stands for ``length`` layers from ``start`` on.
+def merged_layer(model: PreTrainedModel, start: int, factors: Sequence[float]) -> dict[str, Tensor]:
+    """Every parameter and every stored buffer of the layer that stands for those from ``start`` on, each times its
+    factor; the factors add up to 1.
 
-    `laco` is the first layer plus the differences of all others to it (Yang et al. 2024, arXiv:2402.11187, equation 1):
-    theta* = theta_l + sum_{k=1..m} (theta_{l+k} - theta_l), m = length - 1. The authors' code subtracts the running sum
-    instead, which keeps nothing but the last layer. `weighted` is sum_k w_k theta_{l+k}; without ``weights`` the mean.
-    Both are linear, so they are one sum in float64, rounded to the stored dtype at its end. Experts are matched by
-    their index. What a family keeps per layer outside its layers (Gemma 3n's embeddings) stays the first layer's.
-    ``warn``: log where the merged weights grow far beyond those of the layers; for those who only try.
+    It is one sum in float64, rounded to the stored dtype at its end. Experts are matched by their index. What a family
+    keeps per layer outside its layers (Gemma 3n's embeddings) stays the first layer's.
 
     Raises:
         UserError: a run outside the model, layers of different kinds or shapes, tensors shared with other layers, or
-            that differ and are not of floating point, weights that do not fit or do not add up to 1, an overflow.
+            that differ and are not of floating point, an overflow.
     """
-    factors = _factors(length, method, weights)
-    run = check_run(model, start, length)
+    run = check_run(model, start, len(factors))
     refuse_different_kinds(model, run)
     tensors = [layer_tensors(model, layer) for layer in run]
     merged = {
@@ -61,14 +44,14 @@ def merged_layer(
             f"merge of layers {start}..{run[-1]}: {overflown[0]} is not finite in {merged[overflown[0]].dtype}; "
             "merge fewer layers, or load the model with dtype: float32"
         )
-    grown = _size(merged) / _size(tensors[0])
-    if warn and grown > LARGEST_GROWTH:
-        log.warning(
-            "merge of layers %d..%d: the merged weights are %.1f times as large as those of layer %d, since the layers "
-            "are far from each other; that is often worse than dropping them: evaluate it, or use method: weighted",
-            *(start, run[-1], grown, start),
-        )
     return merged
+
+
+def laco_factors(length: int) -> tuple[float, ...]:
+    """The first layer plus the differences of all others to it (Yang et al. 2024, arXiv:2402.11187, equation 1):
+    theta* = theta_l + sum_{k=1..m} (theta_{l+k} - theta_l), m = length - 1. The authors' code subtracts the running sum
+    instead, which keeps nothing but the last layer."""
+    return (2.0 - length, *[1.0] * (length - 1))
 
 
 def with_layers(
@@ -76,13 +59,12 @@ def with_layers(
     drop: Sequence[int],
     layers: Mapping[int, Mapping[str, Tensor]],
     *,
-    inserted: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
     share: bool = False,
 ) -> PreTrainedModel:
     """A new model without the layers ``drop``, in which the named ``layers`` have the given tensors.
 
-    After each layer that ``inserted`` names comes a new one of its kind, with the tensors given there. All indices are
-    those of ``model``, which stays as it is; ``share`` is that of cut_model, and the given tensors are never copied.
+    All indices are those of ``model``, which stays as it is; ``share`` is that of cut_model, and the given tensors are
+    never copied.
 
     Raises:
         UserError: a cut that cut_model refuses; a layer that is dropped as well; tensors that have no place in it.
@@ -90,15 +72,13 @@ def with_layers(
     dropped = set(drop)
     if gone := sorted(layers.keys() & dropped):
         raise UserError(f"layer {gone[0]}: is dropped and given new tensors at once; do one of them")
-    for layer in (*layers, *inserted):
+    for layer in layers:
         check_run(model, layer, 1)
         refuse_shared_parameters(model, layer)
-    student = cut_model(model, drop, insert=inserted.keys(), share=share)
-    keep = kept_layers(len(decoder_layers(model)), drop, inserted.keys())
+    student = cut_model(model, drop, share=share)
+    keep = kept_layers(len(decoder_layers(model)), drop)
     for layer, tensors in layers.items():
         put_tensors(decoder_layers(student)[keep.index(layer)], tensors, where=f"layer {layer}")
-    for layer, tensors in inserted.items():
-        put_tensors(decoder_layers(student)[keep.index(layer) + 1], tensors, where=f"new layer after {layer}")
     return student
 
 
@@ -157,42 +137,6 @@ def check_run(model: PreTrainedModel, start: int, length: int) -> range:
     return range(start, start + length)
 
 
-def mean_of_layers(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Every parameter and every stored buffer of a layer that is the mean of ``layers``, whatever attention they have.
-
-    Raises:
-        UserError: as refuse_different_shapes; tensors that are shared with other layers, or that differ and are not of
-            floating point.
-    """
-    refuse_different_shapes(model, layers)
-    tensors = [layer_tensors(model, layer) for layer in layers]
-    where = " and ".join(map(str, layers))
-    factors = (1 / len(layers),) * len(layers)
-    return {
-        name: combined([own[name] for own in tensors], factors, where=f"mean: {name} of layers {where}")
-        for name in tensors[0]
-    }
-
-
-def refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Refuse layers of which no tensors can be calculated together.
-
-    Raises:
-        UserError: naming the first tensor that one of them lacks or has in another shape.
-    """
-    first, *others = layers
-    expected = _shapes(model, first)
-    for layer in others:
-        own = _shapes(model, layer)
-        if differing := sorted(name for name in expected.keys() | own.keys() if expected.get(name) != own.get(name)):
-            name = differing[0]
-            shapes = f"{expected.get(name)} in one and {own.get(name)} in the other"
-            raise UserError(
-                f"layers {first} and {layer} hold different tensors: the shape of {name} is {shapes}, so that no "
-                "weights can be calculated from both; choose another init"
-            )
-
-
 def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Compare classes and plain attributes (attention kind, window, experts or not, ...) of layers, and their shapes.
 
@@ -247,11 +191,12 @@ def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
 
 def _kind(model: PreTrainedModel, layer: int) -> dict[str, object]:
     module = decoder_layers(model)[layer]
-    shapes = {f"shape of {name}": shape for name, shape in _shapes(model, layer).items()}
+    shapes = {f"shape of {name}": shape for name, shape in shapes_of(model, layer).items()}
     return {**layer_traits(module, layer), **shapes}
 
 
-def _shapes(model: PreTrainedModel, layer: int) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: PreTrainedModel, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's parameters and stored buffers."""
     return {name: tuple(tensor.shape) for name, tensor in decoder_layers(model)[layer].state_dict().items()}
 
 
@@ -259,30 +204,6 @@ def buffers(module: nn.Module, *, stored: bool) -> dict[str, Tensor]:
     """Those that a checkpoint holds, or those that are computed from the configuration."""
     names = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if (name in names) == stored}
-
-
-def _factors(length: int, method: Method, weights: Sequence[float] | None) -> tuple[float, ...]:
-    """What each layer of the run counts for; they add up to 1."""
-    if length < 2:
-        raise UserError(f"merge of {length} layers: takes at least two")
-    if method == "laco":
-        if weights is not None:
-            raise UserError("merge: weights have no effect on laco; leave them out, or choose method weighted")
-        return (2.0 - length, *[1.0] * (length - 1))
-    if method != "weighted":
-        raise UserError(f"merge: {method!r} is no method; there is laco and weighted")
-    if weights is None:
-        return (1 / length,) * length
-    if len(weights) != length:
-        raise UserError(f"merge: has {len(weights)} weights for {length} layers; give one per layer")
-    if not math.isclose(sum(weights), 1, abs_tol=1e-6):  # NaN and infinity are not close either
-        raise UserError(f"merge: weights add up to {sum(weights):g}; let them add up to 1")
-    return tuple(weights)
-
-
-def _size(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm of all matrices together."""
-    return math.hypot(*(tensor.float().norm().item() for tensor in tensors.values() if tensor.ndim > 1))
 
 
 def combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str) -> Tensor:

@@ -1,0 +1,100 @@
+"""Merge neighbouring layers into one, in the place of the first (LaCo, Yang et al. 2024, arXiv:2402.11187)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.artifacts.plan import PlannedChange
+from shoal.compress.edits.tensors import laco_factors, layer_tensors, merged_layer, tensors_in_place, with_layers
+from shoal.compress.surgery.cut_model import skipped
+from shoal.formatting import layers_text
+from shoal.launch.verbs.run import Run
+from shoal.recipe.section import Section
+
+from .edits.student import Edited, loaded_teacher, write_student
+
+log = logging.getLogger(__name__)
+
+LARGEST_GROWTH = 1.5
+"""Layers near each other give 1; those that have nothing in common 1.7 (three of them), 2.6 (four), 3.6 (five)."""
+Run_ = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)]
+
+
+def refuse_gaps(layers: tuple[int, ...]) -> None:
+    """Raises ValueError: they are not neighbours, increasing."""
+    if list(layers) != list(range(layers[0], layers[0] + len(layers))):
+        raise ValueError(f"layers: must be neighbours in increasing order, as [4, 5, 6] (got {list(layers)})")
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """Which layers become one, and how."""
+
+    layers: Run_
+    """Neighbouring layers, increasing, counted from 0."""
+    method: Literal["laco", "weighted"] = "laco"
+    """laco: the first plus the differences of all others to it; weighted: their weighted mean."""
+    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
+    """For `weighted`: one per layer, adding up to 1; None = equal."""
+
+    def __post_init__(self) -> None:
+        refuse_gaps(self.layers)
+        if self.weights is None:
+            return
+        if self.method == "laco":
+            raise ValueError("weights: have no effect on laco; leave them out, or set method: weighted")
+        if len(self.weights) != len(self.layers) or not math.isclose(sum(self.weights), 1, abs_tol=1e-6):
+            raise ValueError(f"weights: {list(self.weights)} for {len(self.layers)} layers; give one each, of sum 1")
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What each layer counts for."""
+        count = len(self.layers)
+        return laco_factors(count) if self.method == "laco" else self.weights or (1 / count,) * count
+
+
+def work(run: Run, settings: Settings) -> str:
+    """student/ and plan.json: the run's model with the layers merged."""
+    teacher, first = loaded_teacher(run), settings.layers[0]
+    merged = merged_layer(teacher, first, settings.factors)
+    grown = _size(merged) / _size(layer_tensors(teacher, first))
+    if grown > LARGEST_GROWTH:
+        log.warning(
+            "merge: the merged weights are %.1f times as large as those of layer %d, since the layers are far from "
+            "each other; that is often worse than dropping them: evaluate it, or use method=weighted",
+            *(grown, first),
+        )
+    words = f"layers {layers_text(settings.layers)} merged into one ({settings.method})"
+    edited = one_for_a_run(teacher, settings.layers, merged, "merge", words)
+    return write_student(run, "merge", settings, edited, teacher, {})
+
+
+def one_for_a_run(
+    teacher: PreTrainedModel, layers: tuple[int, ...], tensors: Mapping[str, Tensor], kind: str, words: str
+) -> Edited:
+    """The student in which a layer of ``tensors`` in the place of the first of ``layers`` stands for all of them."""
+    first, *others = layers
+
+    def in_force() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(tensors_in_place(teacher, {first: tensors}))
+        stack.enter_context(skipped(teacher, others))
+        return stack
+
+    student = with_layers(teacher, others, {first: tensors}, share=True)
+    change = PlannedChange(kind, words, (first,), runs=((first, layers[-1]),))
+    return Edited(student, change, in_force, drop=tuple(others))
+
+
+def _size(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm of all matrices together."""
+    return math.hypot(*(tensor.float().norm().item() for tensor in tensors.values() if tensor.ndim > 1))

@@ -1,0 +1,168 @@
+"""Parts that change layers: each writes a proven student and a plan that training reads as data.
+
+Covers: shoal.lab.edits.student, shoal.lab.grow, shoal.lab.merge, shoal.lab.skip, shoal.lab.swap.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model as tiny_architecture
+from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from shoal.artifacts.plan import PlannedChange, PruningPlan
+from shoal.errors import UserError
+from shoal.lab import grow, merge, skip, swap
+from shoal.lab.edits import student as writing
+from shoal.launch.verbs.prune import read_plan
+from shoal.launch.verbs.run import Run, open_run
+from shoal.models.anatomy import decoder_layers
+from shoal.models.checkpoint_files import KEPT_LAYERS, ZEROED_WEIGHTS
+from shoal.recipe.recipe import parse_recipe
+
+
+def run_of(folder: Path, out: Path, **recipe: Any) -> Run:
+    return open_run(parse_recipe({"model": str(folder), "run_dir": str(out), **recipe}))
+
+
+def made(part: Any, run: Run, **settings: Any) -> tuple[PruningPlan, Any]:
+    """The plan as the run reads it, and the student, loaded by transformers alone."""
+    told = part.work(run, part.Settings(**settings))
+    assert f"shoal distill {run.dir}" in told
+    return read_plan(run), AutoModelForCausalLM.from_pretrained(run.dir / "student", dtype="auto")
+
+
+def logits(model: Any) -> Tensor:
+    ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def checkpoint(kind: str, path: Path) -> Path:
+    if kind in ("llama", "llama_tied", "qwen2", "qwen3", "gemma3"):
+        return tiny_checkpoint(path, kind)
+    tiny_architecture(kind).save_pretrained(path / kind)
+    tiny_tokenizer().save_pretrained(path / kind)
+    return path / kind
+
+
+def test_a_merged_run_is_one_layer_that_stands_for_all(tmp_path: Path) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    plan, student = made(merge, run, layers=(1, 2, 3))
+    assert (plan.drop, plan.keep, plan.changed, plan.first_change) == ((2, 3), (0, 1, 4, 5), (1,), 1)
+    assert plan.changes[0].runs == ((1, 3),)
+    assert plan.in_words() == "dropping 2 of 6 layers: 2, 3; layers 1 to 3 merged into one (laco)"
+    teacher = AutoModelForCausalLM.from_pretrained(run.teacher)
+    own = [layer.get_parameter("mlp.up_proj.weight").double() for layer in decoder_layers(teacher)]
+    assert torch.equal(
+        decoder_layers(student)[1].get_parameter("mlp.up_proj.weight").double().float(),
+        (own[1] + (own[2] - own[1]) + (own[3] - own[1])).float(),
+    )
+
+
+def test_layers_of_a_donor_stand_in_their_places(tmp_path: Path) -> None:
+    donor = tiny_checkpoint(tmp_path / "donor", "llama", seed=1)
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    plan, student = made(swap, run, layers=(2, 4), donor=str(donor))
+    assert (plan.drop, plan.changed, plan.first_change) == ((), (2, 4), 2)
+    assert str(tmp_path) not in plan.in_words()
+    other = AutoModelForCausalLM.from_pretrained(donor)
+    name = "mlp.up_proj.weight"
+    for layer in range(NUM_LAYERS):
+        is_other = torch.equal(*(decoder_layers(m)[layer].get_parameter(name) for m in (student, other)))
+        assert is_other == (layer in (2, 4))
+    plan, _ = made(swap, run, layers=(4,), donor=str(donor), weight=0.5, parts=("embeddings", "head"))
+    assert plan.first_change == 0
+
+
+def test_silent_parts_are_zeros_that_training_keeps(tmp_path: Path) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    plan, student = made(skip, run, attention=(2,), mlp=(1,), heads={3: (0,)}, kv_groups={4: (1,)})
+    assert (plan.keep, plan.changed) == (tuple(range(NUM_LAYERS)), (1, 2, 3, 4))
+    zeroed = getattr(student.config, ZEROED_WEIGHTS)
+    assert zeroed == [
+        "model.layers.1.mlp.down_proj.weight",
+        *(f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (2, 3, 4)),
+    ]
+
+
+def test_new_layers_that_write_nothing_change_no_bit(tmp_path: Path) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "gemma3"), tmp_path / "run")
+    plan, student = made(grow, run, after=(1, 3))
+    assert (plan.keep, plan.new_layers, plan.changed, plan.first_change) == ((0, 1, 1, 2, 3, 3, 4, 5), (2, 5), (), 2)
+    assert torch.equal(logits(student), logits(AutoModelForCausalLM.from_pretrained(run.teacher)))
+    config = json.loads((run.dir / "student/config.json").read_text())
+    assert config[KEPT_LAYERS] == list(plan.keep)
+    assert ZEROED_WEIGHTS not in config  # a training may fill them
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("init", ["zero", "copy", "mean", "lesa"])
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen2", "gemma3", "gpt2", "qwen3_next", "gpt_oss", "deepseek_v3"])
+def test_grown_models_are_proven_in_all_families(kind: str, init: str, tmp_path: Path) -> None:
+    run = run_of(checkpoint(kind, tmp_path), tmp_path / "run")
+    made(grow, run, after=(3, 4) if init in ("zero", "copy") else (3,), init=init)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen2", "gemma3", "gpt2", "mixtral", "gpt_oss", "falcon"])
+def test_silent_and_merged_models_are_proven_in_all_families(kind: str, tmp_path: Path) -> None:
+    run = run_of(checkpoint(kind, tmp_path), tmp_path / "run")
+    made(skip, run, attention=(2,), mlp=(1, 5))
+    made(merge, run, layers=(3, 4), method="weighted") if kind not in ("qwen2", "gpt_oss") else None
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        (merge, {"layers": (1, 3)}, r"layers: must be neighbours in increasing order"),
+        (merge, {"layers": (1, 2), "weights": (1, 0)}, "weights: have no effect on laco"),
+        (merge, {"layers": (1, 2), "method": "weighted", "weights": (0.5, 0.4)}, r"give one each, of sum 1"),
+        (merge, {"layers": (5, 6)}, r"layers 5..6: this model's layers are 0..5"),
+        (skip, {}, "name what is silenced"),
+        (skip, {"order": "blockpruner"}, r"importance.json: no such file"),
+        (grow, {"after": (5,), "init": "mean"}, r"layer 5 is the last, and mean needs one on both sides"),
+        (grow, {"after": (6,)}, r"layers 6..6: this model's layers are 0..5"),
+    ],
+)
+def test_what_cannot_be_is_refused(part: Any, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    with pytest.raises((UserError, ValueError), match=message):
+        part.work(run, part.Settings(**settings))
+    assert not (run.dir / "student").exists()
+
+
+def test_a_training_of_another_student_is_not_written_over(tmp_path: Path) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    (run.dir / "checkpoints/checkpoint-3").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a training of another student"):
+        made(grow, run, after=(1,))
+
+
+def test_a_student_that_is_not_the_teacher_as_changed_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    monkeypatch.setattr(grow, "zero_half", lambda *_: [])
+    with pytest.raises(UserError, match=r"logits differ from those of the teacher with 1 new layer after 2 \(zero\)"):
+        made(grow, run, after=(2,))
+    assert not (run.dir / "student").exists()
+    assert not (run.dir / "plan.json").exists()
+
+
+def changed(layers: Sequence[int]) -> PlannedChange:
+    return PlannedChange("test", "words", tuple(layers))
+
+
+def test_zeros_of_the_teacher_stay_named_as_far_as_they_are_zeros() -> None:
+    student: Any = tiny_architecture("llama")
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
+    setattr(student.config, ZEROED_WEIGHTS, names)
+    student.get_parameter(names[0]).data.zero_()
+    writing._name_zeros(writing.Edited(student, changed(()), lambda: torch.no_grad()))
+    assert getattr(student.config, ZEROED_WEIGHTS) == names[:1]
