@@ -10,9 +10,8 @@ from typing import Any
 
 import architectures
 import pytest
-import torch
 from induction import COPYING, PREVIOUS, copy_prompt, induction_model
-from tiny import tiny_tokenizer, tokens_fed
+from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
@@ -59,31 +58,11 @@ def test_prompts_that_are_answered_wrong_do_not_count() -> None:
 
 
 @pytest.mark.prove
-def test_scores_take_one_forward_over_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = induction_model(), [copy_prompt(at) for at in (1, 3, 5, 8)]
-    fed = tokens_fed(monkeypatch)
-    score_heads(model, prompts, batch_size=2)
-    # eight tokens prove the head once; the last token of an answer is never read
-    assert fed == [8, 2 * (len(prompts[0].input_ids) - 1), 2 * (len(prompts[0].input_ids) - 1)]
-
-
-@pytest.mark.prove
 def test_heads_of_a_family_without_softmax_attention_are_refused() -> None:
     prompt = copy_prompt(3)
     for family in ("mamba", "rwkv", "bloom"):
         with pytest.raises(UserError, match=f"without softmax attention, or with one of its own: {family} hands no"):
             score_heads(architectures.tiny_model(family), [prompt], batch_size=1)
-
-
-@pytest.mark.prove
-def test_layers_without_softmax_attention_have_no_heads() -> None:
-    model = architectures.tiny_model("qwen3_next")
-    ids = copy_prompt(3).input_ids[:6]
-    with torch.no_grad():
-        written = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    prompt = type(copy_prompt(3))((*ids, written), (2,), 4)
-    kinds = [bool(row) for row in score_heads(model, [prompt], batch_size=1).scores]
-    assert kinds == [kind == "full_attention" for kind in model.config.layer_types]
 
 
 @pytest.mark.prove
@@ -110,13 +89,6 @@ def test_prompts_name_the_places_of_what_is_copied(task: Any) -> None:
     assert prompts == copy_prompts((task,), 1, TOKENIZER, seed=0)[task] != copy_prompts((task,), 1, TOKENIZER, seed=1)
 
 
-@pytest.mark.prove
-def test_a_tokenizer_that_does_not_tell_places_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(TOKENIZER), "is_fast", False)
-    with pytest.raises(UserError, match="does not tell where in a text its tokens stand"):
-        copy_prompts(("needle",), 1, TOKENIZER, seed=0)
-
-
 def measured(scores: list[list[float]]) -> Heads:
     rows = tuple(map(tuple, scores))
     return Heads(Provenance({}), len(rows), (TaskHeads("retrieval", 15, 9, rows),))
@@ -134,14 +106,6 @@ def test_the_fewest_layers_hold_a_share_of_the_score() -> None:
     assert heads.retrieval_heads == ((3, 0), (1, 0), (1, 1), (4, 0))
     assert measured([[0.05], [0.0]]).layers_holding(0.9) == ()
     assert heads.in_words().endswith("layers that hold 90% of it: prune.protect: [1, 3]")
-
-
-@pytest.mark.prove
-def test_tasks_count_the_same() -> None:
-    two = Heads(
-        Provenance({}), 1, (TaskHeads("retrieval", 15, 9, ((1.0, 0.0),)), TaskHeads("needle", 15, 1, ((0.0, 0.5),)))
-    )
-    assert two.scores == ((0.5, 0.25),)
 
 
 @pytest.mark.prove

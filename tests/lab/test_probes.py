@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
 from shoal.lab import probes
-from shoal.lab.diagnostics.runs import Prompt
 from shoal.lab.probes import DepthPoint, Probes, ProbeSet, depth_points, probe_depth
 from shoal.models.anatomy import decoder_layers
 
@@ -176,18 +173,6 @@ def test_same_seed_gives_the_same_probes(tmp_path: Path) -> None:
         assert 0.1 < high - low < 0.6  # 18 items
 
 
-@pytest.mark.prove
-def test_standardising_looks_at_the_training_part_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sklearn.preprocessing import StandardScaler
-
-    labels, seen = np.array([0, 1] * 20), list[Any]()
-    states = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-    split, fit = probes._stratified(labels, ProbeSet("x"), 0), StandardScaler.fit
-    monkeypatch.setattr(StandardScaler, "fit", lambda self, given: seen.append(given) or fit(self, given))
-    probes._score(states, labels, split, "x")
-    assert np.array_equal(seen[0], states[split.train].astype(np.float64))
-
-
 def test_points_follow_from_the_accuracies() -> None:
     points = depth_points((0.5, 0.5, 0.54, 0.6, 0.9, 0.95, 0.94))
     assert points["variation"] == pytest.approx((1, 1.08, 0.6 / 0.54, 1.5, 0.95 / 0.9, 0.94 / 0.95))
@@ -199,47 +184,6 @@ def test_points_follow_from_the_accuracies() -> None:
     assert flat["jump"] == DepthPoint(None, "no layer raises the accuracy by a factor of 1.1")
     assert flat["converging"] == DepthPoint(None, "every layer changes the accuracy by 3% or more")
     assert flat["enough"] == DepthPoint(0.0)
-
-
-@pytest.mark.prove
-def test_repeated_texts_count_once_and_draws_are_seeded(tmp_path: Path) -> None:
-    rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts(60))]
-    probe_set = write(tmp_path / "set.jsonl", [*rows, *rows[:7]])
-    items, repeated = probes._items(probe_set, 0)
-    assert (items, repeated) == ([(row["text"], str(row["label"])) for row in rows], 7)
-    fewer, again, others = (probes._items(replace(probe_set, max_items=50), seed)[0] for seed in (0, 0, 1))
-    assert fewer == again != others
-    assert len(fewer) == 50
-    assert set(fewer) <= set(items)
-
-
-@pytest.mark.prove
-def test_long_texts_keep_their_start_token_and_their_end() -> None:
-    tokenizer, probe_set = tiny_tokenizer(), ProbeSet("x", max_tokens=4)
-    prompt, shortened = probes._prompt(tokenizer, "abcdef", probe_set)
-    assert (bytes(prompt.input_ids), shortened) == (bytes(tokenizer("cdef")["input_ids"]), True)
-    assert probes._prompt(tokenizer, "abcd", probe_set) == (
-        Prompt(tuple(tokenizer("abcd")["input_ids"]), 0),
-        False,
-    )
-
-    class WithStart:
-        bos_token_id = 256
-
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": [256, *text.encode()]}
-
-    assert probes._prompt(WithStart(), "abcdef", probe_set)[0].input_ids == (256, *b"def")
-
-
-@pytest.mark.prove
-def test_csv_and_other_columns_are_read(tmp_path: Path) -> None:
-    lines = "".join(f'"{text}",{"yes" if number % 3 else "no"}\n' for number, text in enumerate(texts(45)))
-    (tmp_path / "set.csv").write_text("sentence,truth\n" + lines)
-    probe_set = ProbeSet(str(tmp_path / "set.csv"), text="sentence", label="truth")
-    items, _ = probes._items(probe_set, 0)
-    assert len(items) == 45
-    assert {label for _, label in items} == {"yes", "no"}
 
 
 @pytest.mark.prove
@@ -262,17 +206,3 @@ def test_sets_that_cannot_be_probed_are_refused(rows: list[dict[str, Any]], mess
     probe_set = write(tmp_path / "set.jsonl", rows)
     with pytest.raises(UserError, match=message):
         probe_depth(tiny_model("llama"), tiny_tokenizer(), probe_set, batch_size=2)
-
-
-@pytest.mark.prove
-def test_a_set_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file or folder"):
-        probe_depth(tiny_model("llama"), tiny_tokenizer(), ProbeSet(str(tmp_path / "no.jsonl")), batch_size=2)
-
-
-@pytest.mark.prove
-def test_states_that_overflow_are_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(math.inf)
-    with pytest.raises(UserError, match=r"probe '.*set.jsonl': the model's states overflow in torch.float32"):
-        probe_depth(model, tiny_tokenizer(), balanced(tmp_path / "set.jsonl"), batch_size=8)

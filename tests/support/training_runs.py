@@ -203,13 +203,6 @@ def share_nothing() -> None:
     spec.shares_prefix = lambda *_: 0
 
 
-def mix_sources() -> None:
-    """Let sources that ask the teacher share rows with the others, as in a recording."""
-    from shoal.train import dataset
-
-    dataset.sources_that_ask = lambda _: None
-
-
 def ask_of_all_rows() -> None:
     """Let the teacher read all rows, whatever loss terms learn from them."""
     from shoal.train.student.spec import TrainSpec

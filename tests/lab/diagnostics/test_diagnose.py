@@ -206,17 +206,6 @@ def test_lens_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert found.lens_overlap == pytest.approx((overlap / found.num_tokens).tolist(), abs=1e-9)
 
 
-@pytest.mark.prove
-def test_never_more_logits_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = 272 * 6  # what the proofs, over six tokens, need
-    monkeypatch.setitem(runs.MAX_LOGITS, "cpu", bound)
-    model = tiny_model("llama")
-    sizes: list[int] = []
-    model.get_submodule("lm_head").register_forward_hook(lambda _, __, out: sizes.append(out.numel()))
-    run(model, batch_size=8, effort=replace(EFFORT, gradient_prompts=1, steps=8, answer_tokens=3))
-    assert max(sizes) == bound
-
-
 def largest_effects(
     model: PreTrainedModel, prompts: Sequence[Prompt], seed: int
 ) -> tuple[Tensor, list[float], list[float]]:
@@ -270,16 +259,6 @@ def test_effects_on_later_layers_equal_whole_runs_with_hooks(kind: str) -> None:
     assert found.erasure_output == pytest.approx(erased, rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.prove
-def test_cuts_leave_a_token_behind_and_repeat_with_the_seed() -> None:
-    prompts = [Prompt(tuple(range(length)), 1) for length in (9, 10, 17, 18, 100)]
-    cuts = [(len(prompt.input_ids), cut) for prompt, cut in cut_positions(prompts, 4, seed=0)]
-    assert [cut for length, cut in cuts if length < 100] == [8, 8, 8, 16]
-    assert len([cut for length, cut in cuts if length == 100]) == 4
-    assert cut_positions(prompts, 4, seed=0) == cut_positions(prompts, 4, seed=0)
-    assert cut_positions(prompts, 4, seed=0) != cut_positions(prompts, 4, seed=1)
-
-
 def probability(model: PreTrainedModel, prompt: Prompt, module: torch.nn.Module, output: Tensor) -> Tensor:
     """Sum of the answer tokens' probabilities with another output of ``module``."""
     ids = torch.tensor(prompt.input_ids)
@@ -316,23 +295,6 @@ def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str)
         with torch.no_grad():
             ends = [float(probability(model, prompt, module, end)) for end in (output, baseline)]
         assert found.change[index] == pytest.approx(ends[0] - ends[1], rel=0, abs=ROUNDINGS * FLOAT32 * sum(ends))
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("site", ["layer", "attention", "mlp"])
-def test_gradients_add_up_to_the_change_as_steps_grow(site: str) -> None:
-    model = double("qwen3")
-    gaps = []
-    for steps in (16, 64, 256):
-        effort = replace(
-            EFFORT, num_prompts=1, num_positions=1, gradient_prompts=1, gradient_sites=(site,), steps=steps
-        )
-        (found,) = run(model, prompts=PROMPTS[:1], batch_size=64, effort=effort).attributions
-        gaps.append(
-            max(abs(sum(row) - change) / abs(change) for row, change in zip(found.gradients, found.change, strict=True))
-        )
-    assert gaps[0] > 2.5 * gaps[1] > 6 * gaps[2]  # the sum's error falls as 1 / steps
-    assert gaps[-1] < 0.05
 
 
 @pytest.mark.prove
@@ -388,22 +350,6 @@ def test_effective_depth_by_each_rule() -> None:
 
 
 @pytest.mark.prove
-def test_effective_depth_says_why_there_is_none() -> None:
-    flat: dict[str, tuple[float, ...]] = dict.fromkeys(("layer", "attention", "mlp"), (0.1, 0.2))
-    found = effective_depths(flat, (1.0, 0.9), (0.1, 0.2))
-    assert [depth.layer for depth in found.values()] == [None] * 3
-    assert [depth.ratio for depth in found.values()] == [None] * 3
-    assert [depth.reason for depth in found.values()] == [
-        "the mean cosine never turns from negative to positive",
-        "no divergence is below half the largest",
-        "no overlap exceeds 0.3",
-    ]
-    found = effective_depths({"layer": (-0.1, 0.1)}, (), ())
-    assert found["cosine"].reason == "needs the curves of attention and mlp"
-    assert found["kl"].reason == found["overlap"].reason == "needs the logit lens"
-
-
-@pytest.mark.prove
 def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
     found = run(tiny_model("llama"), effort=replace(EFFORT, gradient_prompts=1, steps=2))
     found.write(tmp_path / Diagnostics.FILE)
@@ -417,57 +363,6 @@ def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-def test_layers_that_are_one_half_have_only_layer_curves_and_the_reason() -> None:
-    model = architectures.tiny_model("mamba")
-    rows = PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)
-    found = run(model, rows, effort=replace(EFFORT, gradient_prompts=1, steps=2))
-    assert set(found.cosines) == set(found.sizes) == {"layer"}
-    assert "is one sublayer only (mixer)" in found.halves_refusal
-    assert "nothing about attention and MLP: layer 0 of mamba" in found.in_words()
-    assert found.effective_depth["cosine"].reason == "needs the curves of attention and mlp"
-    assert found.effective_depth["kl"].ratio is not None
-    assert {attribution.site for attribution in found.attributions} == {"layer"}
-    assert len(found.skip_output) == 6
-
-
-@pytest.mark.prove
-def test_a_changed_residual_stream_is_not_split_into_halves() -> None:
-    found = run(architectures.tiny_model("doge"), rows_of(PROMPTS_BELOW_80), effort=replace(EFFORT, num_prompts=0))
-    assert "scales the residual stream in every layer" in found.halves_refusal
-    assert set(found.cosines) == {"layer"}
-
-
-@pytest.mark.prove
-def test_heads_that_do_more_than_shoal_knows_give_no_lens_and_no_output_effect() -> None:
-    model = tiny_model("llama")
-    model.get_submodule("lm_head").register_forward_pre_hook(lambda _, args: (2 * args[0],))
-    whole = model.forward
-    model.forward = lambda *args, **kwargs: _doubled(whole(*args, **kwargs))
-    found = run(model)
-    assert (
-        found.lens_refusal == "llama: does more between its last layer and its logits than the final norm and the head"
-    )
-    assert found.lens_kl == found.lens_overlap == found.skip_output == found.erasure_output == ()
-    assert found.skip_effect[0][1] > 0
-    assert "nothing about the lens" in found.in_words()
-
-
-def _doubled(output: Any) -> Any:
-    output.logits = 2 * output.logits
-    return output
-
-
-@pytest.mark.prove
-def test_layers_that_share_more_than_a_state_have_curves_without_effects() -> None:
-    model = architectures.tiny_model("glm_moe_dsa")
-    found = run(model, rows_of(PROMPTS_BELOW_80), prompts=PROMPTS_BELOW_80)
-    assert "cannot be run one by one" in found.effects_refusal
-    assert found.skip_effect == found.skip_output == found.attributions == ()
-    assert len(found.lens_kl) == len(found.cosines["layer"]) == 6
-    assert "nothing about effects on later layers" in found.in_words()
-
-
-@pytest.mark.prove
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -478,26 +373,3 @@ def test_layers_that_share_more_than_a_state_have_curves_without_effects() -> No
 def test_depth_that_is_not_one_path_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(architectures.tiny_model(name), rows_of(PROMPTS_BELOW_80))
-
-
-@pytest.mark.prove
-def test_no_token_is_refused() -> None:
-    empty = torch.zeros(0, 4, dtype=torch.long)
-    with pytest.raises(UserError, match=r"there is no token to look at; name a data source that holds text"):
-        run(tiny_model("llama"), PackedRows(empty, empty))
-
-
-@pytest.mark.prove
-def test_documents_that_are_too_short_for_a_cut_are_refused() -> None:
-    with pytest.raises(UserError, match=r"no document has 10 tokens, so nothing can be skipped before a later token"):
-        run(tiny_model("llama"), packed([[9, 9, 9], [8, 8, 8, 3]]))
-    found = run(tiny_model("llama"), packed([[9, 9, 9]]), effort=replace(EFFORT, num_prompts=0))
-    assert (found.effects_refusal, found.num_cuts) == ("not asked for", 0)
-
-
-@pytest.mark.prove
-def test_states_that_overflow_are_refused() -> None:
-    model = tiny_model("llama")
-    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(torch.inf)
-    with pytest.raises(UserError, match=r"the model's states overflow in torch.float32; set dtype: bfloat16"):
-        run(model)
