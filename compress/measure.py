@@ -17,7 +17,6 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
 from shoal.recipe.measure import refuse_unknown_metrics
 
-from .metrics.hidden_metrics import refuse_other_states
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
 from .metrics.registry import METRICS, PASSES
 
@@ -59,16 +58,14 @@ def measure_importance(
     attention_mask_NS: Tensor | None = None,
     num_drop: int | None = None,
     seed: int = 0,
-    scale_removals: bool = False,
     passes: Mapping[Need, Pass] | None = None,
 ) -> Scores:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
     the same scores. Padding (0 in ``attention_mask_NS``) counts nowhere and no real token sees it. ``num_drop`` is how
-    many removals greedy metrics make; None = as many as there can be. With ``scale_removals`` a layer that an order of
-    whole layers has removed still scales the state. ``seed`` is of what is drawn at random. ``passes`` takes the place
-    of PASSES where a model has to be measured in another way.
+    many removals greedy metrics make; None = as many as there can be. ``seed`` is of what is drawn at
+    random. ``passes`` takes the place of PASSES where a model has to be measured in another way.
 
     Raises:
         UserError: an unknown metric, a model with layers that text passes by, no rows, numbers that are not finite, and
@@ -76,14 +73,12 @@ def measure_importance(
     """
     refuse_text_alone(model.config)
     by_need = _by_need(metrics)
-    calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed, scale_removals)
+    calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed)
     num_tokens = int(calibration.mask_NS.sum())
     if num_tokens == 0:
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
     for name in metrics:
         METRICS[name].refuse(model, name)
-    if scale_removals:
-        refuse_other_states(model, "they have no factor of a removal: set measure.scale_removals: false")
     if passes is None:  # else the model has no weights
         warn_of_mixed_documents(model, rows, WHILE_MEASURED)
     results: dict[str, Any] = {}

@@ -200,7 +200,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
         raise UserError(
             f"shoal lab depth_use: {run.dir} holds no cut model yet; run `shoal prune`, or name one as beside"
         )
-    layers_alone = replace(sweep, operators=("layer",), greedy=None, greedy_weights={})
+    layers_alone = replace(sweep, operators=("layer",), greedy=None)
     runs = {"teacher": (run, every)}
     for role, folder in found.items():
         recipe = replace(

@@ -39,7 +39,6 @@ from .masks import (
     layer_skipped,
     positions_skipped,
     refuse_states_without_positions,
-    state_multiplied,
     with_halves,
     with_heads,
 )
@@ -153,8 +152,6 @@ def hooks_of(model: PreTrainedModel, layer: int, edit: LayerEdit, rows: RowsOfBa
     """What puts ``edit`` of ``layer`` in force, in all rows of a batch where ``rows`` is None; nothing for a donor."""
     if (hooks := KINDS[edit.part].hooks) is not None:
         yield from hooks(model, layer, rows, *([edit.indices] if edit.part == "head" else []))
-    if edit.factor != 1:
-        yield state_multiplied(model, layer, edit.factor, rows)
 
 
 @contextmanager
@@ -173,8 +170,5 @@ def in_force(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> 
 
 def stored_name(edits: LayerEdits) -> str:
     """How stored answers of sweeps name ``edits``. They are found again by this text, so it stays as it always was."""
-    named = [
-        f"({layer}, {KINDS[edit.part].stored.format(edit.indices)}{'' if edit.factor == 1 else f' * {edit.factor!r}'})"
-        for layer, edit in edits
-    ]
+    named = [f"({layer}, {KINDS[edit.part].stored.format(edit.indices)})" for layer, edit in edits]
     return f"({', '.join(named)}{',' if len(named) == 1 else ''})"

@@ -125,19 +125,6 @@ def refuse_states_without_positions(model: PreTrainedModel) -> None:
         )
 
 
-def state_multiplied(
-    model: PreTrainedModel, layer: int, factor: float, rows: RowsOfBatch | None
-) -> AbstractContextManager[object]:
-    """The state that ``layer`` returns, or is made to return, times ``factor``, in some rows of the batch or in all."""
-
-    def multiply(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if rows is None:
-            return with_state(output, state_of(output) * factor)
-        return _with_rows(output, rows, state_of(output)[rows.rows_R] * factor)
-
-    return decoder_layers(model)[layer].register_forward_hook(multiply)
-
-
 def half_silenced(half: Half, model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
     """One half of ``layer`` (or what mixes tokens in the attention's place) adds nothing to the residual stream.
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Removal
-from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
+from shoal.components import REMOVED, Component, ComponentPart
 from shoal.errors import UserError
 
 from ..edits.layer_edits import KINDS, layer_edits
@@ -34,14 +34,12 @@ def greedy_order(
     *,
     num_removals: int | None = None,
     higher_is_better: bool = False,
-    factors: Mapping[int, float] | None = None,
     name: str = "greedy",
 ) -> Order:
     """``num_removals`` of ``components`` in the order in which they go, each with the objective once it is gone.
 
     A round scores the model without those gone so far and without each remaining one, and takes the best for good; of
     equal ones the first in ``components``. None removes all but one. Components that are to stay are not listed.
-    ``factors``: layer -> times which it hands on its input once it is gone, in force at every candidate.
 
     Raises:
         UserError: fewer components than removals, one listed twice, or no removal asked for.
@@ -58,7 +56,7 @@ def greedy_order(
     order: list[Removal] = []
     for number in range(count):
         gone = [removal.unit for removal in order]
-        scores = objective([without_components([*gone, component], factors) for component in remaining])
+        scores = objective([without_components([*gone, component]) for component in remaining])
         best = (max if higher_is_better else min)(scores)
         position = list(scores).index(best)
         order.append(Removal(remaining.pop(position), best))
@@ -78,7 +76,7 @@ def half_components(num_layers: int, *, protected: Collection[int] = ()) -> tupl
     return tuple(Component(layer.layers, part) for layer in layers for part in HALVES)
 
 
-def without_components(components: Sequence[Component], factors: Mapping[int, float] | None = None) -> Variant:
+def without_components(components: Sequence[Component]) -> Variant:
     """The variant without ``components``. A layer both of whose halves are gone is gone, as a plan made of them has it.
 
     Raises:
@@ -99,50 +97,27 @@ def without_components(components: Sequence[Component], factors: Mapping[int, fl
         for layer, edit in edits
         if layer not in gone and not (edit.part == "head" and "attention" in parts[layer])
     ]
-    return variant(_names(components), [*((layer, _removed(layer, factors)) for layer in gone), *rest])
+    return variant(_names(components), [*((layer, REMOVED) for layer in gone), *rest])
 
 
-def _removed(layer: int, factors: Mapping[int, float] | None) -> LayerEdit:
-    return LayerEdit("layer", factor=factors[layer]) if factors else REMOVED
+def task_objective(evaluate: Callable[[Sequence[Variant]], Sequence[Sequence[TaskScore]]]) -> Objective:
+    """The mean over tasks of a variant's scores, higher = better: what a task-aware order keeps up.
 
-
-def task_objective(
-    evaluate: Callable[[Sequence[Variant]], Sequence[Sequence[TaskScore]]],
-    *,
-    weights: Mapping[str, float] | None = None,
-) -> Objective:
-    """The weighted mean over tasks of a variant's scores, higher = better: what a task-aware order keeps up.
-
-    ``evaluate`` gives every variant's scores; ``weights`` are by task and None = all count the same. A score of which
-    less is better (nats) counts with a minus. Greedy removal by a task's own score is that of arXiv 2510.22767, where
-    the score may rise; the weighted mean over tasks and protocols is INFERRED.
+    ``evaluate`` gives every variant's scores. Of nats, of which less is better, the mean counts with a minus. Greedy
+    removal by a task's own score is that of arXiv 2510.22767, where the score may rise; the mean is INFERRED.
 
     Raises:
-        UserError: when called: weights of tasks that were not scored, or nats beside shares without weights, which have
-            no unit in common.
+        UserError: when called: nats beside shares, which have no unit in common.
     """
 
-    def objective(variants: Sequence[Variant]) -> list[float]:
-        return [_weighted(scores, weights) for scores in evaluate(variants)]
+    def mean(scores: Sequence[TaskScore]) -> float:
+        if len({score.higher_is_better for score in scores}) != 1:
+            names = ", ".join(score.task for score in scores) or "no task"
+            raise UserError(f"greedy: the scores of {names} have no unit in common; name tasks of one kind")
+        value = sum(score.score for score in scores) / len(scores)
+        return value if scores[0].higher_is_better else -value
 
-    return objective
-
-
-def _weighted(scores: Sequence[TaskScore], weights: Mapping[str, float] | None) -> float:
-    names = [score.task for score in scores]
-    if weights is None:
-        if len({score.higher_is_better for score in scores}) > 1:
-            raise UserError(
-                f"greedy: {', '.join(names)} are shares and nats, which have no unit in common; give each task a weight"
-            )
-        weights = dict.fromkeys(names, 1.0)
-    if missing := sorted(weights.keys() - set(names)):
-        raise UserError(f"greedy: weights name {missing[0]!r}, which was not scored; there is {', '.join(names)}")
-    total = sum(weights.values())
-    if not names or total <= 0 or min(weights.values()) < 0:
-        raise UserError(f"greedy: weights {dict(weights)} give no mean; give at least one task a weight above 0")
-    signed = {score.task: score.score if score.higher_is_better else -score.score for score in scores}
-    return sum(weight * signed[task] for task, weight in weights.items()) / total
+    return lambda variants: [mean(scores) for scores in evaluate(variants)]
 
 
 def _names(components: Sequence[Component]) -> str:

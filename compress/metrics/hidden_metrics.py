@@ -204,19 +204,19 @@ class AvssUpdate(AvssOutput):
     spread: ClassVar[Reading] = "update_spread"
 
 
-def refuse_other_states(model: PreTrainedModel, remedy: str = METRICS_OF_OTHERS) -> None:
+def refuse_other_states(model: PreTrainedModel) -> None:
     """Refuse a model whose layers hand on other states than (B, S, D), by a run over a few tokens; one without weights,
     which is streamed, tells that layer by layer.
 
     Raises:
-        UserError: with what that rules out, and the ``remedy``.
+        UserError: with what that rules out.
     """
     if model.device.type == "meta":
         return
     ids_1S = probe_ids(model)
 
     def after(layer: int, _: Any, __: Any, output: Any) -> None:
-        refuse_other_shape(layer, state_of(output), ids_1S.shape, remedy)
+        refuse_other_shape(layer, state_of(output), ids_1S.shape)
 
     with probing(model), watched(decoder_layers(model), after=after):
         decoder_body(model)(input_ids=ids_1S, use_cache=False)

@@ -10,7 +10,6 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import ClassVar
 
 from transformers import PreTrainedModel
@@ -71,49 +70,19 @@ class SingleDropPerplexity(LossMetric):
         return tuple(map(math.exp, drop_losses))
 
 
-class GreedyLayers(LossMetric):
-    """Layer after layer, the one without which an objective is least, given what is gone."""
+class Sleb(LossMetric):
+    """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
 
     yields: ClassVar[Yields] = "order"
-    name: ClassVar[str]
-
-    @classmethod
-    @abstractmethod
-    def objective(cls, losses: VariantLosses, variants: Sequence[Variant]) -> list[float]:
-        """What shall be low, of every variant."""
 
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
         return greedy_order(
             layer_components(len(decoder_layers(model)), protected=PROTECTED),
-            partial(cls.objective, losses),
+            lambda variants: losses(variants, what="sleb"),
             num_removals=calibration.num_drop,
-            factors=losses.factors,
-            name=cls.name,
+            name="sleb",
         )
-
-
-class Sleb(GreedyLayers):
-    """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
-
-    name = "sleb"
-
-    @classmethod
-    def objective(cls, losses: VariantLosses, variants: Sequence[Variant]) -> list[float]:
-        return losses(variants, what=cls.name)
-
-
-class GreedyDivergence(GreedyLayers):
-    """Layer after layer: min over l of KL(intact || without gone + {l}) per token, given what is gone.
-
-    INFERRED from SLEB (arXiv 2402.09025), which takes the loss.
-    """
-
-    name = "greedy_kl"
-
-    @classmethod
-    def objective(cls, losses: VariantLosses, variants: Sequence[Variant]) -> list[float]:
-        return losses.divergences(variants, what=cls.name)
 
 
 class BlockPruner(LossMetric):
@@ -202,7 +171,6 @@ class LocalShapley(LossMetric):
 LOSS_METRICS: dict[str, type[LossMetric]] = {
     "single_drop_perplexity": SingleDropPerplexity,
     "sleb": Sleb,
-    "greedy_kl": GreedyDivergence,
     "blockpruner": BlockPruner,
     "present_absent": PresentAbsent,
     "local_shapley": LocalShapley,

@@ -76,8 +76,6 @@ class Calibration:
     """Removals that greedy metrics make; None = as many as there can be."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
-    scale_removals: bool = False
-    """Whether in orders of whole layers one that is gone still scales the state by as much as it did on average."""
 
     @cached_property
     def mask_NS(self) -> Tensor:

@@ -9,9 +9,8 @@ B documents of a batch, S tokens of the longest but for its last one, D hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,12 +21,11 @@ from shoal.components import LayerEdits
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, watched
-from shoal.models.document_masks import documents_apart, padding_apart
+from shoal.models.anatomy import decoder_layers
 from shoal.progress import progress
 
 from ..variants.layerwise import Prepared
-from ..variants.variants import INTACT, STATE_BYTES, Edited, Variant, layerwise_or_none
+from ..variants.variants import STATE_BYTES, Edited, Variant, layerwise_or_none
 from .metric import Calibration, add_up_ranks, refuse_fault
 
 MIDDLE_BYTES = 1 << 30
@@ -44,8 +42,7 @@ class Document:
 
 
 class VariantLosses:
-    """Mean negative log-likelihood per token in nats, over the documents of all ranks, of any variant of ``model``, and
-    its divergence from the intact model.
+    """Mean negative log-likelihood per token in nats, over the documents of all ranks, of any variant of ``model``.
 
     All ranks call it with the same variants and get the same numbers. What was measured once is remembered.
 
@@ -59,7 +56,6 @@ class VariantLosses:
         self._layerwise = layerwise_or_none(model)
         self._calibration = calibration
         self._known: dict[LayerEdits, float] = {}
-        self._known_divergences: dict[LayerEdits, float] = {}
         documents = own_documents(calibration)
         self._batches = _batches(documents, calibration.batch_size * calibration.rows.input_ids_NS.shape[1])
         num_layers = len(decoder_layers(model))
@@ -67,8 +63,6 @@ class VariantLosses:
         self._middle: list[dict[LayerEdits, Tensor]] = [{} for _ in self._batches]
         """By batch, then by the edits below: what the upper half of the layers was last given."""
         self._middle_bytes = 0
-        self._intact: dict[int, Tensor] = {}
-        """By batch: the intact model's final states that predict a token; there once a divergence was asked for."""
         count = torch.tensor(sum(len(document.tokens) - 1 for document in documents))
         self.num_tokens = int(add_up_ranks([count], model.device)[0])
         """Predicted tokens over all ranks."""
@@ -80,44 +74,19 @@ class VariantLosses:
 
     def __call__(self, variants: Sequence[Variant], *, what: str = "losses") -> list[float]:
         """The loss under each of ``variants``; ``what`` is measured is shown beside the progress."""
-        return self._remembered(self._known, variants, what, self._token_losses)
-
-    def divergences(self, variants: Sequence[Variant], *, what: str) -> list[float]:
-        """KL(intact || variant) of the next-token distributions, mean over the same tokens, in nats."""
-        for index in range(0 if self._intact else len(self._batches)):
-            ((_, intact_BSD),) = self._final_states(index, [INTACT])
-            self._intact[index] = self._predicted(intact_BSD, index)[0]
-        return self._remembered(self._known_divergences, variants, what, self._token_divergences)
-
-    @cached_property
-    def factors(self) -> Mapping[int, float] | None:
-        """Layer -> times which it hands on its input where an order has removed it; None where it just does."""
-        if not self._calibration.scale_removals:
-            return None
-        return removal_factors(self._edited.model, self._calibration)
-
-    def _remembered(
-        self,
-        known: dict[LayerEdits, float],
-        variants: Sequence[Variant],
-        what: str,
-        of_tokens: Callable[[Tensor, int], Tensor],
-    ) -> list[float]:
-        fresh = {variant.edits: variant for variant in variants if variant.edits not in known}
+        fresh = {variant.edits: variant for variant in variants if variant.edits not in self._known}
         if fresh:
-            known |= zip(fresh, self._measure(list(fresh.values()), what, of_tokens), strict=True)
-        return [known[variant.edits] for variant in variants]
+            self._known |= zip(fresh, self._measure(list(fresh.values()), what), strict=True)
+        return [self._known[variant.edits] for variant in variants]
 
-    def _measure(
-        self, variants: Sequence[Variant], what: str, of_tokens: Callable[[Tensor, int], Tensor]
-    ) -> list[float]:
+    def _measure(self, variants: Sequence[Variant], what: str) -> list[float]:
         sums = torch.zeros(len(variants), dtype=torch.float64)  # of many small numbers, by document and rank
         fault: tuple[int, str] | None = None
         total = len(self._batches) * len(variants)
         with progress(f"measure: {what}", total=total, unit="batches") as step:
             for index, batch in enumerate(self._batches):
                 for number, hidden_BSD in self._final_states(index, variants):
-                    loss_N = of_tokens(hidden_BSD, index)
+                    loss_N = self._token_losses(hidden_BSD, index)
                     sums[number] += float(loss_N.sum())
                     if fault is None and not bool(loss_N.isfinite().all()):
                         first = int(loss_N.isfinite().logical_not().nonzero()[0])
@@ -203,46 +172,6 @@ class VariantLosses:
             for hidden, target in zip(hidden_ND.split(size), target_N.split(size), strict=True)
         ]
         return torch.cat(losses).double()
-
-    def _token_divergences(self, hidden_BSD: Tensor, index: int) -> Tensor:
-        """(N,) KL(intact || variant) in nats, float64; as _token_losses."""
-        hidden_ND, size = self._predicted(hidden_BSD, index)[0], self._decoder.positions_at_once()
-        divergences: list[Tensor] = []
-        for ours_ND, theirs_ND in zip(hidden_ND.split(size), self._intact[index].split(size), strict=True):
-            log_q_NV, log_p_NV = (self._decoder.logits(some).log_softmax(-1) for some in (ours_ND, theirs_ND))
-            divergences.append(functional.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1))
-        return torch.cat(divergences).double()
-
-
-def removal_factors(model: PreTrainedModel, calibration: Calibration) -> Mapping[int, float]:
-    """Layer -> E|h'| / E|h| over the states behind and before it; all ranks call it.
-
-    The factors of neighbouring layers multiply to that of their run (Prune&Comp, arXiv 2507.18212). A document's first
-    token, which holds attention sinks of a hundred times the norm, is left out.
-    """
-    decoder, layers = Decoder(model), decoder_layers(model)
-    sums = torch.zeros(2, len(layers), dtype=torch.float64)
-
-    def add(which: int, layer: int, state_BSD: Tensor, counted_BS: Tensor) -> None:
-        sums[which, layer] += float(state_BSD[counted_BS].abs().sum(dtype=torch.float64))
-
-    for rows_B in calibration.batches():
-        positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], calibration.mask_NS[rows_B].bool())
-        ids_BS, positions_BS = (
-            plane_BS.long().to(model.device) for plane_BS in (calibration.rows.input_ids_NS[rows_B], positions_BS)
-        )
-        counted_BS = calibration.follows_NS[rows_B].to(model.device)
-        with (
-            documents_apart(decoder_body(model), positions_BS),
-            watched(
-                layers,
-                before=lambda layer, args, kwargs, at=counted_BS: add(0, layer, given_state(args, kwargs), at),
-                after=lambda layer, _, __, output, at=counted_BS: add(1, layer, state_of(output), at),
-            ),
-        ):
-            decoder.hidden(ids_BS, position_ids_BS=positions_BS)
-    before_L, after_L = add_up_ranks([sums], model.device)[0]
-    return dict(enumerate((after_L / before_L).tolist()))
 
 
 def own_documents(calibration: Calibration) -> list[Document]:

@@ -109,8 +109,8 @@ class Edited:
         self, layerwise: Layerwise, layer: int, edits: Sequence[LayerEdit], hidden_BSD: Tensor, call: Call
     ) -> Tensor:
         """(B, S, D) The state after ``layer`` under ``edits`` of it; ``hidden_BSD`` itself where it is just removed."""
-        if removal := next((edit for edit in edits if edit.removes_layer), None):
-            return hidden_BSD if removal.factor == 1 else hidden_BSD * removal.factor
+        if any(edit.removes_layer for edit in edits):
+            return hidden_BSD
         if any(edit.part == "donor" for edit in edits):
             assert self.donor is not None
             assert len(edits) == 1, "a donor's layer is taken as it is"

@@ -34,7 +34,7 @@ from shoal.recipe.section import Shapes, shaping
 
 from .identity import measured_with
 
-MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "scale_removals", "sweep")
+MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "sweep")
 """Keys of the recipe's section `measure` that mean the same here."""
 
 
@@ -53,7 +53,7 @@ def measure_importance(
         settings: Keys of the recipe's section `measure`, with its defaults: metrics (names of docs/measuring.md, such
             as `block_influence`, a share of 0 to 2, or `angular`, 0 to 1), num_tokens (rounded up to whole rows),
             sequence_length (tokens of one row), batch_size (rows per forward), num_drop (removals of greedy metrics;
-            None = a quarter of the layers), scale_removals, and sweep (a mapping: tasks, limit, ...), which scores the
+            None = a quarter of the layers), and sweep (a mapping: tasks, limit, ...), which scores the
             model without each of its layers on tasks.
 
     Returns:
@@ -96,12 +96,9 @@ def measure_importance(
             batch_size=section.batch_size,
             num_drop=section.num_drop or max(1, len(decoder_layers(model)) // 4),
             seed=seed,
-            scale_removals=section.scale_removals,
         )
         inputs = measured_with(model, section, Shapes.IMPORTANCE, "measure.", seed=seed, rows=rows.fingerprint)
         del inputs["measure.data"]  # `rows` says what it was
-        if section.scale_removals:
-            inputs["measure.scale_removals"] = True
         importance = Importance(Provenance(inputs), **vars(scores))
         return importance if section.sweep is None else _swept(importance, model, tokenizer, section.sweep, seed=seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -39,8 +39,6 @@ def measure_inputs(run: Run) -> dict[str, Any]:
 
     inputs = _inputs(run, Shapes.IMPORTANCE, data=sources_fingerprint(run.recipe.measure.data))
     settings = run.recipe.measure.sweep
-    if run.recipe.measure.scale_removals:  # not named where it is off: there was a time without it
-        inputs["measure.scale_removals"] = True
     if settings is None:
         return inputs
     inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")
@@ -122,7 +120,6 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
                 rows,
                 num_drop=settings.removals(run.num_layers),
                 seed=run.recipe.seed,
-                scale_removals=settings.scale_removals,
                 **common,
             )
         return Importance(Provenance(inputs), **vars(scores))
@@ -174,14 +171,12 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     if importance.atlas is not None and tables.keys() >= set(OF_LAYERS):
         importance = replace(importance, atlas=replace(importance.atlas, read_write=read_write_of(tables)))
     if settings.greedy is not None:
-        order = _task_order(run, sweep, settings, _removal_factors(run, model, rows), identity)
+        order = _task_order(run, sweep, settings, identity)
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
 
 
-def _task_order(
-    run: Run, sweep: Callable[..., Any], settings: Sweeps, factors: Mapping[int, float] | None, identity: str
-) -> tuple[Removal, ...]:
+def _task_order(run: Run, sweep: Callable[..., Any], settings: Sweeps, identity: str) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
     from shoal.compress.metrics.greedy import TASK_ORDER, greedy_order, layer_components, task_objective
 
@@ -193,22 +188,11 @@ def _task_order(
 
     return greedy_order(
         layer_components(run.num_layers, protected=(0, -1)),
-        task_objective(evaluate, weights=settings.greedy_weights or None),
+        task_objective(evaluate),
         num_removals=settings.greedy,
         higher_is_better=True,
-        factors=factors,
         name=TASK_ORDER,
     )
-
-
-def _removal_factors(run: Run, model: Any, rows: PackedRows) -> Mapping[int, float] | None:
-    """Layer -> times which it hands on its input where it is removed; None where it just does."""
-    from shoal.compress.metrics.metric import Calibration
-    from shoal.compress.metrics.variant_losses import removal_factors
-
-    if not run.recipe.measure.scale_removals:
-        return None
-    return removal_factors(model, Calibration(rows, run.recipe.measure.batch_size))
 
 
 def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:

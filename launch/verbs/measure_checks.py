@@ -72,9 +72,6 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
     refuse_few_items(settings, counts, tokenizer, num_removals=num_removals)
-    scored = [*tasks, *(["perplexity"] if settings.perplexity_tokens else [])]
-    if unknown := sorted(settings.greedy_weights.keys() - set(scored)):
-        raise UserError(f"measure.sweep.greedy_weights: {unknown[0]!r} is not scored; there is {', '.join(scored)}")
     if settings.greedy is not None:
         _check_mean(settings, tasks)
     if is_streamed(run):
@@ -91,20 +88,15 @@ def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
     """Refuse a greedy order by scores that have no mean, before the first round of it is scored."""
     from shoal.eval.harness.samples import metric_of, rises
 
-    weights = settings.greedy_weights
-    if weights and not any(weights.values()):
-        raise UserError(
-            f"measure.sweep.greedy_weights: {weights} give no mean; give one task a weight above 0 at least"
-        )
     metrics = {name: metric_of(task, list(task.higher_is_better())) for name, task in tasks.items()}
     higher = {name: rises(tasks[name], metric) for name, metric in metrics.items()}
     if settings.perplexity_tokens:
         higher["perplexity"] = False
     shares, in_nats = ([name for name, rising in higher.items() if rising is kind] for kind in (True, False))
-    if in_nats and shares and not weights:
+    if in_nats and shares:
         raise UserError(
             f"measure.sweep.greedy: {in_nats[0]} is in nats and {shares[0]} a share, which have no unit in common; "
-            "give each task a weight in measure.sweep.greedy_weights"
+            "leave one kind out"
         )
 
 

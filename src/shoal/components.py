@@ -43,8 +43,6 @@ class LayerEdit:
     part: ComponentPart
     indices: tuple[int, ...] = ()
     """Query heads, increasing; none where the part is not one of several."""
-    factor: float = 1.0
-    """Times which a layer that is taken out hands on its input, as prune.compensate: scale would."""
 
     @property
     def removes_layer(self) -> bool:

@@ -76,7 +76,6 @@ RECIPES: dict[str, dict[str, Any]] = {
                 "order": [3, 2],
                 "max_removed": 2,
                 "greedy": 2,
-                "greedy_weights": {"knowledge_continuation": 0.5},
                 "donor": "teacher",
             },
         },

@@ -26,6 +26,8 @@ GONE: dict[str, str] = {
     "measure.heads": "`shoal lab heads RUN`, and `shoal lab patching RUN` for its twins",
     "measure.images": "`shoal lab vision RUN path=FILE`",
     "measure.probes": "`shoal lab probes RUN sets='[{path: FILE}]'`",
+    "measure.scale_removals": "what makes up for layers is fitted once they are gone, prune.compensate; leave it out",
+    "measure.sweep.greedy_weights": "all tasks of the order count the same; leave it out",
     "measure.sweep.spare_heads": "sweeps of heads are `shoal lab sweeps RUN`",
     "measure.vision_states": "`shoal lab vision RUN path=FILE`",
     "prune.compensate.memory_gb": "what makes up for layers is fitted with the model in memory; leave it out",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,7 +19,7 @@ Operator = Literal[ComponentPart, "cumulative"]
 METRICS = (
     *("block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity"),
     *("magnitude", "taylor", "taylor_plus", "laco_acceptance"),
-    *("single_drop_perplexity", "sleb", "greedy_kl", "blockpruner", "present_absent", "local_shapley"),
+    *("single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley"),
 )
 """Names of shoal.compress.metrics.registry, which takes seconds to load."""
 
@@ -63,10 +63,6 @@ class Sweeps(Tasks):
     greedy: Annotated[Positive | None, Shapes.SCORES] = None
     """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
     beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
-    greedy_weights: Annotated[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], Shapes.SCORES] = field(
-        default_factory=dict
-    )
-    """Weights of tasks in that mean; none = all tasks count the same."""
     donor: Annotated[Text | None, Shapes.SCORES] = None
     """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
     donor_revision: Annotated[str | None, Shapes.SCORES] = None
@@ -89,9 +85,6 @@ class Measure(Section):
     """Metrics and orders of removals, by name; `shoal list metrics` has all."""
     num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
     """Removals that greedy metrics make; None = a quarter of the layers."""
-    scale_removals: Annotated[bool, Shapes.BY_CONTENT] = False
-    """In orders of whole layers (sleb, greedy_kl, task_greedy) one that is gone still scales the state, by as much as
-    it did on average: layers are chosen for a plan with prune.compensate (Prune&Comp, arXiv:2507.18212)."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
     memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
@@ -106,14 +99,6 @@ class Measure(Section):
 def contradictions(measure: Measure) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     sweep = measure.sweep
-    ordered = {"sleb", "greedy_kl"} & set(measure.metrics) or (sweep is not None and sweep.greedy is not None)
-    if measure.scale_removals and not ordered:
-        yield (
-            "measure.scale_removals: has no effect without an order of whole layers; name sleb or greedy_kl in "
-            "measure.metrics, set measure.sweep.greedy, or leave it out"
-        )
-    if measure.scale_removals and measure.memory_gb is not None:
-        yield "measure.scale_removals: needs the whole model in memory; leave measure.memory_gb out"
     if sweep is None:
         return
     limits = {"limit": sweep.limit, **{f"limits.{task}": limit for task, limit in sweep.limits.items()}}
@@ -129,8 +114,6 @@ def contradictions(measure: Measure) -> Iterator[str]:
         yield "measure.sweep.donor: needs the operator donor, and the operator the donor; give both or none of them"
     if not sweep.operators and sweep.greedy is None:
         yield "measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy"
-    if sweep.greedy_weights and sweep.greedy is None:
-        yield "measure.sweep.greedy_weights: have no effect without measure.sweep.greedy; leave them out"
     if sweep.max_removed is not None and "cumulative" not in sweep.operators:
         yield "measure.sweep.max_removed: has no effect without the operator cumulative; leave it out"
     if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:

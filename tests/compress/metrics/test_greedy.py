@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
@@ -116,36 +115,13 @@ def evaluate(variants: Sequence[Variant], names: Sequence[str] = ("a", "b")) -> 
     return [[task(n, SCORES[one.name][n], higher_is_better=n != "nats") for n in names] for one in variants]
 
 
-@pytest.mark.parametrize(
-    ("weights", "first", "score"),
-    [
-        (None, 1, 0.6),
-        ({"a": 1.0}, 0, 0.9),
-        ({"b": 2.0}, 2, 0.7),
-        ({"a": 3.0, "b": 1.0}, 0, 0.7),
-        ({"a": 1.0, "b": 3.0}, 1, 0.6),
-    ],
-)
-def test_a_task_aware_order_keeps_up_the_weighted_mean(
-    weights: Mapping[str, float] | None, first: int, score: float
-) -> None:
-    objective = task_objective(evaluate, weights=weights)
-    (removal,) = greedy_order(layer_components(3), objective, num_removals=1, higher_is_better=True)
-    assert removal.unit == Component((first,))
-    assert removal.score == pytest.approx(score)
+def test_a_task_aware_order_keeps_up_the_mean() -> None:
+    (removal,) = greedy_order(layer_components(3), task_objective(evaluate), num_removals=1, higher_is_better=True)
+    assert removal.unit == Component((1,))
+    assert removal.score == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(
-    ("names", "weights", "message"),
-    [
-        (("a", "nats"), None, "a, nats are shares and nats, which have no unit in common; give each task a weight"),
-        (("a", "b"), {"c": 1.0}, "weights name 'c', which was not scored; there is a, b"),
-        (("a", "b"), {"a": 0.0}, "give no mean; give at least one task a weight above 0"),
-        (("a", "b"), {"a": 2.0, "b": -1.0}, "give no mean"),
-        ((), None, "give no mean"),
-    ],
-)
-def test_scores_that_have_no_mean_are_refused(names: Sequence[str], weights: Any, message: str) -> None:
-    objective = task_objective(lambda variants: evaluate(variants, names), weights=weights)
-    with pytest.raises(UserError, match=message):
+def test_scores_that_have_no_mean_are_refused() -> None:
+    objective = task_objective(lambda variants: evaluate(variants, ("a", "nats")))
+    with pytest.raises(UserError, match="a, nats have no unit in common"):
         greedy_order(layer_components(3), objective, num_removals=1)

@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,12 @@ import pytest
 import torch
 from calibrations import (
     ROWS,
-    calibration,
-    documents,
     loss_without,
     measured,
     plain_loss,
 )
-from packed_rows import raw_states
 from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
@@ -32,11 +27,10 @@ from shoal.components import Component
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.loss_metrics import LOSS_METRICS
 from shoal.compress.metrics.shapley import shapley_of_walks
-from shoal.compress.metrics.variant_losses import VariantLosses
 from shoal.compress.plan import choose_changes
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers, given_state, with_state
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.prune import Prune
 
 Half = tuple[str, int]
@@ -199,58 +193,3 @@ def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
                 assert [r.score for r in found[name]] == pytest.approx([r.score for r in expected], abs=1e-6)
             else:
                 assert found[name] == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def plain_divergence(model: PreTrainedModel, drop: Sequence[int], factors: dict[int, float] | None = None) -> float:
-    """Mean KL(intact || without ``drop``) over the tokens that have one before them, document by document."""
-    total, count = 0.0, 0
-    for tokens in documents(ROWS):
-        document = torch.tensor([tokens])
-        if len(tokens) < 2:
-            continue
-        intact = plain_logits(model, document, [], {})
-        cut = plain_logits(model, document, drop, factors or {})
-        kl = (intact.exp() * (intact - cut)).sum(-1)[0, :-1]
-        total, count = total + float(kl.sum()), count + len(kl)
-    return total / count
-
-
-def plain_logits(model: PreTrainedModel, document: Any, drop: Sequence[int], factors: dict[int, float]) -> Any:
-    """(1, S, V) log-probabilities in float64, of a copy in which each dropped layer multiplies its input."""
-    model = copy.deepcopy(model).double()
-    for layer in drop:
-        factor = factors.get(layer, 1.0)
-        decoder_layers(model)[layer].register_forward_hook(
-            lambda _, args, kwargs, output, f=factor: with_state(output, given_state(args, kwargs) * f),
-            with_kwargs=True,
-        )
-    with torch.no_grad():
-        return model(document, use_cache=False).logits.log_softmax(-1)
-
-
-def plain_factors(model: PreTrainedModel) -> dict[int, float]:
-    sums = torch.zeros(NUM_LAYERS + 1, dtype=torch.float64)
-    for document in map(torch.tensor, ([tokens] for tokens in documents(ROWS))):
-        sums += raw_states(model, document)[:, 1:].abs().sum((1, 2))
-    return {layer: float(sums[layer + 1] / sums[layer]) for layer in range(NUM_LAYERS)}
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_greedy_kl_equals_the_float64_loop(scaled: bool) -> None:
-    model = tiny_model("llama")
-    factors = plain_factors(model)
-    order = measured(model, "greedy_kl", num_drop=3, scale_removals=scaled)["greedy_kl"]
-    expected = plain_greedy(CANDIDATES, lambda drop: plain_divergence(model, drop, factors if scaled else None), 3)
-    assert [removal.unit for removal in order] == [Component((layer,)) for layer, _ in expected]
-    assert [removal.score for removal in order] == pytest.approx([kl for _, kl in expected], rel=1e-4)
-
-
-def test_factors_of_neighbours_multiply_to_that_of_their_run() -> None:
-    model = tiny_model("llama")
-    factors = VariantLosses(model, replace(calibration(ROWS), scale_removals=True)).factors
-    assert factors == pytest.approx(plain_factors(model), rel=1e-4)
-    padded = PackedRows(functional.pad(ROWS.input_ids_NS, (5, 0)), functional.pad(ROWS.position_ids_NS, (5, 0)))
-    mask_NS = functional.pad(torch.ones_like(ROWS.input_ids_NS), (5, 0))
-    of_padded = calibration(padded, attention_mask_NS=mask_NS, scale_removals=True)
-    assert VariantLosses(model, of_padded).factors == pytest.approx(factors, rel=1e-5)
-    assert VariantLosses(model, calibration(ROWS)).factors is None

@@ -224,5 +224,3 @@ def test_layers_without_one_vector_per_token_are_refused_before_anything_is_meas
     for name in HIDDEN_METRICS:
         with pytest.raises(UserError, match=r"measure: layer 0 works on states of .*: use metrics of loss or weights"):
             measure_importance(model, ROWS, metrics=["magnitude", name], batch_size=2)
-    with pytest.raises(UserError, match=r"not one vector per token; .*: set measure\.scale_removals: false"):
-        measure_importance(model, ROWS, metrics=["sleb"], batch_size=2, scale_removals=True)

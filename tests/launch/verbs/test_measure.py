@@ -190,7 +190,6 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "donor": "x"}}, "measure.sweep.donor: needs the operator donor"),
         ({"sweep": {**SWEEP, "order": [1]}}, "measure.sweep.order: has no effect"),
         ({"sweep": {**SWEEP, "max_removed": 2}}, "measure.sweep.max_removed: has no effect"),
-        ({"sweep": {**SWEEP, "greedy_weights": {"a": 1}}}, "measure.sweep.greedy_weights: have no effect"),
         ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
         ({"sweep": {**SWEEP, "limit": 4}}, "measure.sweep.limit: with fewer than 8 items"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
@@ -227,10 +226,6 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "greedy": 5}}, "sweep.greedy: 5 removals are more than the model allows, which has 6"),
         ({"metrics": ["sleb"], "num_drop": 5}, "measure.num_drop: 5 removals are more than the model allows"),
         (
-            {"sweep": {**SWEEP, "greedy": 2, "greedy_weights": {"misspelt": 1}}},
-            "measure.sweep.greedy_weights: 'misspelt' is not scored; there is ",
-        ),
-        (
             {"sweep": {**SWEEP, "greedy": 2}},
             "measure.sweep.greedy: perplexity is in nats and knowledge_continuation a share, which have no unit",
         ),
@@ -238,7 +233,6 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
             {"sweep": {**NATS_AND_SHARES, "greedy": 2}},
             "measure.sweep.greedy: reasoning_worked is in nats and knowledge_continuation a share",
         ),
-        ({"sweep": {**SWEEP, "greedy": 2, "greedy_weights": {"perplexity": 0}}}, "'perplexity': 0.0} give no mean"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
