@@ -53,7 +53,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py runs/distillation
 	$(BIN)/python benchmarks/distill.py runs/distillation head
-	$(BIN)/python benchmarks/eval.py
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
 # ten minutes on one GPU; without one it says what it would do
