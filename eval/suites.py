@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from shoal.artifacts.evaluation import Evaluation
-from shoal.formatting import duration_text, listed
-
 from .harness.writing import NEW_TOKENS
 
 SAMPLED = 24
 """Items of a task, its first ones, that stand for all of it."""
 CHARACTERS_PER_TOKEN = 3
-MOSTLY_NEW = 0.5
-"""Share of its requests that a model must have answered anew for its time to say how long another one takes."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +61,6 @@ def in_words(work: Work) -> str:
     """One line of a log."""
     written = f", at most {work.written:,} to write" if work.written else ""
     return f"{work.items:,} items, {work.requests:,} requests, about {work.read:,} tokens to read{written}"
-
-
-def rest_in_words(done: Evaluation, others: Sequence[str]) -> str | None:
-    """How long the ``others`` will take by what ``done`` took; None where it had most of its answers already."""
-    num_new = done.num_requests - done.num_kept
-    if not others or num_new <= MOSTLY_NEW * done.num_requests:
-        return None
-    rest = done.seconds * done.num_requests / num_new * len(others)
-    took = f"{done.role} took {duration_text(done.seconds)}"
-    return f"{took}; about {duration_text(rest)} more for {listed(others)}, less where answers are kept"
 
 
 def _shared(prompts: list[str]) -> int:

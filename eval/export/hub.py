@@ -87,6 +87,7 @@ def complete_export(folder: Path, card: str, figures: Path) -> None:
 def _reason(error: BaseException) -> str:
     """What went wrong in one line, by the Hub's answer where there was one."""
     cause: BaseException | None = error
+    last = error
     while cause is not None:
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code

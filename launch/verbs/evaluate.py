@@ -237,7 +237,7 @@ def _score(
 ) -> None:
     """eval/<role>.json of every role that is ``due``."""
     from shoal.eval.evaluate import Questions, checked_items, num_items, role_evaluation
-    from shoal.eval.suites import in_words, rest_in_words, work_of
+    from shoal.eval.suites import in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
     if due:
@@ -251,7 +251,7 @@ def _score(
     if due and is_main():
         cost = work_of(tasks, num_items(tasks, run.recipe.eval), perplexity_tokens=run.recipe.eval.perplexity_tokens)
         log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
-    for number, (role, inputs) in enumerate(due.items(), 1):
+    for role, inputs in due.items():
         path = run.dir / "eval" / f"{role}.json"
         log.info("eval: %s (%s)", role, checkpoints[role].folder)
         seed_everything(run.recipe.seed)
@@ -264,8 +264,6 @@ def _score(
         )
         if is_main():
             result.write(path)
-            if rest := rest_in_words(result, list(due)[number:]):
-                log.info("eval: %s", rest)
         barrier()
 
 

@@ -151,7 +151,7 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
 
 def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     from shoal.eval.evaluate import num_items
-    from shoal.eval.suites import in_words, rest_in_words, work_of
+    from shoal.eval.suites import in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
     settings = run.recipe.eval
@@ -169,9 +169,7 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
         return Stage("eval", "done")
     tasks = tasks_of(settings, seed=run.recipe.seed)
     work = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
-    known = (rest_in_words(Evaluation.read(files[role]), due) for role in wanted if role in scored)
-    rest = next(filter(None, known), None)
-    why = f"{', '.join(due)}, each: {in_words(work)}" + (f"; {rest}" if rest else "")
+    why = f"{', '.join(due)}, each: {in_words(work)}"
     speed = "; how fast they are is measured on top" if settings.speed else ""
     return Stage("eval", "to do", why + speed, _reading_time(run, len(due) * work.tokens), UNKNOWN)
 

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from results import evaluation as evaluation_of
 from tiny import tiny_checkpoint
 
-from shoal.data.contamination import find_overlap
-from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.errors import UserError
 from shoal.eval.evaluate import num_items
-from shoal.eval.harness.item_texts import item_texts
-from shoal.eval.suites import Work, in_words, rest_in_words, work_of
+from shoal.eval.suites import Work, in_words, work_of
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import known_tasks, tasks_of
 from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
@@ -30,8 +25,6 @@ from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
 NAMES = get_args(SuiteName)
 
 
@@ -91,21 +84,6 @@ def test_quick_needs_no_network_and_costs_what_it_says() -> None:
     assert protocols == {"loglikelihood", "continuation", "generation", "worked"}
 
 
-@pytest.mark.slow
-@needs_data
-@pytest.mark.parametrize("name", ["transfer", "standard"])
-def test_a_suite_reads_a_local_folder_and_costs_what_it_says(name: str) -> None:
-    settings = evaluation(suite=name, data_dir=str(SHARED))
-    tasks = tasks_of(settings)
-    counts = num_items(tasks, settings)
-    assert_costs(work_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite(name).cost)
-    told = [(task.config.metadata or {}).get("column", "public") for task in tasks.values()]
-    assert set(told) == {"in", "twin", "out", "public"}
-    pairs = [task.config.metadata["twin_of"] for task in tasks.values() if task.config.metadata.get("twin_of")]
-    assert pairs
-    assert set(pairs) <= set(tasks), "a form gap needs both"
-
-
 def files_of(suite: str) -> list[str]:
     """By the descriptions of its tasks, worked out here anew."""
     described, tags = described_tasks(task_folders(None))
@@ -135,40 +113,6 @@ def test_a_suite_without_data_names_every_file_before_anything_is_read(
     assert not [file for file in files_of(name) if file not in told]
 
 
-@pytest.mark.prove
-@needs_data
-def test_no_public_item_of_a_suite_stands_in_bundled_text() -> None:
-    """All items, not only those that a suite asks; one protocol of each data set."""
-    asked: dict[str, str] = {}
-    for task in (*read_suite("transfer").tasks, *read_suite("standard").tasks):
-        asked.setdefault(task.rpartition("_")[0], task)
-    settings = evaluation(tasks=list(asked.values()), limit=None, data_dir=str(SHARED))
-    tasks = {
-        name: task
-        for name, task in tasks_of(settings).items()
-        if (task.config.metadata or {}).get("column", "public") == "public"
-    }
-    assert len(tasks) >= 15
-    texts = item_texts(tasks, num_items(tasks, settings))
-    planted = texts["arc_easy_continuation"][0]
-    documents = [text for source in BUNDLED.values() for text in source()]
-    documents += ["\n".join(row.values()) for source in BUNDLED_ROWS.values() for row in source()]
-    found = find_overlap(texts, [*documents, planted])
-    assert {name: overlap.examples for name, overlap in found.items() if overlap.found} == {
-        "arc_easy_continuation": (0,)
-    }
-
-
-def test_how_long_the_other_models_will_take_is_told_by_one_that_answered_anew() -> None:
-    done = replace(evaluation_of("teacher"), seconds=300.0, num_requests=100, num_kept=0)
-    told = "teacher took 5 min; about 10 min more for pruned and distilled, less where answers are kept"
-    assert rest_in_words(done, ["pruned", "distilled"]) == told
-    assert rest_in_words(replace(done, num_kept=40), ["pruned"]) == (
-        "teacher took 5 min; about 8 min more for pruned, less where answers are kept"
-    )
-    assert rest_in_words(done, []) is None
-    assert rest_in_words(replace(done, num_kept=50), ["pruned"]) is None
-    assert rest_in_words(replace(done, num_requests=0), ["pruned"]) is None
 
 
 @pytest.mark.slow
