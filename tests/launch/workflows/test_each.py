@@ -62,5 +62,5 @@ def test_the_command_ends_with_the_comparison(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: demo:tiny\nrun_dir: {tmp_path / 'runs'}\n")
     assert cli._main(["run", str(recipe), "--each", "seed=0,1"]) == 0
-    assert "A = seed=0" in capsys.readouterr().out
+    assert "seed=0  dropping" in capsys.readouterr().out
     assert (tmp_path / "runs/compare/compare.html").is_file()
