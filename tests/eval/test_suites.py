@@ -113,8 +113,6 @@ def test_a_suite_without_data_names_every_file_before_anything_is_read(
     assert not [file for file in files_of(name) if file not in told]
 
 
-
-
 @pytest.mark.slow
 def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -298,7 +298,7 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
     """Every key of the section is taken, or refused: none is read and forgotten."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     useless = {field.name for field in fields(Distill)} - {*TAKEN, "losses", "num_tokens", "teacher"}
-    assert {"data", "local", "writing", "deepspeed", "watch", "num_ranks"} < useless
+    assert {"data", "writing", "deepspeed", "watch", "num_ranks"} < useless
     heal: Any = shoal.distill
     for key in useless:
         with pytest.raises(shoal.UserError) as refused:

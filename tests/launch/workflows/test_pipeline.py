@@ -246,7 +246,7 @@ def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DB_PASSWORD", "opensesame")
     token = "hf_" + "s" * 34
     run = make_run(
-        track={"wandb": "off", "tags": [token, "db:opensesame"], "name": token},
+        track={"wandb": "off", "tags": [token, "db:opensesame"]},
         distill={"trainer": {"hub_model_id": f"https://me:{token}@host/x", "learning_rate": 1e-3}},
     )
     run.dir.mkdir(parents=True)
