@@ -90,7 +90,7 @@ def work(run: Run, settings: Settings) -> str:
     places = gaps(spec.plan)
     told = []
     if not (folder / "distilled" / "config.json").is_file():
-        before, after = heal(spec, settings, run.root / "text", inputs, folder / "student")
+        before, after = heal(spec, settings, run.dir / "text", inputs, folder / "student")
         told = [f"layer {layer}: error {before[layer]:.4f} to {after[layer]:.4f}" for layer in before]
     healed = Checkpoint.read(folder / "student", spec.teacher.load)
     # a healed layer is the teacher's no more, even where training freezes it

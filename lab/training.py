@@ -29,7 +29,7 @@ def train(run: Run, spec: TrainSpec, inputs: dict[str, Any], folder: Path) -> st
     file = folder / Training.FILE
     if not is_done(Training, file, inputs, "lab"):
         runtime.seed_everything(run.recipe.seed)
-        distill(spec, run_dir=folder, text=run.root / "text", inputs=inputs, start_tracking=lambda: None)
+        distill(spec, run_dir=folder, text=run.dir / "text", inputs=inputs, start_tracking=lambda: None)
     runtime.leave_distributed()
     training = Training.read(file)
     losses = [row["loss"] for row in training.history if "loss" in row]

@@ -52,7 +52,6 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str
         return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
     if not drop:
         return ()
-    drop = importance.places(drop)
     measured = _measured(importance, drop)
     if measured:
         head = "measured without exactly these layers, before any distillation:"
@@ -61,15 +60,14 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str
             "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and "
             "rather too low, since layers that stand in for each other each look free):"
         )
-    numbers = importance.teacher_layers
-    lines = (_line(column, drop, measured.get(column.task), numbers) for column in importance.atlas.columns)
+    lines = (_line(column, drop, measured.get(column.task)) for column in importance.atlas.columns)
     return (head, *lines)
 
 
-def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None, numbers: Sequence[int]) -> str:
+def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None) -> str:
     change = measured or joint_change(column, drop)
     text = f"  {column.task} ({column.protocol}): {_text(column, change)}"
-    critical = [numbers[layer] for layer in sorted(set(column.critical) & set(drop))]
+    critical = sorted(set(column.critical) & set(drop))
     if critical:
         text += f"; critical here: layer{'s' if len(critical) > 1 else ''} {layers_text(critical)}"
     if column.higher_is_better and column.no_retention:

@@ -52,10 +52,10 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
         rows = tuple(
             (
                 str(layer),
-                *(f"{run.importance.layers[metric][place]:.4f}" for metric in metrics),
+                *(f"{run.importance.layers[metric][layer]:.4f}" for metric in metrics),
                 "cut" if layer in dropped else "kept",
             )
-            for place, layer in enumerate(run.importance.teacher_layers)
+            for layer in range(run.importance.num_layers)
         )
         caption = f"Importance of every layer over {run.importance.num_tokens:,} tokens"
         columns = ("Layer", *(metric.replace("_", " ") for metric in metrics), "Plan")

@@ -167,7 +167,7 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
     """What layers do for other tokens of the prompt, and what where an answer is predicted; None if that is unknown."""
     if run.importance is None or run.importance.atlas is None or run.importance.atlas.read_write is None:
         return None
-    atlas, read_write, numbers = run.importance.atlas, run.importance.atlas.read_write, run.importance.teacher_layers
+    atlas, read_write = run.importance.atlas, run.importance.atlas.read_write
     text = (
         "Reading is what a layer adds to the states of the prompt's earlier tokens, which later layers look up; "
         "writing is what it adds from the prompt's last token on, where the answer is predicted. Each was taken away "
@@ -185,8 +185,8 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
                 interval_text((estimate.value, estimate.low, estimate.high), "+.3g", unit, scale=scale)
                 for estimate in parts
             ]
-            rows.append((atlas.sweep.title(own), str(numbers[layer]), *cells))
-    blocks: list[Block] = [text, (tuple(read_write.in_words(atlas.sweep, numbers))), *pictures]
+            rows.append((atlas.sweep.title(own), str(layer), *cells))
+    blocks: list[Block] = [text, (tuple(read_write.in_words(atlas.sweep))), *pictures]
     if rows:
         columns = ("Task", "Layer", "Lost without it", "Reading", "Writing", "Less their sum")
         caption = "Layers whose removal, reading, writing or interaction is significant"

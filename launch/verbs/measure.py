@@ -234,7 +234,7 @@ def _write(run: Run, importance: Importance) -> None:
         for note in importance.atlas.notes:
             log.info("measure: %s", note)
         if importance.atlas.read_write is not None:
-            for line in importance.atlas.read_write.in_words(importance.atlas.sweep, importance.teacher_layers):
+            for line in importance.atlas.read_write.in_words(importance.atlas.sweep):
                 log.info("measure: %s", line)
     log.info("measure: %s", run.dir / Importance.FILE)
 

@@ -7,7 +7,7 @@ one task under one protocol. Only numbers per column are kept here; scores per i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -215,11 +215,11 @@ class ReadWrite:
         if pairs[0] != pairs[1]:
             yield "atlas.read_write.hidden_reading: is not of the tasks of hidden_writing"
 
-    def in_words(self, atlas: Sweep, numbers: Sequence[int]) -> Iterator[str]:
-        """Sentences on every column of ``atlas`` and every pair with hidden writing; layer l is called numbers[l]."""
+    def in_words(self, atlas: Sweep) -> Iterator[str]:
+        """Sentences on every column of ``atlas`` and every pair with hidden writing."""
 
         def named(layers: Sequence[int]) -> str:
-            return f"in layer{'s' if len(layers) > 1 else ''} {layers_text([numbers[layer] for layer in layers])}"
+            return f"in layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}"
 
         for column, own in zip(self.columns, atlas.columns, strict=True):
             text = f"{atlas.title(own)}: reading is needed {named(column.reads) if column.reads else 'in no layer'}, "
@@ -231,7 +231,7 @@ class ReadWrite:
             most = max(range(len(gap.gaps)), key=lambda layer: gap.gaps[layer].value)
             yield (
                 f"hidden writing, {gap.likelihood} against {gap.generation}: {_share(gap.mean)} of the score above "
-                f"chance in the mean of all layers, most in layer {numbers[most]}: {_share(gap.gaps[most])}; hidden "
+                f"chance in the mean of all layers, most in layer {most}: {_share(gap.gaps[most])}; hidden "
                 f"reading {_share(reading.mean)}"
             )
 
@@ -331,19 +331,6 @@ class Importance(Tabular, Artifact):
     """Single layers by task and protocol; None where no task was swept."""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
-    kept: tuple[int, ...] = ()
-    """The teacher's layers that the measured model has, where it is a cut one; layers are
-    numbered as in that model everywhere else here. Empty = it is the teacher."""
-
-    @property
-    def teacher_layers(self) -> tuple[int, ...]:
-        """The teacher's number of every layer."""
-        return self.kept or tuple(range(self.num_layers))
-
-    def places(self, teacher_layers: Iterable[int]) -> tuple[int, ...]:
-        """Those of ``teacher_layers`` that the measured model has, by their numbers in it."""
-        wanted = set(teacher_layers)
-        return tuple(place for place, layer in enumerate(self.teacher_layers) if layer in wanted)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error
@@ -357,8 +344,8 @@ class Importance(Tabular, Artifact):
             columns |= {sweep.title(of): dict(zip(layers, of.importances, strict=True)) for of in sweep.columns}
             columns |= self._read_write_by_layer(self.atlas)
         return [
-            {"layer": layer, **{name: values.get(place) for name, values in columns.items()}}
-            for place, layer in enumerate(self.teacher_layers)
+            {"layer": layer, **{name: values.get(layer) for name, values in columns.items()}}
+            for layer in range(self.num_layers)
         ]
 
     def _read_write_by_layer(self, atlas: Atlas) -> Iterator[tuple[str, Mapping[int, float]]]:
@@ -380,8 +367,6 @@ class Importance(Tabular, Artifact):
         count = self.num_layers
         if count < 1:
             yield f"num_layers: is {count}"
-        if self.kept and (len(self.kept) != count or list(self.kept) != sorted(set(self.kept))):
-            yield f"kept: is {list(self.kept)}; it names a layer of the teacher for each of {count}, increasing"
         for field_name in ("layers", "errors"):
             for metric, scores in getattr(self, field_name).items():
                 if len(scores) != count:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shoal.artifacts.importance import Agreement, Atlas, Estimate, Importance, ProtocolGap, Sweep, SweepColumn
 from shoal.errors import UserError
-from shoal.figures.importance import number_layers, refuse_foreign
+from shoal.figures.importance import refuse_foreign
 from shoal.figures.style import (
     DROPPED,
     FAINT,
@@ -55,7 +55,6 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
             "importance.json: holds no swept task to draw; name some in measure.sweep.tasks and measure again"
         )
     refuse_foreign(drop, importance)
-    drop, numbers = importance.places(drop), importance.teacher_layers
     metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
     metrics |= {name: runs[0] for name, runs in importance.runs.items()}
     columns = _with_parts(importance, atlas)
@@ -65,14 +64,12 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     heights.append(0.8 + 0.26 * len(atlas.columns))
     figure, axes = panels(heights, width=width)
     with figure_style():
-        _draw_heat(axes[0], metrics, columns, drop, numbers)
+        _draw_heat(axes[0], metrics, columns, drop, importance.num_layers)
         for index, column in enumerate(atlas.columns):
             colour, name = SERIES_COLOURS[index % 5], atlas.sweep.title(column)
             _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
         for index, gap in enumerate(atlas.gaps):
             _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
-        for ax in axes[1:-1]:
-            number_layers(ax.xaxis, numbers)
         _draw_centroids(axes[-1], atlas)
     return figure
 
@@ -178,7 +175,6 @@ def read_write_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
         )
     refuse_foreign(drop, importance)
     parts, layers = atlas.read_write, range(importance.num_layers)
-    drop, numbers = importance.places(drop), importance.teacher_layers
     hidden = list(zip(parts.hidden_writing, parts.hidden_reading, strict=True))
     figure, axes = panels([1.7] * (len(parts.columns) + len(hidden)))
     with figure_style():
@@ -199,7 +195,6 @@ def read_write_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
             ax.axhline(0, color=INK, lw=1)
             ax.grid(axis="y")
             _mark_dropped(ax, drop)
-            number_layers(ax.xaxis, numbers)
         legend_above(figure, axes)
         axes[-1].set_xlabel("layer")
     return figure
@@ -230,9 +225,8 @@ def _draw_heat(
     metrics: dict[str, tuple[float, ...]],
     columns: Sequence[tuple[str, SweepColumn]],
     drop: Sequence[int],
-    numbers: Sequence[int],
+    num_layers: int,
 ) -> None:
-    num_layers = len(numbers)
     names, shades, texts, frames = [], [], [], []
     for name, scores in metrics.items():
         names.append(_name(name))
@@ -254,7 +248,7 @@ def _draw_heat(
     for place, (column_texts, critical) in enumerate(zip(texts, frames, strict=True)):
         for layer, text in enumerate(column_texts):
             _write_cell(ax, place, layer, text, grid[layer][place], framed=layer in critical)
-    rows = [f"{'× ' if layer in set(drop) else ''}{numbers[layer]}" for layer in range(num_layers)]
+    rows = [f"{'× ' if layer in set(drop) else ''}{layer}" for layer in range(num_layers)]
     _name_cells(ax, names, rows)
     for layer in drop:
         ax.get_yticklabels()[layer].set(color=DROPPED, weight="bold")

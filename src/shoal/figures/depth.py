@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.importance import Importance
@@ -42,7 +42,7 @@ class DepthColumn:
 
 def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[DepthColumn, ...]:
     """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics."""
-    columns = {column.name: _in_teacher(column, importance, plan) for column in _all_columns(importance, plan)}
+    columns = {column.name: column for column in _all_columns(importance, plan)}
     return tuple(sorted(columns.values(), key=lambda column: not column.decided))
 
 
@@ -52,7 +52,7 @@ def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:
     Raises:
         UserError: the importance is of a model with another number of layers.
     """
-    if importance is not None and not importance.kept and importance.num_layers != plan.num_layers:
+    if importance is not None and importance.num_layers != plan.num_layers:
         raise UserError(
             f"importance.json: has {importance.num_layers} layers, plan.json {plan.num_layers}; measure again"
         )
@@ -77,7 +77,7 @@ def _all_columns(importance: Importance, plan: PruningPlan | None) -> Iterator[D
             yield DepthColumn(atlas.sweep.title(column), every, decided, critical)
     for name, scores in importance.layers.items():
         yield DepthColumn(name, tuple(scores), name in chosen_by)
-    drop = importance.places(plan.drop) if plan else ()
+    drop = plan.drop if plan else ()
     for name, rows in importance.runs.items():
         length = len(drop) if plan and name in chosen_by and _is_run(plan, drop) else 1
         scores = (*rows[length - 1], *[None] * (length - 1))
@@ -94,15 +94,6 @@ def _chosen_by(plan: PruningPlan | None) -> Iterator[str]:
         yield settings["prune.metric"]
     elif not settings.get("prune.weights"):
         yield "angular" if settings.get("prune.contiguous") else "block_influence"
-
-
-def _in_teacher(column: DepthColumn, importance: Importance, plan: PruningPlan | None) -> DepthColumn:
-    if not importance.kept:
-        return column
-    numbers, scores = importance.kept, dict(zip(importance.kept, column.scores, strict=True))
-    layers = range(plan.num_layers if plan else numbers[-1] + 1)
-    critical = frozenset(numbers[place] for place in column.critical)
-    return replace(column, scores=tuple(map(scores.get, layers)), critical=critical)
 
 
 def _is_run(plan: PruningPlan, drop: Sequence[int]) -> bool:

@@ -14,7 +14,6 @@ from shoal.figures.style import DROPPED, KEPT, figure_style, heading, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -27,23 +26,14 @@ def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
     if not importance.layers and not importance.runs:
         raise UserError("importance.json: holds no metric to draw; run `shoal measure` again")
     refuse_foreign(drop, importance)
-    drop, numbers = importance.places(drop), importance.teacher_layers
     heights = [1.9] * len(importance.layers) + [3.6] * len(importance.runs)
     figure, axes = panels(heights)
     with figure_style():
         for ax, (metric, scores) in zip(axes, importance.layers.items(), strict=False):
             _draw_layers(ax, metric, scores, drop)
-            number_layers(ax.xaxis, numbers)
         for ax, (metric, rows) in zip(axes[len(importance.layers) :], importance.runs.items(), strict=True):
             _draw_runs(figure, ax, metric, rows, drop)
-            number_layers(ax.xaxis, numbers)
     return figure
-
-
-def number_layers(axis: Axis, numbers: Sequence[int]) -> None:
-    """Let an axis of places in the measured model show the teacher's numbers of these layers."""
-    if list(numbers) != list(range(len(numbers))):
-        axis.set_major_formatter(lambda place, _: str(numbers[int(place)]) if place in range(len(numbers)) else "")
 
 
 def refuse_foreign(drop: Sequence[int], importance: Importance) -> None:
@@ -52,7 +42,7 @@ def refuse_foreign(drop: Sequence[int], importance: Importance) -> None:
     Raises:
         UserError: there is one.
     """
-    outside = [layer for layer in drop if not 0 <= layer < importance.num_layers] if not importance.kept else []
+    outside = [layer for layer in drop if not 0 <= layer < importance.num_layers]
     if outside:
         raise UserError(
             f"importance.json: has {importance.num_layers} layers, so layer {outside[0]} cannot be dropped; run "
