@@ -88,7 +88,7 @@ def test_parts_are_said_in_words() -> None:
         "less is lost than by both together in layer 0"
     )
     assert "hidden writing, retrieval_continuation against retrieval_generation: +0." in lines[-1]
-    assert "most in layer 7: +0.3" in lines[-1]
+    assert "most in layer 4: +0.3" in lines[-1]
 
 
 def test_parts_survive_the_disk_and_are_columns_of_the_table(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ TASK = TaskScore(
     level=2.0,
     rates={"cut_off": 0.5},
 )
-BATCH = BatchSpeed(8, 3.0, 4.0, 0.1, None, {"first_token": (0.1, 0.2)}, {"decode_tokens_per_s": 4.5})
+BATCH = BatchSpeed(8, 3.0, 4.0, 0.1, None, {"first_token": (0.1, 0.2)})
 ARTIFACTS = (
     Importance(MADE, num_layers=2, num_tokens=9, layers={"x": (0.1, 1 / 3)}, runs={"y": ((0.5, 1e-30), (2.0,))}),
     swept_importance(),
