@@ -14,22 +14,18 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
 from shoal.machine import free_disk
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import Shard, read_shards
+from shoal.models.checkpoint_files import Shard
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
-from shoal.models.load import load_config, loaded_dtype, without_data
-from shoal.recipe.prune import Compensate, Width
+from shoal.models.load import loaded_dtype, without_data
 
-from .apply import refuse_own_code
-from .changes.calibration import in_words as memory_in_words
-from .changes.calibration import needed_bytes
-from .changes.fit import needed_features, refuse_quantised
-from .changes.narrowing import narrow_files
+from .changes.change import Change
 from .gguf.patterns import misreading
 from .layer_sizes import stored_bytes, usual_length
-from .surgery.cut_model import kept_layers, refuse_changed_layers
+from .surgery.cut_model import refuse_changed_layers
 from .surgery.narrow_config import student_config
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
+from .surgery.teacher import Teacher, read_teacher
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,7 @@ def estimate(
     out: Path,
     *,
     dtype: str = "stored",
-    compensate: Compensate | None = None,
-    width: Width | None = None,
+    changes: Sequence[Change] = (),
     trust_remote_code: bool = False,
 ) -> tuple[str, int]:
     """What apply_plan would write to ``out``, for a reader, and the bytes of it. Nothing is written and no weight is
@@ -64,91 +59,71 @@ def estimate(
     Raises:
         UserError: what apply_plan would refuse by configuration and headers.
     """
-    config = load_config(teacher_folder, trust_remote_code=trust_remote_code)
-    refuse_own_code(teacher_folder, config, trust_remote_code=trust_remote_code)
-    shards = read_shards(teacher_folder)
-    if compensate is not None:
-        refuse_quantised(teacher_folder, config)
-    keep = kept_layers(plan.num_layers, plan.drop)
-    student = student_config(config, keep, plan.width)
+    teacher = sized = read_teacher(teacher_folder, trust_remote_code=trust_remote_code)
+    for change in changes:
+        sized = change.sizes(sized, plan)
+    config, shards = teacher.config, teacher.shards
     runs_in = loaded_dtype(config, dtype, shards)
+    student = student_config(sized.config, plan.keep)
     teacher_model = without_data(without_quantization(config)[0], dtype=runs_in)
     models = teacher_model, without_data(student, dtype=runs_in)
-    sides = _sides(teacher_folder, config, plan, shards, models, bytes_per_weight=runs_in.itemsize)
+    sides = _sides(teacher, sized, plan, models, bytes_per_weight=runs_in.itemsize)
     length = usual_length(config)
     parts = (
         ["dry run: nothing is written"],
-        _about(teacher_folder, config, plan, keep, runs_in),
+        _about(teacher_folder, config, plan, runs_in),
         _table(sides, length),
         _expectation(sides, length),
         [
             *([f"llama.cpp: would run another model: {problem}"] if (problem := misreading(student)) else []),
             _space(out, sides[1].stored_bytes),
-            *_calibrations(teacher_model, plan, compensate, width),
-            f"proof: {_proof(config, shards, in_float32=plan.width is not None)}",
+            *(change.words(teacher_model, plan) for change in changes),
+            f"proof: {_proof(config, shards, in_float32=any(change.IS_ROUNDED for change in changes))}",
         ],
     )
     return "\n\n".join("\n".join(part) for part in parts), sides[1].stored_bytes
 
 
 def _sides(
-    folder: Path,
-    config: Any,
+    teacher: Teacher,
+    sized: Teacher,
     plan: PruningPlan,
-    shards: Sequence[Shard],
     models: tuple[PreTrainedModel, PreTrainedModel],
     *,
     bytes_per_weight: int,
 ) -> tuple[_Side, _Side]:
-    """Teacher and student, whose ``models`` hold no data; ``config`` is the teacher's without what nothing reads, and
+    """Teacher and student, whose ``models`` hold no data; ``sized`` is the teacher with its changes, and
     ``bytes_per_weight`` what a weight takes that is not quantised.
 
     Raises:
         UserError: layers that the cut would change.
     """
-    stored, costs = _num_bytes(shards), (model_cost(models[0]), model_cost(models[1]))
-    narrow, parts_of = models[0], shards
-    if (smaller := narrow_files(folder, config, plan.width, shards)) is not None:
-        narrow, parts_of = smaller.own.model, smaller.shards
-    keep = kept_layers(plan.num_layers, plan.drop)
-    refuse_changed_layers(narrow, models[1], keep)
-    by_layer = stored_bytes(parts_of, narrow)
+    stored, costs = _num_bytes(teacher.shards), (model_cost(models[0]), model_cost(models[1]))
+    changed = models[0] if sized is teacher else without_data(without_quantization(sized.config)[0])
+    refuse_changed_layers(changed, models[1], plan.keep)
+    by_layer = stored_bytes(sized.shards, changed)
     if by_layer is None:  # then the student is saved as transformers names and merges its tensors
         written = stored * costs[1].num_parameters // costs[0].num_parameters
     else:
-        written = by_layer.of(keep)
-    is_quantised = without_quantization(config)[1]
+        written = by_layer.of(plan.keep)
+    is_quantised = without_quantization(teacher.config)[1]
     each = stored / costs[0].num_parameters if is_quantised else bytes_per_weight
     return _Side(costs[0], stored, each), _Side(costs[1], written, each)
-
-
-def _calibrations(
-    teacher: PreTrainedModel, plan: PruningPlan, compensate: Compensate | None, width: Width | None
-) -> Iterator[str]:
-    """What fitting a compensation and choosing what stays of layers would read."""
-    if compensate is not None:
-        needed = needed_bytes(teacher, compensate, num_features=needed_features(teacher, plan.drop, compensate))
-        told = memory_in_words(needed)
-        yield f"compensation: {compensate.method}, {compensate.num_tokens:,} tokens, {told}"
-    if width is not None:
-        yield f"width: chosen on, {width.num_tokens:,} tokens, {memory_in_words(needed_bytes(teacher, width))}"
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:
     return sum(tensor.end - tensor.start for shard in shards for tensor in shard.tensors.values())
 
 
-def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dtype: torch.dtype) -> list[str]:
+def _about(folder: Path, config: Any, plan: PruningPlan, dtype: torch.dtype) -> list[str]:
     name = str(dtype).removeprefix("torch.")
-    lines = [
+    return [
         f"teacher: {folder} ({text_config(config).model_type}, {plan.num_layers} layers, {name})",
         f"drops:   {layers_text(plan.drop) or 'none'}",
-        f"keeps:   {layers_text(keep)}",
+        f"keeps:   {layers_text(plan.keep)}",
         f"why:     {plan.reason}",
+        *(f"changes: {change.words}" for change in plan.changes),
     ]
-    if plan.width is not None:
-        lines.append(f"keeps:   {plan.width.in_words()}")
-    return lines
 
 
 def _table(sides: tuple[_Side, _Side], length: int) -> list[str]:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from shoal.machine import device_memory
 from shoal.models.anatomy import text_config
 from shoal.models.load import (
     align_weights,
-    load_config,
     load_model,
     load_tokenizer,
     named_dtype,
@@ -32,6 +30,7 @@ from shoal.numerics import fast_dtype
 from shoal.recipe.prune import Calibration
 from shoal.runtime import device
 
+from ..surgery.teacher import Teacher
 from ..variants.layerwise import Layerwise, Prepared
 
 log = logging.getLogger(__name__)
@@ -74,16 +73,16 @@ def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple
 
 @contextmanager
 def calibrating(
-    folder: Path, settings: Calibration, *, section: str, seed: int, trust_remote_code: bool
+    teacher: Teacher, settings: Calibration, *, section: str, seed: int
 ) -> Iterator[tuple[Source, PackedRows]]:
-    """The model in ``folder`` and the rows that a ``section`` of the recipe decides by, in a block in which that is
+    """The model of ``teacher`` and the rows that a ``section`` of the recipe decides by, in a block in which that is
     done: in float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes.
 
     Raises:
         UserError: a model that does not fit into the memory of the device.
     """
-    where = device()
-    _refuse_too_large(folder, settings, section=section, trust_remote_code=trust_remote_code)
+    where, folder, trust_remote_code = device(), teacher.folder, teacher.trust_remote_code
+    _refuse_too_large(teacher, settings, section=section)
     fast = named_dtype(fast_dtype(where).dtype)
     model = load_model(folder, dtype="float32", attention=None, device=where, trust_remote_code=trust_remote_code)
     align_weights(model)
@@ -109,8 +108,8 @@ def calibration_rows(
     return rows
 
 
-def _refuse_too_large(folder: Path, settings: Calibration, *, section: str, trust_remote_code: bool) -> None:
-    skeleton = without_data(load_config(folder, trust_remote_code=trust_remote_code))
+def _refuse_too_large(teacher: Teacher, settings: Calibration, *, section: str) -> None:
+    skeleton = without_data(teacher.config)
     needed, free = needed_bytes(skeleton, settings), device_memory(device())
     if needed > free:
         shortage = f"{section}: {in_words(needed)}"

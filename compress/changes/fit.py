@@ -50,8 +50,6 @@ FACTORS = (0.5, 4.0)
 """Least and largest factor; what lies outside comes of states that are not alike at all."""
 TOLERANCE = 0.02
 """Of the divergence between folded weights and hooks, relative to that between teacher and student."""
-COMPENSATE = "prune.compensate"
-"""Section of the recipe."""
 LEAVE_OUT = "leave prune.compensate out"
 
 NONE = Fit()
@@ -61,7 +59,7 @@ _Attempt = Callable[[int, Tensor], object]
 
 
 @dataclass(frozen=True)
-class Compensation:
+class Fitted:
     """What makes up for the dropped layers of a plan."""
 
     gaps: tuple[ClosedGap, ...]
@@ -91,7 +89,7 @@ def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def compensate(source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Compensation:
+def compensate(source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Fitted:
     """Factors and corrections for every gap that ``drop`` leaves in the model of ``source``, which stays as it is.
 
     ``drop`` is without layer 0: nothing below it could make up for it.
@@ -139,7 +137,7 @@ class _Fitting:
         self.product = 1.0
         """Product of the factors of all gaps below."""
 
-    def run(self) -> Compensation:
+    def run(self) -> Fitted:
         if not self.held_out or len(self.held_out) == len(self.batches):
             raise UserError(
                 "prune.compensate.num_tokens: makes less than two rows, but some are needed to fit to and some to test "
@@ -165,7 +163,7 @@ class _Fitting:
                 if layer < top:
                     batch.teacher = batch.student if shared else self._run(layer, batch, batch.teacher)
         self._refuse_wrong_fold()
-        return Compensation(tuple(closed), self.folded)
+        return Fitted(tuple(closed), self.folded)
 
     def _refuse_few_tokens(self) -> None:
         fitted = sum(batch.teacher.shape[:2].numel() for batch in self.batches if not batch.held_out)

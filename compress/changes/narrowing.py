@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from shoal.artifacts.width import KeptWidth
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
-from shoal.models.checkpoint_files import Shard, StoredTensor
 from shoal.models.load import without_data
 
 from ..edits.masks import Half
 from ..edits.sublayers import named_halves, output_parameters, where
 from ..edits.tensors import refuse_shared_parameters
-from ..surgery.changed_tensors import as_bytes, stored_places
 from ..surgery.narrow_config import channels, heads, narrowed_config
 from ..surgery.quantised import without_quantization
-from ..surgery.stored_names import NotByCopy, load_without_data
-from ..variants.streamed_model import read_tensor
 
 NARROW = "prune.width"
 """Section of the recipe."""
@@ -68,7 +64,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Narrowing:
+class Sizes:
     """What becomes smaller in one model."""
 
     config: PreTrainedConfig
@@ -105,7 +101,7 @@ class Narrowing:
             yield model
 
 
-def narrowing(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Narrowing:
+def sizes_of(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Sizes:
     """What ``width`` makes smaller in the model of ``config``; messages name ``folder``, and nothing is read there.
 
     Raises:
@@ -137,7 +133,7 @@ def narrowing(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Narro
                 f"prune.width: {name}, which is in no layer, would go from {list(old.shape)} to "
                 f"{list(new[name].shape)}; shoal cannot narrow the {text.model_type} family"
             )
-    return Narrowing(narrow_config, narrow, counts, maps, parts)
+    return Sizes(narrow_config, narrow, counts, maps, parts)
 
 
 def _map(
@@ -198,91 +194,3 @@ def _sizes(model: PreTrainedModel, half: Half, name: str) -> list[tuple[int, ...
     num_heads, groups, size = heads(text_config(model.config))
     readers = num_heads // groups * size
     return [(readers, size, size)] if QKV in name.split(".") else [*{(readers,), (size,)}]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A stored tensor that becomes smaller."""
-
-    file: Path
-    stored: StoredTensor
-    layer: int
-    part: Part
-
-
-@dataclass(frozen=True)
-class NarrowFiles:
-    """A checkpoint's files as if its layers were narrow already."""
-
-    width: KeptWidth
-    own: Narrowing
-    slices: Mapping[str, Slice]
-    """Stored name -> what becomes smaller."""
-    shards: list[Shard]
-    """The files, with such tensors as large as they will be: from their start on, where their bytes have a place."""
-
-
-def narrow_files(
-    folder: Path, config: PreTrainedConfig, width: KeptWidth | None, shards: Sequence[Shard]
-) -> NarrowFiles | None:
-    """What ``width`` makes smaller in the files ``shards`` of the model in ``folder``; None where that is None.
-
-    Raises:
-        UserError: what narrowing refuses, and a tensor that is not stored in one piece, as the model has it.
-    """
-    if width is None:
-        return None
-    own, files = narrowing(folder, config, width), {name: shard.file for shard in shards for name in shard.tensors}
-    stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    slices: dict[str, Slice] = {}
-    try:
-        shapes = {name: tensor.shape for name, tensor in stored.items()}
-        model, _ = load_without_data(without_quantization(config)[0], shapes)
-        for layer, parts in own.parts.items():
-            for parameter, part in parts.items():
-                places = stored_places(model, layer, [parameter], stored)
-                if len(places) != 1:
-                    raise NotByCopy(f"{parameter} of layer {layer} is stored in {len(places)} pieces")
-                slices[places[0]] = Slice(files[places[0]], stored[places[0]], layer, part)
-    except NotByCopy as reason:
-        raise cannot_narrow(folder, reason) from reason
-
-    def shorter(name: str, tensor: StoredTensor) -> StoredTensor:
-        if name not in slices:
-            return tensor
-        part = slices[name].part
-        before, after = own.counts[part.half]
-        shape = [size // before * after if dim == part.dim else size for dim, size in enumerate(tensor.shape)]
-        return replace(tensor, shape=tuple(shape), end=tensor.start + (tensor.end - tensor.start) // before * after)
-
-    narrow = [
-        replace(shard, tensors={name: shorter(name, tensor) for name, tensor in shard.tensors.items()})
-        for shard in shards
-    ]
-    return NarrowFiles(width, own, slices, narrow)
-
-
-def cannot_narrow(folder: Path, reason: NotByCopy) -> UserError:
-    """The refusal of files whose tensors cannot be sliced as they are stored."""
-    return UserError(f"{folder}: cannot be narrowed file by file: {reason}; leave prune.width out")
-
-
-@dataclass(frozen=True)
-class NarrowedTensors:
-    """The bytes of what becomes smaller, by the names in the student's files; one tensor at a time is in memory."""
-
-    own: Narrowing
-    units: Mapping[int, Units]
-    """Layer -> what stays of it."""
-    slices: Mapping[str, Slice]
-    """Stored name -> where it lies."""
-    names: Mapping[str, str]
-    """Name in the student's files -> stored name."""
-
-    def __contains__(self, name: object) -> bool:
-        return self.names.get(str(name)) in self.slices
-
-    def __getitem__(self, name: str) -> memoryview:
-        own = self.slices[self.names[name]]
-        tensor = read_tensor(own.file, own.stored)
-        return as_bytes(self.own.narrowed(tensor, own.part, self.units[own.layer]))

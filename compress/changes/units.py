@@ -39,12 +39,12 @@ from ..surgery.cut_model import kept_layers
 from ..variants.layerwise import Call
 from .calibration import Source, batches
 from .fold import same_states
-from .narrowing import Narrowing, Units
+from .narrowing import Sizes, Units
 
 
 @torch.no_grad()
 def measure_width(
-    source: Source, own: Narrowing, drop: Sequence[int], settings: Width, rows: PackedRows
+    source: Source, own: Sizes, drop: Sequence[int], settings: Width, rows: PackedRows
 ) -> dict[int, Units]:
     """What stays of every layer of the model of ``source`` but those of ``drop``.
 
@@ -94,9 +94,7 @@ def _largest(source: Source, layer: int, reader: Any, sums_UKK: Tensor, count: i
     return tuple(sorted(scores_U.argsort(descending=True, stable=True)[:count].tolist()))
 
 
-def _refuse_another_layer(
-    source: Source, own: Narrowing, layer: int, units: Units, hidden_BSD: Tensor, call: Call
-) -> None:
+def _refuse_another_layer(source: Source, own: Sizes, layer: int, units: Units, hidden_BSD: Tensor, call: Call) -> None:
     module = decoder_layers(source.model)[layer]
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, part in own.parts[layer].items():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.data.sources import load_texts
-from shoal.errors import UserError
-from shoal.recipe.prune import Calibration
 
-from .plan import choose_plan, read_goals, refuse_unmeasured, width_of
+from .plan import choose_plan, read_goals, refuse_unmeasured
 from .run import Run, check_length
 
 
@@ -21,53 +20,27 @@ def refuse_impossible_plan(run: Run) -> None:
 
     check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     refuse_unmeasured(run)
-    refuse_impossible_changes(run)
+    refuse_impossible_changes(run, PruningPlan(Provenance({}), run.num_layers, (), "not chosen yet"))
     if not is_automatic(run.recipe.prune):
         plan = choose_plan(run, None, {})
-        refuse_compensation(run, plan)
+        refuse_impossible_changes(run, plan)
         refuse_unfit_student(run, plan)
 
 
-def refuse_impossible_changes(run: Run) -> None:
+def refuse_impossible_changes(run: Run, plan: PruningPlan) -> None:
     """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
-    _refuse_calibration(run)
-    if run.recipe.prune.compensate is not None:
-        from shoal.compress.changes.fit import refuse_quantised
+    from shoal.compress.changes.table import changes_of
+    from shoal.compress.surgery.teacher import read_teacher
 
-        refuse_quantised(run.teacher, run.config())
-    if (width := width_of(run)) is not None:
-        from shoal.compress.changes.narrowing import narrowing
-
-        narrowing(run.teacher, run.config(), width)
-
-
-def refuse_compensation(run: Run, plan: PruningPlan) -> None:
-    """Refuse what cannot be made up for, and calibration text that cannot be read, before a model is loaded."""
-    _refuse_calibration(run)
-    if run.recipe.prune.compensate is None:
-        return
-    if 0 in plan.drop:
-        raise UserError(
-            "prune.compensate: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
-            "keep it, or leave prune.compensate out"
-        )
-
-
-def calibration_of(run: Run) -> tuple[str, Calibration] | None:
-    """The section of the recipe that decides by calibration text, and its name; there is one of them at most."""
-    prune = run.recipe.prune
-    named = {"prune.compensate": prune.compensate, "prune.width": prune.width}
-    return next(((name, settings) for name, settings in named.items() if settings is not None), None)
-
-
-def _refuse_calibration(run: Run) -> None:
-    """Refuse rows that are too long for the model, and text that cannot be read."""
-    if (calibration := calibration_of(run)) is None:
-        return
-    name, settings = calibration
-    check_length(run, settings.sequence_length, f"{name}.sequence_length")
-    for source in settings.data:
-        load_texts(source, max_characters=1)
+    changes = changes_of(run.recipe.prune)
+    teacher = read_teacher(run.teacher, trust_remote_code=run.recipe.trust_remote_code) if changes else None
+    for change in changes:
+        if (settings := change.calibration) is not None:
+            check_length(run, settings.sequence_length, f"{change.SECTION}.sequence_length")
+            for source in settings.data:
+                load_texts(source, max_characters=1)
+        assert teacher is not None
+        teacher = change.sizes(teacher, plan)
 
 
 def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:

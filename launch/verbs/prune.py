@@ -30,8 +30,7 @@ from .plan import (
     refuse_other_depth,
 )
 from .plan_checks import (
-    calibration_of,
-    refuse_compensation,
+    refuse_impossible_changes,
     refuse_impossible_plan,
     refuse_unfit_student,
 )
@@ -58,17 +57,18 @@ def prune(run: Run) -> None:
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
         if is_main():
             last = PruningPlan.read(path)
-            replace(plan, gaps=last.gaps, width=last.width, text=last.text, student=last.student).write(path)
+            replace(last, provenance=plan.provenance, reason=plan.reason).write(path)
         barrier()
         return
     _refuse_stale_training(run)
-    refuse_compensation(run, plan)
+    refuse_impossible_changes(run, plan)
     refuse_unfit_student(run, plan)
     log.info("prune: %s", plan.in_words())
     for line in _sacrifice(run, importance, plan):
         log.info("prune: %s", line)
     if is_main():
         from shoal.compress.apply import apply_plan
+        from shoal.compress.changes.table import changes_of
         from shoal.compress.gguf.patterns import misreading
         from shoal.compress.surgery.narrow_config import BLOCK
 
@@ -79,11 +79,10 @@ def prune(run: Run) -> None:
             plan,
             student,
             seed=run.recipe.seed,
-            compensate=run.recipe.prune.compensate,
-            width=run.recipe.prune.width,
+            changes=changes_of(run.recipe.prune),
             trust_remote_code=run.recipe.trust_remote_code,
         )
-        plan = replace(plan, gaps=applied.gaps, width=applied.width, text=text)
+        plan = replace(applied, text=text)
         replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
         if plan.width is not None and (plan.width.intermediate_size or 0) % BLOCK:
@@ -115,16 +114,16 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
     Raises:
         UserError: what pruning would refuse.
     """
+    from shoal.compress.changes.table import changes_of
     from shoal.compress.dry_run import estimate
 
     recipe = run.recipe
-    refuse_compensation(run, plan)
+    refuse_impossible_changes(run, plan)
     return estimate(
         run.teacher,
         plan,
         run.dir / "student",
-        compensate=recipe.prune.compensate,
-        width=recipe.prune.width,
+        changes=changes_of(recipe.prune),
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
@@ -197,12 +196,14 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
 def _calibration_text(run: Run) -> dict[str, Any]:
     """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items stands in it."""
     from shoal.compress.changes.calibration import calibration_rows
+    from shoal.compress.changes.table import changes_of
 
-    if (calibration := calibration_of(run)) is None:
-        return {}
-    tokenizer, (name, settings) = run.tokenizer(), calibration
-    rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=name)
-    return {"sources": rows.counts, **search_of_rows(run, f"the text of {name}")(rows, tokenizer)}
+    for change in changes_of(run.recipe.prune):
+        if (settings := change.calibration) is not None:
+            tokenizer = run.tokenizer()
+            rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=change.SECTION)
+            return {"sources": rows.counts, **search_of_rows(run, f"the text of {change.SECTION}")(rows, tokenizer)}
+    return {}
 
 
 def _is_cut_already(run: Run, plan: PruningPlan) -> bool:

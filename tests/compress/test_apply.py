@@ -1,7 +1,7 @@
 """From folder to folder: the student on disk is proven, plain, and there only when it is complete.
 
-Covers: shoal.compress.surgery.changed_tensors, shoal.compress.surgery.resumable_folder,
-shoal.compress.surgery.stored_names.
+Covers: shoal.compress.surgery.changed_tensors, shoal.compress.surgery.copying,
+shoal.compress.surgery.resumable_folder, shoal.compress.surgery.stored_names, shoal.compress.surgery.teacher.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
-from shoal.compress.surgery import proof
+from shoal.compress.surgery import copying, proof
+from shoal.compress.surgery import teacher as teacher_module
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import KEPT_LAYERS, checkpoint_bytes, read_shards, tokenizer_fingerprint
@@ -180,7 +181,7 @@ def test_files_of_the_hubs_cache_are_followed_and_read_only_ones_copied_writable
 
 def spoil(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Change the last bytes of tensor ``name`` after the copy was compared with its source."""
-    compare = apply.compare_shards
+    compare = copying.compare_shards
 
     def compare_then_spoil(shards: Any, folder: Path, changed: Any) -> None:
         compare(shards, folder, changed)
@@ -190,7 +191,7 @@ def spoil(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 content[shard.tensors[name].end - 2] ^= 255
                 shard.file.write_bytes(content)
 
-    monkeypatch.setattr(apply, "compare_shards", compare_then_spoil)
+    monkeypatch.setattr(copying, "compare_shards", compare_then_spoil)
 
 
 @pytest.mark.slow
@@ -232,9 +233,9 @@ def test_files_that_do_not_make_the_planned_student_are_refused_without_running_
     change: Change, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint(tmp_path, "qwen2")
-    write = apply._write_copy
+    write = apply.write_copy
     monkeypatch.setattr(
-        apply, "_write_copy", lambda copy, target, changed: (write(copy, target, changed), change(target))[0]
+        apply, "write_copy", lambda copy, target, changed: (write(copy, target, changed), change(target))[0]
     )
     with pytest.raises(UserError, match=message):
         apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
@@ -249,7 +250,7 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
     monkeypatch.setattr(proof, "available_memory", lambda: checkpoint_bytes(folder))
     with monkeypatch.context() as context:
         context.setattr(proof, "load_model", never)
-        context.setattr(apply, "load_model", never)
+        context.setattr(teacher_module, "load_model", never)
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert re.search(
         r"running the model takes \d+ kB of memory and \d+ kB are free; so it is proven by its files", caplog.text

@@ -15,6 +15,13 @@ NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguo
 """Settings that choose layers, which `drop` names."""
 
 
+APART: dict[tuple[str, str], str] = {
+    ("width", "compensate"): "ranks channels of the cut model as it is, without new tensors",
+    ("width", "target"): "changes what layers save, which prune.target counts by whole layers",
+}
+"""Keys of two changes that do not go together, and why not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Section):
     """Text that a model is run over to decide about its weights, and how it is run."""
@@ -158,8 +165,12 @@ def contradictions(prune: Prune) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     if prune.compensate is not None and prune.drop == ():
         yield "prune.compensate: makes up for dropped layers, and prune.drop is empty; name layers, or leave it out"
-    if prune.width is not None:
-        yield from _of_width(prune)
+    for (one, other), reason in APART.items():
+        if getattr(prune, one) is not None and getattr(prune, other) is not None:
+            yield (
+                f"prune.{one}: {reason}; leave prune.{other} out, or change that student in a run of its own (model: "
+                f"RUN_DIR/student, prune: {{drop: [], {one}: ...}})"
+            )
     if prune.drop is not None:
         for name in NOT_BESIDE_DROP:
             if getattr(prune, name) not in (None, False, {}, ()):
@@ -175,15 +186,3 @@ def contradictions(prune: Prune) -> Iterator[str]:
     if prune.target is not None and (prune.num_drop is not None or prune.ratio is not None):
         other = "ratio" if prune.num_drop is None else "num_drop"
         yield f"prune.target: says how much goes, and so does prune.{other}; give one of them"
-
-
-def _of_width(prune: Prune) -> Iterator[str]:
-    for name, is_set, reason in (
-        ("compensate", prune.compensate is not None, "ranks channels of the cut model as it is, without new tensors"),
-        ("target", prune.target is not None, "changes what layers save, which prune.target counts by whole layers"),
-    ):
-        if is_set:
-            yield (
-                f"prune.width: {reason}; leave prune.{name} out, or narrow that student in a run of its own (model: "
-                "RUN_DIR/student, prune: {drop: [], width: ...})"
-            )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shoal.compress.changes import fit, fold
 from shoal.compress.changes.calibration import source_of
-from shoal.compress.changes.fit import LEAVE_OUT, Compensation
+from shoal.compress.changes.fit import LEAVE_OUT, Fitted
 from shoal.compress.changes.sums import SHRINKAGES, Sums, fit_correction, fit_factor
 from shoal.compress.edits.tensors import tensors_in_place, with_layers
 from shoal.compress.surgery.cut_model import skipped
@@ -73,7 +73,7 @@ def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
     return end
 
 
-def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Compensation:
+def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Fitted:
     return fit.compensate(source_of(teacher), drop, settings, rows)
 
 

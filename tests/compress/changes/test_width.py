@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import indices_of, mask_of
-from shoal.compress import apply
 from shoal.compress.apply import apply_plan
+from shoal.compress.changes import width as width_module
 from shoal.compress.changes.calibration import calibration_rows
+from shoal.compress.changes.width import Narrowing
 from shoal.compress.dry_run import estimate
 from shoal.compress.surgery.narrow_config import kept_width
 from shoal.errors import UserError
@@ -73,7 +74,7 @@ def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP, **changes
     """The plan as it was carried out, and its student."""
     plan = PruningPlan(Provenance({}), 6, drop, "named by the test", width=kept_width(load_config(folder), width))
     out = folder.parent / "student"
-    return apply_plan(folder, plan, out, width=width, **changes), out
+    return apply_plan(folder, plan, out, changes=(Narrowing(width),), **changes), out
 
 
 def outputs(name: str, layer: Any) -> tuple[Any, Any]:
@@ -215,11 +216,11 @@ def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource)
     folder, width = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(text, kv_groups=1)
     plan, out = narrowed(folder, width)
     before = replace(plan, width=kept_width(load_config(folder), width))
-    told, num_bytes = estimate(folder, before, out, width=width)
+    told, num_bytes = estimate(folder, before, out, changes=(Narrowing(width),))
     stored = sum(t.end - t.start for shard in read_shards(out) for t in shard.tensors.values())
     assert num_bytes == stored
     assert checkpoint_bytes(out) < checkpoint_bytes(folder)
-    assert "keeps:   32 MLP channels and 1 key-value group of every layer" in told
+    assert "changes: keeping 32 MLP channels and 1 key-value group of every layer" in told
     assert "width: chosen on, 512 tokens, takes about" in told
     parameters = sum(parameter.numel() for parameter in load_model(out).parameters())
     assert f"{parameters:,}" in told
@@ -228,16 +229,16 @@ def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource)
 def test_a_student_that_lost_other_channels_is_not_let_through(
     tmp_path: Path, text: DataSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = apply.NarrowedTensors
+    real = width_module.as_kept
 
-    def shifted(own: Any, units: Any, *rest: Any) -> Any:
+    def shifted(width: Any, units: Any) -> Any:
         moved = {
-            layer: {half: [(u + 1) % SIZE for u in chosen] for half, chosen in of.items()}
+            layer: {half: sorted((u + 1) % SIZE for u in chosen) for half, chosen in of.items()}
             for layer, of in units.items()
         }
-        return real(own, moved, *rest)
+        return real(width, moved)
 
-    monkeypatch.setattr(apply, "NarrowedTensors", shifted)
+    monkeypatch.setattr(width_module, "as_kept", shifted)
     folder = saved(tmp_path, "llama")
     with pytest.raises(UserError, match=r"logits differ from those of the teacher .* cannot narrow the llama family"):
         narrowed(folder, settings(text), proof="run")

@@ -1,0 +1,113 @@
+"""A student whose tensors are the teacher's stored ones, copied under new names without building a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from shoal.atomic_files import write_json
+from shoal.formatting import bytes_text
+from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.models.checkpoint_files import copy_beside, json_or_empty
+from shoal.progress import doing
+
+from .cut_model import refuse_changed_layers
+from .quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
+from .shards import Changed, NewShard, compare_shards, new_shards, write_shards
+from .stored_names import (
+    Loading,
+    NotByCopy,
+    find_layers,
+    load_without_data,
+    modules_inside,
+    other_towers,
+    student_names,
+)
+from .teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A student that can be written without building it."""
+
+    teacher: Teacher
+    config: PreTrainedConfig
+    """Configuration of the student."""
+    shards: list[NewShard]
+    side_files: dict[str, object]
+    """Settings of the quantisation that lie beside config.json: file name -> content."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Stored name -> name in the student's files."""
+        return {old: new for shard in self.shards for old, new in shard.tensors.items()}
+
+
+def planned_copy(
+    teacher: Teacher,
+    plain: PreTrainedConfig,
+    skeleton: PreTrainedModel,
+    loading: Loading,
+    keep: Sequence[int],
+) -> Copy:
+    """What there is to copy of the ``teacher``, of which ``skeleton`` is the model of ``plain`` without its weights.
+
+    Raises:
+        NotByCopy: the files cannot be told apart by layers.
+        UserError: as cut_config.
+    """
+    prefix, model_prefix = find_layers(teacher.shapes, skeleton, plain), f"{anatomy(skeleton).layers_name}."
+    num_layers = len(decoder_layers(skeleton))
+    names = student_names(teacher.shapes, prefix=prefix, num_layers=num_layers, keep=keep)
+    layer_names = LayerNames(
+        prefixes=tuple({prefix, model_prefix}),
+        others=frozenset(other_towers(teacher.shapes, {prefix, model_prefix})),
+        modules=tuple(
+            sorted(modules_inside(teacher.shapes, prefix) | modules_inside(skeleton.state_dict(), model_prefix))
+        ),
+    )
+    config = cut_stored_config(teacher.config, keep, layer_names)
+    config.architectures = config.architectures or [type(skeleton).__name__]
+    shapes = {names[name]: shape for name, shape in teacher.shapes.items() if name in names}
+    student, student_loading = load_without_data(without_quantization(config)[0], shapes)
+    # of multi-token prediction, which transformers ignores by the teacher's numbers, neither says anything
+    own = student_loading.renumbered((model_prefix, prefix), range(len(keep)))
+    if difference := own.difference(loading.renumbered((model_prefix, prefix), keep)):
+        raise NotByCopy(f"of the stored tensors, {difference} in the student")
+    refuse_changed_layers(skeleton, student, keep)
+    side_files = {
+        name: renumbered(settings, keep, layer_names, where=name)
+        for name in SIDE_FILES
+        if (settings := json_or_empty(teacher.folder / name))
+    }
+    shards = new_shards(teacher.shards, names)
+    log.info(
+        "prune: copying %s of %s as they are stored, without building the model",
+        *(bytes_text(sum(shard.num_bytes for shard in some)) for some in (shards, teacher.shards)),
+    )
+    return Copy(teacher, config, shards, side_files)
+
+
+def write_copy(copy: Copy, folder: Path, changed: Changed) -> None:
+    """Write ``copy`` to ``folder``, with other bytes for what is ``changed``, and read it back."""
+    write_shards(copy.shards, folder, changed)
+    with doing("prune: reading back what was copied"):
+        compare_shards(copy.shards, folder, changed)
+    copy.config.save_pretrained(folder)
+    for name, content in copy.side_files.items():
+        write_json(folder / name, content)
+    generation = copy.teacher.folder / GENERATION_FILE
+    if generation.is_file():
+        copy_beside(copy.teacher.folder, folder, (GENERATION_FILE,))
+    else:  # what transformers does where the settings are still in config.json
+        GenerationConfig.from_pretrained(
+            copy.teacher.folder, config_file_name="config.json", _from_model_config=True
+        ).save_pretrained(folder)
