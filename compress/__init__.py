@@ -1,7 +1,6 @@
 """Measure what layers are worth, choose which go, and write the student that is proven to be the teacher without them.
 
     measure      every asked metric, pass by pass
-    streamed     the same of a model larger than memory
     plan         the choice
     goals        what prune.target asks of the layers that go
     layer_sizes  what every layer takes of files, memory and time

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
 from shoal.recipe.measure import refuse_unknown_metrics
 
-from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
+from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Runs
 from .metrics.registry import METRICS, PASSES
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,6 @@ class Scores:
     """Standard errors of layer scores that are estimated from samples; None where one draw tells nothing of its own."""
     orders: dict[str, Order] = field(default_factory=dict)
 
-    def beside(self, more: Mapping[str, Layers | Estimates]) -> Scores:
-        """These scores with ``more`` of single layers."""
-        estimates = {name: result for name, result in more.items() if isinstance(result, Estimates)}
-        values = {name: estimates[name].values if name in estimates else result for name, result in more.items()}
-        errors = {name: finite_errors(estimate) for name, estimate in estimates.items()}
-        return replace(self, layers={**self.layers, **values}, errors={**self.errors, **errors})
-
 
 def finite_errors(estimates: Estimates) -> tuple[float | None, ...]:
     """Standard errors, None where one draw alone tells nothing."""
@@ -58,14 +51,12 @@ def measure_importance(
     attention_mask_NS: Tensor | None = None,
     num_drop: int | None = None,
     seed: int = 0,
-    passes: Mapping[Need, Pass] | None = None,
 ) -> Scores:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
     the same scores. Padding (0 in ``attention_mask_NS``) counts nowhere and no real token sees it. ``num_drop`` is how
-    many removals greedy metrics make; None = as many as there can be. ``seed`` is of what is drawn at
-    random. ``passes`` takes the place of PASSES where a model has to be measured in another way.
+    many removals greedy metrics make; None = as many as there can be. ``seed`` is of what is drawn at random.
 
     Raises:
         UserError: an unknown metric, a model with layers that text passes by, no rows, numbers that are not finite, and
@@ -79,12 +70,11 @@ def measure_importance(
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
     for name in metrics:
         METRICS[name].refuse(model, name)
-    if passes is None:  # else the model has no weights
-        warn_of_mixed_documents(model, rows, WHILE_MEASURED)
+    warn_of_mixed_documents(model, rows, WHILE_MEASURED)
     results: dict[str, Any] = {}
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
-        results |= (passes or PASSES)[need](model, calibration, names)
+        results |= PASSES[need](model, calibration, names)
     scores = Scores(len(decoder_layers(model)), num_tokens)
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:

@@ -16,12 +16,14 @@ that returns what is to be printed. What it writes goes to lab/ in the run direc
     merge        neighbours into one
     patching     through which states the answer reaches the last token
     probes       where a concept can be read off
+    reading      reading against writing
     relations    losses on attention, values and pooled states
     replace      one trained layer for a run
     results      results of parts: made once, in lab/ of the run directory
     samples      drawn texts, pass@k, answers demoted or gone
     skip         attention, MLP or heads silent for good
     swap         a donor's layers
+    sweeps       tasks without heads, with ever fewer layers, with a donor's layers
     training     the recipe's training, but for what a part changes
     vision       layers, states of the tower and models over rows of images
 """

@@ -24,11 +24,13 @@ PARTS: dict[str, str] = {
     "merge": "neighbouring layers merged into one (LaCo)",
     "patching": "through which states an answer reaches the last token, by patching activations",
     "probes": "at which depth a concept of labelled texts can be read off",
+    "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
     "relations": "train on the teacher's attention, values or pooled states beside the recipe's losses",
     "replace": "neighbouring layers replaced by one trained layer (LLM-Streamline)",
     "samples": "texts drawn beside the greedy ones: pass@k, and whether lost answers are demoted or gone",
     "skip": "attention, MLP or heads of layers silent for good",
     "swap": "layers of a donor in the place of the model's own",
+    "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",
     "vision": "what images say of layers, of states of the vision tower and of every model of the run",
 }
 """Name of every part, which is also its module here -> what it says, in a line."""

@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from shoal.components import Component, ComponentPart, LayerEdit, LayerEdits
-from shoal.models.anatomy import decoder_layers, layer_config
+from shoal.models.anatomy import decoder_layers
 
 from .masks import (
     Hooks,
@@ -118,15 +117,6 @@ def components_of(operator: str, model: PreTrainedModel, *, order: Sequence[int]
     in_layer = KINDS[operator].in_layer or (lambda *_: (None,))
     layers = range(len(decoder_layers(model)))
     return tuple(Component((layer,), operator, index) for layer in layers for index in in_layer(model, layer))
-
-
-def num_components(operator: str, config: Any) -> int:
-    """About how many components a sweep has, by the configuration; what no layer has is refused with the model."""
-    layers = range(config.num_hidden_layers)
-    told_by = KINDS[operator].told_by if operator in KINDS else ""
-    if not told_by:
-        return len(layers)
-    return sum(getattr(layer_config(config, layer), told_by, None) or 1 for layer in layers)
 
 
 def layer_edits(components: Iterable[Component], model: PreTrainedModel | None) -> LayerEdits:

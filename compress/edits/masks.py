@@ -107,8 +107,6 @@ def refuse_states_without_positions(model: PreTrainedModel) -> None:
     Raises:
         UserError: naming it.
     """
-    if model.device.type == "meta":  # streamed layer by layer, which takes families that hand on such a state alone
-        return
     shapes: list[torch.Size] = []
     ids_1S = probe_ids(model)
 

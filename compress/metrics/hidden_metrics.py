@@ -205,14 +205,11 @@ class AvssUpdate(AvssOutput):
 
 
 def refuse_other_states(model: PreTrainedModel) -> None:
-    """Refuse a model whose layers hand on other states than (B, S, D), by a run over a few tokens; one without weights,
-    which is streamed, tells that layer by layer.
+    """Refuse a model whose layers hand on other states than (B, S, D), by a run over a few tokens.
 
     Raises:
         UserError: with what that rules out.
     """
-    if model.device.type == "meta":
-        return
     ids_1S = probe_ids(model)
 
     def after(layer: int, _: Any, __: Any, output: Any) -> None:

@@ -6,7 +6,6 @@ atlas          what follows from single-layer removals
 agreement      how far columns rank alike
 columns        scores by name
 placeholder    what will be measured, without its scores: choices that nothing can make possible
-read_write     reading against writing
 expected_loss  what a plan is expected to cost on tasks
 items          scores of every item, on disk
 """

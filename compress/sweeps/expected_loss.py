@@ -32,40 +32,26 @@ def summed(parts: Sequence[Estimate], correlation: Array) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def expected_change(importance: Importance, column: SweepColumn, drop: Sequence[int]) -> Estimate:
-    """The change of one column without these layers of the measured model: as measured where the sweep of cumulative
-    removals has a step with exactly them gone, else as joint_change."""
-    return _measured(importance, drop).get(column.task) or joint_change(column, drop)
-
-
 def is_loss(column: SweepColumn, change: Estimate) -> bool:
     """Whether the change is for the worse with its whole interval."""
     return change.high < 0 if column.higher_is_better else change.low > 0
 
 
 def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str, ...]:
-    """Lines for a reader: what dropping these layers is expected to cost on every swept task.
-
-    A set that the sweep of cumulative removals went through is told as it was measured.
-    """
+    """Lines for a reader: what dropping these layers is expected to cost on every swept task."""
     if importance.atlas is None:
         return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
     if not drop:
         return ()
-    measured = _measured(importance, drop)
-    if measured:
-        head = "measured without exactly these layers, before any distillation:"
-    else:
-        head = (
-            "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and "
-            "rather too low, since layers that stand in for each other each look free):"
-        )
-    lines = (_line(column, drop, measured.get(column.task)) for column in importance.atlas.columns)
-    return (head, *lines)
+    head = (
+        "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and rather "
+        "too low, since layers that stand in for each other each look free):"
+    )
+    return (head, *(_line(column, drop) for column in importance.atlas.columns))
 
 
-def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None) -> str:
-    change = measured or joint_change(column, drop)
+def _line(column: SweepColumn, drop: Sequence[int]) -> str:
+    change = joint_change(column, drop)
     text = f"  {column.task} ({column.protocol}): {_text(column, change)}"
     critical = sorted(set(column.critical) & set(drop))
     if critical:
@@ -85,15 +71,3 @@ def _text(column: SweepColumn, change: Estimate) -> str:
         return f"{100 * intact:.1f} % -> {100 * after:.1f} %, {points}, n = {column.n}"
     limits = f"[{signed(change.low, 3)}, {signed(change.high, 3)}]"
     return f"{intact:.3f} -> {after:.3f} {column.metric}, {signed(change.value, 3)} {limits}, n = {column.n}"
-
-
-def _measured(importance: Importance, drop: Sequence[int]) -> dict[str, Estimate]:
-    """Task -> change, where the cumulative sweep has a step with exactly these layers gone."""
-    sweep = importance.sweeps.get("cumulative")
-    if sweep is None:
-        return {}
-    steps = [set(component.layers) for component in sweep.units]
-    if set(drop) not in steps:
-        return {}
-    step = steps.index(set(drop))
-    return {column.task: column.effects[step].change for column in sweep.columns}

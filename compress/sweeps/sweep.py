@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
-from shoal.inference.prefix_sharing import Tokens
+from shoal.inference.prefix_sharing import Tokens, batches
 from shoal.inference.scoring import Score
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
@@ -37,7 +37,6 @@ from ...eval.harness.writing import Writing
 from ...eval.tasks.load import known_tasks, tasks_of
 from ...eval.tasks.names import named_in
 from ..edits.layer_edits import stored_name
-from ..variants.streamed import Streaming, score_variants_streamed
 from ..variants.variant_generation import Limits, generate_variants
 from ..variants.variants import INTACT, Edited, Variant, runs_through, score_variants
 from .table import require_items
@@ -206,7 +205,6 @@ class VariantsLM(CausalLM):
         """Seed of sampled text."""
         self.num_layers = text_config(edited.model.config).num_hidden_layers
         self._edited, self._variants = edited, variants
-        self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
 
     def show(self, number: int) -> None:
         """Be that variant from now on; after the first one all answers are known."""
@@ -216,10 +214,11 @@ class VariantsLM(CausalLM):
         keys = self._score_keys(pairs)
         missing = self.items.missing(keys)
         step.known(len(pairs) - len(missing))
-        size = self._requests_at_once or max(1, len(missing))
-        for start in range(0, len(missing), size):
-            chosen = missing[start : start + size]
-            by_variant = self._score_variants([pairs[index] for index in chosen], step)
+        for chosen in batches(missing, REQUESTS_AT_ONCE * self.batch_size):
+            asked = [pairs[index] for index in chosen]
+            by_variant = score_variants(
+                self._edited, self._decoder, asked, self._variants, batch_size=self.batch_size, progress=step
+            )
             self._refuse_no_numbers(by_variant)
             by_request = [list(scores) for scores in zip(*by_variant, strict=True)]
             self.items.add([keys[index] for index in chosen], by_request)
@@ -235,18 +234,12 @@ class VariantsLM(CausalLM):
                     "weights"
                 )
 
-    def _score_variants(self, pairs: list[tuple[Tokens, Tokens]], step: Callable[[int], object]) -> list[list[Score]]:
-        return score_variants(
-            self._edited, self._decoder, pairs, self._variants, batch_size=self.batch_size, progress=step
-        )
-
     def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
         keys = self._text_keys(prompts, how)
         missing = self.items.missing(keys)
         missing.sort(key=lambda index: -len(prompts[index]))
         step.known(len(prompts) - len(missing))
-        for start in range(0, len(missing), self.batch_size):
-            chosen = missing[start : start + self.batch_size]
+        for chosen in batches(missing, self.batch_size):
             asked = [keys[index] for index in chosen]
             by_variant = self._write_variants([prompts[index] for index in chosen], asked, how)
             self.items.add(asked, [list(texts) for texts in zip(*by_variant, strict=True)])
@@ -284,39 +277,3 @@ class VariantsLM(CausalLM):
         """A sampled text that is the same whatever was written before it, as when a sweep goes on."""
         torch.manual_seed(int(key[:15], 16))
         return self._write_batch([prompt], how)[0]
-
-
-class StreamedVariantsLM(VariantsLM):
-    """The same from the files of a model that is larger than memory: all likelihoods in one pass over them."""
-
-    def __init__(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        variants: Sequence[Variant],
-        batch_size: int,
-        *,
-        streaming: Streaming,
-        donor: Path | None = None,
-    ) -> None:
-        super().__init__(Edited(streaming.open(folder).model), tokenizer, variants, batch_size)
-        self._folder, self._streaming, self._donor = folder, streaming, donor
-        self._requests_at_once = None
-        self._device = torch.device(streaming.device)  # the model itself has no weights to be anywhere
-
-    def _score_variants(self, pairs: list[tuple[Tokens, Tokens]], step: Callable[[int], object]) -> list[list[Score]]:
-        return score_variants_streamed(
-            self._folder,
-            pairs,
-            self._variants,
-            batch_size=self.batch_size,
-            streaming=self._streaming,
-            donor=self._donor,
-            progress=step,
-        )
-
-    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
-        raise UserError(
-            "measure.sweep.tasks: writing text takes the whole model in memory, which measure.memory_gb rules out; "
-            "leave tasks of generation out, or unset measure.memory_gb"
-        )

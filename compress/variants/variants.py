@@ -36,7 +36,6 @@ from ..edits.layer_edits import in_force, layer_edits
 from ..edits.masks import passed_on
 from ..edits.swapping import refuse_unswappable, swapped
 from .layerwise import Call, Layerwise
-from .state_store import Kept, StateStore
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +123,7 @@ class States:
     """The states of variants over the passes of one layout, on their way through the layers.
 
     Variants with the same edits up to here have the same states; these are held once, under those edits. With ``keep``
-    the keys and values that the last pass ends with stay in ``kept``: by layer, then by edits so far. ``store`` is
-    where states wait for their next layer.
+    the keys and values that the last pass ends with stay in ``kept``: by layer, then by edits so far.
     """
 
     def __init__(
@@ -137,7 +135,6 @@ class States:
         variants: Sequence[Variant],
         *,
         keep: bool = False,
-        store: StateStore | None = None,
     ) -> None:
         self._edited, self._layerwise = edited, layerwise
         self._variants = variants
@@ -156,8 +153,7 @@ class States:
             )
             for batch, cache in zip(passes, self._lengths_only, strict=True)
         ]
-        self._store = store or StateStore()
-        self._states: dict[LayerEdits, list[Kept]] = {(): [self._store.keep(batch.hidden_BSD) for batch in prepared]}
+        self._states: dict[LayerEdits, list[Tensor]] = {(): [batch.hidden_BSD for batch in prepared]}
         """By the edits of the layers behind: what the next layer gets, one (B, S, D) for every pass."""
         self._prepared = [batch.without_hidden() for batch in prepared]
         self.layer = 0
@@ -169,7 +165,7 @@ class States:
         self._states = {}
         if self.kept is not None:
             self.kept.append({})
-        passed: dict[LayerEdits, tuple[list[Kept], Any]] = {}
+        passed: dict[LayerEdits, tuple[list[Tensor], Any]] = {}
         for variant in self._variants:
             so_far = tuple(edit for edit in variant.edits if edit[0] <= layer)
             if so_far in self._states:
@@ -189,27 +185,29 @@ class States:
                 self.kept[layer][so_far] = slot.keys, slot.values
         self.layer += 1
 
-    def _passed_on(self, skips: Sequence[ComponentPart], before: Sequence[Kept], after: Sequence[Kept]) -> list[Kept]:
+    def _passed_on(
+        self, skips: Sequence[ComponentPart], before: Sequence[Tensor], after: Sequence[Tensor]
+    ) -> list[Tensor]:
         """``after`` with the states ``before`` the layer at the positions of every pass that it skips."""
         return [
-            self._store.keep(passed_on(skips, batch.answer_BS, state_before.load(), state_after.load()))
+            passed_on(skips, batch.answer_BS, state_before, state_after)
             for batch, state_before, state_after in zip(self._passes, before, after, strict=True)
         ]
 
     def final(self, variant: Variant) -> list[Tensor]:
         """(B, S, D) The final hidden states of every pass, once all layers are behind."""
         states = zip(self._states[variant.edits], self._prepared, strict=True)
-        return [self._layerwise.finish(state.load(), prepared) for state, prepared in states]
+        return [self._layerwise.finish(state, prepared) for state, prepared in states]
 
-    def _through(self, layer: int, edits: Sequence[LayerEdit], states: Sequence[Kept]) -> tuple[list[Kept], Any]:
+    def _through(self, layer: int, edits: Sequence[LayerEdit], states: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """The states of all passes behind ``layer``, and the slot with what the last pass ends with there.
 
         Later passes go on from the first one's keys and values in this layer, which nobody needs after them.
         """
         contexts: DynamicCache | None = None
-        after: list[Kept] = []
+        after: list[Tensor] = []
         slot: Any = None
-        for batch, prepared, lengths_only, state in zip(
+        for batch, prepared, lengths_only, before_BSD in zip(
             self._passes, self._prepared, self._lengths_only, states, strict=True
         ):
             call = prepared.calls[layer]
@@ -224,10 +222,7 @@ class States:
                     slot = cache.layers[layer]
                     slot.batch_select_indices(batch.rows)  # (contexts, heads, S, d) -> (B, heads, S, d)
                 call = call.replacing(lengths_only, cache)
-            before_BSD = state.load()
-            after_BSD = self._edited.run(self._layerwise, layer, edits, before_BSD, call)
-            # behind a removed layer the state is the same, and so is its place in the store
-            after.append(state if after_BSD is before_BSD else self._store.keep(after_BSD))
+            after.append(self._edited.run(self._layerwise, layer, edits, before_BSD, call))
         return after, slot
 
 

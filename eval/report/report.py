@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shoal.artifacts.evaluation import Evaluation
 from shoal.atomic_files import write_text
-from shoal.figures.atlas import atlas_figure, read_write_figure
+from shoal.figures.atlas import atlas_figure
 from shoal.figures.depth import depth_figure
 from shoal.figures.importance import importance_figure
 from shoal.figures.levels import Ladder, ladders, level_figure
@@ -35,7 +35,6 @@ from .sections import (
     level_section,
     no_signal_section,
     protocol_section,
-    read_write_section,
     scores_section,
 )
 from .speed import speed_section
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     """Name of the file, figure, title, and what it shows."""
 
 FIGURES_DIR = "figures"
-FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "read_write", "training"}
+FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "training"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -80,7 +79,6 @@ def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Pict
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
         no_signal_section(comparison),
         protocol_section(run, comparison),
-        read_write_section(run, [replace(figure, folded=True) for figure in drawn("read_write")]),
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
         flips_section(comparison),
@@ -179,15 +177,6 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
             "left of every task without each layer, with 95 % intervals. Layers without which a task is "
             "significantly worse are framed.",
         )
-        if importance.atlas.read_write:
-            yield (
-                "read_write",
-                read_write_figure(importance, drop),
-                "Reading against writing",
-                "What every task loses, with 95 % intervals, where a layer writes nothing before the prompt's last "
-                "token (reading) and nothing from there on (writing); a dash is the loss without the layer, a diamond "
-                "one that is not their sum. Below, what likelihood hides of both.",
-            )
 
 
 def _training_figures(run: Run) -> Iterator[NamedFigure]:

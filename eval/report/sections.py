@@ -163,37 +163,6 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
     return Section("Why the protocols can disagree", tuple(blocks))
 
 
-def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
-    """What layers do for other tokens of the prompt, and what where an answer is predicted; None if that is unknown."""
-    if run.importance is None or run.importance.atlas is None or run.importance.atlas.read_write is None:
-        return None
-    atlas, read_write = run.importance.atlas, run.importance.atlas.read_write
-    text = (
-        "Reading is what a layer adds to the states of the prompt's earlier tokens, which later layers look up; "
-        "writing is what it adds from the prompt's last token on, where the answer is predicted. Each was taken away "
-        "alone, and both together, on the same items. Hidden writing is what likelihood keeps of the score above "
-        "chance while a layer does not write, less what generated text keeps: above zero, likelihood hides what "
-        "generation needs."
-    )
-    rows = []
-    for column, own in zip(read_write.columns, atlas.columns, strict=True):
-        is_points = own.higher_is_better and own.intact.low >= 0 and own.intact.high <= 1
-        scale, unit = (100, " points") if is_points else (1, "")
-        for layer in sorted({*own.critical, *column.reads, *column.writes, *column.interacts}):
-            parts = (own.losses[layer], column.reading[layer], column.writing[layer], column.interaction[layer])
-            cells = [
-                interval_text((estimate.value, estimate.low, estimate.high), "+.3g", unit, scale=scale)
-                for estimate in parts
-            ]
-            rows.append((atlas.sweep.title(own), str(layer), *cells))
-    blocks: list[Block] = [text, (tuple(read_write.in_words(atlas.sweep))), *pictures]
-    if rows:
-        columns = ("Task", "Layer", "Lost without it", "Reading", "Writing", "Less their sum")
-        caption = "Layers whose removal, reading, writing or interaction is significant"
-        blocks.append(Table(caption, columns, tuple(rows), frozenset({0}), folded=True))
-    return Section("What layers read and what they write", tuple(blocks))
-
-
 def score_table(run: Run, rows: Sequence[Row]) -> Table:
     """Every task's scores by ability, with what is kept of them; in this order a phone sets what is kept below."""
     roles = [role for role in ROLES if role in run.evaluations]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
 from shoal.atomic_files import fingerprint
+from shoal.components import Component
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack, sources_fingerprint
 from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
@@ -21,46 +24,38 @@ from shoal.recipe.measure import Sweeps
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
 
-from .measure_checks import check_measure, check_order, is_streamed
+from .measure_checks import check_measure
 from .run import Run, is_done
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from shoal.compress.variants.streamed import Streaming
+    from shoal.compress.sweeps.table import Measured
 
 log = logging.getLogger(__name__)
-DONOR_CONTENT = "measure.sweep.donor (content)"
 
 
 def measure_inputs(run: Run) -> dict[str, Any]:
     """What identifies importance.json."""
+    inputs: dict[str, Any] = {"model": run.teacher_fingerprint, "data": sources_fingerprint(run.recipe.measure.data)}
+    inputs |= shaping(run.recipe, Shapes.IMPORTANCE) | shaping(run.recipe.measure, Shapes.IMPORTANCE, "measure.")
+    return inputs if run.recipe.measure.sweep is None else inputs | sweep_inputs(run, run.recipe.measure.sweep)
+
+
+def sweep_inputs(run: Run, settings: Sweeps) -> dict[str, Any]:
+    """What identifies the scores of variants."""
     from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
-    inputs = _inputs(run, Shapes.IMPORTANCE, data=sources_fingerprint(run.recipe.measure.data))
-    settings = run.recipe.measure.sweep
-    if settings is None:
-        return inputs
-    inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")
+    inputs = shaping(settings, Shapes.SCORES, "measure.sweep.")
     forms = [f"{task}_{protocol}" for task in settings.tasks for protocol in settings.protocols]
     inputs["measure.sweep.tasks (files)"] = tasks_fingerprint(forms or settings.tasks, settings.include_path)
     if settings.data_dir is not None:
         inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
     if settings.perplexity_tokens:
         inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
-    if run.sweep_donor is not None:
-        inputs[DONOR_CONTENT] = model_fingerprint(run.sweep_donor)
     if writing := writing_settings(run.teacher):
         inputs[WRITING] = writing
     return inputs
-
-
-def _streaming(run: Run) -> Streaming:
-    from shoal.compress.variants.streamed import Streaming
-
-    limit = run.recipe.measure.memory_gb
-    assert limit is not None
-    return Streaming(memory_bytes=int(limit * 2**30), device=device(), spill_folder=run.dir, **run.load_args())
 
 
 def measure(run: Run) -> None:
@@ -74,11 +69,12 @@ def measure(run: Run) -> None:
             "measure: %s reads images and is measured with text alone, which says nothing of what layers do for images",
             run.recipe.model,
         )
-    run.dir.mkdir(parents=True, exist_ok=True)  # layers that are streamed are spilled there
+    run.dir.mkdir(parents=True, exist_ok=True)
     seed_everything(run.recipe.seed)
     rows = packed_rows(run)
-    model = None if is_streamed(run) else load_model(run.teacher, device=device(), **run.load_args())
-    importance = _measured(run, model, rows, inputs)
+    with tempfile.TemporaryDirectory(prefix="offloaded-", dir=run.dir) as folder:
+        model = load_model(run.teacher, device=device(), offload=Path(folder), **run.load_args())
+        importance = _measured(run, model, rows, inputs)
     if is_main():
         _write(run, importance)
     barrier()
@@ -105,86 +101,83 @@ def packed_rows(run: Run) -> PackedRows:
 
 
 def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:
-    from shoal.compress.measure import measure_importance
-    from shoal.compress.streamed import measure_streamed
-
-    settings = run.recipe.measure
-    common: dict[str, Any] = {"metrics": settings.metrics, "batch_size": settings.batch_size}
-
-    def scored() -> Importance:
-        if model is None:
-            scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
-        else:
-            scores = measure_importance(
-                model,
-                rows,
-                num_drop=settings.removals(run.num_layers),
-                seed=run.recipe.seed,
-                **common,
-            )
-        return Importance(Provenance(inputs), **vars(scores))
-
-    return scored() if settings.sweep is None else _swept(run, model, rows, settings.sweep, scored)
-
-
-def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
-    """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
+    from shoal.compress.measure import measure_importance
     from shoal.compress.metrics.greedy import TASK_ORDER
     from shoal.compress.sweeps.atlas import atlas_of
     from shoal.compress.sweeps.columns import rankings
-    from shoal.compress.sweeps.items import write_items
-    from shoal.compress.sweeps.read_write import read_write_of
-    from shoal.compress.sweeps.table import OF_LAYERS, table_of
-    from shoal.compress.variants.variants import variant_of
 
-    # before anything is measured, so that what these refuse is refused at once
-    skeleton = _streaming(run).open(run.teacher).model if model is None else model
-    sweep = _sweep(run, model, settings)
-    known = {operator: components_of(operator, skeleton) for operator in settings.operators if operator != "cumulative"}
-    importance = scored()
-    inputs = importance.provenance.inputs
-    own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention, inputs.get(DONOR_CONTENT)]
-    identity = fingerprint([*own, inputs[WRITING]] if WRITING in inputs else own)
-    tables: dict[str, Any] = {}
-    for operator in settings.operators:
-        components = known.get(operator)
-        if components is None:
-            order = _order(settings, importance)[: settings.max_removed]
-            components = components_of(operator, skeleton, order=order)
-        log.info("measure: sweep of operator %s, %d variants", operator, len(components))
-        intact, removed = sweep(
-            [variant_of(component, skeleton) for component in components],
-            settings,
-            seed=run.recipe.seed,
-            folder=run.dir / "sweep" / operator,
-            identity=identity,
-        )
-        if is_main():
-            write_items(run.dir / "sweep" / operator, [component.name for component in components], intact, removed)
-        table = tables[operator] = table_of(operator, components, intact, removed)
+    settings, swept = run.recipe.measure, run.recipe.measure.sweep
+    # what layers refuse to be without is refused before anything is measured
+    units = {operator: components_of(operator, model) for operator in (swept.operators if swept else ())}
+    scores = measure_importance(
+        model,
+        rows,
+        metrics=settings.metrics,
+        batch_size=settings.batch_size,
+        num_drop=settings.removals(run.num_layers),
+        seed=run.recipe.seed,
+    )
+    importance = Importance(Provenance(inputs), **vars(scores))
+    for operator, table in sweep_tables(run, model, units).items():
         if operator == "layer":
             with doing("measure: intervals of the atlas"):
                 importance = replace(importance, atlas=atlas_of(*table, metrics=rankings(importance)))
         else:
             importance = replace(importance, sweeps={**importance.sweeps, operator: table[0]})
-    if importance.atlas is not None and tables.keys() >= set(OF_LAYERS):
-        importance = replace(importance, atlas=replace(importance.atlas, read_write=read_write_of(tables)))
-    if settings.greedy is not None:
-        order = _task_order(run, sweep, settings, identity)
+    if swept is not None and swept.greedy is not None:
+        order = _task_order(run, _scoring(run, model), swept)
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
 
 
-def _task_order(run: Run, sweep: Callable[..., Any], settings: Sweeps, identity: str) -> tuple[Removal, ...]:
+def sweep_tables(
+    run: Run, model: Any, units: Mapping[str, Sequence[Component]], *, donor: Path | None = None
+) -> dict[str, tuple[Any, tuple[Measured, ...]]]:
+    """By operator the table of what the tasks of measure.sweep score without each of its ``units``, and what it was
+    computed from; scores of items go to sweep/ in the run directory. ``donor``: a folder whose layers are put in."""
+    from shoal.compress.sweeps.items import write_items
+    from shoal.compress.sweeps.table import table_of
+    from shoal.compress.variants.variants import variant_of
+
+    score, tables = _scoring(run, model, donor), {}
+    for operator, components in units.items():
+        log.info("measure: sweep of operator %s, %d variants", operator, len(components))
+        folder = run.dir / "sweep" / operator
+        intact, removed = score([variant_of(component, model) for component in components], folder=folder)
+        if is_main():
+            write_items(folder, [component.name for component in components], intact, removed)
+        tables[operator] = table_of(operator, components, intact, removed)
+    return tables
+
+
+def _scoring(run: Run, model: Any, donor: Path | None = None) -> Callable[..., Any]:
+    """What scores variants of ``model`` on the tasks of measure.sweep, given these and a folder for their answers."""
+    from shoal.compress.sweeps.sweep import VariantsLM, sweep
+    from shoal.compress.variants.variants import Edited
+
+    other = None if donor is None else load_model(donor, device=device(), **run.load_args())
+    own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention]
+    own.append(None if donor is None else model_fingerprint(donor))
+    writing = writing_settings(run.teacher)
+    make_lm = partial(VariantsLM, Edited(model, other), run.tokenizer())
+    return partial(
+        sweep,
+        make_lm,
+        settings=run.recipe.measure.sweep,
+        seed=run.recipe.seed,
+        identity=fingerprint([*own, writing] if writing else own),
+    )
+
+
+def _task_order(run: Run, score: Callable[..., Any], settings: Sweeps) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
     from shoal.compress.metrics.greedy import TASK_ORDER, greedy_order, layer_components, task_objective
 
     rounds = itertools.count()
 
     def evaluate(variants: Any) -> Any:
-        folder = run.dir / "sweep" / TASK_ORDER / str(next(rounds))
-        return sweep(variants, settings, seed=run.recipe.seed, folder=folder, identity=identity)[1]
+        return score(variants, folder=run.dir / "sweep" / TASK_ORDER / str(next(rounds)))[1]
 
     return greedy_order(
         layer_components(run.num_layers, protected=(0, -1)),
@@ -195,34 +188,6 @@ def _task_order(run: Run, sweep: Callable[..., Any], settings: Sweeps, identity:
     )
 
 
-def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
-    """What scores variants of ``model``; where there is none, of the checkpoint, layer by layer."""
-    from shoal.compress.sweeps.sweep import StreamedVariantsLM, VariantsLM, sweep
-    from shoal.compress.variants.variants import Edited
-
-    donor = run.sweep_donor
-    tokenizer = run.tokenizer()
-    if model is None:
-        lm = partial(StreamedVariantsLM, run.teacher, tokenizer, streaming=_streaming(run), donor=donor)
-        return partial(sweep, lm)
-    other = None if donor is None else load_model(donor, device=device(), **run.load_args())
-    return partial(sweep, partial(VariantsLM, Edited(model, other), tokenizer))
-
-
-def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
-    """The layers that cumulative removals take out, first one first; one layer always stays."""
-    from shoal.compress.sweeps.columns import layer_scores
-
-    num_layers = importance.num_layers
-    if isinstance(settings.order, str):
-        if (removals := importance.orders.get(settings.order)) is not None:  # of what it never tried it says nothing
-            return tuple(removal.unit.layers[0] for removal in removals)
-        scores = layer_scores(settings.order, importance, setting="measure.sweep.order")
-        return tuple(sorted(range(num_layers), key=lambda layer: (scores[layer], layer))[:-1])
-    check_order(settings.order, num_layers)
-    return settings.order
-
-
 def _write(run: Run, importance: Importance) -> None:
     from shoal.figures.style import save_figure
 
@@ -230,24 +195,13 @@ def _write(run: Run, importance: Importance) -> None:
     with doing("measure: drawing figures"):
         for name, figure in _figures(importance):
             save_figure(figure, run.dir / "figures" / f"{name}.svg")
-    if importance.atlas is not None:
-        for note in importance.atlas.notes:
-            log.info("measure: %s", note)
-        if importance.atlas.read_write is not None:
-            for line in importance.atlas.read_write.in_words(importance.atlas.sweep):
-                log.info("measure: %s", line)
+    for note in importance.atlas.notes if importance.atlas is not None else ():
+        log.info("measure: %s", note)
     log.info("measure: %s", run.dir / Importance.FILE)
 
 
 def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
-    from shoal.figures.atlas import (
-        agreement_figure,
-        atlas_figure,
-        cumulative_figure,
-        curves_figure,
-        head_map_figure,
-        read_write_figure,
-    )
+    from shoal.figures.atlas import agreement_figure, atlas_figure, curves_figure
     from shoal.figures.importance import importance_figure
 
     if importance.layers or importance.runs:
@@ -255,18 +209,5 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
     if importance.atlas is not None:
         yield "atlas", atlas_figure(importance)
         yield "agreement", agreement_figure(importance.atlas.agreement)
-        if importance.atlas.read_write is not None:
-            yield "read_write", read_write_figure(importance)
     for operator, table in importance.sweeps.items():
-        if any(component.index is not None for component in table.units):
-            yield operator, head_map_figure(table)
-        elif operator == "cumulative":
-            yield operator, cumulative_figure(table)
-        else:
-            yield operator, curves_figure(table)
-
-
-def _inputs(run: Run, result: Shapes, **content: str) -> dict[str, Any]:
-    """What identifies ``result``: the model, the ``content`` of text that it is measured on, and settings."""
-    settings = {**shaping(run.recipe, result), **shaping(run.recipe.measure, result, "measure.")}
-    return {"model": run.teacher_fingerprint, **content, **settings}
+        yield operator, curves_figure(table)

@@ -104,11 +104,6 @@ class Run:
         return resolved(self.recipe.model, self.recipe.revision)
 
     @cached_property
-    def sweep_donor(self) -> Path | None:
-        """The local folder of measure.sweep.donor, likewise; None where there is none."""
-        sweep = self.recipe.measure.sweep
-        return None if sweep is None or sweep.donor is None else resolved(sweep.donor, sweep.donor_revision)
-
     @cached_property
     def teacher_fingerprint(self) -> str:
         return model_fingerprint(self.teacher)

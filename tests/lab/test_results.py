@@ -1,17 +1,27 @@
-"""Every part on a run of a tiny model: what it writes, once, and what it says."""
+"""Every part on a run of a tiny model: what it writes, once, and what it says.
+
+Covers: shoal.lab.sweeps.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import tiny_checkpoint
 
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance, Removal
+from shoal.components import Component
 from shoal.errors import UserError
 from shoal.lab import heads as heads_part
+from shoal.lab import sweeps
 from shoal.lab.command import lab
 from shoal.lab.heads.scores import HeadScores
+from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import load_recipe
@@ -66,5 +76,40 @@ def test_depth_use_sweeps_the_cut_model_and_one_beside(recipe: str, tmp_path: Pa
     use = json.loads((tmp_path / "run/lab/depth_use.json").read_text())
     assert use["kept"] == {"teacher": [0, 1, 2, 3, 4, 5], "pruned": [0, 1, 3, 4, 5], "beside": [0, 1, 2, 3, 4, 5]}
     short = tiny_checkpoint(tmp_path / "short", "llama", max_position_embeddings=4096, num_hidden_layers=2)
-    with pytest.raises(UserError, match="short has 2 layers and not 6"):
+    with pytest.raises(UserError, match="has 2 layers and not 6"):
         lab(["depth_use", recipe, f"beside={short}"])
+
+
+@pytest.mark.prove
+def test_sweeps_and_reading_are_written_and_told(recipe: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run the stage that makes it first"):
+        lab(["sweeps", recipe, "operators=[cumulative]"])
+    measure(open_run(load_recipe(recipe)))
+    donor = tiny_checkpoint(tmp_path / "donor", "llama", max_position_embeddings=4096, seed=1)
+    said = lab(["sweeps", recipe, "operators=[kv_group, cumulative, donor]", "max_removed=2", f"donor={donor}"])
+    assert "cumulative, knowledge/continuation: " in said
+    names = {"sweeps.json", "sweeps.svg", "sweep_kv_group.svg", "sweep_cumulative.svg", "sweep_donor.svg"}
+    assert {file.name for file in (tmp_path / "run/lab").iterdir()} == names
+    tables = json.loads((tmp_path / "run/lab/sweeps.json").read_text())["tables"]
+    assert [len(tables[name]["units"]) for name in ("kv_group", "cumulative", "donor")] == [12, 2, 6]
+    assert "reading is needed" in lab(["reading", recipe])
+    for words, message in (
+        (["operators=[donor]"], "needs a donor, and a donor"),
+        (["operators=[cumulative]", "order=[1, 1]"], r"each once and not all \(got \[1, 1\]\)"),
+        (["operators=[cumulative]", "order=taylr"], "is not in importance.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lab(["sweeps", recipe, *words])
+
+
+def test_cumulative_removals_end_where_a_greedy_order_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of layers that the order never took it says nothing, and by their numbers layer 0 would be the next to go."""
+    order = tuple(Removal(Component((layer,)), 0.0) for layer in (3, 1))
+    scores = {"block_influence": (0.5, 0.1, 0.3, 0.2, 0.4, 0.6)}
+    importance = Importance(Provenance({}), 6, 1, scores, {}, orders={"sleb": order})
+    importance.write(tmp_path / "importance.json")
+    monkeypatch.setattr(sweeps, "require", lambda *_: None)
+    monkeypatch.setattr(sweeps, "measure_inputs", lambda _: {})
+    run: Any = SimpleNamespace(dir=tmp_path, num_layers=6)
+    assert sweeps._order(run, sweeps.Settings(("cumulative",), order="sleb")) == (3, 1)
+    assert sweeps._order(run, sweeps.Settings(("cumulative",))) == (1, 3, 2, 4, 0)

@@ -13,7 +13,6 @@ from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.artifacts.importance import Atlas, Importance, Removal, Sweep
 from shoal.components import Component, ComponentPart
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.read_write import read_write_of
 from shoal.compress.sweeps.table import Measured, table_of
 from shoal.eval.harness.rates import hold_answers, text_rates, with_rates
 from shoal.stats.paired import interval
@@ -123,14 +122,6 @@ def tables() -> dict[str, tuple[Sweep, tuple[Measured, ...]]]:
         ]
         found[operator] = table_of(operator, units, intact, variants)
     return found
-
-
-def importance_with_parts() -> Importance:
-    """The same as importance(), with reading and writing told apart."""
-    found, made = tables(), importance()
-    assert made.atlas is not None
-    sweeps = {operator: found[operator][0] for operator in ("skip_prompt", "skip_written")}
-    return replace(made, atlas=replace(made.atlas, read_write=read_write_of(found)), sweeps=sweeps)
 
 
 def atlas() -> Atlas:

@@ -59,11 +59,10 @@ RECIPES: dict[str, dict[str, Any]] = {
             "batch_size": 3,
             "metrics": ["angular"],
             "num_drop": 3,
-            "memory_gb": 3.5,
             "sweep": {
                 "tasks": ["knowledge"],
                 "protocols": ["continuation"],
-                "operators": ["layer", "attention", "cumulative", "donor"],
+                "operators": ["layer", "attention"],
                 "limit": 20,
                 "limits": {"knowledge_continuation": 30},
                 "batch_size": 2,
@@ -73,10 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
                 "perplexity_data": [{"path": "python_docs_heldout", "split": "train"}],
                 "perplexity_tokens": 500,
                 "sequence_length": 32,
-                "order": [3, 2],
-                "max_removed": 2,
                 "greedy": 2,
-                "donor": "teacher",
             },
         },
         "prune": {

@@ -1,8 +1,8 @@
 """importance.json: scores of layers and of runs of them, greedy orders, and what sweeps have measured.
 
 A sweep is one table of components by columns for every operator. An operator takes one component out of the intact
-model at a time (a layer, a half of one, a head), takes ever more layers out, or puts a donor's layer in; a column is
-one task under one protocol. Only numbers per column are kept here; scores per item lie beside the run's other files.
+model at a time (a layer, a half of one); a column is one task under one protocol. Only numbers per column are kept
+here; scores per item lie beside the run's other files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
 from shoal.components import Component
-from shoal.formatting import interval_text, layers_text
 
 
 @dataclass(frozen=True)
@@ -164,83 +163,6 @@ class ProtocolGap:
 
 
 @dataclass(frozen=True)
-class ColumnReadWrite:
-    """How much of what each layer's removal costs a column is reading, and how much is writing; one entry per layer.
-
-    Losses are intact score - score, or nats added: in the metric's unit, above 0 = worse, never clipped.
-    """
-
-    task: str
-    reading: tuple[Estimate, ...]
-    """Loss where the layer writes nothing before the prompt's last token (skip_prompt)."""
-    writing: tuple[Estimate, ...]
-    """Loss where it writes nothing from there on (skip_written)."""
-    interaction: tuple[Estimate, ...]
-    """Loss without the layer - (reading + writing). Above 0: either can make up for the other; below 0: both lose the
-    same items."""
-    reads: tuple[int, ...]
-    """Layers whose reading is needed: significantly worse without it, after Holm's correction over the layers."""
-    writes: tuple[int, ...]
-    """Layers whose writing is needed."""
-    interacts: tuple[int, ...]
-    """Layers whose interaction is not 0."""
-
-
-@dataclass(frozen=True)
-class ReadWrite:
-    """Reading against writing: what layers do for other tokens of the prompt, and what they do where an answer is
-    predicted."""
-
-    columns: tuple[ColumnReadWrite, ...]
-    """In the order of the atlas."""
-    hidden_writing: tuple[ProtocolGap, ...]
-    """Protocol gaps of skip_written: what likelihood hides of the writing that generation needs, one number per
-    layer."""
-    hidden_reading: tuple[ProtocolGap, ...]
-    """Protocol gaps of skip_prompt."""
-
-    def contradictions(self, atlas: Sweep) -> Iterator[str]:
-        """`place: what is wrong` with it as a table over the columns and layers of ``atlas``."""
-        if [column.task for column in self.columns] != [column.task for column in atlas.columns]:
-            yield "atlas.read_write.columns: are not those of atlas.sweep"
-        of_columns = [
-            getattr(column, part) for column in self.columns for part in ("reading", "writing", "interaction")
-        ]
-        of_gaps = [gap.gaps for gap in (*self.hidden_writing, *self.hidden_reading)]
-        if any(len(values) != len(atlas.units) for values in (*of_columns, *of_gaps)):
-            yield f"atlas.read_write: does not have an entry for each of {len(atlas.units)} layers"
-        pairs = [
-            [(gap.likelihood, gap.generation) for gap in gaps] for gaps in (self.hidden_writing, self.hidden_reading)
-        ]
-        if pairs[0] != pairs[1]:
-            yield "atlas.read_write.hidden_reading: is not of the tasks of hidden_writing"
-
-    def in_words(self, atlas: Sweep) -> Iterator[str]:
-        """Sentences on every column of ``atlas`` and every pair with hidden writing."""
-
-        def named(layers: Sequence[int]) -> str:
-            return f"in layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}"
-
-        for column, own in zip(self.columns, atlas.columns, strict=True):
-            text = f"{atlas.title(own)}: reading is needed {named(column.reads) if column.reads else 'in no layer'}, "
-            text += f"writing {named(column.writes) if column.writes else 'in no layer'}"
-            if column.interacts:
-                text += f"; without the layer more or less is lost than by both together {named(column.interacts)}"
-            yield text
-        for gap, reading in zip(self.hidden_writing, self.hidden_reading, strict=True):
-            most = max(range(len(gap.gaps)), key=lambda layer: gap.gaps[layer].value)
-            yield (
-                f"hidden writing, {gap.likelihood} against {gap.generation}: {_share(gap.mean)} of the score above "
-                f"chance in the mean of all layers, most in layer {most}: {_share(gap.gaps[most])}; hidden "
-                f"reading {_share(reading.mean)}"
-            )
-
-
-def _share(estimate: Estimate) -> str:
-    return interval_text((estimate.value, estimate.low, estimate.high), "+.2f")
-
-
-@dataclass(frozen=True)
 class DepthProfile:
     """Where in the depth of the model a column's importance lies, by the loss w of every layer.
 
@@ -296,8 +218,6 @@ class Atlas:
     agreement: Agreement
     notes: tuple[str, ...] = ()
     """What could not be computed, and why."""
-    read_write: ReadWrite | None = None
-    """None where skip_prompt and skip_written were not both swept."""
 
     @property
     def columns(self) -> tuple[SweepColumn, ...]:
@@ -314,6 +234,7 @@ class Importance(Tabular, Artifact):
     """importance.json: what every layer is worth. Higher = keep."""
 
     FILE: ClassVar[str] = "importance.json"
+    SCHEMA: ClassVar[int] = 2
 
     num_layers: int
     num_tokens: int
@@ -342,26 +263,10 @@ class Importance(Tabular, Artifact):
             sweep = self.atlas.sweep
             layers = [unit.layers[0] for unit in sweep.units]
             columns |= {sweep.title(of): dict(zip(layers, of.importances, strict=True)) for of in sweep.columns}
-            columns |= self._read_write_by_layer(self.atlas)
         return [
             {"layer": layer, **{name: values.get(layer) for name, values in columns.items()}}
             for layer in range(self.num_layers)
         ]
-
-    def _read_write_by_layer(self, atlas: Atlas) -> Iterator[tuple[str, Mapping[int, float]]]:
-        """`ability/protocol/reading`, `/writing` and `/interaction`; `task/task/hidden_writing` of two protocols."""
-        parts = atlas.read_write
-        if parts is None:
-            return
-        for column, own in zip(parts.columns, atlas.columns, strict=True):
-            for part in ("reading", "writing", "interaction"):
-                estimates = enumerate(getattr(column, part))
-                yield f"{atlas.sweep.title(own)}/{part}", {layer: estimate.value for layer, estimate in estimates}
-        for gap in parts.hidden_writing:
-            yield (
-                f"{gap.likelihood}/{gap.generation}/hidden_writing",
-                {layer: estimate.value for layer, estimate in enumerate(gap.gaps)},
-            )
 
     def contradictions(self) -> Iterator[str]:
         count = self.num_layers
@@ -385,5 +290,3 @@ class Importance(Tabular, Artifact):
             sweeps["atlas.sweep"] = self.atlas.sweep
         for place, sweep in sweeps.items():
             yield from sweep.contradictions(place, num_layers=count)
-        if self.atlas is not None and self.atlas.read_write is not None:
-            yield from self.atlas.read_write.contradictions(self.atlas.sweep)

@@ -1,4 +1,4 @@
-"""The figures of a sweep: the atlas of single layers, heads by layer, and what is left as ever more layers go.
+"""The figures of a sweep: the atlas of single layers, agreement of its columns, and curves over layers.
 
 Nothing is said by colour alone: numbers stand in the cells, critical layers have a frame and bold numbers, dropped ones
 a mark beside their name. Intervals are drawn wherever there is one.
@@ -7,7 +7,7 @@ a mark beside their name. Intervals are drawn wherever there is one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.importance import Agreement, Atlas, Estimate, Importance, ProtocolGap, Sweep, SweepColumn
@@ -22,7 +22,6 @@ from shoal.figures.style import (
     WIDTH_INCHES,
     clean,
     figure_style,
-    legend_above,
     panels,
 )
 
@@ -33,12 +32,6 @@ if TYPE_CHECKING:
 CELL_INCHES = (0.56, 0.2)
 COLOURS = "cividis_r"
 """Dark = costly. Even in lightness and equal for every kind of colour blindness."""
-CURVES_OVER = {
-    "donor": "layer of the donor",
-    "skip_prompt": "layer that writes nothing before the answer",
-    "skip_written": "layer that writes nothing where the answer is predicted",
-}
-"""Operator -> what its curves run over."""
 DARK_TEXT, LIGHT_TEXT = "#101418", "#ffffff"
 """On cells. Not INK, which becomes the page's text colour in inline SVG while cells keep theirs."""
 
@@ -57,7 +50,7 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     refuse_foreign(drop, importance)
     metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
     metrics |= {name: runs[0] for name, runs in importance.runs.items()}
-    columns = _with_parts(importance, atlas)
+    columns = [(atlas.sweep.title(column), column) for column in atlas.columns]
     cells = len(metrics) + len(columns) + bool(metrics)
     width = max(WIDTH_INCHES, 1.1 + CELL_INCHES[0] * cells)
     heights = [1.9 + CELL_INCHES[1] * importance.num_layers, *[1.45] * len(atlas.columns), *[1.45] * len(atlas.gaps)]
@@ -67,7 +60,7 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
         _draw_heat(axes[0], metrics, columns, drop, importance.num_layers)
         for index, column in enumerate(atlas.columns):
             colour, name = SERIES_COLOURS[index % 5], atlas.sweep.title(column)
-            _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
+            draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
         for index, gap in enumerate(atlas.gaps):
             _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
         _draw_centroids(axes[-1], atlas)
@@ -76,7 +69,7 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
 
 def agreement_figure(agreement: Agreement) -> Figure:
     """Rank correlation of every two columns; below it the most that their items' noise leaves room for."""
-    names, count = [_name(column) for column in agreement.columns], len(agreement.columns)
+    names, count = [fitting(column) for column in agreement.columns], len(agreement.columns)
     figure, (ax,) = panels([1.6 + 0.42 * count], width=max(WIDTH_INCHES, 2.0 + 0.62 * count))
     with figure_style():
         values = [[math.nan if value is None else value for value in row] for row in agreement.spearman]
@@ -94,28 +87,8 @@ def agreement_figure(agreement: Agreement) -> Figure:
     return figure
 
 
-def head_map_figure(sweep: Sweep) -> Figure:
-    """Layer by head (or key-value group), one map per column: how much worse the score is without each.
-
-    Raises:
-        UserError: the components are no heads or groups.
-    """
-    if not sweep.columns or any(component.index is None for component in sweep.units):
-        raise UserError(
-            f"importance.json: the sweep {sweep.operator!r} has no heads or groups to map; sweep head or kv_group"
-        )
-    layers = 1 + max(component.layers[0] for component in sweep.units)
-    places = 1 + max(component.index or 0 for component in sweep.units)
-    width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
-    figure, axes = panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
-    with figure_style():
-        for ax, column in zip(axes, sweep.columns, strict=True):
-            _draw_head_map(figure, ax, sweep, column, (layers, places))
-    return figure
-
-
-def curves_figure(sweep: Sweep) -> Figure:
-    """Every column over the layers, for operators whose components are one half of a layer or a donor's layer each.
+def curves_figure(sweep: Sweep, over: str = "") -> Figure:
+    """Every column over the layers, for operators with one component of each; ``over``: what they are, in words.
 
     Raises:
         UserError: the sweep is empty, or a component is no single layer's.
@@ -130,94 +103,9 @@ def curves_figure(sweep: Sweep) -> Figure:
     figure, axes = panels([1.6] * len(sweep.columns))
     with figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
-            _draw_column(ax, column, sweep.title(column), SERIES_COLOURS[index % 5], (), places)
-        axes[-1].set_xlabel(CURVES_OVER.get(sweep.operator, f"{sweep.operator} of layer"))
+            draw_column(ax, column, sweep.title(column), SERIES_COLOURS[index % 5], (), places)
+        axes[-1].set_xlabel(over or f"{sweep.operator} of layer")
     return figure
-
-
-def cumulative_figure(sweep: Sweep) -> Figure:
-    """Every column's score as ever more layers go, with its interval, the intact score and chance.
-
-    Raises:
-        UserError: the sweep has no column or no component.
-    """
-    if not sweep.columns or not sweep.units:
-        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
-    figure, axes = panels([1.7] * len(sweep.columns))
-    gone = [len(component.layers) for component in sweep.units]
-    with figure_style():
-        for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
-            scores = [column.intact, *(effect.score for effect in column.effects)]
-            _band(ax, [0, *gone], scores, SERIES_COLOURS[index % 5], SERIES_STYLE[index % 5])
-            ax.axhline(column.intact.value, color=FAINT, lw=1)
-            if column.higher_is_better:
-                ax.axhline(column.chance, color=INK, lw=1, ls=(0, (3, 2)))
-                ax.text(
-                    1, column.chance, "chance", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=9
-                )
-            ax.set_title(_title(column, column.metric))
-            ax.grid(axis="y")
-        axes[-1].set_xlabel("layers removed")
-    return figure
-
-
-def read_write_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
-    """What every column loses by reading and by writing, layer by layer, and what likelihood hides of both.
-
-    Raises:
-        UserError: reading and writing were not swept, or a dropped layer is none of the model's.
-    """
-    atlas = importance.atlas
-    if atlas is None or atlas.read_write is None:
-        raise UserError(
-            "importance.json: does not tell reading from writing; name layer, skip_prompt and skip_written in "
-            "measure.sweep.operators and measure again"
-        )
-    refuse_foreign(drop, importance)
-    parts, layers = atlas.read_write, range(importance.num_layers)
-    hidden = list(zip(parts.hidden_writing, parts.hidden_reading, strict=True))
-    figure, axes = panels([1.7] * (len(parts.columns) + len(hidden)))
-    with figure_style():
-        for ax, column, own in zip(axes, parts.columns, atlas.columns, strict=False):
-            unit = own.metric if own.higher_is_better else f"{own.metric} added"
-            _draw_parts(ax, {"reading": column.reading, "writing": column.writing}, layers)
-            ax.plot(layers, [loss.value for loss in own.losses], "_", color=INK, ms=9, label="without the layer")
-            unequal = [(layer, own.losses[layer].value) for layer in column.interacts]
-            if unequal:
-                ax.plot(*zip(*unequal, strict=True), "D", color=DROPPED, ms=4, label="not their sum")
-            direction = "lost" if own.higher_is_better else ""
-            ax.set_title(f"{_name(atlas.sweep.title(own))}: {_name(unit)} {direction} (n = {own.n})".replace("  ", " "))
-        for ax, (writing, reading) in zip(axes[len(parts.columns) :], hidden, strict=True):
-            _draw_parts(ax, {"hidden reading": reading.gaps, "hidden writing": writing.gaps}, layers)
-            names = f"{_name(writing.likelihood)} − {_name(writing.generation)}"
-            ax.set_title(f"Share kept, likelihood less generation\n{names} (n = {writing.n})", fontsize=9)
-        for ax in axes:
-            ax.axhline(0, color=INK, lw=1)
-            ax.grid(axis="y")
-            _mark_dropped(ax, drop)
-        legend_above(figure, axes)
-        axes[-1].set_xlabel("layer")
-    return figure
-
-
-def _draw_parts(ax: Axes, parts: Mapping[str, Sequence[Estimate]], layers: Sequence[int]) -> None:
-    for index, (name, values) in enumerate(parts.items()):
-        place = index + 2 * name.startswith("hidden")
-        _band(ax, layers, values, SERIES_COLOURS[place], SERIES_STYLE[place], label=name)
-
-
-def _with_parts(importance: Importance, atlas: Atlas) -> list[tuple[str, SweepColumn]]:
-    """The columns of the atlas by their titles, each with those of reading and writing behind it."""
-    parts = [
-        (name, importance.sweeps[operator])
-        for name, operator in (("reading", "skip_prompt"), ("writing", "skip_written"))
-        if atlas.read_write is not None and operator in importance.sweeps
-    ]
-    named = []
-    for index, column in enumerate(atlas.columns):
-        title = atlas.sweep.title(column)
-        named += [(title, column), *((f"{title}/{name}", sweep.columns[index]) for name, sweep in parts)]
-    return named
 
 
 def _draw_heat(
@@ -229,7 +117,7 @@ def _draw_heat(
 ) -> None:
     names, shades, texts, frames = [], [], [], []
     for name, scores in metrics.items():
-        names.append(_name(name))
+        names.append(fitting(name))
         shades.append(_rank_shades(scores))
         texts.append([_short_number(score) for score in scores])
         frames.append(())
@@ -239,7 +127,7 @@ def _draw_heat(
         texts.append([""] * num_layers)
         frames.append(())
     for name, column in columns:
-        names.append(_name(name.replace("/", "\n")))
+        names.append(fitting(name.replace("/", "\n")))
         shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
         texts.append([_cell_text(column, layer) for layer in range(num_layers)])
         frames.append(column.critical)
@@ -270,9 +158,10 @@ def _write_cell(ax: Axes, place: int, layer: int, text: str, shade: float, *, fr
         ax.add_patch(Rectangle((place - 0.46, layer - 0.44), 0.92, 0.88, fill=False, ec=DROPPED, lw=1.4))
 
 
-def _draw_column(
+def draw_column(
     ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int], layers: Sequence[int]
 ) -> None:
+    """One column: what is left of the score without each of ``layers``, or nats added; the dropped ones marked."""
     kept = [effect.retention for effect in column.effects]
     if column.higher_is_better and all(share is not None for share in kept):
         values, quantity, intact = [share for share in kept if share is not None], "share kept", 1.0
@@ -280,7 +169,7 @@ def _draw_column(
         values, quantity, intact = [effect.score for effect in column.effects], column.metric, column.intact.value
     else:
         values, quantity, intact = [effect.change for effect in column.effects], f"{column.metric} added", 0.0
-    _band(ax, layers, values, colour, ("-", ""))
+    band(ax, layers, values, colour, ("-", ""))
     ax.axhline(intact, color=FAINT, lw=1)
     critical = column.critical
     if critical:
@@ -293,16 +182,16 @@ def _draw_column(
     if len(ax.get_legend_handles_labels()[0]) > bool(critical):
         ax.legend(loc="center right", fontsize=8)
     _mark_dropped(ax, drop)
-    ax.set_title(f"{_name(name)}: {_name(quantity)} (n = {column.n})")
+    ax.set_title(f"{fitting(name)}: {fitting(quantity)} (n = {column.n})")
     ax.grid(axis="y")
 
 
 def _draw_gap(ax: Axes, gap: ProtocolGap, drop: Sequence[int]) -> None:
-    _band(ax, list(range(len(gap.gaps))), gap.gaps, SERIES_COLOURS[3], ("-", "."))
+    band(ax, list(range(len(gap.gaps))), gap.gaps, SERIES_COLOURS[3], ("-", "."))
     ax.axhline(0, color=INK, lw=1)
     mean = f"mean {gap.mean.value:+.2f} [{gap.mean.low:+.2f}, {gap.mean.high:+.2f}]".replace("-", "−")
     _mark_dropped(ax, drop)
-    names = f"{_name(gap.likelihood)} − {_name(gap.generation)}"
+    names = f"{fitting(gap.likelihood)} − {fitting(gap.generation)}"
     ax.set_title(f"Protocol gap, share kept: {mean}\n{names} (n = {gap.n})", fontsize=9)
     ax.grid(axis="y")
 
@@ -316,7 +205,7 @@ def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
             point = profile.centroid
             ax.plot([point.low, point.high], [row, row], color=SERIES_COLOURS[row % 5], lw=2, solid_capstyle="round")
             ax.plot([point.value], [row], SERIES_STYLE[row % 5][1], color=SERIES_COLOURS[row % 5], ms=6)
-        ax.text(0, row - 0.3, _name(label, 60), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+        ax.text(0, row - 0.3, fitting(label, 60), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
     ax.set_ylim(len(atlas.depth) - 0.4, -0.6)
     ax.set_xlim(-0.02, 1.02)
     ax.set_yticks([])
@@ -326,31 +215,10 @@ def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
     ax.set_xlabel("0 = first layer, 1 = last")
 
 
-def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, shape: tuple[int, int]) -> None:
-    from matplotlib.patches import Rectangle
-
-    layers, places = shape
-    grid = [[math.nan] * places for _ in range(layers)]
-    scores = column.importances
-    for component, score in zip(sweep.units, scores, strict=True):
-        grid[component.layers[0]][component.index or 0] = score
-    reach = max(abs(score) for score in scores) or 1.0
-    # white in the middle: both ends of this map differ in lightness and hue for every kind of colour blindness
-    image = ax.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="none")
-    for position in column.critical:
-        component = sweep.units[position]
-        corner = ((component.index or 0) - 0.5, component.layers[0] - 0.5)
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=INK, lw=1.6))
-    bar = figure.colorbar(image, ax=ax, pad=0.02, label="worse without it")
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    ax.set_xlabel({"kv_group": "key-value group"}.get(sweep.operator, sweep.operator))
-    ax.set_ylabel("layer")
-    ax.set_title(_title(column, f"{column.metric} lost; framed: critical"))
-
-
-def _band(
+def band(
     ax: Axes, places: Sequence[int], values: Sequence[Estimate], colour: str, style: tuple[str, str], label: str = ""
 ) -> None:
+    """``values`` over ``places`` with their intervals, in a colour and a style of line and marker."""
     lows, highs = [value.low for value in values], [value.high for value in values]
     ax.fill_between(places, lows, highs, color=colour, alpha=0.25, lw=0)
     heights = [value.value for value in values]
@@ -403,11 +271,7 @@ def _name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
     ax.spines[["left", "bottom"]].set_visible(False)
 
 
-def _title(column: SweepColumn, quantity: str) -> str:
-    return f"{_name(column.ability)}, {_name(column.protocol)}: {_name(quantity)} (n = {column.n})"
-
-
-def _name(text: str, limit: int = 30) -> str:
+def fitting(text: str, limit: int = 30) -> str:
     """A name from data as one that fits: lines apart, without control characters, cut where it is long."""
     lines = [clean(line).replace("_", " ").strip() for line in text.split("\n")]
     return "\n".join(line if len(line) <= limit else line[: limit - 1] + "…" for line in lines)

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shoal.errors import UserError
+from shoal.machine import available_memory, device_memory, ranks_on_this_node
 from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import (
@@ -219,9 +220,11 @@ def load_model(
     attention: str | None = "sdpa",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    offload: Path | None = None,
 ) -> PreTrainedModel:
     """The causal language model at ``folder`` in eval mode, from safetensors only; with the tower that reads images
-    where `reads_images` says so.
+    where `reads_images` says so. With ``offload``, a folder, weights that ``device`` has no room for wait in memory or
+    on disk for their turn in every forward (accelerate's dispatch); such a model can be run and not changed.
 
     ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: as in a recipe but for auto; None =
     SDPA where the family has it, else eager.
@@ -232,6 +235,9 @@ def load_model(
     """
     check_checkpoint(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    placed: dict[str, Any] = {}
+    if offload is not None and (rooms := rooms_to_share(folder, config, dtype, torch.device(device))):
+        placed = {"device_map": "auto", "max_memory": rooms, "offload_folder": offload}
     try:
         with doing(f"loading {folder}"):
             loaded: Any = automatic_class(config).from_pretrained(
@@ -241,6 +247,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **placed,
             )
     except IMPOSSIBLE_SETTINGS as error:
         raise UserError(f"{folder}: cannot be built or read as its files say ({error!r}); {DOWNLOAD_AGAIN}") from error
@@ -265,7 +272,7 @@ def load_model(
         log.warning(
             "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
         )
-    return model.to(device).eval()
+    return model.eval() if placed else model.to(device).eval()
 
 
 def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -329,6 +336,18 @@ def loaded_bytes(folder: Path, config: PreTrainedConfig, wanted: str = "stored")
         for shard in shards
         for part in shard.tensors.values()
     )
+
+
+ROOM = 0.8
+"""Share of free memory that weights may take."""
+
+
+def rooms_to_share(folder: Path, config: PreTrainedConfig, dtype: str, device: torch.device) -> dict[int | str, int]:
+    """Bytes by device that weights may take where ``device`` has no room for all of them; empty where it has."""
+    rooms: dict[int | str, int] = {"cpu": int(ROOM * available_memory() / ranks_on_this_node())}
+    if device.type != "cpu":
+        rooms = {device.index or 0: int(ROOM * device_memory(device)), **rooms}
+    return {} if loaded_bytes(folder, config, dtype) <= next(iter(rooms.values())) else rooms
 
 
 @dataclass(frozen=True)

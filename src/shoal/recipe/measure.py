@@ -7,15 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from shoal.components import ComponentPart
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
-from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes, Text
+from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
-Operator = Literal[ComponentPart, "cumulative"]
+Operator = Literal["layer", "attention", "mlp"]
 METRICS = (
     *("block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity"),
     *("magnitude", "taylor", "taylor_plus", "laco_acceptance"),
@@ -52,21 +49,10 @@ class Sweeps(Tasks):
     protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
     """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
     operators: Annotated[tuple[Operator, ...], Shapes.SCORES] = ("layer",)
-    """Changes of the intact model, one unit at a time: a layer, what it writes before the answer or from there on, a
-    half of one, a query head or a key-value group taken out, or a donor's layer put in; cumulative = ever more layers
-    taken out, by ``order``."""
-    order: Annotated[tuple[int, ...] | str, Shapes.SCORES] = "block_influence"
-    """Layers that cumulative removals go through, the first to go first, or the metric by which they go through all,
-    the least important first."""
-    max_removed: Annotated[Positive | None, Shapes.SCORES] = None
-    """Most layers that cumulative removals take out; None = all but one."""
+    """What is taken out of the intact model, one at a time: a layer, or a half of one; `shoal lab sweeps` has more."""
     greedy: Annotated[Positive | None, Shapes.SCORES] = None
     """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
     beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
-    donor: Annotated[Text | None, Shapes.SCORES] = None
-    """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
-    donor_revision: Annotated[str | None, Shapes.SCORES] = None
-    """Hub revision of the donor."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +73,6 @@ class Measure(Section):
     """Removals that greedy metrics make; None = a quarter of the layers."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
-    memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
-    """GiB of memory for the weights; where they need more, the model is measured layer by layer from its files. None =
-    hold it in memory."""
 
     def removals(self, num_layers: int) -> int:
         """Layers that greedy metrics remove of ``num_layers``."""
@@ -110,11 +93,5 @@ def contradictions(measure: Measure) -> Iterator[str]:
             )
     if not sweep.tasks and not sweep.perplexity_tokens:
         yield "measure.sweep: scores nothing; name tasks, or set perplexity_tokens"
-    if ("donor" in sweep.operators) != (sweep.donor is not None):
-        yield "measure.sweep.donor: needs the operator donor, and the operator the donor; give both or none of them"
     if not sweep.operators and sweep.greedy is None:
         yield "measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy"
-    if sweep.max_removed is not None and "cumulative" not in sweep.operators:
-        yield "measure.sweep.max_removed: has no effect without the operator cumulative; leave it out"
-    if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:
-        yield "measure.sweep.order: has no effect without the operator cumulative; leave it out"

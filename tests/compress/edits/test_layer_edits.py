@@ -3,33 +3,18 @@
 Covers: shoal.components.
 """
 
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from architectures import tiny_config, tiny_model
+from architectures import tiny_model
 
 from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
-from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits, num_components, stored_name
+from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits, stored_name
 from shoal.recipe.measure import Operator
 
 
 def test_every_part_has_a_row_and_is_an_operator_of_sweeps() -> None:
-    assert set(KINDS) == set(get_args(ComponentPart)) == set(get_args(Operator)) - {"cumulative"}
-
-
-def test_the_documentation_has_a_row_for_every_operator() -> None:
-    text = (Path(__file__).parents[3] / "docs/measuring.md").read_text()
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    assert not [name for name in get_args(Operator) if not any(f"`{name}`" in row for row in rows)]
-
-
-@pytest.mark.parametrize("operator", [*KINDS, "cumulative"])
-def test_a_configuration_tells_how_many_components_there_are(operator: str) -> None:
-    order = range(6)
-    assert num_components(operator, tiny_config("llama")) == len(
-        components_of(operator, tiny_model("llama"), order=order)
-    )
+    assert set(KINDS) == set(get_args(ComponentPart)) > set(get_args(Operator))
 
 
 def test_an_operator_that_is_none_is_refused() -> None:

@@ -7,12 +7,10 @@ from functools import partial
 import pytest
 from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
 
-from shoal.artifacts.importance import Atlas, ReadWrite, SweepColumn
+from shoal.artifacts.importance import Atlas, SweepColumn
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.read_write import read_write_of
 from shoal.compress.sweeps.sweep import VariantsLM, sweep
-from shoal.compress.sweeps.table import OF_LAYERS, table_of
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.recipe.measure import Sweeps
 
@@ -28,39 +26,6 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     variants = [variant_of(unit, model) for unit in components_of("layer", model)]
     intact, removed = sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
     return build_atlas(intact, removed)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> ReadWrite:
-    settings = Sweeps(
-        tasks=("planted_retrieval", "planted_knowledge"),
-        protocols=("continuation", "generation"),
-        include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
-    )
-    model, tables = planted_model(), {}
-    for operator in OF_LAYERS:
-        units = components_of(operator, model)
-        variants = [variant_of(unit, model) for unit in units]
-        scores = sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
-        tables[operator] = table_of(operator, units, *scores)
-    return read_write_of(tables)
-
-
-def test_layers_that_act_on_the_last_token_alone_are_found_to_write_and_not_to_read(parts: ReadWrite) -> None:
-    found = {column.task: column for column in parts.columns}
-    assert found["planted_retrieval_generation"].writes == (COPY, TAME)
-    assert found["planted_knowledge_continuation"].writes == (TABLE,)
-    for column in parts.columns:
-        assert column.reads == column.interacts == ()
-        assert all(one.value == 0 for one in (*column.reading, *column.interaction))
-
-
-def test_likelihood_hides_the_writing_that_generation_needs_where_it_was_planted(parts: ReadWrite) -> None:
-    assert len(parts.hidden_writing) == 2
-    for writing, reading in zip(parts.hidden_writing, parts.hidden_reading, strict=True):
-        assert writing.gaps[TAME].value == 1.0
-        assert writing.gaps[TAME].low > 0.5
-        assert all(gap.value == 0 for gap in reading.gaps)
 
 
 def column(atlas: Atlas, label: str) -> SweepColumn:

@@ -22,7 +22,6 @@ from results import (
     importance,
     write_run,
 )
-from sweep_results import importance_with_parts
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.compress.sweeps.atlas import build_atlas
@@ -44,18 +43,6 @@ def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
     text = write_report(folder).read_text()
     assert "What every layer is worth, by ability and protocol" in text
     assert (folder / "figures/atlas.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_a_run_that_tells_reading_from_writing_says_so(tmp_path: Path) -> None:
-    importance_with_parts().write(tmp_path / "importance.json")
-    text = write_report(tmp_path).read_text()
-    markdown = (tmp_path / "report.md").read_text()
-    assert "What layers read and what they write" in text
-    assert "reading is needed in layers 0 and 2" in markdown or "reading is needed in layers 0, 2" in markdown
-    assert "| retrieval/generation | 4 | +31.2 points" in markdown
-    assert "| +30 points" in markdown
-    assert (tmp_path / "figures/read_write.png").stat().st_size > 1000
 
 
 def test_tasks_at_chance_are_listed_and_not_hidden(report: tuple[Page, str, Path]) -> None:

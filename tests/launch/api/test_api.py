@@ -255,10 +255,6 @@ def plan_of(*, num_layers: int = 6) -> PruningPlan:
             r"trainer: must be a m",
         ),
         (
-            lambda m, t: shoal.measure_importance(m, t, TEXTS, memory_gb=1),
-            r"measure_importance: memory_gb: is for run directories, and has no use for a model in memory; leave it",
-        ),
-        (
             lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
             r"sweep: of a model in memory single layers are swept; leave operators and greedy out",
         ),

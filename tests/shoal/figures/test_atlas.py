@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import pytest
-from sweep_results import LOST, READ, WROTE, importance_with_parts, right, task
 from sweep_results import importance as swept_importance
+from sweep_results import right, task
 
 from shoal.artifacts.importance import Importance, Sweep
 from shoal.components import Component
@@ -20,10 +20,7 @@ from shoal.errors import UserError
 from shoal.figures.atlas import (
     agreement_figure,
     atlas_figure,
-    cumulative_figure,
     curves_figure,
-    head_map_figure,
-    read_write_figure,
 )
 from shoal.figures.style import save_figure
 
@@ -60,11 +57,6 @@ def heads() -> Sweep:
     return sweep_table("head", units, [made], variants)
 
 
-def cumulative() -> Sweep:
-    units = [Component(tuple(range(1, count + 1))) for count in range(1, 4)]
-    return sweep_table("cumulative", units, [task(right(0.8))], [[task(right(0.8, 10 * n))] for n in (1, 2, 4)])
-
-
 @pytest.mark.slow
 def test_every_cell_of_the_map_holds_its_number() -> None:
     heat = atlas_figure(swept(), DROP).axes[0]
@@ -84,42 +76,6 @@ def test_every_cell_of_the_map_holds_its_number() -> None:
     assert texts[3, 0] == "−36"
     assert texts[4, 3] == "100"
     assert texts[6, 5].startswith("+0.30")
-
-
-@pytest.mark.slow
-def test_reading_and_writing_stand_beside_every_column_and_have_a_figure_of_their_own(tmp_path: Path) -> None:
-    made = importance_with_parts()
-    heat = atlas_figure(made).axes[0]
-    names = [label.get_text() for label in heat.get_xticklabels()]
-    assert names[3:6] == [
-        "retrieval\ncontinuation",
-        "retrieval\ncontinuation\nreading",
-        "retrieval\ncontinuation\nwriting",
-    ]
-    # without its writing layer 4 keeps 40 of 64 right texts
-    assert cells(heat)[names.index("retrieval\ngeneration\nwriting"), 4].get_text() == "62"
-    figure = read_write_figure(made, DROP)
-    assert [ax.get_title(loc="left").split("\n")[0] for ax in figure.axes] == [
-        "retrieval/continuation: acc lost (n = 80)",
-        "retrieval/generation: acc lost (n = 80)",
-        "knowledge/continuation: acc lost (n = 80)",
-        "language/rolling: nats per token added (n = 80)",
-        "Share kept, likelihood less generation",
-    ]
-    lines = {line.get_label(): line for line in figure.axes[1].lines}
-    assert list(lines["reading"].get_ydata()) == pytest.approx([n / 80 for n in READ["retrieval_generation"]])  # pyright: ignore
-    assert list(lines["writing"].get_ydata()) == pytest.approx([n / 80 for n in WROTE["retrieval_generation"]])  # pyright: ignore
-    assert list(lines["without the layer"].get_ydata()) == pytest.approx(  # pyright: ignore
-        [n / 80 for n in LOST["retrieval_generation"]]
-    )
-    assert list(lines["not their sum"].get_xdata()) == [0]  # pyright: ignore
-    shown = saved_texts(figure, tmp_path / "read_write.svg")
-    assert {"reading", "writing", "hidden reading", "hidden writing", "without the layer"} <= set(shown)
-
-
-def test_what_tells_no_reading_from_writing_has_no_figure_of_it() -> None:
-    with pytest.raises(UserError, match=r"name layer, skip_prompt and skip_written in measure\.sweep"):
-        read_write_figure(swept())
 
 
 def test_critical_layers_have_a_frame_and_bold_numbers() -> None:
@@ -174,23 +130,6 @@ def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> N
         curves_figure(heads())
     with pytest.raises(UserError, match="'attention' is empty"):
         curves_figure(replace(table, columns=()))
-
-
-def test_head_map_has_a_cell_per_head_and_frames_the_critical_one() -> None:
-    figure = head_map_figure(heads())
-    grid = figure.axes[0].images[0].get_array()
-    assert grid is not None
-    assert grid.shape == (3, 4)
-    assert grid[1][2] == pytest.approx(0.5)
-    (frame,) = figure.axes[0].patches
-    assert frame.get_xy() == (1.5, 0.5)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_cumulative_curve_starts_at_the_intact_model() -> None:
-    (ax,) = cumulative_figure(cumulative()).axes
-    line = ax.get_lines()[0]
-    assert list(line.get_xdata()) == [0, 1, 2, 3]  # pyright: ignore[reportArgumentType]
-    assert list(line.get_ydata()) == pytest.approx([0.8, 0.675, 0.55, 0.3])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.slow

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, READ, WROTE, importance_with_parts, tables
+from planted import COPY, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
+from results import provenance
+from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, READ, WROTE, tables
 
-from shoal.artifacts.importance import ColumnReadWrite, Importance, ReadWrite
-from shoal.compress.sweeps.read_write import read_write_of
+from shoal.compress.edits.layer_edits import components_of
+from shoal.compress.sweeps.sweep import VariantsLM, sweep
+from shoal.compress.sweeps.table import OF_LAYERS, table_of
+from shoal.compress.variants.variants import Edited, variant_of
 from shoal.errors import UserError
+from shoal.figures.style import save_figure
+from shoal.lab.reading import ColumnReadWrite, ReadWrite, read_write_figure, read_write_of
+from shoal.recipe.measure import Sweeps
 
 
 @cache
 def parts() -> ReadWrite:
-    return read_write_of(tables())
+    return read_write_of(tables(), provenance())
 
 
 def column(task: str) -> ColumnReadWrite:
@@ -79,42 +86,63 @@ def test_hidden_writing_is_what_likelihood_keeps_without_it_less_what_generation
     assert reading.gaps[4].high < 0.2
 
 
-def test_parts_are_said_in_words() -> None:
-    atlas = tables()["layer"][0]
-    lines = list(parts().in_words(atlas))
-    assert len(lines) == len(atlas.columns) + 1
+def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
+    found = parts()
+    found.write(tmp_path / ReadWrite.FILE)
+    assert ReadWrite.read(tmp_path / ReadWrite.FILE) == found
+    lines = found.in_words().splitlines()
+    assert len(lines) == len(found.columns) + 1
     assert lines[1] == (
         "retrieval/generation: reading is needed in layers 0, 2, writing in layers 0, 4; without the layer more or "
         "less is lost than by both together in layer 0"
     )
     assert "hidden writing, retrieval_continuation against retrieval_generation: +0." in lines[-1]
     assert "most in layer 4: +0.3" in lines[-1]
+    replace(found, columns=found.columns[1:]).write(tmp_path / ReadWrite.FILE)
+    with pytest.raises(UserError, match="columns: are not those of the sweep"):
+        ReadWrite.read(tmp_path / ReadWrite.FILE)
+    figure = read_write_figure(found)
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in figure.axes] == [
+        "retrieval/continuation: acc lost (n = 80)",
+        "retrieval/generation: acc lost (n = 80)",
+        "knowledge/continuation: acc lost (n = 80)",
+        "language/rolling: nats per token added (n = 80)",
+        "Share kept, likelihood less generation",
+    ]
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    assert list(lines["reading"].get_ydata()) == pytest.approx([n / 80 for n in READ["retrieval_generation"]])  # pyright: ignore
+    assert list(lines["not their sum"].get_xdata()) == [0]  # pyright: ignore
+    assert "hidden writing" in save_figure(figure, tmp_path / "reading.svg").decode()
 
 
-def test_parts_survive_the_disk_and_are_columns_of_the_table(tmp_path: Path) -> None:
-    made = importance_with_parts()
-    made.write(tmp_path / "importance.json")
-    assert Importance.read(tmp_path / "importance.json") == made
-    row = made.rows()[4]
-    assert row["retrieval/generation/writing"] == pytest.approx(24 / 80)
-    assert row["retrieval/generation/reading"] == pytest.approx(1 / 80)
-    assert row["retrieval/generation/interaction"] == pytest.approx(0.0, abs=1e-12)
-    assert row["retrieval_continuation/retrieval_generation/hidden_writing"] == pytest.approx(
-        parts().hidden_writing[0].gaps[4].value
+@pytest.fixture(scope="module")
+def planted_parts(tmp_path_factory: pytest.TempPathFactory) -> ReadWrite:
+    settings = Sweeps(
+        tasks=("planted_retrieval", "planted_knowledge"),
+        protocols=("continuation", "generation"),
+        include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
     )
+    model, tables = planted_model(), {}
+    for operator in OF_LAYERS:
+        units = components_of(operator, model)
+        variants = [variant_of(unit, model) for unit in units]
+        scores = sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
+        tables[operator] = table_of(operator, units, *scores)
+    return read_write_of(tables, provenance())
 
 
-def test_parts_of_another_model_are_refused(tmp_path: Path) -> None:
-    made = importance_with_parts()
-    assert made.atlas is not None
-    assert made.atlas.read_write is not None
-    found = made.atlas.read_write
-    short = replace(found.columns[0], interaction=found.columns[0].interaction[:-1])
-    for wrong, message in (
-        (replace(found, columns=found.columns[1:]), "atlas.read_write.columns: are not those of atlas.sweep"),
-        (replace(found, columns=(short, *found.columns[1:])), "atlas.read_write: does not have an entry for each of 6"),
-        (replace(found, hidden_reading=()), "atlas.read_write.hidden_reading: is not of the tasks of hidden_writing"),
-    ):
-        replace(made, atlas=replace(made.atlas, read_write=wrong)).write(tmp_path / "importance.json")
-        with pytest.raises(UserError, match=message):
-            Importance.read(tmp_path / "importance.json")
+def test_layers_that_act_on_the_last_token_alone_are_found_to_write_and_not_to_read(planted_parts: ReadWrite) -> None:
+    found = {column.task: column for column in planted_parts.columns}
+    assert found["planted_retrieval_generation"].writes == (COPY, TAME)
+    assert found["planted_knowledge_continuation"].writes == (TABLE,)
+    for column in planted_parts.columns:
+        assert column.reads == column.interacts == ()
+        assert all(one.value == 0 for one in (*column.reading, *column.interaction))
+
+
+def test_likelihood_hides_the_writing_that_generation_needs_where_it_was_planted(planted_parts: ReadWrite) -> None:
+    assert len(planted_parts.hidden_writing) == 2
+    for writing, reading in zip(planted_parts.hidden_writing, planted_parts.hidden_reading, strict=True):
+        assert writing.gaps[TAME].value == 1.0
+        assert writing.gaps[TAME].low > 0.5
+        assert all(gap.value == 0 for gap in reading.gaps)

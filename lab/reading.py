@@ -1,0 +1,205 @@
+"""Reading against writing: what a layer does for other tokens of the prompt, and what where an answer is predicted.
+
+Every quantity is INFERRED. ShortX (icip-cas) shows that layers which reading a prompt hardly needs are indispensable
+for writing the answer; it has no number per layer. The tasks are those of measure.sweep. N items, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.importance import Estimate, ProtocolGap, Sweep, SweepColumn
+from shoal.compress.sweeps.atlas import protocol_gaps
+from shoal.compress.sweeps.table import ALPHA, OF_LAYERS, Measured
+from shoal.figures.atlas import band, fitting
+from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
+from shoal.formatting import interval_text, layers_text
+from shoal.launch.verbs.run import Run
+from shoal.recipe.section import Section
+from shoal.stats.bootstrap import bootstrap_p, expanded_percentiles, resampled_means
+from shoal.stats.intervals import Array
+from shoal.stats.paired import holm
+
+from .results import made, model_of, told
+from .sweeps import sweeps_identity, tables_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """The tasks are measure.sweep's."""
+
+
+@dataclass(frozen=True)
+class ColumnReadWrite:
+    """How much of what each layer's removal costs a column is reading, and how much is writing; one entry per layer.
+
+    Losses are intact score - score, or nats added: in the metric's unit, above 0 = worse, never clipped.
+    """
+
+    task: str
+    reading: tuple[Estimate, ...]
+    """Loss where the layer writes nothing before the prompt's last token (skip_prompt)."""
+    writing: tuple[Estimate, ...]
+    """Loss where it writes nothing from there on (skip_written)."""
+    interaction: tuple[Estimate, ...]
+    """Loss without the layer - (reading + writing). Above 0: either can make up for the other; below 0: both lose the
+    same items."""
+    reads: tuple[int, ...]
+    """Layers whose reading is needed: significantly worse without it, after Holm's correction over the layers."""
+    writes: tuple[int, ...]
+    """Layers whose writing is needed."""
+    interacts: tuple[int, ...]
+    """Layers whose interaction is not 0."""
+
+
+@dataclass(frozen=True)
+class ReadWrite(Artifact):
+    """reading.json: what layers do for other tokens of the prompt, and what they do where an answer is predicted."""
+
+    FILE: ClassVar[str] = "reading.json"
+
+    sweep: Sweep
+    """The sweep of single layers, as in the atlas."""
+    columns: tuple[ColumnReadWrite, ...]
+    """In the order of the sweep."""
+    hidden_writing: tuple[ProtocolGap, ...]
+    """Protocol gaps of skip_written: what likelihood hides of the writing that generation needs, one number per
+    layer."""
+    hidden_reading: tuple[ProtocolGap, ...]
+    """Protocol gaps of skip_prompt."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from self.sweep.contradictions("sweep", num_layers=len(self.sweep.units))
+        if [column.task for column in self.columns] != [column.task for column in self.sweep.columns]:
+            yield "columns: are not those of the sweep"
+
+    def in_words(self) -> str:
+        """Sentences on every column and every pair with hidden writing."""
+
+        def named(layers: Sequence[int]) -> str:
+            return f"in layer{'s' if len(layers) > 1 else ''} {layers_text(layers)}" if layers else "in no layer"
+
+        lines = []
+        for column, own in zip(self.columns, self.sweep.columns, strict=True):
+            line = f"{self.sweep.title(own)}: reading is needed {named(column.reads)}, writing {named(column.writes)}"
+            if column.interacts:
+                line += f"; without the layer more or less is lost than by both together {named(column.interacts)}"
+            lines.append(line)
+        for gap, reading in zip(self.hidden_writing, self.hidden_reading, strict=True):
+            most = max(range(len(gap.gaps)), key=lambda layer: gap.gaps[layer].value)
+            lines.append(
+                f"hidden writing, {gap.likelihood} against {gap.generation}: {_share(gap.mean)} of the score above "
+                f"chance in the mean of all layers, most in layer {most}: {_share(gap.gaps[most])}; hidden reading "
+                f"{_share(reading.mean)}"
+            )
+        return "\n".join(lines)
+
+
+def _share(estimate: Estimate) -> str:
+    return interval_text((estimate.value, estimate.low, estimate.high), "+.2f")
+
+
+def work(run: Run, settings: Settings) -> str:
+    """Which layers read and which write, by task, in words.
+
+    Raises:
+        UserError: no swept tasks in the recipe, or a family in which single positions cannot be skipped.
+    """
+
+    def told_apart(provenance: Provenance) -> ReadWrite:
+        return read_write_of(tables_of(run, model_of(run), OF_LAYERS), provenance)
+
+    return told(run, made(run, ReadWrite, sweeps_identity(run, settings), told_apart, read_write_figure))
+
+
+def read_write_of(tables: Mapping[str, tuple[Sweep, tuple[Measured, ...]]], provenance: Provenance) -> ReadWrite:
+    """What every layer reads and writes, from what table_of gives for each of OF_LAYERS over the same tasks.
+
+    Hidden writing of a layer is the share of the score above chance that is kept by likelihood less the share kept in
+    generated text, while the layer writes nothing from the prompt's last token on: the protocol gap of skip_written.
+    """
+    (sweep, layers), (read, prompt), (wrote, written) = (tables[operator] for operator in OF_LAYERS)
+    columns = zip(layers, prompt, written, read.columns, wrote.columns, strict=True)
+    return ReadWrite(
+        provenance,
+        sweep,
+        tuple(_column(*column) for column in columns),
+        hidden_writing=protocol_gaps(written)[0],
+        hidden_reading=protocol_gaps(prompt)[0],
+    )
+
+
+def _column(
+    layers: Measured, prompt: Measured, written: Measured, read: SweepColumn, wrote: SweepColumn
+) -> ColumnReadWrite:
+    assert layers.ids == prompt.ids == written.ids, "operators were swept over different items"
+    interaction_NL = _losses(layers) - _losses(prompt) - _losses(written)
+    interactions, p_values = _means(interaction_NL, layers)
+    return ColumnReadWrite(
+        layers.task.task,
+        reading=read.losses,
+        writing=wrote.losses,
+        interaction=interactions,
+        reads=read.critical,
+        writes=wrote.critical,
+        interacts=tuple(layer for layer, p in enumerate(holm(p_values)) if p < ALPHA),
+    )
+
+
+def _losses(column: Measured) -> Array:
+    """(N, L) By how much every item is worse than with the intact model."""
+    losses_NL = column.scores_NK[:, :1] - column.scores_NK[:, 1:]
+    return losses_NL if column.task.higher_is_better else -losses_NL
+
+
+def _means(values_NL: Array, column: Measured) -> tuple[tuple[Estimate, ...], list[float]]:
+    """The mean of every layer with its paired bootstrap interval, and the p-values that it is 0."""
+    value_L = np.average(values_NL, axis=0, weights=column.weights_N)
+    means_RL = resampled_means(values_NL, column.weights_N)
+    limits = expanded_percentiles(means_RL, value_L, column.effective_n)
+    rows = zip(value_L.tolist(), *(limit.tolist() for limit in limits), strict=True)
+    return tuple(Estimate(*row) for row in rows), bootstrap_p(means_RL, value_L, column.effective_n).tolist()
+
+
+def read_write_figure(parts: ReadWrite) -> Figure:
+    """What every column loses by reading and by writing, layer by layer, and what likelihood hides of both."""
+    layers = range(len(parts.sweep.units))
+    hidden = list(zip(parts.hidden_writing, parts.hidden_reading, strict=True))
+    figure, axes = panels([1.7] * (len(parts.columns) + len(hidden)))
+    with figure_style():
+        for ax, column, own in zip(axes, parts.columns, parts.sweep.columns, strict=False):
+            unit = own.metric if own.higher_is_better else f"{own.metric} added"
+            _draw_parts(ax, {"reading": column.reading, "writing": column.writing}, layers)
+            ax.plot(layers, [loss.value for loss in own.losses], "_", color=INK, ms=9, label="without the layer")
+            unequal = [(layer, own.losses[layer].value) for layer in column.interacts]
+            if unequal:
+                ax.plot(*zip(*unequal, strict=True), "D", color=DROPPED, ms=4, label="not their sum")
+            direction = "lost" if own.higher_is_better else ""
+            ax.set_title(
+                f"{fitting(parts.sweep.title(own))}: {fitting(unit)} {direction} (n = {own.n})".replace("  ", " ")
+            )
+        for ax, (writing, reading) in zip(axes[len(parts.columns) :], hidden, strict=True):
+            _draw_parts(ax, {"hidden reading": reading.gaps, "hidden writing": writing.gaps}, layers)
+            names = f"{fitting(writing.likelihood)} − {fitting(writing.generation)}"
+            ax.set_title(f"Share kept, likelihood less generation\n{names} (n = {writing.n})", fontsize=9)
+        for ax in axes:
+            ax.axhline(0, color=INK, lw=1)
+            ax.grid(axis="y")
+        legend_above(figure, axes)
+        axes[-1].set_xlabel("layer")
+    return figure
+
+
+def _draw_parts(ax: Axes, parts: Mapping[str, Sequence[Estimate]], layers: Sequence[int]) -> None:
+    for index, (name, values) in enumerate(parts.items()):
+        place = index + 2 * name.startswith("hidden")
+        band(ax, layers, values, SERIES_COLOURS[place], SERIES_STYLE[place], label=name)

@@ -1,0 +1,234 @@
+"""Sweeps of what a plan does not drop: heads, key-value groups, ever more layers, a donor's layers: sweeps.json.
+
+The tasks are those of measure.sweep; scores of items go to sweep/ in the run directory, beside those of the layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.importance import Importance, Sweep, SweepColumn
+from shoal.components import Component
+from shoal.compress.edits.layer_edits import components_of
+from shoal.compress.sweeps.columns import layer_scores
+from shoal.compress.sweeps.table import Measured
+from shoal.errors import UserError
+from shoal.figures.atlas import band, curves_figure, fitting
+from shoal.figures.style import (
+    FAINT,
+    INK,
+    SERIES_COLOURS,
+    SERIES_STYLE,
+    WIDTH_INCHES,
+    figure_style,
+    panels,
+    save_figure,
+)
+from shoal.launch.verbs.measure import measure_inputs, sweep_inputs, sweep_tables
+from shoal.launch.verbs.run import Run, require, resolved
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.recipe.section import Positive, Section, Text
+
+from .results import FOLDER, identity, made, model_of, told
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Operator = Literal["head", "kv_group", "cumulative", "donor", "skip_prompt", "skip_written"]
+OVER = {
+    "donor": "layer of the donor",
+    "skip_prompt": "layer that writes nothing before the answer",
+    "skip_written": "layer that writes nothing where the answer is predicted",
+}
+"""Operator -> what its curves run over."""
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """What is taken out of the intact model, one unit at a time, or put in."""
+
+    operators: Annotated[tuple[Operator, ...], Field(min_length=1)]
+    """head, kv_group: every query head or key-value group; cumulative: ever more layers, by ``order``; donor: every
+    layer as ``donor`` has it; skip_prompt, skip_written: what a layer writes before the answer, or from there on."""
+    order: tuple[int, ...] | str = "block_influence"
+    """Layers that cumulative removals go through, or the column of importance.json by which they go through all."""
+    max_removed: Positive | None = None
+    """Most layers that cumulative removals take out; None = all but one."""
+    donor: Text | None = None
+    """Model of the same shape: Hub id, local path or demo:<name>."""
+    donor_revision: str | None = None
+    """Hub revision of the donor."""
+
+
+@dataclass(frozen=True)
+class SweptTables(Artifact):
+    """sweeps.json: the table of every operator."""
+
+    FILE: ClassVar[str] = "sweeps.json"
+
+    num_layers: int
+    tables: dict[str, Sweep]
+
+    def contradictions(self) -> Iterator[str]:
+        for name, sweep in self.tables.items():
+            yield from sweep.contradictions(f"tables.{name}", num_layers=self.num_layers)
+
+    def in_words(self) -> str:
+        """The units without which each column is significantly worse."""
+        lines = []
+        for name, sweep in self.tables.items():
+            for column in sweep.columns:
+                critical = [sweep.units[place].name for place in column.critical]
+                shown = ", ".join(critical[:8]) + (", ..." if len(critical) > 8 else "")
+                lines.append(
+                    f"{name}, {sweep.title(column)}: {len(critical)} of {len(sweep.units)} critical {shown}".rstrip()
+                )
+        return "\n".join(lines)
+
+
+def tables_of(
+    run: Run, model: Any, operators: Sequence[str], settings: Settings | None = None
+) -> dict[str, tuple[Sweep, tuple[Measured, ...]]]:
+    """The table of every operator and what it was computed from.
+
+    Raises:
+        UserError: no swept tasks in the recipe, or a model whose units cannot be taken out one by one.
+    """
+    if run.recipe.measure.sweep is None:
+        raise UserError("shoal lab: sweeps need tasks; name some in measure.sweep.tasks")
+    order = _order(run, settings) if settings and "cumulative" in operators else ()
+    units: Mapping[str, Sequence[Component]] = {name: components_of(name, model, order=order) for name in operators}
+    donor = None if settings is None or settings.donor is None else resolved(settings.donor, settings.donor_revision)
+    return sweep_tables(run, model, units, donor=donor)
+
+
+def sweeps_identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
+    """What identifies what is made of sweeps."""
+    swept = run.recipe.measure.sweep
+    return identity(run, settings, **({} if swept is None else sweep_inputs(run, swept)), **content)
+
+
+def work(run: Run, settings: Settings) -> str:
+    """The units that tasks need, in words.
+
+    Raises:
+        UserError: as tables_of, or an operator without its donor.
+    """
+    if ("donor" in settings.operators) != (settings.donor is not None):
+        raise UserError(
+            "shoal lab sweeps: the operator donor needs a donor, and a donor the operator; give both or none"
+        )
+    donor = None if settings.donor is None else model_fingerprint(resolved(settings.donor, settings.donor_revision))
+
+    def swept(provenance: Provenance) -> SweptTables:
+        tables = tables_of(run, model_of(run), settings.operators, settings)
+        return SweptTables(provenance, run.num_layers, {name: table for name, (table, _) in tables.items()})
+
+    result = made(run, SweptTables, sweeps_identity(run, settings, donor_content=donor), swept, _first_figure)
+    for name, table in result.tables.items():
+        save_figure(sweep_figure(table), run.dir / FOLDER / f"sweep_{name}.svg")
+    return told(run, result)
+
+
+def _order(run: Run, settings: Settings) -> tuple[int, ...]:
+    """The layers that cumulative removals take out, first one first; one layer always stays."""
+    if isinstance(settings.order, str):
+        path = run.dir / Importance.FILE
+        require(Importance, path, measure_inputs(run), "shoal measure")
+        importance = Importance.read(path)
+        if (removals := importance.orders.get(settings.order)) is not None:  # of what it never tried it says nothing
+            order = tuple(removal.unit.layers[0] for removal in removals)
+        else:
+            scores = layer_scores(settings.order, importance, setting="shoal lab sweeps: order")
+            order = tuple(sorted(range(run.num_layers), key=lambda layer: (scores[layer], layer))[:-1])
+        return order[: settings.max_removed]
+    order = settings.order
+    wrong = next((layer for layer in order if not 0 <= layer < run.num_layers or order.count(layer) > 1), None)
+    if wrong is not None or not order or len(order) == run.num_layers:
+        raise UserError(
+            f"shoal lab sweeps: order must name some of the layers 0..{run.num_layers - 1}, each once and not all "
+            f"(got {list(order)})"
+        )
+    return order[: settings.max_removed]
+
+
+def _first_figure(result: SweptTables) -> Figure:
+    return sweep_figure(next(iter(result.tables.values())))
+
+
+def sweep_figure(table: Sweep) -> Figure:
+    """A map of heads, the curve of cumulative removals, or a curve over layers."""
+    if any(component.index is not None for component in table.units):
+        return head_map_figure(table)
+    return cumulative_figure(table) if table.operator == "cumulative" else curves_figure(table, OVER[table.operator])
+
+
+def head_map_figure(sweep: Sweep) -> Figure:
+    """Layer by head (or key-value group), one map per column: how much worse the score is without each."""
+    if not sweep.columns or any(component.index is None for component in sweep.units):
+        raise UserError(
+            f"importance.json: the sweep {sweep.operator!r} has no heads or groups to map; sweep head or kv_group"
+        )
+    layers = 1 + max(component.layers[0] for component in sweep.units)
+    places = 1 + max(component.index or 0 for component in sweep.units)
+    width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
+    figure, axes = panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
+    with figure_style():
+        for ax, column in zip(axes, sweep.columns, strict=True):
+            _draw_head_map(figure, ax, sweep, column, (layers, places))
+    return figure
+
+
+def cumulative_figure(sweep: Sweep) -> Figure:
+    """Every column's score as ever more layers go, with its interval, the intact score and chance."""
+    if not sweep.columns or not sweep.units:
+        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
+    figure, axes = panels([1.7] * len(sweep.columns))
+    gone = [len(component.layers) for component in sweep.units]
+    with figure_style():
+        for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
+            scores = [column.intact, *(effect.score for effect in column.effects)]
+            band(ax, [0, *gone], scores, SERIES_COLOURS[index % 5], SERIES_STYLE[index % 5])
+            ax.axhline(column.intact.value, color=FAINT, lw=1)
+            if column.higher_is_better:
+                ax.axhline(column.chance, color=INK, lw=1, ls=(0, (3, 2)))
+                ax.text(
+                    1, column.chance, "chance", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=9
+                )
+            ax.set_title(_titled(column, column.metric))
+            ax.grid(axis="y")
+        axes[-1].set_xlabel("layers removed")
+    return figure
+
+
+def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, shape: tuple[int, int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    layers, places = shape
+    grid = [[math.nan] * places for _ in range(layers)]
+    scores = column.importances
+    for component, score in zip(sweep.units, scores, strict=True):
+        grid[component.layers[0]][component.index or 0] = score
+    reach = max(abs(score) for score in scores) or 1.0
+    # white in the middle: both ends of this map differ in lightness and hue for every kind of colour blindness
+    image = ax.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="none")
+    for position in column.critical:
+        component = sweep.units[position]
+        corner = ((component.index or 0) - 0.5, component.layers[0] - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=INK, lw=1.6))
+    bar = figure.colorbar(image, ax=ax, pad=0.02, label="worse without it")
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    ax.set_xlabel({"kv_group": "key-value group"}.get(sweep.operator, sweep.operator))
+    ax.set_ylabel("layer")
+    ax.set_title(_titled(column, f"{column.metric} lost; framed: critical"))
+
+
+def _titled(column: SweepColumn, quantity: str) -> str:
+    return f"{fitting(column.ability)}, {fitting(column.protocol)}: {fitting(quantity)} (n = {column.n})"
