@@ -37,7 +37,7 @@ LEVELS = (
     ("launch.api",),
     ("launch",),
     ("lab.results",),
-    ("lab.diagnostics", "lab.heads"),
+    ("lab.diagnostics", "lab.heads", "lab.sweeps"),
     ("lab.patching",),
     ("lab.edits",),
     ("lab",),

@@ -35,7 +35,7 @@ from shoal.launch.verbs.run import Run, require, resolved
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.recipe.section import Positive, Section, Text
 
-from .results import FOLDER, identity, made, model_of, told
+from ..results import FOLDER, identity, made, model_of, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
