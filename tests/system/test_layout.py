@@ -38,7 +38,7 @@ LEVELS = (
     ("launch",),
     ("lab.results",),
     ("lab.diagnostics", "lab.heads", "lab.sweeps"),
-    ("lab.patching",),
+    ("lab.patching", "lab.reading"),
     ("lab.edits",),
     ("lab",),
 )

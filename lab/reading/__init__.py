@@ -25,8 +25,8 @@ from shoal.stats.bootstrap import bootstrap_p, expanded_percentiles, resampled_m
 from shoal.stats.intervals import Array
 from shoal.stats.paired import holm
 
-from .results import made, model_of, told
-from .sweeps import sweeps_identity, tables_of
+from ..results import made, model_of, told
+from ..sweeps import sweeps_identity, tables_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
