@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.width import indices_of
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import StoredTensor
+from shoal.models.load import FLOATS
 from shoal.recipe.prune import Width
 
 from ..surgery.changed_tensors import stored_places
@@ -20,7 +23,6 @@ from ..surgery.narrow_config import kept_width
 from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, load_without_data
 from ..surgery.teacher import Teacher
-from ..variants.streamed_model import read_tensor
 from .calibration import calibrating, in_words, needed_bytes
 from .change import NewTensors, Tensors
 from .narrowing import NARROW, Part, Sizes, Units, sizes_of
@@ -69,7 +71,7 @@ class Narrowing:
 
         def load(layer: int) -> Tensors:
             return {
-                name: own.narrowed(read_tensor(file, tensor), part, units[layer])
+                name: own.narrowed(_read(file, tensor), part, units[layer])
                 for name, (file, tensor, part) in places[layer].items()
             }
 
@@ -113,3 +115,11 @@ class Narrowing:
                 f"{teacher.folder}: cannot be narrowed file by file: {reason}; leave {self.SECTION} out"
             ) from reason
         return places
+
+
+def _read(file: Path, stored: StoredTensor) -> Tensor:
+    """One tensor, in memory of its own."""
+    with file.open("rb") as handle:
+        handle.seek(stored.start)
+        data = bytearray(handle.read(stored.end - stored.start))
+    return torch.frombuffer(data, dtype=FLOATS[stored.dtype]).view(stored.shape)
