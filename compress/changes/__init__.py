@@ -7,7 +7,6 @@ compensation  what makes up for dropped layers without training
 fit           one gap after the other, on the student's own states
 fold          factors and maps in the weights of a layer, proven by running it
 sums          the regression at one gap, from sums over tokens
-scaling       layers that write a constant times what they wrote
 width         fewer channels and key-value heads
 narrowing     what becomes smaller where layers are narrowed
 units         which channels and key-value groups stay

@@ -6,14 +6,12 @@ from shoal.recipe.prune import Prune
 
 from .change import Change
 from .compensation import Compensation
-from .scaling import Scaling
 from .width import Narrowing
 
 
 def changes_of(prune: Prune) -> tuple[Change, ...]:
     """What the recipe's section ``prune`` asks for."""
     return (
-        *([Scaling(prune.scale_layer)] if prune.scale_layer is not None else []),
         *([Narrowing(prune.width)] if prune.width is not None else []),
         *([Compensation(prune.compensate)] if prune.compensate is not None else []),
     )

@@ -17,8 +17,6 @@ NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguo
 
 APART: dict[tuple[str, str], str] = {
     ("width", "compensate"): "ranks channels of the cut model as it is, without new tensors",
-    ("scale_layer", "compensate"): "sets tensors that a factor is folded into",
-    ("scale_layer", "width"): "sets tensors that become smaller",
     ("width", "target"): "changes what layers save, which prune.target counts by whole layers",
 }
 """Keys of two changes that do not go together, and why not."""
@@ -67,16 +65,6 @@ class Width(Calibration):
                 f"intermediate_size: {self.intermediate_size} is no whole number of channels; give one, or a share "
                 "below 1"
             )
-
-
-@dataclass(frozen=True)
-class ScaleLayer(Section):
-    """Layers that write a constant times what they wrote."""
-
-    layers: Annotated[tuple[int, ...], Shapes.PLAN]
-    """The teacher's layers, counted from 0, increasing."""
-    factor: Annotated[Above0, Shapes.PLAN] = 0.5
-    """Times which they write."""
 
 
 def as_compensate(value: Any) -> Any:
@@ -168,8 +156,6 @@ class Prune(Section):
     compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""
-    scale_layer: Annotated[ScaleLayer | None, Shapes.PLAN, Field(exclude_if=lambda scale: scale is None)] = None
-    """Layers that write a constant times what they wrote; None = none."""
     width: Annotated[Width | None, Shapes.BY_CONTENT] = None
     """How wide the layers that stay are, chosen on the cut model; None = as wide as they were. With `drop: []` no layer
     goes."""

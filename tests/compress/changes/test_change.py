@@ -1,6 +1,6 @@
 """Every change that a recipe can ask for: four methods, students that are proven, pairs that are refused by one table.
 
-Covers: shoal.compress.changes.scaling, shoal.compress.changes.table.
+Covers: shoal.compress.changes.table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from shoal.recipe.recipe import parse_recipe
 
 TEXT = {"data": "docstrings", "num_tokens": 2048, "sequence_length": 32}
 ASKED: dict[str, dict[str, Any]] = {
-    "scale_layer": {"layers": [1, 3], "factor": 0.5},
     "width": {"intermediate_size": 32, **TEXT},
     "compensate": {"method": "scale", **TEXT},
 }
