@@ -20,8 +20,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
+from shoal.lab.attention_calls import AttentionInputs, attention_calls
 from shoal.launch.verbs.run import Run
-from shoal.models.attention_calls import AttentionInputs, attention_calls
 from shoal.models.document_masks import document_starts
 from shoal.recipe.losses import HiddenStates, StateTerm
 from shoal.recipe.section import Section

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -82,16 +82,18 @@ def choose_attention(
     Raises:
         UserError: flash or flex is asked for and not possible.
     """
-    kind = _model_class(config)
-    other = "sdpa" if kind is None or kind._supports_sdpa else "eager"
-    why_not = _no_flex(config, kind, device) if wanted == "flex" else _no_flash(config, kind, device, precisions)
-    if wanted == "auto":
-        if not why_not:
-            return Chosen("flash", f"{flash_kernels(config)} is installed, and {config.model_type} can use it")
+    kind, other = _model_class(config), without_kernels("flash", config)
+    obstacles = (
+        _in_the_way_of_flex(config, kind) if wanted == "flex" else _in_the_way_of_flash(config, kind, precisions)
+    )
+    why_not = f"needs a CUDA GPU, and this device is {device.type}" if device.type != "cuda" else next(obstacles, "")
+    if wanted == "auto" and why_not:
         lacks = "" if other == "sdpa" else f", and {config.model_type} has no SDPA"
         return Chosen(other, f"flash {why_not}{lacks}")
     if why_not:
         raise UserError(f"attention: {wanted} {why_not}; set attention: {other}, or auto, which takes what is possible")
+    if wanted == "auto":
+        return Chosen("flash", f"{flash_kernels(config)} is installed, and {config.model_type} can use it")
     return Chosen(wanted, "the recipe names it")
 
 
@@ -167,68 +169,52 @@ def _head_sizes(config: PreTrainedConfig) -> set[int]:
     return sizes
 
 
-def _no_flash(
-    config: PreTrainedConfig, kind: type[PreTrainedModel] | None, device: torch.device, precisions: Mapping[str, str]
-) -> str:
-    """Why flash kernels cannot be used; empty = they can. What is quick to find out comes first."""
-    if (unfit := _no_gpu(device)) is not None:
-        return unfit
-    if (capability := torch.cuda.get_device_capability(device))[0] < AMPERE:
-        return f"needs a GPU of compute capability {AMPERE}.0, and this one has {capability[0]}.{capability[1]}"
-    if kind is None:
-        return f"is not known to be possible for {config.model_type or type(config).__name__}"
-    if not kind._supports_flash_attn:
-        return f"is nothing that transformers has for {config.model_type}"
-    if reason := family(text_config(config).model_type).no_flash:
-        return f"is not possible for {config.model_type}, which {reason}"
-    if other := {key: name for key, name in precisions.items() if name not in HALVES}:
-        key = min(other)
-        return f"computes in {' or '.join(HALVES)}, and {key} is {other[key]}"
+def _in_the_way_of_flash(
+    config: PreTrainedConfig, kind: type[PreTrainedModel] | None, precisions: Mapping[str, str]
+) -> Iterator[str]:
+    """Why flash kernels cannot be used on a CUDA GPU. What is quick to find out comes first."""
+    if (capability := torch.cuda.get_device_capability())[0] < AMPERE:
+        yield f"needs a GPU of compute capability {AMPERE}.0, and this one has {capability[0]}.{capability[1]}"
+    yield from _of_family(config, kind, "flash_attn", family(text_config(config).model_type).no_flash)
+    if key := min((key for key, name in precisions.items() if name not in HALVES), default=None):
+        yield f"computes in {' or '.join(HALVES)}, and {key} is {precisions[key]}"
     if wrong := [size for size in _head_sizes(config) if size > LARGEST_HEAD or size % 8]:
-        return f"takes heads of a multiple of 8 numbers up to {LARGEST_HEAD}, and {config.model_type} has {max(wrong)}"
+        yield f"takes heads of a multiple of 8 numbers up to {LARGEST_HEAD}, and {config.model_type} has {max(wrong)}"
     if (kernels := flash_kernels(config)) is None:
-        return f"has no kernels here: {INSTALL_FLASH}"
-    return _no_use(kernels, text_config(config))
-
-
-def _no_use(kernels: str, config: PreTrainedConfig) -> str:
-    """Why these flash kernels are of no use for a text model of ``config``; empty = they are."""
+        yield f"has no kernels here: {INSTALL_FLASH}"
+        return
     try:
         (_, varlen, *_), _ = lazy_import_flash_attention(kernels)
     except (ImportError, ValueError, OSError, RuntimeError) as error:  # a build for another torch, no network
-        return f"cannot load its kernels {kernels} ({str(error).strip().splitlines()[0]})"
-    if varlen is None:
-        return f"finds no function for packed rows in {kernels}"
+        yield f"cannot load its kernels {kernels} ({str(error).strip().splitlines()[0]})"
+        return
     known = inspect.signature(varlen).parameters
     for key, parameter in NOT_EVERYWHERE.items():
-        if parameter not in known and (value := getattr(config, key, None)):
-            return f"has no {parameter} in {kernels}, and config.json says {key}: {value}"
-    return ""
+        if parameter not in known and (value := getattr(text_config(config), key, None)):
+            yield f"has no {parameter} in {kernels}, and config.json says {key}: {value}"
 
 
-def _no_flex(config: PreTrainedConfig, kind: type[PreTrainedModel] | None, device: torch.device) -> str:
-    """Why flex attention cannot be used; empty = it can."""
-    if (unfit := _no_gpu(device)) is not None:
-        return unfit
+def _in_the_way_of_flex(config: PreTrainedConfig, kind: type[PreTrainedModel] | None) -> Iterator[str]:
+    """Why flex attention cannot be used on a CUDA GPU."""
     if importlib.util.find_spec("triton") is None:
-        return "is compiled with triton, which is not installed"
-    if kind is None:
-        return f"is not known to be possible for {config.model_type or type(config).__name__}"
-    if not kind._supports_flex_attn:
-        return f"is nothing that transformers has for {config.model_type}"
-    if reason := family(text_config(config).model_type).no_flex:
-        return f"is not possible for {config.model_type}, which {reason}"
+        yield "is compiled with triton, which is not installed"
+    yield from _of_family(config, kind, "flex_attn", family(text_config(config).model_type).no_flex)
     if dropout := getattr(text_config(config), "attention_dropout", 0):
-        return f"has no dropout, and config.json says attention_dropout: {dropout}"
+        yield f"has no dropout, and config.json says attention_dropout: {dropout}"
     if wrong := [size for size in _head_sizes(config) if size < SMALLEST_HEAD]:
-        return f"takes heads of at least {SMALLEST_HEAD} numbers, and {config.model_type} has {min(wrong)}"
-    return ""
+        yield f"takes heads of at least {SMALLEST_HEAD} numbers, and {config.model_type} has {min(wrong)}"
 
 
-def _no_gpu(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"needs a CUDA GPU, and this device is {device.type}"
-    return None if torch.cuda.is_available() else "needs a CUDA GPU, and torch finds none here"
+def _of_family(
+    config: PreTrainedConfig, kind: type[PreTrainedModel] | None, kernels: str, exception: str
+) -> Iterator[str]:
+    called = config.model_type or type(config).__name__
+    if kind is None:
+        yield f"is not known to be possible for {called}"
+    elif not getattr(kind, f"_supports_{kernels}"):
+        yield f"is nothing that transformers has for {called}"
+    if exception:
+        yield f"is not possible for {called}, which {exception}"
 
 
 def flex_attention_forward(

@@ -21,9 +21,8 @@ from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
 from shoal.inference.scoring import score
 from shoal.models import attention
-from shoal.models.anatomy import decoder_body, decoder_layers, text_config
+from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.attention import choose_attention, implementation, named, without_kernels
-from shoal.models.attention_calls import AttentionInputs, attention_calls, attention_weights
 from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.families import family
 from shoal.models.load import load_model
@@ -231,34 +230,11 @@ def test_rows_that_go_on_from_a_cache_have_no_borders(name: str, padded: bool, m
     torch.testing.assert_close(rest("flash"), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral"])
-def test_what_queries_attend_to_is_told_from_borders_and_blocks_as_from_masks(
-    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flash_stand_in.install(monkeypatch)
-    model, places = architectures.tiny_model(name), torch.tensor([[11, 12, 15], [0, 3, 15]])
-
-    def weights(wanted: str) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: int, inputs: AttentionInputs) -> None:
-            found[layer] = attention_weights(inputs, places)
-
-        with attention_calls(model, range(len(decoder_layers(model))), keep, remedy="none"):
-            hidden(switched(model, wanted))
-        return found
-
-    expected, found = weights(without_kernels(kernels, model.config)), weights(kernels)
-    for layer, own in expected.items():
-        torch.testing.assert_close(found[layer], own, rtol=1e-4, atol=1e-5)
-
-
 RIGHT_ONLY_WITH_BORDERS = ("biogpt",)
 """Make a mask of ones where none is given, after which transformers does not look for documents."""
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", census(ARCHITECTURES))
 def test_every_family_that_transformers_offers_kernels_for_keeps_documents_apart_or_is_known_not_to(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import architectures
+import flash_stand_in
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
-from shoal.models.attention_calls import AttentionInputs, attention_calls, attention_weights
+from shoal.lab.attention_calls import AttentionInputs, attention_calls, attention_weights
+from shoal.models.anatomy import decoder_body, decoder_layers
+from shoal.models.attention import implementation, without_kernels
+from shoal.models.document_masks import documents_apart
 
 EAGER_ONLY = ("gemma2", "gpt_oss")
 """A soft cap or sinks: transformers computes them in eager attention alone."""
@@ -23,6 +26,7 @@ NARROW: dict[str, dict[str, Any]] = {
 PLACES = torch.tensor([[0, 4, 11], [7, 8, 3]])
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox", "deepseek_v3", *EAGER_ONLY, *NARROW])
 def test_weights_of_chosen_queries_are_those_of_eager_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = architectures.tiny_model(family, **NARROW.get(family, {})).double()
@@ -56,3 +60,38 @@ def test_scores_with_biases_of_their_own_are_refused_by_name() -> None:
     calls = attention_calls(model, range(2), lambda *_: None, remedy="leave it out")
     with pytest.raises(UserError, match=r"doge: attention of layer 0 adds biases to its scores; leave it out"), calls:
         model(input_ids=torch.arange(6)[None])
+
+
+@torch.no_grad()
+def hidden(model: Any, wanted: str) -> None:
+    """Run two rows of two documents each under the kernels ``wanted``."""
+    model.set_attn_implementation(implementation(wanted, model.config))
+    body: Any = decoder_body(model)
+    positions = torch.tensor([[*range(12), *range(4)], [7, 8, 9, *range(13)]])
+    ids = torch.randint(5, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+    with documents_apart(body, positions):
+        body(input_ids=ids, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("kernels", ["flash", "flex"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral"])
+def test_what_queries_attend_to_is_told_from_borders_and_blocks_as_from_masks(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install(monkeypatch)
+    model, places = architectures.tiny_model(name), torch.tensor([[11, 12, 15], [0, 3, 15]])
+
+    def weights(wanted: str) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int, inputs: AttentionInputs) -> None:
+            found[layer] = attention_weights(inputs, places)
+
+        with attention_calls(model, range(len(decoder_layers(model))), keep, remedy="none"):
+            hidden(model, wanted)
+        return found
+
+    expected, found = weights(without_kernels(kernels, model.config)), weights(kernels)
+    for layer, own in expected.items():
+        torch.testing.assert_close(found[layer], own, rtol=1e-4, atol=1e-5)
