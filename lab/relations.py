@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.lab.attention_calls import AttentionInputs, attention_calls
+from shoal.lab.heads.attention_calls import AttentionInputs, attention_calls
 from shoal.launch.verbs.run import Run
 from shoal.models.document_masks import document_starts
 from shoal.recipe.losses import HiddenStates, StateTerm

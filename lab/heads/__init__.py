@@ -1,7 +1,8 @@
 """Which heads copy what is asked for (arXiv:2404.15574): heads.json, and the layers that prune.protect should name.
 
-prompts  look-ups and needles whose answer stands in the text
-scores   how often a head looks at the token that is copied next
+attention_calls  what attention is computed from, seen while the model runs
+prompts          look-ups and needles whose answer stands in the text
+scores           how often a head looks at the token that is copied next
 """
 
 from __future__ import annotations

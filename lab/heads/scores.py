@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from shoal.compress.edits.sublayers import probing
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.lab.attention_calls import AttentionInputs, attention_calls, attention_weights
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.progress import each
 
+from .attention_calls import AttentionInputs, attention_calls, attention_weights
 from .prompts import CopyPrompt
 
 REMEDY = "this part has nothing to say of it"

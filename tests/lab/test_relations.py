@@ -25,7 +25,7 @@ from shoal.artifacts.training import Training
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.lab import relations
-from shoal.lab.attention_calls import AttentionInputs
+from shoal.lab.heads.attention_calls import AttentionInputs
 from shoal.lab.relations import Attended, AttentionRelation, MultiScale, RelationLosses, ValueRelation
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import StateTerm
