@@ -20,7 +20,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.lab.heads.attention_calls import AttentionInputs, attention_calls
 from shoal.launch.verbs.run import Run
 from shoal.models.document_masks import document_starts
 from shoal.recipe.losses import HiddenStates, StateTerm
@@ -29,6 +28,7 @@ from shoal.train.objective.capture import Captured
 from shoal.train.objective.host_batch import queued
 from shoal.train.objective.layer_losses import StateLosses, Tokens, again, distances, pairs_with, widened
 
+from .heads.attention_calls import AttentionInputs, attention_calls
 from .training import described, train
 
 WINDOW = 4
