@@ -26,8 +26,9 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
 from shoal.progress import each
+from shoal.ranks import rank
 from shoal.recipe.evaluate import Eval, Tasks
-from shoal.runtime import device, environment, rank, seed_everything
+from shoal.runtime import device, environment, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks
 from .harness.item_cache import ItemCache, identity_of

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.ranks import world_size
 from shoal.recipe.evaluate import Tasks
-from shoal.runtime import agreed, world_size
+from shoal.runtime import agreed
 
 from .evaluate import num_items, refuse_idle_ranks, scores_of
 from .harness.engine import CausalLM, connect_ranks

@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from shoal import runtime
 from shoal.errors import UserError
 from shoal.launch.verbs.run import locked, open_run
 from shoal.progress import doing
@@ -58,6 +57,8 @@ def lab(words: Sequence[str]) -> str:
         raise UserError(f"shoal lab {name}: name a recipe or a run directory, such as `shoal lab {name} runs/mine`")
     recipe = load_recipe(rest[0])
     with doing("loading the libraries"):
+        from shoal import runtime
+
         runtime.turn_down_libraries()
         part = importlib.import_module(f"shoal.lab.{name}")
     said: dict[str, Any] = {}

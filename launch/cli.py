@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal import __version__, runtime
+from shoal import __version__, ranks
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths, not_encoded
 from shoal.progress import doing
+from shoal.ranks import Loudness
 from shoal.redaction import redacted, redacted_arguments
-from shoal.runtime import Loudness
 from shoal.stopping import on_stop, stop_at_once, watch_launcher
 
 from .help.verbs import Text, add_help_verbs, add_verb
@@ -179,7 +179,7 @@ def run_verb(
             remembering(run_dir, said) as memory,
         ):
             _dispatch(verb, recipe, config, overrides, memory=memory)
-        if STARTED not in os.environ and runtime.is_main():
+        if STARTED not in os.environ and ranks.is_main():
             from shoal.tracking.wandb_run import tell_unsent
 
             tell_unsent(recipe.track, run_dir)
@@ -225,13 +225,13 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
 
 def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
     """Do ``work``; the exit code, after the message of what a user can fix."""
-    runtime.set_up_logging(loudness)
+    ranks.set_up_logging(loudness)
     try:
         with explained_paths():
             work()
     except UserError as error:
         log.debug("refused here:", exc_info=error)
-        if not runtime.is_main():
+        if not ranks.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
             print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
@@ -252,6 +252,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     out, folders = Path(arguments.out).expanduser(), [Path(run) for run in arguments.runs]
     if any(map(names_model, arguments.runs)):
         with doing("loading the libraries"):
+            from shoal import runtime
+
             runtime.turn_down_libraries()
             from .verbs.evaluate import scored_beside_runs
         folders = scored_beside_runs(arguments.runs, out, across_teachers=arguments.across_teachers)
@@ -286,6 +288,8 @@ def _dry_run(verb: str, recipe: Recipe) -> str:
     table = VERBS[verb].dry_run
     assert table is not None
     with doing("loading the libraries"):
+        from shoal import runtime
+
         runtime.turn_down_libraries()
         from .verbs.run import open_run
 
@@ -326,9 +330,11 @@ def _dispatch(
     *,
     memory: str | None = None,
 ) -> None:
-    if STARTED in os.environ and runtime.is_main():
+    if STARTED in os.environ and ranks.is_main():
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):
+        from shoal import runtime
+
         runtime.turn_down_libraries()
         from shoal.tracking.wandb_run import wandb_mode
 
@@ -363,7 +369,7 @@ def _dispatch(
         return
     if row.check:
         _stage(row.check)(run)
-    with locked(run) if runtime.is_main() else contextlib.nullcontext():
+    with locked(run) if ranks.is_main() else contextlib.nullcontext():
         stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)

@@ -17,10 +17,11 @@ from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.progress import doing
+from shoal.ranks import is_main
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
 from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import agreed, is_main
+from shoal.runtime import agreed
 from shoal.tracking import wandb_run
 
 from .assembly import Identity, make_trainer

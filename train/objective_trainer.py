@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from shoal.atomic_files import write_json
 from shoal.data.packing import IMAGES
 from shoal.errors import UserError
+from shoal.ranks import is_main, world_size
 from shoal.recipe.losses import term_names
-from shoal.runtime import is_main, world_size
 
 from .callbacks.loss_spikes import LossGuard, refuse_step
 from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts

@@ -21,8 +21,9 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.load import Checkpoint, logits_from_hidden
 from shoal.progress import progress
+from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Record
-from shoal.runtime import barrier, device, is_main, rank, world_size
+from shoal.runtime import barrier, device
 
 from .objective.objective import final_hidden
 from .teacher.recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard

@@ -17,8 +17,9 @@ from shoal.atomic_files import fingerprint
 from shoal.data.packing import PackedRows
 from shoal.machine import peak_memory
 from shoal.progress import doing
+from shoal.ranks import is_main, world_size
 from shoal.redaction import redacted
-from shoal.runtime import barrier, device, is_main, world_size
+from shoal.runtime import barrier, device
 
 from .callbacks.validation import Watcher
 from .engine.arguments import resolved_deepspeed

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from shoal.errors import explained_disk_errors
 from shoal.progress import doing
-from shoal.runtime import barrier, is_main, seed_everything, world_size
+from shoal.ranks import is_main, world_size
+from shoal.runtime import barrier, seed_everything
 
 from .callbacks.validation import Scorer, Watcher
 from .engine.arguments import kept_checkpoints

@@ -34,7 +34,7 @@ from benchmarks.gpu.cases import SIZES, TINY, Case, Size, cases
 from benchmarks.gpu.table import markdown, outcome
 from benchmarks.gpu.work import ROOT, measured
 from shoal.atomic_files import write_json
-from shoal.runtime import set_up_logging
+from shoal.ranks import set_up_logging
 
 BUDGET_S = 600
 LEAST_S = 12

@@ -26,8 +26,9 @@ from shoal.inference.prefix_sharing import Tokens, batches
 from shoal.inference.scoring import Score
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
+from shoal.ranks import world_size
 from shoal.recipe.measure import Protocol, Sweeps
-from shoal.runtime import agreed, world_size
+from shoal.runtime import agreed
 
 from ...eval.evaluate import checked_items, in_words, scores_of
 from ...eval.harness.engine import CausalLM, connect_ranks

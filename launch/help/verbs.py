@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal import runtime
 from shoal.errors import UserError
 from shoal.progress import doing
 
@@ -73,6 +72,8 @@ def _init(arguments: argparse.Namespace) -> str:
     if file.exists():
         raise UserError(f"{file}: is there already; name another file with --out, or remove it")
     with doing("loading the libraries"):
+        from shoal import runtime
+
         runtime.turn_down_libraries()
         from .first_recipe import Machine, first_recipe
     with doing(f"looking at {arguments.model}"):
@@ -87,6 +88,8 @@ def _list(arguments: argparse.Namespace) -> str:
     if arguments.what is None:
         return _json(LISTS) if arguments.json else "\n".join(f"shoal list {what}" for what in LISTS)
     if arguments.what == "metrics":
+        from shoal import runtime
+
         runtime.turn_down_libraries()  # which their classes load
     return _json(names.LISTS[arguments.what]()) if arguments.json else names.listing(arguments.what)
 

@@ -27,11 +27,12 @@ from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
+from shoal.ranks import world_size
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
-from shoal.runtime import agreed, device, free_memory, seed_everything, world_size
+from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
 from .overlap import search_of_rows

@@ -29,9 +29,10 @@ from shoal.models.checkpoint_files import (
 )
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
+from shoal.ranks import is_main, world_size
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import barrier, environment, free_memory, is_main, seed_everything, world_size
+from shoal.runtime import barrier, environment, free_memory, seed_everything
 
 from .distill import control_inputs, trained_inputs
 from .prune import read_plan

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal import runtime
 from shoal.errors import EXIT_USER_ERROR
 from shoal.progress import SPEAKER, doing
+from shoal.ranks import free_port, loudness
 from shoal.stopping import STOPS, run_launcher
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
         # the cores that this process may use: threads that share one wait for each other
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
+    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]
     command += ["distill", "--config", config, *overrides]
-    if runtime.loudness() != "usual":
-        command.append(f"--{runtime.loudness()}")
+    if loudness() != "usual":
+        command.append(f"--{loudness()}")
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started"

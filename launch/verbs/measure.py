@@ -20,9 +20,10 @@ from shoal.data.sources import load_texts, pack, sources_fingerprint
 from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
 from shoal.models.load import load_model, reads_images
 from shoal.progress import doing
+from shoal.ranks import is_main
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import barrier, device, is_main, seed_everything
+from shoal.runtime import barrier, device, seed_everything
 
 from .measure_checks import check_measure
 from .run import Run, is_done

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import EXIT_USER_ERROR, UserError
+from shoal.ranks import is_main
 from shoal.recipe.remembered import memory_in, memory_of, take_back
 from shoal.redaction import redacted
-from shoal.runtime import is_main
 
 from .launch import LaunchEnded
 

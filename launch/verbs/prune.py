@@ -16,7 +16,8 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
-from shoal.runtime import barrier, is_main
+from shoal.ranks import is_main
+from shoal.runtime import barrier
 
 from .measure import measure, measure_inputs
 from .overlap import search_of_rows

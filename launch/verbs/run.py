@@ -40,6 +40,7 @@ from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.models.load import find_config, load_config, load_tokenizer, loaded_dtype, reads_images, resolve_model
 from shoal.numerics import DTYPES, fast_dtype, flops_per_second
+from shoal.ranks import is_main
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe
@@ -47,7 +48,7 @@ from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import memory_in, remember
 from shoal.recipe.section import as_dict
 from shoal.redaction import redacted
-from shoal.runtime import agreed, barrier, device, environment, is_main
+from shoal.runtime import agreed, barrier, device, environment
 
 log = logging.getLogger(__name__)
 

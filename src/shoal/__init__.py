@@ -11,8 +11,9 @@ Data flows one way, all in one run directory:
 importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.html
 
     errors        what a user can fix, and how it is said
-    runtime       ranks, logging, seeding, environment stamp
-    machine       memory, disk, speed
+    ranks         which process this is, and what it tells
+    runtime       devices, process groups, seeding, environment stamp
+    machine       memory, disk, what multiplies fast
     numerics      the precision that a device multiplies fast in
     trust         what of a run directory of somebody else is believed
     progress      what takes long says so: bars, lines, time left

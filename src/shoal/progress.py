@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO, TypeVar
 
+from tqdm import tqdm
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -51,8 +53,6 @@ class Work:
 
     def told(self, now: float, *, finished: bool = False) -> str:
         """One line: how far it is, how fast it goes and how long it will take, or how long it took."""
-        from tqdm import tqdm
-
         size = {"unit": "B", "unit_scale": True} if self.unit == BYTES else {"unit": f" {self.unit}"}
         ending = "{desc}: done in {elapsed}" if finished else "{desc}: {elapsed} so far"
         if self.unit:
@@ -66,8 +66,6 @@ class Work:
 
     def draw(self, stream: TextIO, now: float) -> None:
         """Show or renew the bar."""
-        from tqdm import tqdm
-
         if self.bar is None:
             unit: dict[str, Any] = {"unit": f" {self.unit}"} if self.unit else {"bar_format": "{desc}: {elapsed}"}
             unit = {"unit": "B", "unit_scale": True} if self.unit == BYTES else unit
@@ -174,8 +172,6 @@ class Lines(logging.StreamHandler[TextIO]):
         if not any(work.bar for work in SPEAKER.works):
             super().emit(record)
             return
-        from tqdm import tqdm
-
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 

@@ -1,7 +1,4 @@
-"""Ranks, logging, seeding, and the stamp of the environment that goes into every artifact.
-
-Torch takes seconds to load and is imported where it is used, so that a mistake in a recipe is told before.
-"""
+"""Ranks, logging, seeding, and the stamp of the environment that goes into every artifact."""
 
 from __future__ import annotations
 
@@ -12,25 +9,23 @@ import logging
 import os
 import platform
 import random
-import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from transformers.utils import logging as transformers_logging
 
 from shoal.errors import UserError
-from shoal.progress import Lines
-from shoal.redaction import redacted
-
-if TYPE_CHECKING:
-    import torch
+from shoal.ranks import free_port, is_main, loudness, rank, world_size
 
 T = TypeVar("T")
 
-Loudness = Literal["quiet", "usual", "verbose"]
-"""What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
 NOISY = (
     *("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "fsspec", "matplotlib", "datasets"),
     *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate"),
@@ -39,24 +34,8 @@ NOISY = (
 STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
 
 
-def rank() -> int:
-    """This process's rank over all nodes; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes over all nodes; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """True on the one process that logs and writes shared files."""
-    return rank() == 0
-
-
 def device() -> torch.device:
     """The accelerator of this rank, else the CPU."""
-    import torch
 
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
@@ -65,41 +44,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-class _WithoutSecrets(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
-
-
-_loudness: Loudness = "usual"
-
-
-def loudness() -> Loudness:
-    """What set_up_logging was last told in this process."""
-    return _loudness
-
-
-def set_up_logging(chosen: Loudness = "usual") -> None:
-    """Log to stderr: rank 0 what goes on, the others only what went wrong."""
-    global _loudness
-    _loudness = chosen
-    prefix = f"[rank {rank()}] " if world_size() > 1 else ""
-    handler = Lines(sys.stderr)
-    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-    level = logging.WARNING if chosen == "quiet" else logging.INFO
-    is_told = is_main() or chosen == "verbose"
-    logging.basicConfig(level=level if is_told else logging.ERROR, handlers=[handler], force=True)
-    logging.getLogger("shoal").setLevel(logging.DEBUG if chosen == "verbose" else logging.NOTSET)
-
-
 def turn_down_libraries() -> None:
     """Turn down the chatter of libraries, unless all is to be told: the quickstart's reader should see shoal's lines,
     not those of six others."""
-    import torch
-    from transformers.utils import logging as transformers_logging
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import where it has to guess
-    if _loudness == "verbose":
+    if loudness() == "verbose":
         return
     transformers_logging.disable_progress_bar()
     for noisy in NOISY:
@@ -111,8 +62,6 @@ def turn_down_libraries() -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
-    import numpy as np
-    import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -121,7 +70,6 @@ def seed_everything(seed: int) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a reader needs to repeat a figure."""
-    import torch
 
     packages = {name: importlib.metadata.version(name) for name in STAMPED_PACKAGES}
     return {
@@ -143,8 +91,6 @@ def set_up_distributed(timeout_s: int) -> None:
     Raises:
         UserError: the port is taken, or the other ranks cannot be reached.
     """
-    import torch
-    import torch.distributed as dist
 
     if dist.is_initialized():
         return
@@ -171,7 +117,6 @@ def set_up_distributed(timeout_s: int) -> None:
 
 def barrier() -> None:
     """Wait for all ranks, where they have joined."""
-    import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
@@ -182,7 +127,6 @@ def agreed(decide: Callable[[], T]) -> T:
 
     The others wait for as long as it takes, packing a billion tokens for hours too: the end of its process ends that.
     """
-    import torch.distributed as dist
 
     if not dist.is_initialized():
         return decide()
@@ -205,7 +149,6 @@ def _meet_rank_0() -> None:
     Raises:
         torch.distributed.DistNetworkError: rank 0 is gone.
     """
-    from torch.distributed.distributed_c10d import _get_default_store
 
     store, key, pause_s = _get_default_store(), f"shoal/met/{next(_meetings)}", 0.01
     if is_main():
@@ -221,7 +164,6 @@ _meetings = itertools.count()
 
 def together(decide: Callable[[], T]) -> list[T]:
     """What every rank decides, in their order, on every rank that has joined; the refusal of one is everyone's."""
-    import torch.distributed as dist
 
     answer: tuple[Any, str | None]
     try:
@@ -240,7 +182,6 @@ def together(decide: Callable[[], T]) -> list[T]:
 
 def free_memory() -> None:
     """Give back what models held that nobody refers to any more, on the device too."""
-    import torch
 
     gc.collect()
     if torch.cuda.is_available():
@@ -249,27 +190,7 @@ def free_memory() -> None:
 
 def leave_distributed() -> None:
     """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
-    import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now.
-
-    Raises:
-        UserError: this machine cannot reach itself, so that ranks would wait for each other for half an hour.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        try:
-            socket.create_connection(server.getsockname(), timeout=5).close()
-        except OSError as error:
-            raise UserError(
-                f"127.0.0.1: this machine cannot reach itself there ({error.strerror or error}), over which the ranks "
-                "of a training speak; bring its loopback interface up, as `ip link set lo up` does"
-            ) from error
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from shoal import runtime
+from shoal import ranks
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED_BY = "SHOAL_LAUNCHED_BY"
@@ -72,7 +72,7 @@ def stop_at_once(number: int, text: str) -> None:
     """
     if LAUNCHED_BY in os.environ:
         die_of(number)
-    if runtime.world_size() == 1 or (number == signal.SIGINT and runtime.is_main()):
+    if ranks.world_size() == 1 or (number == signal.SIGINT and ranks.is_main()):
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{text}\n".encode())  # print() may be what was interrupted
     for child in psutil.Process().children(recursive=True):

@@ -29,9 +29,9 @@ from shoal.eval.tasks.load import load_tasks
 from shoal.launch.verbs.evaluate import eval_inputs
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
+from shoal.ranks import free_port
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
-from shoal.runtime import free_port
 
 
 @pytest.fixture(scope="module")

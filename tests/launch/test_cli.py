@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tiny import tiny_checkpoint
 
-from shoal import runtime
+from shoal import ranks, runtime
 from shoal.errors import UserError
 from shoal.launch import cli
 from shoal.launch.cli import main, run_verb
@@ -387,10 +387,10 @@ def test_a_machine_that_cannot_reach_itself_is_told_before_ranks_wait(monkeypatc
     def unreachable(*_: object, **__: object) -> None:
         raise OSError(101, "Network is unreachable")
 
-    assert runtime.free_port() > 0
+    assert ranks.free_port() > 0
     monkeypatch.setattr("socket.create_connection", unreachable)
     with pytest.raises(UserError, match=r"cannot reach itself there \(Network is unreachable\), over which the ranks"):
-        runtime.free_port()
+        ranks.free_port()
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,9 @@ def test_items_are_counted_as_they_are_done(caplog, monkeypatch):
 
 SLOW = """
 import sys, time
-from shoal import runtime
+from shoal import ranks
 from shoal.progress import doing
-runtime.set_up_logging()
+ranks.set_up_logging()
 with doing("waiting"):
     time.sleep(5)
 """

@@ -1,4 +1,7 @@
-"""Ranks that decide together. What the command makes of them is in test_cli."""
+"""Ranks that decide together. What the command makes of them is in test_cli.
+
+Covers: shoal.ranks.
+"""
 
 from __future__ import annotations
 

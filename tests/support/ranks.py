@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from shoal.runtime import free_port
+from shoal.ranks import free_port
 
 PRELOADED = [
     "shoal.launch.cli",

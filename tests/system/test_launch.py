@@ -31,7 +31,7 @@ from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
-from shoal.runtime import free_port
+from shoal.ranks import free_port
 from shoal.stopping import _alive
 
 ROOT = Path(__file__).parents[2]

@@ -31,9 +31,9 @@ from shoal.data.packing import IGNORED, PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
+from shoal.ranks import free_port
 from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
-from shoal.runtime import free_port
 from shoal.train.distillation_trainer import DistillationTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

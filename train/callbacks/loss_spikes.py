@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoal.errors import UserError, explained_disk_errors
-from shoal.runtime import rank
+from shoal.ranks import rank
 
 REMEMBERED_STEPS = 32
 """A jump is one from the median of so many steps before it; fewer than half of them say nothing yet."""

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from shoal.artifacts.artifact import differences
 from shoal.atomic_files import write_json, written_folder
+from shoal.ranks import is_main
 from shoal.recipe.distill import Watch
-from shoal.runtime import agreed, barrier, is_main
+from shoal.runtime import agreed, barrier
 
 log = logging.getLogger(__name__)
 

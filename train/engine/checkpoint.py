@@ -29,7 +29,8 @@ import torch
 from shoal.artifacts.artifact import differences
 from shoal.atomic_files import cache_dir, file_hash, write_text, written_folder
 from shoal.errors import UserError
-from shoal.runtime import barrier, is_main, rank, together, world_size
+from shoal.ranks import is_main, rank, world_size
+from shoal.runtime import barrier, together
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
 
 log = logging.getLogger(__name__)

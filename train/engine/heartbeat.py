@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from shoal.runtime import rank, world_size
+from shoal.ranks import rank, world_size
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from shoal.errors import UserError
 from shoal.runtime import device
@@ -46,7 +47,6 @@ def leave_deepspeed(trainer: Trainer) -> None:
     cache that outlive it, and transformers would go on sharding whatever is built."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     trainer.accelerator.free_memory()
     FWD_MODULE_STACK.clear()
@@ -61,7 +61,6 @@ def leave_deepspeed(trainer: Trainer) -> None:
 def loaded_in(dtype: torch.dtype, arguments: TrainingArguments) -> Iterator[None]:
     """Let from_pretrained keep ``dtype``: under ZeRO 3 it makes models in the precision of the DeepSpeed configuration,
     whatever it is asked for."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config
 
     of_student: Any = arguments.hf_deepspeed_config
     if of_student is None or not of_student.is_zero3():

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from shoal.abilities.knowledge import stated_facts
 from shoal.abilities.matching import AMOUNT, amounts, value
 from shoal.data.repetition import ends_in_loop
 
@@ -120,7 +121,5 @@ def _plain(text: str) -> str:
 
 def without_evaluation_facts(texts: Sequence[str]) -> list[str]:
     """The documents in which the teacher did not happen to write an answer that shoal's knowledge tasks ask for."""
-    from shoal.abilities.knowledge import stated_facts
-
     stated = stated_facts("eval")
     return [text for text in texts if not any(sentence in text for sentence in stated)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from shoal.inference.drawing import Drawn, DrawnOnly
@@ -69,8 +70,6 @@ def sample(
     if fixed is not None and not fixed.serves(model):
         fixed = None
     if fixed is not None:
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # takes a second to load
-
         try:
             return _generated(
                 model, prompts, uniforms_PT, temperature, top_p=top_p, end_ids=end_ids, pad_id=pad_id, fixed=fixed

@@ -28,9 +28,10 @@ from shoal.errors import UserError
 from shoal.inference.vllm import vllm_engine
 from shoal.models.load import Checkpoint
 from shoal.progress import each
+from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shaping
-from shoal.runtime import barrier, is_main, rank, world_size
+from shoal.runtime import barrier
 
 from .filtering import sifted
 from .sampling import Fixed, end_tokens, sample

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
 
 from shoal.errors import UserError
 from shoal.recipe.losses import (
@@ -358,8 +359,6 @@ def compiles(terms: Sequence[LossTerm]) -> bool:
 
 def _of_any_length(*values: Any) -> None:
     """Let one graph serve these tensors, and those in lists, whatever their number of rows."""
-    from torch._dynamo import maybe_mark_dynamic
-
     for value in values:
         if isinstance(value, Tensor):
             maybe_mark_dynamic(value, 0)

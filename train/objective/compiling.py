@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as functorch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 log = logging.getLogger(__name__)
@@ -42,8 +45,6 @@ class Compiled:
 
     def install(self) -> None:
         """Compile from now on what is called, and put compiled forwards in the place of the layers' own."""
-        from torch._dynamo import config as dynamo
-        from torch._functorch import config as functorch
 
         # else torch would go on without a compiled function after VARIANTS, and find out in the middle of a backward
         # pass, where there is no way back, that it cannot be compiled
@@ -66,8 +67,6 @@ class Compiled:
 
     def _run(self, function: Callable[..., Any], graphs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._is_on:
-            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
             try:
                 return graphs(*args, **kwargs)
             except Exception as error:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -67,8 +68,6 @@ def add_adapters(
     Raises:
         UserError: a target that does not exist, or 4-bit weights that the files have under other names.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
     chosen = _chosen(student, lora, trained)
     loaded_in_4bit = lora.quantization == "nf4"
     if loaded_in_4bit:

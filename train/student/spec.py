@@ -14,9 +14,10 @@ from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config
 from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint
+from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Record, sources_that_ask
 from shoal.recipe.losses import StateTerm, needs_teacher, reads_distributions
-from shoal.runtime import device, world_size
+from shoal.runtime import device
 
 from ..engine.arguments import DEFAULTS, DeepSpeed, batch_split, deepspeed_config
 from ..objective.layer_losses import StateLosses

@@ -25,10 +25,11 @@ from shoal.formatting import bytes_text
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.models.load import Checkpoint
+from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys
-from shoal.runtime import environment, is_main, rank, together, world_size
+from shoal.runtime import environment, together
 
 from .recording_format import HEADER_BYTES, Layout, ShardFile, TokenRows, row_hashes
 

@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, constants
 
+from shoal.abilities import items as ability_items
+from shoal.abilities import training_texts
+from shoal.abilities.facts import RELATIONS
+from shoal.abilities.forms import FORMS
+from shoal.abilities.knowledge import facts_in
 from shoal.atomic_files import fingerprint, known_hash, write_json
 from shoal.data.chat import Chat, ImageRow, chat_of, check_template, column_of, tokenised
 from shoal.data.general_text import docstrings, instructions, python_docs, readmes
@@ -50,8 +56,6 @@ Encode = Callable[[ImageRow], tuple[list[int], np.ndarray]]
 
 def ability_texts(*abilities: str, one_form: bool) -> list[str]:
     """Prompts with answers of these abilities in equal parts, from the items that evaluation never sees."""
-    from shoal.abilities import training_texts
-
     return training_texts(num_texts=4000, seed=0, mix=dict.fromkeys(abilities, 1.0), one_form=one_form)
 
 
@@ -60,18 +64,13 @@ def ability_prompts() -> list[dict[str, str]]:
 
     A short answer is what a teacher's own words can be compared with (distill.writing.keep).
     """
-    from shoal.abilities import items
-    from shoal.abilities.facts import RELATIONS
-    from shoal.abilities.forms import FORMS
-    from shoal.abilities.knowledge import facts_in
-
     all_facts = sum(len(facts_in("train", relation)) for relation in RELATIONS)
     asked = (
         item
         for ability, forms in FORMS.items()
         for form in forms
         if not form.twin
-        for item in items(
+        for item in ability_items(
             ability,
             split="train",
             num_items=all_facts if ability == "knowledge" else PROMPTS_OF_FORM,
@@ -256,7 +255,6 @@ def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
 
 def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
-    from huggingface_hub import HfApi, constants
 
     if not constants.HF_HUB_OFFLINE:
         HfApi().dataset_info(source.path, timeout=10)  # load_dataset alone tries an unreachable Hub for half a minute

@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.errors import UserError
-from shoal.runtime import world_size
+from shoal.ranks import world_size
 
 if TYPE_CHECKING:
     from shoal.models.load import Checkpoint

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import errors, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -578,7 +579,6 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
 
 
 def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    from huggingface_hub import errors, snapshot_download
 
     refuse_no_model(name)
     try:

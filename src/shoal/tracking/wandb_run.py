@@ -27,9 +27,10 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
+from shoal.ranks import is_main
 from shoal.recipe.track import Track
 from shoal.redaction import redacted, redacted_arguments
-from shoal.runtime import environment, is_main
+from shoal.runtime import environment
 
 if TYPE_CHECKING:
     from wandb import Run

@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_model
+from shoal.ranks import free_port
 from shoal.recipe.distill import Record
-from shoal.runtime import free_port, leave_distributed, set_up_distributed
+from shoal.runtime import leave_distributed, set_up_distributed
 from shoal.train import record as stage
 from shoal.train.record import record_signals, top_k_signals
 from shoal.train.teacher import recording_format

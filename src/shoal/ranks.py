@@ -1,0 +1,76 @@
+"""Which process this is among those that work together, and what it tells. Torch stays unloaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from typing import Literal
+
+from shoal.errors import UserError
+from shoal.progress import Lines
+from shoal.redaction import redacted
+
+Loudness = Literal["quiet", "usual", "verbose"]
+"""What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
+
+
+def rank() -> int:
+    """This process's rank over all nodes; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes over all nodes; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one process that logs and writes shared files."""
+    return rank() == 0
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+_loudness: Loudness = "usual"
+
+
+def loudness() -> Loudness:
+    """What set_up_logging was last told in this process."""
+    return _loudness
+
+
+def set_up_logging(chosen: Loudness = "usual") -> None:
+    """Log to stderr: rank 0 what goes on, the others only what went wrong."""
+    global _loudness
+    _loudness = chosen
+    prefix = f"[rank {rank()}] " if world_size() > 1 else ""
+    handler = Lines(sys.stderr)
+    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    level = logging.WARNING if chosen == "quiet" else logging.INFO
+    is_told = is_main() or chosen == "verbose"
+    logging.basicConfig(level=level if is_told else logging.ERROR, handlers=[handler], force=True)
+    logging.getLogger("shoal").setLevel(logging.DEBUG if chosen == "verbose" else logging.NOTSET)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now.
+
+    Raises:
+        UserError: this machine cannot reach itself, so that ranks would wait for each other for half an hour.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+        except OSError as error:
+            raise UserError(
+                f"127.0.0.1: this machine cannot reach itself there ({error.strerror or error}), over which the ranks "
+                "of a training speak; bring its loopback interface up, as `ip link set lo up` does"
+            ) from error
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
