@@ -50,8 +50,6 @@ class Questions:
     """Decides only what lm-eval draws at random, such as few-shot examples."""
     tasks: dict[str, Any] | None = None
     """Tasks of the settings, where they are loaded already."""
-    cut_by: PreTrainedTokenizerBase | None = None
-    """See perplexity."""
 
 
 def role_evaluation(
@@ -149,7 +147,7 @@ def scored(lm: CausalLM, questions: Questions) -> tuple[TaskScore, ...]:
     log.info("eval: %s", in_words(tasks, settings))
     scores = scores_of(lm, tasks, settings, seed=questions.seed)
     if settings.perplexity_tokens:
-        scores = (*scores, perplexity(lm, settings, cut_by=questions.cut_by))
+        scores = (*scores, perplexity(lm, settings))
     scores = tuple(replace(score, engine=lm.engine) for score in scores)
     for score in scores:
         log.info(

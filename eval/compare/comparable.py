@@ -5,16 +5,13 @@ A run is read from its directory alone: which recipe made it may be gone, its ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, NATS_PER_TOKEN, PERPLEXITY, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, NATS_PER_TOKEN, PERPLEXITY, Evaluation, TaskScore
 from shoal.errors import UserError
-from shoal.stats.paired import interval, paired, require_same_measurement
+from shoal.stats.paired import paired, require_same_measurement
 from shoal.task_words import COLUMNS
 
 from ..report.findings import Run, read_run
@@ -86,7 +83,7 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
     problems = [problem for contender in contenders for problem in _own_problems(contender)]
     if problems:
         raise UserError("\n".join(problems[:MOST_PROBLEMS]))
-    return _in_one_unit(contenders)
+    return contenders
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -161,42 +158,6 @@ def read_scored(folder: Path) -> Run:
 
 def _contender(index: int, name: str, run: Run) -> Contender:
     return Contender(_letter(index), run.model if MODEL in run.evaluations else name, run)
-
-
-def _in_one_unit(contenders: Sequence[Contender]) -> tuple[Contender, ...]:
-    """The same, running text in bits per byte everywhere if some checkpoint reads it in tokens of its own.
-
-    Its windows tell how many bytes those have that runs count in tokens. A run that was scored on other text keeps its
-    unit, and is refused for that text.
-    """
-    scores = [score for c in contenders for e in c.run.evaluations.values() for score in e.tasks]
-    in_bytes = next((score for score in scores if score.task == PERPLEXITY and score.metric == BITS_PER_BYTE), None)
-    if in_bytes is None:
-        return tuple(contenders)
-    num_bytes = {item.id: item.weight for item in in_bytes.items}
-
-    def in_bits(evaluation: Evaluation) -> Evaluation:
-        return replace(evaluation, tasks=tuple(_in_bits_per_byte(score, num_bytes) for score in evaluation.tasks))
-
-    return tuple(
-        replace(c, run=replace(c.run, evaluations={role: in_bits(e) for role, e in c.run.evaluations.items()}))
-        for c in contenders
-    )
-
-
-def _in_bits_per_byte(score: TaskScore, num_bytes: Mapping[str, float]) -> TaskScore:
-    """A perplexity over windows of ``num_bytes`` by id in bits per byte; anything else as it is."""
-    if score.metric != NATS_PER_TOKEN or {item.id for item in score.items} != num_bytes.keys():
-        return score
-    items = tuple(
-        replace(item, score=item.score * item.weight / size / math.log(2), weight=size)
-        for item in score.items
-        for size in [num_bytes[item.id]]
-    )
-    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
-    draft = replace(score, metric=BITS_PER_BYTE, score=mean, items=items)
-    low, high = interval(draft)
-    return replace(draft, ci_low=low, ci_high=high)
 
 
 def _letter(index: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import BITS_PER_BYTE, MODEL, PERPLEXITY, ROLES, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, ROLES, Evaluation, TaskScore
 from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING
@@ -275,12 +275,6 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
         yield (
             f"{names}: no run but a model as it is, which was asked what {beside} was asked; what it “keeps” is its "
             f"score above chance as a share of that of the teacher of {beside}."
-        )
-    texts = [score_of(e, PERPLEXITY) for e in contenders[0].run.evaluations.values() if PERPLEXITY in common.tasks]
-    if any(score.metric == BITS_PER_BYTE for score in texts):
-        yield (
-            "Running text counts in bits per byte, since not all models cut it into the same tokens; the windows are "
-            "the same text for all of them."
         )
     judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
     for contender in judged[1:]:

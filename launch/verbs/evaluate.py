@@ -24,7 +24,6 @@ from shoal.models.checkpoint_files import (
     WRITING,
     model_fingerprint,
     names_model,
-    tokenizer_fingerprint,
     writing_settings,
 )
 from shoal.models.load import Checkpoint, LoadSettings
@@ -48,7 +47,7 @@ from .run import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -156,15 +155,11 @@ class _Beside:
     checkpoint: Checkpoint
     inputs: dict[str, Any]
     """What identifies its evaluation."""
-    cut_by: PreTrainedTokenizerBase | None
-    """Tokenizer of the run's teacher; None = the checkpoint's makes the same tokens."""
 
 
 def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Path]:
     """Model -> folder in ``out`` that holds the scores of this checkpoint, which is no run's: of the tasks and settings
     that ``run`` was scored with, and its speed in turns with the teacher of ``run``. What is there is kept.
-
-    Perplexity is of the text that the teacher's tokenizer cuts, see perplexity.
 
     Raises:
         UserError: no such model, one that cannot be scored so, or settings with which ``run`` was not scored.
@@ -174,7 +169,7 @@ def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Pat
     for own in beside.values():
         checkpoints = {MODEL: own.checkpoint}
         with locked(own.run):
-            _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}), cut_by=own.cut_by)
+            _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}))
             if run.recipe.eval.speed:
                 _speed(own.run, teacher | checkpoints)
             write_story(own.run)
@@ -182,7 +177,6 @@ def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Pat
 
 
 def _beside(run: Run, model: str, out: Path) -> _Beside:
-    from shoal.eval.harness.perplexity import windows
     from shoal.eval.harness.tokenizer_check import tokenizer_difference
 
     folder, asked = resolved(model, None), run.recipe
@@ -201,12 +195,11 @@ def _beside(run: Run, model: str, out: Path) -> _Beside:
     _refuse_other_settings(run, inputs)
     if recipe.dtype == "stored":  # so that the comparison can tell in what
         inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
-    cut_by = None
     if tokenizer_difference(folder, run.teacher, trust_remote_code=recipe.trust_remote_code):
-        cut_by = run.tokenizer()
-        inputs["text cut by"] = tokenizer_fingerprint(run.teacher)
-        windows(cut_by, recipe.eval, reader=checkpoint.tokenizer())  # one that cannot read them is refused now
-    return _Beside(own, checkpoint, inputs, cut_by)
+        log.info(
+            "compare: %s cuts text into other tokens than %s, so their perplexities are not compared", model, run.root
+        )
+    return _Beside(own, checkpoint, inputs)
 
 
 def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
@@ -233,8 +226,6 @@ def _score(
     run: Run,
     checkpoints: dict[str, Checkpoint],
     due: dict[str, dict[str, Any]],
-    *,
-    cut_by: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """eval/<role>.json of every role that is ``due``."""
     from shoal.eval.evaluate import Questions, checked_items, num_items, role_evaluation
@@ -259,7 +250,7 @@ def _score(
         result = role_evaluation(
             role,
             checkpoints[role],
-            Questions(run.recipe.eval, run.recipe.seed, tasks, cut_by),
+            Questions(run.recipe.eval, run.recipe.seed, tasks),
             inputs=inputs,
             items=run.dir / "eval" / "items",
         )

@@ -19,8 +19,8 @@ MODEL = "model"
 """Role of a model that is no run's: a checkpoint as it is, which `shoal compare` takes beside runs."""
 PERPLEXITY = "perplexity"
 """Name of the score of running text, which is there whatever the tasks are."""
-NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
-"""Metrics of running text; of models with unequal tokenizers the second alone can be compared."""
+NATS_PER_TOKEN = "nats_per_token"
+"""Metric of running text, which models of unequal tokenizers do not share."""
 ROLES = ("teacher", "pruned", CONTROL, "distilled")
 """Roles that an evaluation may have, in the order in which they are shown."""
 LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
