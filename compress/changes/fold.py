@@ -200,7 +200,7 @@ def _scalings(model: PreTrainedModel, layer: int) -> Iterator[Callable[[float], 
     own = dict(decoder_layers(model)[layer].named_parameters())
     halves = sublayers(model)[layer]
     if not halves.refusal:
-        names = [name for half in ("attention", "mlp") for name in output_parameters(model, layer, halves, half)]
+        names = output_names(model, layer)
         yield lambda factor: {name: _times(own[name], factor) for name in names}
     norms = [name for name in own if name.count(".") == 1 and "norm" in name and name.endswith(".weight")]
     for pair in itertools.combinations(norms, 2):  # those behind attention and MLP have no common names

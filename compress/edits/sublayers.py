@@ -104,22 +104,6 @@ def sublayers(model: PreTrainedModel) -> tuple[Sublayers, ...]:
     return known[1]
 
 
-def prove_alone(model: PreTrainedModel, layer: int) -> None:
-    """Prove the halves of one layer, so that sublayers() knows them, while all others only pass their input on."""
-    layers = decoder_layers(model)
-    state = (tuple(map(id, layers)), model.config._attn_implementation)
-    known = _known.get(model)
-    if known is not None and known[0] == state:
-        proven = list(known[1])
-    else:
-        reasons = [
-            f"{where(model, index)}: is not loaded, so nothing is known of its halves" for index in range(len(layers))
-        ]
-        proven = [Sublayers((), (), refusal=reason, head_refusal=reason) for reason in reasons]
-    proven[layer] = _prove(model, [named_halves(module) for module in layers])[layer]
-    _known[model] = (state, tuple(proven))
-
-
 def named_halves(layer: nn.Module) -> Sublayers:
     """The halves of a layer by the names of its children, unproven."""
     halves: dict[str, list[str]] = {"attention": [], "mlp": []}
