@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
+from architectures import census, tiny_model
 from exactness import is_tied
 from masked_models import FAMILIES, logits, mlp_skipped, tiny
 from torch import Tensor
@@ -39,7 +39,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "zamba2", "mamba", "gemma4_text"])
+@pytest.mark.parametrize("name", census([*FAMILIES, "zamba2", "mamba", "gemma4_text"]))
 def test_everything_swapped_is_the_donor_and_nothing_swapped_the_model(name: str) -> None:
     model, donor = pair(name)
     every = range(len(decoder_layers(model)))
@@ -85,7 +85,7 @@ def test_every_part_is_what_its_name_says(part: Part) -> None:
         assert changed(before, tensors(model)) == names[part]
 
 
-@pytest.mark.parametrize("weight", [0.25, 0.5, -0.5, 1.5])
+@pytest.mark.parametrize("weight", [0.25, -0.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_between_the_two_every_weight_is_the_formulas(weight: float, dtype: str) -> None:
     model, donor = (getattr(one, dtype.removesuffix("32"))() for one in pair("qwen3"))
