@@ -18,12 +18,13 @@ import numpy as np
 from scipy.special import log_softmax, rel_entr
 
 from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.identity import Identity
 from shoal.atomic_files import fingerprint, read_text
 from shoal.errors import UserError
 from shoal.eval.harness.engine import CausalLM
 from shoal.formatting import aligned, interval_text
 from shoal.launch.verbs.evaluate import roles
-from shoal.launch.verbs.run import Run, is_done
+from shoal.launch.verbs.run import Run
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.section import Positive, Section, Text
@@ -82,7 +83,7 @@ def work(run: Run, settings: Settings) -> str:
     inputs: dict[str, Any] = {role: model_fingerprint(folder) for role, folder in folders.items()}
     inputs |= {"dtype": run.recipe.dtype, "rows": fingerprint(rows)}
     path = run.dir / "lab" / Disputed.FILE
-    if not is_done(Disputed, path, inputs, "disputed"):
+    if not Identity(Disputed, path, inputs, "lab disputed").is_done():
         load, found = LoadSettings(**run.load_args()), {}
         for role, folder in folders.items():
             checkpoint = Checkpoint.read(folder, load)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.identity import Identity
 from shoal.errors import UserError
 from shoal.eval.evaluate import scores_of
 from shoal.eval.harness.engine import CausalLM
@@ -22,7 +23,7 @@ from shoal.eval.harness.samples import metric_of
 from shoal.eval.tasks.load import tasks_of
 from shoal.formatting import aligned, interval_text
 from shoal.launch.verbs.evaluate import eval_inputs, roles
-from shoal.launch.verbs.run import Run, is_done
+from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.section import Above0, Positive, Section
@@ -98,7 +99,7 @@ def work(run: Run, settings: Settings) -> str:
     inputs = {role: Provenance(eval_inputs(run, folder)).fingerprint for role, folder in folders.items()}
     inputs |= {"n": settings.n, "temperature": settings.temperature, "top_p": settings.top_p, "k": settings.k}
     path = run.dir / "lab" / Samples.FILE
-    if not is_done(Samples, path, inputs, "samples"):
+    if not Identity(Samples, path, inputs, "lab samples").is_done():
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed)
         tasks = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"}
         drawn: list[DrawnTask] = []

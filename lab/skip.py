@@ -16,8 +16,8 @@ from shoal.compress.edits.layer_edits import in_force, layer_edits
 from shoal.compress.metrics.greedy import HALVES
 from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
 from shoal.errors import UserError
-from shoal.launch.verbs.measure import measure_inputs
-from shoal.launch.verbs.run import Run, require
+from shoal.launch.verbs.measure import importance_of
+from shoal.launch.verbs.run import Run
 from shoal.models.load import num_parameters
 from shoal.recipe.section import Positive, Section
 
@@ -90,8 +90,7 @@ def _named(settings: Settings) -> list[Component]:
 def _of_order(run: Run, settings: Settings) -> tuple[tuple[int, ...], list[Component]]:
     """Layers both of whose halves go, and the other halves that do."""
     path = run.dir / Importance.FILE
-    require(Importance, path, measure_inputs(run), "shoal measure")
-    orders = Importance.read(path).orders
+    orders = importance_of(run).require().orders
     order = [removal.unit for removal in orders.get(settings.order or "", ())]
     if not order or {unit.part for unit in order} - {*HALVES}:
         raise UserError(

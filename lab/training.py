@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from shoal import runtime
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.training import Training
 from shoal.launch.verbs.distill import training_inputs, training_spec
 from shoal.launch.verbs.prune import read_plan
-from shoal.launch.verbs.run import Run, is_done
+from shoal.launch.verbs.run import Run
 from shoal.train.distill import distill
 from shoal.train.student.spec import Ranks, TrainSpec
 
@@ -27,7 +28,7 @@ def described(run: Run, part: str, settings: Any) -> tuple[TrainSpec, dict[str, 
 def train(run: Run, spec: TrainSpec, inputs: dict[str, Any], folder: Path) -> str:
     """Train into ``folder``, unless that is done; what to say of it."""
     file = folder / Training.FILE
-    if not is_done(Training, file, inputs, "lab"):
+    if not Identity(Training, file, inputs, "lab").is_done():
         runtime.seed_everything(run.recipe.seed)
         distill(spec, run_dir=folder, text=run.dir / "text", inputs=inputs, start_tracking=lambda: None)
     runtime.leave_distributed()

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.launch.verbs.run import Run, is_done
+from shoal.artifacts.identity import Identity
+from shoal.launch.verbs.run import Run
 from shoal.models.load import load_model
 from shoal.recipe.section import Section, as_dict
 from shoal.runtime import device, seed_everything
@@ -54,10 +55,11 @@ def made(
     from shoal.figures.style import save_figure
 
     path = run.dir / FOLDER / kind.FILE
-    if is_done(kind, path, inputs, kind.FILE):
-        return kind.read(path)
+    asked = Identity(kind, path, inputs, f"lab {path.stem}")
+    if asked.is_done():
+        return asked.require()
     seed_everything(run.recipe.seed)
-    result = make(Provenance(inputs))
+    result = make(asked.provenance)
     result.write(path)
     save_figure(draw(result), path.with_suffix(".svg"))
     return result

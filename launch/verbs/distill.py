@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import CONTROL
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
@@ -38,7 +39,7 @@ from shoal.tracking import wandb_run
 from .overlap import search_of_rows
 from .plan import choose_plan, read_goals, read_importance
 from .prune import read_plan
-from .run import Run, check_length, is_done, out_of_date
+from .run import Run, check_length
 
 if TYPE_CHECKING:
     from shoal.train.dry_run import Estimate
@@ -202,6 +203,16 @@ def _has_distilled(folder: Path) -> bool:
     return (folder / "distilled" / "config.json").is_file()
 
 
+def training_of(run: Run, plan: PruningPlan) -> Identity[Training]:
+    """distill.json as this recipe makes it; it alone still knows the student where student/ is gone."""
+    return Identity(Training, run.dir / Training.FILE, trained_inputs(run, plan), "distill")
+
+
+def control_of(run: Run, plan: PruningPlan) -> Identity[Training]:
+    """The same of control/."""
+    return Identity(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "distill")
+
+
 def trained_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """training_inputs to compare with distill.json, which alone still knows the student where student/ is gone."""
     inputs, file = training_inputs(run, plan), run.dir / Training.FILE
@@ -212,7 +223,7 @@ def trained_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
 
 def _is_trained(run: Run, plan: PruningPlan) -> bool:
     """Whether distilled/ is what this recipe makes."""
-    return _has_distilled(run.dir) and is_done(Training, run.dir / Training.FILE, trained_inputs(run, plan), "distill")
+    return _has_distilled(run.dir) and training_of(run, plan).is_done()
 
 
 def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
@@ -220,9 +231,8 @@ def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
     folder = run.dir / CONTROL
     if not run.recipe.eval.control:
         return None
-    inputs = control_inputs(run, plan)
-    is_there = _has_distilled(folder) and is_done(Training, folder / Training.FILE, inputs, "distill, control")
-    return None if is_there else inputs
+    asked = control_of(run, plan)
+    return None if _has_distilled(folder) and asked.is_done() else asked.inputs
 
 
 def what_is_trained(run: Run) -> list[str] | None:
@@ -234,13 +244,13 @@ def what_is_trained(run: Run) -> list[str] | None:
     """
     refuse_other_checkpoints(run)
     plan = read_plan(run)
-    changed = out_of_date(Training, run.dir / Training.FILE, training_inputs(run, plan))
+    changed = training_of(run, plan).changed()
     if changed is None or not _has_distilled(run.dir):
         return None
     if changed or not run.recipe.eval.control:
         return changed
     folder = run.dir / CONTROL
-    control = out_of_date(Training, folder / Training.FILE, control_inputs(run, plan))
+    control = control_of(run, plan).changed()
     return control if _has_distilled(folder) else None
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.speed import Speed
-from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
@@ -33,15 +33,13 @@ from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, environment, free_memory, seed_everything
 
-from .distill import control_inputs, trained_inputs
+from .distill import control_of, training_of
 from .prune import read_plan
 from .run import (
     Run,
     check_length,
-    is_done,
     locked,
     open_run,
-    require,
     resolved,
     write_story,
 )
@@ -62,6 +60,11 @@ def roles(run: Run) -> dict[str, Path]:
         folders[CONTROL] = run.dir / CONTROL / "distilled"
     folders["distilled"] = run.dir / "distilled"
     return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+
+
+def scores_of(run: Run, role: str, inputs: dict[str, Any]) -> Identity[Evaluation]:
+    """eval/<role>.json as ``inputs`` make it, which are those of eval_inputs."""
+    return Identity(Evaluation, run.dir / "eval" / f"{role}.json", inputs, "eval")
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
@@ -264,10 +267,10 @@ def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
 
     Where there are any, also those made by a version of this code whose scores could not be compared with the new ones.
     """
-    files = {role: run.dir / "eval" / f"{role}.json" for role in inputs}
-    due = {role for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+    asked = {role: scores_of(run, role, own) for role, own in inputs.items()}
+    due = {role for role, own in asked.items() if not own.is_done()}
     for role in inputs.keys() - due if due else ():
-        if changed := _other_code(run, Evaluation.read(files[role])):
+        if changed := _other_code(run, asked[role].require()):
             log.info("eval %s: %s made it, so it is made again to be compared with what is", role, changed)
             due.add(role)
     return {role: own for role, own in inputs.items() if role in due}
@@ -293,9 +296,9 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
         plan = read_plan(run)
         if CONTROL in folders:
-            require(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "shoal distill")
+            control_of(run, plan).require()
         if "distilled" in folders:
-            require(Training, run.dir / Training.FILE, trained_inputs(run, plan), "shoal distill")
+            training_of(run, plan).require()
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
@@ -305,7 +308,7 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
     # a control is as fast as the teacher
     measured = {role: own for role, own in checkpoints.items() if role != CONTROL}
     inputs = speed_inputs(run, {role: own.folder for role, own in measured.items()})
-    if is_done(Speed, path, inputs, "speed"):
+    if Identity(Speed, path, inputs, "eval").is_done():
         return
     log.info("eval: speed of %s, interleaved", ", ".join(measured))
     batch_sizes = run.recipe.eval.speed_batch_sizes

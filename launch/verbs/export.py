@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 
 from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.identity import Identity
 from shoal.atomic_files import written_folder
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 
 from .evaluate import roles
-from .run import Run, is_done
+from .run import Run
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def export_gguf(run: Run) -> None:
         raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
     inputs = {"model": model_fingerprint(folders[role]), "converter": gguf.converter_fingerprint()}
     path = run.dir / gguf.Gguf.FILE
-    if is_done(gguf.Gguf, path, inputs, "gguf") and (path.parent / gguf.Gguf.read(path).file).is_file():
+    if Identity(gguf.Gguf, path, inputs, "gguf").is_done() and (path.parent / gguf.Gguf.read(path).file).is_file():
         return
     name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
     log.info("gguf: converting %s with llama.cpp's converter", folders[role])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance, Removal
 from shoal.atomic_files import fingerprint
 from shoal.components import Component
@@ -26,7 +27,7 @@ from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, seed_everything
 
 from .measure_checks import check_measure
-from .run import Run, is_done
+from .run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from shoal.compress.sweeps.table import Measured
 
 log = logging.getLogger(__name__)
+
+
+def importance_of(run: Run) -> Identity[Importance]:
+    """importance.json as this recipe makes it."""
+    return Identity(Importance, run.dir / Importance.FILE, measure_inputs(run), "measure")
 
 
 def measure_inputs(run: Run) -> dict[str, Any]:
@@ -61,8 +67,8 @@ def sweep_inputs(run: Run, settings: Sweeps) -> dict[str, Any]:
 
 def measure(run: Run) -> None:
     """importance.json and its figures. All ranks take part."""
-    inputs = measure_inputs(run)
-    if is_done(Importance, run.dir / Importance.FILE, inputs, "measure"):
+    asked = importance_of(run)
+    if asked.is_done():
         return
     check_measure(run)
     if reads_images(run.config()):
@@ -75,7 +81,7 @@ def measure(run: Run) -> None:
     rows = packed_rows(run)
     with tempfile.TemporaryDirectory(prefix="offloaded-", dir=run.dir) as folder:
         model = load_model(run.teacher, device=device(), offload=Path(folder), **run.load_args())
-        importance = _measured(run, model, rows, inputs)
+        importance = _measured(run, model, rows, asked.inputs)
     if is_main():
         _write(run, importance)
     barrier()

@@ -10,7 +10,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import Provenance, differences
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import LAB, PruningPlan
 from shoal.artifacts.width import KeptWidth
@@ -19,13 +20,18 @@ from shoal.errors import UserError
 from shoal.recipe.measure import METRICS
 from shoal.recipe.section import Shapes, shaping
 
-from .measure import measure_inputs
-from .run import Run, check_length, out_of_date, require
+from .measure import importance_of
+from .run import Run, check_length
 
 if TYPE_CHECKING:
     from shoal.compress.goals import Goals
 
 log = logging.getLogger(__name__)
+
+
+def plan_of(run: Run) -> Identity[PruningPlan]:
+    """plan.json as this recipe makes it."""
+    return Identity(PruningPlan, run.dir / PruningPlan.FILE, plan_inputs(run), "prune")
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
@@ -38,7 +44,7 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     prune = run.recipe.prune
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if is_automatic(prune):
-        inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
+        inputs["importance"] = importance_of(run).provenance.fingerprint
     if prune.compensate is not None:
         inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
@@ -76,16 +82,9 @@ def read_goals(run: Run) -> Goals | None:
 
 def is_settled(run: Run) -> bool:
     """Whether all is there that layers are chosen by."""
-    return all(out_of_date(kind, run.dir / kind.FILE, inputs) == [] for kind, inputs in chosen_by(run))
-
-
-def chosen_by(run: Run) -> list[tuple[type[Importance], dict[str, Any]]]:
-    """What layers are chosen by: the kind of each result, and what identifies it; nothing where they are named."""
     from shoal.compress.plan import is_automatic
 
-    if not is_automatic(run.recipe.prune):
-        return []
-    return [(Importance, measure_inputs(run))]
+    return not is_automatic(run.recipe.prune) or importance_of(run).is_there()
 
 
 def read_importance(run: Run) -> Importance | None:
@@ -95,8 +94,7 @@ def read_importance(run: Run) -> Importance | None:
     path = run.dir / Importance.FILE
     if not is_automatic(run.recipe.prune) or not path.is_file():
         return None
-    require(Importance, path, measure_inputs(run), "shoal measure")
-    importance = Importance.read(path)
+    importance = importance_of(run).require()
     refuse_other_depth(run, path, importance.num_layers, run.num_layers)
     return importance
 
@@ -119,7 +117,7 @@ def refuse_unmeasured(run: Run) -> None:
     from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
 
     prune, measure = run.recipe.prune, run.recipe.measure
-    if not is_automatic(prune) or _is_measured(run):
+    if not is_automatic(prune) or importance_of(run).is_there():
         return
     if measure.sweep is None:
         for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):
@@ -148,12 +146,6 @@ def refuse_unmeasured(run: Run) -> None:
             f"layers, or run `shoal lab skip RUN_DIR order={prune.metric}`"
         )
     _refuse_impossible_choice(run)
-
-
-def _is_measured(run: Run) -> bool:
-    """Whether importance.json is there and belongs to this run."""
-    path = run.dir / Importance.FILE
-    return path.is_file() and not differences(measure_inputs(run), Importance.read(path).provenance.inputs)
 
 
 def _refuse_impossible_choice(run: Run) -> None:

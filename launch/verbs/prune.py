@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from shoal.artifacts.artifact import Provenance, differences
+from shoal.artifacts.artifact import differences
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
@@ -19,14 +19,13 @@ from shoal.models.load import load_config
 from shoal.ranks import is_main
 from shoal.runtime import barrier
 
-from .measure import measure, measure_inputs
+from .measure import importance_of, measure
 from .overlap import search_of_rows
 from .plan import (
     choose_plan,
-    chosen_by,
     expected_plan,
     is_settled,
-    plan_inputs,
+    plan_of,
     read_importance,
     refuse_other_depth,
 )
@@ -35,24 +34,25 @@ from .plan_checks import (
     refuse_impossible_plan,
     refuse_unfit_student,
 )
-from .run import Run, is_done, out_of_date, require
+from .run import Run
 
 log = logging.getLogger(__name__)
 
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    if missing := [kind.FILE for kind, _ in chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
+    from shoal.compress.plan import is_automatic
+
+    if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
         refuse_impossible_plan(run)
-        log.info("prune: needs %s, measuring first", " and ".join(missing))
+        log.info("prune: needs %s, measuring first", Importance.FILE)
         measure(run)
     importance = read_importance(run)
-    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
-    inputs = plan_inputs(run)
-    if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
+    asked, student = plan_of(run), run.dir / "student"
+    if (student / "config.json").is_file() and asked.is_done():
         refuse_unfit_student(run, _plan_of_its_student(run))
         return
-    plan = choose_plan(run, importance, inputs)
+    plan, path = choose_plan(run, importance, asked.inputs), asked.path
     if _is_cut_already(run, plan):
         refuse_unfit_student(run, plan)
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
@@ -136,12 +136,11 @@ def what_is_cut(run: Run) -> list[str] | None:
     Raises:
         UserError: a training of another cut lies there, which pruning would refuse.
     """
-    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
-    inputs = plan_inputs(run)
-    changed = out_of_date(PruningPlan, path, inputs)
+    asked, student = plan_of(run), run.dir / "student"
+    changed = asked.changed()
     if changed is None or not (student / "config.json").is_file():
         return None
-    if changed and is_settled(run) and _is_cut_already(run, replace(expected_plan(run), provenance=Provenance(inputs))):
+    if changed and is_settled(run) and _is_cut_already(run, replace(expected_plan(run), provenance=asked.provenance)):
         return []
     if changed:
         _refuse_stale_training(run)
@@ -154,12 +153,11 @@ def read_plan(run: Run) -> PruningPlan:
     Raises:
         UserError: it belongs to another model, to other settings, or to another student.
     """
-    path = run.dir / PruningPlan.FILE
-    if not path.is_file():
+    if not (run.dir / PruningPlan.FILE).is_file():
         log.info("needs %s, pruning first", PruningPlan.FILE)
         prune(run)
     else:
-        require(PruningPlan, path, plan_inputs(run), "shoal prune")
+        plan_of(run).require()
     return _plan_of_its_student(run)
 
 
@@ -185,10 +183,8 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
     """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
     from shoal.compress.sweeps.expected_loss import expected_sacrifice
 
-    path = run.dir / Importance.FILE
-    if importance is None and path.is_file():
-        measured = Importance.read(path)
-        importance = None if differences(measure_inputs(run), measured.provenance.inputs) else measured
+    if importance is None and (asked := importance_of(run)).is_there():
+        importance = asked.require()
     if importance is None or importance.atlas is None:
         return ()
     return expected_sacrifice(importance, plan.drop)
@@ -223,9 +219,7 @@ def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
 
 
 def _refuse_stale_training(run: Run) -> None:
-    path = run.dir / PruningPlan.FILE
-    if any((run.dir / "checkpoints").glob("checkpoint-*")) and path.is_file():
-        changes = differences(plan_inputs(run), PruningPlan.read(path).provenance.inputs)
+    if any((run.dir / "checkpoints").glob("checkpoint-*")) and (changes := plan_of(run).changed()) is not None:
         raise UserError(
             f"{run.dir}: holds checkpoints trained on another cut "
             f"({'; '.join(changes) or 'student/ is gone'}). "

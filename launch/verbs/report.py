@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 
-from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.importance import Importance
 from shoal.progress import doing
 
-from .evaluate import eval_inputs, require_models_of_this_run, roles
+from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .export import export, export_gguf
-from .measure import measure_inputs
-from .run import Run, require, write_story
+from .measure import importance_of
+from .run import Run, write_story
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,7 @@ def _require_this_run(run: Run) -> None:
     folders = roles(run)
     require_models_of_this_run(run, folders)
     if (run.dir / Importance.FILE).is_file():
-        require(Importance, run.dir / Importance.FILE, measure_inputs(run), "shoal measure")
+        importance_of(run).require()
     for role, folder in folders.items():
-        path = run.dir / "eval" / f"{role}.json"
-        if path.is_file():
-            require(Evaluation, path, eval_inputs(run, folder), "shoal eval")
+        if (asked := scores_of(run, role, eval_inputs(run, folder))).path.is_file():
+            asked.require()

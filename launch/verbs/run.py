@@ -26,7 +26,7 @@ from typing import Any, TextIO
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import Artifact, differences
+from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
@@ -389,38 +389,6 @@ def check_length(run: Run, sequence_length: int, setting: str) -> None:
         raise UserError(
             f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; lower it"
         )
-
-
-def out_of_date(kind: type[Artifact], path: Path, inputs: dict[str, Any]) -> list[str] | None:
-    """What is not as ``inputs`` say in what made the result at ``path``, in words; None where there is no result."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder is in the way; delete it, or set run_dir to another folder")
-    return differences(inputs, kind.read(path).provenance.inputs) if path.is_file() else None
-
-
-def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
-    """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
-    changed = out_of_date(kind, path, inputs)
-    if changed is None:
-        return False
-    if changed:
-        log.info("%s: %s is out of date (%s), making it again", stage, path.name, "; ".join(changed))
-        return False
-    log.info("%s: done already (%s)", stage, path)
-    return True
-
-
-def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str) -> None:
-    """Refuse the artifact at ``path`` if anything but ``inputs`` made it; ``verb`` is the command that makes it again.
-
-    Settings that were taken out of the recipe count: identities name some only where they are on.
-
-    Raises:
-        UserError: naming the fields that differ, and both values.
-    """
-    if changed := differences(inputs, kind.read(path).provenance.inputs):
-        remedy = f"Run `{verb}` again, or set run_dir to another folder"
-        raise UserError(f"{path}: belongs to another run: {'; '.join(changed)}. {remedy}")
 
 
 def write_story(run: Run) -> None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.artifacts.evaluation import CONTROL, Evaluation
-from shoal.artifacts.importance import Importance
+from shoal.artifacts.evaluation import CONTROL
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, duration_text
 from shoal.machine import free_disk
@@ -23,11 +22,11 @@ from shoal.progress import doing
 from shoal.runtime import device
 
 from ..verbs.distill import training_estimate, what_is_trained
-from ..verbs.evaluate import eval_inputs, roles
-from ..verbs.measure import measure_inputs
+from ..verbs.evaluate import eval_inputs, roles, scores_of
+from ..verbs.measure import importance_of
 from ..verbs.plan import expected_plan
 from ..verbs.prune import student_estimate, what_is_cut
-from ..verbs.run import Run, out_of_date
+from ..verbs.run import Run
 from .preflight import preflight
 
 UNKNOWN = "no estimate"
@@ -88,7 +87,7 @@ def _state(changed: Sequence[str] | None) -> tuple[str, str]:
 
 
 def _measure(run: Run) -> Stage:
-    state, why = _state(out_of_date(Importance, run.dir / Importance.FILE, measure_inputs(run)))
+    state, why = _state(importance_of(run).changed())
     if state == "done":
         return Stage("measure", state)
     settings = run.recipe.measure
@@ -158,11 +157,8 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled"]
     scored_roles = roles(run)
     final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
-    files = {role: run.dir / "eval" / f"{role}.json" for role in wanted}
     scored = {
-        role
-        for role in wanted
-        if final[role] and out_of_date(Evaluation, files[role], eval_inputs(run, scored_roles[role])) == []
+        role for role in wanted if final[role] and scores_of(run, role, eval_inputs(run, scored_roles[role])).is_there()
     }
     due = [role for role in wanted if role not in scored]
     if not due:

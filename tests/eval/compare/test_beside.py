@@ -82,7 +82,7 @@ def test_a_checkpoint_is_scored_as_the_run_was_and_once(
     assert "the same model" in comparison_text(comparison)
     written = (scores / "eval/model.json").stat().st_mtime_ns
     compared(run_dir, student, out=tmp_path / "out")
-    assert "eval model: done already" in capsys.readouterr().err
+    assert "eval: done already" in capsys.readouterr().err
     assert (scores / "eval/model.json").stat().st_mtime_ns == written
 
 

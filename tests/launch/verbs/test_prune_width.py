@@ -90,7 +90,7 @@ def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: 
     run = run_of(teacher, tmp_path, **sections)
     preflight.preflight(run)
     pruning.prune(run)
-    spec = distill._spec(run, pruning.read_plan(run), Ranks.here())
+    spec = distill.training_spec(run, pruning.read_plan(run), Ranks.here())
     assert (spec.frozen_layers, spec.shared_layers, spec.trained.layers) == (0, 0, tuple(range(5)))
     with pytest.raises(UserError, match=r"teacher.prefix: .*first change is at layer 0"):
         recorded_layers(spec.trained, spec.plan, spec.settings)
