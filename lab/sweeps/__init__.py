@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.importance import Importance, Sweep, SweepColumn
+from shoal.artifacts.importance import Sweep, SweepColumn
 from shoal.components import Component
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.columns import layer_scores
@@ -30,8 +30,8 @@ from shoal.figures.style import (
     panels,
     save_figure,
 )
-from shoal.launch.verbs.measure import measure_inputs, sweep_inputs, sweep_tables
-from shoal.launch.verbs.run import Run, require, resolved
+from shoal.launch.verbs.measure import importance_of, sweep_inputs, sweep_tables
+from shoal.launch.verbs.run import Run, resolved
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.recipe.section import Positive, Section, Text
 
@@ -140,9 +140,7 @@ def work(run: Run, settings: Settings) -> str:
 def _order(run: Run, settings: Settings) -> tuple[int, ...]:
     """The layers that cumulative removals take out, first one first; one layer always stays."""
     if isinstance(settings.order, str):
-        path = run.dir / Importance.FILE
-        require(Importance, path, measure_inputs(run), "shoal measure")
-        importance = Importance.read(path)
+        importance = importance_of(run).require()
         if (removals := importance.orders.get(settings.order)) is not None:  # of what it never tried it says nothing
             order = tuple(removal.unit.layers[0] for removal in removals)
         else:
