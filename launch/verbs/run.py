@@ -105,7 +105,6 @@ class Run:
         return resolved(self.recipe.model, self.recipe.revision)
 
     @cached_property
-    @cached_property
     def teacher_fingerprint(self) -> str:
         return model_fingerprint(self.teacher)
 
