@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifacts.evaluation import Interval, TaskScore
-from shoal.artifacts.importance import Estimate
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import COLUMNS, PROTOCOLS, task_words
@@ -109,11 +108,6 @@ def retention_text(kept: Retention | Interval | None) -> str:
             "more than the teacher" if kept.ci_low > 1 else f"100 % [{100 * kept.ci_low:.0f}, more]".replace("-", "−")
         )
     return interval_text((kept.value, kept.ci_low, kept.ci_high), ".0f", " %", scale=100)
-
-
-def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
-    """A value with its interval to two digits; ``sign`` + shows the sign of positive values too."""
-    return DASH if estimate is None else interval_text((estimate.value, estimate.low, estimate.high), f"{sign}.2f")
 
 
 def kept_words(value: float) -> str:

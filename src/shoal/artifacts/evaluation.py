@@ -34,11 +34,6 @@ class Interval:
     ci_low: float
     ci_high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether a difference is more than noise."""
-        return not self.ci_low <= 0 <= self.ci_high
-
 
 @dataclass(frozen=True)
 class ItemScore:

@@ -22,11 +22,6 @@ class BatchSpeed:
     samples: dict[str, tuple[float, ...]]
     """Values of all repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
 
-    @property
-    def step_ms(self) -> float:
-        """Milliseconds between two written tokens of a sequence."""
-        return 1000 * self.batch_size / self.decode_tokens_per_s
-
 
 @dataclass(frozen=True)
 class SpeedScore:
