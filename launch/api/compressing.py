@@ -136,8 +136,7 @@ def choose_layers(
     *,
     num_drop: int | None = None,
     ratio: float | None = None,
-    metric: str | None = None,
-    weights: Mapping[str, float] | None = None,
+    metric: str | Mapping[str, float] | None = None,
     contiguous: bool = False,
     protect: Sequence[int | Literal["cornerstone"]] = Prune.protect,
     spare: Sequence[str] = (),
@@ -148,8 +147,8 @@ def choose_layers(
         importance: What measure_importance has given, or Importance.read of an importance.json.
         num_drop: Layers to drop; without it and ``ratio`` an eighth of them.
         ratio: Their share instead, rounded down.
-        metric: Score that chooses; None = block_influence, or angular when contiguous.
-        weights: Several scores instead, each with its weight: the mean of the layers' ranks.
+        metric: Score that chooses, or several with their weights, of which the mean of the layers' ranks counts; None =
+            block_influence, or angular when contiguous.
         contiguous: Drop one run of neighbouring layers.
         protect: Layers that stay; negative counts from the end.
         spare: Swept tasks or abilities on which nothing significant may be spent.
@@ -170,8 +169,8 @@ def choose_layers(
     named = {
         "num_drop": num_drop,
         "ratio": ratio,
-        "metric": metric,
-        "weights": dict(weights or {}),
+        "metric": None if isinstance(metric, Mapping) else metric,
+        "weights": dict(metric) if isinstance(metric, Mapping) else {},
         "contiguous": contiguous,
         "protect": protect,
         "spare": spare,
