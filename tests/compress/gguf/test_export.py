@@ -78,7 +78,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @with_converter
 def test_file_holds_the_layers_and_the_precision_of_the_checkpoint(llama: Path) -> None:
     reader = gguf.GGUFReader(llama / "model.gguf")
@@ -89,7 +89,7 @@ def test_file_holds_the_layers_and_the_precision_of_the_checkpoint(llama: Path) 
     assert len({tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @with_converter
 def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
     settings = {"num_hidden_layers": 2, "num_local_experts": 4, "sliding_window": None, "tie_word_embeddings": True}
@@ -127,7 +127,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(llama: Path) -> None:
     assert same_text
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @with_converter
 @with_llama_cpp
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -141,7 +141,7 @@ def test_llama_cpp_runs_layers_of_fewer_heads_and_channels(kind: str, tmp_path: 
     assert same_text
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @with_converter
 @with_llama_cpp
 def test_an_aligned_cut_runs_as_in_transformers_and_the_refused_one_would_not(
@@ -258,7 +258,7 @@ def run_of(teacher: Path, folder: Path, **settings: Any) -> Run:
     return open_run(parse_recipe({**raw, **settings}))
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @with_converter
 def test_a_run_writes_its_file_once_and_again_for_another_student(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -178,7 +178,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
         torch.save([all_metrics(num_rows) for num_rows in SHARES.values()], f"{folder}/{rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), ranks=2)
     with torch.serialization.safe_globals([Removal, Component]):

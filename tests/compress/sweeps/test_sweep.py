@@ -42,7 +42,7 @@ def run(
     return sweep(partial(VariantsLM, Edited(model()), tiny_tokenizer()), variants, settings, seed=0, **arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_sweep_scores_what_evaluating_every_cut_model_scores() -> None:
     drops = [(layer,) for layer in range(NUM_LAYERS)] + [(1, 4)]
     intact, removed = run([without(drop) for drop in drops])
@@ -53,7 +53,7 @@ def test_a_sweep_scores_what_evaluating_every_cut_model_scores() -> None:
     assert len(texts) == len(drops)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = [without([layer]) for layer in range(3)]
     expected = run(variants)

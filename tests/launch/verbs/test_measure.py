@@ -192,7 +192,7 @@ def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
         measuring.measure(run)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_how_a_model_writes_by_itself_identifies_what_is_swept(
     teacher: Path, make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

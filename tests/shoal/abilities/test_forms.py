@@ -103,7 +103,7 @@ def test_spelled_numbers(value: int) -> None:
     assert spelled(value) == words[value]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_training_text_has_every_trained_form_and_no_twin() -> None:
     text = "\n\n".join(training_texts(num_texts=600, seed=3))
     for ability, forms in FORMS.items():

@@ -38,7 +38,7 @@ def test_python_docs_train_and_held_out_share_no_paragraph() -> None:
     assert all(text.strip() for text in train + held_out)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_no_paragraph_is_held_out_or_stands_twice(texts) -> None:
     held_out = set(paragraphs(python_docs(held_out=True)))
     for name in ("docstrings", "readmes"):
@@ -57,7 +57,7 @@ def test_what_is_held_out_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert docstrings() == [f"f: {('And what nobody held back. ' * 8).strip()}"]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_no_item_of_a_bundled_task_stands_in_the_text(texts) -> None:
     described, _ = described_tasks(task_folders(None))
     parts = {

@@ -41,7 +41,7 @@ EOS = 257
 # --- sources
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_source_is_the_same_every_time(name: str) -> None:
     texts = load_texts(DataSource(name))
