@@ -199,9 +199,7 @@ def _beside(run: Run, model: str, out: Path) -> _Beside:
     if recipe.dtype == "stored":  # so that the comparison can tell in what
         inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
     if tokenizer_difference(folder, run.teacher, trust_remote_code=recipe.trust_remote_code):
-        log.info(
-            "compare: %s cuts text into other tokens than %s, so their perplexities are not compared", model, run.root
-        )
+        log.info("compare: %s has other tokens than %s, so what counts tokens is not compared", model, run.teacher)
     return _Beside(own, checkpoint, inputs)
 
 
