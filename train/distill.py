@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from shoal.data.image_rows import ImageReader, images_fingerprint
 from shoal.data.packing import PackedRows
@@ -154,11 +154,9 @@ def distill(
     """Train the student on the teacher's signals; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run, if there is one. ``text`` is the folder of the rows and of what the teacher writes, which
-    student and control have in common; ``inputs`` the identity of distilled/. ``make_scorer``
-    makes, for a tokenizer, what distill.watch scores the student with; None = nothing is watched. ``search_rows`` finds
-    evaluation items in the training rows and gives what distill.json says of them; None = nobody looks.
-    ``start_tracking`` gives None where nothing is tracked.
+    same run. ``text`` is the folder of the rows and of what the teacher writes, ``inputs`` the identity of distilled/.
+    ``make_scorer`` makes, for a tokenizer, what distill.watch scores the student with; ``search_rows`` finds evaluation
+    items in the rows, for distill.json; ``start_tracking`` gives None where nothing is tracked.
 
     Raises:
         Stopped: on Ctrl-C, on SIGTERM or when the launcher is gone, after saving.
@@ -170,7 +168,6 @@ def distill(
     heartbeat.start()
     identity = Identity(inputs, checkpoint_inputs(spec.settings, inputs))
     resume = agreed(lambda: last_complete(run_dir / "checkpoints", identity.checkpoints))
-    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
     with doing("working out what training takes"):
         flops_per_token = agreed(lambda: (size := check_fit(spec, run_dir)) and size.flops_per_token)
     tokenizer = spec.teacher.tokenizer()
@@ -183,40 +180,18 @@ def distill(
     with doing("measuring what the machine can do at best"):
         peak = most_tokens_per_s(spec, flops_per_token) if is_main() else None  # which alone logs it
     with doing("starting the W&B run"):
-        tracked = start_tracking() is not None
-    with doing("loading DeepSpeed"):
-        join_deepspeed()
-    # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
-    arguments = training_arguments(
-        spec.settings,
-        spec.deepspeed,
-        output_dir=run_dir / "checkpoints",
-        seed=inputs["seed"],
-        load_universal=universal,
-    )
+        curves = [] if start_tracking() is None else [Curves(run_dir)]
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
-    callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else [])]
-    trainer = make_trainer(
-        spec,
-        rows,
-        tokenizer,
-        arguments,
-        identity,
-        stop=stop,
-        callbacks=callbacks,
-        peak_tokens_per_s=peak,
-    )
+    arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
+    callbacks = [progress, heartbeat, *curves]
+    trainer = make_trainer(spec, rows, arguments, identity, stop=stop, callbacks=callbacks, peak_tokens_per_s=peak)
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)
         trainer.watch_with(watcher, make_scorer(tokenizer))
     _announce(trainer, rows, spec, resume)
     with progress, stop.listening(), explained_memory(spec, run_dir):
-        trainer.objective.install()
-        try:
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        finally:  # what is told of memory rests on models as they are
-            trainer.objective.uninstall()
+        trainer.train_on_objective(resume)
     is_finished = trainer.state.global_step >= trainer.state.max_steps
     if is_finished:
         write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
@@ -228,6 +203,16 @@ def distill(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
             stop.number,
         )
+
+
+def _arguments(spec: TrainSpec, run_dir: Path, resume: Path | None, *, seed: int) -> TrainingArguments:
+    """Before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads."""
+    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
+    with doing("loading DeepSpeed"):
+        join_deepspeed()
+    return training_arguments(
+        spec.settings, spec.deepspeed, output_dir=run_dir / "checkpoints", seed=seed, load_universal=universal
+    )
 
 
 def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume: Path | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,17 +34,14 @@ from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Section
 
 from .engine.arguments import BATCH_SPLIT, refuse_other_numbers, resolved_deepspeed
-from .engine.sharding import compile_no_collectives, place_teacher
-from .engine.stop import StopRequest
-from .generated.on_policy import Sampler
-from .objective.host_batch import stacked
+from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
-from .objective_trainer import ObjectiveTrainer
+from .objective_trainer import ObjectiveTrainer, Parts
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
 from .student.lora import adapted_modules, merge_adapters, refuse_untrainable
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
-from .teacher.wiring import check_fused, make_trainable, wire
+from .teacher.wiring import make_trainable
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +61,25 @@ SAME_AS_IN_RECIPE = (
 """Keys of the recipe's section `distill` that mean the same here."""
 ONLY_DEPTH = ("all", "layers")
 """Choices of ``trainable`` for which it does not matter which layers are gone."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What else a DistillationTrainer takes by name."""
+
+    callbacks: list[TrainerCallback] | None = None
+    """Callbacks besides the Trainer's own."""
+    optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None)
+    """Optimizer and schedule in place of those of ``args``."""
+    losses: Losses = "forward_kl"
+    """Terms of the loss, see Losses."""
+    drop: Drop | None = None
+    """Layers of the teacher that the student lacks (0-based), or the plan that says so, which losses on states and most
+    choices of ``trainable`` have to know; None = as the student's configuration says, where shoal has cut it."""
+    trainable: Trainable | None = None
+    """Weights that are trained, as distill.trainable; None = those that ask for a gradient, and with lora all."""
+    loss_on: Literal["assistant", "all"] | None = None
+    """Tokens of conversations that are learnt; None = what the assistant says."""
 
 
 class DistillationTrainer(ObjectiveTrainer):
@@ -95,13 +112,6 @@ class DistillationTrainer(ObjectiveTrainer):
         train_dataset: Dataset | PackedRows | None = None,
         eval_dataset: Dataset | PackedRows | Mapping[str, Dataset | PackedRows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
-        *,
-        losses: Losses = "forward_kl",
-        drop: Drop | None = None,
-        trainable: Trainable | None = None,
-        loss_on: Literal["assistant", "all"] | None = None,
         **settings: Any,
     ) -> None:
         """Freeze what is not trained, put the teacher on the device and pack the data.
@@ -116,89 +126,40 @@ class DistillationTrainer(ObjectiveTrainer):
             eval_dataset: The same, or several by name; gives `eval_loss`, the objective per learnt token of an
                 evaluation batch, and its mean over these, which is not that over tokens where rows have unequal ones.
             processing_class: The tokenizer of both models.
-            callbacks: Callbacks besides the Trainer's own.
-            optimizers: Optimizer and schedule in place of those of ``args``.
-            losses: Terms of the loss, see Losses.
-            drop: Layers of the teacher that the student lacks (0-based), or the plan that says so, which losses on
-                states and most choices of ``trainable`` have to know; None = as the student's configuration says, where
-                shoal has cut it.
-            trainable: Weights that are trained, as distill.trainable; None = those that ask for a gradient, and with
-                lora all.
-            loss_on: Tokens of conversations that are learnt; None = what the assistant says.
-            settings: Keys of the recipe's section `distill`, with its defaults: sequence_length (tokens of one row),
-                packing (how rows are filled), head_chunk, on_policy, and lora, whose adapters merge_adapters() makes
-                plain weights of. stop_on_spike is off by default.
+            settings: What Given lists, and keys of the recipe's section `distill`, with its defaults: sequence_length
+                (tokens of one row), packing (how rows are filled), head_chunk, on_policy, and lora, whose adapters
+                merge_adapters() makes plain weights of. stop_on_spike is off by default.
 
         Raises:
             UserError: models that do not belong together or share weights, unknown settings, arguments that would be
                 ignored, or data that cannot be read.
         """
-        models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
-        for name, given_model in models.items():
-            require_usable(given_model, name)
-        if args is None:
-            args = TrainingArguments(f"{Path(name_of(model)).name}-distilled")
-        _refuse_arguments(args)
-        _complete_deepspeed(args)
-        _refuse_replaced(model)
-        section = _section(args, losses=losses, trainable=trainable or "all", **settings)
-        for given_model in models.values():
-            require_positions(given_model, section.sequence_length)
-        self.spec = _spec(model, teacher, section, drop)
-        if teacher is not None:
-            _refuse_shared(model, teacher)
-            refuse_other_layers(model, teacher, self.spec.frozen_layers)
-            teacher.requires_grad_(False)
+        given = Given(**{each.name: settings.pop(each.name) for each in fields(Given) if each.name in settings})
+        args = args or TrainingArguments(f"{Path(name_of(model)).name}-distilled")
+        section = _checked(model, teacher, args, given, settings)
+        self.spec = _spec(model, teacher, section, given.drop)
         tokenizer = None if processing_class is None else require_tokenizer(processing_class)
         if section.on_policy is not None and tokenizer is None:
             raise UserError("processing_class: is missing, and on-policy steps write text; give the tokenizer")
-        if trainable is not None or section.lora is not None:
-            make_trainable(model, self.spec, seed=args.seed)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
-        keep_zeros(model)
-        _warn_of_half_precision(model, args)
-
-        def rows(dataset: Dataset | PackedRows | None, name: str) -> PackedRows | None:
-            if dataset is None or isinstance(dataset, PackedRows):
-                return dataset
-            if tokenizer is None:
-                raise UserError("processing_class: is missing; give the tokenizer of the models")
-            documents = documents_of(dataset, name=name, loss_on=loss_on)
-            seed = args.seed if args.data_seed is None else args.data_seed
-            return pack(
-                [(documents.source, documents)],
-                tokenizer,
-                sequence_length=section.sequence_length,
-                num_tokens=None,
-                seed=seed,
-                packing=section.packing,
-            )
-
-        train_rows = rows(train_dataset, "train_dataset")
-        several: Any = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+        _make_ready(model, teacher, self.spec, args, trains=given.trainable is not None or section.lora is not None)
+        rows = partial(_rows, args=args, section=section, tokenizer=tokenizer, loss_on=given.loss_on)
+        train_rows, is_named = rows(train_dataset, "train_dataset"), isinstance(eval_dataset, Mapping)
+        several: Any = eval_dataset if is_named else {"eval_dataset": eval_dataset}
         eval_rows = {name: rows(dataset, name) for name, dataset in several.items()}
         self._in_order = isinstance(train_dataset, PackedRows)
         self._is_installed = False
         self._prepared_forward: Any = None
+        live = teacher if self.spec.runs_teacher else None
+        refused = Path(str(args.output_dir)) / "refused"
         super().__init__(
-            model=model,
+            Parts(self.spec, model, live, tokenizer, _nothing_recorded, refused=refused),
             args=args,
-            data_collator=stacked,
             train_dataset=train_rows,
-            eval_dataset=eval_rows if isinstance(eval_dataset, Mapping) else eval_rows["eval_dataset"],
+            eval_dataset=eval_rows if is_named else eval_rows["eval_dataset"],
             processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            spec=self.spec,
-            wiring=wire(self.spec, model, teacher if self.spec.runs_teacher else None, _nothing_recorded),
-            stop=StopRequest(),
-            refused=Path(str(args.output_dir)) / "refused",
-            on_policy=None if tokenizer is None else Sampler.of(section, model, tokenizer, seed=args.seed),
+            callbacks=given.callbacks,
+            optimizers=given.optimizers,
         )
-        if teacher is not None:
-            place_teacher(teacher, self, offload=False)
-        check_fused(self.objective, self.spec)
         if teacher is not None and train_rows is not None:
             warn_of_mixed_documents(teacher, train_rows, IN_TRAINING, autocast_dtype=self._autocast_dtype)
 
@@ -248,6 +209,66 @@ class DistillationTrainer(ObjectiveTrainer):
             self._prepared_forward = student.forward
             self.objective.uninstall()
             vars(student).pop("_original_forward", None)  # accelerate's, which would put the objective back
+
+
+def _checked(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    args: TrainingArguments,
+    given: Given,
+    settings: Mapping[str, Any],
+) -> Distill:
+    """The section of a recipe that says the same of these models; ``args`` are completed."""
+    models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+    for name, own in models.items():
+        require_usable(own, name)
+    _refuse_arguments(args)
+    _complete_deepspeed(args)
+    _refuse_replaced(model)
+    section = _section(args, losses=given.losses, trainable=given.trainable or "all", **settings)
+    for own in models.values():
+        require_positions(own, section.sequence_length)
+    return section
+
+
+def _make_ready(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, spec: TrainSpec, args: TrainingArguments, *, trains: bool
+) -> None:
+    """Freeze the teacher, and of the student what is not trained where ``trains`` says so."""
+    if teacher is not None:
+        _refuse_shared(model, teacher)
+        refuse_other_layers(model, teacher, spec.frozen_layers)
+        teacher.requires_grad_(False)
+    if trains:
+        make_trainable(model, spec, seed=args.seed)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
+    keep_zeros(model)
+    _warn_of_half_precision(model, args)
+
+
+def _rows(
+    dataset: Dataset | PackedRows | None,
+    name: str,
+    *,
+    args: TrainingArguments,
+    section: Distill,
+    tokenizer: PreTrainedTokenizerBase | None,
+    loss_on: Literal["assistant", "all"] | None,
+) -> PackedRows | None:
+    if dataset is None or isinstance(dataset, PackedRows):
+        return dataset
+    if tokenizer is None:
+        raise UserError("processing_class: is missing; give the tokenizer of the models")
+    documents = documents_of(dataset, name=name, loss_on=loss_on)
+    return pack(
+        [(documents.source, documents)],
+        tokenizer,
+        sequence_length=section.sequence_length,
+        num_tokens=None,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        packing=section.packing,
+    )
 
 
 def as_terms(losses: Losses) -> list[Any]:

@@ -17,31 +17,35 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from shoal.atomic_files import write_json
 from shoal.data.packing import IMAGES
 from shoal.errors import UserError
+from shoal.models.load import align_weights
 from shoal.ranks import is_main, world_size
 from shoal.recipe.losses import term_names
+from shoal.runtime import device as own_device
 
 from .callbacks.loss_spikes import LossGuard, refuse_step
-from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
+from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler as OnPolicySampler
 from .generated.sampling import own_forwards
 from .objective.activation_checkpointing import checkpointing_kept, recompute_selectively
-from .objective.host_batch import documents_known, on_host, queued
+from .objective.host_batch import documents_known, on_host, queued, stacked
 from .objective.objective import Signals
+from .student.frozen import share_frozen
 from .student.spec import TrainSpec
-from .teacher.wiring import Wiring
+from .teacher.wiring import Absent, check_fused, wire
 
 log = logging.getLogger(__name__)
 
@@ -58,40 +62,62 @@ ON_POLICY_FILE = "on_policy.json"
 """File, inside a checkpoint, of what on-policy steps keep."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a training is made of, whoever asks for it."""
+
+    spec: TrainSpec
+    student: PreTrainedModel
+    """Made trainable."""
+    teacher: PreTrainedModel | None
+    """One that is to run; None = its signals are recorded, or nobody asks it."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """Needed by on-policy steps."""
+    absent: Absent
+    """Makes the teacher whose signals are recorded."""
+    refused: Path
+    """Folder for the batch of a step that is not sound."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    peak_tokens_per_s: float | None = None
+    """Tokens per second of this machine at best; None = not measured."""
+    stored: Set[str] | None = None
+    """Names of the tensors in the student's files, which tell frozen weights that it can hold together with the
+    teacher; None = it shares none."""
+
+
 class ObjectiveTrainer(Trainer):
     """Trains a student whose forward is that of an installed shoal.train.objective.objective.Objective."""
 
     # the loss below is already divided by the token count of the whole optimizer step
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self,
-        *args: Any,
-        spec: TrainSpec,
-        wiring: Wiring,
-        stop: StopRequest,
-        refused: Path,
-        on_policy: OnPolicySampler | None = None,
-        peak_tokens_per_s: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """``refused`` is the folder for the batch of a step that is not sound; ``args`` and ``kwargs`` are the
-        Trainer's."""
-        super().__init__(*args, **kwargs)
+    def __init__(self, parts: Parts, **kwargs: Any) -> None:
+        """Join ``parts``; ``kwargs`` are the Trainer's. Then the teacher is in its place.
+
+        Raises:
+            UserError: loss terms that contradict the plan, the models or a recording.
+        """
+        spec, student, live = parts.spec, parts.student, parts.teacher
+        wiring = wire(spec, student, live, parts.absent)
+        super().__init__(model=student, data_collator=stacked, **kwargs)
         objective = wiring.objective
         recompute_selectively(objective.student, self.args)
         # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
         self.model_accepts_loss_kwargs = True
         self.objective = objective
         self._wiring = wiring
-        self._on_policy = on_policy
+        self._on_policy = (
+            None
+            if parts.tokenizer is None
+            else OnPolicySampler.of(spec.settings, student, parts.tokenizer, seed=self.args.seed)
+        )
         self._tokens_per_step = spec.tokens_per_step
         self._guard = LossGuard(spec.settings.stop_on_spike)
         self._autocast_dtype = spec.deepspeed.autocast_dtype
-        self._peak_tokens_per_s = peak_tokens_per_s
+        self._peak_tokens_per_s = parts.peak_tokens_per_s
         self._batches: list[dict[str, Tensor]] = []
-        self._stop = stop
-        self.refused: Path | None = refused
+        self._stop = parts.stop
+        self.refused: Path | None = parts.refused
         """None = its batch is not kept."""
         self._num_items: Tensor | int = 0
         self._step_sums = self._zero_sums()
@@ -103,6 +129,11 @@ class ObjectiveTrainer(Trainer):
         self._row = CurveRow(2 * len(objective.terms) + 2, self._guard, self._rate)
         self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
         self.add_callback(_StepEnds(self))
+        if live is not None:
+            place_teacher(live, self, offload=spec.settings.teacher.offload)
+            if parts.stored is not None and spec.deepspeed.stage < 3 and not spec.settings.teacher.offload:
+                _share_weights(spec, student, live, parts.stored)
+        check_fused(objective, spec)
 
     @property
     def seconds(self) -> float:
@@ -330,6 +361,15 @@ class ObjectiveTrainer(Trainer):
         """What keeps a state between steps, by its file inside a checkpoint."""
         counts = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.counts}
         return {OBJECTIVE_FILE: self.objective, ROW_FILE: self._row, **counts}
+
+
+def _share_weights(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel, stored: Set[str]) -> None:
+    for model in (student, teacher):
+        align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
+    student.to(own_device())  # pyright: ignore[reportArgumentType]
+    autocast_dtype = spec.deepspeed.autocast_dtype
+    if saved := share_frozen(student, teacher, spec.plan.keep, autocast_dtype=autocast_dtype, stored=stored):
+        log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
 
 
 def judged_norm(norm: float, scaler: torch.amp.GradScaler | None) -> float | None:

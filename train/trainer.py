@@ -22,8 +22,7 @@ from .callbacks.validation import Scorer, Watcher
 from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
 from .engine.dealing import StepSampler
-from .objective_trainer import ObjectiveTrainer
-from .student.spec import TrainSpec
+from .objective_trainer import ObjectiveTrainer, Parts
 
 T = TypeVar("T")
 
@@ -31,19 +30,22 @@ T = TypeVar("T")
 class DistillTrainer(ObjectiveTrainer):
     """Trains, under DeepSpeed, in RUN_DIR/checkpoints."""
 
-    def __init__(
-        self,
-        *args: Any,
-        spec: TrainSpec,
-        identity: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        """``identity`` is what a checkpoint must have in common with the run that goes on from it; ``args`` and
-        ``kwargs`` are those of ObjectiveTrainer."""
-        super().__init__(*args, spec=spec, **kwargs)
-        self._spec = spec
+    def __init__(self, parts: Parts, *, identity: dict[str, Any], **kwargs: Any) -> None:
+        """``identity`` is what a checkpoint must have in common with the run that goes on from it; ``kwargs`` are the
+        Trainer's."""
+        super().__init__(parts, **kwargs)
+        self._spec = parts.spec
         self._identity = identity
-        self._keep_checkpoints = kept_checkpoints(spec.settings)
+        self._keep_checkpoints = kept_checkpoints(parts.spec.settings)
+
+    def train_on_objective(self, resume: Path | None) -> None:
+        """Train to the end, or a stop, on the objective, which goes out of force then: what is told of memory rests on
+        models as they are."""
+        self.objective.install()
+        try:
+            self.train(resume_from_checkpoint=None if resume is None else str(resume))
+        finally:
+            self.objective.uninstall()
 
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""

@@ -192,7 +192,6 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(
         spec,
         rows,
-        load_tokenizer(spec.teacher.folder),
         arguments,
         Identity({}, {}),
         stop=StopRequest(),

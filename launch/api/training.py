@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
 from shoal.data.in_memory import Dataset, documents_of
+from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.machine import peak_memory
@@ -26,10 +27,9 @@ from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
-from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, Losses, as_terms
+from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, as_terms
 from shoal.train.engine.arguments import num_rows, training_arguments
 from shoal.train.save import training_of
-from shoal.train.student.known_cut import Drop
 from shoal.train.student.lora import remove_adapters
 
 TAKEN = (*SAME_AS_IN_RECIPE, "batch_size", "trainable", "precision", "trainer")
@@ -42,11 +42,7 @@ def distill(
     dataset: Dataset,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    losses: Losses = "forward_kl",
     num_tokens: int | None = None,
-    learning_rate: float = 1e-4,
-    drop: Drop | None = None,
-    loss_on: Literal["assistant", "all"] | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> tuple[PreTrainedModel, Training]:
@@ -62,19 +58,13 @@ def distill(
         dataset: Texts, or rows (a list of mappings, a `datasets.Dataset`) with `messages`, `prompt` and `completion`,
             or `text`. Of conversations the assistant's tokens are learnt.
         tokenizer: The tokenizer of both.
-        losses: Terms of the loss, by kind or with their settings, see shoal.train.distillation_trainer.Losses.
         num_tokens: Tokens to train on, rounded up to whole steps; a smaller data set is repeated. None = all data once.
-        learning_rate: Peak of a cosine with a tenth of warm-up.
-        drop: Layers of the teacher that the student lacks, or the plan that says so; None = as the student's
-            configuration says, where shoal has cut it. Beside other changes the plan is needed where
-            layers are shared.
-        loss_on: Tokens of conversations that are learnt; None = what the assistant says.
         seed: Seed of the order of the data and of all else that is drawn.
-        settings: Keys of the recipe's section `distill`, with its defaults: sequence_length (tokens of one row),
-            batch_size (rows of one optimizer step over all processes; None = 4 in each), packing (how rows are filled),
-            trainable (weights that are trained), lora (adapters that are merged in the end), on_policy (steps on the
-            student's own text), stop_on_spike, precision (auto = what the device multiplies fast in), head_chunk, and
-            trainer (further arguments of transformers.TrainingArguments).
+        settings: losses, drop and loss_on as shoal.DistillationTrainer takes them, learning_rate (peak of a cosine with
+            a tenth of warm-up, 1e-4), and keys of the recipe's section `distill`, with its defaults: sequence_length,
+            batch_size (rows of one optimizer step over all processes; None = 4 in each), packing, trainable, lora
+            (adapters that are merged in the end), on_policy, stop_on_spike, precision (auto = what the device
+            multiplies fast in), head_chunk, and trainer (further arguments of transformers.TrainingArguments).
 
     Returns:
         The student itself, and a Training: `history` has loss (nats per supervised token) and every term by step,
@@ -88,6 +78,26 @@ def distill(
         >>> student, training = shoal.distill(student, model, texts, tokenizer=tokenizer, num_tokens=1_000_000)
         >>> training.to_pandas().plot(x="step", y="loss")
     """
+    _refuse_swapped(student, teacher)
+    tokenizer = require_tokenizer(tokenizer)
+    drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
+    section = _section(num_tokens, settings)
+    rows = _rows(dataset, tokenizer, section, seed=seed, loss_on=loss_on, whole=num_tokens is None)
+    with TemporaryDirectory() as folder, left_as_it_was(teacher), left_as_it_was(student), _in_float32(student):
+        arguments = training_arguments(section, None, output_dir=Path(folder), seed=seed)
+        same = {name: getattr(section, name) for name in ("losses", "trainable", *SAME_AS_IN_RECIPE)}
+        work = DistillationTrainer(student, teacher, arguments, rows, None, tokenizer, drop=drop, **same)
+        work.remove_callback(PrinterCallback)
+        work.refused = None  # its folder ends with this call
+        work.train()
+        work.merge_adapters()
+        has_budget = num_tokens is not None
+        inputs = _inputs(student, teacher, section, seed=seed, rows=rows.fingerprint, has_budget=has_budget)
+        training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
+    return student.eval(), training
+
+
+def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     require_usable(student, "student")
     require_usable(teacher, "teacher")
     is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
@@ -96,41 +106,27 @@ def distill(
             "shoal.distill: the teacher is a model that shoal has cut, and the student a deeper one that it has not; "
             "give the cut model first"
         )
-    tokenizer = require_tokenizer(tokenizer)
-    budget = {} if num_tokens is None else {"num_tokens": num_tokens}
-    section = _section({"losses": as_terms(losses), **budget}, settings, learning_rate=learning_rate)
+
+
+def _rows(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, section: Distill, *, seed: int, loss_on: Any, whole: bool
+) -> PackedRows:
+    """The data packed: the ``whole`` of them once, or as much as the budget of ``section``."""
     documents = documents_of(dataset, loss_on=loss_on)
-    rows = pack(
+    return pack(
         [(documents.source, documents)],
         tokenizer,
         sequence_length=section.sequence_length,
-        num_tokens=None if num_tokens is None else num_rows(section) * section.sequence_length,
+        num_tokens=None if whole else num_rows(section) * section.sequence_length,
         seed=seed,
         packing=section.packing,
     )
-    with TemporaryDirectory() as folder, left_as_it_was(teacher), left_as_it_was(student), _in_float32(student):
-        work = DistillationTrainer(
-            student,
-            teacher,
-            training_arguments(section, None, output_dir=Path(folder), seed=seed),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            losses=section.losses,
-            drop=drop,
-            trainable=section.trainable,
-            **{name: getattr(section, name) for name in SAME_AS_IN_RECIPE},
-        )
-        work.remove_callback(PrinterCallback)
-        work.refused = None  # its folder ends with this call
-        work.train()
-        work.merge_adapters()
-        inputs = _inputs(student, teacher, section, seed=seed, rows=rows.fingerprint, has_budget=bool(budget))
-        training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
-    return student.eval(), training
 
 
-def _section(named: dict[str, Any], settings: Mapping[str, Any], *, learning_rate: float) -> Distill:
-    trainer = settings.get("trainer", {})
+def _section(num_tokens: int | None, settings: dict[str, Any]) -> Distill:
+    named = {"losses": as_terms(settings.pop("losses", "forward_kl"))}
+    named |= {} if num_tokens is None else {"num_tokens": num_tokens}
+    trainer, learning_rate = settings.get("trainer", {}), settings.pop("learning_rate", 1e-4)
     if isinstance(trainer, Mapping):
         if lost := [name for name in trainer if name.startswith("save_")]:
             raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
