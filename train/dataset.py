@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
-from shoal.data.sources import pack, texts_fingerprint
+from shoal.data.sources import Layout, pack, texts_fingerprint
 from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, sources_that_ask
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
-from shoal.runtime import agreed, device
+from shoal.runtime import agreed, device, is_main
 
 from .engine.arguments import num_rows, rows_per_step
 from .generated.writing import Writer, transformers_writer, vllm_writer, wants_teacher_text, write_texts
@@ -63,6 +63,13 @@ def teacher_texts(
     )
 
 
+def sources_apart(settings: Distill) -> list[bool] | None:
+    """Of each source whether the teacher is asked of its rows, if those of which it is not are rows of their own."""
+    asked = None if settings.teacher.recorded is not None else sources_that_ask(settings)
+    flags = [asked is None or number in asked for number in range(len(settings.data))]
+    return None if all(flags) or not any(flags) else flags
+
+
 def rows_to_train_on(
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
@@ -76,89 +83,57 @@ def rows_to_train_on(
     """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`, and what
     ``images`` has read for the sources of images.
 
-    ``for_recording``: as training_rows says.
-    """
-    return training_rows(
-        settings,
-        tokenizer,
-        num_rows=num_rows(settings),
-        seed=inputs["seed"],
-        teacher_text=texts,
-        folder=folder,
-        inputs={"model": inputs["model"], **rows_from(inputs)},
-        images=images,
-        for_recording=for_recording,
-    )
-
-
-def sources_apart(settings: Distill) -> list[bool] | None:
-    """Of each source whether the teacher is asked of its rows, if those of which it is not are rows of their own."""
-    asked = None if settings.teacher.recorded is not None else sources_that_ask(settings)
-    flags = [asked is None or number in asked for number in range(len(settings.data))]
-    return None if all(flags) or not any(flags) else flags
-
-
-def training_rows(
-    settings: Distill,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_rows: int,
-    seed: int,
-    teacher_text: Sequence[str],
-    folder: Path,
-    inputs: dict[str, Any],
-    images: ImageReader | None = None,
-    for_recording: bool = False,
-) -> PackedRows:
-    """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``images``
-    for those of images.
-
     Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so rows
     ``for_recording``, nor those of a recorded teacher: what is recorded serves other loss terms too.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
     """
-    identity = [inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)]
+    shaped, rows = {"model": inputs["model"], **rows_from(inputs)}, num_rows(settings)
+    identity = [shaped, rows, settings.packing, texts_fingerprint(texts)]
     if images is not None:
         identity.append(rows_per_step(settings))
-    images_of = {} if images is None else images.rows
     apart = None if for_recording else sources_apart(settings)
     if apart is not None:
         identity.append({"asks the teacher": apart})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
+    if (num_tokens := rows * settings.sequence_length) > 1.1 * settings.num_tokens and not path.exists() and is_main():
+        log.info(
+            "distill.num_tokens: %s is rounded up to %s, whole optimizer steps of all ranks",
+            f"{settings.num_tokens:,}",
+            f"{num_tokens:,}",
+        )
+    agreed(lambda: path.exists() or _pack(tokenizer, settings, texts, path, inputs["seed"], images, apart))
+    return RowsWithImages.of(read_rows(path), images)
 
-    def pack_once() -> None:
-        if path.exists():
-            return
-        num_tokens = num_rows * settings.sequence_length
-        if num_tokens > 1.1 * settings.num_tokens:
-            log.info(
-                "distill.num_tokens: %s is rounded up to %s, whole optimizer steps of all ranks",
-                f"{settings.num_tokens:,}",
-                f"{num_tokens:,}",
-            )
-        with written_folder(path) as unfinished:
-            rows = pack(
-                [
-                    (source, teacher_text if source.path == TEACHER_TEXT else images_of.get(source))
-                    for source in settings.data
-                ],
-                tokenizer,
-                sequence_length=settings.sequence_length,
-                num_tokens=num_tokens,
-                seed=seed,
-                packing=settings.packing,
-                folder=unfinished,
+
+def _pack(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Distill,
+    texts: Sequence[str],
+    path: Path,
+    seed: int,
+    images: ImageReader | None,
+    apart: Sequence[bool] | None,
+) -> None:
+    given = {} if images is None else images.rows
+    with written_folder(path) as unfinished:
+        rows = pack(
+            [(source, texts if source.path == TEACHER_TEXT else given.get(source)) for source in settings.data],
+            tokenizer,
+            sequence_length=settings.sequence_length,
+            num_tokens=num_rows(settings) * settings.sequence_length,
+            seed=seed,
+            packing=settings.packing,
+            layout=Layout(
+                unfinished,
                 with_sources=settings.by_source,
+                groups=apart,
                 encode_image=None if images is None else images.tokens,
                 rows_per_step=rows_per_step(settings),
-                groups=apart,
-            )
-        for name, count in rows.counts.items():
-            if count["repeats"]:
-                times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
-                log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
-
-    agreed(pack_once)
-    return RowsWithImages.of(read_rows(path), images)
+            ),
+        )
+    for name, count in rows.counts.items():
+        if count["repeats"]:
+            times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
+            log.info("%s is smaller than its share of the budget and is repeated %s", name, times)

@@ -22,7 +22,7 @@ from shoal.numerics import Choice
 from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource
 from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe
-from shoal.train.dataset import training_rows
+from shoal.train.dataset import rows_to_train_on
 from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import (
     DeepSpeed,
@@ -312,13 +312,14 @@ def test_another_number_in_the_deepspeed_file_than_the_trainers_is_refused(confi
         check_names(Distill(deepspeed=config, trainer=trainer))
 
 
+INPUTS = {"model": "m", "seed": 0, "distill.data": []}
+
+
 def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
-    settings = Distill(num_tokens=640, sequence_length=64)
+    settings = Distill(num_tokens=640, sequence_length=64, batch_size=10)
 
     def rows():
-        return training_rows(
-            settings, tiny_tokenizer(), num_rows=10, seed=0, teacher_text=[], folder=tmp_path, inputs={"a": 1}
-        )
+        return rows_to_train_on(tiny_tokenizer(), settings, [], tmp_path, inputs=INPUTS)
 
     first = rows()
     monkeypatch.setattr("shoal.train.dataset.pack", None)  # a second packing would fail
@@ -340,17 +341,8 @@ def rows_of(tmp_path):
         names = ("python_docs", "python_docs_heldout")
         data = tuple(TrainingSource(name, losses=own) for name, own in zip(names, losses, strict=True))
         teacher = Teacher(recorded=recorded)
-        settings = Distill(data=data, num_tokens=640, sequence_length=64, losses=terms, teacher=teacher)
-        return training_rows(
-            settings,
-            tiny_tokenizer(),
-            num_rows=10,
-            seed=0,
-            teacher_text=[],
-            folder=tmp_path,
-            inputs={"a": 1},
-            for_recording=for_recording,
-        )
+        settings = Distill(data=data, num_tokens=640, sequence_length=64, batch_size=10, losses=terms, teacher=teacher)
+        return rows_to_train_on(tiny_tokenizer(), settings, [], tmp_path, inputs=INPUTS, for_recording=for_recording)
 
     return rows
 

@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from shoal.data.packing import (
     FIELDS,
     SOURCES,
     PackedRows,
+    Row,
     TokenDocument,
     best_fit_rows,
     collect,
@@ -284,6 +286,23 @@ def texts_fingerprint(texts: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How packed rows are laid out, besides their length."""
+
+    folder: Path | None = None
+    """Rows go to files there as they are made, and the result maps them; None = they stay in memory."""
+    with_sources: bool = False
+    """They say of every token which source it is from."""
+    groups: Sequence[int] | None = None
+    """Of every source the group whose documents share rows with its own; None = all do."""
+    encode_image: Encode | None = None
+    """Makes tokens of the rows of a source of images, each of which has a row for itself, padded; what is longer than
+    that is dropped."""
+    rows_per_step: int = 1
+    """So many rows in succession hold images all or none."""
+
+
 def pack(
     sources: Sequence[tuple[DataSource, Iterable[Item | None] | None]],
     tokenizer: Any,
@@ -292,23 +311,14 @@ def pack(
     num_tokens: int | None,
     seed: int,
     packing: Packing = "split",
-    encode_image: Encode | None = None,
-    rows_per_step: int = 1,
-    folder: Path | None = None,
-    with_sources: bool = False,
-    groups: Sequence[int] | None = None,
+    layout: Layout = Layout(),
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
     A source is read as a stream, or stands for the documents beside it, which can be gone through more than once. They
     are drawn in a seeded order that does not depend on ``num_tokens``: the rows of a smaller budget begin those of a
     larger one. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
-    ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded. With ``folder`` rows
-    go to files there as they are made, and the result maps them. ``with_sources``: they say of every token which source
-    it is from. ``groups``: of every source the group whose documents share rows with its own; None = all do.
-
-    A source of images stands for its rows, which ``encode_image`` makes tokens of: each has a row for itself, padded,
-    and what is longer than that is dropped. ``rows_per_step`` rows in succession then hold images all or none.
+    ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded.
 
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
@@ -316,54 +326,57 @@ def pack(
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
     has_images = any(source.has_images for source, _ in sources)
-    assert not has_images or (folder is not None and num_tokens is not None), "only files hold which image a row has"
-    limit = sequence_length if packing == "best_fit" else None
+    assert not has_images or (layout.folder and num_tokens is not None), "only files hold which image a row has"
     num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
     # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
     enough = None if packing == "best_fit" or num_rows is None else num_rows * sequence_length
-    streams = [
-        _documents(
-            source,
-            given,
-            tokenizer,
-            seed=seed + index,
-            limit=sequence_length if source.has_images else limit,
-            enough=enough,
-            count=counts[name],
-            encode_image=encode_image if source.has_images else None,
-        )
-        for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True))
-    ]
-    weights = [source.weight for source, _ in sources]
-    drawn = draw(streams, weights)
-    if num_rows is None:
-        drawn = itertools.takewhile(lambda document: document[1].epoch == 0, drawn)
+    streams = []
+    for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True)):
+        limit = sequence_length if packing == "best_fit" or source.has_images else None
+        encode = layout.encode_image if source.has_images else None
+        cut = (limit, enough)
+        streams.append(_documents(source, given, tokenizer, seed + index, cut, count=counts[name], encode_image=encode))
     padded = packing == "best_fit" or num_rows is None or has_images
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
     padding_id = next((token for token in ends if token is not None), 0)
     fill = functools.partial(
         best_fit_rows if packing == "best_fit" else split_rows, length=sequence_length, padding_id=padding_id
     )
-    rows = fill(drawn) if groups is None or len(set(groups)) == 1 else rows_apart(streams, weights, groups, fill)
+    rows = _filled(streams, [source.weight for source, _ in sources], fill, layout, once=num_rows is None)
     if has_images:
-        rows = rows_by_kind(rows, rows_per_step)
+        rows = rows_by_kind(rows, layout.rows_per_step)
+    marked = padded or any(source.assistant_only for source, _ in sources)
+    without = [*(() if marked else ("supervised",)), *(() if layout.with_sources else (SOURCES,))]
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
-        marked = padded or any(source.assistant_only for source, _ in sources)
-        without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
-        if folder is not None and num_rows is not None:
-            write_rows(folder, rows, num_rows, sequence_length, without=without)
-            for name, (source, _) in zip(names, sources, strict=True):
-                if source.has_images and not counts[name]["documents"]:
-                    raise UserError(
-                        f"data {name!r}: its share of {num_rows} rows is less than the {rows_per_step} of an optimizer "
-                        "step, which hold images all or none, so none would be learnt; raise its weight or num_tokens, "
-                        "or lower batch_size"
-                    )
-            write_json(folder / COUNTS, counts)
-            return read_rows(folder)
-        planes = collect(rows, num_rows, sequence_length, without=without)
-        return packed_rows({name: torch.from_numpy(plane) for name, plane in planes.items()}, counts)
+        if layout.folder is None or num_rows is None:
+            planes = collect(rows, num_rows, sequence_length, without=without)
+            return packed_rows({name: torch.from_numpy(plane) for name, plane in planes.items()}, counts)
+        write_rows(layout.folder, rows, num_rows, sequence_length, without=without)
+    for name, (source, _) in zip(names, sources, strict=True):
+        if source.has_images and not counts[name]["documents"]:
+            raise UserError(
+                f"data {name!r}: its share of {num_rows} rows is less than the {layout.rows_per_step} of an optimizer "
+                "step, which hold images all or none, so none would be learnt; raise its weight or num_tokens, or "
+                "lower batch_size"
+            )
+    write_json(layout.folder / COUNTS, counts)
+    return read_rows(layout.folder)
+
+
+def _filled(
+    streams: Sequence[Iterator[TokenDocument]],
+    weights: Sequence[float],
+    fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
+    layout: Layout,
+    *,
+    once: bool,
+) -> Iterator[Row]:
+    """Rows of the documents by weight; ``once``: until a source has run out."""
+    if layout.groups is not None and len(set(layout.groups)) > 1:
+        return rows_apart(streams, weights, layout.groups, fill)
+    drawn = draw(streams, weights)
+    return fill(itertools.takewhile(lambda document: document[1].epoch == 0, drawn) if once else drawn)
 
 
 def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
@@ -427,14 +440,15 @@ def _documents(
     source: DataSource,
     given: Iterable[Item | None] | None,
     tokenizer: Any,
-    *,
     seed: int,
-    limit: int | None,
-    enough: int | None,
+    cut: tuple[int | None, int | None],
+    *,
     count: dict[str, int],
     encode_image: Encode | None,
 ) -> Iterator[TokenDocument]:
-    """The source's documents without end, in another order every epoch."""
+    """The source's documents without end, in another order every epoch; ``cut`` has the most tokens of one, and so many
+    of a text that are asked for."""
+    limit, enough = cut
     if encode_image is None:
         _refuse_impossible(source, tokenizer)
     for epoch, items in _epochs(source, given, seed=seed, count=count):

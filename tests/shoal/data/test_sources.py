@@ -24,6 +24,7 @@ from shoal.data.chat import Chat
 from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
 from shoal.data.sources import (
     BUNDLED,
+    Layout,
     ability_prompts,
     documents,
     load_texts,
@@ -171,9 +172,7 @@ def packed(
         num_tokens=num_tokens,
         seed=seed,
         packing=packing,
-        folder=folder,
-        with_sources=with_sources,
-        groups=groups,
+        layout=Layout(folder, with_sources=with_sources, groups=groups),
     )
 
 

@@ -23,7 +23,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.image_rows import ImageReader, RowsWithImages, training_images
 from shoal.data.packing import IGNORED, IMAGES, PackedRows
-from shoal.data.sources import pack
+from shoal.data.sources import Layout, pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, watched
 from shoal.models.load import load_model
@@ -58,9 +58,7 @@ def packed(source: TrainingSource, reader: ImageReader, tokenizer: Any, folder: 
         sequence_length=LENGTH,
         num_tokens=3 * LENGTH,
         seed=0,
-        encode_image=reader.tokens,
-        rows_per_step=3,
-        folder=folder,
+        layout=Layout(folder, encode_image=reader.tokens, rows_per_step=3),
     )
     return RowsWithImages.of(rows, reader)
 
