@@ -171,9 +171,7 @@ def distill(
     with doing("working out what training takes"):
         flops_per_token = agreed(lambda: (size := check_fit(spec, run_dir)) and size.flops_per_token)
     tokenizer = spec.teacher.tokenizer()
-    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
-    images = ImageReader.of(spec.settings.data, spec.teacher)
-    rows = rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
+    rows = _rows(spec, tokenizer, text, inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
@@ -203,6 +201,12 @@ def distill(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
             stop.number,
         )
+
+
+def _rows(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, text: Path, inputs: dict[str, Any]) -> PackedRows:
+    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
+    images = ImageReader.of(spec.settings.data, spec.teacher)
+    return rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
 
 
 def _arguments(spec: TrainSpec, run_dir: Path, resume: Path | None, *, seed: int) -> TrainingArguments:
