@@ -15,10 +15,11 @@ from shoal.data.packing import SOURCES, PackedRows, read_rows
 from shoal.data.sources import Layout, pack, texts_fingerprint
 from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
+from shoal.ranks import is_main
 from shoal.recipe.distill import Distill, sources_that_ask
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
-from shoal.runtime import agreed, device, is_main
+from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
 from .generated.writing import Writer, transformers_writer, vllm_writer, wants_teacher_text, write_texts
