@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    CompileConfig,
     Gemma3TextConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -121,14 +120,6 @@ def tiny_checkpoint(
     tiny_model(kind, seed=seed, dtype=dtype, **overrides).save_pretrained(folder)
     tiny_tokenizer(pad_token=pad_token).save_pretrained(folder)
     return folder
-
-
-def compiled_on_cpu(backend: Any) -> CompileConfig:
-    """Decoding is compiled by ``backend`` on a CPU too; what was compiled before is forgotten, as there is a limit."""
-    torch._dynamo.reset()
-    config = CompileConfig(backend=backend)
-    config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
-    return config
 
 
 def set_json(file: Path, **changes: Any) -> None:

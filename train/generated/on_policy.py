@@ -28,7 +28,7 @@ from shoal.runtime import together
 
 from ..objective.host_batch import ON_HOST, on_host, queued
 from .loops import LogProbs, LoopCounts, Sample, confirmed, samples_in, without_repeats
-from .sampling import Fixed, end_tokens, sample
+from .sampling import end_tokens, sample
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ class Sampler:
     pad_id: int
     bos_id: int | None = None
     """Token id that the model's documents start with; None = nothing."""
-    fixed: Fixed | None = None
-    """Room that does not grow and compiled steps, where they serve; the weights change in place, which they follow."""
 
     @classmethod
     def of(
@@ -63,8 +61,7 @@ class Sampler:
         start = special.bos_token_id
         begins = start is not None and special("a")["input_ids"][:1] == [start]
         padding = special.pad_token_id if special.pad_token_id is not None else (*ends, 0)[0]
-        fixed = Fixed() if settings.compile else None
-        return cls(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None, fixed)
+        return cls(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
 
     @cached_property
     def counts(self) -> LoopCounts:
@@ -122,7 +119,6 @@ class Sampler:
                 temperature=self.settings.temperature,
                 end_ids=self.end_ids,
                 pad_id=self.pad_id,
-                fixed=self.fixed,
             )
         )
         rows = [[(prompt, next(written)) for prompt in in_row] for in_row in prompts]

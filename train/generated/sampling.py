@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from shoal.inference.drawing import Drawn, DrawnOnly
 from shoal.models.anatomy import decoder_layers
-
-log = logging.getLogger(__name__)
-
-ROOM = 256
-"""Room in tokens, where its length is not known before, is a multiple of it."""
-
-
-@dataclass
-class Fixed:
-    """Room for keys and values that never grows."""
-
-    length: int | None = None
-    """Tokens of the longest prompt and its text, of all that are to be written; None = those of a call, rounded up."""
-    compiles: bool = True
-    """Whether the step that writes a token may be compiled."""
-    compile_config: CompileConfig | None = None
-    """How it is; None = as transformers does it on this device."""
-    on_cpu: bool = False
-    """Whether it serves on a CPU too, where it only takes longer."""
-
-    def serves(self, model: PreTrainedModel) -> bool:
-        """Whether the model writes so: on an accelerator, where transformers says that its family can be compiled."""
-        return self.on_cpu or (model.device.type != "cpu" and model._can_compile_fullgraph)
-
-
-def few_shapes(rows: int, tokens: int) -> tuple[int, int]:
-    """Rows and room that are compiled for so many: powers of two, and multiples of ROOM."""
-    return 1 << (rows - 1).bit_length(), -(-tokens // ROOM) * ROOM
 
 
 def sample(
@@ -54,7 +23,6 @@ def sample(
     top_p: float = 1.0,
     end_ids: Sequence[int],
     pad_id: int,
-    fixed: Fixed | None = None,
 ) -> list[list[int]]:
     """What ``model`` writes after every prompt: up to T tokens, the last of them an end token where it came to one.
 
@@ -62,52 +30,8 @@ def sample(
     generation configuration says of penalties and filters is not looked at. The chance is in ``uniforms_PT``, numbers
     from [0, 1), one for every token: a text depends on its own numbers and not on its neighbours in the batch, so the
     same texts come out however prompts are dealt to batches and ranks.
-
-    ``fixed``: keys and values lie in room that never grows, and on an accelerator transformers compiles the step that
-    writes a token, for these shapes. What cannot be compiled is written by steps as they are, after a warning that says
-    why. None, and where it does not serve = the cache grows with the text.
     """
-    if fixed is not None and not fixed.serves(model):
-        fixed = None
-    if fixed is not None:
-        try:
-            return _generated(
-                model, prompts, uniforms_PT, temperature, top_p=top_p, end_ids=end_ids, pad_id=pad_id, fixed=fixed
-            )
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            reason = str(error).strip().splitlines()[0]
-            log.warning("decoding of %s is not compiled and takes longer: %s", model.config.model_type, reason)
-            fixed.compiles = False
-    return _generated(
-        model, prompts, uniforms_PT, temperature, top_p=top_p, end_ids=end_ids, pad_id=pad_id, fixed=fixed
-    )
-
-
-def _generated(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    uniforms_PT: Tensor,
-    temperature: float,
-    *,
-    top_p: float,
-    end_ids: Sequence[int],
-    pad_id: int,
-    fixed: Fixed | None,
-) -> list[list[int]]:
-    width, count = max(map(len, prompts)), len(prompts)
-    settings = {}
-    if fixed is not None:
-        for part in model.modules():  # transformers goes on with the longest room so far: texts would follow from it
-            vars(part).pop("_previous_max_cache_length", None)
-        num_rows, room = few_shapes(count, width + uniforms_PT.shape[1])
-        rows = [row % count for row in range(num_rows)]  # what is added is written too, and forgotten
-        prompts, uniforms_PT = [prompts[row] for row in rows], uniforms_PT[rows]
-        settings = {
-            "cache_implementation": "static",
-            "max_cache_len": fixed.length or room,
-            "disable_compile": not fixed.compiles,
-            "compile_config": fixed.compile_config,
-        }
+    width = max(map(len, prompts))
     device = model.device
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -117,7 +41,6 @@ def _generated(
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
-        **settings,
     )
     drawn = Drawn(uniforms_PT.to(device), temperature, top_p)
     with _writing(model), torch.no_grad():
@@ -128,7 +51,7 @@ def _generated(
             logits_processor=LogitsProcessorList([DrawnOnly(drawn)]),
             synced_gpus=False,  # the model is whole on every rank: none has to wait for another's longer text
         )
-    return [_ended(row, end_ids) for row in written[:count, width:].tolist()]
+    return [_ended(row, end_ids) for row in written[:, width:].tolist()]
 
 
 def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shapin
 from shoal.runtime import barrier
 
 from .filtering import sifted
-from .sampling import Fixed, end_tokens, sample
+from .sampling import end_tokens, sample
 
 log = logging.getLogger(__name__)
 
@@ -197,12 +197,8 @@ def _batches(folder: Path) -> Iterator[dict[str, Any]]:
     yield from sorted(records, key=lambda record: record["number"])
 
 
-def transformers_writer(
-    teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int, fixed: Fixed | None = None
-) -> Writer:
-    """Writes with ``teacher`` as it stands in memory, where it serves in a cache of a fixed size by compiled steps;
-    ``fixed`` = of another size, or on a CPU too."""
-    fixed = fixed or Fixed(settings.max_prompt_tokens + settings.new_tokens)
+def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int) -> Writer:
+    """Writes with ``teacher`` as it stands in memory."""
     ends = end_tokens(teacher.generation_config, tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
 
@@ -216,7 +212,6 @@ def transformers_writer(
             top_p=settings.top_p,
             end_ids=ends,
             pad_id=int(pad_id),
-            fixed=fixed,
         )
 
     return write

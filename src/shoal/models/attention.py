@@ -223,10 +223,6 @@ def flex_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: BlockMask | None,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """(B, S, H, d) Attention by torch's flex_attention of query (B, H, S, d), key and value (B, G, S, d).
@@ -239,6 +235,7 @@ def flex_attention_forward(
         UserError: a mask that is no block mask, which may hide anything, or biases on scores; a soft cap under gradient
             checkpointing, whose hooks torch lets into its own trace of the cap.
     """
+    scaling, softcap, s_aux = (settings.get(name) for name in ("scaling", "softcap", "s_aux"))
     if not isinstance(attention_mask, BlockMask) or settings.get("position_bias") is not None:
         raise UserError(
             f"{type(module).__name__}: hands attention a mask or biases of its own, which flex does not read; set "
@@ -278,21 +275,14 @@ def flex_attention_forward(
 
 
 def block_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **_: Any,
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **settings: Any
 ) -> BlockMask:
     """Which blocks of keys the blocks of queries see, by transformers' ``mask_function``, which knows the documents.
 
     Not transformers' own, which compiles on a CPU too.
     """
-    if attention_mask is not None:
+    mask_function, device = settings.get("mask_function", causal_mask_function), settings.get("device", "cpu")
+    if (attention_mask := settings.get("attention_mask")) is not None:
         padding_BS = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         assert padding_BS is not None
         mask_function = and_masks(mask_function, padding_mask_function(padding_BS))

@@ -6,13 +6,12 @@ Covers: shoal.train.generated.sampling.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.generation import utils
@@ -22,7 +21,7 @@ from shoal.inference.drawing import draw
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
 from shoal.train.generated.on_policy import Sampler
-from shoal.train.generated.sampling import Fixed, own_forwards, sample
+from shoal.train.generated.sampling import own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 
@@ -195,24 +194,6 @@ def test_samples_follow_from_seed_step_and_weights(student):
     torch.manual_seed(99)
     assert equal(sampler().batches(student, [rows], step=7)[0], first)
     assert not equal(sampler().batches(student, [rows], step=8)[0], first)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_of_a_fixed_size_and_compiled_steps_follow_the_weights(kind):
-    """Rows and lengths change from step to step, and weights in place, as an optimizer changes them."""
-    student = tiny_model(kind, seed=1)
-    fixed = dataclasses.replace(sampler(), fixed=Fixed(compile_config=compiled_on_cpu("eager"), on_cpu=True))
-    for step, lengths in ((7, (30, 18)), (8, (48,)), (9, (20, 18, 10))):
-        rows = text_rows(3, *lengths)
-        expected = sampler().batches(student, [rows], step=step)[0]
-        assert equal(fixed.batches(student, [rows], step=step)[0], expected)
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.mul_(1.3)
-        assert not equal(sampler().batches(student, [rows], step=step)[0], expected), "the weights matter"
-    assert fixed.fixed is not None
-    assert fixed.fixed.compiles
 
 
 def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import KINDS, compiled_on_cpu, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
 from shoal.train.generated import writing
-from shoal.train.generated.sampling import Fixed
 from shoal.train.generated.writing import transformers_writer, write_texts
 
 PROSE = (DataSource("python_docs"), DataSource("teacher_text"))
@@ -181,26 +180,6 @@ def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
     for data in ((DataSource("teacher_text"),), (DataSource("teacher_text"), DataSource("ability_texts"), chats)):
         with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
             write(tmp_path, Writing(), unexpected, data=data)
-
-
-FIXED = {
-    "plain": lambda: Fixed(64, compiles=False, on_cpu=True),
-    "compiled": lambda: Fixed(64, compile_config=compiled_on_cpu("eager"), on_cpu=True),
-}
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("way", FIXED)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_of_a_fixed_size_and_compiled_steps_write_the_same_tokens(kind, way, caplog):
-    settings, prompts = Writing(new_tokens=12, max_prompt_tokens=40), [[5, 6, 7], list(range(20, 50)), [9]]
-    model, tokenizer = tiny_model(kind, seed=1), tiny_tokenizer()
-    growing = transformers_writer(model, tokenizer, settings, seed=3)
-    fixed = transformers_writer(model, tokenizer, settings, seed=3, fixed=FIXED[way]())
-    for batch in ([0, 1, 2], [2, 0]):  # of another shape
-        asked = [prompts[number] for number in batch]
-        assert fixed(asked, batch) == growing(asked, batch)
-    assert "not compiled" not in caplog.text
 
 
 @pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "go on"}]])
