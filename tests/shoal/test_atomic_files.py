@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
-import resource
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from shoal import atomic_files
-from shoal.atomic_files import known_hash, write_json, write_text, written_folder
+from shoal.atomic_files import write_text, written_folder
 from shoal.errors import UserError
-
-
-def test_plain_json_is_written_as_it_is(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"ü": [1, None]})
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ü": [1, None]}
 
 
 @pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
@@ -188,36 +180,3 @@ def test_full_disk_is_explained_and_leaves_the_old_files(tmp_path: Path) -> None
             torch.save(tensors, folder / "optimizer.pt")
         assert sorted(os.listdir(disk)) == ["student", "x.json"]
         assert (disk / "x.json").read_text() == (path / "a").read_text() == "old"
-
-
-def write_under_limit(path: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    with pytest.raises(UserError, match=r"x.json: the disk is full, or your quota or file size limit is reached"):
-        write_text(path, "x" * 5000)
-
-
-def test_file_size_limit_is_explained(tmp_path: Path) -> None:
-    writer = FORK.Process(target=write_under_limit, args=(tmp_path / "x.json",))
-    writer.start()
-    writer.join(60)
-    assert writer.exitcode == 0
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, flush, seen = tmp_path / "rows", os.fsync, []
-    monkeypatch.setattr("os.fsync", lambda descriptor: (seen.append(path.exists()), flush(descriptor)))
-    with written_folder(path) as folder:
-        (folder / "in").mkdir()
-        (folder / "in" / "a").write_text("1")
-    assert seen == [False] * 3, "the file, its folder and the whole"
-
-
-def test_a_file_is_hashed_once_for_every_state_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, read = tmp_path / "rows.jsonl", []
-    monkeypatch.setattr(atomic_files, "file_hash", lambda file: read.append(file.read_text()) or read[-1])
-    for text in ("1", "12"):
-        path.write_text(text)
-        assert [known_hash(path), known_hash(path)] == [text, text]
-    assert read == ["1", "12"]

@@ -28,12 +28,10 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import ClosedGap, PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import IGNORED, PackedRows
-from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.ranks import free_port
 from shoal.recipe.losses import ForwardKL
-from shoal.recipe.section import DataSource
 from shoal.train.distillation_trainer import DistillationTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -129,22 +127,6 @@ def test_the_curve_does_not_depend_on_how_a_batch_is_split(tmp_path: Path) -> No
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
-def test_packed_rows_are_taken_in_their_order(tmp_path: Path) -> None:
-    rows = pack([(DataSource("x"), TEXTS)], tiny_tokenizer(), sequence_length=LENGTH, num_tokens=LENGTH * 8, seed=3)
-    seen: list[int] = []
-
-    class Watching(DistillationTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.extend(inputs["row"].tolist())
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    student, teacher = models()
-    Watching(
-        student, teacher, arguments(tmp_path, num_train_epochs=1), train_dataset=rows, sequence_length=LENGTH
-    ).train()
-    assert seen == list(range(8))
-
-
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     losses = [{"kind": "taid", "step_size": 0.1, "momentum": 0.5}]  # which keeps a state of its own
@@ -175,15 +157,6 @@ def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(t
     assert not torch.equal(logits, cut_model(teacher, DROP)(ids).logits)
     trainer.save_model(str(tmp_path / "saved"))
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, logits)
-
-
-def test_an_evaluation_after_training_computes_as_one_within(tmp_path: Path) -> None:
-    """Autocast is put around the objective when training begins, and must still be there."""
-    trainer = trainer_of(
-        tmp_path, eval_dataset=TEXTS[:4], trained_by={"bf16": True, "max_steps": 2, "eval_strategy": "steps"}
-    )
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] == curve(trainer, "eval_loss")[1]
 
 
 def test_layers_below_the_cut_are_run_once_and_give_the_same_curve(tmp_path: Path) -> None:
@@ -332,16 +305,6 @@ def test_what_cannot_work_is_refused(
         DistillationTrainer(args=args, train_dataset=TEXTS, **given)
 
 
-def test_a_plan_says_which_layers_are_gone_and_what_was_made_up_for(tmp_path: Path) -> None:
-    gaps = (ClosedGap(2, 3, 1.5, True, 1, 1, 1, 1),)
-    plan = PruningPlan(Provenance({}), 6, DROP, "", gaps=gaps)
-    trainer = trainer_of(tmp_path, trainable="from_first_cut", drop=plan, losses="hidden_states")
-    assert trainer.spec.plan.gaps == gaps
-    assert trainer.spec.shared_layers == 1  # a correction has changed the layer below the gap
-    with pytest.raises(UserError, match=r"drop: leaves 4 of 6 layers, the teacher has 8 and the student 4"):
-        trainer_of(tmp_path, models()[0], tiny_model("llama", num_hidden_layers=8), drop=plan)
-
-
 def test_a_student_says_itself_which_layers_are_gone_and_what_makes_up_for_them(tmp_path: Path) -> None:
     student, teacher = models()
     assert trainer_of(tmp_path, student, teacher, trainable="near_gaps").spec.plan.drop == DROP
@@ -408,20 +371,6 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     again = trained(str(tmp_path / "out/checkpoint-3"))
     assert curve(again) == curve(whole)
     assert curve(again, "on_policy/kept_tokens") == curve(whole, "on_policy/kept_tokens")
-
-
-def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
-    student, _ = models()
-    trainer = DistillationTrainer(
-        student,
-        None,
-        arguments(tmp_path, max_steps=2),
-        TEXTS,
-        processing_class=tiny_tokenizer(),
-        losses="cross_entropy",
-    )
-    trainer.train()
-    assert len(curve(trainer, "cross_entropy")) == 2
 
 
 SCRIPT = """

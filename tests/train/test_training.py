@@ -25,8 +25,6 @@ from training_runs import (
     finished,
     go_along_with_loops,
     mask_labels_of_rows,
-    note_rates,
-    note_waits,
     recipe,
     run,
     script_scores,
@@ -167,15 +165,6 @@ def test_ranks_under_zero_3_whose_heads_need_different_numbers_of_chunks_give_th
     same(sharded, whole, ["forward_kl"])
 
 
-def test_a_run_that_is_not_watched_ends_with_the_same_bits(everything, teacher, cut, tmp_path):
-    path = recipe(tmp_path, teacher, cut, losses=ALL_LOSSES)
-    plain = finished(run(path, before=partial(mask_labels_of_rows, *EMPTY)))
-    for name in ("loss", "taid_t", *NAMES):
-        assert plain.curve(name) == everything.curve(name)
-    last = checkpointed_weights(everything, STEPS)
-    assert all(torch.equal(weight, last[name]) for name, weight in plain.weights().items())
-
-
 @pytest.mark.prove
 def test_a_stopped_run_keeps_its_best_state_and_the_share_of_taid_and_draws_on(everything, teacher, cut, tmp_path):
     path = recipe(tmp_path, teacher, cut, **WATCHED)
@@ -227,49 +216,9 @@ def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
     return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
 
 
-def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
-    refused = run(recipe(tmp_path, teacher, cut), before=partial(mask_labels_of_rows, *range(BATCH)))
-    assert refused.result is not None
-    assert refused.result.returncode == 2, refused.log[-3000:]
-    assert "step 1: its batch holds no supervised token; raise distill.batch_size" in refused.log
-
-
 def by_source(folder: Path, *own: list[str] | None) -> list[dict[str, Any]]:
     """Two sources that learn from these loss terms."""
     return [{"path": alternating(folder, letter), "losses": names} for letter, names in zip("ab", own, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("stage", "own"),
-    [
-        (0, None),
-        (2, (["forward_kl", "hidden_states_1", "taid"], None)),
-        (1, (["forward_kl", "taid"], ["cross_entropy"])),
-    ],
-)
-def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage, own):
-    losses = [term for term in ALL_LOSSES if term["kind"] != "adaptive_kl"]  # whose head is found step by step
-    rows = 1
-    if stage == 1:  # micro-batches of which the teacher reads some rows
-        losses, rows = [term for term in losses if term["kind"] in ("forward_kl", "taid", "cross_entropy")], 4
-    settings: dict[str, Any] = {"losses": losses, "deepspeed": f"deepspeed/zero{stage}.json", "num_tokens": 1024}
-    if own is not None:
-        settings["data"] = by_source(tmp_path, *own)
-    path = recipe(tmp_path, teacher, cut, **settings, trainer={"per_device_train_batch_size": rows, "logging_steps": 4})
-    hooks = (partial(note_waits, tmp_path / "waits.json"), partial(note_rates, tmp_path / "rates.json"))
-    trial = finished(run(path, before=partial(all_of, *hooks)))
-    steps = json.loads((tmp_path / "waits.json").read_text())
-    assert len(steps) == 4
-    for waits in steps:
-        # to begin with, the order of rows is made of what only the host has
-        told = [wait for wait in waits if wait.startswith("shoal") and wait != "shoal: _get_train_sampler: numpy"]
-        assert told == ["shoal: _numbers: tolist"]
-    # which waits to begin, and to log once the last of these steps has ended
-    assert not [wait for waits in steps[1:] for wait in waits if wait.startswith("transformers")]
-    rates = json.loads((tmp_path / "rates.json").read_text())
-    assert rates[0] == 0, "the warm-up begins there"
-    (row,) = (row for row in trial.training.history if "loss" in row)
-    assert (row["step"], row["learning_rate"]) == (4, pytest.approx(rates[-1])), "what the step was made with"
 
 
 @pytest.mark.prove
@@ -360,14 +309,6 @@ def test_a_curve_is_the_mean_over_the_tokens_that_its_term_learns_from(two_sourc
         assert values["taid_t"] == pytest.approx(target.t, rel=1e-9), "TAID looks at what its curve shows"
         alone += 0 in tokens
     assert 0 < alone < STEPS, "what this is about"
-
-
-def test_two_ranks_and_accumulation_give_the_curves_of_two_sources(two_sources, teacher, cut, tmp_path):
-    settings = of_two_sources(two_sources.recipe.parent.parent)
-    settings |= {"trainer": {"per_device_train_batch_size": 1}, "deepspeed": "deepspeed/zero3.json"}
-    sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2))
-    for ours, theirs in zip(curves(sharded), curves(two_sources), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
 
 
 RECORDED = {"top_k": 271, "states": [1, 3, 4, 5]}

@@ -104,13 +104,6 @@ def mlp(layer: Any, hidden: Tensor) -> Tensor:
     return layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def test_an_altered_layer_that_still_has_its_halves_is_accepted() -> None:
-    def parallel(layer: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
-        return hidden_states + attention(layer, hidden_states, **rest) + mlp(layer, hidden_states)
-
-    assert altered(parallel) == ("", "")
-
-
 def test_a_part_that_is_no_half_is_noticed() -> None:
     def shifted(layer: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
         hidden_states = hidden_states + attention(layer, hidden_states, **rest)
@@ -118,27 +111,6 @@ def test_a_part_that_is_no_half_is_noticed() -> None:
 
     refusal, _ = altered(shifted)
     assert re.match(r"layer 2 of llama: changes its input even with self_attn, mlp silenced", refusal)
-
-
-def test_a_norm_with_a_bias_after_a_half_is_noticed() -> None:
-    """Zero in, bias out: a silent half would still write something."""
-
-    def post_norm(layer: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
-        hidden_states = hidden_states + layer.post_norm(attention(layer, hidden_states, **rest))
-        return hidden_states + mlp(layer, hidden_states)
-
-    norm = nn.LayerNorm(32)
-    assert altered(post_norm, post_norm=norm) == ("", "")
-    nn.init.constant_(norm.bias, 0.1)
-    assert "(a bias after them" in altered(post_norm, post_norm=norm)[0]
-
-
-def test_tokens_that_the_mlp_mixes_are_noticed() -> None:
-    def mixing(layer: Any, hidden_states: Tensor, **rest: Any) -> Tensor:
-        hidden_states = hidden_states + attention(layer, hidden_states, **rest)
-        return hidden_states + mlp(layer, hidden_states.cumsum(1))
-
-    assert re.match(r"layer 2 of llama: mixes tokens outside", altered(mixing)[0])
 
 
 @pytest.mark.parametrize(("name", "other"), [("attn_gain", "MLP"), ("mlp_gain", "attention")])
@@ -164,45 +136,6 @@ def test_heads_in_another_order_are_noticed(order: list[int]) -> None:
     assert "mixes its heads" in sublayers(model)[0].head_refusal
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_bigcode", "phi"])
-def test_eager_attention_shows_the_same_heads(name: str) -> None:
-    model = tiny(name)
-    first = sublayers(model)
-    model.set_attn_implementation("eager")
-    assert sublayers(model) == first
-    assert sublayers(model) is not first
-
-
-def test_key_value_heads_that_happen_to_be_equal_are_still_two() -> None:
-    model = tiny("llama")
-    for layer in model.model.layers:
-        weight = layer.self_attn.k_proj.weight.data
-        weight[8:] = weight[:8]
-    assert sublayers(model)[0].num_kv_heads == 2
-
-
-def test_a_model_that_says_nothing_about_groups_is_read_by_its_keys() -> None:
-    model = tiny("llama")
-    for layer in model.model.layers:
-        layer.self_attn.num_key_value_groups = 2
-    model.config.num_key_value_heads = None
-    sdpa = sublayers(model)[0]
-    assert sdpa.num_kv_heads == 2
-    mha = tiny_model("llama", num_key_value_heads=4)
-    for layer in mha.model.layers:
-        layer.num_key_value_heads = 1  # a word that the keys deny
-    assert sublayers(mha)[0].num_kv_heads == 4
-
-
-@pytest.mark.slow
-def test_bfloat16_and_half_precision_are_proven_too() -> None:
-    for cast_down in (nn.Module.bfloat16, nn.Module.half):
-        for name in ("llama", "gemma3_text", "mixtral", "bloom"):
-            cast_down(model := tiny(name))  # in place
-            found = sublayers(model)
-            assert not any(one.refusal or one.head_refusal for one in found), (name, cast_down)
-
-
 def test_the_proof_runs_once_and_leaves_no_trace() -> None:
     model = tiny("llama").train()
     runs: list[int] = []
@@ -217,16 +150,6 @@ def test_the_proof_runs_once_and_leaves_no_trace() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     decoder_layers(model)[0] = decoder_layers(tiny("llama", seed=1))[0]
     assert sublayers(model) is not first
-
-
-def test_the_proof_sees_through_operators_in_force() -> None:
-    expected = sublayers(tiny("llama"))
-    model = tiny("llama")
-    halves = [layer.get_submodule(name) for layer in decoder_layers(model) for name in ("self_attn", "mlp")]
-    handles = [silence(half) for half in halves]
-    assert sublayers(model) == expected
-    for handle in handles:
-        handle.remove()
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "bloom", "llama"])
@@ -249,8 +172,3 @@ def test_a_silenced_half_leaves_the_residual_alone(name: str) -> None:
     assert torch.equal(states[0], states[1])
     for handle in handles:
         handle.remove()
-
-
-def test_fc1_belongs_to_the_mlp_of_opt() -> None:
-    assert sublayers(tiny("opt"))[0].mlp_holders == ("fc1", "fc2")
-    assert sublayers(tiny("llama"))[0].mlp_holders == ("mlp",)

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
@@ -276,19 +275,6 @@ def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> No
     assert trivia.process_results(trivia.eval_docs[0], [" Edward IV"]) == {"match": 0.0}
 
 
-def test_depth_tasks_show_solved_examples_of_the_same_number_of_steps() -> None:
-    ((prompt, settings),) = asked("state_tracking_k3_generation", None)
-    questions = prompt.split("\n\n")
-    assert len(questions) == 4
-    assert all(question.count("swap") == 3 for question in questions)
-    assert settings["until"] == ["\n"]
-    written = load("state_tracking_written_k3_generation", None)
-    doc = written.eval_docs[0]
-    assert requests(written, doc)[0][0].count("The answer is") == 3
-    assert written.process_results(doc, [f" {doc['worked']}"]) == {"match": 1.0}
-    assert written.process_results(doc, [f" {doc['answers'][0]}"]) == {"match": 0.0}
-
-
 # --- as lm-eval asks ----------------------------------------------------------------------------------------------
 
 # --- through a model ----------------------------------------------------------------------------------------------
@@ -384,22 +370,6 @@ def test_data_that_is_not_as_expected_is_refused(rows: dict[str, Any], message: 
         load("arc_easy_continuation", write(tmp_path, rows))
 
 
-def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
-    write(tmp_path, {"gsm8k/test.jsonl": ROWS["gsm8k/test.jsonl"]})
-    with pytest.raises(UserError) as refused:
-        load_tasks(["arc_easy_continuation", "gsm8k_generation", "nq_passage_generation"], data_dir=tmp_path)
-    assert str(refused.value) == (
-        f"eval.data_dir: {str(tmp_path)!r} lacks arc_easy/test.jsonl ('arc_easy'; there is no such folder), "
-        "gsm8k/train.jsonl ('gsm8k'; its folder holds test.jsonl), "
-        "nq_open_oracle/test.jsonl ('nq_passage'; there is no such folder); put them there (shoal's "
-        "configs/tasks/README.md says what they hold), or leave their tasks out"
-    )
-    with pytest.raises(
-        UserError, match=r"hold\), leave eval.data_dir out to read arc_easy and gsm8k from the Hub, or leave"
-    ):
-        load_tasks(["arc_easy_continuation", "gsm8k_generation"], data_dir=tmp_path)
-
-
 def test_a_data_dir_must_be_a_folder_and_what_the_hub_lacks_needs_one(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"eval.data_dir: '.*nowhere' is no folder; name one that holds arc_easy/test.jsonl$"
@@ -411,22 +381,6 @@ def test_a_data_dir_must_be_a_folder_and_what_the_hub_lacks_needs_one(tmp_path: 
         r"piqa/validation.jsonl \(shoal's .* leave their tasks out$",
     ):
         load_tasks(["nq_passage_generation", "nq_passage_worked", "piqa_continuation"])
-
-
-@pytest.mark.slow
-def test_a_close_name_is_offered_for_a_misspelt_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small(lm_eval.tasks.TaskManager):
-        def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
-            super().__init__(include_path=include_path, include_defaults=False)
-
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
-    for name, hint in (
-        ("state_traking_k4_generation", r"did you mean 'state_tracking_k4_generation'\?$"),
-        ("knowledge", "; there is knowledge_continuation, "),
-        ("state_tracking_k4", "; there is state_tracking_k4_continuation, state_tracking_k4_generation$"),
-    ):
-        with pytest.raises(UserError, match=f"'{name}' is no task.*{hint}"):
-            load(name, None)
 
 
 OWN = """\
@@ -453,16 +407,6 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     again = load_tasks(["own_continuation", "more_continuation"], include_path=tasks, data_dir=data)
     assert again["own_continuation"].doc_to_text(again["own_continuation"].eval_docs[0]) == "Say it: q"
     assert "more_continuation" in again
-
-
-def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(dataset: .*?)```", (TASKS_DIR / "README.md").read_text(), flags=re.DOTALL)
-    (tmp_path / "own.yaml").write_text(block)
-    row = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
-    write(tmp_path, {"my_science/test.jsonl": [row], "my_science/train.jsonl": [row]})
-    for protocol in ("loglikelihood", "continuation", "generation"):
-        name = f"my_science_{protocol}"
-        assert load_tasks([name], include_path=tmp_path, data_dir=tmp_path)[name].eval_docs[0]["answer"] == 1
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from shoal.errors import UserError
 from shoal.launch.verbs import distill, evaluate, measure
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
-from shoal.launch.workflows import preflight
 from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.distill import checkpoint_inputs
@@ -141,40 +140,6 @@ def test_a_plan_that_was_edited_is_not_believed(
 
 
 @pytest.mark.slow
-def test_lost_student_is_made_again(make_run: Any) -> None:
-    run = make_run()
-    pruning.prune(run)
-    (run.dir / "student" / "config.json").unlink()
-    pruning.prune(make_run())
-    assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 4
-
-
-@pytest.mark.slow
-def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.compress import apply
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    pruning.prune(make_run())
-    monkeypatch.setattr(apply, "apply_plan", fail)
-    with pytest.raises(KeyboardInterrupt):
-        pruning.prune(make_run(prune={"drop": [2]}))
-    assert not (make_run().dir / "plan.json").exists(), "the old student would count as the new plan's"
-
-
-@pytest.mark.slow
-def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None:
-    run = make_run()
-    pruning.prune(run)
-    (run.dir / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    pruning.prune(make_run())
-    with pytest.raises(UserError, match=r"checkpoints trained on another cut \(prune.drop is \[2\] in this recipe"):
-        pruning.prune(make_run(prune={"drop": [2]}))
-    assert PruningPlan.read(run.dir / "plan.json").drop == (1, 3)
-
-
-@pytest.mark.slow
 def test_a_new_measurement_that_chooses_the_same_layers_keeps_student_and_training(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,15 +186,6 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
         pruning.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
 
 
-def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    run = make_run(measure={**MEASURE, "sequence_length": 1025})
-    with pytest.raises(UserError, match=r"measure.sequence_length: 1025 is more than the 1024 positions of /"):
-        measure.measure(run)
-
-
 @pytest.mark.slow
 def test_run_json_tells_the_story(make_run: Any) -> None:
     run = make_run()
@@ -258,14 +214,6 @@ def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch
     assert json.loads(text)["recipe"]["distill"]["trainer"]["learning_rate"] == 1e-3
 
 
-@pytest.mark.slow
-def test_roles_are_the_models_that_exist(make_run: Any) -> None:
-    run = make_run()
-    assert list(evaluate.roles(run)) == ["teacher"]
-    pruning.prune(run)
-    assert list(evaluate.roles(run)) == ["teacher", "pruned"]
-
-
 def hold(run: Run, holding: Event, release: Event) -> None:
     with locked(run):
         holding.set()
@@ -292,17 +240,6 @@ def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
         assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def test_lock_of_a_killed_process_is_free(make_run: Any) -> None:
-    run, holding = make_run(), FORK.Event()
-    holder = FORK.Process(target=hold, args=(run, holding, FORK.Event()))
-    holder.start()
-    assert holding.wait(60)
-    holder.kill()
-    holder.join(60)
-    with locked(run):
-        pass
-
-
 def test_a_run_that_makes_nothing_leaves_nothing(make_run: Any) -> None:
     run = make_run()
     with pytest.raises(UserError, match="no"), locked(run):
@@ -315,14 +252,6 @@ def test_a_run_that_makes_nothing_leaves_nothing(make_run: Any) -> None:
     with locked(run):
         (run.dir / "plan.json").write_text("")
     assert {file.name for file in run.dir.iterdir()} == {"plan.json", ".lock"}
-
-
-def test_a_recording_that_is_not_there_is_refused_before_anything_is_launched(tmp_path):
-    recipe = parse_recipe(
-        {"model": "m", "run_dir": str(tmp_path), "distill": {"teacher": {"recorded": str(tmp_path / "signals")}}}
-    )
-    with pytest.raises(UserError, match=r"signals is no folder of recorded signals; run `shoal record` first"):
-        distill.check_recording(recipe)
 
 
 def trained_to(run: Run, step: int, **identity: Any) -> None:
@@ -353,20 +282,6 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
     assert "making it again" not in caplog.text
 
 
-@pytest.mark.slow
-def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results(make_run: Any) -> None:
-    run = make_run()
-    pruning.prune(run)
-    inputs = distill.training_inputs(run, pruning.read_plan(run))
-    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(run.dir / Training.FILE)
-    (run.dir / "student").rename(run.dir / "distilled")
-    evaluate.require_models_of_this_run(run, evaluate.roles(run))
-    assert distill.distill_is_done(run)
-    other = make_run(distill={"num_tokens": 7})
-    with pytest.raises(UserError, match=r"belongs to another run: distill.num_tokens is 7 in this recipe"):
-        evaluate.require_models_of_this_run(other, evaluate.roles(other))
-
-
 def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
     """What a training with these inputs leaves, with the weights of ``model``."""
     shutil.copytree(model, folder / "distilled")
@@ -395,31 +310,6 @@ def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, cap
     with pytest.raises(UserError, match=r"control/distill.json: belongs to another run: distill.num_tokens is 200000 "):
         evaluate.require_models_of_this_run(asked, evaluate.roles(asked))
     evaluate.require_models_of_this_run(plain, evaluate.roles(plain))
-
-
-def test_without_the_teachers_weights_a_recording_alone_trains_nothing(teacher: Path, tmp_path: Path) -> None:
-    shutil.copytree(teacher, tmp_path / "bare")
-    (tmp_path / "bare" / "model.safetensors").unlink()
-    raw = {
-        "model": str(tmp_path / "bare"),
-        "run_dir": str(tmp_path / "run"),
-        "prune": {"drop": [1]},
-        "distill": {"teacher": {"recorded": str(tmp_path / "signals")}},
-        "eval": {"control": True},
-    }
-    (tmp_path / "signals").mkdir()
-    (tmp_path / "signals" / "recording.json").write_text("{}")
-    with pytest.raises(UserError, match=r"bare: has no weights; give a complete checkpoint in safetensors"):
-        distill.check_distill(open_run(parse_recipe(raw)))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measured(make_run: Any) -> None:
-    """A group's tasks are known to lm-eval's index alone, so that the recipe does not tell."""
-    run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})
-    with pytest.raises(UserError, match=r"eval.limits: 'knowledge_continuation' is not among .*eval.limits=\{\}"):
-        preflight.preflight(run)
 
 
 # --- compensation -------------------------------------------------------------------------------------------------

@@ -17,16 +17,10 @@ import torch
 from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
-from shoal.abilities import items
-from shoal.abilities.knowledge import stated_facts
-from shoal.data import sources as data
-from shoal.data.chat import Chat
 from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
 from shoal.data.sources import (
     BUNDLED,
     Layout,
-    ability_prompts,
-    documents,
     load_texts,
     pack,
     sources_fingerprint,
@@ -48,32 +42,6 @@ def test_bundled_source_is_the_same_every_time(name: str) -> None:
     texts = load_texts(DataSource(name))
     assert len(texts) > 5
     assert texts == BUNDLED[name]()
-
-
-@pytest.mark.slow
-def test_ability_prompts_are_of_trained_forms_and_items_and_have_short_answers() -> None:
-    rows = ability_prompts()
-    assert rows == ability_prompts()
-    assert len(rows) > 2000
-    assert len({row["question"] for row in rows}) == len(rows)
-    assert all(0 < len(row["answer"]) <= 40 for row in rows)
-    questions = [row["question"] for row in rows]
-    shown = "\n".join(questions)
-    assert not [fact for fact in stated_facts("eval") if fact in shown]
-    for ability in ("retrieval", "knowledge", "reasoning"):
-        evaluated = {item.question for item in items(ability, split="eval", num_items=200, seed=0)}
-        assert not evaluated & {row["question"] for row in rows}
-
-
-@pytest.mark.slow
-def test_bundled_rows_are_read_as_conversations_or_as_a_column() -> None:
-    chat = next(iter(documents(DataSource("ability_prompts", prompt="question", completion="answer"))))
-    row = ability_prompts()[0]
-    assert isinstance(chat, Chat)
-    assert [turn["content"] for turn in chat.messages] == [row["question"], row["answer"]]
-    assert load_texts(DataSource("ability_prompts", column="question"))[0] == row["question"]
-    with pytest.raises(UserError, match=r"'ability_prompts': has no column 'text'; it has question, answer"):
-        load_texts(DataSource("ability_prompts"))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -102,11 +70,6 @@ def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
     assert load_texts(DataSource(str(tmp_path))) == ["train-00000-of-00002", "train-00001-of-00002"]
     assert load_texts(DataSource(str(tmp_path), split="test")) == ["test"]
-
-
-def test_blank_and_missing_texts_are_left_out(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.jsonl", [{"text": "  \n"}, {"text": None}, {"text": "a"}])
-    assert load_texts(DataSource(str(path))) == ["a"]
 
 
 def test_teacher_text_outside_of_distilling_is_refused() -> None:
@@ -189,14 +152,6 @@ def documents_of(rows: PackedRows) -> list[list[int]]:
     return documents
 
 
-@pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (16, 1), (17, 2), (160, 10)])
-def test_budget_is_rounded_up_to_whole_rows(num_tokens: int, num_rows: int) -> None:
-    rows = packed((1, TEXTS), num_tokens=num_tokens)
-    assert rows.input_ids_NS.shape == rows.position_ids_NS.shape == rows.labels_NS.shape == (num_rows, 16)
-    assert len(rows) == num_rows
-    assert rows[0]["input_ids"].dtype == rows[0]["position_ids"].dtype == torch.int64
-
-
 def test_every_token_is_kept_in_order_and_ends_with_the_end_token() -> None:
     texts = [f"document {n} " * (n % 5 + 1) for n in range(30)]
     tokenizer = tiny_tokenizer()
@@ -227,33 +182,12 @@ def test_labels_are_the_tokens_except_where_a_document_starts() -> None:
     assert torch.equal(rows[3]["labels"], rows.labels_NS[3])
 
 
-@pytest.mark.parametrize("weights", [(1, 1), (1, 3), (0.2, 0.5)])
-def test_sources_get_their_share_within_one_document(weights: tuple[float, float]) -> None:
-    texts = (["a" * 9] * 7, ["b" * 29] * 2)
-    rows = packed(*zip(weights, texts, strict=True), num_tokens=4000)
-    for index, letter in enumerate("ab"):
-        count = sum(token == ord(letter) - 33 for token in rows.input_ids_NS.flatten().tolist())
-        assert tiny_tokenizer()(letter)["input_ids"] == [ord(letter) - 33]
-        share = count * (len(texts[index][0]) + 1) / len(texts[index][0])
-        assert share == pytest.approx(4000 * weights[index] / sum(weights), abs=60)
-        assert rows.counts[f"source{index}"]["tokens"] == pytest.approx(share, abs=2)
-
-
 def test_counts_add_up() -> None:
     rows = packed((1, ["a" * 5]), (1, ["b" * 40, "c"]))
     assert sum(count["tokens"] for count in rows.counts.values()) == rows.input_ids_NS.numel()
     documents = documents_of(rows)
     borders = sum(count["documents"] + count["split"] for count in rows.counts.values())
     assert borders in (len(documents), len(documents) + 1), "a document cut by the very end has no second half"
-
-
-def test_small_data_is_repeated_in_another_order() -> None:
-    texts = [f"{n:02d}" for n in range(20)]
-    rows = packed((1, texts), num_tokens=3 * 20 * 3, length=60)
-    epochs = rows.input_ids_NS.tolist()
-    decoded = [str(tiny_tokenizer().decode(ids)).split("</s>")[:-1] for ids in epochs]
-    assert [sorted(epoch) for epoch in decoded] == [texts] * 3
-    assert len({tuple(epoch) for epoch in decoded}) == 3
 
 
 def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
@@ -272,11 +206,6 @@ def test_end_token_is_not_doubled_where_the_tokenizer_adds_it() -> None:
 
     rows = pack([(DataSource("x"), TEXTS)], Adding(), sequence_length=6, num_tokens=6, seed=0)
     assert rows.input_ids_NS.tolist() == [[1, 2, EOS, 1, 2, EOS]]
-
-
-def test_source_without_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match="every document tokenises to nothing"):
-        packed((1, ["", ""]))
 
 
 def mixture_of_experts() -> PreTrainedModel:
@@ -390,47 +319,6 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
 
 
 # --- larger than memory
-
-
-def test_a_large_source_is_mixed_through_a_buffer_and_never_held_whole(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    texts = [f"{n:04d}" for n in range(500)]
-    path = write_rows(tmp_path / "x.jsonl", [{"text": text} for text in texts])
-    monkeypatch.setattr(data, "HELD_CHARACTERS", 80)
-    monkeypatch.setattr(data, "AT_ONCE", 4)
-    read = 0
-
-    def counted(source: DataSource) -> Any:
-        nonlocal read
-        for item in raw(source):
-            read += 1
-            yield item
-
-    raw = data.documents
-    monkeypatch.setattr(data, "documents", counted)
-    source = DataSource(str(path))
-    drawn = [
-        item
-        for epoch, items in [next(iter(data._epochs(source, None, seed=0, count={"dropped": 0})))]
-        for item in items
-        if epoch == 0
-    ]
-    assert sorted(map(str, drawn)) == texts
-    assert drawn != texts
-    assert max(abs(int(str(item)) - place) for place, item in enumerate(drawn)) > 20
-    early = [int(str(item)) for item in drawn[:50]]
-    assert max(early) < 50 + 21, "20 documents are held, so none can come much earlier than it stands"
-    read = 0
-    rows = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
-    assert read < 80, "reading stops with the budget"
-    again = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
-    assert rows.fingerprint == again.fingerprint
-    other = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=1)
-    assert rows.fingerprint != other.fingerprint
-    longer = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=6000, seed=0)
-    assert longer.counts[str(path)]["repeats"] == 2
-    assert torch.equal(longer.input_ids_NS[:20], rows.input_ids_NS)
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])

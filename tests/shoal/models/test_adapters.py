@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, tiny_checkpoint, tiny_moe, tiny_tokenizer
+from tiny import tiny_checkpoint, tiny_moe, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import UserError
-from shoal.models import adapters
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_model, resolve_model
@@ -184,19 +182,6 @@ def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_it_is_merged_once_and_the_log_says_where(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, logger="shoal"):
-        folder = resolve_model(str(adapter))
-    merging, where = (record.getMessage() for record in caplog.records)
-    assert merging.startswith(f"merging {adapter} into its base ")
-    assert where == f"{adapter} is a LoRA adapter: the model is {folder}, where it is merged into its base"
-    monkeypatch.setattr(adapters, "_merge", lambda *_: pytest.fail("merged twice"))
-    assert resolve_model(str(adapter)) == folder
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["base", "adapter", "settings", "tokenizer"])
 def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter: Path, part: str) -> None:
     first = resolve_model(str(adapter))
@@ -213,20 +198,6 @@ def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter:
     second = resolve_model(str(adapter))
     assert second != first
     assert model_fingerprint(second) != model_fingerprint(first)
-
-
-@pytest.mark.slow
-def test_the_base_is_taken_at_the_adapters_revision(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    def resolve(name: str, *, revision: str | None = None) -> Path:
-        asked.append((name, revision))
-        return base
-
-    monkeypatch.setattr(adapters, "resolve_model", resolve)
-    edit(adapter, base_model_name_or_path="org/base", revision="abc123")
-    adapters.merged_adapter(adapter)
-    assert asked == [("org/base", "abc123")]
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -287,20 +258,6 @@ def test_other_methods_that_peft_saves_are_refused(
     refused(trained(base, tmp_path / "other", config), message, cache)
 
 
-def test_pickled_missing_and_damaged_adapters_are_refused(adapter: Path, cache: Path) -> None:
-    file = adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    refused(adapter, r"adapter_model.safetensors: is damaged", cache)
-    file.unlink()
-    refused(adapter, r"adapter: has no adapter_model.safetensors; save the adapter as safetensors", cache)
-    torch.save({}, adapter / "adapter_model.bin")
-    refused(adapter, r"has no adapter_model.safetensors but a pickle, which can run code when it is read; save", cache)
-    (adapter / "adapter_config.json").write_text("{")
-    refused(adapter, r"adapter_config.json: is not valid JSON", cache)
-    (adapter / "adapter_config.json").write_text("[]")
-    refused(adapter, r"adapter_config.json: must be a mapping of settings, got list", cache)
-
-
 def test_a_quantised_base_is_refused(adapter: Path, base: Path, cache: Path) -> None:
     file = base / "config.json"
     config = json.loads(file.read_text()) | {
@@ -310,27 +267,6 @@ def test_a_quantised_base_is_refused(adapter: Path, base: Path, cache: Path) -> 
     refused(
         adapter, r"llama is quantised, and a merge would be rounded away; set it to the full-precision model", cache
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
-def test_an_adapter_of_another_architecture_is_refused(adapter: Path, tmp_path: Path, kind: str, cache: Path) -> None:
-    edit(adapter, base_model_name_or_path=str(tiny_checkpoint(tmp_path, kind, hidden_size=64)))
-    refused(adapter, r"does not fit its base .*: tensors of other shapes; set base_model_name_or_path", cache)
-
-
-@pytest.mark.slow
-def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path, cache: Path) -> None:
-    grown = loaded(base)
-    grown.resize_token_embeddings(VOCAB_SIZE + 8)
-    adapted = get_peft_model(grown, lora(modules_to_save=["embed_tokens", "lm_head"]))
-    adapted.save_pretrained(str(tmp_path / "grown"))
-    edit(tmp_path / "grown", base_model_name_or_path=str(base))
-    refused(tmp_path / "grown", r"does not fit its base .*: tensors of other shapes", cache)
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([f"<{number}>" for number in range(20)])
-    tokenizer.save_pretrained(tmp_path / "grown")
-    refused(tmp_path / "grown", r"has a tokenizer of 279 tokens, but .* has 272 rows of embeddings: they were", cache)
 
 
 @pytest.mark.slow

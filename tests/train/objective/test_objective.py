@@ -168,41 +168,6 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "afmoe", "bloom", "opt"])
-def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(family):
-    from architectures import tiny_model as tiny_architecture
-
-    model = tiny_architecture(family)
-    ids, positions = torch.arange(5, 25)[None], torch.cat([torch.arange(8), torch.arange(12)])[None]
-    other = torch.cat([ids[:, :8].flip(1), ids[:, 8:]], 1)
-    with torch.no_grad():
-        one, two = (final_hidden(model, tokens, positions)[0] for tokens in (ids, other))
-    assert not torch.allclose(one[:8], two[:8], atol=1e-2)
-    assert torch.allclose(one[8:], two[8:], atol=1e-5)
-
-
-def test_the_teachers_distribution_is_its_own_under_autocast_of_the_student():
-    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
-    seen = []
-
-    def noted(hidden):
-        seen.append(to_logits(teacher)(hidden))
-        return seen[-1]
-
-    installed = Objective(student, noted, terms=TERMS, chunk=100)
-    installed.install()
-    rows = batch()
-    with torch.no_grad():
-        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
-    with torch.autocast("cpu", torch.bfloat16):
-        student(**rows, signals=Signals(hidden))
-    installed.uninstall()
-    (logits,) = seen
-    assert logits.dtype == torch.float32
-    expected = output_head(teacher)(hidden)[:, :-1][rows["labels"][:, 1:] != IGNORED]
-    torch.testing.assert_close(logits, expected)
-
-
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_the_teachers_log_probabilities_are_those_of_its_own_logits_in_float64(chunk):
     student, teacher, rows = tiny_model("gemma3", seed=1), tiny_model("gemma3", seed=2), batch()
