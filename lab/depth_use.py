@@ -27,7 +27,7 @@ from shoal.compress.sweeps.agreement import spearman
 from shoal.compress.sweeps.items import read_items
 from shoal.errors import UserError
 from shoal.eval.harness.tokenizer_check import require_same_tokenizer
-from shoal.figures.style import FAINT, INK, ROLE_STYLE, clean, figure_style, heading, legend_above, panels
+from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading, legend_above, panels
 from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
@@ -52,8 +52,6 @@ MODELS = {"pruned": "student", "distilled": "distilled"}
 """Role -> folder of the run directory, of the models made from the teacher."""
 CHEAPEST_METRIC = "block_influence"
 """What models other than the teacher are measured by besides the sweep, since nothing is chosen for them."""
-MAX_TASKS = 6
-"""Tasks that are drawn; depth_use.json holds all."""
 OTHER = ("#0f9d75", "^")
 """Colour and marker of a model beside the teacher."""
 SAME = ("ability", "protocol", "metric", "chance", "higher_is_better", "n", "version", "num_fewshot")
@@ -397,10 +395,9 @@ def _clipped(value: float, resampled_R: Array) -> Estimate:
 
 def depth_use_figure(use: DepthUse) -> Figure:
     """One panel per task: what is left without each layer, with 95 % intervals, and the centroids above the curves."""
-    tasks = use.tasks[:MAX_TASKS]
-    figure, axes = panels([2.1] * len(tasks))
+    figure, axes = panels([2.1] * len(use.tasks))
     with figure_style():
-        for ax, task in zip(axes, tasks, strict=True):
+        for ax, task in zip(axes, use.tasks, strict=True):
             _draw(ax, use, task)
         axes[-1].set_xlabel("layer, by the teacher's numbers")
         legend_above(figure, axes)
@@ -408,21 +405,17 @@ def depth_use_figure(use: DepthUse) -> Figure:
 
 
 def _draw(ax: Axes, use: DepthUse, task: TaskUse) -> None:
-    told = {role: own for role, own in task.roles.items() if own.left}
-    for role, own in told.items():
+    for role, own in task.roles.items():
+        if not own.left:
+            continue
         colour, marker = ROLE_STYLE.get(role, OTHER)
-        layers = use.kept[role]
-        ax.plot(layers, [left.value for left in own.left], color=colour, marker=marker, ms=4, lw=1.3, label=clean(role))
-        ax.fill_between(
-            layers, [left.low for left in own.left], [left.high for left in own.left], color=colour, alpha=0.15, lw=0
-        )
+        layers, (low, value, high) = use.kept[role], zip(*((e.low, e.value, e.high) for e in own.left), strict=True)
+        ax.plot(layers, value, color=colour, marker=marker, ms=4, lw=1.3, label=clean(role))
+        ax.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
         if own.centroid is not None:
             place = own.centroid.value * (use.num_layers - 1)
             ax.plot([place], [1.04], marker, color=colour, ms=7, transform=ax.get_xaxis_transform(), clip_on=False)
-    if told:
-        ax.axhline(1.0 if task.higher_is_better else 0.0, color=FAINT, lw=1)
-    else:
-        ax.text(0.5, 0.5, next(iter(task.roles.values())).reason, transform=ax.transAxes, ha="center", color=INK)
+    ax.axhline(1.0 if task.higher_is_better else 0.0, color=FAINT, lw=1)
     quantity = "share left" if task.higher_is_better else f"{task.metric} added"
     words = task_words(task.task, ability=task.ability, protocol=task.protocol, metric=task.metric)
     ax.set_title(f"{heading(', '.join(words))}: {quantity.replace('_', ' ')} (n = {task.n})", pad=12)

@@ -24,7 +24,7 @@ from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.compress.edits.sublayers import probing
 from shoal.data.sources import load_labelled, sources_fingerprint
 from shoal.errors import UserError
-from shoal.figures.style import FAINT, INK, SERIES_COLOURS, WIDTH_INCHES, clean, figure_style, panels
+from shoal.figures.style import FAINT, INK, SERIES_COLOURS, clean, figure_style, panels
 from shoal.launch.verbs.run import Run
 from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
@@ -35,7 +35,6 @@ from .diagnostics.runs import Prompt, batch_of_prompts, require_one_path, run_bo
 from .results import identity, made, model_of, told
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
@@ -338,36 +337,16 @@ def probes_figure(probes: Probes) -> Figure:
     figure, axes = panels([2.4] * len(probes.sets))
     with figure_style():
         for ax, concept in zip(axes, probes.sets, strict=True):
-            _draw_concept(ax, concept)
+            num_layers, colour = len(concept.accuracy) - 1, SERIES_COLOURS[0]
+            depths = range(num_layers + 1)
+            ax.fill_between(depths, concept.accuracy_low, concept.accuracy_high, color=colour, alpha=0.25, lw=0)
+            ax.plot(depths, concept.accuracy, color=colour, marker="o", markersize=3)
+            ax.axhline(concept.majority, color=FAINT, linewidth=1, linestyle="--")
+            ax.text(num_layers, concept.majority, "majority", ha="right", va="bottom", fontsize=8, color=INK)
+            if concept.enough.depth is not None:
+                layer = round(concept.enough.depth * num_layers)
+                mark(ax, layer, f"95 % of the best: {concept.enough.depth:.2f}", num_layers)
+            ax.set_title(f"{clean(concept.path)[-60:]}: accuracy, n {concept.num_test}")
+            layer_axis(ax, num_layers + 1)
+            ax.set_xlabel("layers behind the state")
     return figure
-
-
-def _draw_concept(ax: Axes, concept: ConceptDepth) -> None:
-    num_layers = len(concept.accuracy) - 1
-    depths = list(range(num_layers + 1))
-    ax.fill_between(depths, concept.accuracy_low, concept.accuracy_high, color=SERIES_COLOURS[0], alpha=0.25, lw=0)
-    ax.plot(depths, concept.accuracy, color=SERIES_COLOURS[0], marker="o", markersize=3)
-    ax.axhline(concept.majority, color=FAINT, linewidth=1, linestyle="--")
-    ax.annotate(
-        "majority",
-        (num_layers, concept.majority),
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        color=INK,
-        annotation_clip=False,
-    )
-    if concept.enough.depth is not None:
-        layer = round(concept.enough.depth * num_layers)
-        mark(ax, layer, f"95 % of the best: {concept.enough.depth:.2f}", num_layers)
-    ax.set_ylim(min(0.45, *concept.accuracy_low, concept.majority), 1.04)
-    ax.set_title(_short(f"{concept.path}: accuracy, n {concept.num_test}"))
-    layer_axis(ax, num_layers + 1)
-    ax.set_xlabel("layers behind the state")
-
-
-def _short(text: str) -> str:
-    """Its end, where it is long: paths differ there."""
-    limit = int(WIDTH_INCHES * 10)
-    text = " ".join(clean(text).split())
-    return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :]

@@ -105,14 +105,6 @@ class Diagnostics(Artifact):
         for rule, depth in self.effective_depth.items():
             place = f"layer {depth.layer} ({depth.ratio:.0%})" if depth.ratio is not None else f"none: {depth.reason}"
             lines.append(f"  effective depth by {rule}: {place}")
-        for subject, values in (("erased the most", self.cosines["layer"]), ("wrote the least", self.sizes["layer"])):
-            least = min(range(self.num_layers), key=values.__getitem__)
-            lines.append(f"  layer {least} {subject} ({values[least]:.3g})")
-        if self.skip_output:
-            most = max(range(self.num_layers), key=self.skip_output.__getitem__)
-            lines.append(
-                f"  skipping layer {most} at earlier tokens changed the output most ({self.skip_output[most]:.3g})"
-            )
         for subject, reason in (
             ("attention and MLP", self.halves_refusal),
             ("the lens", self.lens_refusal),

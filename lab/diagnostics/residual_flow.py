@@ -28,9 +28,6 @@ from .runs import TokenBatch, probe_batch, run_body
 
 MIN_NORM = 1e-6
 """Norms below count as this much where something is divided by them."""
-PIECE_ELEMENTS = {"cpu": 1 << 18}
-"""State elements converted to float32 at one time, by device type."""
-DEFAULT_PIECE_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -204,14 +201,7 @@ def _layer_terms(
 
 def _update(reads_TD: Tensor, before_TD: Tensor, after_TD: Tensor) -> Tensor:
     """(2, T) cosine and relative size of what was written, against what its writer has read, in float32."""
-    terms_2T = torch.empty(2, len(reads_TD), device=reads_TD.device, dtype=torch.float32)
-    tokens, width = reads_TD.shape
-    step = max(1, PIECE_ELEMENTS.get(reads_TD.device.type, DEFAULT_PIECE_ELEMENTS) // width)
-    for start in range(0, tokens, step):
-        piece = slice(start, start + step)
-        reads, written = reads_TD[piece].float(), after_TD[piece].float() - before_TD[piece].float()
-        read_norm, written_norm = (state.norm(dim=-1) for state in (reads, written))
-        scale = read_norm.clamp_min(MIN_NORM) * written_norm.clamp_min(MIN_NORM)
-        terms_2T[0, piece] = torch.linalg.vecdot(reads, written) / scale
-        terms_2T[1, piece] = written_norm / read_norm.clamp_min(MIN_NORM)
-    return terms_2T
+    reads, written = reads_TD.float(), after_TD.float() - before_TD.float()
+    read_norm, written_norm = (state.norm(dim=-1) for state in (reads, written))
+    scale = read_norm.clamp_min(MIN_NORM) * written_norm.clamp_min(MIN_NORM)
+    return torch.stack([torch.linalg.vecdot(reads, written) / scale, written_norm / read_norm.clamp_min(MIN_NORM)])
