@@ -45,20 +45,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class Goals:
-    """All targets of a recipe, for one model, after what its edits remove."""
+    """All targets of a recipe, for one model."""
 
     goals: tuple[Goal, ...]
-    removed: tuple[int, ...] = ()
-    """Layers that edits remove."""
 
     def reached(self, drop: Iterable[int]) -> bool:
-        """Whether a student without these layers, and without those that edits remove, is within all limits."""
-        gone = {*drop, *self.removed}
+        """Whether a student without these layers is within all limits."""
+        gone = tuple(drop)
         return all(goal.amount(gone) <= goal.limit for goal in self.goals)
 
     def in_words(self, drop: Iterable[int]) -> str:
         """What is reached, beside what was asked."""
-        gone = {*drop, *self.removed}
+        gone = tuple(drop)
         return ", ".join(goal.in_words(gone) for goal in self.goals)
 
     def first_reaching(self, cuts: Sequence[Sequence[int]], what: str) -> int:
@@ -77,13 +75,13 @@ class Goals:
         )
 
 
-def goals_of(target: PlanTarget, sizes: LayerSizes, *, removed: Sequence[int] = ()) -> Goals:
+def goals_of(target: PlanTarget, sizes: LayerSizes) -> Goals:
     """The targets for a model of these sizes.
 
     Raises:
         UserError: targets that the model reaches as it is, or a cache that cannot be told.
     """
-    goals = Goals(tuple(_goals(target, sizes)), tuple(removed))
+    goals = Goals(tuple(_goals(target, sizes)))
     if goals.reached(()):
         raise UserError(
             f"prune.target: nothing has to go, because all of it holds already: {goals.in_words(())}; ask for more, or "

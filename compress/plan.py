@@ -53,7 +53,32 @@ def choose_changes(
     Raises:
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
-    return Choice(*_choose(prune, num_layers, importance, goals))
+    if prune.drop is not None:
+        return Choice(*_explicit(prune, prune.drop, num_layers))
+    wanted = goals or _count(prune, num_layers)
+    if importance is None:
+        raise UserError(
+            "prune: choosing layers needs importance.json; run `shoal measure` first, or name layers in prune.drop"
+        )
+    if importance.num_layers != num_layers:
+        raise UserError(
+            f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
+            "run `shoal measure` again for this model"
+        )
+    protected, spared = _guarded(prune, importance)
+    if prune.contiguous:
+        drop, reason = _best_run(prune, wanted, protected, spared, importance)
+    elif prune.metric in importance.orders and prune.metric not in importance.layers:
+        drop, reason = first_of_order(prune.metric, wanted, protected, spared, importance)
+    else:
+        drop, reason = _lowest(prune, wanted, protected, spared, importance)
+    if goals is not None:
+        reason += f", for {goals.in_words(drop)}"
+    if protected:
+        reason += f"; {_named(sorted(protected))} protected"
+    if spared:
+        reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
+    return Choice(drop, reason)
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
@@ -82,7 +107,7 @@ def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -
         _explicit(prune, prune.drop, num_layers)
     elif goals is not None:
         _fewest(free_layers(prune, num_layers), num_layers, goals)
-    elif is_automatic(prune):
+    else:
         protected = _protected(prune.protect, num_layers)
         count, free = _count(prune, num_layers), num_layers - len(protected)
         longest, problem = _longest_run(protected, num_layers), None
@@ -102,43 +127,6 @@ def free_layers(prune: Prune, num_layers: int) -> list[int]:
     """
     taken = _protected(prune.protect, num_layers)
     return [layer for layer in range(num_layers) if layer not in taken]
-
-
-def is_automatic(prune: Prune) -> bool:
-    """Whether layers are to be chosen by scores, so that importance.json is needed."""
-    return prune.drop is None
-
-
-def _choose(
-    prune: Prune, num_layers: int, importance: Importance | None, goals: Goals | None
-) -> tuple[tuple[int, ...], str]:
-    """Layers that go, and the reason."""
-    if prune.drop is not None:
-        return _explicit(prune, prune.drop, num_layers)
-    wanted = goals or _count(prune, num_layers)
-    if importance is None:
-        raise UserError(
-            "prune: choosing layers needs importance.json; run `shoal measure` first, or name layers in prune.drop"
-        )
-    if importance.num_layers != num_layers:
-        raise UserError(
-            f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
-            "run `shoal measure` again for this model"
-        )
-    protected, spared = _guarded(prune, importance)
-    if prune.contiguous:
-        drop, reason = _best_run(prune, wanted, protected, spared, importance)
-    elif prune.metric in importance.orders and prune.metric not in importance.layers:
-        drop, reason = first_of_order(prune.metric, wanted, protected, spared, importance)
-    else:
-        drop, reason = _lowest(prune, wanted, protected, spared, importance)
-    if goals is not None:
-        reason += f", for {goals.in_words(drop)}"
-    if protected:
-        reason += f"; {_named(sorted(protected))} protected"
-    if spared:
-        reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
-    return drop, reason
 
 
 def _guarded(prune: Prune, importance: Importance) -> tuple[set[int], tuple[SweepColumn, ...]]:

@@ -37,13 +37,11 @@ def plan_of(run: Run) -> Identity[PruningPlan]:
 def plan_inputs(run: Run) -> dict[str, Any]:
     """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
     of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
-    from shoal.compress.plan import is_automatic
-
     if (made := _made_in_the_lab(run)) is not None:
         return {**made, "model": run.teacher_fingerprint}
     prune = run.recipe.prune
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
-    if is_automatic(prune):
+    if prune.drop is None:
         inputs["importance"] = importance_of(run).provenance.fingerprint
     if prune.compensate is not None:
         inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
@@ -82,29 +80,25 @@ def read_goals(run: Run) -> Goals | None:
 
 def is_settled(run: Run) -> bool:
     """Whether all is there that layers are chosen by."""
-    from shoal.compress.plan import is_automatic
-
-    return not is_automatic(run.recipe.prune) or importance_of(run).is_there()
+    return run.recipe.prune.drop is not None or importance_of(run).is_there()
 
 
 def read_importance(run: Run) -> Importance | None:
     """importance.json, where layers are chosen by it and it is there."""
-    from shoal.compress.plan import is_automatic
-
     path = run.dir / Importance.FILE
-    if not is_automatic(run.recipe.prune) or not path.is_file():
+    if run.recipe.prune.drop is not None or not path.is_file():
         return None
     importance = importance_of(run).require()
-    refuse_other_depth(run, path, importance.num_layers, run.num_layers)
+    refuse_other_depth(run, path, importance.num_layers)
     return importance
 
 
-def refuse_other_depth(run: Run, path: Path, num_layers: int, expected: int) -> None:
-    """Refuse a result of a model with another number of layers than ``expected``."""
-    if num_layers != expected:
-        model = run.recipe.model if expected == run.num_layers else run.teacher
+def refuse_other_depth(run: Run, path: Path, num_layers: int) -> None:
+    """Refuse a result of a model with another number of layers than the one to cut."""
+    if num_layers != run.num_layers:
         raise UserError(
-            f"{path}: num_layers: is {num_layers}, and {model} has {expected} layers; delete it and run its stage again"
+            f"{path}: num_layers: is {num_layers}, and {run.recipe.model} has {run.num_layers} layers; delete it and "
+            "run its stage again"
         )
 
 
@@ -114,10 +108,10 @@ def refuse_unmeasured(run: Run) -> None:
     Where importance.json is there and belongs to this run, it tells.
     """
     from shoal.compress.metrics.loss_metrics import LOSS_METRICS, BlockPruner
-    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
+    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC
 
     prune, measure = run.recipe.prune, run.recipe.measure
-    if not is_automatic(prune) or importance_of(run).is_there():
+    if prune.drop is not None or importance_of(run).is_there():
         return
     if measure.sweep is None:
         for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):

@@ -16,12 +16,12 @@ def refuse_impossible_plan(run: Run) -> None:
     Raises:
         UserError: a choice of layers that cannot be made, changes that the model does not allow, unreadable data.
     """
-    from shoal.compress.plan import check_choice, is_automatic
+    from shoal.compress.plan import check_choice
 
     check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     refuse_unmeasured(run)
     refuse_impossible_changes(run, PruningPlan(Provenance({}), run.num_layers, (), "not chosen yet"))
-    if not is_automatic(run.recipe.prune):
+    if run.recipe.prune.drop is not None:
         plan = choose_plan(run, None, {})
         refuse_impossible_changes(run, plan)
         refuse_unfit_student(run, plan)

@@ -41,9 +41,7 @@ log = logging.getLogger(__name__)
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import is_automatic
-
-    if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
+    if run.recipe.prune.drop is None and not (run.dir / Importance.FILE).is_file():
         refuse_impossible_plan(run)
         log.info("prune: needs %s, measuring first", Importance.FILE)
         measure(run)
@@ -169,7 +167,7 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     """
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     plan = PruningPlan.read(path)
-    refuse_other_depth(run, path, plan.num_layers, run.num_layers)
+    refuse_other_depth(run, path, plan.num_layers)
     is_there = plan.student and (student / "config.json").is_file()
     if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(

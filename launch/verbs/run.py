@@ -111,11 +111,9 @@ class Run:
     @property
     def prune(self) -> Prune:
         """What is cut: an automatic choice never takes a layer that reads the image, of which text says nothing."""
-        from shoal.compress.plan import is_automatic
-
         prune, config = self.recipe.prune, self.config()
         fed = image_layers(config) if reads_images(config) else ()
-        return replace(prune, protect=(*prune.protect, *fed)) if fed and is_automatic(prune) else prune
+        return replace(prune, protect=(*prune.protect, *fed)) if fed and prune.drop is None else prune
 
     @property
     def num_layers(self) -> int:
