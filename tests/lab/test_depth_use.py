@@ -101,36 +101,6 @@ def test_a_planted_move_is_found_with_its_sign_and_interval(tmp_path: Path) -> N
 
 
 @pytest.mark.prove
-def test_layers_are_aligned_by_the_teachers_numbers(tmp_path: Path) -> None:
-    lost = (60, 0, 30, 0, 4, 16)
-    kept = (0, 2, 4, 5)
-    cut = swept(tmp_path, "pruned", [lost[layer] for layer in kept], kept=kept)
-    found = compared(swept(tmp_path, "teacher", lost), cut)
-    (own,) = found.tasks
-    (moved,) = own.moved
-    assert moved.layers == kept
-    assert all(change.value == pytest.approx(0) for change in moved.left)
-    centroids = [role.centroid.value for role in own.roles.values() if role.centroid]
-    assert centroids[0] == pytest.approx(centroids[1]), "layers that cost nothing are gone, and nothing has moved"
-    assert found.kept == {"teacher": tuple(range(6)), "pruned": kept}
-
-
-@pytest.mark.prove
-def test_a_model_at_chance_has_no_share_and_nothing_to_compare(tmp_path: Path) -> None:
-    dead = written(
-        tmp_path, "pruned", [task(right(0.25))], [[task(right(0.25, count))] for count in (0, 1, 2, 3, 4, 5)], ()
-    )
-    found = compared(swept(tmp_path, "teacher", (60, 0, 30, 0, 4, 16)), dead)
-    (own,) = found.tasks
-    assert own.roles["pruned"].left == ()
-    assert "not clear of chance" in own.roles["pruned"].reason
-    assert own.moved == ()
-    assert "pruned: the intact model is not clear of chance" in found.in_words()
-    save_figure(depth_use_figure(found), tmp_path / "use.svg")
-    assert "pruned" not in (tmp_path / "use.svg").read_text()
-
-
-@pytest.mark.prove
 def test_it_is_written_and_read_and_drawn(tmp_path: Path) -> None:
     found = compared(
         swept(tmp_path, "teacher", (60, 0, 30, 0, 4, 16)),

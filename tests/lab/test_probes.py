@@ -13,10 +13,9 @@ import torch
 from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
 from shoal.lab import probes
-from shoal.lab.probes import DepthPoint, Probes, ProbeSet, depth_points, probe_depth
+from shoal.lab.probes import DepthPoint, ProbeSet, depth_points, probe_depth
 from shoal.models.anatomy import decoder_layers
 
 WORDS = ("red", "blue", "green", "seven", "hill", "river", "stone", "lamp")
@@ -140,17 +139,6 @@ def _auc(truth: Any, chances: Any, num_classes: int) -> float:
     return float(np.mean(values))
 
 
-@pytest.mark.prove
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_nothing_depends_on_the_batch_size(kind: str, tmp_path: Path) -> None:
-    probe_set, tokenizer = balanced(tmp_path / "set.jsonl"), tiny_tokenizer()
-    model = tiny_model(kind)
-    prompts = [probes._prompt(tokenizer, text, probe_set)[0] for text in texts(12)]
-    alone = np.stack([probes._last_states(model, [prompt], 1, "x")[0] for prompt in prompts])
-    assert np.allclose(probes._last_states(model, prompts, 5, "x"), alone, atol=1e-5)
-    assert alone.shape == (12, NUM_LAYERS + 1, 32)
-
-
 def test_the_split_is_seeded_and_stratified(tmp_path: Path) -> None:
     labels = np.array([0] * 70 + [1] * 20 + [2] * 10)
     one, same, other = (probes._stratified(labels, ProbeSet("x"), seed) for seed in (0, 0, 1))
@@ -158,19 +146,6 @@ def test_the_split_is_seeded_and_stratified(tmp_path: Path) -> None:
     assert one.test.tolist() != other.test.tolist()
     assert np.bincount(labels[one.test]).tolist() == [21, 6, 3]
     assert sorted([*one.train, *one.test]) == list(range(100))
-
-
-@pytest.mark.prove
-def test_same_seed_gives_the_same_probes(tmp_path: Path) -> None:
-    probe_set, tokenizer, model = balanced(tmp_path / "set.jsonl"), tiny_tokenizer(), tiny_model("llama")
-    one, same = (probe_depth(model, tokenizer, probe_set, batch_size=8) for _ in range(2))
-    assert one == same
-    Probes(Provenance({}), NUM_LAYERS, (one,)).write(tmp_path / Probes.FILE)
-    assert Probes.read(tmp_path / "probes.json").sets == (one,)
-    assert one.in_words().startswith(f"{probe_set.path}: best accuracy ")
-    for low, accuracy, high in zip(one.accuracy_low, one.accuracy, one.accuracy_high, strict=True):
-        assert low <= accuracy <= high
-        assert 0.1 < high - low < 0.6  # 18 items
 
 
 def test_points_follow_from_the_accuracies() -> None:

@@ -15,7 +15,6 @@ import torch
 from shoal import machine, numerics
 from shoal.launch.verbs import run as runs
 from shoal.launch.verbs.run import Run, open_run
-from shoal.models.attention import Chosen
 from shoal.numerics import Choice, fast_dtype
 from shoal.recipe.recipe import parse_recipe
 
@@ -115,35 +114,6 @@ def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(
     assert (f"attention: {chosen[0]} ({chosen[1]})" in caplog.text) == (not said)
 
 
-@pytest.mark.usefixtures("fast_half")
-def test_flash_is_asked_for_in_the_precision_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    chosen = Chosen("flash", "it is there")
-    monkeypatch.setattr(runs, "choose_attention", lambda wanted, *given: seen.append((wanted, given[-1])) or chosen)
-    teacher = {"teacher": {"dtype": "stored"}}
-    assert open_run(recipe(tmp_path, distill=teacher)).recipe.attention == "flash"
-    file = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
-    open_run(recipe(tmp_path, attention="flash", dtype="float16", distill={"deepspeed": file}))
-    assert seen == [
-        (
-            "auto",
-            {"dtype": "bfloat16", "distill.precision": "bfloat16", "distill.teacher.dtype": "float32"},
-        ),
-        (
-            "flash",
-            {"dtype": "float16", "distill.precision": "bfloat16", "distill.teacher.dtype": "float16"},
-        ),
-    ]
-
-
-@pytest.mark.usefixtures("fast_half")
-def test_what_the_recipe_names_is_kept(tmp_path: Path) -> None:
-    run = open_run(recipe(tmp_path, dtype="stored", distill={"precision": "float32"}))
-    assert (run.recipe.dtype, run.recipe.distill.precision) == ("stored", "float32")
-    assert run.numerics is not None
-    assert run.numerics.reason == "the recipe names it"
-
-
 def made(tmp_path: Path, name: str, inputs: dict[str, Any], *, bare: bool = False) -> None:
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -167,17 +137,6 @@ def test_a_training_goes_on_in_what_its_checkpoint_was_made_in(tmp_path: Path) -
     made(tmp_path, "checkpoints/checkpoint-3/manifest.json", inputs, bare=True)
     run = open_run(recipe(tmp_path))
     assert (run.recipe.dtype, run.recipe.distill.precision) == ("float32", "float32")
-
-
-@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
-def test_half_precision_that_is_slow_here_is_warned_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, warned: bool
-) -> None:
-    run = open_run(recipe(tmp_path, dtype=dtype, distill={"precision": dtype}))
-    assert run.recipe.dtype == dtype
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == warned
-    assert all("does not multiply fast in bfloat16; leave dtype and distill" in line for line in warnings)
 
 
 # --- sizes that follow the machine's speed -------------------------------------------------------------------------

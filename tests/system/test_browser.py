@@ -23,7 +23,6 @@ PLANTED = (
     "\"'></style></title></textarea><script>window.planted = 1</script><img src=x onerror='window.planted = 2'>"
     "<svg onload='window.planted = 3'><a href='javascript:window.planted = 4'>{{ 7 * 7 }}`"
 )
-DISTANT = "https://example.org/"
 TEXT_AND_GROUND = """
 const rgba = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
 const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -93,24 +92,6 @@ def test_nothing_planted_runs_and_nothing_is_asked_for(browser: Browser, page: P
     assert "49" not in browser.run("return document.title")
     assert browser.console() == []
     assert [url for url in browser.requests() if not url.startswith("data:image/png")] == [page.as_uri()]
-
-
-def test_the_policy_holds_even_where_escaping_would_fail(browser: Browser, page: Path) -> None:
-    browser.open(page)
-    browser.run(
-        "const script = document.createElement('script');"
-        "try { script.text = 'window.planted = 1' } catch { window.refused = 1 }"
-        "document.body.append(script);"
-        f"for (const [tag, name] of [['img', 'src'], ['iframe', 'src'], ['link', 'href']]) {{"
-        f"  const node = document.createElement(tag); node[name] = '{DISTANT}' + tag; node.rel = 'stylesheet';"
-        "  document.body.append(node); }"
-        f"window.answer = fetch('{DISTANT}fetch').then(() => 'sent', () => 'refused');"
-    )
-    assert browser.run("return window.answer") == "refused"
-    assert browser.run("return window.planted ?? null") is None
-    assert not [url for url in browser.requests(refused=False) if url.startswith(DISTANT)]
-    refused = " ".join(browser.console())
-    assert refused.count("Content Security Policy") >= 4
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

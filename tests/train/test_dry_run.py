@@ -32,19 +32,6 @@ def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_tells_the_steps_and_tokens_that_are_trained(tmp_path: Path) -> None:
-    def told(**trainer: int) -> report.Estimate:
-        settings = Distill(sequence_length=LENGTH, num_tokens=2000, watch=None, trainer=trainer)
-        return report.estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run", try_it=False)
-
-    whole, short, long = told(), told(max_steps=2), told(num_train_epochs=2)
-    for own, steps in ((whole, 8), (short, 2), (long, 16)):
-        assert f" = 256 tokens; {steps} steps\n" in own.text
-        assert f" for {steps * 256:,} tokens (" in own.text
-        assert "100.0% (2,048 tokens)" in own.text
-
-
-@pytest.mark.slow
 def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Distill(
         sequence_length=LENGTH,

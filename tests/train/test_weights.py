@@ -83,27 +83,6 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
     assert 0.02 < moved.float().mean() < 0.9
 
 
-@pytest.mark.slow
-def test_frozen_weights_are_the_teachers_where_both_are_in_bfloat16(teacher: Path, cut: Path, tmp_path: Path) -> None:
-    trial = trained(
-        tmp_path,
-        teacher,
-        cut,
-        "dtype=bfloat16",
-        weights="bfloat16",
-        deepspeed="deepspeed/zero1.json",
-        trainable="from_first_cut",
-    )
-    assert "of frozen weights" in trial.log
-    frozen = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(trial.weights()[frozen], trial.weights("student")[frozen])
-
-
-def test_gradients_of_micro_batches_add_up_in_float32() -> None:
-    own = {"zero_optimization": {"stage": 2}}
-    assert deepspeed_config(Distill(weights="bfloat16", deepspeed=own))["data_types"] == {"grad_accum_dtype": "fp32"}
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -18,7 +18,7 @@ from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, score
 from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.sweeps.agreement import agreement, column_stability, spearman
 from shoal.compress.sweeps.atlas import build_atlas, cornerstones, layer_losses
-from shoal.compress.sweeps.table import Measured, needed_items, require_items
+from shoal.compress.sweeps.table import Measured, require_items
 from shoal.errors import UserError
 from shoal.stats import paired
 from shoal.stats.bootstrap import expanded_percentiles, resampled_means
@@ -109,13 +109,6 @@ def test_retention_is_the_share_of_the_score_above_chance() -> None:
             assert effect.retention.low <= expected <= effect.retention.high
 
 
-def test_planted_layers_are_critical_in_their_own_columns_only() -> None:
-    found = {column.task: column.critical for column in atlas().columns}
-    assert found["retrieval_continuation"] == (0, 2)
-    assert found["retrieval_generation"] == (0, 2, 4)
-    assert found["knowledge_continuation"] == (0, 5)
-
-
 def test_a_layer_is_critical_only_after_holms_correction() -> None:
     variants = [[task(right(0.8, lost))] for lost in (6, 0, 0, 40)]
     (column,) = build_atlas([task(right(0.8))], variants).columns
@@ -184,15 +177,6 @@ def test_a_task_without_signal_has_no_retention_and_says_why() -> None:
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_units", "need"), [(1, 8), (30, 11), (1024, 16)])
-def test_needed_items_are_the_fewest_that_could_show_anything(num_units: int, need: int) -> None:
-    assert needed_items(num_units) == need
-    worst = paired.holm([paired.mcnemar(0, need), *[1.0] * (num_units - 1)])[0]
-    assert worst < 0.05
-    if need > 8:
-        assert paired.holm([paired.mcnemar(0, need - 1), *[1.0] * (num_units - 1)])[0] > 0.05
-
-
 def test_too_few_items_are_refused_before_and_after_the_sweep() -> None:
     message = r"task 'retrieval_continuation': has 6 items, .* fewer than 10; raise measure.sweep.limit"
     few = task(right(0.5, count=6))
@@ -241,16 +225,6 @@ def test_unlike_scores_are_refused(spoilt: Callable[[list[TaskScore]], list[Task
 
 
 # --- written text -------------------------------------------------------------------------------------------------
-
-
-def test_written_columns_tell_malformed_and_looping_texts() -> None:
-    texts = ["", "Rome", "Rome, " * 9, "Paris"] * 10
-    written = task(right(0.5, count=40), "retrieval_generation", texts=texts)
-    plain = task(right(0.5, count=40), "retrieval_generation")
-    (column,) = build_atlas([plain], [[written]]).columns
-    assert (column.malformed, column.repetition) == (0.0, 0.0)
-    assert (column.effects[0].malformed, column.effects[0].repetition) == (0.25, 0.25)
-    assert atlas().columns[0].effects[0].malformed is None
 
 
 # --- gaps, depth, agreement ---------------------------------------------------------------------------------------

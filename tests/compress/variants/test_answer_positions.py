@@ -29,9 +29,7 @@ from shoal.compress.variants.variants import INTACT, Edited, Variant, score_vari
 from shoal.errors import UserError
 from shoal.inference.answer_positions import answers_at
 from shoal.inference.decoder import Decoder
-from shoal.inference.generation import write_after
 from shoal.inference.prefix_sharing import Tokens
-from shoal.inference.scoring import score
 from shoal.models.anatomy import decoder_layers
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -148,20 +146,6 @@ def test_texts_are_those_of_whole_sequences_run_with_plain_hooks(
     for one, texts in zip(variants, found, strict=True):
         assert texts == [plain_text(model, one, prompt, 6) for prompt in prompts(shared)], one.name
     assert len({str(texts) for texts in found}) > len(variants) // 2
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_each_variant_alone_gives_the_same_bits_and_tokens(kind: str) -> None:
-    model = tiny_model(kind, initializer_range=0.3)
-    edited, decoder, variants = Edited(model), Decoder(model), variants_of(NUM_LAYERS)
-    scores = score_variants(edited, decoder, asked(), variants, batch_size=3)
-    limits = Limits(5, lambda tokens: tokens[-1] % 17 == 0)
-    texts = generate_variants(edited, decoder, prompts(12), variants, limits, batch_size=3)
-    for number, one in enumerate(variants):
-        with edited.applied(one.edits):
-            assert scores[number] == score(decoder, asked(), batch_size=3), one.name
-            alone = write_after(decoder, prompts(12), max_new_tokens=5, is_finished=limits.is_finished)
-        assert texts[number] == alone, one.name
 
 
 def test_both_parts_at_once_are_the_layer_left_out_bit_for_bit() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny import merging_tokenizer, set_json, tiny_checkpoint
 
-from shoal.artifacts.evaluation import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.speed import Speed
 from shoal.eval.compare.compare import RunComparison, compare_runs
 from shoal.eval.compare.page import comparison_text
@@ -56,10 +56,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return told.partition("shoal: error: ")[2]
 
 
-def score(evaluation: Evaluation, name: str) -> TaskScore:
-    return next(task for task in evaluation.tasks if task.task == name)
-
-
 def rows(comparison: RunComparison) -> list[tuple[str, str, str | None]]:
     return [(model.contender.letter, model.role, model.rival) for model in comparison.models]
 
@@ -96,17 +92,6 @@ def test_a_model_of_another_tokenizer_is_compared_on_what_counts_no_tokens(run_d
     assert [task.task for task in comparison.tasks] == ["knowledge_continuation"]
     assert any("perplexity is left out: it counts tokens" in reason for reason in comparison.left_out)
     assert comparison.models[2].cells[0].difference is not None
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_stands_first_is_what_runs_are_compared_with(run_dir: Path, tmp_path: Path) -> None:
-    other = tiny_checkpoint(tmp_path, "llama", seed=5, num_hidden_layers=3)
-    scores = compared(other, run_dir, out=tmp_path / "out")
-    comparison = compare_runs([scores, run_dir])
-    assert rows(comparison) == [("B", "teacher", None), ("A", "model", None), ("B", "pruned", "model")]
-    assert "B pruned against A model" in comparison_text(comparison)
-    (pruned,) = [model for model in comparison.models if model.role == "pruned"]
-    assert all(cell.difference for cell in pruned.cells)
 
 
 def test_what_names_a_model_is_told_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,20 +141,6 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopped == [text.split(stop)[0] for text in free]
 
 
-@pytest.mark.slow
-def test_penalties_of_the_model_are_left_to_transformers() -> None:
-    model, hf = tiny_model("llama"), reference("llama")
-    for settings in (model.generation_config, hf.model.generation_config):
-        assert settings is not None
-        settings.repetition_penalty = 1.5
-    requests = instances(
-        "generate_until", [("abcabcabc", {"until": [], "max_gen_toks": 16}), ("x", {"until": [], "max_gen_toks": 16})]
-    )
-    lm = CausalLM(model, tiny_tokenizer(), 2)
-    assert not lm._is_plain({"do_sample": False, "temperature": 0.0})
-    assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
-
-
 def test_long_contexts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     pairs = [("c" * length, option) for length in (10, 60, 80) for option in (" yes", " maybe")]
     lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 4)
@@ -202,20 +188,3 @@ def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
         model.get_parameter("model.norm.weight")[0] = float("nan")
     with pytest.raises(UserError, match=r"logits that are not finite in torch\.float32; set dtype"):
         Decoder(model)
-
-
-@pytest.mark.slow
-def test_a_text_that_waited_for_others_ended_where_its_stop_string_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' generate writes every row on until the last one has met a stop string."""
-    asked = [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in ("Once upon a time", "x", "1 2 3 4")]
-    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
-    texts = lm.generate_until(instances("generate_until", asked))
-    stop = next(text for text in texts[0] if text not in texts[1])
-    asked = [(prompt, {"until": [stop], "max_gen_toks": 30}) for prompt, _ in asked]
-    expected = lm.generate_until(instances("generate_until", asked))
-    endings = {prompt: ending for (prompt, _), ending in lm.endings.items()}
-    other = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
-    monkeypatch.setattr(other, "_writes_itself", lambda how: False)
-    assert other.generate_until(instances("generate_until", asked)) == expected
-    assert len({ending.num_tokens for ending in endings.values()}) > 1
-    assert {prompt: ending for (prompt, _), ending in other.endings.items()} == endings

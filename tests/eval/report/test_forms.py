@@ -89,23 +89,3 @@ def test_a_twin_above_the_teacher_is_a_caution_that_asks_the_control(
     text = told(folder)
     assert "**More than was lost.** The distilled model beats its teacher in forms that its training text" in text
     assert said in text.replace("\\", "")
-
-
-def test_a_twin_of_other_items_has_no_form_gap_and_that_is_told(tmp_path: Path) -> None:
-    folder = write_formed(tmp_path, roles=("teacher", "pruned"))
-    for role in ("teacher", "pruned"):
-        made = formed(role)
-        tasks = tuple(
-            replace(task, items=tuple(replace(item, id=f"x{item.id}") for item in task.items))
-            if task.task == "retrieval_twin_generation"
-            else task
-            for task in made.tasks
-        )
-        replace(made, tasks=tasks).write(folder / "eval" / f"{role}.json")
-    rows = {row.any_score.task: row for row in compare(read_run(folder)).rows}
-    assert rows["retrieval_twin_generation"].form is None
-    assert rows["knowledge_twin_continuation"].form is not None
-    text = told(folder)
-    assert "**No form gap.** A twin of other items is compared by its score alone" in text
-    assert "fewer than half of 100 items have the same id" in text
-    assert "Settings differ" not in text

@@ -76,23 +76,6 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
         assert text.count("▼ worse") == worse
 
 
-def test_a_teacher_with_few_items_is_not_said_to_be_at_chance(tmp_path: Path) -> None:
-    """Two right of four against a chance of 25 % is anything between 15 % and 85 %; 25 of 100 is a guesser."""
-
-    def task(name: str, right: int, n: int) -> TaskScore:
-        items = tuple(ItemScore(str(i), float(i < right), "a", "a") for i in range(n))
-        made = replace(choice("teacher", name, "knowledge", "continuation"), items=items, n=n, score=right / n)
-        return with_interval(made)
-
-    evaluation("teacher", (task("few", 2, 4), task("many", 25, 100))).write(tmp_path / "eval/teacher.json")
-    text = told(tmp_path)
-    at_chance, unknown = text.split("**At chance from the start.**")[1].split("**Not shown to be above chance.**")
-    assert "many (option text)" in at_chance
-    assert "few (option text)" not in at_chance
-    assert "Neither is it on few (option text), but with so few items it may be well above it" in unknown
-    assert "left out of these sentences" not in text, "with the teacher alone there are none"
-
-
 @pytest.mark.slow
 def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(
     quickstart: tuple[Page, str, Path],

@@ -20,7 +20,6 @@ from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.launch.verbs import distill
 from shoal.launch.verbs import prune as pruning
-from shoal.launch.verbs.plan import plan_inputs
 from shoal.launch.verbs.run import Run, open_run
 from shoal.launch.workflows import preflight
 from shoal.models.load import load_model
@@ -72,11 +71,6 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     (run.dir / "plan.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="one of them was changed after the cut"):
         pruning.read_plan(run)
-
-
-def test_plans_without_width_have_the_identity_that_they_had(teacher: Path, tmp_path: Path) -> None:
-    inputs = plan_inputs(run_of(teacher, tmp_path, prune={"drop": [2]}))
-    assert not [key for key in inputs if "width" in key]
 
 
 def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: Path) -> None:

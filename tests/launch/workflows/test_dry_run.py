@@ -18,8 +18,6 @@ from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.launch.workflows import dry_run
 from shoal.launch.workflows.dry_run import run_dry_run
-from shoal.models.cost import model_cost
-from shoal.models.load import without_data
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.dry_run import Estimate, NotEstimated
 
@@ -98,25 +96,6 @@ def test_states_follow_what_is_there_and_what_it_was_made_from(make_run: Any, mo
     monkeypatch.setattr(dry_run, "what_is_trained", lambda _: [])
     monkeypatch.setattr(dry_run, "roles", lambda run: dict.fromkeys(("teacher", "pruned", "distilled"), run.teacher))
     assert states(run_dry_run(run)) == ["done", "done", "done", "to do", "to do"]
-
-
-def test_the_time_of_measuring_is_that_of_its_forwards(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "flops_per_second", lambda *_: 1e4)
-    monkeypatch.setattr(dry_run, "duration_text", "{:.6g} s".format)
-    run = make_run()
-    weights = model_cost(without_data(run.config())).active_parameters
-    forward_s = 2 * weights * 64 / (dry_run.READING_SHARE * 1e4)
-    for metrics, forwards in (
-        (["block_influence", "angular"], 1),
-        (["magnitude"], 0),
-        (["block_influence", "taylor"], 4),
-    ):
-        told = rows(
-            run_dry_run(make_run(measure={"metrics": metrics, "num_drop": 2}, prune={"num_drop": None, "drop": [2]}))
-        )
-        assert f"about {forwards * forward_s:.6g} s" in told["measure"], metrics
-    swept = {"tasks": ["knowledge_continuation"], "limit": 10, "perplexity_tokens": 0}
-    assert "no estimate no estimate" in rows(run_dry_run(make_run(measure={"sweep": swept})))["measure"]
 
 
 def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,20 +240,6 @@ def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
         assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def test_a_run_that_makes_nothing_leaves_nothing(make_run: Any) -> None:
-    run = make_run()
-    with pytest.raises(UserError, match="no"), locked(run):
-        raise UserError("no")
-    assert not run.dir.exists()
-    run.dir.mkdir()
-    with locked(run):
-        pass
-    assert not list(run.dir.iterdir()), "the folder is the user's"
-    with locked(run):
-        (run.dir / "plan.json").write_text("")
-    assert {file.name for file in run.dir.iterdir()} == {"plan.json", ".lock"}
-
-
 def trained_to(run: Run, step: int, **identity: Any) -> None:
     """A checkpoint of this run, as two ranks would leave it."""
     inputs = distill.training_inputs(run, pruning.read_plan(run))
@@ -337,27 +323,6 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
     monkeypatch.setattr("shoal.compress.apply.apply_plan", lambda *_, **__: pytest.fail("made again"))
     pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
     assert contents(run.dir / "student") == before
-
-
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        ({"drop": [0, 3], "compensate": "scale"}, "layer 0 is dropped"),
-        ({"drop": [], "compensate": "scale"}, "prune.drop is empty; name layers"),
-        ({"drop": [3], "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"num_drop": 1, "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"drop": [3], "compensate": {"sequence_length": 100_000}}, "prune.compensate.sequence_length: 100000 is more"),
-        ({"drop": [3], "compensate": {**COMPENSATE, "num_tokens": 64}}, "less than two rows"),
-        ({"drop": [3], "compensate": {**COMPENSATE, "num_tokens": 128}}, "needs at least"),
-    ],
-)
-def test_what_cannot_be_made_up_for_is_refused_and_nothing_is_left(
-    make_run: Any, tmp_path: Path, prune: Any, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        pruning.prune(make_run(prune=prune))
-    assert not (tmp_path / "run" / PruningPlan.FILE).exists()
-    assert not (tmp_path / "run/student").exists()
 
 
 @pytest.mark.slow

@@ -95,28 +95,6 @@ def test_flash_is_taken_where_it_is_possible_and_the_reason_names_the_kernels() 
     assert choose_attention("auto", Gemma2Config(), GPU, HALF).attention == "flash"
 
 
-@pytest.mark.usefixtures("gpu")
-def test_kernels_that_are_old_absent_or_broken_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusal() -> str:
-        with pytest.raises(UserError) as refused:
-            choose_attention("flash", LlamaConfig(), GPU, HALF)
-        return str(refused.value)
-
-    def broken(*_: Any) -> None:
-        raise ImportError("undefined symbol: _ZN3c105Error\nfurther lines")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "lazy_import_flash_attention", broken)
-        assert "cannot load its kernels flash_attention_2 (undefined symbol: _ZN3c105Error);" in refusal()
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "_is_installed", lambda name: False)
-        assert "has no kernels here: install flash-attn, or the package kernels" in refusal()
-        with pytest.raises(UserError, match="no kernels here"):
-            implementation("flash", LlamaConfig())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "needs a GPU of compute capability 8.0, and this one has 7.5" in refusal()
-
-
 @pytest.mark.parametrize("wanted", ["flash", "flex"])
 def test_a_cpu_has_neither_and_auto_is_what_the_family_has(wanted: str) -> None:
     with pytest.raises(
@@ -208,26 +186,6 @@ def test_scores_and_text_are_those_of_masked_attention(
         found_scores, found_texts = answers(kernels, batch_size)
         assert found_texts == texts
         assert [each[0] for each in found_scores] == pytest.approx([each[0] for each in scores], abs=2e-3)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_rows_that_go_on_from_a_cache_have_no_borders(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a sweep runs layers one by one over questions behind a beginning that is read once."""
-    flash_stand_in.install(monkeypatch)
-    model, mask = architectures.tiny_model(name), torch.ones(2, 16, dtype=torch.long)
-    mask[0, : 3 if padded else 0] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-    def rest(wanted: str) -> Tensor:
-        decoder = Decoder(switched(model, wanted))
-        cache, own = decoder.new_cache(), decoder_body(model)
-        decoder.hidden(IDS[:, :10], mask=mask[:, :10], position_ids_BS=positions[:, :10], cache=cache)
-        with documents_apart(own, positions[:, 10:]):
-            return decoder.hidden(IDS[:, 10:], mask=mask, position_ids_BS=positions[:, 10:], cache=cache)
-
-    expected = rest(without_kernels("flash", model.config))
-    torch.testing.assert_close(rest("flash"), expected, rtol=2e-4, atol=2e-4)
 
 
 RIGHT_ONLY_WITH_BORDERS = ("biogpt",)

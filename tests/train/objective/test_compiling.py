@@ -20,7 +20,6 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from transformers import PreTrainedModel
 
 from shoal.data.packing import IGNORED
-from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import (
     DKD,
@@ -34,13 +33,11 @@ from shoal.recipe.losses import (
     SkewedReverseKL,
     TotalVariation,
 )
-from shoal.recipe.recipe import parse_recipe
 from shoal.train.generated.sampling import own_forwards
 from shoal.train.objective import compiling
 from shoal.train.objective.chunked_loss import (
     Coarse,
     block_loss,
-    chunked_head_loss,
     rounded_block_loss,
 )
 from shoal.train.objective.compiling import Compiled
@@ -210,36 +207,3 @@ def test_the_compiled_loss_is_the_eager_one_up_to_rounding(
     compiled.uninstall()
     torch.testing.assert_close(values_again, values, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient_again, gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_one_graph_serves_chunks_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = torch.randn(VOCABULARY, 16, generator=torch.Generator().manual_seed(0))
-    compiled = Compiled([])
-    loss = compiled.function(rounded_block_loss)
-    for length in (20, 31, 44, 57):  # last chunks of 4, 15, 12 and 9 tokens
-        hidden = torch.randn(length, 16, generator=torch.Generator().manual_seed(length), requires_grad=True)
-        labels = torch.arange(length)
-        arguments: dict[str, Any] = {
-            "student_head": lambda states, weight: states @ weight.T,
-            "student_parameters": [head],
-            "terms": [CrossEntropy()],
-            "chunk": 16,
-        }
-        plain = chunked_head_loss(hidden, labels, None, **arguments)
-        compiled.install()
-        again = chunked_head_loss(hidden, labels, None, **arguments, compiled=loss)
-        compiled.uninstall()
-        assert torch.equal(plain.loss, again.loss)
-    assert dynamo_utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"trainer": {"gradient_checkpointing_kwargs": {"selective": True}}}, "leave out selective"),
-        ({"trainer": {"torch_compile": True}}, r"torch_compile: would compile .* use distill\.compile"),
-    ],
-)
-def test_what_compiled_layers_do_not_show_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parse_recipe({"model": "m", "distill": {"compile": True, **settings}})

@@ -1,8 +1,6 @@
 """Which parameters are trained, and which stay as they are."""
 
 import contextlib
-import copy
-import itertools
 from dataclasses import replace
 
 import architectures
@@ -83,26 +81,6 @@ def test_what_turns_an_image_into_tokens_stays_as_it_is(name: str, trainable: st
     assert (f"{parts.embeddings_name}.weight" in moving) == (trainable == "all")
     assert f"{parts.final_norm_name}.weight" in moving
     assert sum(name.startswith(parts.layers_name) for name in moving) == len([*parts.layers.parameters()])
-
-
-@pytest.mark.parametrize("trainable", ["from_first_cut", "near_gaps", "norm_and_head"])
-def test_what_an_earlier_round_may_have_changed_is_not_shared_in_a_later_one(trainable: str) -> None:
-    """Over every two cuts of six layers of which the second goes on from the first."""
-    num_shared = 0
-    for rounds in itertools.product((0, 1, 2), repeat=6):
-        first, last = (
-            plan(*(own for own, number in enumerate(rounds) if 0 < number <= most), num_layers=6) for most in (1, 2)
-        )
-        if not first.drop or not last.keep or (trainable == "from_first_cut" and last.first_change >= len(last.keep)):
-            continue
-        changed = set[int]()
-        if trainable != "from_first_cut" or first.first_change < len(first.keep):
-            changed |= {first.keep[own] for own in trained_parts(trainable, first).layers}
-        shared = shares_prefix(trained_parts(trainable, last), last)
-        assert changed.isdisjoint(last.keep[:shared]), rounds
-        assert last.keep[:shared] == tuple(range(shared)), rounds
-        num_shared += shared
-    assert num_shared > 0
 
 
 def test_what_a_plan_does_not_have_is_refused() -> None:
@@ -194,21 +172,3 @@ def test_a_recorded_state_is_gone_on_from_whatever_layers_return(family) -> None
     with torch.no_grad():
         assert torch.equal(final_hidden(model, ids, positions), expected)
     assert calls == [0, *range(count)]
-
-
-@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
-def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
-    from architectures import tiny_model as tiny_architecture
-
-    teacher = tiny_architecture(family)  # layers 4 and 5 read the keys and values of 2 and 3
-    student, cut = copy.deepcopy(teacher), plan(5, num_layers=7)
-    trained = parts_of(student, "from_first_cut", cut)
-    train_only(student, trained)
-    count = shares_prefix(trained, cut)
-    assert (trained.layers, count) == ((5,), 2)
-    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
-    prefix = SharedPrefix(student, teacher, first_change=count)
-    with torch.no_grad(), prefix.recording():
-        expected = final_hidden(teacher, ids, positions)
-    with torch.no_grad(), prefix.replaying(torch.float32):
-        assert torch.equal(final_hidden(student, ids, positions), expected)
