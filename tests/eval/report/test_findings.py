@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import results
+from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
+from shoal.eval.harness.tokenizer_check import require_same_tokenizer
 from shoal.eval.report.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
 from shoal.stats.paired import mcnemar
 
@@ -127,6 +129,41 @@ def test_a_protocol_gap_has_an_interval_that_holds_it() -> None:
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, change: Any = lambda tokenizer: None) -> Path:
+    tokenizer = tiny_tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def add_token(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["Rome"])
+
+
+def other_end(tokenizer: Any) -> None:
+    tokenizer.eos_token = "<pad>"
+
+
+def no_prefix(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_token, r"/p: the tokenizer of pruned has another vocabulary than that of teacher \(.*/t\).*Copy"),
+        (other_end, "has another eos_token than that of teacher"),
+        (no_prefix, "has another way of splitting text than that of teacher"),
+    ],
+)
+def test_a_tokenizer_that_differs_between_roles_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    folders = {"teacher": saved(tmp_path / "t"), "pruned": saved(tmp_path / "p", change)}
+    with pytest.raises(UserError, match=message):
+        require_same_tokenizer(folders)
 
 
 def test_a_control_of_another_training_is_refused(folder: Path) -> None:
