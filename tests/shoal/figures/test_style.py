@@ -18,9 +18,12 @@ from matplotlib.figure import Figure
 from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
 
 from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.plan import PruningPlan
+from shoal.errors import UserError
 from shoal.figures.depth import depth_columns, depth_figure
 from shoal.figures.importance import importance_figure
+from shoal.figures.levels import ladders, level_figure
 from shoal.figures.scores import before_after_figure
 from shoal.figures.style import (
     INK,
@@ -48,6 +51,17 @@ def test_training_figure_draws_every_loss_term_and_the_learning_rate() -> None:
     losses, rate = training_figure(training()).axes
     assert [line.get_label() for line in losses.get_lines()] == ["Loss", "Forward kl", "Cross entropy"]
     assert rate.get_title(loc="left") == "Learning rate"
+
+
+def test_training_figure_shows_what_was_scored_on_the_way() -> None:
+    watched = {"step": 5.0, "watch/perplexity": 3.2, "watch/retrieval": 0.4}
+    figure = training_figure(replace(training(), history=(*training().history, watched)))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    held_out, tasks = figure.axes[1:3]
+    assert titles[1:3] == ["Held-out text while training, nats per token", "Tasks while training, score"]
+    for ax, score in ((held_out, 3.2), (tasks, 0.4)):
+        (line,) = ax.get_lines()
+        assert [list(line.get_xdata()), list(line.get_ydata())] == [[5.0], [score]]  # pyright: ignore
 
 
 def test_depth_figure_pulls_the_cut_layers_out_of_the_stack() -> None:
@@ -81,6 +95,26 @@ def test_columns_that_layers_were_chosen_by_come_first(made: PruningPlan, first:
     assert [column.name for column in columns if column.decided] == decided
     if made.provenance.inputs.get("prune.contiguous"):
         assert columns[0].scores == (*importance().runs["angular"][2], None, None)
+
+
+def climbed(role: str, *levels: float) -> Evaluation:
+    tasks = (choice(role, f"track_{level:g}", "reasoning", "generation", chance=0.0) for level in levels)
+    return evaluation(role, tuple(replace(t, family="track", level=v) for t, v in zip(tasks, levels, strict=True)))
+
+
+def test_level_figure_draws_every_role_over_the_levels_that_all_share() -> None:
+    (ladder,) = ladders([climbed("teacher", 4, 1, 2), climbed("pruned", 1, 2, 8), evaluation("distilled")])
+    assert (ladder.family, ladder.protocol, ladder.levels) == ("track", "generation", (1, 2))
+    assert list(ladder.scores) == ["teacher", "pruned"]
+    (ax,) = level_figure([ladder]).axes
+    for role, scores in ladder.scores.items():
+        (line,) = [line for line in ax.get_lines() if line.get_label() == role]
+        assert list(line.get_ydata()) == [score.score for score in scores]  # pyright: ignore
+        drawn = [tuple(map(float, line.get_ydata())) for line in ax.get_lines()]  # pyright: ignore
+        assert {(score.ci_low, score.ci_high) for score in scores} <= set(drawn)
+    assert ladders([climbed("teacher", 1)]) == ()
+    with pytest.raises(UserError, match="no family of tasks"):
+        level_figure([])
 
 
 @pytest.mark.slow
