@@ -80,8 +80,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "num_drop": 2,
             "protect": [0, -1, "cornerstone"],
             "spare": ["knowledge"],
-            "proof": "files",
-            "targets": ["vllm"],
         },
         "record": {
             "top_k": 5,
