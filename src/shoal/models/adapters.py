@@ -34,16 +34,6 @@ from shoal.models.load import align_weights, load_config, load_model, load_token
 log = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
-INPUT_METHODS = (
-    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
-    *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
-)
-"""Methods of peft that add virtual tokens or gates: there is no weight they could become."""
-VARIANTS = {
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
-    *("monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
-}
-"""Settings of peft's variants of LoRA that have no merge into a plain checkpoint, or none that was tried here."""
 INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weights as they were."""
 PROOF_TOKENS = 24
@@ -87,7 +77,7 @@ def merged_adapter(folder: Path) -> Path:
 
 
 def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse what no merge can make right, or what the proof of a merge cannot see."""
+    """Refuse what the proof of a merge cannot see."""
     from peft import LoraConfig
 
     if full := sorted([*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]):
@@ -95,18 +85,10 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: holds a full model ({full[0].name}) and an adapter ({ADAPTER_CONFIG}), and could mean either; "
             "move one of them to a folder of its own"
         )
-    kind = config.get("peft_type")
-    if kind in INPUT_METHODS:
-        raise UserError(
-            f"{folder}: is a {kind} adapter, which works on the input: no weights could hold it; give a LoRA adapter "
-            "or a full model"
-        )
     elsewhere = "merge it with peft's merge_and_unload(), save the result and give that"
-    if kind != "LORA":
+    if (kind := config.get("peft_type")) != "LORA":
         raise UserError(f"{folder}: is a {kind} adapter, and shoal merges LORA only; {elsewhere}")
-    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
-        raise UserError(f"{folder}: is an adapter for {task}, not for a causal language model; give one of CAUSAL_LM")
-    known = {field.name for field in fields(LoraConfig)} - VARIANTS  # peft itself passes over what it does not know
+    known = {field.name for field in fields(LoraConfig)}  # peft itself passes over what it does not know
     if strange := sorted(name for name in config.keys() - known if config[name]):
         raise UserError(
             f"{folder}: its {ADAPTER_CONFIG} sets {strange[0]}, which shoal cannot merge; {elsewhere}, if peft can"
@@ -117,9 +99,7 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
             "(peft's save_pretrained with path_initial_model_for_weight_conversion) and give that"
         )
     if not (folder / WEIGHTS).is_file():
-        has_pickle = (folder / "adapter_model.bin").is_file()
-        pickled = " but a pickle, which can run code when it is read" if has_pickle else ""
-        raise UserError(f"{folder}: has no {WEIGHTS}{pickled}; save the adapter as safetensors")
+        raise UserError(f"{folder}: has no {WEIGHTS}; save the adapter as safetensors")
     read_header(folder / WEIGHTS)
 
 

@@ -212,13 +212,8 @@ def refused(adapter: Path, message: str, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, r"is a PREFIX_TUNING adapter, which works on the input: no weights could"),
         ({"peft_type": "IA3"}, r"is a IA3 adapter, and shoal merges LORA only; merge it with peft's merge_and_unload"),
         ({"peft_type": None}, r"is a None adapter, and shoal merges LORA only"),
-        ({"task_type": "SEQ_CLS"}, r"is an adapter for SEQ_CLS, not for a causal language model"),
-        ({"layer_replication": [[0, 4], [2, 6]]}, r"adapter_config.json sets layer_replication, which shoal cannot"),
-        ({"alora_invocation_tokens": [1, 2]}, r"sets alora_invocation_tokens, which shoal cannot merge"),
-        ({"megatron_config": {"a": 1}}, r"sets megatron_config, which shoal cannot merge"),
         ({"use_something_new": True}, r"sets use_something_new, which shoal cannot merge"),
         ({"init_lora_weights": "pissa"}, r"was initialised by pissa, which changes the base's weights too; save it as"),
         (
