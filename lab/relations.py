@@ -274,8 +274,7 @@ def _relation_sum(
                 ours.y_BGSd[row, :, :end],
                 theirs.x_BGRSd[row, :, :, start:end].detach(),
                 theirs.y_BGSd[row, :, :end].detach(),
-                tokens.document_BS[row, :end],
-                None if seen_BSS is None else seen_BSS[row, start:end, :end],
+                (tokens.document_BS[row, :end], None if seen_BSS is None else seen_BSS[row, start:end, :end]),
                 counted,
                 (ours, theirs),
             )
@@ -293,12 +292,12 @@ def _chunk_sum(
     y_GKd: Tensor,
     teacher_x_GRCd: Tensor,
     teacher_y_GKd: Tensor,
-    document_K: Tensor,
-    seen_CK: Tensor | None,
+    visible: tuple[Tensor, Tensor | None],
     counted_N: Tensor,
     relations: tuple[_Relation, _Relation],
 ) -> Tensor:
     ours, theirs = relations  # for scale and softcap alone: their vectors are cut to the chunk above
+    document_K, seen_CK = visible
     if seen_CK is None:
         seen_CK = _seen_CK(document_K, len(document_K) - x_GRCd.shape[2])
     student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, ours)

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -97,6 +97,18 @@ class HeadLoss(NamedTuple):
     every so many of those of which the teacher is asked."""
 
 
+class How(TypedDict, total=False):
+    """How the loss at the head is computed."""
+
+    chunk: Required[int]
+    """Tokens whose logits exist at one time."""
+    inputs: Sequence[TermInput] | None
+    """One entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns from no
+    token of a chunk (on CPU, of a block), it is not computed."""
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None
+    """Runs ``rounded_block_loss``; None = nothing is compiled."""
+
+
 def chunked_head_loss(
     hidden_ND: Tensor,
     labels_N: Tensor,
@@ -105,9 +117,7 @@ def chunked_head_loss(
     student_head: Callable[..., Tensor],
     student_parameters: Sequence[Tensor],
     terms: Sequence[LogitTerm],
-    chunk: int,
-    inputs: Sequence[TermInput] | None = None,
-    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+    **how: Unpack[How],
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
@@ -116,8 +126,6 @@ def chunked_head_loss(
     the whole one. Without any term only agreement is measured.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
-    ``inputs`` has one entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns
-    from no token of a chunk (on CPU, of a block), it is not computed. ``compiled`` runs ``rounded_block_loss``.
 
     Raises:
         ValueError: no tokens; an average over nothing would hide a broken label mask.
@@ -127,11 +135,12 @@ def chunked_head_loss(
         raise ValueError("no supervised token in this batch: every label is ignored")
     if isinstance(targets, TopK):
         refuse_for_top_k(terms, temperature=targets.temperature)
-    if inputs is None:
+    if (inputs := how.get("inputs")) is None:
         inputs = [TermInput(term.start if isinstance(term, TAID) else 1.0) for term in terms]
+    compiled = how.get("compiled")
     own = block_loss if compiled is None else compiled
     objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
-    return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, chunk, *student_parameters))
+    return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, how["chunk"], *student_parameters))
 
 
 def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = None) -> None:
@@ -257,7 +266,7 @@ def block_loss(
     compiled.
     """
     values_TR = logits_RV.new_zeros(len(terms), len(logits_RV), dtype=torch.float64)
-    sum_up = partial(_sum, terms, shares, labels_R, learns, values_TR)
+    sum_up = partial(_sum, _Block(terms, shares, labels_R, learns, values_TR))
     if isinstance(teacher, Coarse):
         return values_TR, _coarsened(terms, logits_RV, teacher, learns, sum_up)
     total_RV = None
@@ -318,18 +327,19 @@ def _coarsened(
     return spread_RV if total_RV is None else total_RV.add_(spread_RV)
 
 
-def _sum(
-    terms: Sequence[LogitTerm],
-    shares: Sequence[float | Tensor],
-    labels_R: Tensor,
-    learns: Mapping[int, Tensor | None],
-    values_TR: Tensor,
-    members: Sequence[int],
-    p: Softmax | None,
-    q: Softmax,
-    total: Tensor | None,
-) -> Tensor:
+class _Block(NamedTuple):
+    """What all terms are computed of in a block, and where their values go."""
+
+    terms: Sequence[LogitTerm]
+    shares: Sequence[float | Tensor]
+    labels_R: Tensor
+    learns: Mapping[int, Tensor | None]
+    values_TR: Tensor
+
+
+def _sum(block: _Block, members: Sequence[int], p: Softmax | None, q: Softmax, total: Tensor | None) -> Tensor:
     """Fill in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients."""
+    terms, shares, labels_R, learns, values_TR = block
     for index in members:
         term = terms[index]
         temperature = temperature_of(term)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,19 @@ class Signals:
     """States and attention inputs that state terms compare with."""
 
 
+class More(TypedDict, total=False):
+    """What an objective may have besides."""
+
+    recorded_temperature: float
+    """That of signals which were recorded."""
+    sources: Sequence[frozenset[int] | None] | None
+    """Those of the data whose tokens every term learns from; None = all."""
+    compiled_layers: Sequence[nn.Module] | None
+    """They run compiled, and so does the loss at the head; None = nothing does."""
+    fused: Fused | None
+    """Installed with it."""
+
+
 class Objective:
     """The distillation loss inside the student's forward: ``student(...)`` gives (loss, sums) while it is installed.
 
@@ -85,27 +98,23 @@ class Objective:
         terms: tuple[LossTerm, ...],
         chunk: int,
         states: StateLosses | None = None,
-        recorded_temperature: float = 1.0,
-        sources: Sequence[frozenset[int] | None] | None = None,
-        compiled_layers: Sequence[nn.Module] | None = None,
-        fused: Fused | None = None,
+        **more: Unpack[More],
     ) -> None:
-        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``).
-        ``sources`` are those of the data whose tokens every term learns from; None = all. ``compiled_layers`` run
-        compiled, and so does the loss at the head; None = nothing does. ``fused`` is installed with it."""
+        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``)."""
         self.terms = terms
         self.student = student
         self._teacher_to_logits = teacher_to_logits
         self._chunk = chunk
         self._states = states
-        self._sources = tuple(sources or [None] * len(terms))
+        self._sources = tuple(more.get("sources") or [None] * len(terms))
         self._asked = asked_sources(terms, self._sources, reads_distributions)
-        self._recorded_temperature = recorded_temperature
+        self._recorded_temperature = more.get("recorded_temperature", 1.0)
         self._at_head = [index for index, term in enumerate(terms) if isinstance(term, LOGIT_TERMS)]
         self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
         self._taid = {index: TaidState(term) for index, term in enumerate(terms) if isinstance(term, TAID)}
 
-        self.fused = fused
+        self.fused = more.get("fused")
+        compiled_layers = more.get("compiled_layers")
         self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
         self._compiled_loss = (
             self._compiled.function(rounded_block_loss) if self._compiled and compiles(terms) else None
