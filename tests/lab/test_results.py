@@ -107,9 +107,7 @@ def test_cumulative_removals_end_where_a_greedy_order_does(monkeypatch: pytest.M
     order = tuple(Removal(Component((layer,)), 0.0) for layer in (3, 1))
     scores = {"block_influence": (0.5, 0.1, 0.3, 0.2, 0.4, 0.6)}
     importance = Importance(Provenance({}), 6, 1, scores, {}, orders={"sleb": order})
-    importance.write(tmp_path / "importance.json")
-    monkeypatch.setattr(sweeps, "require", lambda *_: None)
-    monkeypatch.setattr(sweeps, "measure_inputs", lambda _: {})
+    monkeypatch.setattr(sweeps, "importance_of", lambda _: SimpleNamespace(require=lambda: importance))
     run: Any = SimpleNamespace(dir=tmp_path, num_layers=6)
     assert sweeps._order(run, sweeps.Settings(("cumulative",), order="sleb")) == (3, 1)
     assert sweeps._order(run, sweeps.Settings(("cumulative",))) == (1, 3, 2, 4, 0)
