@@ -39,11 +39,6 @@ class _Side:
     """In memory when it runs; of quantised weights as they are stored, on average."""
 
 
-def dry_run(teacher_folder: Path, plan: PruningPlan, out: Path, **settings: Any) -> str:
-    """The text of `estimate`, which has the same arguments."""
-    return estimate(teacher_folder, plan, out, **settings)[0]
-
-
 def estimate(
     teacher_folder: Path,
     plan: PruningPlan,

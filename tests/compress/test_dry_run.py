@@ -17,7 +17,7 @@ from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.dry_run import dry_run
+from shoal.compress.dry_run import estimate
 from shoal.compress.plan import choose_changes
 from shoal.launch.cli import run_verb
 from shoal.models.checkpoint_files import read_shards
@@ -74,7 +74,7 @@ def test_what_it_says_is_what_pruning_writes(
 
 @pytest.mark.slow
 def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> None:
-    report = dry_run(teachers["gemma3"], plan(drop=[0, 2]), tmp_path / "student")
+    report, _ = estimate(teachers["gemma3"], plan(drop=[0, 2]), tmp_path / "student")
     token = 2 * 2 * 8 * 2  # keys and values, two heads of 8, bfloat16
     # layers 2 and 5 see everything, the others 8 tokens, of which 7 are kept
     assert row(report, "cache per token") == [f"{2 * token} B", f"{token} B", "0.500"]
@@ -86,7 +86,7 @@ def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.slow
 def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
-    report = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
+    report, _ = estimate(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
     assert re.search(r"^disk: [\d.]+ kB needed for .*folder, .* free there$", report, re.M)
     assert "proof: by its files, and the kind and settings of every layer, and by running" in report
 
@@ -134,6 +134,6 @@ def test_a_model_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + end)
     assert end > 1_500_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report = dry_run(tmp_path, plan(drop=[2]), tmp_path / "student")
+    report, _ = estimate(tmp_path, plan(drop=[2]), tmp_path / "student")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     assert row(report, "weights on disk")[0] == f"{end / 1e9:.3g} GB"

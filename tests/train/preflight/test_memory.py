@@ -63,7 +63,7 @@ def really_saved(kind: str, *, autocast: bool, trained: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("trained", SETTINGS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
