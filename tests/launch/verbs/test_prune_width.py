@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from ranks import environment, run_ranks
-from training_runs import BATCH, LENGTH, STEPS, small_training
+from training_runs import STEPS, small_training
 from yaml import safe_dump
 
 import shoal
@@ -64,7 +64,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
         pruning.prune(run_of(teacher, tmp_path, prune={"drop": [2], "width": {**WIDTH, "batch_size": 2}}))
     with pytest.raises(UserError, match=r"prune.width.* is 'absent' in this recipe"):
         pruning.read_plan(run_of(teacher, tmp_path, prune={"drop": [2]}))
-    with pytest.raises(UserError, match=r"narrows layers .* which only `shoal prune` does"):
+    with pytest.raises(UserError, match=r"changes layers that stay .* which only the command does"):
         shoal.cut_model(load_model(teacher), plan)
     told = json.loads((run.dir / "plan.json").read_text())
     told["width"]["groups"][0] = "1" if told["width"]["groups"][0] == "2" else "2"
@@ -74,10 +74,9 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
 
 
 def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: Path) -> None:
-    """Losses on states and the local stage too, from the first layer on."""
+    """Losses on states too, from the first layer on."""
     losses = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.1}]
-    local = {"num_tokens": 2 * BATCH * LENGTH, "batch_size": BATCH}
-    training = small_training(trainable="from_first_cut", losses=losses, local=local)
+    training = small_training(trainable="from_first_cut", losses=losses)
     sections = {"distill": training, "track": {"wandb": "off"}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(safe_dump(settings(teacher, tmp_path, **sections)))

@@ -119,9 +119,17 @@ def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path
 @pytest.mark.parametrize(
     ("prune", "change", "message"),
     [
-        ({"drop": [1, 3]}, {"drop": [2, 3]}, r"drop: is \[2, 3\], and the recipe that made it asked for \[1, 3\]"),
-        ({"num_drop": 1}, {"drop": [2]}, r"says 'dropping 1 of 6 layers: 2', and .*student was not made so"),
-        ({"num_drop": 1}, {"num_layers": 7}, r"num_layers: is 7, and .* has 6 layers"),
+        (
+            {"drop": [1, 3]},
+            {"drop": [2, 3], "keep": [0, 1, 4, 5]},
+            r"drop: is \[2, 3\], and the recipe that made it asked for \[1, 3\]",
+        ),
+        (
+            {"num_drop": 1},
+            {"drop": [2], "keep": [0, 1, 3, 4, 5]},
+            r"says 'dropping 1 of 6 layers: 2', and .*student was not made so",
+        ),
+        ({"num_drop": 1}, {"num_layers": 7}, r"keep: is .*; layers are increasing, and all but those of drop"),
     ],
 )
 def test_a_plan_that_was_edited_is_not_believed(
