@@ -79,7 +79,7 @@ def is_setting(path: list[str]) -> bool:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
 def test_every_setting_that_is_named_exists(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
+    text, _ = re.subn(r"^```diff.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     named = re.findall(rf"(?<![\w/.-])((?:{'|'.join(SECTIONS)})(?:\.\w+)+)", text)
     assert not [name for name in named if name.split(".")[1] not in NO_KEYS and not is_setting(name.split("."))]
 
