@@ -97,7 +97,6 @@ def everything(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Pat
         tmp_path_factory.mktemp("everything"),
         teacher,
         cut,
-        overlap=True,
         **WATCHED,
     )
     return finished(run(path, before=partial(script_scores, list(SCORES.values()), *EMPTY)))
