@@ -35,7 +35,7 @@ assert not loaded, loaded
 
 
 def test_help_loads_no_recipe() -> None:
-    script = "import sys; sys.modules['pydantic'] = None; from shoal import cli; cli.main(['distill', '--help'])"
+    script = "import sys; sys.modules['pydantic'] = None; from shoal.launch import cli; cli.main(['distill', '--help'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--dry-run" in done.stdout
