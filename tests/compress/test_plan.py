@@ -247,15 +247,6 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
     assert change(scores, num_drop=1, protect=(), spare=("retrieval",)).drop == (1,)
 
 
-def test_cornerstone_layers_can_be_protected() -> None:
-    assert change(num_drop=1, metric="angular", protect=()).drop == (0,)
-    choice = change(num_drop=1, metric="angular", protect=("cornerstone",))
-    assert choice.drop == (1,)
-    assert choice.reason.endswith("; layer 0 protected")
-    with pytest.raises(UserError, match=r"prune.protect: cornerstone needs swept tasks, importance.json holds none"):
-        change(importance(), num_drop=1, protect=(0, "cornerstone"))
-
-
 @pytest.mark.parametrize(
     ("prune", "message"),
     [

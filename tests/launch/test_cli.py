@@ -19,8 +19,6 @@ from typing import Any
 import pytest
 from tiny import tiny_checkpoint
 
-from shoal import ranks, runtime
-from shoal.errors import UserError
 from shoal.launch import cli
 from shoal.launch.cli import main, run_verb
 from shoal.launch.help.explain import explanation
@@ -218,32 +216,6 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
     assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
 
 
-@pytest.mark.parametrize(
-    ("allowed", "physical", "ranks", "given", "threads"),
-    [(6, 16, 2, None, "3"), (16, 8, 2, None, "4"), (1, 8, 2, None, "1"), (6, 16, 2, "5", "5")],
-)
-def test_launched_ranks_share_the_cores_that_this_process_may_use(
-    recipe: str,
-    monkeypatch: pytest.MonkeyPatch,
-    allowed: int,
-    physical: int,
-    ranks: int,
-    given: str | None,
-    threads: str,
-) -> None:
-    launcher = Launcher(2)
-    monkeypatch.setattr(launch, "run_launcher", launcher)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
-    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: physical)
-    monkeypatch.setattr("os.cpu_count", lambda: 2 * physical)
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    run_verb("distill", recipe, [f"distill.num_ranks={ranks}"])
-    assert launcher.threads == threads
-
-
 BEGINS = "there is no checkpoint yet, so the same command begins this training again"
 
 
@@ -304,30 +276,6 @@ def test_quiet_leaves_results_warnings_and_errors(
     assert "going on" in capsys.readouterr().err
 
 
-def test_verbose_adds_what_libraries_say_and_where_a_refusal_comes_from(
-    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work(_: Run) -> None:
-        logging.getLogger("httpx").info("GET")
-        logging.getLogger("shoal.launch.verbs.prune").debug("in detail")
-        raise UserError("no, by hf_" + "s" * 34)
-
-    monkeypatch.setattr(prune, "prune", work)
-    loggers = [logging.getLogger(name) for name in (*runtime.NOISY, "transformers")]
-    for logger in loggers:
-        monkeypatch.setattr(logger, "level", logging.NOTSET)
-    for logger in loggers:
-        logger.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
-    assert cli._main(["prune", recipe, "--verbose"]) == 2
-    said = capsys.readouterr().err
-    assert [text for text in ("GET\n", "in detail\n", "Traceback", "in work\n") if text not in said] == []
-    assert said.endswith("shoal: error: no, by (hidden)\n")
-    assert "s" * 34 not in said
-    assert cli._main(["prune", recipe]) == 2
-    said = capsys.readouterr().err
-    assert [text for text in ("GET\n", "in detail\n", "Traceback") if text in said] == []
-
-
 @pytest.mark.slow
 def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("shoal")), "prune", "--config", recipe]
@@ -381,16 +329,6 @@ def test_streams_and_locales_of_all_kinds(
     assert code == 0 or done.stdout == ""
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
-
-
-def test_a_machine_that_cannot_reach_itself_is_told_before_ranks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError(101, "Network is unreachable")
-
-    assert ranks.free_port() > 0
-    monkeypatch.setattr("socket.create_connection", unreachable)
-    with pytest.raises(UserError, match=r"cannot reach itself there \(Network is unreachable\), over which the ranks"):
-        ranks.free_port()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from shoal import progress as module
-from shoal.progress import BYTES, POLL_S, Lines, Speaker, Work, doing, each, progress
+from shoal.progress import BYTES, POLL_S, Lines, Speaker, Work, doing, progress
 from shoal.train.callbacks.progress import Progress
 
 
@@ -100,13 +100,6 @@ def test_of_nested_work_the_innermost_is_told(speaker, clock, caplog):
     assert [line.split(":")[0] for line in caplog.messages] == ["measure", "measure", "search", "search"]
 
 
-def test_quick_work_is_not_told(speaker, clock, caplog):
-    for _ in range(3):
-        with speaker.telling("loading", None, ""):
-            clock.run(speaker, 1.0)
-    assert not caplog.messages
-
-
 def test_a_failure_leaves_nothing_behind_that_would_go_on_talking(speaker, clock, caplog):
     with contextlib.suppress(ValueError), speaker.telling("measure", 10, "rows"):
         clock.run(speaker, 4.0)
@@ -114,20 +107,6 @@ def test_a_failure_leaves_nothing_behind_that_would_go_on_talking(speaker, clock
     told = len(caplog.messages)
     clock.run(speaker, 20.0)
     assert told == len(caplog.messages) == 1
-
-
-def test_after_a_line_of_somebody_else_there_is_no_silence_to_break(clock, caplog, monkeypatch):
-    speaker = Speaker(clock=clock, stream=io.StringIO())
-    monkeypatch.setattr(module, "SPEAKER", speaker)
-    handler = Lines(stream := io.StringIO())
-    with caplog.at_level("INFO"), speaker.telling("measure", 10, "rows"):
-        clock.run(speaker, 3.0)
-        handler.emit(logging.makeLogRecord({"msg": "needs plan.json"}))
-        clock.run(speaker, 3.0)
-        assert not caplog.messages
-        clock.run(speaker, 1.0)
-    assert caplog.messages[0] == "measure: 0 of 10 rows, 00:07, ? rows/s, ? left"
-    assert stream.getvalue() == "needs plan.json\n"
 
 
 def test_a_terminal_gets_a_bar_and_lines_stand_above_it(clock, caplog, monkeypatch):
@@ -148,21 +127,6 @@ def test_a_terminal_gets_a_bar_and_lines_stand_above_it(clock, caplog, monkeypat
         *_, cleared, line = terminal.getvalue().split("\r")[:-1]
         assert (cleared.strip(), line) == ("", "a line\n")
     assert caplog.messages == ["measure: 5 of 10 rows, 00:05, loss 1.5"]
-
-
-def test_ranks_that_do_not_log_say_nothing(clock, caplog):
-    speaker = Speaker(clock=clock, stream=(terminal := Terminal()))
-    with caplog.at_level("ERROR"), speaker.telling("measure", 10, "rows") as step:
-        step()
-        clock.run(speaker, 10.0)
-    assert (caplog.messages, terminal.getvalue()) == ([], "")
-
-
-def test_items_are_counted_as_they_are_done(caplog, monkeypatch):
-    monkeypatch.setattr(module, "FIRST_S", 0.0)
-    with caplog.at_level("INFO"):
-        assert list(each("abc", "letters", unit="letters")) == ["a", "b", "c"]
-    assert caplog.messages == ["letters: 3 of 3 letters, 00:00"]
 
 
 SLOW = """
@@ -211,15 +175,6 @@ def test_training_tells_loss_and_rate_and_the_time_left_by_the_clock(
     assert caplog.messages[-1] == "training: 6 of 6 steps, 01:40, loss 1.5000, 70 tokens/s"
     clock.run(speaker, 100.0)
     assert caplog.messages[-1] == "training: 6 of 6 steps, 01:40, loss 1.5000, 70 tokens/s"
-
-
-def test_nothing_is_said_while_another_process_speaks(speaker, clock, caplog):
-    with speaker.telling("distill", None, ""):
-        with speaker.still(lambda: True):
-            clock.run(speaker, 60.0)
-        assert not caplog.messages
-        clock.run(speaker, 0.5)
-    assert caplog.messages[0] == "distill: 01:00 so far"
 
 
 @pytest.mark.parametrize(

@@ -96,16 +96,6 @@ def test_a_card_has_the_form_gaps_and_what_the_control_tells(tmp_path: Path) -> 
     assert "What is still lost: distilled minus control" in card
 
 
-def test_metadata_names_base_model_relation_and_training_data(tmp_path: Path) -> None:
-    data = [{"path": "python_docs"}, {"path": "org/texts"}, {"path": "local/texts.jsonl"}, {"path": "/disk/mine"}]
-    distill = {"data": data, "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]}
-    card = model_card(write_run(tmp_path, recipe={"model": "org/base-8b", "distill": distill}))
-    found = metadata(card)
-    assert (found.base_model, found.base_model_relation, found.datasets) == ("org/base-8b", "finetune", ["org/texts"])
-    assert "Objective: forward kl and cross entropy" in card
-    assert "Distilled from the base model on 4,000 tokens in 20 steps" in card
-
-
 def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
     card = model_card(folder)
     for text in (
@@ -131,17 +121,6 @@ def test_card_opens_with_what_was_lost_and_what_came_back(tmp_path: Path) -> Non
     opening = card.split("## Before and after")[0]
     assert "| retrieval, generated | 64 % [54, 73] | 22 % [15, 31] | 98 % [93, 99] |" in opening
     assert "retrieval_generation" not in card.split("## Recipe")[0].split("\n---\n")[1]
-
-
-def test_card_shows_the_figures_that_exist(folder: Path) -> None:
-    (folder / "figures").mkdir()
-    for name in ("before_after", "importance", "training", "atlas"):
-        (folder / "figures" / f"{name}.png").write_bytes(b"png")
-    card = model_card(folder)
-    assert "(figures/before_after.png)" in card
-    assert "(figures/importance.png)" in card
-    assert "(figures/training.png)" in card
-    assert "figures/levels.png" not in card
 
 
 @pytest.mark.slow
@@ -201,14 +180,6 @@ def test_card_gives_no_secret_away(tmp_path: Path) -> None:
     secret = "hf_" + "q" * 34
     folder = write_run(tmp_path, recipe={"distill": {"trainer": {"api_token": secret, "run": secret}}})
     assert secret not in model_card(folder)
-
-
-def test_card_of_a_cut_model_without_evaluation_says_so(tmp_path: Path) -> None:
-    plan().write(tmp_path / "plan.json")
-    card = model_card(tmp_path)
-    assert "Nothing was evaluated" in card
-    assert "It was not trained after the cut" in card
-    assert metadata(card).eval_results is None
 
 
 def test_card_tells_changes(tmp_path: Path) -> None:

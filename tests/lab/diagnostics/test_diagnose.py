@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.data.packing import PackedRows
-from shoal.errors import UserError
 from shoal.figures.style import save_figure
 from shoal.lab.diagnostics import runs
 from shoal.lab.diagnostics.diagnose import Diagnostics, Effort, diagnose, effective_depths
@@ -43,7 +42,6 @@ PROMPTS = [
     Prompt(tuple((7 * token + 3) % 250 for token in range(start, start + length)), 3)
     for start, length in ((0, 13), (40, 20), (90, 11))
 ]
-PROMPTS_BELOW_80 = [Prompt(tuple(token % 80 for token in prompt.input_ids), 3) for prompt in PROMPTS]
 States = list[Tensor]
 
 
@@ -298,29 +296,6 @@ def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str)
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_nothing_depends_on_the_batch_size(batch_size: int) -> None:
-    model = tiny_model("gemma3")
-    effort = replace(EFFORT, gradient_prompts=2, steps=6)
-    assert_same(run(model, effort=effort), run(model, effort=effort, batch_size=batch_size))
-
-
-def assert_same(one: Diagnostics, other: Diagnostics) -> None:
-    assert (one.num_tokens, one.lens_tokens, one.num_cuts) == (other.num_tokens, other.lens_tokens, other.num_cuts)
-    for name in ("lens_kl", "skip_output", "erasure_output"):
-        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3, abs=1e-7), name
-    assert one.lens_overlap == pytest.approx(other.lens_overlap, abs=0.01)  # two tokens may tie but for rounding
-    for part in ("cosines", "sizes"):
-        for name, values in getattr(one, part).items():
-            assert values == pytest.approx(getattr(other, part)[name], abs=1e-5)
-    for row, other_row in zip(one.skip_effect, other.skip_effect, strict=True):
-        assert row == pytest.approx(other_row, rel=1e-3, abs=1e-6)
-    for attribution, other_attribution in zip(one.attributions, other.attributions, strict=True):
-        for row, other_row in zip(attribution.gradients, other_attribution.gradients, strict=True):
-            assert row == pytest.approx(other_row, rel=1e-2, abs=1e-6)
-
-
-@pytest.mark.prove
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_that_does_nothing_has_no_direction_and_no_effect(dtype: torch.dtype) -> None:
     model, idle = tiny_model("llama", dtype=dtype), 2
@@ -360,16 +335,3 @@ def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
     for rule in ("cosine", "kl", "overlap"):
         assert f"effective depth by {rule}: " in text
     assert "nothing about" not in text
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gemma3n_text", r"gemma3n_text passes states of shape \(4, 1, 6, 32\) from layer to layer, not one per token"),
-        ("dory", r"dory runs its layers in the order \[0, "),
-    ],
-)
-def test_depth_that_is_not_one_path_is_refused(name: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        run(architectures.tiny_model(name), rows_of(PROMPTS_BELOW_80))

@@ -13,7 +13,6 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.generation import utils
 
 from shoal.data.packing import IGNORED
@@ -139,18 +138,6 @@ def test_only_sampled_tokens_are_learnt_up_to_the_end_token(student):
         assert len(padding) <= 1
 
 
-def test_long_documents_give_several_prompts_and_short_rows_one(student):
-    (batch,) = sampler().batches(student, [text_rows(1, 48)], step=0)
-    # samples of up to 13 tokens: three fit into a row of 48, from three of the places 0, 13, 26, 39 of the document
-    starts = {tuple(ids[:5]) for ids, labels in documents(batch, 0) if labels[-1] != IGNORED}
-    ids = text_rows(1, 48)["input_ids"][0].tolist()
-    assert len(starts) == 3
-    assert starts < {tuple(ids[at : at + 5]) for at in (0, 13, 26, 39)}
-    (long,) = sampler(new_tokens=400).batches(student, [text_rows(1, 48)], step=0)
-    assert long["input_ids"].shape[1] <= ROW
-    assert (long["labels"] != IGNORED).sum() > 0
-
-
 @pytest.mark.slow
 def test_of_a_conversation_the_prompt_is_all_before_an_assistants_turn(student):
     rows = text_rows(1, 40, 8)
@@ -218,48 +205,6 @@ def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
     objective.uninstall()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert count == (batch["labels"] != IGNORED).sum()
-
-
-def follower(follows) -> PreTrainedModel:
-    """A model that is sure of the token that ``follows`` says comes after any other."""
-    model: Any = tiny_model("llama", num_hidden_layers=1, hidden_size=272)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1.0 if "norm" in name else 0.0)
-        model.get_input_embeddings().weight.copy_(torch.eye(272))
-        for token in range(272):
-            model.get_output_embeddings().weight[follows(token), token] = 1.0
-    return model
-
-
-def log_probs_of(teacher):
-    objective = Objective(teacher, to_logits(teacher), terms=(ForwardKL(),), chunk=16)
-
-    def answer(batch, places):
-        with torch.no_grad():
-            signals = Signals(final_hidden(teacher, batch["input_ids"], batch["position_ids"]))
-        return objective.teacher_log_probs(signals, batch["input_ids"], places)
-
-    return answer
-
-
-def step_of(chosen: Sampler, student, teacher, *, step: int = 0, rows=None):
-    """The samples of a step as they are written, and as they are learnt."""
-    written = chosen.batches(student, [text_rows(3) if rows is None else rows], step=step)
-    return written[0], chosen.judged(written, log_probs_of(teacher), step=step)[0]
-
-
-COUNTER = follower(lambda token: (token + 1) % 256)
-"""Comes round after 256 tokens."""
-IN_THREES = follower(lambda token: token % 240 - token % 3 + (token + 1) % 3)
-"""Goes round in three tokens from the first."""
-
-
-def test_a_loop_that_the_teacher_would_leave_is_learnt_whole():
-    chosen = sampler(new_tokens=24, temperature=0.0)
-    written, learnt = step_of(chosen, IN_THREES, COUNTER)
-    assert torch.equal(learnt["labels"], written["labels"])
-    assert chosen.counts.read_curves()["on_policy/loop_rate"] == 0
 
 
 def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):

@@ -306,15 +306,3 @@ def test_taid_goes_on_where_the_first_loss_is_about_none(first, then):
     for step, loss in enumerate((first, then, then), 1):
         state.update(loss, step, 10)
     assert TAID().start <= state.t <= TAID().end
-
-
-def test_taid_keeps_to_its_line_in_a_step_that_it_learns_nothing_from() -> None:
-    state, told = TaidState(TAID(momentum=0.5, step_size=0.1)), TaidState(TAID(momentum=0.5, step_size=0.1))
-    for each in (state, told):
-        each.update(3.0, 1, 1000)
-    before = state.state_dict()
-    state.update(None, 2, 1000)
-    assert state.t == pytest.approx(max(before["t"], 0.4 + 0.6 * 2 / 1000))
-    assert state.state_dict() == {**before, "t": state.t}
-    state.update(None, 500, 1000)
-    assert state.t == pytest.approx(0.7)

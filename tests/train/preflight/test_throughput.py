@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from jobs import LENGTH, dropping, job_of, spec_of
 from tiny import NUM_LAYERS, VOCAB_SIZE
 
-from shoal.machine import peak_memory
 from shoal.recipe.distill import Distill, OnPolicy, Teacher, TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.dry_run import _about
@@ -75,28 +71,6 @@ def test_the_probe_has_the_teacher_read_as_many_rows_as_training_has(monkeypatch
     )
     throughput.probe(spec, job(spec).setting, flops=1)
     assert (0, 1) in seen
-
-
-@pytest.mark.slow
-def test_layers_whose_state_is_recorded_are_not_run() -> None:
-    def cost(teacher: Teacher, shared: int) -> float:
-        found = job_of(trainable="from_first_cut", teacher=teacher)
-        assert found.spec.shared_layers == shared
-        return found.flops_per_token
-
-    layer = 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48) + 4 * 32 * LENGTH
-    recorded, spared = Teacher(recorded="signals"), Teacher(recorded="signals", prefix=True)
-    assert cost(recorded, 0) - cost(spared, 2) == 2 * layer
-    assert cost(Teacher(), 2) - cost(spared, 2) == NUM_LAYERS * layer + 2 * 32 * VOCAB_SIZE
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the peak is that of the GPU")
-def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
-    ballast = torch.ones(1_000_000_000, dtype=torch.uint8)  # resident here, not in the child
-    command = [sys.executable, "-c", "from shoal.machine import peak_memory; print(peak_memory())"]
-    child = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert peak_memory() > len(ballast) > child
 
 
 @pytest.mark.slow
