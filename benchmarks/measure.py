@@ -1,10 +1,9 @@
 """What measuring costs beside doing it one cut model at a time, interleaved in one process.
 
-    python benchmarks/measure.py [hidden heads text choices generation parts sleb] [--model demo:smollm2-135m]
+    python benchmarks/measure.py [hidden text choices generation parts sleb] [--model demo:smollm2-135m]
         [--repeats 3]
 
 hidden      all hidden-state metrics together beside one plain forward of the decoder over the same tokens
-heads       scores of all heads beside one plain forward over the same prompts, with the logits of their answers
 text        log-likelihoods of running text without each layer, beside a loop over the cut models, same batches
 choices     questions with options without each layer, beside lm-eval's own model over each cut model
 generation  greedy text without each layer, beside transformers' generate with each cut model
@@ -28,8 +27,6 @@ from side_by_side import Bench, largest_difference, print_parts, timed
 from transformers import PreTrainedModel
 
 from shoal.components import ComponentPart, LayerEdit
-from shoal.compress.heads.prompts import copy_prompts
-from shoal.compress.heads.scores import score_heads
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
 from shoal.compress.metrics.metric import Calibration
@@ -92,20 +89,6 @@ def hidden(bench: BesideLoop) -> dict[str, Any]:
         lambda: measure_importance(bench.model, rows, metrics=names, batch_size=size), plain, warm_up=True
     )
     return {"metrics": names, "tokens": rows.input_ids_NS.numel(), **figures, "target": 1.25}
-
-
-def heads(bench: BesideLoop) -> dict[str, Any]:
-    prompts, size = copy_prompts(("retrieval",), 1, bench.tokenizer, seed=0)["retrieval"], 4
-
-    def plain() -> None:
-        ordered = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
-        for start in range(0, len(ordered), size):
-            batch = [prompt.input_ids[:-1] for prompt in ordered[start : start + size]]
-            hidden_BSD = bench.decoder.hidden(bench.decoder.right_padded(batch))
-            bench.decoder.logits(hidden_BSD[:, -len(ordered[0].needle) :].flatten(0, 1))
-
-    figures, _, _ = bench.pairs(lambda: score_heads(bench.model, prompts, batch_size=size), plain, warm_up=True)
-    return {"prompts": len(prompts), **figures, "target": 1.05}
 
 
 def text(bench: BesideLoop) -> dict[str, Any]:
@@ -253,7 +236,6 @@ def difference(ours: Sequence[Sequence[Any]], loop: Sequence[Sequence[Any]]) -> 
 
 PARTS = {
     "hidden": hidden,
-    "heads": heads,
     "text": text,
     "choices": choices,
     "generation": generation,

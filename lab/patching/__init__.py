@@ -71,7 +71,9 @@ def work(run: Run, settings: Settings) -> str:
 def patching_figure(patching: Patching) -> Figure:
     """What patching of every site brings back, by layer and by head."""
     of = {(own.twin, own.site, own.group): own for own in patching.patched}
-    curves = [(twin, site) for twin in patching.num_twins for site in SITES if (twin, site, "all") in of]
+    curves: list[tuple[Corruption, str]] = [
+        (twin, site) for twin in patching.num_twins for site in SITES if (twin, site, "all") in of
+    ]
     maps = [own for own in patching.patched if (own.site, own.group) == ("head", "all") and any(own.effects)]
     most = max((len(row) for own in maps for row in own.effects), default=0)
     heights = [2.1] * len(curves) + [1.0 + 0.13 * patching.num_layers] * len(maps)

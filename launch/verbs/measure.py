@@ -147,6 +147,8 @@ def sweep_tables(
     from shoal.compress.sweeps.table import table_of
     from shoal.compress.variants.variants import variant_of
 
+    if not units:
+        return {}
     score, tables = _scoring(run, model, donor), {}
     for operator, components in units.items():
         log.info("measure: sweep of operator %s, %d variants", operator, len(components))
@@ -164,7 +166,8 @@ def _scoring(run: Run, model: Any, donor: Path | None = None) -> Callable[..., A
     from shoal.compress.variants.variants import Edited
 
     other = None if donor is None else load_model(donor, device=device(), **run.load_args())
-    own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention]
+    assert run.recipe.measure.sweep is not None
+    own: list[str | None] = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention]
     own.append(None if donor is None else model_fingerprint(donor))
     writing = writing_settings(run.teacher)
     make_lm = partial(VariantsLM, Edited(model, other), run.tokenizer())

@@ -334,7 +334,7 @@ def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str
             raise UserError(message)
     if ranks is not None:
         rows, accumulation = batch_split(settings, ranks=ranks)
-        split = dict(zip(BATCH_SPLIT, (rows, accumulation), strict=True))
+        split: dict[str, Any] = dict(zip(BATCH_SPLIT, (rows, accumulation), strict=True))
         refuse_other_numbers(config, split, setting="distill.trainer")
         refuse_other_numbers(config, {"batch_size": rows * accumulation * ranks}, setting="distill")
     if settings.weights == "bfloat16":

@@ -60,10 +60,12 @@ def paired_ratio(both: int, won: int, lost: int, neither: int, chance: float) ->
     happened to change.
     """
     n = both + won + lost + neither
-    after, before = (
-        (share / n - chance, *(limit - chance for limit in wilson(share, n))) for share in (both + won, both + lost)
-    )
-    return ratio(after, before, paired_correlation(both, won, lost, neither))
+
+    def above(right: int) -> Limits:
+        low, high = wilson(right, n)
+        return right / n - chance, low - chance, high - chance
+
+    return ratio(above(both + won), above(both + lost), paired_correlation(both, won, lost, neither))
 
 
 def ratio(part: Limits, whole: Limits, correlation: float) -> tuple[float, float] | None:
