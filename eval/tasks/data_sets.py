@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from shoal.artifacts.evaluation import Column
 from shoal.atomic_files import read_text
 from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
+from shoal.task_words import Column
 from shoal.yaml_text import read_yaml
 
 TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling"]

@@ -19,10 +19,10 @@ import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from shoal.artifacts.evaluation import Column
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.recipe.evaluate import Eval, Tasks
+from shoal.task_words import Column
 
 from .data_sets import DataSet, Part, Stamps, parts_of, yaml_files
 from .documents import LEAVE_OUT, MissingFiles, UnreadHub, local_rows

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+Column = Literal["in", "twin", "out", "public"]
+"""How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
+that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
 PROTOCOLS = {
     "loglikelihood": "lettered options",
     "continuation": "option text",

@@ -9,10 +9,8 @@ from typing import Any, Literal
 
 from shoal.artifacts.artifact import Artifact
 from shoal.artifacts.tables import Tabular
+from shoal.task_words import Column
 
-Column = Literal["in", "twin", "out", "public"]
-"""How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
-that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
 CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"
