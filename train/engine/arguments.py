@@ -22,6 +22,7 @@ from shoal.numerics import fast_dtype
 from shoal.ranks import world_size
 from shoal.recipe.deepspeed_file import PRECISIONS, precisions_named, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill
+from shoal.recipe.messages import demand
 from shoal.runtime import device
 
 log = logging.getLogger(__name__)
@@ -224,10 +225,12 @@ def _check_values(trainer: Mapping[str, Any]) -> None:
     for name, value in trainer.items():
         kinds = get_args(hints[name]) or (hints[name],)
         choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+        if isinstance(value, str) and name.endswith("_kwargs"):  # which transformers would read as JSON
+            raise UserError(f"distill.trainer.{name}: must be a mapping of settings (got {value!r})")
         try:
             TypeAdapter(choices[0] if choices else hints[name]).validate_python(value, strict=not choices)
         except ValidationError as error:
-            raise UserError(f"distill.trainer.{name}: {error.errors()[0]['msg']} (got {value!r})") from error
+            raise UserError(f"distill.trainer.{name}: {demand(error.errors()[0])} (got {value!r})") from error
         least, end = RANGES.get(name, (-MOST, MOST))
         if isinstance(value, int | float) and not least <= value < end:
             raise UserError(f"distill.trainer.{name}: must be from {least:g} to below {end:g} (got {value!r})")

@@ -160,7 +160,12 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
         case kind:
             value = reprlib.repr(redacted({last: problem["input"]})[last])
             form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
-            return place, (WORDS.get(kind) or _as_demand(problem["msg"])) + form, f" (got {value})"
+            return place, demand(problem) + form, f" (got {value})"
+
+
+def demand(problem: Any) -> str:
+    """What one of pydantic's problems asks of a value, as what comes after the name of a setting."""
+    return WORDS.get(problem["type"]) or _as_demand(problem["msg"])
 
 
 def _as_demand(message: str) -> str:
