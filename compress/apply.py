@@ -28,7 +28,7 @@ from .changes.compensation import as_stored
 from .edits.tensors import with_layers
 from .surgery.changed_tensors import ChangedTensors, changed_tensors
 from .surgery.copying import Copy, planned_copy, write_copy
-from .surgery.cut_model import skipped
+from .surgery.cut_model import kept_layers, skipped
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import without_quantization
 from .surgery.resumable_folder import only_writer
@@ -115,6 +115,7 @@ def _teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: b
             f"plan: is for a model of {plan.num_layers} layers, but {folder} has {num_layers}; "
             "make the plan for this model"
         )
+    kept_layers(num_layers, plan.drop)  # refuses what is no layer, and all of them
     if inside := [shard.file for shard in teacher.shards if shard.file.resolve().is_relative_to(out.resolve())]:
         raise UserError(f"{out}: holds {inside[0].name} of the teacher; choose another folder for the student")
     return teacher

