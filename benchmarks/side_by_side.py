@@ -15,17 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-from shoal.atomic_files import write_json
 from shoal.formatting import aligned
 from shoal.machine import now, peak_memory
-from shoal.models.checkpoint_files import INDEX_FILE
-from shoal.models.load import load_model, load_tokenizer, resolve_model, without_data
+from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.runtime import device, environment
 
 BENCHMARK_RECIPE = "benchmark.yaml"
@@ -162,14 +158,6 @@ def run_shoal(verb: str, recipe: Path, *overrides: str) -> None:
     subprocess.run([sys.executable, "-m", "shoal.launch.cli", verb, "--config", str(recipe), *overrides], check=True)
 
 
-def write_tiny(folder: Path, **sizes: Any) -> None:
-    """A small Llama of random numbers whose tokens are bytes."""
-    torch.manual_seed(0)
-    small = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(**{**small, **sizes})).save_pretrained(folder)
-    write_byte_tokenizer(folder)
-
-
 def write_byte_tokenizer(folder: Path) -> None:
     alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
@@ -177,26 +165,3 @@ def write_byte_tokenizer(folder: Path) -> None:
     words.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     words.add_special_tokens(["</s>"])
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
-
-
-def write_large(folder: Path, config: LlamaConfig, *, shard_bytes: int) -> None:
-    """A Llama of random numbers, written shard by shard: never in memory as a whole."""
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    write_byte_tokenizer(folder)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, parameter in without_data(config).named_parameters():
-        if shards[-1] and parameter.nbytes + sum(other.nbytes for other in shards[-1].values()) > shard_bytes:
-            shards.append({})
-        shards[-1][name] = parameter
-    torch.manual_seed(0)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            name: torch.ones(p.shape, dtype=p.dtype) if p.ndim == 1 else 0.02 * torch.randn(p.shape, dtype=p.dtype)
-            for name, p in shard.items()
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
+from shoal.launch.verbs.memory import remembering
 from shoal.launch.verbs.run import locked, open_run
 from shoal.progress import doing
 from shoal.recipe.messages import checked
-from shoal.recipe.recipe import apply_override, load_recipe
+from shoal.recipe.recipe import apply_override, read_settings, settled
 
 PARTS: dict[str, str] = {
     "delta": "how far a donor's layers are from the model's, matrix by matrix, from the files alone",
@@ -55,7 +57,8 @@ def lab(words: Sequence[str]) -> str:
         raise UserError(f"shoal lab {name}: there is no such part; there are {', '.join(PARTS)}")
     if not rest or "=" in rest[0]:
         raise UserError(f"shoal lab {name}: name a recipe or a run directory, such as `shoal lab {name} runs/mine`")
-    recipe = load_recipe(rest[0])
+    said_of_run, file = read_settings(rest[0], ())
+    recipe = settled(said_of_run, file, ())
     with doing("loading the libraries"):
         from shoal import runtime
 
@@ -65,6 +68,7 @@ def lab(words: Sequence[str]) -> str:
     for override in rest[1:]:
         apply_override(said, override)
     settings = checked(part.Settings, said, source=f"shoal lab {name}", overrides=rest[1:])
-    run = open_run(recipe)
-    with locked(run):
-        return part.work(run, settings)
+    with remembering(Path(recipe.run_dir).expanduser(), said_of_run) as memory:
+        run = open_run(recipe, memory=memory)
+        with locked(run):
+            return part.work(run, settings)

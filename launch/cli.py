@@ -1,6 +1,5 @@
-"""`shoal measure | prune | record | distill | quantize | eval | report | run RECIPE_OR_RUN_DIR
-[key=value ...]`, `shoal compare RUN_DIR RUN_OR_MODEL ...`, and `shoal init | list | explain |
-completion`."""
+"""`shoal measure | prune | record | distill | eval | report | run RECIPE_OR_RUN_DIR [key=value ...]`,
+`shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal lab NAME RECIPE_OR_RUN_DIR`, and `shoal init | list | explain`."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Narrowing:
     def words(self, teacher: PreTrainedModel, plan: PruningPlan) -> str:
         """Text and memory."""
         asked = self.calibration
-        return f"width: chosen on, {asked.num_tokens:,} tokens, {in_words(needed_bytes(teacher, asked))}"
+        return f"width: chosen on {asked.num_tokens:,} tokens, {in_words(needed_bytes(teacher, asked))}"
 
     def _sizes(self, teacher: Teacher) -> Sizes:
         return sizes_of(teacher.folder, teacher.config, kept_width(teacher.config, self.calibration))

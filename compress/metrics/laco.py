@@ -93,12 +93,6 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     return dict.fromkeys(names, rows)
 
 
-def tokens_read(num_layers: int, num_drop: int | None) -> int:
-    """At most, over all merges."""
-    runs = (num_layers - length for length in range(1, _longest_run(num_layers, num_drop) + 1))
-    return NUM_TEXTS * TEXT_LENGTH * (1 + sum(runs))
-
-
 def _longest_run(num_layers: int, num_drop: int | None) -> int:
     return min(num_drop or LONGEST_RUN, num_layers - 1)
 

@@ -42,7 +42,7 @@ class TrainingSource(DataSource):
     them."""
     image: Annotated[Text | None, Field(exclude_if=lambda column: column is None)] = None
     """The column that names an image file, from the folder of a local ``path`` on, beside ``prompt`` and
-    ``completion``: rows as measure.images has them, for models that read images. Only the answer is learnt."""
+    ``completion``, for models that read images. Only the answer is learnt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from shoal.redaction import redacted, redacted_arguments
 S = TypeVar("S", bound=Section)
 
 NOT_HERE = {
-    "image": "data holds text alone here: images are measured with (measure.images) and learnt from (distill.data)"
+    "image": "data holds text alone here: images are learnt from (distill.data), and measured by `shoal lab vision`"
 }
 """Keys that are asked for where shoal has nothing for them -> what it has."""
 WORDS = {

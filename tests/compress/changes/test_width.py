@@ -224,7 +224,7 @@ def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource)
     assert num_bytes == stored
     assert checkpoint_bytes(out) < checkpoint_bytes(folder)
     assert "changes: keeping 32 MLP channels and 1 key-value group of every layer" in told
-    assert "width: chosen on, 512 tokens, takes about" in told
+    assert "width: chosen on 512 tokens, takes about" in told
     parameters = sum(parameter.numel() for parameter in load_model(out).parameters())
     assert f"{parameters:,}" in told
 
