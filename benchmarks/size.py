@@ -15,20 +15,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
-    "lines of Python outside tests": 71_000,
-    "of them in lab/": 6_000,
-    "files of Python outside tests": 415,
-    "lines of tests": 56_500,
-    "recipe keys": 351,
-    "places that a recipe can set": 475,
-    "raise UserError": 780,
-    "late imports outside launch/ and lab/": 120,
+    "lines of Python outside tests": 55_350,
+    "of them in lab/": 6_380,
+    "files of Python outside tests": 361,
+    "lines of tests": 35_550,
+    "recipe keys": 205,
+    "places that a recipe can set": 264,
+    "raise UserError": 622,
+    "late imports outside launch/ and lab/": 37,
     "lines of a function, median": 8,
-    "lines of a function, 90 of 100": 24,
-    "lines of a function, most": 114,
-    "parameters of a function, most": 12,
-    "words of Markdown": 77_000,
+    "lines of a function, 90 of 100": 23,
+    "lines of a function, most": 60,
+    "parameters of a function, most": 8,
+    "words of Markdown": 41_400,
 }
+"""What there is today: on the way to 48,000 lines, 6,000 of them in lab/, 290 files, 480 refusals, 7 parameters and
+35,000 lines of tests."""
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

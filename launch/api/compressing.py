@@ -70,11 +70,7 @@ def measure_importance(
     """
     require_usable(model)
     section = of_arguments(
-        Measure,
-        settings,
-        taken=MEASURED,
-        source="shoal.measure_importance",
-        contradictions=measure.contradictions,
+        Measure, settings, taken=MEASURED, source="shoal.measure_importance", contradictions=measure.contradictions
     )
     tokenizer = require_tokenizer(tokenizer)
     require_positions(model, section.sequence_length)

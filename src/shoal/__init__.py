@@ -44,6 +44,8 @@ Folders:
     train         train the cut model on the full one
 """
 
+# pyright: reportUnsupportedDunderAll=false
+
 from __future__ import annotations
 
 import importlib
