@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from shoal.errors import UserError
 from shoal.formatting import listed
+from shoal.recipe.gone import gone
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TOO_LARGE, Section
 
@@ -92,6 +93,8 @@ def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def _unknown(place: str, known: list[str]) -> UserError:
+    if words := gone(place):
+        return UserError(f"explain: {place}: {words}")
     leaf = place.rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == leaf]
     close = difflib.get_close_matches(place, same or known, n=CLOSE, cutoff=0 if same else 0.7)

@@ -117,6 +117,12 @@ def test_an_unknown_key_is_one_message_with_what_may_be_meant(
         explained(key)
 
 
+def test_a_key_that_is_gone_says_what_to_use_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = said(capsys, "explain", "eval.samples")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "eval.samples: gone since 0.1; `shoal lab samples RUN_DIR`" in err
+
+
 def test_json_is_what_a_script_reads(capsys: pytest.CaptureFixture[str]) -> None:
     meaning = "Rows of the one matrix and columns of the other."
     told = {"key": "distill.lora.rank", "meaning": meaning, "values": "whole number > 0", "default": "16"}
