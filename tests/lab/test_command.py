@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from shoal.errors import UserError
 from shoal.lab import command
+from shoal.launch.verbs.run import Run
+from shoal.recipe.recipe import load_recipe
+from shoal.recipe.section import Section
 
 
 def test_the_list_has_a_line_for_every_part() -> None:
@@ -22,3 +30,21 @@ def test_a_part_without_a_run_is_refused() -> None:
     for name in command.PARTS:
         with pytest.raises(UserError, match="name a recipe or a run directory"):
             command.lab([name, "key=1"])
+
+
+def test_a_run_directory_that_the_lab_began_knows_its_recipe(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts end by naming `shoal distill RUN_DIR`."""
+
+    def work(run: Run, settings: Section) -> str:
+        (run.dir / "echo.json").write_text("{}")
+        return f"worked in {run.dir.name}"
+
+    part = SimpleNamespace(Settings=make_dataclass("Settings", [], bases=(Section,)), work=work)
+    monkeypatch.setitem(command.PARTS, "echo", "says where it worked")
+    monkeypatch.setitem(sys.modules, "shoal.lab.echo", part)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"{{model: {teacher}, run_dir: {tmp_path / 'run'}, dtype: float32}}")
+    assert command.lab(["echo", str(recipe)]) == "worked in run"
+    assert load_recipe(tmp_path / "run").model == str(teacher)
