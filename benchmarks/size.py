@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIMITS = {
     "lines of Python outside tests": 55_350,
-    "of them in lab/": 6_380,
+    "of them in lab/": 6_390,
     "files of Python outside tests": 361,
-    "lines of tests": 35_550,
+    "lines of tests": 35_600,
     "recipe keys": 205,
     "places that a recipe can set": 264,
     "raise UserError": 622,
