@@ -96,6 +96,7 @@ class Architecture:
     """Why text with a KV cache is not compared with text without: the teacher itself differs; empty = compared."""
 
 
+ALTERNATING = ["sliding_attention", "full_attention"] * 3
 MOSTLY_LINEAR = ["linear_attention", "full_attention", "linear_attention"] * 2
 """Kinds of layers of families with linear attention: a cut of layers 1 and 4 would leave that only."""
 QWEN_VISION: dict[str, Any] = {
@@ -106,6 +107,14 @@ QWEN_VISION: dict[str, Any] = {
     "out_hidden_size": 32,
     "patch_size": 4,
     "num_position_embeddings": 16,
+}
+INKLING: dict[str, Any] = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "unpadded_vocab_size": 96,
 }
 QWEN4: dict[str, Any] = {
     "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
@@ -173,7 +182,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "codegen": Architecture({"rotary_dim": 4}),
     "cohere_compass_text": Architecture(
         {
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "layer_types": ALTERNATING,
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 "full_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -218,7 +227,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "num_key_value_heads": 4,
             "head_dim": 16,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "layer_types": ALTERNATING,
             "shared_experts_intermediate_size": 16,
             "per_layer_config": {
                 str(layer): {"num_attention_heads": 2, "num_key_value_heads": 2} for layer in (0, 2, 4)
@@ -243,16 +252,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(
         {
             "text_config": {"sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 32,
-                "patch_size": 16,
-                "vision_use_head": False,
-            },
+            "vision_config": {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
             "mm_tokens_per_image": 4,
             "image_token_index": 95,
         },
@@ -261,7 +261,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture({"sliding_window_pattern": 3, "query_pre_attn_scalar": 8}),
     "gemma3n_text": Architecture(
         {
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "layer_types": ALTERNATING,
             "num_kv_shared_layers": 2,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 96,
@@ -273,7 +273,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4": Architecture(
         {
             "text_config": {
-                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "layer_types": ALTERNATING,
                 "hidden_size_per_layer_input": 0,
                 "global_head_dim": 16,
             },
@@ -298,7 +298,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma4_text": Architecture(
         {
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "layer_types": ALTERNATING,
             "num_kv_shared_layers": 2,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 96,
@@ -308,26 +308,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma4_unified": Architecture(
         {
-            "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+            "text_config": {"layer_types": ALTERNATING},
             "vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
             "audio_config": {"audio_embed_dim": 16},
         },
         refuses="would be the student.s last",
     ),
-    "gemma4_unified_text": Architecture(
-        {"layer_types": ["sliding_attention", "full_attention"] * 3}, refuses="would be the student.s last"
-    ),
+    "gemma4_unified_text": Architecture({"layer_types": ALTERNATING}, refuses="would be the student.s last"),
     "git": Architecture(
-        {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 32,
-                "patch_size": 16,
-            }
-        },
+        {"vision_config": {**VISION, "num_hidden_layers": 1}},
         padding="its positions count the padding",
     ),
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
@@ -380,12 +369,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "inkling2_loop_text": Architecture(
         {
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "unpadded_vocab_size": 96,
+            **INKLING,
             "n_layers_per_attn_res_block": 2,
             "loop_layer_index_start": 2,
             "loop_layer_index_end": 4,
@@ -394,25 +378,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         refuses="outputs of earlier blocks",
     ),
     "inkling2_text": Architecture(
-        {
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "unpadded_vocab_size": 96,
-        },
+        INKLING,
         refuses="outputs of earlier blocks",
     ),
     "inkling_text": Architecture(
         {
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
+            **INKLING,
             "sliding_window_size": SLIDING_WINDOW,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "unpadded_vocab_size": 96,
             "log_scaling_n_floor": 16,
             "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
         }
@@ -438,19 +410,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2_moe": Architecture(
         {"layer_types": ["conv", "full_attention", "conv"] * 2}, refuses="leaves only", drops=((1, 4),)
     ),
-    "llama4": Architecture(
-        {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 32,
-                "patch_size": 16,
-                "vision_output_dim": 32,
-            }
-        }
-    ),
+    "llama4": Architecture({"vision_config": {**VISION, "intermediate_size": 64, "vision_output_dim": 32}}),
     "llama4_text": Architecture(
         {
             "intermediate_size_mlp": 48,
@@ -580,15 +540,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phi4_multimodal": Architecture(
         {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 32,
-                "patch_size": 16,
-                "crop_size": 32,
-            },
+            "vision_config": {**VISION, "crop_size": 32},
             "audio_config": {
                 "hidden_size": 16,
                 "intermediate_size": 16,
@@ -696,41 +648,15 @@ NOT_CUT: dict[str, str] = {
     "xlnet": "permutation language model, no causal decoder",
     **dict.fromkeys(
         (
-            "bart",
-            "bert-generation",
-            "bigbird_pegasus",
-            "blenderbot",
-            "blenderbot-small",
-            "marian",
-            "mbart",
-            "musicgen",
-            "musicgen_melody",
-            "mvp",
-            "pegasus",
-            "plbart",
-            "prophetnet",
-            "trocr",
-            "whisper",
+            *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "bert-generation", "marian", "mbart"),
+            *("musicgen", "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "trocr", "whisper"),
         ),
         "the decoder of an encoder-decoder model",
     ),
     **dict.fromkeys(
         (
-            "bert",
-            "big_bird",
-            "camembert",
-            "data2vec-text",
-            "electra",
-            "ernie",
-            "megatron-bert",
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm",
-            "xlm-roberta",
-            "xlm-roberta-xl",
+            *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"),
+            *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl"),
             "xmod",
         ),
         "an encoder",
@@ -743,20 +669,9 @@ NOT_CUT: dict[str, str] = {
 
 
 FEW = (
-    *(
-        "arcee",
-        "bamba",
-        "bloom",
-        "cohere2",
-        "deepseek_v3",
-        "falcon_h1",
-        "gemma3_text",
-        "gemma3n_text",
-        "gpt2",
-        "gpt_oss",
-    ),
-    *("granite", "lfm2_moe", "llama", "llava", "mamba", "nemotron_h", "olmo2", "phi3", "qwen2", "qwen3_moe"),
-    *("qwen3_next", "qwen3_vl", "recurrent_gemma", "smollm3", "zamba2"),
+    *("arcee", "bamba", "bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3_text", "gemma3n_text", "gpt2"),
+    *("gpt_oss", "granite", "lfm2_moe", "llama", "llava", "mamba", "nemotron_h", "olmo2", "phi3", "qwen2"),
+    *("qwen3_moe", "qwen3_next", "qwen3_vl", "recurrent_gemma", "smollm3", "zamba2"),
 )
 """Rows that `make test` looks at: one for every way in which layers differ, share, or are refused."""
 
