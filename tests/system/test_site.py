@@ -37,12 +37,19 @@ def test_every_document_is_a_page_that_the_navigation_names(site: Path) -> None:
     assert not {page for page in pages if f'href="{page}"' not in first}
 
 
+def test_pages_of_keys_and_modules_are_those_of_the_code(site: Path) -> None:
+    keys, modules = ((site / f"docs/{name}.html").read_text(encoding="utf-8") for name in ("keys", "modules"))
+    assert "distill.lora" in keys
+    assert "Share of the layers to drop" in keys
+    assert "shoal.compress.surgery" in modules
+
+
 @pytest.mark.parametrize("link", ["docs/no_such_page.md", "docs/guide.md#no-such-heading"])
 def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path, link: str) -> None:
     pages = tmp_path / "pages"
     pages.mkdir()
-    for name in ("docs", "configs", "CHANGELOG.md"):
-        (pages / name).symlink_to(ROOT / name)
+    for name in ("docs", "configs", "CHANGELOG.md", "pages/generated.py"):
+        (pages / Path(name).name).symlink_to(ROOT / name)
     (pages / "README.md").write_text(f"# shoal\n\n[there]({link})\n", encoding="utf-8")
     (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), encoding="utf-8")
     built = build(tmp_path / "mkdocs.yml", tmp_path / "site")
