@@ -15,9 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
-    "lines of Python outside tests": 55_350,
+    "lines of Python outside tests": 55_400,
     "of them in lab/": 6_390,
-    "files of Python outside tests": 361,
+    "files of Python outside tests": 362,
     "lines of tests": 35_600,
     "recipe keys": 205,
     "places that a recipe can set": 264,
