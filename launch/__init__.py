@@ -14,5 +14,4 @@ Folders:
     api        what `import shoal` offers, for models in memory
     help       the recipe's keys explained, what it can name, a first recipe
     verbs      the verbs of the command, each in its run directory
-    workflows  what takes several verbs: all in order, dry runs, search
 """

@@ -95,9 +95,9 @@ VERBS = {
     ),
     "run": Verb(
         "all of it, skipping what is done and unchanged",
-        "workflows.pipeline.run_all",
+        "verbs.pipeline.run_all",
         dry_run=(
-            "workflows.dry_run.run_dry_run",
+            "verbs.dry_run.run_dry_run",
             "stage by stage what would be done, how long it takes here, how much disk",
         ),
         example="quickstart run_dir=runs/mine --dry-run",
@@ -267,7 +267,7 @@ def _run_each(arguments: argparse.Namespace) -> None:
     from shoal.eval.compare.page import comparison_text, write_comparison
     from shoal.recipe.recipe import load_recipe
 
-    from .workflows.each import combinations, run_each
+    from .verbs.each import combinations, run_each
 
     def run_one(more: Sequence[str]) -> int:
         overrides = [*arguments.overrides, *more]
@@ -337,9 +337,8 @@ def _dispatch(
         runtime.turn_down_libraries()
         from shoal.tracking.wandb_run import wandb_mode
 
-        from .verbs import distill
+        from .verbs import distill, pipeline
         from .verbs.run import Run, locked, open_run
-        from .workflows import pipeline
 
         row = VERBS[verb]
         stage: Callable[..., Any] = _distill if verb == "distill" else _stage(row.stage)

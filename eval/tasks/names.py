@@ -20,7 +20,7 @@ import yaml
 
 from shoal.atomic_files import file_hashes, fingerprint, known_hash
 from shoal.errors import UserError
-from shoal.recipe.suites import CONFIGS_DIR
+from shoal.recipe.evaluate import CONFIGS_DIR
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 

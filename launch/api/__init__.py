@@ -4,5 +4,4 @@ compressing  what layers are worth, which go, and the model without them
 training     the cut model trained on the full one
 evaluating   scores of a model, and what changed between two
 running      a whole recipe
-identity     what identifies a result
 """

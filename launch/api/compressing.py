@@ -25,14 +25,12 @@ from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.prune import Prune
 from shoal.recipe.section import Shapes, shaping
-
-from .identity import measured_with
 
 MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "sweep")
 """Keys of the recipe's section `measure` that mean the same here."""
@@ -93,7 +91,13 @@ def measure_importance(
             num_drop=section.num_drop or max(1, len(decoder_layers(model)) // 4),
             seed=seed,
         )
-        inputs = measured_with(model, section, Shapes.IMPORTANCE, "measure.", seed=seed, rows=rows.fingerprint)
+        inputs = {
+            "model": name_of(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "seed": seed,
+            "rows": rows.fingerprint,
+            **shaping(section, Shapes.IMPORTANCE, "measure."),
+        }
         del inputs["measure.data"]  # `rows` says what it was
         importance = Importance(Provenance(inputs), **vars(scores))
         return importance if section.sweep is None else _swept(importance, model, tokenizer, section.sweep, seed=seed)

@@ -14,13 +14,11 @@ from shoal.errors import UserError
 from shoal.eval.compare.means import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
-from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.recipe.messages import of_arguments
-from shoal.recipe.section import Shapes
+from shoal.recipe.section import Shapes, shaping
 from shoal.stats.paired import PairedDifference, holm, paired, verdict
-
-from .identity import measured_with
 
 TAKEN = ("limits", "num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
 """Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
@@ -73,7 +71,13 @@ def evaluate(
     if section.perplexity_tokens:
         require_positions(model, section.sequence_length)
     asked = tasks_fingerprint(section.tasks, section.include_path)
-    inputs = measured_with(model, section, Shapes.SCORES, "eval.", seed=seed, tasks=asked)
+    inputs = {
+        "model": name_of(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "tasks": asked,
+        **shaping(section, Shapes.SCORES, "eval."),
+    }
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
         return model_evaluation(

@@ -22,8 +22,8 @@ from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from ..verbs.evaluate import roles
 from ..verbs.launch import LaunchEnded, launch_distill
 from ..verbs.memory import remembering
+from ..verbs.pipeline import run_all
 from ..verbs.run import Run, open_run
-from ..workflows.pipeline import run_all
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict, fields
 from typing import Any, get_args
 
 from shoal.data.bundled import ABOUT
+from shoal.recipe.evaluate import CONFIGS_DIR, SuiteName, read_suite
 from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
-from shoal.recipe.suites import CONFIGS_DIR, SuiteName, read_suite
 from shoal.yaml_text import read_yaml
 
 from .explain import table

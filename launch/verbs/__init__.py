@@ -1,16 +1,16 @@
-"""The verbs of the command, each in its run directory. shoal.launch.workflows has what takes several of them.
+"""The verbs of the command, each in its run directory.
 
-run             one recipe in its run directory: precision, done, stale, locked
-memory          what a run directory remembers of recipe and overrides
-measure         measure
-measure_checks  what measuring refuses before a weight is loaded
-prune           prune
-plan            which layers go, and what that follows from
-plan_checks     what pruning refuses before a model is loaded
-distill         record, distill
-overlap         evaluation items in text that a student learns from
-launch          distill under the DeepSpeed launcher
-evaluate        eval
-report          report
-export          GGUF files, the Hub
+run       one recipe in its run directory: precision, done, stale, locked
+memory    what a run directory remembers of recipe and overrides
+measure   measure
+prune     prune
+plan      which layers go, what that follows from, what no measurement could make possible
+distill   record, distill
+overlap   evaluation items in text that a student learns from
+launch    distill under the DeepSpeed launcher
+evaluate  eval
+report    report, and what the recipe exports: GGUF files, the Hub
+pipeline  run: all in order
+dry_run   what all in order would do, how long, how much disk
+each      a run for every combination of values
 """

@@ -15,7 +15,7 @@ from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import LAB, PruningPlan
 from shoal.artifacts.width import KeptWidth
-from shoal.data.sources import sources_fingerprint
+from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.recipe.measure import METRICS
 from shoal.recipe.section import Shapes, shaping
@@ -156,6 +156,51 @@ def _refuse_impossible_choice(run: Run) -> None:
     with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
     to_come = placeholder_importance(measure, num_layers, go_first=free, with_tasks=with_tasks)
     choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
+
+
+def refuse_impossible_plan(run: Run) -> None:
+    """Refuse what no measurement could make possible, before hours are spent on one.
+
+    Raises:
+        UserError: a choice of layers that cannot be made, changes that the model does not allow, unreadable data.
+    """
+    from shoal.compress.plan import check_choice
+
+    check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    refuse_unmeasured(run)
+    refuse_impossible_changes(run, PruningPlan(Provenance({}), run.num_layers, (), "not chosen yet"))
+    if run.recipe.prune.drop is not None:
+        plan = choose_plan(run, None, {})
+        refuse_impossible_changes(run, plan)
+        refuse_unfit_student(run, plan)
+
+
+def refuse_impossible_changes(run: Run, plan: PruningPlan) -> None:
+    """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
+    from shoal.compress.changes.table import changes_of
+    from shoal.compress.surgery.teacher import read_teacher
+
+    changes = changes_of(run.recipe.prune)
+    teacher = read_teacher(run.teacher, trust_remote_code=run.recipe.trust_remote_code) if changes else None
+    for change in changes:
+        if (settings := change.calibration) is not None:
+            check_length(run, settings.sequence_length, f"{change.SECTION}.sequence_length")
+            for source in settings.data:
+                load_texts(source, max_characters=1)
+        assert teacher is not None
+        teacher = change.sizes(teacher, plan)
+
+
+def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
+    """Refuse a plan that no configuration can express, and one whose student llama.cpp would take for
+    another model where a GGUF file is to be written."""
+    from shoal.compress.surgery.narrow_config import student_config
+
+    student = student_config(run.config(), plan.keep, plan.width)
+    if run.recipe.export.gguf:
+        from shoal.compress.gguf.export import refuse_misread
+
+        refuse_misread(student)
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:

@@ -27,11 +27,9 @@ from .plan import (
     is_settled,
     plan_of,
     read_importance,
-    refuse_other_depth,
-)
-from .plan_checks import (
     refuse_impossible_changes,
     refuse_impossible_plan,
+    refuse_other_depth,
     refuse_unfit_student,
 )
 from .run import Run

@@ -1,4 +1,4 @@
-"""The stage `report`: one page about a run directory, then what the recipe exports.
+"""The stage `report`: one page about a run directory, then what the recipe exports: a GGUF file, a push to the Hub.
 
 Code of a stage is imported where it is used, so that a verb loads only what it runs.
 """
@@ -6,12 +6,18 @@ Code of a stage is imported where it is used, so that a verb loads only what it 
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
+from shoal.atomic_files import written_folder
+from shoal.errors import UserError
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.progress import doing
 
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
-from .export import export, export_gguf
 from .measure import importance_of
 from .run import Run, write_story
 
@@ -49,3 +55,41 @@ def _require_this_run(run: Run) -> None:
     for role, folder in folders.items():
         if (asked := scores_of(run, role, eval_inputs(run, folder))).path.is_file():
             asked.require()
+
+
+def export_gguf(run: Run) -> None:
+    """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
+    from shoal.compress.gguf import export as gguf
+
+    folders = roles(run)
+    role = next((role for role in ("distilled", "pruned") if role in folders), None)
+    if role is None:
+        raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
+    inputs = {"model": model_fingerprint(folders[role]), "converter": gguf.converter_fingerprint()}
+    path = run.dir / gguf.Gguf.FILE
+    if Identity(gguf.Gguf, path, inputs, "gguf").is_done() and (path.parent / gguf.Gguf.read(path).file).is_file():
+        return
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
+    log.info("gguf: converting %s with llama.cpp's converter", folders[role])
+    with written_folder(path.parent) as temporary:
+        proof = gguf.export_gguf(folders[role], temporary / name)
+        gguf.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
+    log.info("gguf: %s: %s", path.parent / name, proof.in_words())
+
+
+def export(run: Run) -> None:
+    """Push distilled/ with its model card to the Hub."""
+    from shoal.eval.export.card import model_card
+    from shoal.eval.export.hub import push
+
+    distilled = run.dir / "distilled"
+    if not (distilled / "config.json").is_file():
+        raise UserError(f"{distilled}: nothing to export yet; run `shoal distill` first")
+    assert run.recipe.export.hub_repo is not None
+    url = push(
+        distilled,
+        model_card(run.dir, base_folder=run.teacher),
+        run.recipe.export.hub_repo,
+        private=run.recipe.export.private,
+    )
+    log.info("export: %s", url)

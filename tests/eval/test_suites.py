@@ -1,6 +1,6 @@
 """Suites: what a name stands for, what it costs, and how a recipe adds to it.
 
-Covers: shoal.recipe.suites.
+Covers: shoal.recipe.evaluate.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from shoal.eval.tasks.load import known_tasks, tasks_of
 from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
 from shoal.launch.verbs import evaluate
 from shoal.launch.verbs.run import open_run
-from shoal.recipe.evaluate import Eval
+from shoal.recipe.evaluate import SUITES_DIR, Cost, Eval, SuiteName, read_suite
 from shoal.recipe.recipe import parse_recipe
-from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
 
 NAMES = get_args(SuiteName)
 

@@ -27,7 +27,7 @@ from shoal.ranks import free_port
 
 PRELOADED = [
     "shoal.launch.cli",
-    "shoal.launch.workflows.pipeline",
+    "shoal.launch.verbs.pipeline",
     "shoal.train.distill",
     "deepspeed",
     "deepspeed.ops",

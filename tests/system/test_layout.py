@@ -33,7 +33,6 @@ LEVELS = (
     ("compress.sweeps", "train"),
     ("compress",),
     ("launch.verbs", "launch.help"),
-    ("launch.workflows",),
     ("launch.api",),
     ("launch",),
     ("lab.results",),

@@ -25,7 +25,7 @@ def test_a_recipe_is_read_and_refused_before_anything_heavy_is_loaded(work: str)
 import sys
 from shoal.launch.cli import _main, run_verb
 from shoal.recipe.recipe import load_recipe
-from shoal.recipe.suites import CONFIGS_DIR
+from shoal.recipe.evaluate import CONFIGS_DIR
 {work}
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded

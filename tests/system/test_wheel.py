@@ -99,7 +99,7 @@ import json, shoal, shoal.compress, sys
 from shoal.launch.help.names import LISTS
 from shoal.recipe.deepspeed_file import read_deepspeed
 from shoal.recipe.recipe import load_recipe
-from shoal.recipe.suites import CONFIGS_DIR
+from shoal.recipe.evaluate import CONFIGS_DIR
 names = {kind: [entry["name"] for entry in LISTS[kind]()] for kind in ("recipes", "tasks", "suites", "cluster")}
 for name in names["recipes"]:
     read_deepspeed(load_recipe(name).distill.deepspeed)

@@ -1,6 +1,6 @@
 """What a run is told: every setting a frozen dataclass.
 
-recipe                  the whole; load_recipe() and overrides
+recipe                  the whole, with `track` and `export`; load_recipe() and overrides
 messages                why a recipe is refused, in the words of YAML
 gone                    keys that recipes once knew, and what to write instead
 section                 what sections are made of; what each key shapes, and identities from it
@@ -10,8 +10,6 @@ distill                 `distill` and `record`
 distill_contradictions  what these two must not say
 losses                  `distill.losses`
 deepspeed_file          `distill.deepspeed`
-evaluate                `eval`, and what `measure.sweep` shares with it
-suites                  `eval.suite`: tasks by name, with their cost
+evaluate                `eval`, its suites, and what `measure.sweep` shares with it
 remembered              recipe.yaml of a run directory: what it was made with
-track                   `track` and `export`
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.recipe.suites import CONFIGS_DIR
+from shoal.recipe.evaluate import CONFIGS_DIR
 
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """Sections that say what is computed in."""

@@ -17,17 +17,41 @@ from pydantic import Field
 from yaml import YAMLError
 
 from shoal.errors import UserError
-from shoal.recipe import distill_contradictions, measure, prune, remembered, track
+from shoal.recipe import distill_contradictions, measure, prune, remembered
 from shoal.recipe.distill import Distill, Record
-from shoal.recipe.evaluate import Eval
+from shoal.recipe.evaluate import CONFIGS_DIR, Eval, with_suite
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import Prune
 from shoal.recipe.section import Dtype, Section, Shapes, Text
-from shoal.recipe.suites import CONFIGS_DIR, with_suite
-from shoal.recipe.track import Export, Track
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
+
+
+@dataclass(frozen=True)
+class Track(Section):
+    """Where curves, scores, figures and reports go: Weights & Biases. The run has the name of its directory, or
+    WANDB_NAME."""
+
+    wandb: Literal["online", "offline", "off"] | None = None
+    """None = online where somebody is logged in to W&B (a key in the environment or of `wandb login`),
+    offline after WANDB_MODE=offline, else off."""
+    project: str = "shoal"
+    """W&B project."""
+    tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
+
+
+@dataclass(frozen=True)
+class Export(Section):
+    """Where the result is published."""
+
+    hub_repo: str | None = None
+    """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
+    private: bool = True
+    """Make a new repository private; one that is there already and public is refused."""
+    gguf: bool = False
+    """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
 
 
 @dataclass(frozen=True)
@@ -197,4 +221,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from prune.contradictions(recipe.prune)
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
-    yield from track.contradictions(recipe.export)
+    repo = recipe.export.hub_repo
+    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        yield f"export.hub_repo: must have the form owner/name (got {repo!r})"

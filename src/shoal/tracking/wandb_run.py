@@ -28,7 +28,7 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.ranks import is_main
-from shoal.recipe.track import Track
+from shoal.recipe.recipe import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.runtime import environment
 

@@ -1,7 +1,7 @@
 """GGUF files: what llama.cpp's converter writes is the checkpoint, is run by llama.cpp as transformers runs it, or is
 refused.
 
-Covers: shoal.launch.verbs.export.
+Covers: shoal.launch.verbs.report.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shoal.compress.gguf.export import (
 from shoal.compress.gguf.patterns import misreading
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
-from shoal.launch.verbs import export, prune
+from shoal.launch.verbs import prune, report
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
@@ -268,13 +268,13 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
     save_tokenizer(teacher)
     run = run_of(teacher, tmp_path / "run")
     prune.prune(run)
-    export.export_gguf(run)
+    report.export_gguf(run)
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-pruned.gguf"]
     assert gguf_export.Gguf.read(folder / "gguf.json").proof == GgufProof(4, 39, 0)
     assert "4 blocks, 39 tensors equal" in caplog.text
     written = folder.stat().st_ino
-    export.export_gguf(run)
+    report.export_gguf(run)
     assert folder.stat().st_ino == written
 
     def convert(source: Path, path: Path) -> GgufProof:
@@ -284,7 +284,7 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
 
     monkeypatch.setattr(gguf_export, "export_gguf", convert)
     tiny_model("llama", seed=1, num_hidden_layers=4).save_pretrained(tmp_path / "run" / "distilled")
-    export.export_gguf(run)
+    report.export_gguf(run)
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-distilled.gguf"]
     assert "gguf: gguf.json is out of date (model is" in caplog.text
 

@@ -12,7 +12,7 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.eval.tasks.load import load_tasks
-from shoal.recipe.suites import CONFIGS_DIR
+from shoal.recipe.evaluate import CONFIGS_DIR
 
 THEIRS = {
     "loglikelihood": "mmlu_anatomy",

@@ -1,7 +1,4 @@
-"""The measure stage: what it writes, when it measures again, what it refuses before anything is loaded.
-
-Covers: shoal.launch.verbs.measure_checks.
-"""
+"""The measure stage: what it writes, when it measures again, what it refuses before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.compress import measure as hidden_measure
 from shoal.errors import UserError
 from shoal.launch.verbs import measure as measuring
-from shoal.launch.verbs import measure_checks, prune
+from shoal.launch.verbs import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models import load as loading
 from shoal.recipe.recipe import parse_recipe
@@ -236,6 +233,6 @@ def test_a_model_that_does_not_fit_waits_on_disk_and_has_the_same_numbers(
 def test_metrics_that_take_weights_apart_need_them_all_in_memory(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_checks, "rooms_to_share", lambda *_: {"cpu": 60_000})
+    monkeypatch.setattr(measuring, "rooms_to_share", lambda *_: {"cpu": 60_000})
     with pytest.raises(UserError, match=r"measure.metrics: taylor needs all weights in memory, more than is free on"):
         measuring.measure(make_run({"metrics": ["block_influence", "taylor"]}))

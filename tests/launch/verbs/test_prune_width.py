@@ -20,8 +20,8 @@ from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.launch.verbs import distill
 from shoal.launch.verbs import prune as pruning
+from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import Run, open_run
-from shoal.launch.workflows import preflight
 from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.student.spec import Ranks
@@ -81,7 +81,7 @@ def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(safe_dump(settings(teacher, tmp_path, **sections)))
     run = run_of(teacher, tmp_path, **sections)
-    preflight.preflight(run)
+    preflight(run)
     pruning.prune(run)
     spec = distill.training_spec(run, pruning.read_plan(run), Ranks.here())
     assert (spec.frozen_layers, spec.shared_layers, spec.trained.layers) == (0, 0, tuple(range(5)))
@@ -109,5 +109,5 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
     teacher: Path, tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        preflight.preflight(run_of(teacher, tmp_path, **sections))
+        preflight(run_of(teacher, tmp_path, **sections))
     assert not (tmp_path / "run").exists()

@@ -13,11 +13,10 @@ from tiny import VOCAB_SIZE, tiny_tokenizer
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
 from shoal.launch.verbs.distill import check_distill
-from shoal.launch.verbs.measure import measure
-from shoal.launch.verbs.measure_checks import check_measure
+from shoal.launch.verbs.measure import check_measure, measure
+from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
-from shoal.launch.workflows.preflight import preflight
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
 

@@ -1,7 +1,7 @@
 """How recipes are read, and how every wrong one is refused.
 
 Covers: shoal.recipe.distill, shoal.recipe.distill_contradictions, shoal.recipe.evaluate, shoal.recipe.measure,
-shoal.recipe.messages, shoal.recipe.prune, shoal.recipe.track, shoal.yaml_text.
+shoal.recipe.messages, shoal.recipe.prune, shoal.yaml_text.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.recipe.distill import TrainingSource, sources_of_terms
+from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import DataSource, as_dict
-from shoal.recipe.suites import CONFIGS_DIR
 
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
 

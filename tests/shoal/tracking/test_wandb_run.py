@@ -24,7 +24,7 @@ from wandb_server import WandbServer
 from shoal.errors import UserError
 from shoal.eval.report.score_rows import COLUMNS, score_rows
 from shoal.launch.cli import run_verb
-from shoal.recipe.track import Track
+from shoal.recipe.recipe import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.tracking import wandb_run
 from shoal.train.callbacks.wandb_curves import Curves

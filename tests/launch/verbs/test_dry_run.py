@@ -12,12 +12,12 @@ from results import evaluation
 
 from shoal.artifacts.artifact import Provenance
 from shoal.launch.cli import _main
+from shoal.launch.verbs import dry_run
+from shoal.launch.verbs.dry_run import run_dry_run
 from shoal.launch.verbs.evaluate import eval_inputs
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
-from shoal.launch.workflows import dry_run
-from shoal.launch.workflows.dry_run import run_dry_run
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.dry_run import Estimate, NotEstimated
 

@@ -1,6 +1,6 @@
 """What is refused within seconds: metrics that nothing measures, before hours are spent on others.
 
-Covers: shoal.compress.sweeps.placeholder, shoal.launch.verbs.plan_checks.
+Covers: shoal.compress.sweeps.placeholder.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pytest
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.distill import check_distill
+from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import open_run
-from shoal.launch.workflows.preflight import preflight
 from shoal.recipe.recipe import parse_recipe
 
 SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}

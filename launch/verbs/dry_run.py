@@ -21,13 +21,13 @@ from shoal.numerics import DTYPES, flops_per_second
 from shoal.progress import doing
 from shoal.runtime import device
 
-from ..verbs.distill import training_estimate, what_is_trained
-from ..verbs.evaluate import eval_inputs, roles, scores_of
-from ..verbs.measure import importance_of
-from ..verbs.plan import expected_plan
-from ..verbs.prune import student_estimate, what_is_cut
-from ..verbs.run import Run
-from .preflight import preflight
+from .distill import training_estimate, what_is_trained
+from .evaluate import eval_inputs, roles, scores_of
+from .measure import importance_of
+from .pipeline import preflight
+from .plan import expected_plan
+from .prune import student_estimate, what_is_cut
+from .run import Run
 
 UNKNOWN = "no estimate"
 READING_SHARE = 0.8
