@@ -33,7 +33,7 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 PICTURES = {
     "before_after": "Scores before and after, with 95 % intervals",
     "levels": "Scores by level of difficulty",
-    "importance": "Importance of the layers, the cut ones marked",
+    "depth": "The stack of layers, what was taken out of it, and what each layer was worth",
     "training": "Training loss and learning rate by step",
 }
 """Figures that a card shows, as far as the run has drawn them."""
@@ -172,7 +172,7 @@ def _body(run: Run, comparison: Comparison, terms: License, base: str | None, ba
         parts += ["## Before and after", *_results(run, comparison)]
         parts += ["## Read with care", *map(block_markdown, cautions_section(run, comparison).blocks)]
     changed = "cut" if _is_smaller(run) else "changed"
-    parts += [f"## What was {changed}", *_cut_lines(run, base, base_folder), *_picture(run, "importance")]
+    parts += [f"## What was {changed}", *_cut_lines(run, base, base_folder), *_picture(run, "depth")]
     if run.training:
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:

@@ -349,6 +349,9 @@ def _identities(
         if run.speed and role in run.speed.roles:
             entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
     told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
+    if run.plan and run.importance:
+        counts = ((part.FILE, "num_layers", part.num_layers) for part in (run.plan, run.importance))
+        told["the number of layers"] = [*counts]
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
         dropped = list(run.training.provenance.inputs["prune.drop"])
         told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.evaluation import Evaluation
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure
-from shoal.figures.depth import depth_figure
-from shoal.figures.importance import importance_figure
-from shoal.figures.levels import Ladder, ladders, level_figure
-from shoal.figures.scores import MAX_TASKS, before_after_figure
+from shoal.figures.layers import depth_figure, importance_figure
+from shoal.figures.scores import MAX_TASKS, Ladder, before_after_figure, ladders, level_figure
 from shoal.figures.training import loss_series, training_figure
 
 from .cautions import cautions_section
@@ -155,10 +153,10 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
     if importance and (importance.layers or importance.runs):
         yield (
             "importance",
-            importance_figure(importance, drop),
+            importance_figure(importance),
             "Importance of the layers",
-            "Bars: importance of each layer, the cut ones hatched and marked by a triangle. Heat map, where there "
-            "is one: importance of every run of neighbouring layers, by its first layer and its length.",
+            "Bars: importance of each layer. Heat map, where there is one: importance of every run of neighbouring "
+            "layers, by its first layer and its length.",
         )
     if run.plan and importance and importance.runs:
         yield (

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from shoal.artifacts.evaluation import ROLES, Interval, TaskScore
-from shoal.figures.levels import Ladder, ladders
+from shoal.figures.scores import Ladder, ladders
 from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance

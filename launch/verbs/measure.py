@@ -295,7 +295,7 @@ def _write(run: Run, importance: Importance) -> None:
 
 def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
     from shoal.figures.atlas import agreement_figure, atlas_figure, curves_figure
-    from shoal.figures.importance import importance_figure
+    from shoal.figures.layers import importance_figure
 
     if importance.layers or importance.runs:
         yield "importance", importance_figure(importance)

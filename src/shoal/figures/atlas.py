@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.importance import Agreement, Atlas, Estimate, Importance, ProtocolGap, Sweep, SweepColumn
-from shoal.errors import UserError
-from shoal.figures.importance import refuse_foreign
 from shoal.figures.style import (
     DROPPED,
     FAINT,
@@ -37,17 +35,9 @@ DARK_TEXT, LIGHT_TEXT = "#101418", "#ffffff"
 
 
 def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
-    """Layers by metrics and by tasks under their protocols, then every column with its intervals, and protocol gaps.
-
-    Raises:
-        UserError: no task was swept, or a dropped layer is none of the model's.
-    """
+    """Layers by metrics and by tasks under their protocols, then every column with its intervals, and protocol gaps."""
     atlas = importance.atlas
-    if atlas is None:
-        raise UserError(
-            "importance.json: holds no swept task to draw; name some in measure.sweep.tasks and measure again"
-        )
-    refuse_foreign(drop, importance)
+    assert atlas is not None
     metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
     metrics |= {name: runs[0] for name, runs in importance.runs.items()}
     columns = [(atlas.sweep.title(column), column) for column in atlas.columns]
@@ -88,17 +78,7 @@ def agreement_figure(agreement: Agreement) -> Figure:
 
 
 def curves_figure(sweep: Sweep, over: str = "") -> Figure:
-    """Every column over the layers, for operators with one component of each; ``over``: what they are, in words.
-
-    Raises:
-        UserError: the sweep is empty, or a component is no single layer's.
-    """
-    if not sweep.columns or not sweep.units:
-        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
-    if any(len(component.layers) != 1 or component.index is not None for component in sweep.units):
-        raise UserError(
-            f"importance.json: the sweep {sweep.operator!r} has no curve over layers; sweep attention or mlp"
-        )
+    """Every column over the layers, for operators with one component of each; ``over``: what they are, in words."""
     places = [component.layers[0] for component in sweep.units]
     figure, axes = panels([1.6] * len(sweep.columns))
     with figure_style():

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.atomic_files import written_file
-from shoal.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,12 +91,9 @@ def save_figure(figure: Figure, path: Path) -> bytes:
     Gives what was written, so that nobody has to draw it again for a page.
 
     Raises:
-        UserError: another suffix, or a full or read-only disk.
+        UserError: a full or read-only disk.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise UserError(f"{path}: figures are written as .svg or .png; choose one of these suffixes")
-    content = _rendered(figure, suffix[1:])
+    content = _rendered(figure, path.suffix[1:])
     with written_file(path) as temporary:
         temporary.write_bytes(content)
     return content

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.training import Training
-from shoal.errors import UserError
 from shoal.figures.style import FAINT, SERIES_COLOURS, figure_style, heading, panels, short
 from shoal.recipe.losses import KINDS
 from shoal.task_words import task_words
@@ -22,14 +21,8 @@ WATCHED, HELD_OUT = "watch/", "perplexity"
 
 
 def training_figure(training: Training) -> Figure:
-    """Training loss with each of its terms, what was scored on the way, and the learning rate, all by optimizer step.
-
-    Raises:
-        UserError: the history holds no loss.
-    """
+    """Training loss with each of its terms, what was scored on the way, and the learning rate, all by step."""
     series = loss_series(training)
-    if not series:
-        raise UserError("distill.json: its history holds no loss to draw; run `shoal distill` again")
     watched = watched_series(training)
     held_out = {name: watched.pop(name) for name in (HELD_OUT,) if name in watched}
     rate = _points(training, "learning_rate")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -12,11 +11,10 @@ import pytest
 from sweep_results import importance as swept_importance
 from sweep_results import right, task
 
-from shoal.artifacts.importance import Importance, Sweep
+from shoal.artifacts.importance import Importance
 from shoal.components import Component
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import sweep_table
-from shoal.errors import UserError
 from shoal.figures.atlas import (
     agreement_figure,
     atlas_figure,
@@ -48,13 +46,6 @@ def cells(ax: Axes) -> dict[tuple[int, int], Any]:
 def saved_texts(figure: Figure, path: Path) -> list[str]:
     save_figure(figure, path)
     return [node.text or "" for node in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
-
-
-def heads() -> Sweep:
-    units = [Component((layer,), "head", head) for layer in range(3) for head in range(4)]
-    made = task(right(0.8), "retrieval_generation")
-    variants = [[task(right(0.8, 40 if unit.name == "head 1.2" else 1), "retrieval_generation")] for unit in units]
-    return sweep_table("head", units, [made], variants)
 
 
 @pytest.mark.slow
@@ -126,10 +117,6 @@ def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> N
     (ax,) = curves_figure(table).axes
     assert [list(line.get_xdata()) for line in ax.get_lines()][::2] == [[1, 3, 4], [3]]  # pyright: ignore
     assert ax.get_xlabel() == "attention of layer"
-    with pytest.raises(UserError, match="'head' has no curve over layers; sweep attention or mlp"):
-        curves_figure(heads())
-    with pytest.raises(UserError, match="'attention' is empty"):
-        curves_figure(replace(table, columns=()))
 
 
 @pytest.mark.slow

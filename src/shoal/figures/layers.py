@@ -1,20 +1,33 @@
-"""The depth picture: the stack of layers, which of them were taken out, and what each was worth by column.
+"""Layers: what each of them and every run of them is worth, and the stack of layers with what was taken out of it.
 
-What was cut leaves its place in the stack, is hatched and dashed, and its bars are hatched too: nothing is said by
+In the stack what was cut leaves its place, is hatched and dashed, and its bars are hatched too: nothing is said by
 colour alone.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.errors import UserError
-from shoal.figures.style import DROPPED, FAINT, INK, KEPT, WIDTH_INCHES, clean, figure_style, panel_grid
+from shoal.figures.style import (
+    DROPPED,
+    FAINT,
+    INK,
+    KEPT,
+    WIDTH_INCHES,
+    clean,
+    figure_style,
+    heading,
+    panel_grid,
+    panels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,15 +60,7 @@ def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[Dep
 
 
 def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:
-    """The stack of layers, 0 on top where text comes in, and beside it up to five columns of importance.
-
-    Raises:
-        UserError: the importance is of a model with another number of layers.
-    """
-    if importance is not None and importance.num_layers != plan.num_layers:
-        raise UserError(
-            f"importance.json: has {importance.num_layers} layers, plan.json {plan.num_layers}; measure again"
-        )
+    """The stack of layers, 0 on top where text comes in, and beside it up to five columns of importance."""
     columns = depth_columns(importance, plan)[:MAX_COLUMNS] if importance else ()
     figure, axes = _side_by_side(plan.num_layers, len(columns))
     with figure_style():
@@ -184,3 +189,62 @@ def _longest(scores: Sequence[float]) -> float:
     ordered = sorted(scores)
     usual = FAR_OUT * ordered[int(0.9 * (len(ordered) - 1))]
     return max((score for score in ordered if score <= usual), default=ordered[-1]) if usual > 0 else ordered[-1]
+
+
+def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
+    """One panel of bars per layer metric and one heat map (start by length) per run metric, the run ``drop`` framed."""
+    heights = [1.9] * len(importance.layers) + [3.6] * len(importance.runs)
+    figure, axes = panels(heights)
+    with figure_style():
+        for ax, (metric, scores) in zip(axes, importance.layers.items(), strict=False):
+            _draw_layers(ax, metric, scores)
+        for ax, (metric, rows) in zip(axes[len(importance.layers) :], importance.runs.items(), strict=True):
+            _draw_runs(figure, ax, metric, rows, drop)
+    return figure
+
+
+def _draw_layers(ax: Axes, metric: str, scores: Sequence[float]) -> None:
+    ax.bar(range(len(scores)), scores, width=0.72, color=KEPT)
+    ax.set_title(heading(metric))
+    ax.set_xlabel("layer")
+    ax.set_ylabel("importance")
+    ax.set_xlim(-0.8, len(scores) - 0.2)
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)
+    if scores and max(scores) > 12 * sorted(scores)[len(scores) // 2] > 0 and min(scores) > 0:
+        ax.set_yscale("log")  # one outlying layer would flatten all others
+
+
+def _draw_runs(figure: Figure, ax: Axes, metric: str, rows: Sequence[Sequence[float]], drop: Sequence[int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    width = max(len(row) for row in rows)
+    grid = np.full((len(rows), width), math.nan)
+    for index, row in enumerate(rows):
+        grid[index, : len(row)] = row
+    # interpolation="none" keeps the raw cells in the SVG; any other choice stores a blurred picture
+    image = ax.imshow(
+        grid,
+        origin="lower",
+        aspect="auto",
+        cmap="cividis",
+        interpolation="none",
+        extent=(-0.5, width - 0.5, 0.5, len(rows) + 0.5),
+    )
+    bar = figure.colorbar(image, ax=ax, label="importance of the run", pad=0.02)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    if drop and list(drop) == list(range(drop[0], drop[-1] + 1)) and len(drop) <= len(rows):
+        ax.add_patch(Rectangle((drop[0] - 0.5, len(drop) - 0.5), 1, 1, fill=False, ec=DROPPED, lw=2.5))
+        ax.annotate(
+            "the cut",
+            (drop[0], len(drop)),
+            xytext=(0.97, 0.95),
+            textcoords="axes fraction",
+            ha="right",
+            va="top",
+            color=DROPPED,
+            arrowprops={"arrowstyle": "-", "color": DROPPED},
+        )
+    ax.set_title(heading(metric))
+    ax.set_xlabel("first layer of the run")
+    ax.set_ylabel("layers in the run")
