@@ -37,7 +37,7 @@ from side_by_side import run_shoal, write_recipe
 
 from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.training import Training
-from shoal.eval.compare.means import HEADLINE, Scores, even_weights, summed_change
+from shoal.eval.compare.standings import HEADLINE, Scores, even_weights, summed_change
 from shoal.stats.paired import form_gap, form_gap_change, interval, no_retention, paired
 from shoal.task_words import COLUMNS
 

@@ -2,8 +2,7 @@
 
 compare     side by side
 comparable  which may stand in one table
-means       over tasks, columns the same
-standings   of models, by column
+standings   of models, by column and in the mean
 data        for scripts
 page        for readers
 figure      what is kept against costs

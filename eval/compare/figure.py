@@ -1,17 +1,35 @@
-"""The figure of a comparison: the mean that ranks against what models cost."""
+"""The figure of a comparison: what models keep of their teacher, in the mean that ranks, against what they cost.
+
+A run is the letter beside its mark and a role the mark's shape, so the figure reads in grey as well. The staircase
+joins the models that no other one beats in both directions, by their point estimates.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from shoal.artifacts.evaluation import Interval
-from shoal.figures.pareto import Cost, ParetoPoint, pareto_figure
+from shoal.figures.style import FAINT, INK, ROLE_STYLE, clean, figure_style, panel_grid, short
 
 from ..report.document import Picture, picture
 from .compare import Model, RunComparison, same_models
 from .standings import mean_kept, task_groups
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 FIGURE = "pareto"
+Cost = Literal["parameters", "bytes", "decode"]
+COSTS: dict[Cost, str] = {
+    "parameters": "parameters, millions\n(less is better)",
+    "bytes": "weights on disk, MB\n(less is better)",
+    "decode": "decoding speed, × the teacher\n(more is better)",
+}
+PANEL_INCHES = (3.7, 3.2)
 PROPORTIONAL = 0.05
 """Bytes per parameter that differ by more than this share make disk space a cost of its own."""
 _LEGEND = (
@@ -20,6 +38,18 @@ _LEGEND = (
     "of steps joins the models that no other one beats in both directions; it goes by the marks alone, and where bars "
     "overlap the order is not settled."
 )
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One model in one panel."""
+
+    label: str
+    """Letter of the run, or of all runs that share the model: `A, B`; empty for a teacher."""
+    role: str
+    cost: float
+    kept: Interval
+    """Share of the teacher's score above chance."""
 
 
 def pareto_panels(comparison: RunComparison) -> dict[Cost, list[ParetoPoint]]:
@@ -82,3 +112,53 @@ def no_figure(comparison: RunComparison) -> str:
     if any(model.role == "teacher" for model in comparison.models):
         why = "the teacher is clear of chance on none of these tasks"
     return f"There is no figure, because retention is a share of what the teacher can do, and {why}."
+
+
+def frontier(points: Sequence[ParetoPoint], cost: Cost) -> list[ParetoPoint]:
+    """The points that no other one beats: none keeps as much for less, or more for as much. By rising cost."""
+    sign = -1 if cost == "decode" else 1
+
+    def beats(first: ParetoPoint, other: ParetoPoint) -> bool:
+        gain, more = sign * (other.cost - first.cost), first.kept.value - other.kept.value
+        return gain >= 0 and more >= 0 and (gain > 0 or more > 0)
+
+    best = [point for point in points if not any(beats(other, point) for other in points)]
+    return sorted(best, key=lambda point: (point.cost, point.kept.value))
+
+
+def pareto_figure(panels: Mapping[Cost, Sequence[ParetoPoint]], names: Mapping[str, str], title: str) -> Figure:
+    """A panel for every cost, and a key of the runs' letters."""
+    width, height = PANEL_INCHES
+    figure, [axes] = panel_grid((1, len(panels)), (width * len(panels), height + 0.2 * len(names)), sharey="row")
+    with figure_style():
+        for ax, (cost, points) in zip(axes, panels.items(), strict=True):
+            _draw_panel(ax, cost, points)
+        axes[0].set_ylabel("kept of the teacher")
+        axes[0].set_title(short(title, 56), weight="bold", fontsize=10)
+        handles, labels = axes[0].get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True))
+        figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=len(shown), columnspacing=1.3)
+        told = "\n".join(f"{letter} = {short(name, 60)}" for letter, name in names.items())
+        figure.supxlabel(told, x=0.02, ha="left", fontsize=9)
+    return figure
+
+
+def _draw_panel(ax: Axes, cost: Cost, points: Sequence[ParetoPoint]) -> None:
+    ax.axhline(1, color=FAINT, lw=1, zorder=0)
+    ax.axhline(0, color=FAINT, lw=1, ls=":", zorder=0)
+    best = frontier(points, cost)
+    stairs = "steps-pre" if cost == "decode" else "steps-post"
+    places = [point.cost for point in best], [point.kept.value for point in best]
+    ax.plot(*places, color=INK, lw=1.1, ls=(0, (4, 2)), drawstyle=stairs, zorder=1, label="frontier")
+    for point in points:
+        colour, marker = ROLE_STYLE[point.role]
+        x, y = point.cost, point.kept.value
+        if point.role != "teacher":  # it keeps all of itself, by definition
+            ax.plot([x, x], [point.kept.ci_low, point.kept.ci_high], color=colour, lw=1.7, alpha=0.8, zorder=2)
+        ax.plot([x], [y], marker, color=colour, ms=9, mec="white", mew=0.6, zorder=3, label=point.role)
+        ax.annotate(clean(point.label), (x, y), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %".replace("-", "\N{MINUS SIGN}"))
+    ax.set_xlabel(COSTS[cost])
+    ax.margins(x=0.15)
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.tables import Tabular
 from shoal.errors import UserError
-from shoal.eval.compare.means import by_task
+from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
 from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable

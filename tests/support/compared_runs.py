@@ -14,7 +14,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.artifacts.training import Training
 from shoal.eval.compare.compare import Cell
-from shoal.figures.pareto import ParetoPoint
+from shoal.eval.compare.figure import ParetoPoint
 from shoal.stats.paired import interval
 
 SHARES = {"teacher": 0.9, "pruned": 0.4, "control": 0.95, "distilled": 0.7}

@@ -5,5 +5,4 @@ layers    what layers are worth, the stack
 atlas     sweeps
 training  curves of a training
 scores    before and after, by level
-pareto    what is kept against what it costs
 """

@@ -1,7 +1,4 @@
-"""Where models stand: means over tasks, columns that count, controls.
-
-Covers: shoal.eval.compare.means.
-"""
+"""Where models stand: means over tasks, columns that count, controls."""
 
 from __future__ import annotations
 
