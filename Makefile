@@ -51,8 +51,7 @@ wheel: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
-	$(BIN)/python benchmarks/distill.py runs/distillation
-	$(BIN)/python benchmarks/distill.py runs/distillation head
+	$(BIN)/python -m benchmarks.gpu.run runs/steps --device cpu --budget 3600
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
 # ten minutes on one GPU; without one it says what it would do

@@ -1,13 +1,11 @@
 """What measuring costs beside doing it one cut model at a time, interleaved in one process.
 
-    python benchmarks/measure.py [hidden text choices generation parts sleb] [--model demo:smollm2-135m]
-        [--repeats 3]
+    python benchmarks/measure.py [hidden text choices generation sleb] [--model demo:smollm2-135m] [--repeats 3]
 
 hidden      all hidden-state metrics together beside one plain forward of the decoder over the same tokens
 text        log-likelihoods of running text without each layer, beside a loop over the cut models, same batches
 choices     questions with options without each layer, beside lm-eval's own model over each cut model
 generation  greedy text without each layer, beside transformers' generate with each cut model
-parts       choices and text where each layer writes nothing at some positions, beside the same without each layer
 sleb        greedy removal of k layers, beside the loop over all cut models of every round
 
 Ratios are medians over repeats of pairs that ran next to each other; values are compared too.
@@ -16,52 +14,67 @@ Ratios are medians over repeats of pairs that ran next to each other; values are
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Sequence
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from side_by_side import Bench, largest_difference, print_parts, timed
 from transformers import PreTrainedModel
 
-from shoal.components import ComponentPart, LayerEdit
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.variant_losses import own_documents
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps.sweep import VariantsLM
-from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
-from shoal.compress.variants.variants import (
-    INTACT,
-    Edited,
-    Variant,
-    layerwise_or_none,
-    score_variants,
-    variant,
-    without,
-)
+from shoal.compress.variants.variants import Edited, layerwise_or_none, score_variants, without
 from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.eval.tasks.load import load_tasks
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
+from shoal.machine import now
 from shoal.models.anatomy import decoder_layers
+from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.recipe.section import DataSource
+from shoal.runtime import device, environment
 
 
-class BesideLoop(Bench):
-    """The model whole, and without layers."""
+class Bench:
+    """The model whole, and without layers, in the hands of both sides, and the options of the command line."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__(arguments)
+        self.arguments, folder = arguments, resolve_model(arguments.model)
+        self.model: PreTrainedModel = load_model(folder, dtype=arguments.dtype, device=device())
+        self.tokenizer: Any = load_tokenizer(folder)
         self.edited, self.decoder = Edited(self.model), Decoder(self.model)
         self.layers = range(len(decoder_layers(self.model)))
         self.without_each = [without([layer]) for layer in self.layers]
         layerwise_or_none(self.model)  # proven once, before anything is timed
+
+    def pairs(
+        self, ours: Callable[[], Any], theirs: Callable[[], Any], *, warm_up: bool = False
+    ) -> tuple[dict[str, Any], Any, Any]:
+        """Both in turns, the first of every other pair being the other one: seconds and ratios, and the last results.
+
+        A ratio is the median over pairs, which ran next to each other.
+        """
+        pairs = []
+        for repeat in range(self.arguments.repeats + warm_up):
+            turns = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)  # who comes after whom matters
+            times = {run: _timed(run) for run in turns}
+            pairs.append((times[ours], times[theirs]))
+        figures: dict[str, Any] = {}
+        for index, kind in enumerate(("wall", "processor")):
+            seconds = [(own[index], other[index]) for own, other in pairs[warm_up:]]
+            figures[f"{kind}_s"] = [[round(own, 2), round(other, 2)] for own, other in seconds]
+            figures[f"ratio_by_{kind}"] = round(statistics.median(own / other for own, other in seconds), 3)
+            figures[f"times_faster_by_{kind}"] = round(statistics.median(other / own for own, other in seconds), 2)
+        return figures, pairs[-1][0][2], pairs[-1][1][2]
 
     def rows(self, num_tokens: int) -> PackedRows:
         sources = [(DataSource("python_docs"), None)]
@@ -72,7 +85,7 @@ class BesideLoop(Bench):
         return cut_model(self.model, drop, share=True)
 
 
-def hidden(bench: BesideLoop) -> dict[str, Any]:
+def hidden(bench: Bench) -> dict[str, Any]:
     rows, size = bench.rows(bench.arguments.tokens), 4
 
     @torch.inference_mode()
@@ -91,7 +104,7 @@ def hidden(bench: BesideLoop) -> dict[str, Any]:
     return {"metrics": names, "tokens": rows.input_ids_NS.numel(), **figures, "target": 1.25}
 
 
-def text(bench: BesideLoop) -> dict[str, Any]:
+def text(bench: Bench) -> dict[str, Any]:
     rows = bench.rows(1024)
     start = bench.tokenizer.bos_token_id or 0
     requests = [((start,), tuple(row)) for row in rows.input_ids_NS.tolist()]
@@ -102,12 +115,12 @@ def text(bench: BesideLoop) -> dict[str, Any]:
     return {**figures, "largest_difference": difference(ours, loop), "target": 0.5}
 
 
-def choices(bench: BesideLoop) -> dict[str, Any]:
+def choices(bench: Bench) -> dict[str, Any]:
     tasks = ("knowledge_continuation", "retrieval_continuation")
     return {name: choices_of(bench, name) for name in tasks}
 
 
-def choices_of(bench: BesideLoop, task: str) -> dict[str, Any]:
+def choices_of(bench: Bench, task: str) -> dict[str, Any]:
     requests = instances(task, bench.arguments.questions)
     make: Any = HFLM  # its decorator hides its type
 
@@ -126,7 +139,7 @@ def choices_of(bench: BesideLoop, task: str) -> dict[str, Any]:
     return {**sizes, **figures, "largest_difference": difference(own, theirs), "target": 0.3}
 
 
-def generation(bench: BesideLoop) -> dict[str, Any]:
+def generation(bench: Bench) -> dict[str, Any]:
     return {
         f"{task}, {count} prompts, {new_tokens} new tokens": generation_of(bench, task, count, new_tokens)
         for task, new_tokens in (("retrieval_generation", 16), ("reasoning_generation", 48))
@@ -134,60 +147,20 @@ def generation(bench: BesideLoop) -> dict[str, Any]:
     }
 
 
-def generation_of(bench: BesideLoop, task: str, count: int, new_tokens: int) -> dict[str, Any]:
+def generation_of(bench: Bench, task: str, count: int, new_tokens: int) -> dict[str, Any]:
     prompts = [bench.tokenizer(request.args[0])["input_ids"] for request in instances(task, count)]
     limits = Limits(new_tokens, lambda tokens: tokens[-1] == bench.tokenizer.eos_token_id)
 
-    def ours(variants: Any = bench.without_each) -> Any:
-        return generate_variants(bench.edited, bench.decoder, prompts, variants, limits, batch_size=len(prompts))
+    def ours() -> Any:
+        variants, size = bench.without_each, len(prompts)
+        return generate_variants(bench.edited, bench.decoder, prompts, variants, limits, batch_size=size)
 
     def loop() -> Any:
         return [written(bench.cut(layer), bench.tokenizer, prompts, new_tokens) for layer in bench.layers]
 
     figures, texts, theirs = bench.pairs(ours, loop)
-    (intact,) = ours([INTACT])
     equal = [a == b for pair in zip(texts, theirs, strict=True) for a, b in zip(*pair, strict=True)]
-    with patch.object(variant_generation, "DRAFT_TOKENS", {}):  # the intact model's whole text, whatever the device
-        drafting_s, _, _ = timed(ours)
-    return {
-        **figures,
-        "equal_texts": f"{sum(equal)} of {len(equal)}",
-        "tokens_from_the_draft": round(drafted(intact, texts), 3),
-        "with_whole_drafts_s": round(drafting_s, 2),
-        "target": "3 times",
-    }
-
-
-def parts(bench: BesideLoop) -> dict[str, Any]:
-    parts: tuple[ComponentPart, ...] = ("skip_prompt", "skip_written")
-    return {part: {task: parts_of(bench, part, task) for task in ("continuation", "generation")} for part in parts}
-
-
-def parts_of(bench: BesideLoop, part: ComponentPart, protocol: str) -> dict[str, Any]:
-    asked = instances(f"knowledge_{protocol}", bench.arguments.questions)
-    lm = VariantsLM(bench.edited, bench.tokenizer, bench.without_each, 8)
-    limits = Limits(8, lambda tokens: tokens[-1] == bench.tokenizer.eos_token_id)
-
-    def swept(variants: Sequence[Variant]) -> Any:
-        if protocol == "generation":
-            prompts = [bench.tokenizer(request.args[0])["input_ids"] for request in asked]
-            return generate_variants(bench.edited, bench.decoder, prompts, variants, limits, batch_size=8)
-        pairs = [lm._encode_pair(*request.args) for request in asked]
-        encoded = [(tuple(context), tuple(option)) for context, option in pairs]
-        return score_variants(bench.edited, bench.decoder, encoded, variants, batch_size=8)
-
-    skips = [variant(f"{part} {layer}", [(layer, LayerEdit(part))]) for layer in bench.layers]
-    figures, _, _ = bench.pairs(lambda: swept([INTACT, *skips]), lambda: swept([INTACT, *bench.without_each]))
-    return {"questions": bench.arguments.questions, **figures, "target": 1.0}
-
-
-def drafted(intact: Sequence[list[int]], texts: Sequence[Sequence[list[int]]]) -> float:
-    """Share of all variants' tokens that were read in the intact model's text and not written one by one."""
-    pairs = [(text, draft) for variant in texts for text, draft in zip(variant, intact, strict=True)]
-    same = [sum(itertools.takewhile(bool, map(int.__eq__, text, draft))) for text, draft in pairs]
-    # the first token that differs comes out of the reading too
-    read = sum(min(count + 1, len(text)) for count, (text, _) in zip(same, pairs, strict=True))
-    return read / sum(len(text) for text, _ in pairs)
+    return {**figures, "equal_texts": f"{sum(equal)} of {len(equal)}", "target": "3 times"}
 
 
 @torch.no_grad()
@@ -199,7 +172,7 @@ def written(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: in
     return [text[: text.index(end) + 1] if end in text else text for text in texts]
 
 
-def sleb(bench: BesideLoop) -> dict[str, Any]:
+def sleb(bench: Bench) -> dict[str, Any]:
     rows, count = bench.rows(512), bench.arguments.drops
     documents = [document.tokens for document in own_documents(Calibration(rows, 4))]
     requests = [(tuple(ids[:1]), tuple(ids[1:])) for ids in documents if len(ids) > 1]
@@ -229,27 +202,38 @@ def instances(task_name: str, count: int) -> list[Any]:
     return task.instances
 
 
-def difference(ours: Sequence[Sequence[Any]], loop: Sequence[Sequence[Any]]) -> float:
-    """In nats, over all requests and layers."""
-    return max(map(largest_difference, ours, loop))
+def difference(ours: Iterable[Iterable[Any]], loop: Iterable[Iterable[Any]]) -> float:
+    """In nats, over all requests and layers; both give (log-likelihood, ...) of each."""
+    pairs = ((own, other) for layer in zip(ours, loop, strict=True) for own, other in zip(*layer, strict=True))
+    return max(abs(own[0] - other[0]) for own, other in pairs)
 
 
-PARTS = {
-    "hidden": hidden,
-    "text": text,
-    "choices": choices,
-    "generation": generation,
-    "parts": parts,
-    "sleb": sleb,
-}
+def _timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Seconds of the clock and of the processor, and the result."""
+    wall, processor = now(device()), time.process_time()
+    result = run()
+    return now(device()) - wall, time.process_time() - processor, result
+
+
+PARTS = {"hidden": hidden, "text": text, "choices": choices, "generation": generation, "sleb": sleb}
 
 
 def main() -> None:
+    """Print the figures of the parts that the command line names, then its options and the machine."""
     parser = argparse.ArgumentParser(description="What measuring costs beside one cut model at a time")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them if none is named")
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--dtype", default="float32", help="values and texts are compared, so not bfloat16")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192, help="of the hidden part")
+    parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--drops", type=int, default=3)
-    print_parts(BesideLoop, PARTS, parser, questions=6)
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    for name in arguments.parts or PARTS:
+        print(json.dumps({name: PARTS[name](bench)}, indent=1), flush=True)
+    print(json.dumps({key: str(value) for key, value in vars(arguments).items()} | environment(), indent=1))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 
 Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
 are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
-trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. Arms are ranked by the mean
-over twin, out and public. Equal wall time: an arm's tokens per second are measured in a short run first, and its
-budget set so that its schedule ends when the time does. What is there is not done again, so a broken run goes on.
+trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. In the end `shoal compare`
+ranks the arms, by their means over the seeds. Equal wall time: an arm's tokens per second are measured in a short run
+first, and its budget set so that its schedule ends when the time does. What is there is not done again, so a broken run
+goes on.
 
 General text is what every machine has (documentation, docstrings, readmes), or that of --general. From the first cut
 up, at a learning rate of 1e-3, if nothing else is said:
@@ -26,20 +27,19 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from side_by_side import run_shoal, write_recipe
+import yaml
 
-from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.evaluation import ROLES, Evaluation, TaskScore
 from shoal.artifacts.training import Training
-from shoal.eval.compare.standings import HEADLINE, Scores, even_weights, summed_change
-from shoal.stats.paired import form_gap, form_gap_change, interval, no_retention, paired
-from shoal.task_words import COLUMNS
+from shoal.stats.paired import interval
 
 DROP = (12, 13, 14, 21, 25, 26)
 PROTOCOLS = {"retrieval": "continuation generation", "knowledge": "continuation generation"}
@@ -105,7 +105,10 @@ def main() -> None:
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
-    print(table(arguments))
+    here = folder_of(arguments)
+    of_arms = [pooled([here / f"{arm}-{seed}" for seed in arguments.seeds], here / arm) for arm in arguments.arms]
+    if len(of_arms) > 1:
+        run_shoal("compare", *of_arms, "--out", here / "compare")
 
 
 def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -113,13 +116,13 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
     tokens = arguments.tokens or budget(arm, arguments)
     run_dir = folder_of(arguments) / f"{arm}-{seed}"
     file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
-    run_shoal("distill", file)
+    run_shoal("distill", "--config", file)
     for role in ("teacher", "pruned"):  # under every arm of one seed; `shoal eval` checks that
         done = sorted(folder_of(arguments).glob(f"*-{seed}/eval/{role}.json"))
         if done and not (run_dir / "eval" / f"{role}.json").exists():
             (run_dir / "eval").mkdir(exist_ok=True)
             shutil.copy2(done[0], run_dir / "eval")
-    run_shoal("eval", file)
+    run_shoal("eval", "--config", file)
 
 
 def folder_of(arguments: argparse.Namespace) -> Path:
@@ -138,8 +141,8 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
     probe = arguments.out / "probe" / cut_of(arguments) / arm
     if not (probe / Training.FILE).exists():
         file = recipe(arm, 0, arguments, run_dir=probe, tokens=(PROBE_STEPS + 1) * row_tokens)
-        run_shoal("prune", file)
-        run_shoal("distill", file)
+        run_shoal("prune", "--config", file)
+        run_shoal("distill", "--config", file)
     seconds = [row["seconds"] for row in Training.read(probe / Training.FILE).history]
     token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
     return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
@@ -198,127 +201,42 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
             "sequence_length": 512,
             "speed": False,
         },
+        "track": {"wandb": "off"},
     }
-    return write_recipe(settings)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / "benchmark.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return file
 
 
-def table(arguments: argparse.Namespace) -> str:
-    """Three tables with a row per arm: mean share kept by column, form gaps, every task; means over the seeds."""
-    runs = {
-        arm: {
-            seed: run
-            for seed in arguments.seeds
-            if ((run := folder_of(arguments) / f"{arm}-{seed}") / "eval/distilled.json").exists()
-        }
-        for arm in arguments.arms
-    }
-    reference = next(own for own in runs.values() if own)
-    teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
-    rows: dict[str, tuple[Scores, Scores | None]] = {"pruned": (pruned, None)}
-    for arm, own in ((arm, own) for arm, own in runs.items() if own):
-        training = [Training.read(run / Training.FILE) for run in own.values()]
-        title = f"{arm} ({training[0].num_tokens:,} tokens; {', '.join(f'{one.seconds:.0f}' for one in training)} s)"
-        common = [seed for seed in own if seed in reference and own is not reference]
-        rows[title] = (
-            pooled(own.values(), "distilled"),
-            pooled([reference[seed] for seed in common], "distilled") if common else None,
-        )
-        if all((run / "eval/control.json").exists() for run in own.values()):
-            rows[f"control of {arm}"] = (pooled(own.values(), "control"), None)
-    return "\n\n".join((kept_by_column(teacher, rows), form_gaps(teacher, rows), by_task(teacher, rows)))
+def run_shoal(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "shoal.launch.cli", *map(str, words)], check=True)
 
 
-Rows = Mapping[str, tuple[Scores, Scores | None]]
-"""Title -> scores, and those of the first arm over the same seeds."""
+def pooled(runs: Sequence[Path], folder: Path) -> Path:
+    """``folder`` with the scores of an arm over several seeds, as `shoal compare` reads them."""
+    for role in ROLES:
+        files = [run / "eval" / f"{role}.json" for run in runs]
+        if all(file.is_file() for file in files):
+            evaluations = [Evaluation.read(file) for file in files]
+            tasks = tuple(pooled_task(same) for same in zip(*(own.tasks for own in evaluations), strict=True))
+            replace(evaluations[0], tasks=tasks).write(folder / "eval" / f"{role}.json")
+    return folder
 
 
-def kept_by_column(teacher: Scores, rows: Rows) -> str:
-    """The mean share kept of the teacher's distance to chance, by column and over those outside the trained form."""
-    columns = column_weights(teacher)
-    lines = [f"| arm | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 1)}"]
-    for title, (own, first) in rows.items():
-        cells = [kept_text(teacher, rows["pruned"][0], own, weights, first) for weights in columns.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def form_gaps(teacher: Scores, rows: Rows) -> str:
-    """Score in the trained form minus that of the twin, and by how much it is larger than the first arm's."""
-    pairs = [(task.twin_of, name) for name, task in teacher.items() if task.twin_of in teacher]
-    lines = [f"| form gap | {' | '.join(own for own, _ in pairs)} |", f"|{' --- |' * (len(pairs) + 1)}"]
-    for title, (of_arm, first) in {"teacher": (teacher, None), **rows}.items():
-        cells = []
-        for own, twin in pairs:
-            gap = form_gap(of_arm[own], of_arm[twin])
-            cell = f"{gap.difference:+.2f} [{gap.ci_low:+.2f}, {gap.ci_high:+.2f}]"
-            if first is not None:
-                change, low, high = form_gap_change((first[own], first[twin]), (of_arm[own], of_arm[twin]))
-                cell += f"; over the first {change:+.2f} [{low:+.2f}, {high:+.2f}]"
-            cells.append(cell)
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def column_weights(teacher: Scores) -> dict[str, Mapping[str, float]]:
-    """Weights of the tasks where the teacher is clear of chance: by column, and over all outside the trained form."""
-    usable = [task for task in teacher.values() if not no_retention(task)]
-    columns = {name: even_weights(own) for name in COLUMNS if (own := [t for t in usable if t.column == name])}
-    outside = [task for task in usable if task.column in HEADLINE]
-    return {**columns, "twin, out, public": even_weights(outside, lambda task: task.column)}
-
-
-def kept_text(teacher: Scores, pruned: Scores, own: Scores, weights: Mapping[str, float], first: Scores | None) -> str:
-    """Mean share kept with its interval, and its distance to the cut model's and to the first arm's."""
-    scales = {name: weight / (teacher[name].score - teacher[name].chance) for name, weight in weights.items()}
-    lost = summed_change(scales, teacher, own)
-    cell = f"{1 + lost.value:.2f} [{1 + lost.ci_low:.2f}, {1 + lost.ci_high:.2f}]"
-    if own is not pruned:
-        gained = summed_change(scales, pruned, own)
-        cell += f"; over pruned {gained.value:+.2f} [{gained.ci_low:+.2f}, {gained.ci_high:+.2f}]"
-    if first is not None and first is not pruned:
-        change = summed_change(scales, first, own)
-        cell += f"; over the first {change.value:+.2f} [{change.ci_low:+.2f}, {change.ci_high:+.2f}]"
-    return cell
-
-
-def by_task(teacher: Scores, rows: Rows) -> str:
-    """Every task's score with its interval, and how far it is from the first arm's."""
-    titles = [f"{task.column or 'text'}: {name}" for name, task in teacher.items()]
-    lines = [f"| arm | {' | '.join(titles)} |", f"|{' --- |' * (len(titles) + 1)}"]
-    lines.append(f"| teacher | {' | '.join(f'{task.score:.3f}' for task in teacher.values())} |")
-    for title, (own, first) in rows.items():
-        cells = []
-        for name, score in own.items():
-            cell = f"{score.score:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
-            if first is not None:
-                change = paired(first[name], score)
-                cell += f"; {change.difference:+.3f} [{change.ci_low:+.3f}, {change.ci_high:+.3f}]"
-            cells.append(cell)
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def pooled(runs: Iterable[Path], role: str) -> dict[str, TaskScore]:
-    """Scores over several seeds, which ask the same items: what one item counts is its mean over them."""
-    by_run = [scores(run, role) for run in runs]
-    by_task: dict[str, TaskScore] = {}
-    for name in by_run[0] if by_run else ():
-        tasks = [of_run[name] for of_run in by_run]
-        by_id: dict[str, list[ItemScore]] = defaultdict(list)
-        for item in (item for task in tasks for item in task.items):
-            by_id[item.id].append(item)
-        items = tuple(
-            replace(same[0], score=fmean(i.score for i in same), weight=fmean(i.weight for i in same))
-            for same in by_id.values()
-        )
-        task = replace(tasks[0], items=items, n=len(items), prompts="", score=fmean(task.score for task in tasks))
-        low, high = interval(task)
-        by_task[name] = replace(task, ci_low=low, ci_high=high)
-    return by_task
-
-
-def scores(run_dir: Path, role: str) -> dict[str, TaskScore]:
-    return {score.task: score for score in Evaluation.read(run_dir / "eval" / f"{role}.json").tasks}
+def pooled_task(same: Sequence[TaskScore]) -> TaskScore:
+    """A task's score over several seeds, which ask the same items: what one item counts is its mean over them."""
+    first = same[0]
+    by_id = {item.id: [] for item in first.items}
+    for item in (item for task in same for item in task.items):
+        by_id[item.id].append(item)
+    items = tuple(
+        replace(own[0], score=fmean(i.score for i in own), weight=fmean(i.weight for i in own))
+        for own in by_id.values()
+    )
+    task = replace(first, items=items, n=len(items), prompts="", score=fmean(task.score for task in same))
+    low, high = interval(task)
+    return replace(task, ci_low=low, ci_high=high)
 
 
 if __name__ == "__main__":

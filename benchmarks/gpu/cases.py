@@ -1,12 +1,12 @@
 """What `make gpu` measures: sizes, rows and cases, and the recipe of each.
 
 Sizes are those of Qwen3's models (configurations of Qwen/Qwen3-0.6B, -1.7B and -8B), weights are random. A row is 4096
-tokens of a step of four rows, like that of NVIDIA's Minitron recipes.
+tokens of a step of four rows, like that of NVIDIA's Minitron recipes. A CPU has a size of its own, that of the bundled
+model, and rows of 1024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,11 @@ class Size:
     """Weights are drawn on the host, so that they are the same whatever the device; slow for large models."""
 
     @property
+    def keep(self) -> tuple[int, ...]:
+        """The teacher's layers that the student has."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.drop)
+
+    @property
     def config(self) -> Qwen3Config:
         return Qwen3Config(
             vocab_size=self.vocabulary,
@@ -59,6 +64,16 @@ SIZES = {
     "0.6B": Size(1024, 3072, 28, 16, drop=tuple(range(14, 20))),
     "1.7B": Size(2048, 6144, 28, 16, drop=tuple(range(14, 20))),
     "8B": Size(4096, 12_288, 36, 32, drop=tuple(range(18, 26)), tied=False),
+    "demo": Size(
+        *(576, 1536, 30, 9),
+        drop=(12, 13, 14, 18, 21, 22, 25, 26),
+        vocabulary=49_152,
+        key_value_heads=3,
+        head_size=64,
+        length=1024,
+        rows=4,
+        accumulation=1,
+    ),
     "small": Size(
         512, 1024, 8, 8, (4, 5), vocabulary=8192, key_value_heads=2, head_size=64, length=512, same_everywhere=True
     ),
@@ -68,20 +83,16 @@ _TINY = Size(64, 128, 4, 4, (2,), vocabulary=512, key_value_heads=2, head_size=1
 TINY = dict.fromkeys(SIZES, _TINY)
 """In place of all of them where the command itself is tried."""
 
-FROM_THE_CUT = {"trainable": "from_first_cut"}
-CHECKPOINTING = {"trainer": {"gradient_checkpointing": True}}
-ZERO_2 = {"deepspeed": "deepspeed/zero2.json"}
-
 
 @dataclass(frozen=True)
 class Case:
     """One measurement, made by a process of its own."""
 
     name: str
-    kind: Kind = "shoal"
     size: str = "0.6B"
-    group: str = "attention"
+    group: str = "memory"
     """Table that it stands in."""
+    kind: Kind = "shoal"
     distill: dict[str, Any] = field(default_factory=dict)
     """Settings of the section distill beside those of every case."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -90,89 +101,87 @@ class Case:
     """Every row is one document; else it holds several."""
     on_cpu: bool = False
     """The process sees no accelerator."""
+    recorded: bool = False
+    """The teacher's signals are recorded before."""
     trl: dict[str, Any] = field(default_factory=dict)
     """Of TRL's trainer: `weights` (a dtype), `liger`."""
-    limit_s: float = 60
+    limit_s: float = 90
     """Seconds after which it is ended."""
     steps_s: float = 6
     """Seconds of its steps, at least two."""
     steps: int = 12
 
 
-def cases() -> list[Case]:
-    """All of them, the most important first: where time is short, the last are left out."""
-    return [
-        Case("card", kind="card", group="card"),
-        *_speed(),
-        *_losses(),
-        *_attention(),
-        *_weights_and_kernels(),
-        *_memory(),
-        *_large(),
-    ]
+FROM_THE_CUT = {"trainable": "from_first_cut"}
+CHECKPOINTING = {"trainer": {"gradient_checkpointing": True}}
+SELECTIVE = {"trainer": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}}
+LORA = {"lora": {"rank": 16}}
+NF4 = {"lora": {"rank": 16, "quantization": "nf4"}}
+BF16_WEIGHTS, FUSED, COMPILED = {"weights": "bfloat16"}, {"fused": True}, {"compile": True}
+LIGER = {"liger": True}
 
 
-def _speed() -> Iterator[Case]:
-    large = {"deepspeed": "deepspeed/zero0.json"} | FROM_THE_CUT | CHECKPOINTING
-    yield Case("as shipped", size="1.7B", group="speed")
-    yield Case("from the first cut up, checkpointing", size="8B", group="speed", distill=large)
-    yield Case("one document a row", size="1.7B", group="speed", whole_rows=True)
-    both = {"size": "1.7B", "group": "speed", "whole_rows": True}
-    for name, trl in (
-        ("TRL, Liger", {"liger": True}),
-        ("TRL, bf16 weights, Liger", {"liger": True, "weights": "bfloat16"}),
-        ("TRL", {}),
-    ):
-        yield Case(name, kind="trl", trl=trl, **both)
+def zero(stage: str) -> dict[str, str]:
+    """The shipped DeepSpeed configuration of a stage."""
+    return {"deepspeed": f"deepspeed/zero{stage}.json"}
 
 
-def _losses() -> Iterator[Case]:
-    same: dict[str, Any] = {"size": "small", "group": "losses", "steps": 4, "steps_s": 60}
-    exact = {"precision": "float32", "deepspeed": "deepspeed/zero0.json"}
-    yield Case("losses, CPU, float32", on_cpu=True, distill=exact, recipe={"dtype": "float32"}, limit_s=120, **same)
-    yield Case("losses, float32", distill=exact, recipe={"dtype": "float32"}, **same)
-    yield Case("losses, bf16 autocast", **same)
+IN_FLOAT32: dict[str, Any] = {"distill": {"precision": "float32"} | zero("0"), "recipe": {"dtype": "float32"}}
+SPEED: dict[str, Any] = {"size": "1.7B", "group": "speed"}
+KERNELS: dict[str, Any] = {"size": "1.7B", "group": "kernels", "limit_s": 120}
+LOSSES: dict[str, Any] = {"size": "small", "group": "losses", "steps": 4, "steps_s": 60, "limit_s": 120}
+CPU: dict[str, Any] = {
+    "size": "demo",
+    "group": "cpu",
+    "whole_rows": True,
+    "recipe": {"dtype": "float32"},
+    "steps": 4,
+    "steps_s": 600,
+    "limit_s": 900,
+}
 
-
-def _attention() -> Iterator[Case]:
-    for attention in ("auto", "flash", "flex", "sdpa", "eager"):
-        yield Case(f"attention {attention}", size="1.7B", recipe={"attention": attention}, limit_s=90)
-
-
-def _weights_and_kernels() -> Iterator[Case]:
-    where: dict[str, Any] = {"size": "1.7B", "group": "kernels", "limit_s": 120}
-    yield Case("weights bfloat16", distill={"weights": "bfloat16"}, **where)
-    yield Case("fused", distill={"fused": True}, **where)
-    yield Case("compile", distill={"compile": True}, **where)
-    yield Case("all of these", distill={"weights": "bfloat16", "fused": True, "compile": True}, **where)
-
-
-def _memory() -> Iterator[Case]:
-    for stage in (0, 1, 2, 3):
-        yield Case(f"ZeRO {stage}", group="memory", distill={"deepspeed": f"deepspeed/zero{stage}.json"})
-    plain = {"deepspeed": "deepspeed/zero0.json"}
-    selective = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
-    four_bits = {"lora": {"rank": 16, "quantization": "nf4"}}
-    yield Case("ZeRO 0, checkpointing", group="memory", distill=plain | CHECKPOINTING)
-    yield Case("ZeRO 0, LoRA", group="memory", distill=plain | {"lora": {"rank": 16}})
-    yield Case("ZeRO 0, nf4", group="memory", distill=plain | four_bits)
-    yield Case(
-        "ZeRO 2, optimizer on host", group="memory", distill={"deepspeed": "deepspeed/zero2_offload.json"}, limit_s=90
-    )
-    yield Case("ZeRO 3, all on host", group="memory", distill={"deepspeed": "deepspeed/zero3_offload.json"}, limit_s=90)
-    yield Case("ZeRO 0, selective checkpointing", group="memory", distill=plain | {"trainer": selective})
-    yield Case("ZeRO 0, from the first cut up", group="memory", distill=plain | FROM_THE_CUT)
-
-
-def _large() -> Iterator[Case]:
-    plain = {"deepspeed": "deepspeed/zero0.json"} | CHECKPOINTING
-    for name, lora in (("LoRA", {"rank": 16}), ("nf4", {"rank": 16, "quantization": "nf4"})):
-        yield Case(f"{name}, checkpointing", size="8B", group="speed", distill=plain | {"lora": lora}, limit_s=90)
+CASES = (
+    Case("card", group="card", kind="card"),
+    Case("as shipped", **SPEED),
+    Case("from the first cut up, checkpointing", "8B", "speed", distill=zero("0") | FROM_THE_CUT | CHECKPOINTING),
+    Case("one document a row", whole_rows=True, **SPEED),
+    Case("TRL, Liger", kind="trl", whole_rows=True, trl=LIGER, **SPEED),
+    Case("TRL, bf16 weights, Liger", kind="trl", whole_rows=True, trl=LIGER | BF16_WEIGHTS, **SPEED),
+    Case("TRL", kind="trl", whole_rows=True, **SPEED),
+    Case("losses, CPU, float32", on_cpu=True, **IN_FLOAT32, **LOSSES),
+    Case("losses, float32", **IN_FLOAT32, **LOSSES),
+    Case("losses, bf16 autocast", **LOSSES),
+    *(
+        Case(f"attention {kind}", "1.7B", "attention", recipe={"attention": kind})
+        for kind in ("auto", "flash", "flex", "sdpa", "eager")
+    ),
+    Case("weights bfloat16", distill=BF16_WEIGHTS, **KERNELS),
+    Case("fused", distill=FUSED, **KERNELS),
+    Case("compile", distill=COMPILED, **KERNELS),
+    Case("all of these", distill=BF16_WEIGHTS | FUSED | COMPILED, **KERNELS),
+    *(Case(f"ZeRO {stage}", distill=zero(stage)) for stage in "0123"),
+    Case("ZeRO 0, checkpointing", distill=zero("0") | CHECKPOINTING),
+    Case("ZeRO 0, LoRA", distill=zero("0") | LORA),
+    Case("ZeRO 0, nf4", distill=zero("0") | NF4),
+    Case("ZeRO 2, optimizer on host", distill=zero("2_offload")),
+    Case("ZeRO 3, all on host", distill=zero("3_offload")),
+    Case("ZeRO 0, selective checkpointing", distill=zero("0") | SELECTIVE),
+    Case("ZeRO 0, from the first cut up", distill=zero("0") | FROM_THE_CUT),
+    Case("LoRA, checkpointing", "8B", "speed", distill=zero("0") | CHECKPOINTING | LORA),
+    Case("nf4, checkpointing", "8B", "speed", distill=zero("0") | CHECKPOINTING | NF4),
+    Case("on a CPU, one document a row", distill={"precision": "float32"}, **CPU),
+    Case("on a CPU, from the first cut up", distill={"precision": "float32"} | FROM_THE_CUT, **CPU),
+    Case("on a CPU, recorded teacher", distill={"precision": "float32"}, recorded=True, **CPU),
+    Case("on a CPU, TRL", kind="trl", distill={"precision": "float32"}, **CPU),
+)
+"""All of them, the most important first: where time is short, the last are left out."""
 
 
 def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """The recipe of a training, whose model is the configuration in ``folder``."""
-    settings: dict[str, Any] = {"precision": "bfloat16", "watch": None, **ZERO_2, **case.distill}
+    settings: dict[str, Any] = {"precision": "bfloat16", "watch": None, **zero("2"), **case.distill}
+    if case.recorded:
+        settings["teacher"] = {"recorded": str(folder / "signals")}
     trainer = {
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",

@@ -1,6 +1,6 @@
 """`make gpu`: how fast training is on this card and what it takes, beside TRL and beside what the preflight tells.
 
-    python -m benchmarks.gpu.run OUT [--budget 600] [--only WORD ...] [--device cpu --tiny]
+    python -m benchmarks.gpu.run OUT [--budget 600] [--only WORD ...] [--device cpu [--tiny]]
 
 Models are of Qwen3's shapes with random weights, made on the device; nothing is downloaded and no file is needed
 beside the repository. Every case is a process of its own, so that memory is its own, and running out of memory is a
@@ -8,29 +8,26 @@ result. Cases come in the order of their importance; those that the budget has n
 OUT/gpu.json holds every figure with card, driver, versions and commit, OUT/gpu.md a table of them,
 OUT/logs what the processes said.
 
-Without a GPU it prints what it would do. `--device cpu --tiny` does all of it with
-models of a few thousand weights, which shows that it works and nothing else.
+Without a GPU it prints what it would do. `--device cpu` measures the cases of a CPU, of the bundled model's shapes;
+with `--tiny` all cases are tried with models of a few thousand weights, which shows that they work and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.cases import SIZES, TINY, Case, Size, cases
+from benchmarks.gpu.cases import CASES, SIZES, TINY, Case
 from benchmarks.gpu.table import markdown, outcome
 from benchmarks.gpu.work import ROOT, measured
 from shoal.atomic_files import write_json
@@ -51,88 +48,38 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tiny", action="store_true", help="models of a few thousand weights, to try the command itself"
     )
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
-    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    if arguments.device == "cpu" and not arguments.tiny:
-        parser.error("--device cpu: a step of these sizes takes minutes there; add --tiny")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if arguments.case is not None:
+        return measure_one(CASES[arguments.case], arguments)
+    sees_gpu = torch.cuda.is_available()
+    if arguments.device == "cuda" and not sees_gpu:
         parser.error("--device cuda: torch sees no GPU here; leave it out to see what would be done")
-    sizes = TINY if arguments.tiny else SIZES
-    chosen = list(wanted(cases(), arguments.only))
+    chosen = [case for case in CASES if is_wanted(case, arguments)]
     if all(case.kind == "card" for case in chosen):
         parser.error(f"--only: no case has {' or '.join(map(repr, arguments.only))} in its group, size or name")
-    if arguments.device is None and not torch.cuda.is_available():
+    if arguments.device is None and not sees_gpu:
         print("No GPU is seen here: nothing is measured. On one, these cases would be, each in a process of its own:\n")
         print("\n".join(f"{case.group:9}  {case.size:5}  {case.name}" for case in chosen))
         return 0
-    # of several GPUs the first: trainers would split a batch over all that they see
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    result = measure(chosen, sizes, arguments)
+    result = measure(chosen, arguments)
     print(markdown(result))
     print(f"\n{arguments.out / 'gpu.json'} holds every figure, {arguments.out / 'gpu.md'} this table.")
     return 1 if any("failed" in row for row in result["results"]) else 0
 
 
-def wanted(known: Sequence[Case], words: Sequence[str] | None) -> Iterator[Case]:
-    """Cases of which one of ``words`` tells, and the card, which all figures are read by."""
-    for case in known:
-        if (
-            words is None
-            or case.kind == "card"
-            or any(word in (case.group, case.size) or word in case.name for word in words)
-        ):
-            yield case
+def is_wanted(case: Case, arguments: argparse.Namespace) -> bool:
+    """Whether the command line asks for it; the card, which all figures are read by, is always."""
+    if case.kind == "card":
+        return True
+    if (case.group == "cpu") != (arguments.device == "cpu") and not arguments.tiny:
+        return False
+    return arguments.only is None or any(
+        word in (case.group, case.size) or word in case.name for word in arguments.only
+    )
 
 
-def measured_apart(case: Case, size: Size, log: Path, seconds: float) -> dict[str, Any]:
-    """The figures of ``case``, measured by a process of its own; why there are none if it died, or was ended after so
-    many seconds."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, case, size, log), daemon=True)
-    with _hidden_gpus(case.on_cpu):
-        process.start()
-    theirs.close()
-    try:
-        if not ours.poll(seconds):
-            return {"not_measured": f"was not done after {seconds:.0f} s"}
-        return ours.recv()
-    except EOFError:
-        process.join()
-        return {"failed": f"its process ended with exit code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
-@contextmanager
-def _hidden_gpus(hidden: bool) -> Iterator[None]:
-    """Processes that are started inside see no accelerator, where ``hidden``."""
-    before = os.environ["CUDA_VISIBLE_DEVICES"]
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if hidden else before
-    try:
-        yield
-    finally:
-        os.environ["CUDA_VISIBLE_DEVICES"] = before
-
-
-def _serve(pipe: Connection, case: Case, size: Size, log: Path) -> None:
-    """Measure a case, send what was found, and end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that waits for it ends it
-    with log.open("w") as file, TemporaryDirectory() as folder:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        set_up_logging()
-        try:
-            figures = measured(case, size, Path(folder))
-        except Exception as error:
-            figures = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-            pipe.send(figures)
-            raise
-        pipe.send(figures)
-
-
-def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(chosen: Sequence[Case], arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure of ``chosen``; written after each of them, so that what was measured survives what comes after."""
     begun, out = time.monotonic(), arguments.out
     (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -143,12 +90,11 @@ def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.
         "commit": commit(),
         "results": [],
     }
-    for number, case in enumerate(chosen):
+    for case in chosen:
         left = arguments.budget - (time.monotonic() - begun)
         figures: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
         if left >= LEAST_S:
-            log, limit_s = out / "logs" / f"{number:02d}.txt", min(case.limit_s, left)
-            figures = measured_apart(case, sizes[case.size], log, limit_s)
+            figures = measured_apart(case, arguments, min(case.limit_s, left))
         row = {"name": case.name, "group": case.group, "size": case.size, "kind": case.kind} | figures
         result["results"].append(row)
         result["seconds"] = round(time.monotonic() - begun, 1)
@@ -156,6 +102,43 @@ def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.
         (out / "gpu.md").write_text(markdown(result) + "\n", encoding="utf-8")
         print(f"{result['seconds']:6.0f} s  {case.size:5} {case.name}: {outcome(row)}", file=sys.stderr, flush=True)
     return result
+
+
+def measured_apart(case: Case, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The figures of ``case``, measured by a process of its own; why there are none if it died, or was ended after so
+    many seconds."""
+    number = CASES.index(case)
+    found, log = (arguments.out / "logs" / f"{number:02d}.{ending}" for ending in ("json", "txt"))
+    found.unlink(missing_ok=True)
+    # of several GPUs the first: trainers would split a batch over all that they see
+    gpus = "" if case.on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = [sys.executable, "-m", "benchmarks.gpu.run", str(arguments.out), "--case", str(number)]
+    environment = {**QUIET, **os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                [*command, *["--tiny"] * arguments.tiny],
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return {"not_measured": f"was not done after {seconds:.0f} s"}
+    if found.is_file():
+        return json.loads(found.read_bytes())
+    return {"failed": f"its process ended with exit code {done.returncode}; see {log}"}
+
+
+def measure_one(case: Case, arguments: argparse.Namespace) -> int:
+    """Measure a case in this process, and write what was found."""
+    set_up_logging()
+    sizes = TINY if arguments.tiny else SIZES
+    with TemporaryDirectory() as folder:
+        write_json(
+            arguments.out / "logs" / f"{CASES.index(case):02d}.json", measured(case, sizes[case.size], Path(folder))
+        )
+    return 0
 
 
 def commit() -> str | None:

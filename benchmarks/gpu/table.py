@@ -15,10 +15,7 @@ PEAK_TFLOPS = {
     "A100": 312,
     "L40S": 362,
     "L4": 121,
-    "A10": 125,
-    "RTX 5090": 210,
     "RTX 4090": 165,
-    "RTX 3090": 71,
 }
 """Dense bf16 products with fp32 sums at boost clock, in 1e12 operations per second, from NVIDIA's data sheets, by what
 torch's name of the card holds; the first that does counts."""
@@ -28,6 +25,7 @@ GROUPS = {
     "kernels": "Weights, fused kernels, compiled layers",
     "memory": "Peak memory beside the estimate of `--dry-run`",
     "losses": "Losses beside those of the CPU in float32",
+    "cpu": "Steps of training on a CPU, beside TRL",
 }
 REASONS = {
     "not_here": "not here",
@@ -37,9 +35,10 @@ REASONS = {
     "failed": "FAILED",
 }
 """Keys under which a case without figures says why, and what they are called."""
-
 LONGEST = 160
 """Characters of a reason that tables show; gpu.json has all of it."""
+COLUMNS = ("", "tokens/s", "share of peak", "with what is computed again", "peak, GB", "estimate, GB", "off by")
+COLUMNS += ("attention", "first loss", "losses off by")
 
 Row = Mapping[str, Any]
 
@@ -47,18 +46,13 @@ Row = Mapping[str, Any]
 def markdown(result: Row) -> str:
     """All of ``result`` as sections of a page."""
     rows: Sequence[Row] = result["results"]
-    parts = [_about(result)]
-    measured = [row for row in rows if reason(row) is None]
     peak, _ = peak_flops(result)
+    parts = [_about(result)]
     for group, title in GROUPS.items():
-        if any(row["group"] == group for row in rows):
-            group_rows = [row for row in measured if row["group"] == group]
-            parts.append(
-                f"**{title}**"
-                + (f"\n\n{_table(group, group_rows, rows, peak)}" if group_rows else ": none was measured.")
-            )
-    missing = [f"- {row['size']} {row['name']}: {reason(row)}" for row in rows if reason(row) is not None]
-    if missing:
+        if own := [row for row in rows if row["group"] == group]:
+            cells = [_cells(row, rows, peak) for row in own if reason(row) is None]
+            parts.append(f"**{title}**" + (f"\n\n{_table(cells)}" if cells else ": none was measured."))
+    if missing := [f"- {row['size']} {row['name']}: {reason(row)}" for row in rows if reason(row) is not None]:
         parts.append("**Without figures**\n\n" + "\n".join(missing))
     return "\n\n".join(parts)
 
@@ -74,18 +68,14 @@ def outcome(row: Row) -> str:
 
 def reason(row: Row) -> str | None:
     """Why a case has no figures; None where it has."""
-    return next((f"{called}: {_short(row[key])}" for key, called in REASONS.items() if key in row), None)
-
-
-def _short(reason: str) -> str:
-    line = reason.partition("\n")[0]
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+    told = next(((called, row[key].partition("\n")[0]) for key, called in REASONS.items() if key in row), None)
+    return told and f"{told[0]}: {told[1][:LONGEST]}"
 
 
 def peak_flops(result: Row) -> tuple[float | None, str]:
     """Operations per second that shares are told of, and where that is from; None before the card is known."""
-    card = next((row for row in result["results"] if row["kind"] == "card" and reason(row) is None), None)
-    if card is None:
+    card = _card(result)
+    if not card:
         return None, "the card is not known"
     for name, tera in PEAK_TFLOPS.items():
         if name in card["card"]:
@@ -94,8 +84,12 @@ def peak_flops(result: Row) -> tuple[float | None, str]:
     return measured, f"{measured / 1e12:.3g} TFLOP/s of a matrix product measured here, as the card is in no table"
 
 
+def _card(result: Row) -> Row:
+    return next((row for row in result["results"] if row["kind"] == "card" and reason(row) is None), {})
+
+
 def _about(result: Row) -> str:
-    card = next((row for row in result["results"] if row["kind"] == "card" and reason(row) is None), {})
+    card = _card(result)
     packages = ("torch", "transformers", "deepspeed", "trl", "triton", "flash_attn", "liger_kernel", "bitsandbytes")
     versions = ", ".join(f"{name} {card[name]}" for name in packages if card.get(name))
     memory, measured = card.get("memory", 0) / 1e9, card.get("product_flops_per_s", 0) / 1e12
@@ -109,39 +103,27 @@ def _about(result: Row) -> str:
     return "\n".join(lines)
 
 
-def _table(group: str, group_rows: Sequence[Row], rows: Sequence[Row], peak: float | None) -> str:
-    if group == "losses":
-        cells = [
-            [r["name"], _number(loss_difference(r, rows), ".1e"), ", ".join(f"{x:.5f}" for x in r["losses"])]
-            for r in group_rows
-        ]
-        return _cells(["", "largest relative difference", "losses"], cells)
-    cells = []
-    for row in group_rows:
-        share, again = shares(row, rows, peak)
-        off = None if "estimate" not in row else row["estimate"] / row["peak"] - 1
-        cells.append(
-            [
-                f"{row['size']} {row['name']}",
-                f"{row['tokens_per_s']:,.0f}",
-                _number(share, ".1%"),
-                _number(again, ".1%"),
-                f"{row['peak'] / 1e9:.2f}",
-                _number(row.get("estimate", 0) / 1e9 or None, ".2f"),
-                _number(off, "+.0%"),
-                str(row.get("attention", "")),
-                f"{row['losses'][0]:.4f}",
-            ]
-        )
-    head = ["", "tokens/s", "share of peak", "with what is computed again", "peak, GB", "estimate, GB", "off by"]
-    head += ["attention", "first loss"]
-    return _cells(head, cells)
+def _cells(row: Row, rows: Sequence[Row], peak: float | None) -> list[str]:
+    """A line of a table, by COLUMNS."""
+    share, again = shares(row, rows, peak)
+    return [
+        f"{row['size']} {row['name']}",
+        f"{row['tokens_per_s']:,.0f}",
+        _number(share, ".1%"),
+        _number(again, ".1%"),
+        f"{row['peak'] / 1e9:.2f}",
+        _number(row.get("estimate", 0) / 1e9 or None, ".2f"),
+        _number(row["estimate"] / row["peak"] - 1 if "estimate" in row else None, "+.0%"),
+        str(row["attention"]),
+        f"{row['losses'][0]:.5f}",
+        _number(loss_difference(row, rows) if row["group"] == "losses" else None, ".1e"),
+    ]
 
 
 def shares(row: Row, rows: Sequence[Row], peak: float | None) -> tuple[float | None, float | None]:
     """Operations per second over the card's: those that the loss needs, and with what checkpointing computes again.
     TRL's steps have the operations of shoal's on the same rows."""
-    same = (r for r in rows if r["size"] == row["size"] and r["name"] == "one document a row")
+    same = (r for r in rows if r["size"] == row["size"] and r["name"].endswith("one document a row"))
     counted = next((r for r in (row, *same) if "flops_per_token" in r), None)
     if counted is None or peak is None:
         return None, None
@@ -152,7 +134,7 @@ def shares(row: Row, rows: Sequence[Row], peak: float | None) -> tuple[float | N
 def loss_difference(row: Row, rows: Iterable[Row]) -> float | None:
     """Largest relative difference of a step's loss to that of the CPU; None without that one."""
     reference = next((r for r in rows if r["name"] == "losses, CPU, float32" and "losses" in r), None)
-    if reference is None or "losses" not in row:
+    if reference is None:
         return None
     return max(abs(own / other - 1) for own, other in zip(row["losses"], reference["losses"], strict=True))
 
@@ -161,6 +143,5 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _cells(head: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+def _table(cells: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *cells))

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import platform
 import re
 import shutil
+import statistics
 import subprocess
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,27 +22,27 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.initialization import no_init_weights
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import import_utils
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from benchmarks.gpu.cases import Case, Size, recipe_of
-from benchmarks.side_by_side import Clock, write_byte_tokenizer
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.narrow_config import student_config
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.launch.verbs.run import Run, open_run
-from shoal.machine import available_memory, device_memory, device_name, peak_memory
+from shoal.launch.verbs.run import open_run
+from shoal.machine import available_memory, device_memory, device_name, now, peak_memory
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
 from shoal.numerics import flops_per_second
 from shoal.recipe.recipe import parse_recipe
-from shoal.runtime import device, environment, leave_distributed, set_up_distributed, turn_down_libraries
+from shoal.runtime import device as here
+from shoal.runtime import environment, leave_distributed, set_up_distributed, turn_down_libraries
 from shoal.train.assembly import Identity, make_trainer
 from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import training_arguments
@@ -48,18 +51,16 @@ from shoal.train.engine.stop import StopRequest
 from shoal.train.preflight.fit import shortages
 from shoal.train.preflight.run_size import Job, job
 from shoal.train.preflight.throughput import flops_per_token
+from shoal.train.record import record_signals
 from shoal.train.student.sizes import built
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
+from shoal.train.teacher.recording_plan import rows_from
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = 512
 """Mean length of a document in rows that hold several, in tokens."""
 OPTIONAL = ("triton", "flash_attn", "flash_attn_3", "kernels", "liger_kernel", "bitsandbytes", "vllm")
 """Packages that make something faster or possible."""
-
-
-class NotMeasured(Exception):
-    """A case that gives no figures, for a reason that is told."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RandomCheckpoint(Checkpoint):
     def model(self, *, dtype: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The model in eval mode, on the accelerator if there is one, whatever ``device`` says."""
         width = named_dtype(dtype or self.load.dtype) or torch.bfloat16
-        with no_init_weights(), torch.device(here()):
+        with no_init_weights(), here():
             model = built(self.config, dtype=width, attention=self.load.attention)
         self._fill(model)
         return model.eval()
@@ -109,11 +110,6 @@ def writable(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def here() -> torch.device:
-    """The device of this process."""
-    return device()
-
-
 def write_config(config: PreTrainedConfig, folder: Path) -> Path:
     """A folder with configuration and tokenizer, and a file that names the weights and holds none of them."""
     config.save_pretrained(folder)
@@ -123,29 +119,60 @@ def write_config(config: PreTrainedConfig, folder: Path) -> Path:
     return folder
 
 
-def spec_of(case: Case, size: Size, folder: Path, ranks: Ranks) -> tuple[Run, TrainSpec]:
+def write_byte_tokenizer(folder: Path) -> None:
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    words.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    words.add_special_tokens(["</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
+
+
+class Clock(TrainerCallback):
+    """Wall and processor seconds at the end of every step. Training stops once the steps but the first have taken
+    ``seconds``, and at least three were done."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.ends: list[tuple[float, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append((now(here()), time.process_time()))
+        if len(self.ends) >= 3 and self.ends[-1][0] - self.ends[0][0] > self._seconds:
+            control.should_training_stop = True
+
+    def figures(self, tokens: int) -> dict[str, Any]:
+        """Of the steps but the first, each of so many tokens: medians, and seconds of all."""
+        steps, busy = ([b - a for a, b in itertools.pairwise(ends)] for ends in zip(*self.ends, strict=True))
+        return {
+            "tokens_per_s": tokens / statistics.median(steps),
+            "cpu_seconds": statistics.median(busy),
+            "steps": [round(seconds, 4) for seconds in steps],
+        }
+
+
+def spec_of(case: Case, size: Size, folder: Path) -> TrainSpec:
     """The training of ``case``, as the stage of a run tells it from the recipe.
 
     Raises:
         UserError: settings that are not there, that contradict each other or that lack a package.
     """
     config = size.config
-    recipe = parse_recipe(recipe_of(case, size, write_config(config, folder / "teacher")))
-    run = open_run(recipe)
-    load, keep = LoadSettings(**run.load_args()), tuple(sorted({*range(size.layers)} - {*size.drop}))
+    run = open_run(parse_recipe(recipe_of(case, size, write_config(config, folder / "teacher"))))
+    load = LoadSettings(**run.load_args())
     plan = PruningPlan(Provenance({}), size.layers, size.drop, "the benchmark's")
     student = student_config(config, plan.keep)
     own = {"on_host": size.same_everywhere}
     spec = train_spec(
         RandomCheckpoint(folder / "teacher", config, load, tuple(range(size.layers)), **own),
-        RandomCheckpoint(write_config(student, folder / "student"), student, load, keep, **own),
+        RandomCheckpoint(write_config(student, folder / "student"), student, load, size.keep, **own),
         plan,
         run.recipe.distill,
         run.recipe.record,
-        ranks,
+        Ranks.here(),
     )
     check_distillable(spec)
-    return run, spec
+    return spec
 
 
 def rows_of(case: Case, size: Size) -> PackedRows:
@@ -182,21 +209,18 @@ def flops(size: Job, rows: PackedRows, *, again: bool) -> float:
 def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Steps of the training of ``case``."""
     set_up_distributed(timeout_s=600)
-    _, spec = spec_of(case, size, folder, Ranks.here())
+    spec, clock, rows = spec_of(case, size, folder), Clock(case.steps_s), rows_of(case, size)
     told = job(spec)
     if problems := shortages(told, device_free=device_memory(here()), host_free=available_memory()):
-        raise NotMeasured(f"does not fit by the estimate: {problems[0]}")
+        return {"not_measured": f"does not fit by the estimate: {problems[0]}"}
+    inputs = {"model": "random", "distill.data": []}
+    if (signals := spec.settings.teacher.recorded) is not None:
+        record_signals(spec.teacher, rows, Path(signals), spec.record, model="random", rows_from=rows_from(inputs))
     join_deepspeed()
     arguments = training_arguments(spec.settings, spec.deepspeed, output_dir=folder / "checkpoints", seed=0)
-    clock, rows = Clock(seconds=case.steps_s), rows_of(case, size)
+    known_by, callbacks = Identity(inputs, {}), [clock]
     trainer = make_trainer(
-        spec,
-        rows,
-        arguments,
-        Identity({}, {}),
-        stop=StopRequest(),
-        callbacks=[clock],
-        peak_tokens_per_s=None,
+        spec, rows, arguments, known_by, stop=StopRequest(), callbacks=callbacks, peak_tokens_per_s=None
     )
     trainer.objective.install()
     trainer.train()
@@ -226,27 +250,16 @@ class OnRows(DistillationTrainer):
 def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Steps of TRL's trainer on the same rows, models and optimizer, without DeepSpeed."""
     if case.trl.get("liger") and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("liger-kernel is not installed")
-    attention = flash_name()
-    keep = tuple(layer for layer in range(size.layers) if layer not in size.drop)
-    load = LoadSettings("bfloat16", attention)
-    write_config(size.config, folder / "teacher")
-    own = {"on_host": size.same_everywhere}
-    teacher = RandomCheckpoint(folder / "teacher", size.config, load, tuple(range(size.layers)), **own).model()
-    config = student_config(size.config, keep)
-    student = RandomCheckpoint(folder, config, load, keep, **own).model(dtype=case.trl.get("weights", "float32"))
+        return {"not_here": "liger-kernel is not installed"}
+    spec, clock = spec_of(case, size, folder), Clock(case.steps_s)
     settings = {
+        **spec.settings.trainer,
         "output_dir": str(folder / "trainer"),
         "max_steps": case.steps,
-        "per_device_train_batch_size": size.rows,
-        "gradient_accumulation_steps": size.accumulation,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "bf16": True,
+        "bf16": spec.settings.precision == "bfloat16",
         "gradient_checkpointing": False,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
-        "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": here().type == "cpu",
@@ -255,30 +268,21 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     if case.trl.get("liger"):
         settings |= {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
     trainer = OnRows(
-        student,
-        teacher.requires_grad_(False),
+        spec.student.model(dtype=case.trl.get("weights", "float32")),
+        spec.teacher.model().requires_grad_(False),
         DistillationConfig(**settings, beta=0.0, temperature=1.0, shuffle_dataset=False),
         train_dataset=Dataset.from_dict({"prompt": rows_of(case, size).input_ids_NS.tolist()}),
         processing_class=load_tokenizer(folder / "teacher"),
     )
-    clock = Clock(seconds=case.steps_s)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return {
-        **clock.figures(size.rows * size.accumulation * size.length),
+        **clock.figures(spec.tokens_per_step),
         **memory_figures(),
-        "attention": attention,
+        "attention": spec.teacher.load.attention,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
-
-
-def flash_name() -> str:
-    """The fastest attention that transformers finds installed here, for TRL's trainers."""
-    for version in (3, 2):
-        if getattr(import_utils, f"is_flash_attn_{version}_available")():
-            return f"flash_attention_{version}"
-    return "sdpa"
 
 
 def memory_figures() -> dict[str, int]:
@@ -298,11 +302,11 @@ def memory_figures() -> dict[str, int]:
 
 def card(_case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
     """What is measured on."""
-    where, facts = here(), dict(environment())
-    for package in OPTIONAL:
-        if importlib.util.find_spec(package) is not None:
-            facts[package] = importlib.metadata.version(package.replace("_", "-"))
-    facts |= {
+    where = here()
+    there = [package for package in OPTIONAL if importlib.util.find_spec(package) is not None]
+    return {
+        **environment(),
+        **{package: importlib.metadata.version(package.replace("_", "-")) for package in there},
         "card": device_name(where),
         "cuda": torch.version.cuda,
         "driver": driver(),
@@ -310,7 +314,6 @@ def card(_case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
         "memory": torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else available_memory(),
         "product_flops_per_s": flops_per_second(where, torch.bfloat16),
     }
-    return facts
 
 
 def driver() -> str | None:
@@ -336,7 +339,5 @@ def measured(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         return KINDS[case.kind](case, size, folder)
     except UserError as error:
         return {"not_here": str(error)}
-    except NotMeasured as error:
-        return {"not_measured": str(error)}
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).partition(". ")[0]}
