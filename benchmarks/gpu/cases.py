@@ -153,7 +153,7 @@ CASES = (
     Case("losses, bf16 autocast", **LOSSES),
     *(
         Case(f"attention {kind}", "1.7B", "attention", recipe={"attention": kind})
-        for kind in ("auto", "flash", "flex", "sdpa", "eager")
+        for kind in ("auto", "flash", "sdpa", "eager")
     ),
     Case("weights bfloat16", distill=BF16_WEIGHTS, **KERNELS),
     Case("fused", distill=FUSED, **KERNELS),

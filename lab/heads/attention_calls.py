@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
@@ -125,13 +124,9 @@ def _inputs(
     )
 
 
-def _seen(
-    mask: Tensor | BlockMask | None, settings: dict[str, Any], query_BHSd: Tensor, num_keys: int
-) -> Tensor | None:
+def _seen(mask: Tensor | None, settings: dict[str, Any], query_BHSd: Tensor, num_keys: int) -> Tensor | None:
     """(B, 1, S, keys) What queries see, in whatever form the layer's kernels are told."""
     rows, _, num_queries, _ = query_BHSd.shape
-    if isinstance(mask, BlockMask):
-        return create_mask(mask.mask_mod, rows, 1, num_queries, num_keys, device=str(query_BHSd.device))
     if mask is not None and mask.dim() == 4:
         # eager attention adds its mask to the scores: 0 to what is seen
         return mask if mask.dtype == torch.bool else mask == 0

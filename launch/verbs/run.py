@@ -52,7 +52,7 @@ from shoal.runtime import agreed, barrier, device, environment
 
 log = logging.getLogger(__name__)
 
-ATTENTION = ("flash", "flex", "sdpa", "eager")
+ATTENTION = ("flash", "sdpa", "eager")
 LOCK = ".lock"
 LOCK_WAIT_S = 30
 SHARES = 5

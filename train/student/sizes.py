@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
-from shoal.models.attention import MASKLESS, implementation, without_kernels
+from shoal.models.attention import implementation, without_kernels
 from shoal.models.load import automatic_class, num_parameters
 
 from ..objective.objective import final_hidden, output_head
@@ -126,7 +126,7 @@ def student_size(
     """Sizes of the student, and what autograd keeps of one row of ``sequence_length`` tokens per layer.
 
     ``prepare`` freezes what is not trained and adds what else is. The row holds several documents, as packed rows do:
-    masks then are tensors. flash and flex make none: for them the row is one document. ``changed`` layers are not the
+    masks then are tensors. flash makes none: for it the row is one document. ``changed`` layers are not the
     teacher's, trained or not.
 
     Raises:
@@ -136,7 +136,7 @@ def student_size(
         model = built(config, dtype=dtype, attention=without_kernels(attention, config))
         prepare(model)
         model.train()
-        with _one_document() if attention in MASKLESS else contextlib.nullcontext():
+        with _one_document() if attention == "flash" else contextlib.nullcontext():
             of_one_row, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
             of_two_rows, _ = _kept(model, 2, sequence_length, autocast=autocast)
         *layers, outside = (Kept(2 * a - b, b - a) for a, b in zip(of_one_row, of_two_rows, strict=True))

@@ -3,7 +3,7 @@
 load              load and save causal language models
 in_memory         models and tokenizers that a caller has
 anatomy           where their decoder layers live
-attention         which kernels compute it: flash, flex, sdpa, eager
+attention         which kernels compute it: flash, sdpa, eager
 families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them
 cost              what a model takes to keep and to run, told from its configuration

@@ -25,8 +25,6 @@ class Family:
     """Reason why rows of a cache that looks as if they could be copied would then give other values."""
     no_flash: str = ""
     """What it does that keeps flash kernels from packed rows, though transformers offers them for it."""
-    no_flex: str = ""
-    """What it does that flex attention does not follow, though transformers offers it."""
     no_cut: str = ""
     """Reason why no cut equals skipping the layers."""
     first_alone: str = ""
@@ -48,7 +46,6 @@ class Family:
 _STORES_KV = r"self_attn\.store_full_length_kv"  # special_cuts._recount_shared_layers checks that the read ones store
 _READS_BLOCKS = "its layers read the outputs of earlier blocks of layers beside the residual stream"
 _KEEPS_BORDERS = "does not tell its kernels where documents begin"
-_BIASES = "adds biases of its own to the scores"
 _DELTA_RULE = (
     ""
     if importlib.util.find_spec("fla") and importlib.util.find_spec("causal_conv1d")
@@ -59,7 +56,7 @@ _PADS_LEFT = "takes padding on the left for text"
 FAMILIES: dict[str, Family] = {
     "cpmant": Family(layers="cpmant.encoder.layers", no_branch="wants all earlier tokens beside the cache"),
     "diffllama": Family(counts_from_zero="computes lambda_init"),
-    "doge": Family(no_flex=_BIASES, changed_residual="scales the residual stream in every layer"),
+    "doge": Family(changed_residual="scales the residual stream in every layer"),
     "dory": Family(no_branch="grows the cache"),
     "gemma3n_text": Family(may_differ=_STORES_KV, changed_residual="mixes several residual streams in every layer"),
     "gemma4_text": Family(
@@ -77,7 +74,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "inkling2_loop_text": Family(no_cut=_READS_BLOCKS),
     "inkling2_text": Family(no_cut=_READS_BLOCKS),
-    "inkling_text": Family(no_flex=_BIASES),
     "lara_mini": Family(no_flash=_DELTA_RULE),
     "llama4_text": Family(no_branch=_PADS_LEFT),
     "minimax": Family(

@@ -26,7 +26,7 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
             f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
         )
     attention = getattr(model.config, "_attn_implementation", None)
-    if attention is not None and named(attention) not in ("flash", "flex", "sdpa", "eager"):
+    if attention is not None and named(attention) not in ("flash", "sdpa", "eager"):
         raise UserError(
             f"{name}: its attention is {attention}, of which nobody knows whether documents that share a row "
             "see each other; load it with attn_implementation='sdpa', or call set_attn_implementation('sdpa')"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 GONE: dict[str, str] = {
+    "attention.flex": "flash makes no masks either, and sdpa runs everywhere; leave it out",
     "distill.data.teacher": "a student has one teacher; train it in turn on runs of each",
     "distill.data_pilot": "sources share the tokens by their weights; set weight of each in distill.data",
     "distill.data_policy": "sources share the tokens by their weights; set weight of each in distill.data",

@@ -75,13 +75,13 @@ class Recipe(Section):
     are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
     attention: Annotated[
-        Literal["auto", "flash", "flex", "sdpa", "eager"],
+        Literal["auto", "flash", "sdpa", "eager"],
         Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED,
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
     was begun with, else flash where GPU, family, precision and installed packages allow it, else sdpa, and eager for
-    families without it. flash = FlashAttention, which makes no masks; flex = torch's flex_attention, compiled, for a
-    GPU without flash kernels; sdpa = torch's own kernels with masks; eager = plain products and softmax."""
+    families without it. flash = FlashAttention, which makes no masks; sdpa = torch's own kernels with masks; eager =
+    plain products and softmax."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)

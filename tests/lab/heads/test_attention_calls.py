@@ -74,11 +74,8 @@ def hidden(model: Any, wanted: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral"])
-def test_what_queries_attend_to_is_told_from_borders_and_blocks_as_from_masks(
-    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_queries_attend_to_is_told_from_borders_as_from_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
     model, places = architectures.tiny_model(name), torch.tensor([[11, 12, 15], [0, 3, 15]])
 
@@ -92,6 +89,6 @@ def test_what_queries_attend_to_is_told_from_borders_and_blocks_as_from_masks(
             hidden(model, wanted)
         return found
 
-    expected, found = weights(without_kernels(kernels, model.config)), weights(kernels)
+    expected, found = weights(without_kernels("flash", model.config)), weights("flash")
     for layer, own in expected.items():
         torch.testing.assert_close(found[layer], own, rtol=1e-4, atol=1e-5)

@@ -1,11 +1,10 @@
 """Which kernels compute attention, and that documents of a row, padding and caches are the same under all of them.
 
-Flash kernels are a stand-in by loops in float64 (flash_stand_in.py), flex attention is torch's uncompiled one.
+Flash kernels are a stand-in by loops in float64 (flash_stand_in.py).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import architectures
@@ -58,8 +57,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "triton" else found(name))
 
 
 HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
@@ -95,57 +92,36 @@ def test_flash_is_taken_where_it_is_possible_and_the_reason_names_the_kernels() 
     assert choose_attention("auto", Gemma2Config(), GPU, HALF).attention == "flash"
 
 
-@pytest.mark.parametrize("wanted", ["flash", "flex"])
-def test_a_cpu_has_neither_and_auto_is_what_the_family_has(wanted: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"attention: {wanted} needs a CUDA GPU, and this device is cpu; set attention"
-    ):
-        choose_attention(wanted, LlamaConfig(), CPU, HALF)
+def test_a_cpu_has_no_flash_and_auto_is_what_the_family_has() -> None:
+    with pytest.raises(UserError, match="attention: flash needs a CUDA GPU, and this device is cpu; set attention"):
+        choose_attention("flash", LlamaConfig(), CPU, HALF)
     assert choose_attention("auto", LlamaConfig(), CPU, HALF).attention == "sdpa"
     capped = choose_attention("auto", Gemma2Config(), CPU, HALF)
     assert capped.attention == "eager"
     assert "gemma2 has no SDPA" in capped.reason
 
 
-@pytest.mark.usefixtures("gpu")
-def test_flex_is_refused_where_it_is_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_attention("flex", LlamaConfig(), GPU, {"dtype": "float32"}).attention == "flex"
-    for config, reason in (
-        (LlamaConfig(attention_dropout=0.1), "config.json says attention_dropout: 0.1"),
-        (LlamaConfig(head_dim=8), "at least 16 numbers, and llama has 8"),
-        (architectures.tiny_config("gpt2"), "is nothing that transformers has for gpt2"),
-        (architectures.tiny_config("doge"), "is not possible for doge, which adds biases"),
-    ):
-        with pytest.raises(UserError, match=rf"attention: flex .*{reason}.*; set attention: sdpa"):
-            choose_attention("flex", config, GPU, HALF)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="triton, which is not installed"):
-        choose_attention("flex", LlamaConfig(), GPU, HALF)
-
-
 def test_a_checkpoint_is_loaded_with_the_kernels_of_its_setting(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
-    for wanted in ("flash", "flex"):
-        loaded = load_model(teacher, attention=wanted)
-        assert named(str(loaded.config._attn_implementation)) == wanted
-        torch.testing.assert_close(hidden(loaded), hidden(load_model(teacher)), rtol=1e-4, atol=1e-4)
+    loaded = load_model(teacher, attention="flash")
+    assert named(str(loaded.config._attn_implementation)) == "flash"
+    torch.testing.assert_close(hidden(loaded), hidden(load_model(teacher)), rtol=1e-4, atol=1e-4)
 
 
 # --- documents, padding and caches --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_and_padding_give_the_states_of_masked_attention(
-    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash_stand_in.install(monkeypatch)
     model = architectures.tiny_model(name)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[0, 14:] = False
     for positions in (POSITIONS, padding_apart(POSITIONS, mask)):
-        expected = hidden(switched(model, without_kernels(kernels, model.config)), positions=positions)
-        found = hidden(switched(model, kernels), positions=positions)
+        expected = hidden(switched(model, without_kernels("flash", model.config)), positions=positions)
+        found = hidden(switched(model, "flash"), positions=positions)
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     alone = hidden(model, IDS[:1, 12:], POSITIONS[:1, 12:])
     torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
@@ -161,11 +137,8 @@ def test_a_family_that_keeps_borders_from_its_kernels_is_refused_when_it_runs(
         hidden(model)
 
 
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
-def test_scores_and_text_are_those_of_masked_attention(
-    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_and_text_are_those_of_masked_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
     model = architectures.tiny_model(name)
     beginning = tuple(range(5, 18))  # read once for two questions; longer than a window
@@ -182,8 +155,8 @@ def test_scores_and_text_are_those_of_masked_attention(
         return score(decoder, requests, batch_size=batch_size), texts
 
     for batch_size in (1, 3):
-        scores, texts = answers(without_kernels(kernels, model.config), batch_size)
-        found_scores, found_texts = answers(kernels, batch_size)
+        scores, texts = answers(without_kernels("flash", model.config), batch_size)
+        found_scores, found_texts = answers("flash", batch_size)
         assert found_texts == texts
         assert [each[0] for each in found_scores] == pytest.approx([each[0] for each in scores], abs=2e-3)
 
@@ -193,29 +166,27 @@ RIGHT_ONLY_WITH_BORDERS = ("biogpt",)
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", census(ARCHITECTURES))
 def test_every_family_that_transformers_offers_kernels_for_keeps_documents_apart_or_is_known_not_to(
-    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash_stand_in.install(monkeypatch)
     model = architectures.tiny_model(name)
     kind = attention._model_class(model.config)
-    if kind is None or not (kind._supports_flash_attn if kernels == "flash" else kind._supports_flex_attn):
-        pytest.skip(f"transformers has no {kernels} for it")
-    exceptions = family(text_config(model.config).model_type)
-    if exceptions.no_flash if kernels == "flash" else exceptions.no_flex:
+    if kind is None or not kind._supports_flash_attn:
+        pytest.skip("transformers has no flash kernels for it")
+    if family(text_config(model.config).model_type).no_flash:
         if model.config.model_type in ("falcon", "gpt_neo"):
             pytest.skip("chooses its kernels where it is made")
         expected = hidden(model)
         with pytest.raises((UserError, ValueError, AssertionError)):
-            torch.testing.assert_close(hidden(switched(model, kernels)), expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(hidden(switched(model, "flash")), expected, rtol=1e-2, atol=1e-2)
         return
     if name.startswith("gpt2") or name == "gpt-sw3":
         model.bfloat16()  # whose linear maps are of a kind in which transformers finds no precision
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     expected = hidden(model)
-    found = hidden(switched(model, kernels))
-    if kernels == "flash" and name in RIGHT_ONLY_WITH_BORDERS:
+    found = hidden(switched(model, "flash"))
+    if name in RIGHT_ONLY_WITH_BORDERS:
         found, expected = found[:1, 12:], hidden(model, IDS[:1, 12:], POSITIONS[:1, 12:])
     assert float((found - expected).norm() / expected.norm()) < tolerance

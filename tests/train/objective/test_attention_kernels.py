@@ -1,4 +1,4 @@
-"""Steps of training under flash and flex attention are those under masks: loss, gradients, checkpointing, autocast."""
+"""Steps of training under flash attention are those under masks: loss, gradients, checkpointing, autocast."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import flash_stand_in
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention
 from transformers import PreTrainedModel, TrainingArguments
 
 from shoal.data.packing import IGNORED
-from shoal.errors import UserError
-from shoal.models import attention, document_masks
+from shoal.models import document_masks
 from shoal.models.attention import implementation, without_kernels
 from shoal.models.document_masks import document_borders
 from shoal.recipe.losses import CrossEntropy, ForwardKL
@@ -31,8 +29,6 @@ POSITIONS = torch.tensor([[*range(10), *range(4)], [*range(3), *range(11)]])
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
-    # torch's uncompiled flex attention has a backward pass; on a CPU torch refuses to take it
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
 def step(student: PreTrainedModel, teacher: PreTrainedModel, kernels: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,18 +52,13 @@ def step(student: PreTrainedModel, teacher: PreTrainedModel, kernels: str) -> tu
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss"])
-def test_loss_and_gradients_are_those_under_masks(name: str, kernels: str, checkpointing: bool) -> None:
+def test_loss_and_gradients_are_those_under_masks(name: str, checkpointing: bool) -> None:
     student, teacher = architectures.tiny_model(name).train(), architectures.tiny_model(name, num_hidden_layers=8)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    if checkpointing and (name, kernels) == ("gemma2", "flex"):
-        with pytest.raises(UserError, match="wrong gradients of soft caps where activations are checkpointed; set att"):
-            step(student, teacher, kernels)
-        return
-    expected_loss, expected = step(student, teacher, without_kernels(kernels, student.config))
-    loss, found = step(student, teacher, kernels)
+    expected_loss, expected = step(student, teacher, without_kernels("flash", student.config))
+    loss, found = step(student, teacher, "flash")
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
@@ -75,29 +66,26 @@ def test_loss_and_gradients_are_those_under_masks(name: str, kernels: str, check
         torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-3 * scale + 1e-6, msg=key)
 
 
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
-def test_gradients_are_the_same_where_only_some_activations_are_kept(kernels: str, tmp_path: Path) -> None:
+def test_gradients_are_the_same_where_only_some_activations_are_kept(tmp_path: Path) -> None:
     student, teacher = architectures.tiny_model("llama").train(), architectures.tiny_model("llama", num_hidden_layers=8)
     expected_loss, expected = step(student, teacher, "sdpa")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     arguments.activation_checkpointing_kwargs = {"selective": True}
     recompute_selectively(student, arguments)
     student.activation_checkpointing_enable()
-    loss, found = step(student, teacher, kernels)
+    loss, found = step(student, teacher, "flash")
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
     for key, gradient in found.items():
         scale = float(expected[key].abs().max())
         torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-3 * scale, msg=key)
 
 
-@pytest.mark.parametrize("kernels", ["flash", "flex"])
-def test_kernels_get_half_precision_under_autocast(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_get_half_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch, halves_only=True)
-    monkeypatch.setattr(attention, "_kernel", lambda _: flash_stand_in.in_halves(flex_attention.flex_attention))
     student, teacher = architectures.tiny_model("llama").train(), architectures.tiny_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = step(student, teacher, "sdpa")
-        loss, gradients = step(student, teacher, kernels)
+        loss, gradients = step(student, teacher, "flash")
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
@@ -112,12 +100,11 @@ def test_borders_known_on_the_host_are_taken_and_not_asked_of_the_device() -> No
     assert torch.equal(known["cu_seq_lens_q"], document_borders(POSITIONS, CPU)["cu_seq_lens_q"])
 
 
-def test_what_is_kept_for_the_backward_pass_holds_no_masks_under_flash_and_flex() -> None:
+def test_what_is_kept_for_the_backward_pass_holds_no_masks_under_flash() -> None:
     config = architectures.tiny_model("llama").config
-    masked, flash, flex = (
+    masked, flash = (
         student_size(config, sequence_length=64, prepare=lambda _: None, attention=kernels)
-        for kernels in ("sdpa", "flash", "flex")
+        for kernels in ("sdpa", "flash")
     )
-    assert flash.layers == flex.layers
     for with_mask, without in zip(masked.layers, flash.layers, strict=True):
         assert without.kept.per_row < with_mask.kept.per_row - 64 * 64, "at least a byte for every pair of tokens"
