@@ -25,7 +25,6 @@ from shoal.atomic_files import fingerprint, flush, write_json
 from shoal.errors import DISK_FULL, UserError
 from shoal.formatting import bytes_text
 from shoal.models.checkpoint_files import (
-    DTYPE_BITS,
     INDEX_FILE,
     SINGLE_FILE,
     Shard,
@@ -168,10 +167,7 @@ def _aligned(shard: Shard, names: Mapping[str, str]) -> dict[str, StoredTensor]:
     The usual writers store them so already; then the order stays and neighbours stay neighbours.
     """
     kept = [name for name in shard.tensors if name in names]  # in the order of their bytes; sorted() keeps equals so
-    return {
-        name: shard.tensors[name]
-        for name in sorted(kept, key=lambda name: -DTYPE_BITS.get(shard.tensors[name].dtype, 0))
-    }
+    return {name: shard.tensors[name] for name in sorted(kept, key=lambda name: -shard.tensors[name].bits)}
 
 
 def _header(shard: Shard, tensors: Mapping[str, StoredTensor], names: Mapping[str, str]) -> bytes:

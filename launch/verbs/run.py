@@ -38,7 +38,8 @@ from shoal.machine import device_name
 from shoal.models.anatomy import image_layers, text_config
 from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
-from shoal.models.load import find_config, load_config, load_tokenizer, loaded_dtype, reads_images, resolve_model
+from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
+from shoal.models.resolve import find_config, resolve_model
 from shoal.numerics import DTYPES, fast_dtype, flops_per_second
 from shoal.ranks import is_main
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in

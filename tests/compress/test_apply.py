@@ -41,7 +41,8 @@ from shoal.compress.surgery import teacher as teacher_module
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import KEPT_LAYERS, checkpoint_bytes, read_shards, tokenizer_fingerprint
-from shoal.models.load import load_model, resolve_model
+from shoal.models.load import load_model
+from shoal.models.resolve import resolve_model
 
 Change = Callable[[Path], object]
 

@@ -1,6 +1,7 @@
 """Load and save causal language models, and know their parts.
 
-load              load and save causal language models
+resolve           the folder that a model's name means: a path, the Hub, the demo model, an adapter
+load              load causal language models
 in_memory         models and tokenizers that a caller has
 anatomy           where their decoder layers live
 attention         which kernels compute it: flash, sdpa, eager
@@ -8,7 +9,5 @@ families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them
 cost              what a model takes to keep and to run, told from its configuration
 adapters          LoRA adapters merged into their base
-demo              the bundled model, converted once
-cache             where such checkpoints are kept
 document_masks    documents of a row stay apart in every family
 """

@@ -8,10 +8,13 @@ import math
 import re
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from shoal.errors import UserError
 
@@ -54,17 +57,6 @@ ZEROED_WEIGHTS = "shoal_zeroed_weights"
 """Configuration key that names the student's parameters in which an edit zeroed entries."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-"""Bytes of the longest header that the safetensors library itself accepts."""
-DTYPE_BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
-"""Bits of one number by the format's dtype names (safetensors 0.8)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,11 @@ class StoredTensor:
     """First byte, counted from the beginning of the file."""
     end: int
     """One past the last byte."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of one number; 0 where there is none."""
+        return 8 * (self.end - self.start) // max(1, math.prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
-        return [folder / name for name in sorted(set(read_index(folder)["weight_map"].values()))]
+        return [folder / name for name in _indexed(folder / INDEX_FILE)]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     pickled = [name for name in others if not name.endswith(".safetensors")]
     if not others:
@@ -160,56 +157,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: has {present}; give a complete checkpoint in safetensors")
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a checkpoint in several files: `weight_map` (tensor name -> file name) and `metadata`.
-
-    Raises:
-        UserError: it is damaged, or names a file outside the folder.
-    """
-    index = folder / INDEX_FILE
+def _indexed(index: Path) -> list[str]:
+    """The names of the files of a checkpoint in several, which lie beside their ``index``."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names = set(content["weight_map"].values())
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("a file name is no text")
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if elsewhere := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{elsewhere[0]!r} is no file of this folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
-    if elsewhere := sorted(name for name in names if Path(name).name != name):
-        raise UserError(f"{index}: names {elsewhere[0]!r}, which is no file of this folder; {DOWNLOAD_AGAIN}")
-    return content
+    return names
 
 
 def read_shards(folder: Path) -> list[Shard]:
     """The headers of all weight files, in the order of their names.
 
     Raises:
-        UserError: a file is missing or damaged, or index and files disagree on which tensors there are.
+        UserError: a file is missing or damaged, or two have a tensor of one name.
     """
     shards = [read_header(file) for file in weight_files(folder)]
-    holders: dict[str, str] = {}
-    for shard in shards:
-        for name in shard.tensors:
-            if name in holders:
-                raise UserError(
-                    f"{folder}: {name} lies in both {holders[name]} and {shard.file.name}; {DOWNLOAD_AGAIN}"
-                )
-            holders[name] = shard.file.name
-    if not (folder / SINGLE_FILE).is_file():
-        _refuse_wrong_index(folder, holders)
+    names = [name for shard in shards for name in shard.tensors]
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise UserError(f"{folder}: {twice[0]} lies in two files; {DOWNLOAD_AGAIN}")
     return shards
-
-
-def _refuse_wrong_index(folder: Path, holders: dict[str, str]) -> None:
-    listed: dict[str, str] = read_index(folder)["weight_map"]
-    for name in sorted(listed.keys() | holders.keys()):
-        indexed, actual = listed.get(name), holders.get(name)
-        if indexed == actual:
-            continue
-        if indexed is None:
-            problem = f"does not name {name}, which lies in {actual}"
-        else:
-            problem = f"says that {name} lies in {indexed}, but it lies in {actual or 'no file'}"
-        raise UserError(f"{folder / INDEX_FILE}: {problem}; {DOWNLOAD_AGAIN}")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -343,51 +312,23 @@ def read_header(file: Path) -> Shard:
     """The header of a safetensors file: every tensor's dtype, shape and place, in bytes.
 
     Raises:
-        UserError: no such file, another size than the header says, or a header that contradicts itself.
+        UserError: no such file, or one that the library refuses: of another size than its header says, or with a header
+            that contradicts itself.
     """
     if not file.is_file():
         raise UserError(f"{file}: is named by the checkpoint's index but missing; download the checkpoint again")
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        prefix = handle.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size + 1
-        readable = header_bytes <= min(size, MAX_HEADER_BYTES)
-        text = handle.read(header_bytes) if readable else b""
-    data_start = 8 + header_bytes
     try:
-        header: Any = json.loads(text)
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        entries = {name: _stored(entry, data_start) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(file, f"{size:,} bytes where a valid header should be") from error
+        with safe_open(file, "np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{file}: is damaged ({error}); {DOWNLOAD_AGAIN}") from error
+    with file.open("rb") as handle:
+        (num_bytes,) = struct.unpack("<Q", handle.read(8))
+        header: dict[str, Any] = json.loads(handle.read(num_bytes))
+    metadata, begin = header.pop("__metadata__", None) or {}, 8 + num_bytes
+    entries = {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(begin + place for place in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
     tensors = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
-    expected = max((tensor.end for tensor in tensors.values()), default=data_start)
-    if size != expected:
-        raise _damaged(file, f"{size:,} bytes where {expected:,} bytes should be")
-    _refuse_contradictions(file, tensors, data_start)
     return Shard(file, tensors, metadata)
-
-
-def _stored(entry: dict[str, Any], data_start: int) -> StoredTensor:
-    start, end = (int(offset) for offset in entry["data_offsets"])
-    return StoredTensor(
-        str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), data_start + start, data_start + end
-    )
-
-
-def _refuse_contradictions(file: Path, tensors: dict[str, StoredTensor], position: int) -> None:
-    for name, tensor in tensors.items():
-        if tensor.start != position or tensor.end < tensor.start:
-            kind = "overlap others" if tensor.start < position else "leave a gap before them"
-            raise _damaged(file, f"the header puts {name} at bytes that {kind}")
-        position = tensor.end
-        bits = DTYPE_BITS.get(tensor.dtype)  # of a dtype younger than this list only the offsets are checked
-        size = tensor.end - tensor.start
-        wrong_size = bits is not None and math.prod(tensor.shape) * bits != 8 * size
-        if wrong_size or min(tensor.shape, default=0) < 0:
-            shape = list(tensor.shape)
-            raise _damaged(file, f"the header gives {name} ({tensor.dtype}, shape {shape}) {size:,} bytes")
-
-
-def _damaged(file: Path, problem: str) -> UserError:
-    return UserError(f"{file}: is damaged: {problem}; {DOWNLOAD_AGAIN}")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import errors, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,19 +33,13 @@ from shoal.machine import available_memory, device_memory, ranks_on_this_node
 from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import (
-    ADAPTER_CONFIG,
-    DEMO_PREFIX,
     DOWNLOAD_AGAIN,
-    WITH_MODEL,
     Shard,
     check_checkpoint,
-    check_config,
     has_tokenizer,
     json_or_empty,
     read_shards,
-    refuse_no_model,
 )
-from shoal.models.demo import demo_config, resolve_demo
 from shoal.models.families import family
 from shoal.progress import doing
 
@@ -58,61 +50,34 @@ ALIGNMENT = 64
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Plain floating-point dtypes by their names in safetensors files."""
 MOST_LAYERS = 100_000
-CHECKPOINT_FILES = (
-    *("*.json", "*.safetensors", "*.jinja", "*.txt"),
-    *("*.model", "*.py", *(f"{name}*" for name in WITH_MODEL), "README.md"),
-)
-"""Files of a checkpoint on the Hub that are downloaded."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of the names of architectures that read text and write none."""
 NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
-IMPOSSIBLE_SETTINGS = (KeyError, AssertionError, ArithmeticError, TypeError, SafetensorError)
-"""Errors of building a model over settings that no code foresaw: an unknown activation, no heads, a torn file."""
-NEEDS_CONSENT = (
-    "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
-)
+WRONG_SHAPES = f"the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}"
+SAID = {
+    "trust_remote_code": "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the "
+    "recipe if you trust it",
+    "model type": "this transformers does not know the architecture; upgrade it, or give another model",
+    "Unrecognized configuration class": NOT_CAUSAL,
+    "attn_implementation": "does not have the attention that the recipe sets; set another",
+    "ignore_mismatched_sizes": WRONG_SHAPES,
+    "negative dimension": f"config.json gives a negative size; {DOWNLOAD_AGAIN}",
+}
+"""Words of a library's error -> what they mean."""
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
-    """The local folder of model ``name``: a path, `demo:<name>` (converted on first use) or a Hub id (downloaded).
-
-    Of a LoRA adapter it is that of the model it makes of its base, merged on first use.
-
-    Raises:
-        UserError: nothing of that name; no network; pickled weights only; missing or torn weight files; an adapter that
-            cannot be merged.
-    """
-    if name.startswith(DEMO_PREFIX):
-        return resolve_demo(name.removeprefix(DEMO_PREFIX))
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        folder = _download(name, revision)
-    if (folder / ADAPTER_CONFIG).is_file():
-        from shoal.models.adapters import merged_adapter  # which loads models itself
-
-        return merged_adapter(folder)
-    check_checkpoint(folder)
-    return folder
-
-
-def find_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The configuration of model ``name``, as resolve_model finds it, without its weights: of a LoRA adapter that of
-    its base.
-
-    Raises:
-        UserError: nothing of that name, no network, or as load_config does.
-    """
-    if name.startswith(DEMO_PREFIX):
-        return demo_config(name.removeprefix(DEMO_PREFIX))
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        folder = _download(name, revision, patterns=["config.json", ADAPTER_CONFIG])
-    adapter = json_or_empty(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
-    base = adapter.get("base_model_name_or_path")
-    if not isinstance(base, str) or base == name:
-        check_config(folder)
-        return load_config(folder, trust_remote_code=trust_remote_code)
-    return find_config(base, revision=adapter.get("revision"), trust_remote_code=trust_remote_code)
+@contextmanager
+def _explained(name: object, otherwise: str) -> Iterator[None]:
+    """Turn what a library raises over the files or the settings of ``name`` into a UserError: what SAID knows, or
+    ``otherwise`` with the reason in place of {}."""
+    try:
+        yield
+    except Exception as error:  # no code foresaw these files, so it is of any kind; tokenizers raise plain Exception
+        known = next((words for part, words in SAID.items() if part in str(error)), None)
+        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and known is None):  # memory, or a device
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{name}: {known or otherwise.format(reason)}") from error
 
 
 def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -125,16 +90,10 @@ def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bo
         UserError: none there, a damaged one, one that needs code, one with neither pad nor end token, or with more
             tokens than the model beside it has embeddings.
     """
-    try:
+    with _explained(folder, "no usable tokenizer ({}); copy the base model's tokenizer files there"):
         if not has_tokenizer(folder):  # of some families transformers would make one that knows no word
             raise FileNotFoundError("there is no file of one")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Rust tokenizers raise plain Exception for a damaged file
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
-        raise UserError(
-            f"{folder}: no usable tokenizer ({_first_line(error)}); copy the base model's tokenizer files there"
-        ) from error
     rows = _embedding_rows(folder, tokenizer, trust_remote_code=trust_remote_code)
     if rows is not None and (problem := _tokens_without_embedding(tokenizer, rows)):
         if must_fit:
@@ -151,18 +110,14 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: none there, one that reads no images, or one that needs a package that is not installed.
     """
-    try:
+    remedy = (
+        "no usable processor of images ({}); copy processor_config.json or preprocessor_config.json of the base model "
+        "there, or install what is missing"
+    )
+    with _explained(folder, remedy):
         processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (*IMPOSSIBLE_SETTINGS, ValueError, ImportError, OSError, AttributeError) as error:
-        raise UserError(
-            f"{folder}: no usable processor of images ({_first_line(error)}); copy processor_config.json or "
-            "preprocessor_config.json of the base model there, or install what is missing"
-        ) from error
-    if not hasattr(processor, "image_processor"):
-        raise UserError(
-            f"{folder}: holds no processor of images; copy processor_config.json or preprocessor_config.json of the "
-            "base model there"
-        )
+        if not hasattr(processor, "image_processor"):
+            raise ValueError("it reads text alone")
     return processor
 
 
@@ -239,34 +194,17 @@ def load_model(
     placed: dict[str, Any] = {}
     if offload is not None and (rooms := rooms_to_share(folder, config, dtype, torch.device(device))):
         placed = {"device_map": "auto", "max_memory": rooms, "offload_folder": offload}
-    try:
-        with doing(f"loading {folder}"):
-            loaded: Any = automatic_class(config).from_pretrained(
-                folder,
-                dtype=named_dtype(dtype) or "auto",
-                attn_implementation=implementation(attention, config),
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                **placed,
-            )
-    except IMPOSSIBLE_SETTINGS as error:
-        raise UserError(f"{folder}: cannot be built or read as its files say ({error!r}); {DOWNLOAD_AGAIN}") from error
-    except (ValueError, ImportError, OSError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
-        if "ttention" in str(error):
-            raise UserError(
-                f"attention: {attention} is not possible here ({_first_line(error)}); set another"
-            ) from error
-        raise UserError(
-            f"{folder}: transformers cannot load it as a causal language model: {_first_line(error)}; "
-            "give another model"
-        ) from error
-    except RuntimeError as error:
-        if "negative dimension" not in str(error) and "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise _wrong_shapes(folder) from error
+    remedy = f"transformers cannot load it as a causal language model ({{}}); give another model, or {DOWNLOAD_AGAIN}"
+    with _explained(folder, remedy), doing(f"loading {folder}"):
+        loaded: Any = automatic_class(config).from_pretrained(
+            folder,
+            dtype=named_dtype(dtype) or "auto",
+            attn_implementation=implementation(attention, config),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **placed,
+        )
     model, report = loaded
     refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
     if unused := sorted(report["unexpected_keys"]):
@@ -434,11 +372,7 @@ def refuse_incomplete(folder: Path, family: str, missing: Collection[str], misma
             f"{family} architecture that config.json names); {DOWNLOAD_AGAIN}"
         )
     if mismatched:
-        raise _wrong_shapes(folder)
-
-
-def _wrong_shapes(folder: Path) -> UserError:
-    return UserError(f"{folder}: the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}")
+        raise UserError(f"{folder}: {WRONG_SHAPES}")
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -448,18 +382,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         UserError: one that transformers cannot read, or of no model that writes text from left to right.
     """
     _refuse_no_decoder(folder)
-    try:
+    with _explained(folder, f"config.json cannot be used ({{}}); mend it, or {DOWNLOAD_AGAIN}"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
-        if "model type" in str(error):
-            raise UserError(
-                f"{folder}: this transformers does not know the architecture: {_first_line(error)}; "
-                "upgrade it, or give another model"
-            ) from error
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: config.json cannot be used: {reason}; mend it, or {DOWNLOAD_AGAIN}") from error
 
 
 def _refuse_no_decoder(folder: Path) -> None:
@@ -553,58 +477,9 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     Raises:
         UserError: transformers has no causal language model of that type, or needs a package that is not installed.
     """
-    try:
+    remedy = f"cannot be built as config.json says ({{}}); install what is missing, or {DOWNLOAD_AGAIN}"
+    with _explained(config.model_type, remedy):
         with torch.device("meta"), no_init_weights():
             model = automatic_class(config).from_config(config, **settings)
         model.tie_weights()  # is part of the initialisation that was left out
-        return model.eval()
-    except IMPOSSIBLE_SETTINGS as error:
-        raise UserError(
-            f"{config.model_type}: cannot be built as config.json says ({error!r}); {DOWNLOAD_AGAIN}"
-        ) from error
-    except RuntimeError as error:
-        if "negative dimension" not in str(error):
-            raise
-        raise UserError(
-            f"{config.model_type}: config.json gives a negative size ({error}); {DOWNLOAD_AGAIN}"
-        ) from error
-    except (ValueError, ImportError) as error:
-        if "Unrecognized configuration class" in str(error):
-            raise UserError(f"{config.model_type}: {NOT_CAUSAL}") from error
-        remedy = "install what is missing, or give" if isinstance(error, ImportError) else "give"
-        raise UserError(
-            f"{config.model_type}: transformers cannot build it as a causal language model: {_first_line(error)}; "
-            f"{remedy} another model"
-        ) from error
-
-
-def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
-
-    refuse_no_model(name)
-    try:
-        with doing(f"downloading {name} from the Hub"):
-            return Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=list(patterns),
-                    ignore_patterns=["consolidated*", "original/*"],
-                )
-            )
-    except errors.HFValidationError as error:
-        raise UserError(f"model {name!r}: neither a folder nor a Hub id nor demo:<name>; give one of these") from error
-    except errors.GatedRepoError as error:
-        raise UserError(f"model {name!r}: is gated; accept its terms on the Hub and run `hf auth login`") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UserError(
-            f"model {name!r} (revision {revision or 'main'}): not found on the Hub; check the spelling"
-        ) from error
-    except (OSError, errors.HTTPError, errors.RevisionResolutionError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise UserError(
-            f"model {name!r}: no such folder, and the Hub cannot be reached ({_first_line(error)}). "
-            "Give a local path, or demo:smollm2-135m which needs no network"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return model.eval()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import shoal
 from shoal.artifacts.tables import Tabular
 from shoal.models.checkpoint_files import DEMO_MODELS
-from shoal.models.demo import DEMO_REMEDY
+from shoal.models.resolve import DEMO_REMEDY
 
 NOTEBOOK = Path(__file__).parents[3] / "docs/first_steps.ipynb"
 SMALLER = {"NUM_DROP": 2, "MEASURED_TOKENS": 256, "TRAINED_TOKENS": 1024, "LENGTH": 128, "ITEMS": 11}
