@@ -39,7 +39,8 @@ from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
 from shoal.machine import now
 from shoal.models.anatomy import decoder_layers
-from shoal.models.load import load_model, load_tokenizer, resolve_model
+from shoal.models.load import load_model, load_tokenizer
+from shoal.models.resolve import resolve_model
 from shoal.recipe.section import DataSource
 from shoal.runtime import device, environment
 

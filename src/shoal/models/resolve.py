@@ -47,8 +47,8 @@ NOT_DOWNLOADED: dict[type[Exception], str] = {
     errors.GatedRepoError: "is gated; accept its terms on the Hub and run `hf auth login`",
     errors.RepositoryNotFoundError: "not found on the Hub; check the spelling",
     errors.RevisionNotFoundError: "has no such revision on the Hub; check the spelling",
-    Exception: "no such folder, and the Hub cannot be reached ({}); give a local path, or demo:smollm2-135m which needs "
-    "no network",
+    Exception: "no such folder, and the Hub cannot be reached ({}); give a local path, or demo:smollm2-135m, "
+    "which needs no network",
 }
 """What huggingface_hub raises -> what it means, the most special first."""
 
