@@ -3,11 +3,12 @@
 Two idle thread pools that spin on the same cores make tests ten times slower.
 """
 
+import fcntl
 import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,50 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder that the first process which asks for its name makes, and that all then read: nobody writes to it."""
+    in_parallel = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp().parent if in_parallel else tmp_path_factory.getbasetemp()
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        made = root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                make(root / name)
+                made.touch()
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(once: Once) -> Path:
     """A tiny llama checkpoint of six layers, which knows nothing. Read only."""
     from tiny import tiny_checkpoint  # loads torch
 
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+    return once("teacher", lambda folder: tiny_checkpoint(folder, "llama")) / "llama"
+
+
+@pytest.fixture(scope="session")
+def tied_teacher(once: Once) -> Path:
+    """The same with one matrix for embeddings and head. Read only."""
+    from tiny import tiny_checkpoint
+
+    return once("tied_teacher", lambda folder: tiny_checkpoint(folder, "llama_tied")) / "llama_tied"
+
+
+@pytest.fixture(scope="session")
+def pruned(once: Once, tied_teacher: Path) -> Callable[..., Path]:
+    """A recipe in a folder, whose student is made already and whose training keeps checkpoints."""
+    from training_runs import KEEPING, prepare, recipe
+
+    cut = once("tied_cut", lambda folder: prepare(folder, tied_teacher)) / "run"
+    return lambda folder, **distill: recipe(folder, tied_teacher, cut, **{**KEEPING, **distill})
 
 
 # W&B's background thread outlives the test that used it, and complains into the captured log of a later one (pytest

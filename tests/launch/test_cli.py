@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_checkpoint
 
 from shoal.launch import cli
 from shoal.launch.cli import main, run_verb
@@ -34,17 +33,11 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama checkpoint."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
-
-
 @pytest.fixture
-def recipe(whole: Path, tmp_path: Path) -> str:
+def recipe(teacher: Path, tmp_path: Path) -> str:
     """A recipe that drops two layers of the tiny model."""
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"model: {whole}\nrun_dir: {tmp_path}/run\nprune: {{drop: [1, 3]}}\ntrack: {{wandb: off}}\n")
+    file.write_text(f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [1, 3]}}\ntrack: {{wandb: off}}\n")
     return str(file)
 
 

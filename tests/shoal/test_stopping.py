@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from long_training import MANY, pruned_recipe, recipe, wait_for
 from ranks import environment
-from tiny import tiny_checkpoint
+from training_runs import MANY_STEPS, wait_for, write_recipe
 
 from shoal.stopping import _alive, on_stop, run_launcher
 
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.slow
 GONE_S = 10
 MEASURE = ("measure", "measure.num_tokens=3_000_000", "measure.sequence_length=64")
 EVAL = ("eval", "eval.tasks=[retrieval_generation]", "eval.limit=null", "eval.perplexity_tokens=3_000_000")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama_tied")
 
 
 class Shoal:
@@ -85,7 +80,7 @@ def all_gone(started: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize(("arguments", "sign"), [(MEASURE, "measure: "), (EVAL, "eval: teacher (")])
 def test_ctrl_c_ends_a_stage_at_once(teacher: Path, tmp_path: Path, arguments: tuple[str, ...], sign: str) -> None:
-    path = recipe(tmp_path, teacher)
+    path = write_recipe(tmp_path, teacher)
     verb, *overrides = arguments
     shoal = Shoal(tmp_path, verb, "--config", str(path), *overrides)
     wait_for(lambda: sign in shoal.said, sign)
@@ -101,9 +96,9 @@ def without_progress(said: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
-def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, number: int, ranks: int) -> None:
+def test_a_stop_of_shoal_saves_on_its_ranks(pruned: Any, tmp_path: Path, number: int, ranks: int) -> None:
     """Also: what lies in the current folder is not taken for a module of the ranks."""
-    path = pruned_recipe(tmp_path, teacher, **MANY)
+    path = pruned(tmp_path, steps=MANY_STEPS)
     (tmp_path / "shoal").mkdir()
     (tmp_path / "psutil.py").write_text("open('imported', 'w')")
     shoal = Shoal(tmp_path, "distill", "--config", str(path), f"distill.num_ranks={ranks}")
@@ -117,8 +112,8 @@ def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, numbe
 
 
 @pytest.mark.prove
-def test_ranks_do_not_outlive_a_killed_shoal(teacher: Path, tmp_path: Path) -> None:
-    shoal = Shoal(tmp_path, "distill", "--config", str(pruned_recipe(tmp_path, teacher, **MANY)))
+def test_ranks_do_not_outlive_a_killed_shoal(pruned: Any, tmp_path: Path) -> None:
+    shoal = Shoal(tmp_path, "distill", "--config", str(pruned(tmp_path, steps=MANY_STEPS)))
     wait_for(shoal.ranks, "a rank")
     started = shoal.children()
     shoal.process.kill()

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ DROP = [2, 3]
 STEPS = 8
 LENGTH = 64
 BATCH = 4
+KEEPING: dict[str, Any] = {"trainer": {"save_strategy": "steps", "save_steps": 2}}
+"""A checkpoint after every second step."""
+MANY_STEPS = 60
+"""Long enough to be interrupted in the middle."""
 HOST_PLANES = ("labels", "position_ids", "input_ids", "sources")
 """Planes of a micro-batch of which the host has a copy."""
 
@@ -89,6 +94,15 @@ def small_training(*, steps: int = STEPS, **distill: Any) -> dict[str, Any]:
         **distill,
         "trainer": {"learning_rate": 1e-3, "save_strategy": "no", **distill.get("trainer", {})},
     }
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
+    """What ``condition`` gives as soon as that is something."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return found
 
 
 def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: Any = None, **distill: Any) -> Path:

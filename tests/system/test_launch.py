@@ -16,15 +16,14 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
-from long_training import MANY, MANY_STEPS, STEPS, pruned_recipe, recipe, wait_for
 from ranks import environment, run_ranks, start_ranks
 from safetensors.torch import load_file
-from tiny import tiny_checkpoint
+from training_runs import KEEPING, MANY_STEPS, STEPS, Trial, unfinished, wait_for, write_recipe
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.evaluation import Evaluation
@@ -72,24 +71,22 @@ def curve(path: Path, steps: int = STEPS) -> list[float]:
     return [row["loss"] for row in history]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama_tied")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+@pytest.fixture(scope="session")
+def reference(once: Any, tied_teacher: Path) -> Path:
     """One rank, ZeRO 0, fp32, never interrupted, started exactly as the README says."""
-    path = recipe(tmp_path_factory.mktemp("reference"), teacher)
-    finished(launch("distill.py", path, ranks=1))
-    return path
+
+    def make(folder: Path) -> None:
+        finished(launch("distill.py", write_recipe(folder, tied_teacher, **KEEPING), ranks=1))
+
+    return once("reference", make) / "recipe.yaml"
 
 
-@pytest.fixture(scope="module")
-def long_reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    path = pruned_recipe(tmp_path_factory.mktemp("long_reference"), teacher, **MANY)
-    finished(distill(path, "distill.trainer.save_steps=0.5"))
-    return path
+@pytest.fixture(scope="session")
+def long_reference(once: Any, pruned: Any) -> Path:
+    def make(folder: Path) -> None:
+        finished(distill(pruned(folder, steps=MANY_STEPS), "distill.trainer.save_steps=0.5"))
+
+    return once("long_reference", make) / "recipe.yaml"
 
 
 def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(reference: Path):
@@ -118,10 +115,10 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(reference: Path)
     ],
 )
 def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
-    reference, teacher, tmp_path, zero, ranks, ranks_later
+    reference, pruned, tmp_path, zero, ranks, ranks_later
 ):
     """Also where the second half is trained under another number of ranks."""
-    path = pruned_recipe(tmp_path, teacher, deepspeed=f"deepspeed/{zero}.json")
+    path = pruned(tmp_path, deepspeed=f"deepspeed/{zero}.json")
     half = "distill.trainer.save_steps=0.5"
     finished(distill(path, half, ranks=ranks))
     same_as(reference, path)
@@ -154,9 +151,9 @@ def unfinish(run_dir: Path, *, keep: int) -> None:
 
 
 @pytest.mark.prove
-def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, tmp_path):
+def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(pruned, tmp_path):
     """DeepSpeed gives every group the first one's settings there, and one step counter to all."""
-    path = pruned_recipe(tmp_path, teacher, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
+    path = pruned(tmp_path, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
     settings = ["distill.trainer.weight_decay=5", "distill.trainer.save_steps=0.5"]
     finished(distill(path, *settings))
     whole = load_file(path.parent / "run" / "distilled" / "model.safetensors")
@@ -170,8 +167,8 @@ def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, 
 
 @pytest.mark.prove
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
-def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teacher, tmp_path, stage, ranks):
-    path = pruned_recipe(tmp_path, teacher)
+def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, pruned, tmp_path, stage, ranks):
+    path = pruned(tmp_path)
     finished(
         distill(
             path,
@@ -186,13 +183,13 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teache
 
 
 @pytest.mark.prove
-def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(teacher, tmp_path):
+def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(pruned, tmp_path):
     curves = []
     for name, ranks, overrides in [
         ("plain", 1, ["distill.deepspeed=deepspeed/zero0.json"]),
         ("sharded", 2, ["distill.deepspeed=deepspeed/zero3.json", "distill.trainer.gradient_checkpointing=true"]),
     ]:
-        path = pruned_recipe(tmp_path / name, teacher, trainable="from_first_cut")
+        path = pruned(tmp_path / name, trainable="from_first_cut")
         finished(distill(path, *overrides, "distill.trainer.save_strategy=no", ranks=ranks))
         curves.append(curve(path))
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
@@ -212,8 +209,8 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.prove)])
-def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_path, victim):
-    path = pruned_recipe(tmp_path, teacher, **MANY)
+def test_a_killed_run_goes_on_with_the_same_curve(long_reference, pruned, tmp_path, victim):
+    path = pruned(tmp_path, steps=MANY_STEPS)
     ranks = 2 if victim == "rank" else 1
     launcher = start(path, ranks=ranks)
     checkpoints = path.parent / "run" / "checkpoints"
@@ -232,8 +229,8 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_p
 
 
 @pytest.mark.prove
-def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, teacher, tmp_path):
-    path = pruned_recipe(tmp_path, teacher, **MANY)
+def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, pruned, tmp_path):
+    path = pruned(tmp_path, steps=MANY_STEPS)
     arguments = ["distill", "--config", str(path), "distill.timeout_s=8"]
     with TemporaryFile("w+") as said:
         waiting, late = start_ranks(arguments, ranks=2, env=environment(), cwd=tmp_path, log=said)
@@ -251,8 +248,8 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, teacher, tmp_path):
-    path = pruned_recipe(tmp_path, teacher, **MANY)
+def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, pruned, tmp_path):
+    path = pruned(tmp_path, steps=MANY_STEPS)
     with TemporaryFile("w+") as said:
         (rank,) = start_ranks(["distill", "--config", str(path)], ranks=1, env=environment(), cwd=tmp_path, log=said)
         checkpoints = path.parent / "run" / "checkpoints"
@@ -269,21 +266,9 @@ def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_referen
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def unfinished_copy(reference: Path, folder: Path) -> Path:
-    """The reference run as if it had been killed after its last checkpoint."""
-    shutil.copytree(reference.parent, folder, dirs_exist_ok=True)
-    path = folder / "recipe.yaml"
-    settings = yaml.safe_load(path.read_text())
-    settings["run_dir"] = str(folder / "run")
-    path.write_text(yaml.safe_dump(settings))
-    shutil.rmtree(folder / "run" / "distilled")
-    (folder / "run" / Training.FILE).unlink()
-    return path
-
-
 @pytest.mark.prove
 def test_a_truncated_checkpoint_is_skipped_and_the_curve_stays(reference, tmp_path):
-    path = unfinished_copy(reference, tmp_path / "copy")
+    path = unfinished(Trial(reference), tmp_path / "copy", step=STEPS)
     newest = path.parent / "run" / "checkpoints" / f"checkpoint-{STEPS}"
     largest = max(newest.rglob("*.pt"), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:
@@ -296,7 +281,7 @@ def test_a_truncated_checkpoint_is_skipped_and_the_curve_stays(reference, tmp_pa
 
 @pytest.mark.prove
 def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, tmp_path):
-    path = unfinished_copy(reference, tmp_path / "copy")
+    path = unfinished(Trial(reference), tmp_path / "copy", step=STEPS)
     result = distill(path, "distill.trainer.learning_rate=0.5")
     assert result.returncode == 2
     assert (
@@ -307,7 +292,7 @@ def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, t
 
 @pytest.mark.prove
 def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
-    path = recipe(tmp_path, teacher, check_memory=False)  # which would refuse it before it starts
+    path = write_recipe(tmp_path, teacher, **KEEPING, check_memory=False)  # which would refuse it before it starts
     run_dir = path.parent / "run"
     run_dir.mkdir()
     mounted = subprocess.run(
@@ -335,7 +320,7 @@ def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(tea
     few = ["measure.num_tokens=700", "measure.sequence_length=100"]
     tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
     few.append(f"measure.sweep={{{tasks}, perplexity_tokens: 700, sequence_length: 64}}")
-    paths = [recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
+    paths = [write_recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
     stage("measure", paths[0], *few, ranks=1)
     interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
     stage("measure", paths[1], *few, ranks=2)
@@ -378,7 +363,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
     small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.sequence_length=256", "eval.batch_size=4"]
     tasks = "eval.tasks=[knowledge_continuation, retrieval_generation]"
     for ranks in (1, 2):
-        path = recipe(tmp_path / str(ranks), teacher)
+        path = write_recipe(tmp_path / str(ranks), teacher)
         if ranks == 1:
             stage("eval", path, *small, tasks, "eval.speed=false", ranks=1)
         else:
@@ -391,8 +376,8 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
 
 
 @pytest.mark.prove
-def test_the_control_is_trained_after_the_student_and_scored_beside_it(teacher, tmp_path):
-    path = pruned_recipe(tmp_path, teacher, trainable="from_first_cut", losses=[{"kind": "cross_entropy"}])
+def test_the_control_is_trained_after_the_student_and_scored_beside_it(pruned, tmp_path):
+    path = pruned(tmp_path, trainable="from_first_cut", losses=[{"kind": "cross_entropy"}])
     tasks = ["eval.tasks=[knowledge_continuation]", "eval.limit=4", "eval.perplexity_tokens=200"]
     control = [*tasks, "eval.sequence_length=64", "eval.control=true"]
     log = finished(launch("distill.py", path, *control, ranks=1))
@@ -414,8 +399,8 @@ def test_the_control_is_trained_after_the_student_and_scored_beside_it(teacher, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_gpu_gives_the_curve_of_the_cpu(reference, teacher, tmp_path, zero):
-    path = pruned_recipe(tmp_path, teacher)
+def test_a_gpu_gives_the_curve_of_the_cpu(reference, pruned, tmp_path, zero):
+    path = pruned(tmp_path)
     env = environment()
     del env["DS_ACCELERATOR"]
     finished(launch("distill.py", path, f"distill.deepspeed=deepspeed/zero{zero}.json", ranks=1, env=env))

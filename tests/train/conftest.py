@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+@pytest.fixture(scope="session")
+def cut(once: Any, teacher: Path) -> Path:
     """A run directory in which the cut of ``teacher`` is made already. Read only."""
     from training_runs import prepare  # loads torch
 
-    return prepare(tmp_path_factory.mktemp("cut"), teacher)
+    return once("cut", lambda folder: prepare(folder, teacher)) / "run"
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture(scope="session")
+def folders(once: Any, teacher: Path) -> tuple[Path, Path]:
     """A teacher, and a student of four layers."""
     from tiny import tiny_checkpoint
 
-    folder = tmp_path_factory.mktemp("models")
-    return tiny_checkpoint(folder / "teacher", "llama"), tiny_checkpoint(
-        folder / "student", "llama", num_hidden_layers=4
-    )
+    student = once("student", lambda folder: tiny_checkpoint(folder, "llama", num_hidden_layers=4))
+    return teacher, student / "llama"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import NUM_LAYERS, tiny_checkpoint
-from training_runs import DROP, STEPS, Trial, finished, recipe, run, terminate
+from training_runs import DROP, STEPS, Trial, finished, prepare, recipe, run, terminate
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.training import Training
@@ -49,6 +49,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
     (folder / "pytorch_model.bin").write_text("the same weights in another format")
     return folder
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    return prepare(tmp_path_factory.mktemp("cut"), teacher)
 
 
 @pytest.fixture(scope="module")
