@@ -3,6 +3,5 @@
 layer_edits  the table of what can be taken out of a layer
 sublayers    where a layer keeps its attention, MLP and heads
 masks        reversible: skips, masks
-swapping     a donor's layers
 tensors      of single layers: put in, compared, merged
 """

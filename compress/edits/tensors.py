@@ -35,16 +35,10 @@ def merged_layer(model: PreTrainedModel, start: int, factors: Sequence[float]) -
     run = check_run(model, start, len(factors))
     refuse_different_kinds(model, run)
     tensors = [layer_tensors(model, layer) for layer in run]
-    merged = {
+    return {
         name: combined([own[name] for own in tensors], factors, where=f"merge: {name} of layers {start}..{run[-1]}")
         for name in tensors[0]
     }
-    if overflown := [name for name, tensor in merged.items() if not tensor.isfinite().all()]:
-        raise UserError(
-            f"merge of layers {start}..{run[-1]}: {overflown[0]} is not finite in {merged[overflown[0]].dtype}; "
-            "merge fewer layers, or load the model with dtype: float32"
-        )
-    return merged
 
 
 def laco_factors(length: int) -> tuple[float, ...]:
@@ -210,7 +204,8 @@ def combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str)
     """The weighted sum of ``tensors``, added up in float64; equal ones that are not of floating point as they are.
 
     Raises:
-        UserError: others that are not of floating point; the message begins with ``where``.
+        UserError: others that are not of floating point, or a sum that is not finite; the message begins with
+            ``where``.
     """
     if not tensors[0].is_floating_point():  # a table of the routing, for instance, or quantised weights
         if all(torch.equal(tensors[0], other) for other in tensors[1:]):
@@ -221,4 +216,7 @@ def combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str)
     total = factor * tensor.double()
     for factor, tensor in others:
         total.add_(tensor.double(), alpha=factor)
-    return total.to(tensors[0].dtype)
+    rounded = total.to(tensors[0].dtype)
+    if not rounded.isfinite().all():
+        raise UserError(f"{where} is not finite in {rounded.dtype}; take factors nearer to 0..1, or fewer layers")
+    return rounded

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -30,11 +30,10 @@ from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Layout, Pass, Score, layouts, settle
-from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.anatomy import text_config
 
 from ..edits.layer_edits import in_force, layer_edits
 from ..edits.masks import passed_on
-from ..edits.swapping import refuse_unswappable, swapped
 from .layerwise import Call, Layerwise
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def variant(name: str, edits: Iterable[tuple[int, LayerEdit]]) -> Variant:
 
 
 def variant_of(component: Component, model: PreTrainedModel) -> Variant:
-    """``model`` as it is without ``component`` (of a donor: with it)."""
+    """``model`` as it is without ``component``."""
     return Variant(component.name, layer_edits([component], model))
 
 
@@ -81,28 +80,13 @@ def without(layers: Iterable[int], name: str = "") -> Variant:
 
 @dataclass(frozen=True)
 class Edited:
-    """A model to which variants can be applied.
-
-    Raises:
-        UserError: a donor whose layers do not fit the model.
-    """
+    """A model to which variants can be applied."""
 
     model: PreTrainedModel
-    donor: PreTrainedModel | None = None
 
-    def __post_init__(self) -> None:
-        if self.donor is not None:
-            refuse_unswappable(self.model, self.donor, range(len(decoder_layers(self.model))), ())
-
-    def applied(self, edits: LayerEdits) -> ExitStack:
-        """``edits`` in effect on the model until the returned stack is closed: the plain way, for any architecture."""
-        stack = ExitStack()
-        swaps = [layer for layer, edit in edits if edit.part == "donor"]
-        if swaps:
-            assert self.donor is not None
-            stack.enter_context(swapped(self.model, self.donor, swaps))
-        stack.enter_context(in_force(self.model, edits))
-        return stack
+    def applied(self, edits: LayerEdits) -> AbstractContextManager[object]:
+        """``edits`` in effect on the model until the block ends: the plain way, for any architecture."""
+        return in_force(self.model, edits)
 
     def run(
         self, layerwise: Layerwise, layer: int, edits: Sequence[LayerEdit], hidden_BSD: Tensor, call: Call
@@ -110,12 +94,7 @@ class Edited:
         """(B, S, D) The state after ``layer`` under ``edits`` of it; ``hidden_BSD`` itself where it is just removed."""
         if any(edit.removes_layer for edit in edits):
             return hidden_BSD
-        if any(edit.part == "donor" for edit in edits):
-            assert self.donor is not None
-            assert len(edits) == 1, "a donor's layer is taken as it is"
-            # a copy: some layers write into their input, and other variants still need it
-            return call.of(decoder_layers(self.donor)[layer], hidden_BSD.clone())
-        with in_force(self.model, [(layer, edit) for edit in edits]):
+        with self.applied(tuple((layer, edit) for edit in edits)):
             return layerwise.run(layer, hidden_BSD, call)
 
 

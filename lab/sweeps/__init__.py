@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Sweep, SweepColumn
-from shoal.components import Component
+from shoal.components import Component, LayerEdits
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.columns import layer_scores
 from shoal.compress.sweeps.table import Measured
+from shoal.compress.variants.variants import Edited
 from shoal.errors import UserError
 from shoal.figures.atlas import band, curves_figure, fitting
 from shoal.figures.style import (
@@ -33,9 +36,12 @@ from shoal.figures.style import (
 from shoal.launch.verbs.measure import importance_of, sweep_inputs, sweep_tables
 from shoal.launch.verbs.run import Run, resolved
 from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import load_model
 from shoal.recipe.section import Positive, Section, Text
+from shoal.runtime import device
 
 from ..results import FOLDER, identity, made, model_of, told
+from ..swap import swapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,6 +99,20 @@ class SweptTables(Artifact):
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class WithDonor(Edited):
+    """A model into which layers of ``donor`` can be put."""
+
+    donor: PreTrainedModel
+
+    @contextmanager
+    def applied(self, edits: LayerEdits) -> Iterator[object]:
+        """``edits`` in effect, those that take a donor's layer among them."""
+        layers = [layer for layer, edit in edits if edit.part == "donor"]
+        with swapped(self.model, self.donor, layers) if layers else nullcontext(), super().applied(edits):
+            yield
+
+
 def tables_of(
     run: Run, model: Any, operators: Sequence[str], settings: Settings | None = None
 ) -> dict[str, tuple[Sweep, tuple[Measured, ...]]]:
@@ -105,8 +125,11 @@ def tables_of(
         raise UserError("shoal lab: sweeps need tasks; name some in measure.sweep.tasks")
     order = _order(run, settings) if settings and "cumulative" in operators else ()
     units: Mapping[str, Sequence[Component]] = {name: components_of(name, model, order=order) for name in operators}
-    donor = None if settings is None or settings.donor is None else resolved(settings.donor, settings.donor_revision)
-    return sweep_tables(run, model, units, donor=donor)
+    if settings is None or settings.donor is None:
+        return sweep_tables(run, Edited(model), units)
+    folder = resolved(settings.donor, settings.donor_revision)
+    edited = WithDonor(model, load_model(folder, device=device(), **run.load_args()))
+    return sweep_tables(run, edited, units, donor=model_fingerprint(folder))
 
 
 def sweeps_identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _swept(
 ) -> Importance:
     """``importance`` with the atlas of single layers."""
     variants = [variant_of(component, model) for component in components_of("layer", model)]
-    intact, removed = sweep(partial(VariantsLM, Edited(model, None), tokenizer), variants, settings, seed=seed)
+    intact, removed = sweep(partial(VariantsLM, Edited(model), tokenizer), variants, settings, seed=seed)
     asked = tasks_fingerprint(task_names(settings), settings.include_path)
     inputs = {
         **importance.provenance.inputs,

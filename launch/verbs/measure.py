@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from shoal.compress.sweeps.table import Measured
+    from shoal.compress.variants.variants import Edited
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
     from shoal.compress.metrics.greedy import TASK_ORDER
     from shoal.compress.sweeps.atlas import atlas_of
     from shoal.compress.sweeps.columns import rankings
+    from shoal.compress.variants.variants import Edited
 
     settings, swept = run.recipe.measure, run.recipe.measure.sweep
     # what layers refuse to be without is refused before anything is measured
@@ -209,54 +211,52 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
         seed=run.recipe.seed,
     )
     importance = Importance(Provenance(inputs), **vars(scores))
-    for operator, table in sweep_tables(run, model, units).items():
+    edited = Edited(model)
+    for operator, table in sweep_tables(run, edited, units).items():
         if operator == "layer":
             with doing("measure: intervals of the atlas"):
                 importance = replace(importance, atlas=atlas_of(*table, metrics=rankings(importance)))
         else:
             importance = replace(importance, sweeps={**importance.sweeps, operator: table[0]})
     if swept is not None and swept.greedy is not None:
-        order = _task_order(run, _scoring(run, model), swept)
+        order = _task_order(run, _scoring(run, edited), swept)
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
 
 
 def sweep_tables(
-    run: Run, model: Any, units: Mapping[str, Sequence[Component]], *, donor: Path | None = None
+    run: Run, edited: Edited, units: Mapping[str, Sequence[Component]], *, donor: str | None = None
 ) -> dict[str, tuple[Any, tuple[Measured, ...]]]:
     """By operator the table of what the tasks of measure.sweep score without each of its ``units``, and what it was
-    computed from; scores of items go to sweep/ in the run directory. ``donor``: a folder whose layers are put in."""
+    computed from; scores of items go to sweep/ in the run directory. ``donor``: what identifies a model whose layers
+    are put in."""
     from shoal.compress.sweeps.items import write_items
     from shoal.compress.sweeps.table import table_of
     from shoal.compress.variants.variants import variant_of
 
     if not units:
         return {}
-    score, tables = _scoring(run, model, donor), {}
+    score, tables = _scoring(run, edited, donor), {}
     for operator, components in units.items():
         log.info("measure: sweep of operator %s, %d variants", operator, len(components))
         folder = run.dir / "sweep" / operator
-        intact, removed = score([variant_of(component, model) for component in components], folder=folder)
+        intact, removed = score([variant_of(component, edited.model) for component in components], folder=folder)
         if is_main():
             write_items(folder, [component.name for component in components], intact, removed)
         tables[operator] = table_of(operator, components, intact, removed)
     return tables
 
 
-def _scoring(run: Run, model: Any, donor: Path | None = None) -> Callable[..., Any]:
-    """What scores variants of ``model`` on the tasks of measure.sweep, given these and a folder for their answers."""
+def _scoring(run: Run, edited: Edited, donor: str | None = None) -> Callable[..., Any]:
+    """What scores variants of ``edited`` on the tasks of measure.sweep, given these and a folder for their answers."""
     from shoal.compress.sweeps.sweep import VariantsLM, sweep
-    from shoal.compress.variants.variants import Edited
 
-    other = None if donor is None else load_model(donor, device=device(), **run.load_args())
     assert run.recipe.measure.sweep is not None
-    own: list[str | None] = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention]
-    own.append(None if donor is None else model_fingerprint(donor))
+    own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention, donor]
     writing = writing_settings(run.teacher)
-    make_lm = partial(VariantsLM, Edited(model, other), run.tokenizer())
     return partial(
         sweep,
-        make_lm,
+        partial(VariantsLM, edited, run.tokenizer()),
         settings=run.recipe.measure.sweep,
         seed=run.recipe.seed,
         identity=fingerprint([*own, writing] if writing else own),

@@ -86,16 +86,6 @@ def test_texts_without_layers_are_those_that_transformers_writes_with_the_cut_mo
 
 
 @pytest.mark.slow
-def test_swapped_layers_write_one_after_the_other() -> None:
-    edited = Edited(tiny_model("llama", **VARIED), tiny_model("llama", seed=1, **VARIED))
-    one = variant("swap", [(2, LayerEdit("donor"))])
-    asked = prompts(shared=0)
-    found = generate_variants(edited, Decoder(edited.model), asked, [one, INTACT], LIMITS, batch_size=2)
-    assert found == [alone(edited, asked, one), alone(edited, asked, INTACT)]
-    assert found[0] != found[1]
-
-
-@pytest.mark.slow
 def test_a_variant_that_writes_the_intact_text_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", **VARIED)
     with torch.no_grad():

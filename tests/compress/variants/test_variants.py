@@ -13,7 +13,6 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 from variant_cases import VARIANTS, requests
 
-from shoal.components import REMOVED, LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import (
@@ -22,17 +21,14 @@ from shoal.compress.variants.variants import (
     Variant,
     layerwise_or_none,
     score_variants,
-    variant,
     without,
 )
-from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Score, score
 from shoal.models.anatomy import decoder_layers
 
-DONOR = LayerEdit("donor")
 RUN_AS_A_WHOLE = ("dory", "gemma3n_text", "gemma4_text", "glm_moe_dsa", "hy_v4", "inkling2_loop_text", "zaya")
 """Families whose layers share more than the hidden state."""
 FAMILIES = (
@@ -101,26 +97,6 @@ def test_variants_of_every_kind_of_family_score_and_write_what_each_alone_does(f
                     decoder, prompts, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished
                 )
     assert (layerwise_or_none(model) is None) == (family in RUN_AS_A_WHOLE)
-
-
-@pytest.mark.slow
-def test_a_donors_layers_are_those_that_swapping_puts_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, donor = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
-    edited, decoder, asked = Edited(model, donor), Decoder(model), requests()
-    variants = [
-        variant("one", [(2, DONOR)]),
-        variant("three", [(1, DONOR), (4, DONOR), (5, REMOVED)]),
-    ]
-    found = score_variants(edited, decoder, asked, variants, batch_size=3)
-    for one, scores in zip(variants, found, strict=True):
-        with edited.applied(one.edits):
-            assert scores == score(decoder, asked, batch_size=3)
-    assert found[0] != score(decoder, asked, batch_size=3)
-
-
-def test_a_donor_of_another_shape_is_refused() -> None:
-    with pytest.raises(UserError, match="swap: "):
-        Edited(tiny_model("llama"), tiny_model("llama", intermediate_size=64))
 
 
 def layer_calls(model: PreTrainedModel, variants: list[Variant]) -> int:
