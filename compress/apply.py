@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -38,8 +37,6 @@ from .surgery.teacher import Teacher, read_teacher
 
 log = logging.getLogger(__name__)
 
-Proof = Literal["auto", "run", "files"]
-
 
 def apply_plan(
     teacher_folder: Path,
@@ -48,21 +45,16 @@ def apply_plan(
     *,
     changes: Sequence[Change] = (),
     seed: int = 0,
-    proof: Proof = "auto",
     trust_remote_code: bool = False,
 ) -> PruningPlan:
     """Write the student of ``plan``, with ``changes``, to the folder ``out``, which appears only when it is complete
     and proven. Returns ``plan`` with what the changes found.
 
     A copy takes a few megabytes of memory and, interrupted, goes on where it stopped. ``seed`` is for calibration text.
-    ``proof``:
-
-    - `run`: the saved folder is loaded and gives, bit for bit, the logits and greedy text of the teacher with the
-      layers skipped and the changes in force. One of the two is in memory at a time.
-    - `files`: headers, samples of every tensor's bytes, and every layer's kind and settings are what they were.
-    - `auto`: `files`, and `run` too where the model can run here.
-
-    Of changes that are rounded both say that the answers are the same up to rounding in float32.
+    It is proven by headers, samples of every tensor's bytes, and every layer's kind and settings. Where the model can
+    run here the saved folder is loaded, too, and gives, bit for bit, the logits and greedy text of the teacher with the
+    layers skipped and the changes in force; after changes that are rounded the same up to rounding in float32. One of
+    the two is in memory at a time.
 
     Raises:
         UserError: a plan for another model, ``out`` being the teacher's folder or being written by another process, an
@@ -70,7 +62,7 @@ def apply_plan(
     """
     teacher = _teacher(teacher_folder, out, plan, trust_remote_code=trust_remote_code)
     is_rounded = any(change.IS_ROUNDED for change in changes)
-    runs, sized = _shall_run(teacher, proof, in_float32=is_rounded), teacher
+    runs, sized = _shall_run(teacher, in_float32=is_rounded), teacher
     for change in changes:
         sized = change.sizes(sized, plan)
     skeleton, copy = _route(sized, plan)
@@ -121,25 +113,15 @@ def _teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: b
     return teacher
 
 
-def _shall_run(teacher: Teacher, proof: Proof, *, in_float32: bool) -> bool:
-    if proof == "files":
-        return False
-    if reason := why_not_run(teacher.config, teacher.shards):
-        if proof == "run":
-            raise UserError(f"prune: the student cannot be proven by running it: {reason}; ask for proof: files")
+def _shall_run(teacher: Teacher, *, in_float32: bool) -> bool:
+    reason = why_not_run(teacher.config, teacher.shards) or memory_shortage(teacher.shards, in_float32=in_float32)
+    if reason:
         log.warning(
-            "prune: proven by its files and layers, not by running it: %s. Run it where it can run before you trust it",
+            "prune: %s; so it is proven by its files and layers, not by running it. Run it where it can run before you "
+            "trust it",
             reason,
         )
-        return False
-    if shortage := memory_shortage(teacher.shards, in_float32=in_float32):
-        log.warning(
-            "prune: %s; %s",
-            shortage,
-            "trying all the same" if proof == "run" else "so it is proven by its files and layers, not by its logits",
-        )
-        return proof == "run"
-    return True
+    return not reason
 
 
 def _route(teacher: Teacher, plan: PruningPlan) -> tuple[PreTrainedModel, Copy | None]:

@@ -23,7 +23,7 @@ UNLIKE = ("deepseek_v3", "qwen3_next", "nemotron_h", "jamba", "lfm2_moe")
 
 def written(teacher: Path, out: Path, num_layers: int, drop: tuple[int, ...] = DROP) -> int:
     """Bytes of the tensors in the files of a student without these layers."""
-    apply_plan(teacher, PruningPlan(Provenance({}), num_layers, drop, "named by the test"), out, proof="files")
+    apply_plan(teacher, PruningPlan(Provenance({}), num_layers, drop, "named by the test"), out)
     return sum(tensor.end - tensor.start for shard in read_shards(out) for tensor in shard.tensors.values())
 
 

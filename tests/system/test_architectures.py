@@ -46,7 +46,7 @@ def test_a_model_that_reads_images_is_cut_file_by_file(name: str, tmp_path: Path
     teacher, drop = tiny_model(name), (2, 4)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
     plan = PruningPlan(Provenance({}), 6, drop, "as the test wants")
-    apply_plan(tmp_path / "teacher", plan, tmp_path / "student", proof="files")
+    apply_plan(tmp_path / "teacher", plan, tmp_path / "student")
     student = load_model(tmp_path / "student")
     align_weights(student)
     assert student.config.architectures == [type(teacher).__name__]

@@ -55,7 +55,7 @@ def test_the_student_is_proven_and_its_plan_and_dry_run_tell_of_it(
     changes, plan = changes_of(asked(**{key: ASKED[key]})), PruningPlan(Provenance({}), 6, (2, 4), "test")
     told, _ = estimate(folder, plan, out, changes=changes)
     assert all(change.words(model, plan) in told for change in changes)
-    applied = apply_plan(folder, plan, out, changes=changes, proof="run")
+    applied = apply_plan(folder, plan, out, changes=changes)
     assert applied.changes or not any(gap.is_closed for gap in applied.gaps)
     student = AutoModelForCausalLM.from_pretrained(out)
     assert (CLOSED_GAPS in student.config.to_dict()) == any(gap.is_closed for gap in applied.gaps)

@@ -70,11 +70,11 @@ def saved(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **over
     return folder / name
 
 
-def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP, **changes: Any) -> tuple[PruningPlan, Path]:
+def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP) -> tuple[PruningPlan, Path]:
     """The plan as it was carried out, and its student."""
     plan = PruningPlan(Provenance({}), 6, drop, "named by the test", width=kept_width(load_config(folder), width))
     out = folder.parent / "student"
-    return apply_plan(folder, plan, out, changes=(Narrowing(width),), **changes), out
+    return apply_plan(folder, plan, out, changes=(Narrowing(width),)), out
 
 
 def outputs(name: str, layer: Any) -> tuple[Any, Any]:
@@ -116,7 +116,7 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
     name: str, tmp_path: Path, text: DataSource
 ) -> None:
     folder = saved(tmp_path, name, dtype=torch.bfloat16)
-    plan, out = narrowed(folder, settings(text, kv_groups=1 if name in BOTH else None), proof="run")
+    plan, out = narrowed(folder, settings(text, kv_groups=1 if name in BOTH else None))
     assert plan.width is not None
     teacher = load_model(folder, dtype="float32", attention="eager").double()
     student: Any = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double()
@@ -146,7 +146,7 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
 def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, text: DataSource) -> None:
     """In float64, token by token and unit by unit, from what the maps read inside the cut model."""
     folder, asked = saved(tmp_path, name), settings(text, kv_groups=1)
-    plan, _ = narrowed(folder, asked, proof="files")
+    plan, _ = narrowed(folder, asked)
     assert plan.width is not None
     model = load_model(folder, dtype="float32").double()
     rows = calibration_rows(asked, tiny_tokenizer(), seed=0, section="prune.width")
@@ -177,7 +177,7 @@ def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, tex
 
 def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: DataSource) -> None:
     folder = saved(tmp_path, "qwen2")
-    plan, out = narrowed(folder, settings(text, intermediate_size=SIZE, kv_groups=GROUPS), (), proof="run")
+    plan, out = narrowed(folder, settings(text, intermediate_size=SIZE, kv_groups=GROUPS), ())
     ours, theirs = (
         {name: tensor for shard in read_shards(own) for name, tensor in load_file(shard.file).items()}
         for own in (out, folder)
@@ -244,7 +244,7 @@ def test_a_student_that_lost_other_channels_is_not_let_through(
     monkeypatch.setattr(width_module, "as_kept", shifted)
     folder = saved(tmp_path, "llama")
     with pytest.raises(UserError, match=r"logits differ from those of the teacher .* cannot narrow the llama family"):
-        narrowed(folder, settings(text), proof="run")
+        narrowed(folder, settings(text))
     assert not (tmp_path / "student").exists()
 
 
@@ -257,7 +257,7 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
         "shoal.compress.changes.narrowing._sizes", lambda _, half, name: [(2,)] if "gate_up" in name else [(1,)]
     )
     with pytest.raises(UserError, match=r"layer 0 of phi3, narrowed, gives another state than itself"):
-        narrowed(saved(tmp_path, "phi3"), settings(text), proof="files")
+        narrowed(saved(tmp_path, "phi3"), settings(text))
 
 
 @pytest.mark.parametrize(
