@@ -1,4 +1,7 @@
-"""Layers of a donor in the place of a model's own: exact at both ends, linear between, and undone exactly."""
+"""Layers of a donor in the place of a model's own: exact at both ends, linear between, and undone exactly.
+
+Covers: shoal.lab.edits.swapping, shoal.lab.swap.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from shoal.compress.variants.variants import score_variants, variant
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
-from shoal.lab.swap import Part, swapped
+from shoal.lab.edits.swapping import Part, swapped
 from shoal.lab.sweeps import WithDonor
 from shoal.models.anatomy import decoder_layers
 

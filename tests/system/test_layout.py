@@ -35,10 +35,9 @@ LEVELS = (
     ("launch.verbs", "launch.help"),
     ("launch.api",),
     ("launch",),
-    ("lab.results",),
+    ("lab.edits", "lab.results"),
     ("lab.diagnostics", "lab.heads", "lab.sweeps"),
     ("lab.patching", "lab.reading"),
-    ("lab.edits",),
     ("lab",),
 )
 """Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""
