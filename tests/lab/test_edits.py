@@ -1,6 +1,6 @@
 """Parts that change layers: each writes a proven student and a plan that training reads as data.
 
-Covers: shoal.lab.edits.student, shoal.lab.grow, shoal.lab.merge, shoal.lab.skip.
+Covers: shoal.lab.edits.student, shoal.lab.grow, shoal.lab.merge, shoal.lab.skip, shoal.lab.swap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Layers of a donor in the place of a model's own: exact at both ends, linear between, and undone exactly.
-
-Covers: shoal.lab.edits.swapping, shoal.lab.swap.
-"""
+"""Layers of a donor in the place of a model's own: exact at both ends, linear between, and undone exactly."""
 
 from __future__ import annotations
 
