@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.mixed_documents import WHILE_MEASURED, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
+from shoal.models.document_masks import WHILE_MEASURED, warn_of_mixed_documents
 from shoal.recipe.measure import refuse_unknown_metrics
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Runs
@@ -70,7 +70,7 @@ def measure_importance(
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
     for name in metrics:
         METRICS[name].refuse(model, name)
-    warn_of_mixed_documents(model, rows, WHILE_MEASURED)
+    warn_of_mixed_documents(model, rows.input_ids_NS, rows.position_ids_NS, WHILE_MEASURED)
     results: dict[str, Any] = {}
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
+from shoal.artifacts.evaluation import BatchSpeed, Speed, SpeedScore
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now

@@ -32,8 +32,7 @@ from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
 from shoal.recipe.section import Section, Text
-from shoal.stats.bootstrap import bias_corrected, effective_n, expanded_percentiles, resampled_means
-from shoal.stats.intervals import Array
+from shoal.stats.intervals import Array, bias_corrected, effective_n, expanded_percentiles, resampled_means
 from shoal.task_words import task_words
 
 from .diagnostics import Settings as Diagnosing

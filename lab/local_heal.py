@@ -31,7 +31,6 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.launch.verbs.run import Run
-from shoal.lr_schedule import warmup_cosine
 from shoal.models.anatomy import decoder_layers, state_of, with_state
 from shoal.models.load import Checkpoint
 from shoal.progress import each
@@ -50,6 +49,7 @@ from .training import described, train
 
 log = logging.getLogger(__name__)
 
+WARMUP_SHARE = 0.05
 FINAL_RATE = 0.1
 """Share of the peak learning rate that is left at the end."""
 MAX_GRADIENT_NORM = 1.0
@@ -254,3 +254,12 @@ def _learner(
         return with_state(output, state_BSD.detach())
 
     return learn
+
+
+def warmup_cosine(step: int, num_steps: int, *, final: float) -> float:
+    """Share of the peak rate at ``step``, from 0: a linear warm-up, then half a cosine down to the share ``final``."""
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2

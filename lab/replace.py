@@ -24,7 +24,6 @@ from shoal.data.sources import load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run, check_length
-from shoal.lr_schedule import warmup_cosine
 from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
@@ -33,6 +32,7 @@ from shoal.runtime import device
 
 from .edits.between import mean_of_layers, predicted_layers, refuse_different_shapes, refuse_without_examples
 from .edits.student import loaded_teacher, write_student
+from .local_heal import warmup_cosine
 from .merge import Run_, one_for_a_run, refuse_gaps
 
 log = logging.getLogger(__name__)

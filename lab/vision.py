@@ -38,7 +38,7 @@ from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.runtime import device
-from shoal.stats.bootstrap import expanded_percentiles, resampled_means
+from shoal.stats.intervals import expanded_percentiles, resampled_means
 
 from .results import identity, made, told
 

@@ -112,7 +112,7 @@ logging.getLogger("wandb.sdk.lib.asyncio_manager").disabled = True
 @pytest.fixture(autouse=True)
 def _fast_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` is float32 in this process, so that a test computes the same numbers on every machine."""
-    monkeypatch.setattr("shoal.numerics.bfloat16_instructions", lambda device: "")
+    monkeypatch.setattr("shoal.machine.bfloat16_instructions", lambda device: "")
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.data.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
+from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 
 from .engine.sharding import loaded_in
@@ -88,7 +88,8 @@ def make_trainer(
     trainer = DistillTrainer(parts, identity=known_by, args=arguments, train_dataset=rows, callbacks=[*callbacks])
     trainer.remove_callback(PrinterCallback)
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
-        warn_of_mixed_documents(teacher or student, rows, IN_TRAINING, autocast_dtype=spec.deepspeed.autocast_dtype)
+        planes, precision = (rows.input_ids_NS, rows.position_ids_NS), spec.deepspeed.autocast_dtype
+        warn_of_mixed_documents(teacher or student, *planes, IN_TRAINING, autocast_dtype=precision)
     return trainer
 
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.data.in_memory import Dataset, documents_of
-from shoal.data.mixed_documents import IN_TRAINING, warn_of_mixed_documents
 from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
@@ -161,7 +161,8 @@ class DistillationTrainer(ObjectiveTrainer):
             optimizers=given.optimizers,
         )
         if teacher is not None and train_rows is not None:
-            warn_of_mixed_documents(teacher, train_rows, IN_TRAINING, autocast_dtype=self._autocast_dtype)
+            planes, precision = (train_rows.input_ids_NS, train_rows.position_ids_NS), self._autocast_dtype
+            warn_of_mixed_documents(teacher, *planes, IN_TRAINING, autocast_dtype=precision)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""

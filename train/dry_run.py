@@ -9,9 +9,8 @@ from shoal.artifacts.evaluation import CONTROL
 from shoal.data.sources import source_names
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, count_text, duration_text
-from shoal.machine import available_memory, device_memory, free_disk
+from shoal.machine import available_memory, device_memory, flops_per_second, free_disk
 from shoal.models.anatomy import text_config
-from shoal.numerics import flops_per_second
 from shoal.progress import doing
 
 from .preflight.fit import cheapest, disk_bytes, fits, missing_bytes, overrides, shortages

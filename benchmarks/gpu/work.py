@@ -37,9 +37,8 @@ from shoal.compress.surgery.narrow_config import student_config
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.launch.verbs.run import open_run
-from shoal.machine import available_memory, device_memory, device_name, now, peak_memory
+from shoal.machine import available_memory, device_memory, device_name, flops_per_second, now, peak_memory
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
-from shoal.numerics import flops_per_second
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device as here
 from shoal.runtime import environment, leave_distributed, set_up_distributed, turn_down_libraries

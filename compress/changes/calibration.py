@@ -16,7 +16,7 @@ from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.inference.decoder import Decoder
-from shoal.machine import device_memory
+from shoal.machine import device_memory, fast_dtype
 from shoal.models.anatomy import text_config
 from shoal.models.load import (
     align_weights,
@@ -26,7 +26,6 @@ from shoal.models.load import (
     num_parameters,
     without_data,
 )
-from shoal.numerics import fast_dtype
 from shoal.recipe.prune import Calibration
 from shoal.runtime import device
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shoal.artifacts.width import KeptWidth, mask_of
+from shoal.artifacts.plan import KeptWidth, mask_of
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.width import indices_of
+from shoal.artifacts.plan import PruningPlan, indices_of
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import StoredTensor
 from shoal.models.load import FLOATS

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from shoal.components import ComponentPart
 from shoal.errors import UserError
-from shoal.inference.answer_positions import answer_positions
+from shoal.inference.decoder import answer_positions
 from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, watched, with_state
 
 from ..surgery.cut_model import skipped

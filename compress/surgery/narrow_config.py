@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from shoal.artifacts.width import KeptWidth
+from shoal.artifacts.plan import KeptWidth
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.models.anatomy import CHANNELS, text_config

@@ -15,8 +15,7 @@ from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, TaskScore
 from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.components import Component
 from shoal.errors import UserError
-from shoal.stats.bootstrap import bias_corrected, expanded_percentiles
-from shoal.stats.intervals import Array
+from shoal.stats.intervals import Array, bias_corrected, expanded_percentiles
 
 from .agreement import agreement
 from .expected_loss import summed

@@ -16,8 +16,16 @@ from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn
 from shoal.components import Component
 from shoal.errors import UserError
 from shoal.recipe.section import LEAST_ITEMS
-from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
-from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson
+from shoal.stats.intervals import (
+    Array,
+    bootstrap_p,
+    effective_n,
+    expanded_percentiles,
+    newcombe_paired,
+    paired_ratio,
+    resampled_means,
+    wilson,
+)
 from shoal.stats.paired import holm, is_binary, mcnemar, paired_table, require_same_measurement, z_above_chance
 
 ALPHA = 0.05

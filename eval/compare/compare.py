@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import MODEL, ROLES, Evaluation, TaskScore
-from shoal.artifacts.speed import Speed, SpeedScore
+from shoal.artifacts.evaluation import MODEL, ROLES, Evaluation, Speed, SpeedScore, TaskScore
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance

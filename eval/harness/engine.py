@@ -31,8 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
-from shoal.inference.answer_positions import answers_at
-from shoal.inference.decoder import Decoder
+from shoal.inference.decoder import Decoder, answers_at
 from shoal.inference.generation import Finish, write_after
 from shoal.inference.prefix_sharing import Reader, Start, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored

@@ -20,11 +20,11 @@ from shoal.artifacts.evaluation import (
     Evaluation,
     Interval,
     ItemScore,
+    Speed,
     TaskScore,
 )
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.stats.paired import (

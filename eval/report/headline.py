@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.artifacts.evaluation import ROLES
-from shoal.artifacts.speed import SpeedScore
+from shoal.artifacts.evaluation import ROLES, SpeedScore
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 

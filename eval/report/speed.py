@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shoal.artifacts.evaluation import ROLES
-from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
+from shoal.artifacts.evaluation import ROLES, BatchSpeed, Speed, SpeedScore
 from shoal.formatting import bytes_text, count_text, duration_text
 
 from .document import Block, Section, Table

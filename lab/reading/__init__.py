@@ -21,8 +21,7 @@ from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figu
 from shoal.formatting import interval_text, layers_text
 from shoal.launch.verbs.run import Run
 from shoal.recipe.section import Section
-from shoal.stats.bootstrap import bootstrap_p, expanded_percentiles, resampled_means
-from shoal.stats.intervals import Array
+from shoal.stats.intervals import Array, bootstrap_p, expanded_percentiles, resampled_means
 from shoal.stats.paired import holm
 
 from ..results import made, model_of, told

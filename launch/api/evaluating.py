@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.artifacts.artifact import Tabular
 from shoal.artifacts.evaluation import Evaluation
-from shoal.artifacts.tables import Tabular
 from shoal.errors import UserError
 from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation

@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from shoal.artifacts.artifact import Tabular
 from shoal.artifacts.evaluation import Evaluation
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.tables import Tabular
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths

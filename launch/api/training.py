@@ -17,11 +17,10 @@ from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
-from shoal.machine import peak_memory
+from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
-from shoal.numerics import fast_dtype
 from shoal.recipe.distill import Distill
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments

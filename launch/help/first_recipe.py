@@ -16,12 +16,11 @@ from shoal.compress.plan import DEFAULT_METRIC, default_count
 from shoal.compress.surgery.narrow_config import student_config
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, count_text
-from shoal.machine import available_memory, device_memory, device_name, ranks_to_start
+from shoal.machine import available_memory, device_memory, device_name, fast_dtype, ranks_to_start
 from shoal.models.anatomy import text_config
 from shoal.models.attention import choose_attention
 from shoal.models.load import Checkpoint, LoadSettings, loaded_dtype, num_parameters, without_data
 from shoal.models.resolve import find_config
-from shoal.numerics import fast_dtype
 from shoal.recipe.recipe import apply_override, name_of_model, parse_recipe
 from shoal.runtime import device
 from shoal.train.preflight.fit import cheapest, overrides

@@ -14,10 +14,9 @@ import torch
 from shoal.artifacts.evaluation import CONTROL
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, duration_text
-from shoal.machine import free_disk
+from shoal.machine import DTYPES, flops_per_second, free_disk
 from shoal.models.cost import model_cost
 from shoal.models.load import without_data
-from shoal.numerics import DTYPES, flops_per_second
 from shoal.progress import doing
 from shoal.runtime import device
 

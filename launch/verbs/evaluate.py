@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance, differences
-from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation
+from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation, Speed
 from shoal.artifacts.identity import Identity
-from shoal.artifacts.speed import Speed
 from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import LAB, PruningPlan
-from shoal.artifacts.width import KeptWidth
+from shoal.artifacts.plan import LAB, KeptWidth, PruningPlan
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.recipe.measure import METRICS

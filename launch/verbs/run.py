@@ -27,20 +27,18 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact
-from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation
+from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.atomic_files import NO_LOCKS, write_json
 from shoal.errors import UserError
-from shoal.machine import device_name
+from shoal.machine import DTYPES, device_name, fast_dtype, flops_per_second
 from shoal.models.anatomy import image_layers, text_config
 from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
 from shoal.models.resolve import find_config, resolve_model
-from shoal.numerics import DTYPES, fast_dtype, flops_per_second
 from shoal.ranks import is_main
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
 from shoal.recipe.prune import Prune

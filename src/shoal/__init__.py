@@ -13,14 +13,12 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
     errors        what a user can fix, and how it is said
     ranks         which process this is, and what it tells
     runtime       devices, process groups, seeding, environment stamp
-    machine       memory, disk, what multiplies fast
-    numerics      the precision that a device multiplies fast in
+    machine       memory, disk, what multiplies fast, and in which precision
     trust         what of a run directory of somebody else is believed
     progress      what takes long says so: bars, lines, time left
     stopping      Ctrl-C, SIGTERM, and the end of all that was started
     atomic_files  files and folders that are whole or absent
     formatting    numbers and tables for a terminal
-    lr_schedule   the learning rate of loops of our own
     redaction     secrets stay here
     yaml_text     YAML 1.2 scalars, no key twice
     components    what can be taken out of a model's layers

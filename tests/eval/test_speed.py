@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_checkpoint, tiny_model
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.speed import Speed
+from shoal.artifacts.evaluation import Speed
 from shoal.eval import speed
 from shoal.eval.speed import measure_speed, peak_growth
 from shoal.inference.decoder import Decoder

@@ -19,7 +19,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.lab.local_heal import Gap, Settings, gaps, heal_gaps
+from shoal.lab.local_heal import Gap, Settings, gaps, heal_gaps, warmup_cosine
 from shoal.models.anatomy import decoder_layers
 
 
@@ -125,3 +125,12 @@ def test_training_starts_from_the_healed_student(tmp_path: Path, teacher: Path) 
     healed, cut = (Trial(tmp_path / "recipe.yaml").weights(name) for name in ("lab/local_heal/student", "student"))
     moved = {name.split(".")[2] for name, weight in healed.items() if not torch.equal(weight, cut[name])}
     assert moved == {"1"}, "the layer before the gap"
+
+
+def test_the_rate_warms_up_and_falls_along_half_a_cosine() -> None:
+    rates = [warmup_cosine(step, 100, final=0.25) for step in range(100)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[52] == pytest.approx(0.625, abs=0.01)
+    assert rates[99] == pytest.approx(0.25, abs=1e-3)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert warmup_cosine(0, 1, final=0.25) == 1

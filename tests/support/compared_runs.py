@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation, Interval, ItemScore, TaskScore
+from shoal.artifacts.evaluation import Evaluation, Interval, ItemScore, Speed, SpeedScore, TaskScore
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.speed import Speed, SpeedScore
 from shoal.artifacts.training import Training
 from shoal.eval.compare.compare import Cell
 from shoal.eval.compare.figure import ParetoPoint

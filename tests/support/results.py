@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.evaluation import BatchSpeed, Evaluation, ItemScore, Speed, SpeedScore, TaskScore
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PlannedChange, PruningPlan
-from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.artifacts.training import Training
 from shoal.eval.harness.rates import with_rates
 from shoal.recipe.recipe import parse_recipe

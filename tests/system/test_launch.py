@@ -26,9 +26,8 @@ from safetensors.torch import load_file
 from training_runs import KEEPING, MANY_STEPS, STEPS, Trial, unfinished, wait_for, write_recipe
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Evaluation, Speed
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.speed import Speed
 from shoal.artifacts.training import Training
 from shoal.ranks import free_port
 from shoal.stopping import _alive

@@ -15,8 +15,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
+from shoal.machine import Choice
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.numerics import Choice
 from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource
 from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL
 from shoal.train.dataset import rows_to_train_on

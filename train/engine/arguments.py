@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from shoal.errors import UserError
-from shoal.numerics import fast_dtype
+from shoal.machine import fast_dtype
 from shoal.ranks import world_size
 from shoal.recipe.deepspeed_file import PRECISIONS, precisions_named, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from shoal.inference.drawing import Drawn, DrawnOnly
+from shoal.inference.generation import Drawn, DrawnOnly
 from shoal.models.anatomy import decoder_layers
 
 

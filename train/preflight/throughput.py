@@ -11,9 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.data.packing import SOURCES
-from shoal.machine import now
+from shoal.machine import flops_per_second, now
 from shoal.models.anatomy import text_config
-from shoal.numerics import flops_per_second
 from shoal.progress import doing
 
 from ..objective.host_batch import ON_HOST, on_host

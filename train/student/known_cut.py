@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import ClosedGap, PruningPlan
-from shoal.artifacts.width import KeptWidth
+from shoal.artifacts.plan import ClosedGap, KeptWidth, PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import CHANNELS, anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS

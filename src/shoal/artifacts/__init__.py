@@ -1,12 +1,9 @@
 """What a stage hands on: typed JSON with provenance.
 
-artifact       typed JSON with provenance
+artifact       typed JSON with provenance, and its tables
 identity       which result is meant, and whether it is there
 importance     what layers are worth: scores, the tables of a sweep, the atlas
-plan           which layers go
+plan           which layers go, and what stays within those that are narrowed
 training       how a student was trained
-evaluation     scores of a model, roles of models
-speed          how fast they are
-tables         results as tables: pandas, notebooks
-width          what stays within layers that are narrowed
+evaluation     scores and speed of models, roles of models
 """

@@ -11,13 +11,15 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import ConfigDict, ValidationError
 
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
+from shoal.formatting import aligned
 from shoal.recipe.section import adapter
 from shoal.runtime import environment
 
@@ -114,3 +116,46 @@ def _in_words(key: str, here: Json, there: Json) -> str:
 
 def _plain(value: Json) -> Json:
     return json.loads(json.dumps(value, default=str))
+
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Tabular:
+    """A result that is a table."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table's rows, by column."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> DataFrame:
+        """The same as a pandas frame.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise UserError("to_pandas: needs pandas, which is not installed; pip install pandas") from error
+        return DataFrame(self.rows())
+
+    def __str__(self) -> str:
+        return "\n".join(aligned(self._cells()))
+
+    def _repr_html_(self) -> str:
+        names, *rows = self._cells()
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _cells(self) -> list[list[str]]:
+        """The table's head and its rows, as text."""
+        rows = self.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return [names, *([_text(row.get(name)) for name in names] for row in rows)]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,14 +1,14 @@
-"""eval/<role>.json: what one model scores, task by task and item by item; and the roles that models have in a run."""
+"""eval/<role>.json: what one model scores, task by task and item by item; the roles that models have in a run; and
+eval/speed.json: how fast they read and write."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from shoal.artifacts.artifact import Artifact
-from shoal.artifacts.tables import Tabular
+from shoal.artifacts.artifact import Artifact, Tabular
 from shoal.task_words import Column
 
 CONTROL = "control"
@@ -150,3 +150,53 @@ class Evaluation(Tabular, Artifact):
             if task.key in keys[:index]:
                 yield f"tasks.{index}: {' '.join(task.key)} is there twice"
             yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
+
+
+@dataclass(frozen=True)
+class BatchSpeed:
+    """Median speeds of one role at one batch size, and the most memory it took."""
+
+    batch_size: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_token_s: float
+    """Seconds from handing over the prompts to knowing the first new token of each."""
+    peak_memory_bytes: int | None
+    """Bytes of weights, cache and intermediate tensors at the fullest moment; None = not measured."""
+    samples: dict[str, tuple[float, ...]]
+    """Values of all repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
+
+
+@dataclass(frozen=True)
+class SpeedScore:
+    """Median speeds of one role at the first batch size, and its size."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    samples: dict[str, tuple[float, ...]]
+    """Values of all repeats, so that a reader sees the noise."""
+    batches: tuple[BatchSpeed, ...] = ()
+    """Speeds by batch size, increasing."""
+    num_layers: int | None = None
+    num_parameters: int | None = None
+    num_bytes: int | None = None
+    """Bytes of the checkpoint's weights on disk."""
+    kv_bytes_per_token: int | None = None
+    """Bytes that one more token of one sequence adds to the cache."""
+
+
+@dataclass(frozen=True)
+class Speed(Artifact):
+    """eval/speed.json: the roles' speeds, measured interleaved in one process."""
+
+    FILE: ClassVar[str] = "eval/speed.json"
+    SCHEMA: ClassVar[int] = 2
+
+    roles: dict[str, SpeedScore]
+    batch_size: int
+    """First batch size, to which the speeds directly under a role belong."""
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str
+    left_out: tuple[str, ...] = ()
+    """Reasons why a batch size that was asked for is missing, a sentence each."""

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from shoal.artifacts.artifact import Artifact
-from shoal.artifacts.tables import Tabular
+from shoal.artifacts.artifact import Artifact, Tabular
 from shoal.components import Component
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from shoal.artifacts.artifact import Artifact, Json
-from shoal.artifacts.tables import Tabular
+from shoal.artifacts.artifact import Artifact, Json, Tabular
 
 
 @dataclass(frozen=True)

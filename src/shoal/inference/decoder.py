@@ -1,5 +1,8 @@
 """What scoring and generation need of a model: hidden states, logits where wanted, and a cache whose rows branch.
 
+An answer position is one whose next token is scored or written: from the last token of the prompt on. Neither ids nor
+masks show where a prompt ends, so scoring and writing say it forward by forward, to edits that hold at some positions.
+
 B batch, S sequence, D hidden, V vocabulary, N positions.
 """
 
@@ -7,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,10 +22,48 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
-from shoal.inference.answer_positions import answers_at
 from shoal.models.anatomy import decoder_body, refuse_both_directions, text_config
 from shoal.models.families import family
 from shoal.models.load import logits_from_hidden
+
+_told: WeakKeyDictionary[PreTrainedModel, Tensor | int] = WeakKeyDictionary()
+
+
+@contextmanager
+def answers_at(model: PreTrainedModel, positions: Tensor | int | None) -> Iterator[None]:
+    """Say of the forwards of ``model`` inside the block which positions predict an answer: (B or 1, S), bool.
+
+    A number is the length of prompts that end together, after which text is written: forwards as long as that hold the
+    prompts, with or without a text behind them, and shorter ones text alone. None says nothing.
+    """
+    before = _told.pop(model, None)
+    if positions is not None:
+        _told[model] = positions
+    try:
+        yield
+    finally:
+        _told.pop(model, None)
+        if before is not None:
+            _told[model] = before
+
+
+def answer_positions(model: PreTrainedModel, num_positions: int) -> Tensor:
+    """(B or 1, S) True at the positions of the running forward that predict an answer.
+
+    Raises:
+        UserError: nobody has said so, or of a forward of another length.
+    """
+    told = _told.get(model)
+    if isinstance(told, int):
+        columns_S = torch.arange(num_positions, device=model.device)
+        return (columns_S >= (told - 1 if num_positions >= told else 0)).unsqueeze(0)
+    if told is None or told.shape[1] != num_positions:
+        raise UserError(
+            f"skip_prompt and skip_written: nothing says where the prompts of these {num_positions} positions end; "
+            "score and write with shoal's Decoder, or run the model inside answers_at()"
+        )
+    return told
+
 
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
@@ -71,7 +114,7 @@ class Decoder:
     ) -> Tensor:
         """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens.
 
-        ``answer_BS`` is True where an answer is predicted (answer_positions.py); only edits that hold there ask for it.
+        ``answer_BS`` is True where an answer is predicted; only edits that hold there ask for it.
         """
         arguments = self.arguments(input_ids_BS, mask=mask, position_ids_BS=position_ids_BS, cache=cache)
         with answers_at(self.model, answer_BS):

@@ -9,5 +9,5 @@ families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them
 cost              what a model takes to keep and to run, told from its configuration
 adapters          LoRA adapters merged into their base
-document_masks    documents of a row stay apart in every family
+document_masks    documents of a row stay apart, and where they cannot
 """

@@ -19,7 +19,7 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 """Precision of a model that is run: by name, as its checkpoint stores it, or, auto, what the device multiplies fast in
-(see shoal.numerics)."""
+(see shoal.machine)."""
 
 
 TEACHER_TEXT = "teacher_text"

@@ -17,8 +17,20 @@ from scipy import optimize, stats
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
-from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
-from shoal.stats.intervals import Z95, Array, Limits, combined, newcombe_paired, paired_ratio, ratio, wilson
+from shoal.stats.intervals import (
+    Z95,
+    Array,
+    Limits,
+    bootstrap_p,
+    combined,
+    effective_n,
+    expanded_percentiles,
+    newcombe_paired,
+    paired_ratio,
+    ratio,
+    resampled_means,
+    wilson,
+)
 
 SAME_MEASUREMENT = (
     *("task", "ability", "protocol", "metric", "chance", "higher_is_better", "version", "matching", "num_fewshot", "n"),

@@ -1,7 +1,7 @@
 """Narrowed layers: what stays is what writes most, and the student is the cut teacher without the rest.
 
 Covers: shoal.compress.changes.units, shoal.compress.changes.narrowing, shoal.compress.surgery.narrow_config,
-shoal.artifacts.width.
+shoal.artifacts.plan.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.width import indices_of, mask_of
+from shoal.artifacts.plan import PruningPlan, indices_of, mask_of
 from shoal.compress.apply import apply_plan
 from shoal.compress.changes import width as width_module
 from shoal.compress.changes.calibration import calibration_rows

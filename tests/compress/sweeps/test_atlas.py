@@ -21,8 +21,7 @@ from shoal.compress.sweeps.atlas import build_atlas, cornerstones, layer_losses
 from shoal.compress.sweeps.table import Measured, require_items
 from shoal.errors import UserError
 from shoal.stats import paired
-from shoal.stats.bootstrap import expanded_percentiles, resampled_means
-from shoal.stats.intervals import newcombe_paired, paired_ratio, wilson
+from shoal.stats.intervals import expanded_percentiles, newcombe_paired, paired_ratio, resampled_means, wilson
 
 TABLES = [(30, 2, 9, 10), (40, 0, 0, 11), (50, 1, 0, 0), (5, 3, 40, 12), (0, 1, 45, 20), (45, 9, 2, 10)]
 """Items right both times, only after, only before, never."""

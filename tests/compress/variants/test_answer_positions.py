@@ -1,8 +1,6 @@
 """Layers that write nothing before the answer, or nothing from there on, against whole sequences run with plain hooks.
 
 The reference knows no cache, no padding, no batch and none of shoal's edits: it runs every sequence alone in float64.
-
-Covers: shoal.inference.answer_positions.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, Variant, score_variants, variant, without
 from shoal.errors import UserError
-from shoal.inference.answer_positions import answers_at
-from shoal.inference.decoder import Decoder
+from shoal.inference.decoder import Decoder, answers_at
 from shoal.inference.prefix_sharing import Tokens
 from shoal.models.anatomy import decoder_layers
 

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from tiny import merging_tokenizer, set_json, tiny_checkpoint
 
-from shoal.artifacts.evaluation import Evaluation
-from shoal.artifacts.speed import Speed
+from shoal.artifacts.evaluation import Evaluation, Speed
 from shoal.eval.compare.compare import RunComparison, compare_runs
 from shoal.eval.compare.page import comparison_text
 from shoal.launch.cli import main, run_verb

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import results
 
-from shoal.artifacts.speed import BatchSpeed
+from shoal.artifacts.evaluation import BatchSpeed
 from shoal.eval.report.document import Table
 from shoal.eval.report.findings import Run, read_run
 from shoal.eval.report.speed import SpeedRatio, speed_ratio, speed_section

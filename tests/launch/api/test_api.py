@@ -1,7 +1,7 @@
 """The functions of `import shoal`: what they give is what the command's stages give, and models are left as they were.
 
 Covers: shoal.launch.api.compressing, shoal.launch.api.evaluating, shoal.launch.api.running,
-shoal.launch.api.training, shoal.artifacts.tables, shoal.models.in_memory.
+shoal.launch.api.training, shoal.models.in_memory.
 """
 
 from __future__ import annotations

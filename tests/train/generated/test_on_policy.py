@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.generation import utils
 
 from shoal.data.packing import IGNORED
-from shoal.inference.drawing import draw
+from shoal.inference.generation import draw
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
 from shoal.train.generated.on_policy import Sampler

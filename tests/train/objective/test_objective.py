@@ -1,7 +1,4 @@
-"""The student during training: the objective inside its forward, what is frozen, what is shared with the teacher.
-
-Covers: shoal.models.document_masks.
-"""
+"""The student during training: the objective inside its forward, what is frozen, what is shared with the teacher."""
 
 from typing import Any
 

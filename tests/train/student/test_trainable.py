@@ -10,8 +10,7 @@ from cut_students import names, plan
 from tiny import tiny_model
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PlannedChange, PruningPlan
-from shoal.artifacts.width import KeptWidth
+from shoal.artifacts.plan import KeptWidth, PlannedChange, PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.train.objective.capture import capturing

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.inference.drawing import Drawn, draw, likeliest
+from shoal.inference.generation import Drawn, draw, likeliest
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

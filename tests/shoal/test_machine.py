@@ -1,7 +1,4 @@
-"""What `auto` means: by device, kept by a run directory, and told.
-
-Covers: shoal.machine.
-"""
+"""What `auto` means: by device, kept by a run directory, and told."""
 
 import json
 import logging
@@ -12,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from shoal import machine, numerics
+from shoal import machine
 from shoal.launch.verbs import run as runs
 from shoal.launch.verbs.run import Run, open_run
-from shoal.numerics import Choice, fast_dtype
+from shoal.machine import Choice, bfloat16_instructions, fast_dtype
 from shoal.recipe.recipe import parse_recipe
 
 CPU = torch.device("cpu")
@@ -38,7 +35,7 @@ def test_a_processor_multiplies_fast_in_bfloat16_by_its_instructions(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(told)
     monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
-    assert machine.bfloat16_instructions(CPU) == expected
+    assert bfloat16_instructions(CPU) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,8 +45,8 @@ def test_a_processor_multiplies_fast_in_bfloat16_by_its_instructions(
 def test_a_gpu_computes_in_what_it_has_instructions_for(
     monkeypatch: pytest.MonkeyPatch, bfloat16: bool, capability: tuple[int, int], expected: str
 ) -> None:
-    monkeypatch.setattr(numerics, "bfloat16_instructions", lambda device: "tensor cores" * bfloat16)
-    monkeypatch.setattr(numerics, "device_name", lambda device: "a card")
+    monkeypatch.setattr(machine, "bfloat16_instructions", lambda device: "tensor cores" * bfloat16)
+    monkeypatch.setattr(machine, "device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fast_dtype(DEVICE).dtype == expected
 
@@ -63,7 +60,7 @@ def recipe(tmp_path: Path, **settings: Any) -> Any:
 
 @pytest.fixture
 def fast_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "bfloat16_instructions", lambda device: "amx_bf16")
+    monkeypatch.setattr(machine, "bfloat16_instructions", lambda device: "amx_bf16")
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, "float16"), (2, "float32")])
