@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.launch.verbs.memory import remembering
 from shoal.launch.verbs.run import locked, open_run
-from shoal.progress import doing
+from shoal.progress import loading
 from shoal.recipe.messages import checked
 from shoal.recipe.recipe import apply_override, read_settings, settled
+from shoal.recipe.remembered import remembering
 
 PARTS: dict[str, str] = {
     "delta": "how far a donor's layers are from the model's, matrix by matrix, from the files alone",
@@ -37,6 +38,11 @@ PARTS: dict[str, str] = {
 """Name of every part, which is also its module here -> what it says, in a line."""
 
 
+def command(asked: argparse.Namespace) -> str:
+    """What `shoal lab` prints."""
+    return lab(asked.words)
+
+
 def listing() -> str:
     """Every part in a line of its own."""
     width = max(map(len, PARTS), default=0)
@@ -59,10 +65,7 @@ def lab(words: Sequence[str]) -> str:
         raise UserError(f"shoal lab {name}: name a recipe or a run directory, such as `shoal lab {name} runs/mine`")
     said_of_run, file = read_settings(rest[0], ())
     recipe = settled(said_of_run, file, ())
-    with doing("loading the libraries"):
-        from shoal import runtime
-
-        runtime.turn_down_libraries()
+    with loading():
         part = importlib.import_module(f"shoal.lab.{name}")
     said: dict[str, Any] = {}
     for override in rest[1:]:

@@ -3,6 +3,7 @@ imports it.
 
 distill.py, measure.py, eval.py and record.py are scripts as well: `deepspeed launch/distill.py --config RECIPE`.
 
+    arguments  the words of the command: its verbs, what each takes
     cli        `shoal VERB RECIPE_OR_RUN_DIR [key=value ...]`
     distill    script: the distill verb on every rank
     eval       script: the eval verb on every rank

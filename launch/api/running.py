@@ -16,12 +16,12 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
-from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
+from shoal.errors import UserError, explained_paths
 from shoal.recipe.recipe import parse_recipe, read_settings, settled
+from shoal.recipe.remembered import remembering
 
 from ..verbs.evaluate import roles
 from ..verbs.launch import LaunchEnded, launch_distill
-from ..verbs.memory import remembering
 from ..verbs.pipeline import run_all
 from ..verbs.run import Run, open_run
 
@@ -86,8 +86,6 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
 
 
 def _failure(ended: LaunchEnded) -> BaseException:
-    if ended.code == EXIT_USER_ERROR:
-        return UserError("distill: was refused; the message is on stderr, above")
     if ended.code == 128 + signal.SIGINT:
         return KeyboardInterrupt(ended.text)
     return RuntimeError(

@@ -5,7 +5,9 @@ All of it is pydantic's JSON schema of the sections, whose descriptions are the 
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -72,34 +74,26 @@ def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
         UserError: there is no such key.
     """
     wanted, known = re.sub(r"\.\d+(?=\.|$)", "", place), dict(places())
-    if wanted in known:
-        return {wanted: known[wanted]}, ""
-    kinds = [each for each, own in known.items() if "properties" in own]
-    of_kind = {
-        kind + key: known[kind + key]
-        for kind in kinds
-        if (key := wanted.removeprefix(kind.rpartition(".")[0])) != wanted and kind + key in known
-    }
-    if of_kind:
-        one = len(of_kind) > 1 and len({meaning(own) + values_text(own) for own in of_kind.values()}) == 1
-        return ({wanted: next(iter(of_kind.values()))} if one else of_kind), ""
-    parent, _, entry = wanted.rpartition(".")
-    while parent:
+    kinds = "|".join(name.rpartition(".")[2] for name, own in known.items() if "properties" in own)
+    several = {name: own for name, own in known.items() if wanted in (name, re.sub(rf"\.({kinds})(?=\.)", "", name))}
+    if len({meaning(own) + values_text(own) for own in several.values()}) == 1:
+        return {wanted: next(iter(several.values()))}, ""
+    if several:
+        return several, ""
+    parts = wanted.split(".")
+    for parent, entry in ((".".join(parts[:end]), ".".join(parts[end:])) for end in range(len(parts) - 1, 0, -1)):
         if "additionalProperties" in str(known.get(parent)) and "properties" not in known[parent]:
             return {parent: known[parent]}, entry
-        parent, _, before = parent.rpartition(".")
-        entry = f"{before}.{entry}"
     raise _unknown(place, list(known))
 
 
 def _unknown(place: str, known: list[str]) -> UserError:
     if words := gone(place):
         return UserError(f"explain: {place}: {words}")
-    leaf = place.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(place, same or known, n=CLOSE, cutoff=0 if same else 0.7)
-    leaves = difflib.get_close_matches(leaf, {other.rpartition(".")[2] for other in known}, n=1, cutoff=0.7)
-    close = close or [other for other in known if other.rpartition(".")[2] in leaves][:CLOSE]
+    ends = {other: other.rpartition(".")[2] for other in known}
+    leaf = difflib.get_close_matches(place.rpartition(".")[2], set(ends.values()), n=1, cutoff=0.7)
+    of_that_name = [other for other, end in ends.items() if end in leaf]
+    close = difflib.get_close_matches(place, of_that_name, n=CLOSE, cutoff=0)
     hint = f"did you mean {listed(close, 'or')}?" if close else "`shoal explain` lists the sections"
     return UserError(f"explain: a recipe has no key {place!r}; {hint}")
 
@@ -111,17 +105,14 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
     Raises:
         UserError: a recipe has no such key.
     """
-    if place is None:
-        return [{"key": "", "meaning": meaning(schema()), "keys": _keys(schema())}]
-    several, entry = found(place)
+    several, entry = ({"": schema()}, "") if place is None else found(place)
     told = []
     for name, own in several.items():
+        is_section = "properties" in own
         said: dict[str, Any] = {"key": name, "meaning": meaning(own)}
-        inner = [own] if "properties" in own else _sections(own)
-        if "properties" not in own:
-            said |= {"values": values_text(own), "default": _default(own)}
-        if entry:
-            said["entry"] = f"{entry} is an entry of this mapping"
+        said |= {} if is_section else {"values": values_text(own), "default": _default(own)}
+        said |= {"entry": f"{entry} is an entry of this mapping"} if entry else {}
+        inner = [own] if is_section else _sections(own)
         if len(inner) > 1:
             said["kinds"] = {part["properties"]["kind"]["const"]: meaning(part) for part in inner}
         elif inner:
@@ -130,22 +121,23 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
     return told
 
 
-def explained(place: str | None) -> str:
-    """The explanation for a reader.
+def told(asked: argparse.Namespace) -> str:
+    """What `shoal explain` prints.
 
     Raises:
         UserError: a recipe has no such key.
     """
+    several = explanation(asked.key)
+    if asked.json:
+        return json.dumps(several, indent=2, ensure_ascii=False)
     texts = []
-    for said in explanation(place):
+    for said in several:
         lines = [said["key"]] if said["key"] else []
         lines += textwrap.wrap(said["meaning"], WIDTH, **UNBROKEN)
         if facts := [(name, said[name]) for name in ("values", "default", "entry") if name in said]:
             lines += ["", *table(facts)]
-        if "kinds" in said:
-            lines += ["", "kinds:", *table(said["kinds"].items())]
-        if "keys" in said:
-            lines += ["", "keys, with their defaults:", *table(said["keys"].items())]
+        for name, head in (("kinds", "kinds:"), ("keys", "keys, with their defaults:")):
+            lines += ["", head, *table(said[name].items())] if name in said else []
         texts.append("\n".join(lines))
     return "\n\n".join(texts)
 
@@ -212,11 +204,10 @@ def _default(own: dict[str, Any]) -> str:
 
 def _sections(own: Any) -> list[dict[str, Any]]:
     """Schemas of the sections that a key holds; none where it is a plain value."""
-    found: list[dict[str, Any]] = []
-    if isinstance(own, list):
-        found = [part for each in own for part in _sections(each)]
-    elif isinstance(own, dict) and "$ref" in own:
-        found = [schema()["$defs"][own["$ref"].rpartition("/")[2]]]
-    elif isinstance(own, dict):
-        found = [part for name, each in own.items() if name != "properties" for part in _sections(each)]
+    if not isinstance(own, dict | list):
+        return []
+    if "$ref" in own:
+        return [schema()["$defs"][own["$ref"].rpartition("/")[2]]]
+    inner = own if isinstance(own, list) else [each for name, each in own.items() if name != "properties"]
+    found = [part for each in inner for part in _sections(each)]
     return [part for index, part in enumerate(found) if part not in found[:index]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.atomic_files import write_text
 from shoal.compress.plan import DEFAULT_METRIC, default_count
-from shoal.compress.surgery.narrow_config import student_config
 from shoal.errors import UserError
-from shoal.formatting import bytes_text, count_text
-from shoal.machine import available_memory, device_memory, device_name, fast_dtype, ranks_to_start
+from shoal.formatting import count_text
+from shoal.machine import device_name, fast_dtype, ranks_to_start
 from shoal.models.anatomy import text_config
-from shoal.models.attention import choose_attention
-from shoal.models.load import Checkpoint, LoadSettings, loaded_dtype, num_parameters, without_data
+from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.models.resolve import find_config
-from shoal.recipe.recipe import apply_override, name_of_model, parse_recipe
+from shoal.progress import doing
+from shoal.recipe.recipe import name_of_model, parse_recipe
 from shoal.runtime import device
-from shoal.train.preflight.fit import cheapest, overrides
-from shoal.train.preflight.run_size import Job, job
-from shoal.train.student.spec import Ranks, train_spec
 from shoal.yaml_text import read_yaml
 
 from .explain import as_yaml, first_sentence, meaning, places
@@ -48,19 +45,28 @@ class Machine:
     ranks: int
     dtype: str
     """Precision that the device multiplies fast in."""
-    free: int
-    """Free bytes on the device."""
 
     @classmethod
     def here(cls) -> Machine:
         """This one."""
         own = device()
-        return cls(own, device_name(own), ranks_to_start(None), fast_dtype(own).dtype, device_memory(own))
+        return cls(own, device_name(own), ranks_to_start(None), fast_dtype(own).dtype)
 
     @property
     def in_words(self) -> str:
-        """`2 x NVIDIA ..., 85 GB free, computes in bfloat16`."""
-        return f"{self.ranks} x {self.name}, {bytes_text(self.free)} free, computes in {self.dtype}"
+        """`2 x NVIDIA ..., computes in bfloat16`."""
+        return f"{self.ranks} x {self.name}, computes in {self.dtype}"
+
+
+def init(asked: argparse.Namespace) -> str:
+    """Write a first recipe, and say where."""
+    file = Path(asked.out or f"{name_of_model(asked.model)}.yaml").expanduser()
+    if file.exists():
+        raise UserError(f"{file}: is there already; name another file with --out, or remove it")
+    with doing(f"looking at {asked.model}"):
+        text = first_recipe(asked.model, Machine.here(), revision=asked.revision)
+    write_text(file, text, setting="--out")
+    return f"{file} is written; read it, then: shoal run --config {shlex.quote(str(file))}"
 
 
 def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -> str:
@@ -75,12 +81,11 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
         raise UserError(f"model {model!r}: has {layers} layer, so none can go; give a deeper one")
     parameters = num_parameters(without_data(config))
     raw = _proposal(model, revision, config, parameters, machine)
-    fit = _fitted(raw, config, machine)
     stored = str(loaded_dtype(config)).removeprefix("torch.")
     head = (
         f"{model}: {layers} layers, {count_text(parameters)} parameters, stored in {stored}.",
         f"Written for {machine.in_words}.",
-        fit,
+        "`shoal distill --dry-run` tells whether training fits, and the cheapest setting that does.",
         "`shoal explain KEY` says all of a key, and which others there are; `shoal list` what can be named.",
     )
     text = "\n".join([*(line for words in head for line in _comment(words)), "", *_commented(raw)]) + "\n"
@@ -91,7 +96,7 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
 def _proposal(
     model: str, revision: str | None, config: PreTrainedConfig, parameters: int, machine: Machine
 ) -> dict[str, Any]:
-    """The recipe as a plain mapping, before it is known what fits."""
+    """The recipe as a plain mapping."""
     text, on_cpu = text_config(config), machine.device.type == "cpu"
     longest = getattr(text, "max_position_embeddings", None) or 512
     length = min(512 if on_cpu else 2048, longest)
@@ -121,39 +126,6 @@ def _proposal(
         },
         "eval": {"suite": "quick"},
     }
-
-
-def _fitted(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> str:
-    """Set in ``raw`` the fastest way of training that fits ``machine``; what comes of it, in words."""
-    later = "`shoal distill --dry-run` tells it once layers are chosen"
-    try:
-        size = _job(raw, config, machine)
-    except (UserError, RuntimeError) as error:  # the latter is torch's, of operations that need numbers
-        return f"What training takes cannot be told yet ({str(error).strip().splitlines()[0]}); {later}."
-    fitting = cheapest(size, device_free=machine.free, host_free=available_memory())
-    if fitting is None or fitting.teacher == "recorded":
-        return f"Training needs {bytes_text(size.memory.peak)} a rank and does not fit here as it is; {later}."
-    for override in overrides(size, fitting):
-        apply_override(raw, override)
-    needed = _job(raw, config, machine).memory
-    return f"Training takes {bytes_text(needed.peak)} a rank at most, which fits; {later}."
-
-
-def _job(raw: dict[str, Any], config: PreTrainedConfig, machine: Machine) -> Job:
-    """The size of the training if the lowest layers went, which no other choice of layers exceeds by much: the less is
-    frozen, the more is trained."""
-    recipe = parse_recipe(raw)
-    layers = text_config(config).num_hidden_layers
-    drop = tuple(range(1, 1 + default_count(layers)))
-    precisions = {"dtype": machine.dtype}
-    attention = choose_attention(recipe.attention, config, machine.device, precisions).attention
-    load = LoadSettings(dtype=machine.dtype, attention=attention)
-    student = student_config(config, [layer for layer in range(layers) if layer not in drop])
-    plan = PruningPlan(provenance=Provenance({}), num_layers=layers, drop=drop, reason="the lowest ones")
-    folder = Path(recipe.run_dir)
-    ranks = Ranks(machine.ranks, machine.ranks, machine.device)
-    teacher = Checkpoint(folder, config, load)
-    return job(train_spec(teacher, Checkpoint(folder, student, load), plan, recipe.distill, recipe.record, ranks))
 
 
 def _commented(raw: dict[str, Any]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, get_args
 
 from shoal.data.bundled import ABOUT
+from shoal.progress import loading
 from shoal.recipe.evaluate import CONFIGS_DIR, SuiteName, read_suite
 from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
 from shoal.yaml_text import read_yaml
@@ -50,7 +53,8 @@ def tasks() -> list[Entry]:
 
 def metrics() -> list[Entry]:
     """What measure.metrics can name and, measured, prune.metric."""
-    from shoal.compress.metrics.registry import METRICS
+    with loading():
+        from shoal.compress.metrics.registry import METRICS
 
     return [
         {"name": name, "about": _first_paragraph(metric), "needs": metric.needs, "yields": metric.yields}
@@ -95,6 +99,13 @@ LISTS: dict[str, Callable[[], list[Entry]]] = {
 """Word after `shoal list` -> what gives the list."""
 DETAILS = ("model", "yields", "needs", "keys", "column", "file")
 """What a reader is told of an entry beside its name."""
+
+
+def told(asked: argparse.Namespace) -> str:
+    """What `shoal list` prints."""
+    if asked.what is None:
+        return json.dumps([*LISTS]) if asked.json else "\n".join(f"shoal list {what}" for what in LISTS)
+    return json.dumps(LISTS[asked.what](), indent=2, ensure_ascii=False) if asked.json else listing(asked.what)
 
 
 def listing(kind: str) -> str:

@@ -1,7 +1,6 @@
 """The verbs of the command, each in its run directory.
 
 run       one recipe in its run directory: precision, done, stale, locked
-memory    what a run directory remembers of recipe and overrides
 measure   measure
 prune     prune
 plan      which layers go, what that follows from, what no measurement could make possible
@@ -12,5 +11,5 @@ evaluate  eval
 report    report, and what the recipe exports: GGUF files, the Hub
 pipeline  run: all in order
 dry_run   what all in order would do, how long, how much disk
-each      a run for every combination of values
+several   compare, and a run for every combination of values
 """

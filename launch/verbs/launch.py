@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_USER_ERROR
+from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.progress import SPEAKER, doing
 from shoal.ranks import free_port, loudness
 from shoal.stopping import STOPS, run_launcher
@@ -33,6 +33,10 @@ class LaunchEnded(Exception):
         self.code, self.text = code, text
 
 
+class LaunchRefused(UserError):
+    """The launched ranks have refused the recipe, and said why."""
+
+
 def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     """Run the distill verb of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait
     for it.
@@ -41,6 +45,7 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
 
     Raises:
         LaunchEnded: the ranks have not come to their end.
+        LaunchRefused: they have refused what they were told.
     """
     import torch
 
@@ -70,13 +75,15 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
                 raise _unfinished(code, asked, run.dir)  # in here: nothing is called done
 
 
-def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:
+def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded | LaunchRefused:
     """The end of ranks that have not come to theirs, told unless they have said it; ``asked`` is the signal that
     stopped them."""
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
     goes_on = _where_distill_goes_on(run_dir)
-    if code in (EXIT_USER_ERROR, *(128 + number for number in STOPS)):
-        pass  # the rank has said why, or that it has saved
+    if code == EXIT_USER_ERROR:
+        return LaunchRefused("distill: was refused; the message is on stderr, above")
+    if code in (128 + number for number in STOPS):
+        pass  # the rank has said that it has saved
     elif asked is not None:
         done = "the training had just ended, and the same command goes on from there"
         return LaunchEnded(128 + asked, f"stopped; {done if code == 0 else goes_on}")

@@ -192,6 +192,16 @@ def each(items: Iterable[T], label: str, *, unit: str, total: int | None = None)
             step()
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """The imports of the block take seconds, and what they load is turned down."""
+    with doing("loading the libraries"):
+        from shoal.runtime import turn_down_libraries
+
+        turn_down_libraries()
+        yield
+
+
 def doing(label: str) -> AbstractContextManager[Work]:
     """Tell that ``label`` is being done, where there are no steps to count."""
     return SPEAKER.telling(label, None, "")

@@ -1,6 +1,6 @@
 """The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
 
-Covers: shoal.errors, shoal.launch.verbs.launch.
+Covers: shoal.errors, shoal.launch.arguments, shoal.launch.verbs.launch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from shoal.launch import cli
+from shoal.launch import arguments, cli
 from shoal.launch.cli import main, run_verb
 from shoal.launch.help.explain import explanation
 from shoal.launch.verbs import launch, prune
@@ -42,8 +42,8 @@ def recipe(teacher: Path, tmp_path: Path) -> str:
 
 
 def parsed(*argv: str) -> tuple[str, str, list[str]]:
-    found = cli._parse(list(argv))
-    return found.verb, found.config, found.overrides
+    found = arguments.parse(list(argv))
+    return found.verb, found.config, found.words
 
 
 def test_overrides_may_stand_anywhere() -> None:
@@ -82,35 +82,30 @@ def test_help_names_every_verb_and_what_it_makes(capsys: pytest.CaptureFixture[s
         main(["--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert all(f"{verb} {row.help}" in said for verb, row in cli.VERBS.items())
+    assert all(f"{verb} {row.help}" in said for verb, row in arguments.VERBS.items())
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_names_functions_of_stages(verb: str) -> None:
-    row = cli.VERBS[verb]
-    for name in filter(None, (row.stage, row.dry_run and row.dry_run[0], row.check)):
-        assert cli._stage(name).__module__ == f"shoal.launch.{name.rpartition('.')[0]}"
+@pytest.mark.parametrize("verb", arguments.VERBS)
+def test_every_verb_names_functions_that_are_there(verb: str) -> None:
+    row = arguments.VERBS[verb]
+    for name in filter(None, (row.function, row.dry_run and row.dry_run[0])):
+        assert cli._function(name).__module__ == f"shoal.{name.rpartition('.')[0]}"
 
 
-OTHERS = ("compare", "init", "list", "explain")
-"""Verbs that read no recipe."""
-
-
-@pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
+@pytest.mark.parametrize("verb", arguments.VERBS)
 def test_every_verb_has_help_with_an_example_that_can_be_given(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert ("section.key=value" in said) == (verb in cli.VERBS)
+    assert ("section.key=value" in said) == arguments.VERBS[verb].reads_recipe
     words = shlex.split(said.partition("example: ")[2])
     assert words[:2] == ["shoal", verb]
-    known = cli._parse(words[1 : words.index(">")] if ">" in words else words[1:])
-    for override in getattr(known, "overrides", ()):
-        explanation(override.partition("=")[0])
-    if verb in cli.VERBS:
+    known = arguments.parse(words[1 : words.index(">")] if ">" in words else words[1:])
+    if arguments.VERBS[verb].reads_recipe:
         raw: dict[str, Any] = {"model": "m"}
-        for override in known.overrides:
+        for override in known.words:
+            explanation(override.partition("=")[0])
             apply_override(raw, override)
         parse_recipe(raw)
 
@@ -239,14 +234,14 @@ def test_failed_distill_says_how_and_passes_its_exit_code_on(
     assert said in after if said else not after
 
 
-@pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
+@pytest.mark.parametrize("verb", arguments.VERBS)
 def test_every_verb_can_be_quiet_or_verbose_and_not_both(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     words = {"compare": ["a", "b"], "list": ["tasks"]}.get(verb, ["r"])
-    assert cli._parse([verb, *words]).loudness == "usual"
-    assert cli._parse([verb, "--quiet", *words]).loudness == "quiet"
-    assert cli._parse([verb, *words, "--verbose"]).loudness == "verbose"
+    assert arguments.parse([verb, *words]).loudness == "usual"
+    assert arguments.parse([verb, "--quiet", *words]).loudness == "quiet"
+    assert arguments.parse([verb, *words, "--verbose"]).loudness == "verbose"
     with pytest.raises(SystemExit):
-        cli._parse([verb, *words, "--verbose", "--quiet"])
+        arguments.parse([verb, *words, "--verbose", "--quiet"])
     assert "not allowed with argument" in capsys.readouterr().err
 
 

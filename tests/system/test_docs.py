@@ -13,7 +13,7 @@ from shoal.compress.metrics.registry import METRICS
 from shoal.errors import UserError
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.names import TASKS_DIR, task_names
-from shoal.launch.cli import _parse
+from shoal.launch.arguments import parse
 from shoal.launch.help.explain import found
 from shoal.recipe.distill import Trainable
 from shoal.recipe.losses import LOGIT_TERMS
@@ -99,9 +99,9 @@ def test_every_command_can_be_given(file: Path) -> None:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["shoal"]:
-                _parse(words[1:])
+                parse(words[1:])
             if "shoal.launch.cli" in words:
-                _parse(words[words.index("shoal.launch.cli") + 1 :])
+                parse(words[words.index("shoal.launch.cli") + 1 :])
             scripts = [word for word in words[1:] if word.startswith("launch/")]
             assert all((ROOT / script).is_file() for script in scripts), line
 

@@ -21,7 +21,7 @@ from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
 
 from shoal.artifacts.training import Training
-from shoal.launch.cli import _parse
+from shoal.launch.arguments import parse
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs" / "cluster"
@@ -144,6 +144,6 @@ def test_the_scripts_for_clusters_are_valid_and_use_flags_that_exist(name):
     words = re.sub(r'"?\$\{?\w+(:-\w+)?\}?"?', "2", command.group(1)).split()
     options = get_args_parser().parse_args(words)
     assert (options.module, options.training_script) == (True, "shoal.launch.cli")
-    assert _parse(options.training_script_args).verb == "distill"
+    assert parse(options.training_script_args).verb == "distill"
     assert options.nnodes == "2"
     assert options.nproc_per_node == "2"

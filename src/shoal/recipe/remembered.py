@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
+from shoal.ranks import is_main
 from shoal.redaction import HIDDEN, redacted
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
 from shoal.yaml_text import read_yaml
@@ -74,14 +76,27 @@ def remember(run_dir: Path, memory: str) -> None:
     write_text(run_dir / FILE, memory)
 
 
-def take_back(run_dir: Path, memory: str, before: str | None) -> None:
-    """Forget ``memory``, with which nothing was made: recipe.yaml is what it was ``before``, a text of memory_in."""
-    if before == memory or memory_in(run_dir) != memory:
+@contextmanager
+def remembering(run_dir: Path, said: dict[str, Any]) -> Iterator[str | None]:
+    """The text that ``run_dir`` is to remember of what recipe and overrides have ``said``; None on ranks that write
+    nothing.
+
+    It is kept from when the run directory is locked, so that a run that is killed is remembered, too; what is refused,
+    here or by launched ranks, is forgotten again.
+    """
+    if not is_main():
+        yield None
         return
-    if before is None:
-        (run_dir / FILE).unlink()
-    else:
-        write_text(run_dir / FILE, before)
+    memory, before = memory_of(redacted(said)), memory_in(run_dir)
+    try:
+        yield memory
+    except UserError:
+        if memory_in(run_dir) == memory != before:
+            if before is None:
+                (run_dir / FILE).unlink()
+            else:
+                write_text(run_dir / FILE, before)
+        raise
 
 
 def hidden_settings(said: Any, place: str = "") -> Iterator[str]:

@@ -308,7 +308,6 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
 @pytest.mark.parametrize(
     ("ended", "kind", "message"),
     [
-        (LaunchEnded(2), shoal.UserError, "distill: was refused; the message is on stderr, above"),
         (LaunchEnded(128 + signal.SIGINT, "stopped; x"), KeyboardInterrupt, "stopped; x"),
         (LaunchEnded(137, ""), RuntimeError, "distill: ended with exit code 137; its message is on stderr, above"),
     ],

@@ -16,8 +16,9 @@ from shoal.compress.metrics.registry import METRICS
 from shoal.data.bundled import ABOUT
 from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.eval.tasks.names import refuse_unknown
+from shoal.launch.arguments import LISTS
 from shoal.launch.cli import main
-from shoal.launch.help import names, verbs
+from shoal.launch.help import names
 from shoal.recipe.losses import KINDS
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import TEACHER_TEXT
@@ -37,15 +38,15 @@ def as_json(capsys: pytest.CaptureFixture[str], what: str) -> list[dict[str, Any
 
 
 def test_the_parser_knows_the_lists() -> None:
-    assert tuple(names.LISTS) == verbs.LISTS
+    assert tuple(names.LISTS) == LISTS
 
 
 def test_without_a_kind_the_kinds_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert listed(capsys).splitlines() == [f"shoal list {what}" for what in verbs.LISTS]
-    assert json.loads(listed(capsys, "--json")) == [*verbs.LISTS]
+    assert listed(capsys).splitlines() == [f"shoal list {what}" for what in LISTS]
+    assert json.loads(listed(capsys, "--json")) == [*LISTS]
 
 
-@pytest.mark.parametrize("what", verbs.LISTS)
+@pytest.mark.parametrize("what", LISTS)
 def test_every_list_says_what_each_name_is(capsys: pytest.CaptureFixture[str], what: str) -> None:
     entries, text = as_json(capsys, what), listed(capsys, what)
     assert len({entry["name"] for entry in entries}) == len(entries) >= 3

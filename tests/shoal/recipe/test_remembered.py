@@ -1,6 +1,6 @@
 """A run directory remembers its recipe and every override; what is refused it forgets, and strangers are not believed.
 
-Covers: shoal.launch.verbs.memory, shoal.launch.verbs.report.
+Covers: shoal.launch.verbs.report.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""`shoal run RECIPE --each KEY=A,B [--each seed=0,1]`: a run of every combination, in RUN_DIR/KEY=VALUE."""
+"""Several runs: `shoal compare RUN_DIR RUN_OR_MODEL ...`, and `shoal run RECIPE --each KEY=A,B [--each seed=0,1]`, a
+run of every combination, in RUN_DIR/KEY=VALUE."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,11 @@ from yaml import YAMLError
 
 from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
+from shoal.eval.compare.compare import compare_runs
+from shoal.eval.compare.page import comparison_text, write_comparison
+from shoal.models.checkpoint_files import names_model
+from shoal.progress import loading
+from shoal.recipe.recipe import load_recipe
 from shoal.yaml_text import read_yaml
 
 log = logging.getLogger(__name__)
@@ -30,6 +38,32 @@ class Combination:
 
     dir: Path
     overrides: tuple[str, ...]
+
+
+def compare(asked: argparse.Namespace) -> str:
+    """The table of runs and models, which is written with its pages and figure too."""
+    out, folders = Path(asked.out).expanduser(), [Path(run) for run in asked.words]
+    if any(map(names_model, asked.words)):
+        with loading():
+            from .evaluate import scored_beside_runs
+        folders = scored_beside_runs(asked.words, out, across_teachers=asked.across_teachers)
+    comparison = compare_runs(folders, across_teachers=asked.across_teachers)
+    write_comparison(comparison, out)
+    return comparison_text(comparison)
+
+
+def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> str:
+    """The table of a run for every combination of the values of --each; ``run_one`` runs the recipe with overrides and
+    returns the exit code, with which the process ends where a run fails."""
+    run_dir = Path(load_recipe(asked.config, asked.words).run_dir).expanduser()
+    runs = combinations(run_dir, asked.each)
+    if code := run_each(runs, lambda more: run_one([*asked.words, *more])):
+        sys.exit(code)
+    if asked.dry_run:
+        return ""
+    comparison = compare_runs([run.dir for run in runs])
+    write_comparison(comparison, run_dir / "compare")
+    return comparison_text(comparison)
 
 
 def combinations(run_dir: Path, axes: Sequence[str]) -> list[Combination]:

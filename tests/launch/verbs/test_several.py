@@ -11,7 +11,7 @@ from compared_runs import write_run
 
 from shoal.errors import UserError
 from shoal.launch import cli
-from shoal.launch.verbs.each import Combination, combinations, run_each
+from shoal.launch.verbs.several import Combination, combinations, run_each
 
 
 def test_every_combination_is_a_run_of_its_own(tmp_path: Path) -> None:
