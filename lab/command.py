@@ -38,6 +38,10 @@ PARTS: dict[str, str] = {
 """Name of every part, which is also its module here -> what it says, in a line."""
 
 
+EDITS = ("grow", "merge", "replace", "skip", "swap")
+"""Parts that are modules of edits/."""
+
+
 def command(asked: argparse.Namespace) -> str:
     """What `shoal lab` prints."""
     return lab(asked.words)
@@ -66,7 +70,7 @@ def lab(words: Sequence[str]) -> str:
     said_of_run, file = read_settings(rest[0], ())
     recipe = settled(said_of_run, file, ())
     with loading():
-        part = importlib.import_module(f"shoal.lab.{name}")
+        part = importlib.import_module(f"shoal.lab.{'edits.' if name in EDITS else ''}{name}")
     said: dict[str, Any] = {}
     for override in rest[1:]:
         apply_override(said, override)

@@ -1,35 +1,34 @@
 """How far a donor's weights are from its base's, layer by layer and matrix by matrix, read from the files alone.
 
-To set beside what swapping those layers does. One pass over both checkpoints in pieces of CHUNK numbers: no model is
-loaded, and a model larger than memory is no matter.
+To set beside what swapping those layers does. One pass over both checkpoints, tensor by tensor: no model is loaded, and
+a model larger than memory is no matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from shoal.atomic_files import write_json
 from shoal.compress.surgery.quantised import without_quantization
 from shoal.compress.surgery.stored_names import NotByCopy, find_layers, split_layer
 from shoal.errors import UserError
 from shoal.launch.verbs.run import Run, resolved
-from shoal.models.anatomy import anatomy, text_config
-from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
-from shoal.models.load import FLOATS, load_config, without_data
-from shoal.progress import BYTES, Work, progress
+from shoal.models.anatomy import anatomy
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, read_shards
+from shoal.models.load import load_config, without_data
+from shoal.progress import each
 from shoal.recipe.section import Section, Text
 
 CHUNK = 2**22
-"""Numbers of each checkpoint in memory at one time: 32 MiB in float64."""
-COUNTING = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
-"""Dtypes of masks and positions that old checkpoints hold: no weights, but they must be equal."""
+"""Numbers of each tensor that are float64 at one time."""
 BAR_WIDTH = 30
 
 
@@ -114,127 +113,62 @@ class DeltaNorms:
 
 
 def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
-    """|W_donor - W_base| / |W_base| (Frobenius) of every tensor of two checkpoints, matched by its stored name.
+    """|W_donor - W_base| / |W_base| (Frobenius) of every weight of two checkpoints, matched by its stored name.
 
-    Sums are float64, whatever the stored dtypes, which may differ. Tied embeddings count once, and stand for the head
-    where only the other model has one of its own.
+    Sums are float64, whatever the stored dtypes, which may differ. Tied embeddings count once, and so does a head that
+    only one of both has beside them.
 
     Raises:
-        UserError: models of different families, numbers of layers, names or shapes; quantised ones; numbers that are
-            not finite; damaged files.
+        UserError: other names or shapes; quantised models; numbers that are not finite; damaged files.
     """
     folders = base_folder, donor_folder
     configs = [load_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if without_quantization(config)[1]:
             raise UserError(f"{folder}: is quantised; give the full-precision model")
-    _refuse_different(folders, configs)
-    stored = [_stored(read_shards(folder)) for folder in folders]
     skeleton = without_data(configs[0], dtype=torch.bfloat16)
-    _settle_ties(skeleton, stored, [bool(config.tie_word_embeddings) for config in configs])
-    _refuse_other_names(folders, stored)
+    base, donor = ({name: shard.file for shard in read_shards(folder) for name in shard.tensors} for folder in folders)
+    if any(config.tie_word_embeddings for config in configs):
+        head = f"{anatomy(skeleton).head_name}.weight"
+        for files in (base, donor):
+            for name in [name for name in files if f".{head}".endswith(f".{name}")]:  # files may leave out first words
+                del files[name]
+    opened: dict[Path, Any] = {file: safe_open(file, "pt") for file in {*base.values(), *donor.values()}}
+    shapes, others = (
+        {name: tuple(opened[file].get_slice(name).get_shape()) for name, file in files.items()}
+        for files in (base, donor)
+    )
+    if differing := sorted(name for name in base.keys() | donor.keys() if shapes.get(name) != others.get(name)):
+        name = differing[0]
+        raise UserError(
+            f"{donor_folder}: the shape of {name} is {others.get(name)}, but {shapes.get(name)} in {base_folder} "
+            f"({len(differing)} such names); give models of one shape"
+        )
     try:
-        shapes = {name: tensor.shape for name, (_, tensor) in stored[0].items()}
         prefix = find_layers(shapes, skeleton, configs[0])
     except NotByCopy as error:
         raise UserError(f"{base_folder}: {error}; give a plain checkpoint of transformers") from error
-    (base, donor), num_layers = stored, len(anatomy(skeleton).layers)
-    total = sum(tensor.end - tensor.start for _, tensor in (*base.values(), *donor.values()))
-    deltas = []
-    with progress("delta", total=total, unit=BYTES) as step:
-        for name, pair in sorted(base.items(), key=lambda item: (item[1][0].name, item[1][1].start)):
-            sizes = _squares(name, pair, donor[name], step)
-            if sizes is not None:
-                layer = split_layer(name, prefix)[0]
-                is_inside = layer is not None and layer < num_layers  # more layers predict further tokens
-                deltas.append(TensorDelta(name, layer if is_inside else None, *map(math.sqrt, sizes)))
+    deltas, num_layers = [], len(anatomy(skeleton).layers)
+    for name in each(list(base), "delta", unit="tensors"):
+        ours, theirs = opened[base[name]].get_tensor(name), opened[donor[name]].get_tensor(name)
+        if ours.is_floating_point():  # old checkpoints hold masks and positions too
+            layer = split_layer(name, prefix)[0]
+            is_inside = layer is not None and layer < num_layers  # more layers predict further tokens
+            deltas.append(TensorDelta(name, layer if is_inside else None, *_norms(name, ours, theirs)))
     deltas.sort(key=lambda delta: (delta.layer is None, delta.layer or 0))
     return DeltaNorms(num_layers, tuple(deltas))
 
 
-Stored = dict[str, tuple[Path, StoredTensor]]
-"""Name -> file and place in it."""
-
-
-def _stored(shards: Iterable[Shard]) -> Stored:
-    return {name: (shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
-
-
-def _refuse_different(folders: tuple[Path, Path], configs: list[Any]) -> None:
-    for field in ("model_type", "num_hidden_layers"):
-        base, donor = (getattr(text_config(config), field, None) for config in configs)
-        if base != donor:
-            raise UserError(f"{folders[1]}: has {field} {donor}, but {folders[0]} has {base}; give models of one shape")
-
-
-def _settle_ties(skeleton: Any, stored: list[Stored], tied: list[bool]) -> None:
-    """Let a head that is tied be what it is tied to, or nothing where both are."""
-    parts = anatomy(skeleton)
-    for tensors, is_tied in zip(stored, tied, strict=True):
-        head = _spelled(f"{parts.head_name}.weight", tensors)
-        if is_tied and head:
-            del tensors[head]
-    if tied[0] != tied[1]:
-        tied_tensors, others = stored if tied[0] else reversed(stored)
-        head = _spelled(f"{parts.head_name}.weight", others)
-        embeddings = _spelled(f"{parts.embeddings_name}.weight", tied_tensors)
-        if head and embeddings:
-            tied_tensors[head] = tied_tensors[embeddings]
-
-
-def _spelled(name: str, stored: Stored) -> str | None:
-    """How the files call the model's tensor ``name``: some leave its first words out."""
-    return next((known for known in stored if known == name or name.endswith(f".{known}")), None)
-
-
-def _refuse_other_names(folders: tuple[Path, Path], stored: list[Stored]) -> None:
-    base, donor = stored
-    if alone := sorted(base.keys() ^ donor.keys()):
-        holder, other = folders if alone[0] in base else reversed(folders)
-        raise UserError(
-            f"{other}: has no {alone[0]}, which {holder} has ({len(alone)} such names); give models of one shape"
-        )
-    for name, (_, tensor) in base.items():
-        if tensor.shape != (other_shape := donor[name][1].shape):
-            raise UserError(
-                f"{folders[1]}: {name} has shape {list(other_shape)}, but in {folders[0]} {list(tensor.shape)}; "
-                "give models of one shape"
-            )
-
-
-def _squares(
-    name: str, base: tuple[Path, StoredTensor], donor: tuple[Path, StoredTensor], step: Work
-) -> tuple[float, float] | None:
-    """Sums of squares of the difference and of the base; None for what is equal and no weight."""
-    dtypes = base[1].dtype, donor[1].dtype
-    if len(set(dtypes)) > 1 and not set(dtypes) <= FLOATS.keys():
-        raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, but {dtypes[0]} in {base[0]}; give models of one kind")
+def _norms(name: str, base: Tensor, donor: Tensor) -> tuple[float, float]:
+    """Of the difference and of the base, in pieces, so that few numbers are float64 at one time."""
     difference = size = 0.0
-    for base_piece, donor_piece in zip(_pieces(name, *base), _pieces(name, *donor), strict=True):
-        step(base_piece.nbytes + donor_piece.nbytes)
-        if base_piece.is_floating_point():
-            exact = base_piece.double()
-            size += float(exact.square().sum())
-            difference += float((donor_piece.double() - exact).square().sum())
-        elif not torch.equal(base_piece, donor_piece):
-            raise UserError(
-                f"{donor[0]}: {name} is {dtypes[1]}, no weight, and differs from {base[0]}'s; give models of one kind"
-            )
+    for ours, theirs in zip(base.flatten().split(CHUNK), donor.flatten().split(CHUNK), strict=True):
+        exact = ours.double()
+        size += float(exact.square().sum())
+        difference += float((theirs.double() - exact).square().sum())
     if not math.isfinite(difference):
-        raise UserError(
-            f"{name}: holds numbers that are not finite, in {base[0]} or {donor[0]}; {DOWNLOAD_AGAIN} that holds them"
-        )
-    return (difference, size) if dtypes[0] in FLOATS else None
-
-
-def _pieces(name: str, file: Path, tensor: StoredTensor) -> Iterator[torch.Tensor]:
-    dtype = FLOATS.get(tensor.dtype) or (torch.uint8 if tensor.dtype in COUNTING else None)
-    if dtype is None:
-        raise UserError(f"{file}: {name} is {tensor.dtype}, which is quantised; give the full-precision model")
-    size = CHUNK * dtype.itemsize
-    for start in range(tensor.start, tensor.end, size):
-        data = np.fromfile(file, np.uint8, min(size, tensor.end - start), offset=start)
-        yield torch.from_numpy(data).view(dtype)
+        raise UserError(f"{name}: holds numbers that are not finite; {DOWNLOAD_AGAIN} that holds them")
+    return math.sqrt(difference), math.sqrt(size)
 
 
 def _relative(deltas: Sequence[TensorDelta]) -> float | None:

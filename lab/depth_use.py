@@ -35,10 +35,9 @@ from shoal.recipe.section import Section, Text
 from shoal.stats.intervals import Array, bias_corrected, effective_n, expanded_percentiles, resampled_means
 from shoal.task_words import task_words
 
+from .diagnostics import EffectiveDepth, diagnostics
 from .diagnostics import Settings as Diagnosing
-from .diagnostics import diagnostics
-from .diagnostics.diagnose import EffectiveDepth
-from .results import FOLDER, identity, made, told
+from .part import FOLDER, identity, made, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

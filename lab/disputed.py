@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import log_softmax, rel_entr
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.identity import Identity
 from shoal.atomic_files import fingerprint, read_text
 from shoal.errors import UserError
 from shoal.eval.harness.engine import CausalLM
@@ -26,10 +25,10 @@ from shoal.formatting import aligned, interval_text
 from shoal.launch.verbs.evaluate import roles
 from shoal.launch.verbs.run import Run
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.section import Positive, Section, Text
-from shoal.runtime import device, free_memory
 from shoal.stats.paired import bootstrap_mean
+
+from .part import by_role, identity, made, told
 
 AGREED = 0.6
 """Share of the people asked who give the most frequent answer, from which on an item counts as agreed upon."""
@@ -71,6 +70,17 @@ class Disputed(Artifact):
 
     roles: dict[str, tuple[Asked, ...]]
 
+    def in_words(self) -> str:
+        """A row per model and kind of items: agreed upon, and disputed."""
+        lines = [["model", "items", "n", "agreement", "people agree", "divergence, nats"]]
+        for role, asked in self.roles.items():
+            for kind, agreed in (("agreed", True), ("disputed", False)):
+                if own := [item for item in asked if (item.ceiling >= AGREED) == agreed]:
+                    most = math.fsum(item.ceiling for item in own) / len(own)
+                    shown = [_mean(own, lambda item: item.agreement), _mean(own, lambda item: item.divergence)]
+                    lines.append([role, kind, str(len(own)), shown[0], f"{most:.3f}", shown[1]])
+        return "\n".join(aligned(lines))
+
 
 def work(run: Run, settings: Settings) -> str:
     """lab/disputed.json of every model of the run that is there; its table as text.
@@ -79,22 +89,12 @@ def work(run: Run, settings: Settings) -> str:
         UserError: rows that are missing or cannot be read.
     """
     rows = _rows(settings)
-    folders = roles(run)
-    inputs: dict[str, Any] = {role: model_fingerprint(folder) for role, folder in folders.items()}
-    inputs |= {"dtype": run.recipe.dtype, "rows": fingerprint(rows)}
-    path = run.dir / "lab" / Disputed.FILE
-    if not Identity(Disputed, path, inputs, "lab disputed").is_done():
-        load, found = LoadSettings(**run.load_args()), {}
-        for role, folder in folders.items():
-            checkpoint = Checkpoint.read(folder, load)
-            lm = CausalLM(
-                checkpoint.model(device=device()), checkpoint.tokenizer(), run.recipe.eval.batch_size, called=role
-            )
-            found[role] = tuple(_asked(lm, rows))
-            del lm
-            free_memory()
-        Disputed(Provenance(inputs), found).write(path)
-    return in_words(Disputed.read(path))
+    models = {role: model_fingerprint(folder) for role, folder in roles(run).items()}
+
+    def answered(provenance: Provenance) -> Disputed:
+        return Disputed(provenance, by_role(run, "disputed", lambda _, lm: tuple(_asked(lm, rows))))
+
+    return told(run, made(run, Disputed, identity(run, settings, rows=fingerprint(rows), **models), answered))
 
 
 def _rows(settings: Settings) -> list[tuple[str, list[str], list[float]]]:
@@ -130,18 +130,6 @@ def _asked(lm: CausalLM, rows: Sequence[tuple[str, list[str], list[float]]]) -> 
         divergence = float(rel_entr(np.array(shares), np.exp(log_softmax(log_probs_O))).sum())
         asked.append(Asked(shares[chosen], max(shares), divergence))
     return asked
-
-
-def in_words(disputed: Disputed) -> str:
-    """A row per model and kind of items: agreed upon, and disputed."""
-    lines = [["model", "items", "n", "agreement", "people agree", "divergence, nats"]]
-    for role, asked in disputed.roles.items():
-        for kind, agreed in (("agreed", True), ("disputed", False)):
-            if own := [item for item in asked if (item.ceiling >= AGREED) == agreed]:
-                most = math.fsum(item.ceiling for item in own) / len(own)
-                shown = [_mean(own, lambda item: item.agreement), _mean(own, lambda item: item.divergence)]
-                lines.append([role, kind, str(len(own)), shown[0], f"{most:.3f}", shown[1]])
-    return "\n".join(aligned(lines))
 
 
 def _mean(items: Sequence[Asked], of: Callable[[Asked], float]) -> str:

@@ -27,9 +27,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shoal import runtime
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
+from shoal.launch.verbs.distill import training_inputs, training_spec
+from shoal.launch.verbs.prune import read_plan
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import decoder_layers, state_of, with_state
 from shoal.models.load import Checkpoint
@@ -37,19 +42,19 @@ from shoal.progress import each
 from shoal.recipe.section import Above0, Positive, Section
 from shoal.runtime import device
 from shoal.train.dataset import rows_to_train_on, teacher_texts
+from shoal.train.distill import distill
 from shoal.train.objective.capture import capturing
 from shoal.train.objective.host_batch import queued
 from shoal.train.objective.layer_losses import Tokens, distances
 from shoal.train.objective.objective import final_hidden
 from shoal.train.student.frozen import write_student
-from shoal.train.student.spec import TrainSpec
+from shoal.train.student.spec import Ranks, TrainSpec
 from shoal.train.student.trainable import keep_zeros
 
-from .training import described, train
+from .edits.replace import warmup_cosine
 
 log = logging.getLogger(__name__)
 
-WARMUP_SHARE = 0.05
 FINAL_RATE = 0.1
 """Share of the peak learning rate that is left at the end."""
 MAX_GRADIENT_NORM = 1.0
@@ -256,10 +261,25 @@ def _learner(
     return learn
 
 
-def warmup_cosine(step: int, num_steps: int, *, final: float) -> float:
-    """Share of the peak rate at ``step``, from 0: a linear warm-up, then half a cosine down to the share ``final``."""
-    warmup = max(1, round(WARMUP_SHARE * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+def described(run: Run, part: str, settings: Any) -> tuple[TrainSpec, dict[str, Any]]:
+    """The training of the run's student, on this process alone, and its identity with the ``settings`` of ``part``."""
+    plan = read_plan(run)
+    runtime.set_up_distributed(run.recipe.distill.timeout_s)
+    spec = training_spec(run, plan, Ranks.here())
+    spec = dataclasses.replace(spec, settings=dataclasses.replace(spec.settings, watch=None))
+    return spec, {**training_inputs(run, plan), f"lab.{part}": dataclasses.asdict(settings)}
+
+
+def train(run: Run, spec: TrainSpec, inputs: dict[str, Any], folder: Path) -> str:
+    """Train into ``folder``, unless that is done; what to say of it."""
+    file = folder / Training.FILE
+    if not Identity(Training, file, inputs, "lab").is_done():
+        runtime.seed_everything(run.recipe.seed)
+        distill(spec, run_dir=folder, text=run.dir / "text", inputs=inputs, start_tracking=lambda: None)
+    runtime.leave_distributed()
+    training = Training.read(file)
+    losses = [row["loss"] for row in training.history if "loss" in row]
+    return (
+        f"{folder / 'distilled'}: trained on {training.num_tokens:,} tokens, loss {losses[0]:.4f} to {losses[-1]:.4f}; "
+        f"`shoal compare {run.dir} {folder / 'distilled'}` scores it beside the run"
+    )

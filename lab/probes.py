@@ -30,9 +30,9 @@ from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.stats.intervals import wilson
 
-from .diagnostics.figure import layer_axis, mark
-from .diagnostics.runs import Prompt, batch_of_prompts, require_one_path, run_body, states_at
-from .results import identity, made, model_of, told
+from .depth.runs import Prompt, batch_of_prompts, require_one_path, run_body, states_at
+from .diagnostics import layer_axis, mark
+from .part import identity, made, model_of, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

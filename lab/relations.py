@@ -28,8 +28,8 @@ from shoal.train.objective.capture import Captured
 from shoal.train.objective.host_batch import queued
 from shoal.train.objective.layer_losses import StateLosses, Tokens, again, distances, pairs_with, widened
 
-from .heads.attention_calls import AttentionInputs, attention_calls
-from .training import described, train
+from .attention.calls import AttentionInputs, attention_calls
+from .local_heal import described, train
 
 WINDOW = 4
 """Neighbouring tokens of a document whose states are averaged where a term is multi-scale."""

@@ -6,6 +6,7 @@ N items, n texts drawn for each, of which c are right.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +15,21 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.identity import Identity
 from shoal.errors import UserError
 from shoal.eval.evaluate import scores_of
 from shoal.eval.harness.engine import CausalLM
-from shoal.eval.harness.item_cache import ItemCache, identity_of
 from shoal.eval.harness.samples import metric_of
 from shoal.eval.tasks.load import tasks_of
 from shoal.formatting import aligned, interval_text
 from shoal.launch.verbs.evaluate import eval_inputs, roles
 from shoal.launch.verbs.run import Run
-from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.section import Above0, Positive, Section
-from shoal.runtime import device, free_memory, seed_everything
+from shoal.runtime import seed_everything
 from shoal.stats.intervals import wilson
 from shoal.stats.paired import bootstrap_mean, is_binary
+
+from .part import by_role, identity, made, told
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,26 @@ class Samples(Artifact):
     k: tuple[int, ...]
     tasks: tuple[DrawnTask, ...]
 
+    def in_words(self) -> str:
+        """pass@k of every model and task, and what became of the answers that the teacher's greedy text has right."""
+        names = ("greedy", *(f"pass@{k}" for k in self.k))
+        passed = [["task", "model", "n", *names, "by guessing"]]
+        lost = [["task", "model", "lost", "demoted", "gone", "by guessing"]]
+        right = {
+            own.task: {item.id for item in own.items if item.greedy} for own in self.tasks if own.role == "teacher"
+        }
+        for own in self.tasks:
+            greedy = [float(item.greedy) for item in own.items]
+            shares = [greedy, *([pass_at(self.n, item.num_right, k) for item in own.items] for k in self.k)]
+            chance = 1 - (1 - own.chance) ** self.n
+            passed.append([own.task, own.role, str(len(greedy)), *map(_share, shares), f"{100 * chance:.0f} %"])
+            if own.role != "teacher" and own.task in right:
+                fates = [item.num_right > 0 for item in own.items if item.id in right[own.task] and not item.greedy]
+                told = [_count(fates.count(fate), len(fates)) for fate in (True, False)]
+                lost.append([own.task, own.role, str(len(fates)), *told, f"{100 * chance:.0f} %"])
+        explained = f"{self.n} texts were drawn for every item; by guessing, one of {self.n} would be right so often."
+        return "\n".join([*aligned(passed), "", *(aligned(lost) if len(lost) > 1 else []), "", explained])
+
 
 def pass_at(num_drawn: int, num_right: int, k: int) -> float:
     """The chance that at least one of ``k`` texts is right, taken from n that were drawn: 1 - C(n - c, k) / C(n, k).
@@ -95,35 +115,26 @@ def work(run: Run, settings: Settings) -> str:
     """
     if (most := max(settings.k)) > settings.n:
         raise UserError(f"k: {most} texts cannot be taken out of n, {settings.n}; raise n, or lower k")
-    folders = roles(run)
-    inputs = {role: Provenance(eval_inputs(run, folder)).fingerprint for role, folder in folders.items()}
-    inputs |= {"n": settings.n, "temperature": settings.temperature, "top_p": settings.top_p, "k": settings.k}
-    path = run.dir / "lab" / Samples.FILE
-    if not Identity(Samples, path, inputs, "lab samples").is_done():
+    models = {role: Provenance(eval_inputs(run, folder)).fingerprint for role, folder in roles(run).items()}
+
+    def drawn(provenance: Provenance) -> Samples:
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed)
         tasks = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"}
-        drawn: list[DrawnTask] = []
-        load = LoadSettings(**run.load_args())
-        for role, folder in folders.items():
-            drawn += _drawn(role, Checkpoint.read(folder, load), tasks, run, settings)
-            free_memory()
-        if not drawn:
+        found = by_role(run, "samples", lambda role, lm: list(_drawn(role, lm, tasks, run, settings)))
+        if not any(found.values()):
             raise UserError("eval.tasks: none is generated and right or wrong, so nothing can be drawn; name one")
-        Samples(Provenance(inputs), settings.n, tuple(sorted(set(settings.k))), tuple(drawn)).write(path)
-    return in_words(Samples.read(path))
+        return Samples(provenance, settings.n, tuple(sorted(set(settings.k))), tuple(itertools.chain(*found.values())))
+
+    return told(run, made(run, Samples, identity(run, settings, **models), drawn))
 
 
-def _drawn(
-    role: str, checkpoint: Checkpoint, tasks: dict[str, Any], run: Run, settings: Settings
-) -> Iterator[DrawnTask]:
-    model, seed = checkpoint.model(device=device()), run.recipe.seed
-    kept = ItemCache(run.dir / "eval" / "items", identity_of(eval_inputs(run, checkpoint.folder)["model"], model))
-    lm = CausalLM(model, checkpoint.tokenizer(), run.recipe.eval.batch_size, items=kept, called=f"samples {role}")
-    limits = {name: limit for name, limit in run.recipe.eval.limits.items() if name in tasks}
+def _drawn(role: str, lm: CausalLM, tasks: dict[str, Any], run: Run, settings: Settings) -> Iterator[DrawnTask]:
+    seed, limits = run.recipe.seed, run.recipe.eval.limits
+    limits = {name: limit for name, limit in limits.items() if name in tasks}
     scores = scores_of(lm, tasks, replace(run.recipe.eval, limits=limits), seed=seed)
     for score in filter(is_binary, scores):
         requests = tasks[score.task].instances
-        with doing(f"samples {role}: {score.task}"):
+        with doing(f"samples: {score.task}"):
             seed_everything(seed)
             asked = [_sampled(request, settings) for request in requests]
             texts = [lm.generate_until(asked) for _ in range(settings.n)]
@@ -159,25 +170,6 @@ def _num_right(task: Any, texts: Sequence[Sequence[str]]) -> dict[int, int]:
             values = task.process_results(request.doc, [request.filtered_resps[filter_name]])
             counts[request.doc_id] += int(values[metric_of(task, list(values))] == 1)
     return counts
-
-
-def in_words(samples: Samples) -> str:
-    """pass@k of every model and task, and what became of the answers that the teacher's greedy text has right."""
-    names = ("greedy", *(f"pass@{k}" for k in samples.k))
-    passed = [["task", "model", "n", *names, "by guessing"]]
-    lost = [["task", "model", "lost", "demoted", "gone", "by guessing"]]
-    right = {own.task: {item.id for item in own.items if item.greedy} for own in samples.tasks if own.role == "teacher"}
-    for own in samples.tasks:
-        greedy = [float(item.greedy) for item in own.items]
-        shares = [greedy, *([pass_at(samples.n, item.num_right, k) for item in own.items] for k in samples.k)]
-        chance = 1 - (1 - own.chance) ** samples.n
-        passed.append([own.task, own.role, str(len(greedy)), *map(_share, shares), f"{100 * chance:.0f} %"])
-        if own.role != "teacher" and own.task in right:
-            fates = [item.num_right > 0 for item in own.items if item.id in right[own.task] and not item.greedy]
-            told = [_count(fates.count(fate), len(fates)) for fate in (True, False)]
-            lost.append([own.task, own.role, str(len(fates)), *told, f"{100 * chance:.0f} %"])
-    explained = f"{samples.n} texts were drawn for every item; by guessing, one of {samples.n} would be right so often."
-    return "\n".join([*aligned(passed), "", *(aligned(lost) if len(lost) > 1 else []), "", explained])
 
 
 def _share(values: Sequence[float]) -> str:

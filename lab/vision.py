@@ -40,7 +40,7 @@ from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.runtime import device
 from shoal.stats.intervals import expanded_percentiles, resampled_means
 
-from .results import identity, made, told
+from .part import identity, made, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

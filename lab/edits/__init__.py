@@ -1,7 +1,9 @@
-"""What parts that change layers of a model share.
+"""Parts that change layers of a run's model.
 
-student   writes student/ and plan.json, proven by running it
-between   layers calculated from their neighbours: means, and what LESA predicts
-swapping  layers of a donor in the places of a model's own
-zeroing   attention, MLP and heads that write nothing for good
+student  writes student/ and plan.json, proven by running it
+grow     new layers between others, also as LESA predicts them
+merge    neighbours into one
+replace  one trained layer for a run
+skip     attention, MLP or heads silent for good
+swap     a donor's layers
 """

@@ -11,7 +11,7 @@ from tiny import tiny_checkpoint
 
 from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
-from shoal.lab.disputed import Asked, Disputed, Settings, _asked, _rows, in_words, work
+from shoal.lab.disputed import Asked, Disputed, Settings, _asked, _rows, work
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import parse_recipe
 
@@ -45,7 +45,7 @@ def test_a_model_that_answers_as_people_do_diverges_nowhere_and_reaches_what_the
 
 def test_items_on_which_people_agree_stand_apart() -> None:
     asked = (Asked(0.9, 0.9, 0.1), Asked(0.4, 0.5, 0.2))
-    lines = in_words(Disputed(Provenance({}), {"teacher": asked})).splitlines()
+    lines = Disputed(Provenance({}), {"teacher": asked}).in_words().splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [["teacher", "agreed", "1"], ["teacher", "disputed", "1"]]
 
 

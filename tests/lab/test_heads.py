@@ -1,6 +1,6 @@
 """Retrieval heads: on a model whose heads are known.
 
-Covers: shoal.lab.heads.prompts, shoal.lab.heads.scores.
+Covers: shoal.lab.attention.prompts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from tiny import tiny_tokenizer
 from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
 from shoal.figures.style import save_figure
-from shoal.lab.heads import Heads, TaskHeads, heads_figure
-from shoal.lab.heads.prompts import SIZES, copy_prompts
-from shoal.lab.heads.scores import score_heads
+from shoal.lab.attention.prompts import SIZES, copy_prompts
+from shoal.lab.heads import Heads, TaskHeads, heads_figure, score_heads
 
 TOKENIZER: Any = tiny_tokenizer()
 

@@ -1,7 +1,4 @@
-"""Patching: on a model whose heads are known, and against runs of whole models with hooks.
-
-Covers: shoal.lab.patching.runs, shoal.lab.patching.twins.
-"""
+"""Patching: on a model whose heads are known, and against runs of whole models with hooks."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.compress.edits.masks import with_heads
 from shoal.figures.style import save_figure
 from shoal.lab import patching as part
-from shoal.lab.patching.runs import GROUPS, Patching, patch_effects
-from shoal.lab.patching.twins import Twins, copy_twins
+from shoal.lab.attention.prompts import Twins, copy_twins
+from shoal.lab.patching import GROUPS, Patcher, patch_effects
 from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
 
 TOKENIZER: Any = tiny_tokenizer()
@@ -120,7 +117,7 @@ def test_patched_runs_are_those_of_the_whole_model_with_hooks(family: str) -> No
     narrow: dict[str, Any] = {"sliding_window": 3} if family in ("gemma3_text", "mixtral") else {}
     model, pair = architectures.tiny_model(family, **narrow).double(), random_twins()
     model.set_experts_implementation("eager")  # the grouped kernel knows no float64
-    patching = Patching(model)
+    patching = Patcher(model)
     runs = patching.intact(pair)
     clean, corrupted = runs.differences
     for layer in (0, 2, 5):

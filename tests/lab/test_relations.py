@@ -1,7 +1,4 @@
-"""Losses on attention, values and pooled states: values and gradients from the definitions, and a training with them.
-
-Covers: shoal.lab.training.
-"""
+"""Losses on attention, values and pooled states: values and gradients from the definitions, and a whole training."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.data.packing import IGNORED
 from shoal.lab import relations
-from shoal.lab.heads.attention_calls import AttentionInputs
+from shoal.lab.attention.calls import AttentionInputs
 from shoal.lab.relations import Attended, AttentionRelation, MultiScale, RelationLosses, ValueRelation
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import StateTerm

@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint
 
 from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
-from shoal.lab.samples import DrawnItem, DrawnTask, Samples, Settings, in_words, pass_at, work
+from shoal.lab.samples import DrawnItem, DrawnTask, Samples, Settings, pass_at, work
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import parse_recipe
 
@@ -28,7 +28,7 @@ def test_a_lost_answer_is_demoted_if_a_drawn_text_has_it() -> None:
     num_right = {"a": 2, "b": 1, "c": 0, "d": 1}
     items = tuple(DrawnItem(name, name == "a", right) for name, right in num_right.items())
     pruned = DrawnTask("pruned", "t", 0.0, items)
-    lines = in_words(Samples(Provenance({}), 2, (1, 2), (teacher, pruned))).splitlines()
+    lines = Samples(Provenance({}), 2, (1, 2), (teacher, pruned)).in_words().splitlines()
     lost = next(line for line in lines[4:] if "pruned" in line)
     assert lost.split()[:4] == ["t", "pruned", "2", "1,"], lost
     assert next(line for line in lines if "pruned" in line).split()[3:6] == ["25.0", "%", "[4.6,"]

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from shoal.lab.heads.prompts import CopyPrompt
-from shoal.lab.patching.twins import Twins
+from shoal.lab.attention.prompts import CopyPrompt, Twins
 
 NUM_TOKENS = 20
 PREVIOUS, COPYING = (0, 0), (1, 0)

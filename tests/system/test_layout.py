@@ -35,9 +35,7 @@ LEVELS = (
     ("launch.verbs", "launch.help"),
     ("launch.api",),
     ("launch",),
-    ("lab.edits", "lab.results"),
-    ("lab.diagnostics", "lab.heads", "lab.sweeps"),
-    ("lab.patching", "lab.reading"),
+    ("lab.attention", "lab.depth", "lab.edits"),
     ("lab",),
 )
 """Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""

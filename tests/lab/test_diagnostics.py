@@ -1,7 +1,6 @@
 """Depth diagnostics against float64 references written from the formulae, and what they must not depend on.
 
-Covers: shoal.lab.diagnostics.effects, shoal.lab.diagnostics.figure, shoal.lab.diagnostics.path_gradients,
-shoal.lab.diagnostics.residual_flow, shoal.lab.diagnostics.runs.
+Covers: shoal.lab.depth.interventions, shoal.lab.depth.residual_flow, shoal.lab.depth.runs.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import Provenance
 from shoal.data.packing import PackedRows
 from shoal.figures.style import save_figure
-from shoal.lab.diagnostics import runs
-from shoal.lab.diagnostics.diagnose import Diagnostics, Effort, diagnose, effective_depths
-from shoal.lab.diagnostics.effects import cut_positions
-from shoal.lab.diagnostics.figure import diagnostics_figure
-from shoal.lab.diagnostics.runs import Prompt
+from shoal.lab.depth import runs
+from shoal.lab.depth.interventions import cut_positions
+from shoal.lab.depth.runs import Prompt
+from shoal.lab.diagnostics import Diagnostics, Effort, diagnose, diagnostics_figure, effective_depths
 from shoal.models.anatomy import decoder_layers
 
 ROWS = packed([[40], [17, 23], [4, 36]])
@@ -37,7 +35,7 @@ FLOAT32 = 2.0**-24
 ROUNDINGS = 16
 """As many may add up: a path's ends, its points and the probabilities are float32, logits of about 10 among them."""
 
-EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28)
+EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28, answer_tokens=3)
 PROMPTS = [
     Prompt(tuple((7 * token + 3) % 250 for token in range(start, start + length)), 3)
     for start, length in ((0, 13), (40, 20), (90, 11))
@@ -245,7 +243,7 @@ def largest_effects(
 @pytest.mark.parametrize("kind", KINDS)
 def test_effects_on_later_layers_equal_whole_runs_with_hooks(kind: str) -> None:
     model = double(kind)
-    found = run(model, rows_of(PROMPTS), prompts=PROMPTS, seed=3)
+    found = run(model, rows_of(PROMPTS), seed=3)
     with torch.no_grad():
         relative, output, erased = largest_effects(model, PROMPTS, 3)
     assert found.num_cuts == len(cut_positions(PROMPTS, 2, seed=3)) == 4
@@ -271,8 +269,9 @@ def probability(model: PreTrainedModel, prompt: Prompt, module: torch.nn.Module,
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str) -> None:
     model, prompt, steps = double(kind), PROMPTS[0], 5
-    effort = replace(EFFORT, gradient_prompts=1, gradient_sites=(site,), steps=steps)
-    (found,) = run(model, prompts=PROMPTS, effort=effort).attributions
+    effort = replace(EFFORT, gradient_prompts=1, steps=steps)
+    every = run(model, rows_of(PROMPTS), effort=effort).attributions
+    (found,) = (one for one in every if one.site == site)
     assert (found.site, found.input_ids, found.num_answer) == (site, prompt.input_ids, 3)
     assert not any(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -20,7 +20,7 @@ from shoal.errors import UserError
 from shoal.lab import heads as heads_part
 from shoal.lab import sweeps
 from shoal.lab.command import lab
-from shoal.lab.heads.scores import HeadScores
+from shoal.lab.heads import HeadScores
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import open_run

@@ -22,7 +22,7 @@ from shoal.compress.variants.variants import score_variants, variant
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
-from shoal.lab.edits.swapping import Part, swapped
+from shoal.lab.edits.swap import Part, swapped
 from shoal.lab.sweeps import WithDonor
 from shoal.models.anatomy import decoder_layers
 

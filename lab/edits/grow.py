@@ -1,4 +1,7 @@
-"""Predict a layer from the layers below and above it (LESA, Yang et al. 2025, arXiv:2502.13794).
+"""Put new layers between those of a model, which makes it deeper; also as LESA (Yang et al. 2025, arXiv:2502.13794)
+predicts them from the layers below and above.
+
+A new layer is of the kind of the one below it: the configuration says of it what it says of that one.
 
 L layers, E matrices of a type in one layer (experts; else 1), m x n their shape.
 
@@ -21,19 +24,33 @@ Other than the authors' code:
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.compress.edits.tensors import combined, layer_tensors, shapes_of
+from shoal.artifacts.plan import PlannedChange
+from shoal.compress.edits.tensors import check_run, combined, layer_tensors, put_tensors, shapes_of
+from shoal.compress.surgery.cut_model import cut_model, kept_layers
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
+from shoal.formatting import layers_text
+from shoal.launch.verbs.run import Run
+from shoal.models.anatomy import called_on, decoder_layers, state_of
 from shoal.progress import each
+from shoal.recipe.section import Section
 from shoal.runtime import device
+
+from .skip import zero_half
+from .student import Edited, loaded_teacher, write_student
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +67,81 @@ HELD_OUT_SHARE = 16
 SMALLEST_SCALE = 1e-4
 
 
+@dataclass(frozen=True)
+class Settings(Section):
+    """Where new layers come, and what they begin as."""
+
+    after: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    """Layers, counted from 0, after each of which a new one of its kind comes."""
+    init: Literal["zero", "copy", "mean", "lesa"] = "zero"
+    """Weights of a new layer. zero: those of the layer below it, with attention and MLP writing nothing, so that the
+    student is the teacher bit for bit until it is trained; copy: those of the layer below; mean: of the layers on both
+    sides; lesa: what LESA predicts from the layers on both sides."""
+
+
+def work(run: Run, settings: Settings) -> str:
+    """student/ and plan.json: the run's model with more layers."""
+    teacher, after = loaded_teacher(run), tuple(sorted({*settings.after}))
+    new = new_layers(teacher, after, settings.init, seed=run.recipe.seed)
+    student, keep = cut_model(teacher, (), insert=after, share=True), kept_layers(run.num_layers, (), after)
+    for layer, tensors in new.items():
+        put_tensors(decoder_layers(student)[keep.index(layer) + 1], tensors, where=f"new layer after {layer}")
+    writes = settings.init != "zero"
+    if not writes:  # training starts from these zeros, so it is not told to keep them
+        places = [keep.index(layer) + 1 for layer in after]
+        for half in ("attention", "mlp"):
+            zero_half(half, student, places)
+    words = f"{len(after)} new layer{'s' if len(after) > 1 else ''} after {layers_text(after)} ({settings.init})"
+    edited = Edited(
+        student,
+        PlannedChange("grow", words),
+        partial(inserted_in_place, teacher, new if writes else {}),
+        keep=keep,
+        use_cache=not writes,
+    )
+    return write_student(run, "grow", settings, edited, teacher, {})
+
+
+def new_layers(
+    model: PreTrainedModel, after: Sequence[int], init: str, *, seed: int
+) -> dict[int, Mapping[str, Tensor]]:
+    """Every parameter and stored buffer of each new layer, by the layer of ``model`` that it comes after. Of `zero` it
+    is a copy, which the student then silences. ``seed`` is for `lesa`.
+
+    Raises:
+        UserError: a layer that shares parameters with others; for `mean` and `lesa` no layer above, one that holds
+            other tensors, or none that a prediction could be learnt from.
+    """
+    for layer in after:
+        check_run(model, layer, 1)
+    pairs = [(layer, layer + 1) for layer in after]
+    if init == "lesa":
+        return dict(zip(after, predicted_layers(model, pairs, seed=seed), strict=True))
+    if init == "mean":
+        return {pair[0]: mean_of_layers(model, pair) for pair in pairs}
+    return {layer: {name: tensor.clone() for name, tensor in layer_tensors(model, layer).items()} for layer in after}
+
+
+@contextmanager
+def inserted_in_place(model: PreTrainedModel, layers: Mapping[int, Mapping[str, Tensor]]) -> Iterator[PreTrainedModel]:
+    """``model`` running a new layer with the given tensors after each named one, until the block ends.
+
+    A new layer is called as the one before it was, with that one's output. It has no slot in a cache, so that ``model``
+    runs without one.
+    """
+    with ExitStack() as stack:
+        for layer, tensors in layers.items():
+            before = decoder_layers(model)[layer]
+            new = copy.deepcopy(before)
+            put_tensors(new, tensors, where=f"new layer after {layer}")
+            stack.callback(before.register_forward_hook(partial(_run_after, new), with_kwargs=True).remove)
+        yield model
+
+
+def _run_after(new: nn.Module, _: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+    return called_on(new, args, kwargs, state_of(output))
+
+
 def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *, seed: int) -> list[dict[str, Tensor]]:
     """For each pair of layers every parameter and stored buffer of a layer between them, in the dtypes of the first.
 
@@ -63,8 +155,8 @@ def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *
     predicted: list[dict[str, Tensor]] = [{} for _ in pairs]
     wanted: dict[tuple[str, torch.Size], list[int]] = defaultdict(list)
     for number, (below, above) in enumerate(pairs):
-        refuse_different_shapes(model, (below, above))
-        refuse_without_examples(model, below)
+        _refuse_different_shapes(model, (below, above))
+        _refuse_without_examples(stored, below)
         for name, tensor in layer_tensors(model, below).items():
             if _is_matrix(tensor):
                 wanted[name, tensor.shape].append(number)
@@ -84,10 +176,10 @@ def mean_of_layers(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, T
     """Every parameter and every stored buffer of a layer that is the mean of ``layers``, whatever attention they have.
 
     Raises:
-        UserError: as refuse_different_shapes; tensors that are shared with other layers, or that differ and are not of
-            floating point.
+        UserError: layers that hold other tensors, or tensors that are shared with other layers, or that differ and are
+            not of floating point.
     """
-    refuse_different_shapes(model, layers)
+    _refuse_different_shapes(model, layers)
     tensors = [layer_tensors(model, layer) for layer in layers]
     where = " and ".join(map(str, layers))
     factors = (1 / len(layers),) * len(layers)
@@ -97,12 +189,10 @@ def mean_of_layers(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, T
     }
 
 
-def refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Refuse layers of which no tensors can be calculated together.
-
-    Raises:
-        UserError: naming the first tensor that one of them lacks or has in another shape.
-    """
+def _refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Refuse layers of which no tensors can be calculated together: one that is not there, or that holds others."""
+    if beyond := [layer for layer in layers if not 0 <= layer < len(decoder_layers(model))]:
+        raise UserError(f"there is no layer {beyond[0]} to calculate a layer beside it from; choose another init")
     first, *others = layers
     expected = shapes_of(model, first)
     for layer in others:
@@ -116,13 +206,8 @@ def refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> No
             )
 
 
-def refuse_without_examples(model: PreTrainedModel, layer: int) -> None:
-    """Refuse a layer that holds a matrix of a type which no three neighbours have; ``model`` may be without weights.
-
-    Raises:
-        UserError: naming the first such matrix.
-    """
-    stored = [dict(own.state_dict()) for own in decoder_layers(model)]
+def _refuse_without_examples(stored: Sequence[Mapping[str, Tensor]], layer: int) -> None:
+    """Refuse a layer that holds a matrix of a type which no three neighbours have."""
     for name, tensor in stored[layer].items():
         alike = [place for place, own in enumerate(stored) if _has(own, name, tensor.shape)]
         if _is_matrix(tensor) and not _middles(alike):

@@ -20,7 +20,7 @@ from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
 from shoal.recipe.section import Section
 
-from .edits.student import Edited, loaded_teacher, write_student
+from .student import Edited, loaded_teacher, write_student
 
 log = logging.getLogger(__name__)
 

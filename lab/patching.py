@@ -1,8 +1,9 @@
-"""What brings a corrupted run back to the clean one: states of the clean run put into it, one part at a time.
+"""Through which states an answer reaches the last token: patching.json.
 
-Activation patching as in arXiv:2504.07898: of two prompts of one length with different answers, LD = logit(clean
-answer) - logit(corrupted answer) at the last token; the effect of a part is (LD patched - LD corrupted) / (LD clean -
-LD corrupted), numerator and denominator summed over the twins. 1 = the part carries all of the difference, 0 = none.
+Activation patching as in arXiv:2504.07898: states of the clean run are put into a corrupted one, one part at a time. Of
+two prompts of one length with different answers, LD = logit(clean answer) - logit(corrupted answer) at the last token;
+the effect of a part is (LD patched - LD corrupted) / (LD clean - LD corrupted), numerator and denominator summed over
+the twins. 1 = the part carries all of the difference, 0 = none.
 
 Below the patched layer, and before the first patched token, the run is the corrupted one: neither is computed again.
 
@@ -18,26 +19,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.compress.edits.masks import with_halves
 from shoal.compress.edits.sublayers import Sublayers, probing, silent_output
 from shoal.compress.variants.layerwise import Layerwise, Prepared
 from shoal.errors import UserError
+from shoal.figures.style import SERIES_COLOURS, SERIES_STYLE, WIDTH_INCHES, figure_style, legend_above, panels
 from shoal.inference.decoder import Decoder, plain_cache
+from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import state_of, watched, with_state
 from shoal.progress import each
+from shoal.recipe.section import Positive, Section
 
-from .twins import Corruption, Twins
+from .attention.prompts import Corruption, Twins, copy_twins
+from .heads import draw_by_head
+from .part import identity, made, model_of, told
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SITES = {"residual": "the layer's input", "attention": "the attention's output", "mlp": "the MLP's output"}
 Part = tuple[str, int]
 """A site (residual: what enters the layer; attention, mlp: what they write; head: its context) and a head, else 0."""
-
-
 GROUPS = ("needle", "question", "last", "all")
 """Groups of places: what is corrupted in the data, with its value; what stands behind the data, without the last token;
 the last token; everything from the first token on that differs."""
@@ -54,6 +64,78 @@ class Patched:
     """One of GROUPS."""
     effects: tuple[tuple[float, ...], ...]
     """1 = all of the difference between the twins, 0 = none; one number a layer but for heads."""
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """The prompts that are patched."""
+
+    twins: Positive = 8
+    """Look-ups of four pairs, each with three twins: another value, two keys exchanged, another key asked for."""
+
+
+@dataclass(frozen=True)
+class Patching(Artifact):
+    """patching.json: what every part of every layer brings back of the clean run."""
+
+    FILE: ClassVar[str] = "patching.json"
+
+    num_layers: int
+    num_twins: dict[Corruption, int]
+    """Pairs of prompts that the model answers right both ways, on which ``patched`` is measured."""
+    patched: tuple[Patched, ...]
+
+    def in_words(self) -> str:
+        """The head and the attention that bring back the most of every kind of twin."""
+        lines = []
+        for patched in self.patched:
+            if patched.group == "all" and patched.site in ("head", "attention"):
+                rows = enumerate(patched.effects)
+                effect, layer, head = max((one, layer, head) for layer, row in rows for head, one in enumerate(row))
+                place = f"head {layer}.{head}" if patched.site == "head" else f"the attention of layer {layer}"
+                lines.append(f"of another {patched.twin} {place} brings back the most ({effect:.2f})")
+        return "\n".join(lines)
+
+
+def work(run: Run, settings: Settings) -> str:
+    """What brings back the answer, in words."""
+
+    def patched(provenance: Provenance) -> Patching:
+        twins = copy_twins(settings.twins, run.tokenizer(), seed=run.recipe.seed)
+        return Patching(provenance, run.num_layers, *patch_effects(model_of(run), twins))
+
+    return told(run, made(run, Patching, identity(run, settings), patched, patching_figure))
+
+
+def patching_figure(patching: Patching) -> Figure:
+    """What patching of every site brings back, by layer and by head."""
+    of = {(own.twin, own.site, own.group): own for own in patching.patched}
+    curves: list[tuple[Corruption, str]] = [
+        (twin, site) for twin in patching.num_twins for site in SITES if (twin, site, "all") in of
+    ]
+    maps = [own for own in patching.patched if (own.site, own.group) == ("head", "all") and any(own.effects)]
+    most = max((len(row) for own in maps for row in own.effects), default=0)
+    heights = [2.1] * len(curves) + [1.0 + 0.13 * patching.num_layers] * len(maps)
+    figure, axes = panels(heights, width=max(WIDTH_INCHES, 1.6 + 0.2 * most))
+    with figure_style():
+        for ax, (twin, site) in zip(axes, curves, strict=False):
+            _draw_curves(ax, [of[twin, site, group] for group in GROUPS if (twin, site, group) in of])
+            ax.set_title(f"Another {twin} (n = {patching.num_twins[twin]}): {SITES[site]}")
+        legend_above(figure, axes[: len(curves)])
+        for ax, own in zip(axes[len(curves) :], maps, strict=True):
+            draw_by_head(figure, ax, own.effects, f"Another {own.twin}: contexts of single heads")
+    return figure
+
+
+def _draw_curves(ax: Axes, patched: Sequence[Patched]) -> None:
+    for curve in patched:
+        place = GROUPS.index(curve.group)
+        colour, (stroke, marker) = SERIES_COLOURS[place], SERIES_STYLE[place]
+        values = [row[0] for row in curve.effects]
+        ax.plot(values, stroke, marker=marker, ms=3.5, lw=1.3, color=colour, label=curve.group)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("patching\nbrings back")
+    ax.grid(axis="y")
 
 
 @dataclass
@@ -83,12 +165,12 @@ def patch_effects(
     Raises:
         UserError: layers that cannot be run alone or whose halves are not known, or no twins that are answered right.
     """
-    patching = Patching(model)
+    patcher = Patcher(model)
     num_used: dict[Corruption, int] = {}
     patched: list[Patched] = []
     with probing(model):
         for kind, twins in twins_by_kind.items():
-            num_used[kind], effects = _effects(patching, kind, twins)
+            num_used[kind], effects = _effects(patcher, kind, twins)
             patched += effects
     if not patched:
         raise UserError(
@@ -98,21 +180,21 @@ def patch_effects(
     return num_used, tuple(patched)
 
 
-def _effects(patching: Patching, kind: Corruption, twins: Sequence[Twins]) -> tuple[int, list[Patched]]:
+def _effects(patcher: Patcher, kind: Corruption, twins: Sequence[Twins]) -> tuple[int, list[Patched]]:
     gained: dict[tuple[str, str], list[list[float]]] = {}
     num_used, gap = 0, 0.0
     for pair in each(twins, f"patching: {kind}", unit="twins"):
-        runs = patching.intact(pair)
+        runs = patcher.intact(pair)
         if not runs.is_right:
             continue
         num_used += 1
         clean, corrupted = runs.differences
         gap += clean - corrupted
-        for (group, places), layer in itertools.product(pair.groups.items(), range(patching.num_layers)):
-            parts = patching.parts(layer)
-            changes = patching.differences(runs, pair, layer, parts, places)
+        for (group, places), layer in itertools.product(pair.groups.items(), range(patcher.num_layers)):
+            parts = patcher.parts(layer)
+            changes = patcher.differences(runs, pair, layer, parts, places)
             for (site, index), difference in zip(parts, changes, strict=True):
-                rows = gained.setdefault((site, group), patching.zeros(site))
+                rows = gained.setdefault((site, group), patcher.zeros(site))
                 rows[layer][index] += difference - corrupted
     return num_used, [
         Patched(kind, site, group, tuple(tuple(value / gap for value in row) for row in rows))
@@ -120,7 +202,7 @@ def _effects(patching: Patching, kind: Corruption, twins: Sequence[Twins]) -> tu
     ]
 
 
-class Patching:
+class Patcher:
     """One model's clean, corrupted and patched runs.
 
     Raises:

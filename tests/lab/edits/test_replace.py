@@ -16,8 +16,8 @@ from shoal.compress.edits.tensors import with_layers
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.lab import replace as replacement
-from shoal.lab.replace import Settings, TrainedLayer, train_replacement
+from shoal.lab.edits import replace as replacement
+from shoal.lab.edits.replace import Settings, TrainedLayer, train_replacement
 from shoal.models.anatomy import decoder_layers
 
 LENGTH = 24
@@ -195,22 +195,7 @@ def test_a_run_that_changes_nothing_is_refused() -> None:
     for layer in (1, 2):
         for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
             nn.init.zeros_(decoder_layers(model)[layer].get_parameter(name))
-    with pytest.raises(
-        UserError, match=r"layers 1..2: change nothing in any state, so there is nothing to train; drop"
-    ):
-        train_replacement(model, settings(1, 2), some_rows(4), seed=0)
-
-
-def test_a_layer_that_remembers_is_refused() -> None:
-    model = tiny_model("llama")
-    counted: list[int] = []
-
-    def drift(_: nn.Module, __: Any, output: Any) -> Tensor:
-        counted.append(1)
-        return output + len(counted)
-
-    decoder_layers(model)[1].register_forward_hook(drift)
-    with pytest.raises(UserError, match=r"layer 1 of this llama model gives another output when it is called again"):
+    with pytest.raises(UserError, match=r"layers 1..2: change nothing in any state"):
         train_replacement(model, settings(1, 2), some_rows(4), seed=0)
 
 

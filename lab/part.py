@@ -1,4 +1,5 @@
-"""Results of parts: what identifies one, and a result that is made once, with its figure, in lab/ of the run directory.
+"""What parts share: what identifies a result, one that is made once, with its figure, in lab/ of the run directory, and
+the models of a run in turn.
 
 A part runs in one process.
 """
@@ -10,16 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.identity import Identity
+from shoal.eval.harness.engine import CausalLM
+from shoal.eval.harness.item_cache import ItemCache, identity_of
+from shoal.launch.verbs.evaluate import roles
 from shoal.launch.verbs.run import Run
-from shoal.models.load import load_model
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.section import Section, as_dict
-from shoal.runtime import device, seed_everything
+from shoal.runtime import device, free_memory, seed_everything
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "lab"
 Result = TypeVar("Result", bound=Artifact)
+Answers = TypeVar("Answers")
 
 
 def identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
@@ -44,14 +50,28 @@ def model_of(run: Run) -> Any:
     return load_model(run.teacher, device=device(), **run.load_args())
 
 
+def by_role(run: Run, part: str, ask: Callable[[str, CausalLM], Answers]) -> dict[str, Answers]:
+    """What ``ask`` makes of every model of the run that is there; one at a time is in memory."""
+    load, found = LoadSettings(**run.load_args()), dict[str, Answers]()
+    for role, folder in roles(run).items():
+        checkpoint = Checkpoint.read(folder, load)
+        model = checkpoint.model(device=device())
+        kept = ItemCache(run.dir / "eval" / "items", identity_of(model_fingerprint(folder), model))
+        lm = CausalLM(model, checkpoint.tokenizer(), run.recipe.eval.batch_size, items=kept, called=f"{part} {role}")
+        found[role] = ask(role, lm)
+        del model, lm
+        free_memory()
+    return found
+
+
 def made(
     run: Run,
     kind: type[Result],
     inputs: dict[str, Any],
     make: Callable[[Provenance], Result],
-    draw: Callable[[Result], Figure],
+    draw: Callable[[Result], Figure] | None = None,
 ) -> Result:
-    """The result with these ``inputs``: read, where lab/ holds it, else made, written and drawn."""
+    """The result with these ``inputs``: read, where lab/ holds it, else made, written and, if it can be, drawn."""
     from shoal.figures.style import save_figure
 
     path = run.dir / FOLDER / kind.FILE
@@ -61,7 +81,8 @@ def made(
     seed_everything(run.recipe.seed)
     result = make(asked.provenance)
     result.write(path)
-    save_figure(draw(result), path.with_suffix(".svg"))
+    if draw is not None:
+        save_figure(draw(result), path.with_suffix(".svg"))
     return result
 
 

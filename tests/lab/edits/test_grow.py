@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.lab.edits import between
-from shoal.lab.edits.between import predicted_layers, refuse_without_examples
+from shoal.lab.edits import grow
+from shoal.lab.edits.grow import predicted_layers
 from shoal.models.anatomy import decoder_layers
 
 
@@ -45,7 +45,7 @@ def test_weights_that_are_affine_in_depth_are_predicted_exactly(kind: str) -> No
 def test_coefficients_are_those_of_the_decomposition() -> None:
     """U S V_i by numpy in float64: the spectrum, the rows up to their signs, and every matrix whole again."""
     weights_LEmn = torch.randn(5, 1, 12, 20, generator=torch.Generator().manual_seed(0))
-    directions_mm, scale_m = between._basis(weights_LEmn)
+    directions_mm, scale_m = grow._basis(weights_LEmn)
     side_by_side = np.concatenate(list(weights_LEmn[:, 0].double().numpy()), axis=1)
     _, spectrum, rows = np.linalg.svd(side_by_side, full_matrices=False)
     np.testing.assert_allclose(scale_m.flip(0).numpy(), spectrum, rtol=1e-4)
@@ -69,7 +69,7 @@ def learnable() -> PreTrainedModel:
 
 @pytest.mark.prove
 def test_what_a_mean_cannot_give_is_learnt(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(between, "EPOCHS", 60)
+    monkeypatch.setattr(grow, "EPOCHS", 60)
     model = learnable()
     caplog.set_level("INFO")
     (found,) = predicted_layers(model, [(4, 6)], seed=0)
@@ -85,11 +85,11 @@ def test_the_loss_is_that_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a network that gives a known difference: (1 - lambda) MSE + lambda (|prediction| - |target|)^2, by batches."""
     coefficients_LRn = torch.randn(3, 160, 5, generator=torch.Generator().manual_seed(0))
     known = nn.Linear(10, 5)
-    monkeypatch.setattr(between, "_network", lambda *_: copy.deepcopy(known))
-    monkeypatch.setattr(between, "EPOCHS", 0)
+    monkeypatch.setattr(grow, "_network", lambda *_: copy.deepcopy(known))
+    monkeypatch.setattr(grow, "EPOCHS", 0)
     told: list[tuple[float, float]] = []
-    monkeypatch.setattr(between.log, "info", lambda _text, _name, network, mean, _end: told.append((network, mean)))
-    between._learnt("name", coefficients_LRn, [1], torch.Generator().manual_seed(7))
+    monkeypatch.setattr(grow.log, "info", lambda _text, _name, network, mean, _end: told.append((network, mean)))
+    grow._learnt("name", coefficients_LRn, [1], torch.Generator().manual_seed(7))
     held_out = torch.randperm(160, generator=torch.Generator().manual_seed(7))[:10]
     below, target, above = coefficients_LRn[:, held_out].double()
     mean = (below + above) / 2
@@ -104,7 +104,7 @@ def test_the_loss_is_that_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_without_neighbours_of_their_shape_are_refused() -> None:
     with pytest.raises(UserError, match=r"no three neighbouring layers have .* of layer 0"):
-        refuse_without_examples(tiny_model("llama", num_hidden_layers=2), 0)
+        predicted_layers(tiny_model("llama", num_hidden_layers=2), [(0, 1)], seed=0)
     mixed = tiny_architecture("jamba")
     with pytest.raises(UserError, match=r"no three neighbouring layers have"):
         predicted_layers(mixed, [(0, 0)], seed=0)

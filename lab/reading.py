@@ -24,8 +24,8 @@ from shoal.recipe.section import Section
 from shoal.stats.intervals import Array, bootstrap_p, expanded_percentiles, resampled_means
 from shoal.stats.paired import holm
 
-from ..results import made, model_of, told
-from ..sweeps import sweeps_identity, tables_of
+from .part import made, model_of, told
+from .sweeps import sweeps_identity, tables_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -30,15 +29,15 @@ from shoal.progress import each
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, shaping
 from shoal.runtime import device
 
-from .edits.between import mean_of_layers, predicted_layers, refuse_different_shapes, refuse_without_examples
-from .edits.student import loaded_teacher, write_student
-from .local_heal import warmup_cosine
+from .grow import mean_of_layers, predicted_layers
 from .merge import Run_, one_for_a_run, refuse_gaps
+from .student import loaded_teacher, write_student
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 16
 """One row in sixteen, and at least one, is kept for the errors that are reported."""
+WARMUP_SHARE = 0.05
 FINAL_RATE = 0.25
 """Of the peak: 2e-4 falls to 5e-5 in the authors' code, from which the weight decay is too."""
 WEIGHT_DECAY = 1e-3
@@ -120,26 +119,22 @@ def train_replacement(teacher: PreTrainedModel, settings: Settings, rows: Packed
     The other layers of the run may be of other kinds than the first: only the state they leave counts.
 
     Raises:
-        UserError: a run outside the model, a first layer that is quantised, cannot get tensors of its own or gives
-            another output when it is called again, less than two rows, states that are not finite, a run that changes
-            nothing, a training that diverges.
+        UserError: a run outside the model, a first layer that cannot get tensors of its own, a start that cannot be
+            calculated, less than two rows, states that are not finite, a run that changes nothing, a training that
+            diverges.
     """
     first, last = settings.layers[0], settings.layers[-1]
     check_run(teacher, first, last - first + 1)
     stored = layer_tensors(teacher, first)
-    _refuse_quantised(teacher, first)
-    refuse_impossible_start(teacher, settings)
+    start = _start(teacher, settings, seed=seed)
     train, held_out = _split(rows, settings.batch_size, seed=seed)
     run = _Run(teacher, rows, first, last)
-    run.refuse_first_with_memory(held_out[0])
     unit = run.mean_squared_error(None, held_out)
-    if unit == 0:
-        raise UserError(f"{run}: change nothing in any state, so there is nothing to train; drop them")
-    if not math.isfinite(unit):
+    if not 0 < unit < math.inf:
         raise UserError(
-            f"{run}: their states overflow in {teacher.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
+            f"{run}: change nothing in any state, or overflow in {teacher.dtype} (mean square of the change {unit}); "
+            "drop them, or set dtype: float32 in the recipe"
         )
-    start = _start(teacher, settings, seed=seed)
     layer = copy.deepcopy(decoder_layers(teacher)[first]).float().requires_grad_(True).eval()
     layer.load_state_dict(start)
     initial_error = run.mean_squared_error(layer, held_out) / unit
@@ -150,7 +145,9 @@ def train_replacement(teacher: PreTrainedModel, settings: Settings, rows: Packed
     layer.load_state_dict(tensors)
     error = run.mean_squared_error(layer, held_out) / unit
     if not math.isfinite(error):
-        raise UserError(_diverged(run, settings.learning_rate))
+        raise UserError(
+            f"{run}: the trained layer is not finite any more; lower learning_rate (now {settings.learning_rate:g})"
+        )
     log.info("%s by one: error %.4f on held-out rows", run, error)
     if error >= min(1, initial_error):
         log.warning(
@@ -161,25 +158,6 @@ def train_replacement(teacher: PreTrainedModel, settings: Settings, rows: Packed
     return TrainedLayer(tensors, initial_error, error)
 
 
-def refuse_impossible_start(teacher: PreTrainedModel, settings: Settings) -> None:
-    """Refuse what a trained layer cannot start from; ``teacher`` may be without weights.
-
-    Raises:
-        UserError: layers that hold other tensors than the run's first, or that do not exist.
-    """
-    first, last = settings.layers[0], settings.layers[-1]
-    if settings.init == "mean":
-        refuse_different_shapes(teacher, settings.layers)
-    elif settings.init == "lesa":
-        if first == 0 or last + 1 == len(decoder_layers(teacher)):
-            raise UserError(
-                f"replace: layers {first}..{last}: lesa predicts from the layers on both sides, and there is none "
-                f"{'below' if first == 0 else 'above'}; choose init: first or mean"
-            )
-        refuse_different_shapes(teacher, (first, first - 1, last + 1))
-        refuse_without_examples(teacher, first)
-
-
 def _start(teacher: PreTrainedModel, settings: Settings, *, seed: int) -> Mapping[str, Tensor]:
     first, last = settings.layers[0], settings.layers[-1]
     if settings.init == "mean":
@@ -187,12 +165,6 @@ def _start(teacher: PreTrainedModel, settings: Settings, *, seed: int) -> Mappin
     if settings.init == "lesa":
         return predicted_layers(teacher, [(first - 1, last + 1)], seed=seed)[0]
     return layer_tensors(teacher, first)
-
-
-def _refuse_quantised(teacher: PreTrainedModel, layer: int) -> None:
-    fixed = [p.dtype for p in decoder_layers(teacher)[layer].parameters() if not p.is_floating_point()]
-    if fixed or getattr(teacher.config, "quantization_config", None) is not None:
-        raise UserError(f"replace: layer {layer} is quantised and cannot be trained; give the full-precision model")
 
 
 class _RunEnds(Exception):
@@ -225,11 +197,10 @@ class _Run:
         return f"replace: layers {self.first}..{self.last}"
 
     @torch.no_grad()
-    def observe(self, batch: Tensor) -> tuple[_Call, Tensor, Tensor]:
-        """How the first layer is called on rows ``batch``, the state after it, and the state after the run."""
+    def observe(self, batch: Tensor) -> tuple[_Call, Tensor]:
+        """How the first layer is called on rows ``batch``, and the state after the run."""
         layers, device = decoder_layers(self.teacher), self.teacher.device
         calls: list[_Call] = []
-        after_first: list[Tensor] = []
 
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = given_state(args, kwargs)
@@ -240,9 +211,6 @@ class _Run:
 
         handles = [
             layers[self.first].register_forward_pre_hook(remember, with_kwargs=True),
-            layers[self.first].register_forward_hook(
-                lambda _, __, output: after_first.append(state_of(output).clone())
-            ),
             layers[self.last].register_forward_hook(end),
         ]
         try:
@@ -252,7 +220,7 @@ class _Run:
                     input_ids=self.rows.input_ids_NS[batch].to(device), position_ids=positions_BS, use_cache=False
                 )
         except _RunEnds as ended:
-            return calls[0], after_first[0], ended.args[0]
+            return calls[0], ended.args[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -260,7 +228,7 @@ class _Run:
 
     def squared_errors(self, layer: nn.Module | None, batch: Tensor) -> Tensor:
         """(f(h) - h')^2 of every element in float32; without a layer f(h) is h."""
-        call, _, target_BSD = self.observe(batch)
+        call, target_BSD = self.observe(batch)
         hidden_BSD = call.hidden_BSD.float()
         if layer is not None:
             with torch.autocast(hidden_BSD.device.type, torch.bfloat16, enabled=self.teacher.dtype.itemsize == 2):
@@ -272,21 +240,6 @@ class _Run:
         """E (f(h) - h')^2 over all elements of the rows in ``batches``."""
         errors = [self.squared_errors(layer, batch) for batch in batches]
         return sum(error.sum(dtype=torch.float64).item() for error in errors) / sum(error.numel() for error in errors)
-
-    @torch.no_grad()
-    def refuse_first_with_memory(self, batch: Tensor) -> None:
-        """Refuse a first layer that gives another output when it is called again as it was: a cache, or a defect here.
-
-        Raises:
-            UserError: it does.
-        """
-        call, expected_BSD, _ = self.observe(batch)
-        difference = (call.again(decoder_layers(self.teacher)[self.first], call.hidden_BSD) - expected_BSD).float()
-        if not difference.norm() <= 0.01 * expected_BSD.float().norm():  # sums of experts may round differently
-            raise UserError(
-                f"{self}: layer {self.first} of this {self.teacher.config.model_type} model gives another output when "
-                "it is called again, so it cannot be trained alone; merge or drop the run instead"
-            )
 
 
 def _split(rows: PackedRows, batch_size: int, *, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -307,7 +260,6 @@ def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rat
         optimizer, lambda step: warmup_cosine(step, len(batches), final=FINAL_RATE)
     )
     often = max(1, len(batches) // 10)
-    start, num_tokens = time.monotonic(), 0
     for step, batch in enumerate(each(batches, f"{run} by one", unit="steps"), start=1):
         loss = run.squared_errors(layer, batch).mean() / unit
         loss.backward()
@@ -315,13 +267,14 @@ def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rat
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        num_tokens += len(batch) * run.rows.input_ids_NS.shape[1]
         if step % often == 0:
-            if not math.isfinite(value := loss.item()):
-                raise UserError(_diverged(run, learning_rate))
-            speed = num_tokens / (time.monotonic() - start)
-            log.info("%s: step %d of %d, error %.4f, %s tokens/s", run, step, len(batches), value, f"{speed:,.0f}")
+            log.info("%s: step %d of %d, error %.4f", run, step, len(batches), loss.item())
 
 
-def _diverged(run: _Run, learning_rate: float) -> str:
-    return f"{run}: the trained layer is not finite any more; lower learning_rate (now {learning_rate:g})"
+def warmup_cosine(step: int, num_steps: int, *, final: float) -> float:
+    """Share of the peak rate at ``step``, from 0: a linear warm-up, then half a cosine down to the share ``final``."""
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2

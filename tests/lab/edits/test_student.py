@@ -1,6 +1,6 @@
 """Parts that change layers: each writes a proven student and a plan that training reads as data.
 
-Covers: shoal.lab.edits.student, shoal.lab.grow, shoal.lab.merge, shoal.lab.skip, shoal.lab.swap.
+Covers: shoal.lab.edits.merge.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.plan import PlannedChange, PruningPlan
 from shoal.errors import UserError
-from shoal.lab import grow, merge, skip, swap
-from shoal.lab.edits import student as writing
+from shoal.lab.edits import grow, merge, skip, student, swap
 from shoal.launch.verbs.prune import read_plan
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.anatomy import decoder_layers
@@ -132,7 +131,7 @@ def test_silent_and_merged_models_are_proven_in_all_families(kind: str, tmp_path
         (merge, {"layers": (5, 6)}, r"layers 5..6: this model's layers are 0..5"),
         (skip, {}, "name what is silenced"),
         (skip, {"order": "blockpruner"}, r"importance.json: no such file"),
-        (grow, {"after": (5,), "init": "mean"}, r"layer 5 is the last, and mean needs one on both sides"),
+        (grow, {"after": (5,), "init": "mean"}, r"there is no layer 6 to calculate"),
         (grow, {"after": (6,)}, r"layers 6..6: this model's layers are 0..5"),
     ],
 )
@@ -164,9 +163,9 @@ def changed(layers: Sequence[int]) -> PlannedChange:
 
 
 def test_zeros_of_the_teacher_stay_named_as_far_as_they_are_zeros() -> None:
-    student: Any = tiny_architecture("llama")
+    model: Any = tiny_architecture("llama")
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
-    setattr(student.config, ZEROED_WEIGHTS, names)
-    student.get_parameter(names[0]).data.zero_()
-    writing._name_zeros(writing.Edited(student, changed(()), lambda: torch.no_grad()))
-    assert getattr(student.config, ZEROED_WEIGHTS) == names[:1]
+    setattr(model.config, ZEROED_WEIGHTS, names)
+    model.get_parameter(names[0]).data.zero_()
+    student._name_zeros(student.Edited(model, changed(()), lambda: torch.no_grad()))
+    assert getattr(model.config, ZEROED_WEIGHTS) == names[:1]

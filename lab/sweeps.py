@@ -40,8 +40,8 @@ from shoal.models.load import load_model
 from shoal.recipe.section import Positive, Section, Text
 from shoal.runtime import device
 
-from ..edits.swapping import swapped
-from ..results import FOLDER, identity, made, model_of, told
+from .edits.swap import swapped
+from .part import FOLDER, identity, made, model_of, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from shoal.compress.edits.layer_edits import layer_edits
 from shoal.compress.edits.masks import heads_of_groups
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
-from shoal.lab.edits.zeroing import zero_half, zero_heads
+from shoal.lab.edits.skip import zero_half, zero_heads
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.train.student.trainable import keep_zeros

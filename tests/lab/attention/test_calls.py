@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import UserError
-from shoal.lab.heads.attention_calls import AttentionInputs, attention_calls, attention_weights
+from shoal.lab.attention.calls import AttentionInputs, attention_calls, attention_weights
 from shoal.models.anatomy import decoder_body, decoder_layers
 from shoal.models.attention import implementation, without_kernels
 from shoal.models.document_masks import documents_apart

@@ -1,4 +1,5 @@
-"""How a model uses its depth: what layers write, what they already know, and who reads it later (arXiv:2512.14064).
+"""How a model uses its depth: what layers write, what they already know, and who reads it later (arXiv:2512.14064):
+diagnostics.json.
 
 B batch, S sequence, D hidden, L layers, T = B * S tokens.
 """
@@ -10,9 +11,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,13 +22,25 @@ from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.compress.edits.sublayers import probing, sublayers
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
+from shoal.figures.style import INK, SERIES_COLOURS, SERIES_STYLE, figure_style, panels
+from shoal.launch.verbs.measure import packed_rows
+from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import each, progress
+from shoal.recipe.section import Section
 
-from .effects import MIN_TOKENS, DepthEffects, cut_positions, measure_effects
-from .path_gradients import SITES, Attribution, integrated_gradients, single_module
-from .residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
-from .runs import (
+from .depth.interventions import (
+    MIN_TOKENS,
+    SITES,
+    Attribution,
+    DepthEffects,
+    cut_positions,
+    integrated_gradients,
+    measure_effects,
+    single_module,
+)
+from .depth.residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
+from .depth.runs import (
     DepthRuns,
     Prompt,
     Readout,
@@ -38,6 +52,11 @@ from .runs import (
     run_body,
     states_at,
 )
+from .part import identity, made, model_of, text_identity, told
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +64,38 @@ KL_SHARE = 0.5
 """Effective depth by KL: the first layer whose input is nearer to the output than this share of the largest KL."""
 MIN_OVERLAP = 0.3
 """Effective depth by overlap: the first layer whose input has more of the top-5 tokens than this."""
+Series = list[tuple[str, Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """What is diagnosed over the text of `measure`."""
+
+    gradient_prompts: Annotated[int, Field(ge=0)] = 0
+    """Prompts over which integrated gradients are taken, by far the most expensive part; 0 = none."""
+
+
+def diagnostics(run: Run, settings: Settings) -> Diagnostics:
+    """diagnostics.json of the run's model, made where it is not there yet."""
+    return made(
+        run,
+        Diagnostics,
+        identity(run, settings, **text_identity(run)),
+        lambda provenance: diagnose(
+            model_of(run),
+            packed_rows(run),
+            provenance=provenance,
+            batch_size=run.recipe.measure.batch_size,
+            effort=Effort(gradient_prompts=settings.gradient_prompts),
+            seed=run.recipe.seed,
+        ),
+        diagnostics_figure,
+    )
+
+
+def work(run: Run, settings: Settings) -> str:
+    """The effective depth, in words."""
+    return told(run, diagnostics(run, settings))
 
 
 @dataclass(frozen=True)
@@ -130,11 +181,10 @@ class Effort:
     gradient_prompts: int = 0
     """Prompts that integrated gradients look at; they cost more than everything else together."""
     gradient_tokens: int = 32
-    gradient_sites: tuple[str, ...] = SITES
     steps: int = 256
     """Points on the path from the baseline."""
     answer_tokens: int = 8
-    """Last tokens that count as the answer, where prompts are documents."""
+    """Last tokens of a prompt that count as its answer."""
 
 
 def diagnose(
@@ -143,12 +193,10 @@ def diagnose(
     *,
     provenance: Provenance,
     batch_size: int,
-    prompts: Sequence[Prompt] = (),
     effort: Effort | None = None,
     seed: int = 0,
 ) -> Diagnostics:
-    """How ``model`` uses its depth over ``rows``; effects and gradients look at ``prompts``, else at documents of the
-    rows.
+    """How ``model`` uses its depth over ``rows``; effects and gradients look at single documents of them.
 
     Cost, in tokens through the whole body: the rows once; for L layers and C = prompts x positions cuts of at most S
     tokens, C*S*L for skips and erasures together (each runs the upper part only) and as many tokens through the head;
@@ -166,7 +214,7 @@ def diagnose(
         study = _Study.of(model, effort or Effort(), batch_size, seed)
         sums, lens_LT2 = study.one_pass(rows)
         study.require_finite(*sums.cosines.values(), *sums.sizes.values(), lens_LT2)
-        effects, attributions, num_cuts, refusal = study.interventions(study.prompts(rows, prompts), sums.state_means)
+        effects, attributions, num_cuts, refusal = study.interventions(study.prompts(rows), sums.state_means)
     readout, cosines = study.readout, sums.mean(sums.cosines)
     kl, overlap = (tuple(part.mean(1).tolist()) if readout else () for part in lens_LT2.unbind(-1))
     return Diagnostics(
@@ -240,18 +288,16 @@ class _Study:
         readout = None if lens_refusal else Readout(model)
         return cls(model, effort, batch_size, seed, *layer_flows(model), readout, lens_refusal)
 
-    def prompts(self, rows: PackedRows, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def prompts(self, rows: PackedRows) -> list[Prompt]:
         """Those that effects and gradients look at."""
         effort = self.effort
-        if not prompts:
-            return documents(
-                rows,
-                num_prompts=effort.num_prompts,
-                max_tokens=effort.prompt_tokens,
-                min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
-                num_answer=effort.answer_tokens,
-            )
-        return [prompt for prompt in prompts if len(prompt.input_ids) >= MIN_TOKENS][: effort.num_prompts]
+        return documents(
+            rows,
+            num_prompts=effort.num_prompts,
+            max_tokens=effort.prompt_tokens,
+            min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
+            num_answer=effort.answer_tokens,
+        )
 
     @torch.no_grad()
     def one_pass(self, rows: PackedRows) -> tuple[ResidualSums, Tensor]:
@@ -304,7 +350,7 @@ class _Study:
                 modules[site] = names
         effort = self.effort
         chosen = [_shortened(prompt, effort.gradient_tokens) for prompt in prompts[: effort.gradient_prompts]]
-        pairs = [(prompt, site) for prompt in chosen for site in effort.gradient_sites if site in modules]
+        pairs = [(prompt, site) for prompt in chosen for site in modules]
         with progress("diagnostics: gradients", total=len(pairs) * runs.num_layers, unit="layers") as step:
             return tuple(
                 integrated_gradients(
@@ -332,3 +378,60 @@ def _shortened(prompt: Prompt, max_tokens: int) -> Prompt:
     """The end of the prompt, where the answer is."""
     length = max(max_tokens, prompt.num_answer + 1)
     return Prompt(prompt.input_ids[-length:], prompt.num_answer)
+
+
+def diagnostics_figure(diagnostics: Diagnostics) -> Figure:
+    """Directions and sizes of updates, the logit lens, effects on the output and on later layers, by layer.
+
+    Panels of what could not be measured are left out.
+    """
+    own = diagnostics
+    curves: list[tuple[str, Series, str]] = [
+        ("Direction of updates: cosine with what was read", list(own.cosines.items()), "cosine"),
+        ("Size of updates over the size of what was read", list(own.sizes.items()), ""),
+        ("Logit lens on layer inputs: KL to the output, nats", [("KL", own.lens_kl)], "kl"),
+        ("Logit lens: top-5 tokens in common with the output", [("share", own.lens_overlap)], "overlap"),
+        (
+            f"Largest change of later probabilities, {own.num_cuts} cuts",
+            [("layer skipped before", own.skip_output), ("one state erased", own.erasure_output)],
+            "",
+        ),
+    ]
+    curves = [curve for curve in curves if curve[1][0][1]]
+    matrix = len(own.skip_effect) > 1
+    figure, axes = panels([2.1] * len(curves) + [4.2] * matrix)
+    with figure_style():
+        for ax, (title, series, rule) in zip(axes, curves, strict=False):
+            for index, (name, values) in enumerate(series):
+                stroke, marker = SERIES_STYLE[index]
+                ax.plot(values, stroke, color=SERIES_COLOURS[index], marker=marker, markersize=3, label=name)
+            ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=len(series), fontsize=9, borderaxespad=0)
+            ax.set_title(title, pad=22)
+            depth = own.effective_depth[rule] if rule else None
+            if depth is not None and depth.layer is not None:
+                mark(ax, depth.layer, f"effective depth {depth.ratio:.0%}", own.num_layers)
+            layer_axis(ax, own.num_layers)
+        if matrix:
+            picture = axes[-1].imshow(own.skip_effect, cmap="cividis", vmin=0, origin="lower", interpolation="none")
+            figure.colorbar(picture, ax=axes[-1], shrink=0.8)
+            axes[-1].set_title("Change of later layers' updates")
+            axes[-1].set_xlabel("later layer")
+            axes[-1].set_ylabel("layer skipped at earlier tokens")
+    return figure
+
+
+def mark(ax: Axes, layer: int, text: str, num_layers: int) -> None:
+    """A line at ``layer`` with words beside it."""
+    ax.axvline(layer, color=INK, linewidth=1, linestyle=":")
+    side = "right" if layer > num_layers / 2 else "left"
+    ax.text(layer, 0.97, text, transform=ax.get_xaxis_transform(), ha=side, va="top", fontsize=8, color=INK)
+
+
+def layer_axis(ax: Axes, count: int) -> None:
+    """Whole numbers of layers below a panel."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlim(-0.5, count - 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer")
+    ax.grid(axis="y")

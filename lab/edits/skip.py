@@ -1,0 +1,202 @@
+"""Let attention, MLP or heads of layers write nothing for good: their output projections become zero.
+
+0 * x adds nothing wherever x is finite, so the student gives the same bits there as its teacher with the operator in
+force. Neither memory nor time is saved.
+
+H query heads, d size of a head.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PlannedChange
+from shoal.components import Component, LayerEdit, LayerEdits
+from shoal.compress.edits.layer_edits import in_force, layer_edits
+from shoal.compress.edits.masks import Half, checked, with_halves, with_heads
+from shoal.compress.edits.sublayers import output_parameters, where
+from shoal.compress.edits.tensors import PLAIN_DTYPES, put_tensors
+from shoal.compress.metrics.greedy import HALVES
+from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
+from shoal.errors import UserError
+from shoal.launch.verbs.measure import importance_of
+from shoal.launch.verbs.run import Run
+from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.recipe.section import Positive, Section
+
+from .student import Edited, loaded_teacher, write_student
+
+log = logging.getLogger(__name__)
+
+Index = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """What of which layers is silenced, by the model's numbers from 0."""
+
+    attention: tuple[Index, ...] = ()
+    """Layers whose attention writes nothing."""
+    mlp: tuple[Index, ...] = ()
+    """Layers whose MLP, or mixture of experts, writes nothing."""
+    heads: dict[Index, tuple[Index, ...]] = field(default_factory=dict)
+    """Layer -> query heads that write nothing; other heads of the same key-value group are not touched."""
+    kv_groups: dict[Index, tuple[Index, ...]] = field(default_factory=dict)
+    """Layer -> key-value heads of which all query heads that read them write nothing."""
+    order: str | None = None
+    """Instead an order of halves in importance.json, such as blockpruner; a layer that loses both is dropped."""
+    num_halves: Positive = 2
+    """How many of ``order`` go."""
+
+    def __post_init__(self) -> None:
+        if bool(self.order) == bool(self.attention or self.mlp or self.heads or self.kv_groups):
+            raise ValueError("name what is silenced: attention, mlp, heads, kv_groups; or an order of importance.json")
+
+
+def work(run: Run, settings: Settings) -> str:
+    """student/ and plan.json: the run's model with these parts silent."""
+    drop, components = _of_order(run, settings) if settings.order else ((), _named(settings))
+    teacher = loaded_teacher(run)
+    edits: LayerEdits = layer_edits(components, teacher)
+    student = cut_model(teacher, drop, share=True)
+    place = {layer: place for place, layer in enumerate(kept_layers(run.num_layers, drop))}
+    zeroed = zero_for_good(student, [(place[layer], edit) for layer, edit in edits])
+    log.warning("skip: what is silent stays in the file and is still computed, which saves neither memory nor time")
+
+    def planned() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(in_force(teacher, edits))
+        stack.enter_context(skipped(teacher, drop))
+        return stack
+
+    words = f"{', '.join(component.name for component in components)} silent"
+    change = PlannedChange("skip", words, tuple(sorted({layer for layer, _ in edits})))
+    edited = Edited(student, change, planned, drop=drop, zeroed=zeroed)
+    return write_student(run, "skip", settings, edited, teacher, _measured(run) if settings.order else {})
+
+
+def _named(settings: Settings) -> list[Component]:
+    named = [Component((layer,), "attention") for layer in settings.attention]
+    named += [Component((layer,), "mlp") for layer in settings.mlp]
+    named += [Component((layer,), "head", head) for layer, heads in settings.heads.items() for head in heads]
+    return named + [
+        Component((layer,), "kv_group", group) for layer, groups in settings.kv_groups.items() for group in groups
+    ]
+
+
+def _of_order(run: Run, settings: Settings) -> tuple[tuple[int, ...], list[Component]]:
+    """Layers both of whose halves go, and the other halves that do."""
+    path = run.dir / Importance.FILE
+    orders = importance_of(run).require().orders
+    order = [removal.unit for removal in orders.get(settings.order or "", ())]
+    if not order or {unit.part for unit in order} - {*HALVES}:
+        raise UserError(
+            f"{path}: holds no order of halves named {settings.order}; there is {', '.join(orders) or 'none'}"
+        )
+    if len(order) < settings.num_halves:
+        raise UserError(f"{path}: the order of {settings.order} holds {len(order)} halves; set num_halves to no more")
+    taken = order[: settings.num_halves]
+    gone = [{unit.layers[0] for unit in taken if unit.part == half} for half in HALVES]
+    both = gone[0] & gone[1]
+    return tuple(sorted(both)), [unit for unit in taken if unit.layers[0] not in both]
+
+
+def _measured(run: Run) -> dict[str, str]:
+    return {"importance": Importance.read(run.dir / Importance.FILE).provenance.fingerprint}
+
+
+@torch.no_grad()
+def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> list[str]:
+    """Let the attention or MLP of ``layers`` add nothing for good; the names of the parameters that became zero.
+
+    They are new tensors: what ``model`` shares with its teacher stays as it is there. A context or expert that is not
+    finite gives NaN (0 * inf), where half_silenced gives zero; what a half writes for all that shows in the proof.
+
+    Raises:
+        UserError: as half_silenced does; a half whose output weights shoal does not know, that are quantised, or
+            that other layers use too. The model is then as it was.
+    """
+    names: list[str] = []
+    for layer in layers:
+        outputs = output_parameters(model, layer, with_halves(model, layer), half)
+        if not outputs:
+            raise UserError(
+                f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
+            )
+        names += [f"{_name_of(model, layer)}.{name}" for name in outputs]
+    names = list(dict.fromkeys(names))
+    _refuse_unzeroable(model, names)
+    put_tensors(model, {name: torch.zeros_like(model.get_parameter(name)) for name in names}, where="zero")
+    return names
+
+
+@torch.no_grad()
+def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> list[str]:
+    """Zero what output projections read from single query heads (layer -> heads); the names of the changed parameters.
+
+    A bias of the projection stays: it belongs to no head.
+
+    Raises:
+        UserError: an index that is no layer or no head, a layer whose heads cannot be masked alone, or a projection
+            that is quantised or that other layers use too.
+    """
+    masked: dict[str, Tensor] = {}
+    for layer, named in heads.items():
+        halves = with_heads(model, layer)
+        checked(named, halves.num_heads, f"{where(model, layer)}: head")
+        projection = decoder_layers(model)[layer].get_submodule(halves.projection)
+        name = f"{_name_of(model, layer)}.{halves.projection}.weight"
+        _refuse_unzeroable(model, [name])
+        weight = model.get_parameter(name).detach().clone()
+        # (D, H * d) of a linear map, (H * d, D) of GPT-2's
+        inputs_dim = 0 if isinstance(projection, Conv1D) else 1
+        weight.unflatten(inputs_dim, (halves.num_heads, -1)).index_fill_(
+            inputs_dim, torch.tensor(list(named), device=weight.device), 0
+        )
+        masked[name] = weight
+    put_tensors(model, masked, where="zero_heads")
+    return list(masked)
+
+
+def _refuse_unzeroable(model: PreTrainedModel, names: Sequence[str]) -> None:
+    changed = {id(model.get_parameter(name)): name for name in names}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in changed and name not in names:
+            raise UserError(
+                f"{changed[id(parameter)]}: is also {name}, so zeroing it would change other layers too; "
+                "drop whole layers"
+            )
+    for name in names:
+        if (dtype := model.get_parameter(name).dtype) not in PLAIN_DTYPES:
+            raise UserError(f"{name}: is stored as {dtype}, which is quantised; give the full-precision model")
+
+
+def _name_of(model: PreTrainedModel, layer: int) -> str:
+    return f"{anatomy(model).layers_name}.{layer}"
+
+
+def zero_for_good(student: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> list[str]:
+    """Let ``student`` do without what ``edits`` take out; returns the names of the parameters that became zero.
+
+    Raises:
+        UserError: as the two above.
+    """
+    zeroed: list[str] = []
+    for layer, edit in edits:
+        if edit.part == "head":
+            zeroed += zero_heads(student, {layer: edit.indices})
+        else:
+            assert edit.part in ("attention", "mlp"), f"{edit.part} is not taken out by zeros"
+            zeroed += zero_half(edit.part, student, [layer])
+    return zeroed
