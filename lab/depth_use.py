@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +32,12 @@ from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
 from shoal.recipe.section import Section, Text
-from shoal.stats.intervals import Array, bias_corrected, effective_n, expanded_percentiles, resampled_means
+from shoal.stats.intervals import Array, bias_corrected, effective_n, resampled_means
 from shoal.task_words import task_words
 
 from .diagnostics import EffectiveDepth, diagnostics
 from .diagnostics import Settings as Diagnosing
-from .part import FOLDER, identity, made, told
+from .part import FOLDER, estimates, identity, made, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +52,6 @@ CHEAPEST_METRIC = "block_influence"
 """What models other than the teacher are measured by besides the sweep, since nothing is chosen for them."""
 OTHER = ("#0f9d75", "^")
 """Colour and marker of a model beside the teacher."""
-SAME = ("ability", "protocol", "metric", "chance", "higher_is_better", "n", "version", "num_fewshot")
-"""Fields in which one task's columns must agree over models."""
 
 
 @dataclass(frozen=True)
@@ -248,19 +246,12 @@ def depth_use(models: Sequence[SweptRole], *, num_layers: int, provenance: Prove
     """What each of ``models`` uses its layers for, and what moved between any two, the first before the others.
 
     ``num_layers`` are those of the teacher, whose numbers all of them go by.
-
-    Raises:
-        UserError: no task in common, or one that was asked in different ways.
     """
-    tasks = [task for task in models[0].columns if all(task in model.columns for model in models)]
-    if not tasks:
-        names = ", ".join(f"{model.role}: {', '.join(model.columns)}" for model in models)
-        raise UserError(f"depth: the models have no swept task in common ({names}); sweep them over the same tasks")
     return DepthUse(
         provenance=provenance,
         num_layers=num_layers,
         kept={model.role: model.kept for model in models},
-        tasks=tuple(_task(task, models, num_layers) for task in tasks),
+        tasks=tuple(_task(task, models, num_layers) for task in models[0].columns),
         effective_depth={model.role: model.effective_depth for model in models if model.effective_depth},
     )
 
@@ -289,13 +280,6 @@ class _Left:
 def _task(task: str, models: Sequence[SweptRole], num_layers: int) -> TaskUse:
     columns = {model.role: model.columns[task] for model in models}
     first = columns[models[0].role]
-    for role, column in columns.items():
-        for name in SAME:
-            if getattr(column, name) != getattr(first, name):
-                raise UserError(
-                    f"depth: {task}: {name} is {getattr(first, name)!r} of {models[0].role} and "
-                    f"{getattr(column, name)!r} of {role}; sweep both with the same settings"
-                )
     left, n = _left(task, models, columns, num_layers)
     roles = {model.role: _role(columns[model.role], left.get(model.role), n) for model in models}
     kept = {model.role: model.kept for model in models}
@@ -313,10 +297,7 @@ def _left(
 ) -> tuple[dict[str, _Left], float]:
     """By role, of those of which there is a share or nats, in the same resamples of the same items."""
     items = {model.role: model.items(task) for model in models}
-    shared = [item for item in items[models[0].role] if all(item in own for own in items.values())]
-    if len(shared) < columns[models[0].role].n:
-        raise UserError(f"depth: {task}: {len(shared)} items are the same for all models; sweep the same data")
-    stacked = {role: np.array([own[item] for item in shared]) for role, own in items.items()}
+    stacked = {role: np.array([own[item] for item in items[models[0].role]]) for role, own in items.items()}
     weights_N = next(iter(stacked.values()))[:, 0]
     n = effective_n(weights_N)
     left: dict[str, _Left] = {}
@@ -349,7 +330,7 @@ def _role(column: SweepColumn, left: _Left | None, n: float) -> RoleUse:
     centroid = left.centroids()
     return RoleUse(
         intact=column.intact,
-        left=tuple(_estimates(sign * left.value_L, sign * left.resampled_RL[usable], n)),
+        left=estimates(sign * left.resampled_RL[usable], sign * left.value_L, n),
         centroid=None if centroid is None else _clipped(*centroid),
         num_critical=len(column.critical),
     )
@@ -374,16 +355,10 @@ def _moved(
         before=pair[0],
         after=pair[1],
         layers=tuple(layers),
-        left=tuple(_estimates(values[1] - values[0], change_RL, n)),
+        left=estimates(change_RL, values[1] - values[0], n),
         centroid=moved,
         rank_correlation=spearman(*values),
     )
-
-
-def _estimates(value_L: Array, resampled_RL: Array, n: float) -> Iterator[Estimate]:
-    limits = expanded_percentiles(resampled_RL, value_L, n)
-    for value, low, high in zip(value_L.tolist(), *(limit_L.tolist() for limit_L in limits), strict=True):
-        yield Estimate(value, low, high)
 
 
 def _clipped(value: float, resampled_R: Array) -> Estimate:

@@ -82,7 +82,7 @@ def diagnostics(run: Run, settings: Settings) -> Diagnostics:
         Diagnostics,
         identity(run, settings, **text_identity(run)),
         lambda provenance: diagnose(
-            model_of(run),
+            model_of(run).requires_grad_(False),  # only the path asks for a gradient
             packed_rows(run),
             provenance=provenance,
             batch_size=run.recipe.measure.batch_size,

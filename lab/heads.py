@@ -135,7 +135,8 @@ def work(run: Run, settings: Settings) -> str:
     def scored(provenance: Provenance) -> Heads:
         tasks, prompts = [], copy_prompts(settings.tasks, settings.num_each, run.tokenizer(), seed=run.recipe.seed)
         for task, own in prompts.items():
-            check_length(run, max(len(prompt.input_ids) for prompt in own), f"shoal lab heads: {task}")
+            longest = max(len(prompt.input_ids) for prompt in own)
+            check_length(run, longest, f"tasks: the longest prompt of {task}", remedy="name another task")
         model = model_of(run)
         for task, own in prompts.items():
             found = score_heads(model, own, batch_size=run.recipe.measure.batch_size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.identity import Identity
+from shoal.artifacts.importance import Estimate
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.item_cache import ItemCache, identity_of
 from shoal.launch.verbs.evaluate import roles
@@ -19,6 +20,7 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.section import Section, as_dict
 from shoal.runtime import device, free_memory, seed_everything
+from shoal.stats.intervals import Array, expanded_percentiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +86,12 @@ def made(
     if draw is not None:
         save_figure(draw(result), path.with_suffix(".svg"))
     return result
+
+
+def estimates(resampled_RK: Array, value_K: Array, n: float) -> tuple[Estimate, ...]:
+    """``value_K`` with 95 % intervals from its resamples over ``n`` items."""
+    limits = expanded_percentiles(resampled_RK, value_K, n)
+    return tuple(Estimate(*row) for row in zip(*(values.tolist() for values in (value_K, *limits)), strict=True))
 
 
 def told(run: Run, result: Any) -> str:

@@ -5,7 +5,7 @@ two prompts of one length with different answers, LD = logit(clean answer) - log
 the effect of a part is (LD patched - LD corrupted) / (LD clean - LD corrupted), numerator and denominator summed over
 the twins. 1 = the part carries all of the difference, 0 = none.
 
-Below the patched layer, and before the first patched token, the run is the corrupted one: neither is computed again.
+Below the patched layer the run is the corrupted one: that is not computed again.
 
 S sequence, D hidden, R rows (one for every part that is put in), H query heads, d size of a head. Runs of both twins
 have them side by side: the clean one first.
@@ -13,7 +13,6 @@ have them side by side: the clean one first.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,15 +22,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.compress.edits.masks import with_halves
 from shoal.compress.edits.sublayers import Sublayers, probing, silent_output
-from shoal.compress.variants.layerwise import Layerwise, Prepared
+from shoal.compress.variants.layerwise import Layerwise
 from shoal.errors import UserError
 from shoal.figures.style import SERIES_COLOURS, SERIES_STYLE, WIDTH_INCHES, figure_style, legend_above, panels
-from shoal.inference.decoder import Decoder, plain_cache
+from shoal.inference.decoder import Decoder
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import state_of, watched, with_state
 from shoal.progress import each
@@ -148,7 +147,6 @@ class _Runs:
     """(2, S, D) What a module adds to the stream, by layer and the module's name within it."""
     contexts: dict[int, Tensor] = field(default_factory=dict)
     """(2, S, H * d) What each layer's output projection reads."""
-    cache: DynamicCache | None = None
     differences: tuple[float, float] = (0.0, 0.0)
     """LD of the clean and of the corrupted run."""
     is_right: bool = False
@@ -213,7 +211,6 @@ class Patcher:
         self._layerwise, self._decoder = Layerwise(model), Decoder(model)
         self.num_layers = self._layerwise.num_layers
         self._halves: list[Sublayers] = [with_halves(model, layer) for layer in range(self.num_layers)]
-        self._prepared: tuple[tuple[Any, ...], Prepared, DynamicCache | None] | None = None
 
     def parts(self, layer: int) -> list[Part]:
         """What of ``layer`` can be put in; heads where they can be told apart."""
@@ -227,7 +224,7 @@ class Patcher:
 
     def intact(self, twins: Twins) -> _Runs:
         """Both runs, with what can be taken from them."""
-        runs = _Runs(cache=plain_cache(self.num_layers) if self._decoder.can_branch else None)
+        runs = _Runs()
         ids_2S = torch.tensor([twins.clean_ids, twins.corrupted_ids], device=self._decoder.device)
 
         def enter(_: int, args: Any, kwargs: Any) -> None:
@@ -250,7 +247,7 @@ class Patcher:
                 if halves.projection:
                     projection = module.get_submodule(halves.projection)
                     stack.enter_context(projection.register_forward_pre_hook(partial(read, layer)))
-            hidden_2SD = self._decoder.hidden(ids_2S, cache=runs.cache)
+            hidden_2SD = self._decoder.hidden(ids_2S)
         logits_2V = self._decoder.logits(hidden_2SD[:, -1])
         clean, corrupted = self._differences(logits_2V, twins)
         runs.differences = (clean, corrupted)
@@ -261,28 +258,28 @@ class Patcher:
         self, runs: _Runs, twins: Twins, layer: int, parts: Sequence[Part], places: Sequence[int]
     ) -> list[float]:
         """LD of the corrupted run with each of ``parts`` of ``layer`` as it is in the clean one, at ``places``."""
-        begin = min(places, default=0) if runs.cache is not None else 0
-        prepared, lengths_only = self._prepare(twins, begin, len(parts))
-        places_P = torch.tensor([place - begin for place in places], dtype=torch.long, device=self._decoder.device)
-        state_RSD = runs.states[layer][1:, begin:].repeat(len(parts), 1, 1)
+        ids_RS = torch.tensor([twins.corrupted_ids] * len(parts), device=self._decoder.device)
+        prepared = self._layerwise.prepare(self._decoder.arguments(ids_RS))
+        places_P = torch.tensor(places, dtype=torch.long, device=ids_RS.device)
+        state_RSD = runs.states[layer][1:].repeat(len(parts), 1, 1)
         for row, (site, _) in enumerate(parts):
             if site == "residual":
-                state_RSD[row, places_P] = runs.states[layer][0, begin:][places_P]
+                state_RSD[row, places_P] = runs.states[layer][0, places_P]
         with ExitStack() as stack:
-            for hook in self._hooks(runs, layer, parts, begin, places_P):
+            for hook in self._hooks(runs, layer, parts, places_P):
                 stack.enter_context(hook)
-            state_RSD = self._through(layer, state_RSD, runs, prepared, lengths_only, begin)
+            state_RSD = self._layerwise.run(layer, state_RSD, prepared.calls[layer])
         for above in range(layer + 1, self.num_layers):
-            state_RSD = self._through(above, state_RSD, runs, prepared, lengths_only, begin)
+            state_RSD = self._layerwise.run(above, state_RSD, prepared.calls[above])
         hidden_RSD = self._layerwise.finish(state_RSD, prepared)
         return self._differences(self._decoder.logits(hidden_RSD[:, -1]), twins)
 
-    def _hooks(self, runs: _Runs, layer: int, parts: Sequence[Part], begin: int, places_P: Tensor) -> Iterator[Any]:
+    def _hooks(self, runs: _Runs, layer: int, parts: Sequence[Part], places_P: Tensor) -> Iterator[Any]:
         """What puts halves and heads of the clean run into their rows while ``layer`` runs."""
         halves, module = self._halves[layer], self._layerwise.layers[layer]
 
         def write(rows: Sequence[int], name: str, half: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            clean_SD = runs.written[layer, name][0, begin:]
+            clean_SD = runs.written[layer, name][0]
             silent_RSD = silent_output(half, args, kwargs, output).reshape(len(parts), *clean_SD.shape)
             changed_RSD = state_of(output).clone().reshape(silent_RSD.shape)
             for row in rows:
@@ -291,7 +288,7 @@ class Patcher:
 
         def read(heads: Sequence[tuple[int, int]], _: nn.Module, args: Any) -> Any:
             context_RSHd = args[0].clone().unflatten(-1, (halves.num_heads, -1))
-            clean_SHd = runs.contexts[layer][0, begin:].unflatten(-1, (halves.num_heads, -1))
+            clean_SHd = runs.contexts[layer][0].unflatten(-1, (halves.num_heads, -1))
             for row, head in heads:
                 context_RSHd[row, places_P, head] = clean_SHd[places_P, head]
             return (context_RSHd.flatten(-2), *args[1:])
@@ -303,45 +300,6 @@ class Patcher:
                 yield module.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
         if heads := [(row, head) for row, (site, head) in enumerate(parts) if site == "head"]:
             yield module.get_submodule(halves.projection).register_forward_pre_hook(partial(read, heads))
-
-    def _prepare(self, twins: Twins, begin: int, num_rows: int) -> tuple[Prepared, DynamicCache | None]:
-        """How the layers are called over the corrupted prompt from ``begin`` on, behind a cache of what is before."""
-        key = (twins.corrupted_ids, begin, num_rows)
-        if self._prepared is None or self._prepared[0] != key:
-            ids_RS = torch.tensor([twins.corrupted_ids[begin:]] * num_rows, device=self._decoder.device)
-            positions_RS = torch.arange(begin, begin + ids_RS.shape[1], device=ids_RS.device).expand_as(ids_RS)
-            lengths_only = None
-            if self._decoder.can_branch:
-                lengths_only = plain_cache(self.num_layers)
-                # no number of it is read: the body asks for its length
-                zeros_R1S1 = torch.zeros(num_rows, 1, begin, 1, device=ids_RS.device)
-                for layer in range(self.num_layers if begin else 0):
-                    lengths_only.update(zeros_R1S1, zeros_R1S1, layer)
-            inputs = self._decoder.arguments(ids_RS, position_ids_BS=positions_RS, cache=lengths_only)
-            self._prepared = (key, self._layerwise.prepare(inputs), lengths_only)
-        return self._prepared[1:]
-
-    def _through(
-        self,
-        layer: int,
-        state_RSD: Tensor,
-        runs: _Runs,
-        prepared: Prepared,
-        lengths_only: DynamicCache | None,
-        begin: int,
-    ) -> Tensor:
-        call = prepared.calls[layer]
-        if lengths_only is not None:
-            assert runs.cache is not None
-            cache = copy.copy(lengths_only)
-            cache.layers = [copy.copy(slot) for slot in lengths_only.layers]
-            own: Any = copy.copy(runs.cache.layers[layer])
-            own.keys, own.values = (
-                kept[1:, :, :begin].expand(len(state_RSD), -1, -1, -1) for kept in (own.keys, own.values)
-            )
-            cache.layers[layer] = own
-            call = call.replacing(lengths_only, cache)
-        return self._layerwise.run(layer, state_RSD, call)
 
     @staticmethod
     def _differences(logits_RV: Tensor, twins: Twins) -> list[float]:

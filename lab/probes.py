@@ -6,8 +6,6 @@ N items, D hidden, L layers. Depth l is the state after l layers: 0 = embeddings
 from __future__ import annotations
 
 import itertools
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +34,6 @@ from .part import identity, made, model_of, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-log = logging.getLogger(__name__)
 
 JUMP = 1.1
 """A depth at which accuracy grows by this factor is a jump."""
@@ -188,7 +184,7 @@ def probe_depth(
     prompts = [_prompt(tokenizer, text, probe_set) for text, _ in items]
     states_NLD = _last_states(model, [prompt for prompt, _ in prompts], batch_size, probe_set.path)
     scores = [
-        _score(states_NLD[:, depth], labels_N, split, probe_set.path)
+        _score(states_NLD[:, depth], labels_N, split)
         for depth in each(range(states_NLD.shape[1]), f"measure: fitting the probe {probe_set.path}", unit="depths")
     ]
     accuracy = tuple(right / len(split.test) for right, _, _ in scores)
@@ -242,17 +238,11 @@ def _items(probe_set: ProbeSet, seed: int) -> tuple[list[tuple[str, str]], int]:
         drawn = np.random.default_rng(seed).choice(len(items), probe_set.max_items, replace=False)
         items = [items[index] for index in sorted(drawn)]
     counts = Counter(label for _, label in items)
-    if len(counts) < 2:
-        only = ", ".join(counts) or "none"
+    if len(counts) < 2 or min(counts.values()) < MIN_PER_CLASS:
+        told = ", ".join(f"{count} of class {label!r}" for label, count in sorted(counts.items()))
         raise UserError(
-            f"probe {probe_set.path!r}: column {probe_set.label!r} holds one class only ({only}); a probe "
-            "tells classes apart, name a set with two or more"
-        )
-    rarest = min(counts, key=lambda label: (counts[label], label))
-    if counts[rarest] < MIN_PER_CLASS:
-        raise UserError(
-            f"probe {probe_set.path!r}: class {rarest!r} has {counts[rarest]} items among {len(items)} different texts;"
-            f" every class needs {MIN_PER_CLASS}"
+            f"probe {probe_set.path!r}: column {probe_set.label!r} holds different texts {told or 'of no class'}; a "
+            f"probe needs two classes or more with {MIN_PER_CLASS} each"
         )
     return items, len(read) - len(unique)
 
@@ -306,11 +296,8 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
     return stacked_NLD.numpy()
 
 
-def _score(
-    states_ND: NDArray[np.float32], labels_N: NDArray[np.int64], split: _Split, path: str
-) -> tuple[int, float, float]:
+def _score(states_ND: NDArray[np.float32], labels_N: NDArray[np.int64], split: _Split) -> tuple[int, float, float]:
     """Right answers, F1 and AUC of one depth's probe on the test part."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score, roc_auc_score
     from sklearn.preprocessing import StandardScaler
@@ -318,12 +305,8 @@ def _score(
     train_ND, test_ND = (states_ND[part].astype(np.float64) for part in (split.train, split.test))
     # per unit: a few units of the residual stream are a thousand times as large as the others
     scaler = StandardScaler().fit(train_ND)
-    probe = LogisticRegression(max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        probe.fit(scaler.transform(train_ND), labels_N[split.train])
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        log.warning("probe %r: a fit stopped after %d iterations before it converged", path, MAX_ITERATIONS)
+    # which warns by itself where it has not converged
+    probe = LogisticRegression(max_iter=MAX_ITERATIONS).fit(scaler.transform(train_ND), labels_N[split.train])
     truth_N, test_ND = labels_N[split.test], scaler.transform(test_ND)
     said_N, chances_NC = probe.predict(test_ND), probe.predict_proba(test_ND)
     binary = chances_NC.shape[1] == 2

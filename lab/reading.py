@@ -21,10 +21,10 @@ from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figu
 from shoal.formatting import interval_text, layers_text
 from shoal.launch.verbs.run import Run
 from shoal.recipe.section import Section
-from shoal.stats.intervals import Array, bootstrap_p, expanded_percentiles, resampled_means
+from shoal.stats.intervals import Array, bootstrap_p, resampled_means
 from shoal.stats.paired import holm
 
-from .part import made, model_of, told
+from .part import estimates, made, model_of, told
 from .sweeps import sweeps_identity, tables_of
 
 if TYPE_CHECKING:
@@ -164,9 +164,8 @@ def _means(values_NL: Array, column: Measured) -> tuple[tuple[Estimate, ...], li
     """The mean of every layer with its paired bootstrap interval, and the p-values that it is 0."""
     value_L = np.average(values_NL, axis=0, weights=column.weights_N)
     means_RL = resampled_means(values_NL, column.weights_N)
-    limits = expanded_percentiles(means_RL, value_L, column.effective_n)
-    rows = zip(value_L.tolist(), *(limit.tolist() for limit in limits), strict=True)
-    return tuple(Estimate(*row) for row in rows), bootstrap_p(means_RL, value_L, column.effective_n).tolist()
+    n = column.effective_n
+    return estimates(means_RL, value_L, n), bootstrap_p(means_RL, value_L, n).tolist()
 
 
 def read_write_figure(parts: ReadWrite) -> Figure:

@@ -72,6 +72,10 @@ class Settings(Section):
     donor_revision: str | None = None
     """Hub revision of the donor."""
 
+    def __post_init__(self) -> None:
+        if ("donor" in self.operators) != (self.donor is not None):
+            raise ValueError("the operator donor needs a donor, and a donor the operator; give both or none")
+
 
 @dataclass(frozen=True)
 class SweptTables(Artifact):
@@ -142,12 +146,8 @@ def work(run: Run, settings: Settings) -> str:
     """The units that tasks need, in words.
 
     Raises:
-        UserError: as tables_of, or an operator without its donor.
+        UserError: as tables_of.
     """
-    if ("donor" in settings.operators) != (settings.donor is not None):
-        raise UserError(
-            "shoal lab sweeps: the operator donor needs a donor, and a donor the operator; give both or none"
-        )
     donor = None if settings.donor is None else model_fingerprint(resolved(settings.donor, settings.donor_revision))
 
     def swept(provenance: Provenance) -> SweptTables:
@@ -193,10 +193,6 @@ def sweep_figure(table: Sweep) -> Figure:
 
 def head_map_figure(sweep: Sweep) -> Figure:
     """Layer by head (or key-value group), one map per column: how much worse the score is without each."""
-    if not sweep.columns or any(component.index is None for component in sweep.units):
-        raise UserError(
-            f"importance.json: the sweep {sweep.operator!r} has no heads or groups to map; sweep head or kv_group"
-        )
     layers = 1 + max(component.layers[0] for component in sweep.units)
     places = 1 + max(component.index or 0 for component in sweep.units)
     width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
@@ -209,8 +205,6 @@ def head_map_figure(sweep: Sweep) -> Figure:
 
 def cumulative_figure(sweep: Sweep) -> Figure:
     """Every column's score as ever more layers go, with its interval, the intact score and chance."""
-    if not sweep.columns or not sweep.units:
-        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
     figure, axes = panels([1.7] * len(sweep.columns))
     gone = [len(component.layers) for component in sweep.units]
     with figure_style():

@@ -38,9 +38,9 @@ from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.runtime import device
-from shoal.stats.intervals import expanded_percentiles, resampled_means
+from shoal.stats.intervals import resampled_means
 
-from .part import identity, made, told
+from .part import estimates, identity, made, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,12 +215,10 @@ def means(values_NK: Tensor) -> tuple[Estimate, ...]:
     """The mean of every column with its 95 % interval over the rows; of one row no interval."""
     if not values_NK.shape[1]:
         return ()
-    value_K, num_rows = values_NK.double().numpy().mean(0), len(values_NK)
+    values, num_rows = values_NK.double().numpy(), len(values_NK)
     if num_rows == 1:
-        return tuple(Estimate(value, value, value) for value in value_K.tolist())
-    means_RK = resampled_means(values_NK.double().numpy(), np.ones(num_rows))
-    low_K, high_K = expanded_percentiles(means_RK, value_K, num_rows)
-    return tuple(Estimate(*row) for row in zip(value_K.tolist(), low_K.tolist(), high_K.tolist(), strict=True))
+        return tuple(Estimate(value, value, value) for value in values[0].tolist())
+    return estimates(resampled_means(values, np.ones(num_rows)), values.mean(0), num_rows)
 
 
 def _row(input_ids_1S: Tensor) -> Calibration:

@@ -9,8 +9,7 @@ L layers, T chosen tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from shoal.models.anatomy import state_of, with_state
 from .residual_flow import MIN_NORM
 from .runs import DepthRuns, Intact, Prompt, Readout, TokenBatch, batch_of_prompts, output_changes
 
+SITES = ("layer", "attention", "mlp")
 POSITION_STEP = 8
 """Cut positions are multiples of this."""
 MIN_TOKENS = POSITION_STEP + 2
@@ -144,9 +144,6 @@ def _keep_largest(largest: Tensor, candidates: Tensor) -> None:
     largest.copy_(torch.maximum(largest, candidates.amax(-1)))
 
 
-SITES = ("layer", "attention", "mlp")
-
-
 @dataclass(frozen=True)
 class Attribution:
     """Integrated gradients of one prompt at one site of every layer."""
@@ -190,24 +187,23 @@ def integrated_gradients(
     """
     (site, modules), batch = place, batch_of_prompts([prompt])
     gradients, change = [], []
-    with _frozen(runs.model):
-        with torch.no_grad():
-            intact = runs.intact(batch)
-        calls_of: dict[int, tuple[Call, ...]] = {}
-        for layer in range(runs.num_layers):
-            probability = _Probability(runs, readout, prompt, layer, site, modules[layer], intact, calls_of)
-            output_SD = probability.output()
-            baseline_SD = output_SD.mean(0, keepdim=True).expand_as(output_SD)
-            total_SD = torch.zeros(output_SD.shape, dtype=torch.float64, device=output_SD.device)
-            # the left sum: points 0, 1/N, ... (N-1)/N of the way, N steps in all
-            for first in range(0, steps, batch_size):
-                share_N = torch.arange(first, min(first + batch_size, steps), device=output_SD.device) / steps
-                total_SD += probability.gradient(baseline_SD + share_N[:, None, None] * (output_SD - baseline_SD))
-            gradients.append(((output_SD - baseline_SD).double() * total_SD / steps).sum(-1).cpu())
-            # F(output) - F(baseline), which the contributions of all tokens add up to if the steps are fine enough
-            ends_2 = probability(torch.stack([output_SD, baseline_SD]))
-            change.append(float(ends_2[0] - ends_2[1]))
-            progress()
+    with torch.no_grad():
+        intact = runs.intact(batch)
+    calls_of: dict[int, tuple[Call, ...]] = {}
+    for layer in range(runs.num_layers):
+        probability = _Probability(runs, readout, prompt, layer, site, modules[layer], intact, calls_of)
+        output_SD = probability.output()
+        baseline_SD = output_SD.mean(0, keepdim=True).expand_as(output_SD)
+        total_SD = torch.zeros(output_SD.shape, dtype=torch.float64, device=output_SD.device)
+        # the left sum: points 0, 1/N, ... (N-1)/N of the way, N steps in all
+        for first in range(0, steps, batch_size):
+            share_N = torch.arange(first, min(first + batch_size, steps), device=output_SD.device) / steps
+            total_SD += probability.gradient(baseline_SD + share_N[:, None, None] * (output_SD - baseline_SD))
+        gradients.append(((output_SD - baseline_SD).double() * total_SD / steps).sum(-1).cpu())
+        # F(output) - F(baseline), which the contributions of all tokens add up to if the steps are fine enough
+        ends_2 = probability(torch.stack([output_SD, baseline_SD]))
+        change.append(float(ends_2[0] - ends_2[1]))
+        progress()
     rows = tuple(tuple(row.tolist()) for row in gradients)
     return Attribution(site, prompt.input_ids, prompt.num_answer, rows, tuple(change))
 
@@ -289,14 +285,3 @@ def _put(points_NSD: Tensor) -> Callable[..., Any]:
         return with_state(output, output_NSD)
 
     return hook
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient until the block ends: only the path does."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with ExitStack() as stack:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-            stack.callback(parameter.requires_grad_, True)
-        yield

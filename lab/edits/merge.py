@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PlannedChange
-from shoal.compress.edits.tensors import laco_factors, layer_tensors, merged_layer, tensors_in_place, with_layers
+from shoal.compress.edits.tensors import laco_factors, merged_layer, tensors_in_place, with_layers
 from shoal.compress.surgery.cut_model import skipped
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
@@ -22,10 +21,6 @@ from shoal.recipe.section import Section
 
 from .student import Edited, loaded_teacher, write_student
 
-log = logging.getLogger(__name__)
-
-LARGEST_GROWTH = 1.5
-"""Layers near each other give 1; those that have nothing in common 1.7 (three of them), 2.6 (four), 3.6 (five)."""
 Run_ = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)]
 
 
@@ -42,7 +37,8 @@ class Settings(Section):
     layers: Run_
     """Neighbouring layers, increasing, counted from 0."""
     method: Literal["laco", "weighted"] = "laco"
-    """laco: the first plus the differences of all others to it; weighted: their weighted mean."""
+    """laco: the first plus the differences of all others to it, which grows where layers are far from each other, and
+    is then often worse than dropping them; weighted: their weighted mean."""
     weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
     """For `weighted`: one per layer, adding up to 1; None = equal."""
 
@@ -66,13 +62,6 @@ def work(run: Run, settings: Settings) -> str:
     """student/ and plan.json: the run's model with the layers merged."""
     teacher, first = loaded_teacher(run), settings.layers[0]
     merged = merged_layer(teacher, first, settings.factors)
-    grown = _size(merged) / _size(layer_tensors(teacher, first))
-    if grown > LARGEST_GROWTH:
-        log.warning(
-            "merge: the merged weights are %.1f times as large as those of layer %d, since the layers are far from "
-            "each other; that is often worse than dropping them: evaluate it, or use method=weighted",
-            *(grown, first),
-        )
     words = f"layers {layers_text(settings.layers)} merged into one ({settings.method})"
     edited = one_for_a_run(teacher, settings.layers, merged, "merge", words)
     return write_student(run, "merge", settings, edited, teacher, {})
@@ -93,8 +82,3 @@ def one_for_a_run(
     student = with_layers(teacher, others, {first: tensors}, share=True)
     change = PlannedChange(kind, words, (first,), runs=((first, layers[-1]),))
     return Edited(student, change, in_force, drop=tuple(others))
-
-
-def _size(tensors: Mapping[str, Tensor]) -> float:
-    """Euclidean norm of all matrices together."""
-    return math.hypot(*(tensor.float().norm().item() for tensor in tensors.values() if tensor.ndim > 1))

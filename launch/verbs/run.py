@@ -378,12 +378,12 @@ def _leave_nothing(run: Run, *, is_new: bool) -> None:
                 folder.rmdir()
 
 
-def check_length(run: Run, sequence_length: int, setting: str) -> None:
+def check_length(run: Run, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:
     """Refuse rows longer than the model's positions, before any weight is loaded."""
     longest = getattr(text_config(run.config()), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UserError(
-            f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; lower it"
+            f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; {remedy}"
         )
 
 

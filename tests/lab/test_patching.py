@@ -113,7 +113,7 @@ def by_hooks(model: Any, pair: Twins, layer: int, site: str, head: int, places: 
 @pytest.mark.prove
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral", "deepseek_v3", "gpt_neox"])
 def test_patched_runs_are_those_of_the_whole_model_with_hooks(family: str) -> None:
-    """Only what lies above the layer and behind the first patched token is run; windows, groups, parallel halves."""
+    """Only what lies above the layer is run; windows, groups, parallel halves."""
     narrow: dict[str, Any] = {"sliding_window": 3} if family in ("gemma3_text", "mixtral") else {}
     model, pair = architectures.tiny_model(family, **narrow).double(), random_twins()
     model.set_experts_implementation("eager")  # the grouped kernel knows no float64

@@ -165,10 +165,13 @@ def test_points_follow_from_the_accuracies() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a", "label": 1}] * 2 + [{"text": "b", "label": 1}], r"column 'label' holds one class only \(1\)"),
+        (
+            [{"text": "a", "label": 1}] * 2 + [{"text": "b", "label": 1}],
+            r"column 'label' holds different texts 2 of class '1'; a",
+        ),
         (
             [{"text": f"t{n}", "label": int(n < 9)} for n in range(40)],
-            r"class '1' has 9 items among 40 different texts; every class needs 10",
+            r"31 of class '0', 9 of class '1'; a probe needs two classes or more with 10 each",
         ),
         ([{"text": "a", "klass": 1}], r"has no column 'label'; it has text, klass"),
         ([{"words": "a", "label": 1}], r"has no column 'text'; it has words, label"),
