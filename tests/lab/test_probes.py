@@ -167,7 +167,7 @@ def test_points_follow_from_the_accuracies() -> None:
     [
         (
             [{"text": "a", "label": 1}] * 2 + [{"text": "b", "label": 1}],
-            r"column 'label' holds different texts 2 of class '1'; a",
+            r"holds different texts 2 of class '1'; a",
         ),
         (
             [{"text": f"t{n}", "label": int(n < 9)} for n in range(40)],
