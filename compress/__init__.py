@@ -7,7 +7,6 @@
     orders       the choice along a greedy order
     sparing      columns on which nothing may be spent
     apply        writes the student of a plan
-    dry_run      what a plan would do
 
 Folders:
 

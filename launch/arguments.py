@@ -45,7 +45,7 @@ VERBS = {
         "choose layers and cut them out: plan.json, student/",
         "launch.verbs.prune.prune",
         "--config my.yaml prune.num_drop=6 --dry-run",
-        ("launch.verbs.prune.prune_dry_run", "sizes, expected speed and targets before and after"),
+        ("launch.verbs.dry_run.prune_dry_run", "sizes, expected speed and targets before and after"),
     ),
     "record": Verb(
         "write down what the teacher says of the training rows, to train from: signals/",
@@ -57,7 +57,7 @@ VERBS = {
         "launch.verbs.distill.distill",
         "--config my.yaml distill.num_tokens=1e6 --dry-run",
         (
-            "launch.verbs.distill.distill_dry_run",
+            "launch.verbs.dry_run.distill_dry_run",
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
     ),

@@ -2,7 +2,6 @@
 
     distill    all of it, in order
     record     writes a recording
-    dry_run    all of it for a reader
     assembly   models, teacher, loss and Trainer put together
     objective_trainer  one optimizer step and its curves in the transformers Trainer
     trainer    the same in a run directory: whole checkpoints, samples, a clean stop

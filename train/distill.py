@@ -41,9 +41,8 @@ from .engine.fused import is_fused
 from .engine.heartbeat import Heartbeat
 from .engine.sharding import join_deepspeed, leave_deepspeed
 from .engine.stop import StopRequest
-from .preflight.fit import check_fit
-from .preflight.out_of_memory import explained_memory
-from .preflight.throughput import most_tokens_per_s
+from .preflight.fit import check_fit, explained_memory
+from .preflight.throughput import flops_per_token, most_tokens_per_s
 from .save import write_results
 from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec, require_same_vocabulary
@@ -169,14 +168,14 @@ def distill(
     identity = Identity(inputs, checkpoint_inputs(spec.settings, inputs))
     resume = agreed(lambda: last_complete(run_dir / "checkpoints", identity.checkpoints))
     with doing("working out what training takes"):
-        flops_per_token = agreed(lambda: (size := check_fit(spec, run_dir)) and size.flops_per_token)
+        flops = agreed(lambda: (size := check_fit(spec, run_dir)) and flops_per_token(size))
     tokenizer = spec.teacher.tokenizer()
     rows = _rows(spec, tokenizer, text, inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
     with doing("measuring what the machine can do at best"):
-        peak = most_tokens_per_s(spec, flops_per_token) if is_main() else None  # which alone logs it
+        peak = most_tokens_per_s(spec, flops) if is_main() else None  # which alone logs it
     with doing("starting the W&B run"):
         curves = [] if start_tracking() is None else [Curves(run_dir)]
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
@@ -188,7 +187,7 @@ def distill(
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)
         trainer.watch_with(watcher, make_scorer(tokenizer))
     _announce(trainer, rows, spec, resume)
-    with progress, stop.listening(), explained_memory(spec, run_dir):
+    with progress, stop.listening(), explained_memory(spec):
         trainer.train_on_objective(resume)
     is_finished = trainer.state.global_step >= trainer.state.max_steps
     if is_finished:

@@ -37,7 +37,11 @@ from shoal.compress.surgery.narrow_config import student_config
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.launch.verbs.run import open_run
+<<<<<<< HEAD
 from shoal.machine import available_memory, device_memory, device_name, flops_per_second, now, peak_memory
+=======
+from shoal.machine import available_memory, device_name, now, peak_memory
+>>>>>>> f47f03e3 (One dry run for prune, distill and run in one module; what a training takes reads its description, not a second copy of it)
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device as here
@@ -47,8 +51,8 @@ from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import training_arguments
 from shoal.train.engine.sharding import join_deepspeed, leave_deepspeed
 from shoal.train.engine.stop import StopRequest
-from shoal.train.preflight.fit import shortages
-from shoal.train.preflight.run_size import Job, job
+from shoal.train.preflight.fit import Free
+from shoal.train.preflight.memory import Job, job
 from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.record import record_signals
 from shoal.train.student.sizes import built
@@ -197,11 +201,7 @@ def flops(size: Job, rows: PackedRows, *, again: bool) -> float:
     token sees in its document. ``again``: what checkpointing computes a second time counts too."""
     seen = (rows.position_ids_NS.double() + 1).mean().item()
     counted = replace(size.setting, checkpointing=size.setting.checkpointing and again)
-    shared = size.spec.shared_layers > 0
-    whole, none = (
-        flops_per_token(size.student, size.teacher, replace(counted, sequence_length=length), shared=shared)
-        for length in (1, 0)
-    )
+    whole, none = (flops_per_token(replace(size, setting=counted), length) for length in (1, 0))
     return none + seen * (whole - none)
 
 
@@ -210,7 +210,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     set_up_distributed(timeout_s=600)
     spec, clock, rows = spec_of(case, size, folder), Clock(case.steps_s), rows_of(case, size)
     told = job(spec)
-    if problems := shortages(told, device_free=device_memory(here()), host_free=available_memory()):
+    if problems := Free.here(here()).shortages(told):
         return {"not_measured": f"does not fit by the estimate: {problems[0]}"}
     inputs = {"model": "random", "distill.data": []}
     if (signals := spec.settings.teacher.recorded) is not None:

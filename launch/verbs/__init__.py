@@ -10,6 +10,6 @@ launch    distill under the DeepSpeed launcher
 evaluate  eval
 report    report, and what the recipe exports: GGUF files, the Hub
 pipeline  run: all in order
-dry_run   what all in order would do, how long, how much disk
+dry_run   what prune, distill or all in order would do, how long, how much disk
 several   compare, and a run for every combination of values
 """

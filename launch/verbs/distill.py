@@ -37,12 +37,11 @@ from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
 from .overlap import search_of_rows
-from .plan import choose_plan, read_goals, read_importance
+from .plan import read_goals
 from .prune import read_plan
 from .run import Run, check_length
 
 if TYPE_CHECKING:
-    from shoal.train.dry_run import Estimate
     from shoal.train.student.spec import Ranks, TrainSpec
 
 log = logging.getLogger(__name__)
@@ -156,38 +155,6 @@ def training_spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
     else:
         student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)
     return train_spec(teacher, student, plan, run.recipe.distill, run.recipe.record, ranks)
-
-
-def distill_dry_run(run: Run) -> str:
-    """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
-
-    Raises:
-        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
-            memory cannot be told without running it.
-    """
-    recipe = run.recipe
-    check_training_settings(recipe)
-    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
-    has_plan = (run.dir / PruningPlan.FILE).is_file()
-    plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    return training_estimate(run, plan).text
-
-
-def training_estimate(run: Run, plan: PruningPlan) -> Estimate:
-    """What training the student of ``plan`` takes on this machine, with its control.
-
-    Raises:
-        UserError: what training would refuse; NotEstimated, as estimate.
-    """
-    from shoal.train.dry_run import estimate
-    from shoal.train.student.control import control_spec
-    from shoal.train.student.spec import Ranks
-
-    count = ranks_to_start(run.recipe.distill.num_ranks)
-    ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
-    spec = training_spec(run, plan, ranks)
-    control = control_spec(spec) if run.recipe.eval.control else None
-    return estimate(spec, run.dir, control=control)
 
 
 def distill_is_done(run: Run) -> bool:

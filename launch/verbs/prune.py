@@ -39,15 +39,15 @@ log = logging.getLogger(__name__)
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
+    student = run.dir / "student"
+    if (student / "config.json").is_file() and plan_of(run).is_done():
+        refuse_unfit_student(run, _plan_of_its_student(run))
+        return
     if run.recipe.prune.drop is None and not (run.dir / Importance.FILE).is_file():
         refuse_impossible_plan(run)
         log.info("prune: needs %s, measuring first", Importance.FILE)
         measure(run)
-    importance = read_importance(run)
-    asked, student = plan_of(run), run.dir / "student"
-    if (student / "config.json").is_file() and asked.is_done():
-        refuse_unfit_student(run, _plan_of_its_student(run))
-        return
+    importance, asked = read_importance(run), plan_of(run)
     plan, path = choose_plan(run, importance, asked.inputs), asked.path
     if _is_cut_already(run, plan):
         refuse_unfit_student(run, plan)
@@ -61,7 +61,7 @@ def prune(run: Run) -> None:
     refuse_impossible_changes(run, plan)
     refuse_unfit_student(run, plan)
     log.info("prune: %s", plan.in_words())
-    for line in _sacrifice(run, importance, plan):
+    for line in sacrifice(run, importance, plan):
         log.info("prune: %s", line)
     if is_main():
         from shoal.compress.apply import apply_plan
@@ -91,39 +91,6 @@ def prune(run: Run) -> None:
         if (problem := misreading(load_config(student))) is not None:
             log.warning("prune: llama.cpp would run another model than this student: %s", problem)
     barrier()
-
-
-def prune_dry_run(run: Run) -> str:
-    """What `shoal prune` would do and what would come of it, for a reader. Measures nothing and writes nothing.
-
-    Raises:
-        UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
-    """
-    importance = read_importance(run)
-    plan = choose_plan(run, importance, {})
-    told, _ = student_estimate(run, plan)
-    return "\n".join([told, *_sacrifice(run, importance, plan)])
-
-
-def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
-    """What would come of ``plan``, for a reader, and the bytes of student/.
-
-    Raises:
-        UserError: what pruning would refuse.
-    """
-    from shoal.compress.changes.table import changes_of
-    from shoal.compress.dry_run import estimate
-
-    recipe = run.recipe
-    refuse_impossible_changes(run, plan)
-    return estimate(
-        run.teacher,
-        plan,
-        run.dir / "student",
-        changes=changes_of(recipe.prune),
-        dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code,
-    )
 
 
 def what_is_cut(run: Run) -> list[str] | None:
@@ -175,8 +142,9 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     return plan
 
 
-def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
+def sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
     """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
+
     from shoal.compress.sweeps.expected_loss import expected_sacrifice
 
     if importance is None and (asked := importance_of(run)).is_there():

@@ -12,7 +12,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Record
-from shoal.train.preflight.run_size import Job, job
+from shoal.train.preflight.memory import Job, job
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 
 CPU = torch.device("cpu")

@@ -1,7 +1,4 @@
-"""Whole trainings, through the distill verb, with what makes them faster, and one that runs out of memory.
-
-Covers: shoal.train.preflight.out_of_memory.
-"""
+"""Whole trainings, through the distill verb, with what makes them faster, and one that runs out of memory."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     assert refused.result is not None
     assert refused.result.returncode == 2, refused.log[-3000:]
     assert f"out of memory while training: {full[:60]}" in refused.log
-    assert "nothing is lost, the same command goes on from checkpoint-4" in refused.log
+    assert "the same command goes on from the last checkpoint" in refused.log
     assert "Traceback" not in refused.log
     added = "distill.trainer.per_device_train_batch_size=2"
     assert f"To take less, add {added}" in refused.log

@@ -7,13 +7,28 @@ its sources (0.19) and checked against runs: docs/scaling.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import torch
+from transformers import TrainingArguments
+
+from shoal.errors import UserError
+from shoal.models.anatomy import text_config
+
+from ..engine.arguments import DEFAULTS
+from ..engine.fused import is_fused
 from ..engine.sharding import REDUCED_AT_ONCE
-from ..student.sizes import ModelSize
-from ..student.spec import TeacherPlace
+from ..objective.chunked_loss import compiles
+from ..student.sizes import ModelSize, student_size, teacher_size
+from ..student.spec import TeacherPlace, TrainSpec
+from ..teacher.wiring import make_trainable_alike
 
 RAW_LOGITS = 3
 """Student's, teacher's, and their gradient, in the precision of the head's product."""
+LOGIT_BYTES, COMPILED_LOGIT_BYTES = 28, 4
+"""Bytes of a chunk's logit on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's
+product and its gradient, and their sum; of a compiled loss one tensor in fp32. On a CPU these exist for a block that
+fits its cache."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's own reduce_bucket_size."""
 LIVE_ELEMENTS = 1_000_000_000
@@ -25,69 +40,35 @@ FIXED_BYTES = {"cpu": LIBRARY_BYTES + 500_000_000, "cuda": 1_500_000_000}
 in runs); on a GPU the context, cuBLAS' and NCCL's buffers (a usual figure, not measured here)."""
 QUARTER_BYTES = 4.13 / 8
 """Bytes of a weight in 4 bits, with its share of the scales (QLoRA, arXiv:2305.14314, section 3)."""
-PRODUCTS_SHARE = 0.5
-"""Share of what a layer keeps that selective checkpointing leaves, the results of matrix products and attention: 0.47
-for Qwen3-8B by the formula in docs/scaling.md."""
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""The Trainer's names of checkpointing, today's first."""
+MOMENTS = {"ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "adafactor": 0, "sgd": 0}
+"""Moments of every weight, by the first word of an optimizer's name; the others have two, as AdamW."""
+WIDTHS = {"_8bit": 1 + 4 / 256, "_4bit": 0.5 + 4 / 128}
+"""Bytes of a moment with its share of the scale, by the end of an optimizer's name; 4 of all others."""
+FUSED_SHARE, COMPILED_SHARE = 0.8, 0.72
+"""Share of what a layer keeps that is left with Liger's kernels, which keep three tensors of an MLP's width and not
+four, and of a compiled layer, which computes again what is cheap: 0.60 to 0.72 on small layers of Llama and Qwen 3."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides how much memory a rank takes, and how long a step."""
+    """What may be changed about a training without changing what is learnt."""
 
     rows: int
     """Rows of a micro-batch on one rank."""
-    sequence_length: int
-    """Tokens of a row."""
-    head_chunk: int
-    """Tokens whose full-vocabulary logits exist at one time."""
-    accumulation: int = 1
+    accumulation: int
     """Micro-batches of an optimizer step on one rank."""
-    checkpointing: bool = False
+    checkpointing: bool
     """Activations of layers are computed again in the backward pass."""
-    selective: bool = False
-    """Checkpointing keeps what matrix products give (objective/activation_checkpointing.py)."""
-    stage: int = 0
+    stage: int
     """ZeRO stage, 0 to 3."""
-    ranks: int = 1
-    """Ranks over all nodes."""
-    ranks_per_node: int = 1
-    """Ranks that share the memory of one host."""
-    optimizer_bytes: float = 8
-    """Bytes of the moments of one trained weight."""
-    offload_optimizer: bool = False
+    offload_optimizer: bool
     """Optimizer state and gradients lie on the host."""
-    offload_parameters: bool = False
+    offload_parameters: bool
     """Weights lie on the host."""
-    bucket: int = BUCKET_ELEMENTS
-    """Gradients that ranks add up at one time."""
-    overlap: bool = False
-    """A second bucket is filled while the first is on its way."""
-    weight_bytes: int = 4
-    """Bytes of a weight of the student."""
-    autocast: bool = True
-    """Matrix products are computed in half precision from fp32 weights."""
-    teacher: TeacherPlace = "live"
+    teacher: TeacherPlace
     """Place that the teacher's signals come from."""
-    teacher_bytes: int = 2
-    """Bytes of a weight of the teacher."""
-    device: str = "cuda"
-    """Type of the device, as torch calls it."""
-    shares: bool = False
-    """Frozen linear maps and embeddings are held once for student and teacher."""
-    four_bits: bool = False
-    """Linear modules of the layers are held in 4 bits (QLoRA)."""
-    compiled: bool = False
-    """Layers run compiled."""
-    kept_share: float = 1.0
-    """Share of what a layer keeps for the backward pass that other kernels leave."""
-    logit_bytes: int = 0
-    """Bytes of a chunk's logit beside the raw ones."""
-    captured: int = 0
-    """Bytes per token that loss terms on states hold: the teacher's states, and both models' attention inputs."""
-    gathers: bool = False
-    """The student is run outside of training, for which ZeRO 3 gathers it whole on every rank."""
-    asked: float = 1.0
-    """Share of the rows of which the teacher is asked; of the others a live one runs the shared layers alone."""
 
 
 @dataclass(frozen=True)
@@ -116,30 +97,133 @@ class Memory:
     """Bytes per node at the fullest moment: what is offloaded, or whole models that are loaded there first."""
 
 
-def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
-    """What one rank takes with ``setting``; docs/scaling.md has every formula in words."""
-    weights, optimizer, gradients, step = _states(student, setting)
-    activations, one_layer = _activations(student, setting)
-    head = _head(student, teacher, setting)
-    on_device, host = _teacher(teacher, setting)
-    communication, gathered = _buffers(student, setting)
+class NotEstimated(UserError):
+    """A family whose memory cannot be told without running it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training as far as its size goes."""
+
+    spec: TrainSpec
+    student: ModelSize
+    teacher: ModelSize
+    setting: Setting
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks compute on the host."""
+        return self.spec.ranks.device.type == "cpu"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight of the student."""
+        return self.spec.deepspeed.weight_dtype.itemsize
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether matrix products are computed in half precision from fp32 weights."""
+        return self.spec.deepspeed.autocast_dtype is not None
+
+    @property
+    def in_four_bits(self) -> int:
+        """Weights of linear modules of the layers that are held in 4 bits (QLoRA)."""
+        lora = self.spec.settings.lora
+        return sum(layer.frozen_linear for layer in self.student.layers) * (
+            lora is not None and lora.quantization == "nf4"
+        )
+
+    @property
+    def shared_weights(self) -> int:
+        """Frozen weights that are the teacher's tensors, as frozen.py lets them be."""
+        deepspeed = self.spec.deepspeed
+        is_same = self.spec.teacher_dtype in (deepspeed.weight_dtype, deepspeed.autocast_dtype)
+        if self.setting.stage == 3 or self.setting.teacher != "live" or not is_same:
+            return 0
+        return self.student.frozen_linear - self.in_four_bits
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes that the setting takes; docs/scaling.md has every formula in words."""
+        return _memory(self)
+
+
+def job(spec: TrainSpec) -> Job:
+    """The size of the training that ``spec`` describes, from configurations; no weight is read.
+
+    Raises:
+        UserError: a batch that its ranks cannot share; NotEstimated.
+    """
+    deepspeed, settings, plan = spec.deepspeed, spec.settings, spec.plan
+    trainer = DEFAULTS | settings.trainer
+    rows, accumulation = spec.batch_split
+    setting = Setting(
+        rows,
+        accumulation,
+        checkpointing=bool(next((trainer[key] for key in CHECKPOINTING if trainer.get(key) is not None), False)),
+        stage=deepspeed.stage,
+        offload_optimizer=deepspeed.offloads("offload_optimizer"),
+        offload_parameters=deepspeed.offloads("offload_param"),
+        teacher=spec.teacher_place,
+    )
+    try:
+        student = student_size(
+            spec.student.config,
+            sequence_length=settings.sequence_length,
+            prepare=partial(make_trainable_alike, spec=spec),
+            dtype=torch.float32 if deepspeed.weight_dtype.itemsize == 4 else torch.bfloat16,
+            autocast=deepspeed.autocast_dtype is not None,
+            attention=spec.student.load.attention,
+            changed={*map(plan.keep.index, plan.reweighted), *plan.new_layers},
+        )
+        teacher = teacher_size(spec.teacher.config, attention=spec.teacher.load.attention)
+    except RuntimeError as error:  # torch's, of operations that need numbers
+        reason = str(error).strip().splitlines()[0][:120]
+        raise NotEstimated(
+            f"{text_config(spec.student.config).model_type}: cannot be run without data, so its memory cannot be told "
+            f"beforehand ({reason}); try a few steps with distill.trainer.max_steps"
+        ) from error
+    return Job(spec, student, teacher, setting)
+
+
+def optimizer_bytes(spec: TrainSpec) -> float:
+    """Bytes of the moments of one trained weight, by the name of the optimizer: the DeepSpeed configuration's, else
+    that of distill.trainer."""
+    own = spec.settings.trainer.get("optim") or TrainingArguments.__dataclass_fields__["optim"].default
+    named = str((spec.deepspeed.config.get("optimizer") or {}).get("type", own)).lower()
+    width = next((width for end, width in WIDTHS.items() if named.endswith(end)), 4)
+    return width * MOMENTS.get(named.removeprefix("paged_").split("_")[0], 2)
+
+
+def _memory(job: Job) -> Memory:
+    spec, student, teacher, setting = job.spec, job.student, job.teacher, job.setting
+    weights, optimizer, gradients, step = _states(job)
+    activations, one_layer = _activations(job)
+    head = _head(job)
+    on_device, host = _teacher(job)
+    communication, gathered = _buffers(job)
     kept = not setting.offload_optimizer
-    host += setting.ranks_per_node * ((not kept) * (optimizer + gradients) + setting.offload_parameters * weights)
+    host += spec.ranks.per_node * ((not kept) * (optimizer + gradients) + setting.offload_parameters * weights)
     optimizer, weights = optimizer * kept, weights * (not setting.offload_parameters)
-    fixed = FIXED_BYTES["cpu" if setting.device == "cpu" else "cuda"]
+    fixed = FIXED_BYTES["cpu" if job.on_cpu else "cuda"]
     always = weights + optimizer + on_device + fixed
     # gradients of an earlier micro-batch wait; ZeRO 3 has their place from the beginning
     waiting = gradients * kept * (setting.accumulation > 1 or setting.stage == 3)
     head_gradient = 4 * student.head * student.head_trained
     forward = activations + max(head, head_gradient + one_layer) + waiting
     backward = gradients * (kept or setting.stage < 2) + max(one_layer, step * kept)
-    whole = setting.weight_bytes * student.parameters
+    whole = job.width * student.parameters
+    settings = spec.settings
+    # outside of training, for which ZeRO 3 gathers it whole on every rank
+    runs = settings.watch is not None or (settings.on_policy is not None and settings.on_policy.share > 0)
     peaks = (
         always + communication + gathered + max(forward, backward),
-        fixed + (_own_weights(student, setting, shares=False) + on_device) * (setting.stage < 3),  # they are loaded
-        always + gradients * kept + communication + whole if setting.gathers and setting.stage == 3 else 0,
+        fixed + (_own_weights(job, shared=0) + on_device) * (setting.stage < 3),  # they are loaded
+        always + gradients * kept + communication + whole if runs and setting.stage == 3 else 0,
     )
-    loading = whole + setting.teacher_bytes * (setting.teacher in ("live", "offloaded")) * teacher.parameters
+    loading = whole
+    if setting.teacher in ("live", "offloaded"):
+        loading += spec.teacher_dtype.itemsize * teacher.parameters
     return Memory(
         weights=weights,
         gradients=gradients * kept,
@@ -150,114 +234,107 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
         buffers=communication + gathered,
         fixed=fixed,
         peak=max(peaks),
-        host=max(host, setting.ranks_per_node * loading // (setting.ranks if setting.stage == 3 else 1)),
+        host=max(host, spec.ranks.per_node * loading // (spec.ranks.count if setting.stage == 3 else 1)),
     )
 
 
-def shared_weights(student: ModelSize, setting: Setting) -> int:
-    """Frozen weights that are the teacher's tensors."""
-    if setting.stage == 3 or setting.teacher != "live" or not setting.shares:
-        return 0
-    return student.frozen_linear - _in_four_bits(student, setting)
+def _own_weights(job: Job, *, shared: int) -> int:
+    """Bytes of a whole student on one device, without the ``shared`` weights."""
+    quarter = job.in_four_bits
+    return job.width * (job.student.parameters - quarter - shared) + int(QUARTER_BYTES * quarter)
 
 
-def _in_four_bits(student: ModelSize, setting: Setting) -> int:
-    return sum(layer.frozen_linear for layer in student.layers) if setting.four_bits else 0
-
-
-def _own_weights(student: ModelSize, setting: Setting, *, shares: bool) -> int:
-    """Bytes of a whole student on one device, with or without what it shares with the teacher."""
-    quarter = _in_four_bits(student, setting)
-    plain = student.parameters - quarter - (shared_weights(student, setting) if shares else 0)
-    return setting.weight_bytes * plain + int(QUARTER_BYTES * quarter)
-
-
-def _states(student: ModelSize, setting: Setting) -> tuple[int, int, int, int]:
+def _states(job: Job) -> tuple[int, int, int, int]:
     """Weights, optimizer with master copies, gradients, and what the step itself adds."""
-    trained, shards = student.trained, setting.ranks if setting.stage else 1
-    width, weights = setting.weight_bytes, _own_weights(student, setting, shares=True)
-    moments = int(setting.optimizer_bytes * trained) // shards
-    if setting.stage == 0:
+    trained, stage, width = job.student.trained, job.setting.stage, job.width
+    shards, weights = job.spec.ranks.count if stage else 1, _own_weights(job, shared=job.shared_weights)
+    moments = int(optimizer_bytes(job.spec) * trained) // shards
+    if stage == 0:
         return weights, moments, width * trained, 0
     # stages 1 and 2 copy the weights they step, also where those are fp32 already; 3 only where they are not
-    optimizer = moments + (4 * trained // shards if setting.stage < 3 or width < 4 else 0)
+    optimizer = moments + (4 * trained // shards if stage < 3 or width < 4 else 0)
     shard = 4 * trained // shards
-    if setting.stage == 1 and width < 4:  # beside the gradients as they come their fp32 sum, whole
+    if stage == 1 and width < 4:  # beside the gradients as they come their fp32 sum, whole
         return weights, optimizer, (width + 4) * trained, 0
-    if setting.stage == 1:
+    if stage == 1:
         return weights, optimizer, width * trained, shard
-    if setting.stage == 2:
+    if stage == 2:
         return weights, optimizer, shard, shard  # flattened once more for the step
     return weights // shards, optimizer, shard, 0
 
 
-def _copies(student: ModelSize, setting: Setting) -> int:
+def _copies(job: Job) -> int:
     """Low-precision copies of the layers' weights, which autocast makes and keeps."""
-    if setting.stage == 3:  # DeepSpeed's own linear function keeps none
+    if job.setting.stage == 3:  # DeepSpeed's own linear function keeps none
         return 0
-    fixed = sum(layer.kept.fixed for layer in student.layers)
-    if shared_weights(student, setting) or setting.four_bits:
-        fixed -= sum(min(layer.kept.fixed, 2 * layer.frozen_linear) for layer in student.layers)
-    return fixed
+    has_none = job.shared_weights or job.in_four_bits  # of what is frozen
+    return sum(
+        layer.kept.fixed - (min(layer.kept.fixed, 2 * layer.frozen_linear) if has_none else 0)
+        for layer in job.student.layers
+    )
 
 
-def _activations(student: ModelSize, setting: Setting) -> tuple[int, int]:
+def _activations(job: Job) -> tuple[int, int]:
     """What is kept until the backward pass with what models hand to the loss, and what one layer takes while it is
     worked on."""
-    rows = setting.rows
-    state = rows * setting.sequence_length * student.hidden * student.state_bytes
+    student, setting, settings = job.student, job.setting, job.spec.settings
+    rows, state = setting.rows, setting.rows * settings.sequence_length * student.hidden * student.state_bytes
     # final states: the student's and their supervised copy and gradient, and a live teacher's and theirs
     handed = 3 * state
     if setting.teacher in ("live", "offloaded"):
-        handed += 2 * state * setting.teacher_bytes // student.state_bytes
-    always = handed + _copies(student, setting) + student.outside.of(rows)
-    always += rows * setting.sequence_length * setting.captured
-    of_layers = [int(setting.kept_share * layer.kept.per_row) * rows for layer in student.layers]
-    if not setting.checkpointing:
-        return always + sum(of_layers), max(of_layers)
-    if setting.selective:
-        return always + int(PRODUCTS_SHARE * sum(of_layers)), max(of_layers)
-    return always + sum(kept > 0 for kept in of_layers) * state, max(of_layers)
+        handed += 2 * state * job.spec.teacher_dtype.itemsize // student.state_bytes
+    always = handed + _copies(job) + student.outside.of(rows)
+    fused = is_fused(settings.fused, job.spec.student.config.model_type, job.spec.ranks.device)
+    share = FUSED_SHARE if fused else COMPILED_SHARE if settings.compile else 1
+    of_layers = [int(share * layer.kept.per_row) * rows for layer in student.layers]
+    kept = sum(layer > 0 for layer in of_layers) * state if setting.checkpointing else sum(of_layers)
+    return always + kept, max(of_layers)
 
 
-def _head(student: ModelSize, teacher: ModelSize, setting: Setting) -> int:
-    tokens = min(setting.head_chunk, setting.rows * (setting.sequence_length - 1))
-    width = 2 if setting.autocast else setting.weight_bytes
-    logits = tokens * student.vocabulary * (RAW_LOGITS * width + setting.logit_bytes)
-    shares_head = not student.head_trained and shared_weights(student, setting) > 0
-    low = width * student.head if setting.autocast and not shares_head else 0  # the head's copy
+def _head(job: Job) -> int:
+    student, settings, setting = job.student, job.spec.settings, job.setting
+    tokens = min(settings.head_chunk, setting.rows * (settings.sequence_length - 1))
+    width, beside = 2 if job.is_autocast else job.width, 0 if job.on_cpu else LOGIT_BYTES
+    if settings.compile and compiles(settings.losses):
+        beside = COMPILED_LOGIT_BYTES
+    logits = tokens * student.vocabulary * (RAW_LOGITS * width + beside)
+    is_shared = not student.head_trained and job.shared_weights > 0
+    low = width * student.head if job.is_autocast and not is_shared else 0  # the head's copy
     # the sum over chunks in fp32, and this chunk's
     gradient = (4 + width) * student.head if student.head_trained else 0
     gathered = 0
-    if setting.stage == 3 and setting.ranks > 1:
-        gathered = setting.weight_bytes * student.head
-        gathered += setting.teacher_bytes * teacher.head * (setting.teacher == "live")
+    if setting.stage == 3 and job.spec.ranks.count > 1:
+        gathered = job.width * student.head
+        gathered += job.spec.teacher_dtype.itemsize * job.teacher.head * (setting.teacher == "live")
     return logits + low + gradient + gathered
 
 
-def _teacher(teacher: ModelSize, setting: Setting) -> tuple[int, int]:
+def _teacher(job: Job) -> tuple[int, int]:
     """On the device of a rank, and on the host of a node."""
-    width = setting.teacher_bytes
-    largest = max(layer.parameters for layer in teacher.layers)
-    if setting.teacher in ("none", "recorded"):
+    teacher, ranks, place = job.teacher, job.spec.ranks, job.setting.teacher
+    width, largest = job.spec.teacher_dtype.itemsize, max(layer.parameters for layer in teacher.layers)
+    if place in ("none", "recorded"):
         return 0, 0
-    if setting.teacher == "offloaded":  # a layer that runs and the next one on its way, embeddings or head
-        return width * (2 * largest + teacher.head), setting.ranks_per_node * width * teacher.parameters
-    if setting.stage == 3:
-        shard = width * teacher.parameters // setting.ranks
-        return shard + (2 * width * largest if setting.ranks > 1 else 0), 0
+    if place == "offloaded":  # a layer that runs and the next one on its way, embeddings or head
+        return width * (2 * largest + teacher.head), ranks.per_node * width * teacher.parameters
+    if job.setting.stage == 3:
+        shard = width * teacher.parameters // ranks.count
+        return shard + (2 * width * largest if ranks.count > 1 else 0), 0
     return width * teacher.parameters, 0
 
 
-def _buffers(student: ModelSize, setting: Setting) -> tuple[int, int]:
+def _buffers(job: Job) -> tuple[int, int]:
     """For gradients on their way, and for gathered weights."""
-    kinds = 2 if setting.autocast else 1  # one for what is sent in bf16, one for the rest
-    if setting.stage == 0:
+    student, stage, zero = job.student, job.setting.stage, job.spec.deepspeed.zero
+    if stage == 0:
         # the tensor that fills a buffer may be the largest
         at_once = REDUCED_AT_ONCE + student.head * student.head_trained
-        return 0 if setting.ranks == 1 else setting.weight_bytes * min(at_once, student.trained), 0
-    allocated = setting.bucket * kinds * (1 + (setting.overlap and setting.stage < 3))
+        return 0 if job.spec.ranks.count == 1 else job.width * min(at_once, student.trained), 0
+    bucket = zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
+    bucket = job.teacher.hidden**2 if bucket == "auto" else int(bucket)  # what transformers fills in
+    kinds = 2 if job.is_autocast else 1  # one for what is sent in bf16, one for the rest
+    allocated = bucket * kinds * (1 + bool(stage < 3 and zero.get("overlap_comm")))
     # allocated whole; but a CPU gives memory only for what is filled
-    filled = allocated if setting.device != "cpu" else min(allocated, student.trained)
-    gathered = setting.weight_bytes * min(LIVE_ELEMENTS, student.parameters) if setting.stage == 3 else 0
-    return filled * setting.weight_bytes, gathered
+    filled = min(allocated, student.trained) if job.on_cpu else allocated
+    gathered = job.width * min(LIVE_ELEMENTS, student.parameters) if stage == 3 else 0
+    return filled * job.width, gathered

@@ -17,8 +17,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.apply import apply_plan
 from shoal.compress.changes.table import changes_of
-from shoal.compress.dry_run import estimate
 from shoal.errors import UserError
+from shoal.launch.verbs.dry_run import cut_estimate
 from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.recipe.prune import APART, Prune
 from shoal.recipe.recipe import parse_recipe
@@ -53,7 +53,7 @@ def test_the_student_is_proven_and_its_plan_and_dry_run_tell_of_it(
     model.save_pretrained(folder, max_shard_size="40KB")
     tiny_tokenizer().save_pretrained(folder)
     changes, plan = changes_of(asked(**{key: ASKED[key]})), PruningPlan(Provenance({}), 6, (2, 4), "test")
-    told, _ = estimate(folder, plan, out, changes=changes)
+    told, _ = cut_estimate(folder, plan, out, changes=changes)
     assert all(change.words(model, plan) in told for change in changes)
     applied = apply_plan(folder, plan, out, changes=changes)
     assert applied.changes or not any(gap.is_closed for gap in applied.gaps)

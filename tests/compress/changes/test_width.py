@@ -26,9 +26,9 @@ from shoal.compress.apply import apply_plan
 from shoal.compress.changes import width as width_module
 from shoal.compress.changes.calibration import calibration_rows
 from shoal.compress.changes.width import Narrowing
-from shoal.compress.dry_run import estimate
 from shoal.compress.surgery.narrow_config import kept_width
 from shoal.errors import UserError
+from shoal.launch.verbs.dry_run import cut_estimate
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, read_shards
 from shoal.models.load import load_config, load_model
@@ -218,7 +218,7 @@ def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource)
     folder, width = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(text, kv_groups=1)
     plan, out = narrowed(folder, width)
     before = replace(plan, width=kept_width(load_config(folder), width))
-    told, num_bytes = estimate(folder, before, out, changes=(Narrowing(width),))
+    told, num_bytes = cut_estimate(folder, before, out, changes=(Narrowing(width),))
     stored = sum(t.end - t.start for shard in read_shards(out) for t in shard.tensors.values())
     assert num_bytes == stored
     assert checkpoint_bytes(out) < checkpoint_bytes(folder)

@@ -13,6 +13,7 @@ import pytest
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.distill import check_distill
+from shoal.launch.verbs.dry_run import prune_dry_run
 from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import parse_recipe
@@ -108,7 +109,7 @@ def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
     raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": measure}
     run = open_run(parse_recipe({**raw, "prune": {"num_drop": 1, **prune}}))
     monkeypatch.setattr(pruning, "measure", lambda _: pytest.fail("measured"))
-    for stage in (preflight, pruning.prune, pruning.prune_dry_run):
+    for stage in (preflight, pruning.prune, prune_dry_run):
         with pytest.raises(UserError, match=message):
             stage(run)
 

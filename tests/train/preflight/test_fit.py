@@ -7,45 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CUT, LENGTH, ONE_RANK
+from jobs import CUT, LENGTH, ONE_RANK, job_of
 
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Record
+from shoal.recipe.distill import Distill, Lora, Record
 from shoal.train.preflight import fit
-from shoal.train.preflight.fit import cheapest, check_control, check_fit, disk_bytes, overrides, proposals
-from shoal.train.preflight.memory import Setting, memory
-from shoal.train.preflight.run_size import Job, job
+from shoal.train.preflight.fit import Free, check_control, check_fit, disk_bytes, overrides, proposals
+from shoal.train.preflight.memory import Job, Setting, job
+from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.student.control import control_spec
 from shoal.train.student.spec import train_spec
 
 
 def test_what_fits_is_chosen_by_cost_and_keeps_the_batch(tiny_job: Job) -> None:
-    plenty = cheapest(tiny_job, device_free=10**13, host_free=10**13)
+    plenty = Free(10**13, 10**13).cheapest(tiny_job)
     assert plenty is not None
     assert (plenty.stage, plenty.checkpointing, plenty.teacher) == (0, False, "live")
     batch = tiny_job.setting.rows * tiny_job.setting.accumulation
     peaks = []
     for setting in proposals(tiny_job):
         assert setting.rows * setting.accumulation == batch
-        peaks.append(memory(tiny_job.student, tiny_job.teacher, setting).peak)
+        peaks.append(replace(tiny_job, setting=setting).memory.peak)
     scarce = sorted(peaks)[len(peaks) // 4]
-    found = cheapest(tiny_job, device_free=scarce, host_free=10**13)
+    found = Free(scarce, 10**13).cheapest(tiny_job)
     assert found is not None
-    assert fit.MARGIN * memory(tiny_job.student, tiny_job.teacher, found).peak <= scarce
-    assert cheapest(tiny_job, device_free=1000, host_free=10**13) is None
+    assert fit.MARGIN * replace(tiny_job, setting=found).memory.peak <= scarce
+    assert Free(1000, 10**13).cheapest(tiny_job) is None
 
 
 def test_proposals_leave_out_what_cannot_be_and_recorded_signals_come_last(tiny_job: Job) -> None:
-    def proposed(**changes: Any) -> list[Setting]:
-        return [*proposals(replace(tiny_job, setting=replace(tiny_job.setting, **changes)))]
+    def proposed(**settings: Any) -> list[Setting]:
+        return [*proposals(job_of(**settings) if settings else tiny_job)]
 
     assert [*dict.fromkeys(setting.teacher for setting in proposed())] == ["live", "offloaded", "recorded"]
     assert not [setting for setting in proposed() if setting.teacher == "offloaded" and setting.stage == 3]
-    assert {setting.stage for setting in proposed(weight_bytes=2)} == {2, 3}
-    assert {setting.stage for setting in proposed(four_bits=True)} == {0, 2}
-    assert {setting.stage for setting in proposed(compiled=True)} == {0, 2}
-    assert not any(setting.offload_optimizer or setting.offload_parameters for setting in proposed(device="cpu"))
+    assert {setting.stage for setting in proposed(weights="bfloat16", deepspeed="deepspeed/zero2.json")} == {2, 3}
+    assert {setting.stage for setting in proposed(lora=Lora(quantization="nf4"))} == {0, 2}
+    assert {setting.stage for setting in proposed(compile=True)} == {0, 2}
+    cpu = replace(tiny_job, spec=replace(tiny_job.spec, ranks=ONE_RANK))
+    assert not any(setting.offload_optimizer or setting.offload_parameters for setting in proposals(cpu))
 
 
 def test_a_proposal_is_said_in_recipe_keys(tiny_job: Job) -> None:
@@ -72,15 +73,14 @@ def test_a_proposal_is_said_in_recipe_keys(tiny_job: Job) -> None:
 def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
     weights, tokens = tiny_job.student.parameters, tiny_job.spec.num_steps * tiny_job.spec.tokens_per_step
     assert tokens == 100_352  # rounded up to whole steps of 4 ranks, 4 rows, 64 tokens
-    assert disk_bytes(tiny_job, record=True) == {
+    assert disk_bytes(tiny_job) == {
         "checkpoints": 3 * 12 * weights,
         "distilled": 4 * weights,
         "text": 11 * tokens,
-        "signals": 150 * tokens,
     }
     trainer = {"max_steps": 1, "num_train_epochs": 3}
     shorter = replace(tiny_job, spec=replace(tiny_job.spec, settings=replace(tiny_job.spec.settings, trainer=trainer)))
-    assert disk_bytes(shorter, record=True) == disk_bytes(tiny_job, record=True), "rows follow the budget of tokens"
+    assert disk_bytes(shorter) == disk_bytes(tiny_job), "rows follow the budget of tokens"
     settings = replace(tiny_job.spec.settings, trainer={"save_strategy": "no"})  # what a stop leaves
     unsaved = replace(tiny_job, spec=replace(tiny_job.spec, settings=settings))
     assert disk_bytes(unsaved)["checkpoints"] == 12 * weights
@@ -137,7 +137,7 @@ def test_a_control_without_room_after_the_student_is_refused_and_its_cost_told_b
     both = sum(disk_bytes(own).values()) + sum(disk_bytes(uncut).values())
     machine["disk"] = both
     check_control(control, tmp_path / "control", spec, tmp_path)
-    times = uncut.flops_per_token / own.flops_per_token
+    times = flops_per_token(uncut) / flops_per_token(own)
     assert 1.2 < times < 1.5
     assert f"the uncut teacher is trained on the same rows, which takes {times:.2g} times as long" in caplog.text
     machine["disk"] = both - 1

@@ -1,6 +1,6 @@
 """What training takes: estimates of memory against real tensors and files.
 
-Covers: shoal.train.preflight.run_size, shoal.train.student.sizes, shoal.train.student.spec, shoal.train.teacher.wiring.
+Covers: shoal.train.student.sizes, shoal.train.student.spec, shoal.train.teacher.wiring.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from shoal.recipe.distill import Distill, Lora, Teacher
 from shoal.recipe.losses import CrossEntropy, HiddenStates
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight.fit import overrides
-from shoal.train.preflight.memory import memory
-from shoal.train.preflight.run_size import Job, optimizer_bytes
-from shoal.train.preflight.throughput import flops_per_token
+from shoal.train.preflight.memory import Job, Memory, optimizer_bytes
 from shoal.train.student.sizes import student_size
 from shoal.train.teacher.wiring import make_trainable_alike
 
@@ -105,26 +103,26 @@ from pathlib import Path
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Record
 from shoal.train.preflight import throughput as pace
-from shoal.train.preflight.memory import Setting, memory
-from shoal.train.student.control import control_spec
+from shoal.train.preflight.memory import Job, Setting
 from shoal.train.student.sizes import student_size, teacher_size
 from shoal.train.student.spec import Ranks, train_spec
 from shoal.recipe.distill import Distill
 
 shape = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2)
 teacher, student = (LlamaConfig(num_hidden_layers=n, tie_word_embeddings=True, **shape) for n in (6, 5))
-setting = Setting(rows=8, sequence_length=256, head_chunk=256, accumulation=2, device="cpu")
 sizes = student_size(student, sequence_length=256, prepare=lambda model: None), teacher_size(teacher)
 pace.PROBE_S = float("1e9")
 
 checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
 plan, ranks = PruningPlan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
-spec = train_spec(*checkpoints, plan, Distill(sequence_length=256, precision="bfloat16"), Record(), ranks)
-pace.probe(spec, replace(setting, rows=2), flops=1)
+settings = Distill(sequence_length=256, head_chunk=256, precision="bfloat16", deepspeed="deepspeed/zero0.json")
+spec = train_spec(*checkpoints, plan, settings, Record(), ranks)
+size = Job(spec, *sizes, Setting(8, 2, False, 0, False, False, "live"))
+pace.probe(replace(size, setting=replace(size.setting, rows=2)))
 gc.collect()  # models and their objectives hold each other
 before = psutil.Process().memory_info().rss
-pace.probe(spec, setting, flops=1)
-found = memory(*sizes, setting)
+pace.probe(size)
+found = size.memory
 print(found.peak - found.fixed - found.optimizer, peak_memory() - before)
 """
 
@@ -147,13 +145,16 @@ def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
     assert expected == pytest.approx(measured, rel=0.1)
 
 
+def with_(job: Job, **changes: Any) -> Memory:
+    """What another setting of it takes."""
+    return replace(job, setting=replace(job.setting, **changes)).memory
+
+
 @pytest.mark.slow
 def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
-    size, weights = tiny_job.student, tiny_job.student.parameters
-    parts = {
-        stage: memory(size, tiny_job.teacher, replace(tiny_job.setting, stage=stage, bucket=1000)) for stage in range(4)
-    }
-    found = [(part.weights, part.gradients, part.optimizer) for part in parts.values()]
+    weights = tiny_job.student.parameters
+    parts = [with_(tiny_job, stage=stage) for stage in range(4)]
+    found = [(part.weights, part.gradients, part.optimizer) for part in parts]
     assert found == [
         (4 * weights, 4 * weights, 8 * weights),
         (4 * weights, 4 * weights, 8 * weights // 4 + 4 * weights // 4),
@@ -163,11 +164,7 @@ def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
 
 
 def test_offload_moves_states_to_the_host_of_a_node(tiny_job: Job) -> None:
-    setting = replace(tiny_job.setting, stage=3)
-    here = memory(tiny_job.student, tiny_job.teacher, setting)
-    there = memory(
-        tiny_job.student, tiny_job.teacher, replace(setting, offload_optimizer=True, offload_parameters=True)
-    )
+    here, there = with_(tiny_job, stage=3), with_(tiny_job, stage=3, offload_optimizer=True, offload_parameters=True)
     assert (there.weights, there.gradients, there.optimizer) == (0, 0, 0)
     assert there.host >= 2 * (here.weights + here.gradients + here.optimizer)  # of two ranks on a node
     assert there.peak < here.peak
@@ -175,7 +172,7 @@ def test_offload_moves_states_to_the_host_of_a_node(tiny_job: Job) -> None:
 
 def test_a_teacher_is_whole_sharded_on_the_host_or_not_there(tiny_job: Job) -> None:
     def found(**changes: Any) -> tuple[int, int]:
-        result = memory(tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, **changes))
+        result = with_(tiny_job, **changes)
         return result.teacher, result.host
 
     whole = 2 * tiny_job.teacher.parameters
@@ -187,26 +184,11 @@ def test_a_teacher_is_whole_sharded_on_the_host_or_not_there(tiny_job: Job) -> N
 
 
 def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: Job) -> None:
-    def activations(checkpointing: bool) -> int:
-        return memory(
-            tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, checkpointing=checkpointing)
-        ).activations
-
     setting, layers = tiny_job.setting, tiny_job.student.layers
     state = setting.rows * LENGTH * 32 * 4
     saved = sum(layer.kept.per_row for layer in layers) * setting.rows
-    assert activations(False) - activations(True) == saved - len(layers) * state
-
-
-@pytest.mark.slow
-def test_selective_checkpointing_lies_between() -> None:
-    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
-    found = job_of(trainer=kwargs)
-    settings = [replace(found.setting, checkpointing=False), found.setting, replace(found.setting, selective=False)]
-    none, selective, whole = (memory(found.student, found.teacher, setting).activations for setting in settings)
-    assert whole < selective < none
-    costs = [flops_per_token(found.student, found.teacher, setting, shared=False) for setting in settings]
-    assert costs[0] == costs[1] < costs[2]
+    kept, again = (with_(tiny_job, checkpointing=checkpointing).activations for checkpointing in (False, True))
+    assert kept - again == saved - len(layers) * state
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.dry_run import estimate
 from shoal.compress.plan import choose_changes
 from shoal.launch.cli import run_verb
+from shoal.launch.verbs.dry_run import cut_estimate
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_model, without_data
 from shoal.recipe.recipe import parse_recipe
@@ -74,31 +74,18 @@ def test_what_it_says_is_what_pruning_writes(
 
 @pytest.mark.slow
 def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> None:
-    report, _ = estimate(teachers["gemma3"], plan(drop=[0, 2]), tmp_path / "student")
+    report, _ = cut_estimate(teachers["gemma3"], plan(drop=[0, 2]), tmp_path / "student")
     token = 2 * 2 * 8 * 2  # keys and values, two heads of 8, bfloat16
     # layers 2 and 5 see everything, the others 8 tokens, of which 7 are kept
-    assert row(report, "cache per token") == [f"{2 * token} B", f"{token} B", "0.500"]
-    assert row(report, "cache per token, up to 7 tokens") == [f"{4 * token} B", f"{3 * token} B", "0.750"]
     whole = [count * token * 1024 + sliding * token * 7 for count, sliding in ((2, 4), (1, 3))]
     assert row(report, "cache of 1,024 tokens")[:2] == [f"{size / 1000:.3g} kB" for size in whole]
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
-    report, _ = estimate(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
-    assert re.search(r"^disk: [\d.]+ kB needed for .*folder, .* free there$", report, re.M)
-    assert "proof: by its files, and the kind and settings of every layer, and by running" in report
-
-
-def test_scores_that_are_not_there_are_asked_for(
-    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(f"model: {teachers['llama']}\nrun_dir: {tmp_path}/run\nprune: {{num_drop: 2}}\n")
-    assert run_verb("prune", str(file), [], dry_run=True) == 2
-    assert "run `shoal measure` first" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    report, _ = cut_estimate(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
+    assert re.search(r"^disk: [\d.]+ kB needed under .*folder, .* free there$", report, re.M)
+    assert "proof: by its files, and the kind and settings of every layer; and by running" in report
 
 
 @pytest.mark.slow
@@ -134,6 +121,6 @@ def test_a_model_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + end)
     assert end > 1_500_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report, _ = estimate(tmp_path, plan(drop=[2]), tmp_path / "student")
+    report, _ = cut_estimate(tmp_path, plan(drop=[2]), tmp_path / "student")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     assert row(report, "weights on disk")[0] == f"{end / 1e9:.3g} GB"
