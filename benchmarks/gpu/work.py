@@ -37,11 +37,7 @@ from shoal.compress.surgery.narrow_config import student_config
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.launch.verbs.run import open_run
-<<<<<<< HEAD
-from shoal.machine import available_memory, device_memory, device_name, flops_per_second, now, peak_memory
-=======
-from shoal.machine import available_memory, device_name, now, peak_memory
->>>>>>> f47f03e3 (One dry run for prune, distill and run in one module; what a training takes reads its description, not a second copy of it)
+from shoal.machine import available_memory, device_name, flops_per_second, now, peak_memory
 from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device as here
