@@ -25,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import measure_importance
-from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
+from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.variant_losses import own_documents
 from shoal.compress.surgery.cut_model import cut_model

@@ -65,9 +65,9 @@ def measure_importance(
     refuse_text_alone(model.config)
     by_need = _by_need(metrics)
     calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed)
-    num_tokens = int(calibration.mask_NS.sum())
-    if num_tokens == 0:
-        raise UserError("measure: there is no token to measure on; name a data source that holds text")
+    counted = calibration.follows_NS if {"gradients", "loss"} & by_need.keys() else calibration.mask_NS
+    if not counted.any():
+        raise UserError("measure: there is no token to measure on; name a data source that holds (longer) text")
     for name in metrics:
         METRICS[name].refuse(model, name)
     warn_of_mixed_documents(model, rows.input_ids_NS, rows.position_ids_NS, WHILE_MEASURED)
@@ -75,7 +75,7 @@ def measure_importance(
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
         results |= PASSES[need](model, calibration, names)
-    scores = Scores(len(decoder_layers(model)), num_tokens)
+    scores = Scores(len(decoder_layers(model)), int(calibration.mask_NS.sum()))
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
         result = results[name]

@@ -23,9 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate
-from shoal.compress.metrics.hidden_pass import Batch, HiddenPass, watching, writes_into_input
+from shoal.compress.metrics.hidden_pass import HiddenPass
 from shoal.compress.metrics.metric import Calibration
-from shoal.compress.metrics.observation import Observation
+from shoal.compress.metrics.observation import Batch
 from shoal.compress.surgery.cut_model import skipped
 from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows, on_device
 from shoal.data.packing import PackedRows
@@ -165,19 +165,17 @@ def layer_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[
     Raises:
         UserError: states or losses that are not finite.
     """
-    layers = decoder_layers(model)
-    writes, losses = writes_into_input(model), []
+    losses = []
     similar = HiddenPass(model, _row(torch.zeros(1, 1, dtype=torch.long)), ["block_influence"])
     for number, item in enumerate(each(items, "vision: layers", unit="rows")):
         row = _row(item.inputs["input_ids"])
         batch = Batch.of(row, torch.tensor([0]), torch.empty(0, 2, dtype=torch.long), model.device)
         batch = replace(batch, rows_B=torch.tensor([number]))
-        seen = Observation(batch.view, len(layers), similar.reads)
-        with watching(layers, batch, seen.observe, writes=writes):
+        with similar.counting(batch):
             losses.append([_loss(model, item)])
-        if not similar.add(batch, seen):
+        if similar.fault is not None:
             break
-        for layer in range(len(layers)):
+        for layer in range(len(decoder_layers(model))):
             with skipped(model, [layer]):
                 losses[-1].append(_loss(model, item))
     influence: Any = similar.scores()["block_influence"]

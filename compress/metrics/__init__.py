@@ -5,11 +5,8 @@ metric          what a metric says of itself, and what a pass is given
 hidden_pass     one forward for all metrics of hidden states
 hidden_metrics  their formulae
 observation     what they share of a batch
-mka             similarity of layers as manifolds
-laco            how little merging neighbours changes
-weight_metrics  magnitude, Taylor
-loss_metrics    metrics of the loss under variants
+weight_metrics  magnitude, Taylor, merging
+loss_metrics    metrics of the loss under variants, means over subnetworks
 variant_losses  that loss, each variant measured once
 greedy          orders, one removal after the other
-shapley         means over subnetworks
 """

@@ -1,6 +1,6 @@
 """Greedy removal: again and again the component goes without which the model is best, given all that is gone already.
 
-The components are layers, their halves or heads; what "best" means is any objective of a variant: a loss for SLEB and
+The components are layers or their halves; what "best" means is any objective of a variant: a loss for SLEB and
 BlockPruner, the scores of tasks for task-aware orders.
 """
 
@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Removal
-from shoal.components import REMOVED, Component, ComponentPart
+from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
 from shoal.errors import UserError
 
-from ..edits.layer_edits import KINDS, layer_edits
 from ..variants.variants import Variant, variant
 from .metric import Order
 
@@ -42,16 +41,14 @@ def greedy_order(
     equal ones the first in ``components``. None removes all but one. Components that are to stay are not listed.
 
     Raises:
-        UserError: fewer components than removals, one listed twice, or no removal asked for.
+        UserError: fewer components than removals, or no removal asked for.
     """
     remaining = list(components)
-    if len(set(remaining)) < len(remaining):
-        raise UserError(f"{name}: a unit is listed twice among {_names(remaining)}; list every unit once")
     count = len(remaining) - 1 if num_removals is None else num_removals
     if not 0 < count <= len(remaining):
         raise UserError(
-            f"{name}: {count} removals are asked for, but there are {len(remaining)} units that may go"
-            f"{f' ({_names(remaining)})' if remaining else ''}; ask for at least 1 and at most as many as there are"
+            f"{name}: {count} removals are asked for, but there are {len(remaining)} units that may go; ask for at "
+            "least 1 and at most as many as there are"
         )
     order: list[Removal] = []
     for number in range(count):
@@ -77,27 +74,15 @@ def half_components(num_layers: int, *, protected: Collection[int] = ()) -> tupl
 
 
 def without_components(components: Sequence[Component]) -> Variant:
-    """The variant without ``components``. A layer both of whose halves are gone is gone, as a plan made of them has it.
-
-    Raises:
-        UserError: a donor, a key-value group, or an index where there is none to name.
-    """
-    for component in components:
-        kind = KINDS[component.part]
-        if kind.hooks is None or bool(kind.told_by) != (component.index is not None):
-            raise UserError(f"{component.name}: no removal is known for it; there are layers, attention, mlp and heads")
-    edits = layer_edits(components, None)
+    """The variant without ``components``; a layer both of whose halves are gone is gone, as a plan of them has it."""
     parts: dict[int, set[ComponentPart]] = defaultdict(set)
-    for layer, edit in edits:
-        parts[layer].add(edit.part)
-    gone = {layer for layer, taken in parts.items() if "layer" in taken or {"attention", "mlp"} <= taken}
-    # heads are a part of the attention: without it there are none to mask
-    rest = [
-        (layer, edit)
-        for layer, edit in edits
-        if layer not in gone and not (edit.part == "head" and "attention" in parts[layer])
-    ]
-    return variant(_names(components), [*((layer, REMOVED) for layer in gone), *rest])
+    for component in components:
+        parts[component.layers[0]].add(component.part)
+    gone = {layer for layer, taken in parts.items() if "layer" in taken or taken == set(HALVES)}
+    rest = [(layer, LayerEdit(part)) for layer, taken in parts.items() if layer not in gone for part in taken]
+    return variant(
+        ", ".join(component.name for component in components), [*((layer, REMOVED) for layer in gone), *rest]
+    )
 
 
 def task_objective(evaluate: Callable[[Sequence[Variant]], Sequence[Sequence[TaskScore]]]) -> Objective:
@@ -105,20 +90,10 @@ def task_objective(evaluate: Callable[[Sequence[Variant]], Sequence[Sequence[Tas
 
     ``evaluate`` gives every variant's scores. Of nats, of which less is better, the mean counts with a minus. Greedy
     removal by a task's own score is that of arXiv 2510.22767, where the score may rise; the mean is INFERRED.
-
-    Raises:
-        UserError: when called: nats beside shares, which have no unit in common.
     """
 
     def mean(scores: Sequence[TaskScore]) -> float:
-        if len({score.higher_is_better for score in scores}) != 1:
-            names = ", ".join(score.task for score in scores) or "no task"
-            raise UserError(f"greedy: the scores of {names} have no unit in common; name tasks of one kind")
         value = sum(score.score for score in scores) / len(scores)
         return value if scores[0].higher_is_better else -value
 
     return lambda variants: [mean(scores) for scores in evaluate(variants)]
-
-
-def _names(components: Sequence[Component]) -> str:
-    return ", ".join(component.name for component in components)

@@ -6,11 +6,14 @@ additive sums only, so that batches and ranks add up to the same scores.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from scipy import linalg
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,8 +28,11 @@ SMALLEST_NORM = 1e-6
 """Lower bound of a state's norm where something is divided by it."""
 SILENCE = 1e-6
 """Term that keeps AVSS's share of silent units away from zero, where the score divides by it."""
-METRICS_OF_OTHERS = "metrics of hidden states are not defined for this architecture: use metrics of loss or weights"
-"""What to do about layers that hand on other states than one vector per token."""
+MKA_SIGMA = 8.0
+"""Width of MKA's kernel, in the state's median distances."""
+MKA_DENSITY_EXPONENT = 0.5
+MKA_BINS = 4
+"""Parts that each coordinate is cut into; tokens fall into MKA_BINS**2 cells."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ class _TokenMean(HiddenMetric):
         return (self.size.num_layers,)
 
     def add(self, seen: Observation) -> None:
-        self.sums += self.of_tokens_LT(seen)[:, seen.view.real_T].sum(1)
-        self.count += int(seen.view.real_T.sum())
+        self.sums += self.of_tokens_LT(seen)[:, seen.batch.real_T].sum(1)
+        self.count += int(seen.batch.real_T.sum())
 
     @abstractmethod
     def of_tokens_LT(self, seen: Observation) -> Tensor:
@@ -158,7 +164,7 @@ class StreamlineCosine(_Pairs):
     reads: ClassVar[frozenset[Reading]] = frozenset({"cosines"})
 
     def add(self, seen: Observation) -> None:
-        count = int(seen.view.real_T.sum())
+        count = int(seen.batch.real_T.sum())
         self.sums += 0.5 * (count - seen.cosine_sums_LL())  # the sum over tokens of 1 - (0.5 + 0.5 cos)
         self.count += count
 
@@ -186,7 +192,7 @@ class AvssOutput(HiddenMetric):
 
     def add(self, seen: Observation) -> None:
         self.sums[:-1] += seen.spread_L2(self.spread)
-        self.sums[-1] += torch.tensor([len(seen.view.last_M), int(seen.view.real_T.sum())])
+        self.sums[-1] += torch.tensor([len(seen.batch.last_M), int(seen.batch.real_T.sum())])
 
     def scores(self) -> Layers:
         documents, tokens = self.sums[-1].tolist()
@@ -204,6 +210,89 @@ class AvssUpdate(AvssOutput):
     spread: ClassVar[Reading] = "update_spread"
 
 
+class MkaSimilarity(HiddenMetric):
+    """1 - S(h_l, h_{l+1}): how little of its input's manifold a layer's output keeps (MKA, arXiv:2406.16330).
+
+    Of each state, over a fixed sample of tokens, a diffusion map: kernel exp(-(d/8)^0.5) of Euclidean distances,
+    divided by the densities to the power 0.5, normalised, its two leading coordinates behind the constant one. Then
+    S_ij = MI_ij / sqrt(H_i H_j).
+
+    Where the source leaves it open, this is what is done. Distances are in units of the state's median distance: the
+    residual stream grows a hundredfold, and in absolute units every token of a late layer is an island. Each coordinate
+    is cut into four parts of equally many tokens, and MI and H are entropies of the sixteen cells, so that S lies in
+    [0, 1] and depends on no coordinate's sign or scale. The sample is 256 tokens evenly spaced over the calibration
+    data, no document's first token among them if possible, since its norm is an outlier; it costs (L+1) x 256 states
+    of memory. With 256 tokens chance alone gives an S of about 0.15, alike for all layers.
+    """
+
+    yields: ClassVar[Yields] = "layers"
+    reads: ClassVar[frozenset[Reading]] = frozenset({"sample"})
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def sums_shape(self) -> tuple[int, ...]:
+        return (self.size.sample, self.size.num_layers + 1, self.size.width)
+
+    def add(self, seen: Observation) -> None:
+        self.sums[seen.batch.slots_K] = seen.sample_KLD
+        self.count += len(seen.batch.slots_K)
+
+    def scores(self) -> Layers:
+        cells = [_cells(_diffusion_map(self.sums[:, state].double())) for state in range(self.size.num_layers + 1)]
+        return tuple(1 - _similarity(before, after) for before, after in itertools.pairwise(cells))
+
+
+def _diffusion_map(states_KD: Tensor) -> np.ndarray:
+    """The two leading coordinates (K, 2) behind the constant one."""
+    distances = torch.cdist(states_KD, states_KD, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(0).numpy()
+    median = np.median(distances[np.triu_indices(len(distances), 1)]) if len(distances) > 1 else 0.0
+    kernel = np.exp(-np.sqrt(distances / (MKA_SIGMA * (median or 1.0))))  # (K, K); one token or equal states: no median
+    density = kernel.sum(1)
+    kernel /= np.outer(density, density) ** MKA_DENSITY_EXPONENT
+    # D^-1/2 K D^-1/2 has the eigenvalues of the random walk D^-1 K and is symmetric, so that eigh solves it;
+    # times D^-1/2 its eigenvectors become the walk's
+    scale = 1 / np.sqrt(kernel.sum(1))
+    size = len(kernel)
+    first = max(0, size - 3)  # eigenvalues come in increasing order; the largest one's coordinate is constant
+    values, vectors = linalg.eigh(kernel * np.outer(scale, scale), subset_by_index=(first, size - 1))
+    coordinates = np.zeros((size, 2))
+    for place, index in enumerate(range(len(values) - 2, -1, -1)):
+        coordinates[:, place] = values[index] * vectors[:, index] * scale
+    return coordinates
+
+
+def _cells(coordinates_K2: np.ndarray) -> np.ndarray:
+    """Which of MKA_BINS**2 cells a token lies in."""
+    # by rank, so that every part holds equally many tokens whatever the coordinate's scale
+    ranks = coordinates_K2.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
+    bins = ranks * MKA_BINS // len(ranks)
+    return bins[:, 0] * MKA_BINS + bins[:, 1]
+
+
+def _similarity(first_cells: np.ndarray, second_cells: np.ndarray) -> float:
+    """Mutual information over the geometric mean of the entropies; 1 where both have only one cell."""
+    joint = np.zeros((MKA_BINS**2, MKA_BINS**2))  # share of the tokens in each pair of cells
+    np.add.at(joint, (first_cells, second_cells), 1 / len(first_cells))
+    first, second, both = (_entropy(shares) for shares in (joint.sum(1), joint.sum(0), joint.ravel()))
+    if first * second == 0:  # all tokens in one cell
+        return 1.0 if first == second else 0.0
+    return float(np.clip((first + second - both) / np.sqrt(first * second), 0, 1))
+
+
+def _entropy(shares: np.ndarray) -> float:
+    return float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+
+
+HIDDEN_METRICS: dict[str, type[HiddenMetric]] = {
+    "block_influence": BlockInfluence,
+    "angular": Angular,
+    "streamline_cosine": StreamlineCosine,
+    "update_norm": UpdateNorm,
+    "avss_output": AvssOutput,
+    "avss_update": AvssUpdate,
+    "mka_similarity": MkaSimilarity,
+}
+
+
 def refuse_other_states(model: PreTrainedModel) -> None:
     """Refuse a model whose layers hand on other states than (B, S, D), by a run over a few tokens.
 
@@ -213,15 +302,11 @@ def refuse_other_states(model: PreTrainedModel) -> None:
     ids_1S = probe_ids(model)
 
     def after(layer: int, _: Any, __: Any, output: Any) -> None:
-        refuse_other_shape(layer, state_of(output), ids_1S.shape)
+        if (shape := state_of(output).shape)[:-1] != ids_1S.shape:
+            raise UserError(
+                f"measure: layer {layer} works on states of shape {tuple(shape)}, not one vector per token; metrics of "
+                "hidden states are not defined for this architecture: use metrics of loss or weights"
+            )
 
     with probing(model), watched(decoder_layers(model), after=after):
         decoder_body(model)(input_ids=ids_1S, use_cache=False)
-
-
-def refuse_other_shape(layer: int, state: Tensor, shape: torch.Size, remedy: str = METRICS_OF_OTHERS) -> None:
-    """Refuse a state of ``layer`` that is not (B, S, D); ``shape`` is (B, S)."""
-    if state.shape[:-1] != shape:
-        raise UserError(
-            f"measure: layer {layer} works on states of shape {tuple(state.shape)}, not one vector per token; {remedy}"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -64,6 +64,14 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Document:
+    """Neighbouring tokens of one row that may see each other."""
+
+    row: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The tokens to measure on, and how."""
 
@@ -92,6 +100,20 @@ class Calibration:
         follows_NS = torch.zeros_like(mask_NS)
         follows_NS[:, 1:] = (positions_NS[:, 1:] == positions_NS[:, :-1] + 1) & mask_NS[:, 1:] & mask_NS[:, :-1]
         return follows_NS
+
+    def documents(self, rows: Iterable[int]) -> Iterator[Document]:
+        """The documents of ``rows`` in order; what a row's end cuts off is a document of its own, padding of none."""
+        for row in rows:
+            ids_S, real_S = self.rows.input_ids_NS[row].tolist(), self.mask_NS[row].tolist()
+            tokens: list[int] = []
+            for token, real, follows in zip(ids_S, real_S, self.follows_NS[row].tolist(), strict=True):
+                if real and not follows and tokens:
+                    yield Document(row, tuple(tokens))
+                    tokens = []
+                if real:
+                    tokens.append(token)
+            if tokens:
+                yield Document(row, tuple(tokens))
 
     def batches(self) -> list[Tensor]:
         """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""

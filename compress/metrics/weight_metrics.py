@@ -1,10 +1,13 @@
-"""Metrics of weights and of their gradients.
+"""Metrics of weights, of their gradients, and of what merging neighbouring layers changes.
 
-N rows, B batch, S sequence, T = B*S tokens, P predicted ones of them, D hidden, V vocabulary.
+N rows, B batch, S sequence, T = B*S tokens, P predicted ones of them, X texts, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -21,32 +24,48 @@ from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import logits_from_hidden
 from shoal.progress import each
 
-from ..edits.tensors import PLAIN_DTYPES
+from ..edits.tensors import PLAIN_DTYPES, laco_factors, merged_layer, refuse_different_kinds, tensors_in_place
+from ..surgery.cut_model import skipped
 from ..surgery.quantised import without_quantization
-from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
+from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, rank, refuse_fault, world_size
+
+log = logging.getLogger(__name__)
 
 FIRST_PROTECTED, LAST_PROTECTED = 4, 2
 """Layers at either end that Taylor+ never removes."""
+
+NUM_TEXTS = 5
+TEXT_LENGTH = 32
+"""Tokens of a text at most."""
+LONGEST_RUN = 4
+"""Layers that a merge may take away where num_drop does not say how many."""
+WORST = 2.0
+"""1 - cosine of opposite states."""
 
 Matrices = list[dict[str, nn.Parameter]]
 """Per layer: name in the layer -> parameter of two or more dimensions."""
 
 
-class Magnitude(Metric):
+class _OfWeights(Metric):
+    """Needs weights as they are trained."""
+
+    yields: ClassVar[Yields] = "layers"
+
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        plain_matrices(model, name)
+
+
+class Magnitude(_OfWeights):
     """Sum over a layer's weight matrices of |W| (Mag of Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
 
     Norms and biases are left out: they are no matrices, and a norm's gains near 1 say nothing of the layer.
     """
 
     needs: ClassVar[Need] = "weights"
-    yields: ClassVar[Yields] = "layers"
-
-    @classmethod
-    def refuse(cls, model: PreTrainedModel, name: str) -> None:
-        plain_matrices(model, needs=f"{name} needs plain weights")
 
 
-class Taylor(Metric):
+class Taylor(_OfWeights):
     """Sum over a layer's weight matrices of |W * dL/dW| (Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
 
     L is the mean loss of the next token over the calibration data; its gradient is complete before the absolute value
@@ -56,11 +75,6 @@ class Taylor(Metric):
     """
 
     needs: ClassVar[Need] = "gradients"
-    yields: ClassVar[Yields] = "layers"
-
-    @classmethod
-    def refuse(cls, model: PreTrainedModel, name: str) -> None:
-        plain_matrices(model, needs=f"{name} needs gradients")
 
 
 class TaylorPlus(Taylor):
@@ -71,6 +85,31 @@ class TaylorPlus(Taylor):
     """
 
 
+class LacoAcceptance(_OfWeights):
+    """1 - mean over texts of the cosine of final hidden states, original against merged (LaCo, arXiv:2402.11187).
+
+    The source accepts a merge where the cosine is above a threshold. The run of n layers from l stands for the merge of
+    layers l..l+n into one by equation 1, which takes n layers away; the released code keeps layer l+n as it is, which
+    is dropping this run. Final states are those that the head reads, all tokens of a text as one vector; texts are the
+    beginnings, of at most 32 tokens, of the first five documents. Runs of at most num_drop layers (4 if unset) are
+    tried, so there are fewer rows than in other metrics of runs; each costs one forward of the texts. A run with
+    nothing to merge into (it holds the last layer, or layers of another kind are next to it), or whose merge overflows,
+    scores 2, the worst a cosine allows.
+    """
+
+    needs: ClassVar[Need] = "merges"
+    yields: ClassVar[Yields] = "runs"
+
+    @classmethod
+    def refuse(cls, model: PreTrainedModel, name: str) -> None:
+        if not any(_is_of_one_kind(model, start, 1) for start in range(len(decoder_layers(model)) - 1)):
+            raise UserError(
+                f"measure: {name} merges neighbouring layers, and no two of this model are of one kind; take it out of "
+                "measure.metrics"
+            )
+        super().refuse(model, name)
+
+
 def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """Magnitude, which needs no data.
 
@@ -79,7 +118,7 @@ def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
     """
     scores = tuple(
         sum(float(torch.linalg.vector_norm(matrix.detach(), ord=1, dtype=torch.float64)) for matrix in own.values())
-        for own in plain_matrices(model, needs=f"{names[0]} needs plain weights")
+        for own in plain_matrices(model, names[0])
     )
     return dict.fromkeys(names, scores)
 
@@ -88,9 +127,9 @@ def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Seq
     """Taylor and TaylorPlus, from one pass forwards and backwards.
 
     Raises:
-        UserError: quantised weights, no token to predict, a loss or gradient that is not finite.
+        UserError: quantised weights, a loss or gradient that is not finite.
     """
-    matrices = plain_matrices(model, needs=f"{names[0]} needs gradients")
+    matrices = plain_matrices(model, names[0])
     gradients = loss_gradients(model, calibration, matrices)
     taylor = tuple(
         sum(
@@ -109,25 +148,22 @@ def protected(taylor: Layers) -> Layers:
     return tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
 
 
-def plain_matrices(model: PreTrainedModel, *, needs: str) -> Matrices:
+def plain_matrices(model: PreTrainedModel, name: str) -> Matrices:
     """Every decoder layer's matrices.
 
     Raises:
-        UserError: quantised weights; the message begins with what ``needs`` them plain.
+        UserError: quantised weights, of which the metric ``name`` says nothing.
     """
     layers, prefix = decoder_layers(model), anatomy(model).layers_name
-    quantised_by = ""
-    if settings := without_quantization(model.config)[1]:
-        method = next(iter(settings.values())).get("quant_method", "quantization_config")
-        quantised_by = f"config.json says {method}"
+    signs = ["config.json says so"] if without_quantization(model.config)[1] else []
     for index, layer in enumerate(layers):
-        for name, parameter in layer.named_parameters():
-            if parameter.dtype not in PLAIN_DTYPES and not quantised_by:
-                quantised_by = f"{prefix}.{index}.{name} is {parameter.dtype}"
-    if quantised_by:
+        for own, parameter in layer.named_parameters():
+            if parameter.dtype not in PLAIN_DTYPES:
+                signs.append(f"{prefix}.{index}.{own} is {parameter.dtype}")
+    if signs:
         raise UserError(
-            f"measure.metrics: {needs}, but this model is quantised ({quantised_by}); give the full-precision model, "
-            "or measure with metrics of hidden states or of the loss"
+            f"measure.metrics: {name} needs plain weights, but this model is quantised ({signs[0]}); give the "
+            "full-precision model, or measure with metrics of hidden states or of the loss"
         )
     return [{name: own for name, own in layer.named_parameters() if own.ndim > 1} for layer in layers]
 
@@ -139,14 +175,9 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
     the rows are split nor underflows in half precision.
 
     Raises:
-        UserError: no token to predict, an architecture whose head is not known, a loss or gradient that is not finite.
+        UserError: an architecture whose head is not known, a loss or gradient that is not finite.
     """
     total = int(calibration.follows_NS.sum())
-    if total == 0:
-        raise UserError(
-            "measure: there is no token to predict: every document of the data has one token only; name a source of "
-            "longer text in measure.data"
-        )
     decoder = Decoder(model)
     sums = {own: torch.zeros_like(own, dtype=torch.float32) for layer in matrices for own in layer.values()}
     checks = torch.zeros(len(matrices), device=model.device)
@@ -223,3 +254,70 @@ def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Ten
     assert leaf_TD.grad is not None
     hidden_TD.backward(leaf_TD.grad)
     return loss
+
+
+def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
+    """LacoAcceptance; ranks share the runs.
+
+    Raises:
+        UserError: quantised or shared layers, a model that is not finite on the texts.
+    """
+    num_layers = len(decoder_layers(model))
+    documents = itertools.islice(calibration.documents(range(len(calibration.rows))), NUM_TEXTS)
+    texts = [document.tokens[:TEXT_LENGTH] for document in documents]
+    original = _final_states(model, texts)
+    if not all(text_SD.isfinite().all() for text_SD in original):
+        raise UserError(
+            f"measure: the final hidden states are not finite in {model.dtype}; set dtype: bfloat16 or dtype: float32"
+        )
+    longest = min(calibration.num_drop or LONGEST_RUN, num_layers - 1)
+    runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
+    possible = [run for run in runs if _is_of_one_kind(model, *run)]
+    scores = torch.zeros(longest, num_layers, dtype=torch.float64)
+    for start, length in each(possible[rank() :: world_size()], "measure: merges", unit="runs"):
+        scores[length - 1, start] = _change_by_merging(model, start, length, texts, original)
+    (scores,) = add_up_ranks([scores], model.device)  # a run that another rank tried is 0 here
+    rows = tuple(
+        tuple(
+            float(scores[length - 1, start]) if (start, length) in possible else WORST
+            for start in range(num_layers - length + 1)
+        )
+        for length in range(1, longest + 1)
+    )
+    return dict.fromkeys(names, rows)
+
+
+def _change_by_merging(
+    model: PreTrainedModel, start: int, length: int, texts: Sequence[Sequence[int]], original: Sequence[Tensor]
+) -> float:
+    """1 - the mean cosine of the texts' final states with the ``original`` ones."""
+    try:
+        tensors = merged_layer(model, start, laco_factors(length + 1))
+    except UserError as reason:  # an overflow, or tables of the routing that differ
+        log.warning("measure: %s; the run scores %g", reason, WORST)
+        return WORST
+    # the model stays whole: one layer holds the merged weights, those it took in pass their input on
+    with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
+        merged = _final_states(model, texts)
+    cosines = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(original, merged, strict=True)]
+    mean = float(torch.stack(cosines).mean())
+    return WORST if math.isnan(mean) else 1 - mean  # NaN: the merged model overflows
+
+
+@torch.no_grad()
+def _final_states(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(S, D) of every text. What fills up a short one comes behind it, where it cannot see it."""
+    longest = max(map(len, texts))
+    ids_XS = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)
+    body: Any = decoder_body(model)
+    states_XSD = body(input_ids=ids_XS, use_cache=False).last_hidden_state
+    return [states_SD[: len(text)].double() for states_SD, text in zip(states_XSD, texts, strict=True)]
+
+
+def _is_of_one_kind(model: PreTrainedModel, start: int, length: int) -> bool:
+    try:
+        refuse_different_kinds(model, range(start, start + length + 1))
+    except UserError as reason:
+        log.debug("layers %d..%d are not merged: %s", start, start + length, reason)
+        return False
+    return True

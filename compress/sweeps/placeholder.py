@@ -18,9 +18,9 @@ from ...eval.harness.samples import protocol_of
 from ...eval.tasks.load import tasks_of
 from ...eval.tasks.names import named_in
 from ..metrics.greedy import HALVES, TASK_ORDER
-from ..metrics.laco import LacoAcceptance
 from ..metrics.loss_metrics import BlockPruner
 from ..metrics.registry import METRICS
+from ..metrics.weight_metrics import LacoAcceptance
 from .sweep import SECTION, task_names
 
 NOTHING = Estimate(0.0, 0.0, 0.0)

@@ -29,7 +29,7 @@ from shoal.components import REMOVED, Component, ComponentPart, LayerEdit, Layer
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.prefix_sharing import Tokens
-from shoal.inference.scoring import Layout, Pass, Score, layouts, settle
+from shoal.inference.scoring import Pass, Score, hidden_of, layouts, settle
 from shoal.models.anatomy import text_config
 
 from ..edits.layer_edits import in_force, layer_edits
@@ -243,28 +243,29 @@ def score_variants(
     layerwise = layerwise_or_none(edited.model)
     for layout in layouts(decoder, requests, batch_size=batch_size):
         done = 0
-        for number, hidden in _finals(edited, layerwise, decoder, layout, variants):
+        for number, hidden in final_states(edited, layerwise, decoder, layout.passes, variants):
             done = len(settle(decoder, layout.locate(hidden), answers[number]))
         progress(done)
     return answers
 
 
-def _finals(
-    edited: Edited, layerwise: Layerwise | None, decoder: Decoder, layout: Layout, variants: Sequence[Variant]
+def final_states(
+    edited: Edited, layerwise: Layerwise | None, decoder: Decoder, passes: Sequence[Pass], variants: Sequence[Variant]
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Index of every variant and its final hidden states of all passes."""
+    """Index of every variant and its final hidden states of all ``passes``; what lies below first differences is
+    computed once."""
     if layerwise is None:
         for number, variant in enumerate(variants):
             with edited.applied(variant.edits):
-                hidden = layout.hidden(decoder)
+                hidden = hidden_of(decoder, passes)
             yield number, hidden
         return
     # a group starts again from the first layer, so those that differ late are put together: they share most
     order = sorted(range(len(variants)), key=lambda number: [layer for layer, _ in variants[number].edits])
-    size = _group_size(edited.model, layout.passes)
+    size = _group_size(edited.model, passes)
     for start in range(0, len(order), size):
         group = order[start : start + size]
-        states = States(edited, layerwise, decoder, layout.passes, [variants[number] for number in group])
+        states = States(edited, layerwise, decoder, passes, [variants[number] for number in group])
         for _ in range(layerwise.num_layers):
             states.advance()
         for number in group:

@@ -16,7 +16,7 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
-from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
+from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.attention import implementation

@@ -142,22 +142,26 @@ class Layout:
 
     def hidden(self, decoder: Decoder) -> list[Tensor]:
         """Final hidden states of every pass; what the layout begins with is used up."""
-        cache = self.begun
-        if cache is None and self.branches:
-            cache = decoder.new_cache()
-        states = []
-        for forward in self.passes:
-            pass_cache = cache if forward.rows is None or cache is None else branched(cache, forward.rows)
-            states.append(
-                decoder.hidden(
-                    forward.ids_BS,
-                    mask=forward.mask,
-                    position_ids_BS=forward.positions_BS,
-                    cache=pass_cache,
-                    answer_BS=forward.answer_BS,
-                )
+        return hidden_of(decoder, self.passes, self.begun)
+
+
+def hidden_of(decoder: Decoder, passes: Sequence[Pass], cache: DynamicCache | None = None) -> list[Tensor]:
+    """Final hidden states of every one of ``passes``, of which the first goes on from ``cache``."""
+    if cache is None and len(passes) > 1:
+        cache = decoder.new_cache()
+    states = []
+    for forward in passes:
+        pass_cache = cache if forward.rows is None or cache is None else branched(cache, forward.rows)
+        states.append(
+            decoder.hidden(
+                forward.ids_BS,
+                mask=forward.mask,
+                position_ids_BS=forward.positions_BS,
+                cache=pass_cache,
+                answer_BS=forward.answer_BS,
             )
-        return states
+        )
+    return states
 
 
 def layouts(

@@ -2,8 +2,8 @@
 
 The reference runs one document at a time, as plain loops over the model's raw states.
 
-Covers: shoal.compress.metrics.hidden_metrics, shoal.compress.metrics.hidden_pass, shoal.compress.metrics.metric,
-shoal.compress.metrics.mka, shoal.compress.metrics.observation.
+Covers: shoal.compress.metrics.hidden_pass, shoal.compress.metrics.metric, shoal.compress.metrics.observation,
+shoal.compress.metrics.registry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from shoal.compress import measure as measuring
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics import observation
-from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
+from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.compress.metrics.registry import METRICS
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
