@@ -33,7 +33,7 @@ from shoal.compress.sweeps.sweep import VariantsLM
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import Edited, layerwise_or_none, score_variants, without
 from shoal.data.packing import PackedRows
-from shoal.data.sources import pack
+from shoal.data.streams import pack
 from shoal.eval.tasks.load import load_tasks
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score

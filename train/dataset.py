@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
-from shoal.data.sources import Layout, pack, texts_fingerprint
+from shoal.data.sources import texts_fingerprint
+from shoal.data.streams import Layout, pack
 from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.ranks import is_main

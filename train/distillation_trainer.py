@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.packing import PackedRows
-from shoal.data.sources import pack
+from shoal.data.sources import Dataset, documents_of
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
@@ -122,7 +122,7 @@ class DistillationTrainer(ObjectiveTrainer):
             teacher: The model it was cut from, in any precision; frozen. None = the losses ask no teacher.
             args: Training arguments; None = transformers' own in a folder named after the model.
             train_dataset: Texts, or rows with `messages`, `prompt` and `completion`, or `text`, read once per epoch;
-                rows that shoal.data.sources.pack has made are taken in their order.
+                rows that shoal.data.streams.pack has made are taken in their order.
             eval_dataset: The same, or several by name; gives `eval_loss`, the objective per learnt token of an
                 evaluation batch, and its mean over these, which is not that over tokens where rows have unequal ones.
             processing_class: The tokenizer of both models.

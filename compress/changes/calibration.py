@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.data.packing import PackedRows
-from shoal.data.sources import load_texts, pack
+from shoal.data.sources import load_texts
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.inference.decoder import Decoder

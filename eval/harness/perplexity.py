@@ -11,7 +11,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
-from shoal.data.sources import first_tokens, load_texts
+from shoal.data.sources import load_texts
+from shoal.data.streams import first_tokens
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import DataSource

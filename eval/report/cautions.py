@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
-from shoal.data.sources import BUNDLED, BUNDLED_ROWS
+from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
 from shoal.recipe.section import MIXED, TEACHER_TEXT
 from shoal.stats.paired import minimal_detectable_difference

@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 from shoal.abilities import ALL_SCORED, GENERATORS, items
 from shoal.abilities.item import digest
 from shoal.atomic_files import read_text
-from shoal.data.sources import BUNDLED
+from shoal.data.bundled import BUNDLED
 from shoal.errors import UserError
 from shoal.formatting import listed
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from shoal.compress.edits.tensors import check_run, layer_tensors
 from shoal.data.packing import PackedRows
-from shoal.data.sources import load_texts, pack, sources_fingerprint
+from shoal.data.sources import load_texts, sources_fingerprint
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run, check_length

@@ -20,8 +20,8 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, refuse_few_items, sweep, task_names
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.data.in_memory import Dataset, documents_of
-from shoal.data.sources import pack
+from shoal.data.sources import Dataset, documents_of
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
-from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.packing import PackedRows
-from shoal.data.sources import pack
+from shoal.data.sources import Dataset, documents_of
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers

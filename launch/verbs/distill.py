@@ -21,7 +21,8 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import ImageReader
-from shoal.data.sources import check_source, sources_fingerprint
+from shoal.data.sources import sources_fingerprint
+from shoal.data.streams import check_source
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.anatomy import refuse_both_directions

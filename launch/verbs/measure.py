@@ -17,7 +17,8 @@ from shoal.artifacts.importance import Importance, Removal
 from shoal.atomic_files import fingerprint
 from shoal.components import Component
 from shoal.data.packing import PackedRows
-from shoal.data.sources import load_texts, pack, sources_fingerprint
+from shoal.data.sources import load_texts, sources_fingerprint
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shoal.data import contamination
 from shoal.data.packing import PackedRows
-from shoal.data.sources import row_texts
+from shoal.data.streams import row_texts
 
 from .run import Run
 

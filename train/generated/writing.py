@@ -22,8 +22,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.abilities.matching import MATCHING
 from shoal.atomic_files import fingerprint, write_json, write_text
+from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat, check_template
-from shoal.data.sources import BUNDLED, CutOff, documents, load_texts
+from shoal.data.sources import documents, load_texts
+from shoal.data.streams import CutOff
 from shoal.errors import UserError
 from shoal.inference.vllm import vllm_engine
 from shoal.models.load import Checkpoint

@@ -1,7 +1,16 @@
-"""What each bundled source of text is; shoal.data.sources makes them, and this module loads nothing to say so."""
+"""What each bundled source of text is, and what makes it. No library of models is loaded to say so."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+from shoal.abilities import items as ability_items
+from shoal.abilities import training_texts
+from shoal.abilities.facts import RELATIONS
+from shoal.abilities.forms import FORMS
+from shoal.abilities.knowledge import facts_in
+from shoal.data.general_text import docstrings, instructions, python_docs, readmes
 from shoal.recipe.section import MIXED, TEACHER_TEXT
 from shoal.task_words import ABILITIES
 
@@ -18,3 +27,48 @@ ABOUT = {
     TEACHER_TEXT: "documents that the teacher writes itself, see distill.writing (distill.data only)",
 }
 """Name -> what it holds."""
+
+
+def ability_texts(*abilities: str, one_form: bool) -> list[str]:
+    """Prompts with answers of these abilities in equal parts, from the items that evaluation never sees."""
+    return training_texts(num_texts=4000, seed=0, mix=dict.fromkeys(abilities, 1.0), one_form=one_form)
+
+
+def ability_prompts() -> list[dict[str, str]]:
+    """Questions of the three abilities in their trained forms with the final answer, no item of which evaluation sees.
+
+    A short answer is what a teacher's own words can be compared with (distill.writing.keep).
+    """
+    all_facts = sum(len(facts_in("train", relation)) for relation in RELATIONS)
+    asked = (
+        item
+        for ability, forms in FORMS.items()
+        for form in forms
+        if not form.twin
+        for item in ability_items(
+            ability,
+            split="train",
+            num_items=all_facts if ability == "knowledge" else PROMPTS_OF_FORM,
+            seed=0,
+            form=form.name,
+        )
+    )
+    answers = {item.question: str(item.params["final"]) for item in asked}
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
+
+
+PROMPTS_OF_FORM = 500
+"""Prompts of one form of retrieval or reasoning in `ability_prompts`; facts are as many as there are."""
+BUNDLED: dict[str, Callable[[], list[str]]] = {
+    "python_docs": lambda: python_docs(held_out=False),
+    "python_docs_heldout": lambda: python_docs(held_out=True),
+    "docstrings": docstrings,
+    "readmes": readmes,
+    "instructions": instructions,
+}
+for _name, _one_form in zip(MIXED, (False, True), strict=True):
+    BUNDLED[_name] = functools.partial(ability_texts, *ABILITIES, one_form=_one_form)
+    for _ability in ABILITIES:
+        BUNDLED[f"{_name}_{_ability}"] = functools.partial(ability_texts, _ability, one_form=_one_form)
+BUNDLED_ROWS: dict[str, Callable[[], list[dict[str, str]]]] = {"ability_prompts": ability_prompts}
+"""Bundled sources of rows with columns, which are read as those of a file are."""

@@ -98,12 +98,14 @@ def _without_nothing(value: Any) -> Any:
     return [_without_nothing(own) for own in value] if isinstance(value, list) else value
 
 
-def column_of(row: Mapping[str, Any], name: str, where: str) -> Any:
+def column_of(row: Any, name: str, where: str) -> Any:
     """What ``row`` has in the column ``name``.
 
     Raises:
-        UserError: no such column.
+        UserError: no such column, or no row.
     """
+    if not isinstance(row, Mapping):
+        raise UserError(f"data {where}: is {type(row).__name__}, neither a text nor a row with columns")
     if name not in row:
         raise UserError(f"data {where}: has no column {name!r}; it has {', '.join(map(str, row))}")
     return row[name]

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from shoal.compress.metrics.registry import METRICS
-from shoal.data.bundled import ABOUT
-from shoal.data.sources import BUNDLED, BUNDLED_ROWS
+from shoal.data.bundled import ABOUT, BUNDLED, BUNDLED_ROWS
 from shoal.eval.tasks.names import refuse_unknown
 from shoal.launch.arguments import LISTS
 from shoal.launch.cli import main

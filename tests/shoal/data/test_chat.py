@@ -11,7 +11,8 @@ import trl
 from tiny import tiny_tokenizer
 
 from shoal.data.chat import Chat, tokenised
-from shoal.data.sources import check_source, pack, sources_fingerprint
+from shoal.data.sources import sources_fingerprint
+from shoal.data.streams import check_source, pack
 from shoal.errors import UserError
 from shoal.recipe.section import DataSource
 

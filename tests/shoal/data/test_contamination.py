@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from shoal.data.contamination import COMMON, FEWEST_WORDS, NUM_WORDS, Overlap, as_data, find_overlap, words_of
-from shoal.data.sources import pack, row_texts
+from shoal.data.streams import pack, row_texts
 from shoal.eval.harness.item_texts import item_texts
 from shoal.eval.tasks.load import load_tasks
 from shoal.recipe.section import DataSource

@@ -1,6 +1,6 @@
 """Where text comes from, and how it becomes rows in which documents cannot see each other.
 
-Covers: shoal.data.packing.
+Covers: shoal.data.packing, shoal.data.streams.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import Dataset
 from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from shoal.data.bundled import BUNDLED
+from shoal.data.chat import Chat
 from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
-from shoal.data.sources import (
-    BUNDLED,
-    Layout,
-    load_texts,
-    pack,
-    sources_fingerprint,
-    texts_fingerprint,
-)
+from shoal.data.sources import documents_of as in_memory
+from shoal.data.sources import load_texts, sources_fingerprint, texts_fingerprint
+from shoal.data.streams import Layout, pack
 from shoal.errors import UserError
 from shoal.recipe.section import DataSource, Packing
 
@@ -86,6 +84,61 @@ def test_unreachable_hub_is_explained_within_seconds(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"data 'python_doc': cannot be read .*; did you mean 'python_docs'\?"):
         load_texts(DataSource("python_doc"))
     assert time.monotonic() - start < 10
+
+
+# --- in memory
+
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["one", " ", "two"], ["one", None, "two"]),
+        ([{"text": "one", "id": 1}, {"text": None, "id": 2}], ["one", None]),
+        (Dataset.from_dict({"text": ["one", "two"]}), ["one", "two"]),
+        ([{"messages": TURNS, "text": "not this"}], [TURNS]),
+        (Dataset.from_dict({"messages": [TURNS, TURNS]}), [TURNS, TURNS]),
+        ([{"prompt": "Why?", "completion": "So."}], [TURNS]),
+        ([{"prompt": TURNS[:1], "completion": TURNS[1:]}], [TURNS]),
+    ],
+)
+def test_the_columns_of_the_field_are_read_in_every_pass(rows: Any, expected: list[Any]) -> None:
+    documents = in_memory(rows)
+    for _ in range(2):
+        assert [item.messages if isinstance(item, Chat) else item for item in documents] == expected
+
+
+def test_of_conversations_the_assistant_is_learnt_unless_all_is_asked_for() -> None:
+    assert in_memory([{"messages": TURNS}]).source.assistant_only
+    assert not in_memory([{"messages": TURNS}], loss_on="all").source.assistant_only
+    assert in_memory([{"messages": TURNS, "tools": []}]).source.tools == "tools"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"data 'dataset': begins with NoneType of the columns none; give texts"),
+        ("one text", r"data 'dataset': is str; give a list of texts"),
+        (7, r"data 'dataset': is int; give a list of texts"),
+        (iter(["one"]), r"data 'dataset': is list_iterator; give a list of texts"),
+        ([{"question": "x", "answer": "y"}], r"begins with dict of the columns question, answer; give texts"),
+        ([3], r"data 'dataset': begins with int of the columns none"),
+        (["one", 3], r"data 'dataset' row 1: is int, neither a text nor a row with columns"),
+        ([{"text": "one"}, {"text": 3}], r"data 'dataset' row 1: column 'text' holds int, not text"),
+        ([{"text": "one"}, {"words": 3}], r"data 'dataset' row 1: has no column 'text'; it has words"),
+        ([{"messages": "Why?"}], r"data 'dataset' row 0: column 'messages' holds str, not a list of turns"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(rows: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(in_memory(rows))
+
+
+def test_the_assistant_is_not_to_be_learnt_of_plain_text() -> None:
+    with pytest.raises(ValueError, match="loss_on: assistant needs conversations"):
+        in_memory(["one"], loss_on="assistant")
 
 
 # --- identity
@@ -360,3 +413,21 @@ def test_rows_say_of_every_token_which_source_it_is_from_and_are_the_same_withou
     assert "sources" not in plain[0]
     assert plain.fingerprint == rows.fingerprint
     assert plain.counts == rows.counts
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_without_a_budget_every_document_is_packed_once(packing: Any) -> None:
+    texts = [str(number) * (number + 1) for number in range(9)]  # no document is longer than a row
+    documents = in_memory(texts)
+    rows = pack(
+        [(documents.source, documents)], tiny_tokenizer(), sequence_length=16, num_tokens=None, seed=0, packing=packing
+    )
+    (counts,) = rows.counts.values()
+    assert counts["documents"] == 9
+    assert counts["repeats"] == counts["truncated"] == 0
+    assert counts["tokens"] == sum(len(text) + 1 for text in texts)
+    assert counts["tokens"] + counts["padding"] == rows.input_ids_NS.numel()
+    assert rows.supervised_NS is not None
+    ids = rows.input_ids_NS[torch.logical_or(rows.supervised_NS, rows.position_ids_NS == 0)].tolist()
+    written = tiny_tokenizer().decode([token for token in ids if token != 258])
+    assert sorted(written) == sorted("".join(texts) + "</s>" * 9)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from shoal.data.sources import pack
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource

@@ -23,7 +23,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.image_rows import ImageReader, RowsWithImages, training_images
 from shoal.data.packing import IGNORED, IMAGES, PackedRows
-from shoal.data.sources import Layout, pack
+from shoal.data.streams import Layout, pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, watched
 from shoal.models.load import load_model

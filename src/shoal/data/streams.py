@@ -1,0 +1,385 @@
+"""How sources become rows of tokens: drawn by weight, streamed where they are large."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from shoal.atomic_files import write_json
+from shoal.data.bundled import BUNDLED
+from shoal.data.chat import Chat, ImageRow, check_template, tokenised
+from shoal.data.packing import (
+    COUNTS,
+    FIELDS,
+    SOURCES,
+    PackedRows,
+    Row,
+    TokenDocument,
+    best_fit_rows,
+    collect,
+    draw,
+    packed_rows,
+    read_rows,
+    rows_apart,
+    rows_by_kind,
+    split_rows,
+    teaching_rows,
+    write_rows,
+)
+from shoal.data.sources import Item, documents, nothing_in, source_names
+from shoal.errors import UserError
+from shoal.progress import progress
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
+
+T = TypeVar("T")
+Encode = Callable[[ImageRow], tuple[list[int], np.ndarray]]
+"""Token ids of a row of images, and which of them are learnt."""
+HELD_CHARACTERS = 32_000_000
+"""Characters up to which a source is shuffled as a whole; a larger one streams through a buffer of this size."""
+CHARACTERS_PER_TOKEN = 16
+"""Characters: more than any tokenizer puts into a token of prose on average."""
+BORDER_TOKENS = 64
+"""Tokens at the end of a beginning that may be others where the text goes on."""
+JOINED_ROWS = 16
+"""Rows of one document that are put together again at a time: a book is not held as a whole."""
+AT_ONCE = 256
+CHARACTERS_AT_ONCE = 4_000_000
+"""Most documents and characters tokenised together: fast tokenizers work through a list with all cores."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How packed rows are laid out, besides their length."""
+
+    folder: Path | None = None
+    """Rows go to files there as they are made, and the result maps them; None = they stay in memory."""
+    with_sources: bool = False
+    """They say of every token which source it is from."""
+    groups: Sequence[int] | None = None
+    """Of every source the group whose documents share rows with its own; None = all do."""
+    encode_image: Encode | None = None
+    """Makes tokens of the rows of a source of images, each of which has a row for itself, padded; what is longer than
+    that is dropped."""
+    rows_per_step: int = 1
+    """So many rows in succession hold images all or none."""
+
+
+def pack(
+    sources: Sequence[tuple[DataSource, Iterable[Item | None] | None]],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    num_tokens: int | None,
+    seed: int,
+    packing: Packing = "split",
+    layout: Layout = Layout(),
+) -> PackedRows:
+    """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
+
+    A source is read as a stream, or stands for the documents beside it, which can be gone through more than once. They
+    are drawn in a seeded order that does not depend on ``num_tokens``: the rows of a smaller budget begin those of a
+    larger one. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
+    ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded.
+
+    Raises:
+        UserError: a source that gives nothing to learn, or cannot be read.
+    """
+    names = source_names([source for source, _ in sources])
+    counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
+    has_images = any(source.has_images for source, _ in sources)
+    assert not has_images or (layout.folder and num_tokens is not None), "only files hold which image a row has"
+    num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
+    # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
+    enough = None if packing == "best_fit" or num_rows is None else num_rows * sequence_length
+    streams = []
+    for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True)):
+        limit = sequence_length if packing == "best_fit" or source.has_images else None
+        encode = layout.encode_image if source.has_images else None
+        cut = (limit, enough)
+        streams.append(_documents(source, given, tokenizer, seed + index, cut, count=counts[name], encode_image=encode))
+    padded = packing == "best_fit" or num_rows is None or has_images
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
+    padding_id = next((token for token in ends if token is not None), 0)
+    fill = functools.partial(
+        best_fit_rows if packing == "best_fit" else split_rows, length=sequence_length, padding_id=padding_id
+    )
+    rows = _filled(streams, [source.weight for source, _ in sources], fill, layout, once=num_rows is None)
+    if has_images:
+        rows = rows_by_kind(rows, layout.rows_per_step)
+    marked = padded or any(source.assistant_only for source, _ in sources)
+    without = [*(() if marked else ("supervised",)), *(() if layout.with_sources else (SOURCES,))]
+    with progress("text: rows packed", total=num_rows, unit="rows") as step:
+        rows = _counted(teaching_rows(rows, names, counts), step)
+        if layout.folder is None or num_rows is None:
+            planes = collect(rows, num_rows, sequence_length, without=without)
+            return packed_rows({name: torch.from_numpy(plane) for name, plane in planes.items()}, counts)
+        write_rows(layout.folder, rows, num_rows, sequence_length, without=without)
+    for name, (source, _) in zip(names, sources, strict=True):
+        if source.has_images and not counts[name]["documents"]:
+            raise UserError(
+                f"data {name!r}: its share of {num_rows} rows is less than the {layout.rows_per_step} of an optimizer "
+                "step, which hold images all or none, so none would be learnt; raise its weight or num_tokens, or "
+                "lower batch_size"
+            )
+    write_json(layout.folder / COUNTS, counts)
+    return read_rows(layout.folder)
+
+
+def _filled(
+    streams: Sequence[Iterator[TokenDocument]],
+    weights: Sequence[float],
+    fill: Callable[[Iterable[tuple[int, TokenDocument]]], Iterator[Row]],
+    layout: Layout,
+    *,
+    once: bool,
+) -> Iterator[Row]:
+    """Rows of the documents by weight; ``once``: until a source has run out."""
+    if layout.groups is not None and len(set(layout.groups)) > 1:
+        return rows_apart(streams, weights, layout.groups, fill)
+    drawn = draw(streams, weights)
+    return fill(itertools.takewhile(lambda document: document[1].epoch == 0, drawn) if once else drawn)
+
+
+def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
+    for item in items:
+        step()
+        yield item
+
+
+def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, packing: Packing = "split") -> None:
+    """Read as little of the source as shows that something can be learnt from it.
+
+    Raises:
+        UserError: it cannot be read, its column is missing or of another kind, its conversations cannot be rendered, or
+            nothing in it is learnt.
+    """
+    limit = sequence_length if packing == "best_fit" else None
+    _refuse_impossible(source, tokenizer)
+    count, has_items = Counter[str](), False
+    items = (item for item in documents(source) if item is not None)
+    for item in items:
+        has_items = True
+        learnt = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
+        if next(learnt, None) is not None:
+            return
+    raise _nothing_learnt(source) if has_items else nothing_in(source)
+
+
+def _refuse_impossible(source: DataSource, tokenizer: Any) -> None:
+    if not source.is_chat:
+        return
+    if source.path in (*BUNDLED, TEACHER_TEXT):
+        raise UserError(
+            f"data {source.path!r}: holds text, not conversations; leave messages, prompt and completion out"
+        )
+    check_template(tokenizer, source.path)
+
+
+def _nothing_learnt(source: DataSource) -> UserError:
+    if source.has_images:
+        return UserError(
+            f"data {source.path!r}: no image with its question and answer fits into a row; raise sequence_length"
+        )
+    if source.is_chat:
+        return UserError(
+            f"data {source.path!r}: no conversation has a token that is learnt (an answer of the assistant, and within "
+            "the row where packing is best_fit); name another column, raise sequence_length, or set loss_on: all"
+        )
+    return UserError(f"data {source.path!r}: every document tokenises to nothing; name a source that holds text")
+
+
+def _documents(
+    source: DataSource,
+    given: Iterable[Item | None] | None,
+    tokenizer: Any,
+    seed: int,
+    cut: tuple[int | None, int | None],
+    *,
+    count: dict[str, int],
+    encode_image: Encode | None,
+) -> Iterator[TokenDocument]:
+    """The source's documents without end, in another order every epoch; ``cut`` has the most tokens of one, and so many
+    of a text that are asked for."""
+    limit, enough = cut
+    if encode_image is None:
+        _refuse_impossible(source, tokenizer)
+    for epoch, items in _epochs(source, given, seed=seed, count=count):
+        nothing = True
+        for document in (
+            _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count)
+            if encode_image is None
+            else _of_images(items, encode_image, epoch=epoch, limit=limit or 0, count=count)
+        ):
+            nothing = False
+            yield document
+        if nothing:
+            raise _nothing_learnt(source)
+
+
+def _epochs(
+    source: DataSource, given: Iterable[Item | None] | None, *, seed: int, count: dict[str, int]
+) -> Iterator[tuple[int, Iterable[Item]]]:
+    """Every epoch's documents in its order: of a small source any order, of a large one as far as the buffer mixes."""
+
+    def read(*, counting: bool) -> Iterator[Item]:
+        for item in documents(source) if given is None else given:
+            if item is not None:
+                yield item
+            elif counting:
+                count["dropped"] += 1
+
+    reader = read(counting=True)
+    held, size = _take(reader, HELD_CHARACTERS)
+    if not held:
+        raise nothing_in(source)
+    for epoch in itertools.count():
+        order = random.Random(f"{seed}/{epoch}")
+        if size < HELD_CHARACTERS:
+            chosen = list(range(len(held)))
+            order.shuffle(chosen)
+            yield epoch, (held[index] for index in chosen)
+        elif epoch == 0:
+            reader, held = itertools.chain(held, reader), []  # the buffer is all that is kept
+            yield epoch, _mixed(reader, order)
+        else:
+            yield epoch, _mixed(read(counting=False), order)
+
+
+def _take(items: Iterator[Item], characters: int, *, most: int | None = None) -> tuple[list[Item], int]:
+    """Items until they have so many characters or are ``most``; the last may go beyond."""
+    taken, size = [], 0
+    while size < characters and len(taken) != most and (item := next(items, None)) is not None:
+        taken.append(item)
+        size += _size(item)
+    return taken, size
+
+
+def _size(item: Item) -> int:
+    return len(item) if isinstance(item, str) else item.num_characters
+
+
+def _mixed(items: Iterator[Item], order: random.Random) -> Iterator[Item]:
+    """Drawn at random from a buffer of HELD_CHARACTERS that is filled up again after every draw."""
+    held, size = _take(items, HELD_CHARACTERS)
+    while held:
+        place = order.randrange(len(held))
+        held[place], held[-1] = held[-1], held[place]
+        item = held.pop()
+        more, added = _take(items, HELD_CHARACTERS - size + _size(item))
+        held += more
+        size += added - _size(item)
+        yield item
+
+
+def _of_images(
+    items: Iterable[Item], encode: Encode, *, epoch: int, limit: int, count: dict[str, int]
+) -> Iterator[TokenDocument]:
+    """Documents of rows of images that are at most ``limit`` tokens long; the others are counted as dropped once."""
+    for item in items:
+        assert isinstance(item, ImageRow)
+        ids, supervised = encode(item)
+        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch, image=item.number)
+        if len(document) <= limit and document.teaches:
+            yield document
+        elif epoch == 0:
+            count["dropped"] += 1
+
+
+def _tokenised(
+    items: Iterable[Item],
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    epoch: int,
+    limit: int | None,
+    enough: int | None,
+    count: dict[str, int],
+) -> Iterator[TokenDocument]:
+    """Documents with something to learn, cut to ``limit`` tokens; the others are counted as dropped once.
+
+    Of a text no more than its first ``enough`` tokens are asked for.
+    """
+    encoded = _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer, enough)
+    for ids, supervised in encoded:
+        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch).cut(limit or len(ids))
+        if document.teaches:
+            yield document
+        elif epoch == 0:
+            count["dropped"] += 1
+
+
+def _chats(items: Iterable[Item], source: DataSource, tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
+    for item in items:
+        assert isinstance(item, Chat)
+        yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
+
+
+def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> list[T]:
+    """The first ``count`` tokens of ``text``, or all of them, from little more of it than they take.
+
+    A single line can have millions of characters. A tokenizer joins letters within words, so a text that ends early
+    changes the tokens at its end alone: of a beginning, the last BORDER_TOKENS are not believed.
+    """
+    size = CHARACTERS_PER_TOKEN * (count + BORDER_TOKENS)
+    while size < len(text):
+        ids = encode(text[:size])
+        if len(ids) >= count + BORDER_TOKENS:
+            return ids[:count]
+        size *= 4
+    return encode(text)[:count]
+
+
+class CutOff(str):
+    """A text that stops where its writer had to, in the middle: nobody is to learn that it ends there."""
+
+
+def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Token lists with start (where the model has one it adds) and end token; of long texts the beginning."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    most = None if enough is None else CHARACTERS_PER_TOKEN * (enough + BORDER_TOKENS)
+    items = iter(items)
+    while batch := _take(items, CHARACTERS_AT_ONCE, most=AT_ONCE)[0]:
+        short = [text for text in batch if most is None or _size(text) <= most]
+        tokenised_short = iter(tokenizer(short)["input_ids"] if short else ())
+        for text in batch:
+            ids = (
+                next(tokenised_short)
+                if most is None or _size(text) <= most
+                else first_tokens(str(text), lambda part: tokenizer(part)["input_ids"], enough or 0)
+            )
+            whole = ids if not ids or ids[-1:] == end or isinstance(text, CutOff) else ids + end
+            yield whole, np.ones(len(whole), bool)
+
+
+def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[tuple[int, str]]:
+    """What is in the first rows, document by document, with the row where each begins; None = in all of them.
+
+    A document that rows split is put together again, JOINED_ROWS rows at a time, the last of which comes twice.
+    """
+    length = rows.input_ids_NS.shape[1]
+    last = len(rows) if max_tokens is None else math.ceil(max_tokens / length)
+    is_split = any(counts["split"] for counts in rows.counts.values())
+    held: list[int] = []
+    begun = 0
+    for row, (ids, positions) in enumerate(zip(rows.input_ids_NS[:last], rows.position_ids_NS[:last], strict=True)):
+        borders = [*(positions == 0).nonzero().flatten().tolist(), length]
+        for start, end in itertools.pairwise(borders):
+            piece = ids[start:end].tolist()
+            goes_on = is_split and start == 0 and held[-1:] not in ([], [tokenizer.eos_token_id])
+            if not goes_on or len(held) > JOINED_ROWS * length:
+                if held:
+                    yield begun, tokenizer.decode(held, skip_special_tokens=True)
+                held, begun = (held[-length:], row - 1) if goes_on else ([], row)
+            held += piece
+    if held:
+        yield begun, tokenizer.decode(held, skip_special_tokens=True)
