@@ -158,7 +158,7 @@ class _Calls(TorchFunctionMode):
         return gpu.mark(found, torch.device(wanted).type == "cuda")
 
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*_without_gpu(args), **_without_gpu(kwargs))
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*_without_gpu(args), **_without_gpu(kwargs))  # pyright: ignore[reportAttributeAccessIssue]
         asked = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, str | int | torch.device | Tensor)]
         asked = [leaf for leaf in asked if not isinstance(leaf, bool)]
         there = self.gpu.holds(tensor)
