@@ -14,7 +14,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from shoal.data.packing import PackedRows
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
-from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 
 from .engine.sharding import loaded_in
 from .engine.stop import StopRequest
@@ -24,9 +23,8 @@ from .objective_trainer import Parts
 from .student.frozen import stored_names
 from .student.spec import TrainSpec
 from .student.trainable import keep_zeros
-from .teacher.recording_plan import recording_inputs, rows_from
-from .teacher.recording_reader import RecordingReader
-from .teacher.signals import RecordedTeacher
+from .teacher.recording import recording_inputs, rows_from
+from .teacher.signals import RecordedTeacher, RecordingReader
 from .teacher.wiring import make_trainable
 from .trainer import DistillTrainer
 
@@ -114,10 +112,5 @@ def _recorded_teacher(
         ),
         rows_from=rows_from(inputs),
         states=() if states is None else states.teacher_layers,
-        temperatures={
-            term.temperature
-            for term in settings.losses
-            if isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
-        },
     )
     return RecordedTeacher(reader, reads_logits=spec.reads_logits, states=states, prefix=prefix)

@@ -24,7 +24,7 @@ from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
 from .generated.writing import Writer, transformers_writer, vllm_writer, wants_teacher_text, write_texts
-from .teacher.recording_plan import rows_from
+from .teacher.recording import rows_from
 
 log = logging.getLogger(__name__)
 

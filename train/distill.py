@@ -14,12 +14,11 @@ from shoal.data.image_rows import ImageReader, images_fingerprint
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.ranks import is_main
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
-from shoal.recipe.losses import CrossEntropy
+from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed
 from shoal.tracking import wandb_run
@@ -41,12 +40,12 @@ from .engine.fused import is_fused
 from .engine.heartbeat import Heartbeat
 from .engine.sharding import join_deepspeed, leave_deepspeed
 from .engine.stop import StopRequest
+from .objective.chunked_loss import refuse_for_top_k
 from .preflight.fit import check_fit, explained_memory
 from .preflight.throughput import flops_per_token, most_tokens_per_s
 from .save import write_results
 from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec, require_same_vocabulary
-from .teacher.recording_reader import refuse_unrecorded
 from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
@@ -122,7 +121,8 @@ def check_distillable(spec: TrainSpec) -> None:
             "distillation compares next-token distributions, so cut the student from this teacher"
         )
     if settings.teacher.recorded is not None:
-        refuse_unrecorded(settings.losses, spec.record, vocab_size=text_config(teacher.config).vocab_size)
+        on_logits = [term for term in settings.losses if isinstance(term, LOGIT_TERMS)]
+        refuse_for_top_k(on_logits, temperature=spec.record.temperature)
     on_policy = settings.on_policy is not None and settings.on_policy.share > 0
     if on_policy and any(isinstance(term, CrossEntropy) and term.weight for term in settings.losses):
         log.warning(

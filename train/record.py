@@ -1,12 +1,15 @@
 """The record stage: what the teacher says of the training rows, written down once.
 
+Shards are written one by one, each under a temporary name, so that a recording that was killed goes on at the next one.
+
 B batch, S sequence, D hidden, V vocabulary, K recorded tokens, C chunk, N tokens of a batch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,24 +20,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.artifacts.artifact import Provenance, differences
 from shoal.errors import UserError
+from shoal.formatting import bytes_text
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.load import Checkpoint, logits_from_hidden
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Record
-from shoal.runtime import barrier, device
+from shoal.runtime import barrier, device, together
 
 from .objective.objective import final_hidden
-from .teacher.recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
-from .teacher.recording_plan import (
+from .teacher.recording import (
+    HEADER_BYTES,
+    Layout,
     RecordingManifest,
-    plan_recording,
+    ShardFile,
+    TokenRows,
+    libraries,
     recording_inputs,
     recording_layout,
+    refuse_other_rows,
+    row_hashes,
     shard_name,
+    shard_planes,
     shards_of,
-    warn_of_engine,
+    warn_of_versions,
+    write_shard,
 )
 from .teacher.vllm_teacher import VllmTeacher, agreeing
 
@@ -76,7 +88,9 @@ def record_signals(
         recorded = partial(_record_shard, teacher.model(device=device()), settings=settings)
     else:
         engine = agreeing(teacher, rows, top_k=settings.top_k)
-        warn_of_engine(folder / RecordingManifest.FILE, manifest.engine, engine.about)
+        if manifest.engine is not None:
+            begun_with, now = ({"vLLM": about["version"]} for about in (manifest.engine, engine.about))
+            warn_of_versions(folder / RecordingManifest.FILE, begun_with, now)
         manifest = replace(manifest, engine=engine.about)
         if is_main():  # one that is interrupted names it too
             manifest.write(folder / RecordingManifest.FILE)
@@ -95,6 +109,108 @@ def record_signals(
         finished.write(folder / RecordingManifest.FILE)
         log.info("record: %s rows in %s", f"{finished.num_rows:,}", folder)
     barrier()
+
+
+def plan_recording(
+    rows: TokenRows,
+    folder: Path,
+    settings: Record,
+    *,
+    layout: Layout,
+    inputs: dict[str, Any],
+    rows_from: dict[str, Any],
+) -> list[range]:
+    """The rows of every shard that is still to be written into ``folder``. Every rank calls this, before any weight is
+    loaded.
+
+    Finished shards are read and compared with their checksums by all ranks together; damaged ones are named in the log
+    and written again.
+
+    Raises:
+        UserError: the folder holds a recording of something else, or the disk has no room for the rest.
+    """
+    manifest = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
+    together(lambda: _claim(folder, manifest) if is_main() else None)
+    on_disk = RecordingManifest.read(folder / RecordingManifest.FILE)
+    shards = shards_of(len(rows), settings.rows_per_shard)
+    own_shards = shards[rank() :: world_size()]
+    missing = together(
+        lambda: [shard for shard in own_shards if not _is_there(folder, shard, rows, on_disk, rows_from)]
+    )
+    pending = sorted((shard for part in missing for shard in part), key=lambda shard: shard.start)
+    together(lambda: _announce(folder, layout, len(shards), pending) if is_main() else None)
+    return pending
+
+
+def _claim(folder: Path, manifest: RecordingManifest) -> None:
+    """Make ``folder`` this recording's, or refuse it where it is another's."""
+    path = folder / RecordingManifest.FILE
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds other files; set record.folder to an empty or new folder")
+        manifest.write(path)
+        return
+    on_disk = RecordingManifest.read(path)
+    asked, there = (
+        {**one.provenance.inputs, "record.rows_per_shard": one.rows_per_shard} for one in (manifest, on_disk)
+    )
+    if differing := differences(asked, there):
+        raise UserError(
+            f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, set record.folder to "
+            f"another folder, or delete {folder} to record again"
+        )
+    warn_of_versions(path, on_disk.provenance.environment, libraries())
+    for leftover in folder.glob(".shard-*.tmp"):  # of killed processes: nobody else is at it
+        leftover.unlink(missing_ok=True)
+
+
+def _is_there(
+    folder: Path, shard: range, rows: TokenRows, on_disk: RecordingManifest, rows_from: dict[str, Any]
+) -> bool:
+    """Whether the shard stands in ``folder`` whole."""
+    path = folder / shard_name(shard.start // on_disk.rows_per_shard)
+    if not path.is_file():
+        return False
+    try:
+        file = ShardFile(path, on_disk.layout)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    if not file.is_intact() or file.recording != on_disk.provenance.fingerprint:
+        log.warning("%s: does not match its checksum, or is a part of another recording; recording it again", path)
+        return False
+    refuse_other_rows(path, file.hashes, rows, shard.start, differences(rows_from, on_disk.rows_from))
+    return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
+
+
+def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[range]) -> None:
+    """Say what will be written, and refuse where it does not fit.
+
+    Raises:
+        UserError: the disk has less room.
+    """
+    if not pending:
+        log.info("record: all %d shards are there and whole (%s)", num_shards, folder)
+        return
+    need = sum(layout.num_bytes(len(shard)) + HEADER_BYTES for shard in pending)
+    free = shutil.disk_usage(folder).free
+    tokens = sum(map(len, pending)) * layout.sequence_length
+    log.info(
+        "record: %s tokens into %d of %d shards, %.0f bytes each token, %s on disk (%s free) in %s",
+        f"{tokens:,}",
+        len(pending),
+        num_shards,
+        layout.num_bytes(1) / layout.sequence_length,
+        bytes_text(need),
+        bytes_text(free),
+        folder,
+    )
+    if free < need:
+        raise UserError(
+            f"{folder}: recording needs {bytes_text(need)} there and the disk has {bytes_text(free)} free; set "
+            "record.folder to a folder on a larger disk, lower record.num_tokens, record.top_k or the number of "
+            "record.states, or do without distill.teacher.prefix"
+        )
 
 
 def top_k_signals(

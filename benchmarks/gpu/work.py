@@ -53,7 +53,7 @@ from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.record import record_signals
 from shoal.train.student.sizes import built
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
-from shoal.train.teacher.recording_plan import rows_from
+from shoal.train.teacher.recording import rows_from
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = 512

@@ -56,7 +56,7 @@ def record(run: Run) -> None:
     from shoal.train.record import record_signals
     from shoal.train.student.spec import student_parts
     from shoal.train.student.trainable import recorded_layers
-    from shoal.train.teacher.recording_plan import recording_layout, rows_from
+    from shoal.train.teacher.recording import recording_layout, rows_from
 
     recipe, teacher = run.recipe, _teacher(run)
     settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)

@@ -32,7 +32,7 @@ from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, sha
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.generated.writing import _planned
-from shoal.train.teacher.recording_plan import recording_inputs, rows_from
+from shoal.train.teacher.recording import recording_inputs, rows_from
 
 DATA = {"path": "python_docs", "weight": 2.5}
 RECIPES: dict[str, dict[str, Any]] = {

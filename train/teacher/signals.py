@@ -1,24 +1,45 @@
-"""What a teacher says about a micro-batch, through one interface: run now, or recorded before."""
+"""What a teacher says about a micro-batch, through one interface: run now, or recorded before.
+
+B batch, S sequence, D hidden, K recorded tokens.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.artifacts.artifact import differences
 from shoal.data.packing import IMAGES
+from shoal.errors import UserError
 
 from ..objective.capture import Captured
 from ..objective.host_batch import asking_rows, documents_known, on_host, queued, rows_of, scattered
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
-from .recording_reader import RecordingReader
+from .recording import (
+    PREFIX,
+    RECORD_AGAIN,
+    RecordingManifest,
+    ShardFile,
+    TokenRows,
+    libraries,
+    refuse_other_rows,
+    shard_name,
+    shards_of,
+    warn_of_versions,
+)
 
+OPEN_SHARDS = 64
+"""Shards that stay mapped."""
 Teacher = Callable[[Mapping[str, Tensor]], Signals]
 """Gives the signals of a micro-batch."""
 
@@ -74,6 +95,95 @@ class LiveTeacher:
         ids, positions = part["input_ids"], part["position_ids"]
         with documents_known(on_host(part), ids.device):
             return final_hidden(self.model, ids, positions)
+
+
+class RecordedRows(NamedTuple):
+    """Signals of some rows, in the order they were asked for."""
+
+    ids_BSK: Tensor
+    """int64; most probable first."""
+    log_probs_BSK: Tensor
+    """fp32, under the full softmax: exp sums to 1 - tail."""
+    tail_BS: Tensor
+    """fp32; probability of all other tokens together."""
+    states: dict[int, Tensor]
+    """Teacher layer -> (B, S, D), bfloat16."""
+    prefix_BSD: Tensor | None = None
+    """The state that the student goes on from, where it was asked for."""
+
+
+class RecordingReader:
+    """A finished recording, opened for the rows of a run; reads any of them in any order.
+
+    ``inputs``: as recording_inputs gives them for this run; a recording may hold a prefix that they do not ask for.
+    ``rows_from`` only explains a difference of rows. ``states``: layers whose states will be asked for.
+
+    Raises:
+        UserError: not there or not finished, recorded from something else, for other rows or for fewer, without these
+            states, or with a shard that is missing or torn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: TokenRows,
+        *,
+        inputs: dict[str, Any],
+        rows_from: dict[str, Any],
+        states: Collection[int] = (),
+    ) -> None:
+        path = folder / RecordingManifest.FILE
+        if not path.is_file():
+            raise UserError(f"{folder}: holds no recorded signals; run `shoal record` first")
+        manifest = RecordingManifest.read(path)
+        not_asked = {PREFIX} - inputs.keys()
+        recorded_inputs = {key: value for key, value in manifest.provenance.inputs.items() if key not in not_asked}
+        differing = differences(inputs, recorded_inputs)
+        if differing:
+            raise UserError(
+                f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, or run `shoal record` "
+                "for this recipe into another folder"
+            )
+        if lacking := sorted(set(states) - set(manifest.layout.states)):
+            raise UserError(
+                f"{path}: lacks the states after layer {', '.join(map(str, lacking))} that the loss terms read; "
+                "add them to record.states and record into another folder, or leave those terms out"
+            )
+        if manifest.num_rows < len(rows):
+            needed = len(rows) * manifest.layout.sequence_length
+            raise UserError(
+                f"{path}: holds {manifest.num_rows:,} rows and this run needs {len(rows):,}; run `shoal record` again, "
+                f"which adds what is missing, with record.num_tokens {needed} where that is set"
+            )
+        warn_of_versions(path, manifest.provenance.environment, libraries())
+        self._folder, self._manifest, self._states = folder, manifest, tuple(states)
+        self._has_prefix = PREFIX in inputs
+        self._shard = lru_cache(OPEN_SHARDS)(self._open)
+        shaped_otherwise = differences(rows_from, manifest.rows_from)
+        for index, shard in enumerate(shards_of(len(rows), manifest.rows_per_shard)):
+            refuse_other_rows(self._path(index), self._open(index).hashes, rows, shard.start, shaped_otherwise)
+
+    def rows(self, indices: Sequence[int]) -> RecordedRows:
+        """Signals of the rows ``indices``, which may repeat, in that order. On the CPU."""
+        size = self._manifest.rows_per_shard
+        places = [(self._shard(row // size), row % size) for row in indices]
+        told = zip(*(file.read(row) for file, row in places), strict=True)
+        ids, log_probs, tail = (torch.from_numpy(np.stack(plane)) for plane in told)
+
+        def states(plane: str) -> Tensor:
+            return torch.stack([file.state(plane, row) for file, row in places])
+
+        of_layers = {layer: states(f"state_{layer}") for layer in self._states}
+        return RecordedRows(ids, log_probs, tail, of_layers, states("prefix") if self._has_prefix else None)
+
+    def _open(self, index: int) -> ShardFile:
+        file = ShardFile(self._path(index), self._manifest.layout)
+        if file.sha256 != self._manifest.shards[index]["sha256"]:
+            raise UserError(f"{self._path(index)}: is not the file that was recorded; {RECORD_AGAIN}")
+        return file
+
+    def _path(self, index: int) -> Path:
+        return self._folder / shard_name(index)
 
 
 @dataclass(frozen=True)

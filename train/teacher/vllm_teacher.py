@@ -13,7 +13,6 @@ B rows, S sequence, K tokens told of a position, N rows of a sample, D hidden, V
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -28,10 +27,12 @@ from shoal.inference.vllm import check_vllm, vllm_dtype, vllm_engine, vllm_versi
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, logits_from_hidden
 from shoal.progress import doing
+from shoal.recipe.losses import ForwardKL
 from shoal.runtime import device, free_memory
 
+from ..objective.chunked_loss import TopK, chunked_head_loss
 from ..objective.objective import final_hidden
-from .recording_format import TokenRows
+from .recording import TokenRows
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,8 @@ COMPARED_TOKENS = 4096
 """Tokens of the first rows that vLLM and transformers both read, rounded up to whole rows."""
 MAX_KL = 1e-3
 """Mean bucket KL in nats per token above which vLLM is refused."""
-MOST_PROBABILITY = 1.01
-"""Sum of the probabilities of a position's tokens above which numbers are none: some round them."""
 HEAD_CHUNK = 256
 """Tokens whose full-vocabulary logits exist at one time."""
-LEAST_REST = 1e-9
-"""What is taken for the probability of the rest where vLLM leaves none."""
 PLACE = "record.backend: vllm"
 TopTokens = tuple[Tensor, Tensor, Tensor]
 """Ids (B, S, K), most probable first, their log-probabilities (B, S, K) under the full softmax in fp32, and the
@@ -61,19 +58,12 @@ class VllmTeacher:
     """The teacher in vLLM, loaded when it is first asked.
 
     Raises:
-        UserError: vLLM is not installed, several ranks would each start it, or rows fill all of the model's positions.
+        UserError: vLLM is not installed, or several ranks would each start it.
     """
 
     def __init__(self, teacher: Checkpoint, *, top_k: int, length: int) -> None:
         check_vllm("record.backend")
-        config = text_config(teacher.config)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and longest < length + SPARE_POSITIONS:
-            raise UserError(
-                f"{PLACE} takes the {longest} positions of {teacher.folder}, and a row of {length} needs "
-                f"{length + SPARE_POSITIONS}; lower distill.sequence_length"
-            )
-        self._teacher, self._top_k, self._length, self._vocab_size = teacher, top_k, length, config.vocab_size
+        self._teacher, self._top_k, self._length = teacher, top_k, length
         self.about: dict[str, Any] = {"engine": "vllm", "version": vllm_version(), "dtype": vllm_dtype(teacher)}
         """What recording.json says of it."""
 
@@ -94,7 +84,7 @@ class VllmTeacher:
         """What it says of rows of packed documents; ``tell`` is told of every row that is done.
 
         Raises:
-            UserError: too few tokens, ids beyond the vocabulary, or no log-probabilities.
+            UserError: it tells of too few tokens, or of others than the teacher has.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
@@ -122,29 +112,16 @@ class VllmTeacher:
         The token that stands there is told of even where it is not among the likeliest: then it is one entry more, the
         least.
         """
-        if len(answer) != len(prompt):
-            raise UserError(f"{PLACE}: tells of {len(answer)} tokens of a prompt of {len(prompt)}: it cuts prompts")
-        best = []
-        for place, entries in enumerate(answer[1:], 2):
-            if entries is None or len(entries) < self._top_k:
-                raise UserError(
-                    f"{PLACE}: tells of {len(entries or ())} tokens in place {place} of a prompt where record.top_k "
-                    f"asks for {self._top_k}; lower record.top_k"
-                )
-            told = [(token, entry.logprob) for token, entry in entries.items()]
-            best.append(sorted(told, key=lambda pair: -pair[1])[: self._top_k])
-        ids, log_probs = np.array([[token for token, _ in told] for told in best]), np.array(best)[..., 1]
-        if ids.max() >= self._vocab_size or ids.min() < 0:
+        told = [sorted((entries or {}).items(), key=lambda pair: -pair[1].logprob) for entries in answer[1:]]
+        known = range(text_config(self._teacher.config).vocab_size)
+        best = [[token for token, _ in pairs[: self._top_k] if token in known] for pairs in told]
+        if len(answer) != len(prompt) or min(map(len, best)) < self._top_k:
             raise UserError(
-                f"{PLACE}: tells of token {ids.max()}, and the teacher's vocabulary has {self._vocab_size:,}"
+                f"{PLACE}: does not tell of {self._top_k} of the teacher's tokens in every place of a prompt of "
+                f"{len(prompt)}; lower record.top_k, or record by transformers"
             )
-        most = np.exp(log_probs).sum(-1).max()  # not a number where one of them is none
-        if not most < MOST_PROBABILITY:
-            raise UserError(
-                f"{PLACE}: tells of probabilities that sum to {most:.4g}: these are no log-probabilities; vLLM tells "
-                "them with logprobs_mode raw_logprobs, its default"
-            )
-        return ids, log_probs
+        log_probs = [[entry.logprob for _, entry in pairs[: self._top_k]] for pairs in told]
+        return np.array(best), np.array(log_probs)
 
 
 def agreeing(teacher: Checkpoint, rows: TokenRows, *, top_k: int) -> VllmTeacher:
@@ -159,10 +136,10 @@ def agreeing(teacher: Checkpoint, rows: TokenRows, *, top_k: int) -> VllmTeacher
     ids_NS, positions_NS = rows.input_ids_NS[:num_rows], rows.position_ids_NS[:num_rows]
     with doing("comparing vLLM with transformers"):
         # transformers first: what it takes is free again before vLLM takes what there is
-        hidden_NSD, to_logits = _computed(teacher, ids_NS, positions_NS)
+        hidden_ND, to_logits = _computed(teacher, ids_NS, positions_NS)
         free_memory()
-        kl = bucket_kl(ours.says(ids_NS, positions_NS), hidden_NSD, to_logits)
-    if not kl < MAX_KL:
+        kl = _bucket_kl(ours.says(ids_NS, positions_NS), hidden_ND, to_logits)
+    if not abs(kl) < MAX_KL:  # what are no log-probabilities may be apart by less than nothing
         raise UserError(
             f"{PLACE}: does not say what the teacher says: {kl:.2g} nats of bucket KL per token from "
             f"{teacher.folder} over {ids_NS.numel():,} tokens, and {MAX_KL:g} are allowed; record by transformers"
@@ -174,26 +151,27 @@ def agreeing(teacher: Checkpoint, rows: TokenRows, *, top_k: int) -> VllmTeacher
 
 @torch.inference_mode()
 def _computed(teacher: Checkpoint, ids_NS: Tensor, positions_NS: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Final states (N, S, D) of transformers, and the way from them to logits, all on the CPU."""
+    """Final states (N S, D) of transformers, and the way from them to logits, all on the CPU."""
     model = teacher.model(device=device())
     rows = zip(ids_NS.long().to(device()).split(1), positions_NS.long().to(device()).split(1), strict=True)
     hidden_NSD = torch.cat([final_hidden(model, *row).cpu() for row in rows])
     to_logits, head = logits_from_hidden(model, prepared=True), model.get_output_embeddings()
     assert head is not None
     head = head.cpu()
-    return hidden_NSD, lambda hidden: to_logits(hidden, head).float()
+    return hidden_NSD.flatten(0, 1), lambda hidden: to_logits(hidden, head).float()
 
 
 @torch.no_grad()
-def bucket_kl(said: TopTokens, hidden_NSD: Tensor, to_logits: Callable[[Tensor], Tensor]) -> float:
-    """Mean KL(teacher || vLLM) in nats per token, of the K tokens that vLLM tells of and all others as one."""
-    ids_BSK, log_probs_BSK, tail_BS = said
-    total, tail_N = 0.0, tail_BS.flatten().double().clamp(min=LEAST_REST)
-    planes = (hidden_NSD.flatten(0, 1), ids_BSK.flatten(0, 1), log_probs_BSK.flatten(0, 1).double(), tail_N)
-    for hidden, ids, log_q, tail in zip(*(plane.split(HEAD_CHUNK) for plane in planes), strict=True):
-        log_p_all = to_logits(hidden).double().log_softmax(-1)
-        log_p = log_p_all.gather(-1, ids)
-        rest = log_p_all.scatter_(-1, ids, -math.inf).logsumexp(-1)
-        inside = (log_p.exp() * (log_p - log_q)).sum(-1)
-        total += float((inside + torch.where(rest.isinf(), 0.0, rest.exp() * (rest - tail.log()))).sum())
-    return total / len(tail_N)
+def _bucket_kl(said: TopTokens, hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> float:
+    """Mean KL(vLLM || teacher) in nats per token, of the K tokens that vLLM tells of and all others as one."""
+    ids_NK, log_probs_NK, tail_N = (plane.flatten(0, 1) for plane in said)
+    found = chunked_head_loss(
+        hidden_ND,
+        ids_NK[:, 0],
+        TopK(ids_NK, log_probs_NK, 1.0, tail_N),
+        student_head=to_logits,
+        student_parameters=(),
+        terms=(ForwardKL(),),
+        chunk=HEAD_CHUNK,
+    )
+    return float(found.loss)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import vllm_stand_in
 from packed_rows import packed
 from tiny import VOCAB_SIZE
@@ -20,10 +19,8 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Record
 from shoal.train.record import record_signals
 from shoal.train.teacher import vllm_teacher
-from shoal.train.teacher.recording_format import MAX_ERROR
-from shoal.train.teacher.recording_plan import RecordingManifest, recording_inputs
-from shoal.train.teacher.recording_reader import RecordedRows, RecordingReader
-from shoal.train.teacher.vllm_teacher import bucket_kl
+from shoal.train.teacher.recording import RecordingManifest, recording_inputs
+from shoal.train.teacher.signals import RecordedRows, RecordingReader
 
 S, TOP_K, VERSION = 12, 5, "0.33.0"
 ROWS_FROM = {"seed": 0, "distill.data": "text"}
@@ -62,11 +59,11 @@ def test_vllm_records_what_transformers_does(teacher, vllm, tmp_path, top_k):
     record(teacher, tmp_path / "here", here)
     ours, theirs = read(teacher, tmp_path / "here", here), read(teacher, tmp_path / "local", local)
     assert (ours.ids_BSK == theirs.ids_BSK).float().mean() > 0.99  # up to equal ones
-    assert (ours.log_probs_BSK - theirs.log_probs_BSK).abs().max() < MAX_ERROR
+    assert (ours.log_probs_BSK - theirs.log_probs_BSK).abs().max() < 8e-4
     assert (ours.tail_BS - theirs.tail_BS).abs().max() < 1e-5
     engine = RecordingManifest.read(tmp_path / "here" / RecordingManifest.FILE).engine
     assert engine is not None
-    assert 0 <= engine.pop("bucket_kl") < 1e-6
+    assert abs(engine.pop("bucket_kl")) < 1e-6
     assert engine == {"engine": "vllm", "version": VERSION, "dtype": "float32", "compared_tokens": 3 * S}
     documents = [part.tolist() for row in rows().input_ids_NS for part in (row[:7], row[7:])]
     asked = [prompt for prompt, _ in vllm.asked[-len(documents) :]]
@@ -81,23 +78,6 @@ def test_signals_of_vllm_are_its_own_and_a_whole_recording_starts_it_no_more(tea
         read(teacher, tmp_path / "signals", Record(top_k=TOP_K, rows_per_shard=3))
     with pytest.raises(UserError, match="another run: dtype is 'bfloat16' in this recipe but 'float32' there"):
         read(teacher, tmp_path / "signals", dtype="bfloat16")
-
-
-def test_bucket_kl_is_that_of_its_definition():
-    generator = torch.Generator().manual_seed(0)
-    logits_p, logits_q = (torch.randn(2, 3, 40, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
-    p, q = logits_p.softmax(-1), logits_q.softmax(-1)
-    best = q.topk(4, dim=-1)
-    said = (best.indices, best.values.log().float(), 1 - best.values.sum(-1).float())
-    expected = 0.0
-    for row in range(2):
-        for place in range(3):
-            ids = best.indices[row, place].tolist()
-            for token in ids:
-                expected += float(p[row, place, token] * math.log(p[row, place, token] / q[row, place, token]))
-            rest_p, rest_q = (1 - float(x[row, place, ids].sum()) for x in (p, q))
-            expected += rest_p * math.log(rest_p / rest_q)
-    assert bucket_kl(said, logits_p.float(), lambda x: x) == pytest.approx(expected / 6, rel=1e-5)
 
 
 def _scale(factor: float) -> Callable[[list[Any]], None]:
@@ -119,11 +99,11 @@ def _fewer(told: list[Any]) -> None:
 
 FAULTS: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
     "at another temperature": (_scale(2.0), r"does not say what the teacher says: .* over 36 tokens"),
-    "not log-probabilities": (_scale(-1.0), r"probabilities that sum to .*raw_logprobs"),
-    "not numbers": (_scale(math.nan), r"probabilities that sum to nan"),
-    "another vocabulary": (_rename, r"tells of token \d+, and the teacher's vocabulary has 272"),
-    "too few": (_fewer, r"tells of 2 tokens in place 2 of a prompt where record\.top_k asks for 5"),
-    "truncated": (list.pop, r"tells of \d+ tokens of a prompt of \d+: it cuts"),
+    "not log-probabilities": (_scale(-1.0), r"does not say what the teacher says"),
+    "not numbers": (_scale(math.nan), r"does not say what the teacher says: nan"),
+    "another vocabulary": (_rename, r"does not tell of 5 of the teacher's tokens in every place"),
+    "too few": (_fewer, r"does not tell of 5 of the teacher's tokens in every place"),
+    "truncated": (list.pop, r"does not tell of 5 of the teacher's tokens in every place"),
 }
 
 

@@ -1,6 +1,10 @@
-"""How recorded signals lie on disk. N rows, S sequence, K recorded tokens, D hidden, V vocabulary.
+"""A recording of the teacher's signals: what identifies it, and how it lies on disk.
 
-A shard is one safetensors file of planes, each indexed by row, so that any row is read from a memory map:
+N rows, S sequence, K recorded tokens, D hidden, V vocabulary.
+
+It is a folder of shards and a manifest, which lists them once all are there. What a shard holds depends on its rows
+alone, not on who wrote it: any number of ranks makes the same files. A shard is one safetensors file of planes, each
+indexed by row, so that any row is read from a memory map:
 
     ids     uint16 (N, S, K)    low 16 bits of the token ids, most probable first
     high    uint8  (N, S, H)    their further bits, packed; only where V > 65,536
@@ -17,36 +21,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shoal.artifacts.artifact import Artifact
 from shoal.atomic_files import written_file
 from shoal.errors import UserError
-from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, read_header
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import tokenizer_fingerprint
+from shoal.models.load import Checkpoint
+from shoal.recipe.distill import Distill, Record
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import Shapes, shaping, shaping_keys
+from shoal.runtime import environment
 
+log = logging.getLogger(__name__)
+
+PREFIX = "distill.teacher.prefix"
+"""Names, in what identifies a recording, the layers that need not run in training."""
 LOWEST = -32.0
 """Log-probabilities below are stored as this one: e^-32 is 1.3e-14, nothing that any loss would feel."""
 CODES = 65_535
-MAX_ERROR = 8e-4
-"""Nats by which a log-probability that is read back, above LOWEST, can differ from the one recorded. It follows from
-encode_log_probs (half a code at most) and from bringing the sum back to one; likelier tokens fare far better."""
 ROW_HASH_BYTES = 8
 RECORD_AGAIN = "run `shoal record` again, which writes it anew"
 HEADER_BYTES = 4096
 """Room for a shard's header in estimates."""
-
-_NUMPY = {torch.uint16: np.dtype("<u2"), torch.uint8: np.dtype("u1"), torch.float32: np.dtype("<f4")}
-_NUMPY[torch.float16] = np.dtype("<u2")
-_NUMPY[torch.bfloat16] = np.dtype("<u2")  # numpy has no bfloat16; the bits are taken along
 
 
 class TokenRows(Protocol):
@@ -185,26 +195,16 @@ class ShardFile:
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
-        if not path.is_file():
-            raise UserError(f"{path}: is missing; {RECORD_AGAIN}")
-        try:
-            header = read_header(path)
-        except UserError as error:
-            raise UserError(f"{str(error).removesuffix(DOWNLOAD_AGAIN)}{RECORD_AGAIN}") from error
         self._layout = layout
         try:
-            self._stamp: dict[str, str] = json.loads(header.metadata["shoal"])
-            self.num_rows = header.tensors["tail"].shape[0]
-            planes = layout.planes(self.num_rows)
-            mapped = np.memmap(path, np.uint8, mode="r")  # once: every map holds a file descriptor
-            self._planes: dict[str, NDArray[Any]] = {
-                name: mapped[stored.start : stored.end].view(_NUMPY[planes[name][0]]).reshape(stored.shape)
-                for name, stored in header.tensors.items()
-            }
-            if {name: plane.shape for name, plane in self._planes.items()} != {n: s for n, (_, s) in planes.items()}:
+            with safe_open(path, "pt") as file:
+                self._stamp: dict[str, str] = json.loads(file.metadata()["shoal"])
+                self._planes: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.num_rows = len(self._planes["tail"])
+            if {name: (p.dtype, tuple(p.shape)) for name, p in self._planes.items()} != layout.planes(self.num_rows):
                 raise ValueError("other planes than this recording has")
-        except (KeyError, ValueError, IndexError) as error:
-            raise UserError(f"{path}: is no shard of this recording ({error!r}); {RECORD_AGAIN}") from error
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: is no shard of this recording ({error}); {RECORD_AGAIN}") from error
 
     @property
     def recording(self) -> str:
@@ -217,40 +217,158 @@ class ShardFile:
 
     @property
     def hashes(self) -> NDArray[np.uint8]:
-        return self._planes["row"]
+        return self._planes["row"].numpy()
 
     def is_intact(self) -> bool:
         """Whether the planes match their checksum. Reads the whole file."""
         return _checksum(self._planes) == self.sha256
 
-    def read(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """ids (R, S, K), log-probabilities (R, S, K) and tail (R, S) of some rows; K + 1 probabilities sum to one.
+    def read(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """ids (S, K), log-probabilities (S, K) and tail (S,) of a row; K + 1 probabilities sum to one.
 
         Rounding to codes has moved each a little, and so their sum: it is brought back over all K + 1 together. The
         top k alone are never renormalised.
         """
-        wanted = np.asarray(rows)
-        ids = self._planes["ids"][wanted].astype(np.int64)
+        ids = self._planes["ids"][row].numpy().astype(np.int64)
         if self._layout.high_bits:
-            packed = self._planes["high"][wanted]
+            packed = self._planes["high"][row].numpy()
             ids |= unpack_high_bits(packed, self._layout.high_bits, top_k=self._layout.top_k)
-        log_probs = decode_log_probs(self._planes["codes"][wanted])
-        tail = np.array(self._planes["tail"][wanted])
+        log_probs, tail = decode_log_probs(self._planes["codes"][row].numpy()), self._planes["tail"][row].numpy()
         total = np.exp(log_probs).sum(-1, dtype=np.float64) + tail
         log_probs -= np.log(total)[..., None].astype(np.float32)
         return ids, log_probs, (tail / total).astype(np.float32)
 
-    def read_states(self, plane: str, rows: Sequence[int]) -> Tensor:
-        """(R, S, D) of some rows of ``plane``, state_L or prefix, in the precision that was recorded."""
-        dtype, _ = self._layout.planes(self.num_rows)[plane]
-        return torch.from_numpy(np.array(self._planes[plane][np.asarray(rows)])).view(dtype)
+    def state(self, plane: str, row: int) -> Tensor:
+        """(S, D) of ``plane``, state_L or prefix, in the precision that was recorded."""
+        return self._planes[plane][row]
 
 
-def _checksum(planes: Mapping[str, Tensor] | Mapping[str, NDArray]) -> str:
+def _checksum(planes: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(planes):
-        plane = planes[name]
-        array = plane if isinstance(plane, np.ndarray) else plane.view(torch.uint8).numpy()
         digest.update(name.encode() + b"\0")
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        digest.update(planes[name].view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RecordingManifest(Artifact):
+    """recording.json: what a folder of signals was recorded from. Without shards it is not finished."""
+
+    FILE: ClassVar[str] = "recording.json"
+
+    rows_per_shard: int
+    layout: Layout
+    rows_from: dict[str, Any]
+    """Settings that shaped the rows, for a reader and for messages."""
+    shards: tuple[dict[str, Any], ...] = field(default=())
+    """Rows, bytes and sha256 of the planes of each shard."""
+    engine: dict[str, Any] | None = None
+    """What told the log-probabilities, where that was not transformers: its model and version, and how far it was from
+    the teacher."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard["rows"] for shard in self.shards)
+
+
+def recording_inputs(
+    settings: Record, teacher: Checkpoint, *, model: str, sequence_length: int, prefix: int | None = None
+) -> dict[str, Any]:
+    """What identifies recorded signals besides their rows, which are compared one by one.
+
+    ``model`` is the teacher's fingerprint, ``prefix`` the number of layers that distill.teacher.prefix spares. Rows per
+    shard and the like decide how files are cut, not what they say.
+    """
+    return {
+        "model": model,
+        "tokenizer": tokenizer_fingerprint(teacher.folder),
+        **settings.engine_inputs,
+        "dtype": teacher.load.dtype,
+        **({} if settings.engine_inputs else {"attention": teacher.load.attention}),  # vLLM has its own
+        "sequence_length": sequence_length,
+        **shaping(settings, Shapes.SIGNALS, "record."),
+        **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
+    }
+
+
+def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What shapes training rows that are recorded; which loss terms learn from a source does not."""
+    images = "distill.data (images)"
+    keys = (*shaping_keys(Distill, Shapes.ROWS, "distill."), "data", images, *shaping_keys(Recipe, Shapes.ROWS))
+    shaped = {key: inputs[key] for key in keys if key in inputs}
+    sources = [{key: source[key] for key in source if key != "losses"} for source in shaped["distill.data"]]
+    return shaped | {"distill.data": sources}
+
+
+def recording_layout(
+    settings: Record, teacher: Checkpoint, *, sequence_length: int, prefix: int | None = None
+) -> Layout:
+    """The planes that ``settings`` ask for of this teacher, told from its configuration. ``prefix`` is the number of
+    layers that distill.teacher.prefix spares.
+
+    Raises:
+        UserError: as many tokens as its vocabulary has, or layers that it has not.
+    """
+    config = text_config(teacher.config)
+    if settings.top_k >= config.vocab_size:
+        raise UserError(
+            f"record.top_k: {settings.top_k} leaves none of the {config.vocab_size:,} tokens of the vocabulary outside "
+            "the top k, which losses compare them with; record fewer"
+        )
+    if wrong := [layer for layer in settings.states if layer >= config.num_hidden_layers]:
+        raise UserError(
+            f"record.states: {wrong[0]} is no layer of {teacher.folder}, which has {config.num_hidden_layers}; "
+            f"the last is {config.num_hidden_layers - 1}"
+        )
+    layout = Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
+    if prefix is None:
+        return layout
+    return replace(layout, prefix=prefix - 1, prefix_dtype=str(teacher.loaded_dtype()).removeprefix("torch."))
+
+
+def shards_of(num_rows: int, rows_per_shard: int) -> list[range]:
+    """The rows of every shard."""
+    return [range(start, min(start + rows_per_shard, num_rows)) for start in range(0, num_rows, rows_per_shard)]
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard."""
+    return f"shard-{index:06d}.safetensors"
+
+
+def refuse_other_rows(
+    path: Path, hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise: Sequence[str]
+) -> None:
+    """Refuse a shard whose rows, as far as both go, are not those of this run from ``start`` on. ``hashes`` (N, 8) are
+    those of the shard, ``shaped_otherwise`` says which settings shaped its rows in another way.
+
+    Raises:
+        UserError: they are not.
+    """
+    both = min(len(hashes), len(rows) - start)
+    unequal = (row_hashes(rows, start, start + both) != hashes[:both]).any(-1)
+    if unequal.any():
+        reason = "; ".join(shaped_otherwise) or "the text or the order of its documents is another"
+        raise UserError(
+            f"{path}: belongs to another run: row {start + int(unequal.argmax())} has other tokens there ({reason}). "
+            "Set the recipe back, or record into another folder"
+        )
+
+
+def libraries() -> dict[str, Any]:
+    """Versions of what the teacher's last digits depend on."""
+    now = environment()
+    return {name: now[name] for name in ("torch", "transformers")}
+
+
+def warn_of_versions(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Log which of the libraries ``now`` has another version than when the recording at ``path`` was begun."""
+    for name in (name for name in now if before.get(name) != now[name]):
+        log.warning(
+            "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ",
+            path,
+            name,
+            before.get(name),
+            now[name],
+        )
