@@ -23,7 +23,7 @@ from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
 from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
-from .generated.writing import Writer, transformers_writer, vllm_writer, wants_teacher_text, write_texts
+from .generated.writing import Writer, transformers_writer, vllm_writer, write_texts
 from .teacher.recording import rows_from
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def teacher_texts(
 ) -> Sequence[str]:
     """What the teacher writes for the source `teacher_text`, kept in ``folder``; none where the recipe has no such."""
     seed = inputs["seed"]
-    if not wants_teacher_text(settings.data):
+    if all(source.path != TEACHER_TEXT for source in settings.data):
         return ()
     known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
     by_vllm = settings.writing.backend == "vllm"

@@ -171,7 +171,7 @@ class ObjectiveTrainer(Trainer):
         if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
             with self.plain_student() as student:
                 batches = self._on_policy.batches(student, batches, step=step)
-            batches = self._on_policy.judged(batches, self._teacher_log_probs, step=step)
+            batches = self._on_policy.judged(batches, self._teacher_log_probs)
             num_items = self._get_num_items_in_batch(batches, device)
         self._batches, self._num_items = batches, 0 if num_items is None else num_items
         counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
@@ -179,7 +179,7 @@ class ObjectiveTrainer(Trainer):
         return batches, num_items
 
     def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
-        """As train.generated.loops.LogProbs says."""
+        """As train.generated.on_policy.LogProbs says."""
         with self.taught(batch) as signals:
             return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
 

@@ -1,8 +1,6 @@
 """Training text that a model writes.
 
-writing    by the teacher, before training
-filtering  what of it is kept
-on_policy  by the student, in the middle of training
-loops      what of that teaches nothing
+writing    by the teacher, before training, and what of it is kept
+on_policy  by the student, in the middle of training, and what of it teaches nothing
 sampling   token by token
 """

@@ -1,7 +1,8 @@
 """Text that the teacher writes itself: what it says after a prompt is where its targets are most exact.
 
 Texts are written in batches, every batch a file of its own that is whole or absent, dealt to the ranks in turn; at the
-end they are sifted into one file. Chance is drawn per text, so that any number of ranks writes the same, a kill or not.
+end those worth training on are brought into one file. Chance is drawn per text, so that any number of ranks writes the
+same, a kill or not.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,12 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from shoal.abilities.matching import MATCHING
+from shoal.abilities.knowledge import stated_facts
+from shoal.abilities.matching import AMOUNT, MATCHING, amounts, value
 from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat, check_template
+from shoal.data.repetition import ends_in_loop
 from shoal.data.sources import documents, load_texts
 from shoal.data.streams import CutOff
 from shoal.errors import UserError
@@ -35,7 +40,6 @@ from shoal.recipe.distill import Writing
 from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shaping
 from shoal.runtime import barrier
 
-from .filtering import sifted
 from .sampling import end_tokens, sample
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,13 @@ Writer = Callable[[Sequence[list[int]], Sequence[int]], list[list[int]]]
 TEXTS = "texts.jsonl"
 COUNTS = "counts.json"
 BATCHES = "batches"
+OUTCOMES = ("written", "empty", "looping", "repeated", "evaluation fact", "wrong", "kept")
+MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+ESCAPE = re.compile(r"\\(?=[$%\s]|$)")
+WITH_UNIT = re.compile(rf"({AMOUNT.pattern})(?:\s*\\text\{{[^{{}}]*\}}|(?:\s+[^\W\d_]+)*)")
+"""An amount, and behind it at most words: `10-4` and `\\sqrt{4}` end in a number that they are not."""
+PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
+NEGATED = re.compile(r"(?:\bnot|n['\u2019]t)(?: \w+)?\W*$")
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,6 @@ class Prompt:
     """The conversation so far, where it is one."""
     answer: str | None = None
     """Answer that the data has to it."""
-
-
-def wants_teacher_text(data: Sequence[DataSource]) -> bool:
-    """Whether the teacher has to write before training."""
-    return any(source.path == TEACHER_TEXT for source in data)
 
 
 def write_texts(
@@ -247,19 +253,12 @@ def vllm_writer(teacher: Checkpoint, tokenizer: Any, settings: Writing, *, seed:
 
 def _prompts(settings: Writing, tokenizer: Any, *, data: Sequence[DataSource], seed: int) -> Iterator[Prompt]:
     if settings.prompts is None:
-        if settings.keep == "correct":
-            raise UserError("distill.writing.keep: correct needs prompts with answers; set distill.writing.prompts")
         openings = _openings(data, tokenizer, length=settings.prompt_tokens)
         random.Random(seed).shuffle(openings)
         yield from (Prompt(opening) for opening in openings)
     elif settings.prompts.is_chat:
         yield from _asked(settings, settings.prompts, tokenizer)
     else:
-        if settings.keep == "correct":
-            raise UserError(
-                "distill.writing.keep: correct needs answers beside the prompts; name the columns `prompt` and "
-                "`completion` (or `messages`) of distill.writing.prompts"
-            )
         texts = load_texts(settings.prompts, max_characters=16 * settings.num_tokens + 1_000_000)
         yield from (Prompt(_without_end(ids, tokenizer)) for ids in tokenizer(texts)["input_ids"])
 
@@ -275,14 +274,10 @@ def _asked(settings: Writing, source: DataSource, tokenizer: Any) -> Iterator[Pr
         said = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         before = turns[: said[-1]] if said else turns
         answer = turns[said[-1]].get("content") if said else None
-        if settings.keep == "correct" and not answer:
+        if settings.keep == "correct" and not (answer and isinstance(answer, str)):
             raise UserError(
-                f"data {chat.where}: has no answer to compare with; distill.writing.keep: correct needs one"
-            )
-        if settings.keep == "correct" and not isinstance(answer, str):
-            raise UserError(
-                f"data {chat.where}: the last assistant turn holds {type(answer).__name__}, not text to compare with; "
-                "write its content as one string, or set distill.writing.keep: all"
+                f"data {chat.where}: the last assistant turn is no text to compare with (got {answer!r}); write its "
+                "content as one string, or set distill.writing.keep: all"
             )
         ids = tokenizer.apply_chat_template(before, tools=chat.tools, add_generation_prompt=True, return_dict=True)
         yield Prompt(list(ids["input_ids"]), before, answer)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -336,3 +331,104 @@ def _chosen(prompts: list[Prompt], settings: Writing, *, seed: int) -> list[Prom
         random.Random(f"writing/{seed}/{len(chosen)}").shuffle(order)
         chosen += order[: num_texts - len(chosen)]
     return chosen
+
+
+def sifted(records: Iterable[dict[str, Any]], *, keep: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The records worth training on, and how many were left out for which reason, each for the first that applies."""
+    counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+    seen: set[str] = set()
+    kept = []
+    for record in records:
+        counts["written"] += 1
+        reason = _reason_against(record, seen, keep=keep)
+        counts[reason or "kept"] += 1
+        if reason is None:
+            seen.add(record["text"])
+            kept.append(record)
+    return kept, dict(counts)
+
+
+def _reason_against(record: dict[str, Any], seen: set[str], *, keep: str) -> str | None:
+    written = record["written"]
+    if not written.strip():
+        return "empty"
+    if ends_in_loop(written):
+        return "looping"
+    if record["text"] in seen:
+        return "repeated"
+    if not without_evaluation_facts([record["text"]]):
+        return "evaluation fact"
+    if keep == "correct" and not answers_alike(written, record["answer"]):
+        return "wrong"
+    return None
+
+
+def answers_alike(written: str, answer: str) -> bool:
+    """Whether both come to the same final answer.
+
+    That is what the data's answer marks by `####` or \\boxed{}, else its last number, else its last line. Of what was
+    written the same is looked at: what it marks, else its last number where a number is asked for, else its last line,
+    which may end in the answer where that is plain words. What is marked counts as a number only if it is one, with a
+    unit or behind `=` too. A fraction is a number; a power or a time of day is one piece and equals only itself.
+    """
+    written, answer = (text.replace("\u2212", "-") for text in (written, answer))
+    wanted = _marked(answer)
+    numbers = _numbers(answer if wanted is None else wanted)
+    if numbers and wanted in (None, numbers[-1]):
+        marked = _marked(written)
+        stated = _lone_number(marked) if marked else _numbers(written)
+        return bool(stated) and _equal(stated[-1], numbers[-1])
+    wanted = wanted or _last_line(answer)
+    stated_last = _marked(written) or _last_line(written)
+    return bool(wanted) and (_bare(wanted) == _bare(stated_last) or _ends_in(stated_last, wanted))
+
+
+def _marked(text: str) -> str | None:
+    matches = MARKED.findall(text)
+    # what stands before .5 is its point
+    return "".join(matches[-1]).lstrip(" $%").rstrip(" $%.") if matches else None
+
+
+def _lone_number(marked: str) -> list[str]:
+    last = ESCAPE.sub("", marked.replace("{,}", ",")).rsplit("=", 1)[-1]
+    number = WITH_UNIT.fullmatch(last.strip(" $"))
+    return [number[1]] if number else []
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rsplit("\n", 1)[-1]
+
+
+def _numbers(text: str) -> list[str]:
+    """Every number and fraction in ``text``; of `10-4` the second is 4."""
+    return amounts(re.sub(r"(?<=\d)-", "- ", text))
+
+
+def _equal(one: str, other: str) -> bool:
+    """Whether two pieces that `amounts` has read have the same value, or where there is none the same characters."""
+    if value(one) is None or value(other) is None:
+        return re.sub(r"[\s,{]", "", one) == re.sub(r"[\s,{]", "", other)
+    return value(one) == value(other)
+
+
+def _bare(text: str) -> str:
+    return "".join(text.casefold().split()).strip(".")
+
+
+def _ends_in(text: str, answer: str) -> bool:
+    """Whether ``text`` ends in the words of ``answer``, without a "not" right before them; never for formulas."""
+    words = _plain(answer)
+    before, separator, rest = _plain(text).rpartition(words)
+    whole = bool(separator) and not rest and not (before[-1:].isalnum() or before.endswith("-"))
+    return whole and PLAIN_WORDS.fullmatch(words) is not None and NEGATED.search(before) is None
+
+
+def _plain(text: str) -> str:
+    """Without case, double spaces and what may stand around words."""
+    return " ".join(text.casefold().split()).strip(" .!*`\"'\u201c\u201d")
+
+
+def without_evaluation_facts(texts: Sequence[str]) -> list[str]:
+    """The documents in which the teacher did not happen to write an answer that shoal's knowledge tasks ask for."""
+    stated = stated_facts("eval")
+    return [text for text in texts if not any(sentence in text for sentence in stated)]
