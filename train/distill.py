@@ -37,9 +37,8 @@ from .engine.arguments import (
 )
 from .engine.checkpoint import last_complete, needs_universal
 from .engine.fused import is_fused
-from .engine.heartbeat import Heartbeat
 from .engine.sharding import join_deepspeed, leave_deepspeed
-from .engine.stop import StopRequest
+from .engine.stop import Heartbeat, StopRequest
 from .objective.chunked_loss import refuse_for_top_k
 from .preflight.fit import check_fit, explained_memory
 from .preflight.throughput import flops_per_token, most_tokens_per_s
@@ -161,7 +160,7 @@ def distill(
         Stopped: on Ctrl-C, on SIGTERM or when the launcher is gone, after saving.
         UserError: input that cannot work.
     """
-    check_names(spec.settings)
+    check_names(spec.settings, ranks=spec.ranks.count)
     check_distillable(spec)
     heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.timeout_s)
     heartbeat.start()

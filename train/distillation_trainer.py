@@ -33,7 +33,7 @@ from shoal.recipe.losses import LossTerm, StateTerm
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Section
 
-from .engine.arguments import BATCH_SPLIT, refuse_other_numbers, resolved_deepspeed
+from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .objective_trainer import ObjectiveTrainer, Parts
@@ -361,7 +361,8 @@ def _complete_deepspeed(args: TrainingArguments) -> None:
         config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
         config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
         config.setdefault("gradient_clipping", args.max_grad_norm)
-        refuse_other_numbers(config, vars(args), setting="args", place="args.deepspeed")
+        told: Any = args.hf_deepspeed_config
+        refuse_mismatches(told, "args.deepspeed")
         compile_no_collectives()
 
 

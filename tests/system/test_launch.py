@@ -1,7 +1,4 @@
-"""The distill stage as a user starts it: subprocesses, one and two ranks, every ZeRO stage, killed and resumed.
-
-Covers: shoal.train.engine.stop.
-"""
+"""The distill stage as a user starts it: subprocesses, one and two ranks, every ZeRO stage, killed and resumed."""
 
 from __future__ import annotations
 

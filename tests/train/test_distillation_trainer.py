@@ -290,7 +290,7 @@ def all_frozen() -> PreTrainedModel:
         ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),
         (
             {"args": {"deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.5}}},
-            r"args.deepspeed: gradient_clipping is 0.5, but 1.0 by args.max_grad_norm; set the former to .auto.",
+            r"args.deepspeed: ds gradient_clipping=0.5 vs hf max_grad_norm=1.0; set the former to .auto.",
         ),
     ],
 )

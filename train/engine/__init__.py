@@ -1,10 +1,8 @@
 """DeepSpeed and many processes, any of which may die.
 
 arguments   TrainingArguments and the DeepSpeed configuration that a recipe means
-dealing     which rows of a step are in which micro-batch, on which rank
 fused       Liger's kernels in the place of norms and MLPs
 sharding    what DeepSpeed needs of process group and teacher
 checkpoint  complete or absent, for any number of ranks
-stop        SIGTERM, a launcher that is gone
-heartbeat   which rank is late
+stop        SIGTERM, a launcher that is gone, a rank that is late
 """

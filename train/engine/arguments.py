@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
@@ -56,17 +57,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (-1, MOST),
 }
 """Training arguments that are at least the first and below the second number; transformers looks at few of them."""
-SAME_IN_DEEPSPEED = {
-    "train_micro_batch_size_per_gpu": ("per_device_train_batch_size",),
-    "gradient_accumulation_steps": ("gradient_accumulation_steps",),
-    "train_batch_size": ("batch_size",),
-    "gradient_clipping": ("max_grad_norm",),
-    "optimizer.params.lr": ("learning_rate",),
-    "optimizer.params.betas": ("adam_beta1", "adam_beta2"),
-    "optimizer.params.eps": ("adam_epsilon",),
-    "optimizer.params.weight_decay": ("weight_decay",),
-}
-"""What a DeepSpeed configuration may say too, by its path there, and the settings that say the same."""
+DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""What a DeepSpeed configuration says of the batch, which depends on the number of ranks."""
 
 
 def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:
@@ -84,16 +76,11 @@ def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, in
         return int(micro_batch or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
     ranks = ranks or world_size()
     per_rank, rest = divmod(settings.batch_size, ranks)
-    if rest:
-        raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows do not divide over {ranks} ranks; "
-            f"choose a multiple of {ranks}, or another number of ranks"
-        )
     rows = int(micro_batch or max(n for n in range(1, default + 1) if per_rank % n == 0))
-    if per_rank % rows:
+    if rest or per_rank % rows:
         raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows over {ranks} ranks are {per_rank} each, no "
-            f"multiple of distill.trainer.per_device_train_batch_size {rows}; change one, or leave the latter out"
+            f"distill.batch_size: {settings.batch_size} rows do not divide over {ranks} ranks by "
+            f"distill.trainer.per_device_train_batch_size {rows}; choose a multiple of both, or another number of ranks"
         )
     return rows, per_rank // rows
 
@@ -134,7 +121,7 @@ def training_arguments(
     ``load_universal`` = training goes on from a checkpoint that was made to fit any number of ranks.
 
     Raises:
-        UserError: unknown or contradictory arguments, or a precision that is known to train wrongly.
+        UserError: unknown or contradictory arguments.
     """
     check_names(settings)
     values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
@@ -170,9 +157,10 @@ def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
     return None if resolved is None else resolved.config
 
 
-def check_names(settings: Distill) -> None:
+def check_names(settings: Distill, *, ranks: int | None = None) -> None:
     """Refuse a training argument that transformers does not have, a value that is none, what its schedule or optimizer
-    lacks, or another number than in the DeepSpeed configuration, before anything is built.
+    lacks, or another number than in the DeepSpeed configuration, before anything is built. Those of a batch are
+    compared where it is known how many ``ranks`` there are.
 
     Raises:
         UserError: naming it and the closest one there is, or the value.
@@ -190,32 +178,26 @@ def check_names(settings: Distill) -> None:
     _check_values(trainer)
     given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | trainer
     _check_makers(given)
-    numbers = {name: given[name] for names in SAME_IN_DEEPSPEED.values() for name in names if name in given}
-    for name in BATCH_SPLIT:  # how many ranks there are is known when the configuration is filled in
-        del numbers[name]
-    refuse_other_numbers(read_deepspeed(settings.deepspeed), numbers, setting="distill.trainer")
+    config = read_deepspeed(settings.deepspeed)
+    if ranks is None:
+        config = {key: value for key, value in config.items() if key not in DEEPSPEED_BATCH}
+    else:
+        given |= dict(zip(BATCH_SPLIT, batch_split(settings, ranks=ranks), strict=True))
+    given |= {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
+    asked = HfTrainerDeepSpeedConfig(config)  # which transformers would look at when all is prepared
+    asked.trainer_config_process(SimpleNamespace(**given, world_size=ranks or 1))
+    refuse_mismatches(asked, "distill.deepspeed")
 
 
-def refuse_other_numbers(
-    config: Mapping[str, Any], given: Mapping[str, Any], *, setting: str, place: str = "distill.deepspeed"
-) -> None:
-    """Refuse a number of the DeepSpeed configuration, named by ``place``, that is another one in ``given``, named by
-    ``setting``: transformers would, when all is prepared and the training begins.
+def refuse_mismatches(asked: HfTrainerDeepSpeedConfig, place: str) -> None:
+    """Refuse numbers of a DeepSpeed configuration, named by ``place``, that are others than the training arguments'.
 
     Raises:
-        UserError: there is one.
+        UserError: there is one, in the words of transformers.
     """
-    for key, names in SAME_IN_DEEPSPEED.items():
-        values = [given[name] for name in names if name in given]
-        number: Any = config
-        for part in key.split("."):
-            number = number.get(part) if isinstance(number, Mapping) else None
-        wanted = values if len(names) > 1 else next(iter(values), None)
-        if values and number not in (None, "auto", wanted):
-            raise UserError(
-                f"{place}: {key} is {number!r}, but {wanted!r} by {setting}.{' and '.join(names)}; set the former to "
-                '"auto", or change the latter'
-            )
+    if asked.mismatches:
+        told = "; ".join(mismatch.removeprefix("- ") for mismatch in asked.mismatches)
+        raise UserError(f'{place}: {told}; set the former to "auto", or change the latter')
 
 
 def _check_values(trainer: Mapping[str, Any]) -> None:
@@ -316,11 +298,8 @@ class DeepSpeed:
             )
 
 
-def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str, Any]:
+def deepspeed_config(settings: Distill) -> dict[str, Any]:
     """The DeepSpeed configuration with what the recipe decides filled in.
-
-    Its numbers of a batch are compared with those of the recipe on so many ``ranks``; None = how many is not known yet.
-    The other numbers that both could say are compared by check_names.
 
     Raises:
         UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
@@ -335,11 +314,6 @@ def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str
     for is_wrong, message in _wrong(config, settings, computed_in=precision):
         if is_wrong:
             raise UserError(message)
-    if ranks is not None:
-        rows, accumulation = batch_split(settings, ranks=ranks)
-        split: dict[str, Any] = dict(zip(BATCH_SPLIT, (rows, accumulation), strict=True))
-        refuse_other_numbers(config, split, setting="distill.trainer")
-        refuse_other_numbers(config, {"batch_size": rows * accumulation * ranks}, setting="distill")
     if settings.weights == "bfloat16":
         # DeepSpeed steps fp32 copies: a plain bf16 weight does not move at usual learning rates, its rounding is
         # coarser than a step. Left alone it would add micro-batches' gradients up in bf16
@@ -353,12 +327,7 @@ def deepspeed_config(settings: Distill, *, ranks: int | None = None) -> dict[str
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    for key in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ):
+    for key in (*DEEPSPEED_BATCH, "gradient_clipping"):
         config.setdefault(key, "auto")
     return config
 
@@ -408,14 +377,6 @@ def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) ->
         f"distill.precision: float16 is autocast with scaled losses, by which ZeRO {stage} clips gradients wrongly; "
         "set distill.deepspeed: deepspeed/zero0.json, precision: float32, or an fp16 section of your own",
     )
-    for part in ("offload_optimizer", "offload_param"):
-        place = zero.get(part) or {}
-        folder = place.get("nvme_path")
-        yield (
-            place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()),
-            f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
-            "local disk, or set device: cpu",
-        )
     yield (
         settings.compile and stage == 3,
         "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; set "

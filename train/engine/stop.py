@@ -1,12 +1,39 @@
-"""Stopping cleanly: on Ctrl-C, on a scheduler's SIGTERM, and when the launcher that started the ranks is gone."""
+"""How a training ends before its time: asked to, on Ctrl-C, on a scheduler's SIGTERM or when the launcher that started
+the ranks is gone, and because a rank keeps the others waiting.
+
+A collective that times out says on whom it waited in nobody's words, and under NCCL ends the process without an
+exception. So every rank keeps a small file in the run directory, which all nodes share, and a thread beside training
+ends a rank that has waited for too long, once it has said for whom: every rank shows that it lives and how far it is,
+and the others look there when they wait.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import os
 import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from transformers import TrainerCallback
+
+from shoal.ranks import rank, world_size
 from shoal.stopping import die_of, on_stop
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".ranks"
+PATIENCE = 0.9
+"""Share of the timeout after which the late rank is named; the collective itself would end the job a little later."""
+HEAD_START_S = 3.0
+"""What the other waiting ranks leave the one that speaks for all of them, before the launcher ends it with the job."""
 
 
 class StopRequest:
@@ -34,3 +61,117 @@ class StopRequest:
         if self.reason is None:
             self.number = number
         self.ask(name)
+
+
+class Heartbeat(TrainerCallback):
+    """Writes RUN_DIR/.ranks/<rank>.json while it runs, and ends this process when another rank keeps it waiting.
+
+    Liveness and progress are told apart: a stopped process or a lost node does neither, a rank that hangs in reading
+    data or writing a file lives on without getting further. Only changes of the others' files are looked at, never
+    their times, because nodes have clocks of their own.
+    """
+
+    def __init__(self, run_dir: Path, *, timeout_s: float) -> None:
+        self._folder = run_dir / FOLDER
+        self._patience_s = PATIENCE * timeout_s
+        self._interval_s = min(5.0, timeout_s / 20)
+        self._progress = 0
+        self._moved = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat; a world of one has nobody to wait for."""
+        if world_size() > 1:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Leave no file behind."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            self._file(rank()).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another rank's file is still there
+                self._folder.rmdir()
+
+    def moved(self, *_: Any, **__: Any) -> None:
+        """This rank got further."""
+        self._progress += 1
+        self._moved = time.monotonic()
+
+    on_step_begin = on_substep_end = on_step_end = on_save = moved
+
+    def _file(self, of_rank: int) -> Path:
+        return self._folder / f"{of_rank}.json"
+
+    def _beat(self) -> None:
+        beat = 0
+        before: dict[int, dict[str, Any]] | None = None  # the others' signs when this rank began to wonder
+        while not self._ended.wait(self._interval_s):
+            beat += 1
+            self._show(beat)
+            waited_s = time.monotonic() - self._moved
+            if waited_s < self._patience_s / 2:
+                before = None
+            elif before is None:
+                before = read_signs(self._folder)
+            elif waited_s > self._patience_s:
+                late = late_ranks(before, read_signs(self._folder))
+                if late and rank() not in late:
+                    self._end(late, waited_s)
+
+    def _show(self, beat: int) -> None:
+        """Written whole, but not forced to the disk: that could stall for longer than a beat while a checkpoint is."""
+        sign = {"beat": beat, "progress": self._progress, "host": socket.gethostname(), "pid": os.getpid()}
+        file = self._file(rank())
+        temporary = file.with_suffix(".tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(sign))
+            temporary.replace(file)
+        except OSError as error:
+            log.debug("no sign of life this time: %s", error)  # a full disk ends the job where it costs something
+
+    def _end(self, late: dict[int, str], waited_s: float) -> None:
+        if rank() == min(set(range(world_size())) - set(late)):
+            for number, reason in late.items():
+                log.error(
+                    "no rank got further for %.0f s: rank %d %s. Ending; the same command goes on from the last "
+                    "checkpoint (distill.timeout_s sets the patience)",
+                    waited_s,
+                    number,
+                    reason,
+                )
+        else:
+            time.sleep(HEAD_START_S)
+        os._exit(1)  # the main thread is stuck in a collective that nothing interrupts
+
+
+def read_signs(folder: Path) -> dict[int, dict[str, Any]]:
+    """What every rank has last said about itself; an empty mapping for one that has said nothing."""
+    signs = {}
+    for number in range(world_size()):
+        file = folder / f"{number}.json"
+        signs[number] = json.loads(file.read_bytes()) if file.is_file() else {}
+    return signs
+
+
+def late_ranks(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]) -> dict[int, str]:
+    """The ranks for whom the others wait, and what is known of each; none where all live and are equally far."""
+    silent = {
+        number: f"({_place(sign)}) gives no sign of life: it is stopped, or its node is gone"
+        for number, sign in now.items()
+        if sign.get("beat") == before[number].get("beat")
+    }
+    if silent:
+        return silent
+    furthest = max(sign["progress"] for sign in now.values())
+    return {
+        number: f"({_place(sign)}) lives, but is behind the others: it may hang in reading or writing a file"
+        for number, sign in now.items()
+        if sign["progress"] < furthest
+    }
+
+
+def _place(sign: dict[str, Any]) -> str:
+    return f"host {sign['host']}, process {sign['pid']}" if sign else "never seen"

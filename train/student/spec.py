@@ -148,7 +148,7 @@ def train_spec(
     Raises:
         UserError: DeepSpeed settings that cannot work, or what ``settings`` ask of ``plan`` and it does not have.
     """
-    deepspeed = DeepSpeed(deepspeed_config(settings, ranks=ranks.count))
+    deepspeed = DeepSpeed(deepspeed_config(settings))
     deepspeed.warn_of_optimizer(settings.trainer)
     trained = student_parts(student, plan, settings)
     frozen = shares_prefix(trained, plan)

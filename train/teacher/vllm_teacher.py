@@ -149,7 +149,7 @@ def agreeing(teacher: Checkpoint, rows: TokenRows, *, top_k: int) -> VllmTeacher
     return ours
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _computed(teacher: Checkpoint, ids_NS: Tensor, positions_NS: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Final states (N S, D) of transformers, and the way from them to logits, all on the CPU."""
     model = teacher.model(device=device())

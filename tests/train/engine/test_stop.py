@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from shoal.train.engine.heartbeat import FOLDER, Heartbeat, late_ranks
+from shoal.train.engine.stop import FOLDER, Heartbeat, late_ranks
 
 
 def sign(beat, progress, pid=1):
@@ -34,7 +34,7 @@ def test_nobody_is_late_where_all_live_and_are_equally_far():
 def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, caplog, other):
     monkeypatch.setenv("WORLD_SIZE", "2")
     ended = []
-    monkeypatch.setattr("shoal.train.engine.heartbeat.os._exit", ended.append)
+    monkeypatch.setattr("shoal.train.engine.stop.os._exit", ended.append)
     heartbeat = Heartbeat(tmp_path, timeout_s=0.4)
     (tmp_path / FOLDER).mkdir()
     heartbeat.start()
