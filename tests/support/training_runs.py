@@ -226,9 +226,9 @@ def ask_of_all_rows() -> None:
 
 def go_along_with_loops() -> None:
     """Let every loop count, whatever the teacher says of it, which here is a random one and sure of nothing."""
-    from shoal.train.generated import loops
+    from shoal.train.generated import on_policy
 
-    loops.GOES_ALONG = -float("inf")
+    on_policy.GOES_ALONG = -float("inf")
 
 
 def spoil_loss(step: int, factor: float, rank: int) -> None:
