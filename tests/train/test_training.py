@@ -1,6 +1,6 @@
 """The whole training, through the distill verb: what its parts must still do when they are put together.
 
-Covers: shoal.train.assembly, shoal.train.objective_trainer, shoal.train.save, shoal.train.trainer.
+Covers: shoal.train.assembly, shoal.train.objective_trainer, shoal.train.save.
 """
 
 from __future__ import annotations
