@@ -2,10 +2,7 @@
 
     measure      every asked metric, pass by pass
     plan         the choice
-    goals        what prune.target asks of the layers that go
-    layer_sizes  what every layer takes of files, memory and time
-    orders       the choice along a greedy order
-    sparing      columns on which nothing may be spent
+    layer_sizes  what every layer takes of files, memory and time, and what prune.target asks of it
     apply        writes the student of a plan
 
 Folders:

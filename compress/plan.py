@@ -1,22 +1,24 @@
-"""Which layers go: from an explicit list, or from importance scores that lie on disk."""
+"""Which layers go: an explicit list, or the first of an order by scores that lie on disk, so many or as many as reach a
+target."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.errors import UserError
+from shoal.formatting import layers_text
 from shoal.recipe.prune import Prune
 
-from .goals import Goals
-from .orders import first_of_order, layers_of
-from .sparing import affordable, costs, require_affordable, spared_columns, warn_without_signal
+from .layer_sizes import Goals
+from .metrics.greedy import TASK_ORDER
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import layer_scores, ranks, swept_columns, unknown
+from .sweeps.expected_loss import is_loss, joint_change
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +38,46 @@ class Choice:
     """Reason in words."""
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What an automatic choice keeps to."""
+
+    protected: set[int]
+    """Layers that may not go."""
+    spared: tuple[SweepColumn, ...]
+    """Columns on which nothing significant may be spent."""
+
+    def affordable(self, layers: Iterable[int], count: int) -> list[int]:
+        """The first ``count`` of ``layers`` whose summed loss is significant on no spared column; fewer if there are
+        not. A layer with which the sum would become significant is passed over, and the next one tried."""
+        taken: list[int] = []
+        for layer in layers:
+            if len(taken) == count:
+                break
+            if not self.costs([*taken, layer]):
+                taken.append(layer)
+        return taken
+
+    def costs(self, layers: Sequence[int]) -> bool:
+        """Whether the summed loss is significant on a spared column."""
+        return any(is_loss(column, joint_change(column, layers)) for column in self.spared)
+
+    @property
+    def loss(self) -> str:
+        """What may not be lost."""
+        return f"a significant loss on {self.columns}, by the sum of their single removals"
+
+    @property
+    def columns(self) -> str:
+        return ", ".join(column.task for column in self.spared)
+
+    @property
+    def remedy(self) -> str:
+        return "drop fewer or shorten prune.protect" + (" or prune.spare" if self.spared else "")
+
+
 def choose_changes(
-    prune: Prune,
-    *,
-    num_layers: int,
-    importance: Importance | None,
-    goals: Goals | None = None,
+    prune: Prune, *, num_layers: int, importance: Importance | None, goals: Goals | None = None
 ) -> Choice:
     """The layers to drop.
 
@@ -54,7 +90,7 @@ def choose_changes(
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
     if prune.drop is not None:
-        return Choice(*_explicit(prune, prune.drop, num_layers))
+        return _explicit(prune, prune.drop, num_layers)
     wanted = goals or _count(prune, num_layers)
     if importance is None:
         raise UserError(
@@ -65,20 +101,16 @@ def choose_changes(
             f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
             "run `shoal measure` again for this model"
         )
-    protected, spared = _guarded(prune, importance)
-    if prune.contiguous:
-        drop, reason = _best_run(prune, wanted, protected, spared, importance)
-    elif prune.metric in importance.orders and prune.metric not in importance.layers:
-        drop, reason = first_of_order(prune.metric, wanted, protected, spared, importance)
-    else:
-        drop, reason = _lowest(prune, wanted, protected, spared, importance)
+    limits = _limits(prune, importance)
+    choose = _best_run if prune.contiguous else _first_of_order
+    drop, reason = choose(prune, wanted, limits, importance)
     if goals is not None:
         reason += f", for {goals.in_words(drop)}"
-    if protected:
-        reason += f"; {_named(sorted(protected))} protected"
-    if spared:
-        reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
-    return Choice(drop, reason)
+    if limits.protected:
+        reason += f"; {_named(sorted(limits.protected))} protected"
+    if limits.spared:
+        reason += f"; nothing significant spent on {limits.columns}"
+    return Choice(tuple(sorted(drop)), reason)
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
@@ -86,41 +118,28 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     ``goals`` as many as reach them.
 
     Raises:
-        UserError: an impossible number of layers.
-    """
-    free = free_layers(prune, num_layers)
-    if goals is not None:
-        drop = free[-_fewest(free[::-1], num_layers, goals) :]
-    else:
-        drop = free[-_count(prune, num_layers) :]
-    reason = f"a stand-in: {layers_of(len(drop), num_layers)}, chosen once they are measured"
-    return Choice(tuple(sorted(drop)), reason)
-
-
-def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> None:
-    """Refuse what no measurement could make possible, before anything is measured. ``goals``: as in choose_changes.
-
-    Raises:
-        UserError: as choose_changes does, as far as it needs no scores.
+        UserError: what no measurement could make possible.
     """
     if prune.drop is not None:
-        _explicit(prune, prune.drop, num_layers)
-    elif goals is not None:
-        _fewest(free_layers(prune, num_layers), num_layers, goals)
+        return _explicit(prune, prune.drop, num_layers)
+    free = free_layers(prune, num_layers)
+    if goals is not None:
+        count = _fewest(free[::-1], num_layers, goals)
     else:
-        protected = _protected(prune.protect, num_layers)
-        count, free = _count(prune, num_layers), num_layers - len(protected)
-        longest, problem = _longest_run(protected, num_layers), None
-        if prune.contiguous and count > longest:
-            problem = f"asks to drop a run of {count} layers, but the longest free one has {longest}"
-        elif count > free:
-            problem = f"asks to drop {count} layers, but only {free} of {num_layers} are not protected"
-        if problem:
-            raise UserError(f"prune: {problem} ({sorted(protected)} stay); drop fewer or shorten prune.protect")
+        count, protected = _count(prune, num_layers), sorted({*range(num_layers)} - {*free})
+        most, left = len(free), f"only {len(free)} of {num_layers} are not protected"
+        if prune.contiguous:
+            most = _longest_run(protected, num_layers)
+            left = f"the longest run that is not protected has {most}"
+        if count > most:
+            raise UserError(
+                f"prune: asks to drop {count} layers, but {left} ({protected}); drop fewer or shorten prune.protect"
+            )
+    return Choice(tuple(free[-count:]), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured")
 
 
 def free_layers(prune: Prune, num_layers: int) -> list[int]:
-    """The layers that an automatic choice may take, as far as it needs no scores.
+    """The layers that an automatic choice may take, as far as it needs no scores, increasing.
 
     Raises:
         UserError: a protected layer that is none of the model's.
@@ -129,59 +148,67 @@ def free_layers(prune: Prune, num_layers: int) -> list[int]:
     return [layer for layer in range(num_layers) if layer not in taken]
 
 
-def _guarded(prune: Prune, importance: Importance) -> tuple[set[int], tuple[SweepColumn, ...]]:
-    """The layers that may not go, and the columns on which nothing significant may be spent."""
+def _limits(prune: Prune, importance: Importance) -> _Limits:
     protected = _protected(prune.protect, importance.num_layers)
     if "cornerstone" in prune.protect:
-        protected |= set(_cornerstones(importance))
-    spared = spared_columns(prune, importance)
-    return protected | {layer for column in spared for layer in column.critical}, spared
-
-
-def _fewest(order: Sequence[int], num_layers: int, goals: Goals) -> int:
-    """How many of the first layers of ``order`` reach the goals, one layer staying."""
-    prefixes = [order[:count] for count in range(1, min(len(order), num_layers - 1) + 1)]
-    return 1 + goals.first_reaching(prefixes, "dropping every layer that is free to go")
-
-
-def _cornerstones(importance: Importance) -> tuple[int, ...]:
-    if importance.atlas is None:
-        raise UserError(
-            "prune.protect: cornerstone needs swept tasks, importance.json holds none; name some in "
-            "measure.sweep.tasks and measure again, or name the layers to protect"
-        )
-    return cornerstones(importance.atlas.sweep)
-
-
-def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], str]:
-    if not drop and prune.width is not None:
-        return (), ""
-    if not drop:
-        raise UserError("prune.drop: is empty, so nothing would be dropped; name at least one layer")
-    for layer in drop:
-        if layer < 0:
+        if importance.atlas is None:
             raise UserError(
-                f"prune.drop: {layer} is negative; layers are named 0..{num_layers - 1}, "
-                f"so the last one is {num_layers - 1}"
+                "prune.protect: cornerstone needs swept tasks, importance.json holds none; name some in "
+                "measure.sweep.tasks and measure again, or name the layers to protect"
             )
-        if layer >= num_layers:
-            raise UserError(f"prune.drop: {layer} is no layer of this model; its layers are 0..{num_layers - 1}")
+        protected |= set(cornerstones(importance.atlas.sweep))
+    spared: dict[str, SweepColumn] = {}
+    for name in prune.spare:
+        columns = swept_columns(name, importance)
+        if not columns:
+            raise unknown(name, importance, f"prune.spare: {name}", swept_only=True)
+        spared |= {column.task: column for column in columns}
+        _warn_without_signal(name, importance)
+    critical = {layer for column in spared.values() for layer in column.critical}
+    return _Limits(protected | critical, tuple(spared.values()))
+
+
+def _warn_without_signal(name: str, importance: Importance) -> None:
+    """Warn of a swept column that tells nothing of layers."""
+    if name in (*importance.layers, *importance.runs, *importance.orders):
+        return
+    for column in swept_columns(name, importance):
+        if column.higher_is_better and column.no_retention:
+            log.warning("prune: %s says little about layers: %s", column.task, column.no_retention)
+
+
+def _fewest(
+    order: Sequence[int], num_layers: int, goals: Goals, what: str = "dropping every layer that is free to go"
+) -> int:
+    """How many of the first layers of ``order`` reach the goals, one layer staying; ``what`` is all of them, in
+    words."""
+    prefixes = [order[:count] for count in range(1, min(len(order), num_layers - 1) + 1)]
+    return 1 + goals.first_reaching(prefixes, what)
+
+
+def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> Choice:
+    if not drop and prune.width is not None:
+        return Choice((), "")
+    outside = [layer for layer in drop if not 0 <= layer < num_layers]
     twice = sorted({layer for layer in drop if list(drop).count(layer) > 1})
-    if twice:
-        raise UserError(f"prune.drop: names layer {twice[0]} twice; name every layer once")
-    if len(drop) == num_layers:
-        raise UserError(f"prune.drop: names all {num_layers} layers; keep at least one")
     guarded = sorted(_protected(prune.protect, num_layers) & set(drop))
-    if guarded and prune.protect != Prune.protect:
-        raise UserError(
-            f"prune.drop: names layer {guarded[0]}, which prune.protect={list(prune.protect)} forbids; "
-            "change one of them"
-        )
+    problems = (
+        (not drop, "is empty, so nothing would be dropped; name at least one layer"),
+        (outside, f"{layers_text(outside)} is no layer of this model; its layers are 0..{num_layers - 1}"),
+        (twice, f"names layer {layers_text(twice)} twice; name every layer once"),
+        (len(drop) == num_layers, f"names all {num_layers} layers; keep at least one"),
+        (
+            guarded and prune.protect != Prune.protect,
+            f"names {_named(guarded)}, which prune.protect={list(prune.protect)} forbids; change one of them",
+        ),
+    )
+    if problem := next((sentence for found, sentence in problems if found), None):
+        raise UserError(f"prune.drop: {problem}")
     reason = f"{layers_of(len(drop), num_layers)} named in the recipe"
     if guarded:
         log.warning("prune.drop names %s, which an automatic choice would protect", _named(guarded))
         reason += f", among them {_named(guarded)}, which an automatic choice would protect"
-    return tuple(sorted(drop)), reason
+    return Choice(tuple(sorted(drop)), reason)
 
 
 def default_count(num_layers: int) -> int:
@@ -216,98 +243,94 @@ def _protected(protect: Sequence[int | str], num_layers: int) -> set[int]:
     return {layer % num_layers for layer in named}
 
 
-def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
-    """The scores of runs under ``metric``, by length - 1 and first layer."""
-    if metric not in importance.runs and (
-        metric in (*importance.layers, *importance.orders) or swept_columns(metric, importance)
-    ):
-        raise UserError(
-            f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; "
-            f"use {' or '.join(sorted(importance.runs)) or 'none'}, or set prune.contiguous: false"
-        )
-    if metric not in importance.runs:
-        raise unknown(metric, importance, f"prune.metric={metric}")
-    return importance.runs[metric]
-
-
-def _best_run(
-    prune: Prune, wanted: int | Goals, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
-) -> tuple[tuple[int, ...], str]:
+def _best_run(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance) -> tuple[Sequence[int], str]:
     """The cheapest run of ``wanted`` neighbours, or of as few as reach the goals, without a protected layer (Gromov et
     al. 2024, arXiv:2403.17887)."""
-    metric = prune.metric or DEFAULT_RUN_METRIC
-    rows, num_layers = _rows(metric, importance), importance.num_layers
+    metric, num_layers = prune.metric or DEFAULT_RUN_METRIC, importance.num_layers
+    rows = _rows(metric, importance)
 
-    def free(count: int) -> list[int]:
-        return [start for start in range(num_layers - count + 1) if not protected & set(range(start, start + count))]
-
-    def affordable_runs(count: int) -> list[range]:
-        runs = (range(start, start + count) for start in free(count))
-        return sorted((run for run in runs if not costs(run, spared)), key=lambda run: rows[count - 1][run.start])
+    def free(count: int) -> list[range]:
+        """Cheapest first."""
+        runs = (range(start, start + count) for start in range(num_layers - count + 1))
+        may_go = [run for run in runs if not limits.protected & {*run} and not limits.costs(run)]
+        return sorted(may_go, key=lambda run: rows[count - 1][run.start])
 
     if isinstance(wanted, Goals):
-        runs = [run for count in range(1, min(len(rows), num_layers - 1) + 1) for run in affordable_runs(count)]
-        count = len(runs[wanted.first_reaching(runs, "any run of neighbours that was measured and is free to go")])
-        runs = [run for run in affordable_runs(count) if wanted.reached(run)]
-    else:
-        count = wanted
-        runs = affordable_runs(count) if count <= len(rows) else []
-    if count > len(rows):
+        every = [run for count in range(1, min(len(rows), num_layers - 1) + 1) for run in free(count)]
+        first = every[wanted.first_reaching(every, "any run of neighbours that was measured and is free to go")]
+        count, runs = len(first), [run for run in every if len(run) == len(first) and wanted.reached(run)]
+    elif (count := wanted) > len(rows):
         raise UserError(
             f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; set "
             f"measure.num_drop: {count} and measure again"
         )
-    if not free(count):
+    elif not (runs := free(count)):
         raise UserError(
-            f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(protected)}; "
-            f"the longest has {_longest_run(protected, num_layers)}. Drop fewer or shorten prune.protect"
-            + (" or prune.spare" if spared else "")
+            f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(limits.protected)}; "
+            f"the longest has {_longest_run(limits.protected, num_layers)}"
+            + (f", and none can go without {limits.loss}" if limits.spared else "")
+            + f": {limits.remedy}"
         )
-    require_affordable(count if runs else 0, count, spared)
     lowest = f"lowest {metric} ({rows[count - 1][runs[0].start]:.4g}) of {len(runs)} possible"
-    return tuple(runs[0]), f"the run of {layers_of(count, num_layers)} with the {lowest}"
+    return runs[0], f"the run of {layers_of(count, num_layers)} with the {lowest}"
 
 
-def _lowest(
-    prune: Prune, wanted: int | Goals, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
-) -> tuple[tuple[int, ...], str]:
-    """The ``wanted`` layers of lowest score wherever they are, or as few of them as reach the goals; equal scores go by
-    lower index."""
+def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
+    """The scores of runs under ``metric``, by length - 1 and first layer."""
+    if metric in importance.runs:
+        return importance.runs[metric]
+    if metric not in (*importance.layers, *importance.orders) and not swept_columns(metric, importance):
+        raise unknown(metric, importance, f"prune.metric={metric}")
+    raise UserError(
+        f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; "
+        f"use {' or '.join(sorted(importance.runs)) or 'none'}, or set prune.contiguous: false"
+    )
+
+
+def _first_of_order(
+    prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance
+) -> tuple[Sequence[int], str]:
+    """The first ``wanted`` layers of an order, or as few of them as reach the goals: by a score, equal ones by lower
+    index, or in a greedy order, which may not hold all layers."""
     metric, scores = _scores(prune, importance)
-    candidates = _free(protected, importance)
-    order = sorted(candidates, key=lambda layer: (scores[layer], layer))
+    greedy = () if metric in importance.layers else importance.orders.get(metric, ())
+    order = sorted(range(importance.num_layers), key=lambda layer: (scores[layer], layer))
+    order = order[: len(greedy) or None]  # what was never removed comes last there
+    free = [layer for layer in order if layer not in limits.protected]
+    longer = f"raise {'measure.sweep.greedy' if metric == TASK_ORDER else 'measure.num_drop'}"
     if isinstance(wanted, Goals):
-        count = _fewest(affordable(order, len(order), spared), importance.num_layers, wanted)
+        layers = limits.affordable(free, len(free))
+        what = [f"the {len(layers)} removals of the order of {metric} ({longer} for more)"] if greedy else []
+        count = _fewest(layers, importance.num_layers, wanted, *what)
     else:
         count = wanted
-    if count > len(candidates):
+    drop = limits.affordable(free, count)
+    if len(drop) < count:
+        among = f"the {len(order)} removals of {metric}" if greedy else str(len(order))
+        protected = f"{len(free)} of {among} are not protected ({sorted(limits.protected)})"
+        left = protected if len(free) < count else f"{len(drop)} can go without {limits.loss}"
         raise UserError(
-            f"prune: asks to drop {count} layers, but only {len(candidates)} of {importance.num_layers} are not "
-            f"protected ({sorted(protected)}); drop fewer or shorten prune.protect"
-            + (" or prune.spare" if spared else "")
+            f"prune: asks to drop {count} layers, but only {left}; {limits.remedy}"
+            + (f", or {longer} before it is measured" if greedy else "")
         )
-    drop = affordable(order, count, spared)
-    require_affordable(len(drop), count, spared)
-    reason = (
-        f"the {layers_of(count, importance.num_layers)} with the lowest {metric} "
-        f"({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
-    )
-    return tuple(sorted(drop)), reason
-
-
-def _free(protected: set[int], importance: Importance) -> list[int]:
-    return [layer for layer in range(importance.num_layers) if layer not in protected]
+    first = f"the first {layers_of(count, importance.num_layers)} of the order of {metric}"
+    if not greedy:
+        lowest = f"the lowest {metric} ({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
+        return drop, f"the {layers_of(count, importance.num_layers)} with {lowest}"
+    if passed := order.index(drop[-1]) + 1 - count:
+        return drop, f"{first} that may go ({passed} passed over)"
+    return drop, f"{first} ({greedy[count - 1].score:.4g} without them)"
 
 
 def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:
     """Name of the scores in words, and one score per layer."""
     if not prune.weights:
         metric = prune.metric or DEFAULT_METRIC
-        warn_without_signal(metric, importance)
+        _warn_without_signal(metric, importance)
         return metric, layer_scores(metric, importance, setting=f"prune.metric={metric}")
     total, mix = sum(prune.weights.values()), [0.0] * importance.num_layers
     for name, weight in prune.weights.items():
-        warn_without_signal(name, importance)
+        _warn_without_signal(name, importance)
         for layer, rank in enumerate(ranks(layer_scores(name, importance, setting=f"prune.weights.{name}"))):
             mix[layer] += weight / total * rank
     parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in prune.weights.items())
@@ -315,9 +338,14 @@ def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...
     return f"mean rank of {parts}", tuple(round(value, 12) for value in mix)
 
 
-def _longest_run(protected: set[int], num_layers: int) -> int:
+def _longest_run(protected: Iterable[int], num_layers: int) -> int:
     borders = [-1, *sorted(protected), num_layers]
     return max(right - left - 1 for left, right in itertools.pairwise(borders))
+
+
+def layers_of(count: int, num_layers: int) -> str:
+    """`2 of 6 layers`."""
+    return f"{count} of {num_layers} layers"
 
 
 def _named(layers: Sequence[int]) -> str:

@@ -312,7 +312,7 @@ def check_distill(run: Run) -> None:
         UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's
             wording, and what the checks below do.
     """
-    from shoal.compress.plan import check_choice
+    from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import checked_items, num_items
     from shoal.eval.quick_eval import SETTINGS
     from shoal.eval.tasks.load import tasks_of
@@ -326,7 +326,7 @@ def check_distill(run: Run) -> None:
     check_recording(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
-        check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+        stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
     distill = recipe.distill
     images = ImageReader.of(distill.data, _teacher(run)) if distill.has_images else None

@@ -23,7 +23,7 @@ from .measure import importance_of
 from .run import Run, check_length
 
 if TYPE_CHECKING:
-    from shoal.compress.goals import Goals
+    from shoal.compress.layer_sizes import Goals
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ def read_goals(run: Run) -> Goals | None:
     Raises:
         UserError: targets that say nothing about this model, or lack what they need.
     """
-    from shoal.compress.goals import goals_of
-    from shoal.compress.layer_sizes import layer_sizes
+    from shoal.compress.layer_sizes import goals_of, layer_sizes
 
     target = run.recipe.prune.target
     if target is None:
@@ -163,9 +162,9 @@ def refuse_impossible_plan(run: Run) -> None:
     Raises:
         UserError: a choice of layers that cannot be made, changes that the model does not allow, unreadable data.
     """
-    from shoal.compress.plan import check_choice
+    from shoal.compress.plan import stand_in
 
-    check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     refuse_unmeasured(run)
     refuse_impossible_changes(run, PruningPlan(Provenance({}), run.num_layers, (), "not chosen yet"))
     if run.recipe.prune.drop is not None:

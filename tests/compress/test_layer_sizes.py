@@ -1,20 +1,32 @@
-"""What layers are said to take is what the student written without them takes, by its files and by its modules."""
+"""What layers are said to take is what the student written without them takes, by its files and by its modules; plans by
+target: as few layers, in the order of the metric, as reach every limit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
 import torch
+from sweep_results import importance as swept_importance
 from tiny import tiny_checkpoint
+from unequal_layers import LENGTH, OUTSIDE, PARAMETERS, SCORES, TOKEN_BYTES, sizes
 
 from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance, Removal
 from shoal.artifacts.plan import PruningPlan
+from shoal.components import Component
 from shoal.compress.apply import apply_plan
-from shoal.compress.layer_sizes import LayerSizes, layer_sizes
+from shoal.compress.layer_sizes import LayerSizes, goals_of, layer_sizes
+from shoal.compress.plan import choose_changes, stand_in
+from shoal.errors import UserError
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_model
+from shoal.recipe.prune import Prune
+from shoal.recipe.recipe import parse_recipe
 
 DROP = (1, 3)
 UNLIKE = ("deepseek_v3", "qwen3_next", "nemotron_h", "jamba", "lfm2_moe")
@@ -60,3 +72,134 @@ def test_sizes_are_those_of_the_loaded_student(family: str, tmp_path: Path) -> N
     assert left(sizes, sizes.layer_parameters, sizes.cost.num_parameters) == parameters
     keep = [layer for layer in range(sizes.num_layers) if layer not in DROP]
     assert (sizes.stored.of(keep), num_bytes) == (2 * parameters, 2 * parameters)
+
+
+# --- targets ------------------------------------------------------------------------------------------------------
+
+
+def prune_to(target: dict[str, Any], **prune: Any) -> Prune:
+    return parse_recipe({"model": "m", "run_dir": "r", "prune": {"target": target, **prune}}).prune
+
+
+def choose(target: dict[str, Any], scores: Importance | None = None, **prune: Any) -> tuple[tuple[int, ...], str]:
+    settings = prune_to(target, **prune)
+    goals = goals_of(settings.target, sizes())  # pyright: ignore[reportArgumentType]
+    choice = choose_changes(settings, num_layers=6, importance=scores or measured(), goals=goals)
+    return choice.drop, choice.reason
+
+
+def measured(**changes: Any) -> Importance:
+    return replace(Importance(Provenance({}), 6, 100, {"block_influence": SCORES}, {}), **changes)
+
+
+def reached(target: dict[str, Any], drop: tuple[int, ...]) -> bool:
+    """By the definition, from the tables of the model alone."""
+    keep = [layer for layer in range(6) if layer not in drop]
+    parameters = OUTSIDE + sum(PARAMETERS[layer] for layer in keep)
+
+    def cache(layers: Any, batch: int, length: int) -> int:
+        return batch * sum(TOKEN_BYTES[layer] * length or 16 for layer in layers)
+
+    def read(layers: Any) -> int:
+        weights = sum(PARAMETERS[layer] // (5 if PARAMETERS[layer] > 100 else 1) for layer in layers)
+        return 2 * (OUTSIDE + weights) + cache(layers, 1, LENGTH)
+
+    memory = target.get("memory_gb")
+    return (
+        parameters <= target.get("params", parameters)
+        and (not memory or 2 * parameters + cache(keep, memory["batch"], memory["length"]) <= memory["limit"] * 2**30)
+        and Fraction(read(range(6)), read(keep)) >= Fraction(target.get("speedup", 0))
+    )
+
+
+MEMORY = {"limit": 2400 / 2**30, "batch": 3, "length": 50}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [{"params": 1200}, {"params": 600}, {"speedup": 1.25}, {"memory_gb": MEMORY}, {"params": 1100, "speedup": 1.2}],
+    ids=lambda target: "+".join(target),
+)
+@pytest.mark.parametrize("protect", [(), (0, -1)])
+def test_the_plan_is_the_shortest_beginning_of_the_order_that_reaches_every_target(
+    target: dict[str, Any], protect: tuple[int, ...]
+) -> None:
+    order = sorted(set(range(6)) - {layer % 6 for layer in protect}, key=SCORES.__getitem__)
+    prefixes = [tuple(sorted(order[:count])) for count in range(1, min(len(order), 5) + 1)]
+    expected = next((prefix for prefix in prefixes if reached(target, prefix)), None)
+    if expected is None:
+        with pytest.raises(UserError, match=r"^prune\.target: is not reached by .*; the nearest is "):
+            choose(target, protect=list(protect))
+        return
+    drop, reason = choose(target, protect=list(protect))
+    assert drop == expected
+    assert ", for " in reason
+    assert "(asked: " in reason
+
+
+def test_runs_and_orders_reach_a_target_too() -> None:
+    runs = ((0.1, 0.5, 0.6, 0.2, 0.7, 0.3), (0.5, 0.6, 0.4, 0.8, 0.9), (0.9, 0.7, 0.8, 0.95))
+    drop, _ = choose({"params": 700}, measured(runs={"angular": runs}), contiguous=True, protect=[0, -1])
+    assert drop == (1, 2), "no single layer does, and 2, 3, which are cheaper, do not"
+    removals = tuple(Removal(Component((layer,)), 0.1 * layer) for layer in (3, 0, 2, 1))
+    scores = measured(orders={"sleb": removals})
+    assert choose({"params": 920}, scores, metric="sleb", protect=[0])[0] == (2, 3)
+    with pytest.raises(UserError, match=r"the 3 removals of the order of sleb .raise measure.num_drop for more"):
+        choose({"params": 500}, scores, metric="sleb", protect=[0])
+
+
+def test_what_is_spared_is_passed_over() -> None:
+    swept = swept_importance()
+    goals = goals_of(prune_to({"params": 1200}).target, sizes())  # pyright: ignore[reportArgumentType]
+    assert swept.num_layers == 6
+    settings = prune_to({"params": 1200}, metric="block_influence", spare=["retrieval"])
+    scores = replace(swept, layers={"block_influence": SCORES})
+    choice = choose_changes(settings, num_layers=6, importance=scores, goals=goals)
+    assert "nothing significant spent on" in choice.reason
+    assert goals.reached(choice.drop)
+
+
+def test_a_stand_in_reaches_the_target_before_there_are_scores() -> None:
+    settings = prune_to({"params": 800})
+    goals = goals_of(settings.target, sizes())  # pyright: ignore[reportArgumentType]
+    assert stand_in(settings, num_layers=6, goals=goals).drop == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"params": 1265, "speedup": 1.1}, None),
+        ({"params": 1265}, r"nothing has to go, because all of it holds already: params 1,265"),
+        ({"memory_gb": 1}, r"nothing has to go, because all of it holds already: memory_gb .* \(asked: 1\)"),
+    ],
+)
+def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert choose(target)[0]
+        return
+    with pytest.raises(UserError, match=message):
+        choose(target)
+
+
+def test_what_no_choice_reaches_is_refused_before_anything_is_measured() -> None:
+    settings = prune_to({"params": 200}, protect=[])
+    goals = goals_of(settings.target, sizes())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"is not reached by dropping every layer that is free to go; the nearest is"):
+        stand_in(settings, num_layers=6, goals=goals)
+    unknown = replace(sizes(), cost=replace(sizes().cost, cache=None))
+    memory: Any = prune_to({"memory_gb": 1}).target
+    with pytest.raises(UserError, match=r"memory_gb: the cache of this family cannot be told"):
+        goals_of(memory, unknown)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"num_drop": 2}, r"prune.target: says how much goes, and so does prune.num_drop"),
+        ({"ratio": 0.5}, r"prune.target: says how much goes, and so does prune.ratio"),
+        ({"drop": [1]}, r"prune.target: has no effect beside prune.drop"),
+    ],
+)
+def test_another_amount_beside_a_target_is_refused(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prune_to({"params": 100}, **prune)

@@ -1,7 +1,6 @@
 """How layers are chosen, and which choices are refused.
 
-Covers: shoal.compress.orders, shoal.compress.sparing, shoal.compress.sweeps.columns,
-shoal.compress.sweeps.expected_loss.
+Covers: shoal.compress.sweeps.columns, shoal.compress.sweeps.expected_loss.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sweep_results import importance as swept_importance
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
-from shoal.compress.plan import Choice, check_choice, choose_changes, default_count
+from shoal.compress.plan import Choice, choose_changes, default_count, stand_in
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
 from shoal.errors import UserError
@@ -91,7 +90,7 @@ def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
     ("prune", "message"),
     [
         ({"drop": ()}, r"prune.drop: is empty"),
-        ({"drop": (-1,)}, r"prune.drop: -1 is negative; .* the last one is 5"),
+        ({"drop": (-1,)}, r"prune.drop: -1 is no layer of this model"),
         ({"drop": (6,)}, r"prune.drop: 6 is no layer of this model; its layers are 0..5"),
         ({"drop": (2, 2)}, r"prune.drop: names layer 2 twice"),
         ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
@@ -120,17 +119,17 @@ def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (Prune(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\] stay\)"),
+        (Prune(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
         (
             Prune(num_drop=3, contiguous=True, protect=(0, 3, -1)),
-            r"asks to drop a run of 3 layers, but the longest free one has 2 \(\[0, 3, 5\] stay\)",
+            r"asks to drop 3 layers, but the longest run that is not protected has 2 \(\[0, 3, 5\]\)",
         ),
     ],
 )
 def test_more_layers_than_are_free_are_refused_before_anything_is_measured(prune: Prune, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_choice(prune, num_layers=NUM_LAYERS)
-    check_choice(replace(prune, num_drop=2), num_layers=NUM_LAYERS)
+        stand_in(prune, num_layers=NUM_LAYERS)
+    stand_in(replace(prune, num_drop=2), num_layers=NUM_LAYERS)
 
 
 # --- columns of a sweep -------------------------------------------------------------------------------------------
@@ -234,9 +233,9 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
     assert "can go without a significant loss on retrieval_continuation, by the sum of their single removals" in str(
         refused.value
     )
-    with pytest.raises(UserError, match="can go without a significant loss"):
+    with pytest.raises(UserError, match="go without a significant loss"):
         change(scores, num_drop=4, protect=(), contiguous=True, spare=("retrieval",))
-    with pytest.raises(UserError, match="can go without a significant loss"):
+    with pytest.raises(UserError, match="go without a significant loss"):
         change(
             replace(scores, orders={"sleb": tuple(Removal(Component((layer,)), 0.0) for layer in range(1, 6))}),
             num_drop=5,

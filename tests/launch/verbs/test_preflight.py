@@ -45,7 +45,7 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
         (
             {"metric": "sleb", "num_drop": 2},
             {"metrics": ["sleb"]},
-            r"prune\.metric=sleb: its order holds 1 layers that are not .* 2 are needed; raise measure\.num_drop",
+            r"drop 2 layers, but only 1 of the 1 removals of sleb are not .*, or raise measure\.num_drop",
         ),
         (
             {"metric": "blockpruner"},
@@ -87,7 +87,7 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
         (
             {"metric": "task_greedy", "num_drop": 3},
             {"sweep": {**SWEEP, "greedy": 2}},
-            r"task_greedy: its order holds 2 layers .* 3 are needed; raise measure\.sweep\.greedy before",
+            r"drop 3 layers, but only 2 of the 2 removals of task_greedy .*, or raise measure\.sweep\.greedy before",
         ),
         ({"spare": ["retrieval"]}, {}, r"prune\.spare: needs swept tasks, and nothing is swept; name some in"),
         ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone: needs swept tasks, and nothing is swept"),
