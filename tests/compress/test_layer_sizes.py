@@ -1,5 +1,7 @@
-"""What layers are said to take is what the student written without them takes, by its files and by its modules; plans by
-target: as few layers, in the order of the metric, as reach every limit."""
+"""What layers are said to take is what the student written without them takes, by its files and by its modules.
+
+Plans by target: as few layers, in the order of the metric, as reach every limit.
+"""
 
 from __future__ import annotations
 
