@@ -24,7 +24,7 @@ from shoal.errors import UserError
 from shoal.inference.vllm import vllm_version
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes
-from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
+from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.ranks import rank
 from shoal.recipe.evaluate import Eval, Tasks
@@ -78,8 +78,8 @@ def role_evaluation(
             seconds=time.monotonic() - started,
         )
     model = checkpoint.model(device=device())
-    if role == MODEL:
-        model = with_plain_weights(model, checkpoint.loaded_dtype())
+    if role == MODEL and getattr(model, "is_loaded_in_4bit", False):  # a format of weights alone: nothing is rounded
+        model = model.dequantize().to(checkpoint.loaded_dtype())
     return model_evaluation(
         role, model, checkpoint.tokenizer(), questions, inputs=inputs, num_bytes=num_bytes, items=items
     )

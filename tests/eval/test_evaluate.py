@@ -65,19 +65,6 @@ def test_batch_size_changes_nothing(scores: tuple[TaskScore, ...], changes: dict
     assert_same(run(**changes), scores)
 
 
-@pytest.mark.parametrize("role", ["teacher", "model"])
-def test_what_may_be_quantised_is_scored_in_the_precision_that_is_asked_for(
-    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A teacher that is quantised already is scored with its library's own kernels."""
-    asked: list[torch.dtype] = []
-    monkeypatch.setattr("shoal.eval.evaluate.with_plain_weights", lambda model, dtype: asked.append(dtype) or model)
-    checkpoint = Checkpoint.read(tiny_checkpoint(tmp_path, "llama"), LoadSettings(dtype="bfloat16"))
-    settings = Eval(tasks=("knowledge_continuation",), limit=1, perplexity_tokens=20, sequence_length=32)
-    role_evaluation(role, checkpoint, Questions(settings, 0), inputs={"model": "m"})
-    assert asked == ([] if role == "teacher" else [torch.bfloat16])
-
-
 def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
     model = tiny_model("llama", max_position_embeddings=4096)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from tiny import set_json
 
-from shoal.data import chat
 from shoal.launch import cli
 from shoal.launch.cli import main
 
@@ -338,21 +337,6 @@ def test_data(refused: Any, tmp_path: Path, name: str, content: bytes, more: str
     assert said.startswith("data ")
     assert words in said
     assert "bundled sources are" not in said, "the file is there"
-
-
-@pytest.mark.slow
-def test_a_chat_template_that_does_not_end_is_refused(
-    refused: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chat, "RENDER_S", 0.2)
-    model = Path(shutil.copytree(teacher, tmp_path / "model"))
-    (model / "chat_template.jinja").write_text(
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    )
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    recipe = "distill: {data: {path: a.jsonl, prompt: prompt, completion: completion}}"
-    said = refused("distill", recipe, ["model=HERE/model", "prune.drop=[1]"])
-    assert "row 0: the chat template has not ended within 0.2 s" in said
 
 
 # --- run directories ----------------------------------------------------------------------------------------------

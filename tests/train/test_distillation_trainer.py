@@ -281,7 +281,10 @@ def all_frozen() -> PreTrainedModel:
             r"shoal.DistillationTrainer: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         ({"losses": []}, r"every weight is 0, nothing would be trained"),
-        ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, of which nobody knows"),
+        (
+            {"model": with_unknown_attention()},
+            r"model: its attention is paged.sdpa, of which llama is not known",
+        ),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
         ({"model": all_frozen()}, r"model: none of its weights asks for a gradient; set trainable"),
         ({"sequence_length": 2048}, r"sequence_length: 2048 is more than the 1024 positions of the model; lower it"),

@@ -10,10 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import signal
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,6 @@ from shoal.errors import UserError
 from shoal.recipe.section import DataSource
 
 ASSISTANT = "assistant"
-RENDER_S = 20
-"""Seconds in which a conversation has to be rendered; a millisecond is usual."""
 MARKS_ITSELF = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDY = "put {% generation %} and {% endgeneration %} around the assistant's text in the template, or set loss_on: all"
 
@@ -153,35 +148,13 @@ def tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list
         UserError: the template refuses the conversation, or does not show where the assistant's turns are.
     """
     try:
-        with _in_time(chat):
-            return _tokenised(chat, tokenizer, assistant_only=assistant_only)
+        return _tokenised(chat, tokenizer, assistant_only=assistant_only)
     except (jinja2.TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in chat.messages)
         raise UserError(
             f"data {chat.where}: the chat template refuses a conversation of {roles} ({str(error).strip()}); leave "
             "such rows out or bring them into the order that the model was trained on"
         ) from error
-
-
-@contextmanager
-def _in_time(chat: Chat) -> Iterator[None]:
-    """Refuse a template that does not end. Only the main thread can be woken; elsewhere it may take its time."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise UserError(
-            f"data {chat.where}: the chat template has not ended within {RENDER_S} s; mend chat_template.jinja, or "
-            "take the tokenizer of the original model"
-        )
-
-    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, RENDER_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def _tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
 
 NUM_WORDS = 13
 FEWEST_WORDS = 5
@@ -25,8 +23,6 @@ EXAMPLES = 20
 _SIGNS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 """A run of letters and digits; Chinese, Japanese and Korean signs one by one, as no spaces part their words."""
-_BASE = 0x9E3779B97F4A7C15
-_BLOCK = 50_000
 
 Words = tuple[str, ...]
 
@@ -51,13 +47,16 @@ def find_overlap(
     Documents are looked through one at a time; what is kept is the n-grams of the items.
     """
     owners, compared = _grams(tasks, num_words)
-    lengths = sorted({len(gram) for gram in owners})
-    known = {n: np.unique(np.array([_hash(gram) for gram in owners if len(gram) == n], np.uint64)) for n in lengths}
+    shortest = min(map(len, owners), default=1)
+    lengths: dict[Words, set[int]] = defaultdict(set)  # of all n-grams that begin with the same words
+    for gram in owners:
+        lengths[gram[:shortest]].add(len(gram))
     hits: dict[str, set[int]] = {task: set() for task in tasks}
-    for words in _blocks(documents):
-        for gram in _shared(words, known) if known else ():
-            for task, index in owners.get(gram, ()):
-                hits[task].add(index)
+    for words in map(words_of, documents):
+        for start, beginning in enumerate(zip(*(words[skip:] for skip in range(shortest)), strict=False)):
+            for length in lengths.get(beginning, ()):
+                for task, index in owners.get(tuple(words[start : start + length]), ()):
+                    hits[task].add(index)
     return {
         task: Overlap(len(items), compared[task], len(hits[task]), tuple(sorted(hits[task])[:EXAMPLES]))
         for task, items in tasks.items()
@@ -96,36 +95,3 @@ def _grams(
         for gram, holders in special.items():
             owners[gram] += [(task, index) for index in holders]
     return dict(owners), compared
-
-
-def _hash(gram: Words) -> int:
-    """The hash of these words in succession, modulo 2**64."""
-    value = 0
-    for word in gram:
-        value = (value * _BASE + hash(word)) % 2**64
-    return value
-
-
-def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """The words of many documents at a time, which arrays are quick for, with a word between them that no item has."""
-    words: list[str] = []
-    for document in documents:
-        words += [*words_of(document), ""]
-        if len(words) >= _BLOCK:
-            yield words
-            words = []
-    yield words
-
-
-def _shared(words: Sequence[str], known: Mapping[int, np.ndarray]) -> Iterator[Words]:
-    """The n-grams whose hash is known: hashing finds the places, the words themselves decide."""
-    hash_of_word = np.fromiter((hash(word) % 2**64 for word in words), np.uint64, len(words))
-    hashes = hash_of_word
-    for n in range(1, min(max(known), len(words)) + 1):
-        if n > 1:  # as `_hash` computes it, at every place at once
-            hashes = hashes[:-1] * np.uint64(_BASE) + hash_of_word[n - 1 :]
-        if n in known:
-            place = np.searchsorted(known[n], hashes)
-            place[place == len(known[n])] = 0
-            for start in (known[n][place] == hashes).nonzero()[0].tolist():
-                yield tuple(words[start : start + n])

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
-from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body
 from shoal.runtime import device
 
@@ -56,11 +55,7 @@ def document_borders(position_ids_BS: Tensor, device: torch.device) -> dict[str,
 @contextmanager
 def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Iterator[None]:
     """While ``decoder`` (see anatomy.decoder_body) runs on these positions, its masks are made from them; flash kernels
-    get the documents' borders from them.
-
-    Raises:
-        UserError: when the decoder runs, a family that does not hand the borders on to its flash kernels.
-    """
+    get the documents' borders from them."""
     module = sys.modules.get(type(decoder).__module__)
     theirs: dict[str, Callable[..., Any]] = {name: getattr(masking_utils, name) for name in MASKS}
     patched = {name: original for name, original in theirs.items() if getattr(module, name, None) is original}
@@ -84,63 +79,23 @@ def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Itera
 def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[None]:
     """The decoder is called with the documents' borders, where it reads whole rows and nothing is padded or cached.
 
-    As arguments, because gradient checkpointing calls layers again with what they were called with. The first time
-    that a decoder of a family runs, every call of a kernel is looked at: has it got these borders?
+    As arguments, because gradient checkpointing calls layers again with what they were called with. Families that do
+    not pass them on are known (families.no_flash).
     """
-    handed: list[Tensor] = []
 
     def hand(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        handed.clear()
         if any(kwargs.get(name) is not None for name in ("attention_mask", "cache", "past_key_values")):
             return args, kwargs
         inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         tokens = next(each for each in inputs if each is not None)
         # by its name in this module: who knows the borders on the host puts them there
-        borders = document_borders(position_ids_BS.expand(len(tokens), -1), tokens.device)
-        handed.append(borders["cu_seq_lens_q"])
-        return args, {**kwargs, **borders}
+        return args, {**kwargs, **document_borders(position_ids_BS.expand(len(tokens), -1), tokens.device)}
 
-    with ExitStack() as stack:
-        stack.callback(decoder.register_forward_pre_hook(hand, with_kwargs=True).remove)
-        if type(decoder) not in _proven:
-            stack.enter_context(_kernels_watched(decoder, handed))
-        yield
-
-
-@contextmanager
-def _kernels_watched(decoder: nn.Module, handed: list[Tensor]) -> Iterator[None]:
-    """Refuse a flash kernel that is called without the borders in ``handed``, where there are any."""
-    imported = modeling_flash_attention_utils.lazy_import_flash_attention
-    seen: list[bool] = []
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        family = getattr(decoder.config, "model_type", type(decoder).__name__)
-        raise UserError(
-            f"{family}: its layers do not tell flash kernels where documents begin, so documents of a row would see "
-            "each other; set attention: sdpa"
-        )
-
-    def watched(kernel: Callable[..., Any], *args: Any, cu_seqlens_q: Tensor, **kwargs: Any) -> Any:
-        if handed and not torch.equal(cu_seqlens_q, handed[0].to(cu_seqlens_q.device)):
-            refuse()
-        seen.append(bool(handed))
-        return kernel(*args, cu_seqlens_q=cu_seqlens_q, **kwargs)
-
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        (whole, packed, *others), process = imported(*args, **kwargs)
-        return (refuse if handed else whole, partial(watched, packed), *others), process
-
-    modeling_flash_attention_utils.lazy_import_flash_attention = watching
+    handle = decoder.register_forward_pre_hook(hand, with_kwargs=True)
     try:
         yield
     finally:
-        modeling_flash_attention_utils.lazy_import_flash_attention = imported
-    if any(seen):
-        _proven.add(type(decoder))
-
-
-_proven: set[type[nn.Module]] = set()
-"""Decoders whose flash kernels have been seen to get the borders of documents: that is a matter of their code."""
+        handle.remove()
 
 
 TOKENS = 64

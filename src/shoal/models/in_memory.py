@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.attention import named
+from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
 
 
@@ -25,11 +26,13 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
         raise UserError(
             f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
         )
-    attention = getattr(model.config, "_attn_implementation", None)
-    if attention is not None and named(attention) not in ("flash", "sdpa", "eager"):
+    attention, kind = named(getattr(model.config, "_attn_implementation", None) or "sdpa"), text_config(model.config)
+    exception = family(kind.model_type).no_flash if attention == "flash" else ""
+    if attention not in ("flash", "sdpa", "eager") or exception:
         raise UserError(
-            f"{name}: its attention is {attention}, of which nobody knows whether documents that share a row "
-            "see each other; load it with attn_implementation='sdpa', or call set_attn_implementation('sdpa')"
+            f"{name}: its attention is {attention}, of which {kind.model_type} {exception or 'is not known'} to keep "
+            "apart documents that share a row; load it with attn_implementation='sdpa', or call "
+            "set_attn_implementation('sdpa')"
         )
 
 

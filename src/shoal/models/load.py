@@ -214,39 +214,6 @@ def load_model(
     return model.eval() if placed else model.to(device).eval()
 
 
-def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """``model``, with the weights that torchao or bitsandbytes hold in fewer bits as the numbers that those stand for,
-    and all others, in ``dtype``.
-
-    That is what formats of weights alone compute with. Multiplied as such they take as long as any, where a CPU would
-    unpack them in every forward; and in the precision of other models, where libraries keep or demand the one they were
-    made in. Weights of formats that round activations too stay as they are.
-    """
-    was_packed = False
-    for name, module in list(model.named_modules()):
-        linear: Any = module
-        if type(module).__name__ == "Linear4bit":
-            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
-
-            weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        elif isinstance(module, nn.Linear) and type(getattr(linear, "weight", None)).__module__.startswith("torchao."):
-            weight = linear.weight.dequantize()
-        else:
-            was_packed |= type(module).__name__ == "Linear8bitLt"  # which rounds activations too
-            continue
-        plain = nn.Linear(1, 1, bias=False, device="meta")
-        plain.in_features, plain.out_features = linear.in_features, linear.out_features
-        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        if linear.bias is not None:
-            plain.bias = nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
-        model.set_submodule(name, plain)
-        was_packed = True
-    for parameter in model.parameters() if was_packed else ():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def named_dtype(name: str) -> torch.dtype | None:
     """The dtype that torch calls ``name``; None for `stored`, which each checkpoint says itself."""
     return None if name == "stored" else getattr(torch, name)

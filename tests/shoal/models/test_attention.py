@@ -127,16 +127,6 @@ def test_packed_documents_and_padding_give_the_states_of_masked_attention(
     torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["stablelm", "nemotron"])
-def test_a_family_that_keeps_borders_from_its_kernels_is_refused_when_it_runs(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flash_stand_in.install(monkeypatch)
-    model = switched(architectures.tiny_model(name), "flash")
-    with pytest.raises(UserError, match=rf"{name}: its layers do not tell flash kernels where docu"):
-        hidden(model)
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
 def test_scores_and_text_are_those_of_masked_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
