@@ -30,12 +30,11 @@ from shoal.ranks import rank
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, environment, seed_everything
 
-from .harness.engine import CausalLM, connect_ranks
+from .harness.engine import CausalLM, connect_ranks, prompt_room
 from .harness.item_cache import ItemCache, identity_of
 from .harness.perplexity import perplexity
 from .harness.samples import task_score
 from .harness.vllm import vllm_lm
-from .harness.writing import prompt_room
 from .tasks.load import tasks_of
 
 log = logging.getLogger(__name__)

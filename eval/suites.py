@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from .harness.writing import NEW_TOKENS
+from .harness.engine import NEW_TOKENS
 
 SAMPLED = 24
 """Items of a task, its first ones, that stand for all of it."""

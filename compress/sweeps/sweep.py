@@ -31,10 +31,9 @@ from shoal.recipe.measure import Protocol, Sweeps
 from shoal.runtime import agreed
 
 from ...eval.evaluate import checked_items, in_words, scores_of
-from ...eval.harness.engine import CausalLM, connect_ranks
+from ...eval.harness.engine import CausalLM, Writing, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of, versions
 from ...eval.harness.perplexity import perplexity, windows
-from ...eval.harness.writing import Writing
 from ...eval.tasks.load import known_tasks, tasks_of
 from ...eval.tasks.names import named_in
 from ..edits.layer_edits import stored_name
@@ -271,10 +270,10 @@ class VariantsLM(CausalLM):
                 if how.settings.get("do_sample"):
                     texts.append([self._draw(prompt, key, how) for prompt, key in zip(prompts, keys, strict=True)])
                 else:
-                    texts.append(self._write_batch(prompts, how))
+                    texts.append(self._generate_with_transformers(prompts, how))
         return texts
 
     def _draw(self, prompt: list[int], key: str, how: Writing) -> list[int]:
         """A sampled text that is the same whatever was written before it, as when a sweep goes on."""
         torch.manual_seed(int(key[:15], 16))
-        return self._write_batch([prompt], how)[0]
+        return self._generate_with_transformers([prompt], how)[0]

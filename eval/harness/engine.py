@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
     has_bos_prefix,
+    normalize_gen_kwargs,
     postprocess_generated_text,
     resolve_max_length,
 )
@@ -33,14 +35,66 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, answers_at
 from shoal.inference.generation import Finish, write_after
-from shoal.inference.prefix_sharing import Reader, Start, Tokens, batches, batches_by_beginning, common_beginnings
+from shoal.inference.prefix_sharing import Reader, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
 
 from .item_cache import ItemCache, key_of
-from .writing import GREEDY_SETTINGS, NEUTRAL_SETTINGS, NEW_TOKENS, Ending, Writing, prompt_room
 
 log = logging.getLogger(__name__)
+
+GREEDY_SETTINGS = {"do_sample", "temperature", "top_p", "top_k"}
+"""Settings of a generation configuration that change nothing about greedy text."""
+NEW_TOKENS = 256
+"""How many a task gets that does not say how many it wants, as in lm-eval."""
+NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_length",
+    "max_new_tokens",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+    "_from_model_config",
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How texts are written."""
+
+    max_new_tokens: int
+    stop: list[str]
+    settings: dict[str, Any]
+    """All else that the task asks for: sampling, penalties, ..."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a text ended."""
+
+    num_tokens: int
+    """New tokens, the one that ended it included."""
+    finished: bool
+    """False = the limit of new tokens ended it."""
+
+
+def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:
+    """How many tokens of a prompt ``max_length`` positions leave room for, and a task's settings in lm-eval's names.
+
+    Raises:
+        UserError: for none.
+    """
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, NEW_TOKENS))
+    if wanted["max_gen_toks"] >= max_length:
+        raise UserError(
+            f"a task asks for {wanted['max_gen_toks']} new tokens (max_gen_toks), but the model has {max_length} "
+            "positions; leave this task out of eval.tasks"
+        )
+    return max_length - wanted["max_gen_toks"], wanted
 
 
 class CausalLM(TemplateLM):
@@ -68,8 +122,6 @@ class CausalLM(TemplateLM):
         self.batch_size = batch_size
         self.endings: dict[tuple[str, str], Ending] = {}
         """By prompt and settings (as JSON) of every text that was written."""
-        self.texts: list[tuple[Sequence[int], Sequence[int]]] | None = None
-        """Tokens of every prompt as it was read and of the text written after it, for who sets a list here first."""
         self._model = model
         self._branch = branch
         self._called = called
@@ -81,11 +133,6 @@ class CausalLM(TemplateLM):
     @cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self._model)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model that answers."""
-        return self._model
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -143,15 +190,11 @@ class CausalLM(TemplateLM):
         step.known(len(pairs) - len(missing))
         if missing:
             asked = [pairs[index] for index in missing]
-            for scores in self._scored(asked):
+            for scores in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
                 self._refuse_nan(scores.values())
                 self.items.add([keys[missing[index]] for index in scores], list(scores.values()))
                 step(len(scores))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
-
-    def _scored(self, asked: Sequence[tuple[Tokens, Tokens]]) -> Iterator[dict[int, Score]]:
-        """The scores of ``asked`` by their index, batch after batch."""
-        return scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch)
 
     def _refuse_nan(self, scores: Iterable[Score]) -> None:
         """Among options that are all NaN lm-eval would choose the first and go on."""
@@ -203,7 +246,7 @@ class CausalLM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            by_settings.setdefault(_as_key(request.args[1]), []).append(index)
+            by_settings.setdefault(ending_key("", request.args[1])[1], []).append(index)
         texts = [""] * len(requests)
         with progress(f"{self._called}: writing", total=len(requests), unit="texts") as step:
             for indices in by_settings.values():
@@ -222,10 +265,8 @@ class CausalLM(TemplateLM):
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
         written = self._write(encoded, how, step)
-        for prompt, ids, tokens in zip(prompts, encoded, written, strict=True):
-            ending = self.endings[prompt, _as_key(settings)] = self._ending(tokens, how)
-            if self.texts is not None:
-                self.texts.append((ids, tokens[: ending.num_tokens]))
+        for prompt, tokens in zip(prompts, written, strict=True):
+            self.endings[ending_key(prompt, settings)] = self._ending(tokens, how)
         texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written)
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
@@ -258,7 +299,7 @@ class CausalLM(TemplateLM):
         if not self._writes_itself(how):
             by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
             for batch in batches(by_length, self.batch_size):
-                yield batch, self._write_batch([prompts[index] for index in batch], how)
+                yield batch, self._generate_with_transformers([prompts[index] for index in batch], how)
             return
         rows = [tuple(prompt) for prompt in prompts]
         shared = common_beginnings(rows)
@@ -272,15 +313,11 @@ class CausalLM(TemplateLM):
             enough_tokens=sys.maxsize,
         ):
             start = reader.start([rows[index] for index in batch], [shared[index] for index in batch])
-            yield batch, self._write_batch([prompts[index] for index in batch], how, start)
-
-    def _write_batch(self, rows: Sequence[list[int]], how: Writing, start: Start | None = None) -> list[list[int]]:
-        """The new tokens of ``rows``, whose beginning ``start`` may have been read already."""
-        if not self._writes_itself(how):
-            return self._generate_with_transformers(rows, how)
-        return write_after(
-            self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=self._finish(how), start=start
-        )
+            own, most = [prompts[index] for index in batch], how.max_new_tokens
+            yield (
+                batch,
+                write_after(self._decoder, own, max_new_tokens=most, is_finished=self._finish(how), start=start),
+            )
 
     def _writes_itself(self, how: Writing) -> bool:
         """Whether the text can be written by our own loop; recurrent models, penalties and the like need another."""
@@ -353,8 +390,9 @@ class CausalLM(TemplateLM):
             )
 
 
-def _as_key(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True, default=str)
+def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
+    """Prompt and settings, by which the ending of a written text is looked up."""
+    return prompt, json.dumps(settings, sort_keys=True, default=str)
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:

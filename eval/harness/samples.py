@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from shoal.abilities.matching import MATCHING, chosen_option, states_an_answer
+from shoal.abilities.matching import MATCHING, chosen_option, lettered_prompt, states_an_answer
 from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
@@ -21,8 +21,8 @@ from shoal.stats.paired import interval
 
 from ..tasks.load import Sample, check_answers
 from ..tasks.protocols import letter_match, match_stated
+from .engine import NEW_TOKENS, Ending, ending_key
 from .rates import hold_answers, text_rates, with_rates
-from .writing import NEW_TOKENS, Ending
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """Which of a task's metrics stands for it, if neither its metadata nor this list says: its first one."""
@@ -100,11 +100,6 @@ def task_score(
         score = replace(score, matching=MATCHING)
         score = _with_text_rates(score, task, under_filter, count_tokens, endings or {})
     return with_interval(score)
-
-
-def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
-    """Prompt and settings, by which the ending of a written text is looked up."""
-    return prompt, json.dumps(settings, sort_keys=True, default=str)
 
 
 def prompts_fingerprint(task: Any, samples: Sequence[Sample]) -> str:
@@ -317,3 +312,25 @@ def _chance(task: Any, samples: Sequence[Sample]) -> float:
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
     return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
+
+
+def item_texts(tasks: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[str]]:
+    """Per lm-eval task the question with its right answer of the first ``counts`` items: those that are scored.
+
+    Without few-shot examples, task description and wrong options, which are not what an item asks for.
+    """
+    return {name: [_text(task, doc) for doc in islice(task.eval_docs, counts[name])] for name, task in tasks.items()}
+
+
+def _text(task: Any, doc: dict[str, Any]) -> str:
+    if getattr(getattr(task, "config", None), "doc_to_text", None) is lettered_prompt:
+        return f"{doc['question']} {doc['answers'][0]}"  # the prompt holds all options, and the answer is a letter
+    question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+    if isinstance(question, int):  # the options are beginnings of one ending, as in WinoGrande
+        return f"{task.doc_to_choice(doc)[question]} {answer}"
+    if isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+        options = task.doc_to_choice(doc)
+        answer = options[answer] if 0 <= answer < len(options) else ""
+    return f"{question} {answer}"

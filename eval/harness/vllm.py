@@ -13,8 +13,7 @@ from shoal.inference.vllm import vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.runtime import free_memory
 
-from .engine import CausalLM
-from .writing import Ending
+from .engine import CausalLM, Ending
 
 
 @contextmanager

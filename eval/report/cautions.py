@@ -169,7 +169,7 @@ def _not_searched(run: Run, text: _Text, searched: Collection[str]) -> list[str]
     own = (*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT, HELD_OUT)
     foreign = [name for name in text.data.get("sources") or {} if name not in own]
     described, _ = described_tasks(task_folders(None))
-    bundled = {name for name, (part, _) in described.items() if part.data.bundled}
+    bundled = {name for name, (data, _) in described.items() if data.bundled}
     kept_apart = {"perplexity", *bundled} if held_out else bundled
     if searched:  # after that the sources are known, but to tasks that came later, and to running text
         apart, foreign = {*searched} if foreign else {*searched, *kept_apart}, []

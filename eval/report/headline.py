@@ -250,7 +250,7 @@ def _nothing_outside(rows: Sequence[Row]) -> str:
         return ""
     evaluated = {row.any_score.task for row in rows}
     described, _ = described_tasks(task_folders(None))
-    twins = [name for name, (part, protocol) in described.items() if part.twin_of(protocol) in evaluated]
+    twins = [name for name, (data, protocol) in described.items() if data.twin_under(protocol) in evaluated]
     would = listed([*(twins[:MAX_NAMES] or ["twins of these tasks"]), "public benchmarks"])
     return (
         "Nothing here was measured outside the form that training text may have, so what came back may be the form "

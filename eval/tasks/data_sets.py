@@ -8,19 +8,18 @@ every protocol, so that all ask the same items.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from yaml import YAMLError
 
 from shoal.atomic_files import read_text
 from shoal.errors import UserError
+from shoal.recipe.messages import checked
 from shoal.recipe.section import Positive, Section, Text
 from shoal.task_words import Column
 from shoal.yaml_text import read_yaml
@@ -93,14 +92,14 @@ class DataSet(Section):
     """Protocols under which it is asked, each a task."""
     under: dict[TaskProtocol, Under] = field(default_factory=dict)
     """Keys that have another value under one protocol: {generation: {num_fewshot: 3}}."""
-    version: Text = "1.0"
-    """Version of its tasks; scores of two versions are not compared."""
     family: str | None = None
     """Name of a curve over levels, of tasks that differ in their level only; needs parts that are numbers."""
     tags: tuple[Text, ...] = ()
     """Groups: names under which all its tasks can be asked for."""
     parts: Parts | None = None
     """Parts, each with a task per protocol; None = it is one."""
+    level: int | None = None
+    """Number at which the dial stands, of a data set without parts; parts that are numbers have theirs."""
     bundled: Text | None = None
     """Generator of shoal.abilities that makes its items, or bundled text of shoal.data.sources; None = rows are read
     from eval.data_dir or the Hub."""
@@ -120,8 +119,6 @@ class DataSet(Section):
     """Rows for few-shot examples, written here."""
     num_fewshot: Annotated[int, Field(ge=0)] = 0
     """Few-shot examples before every question."""
-    shuffled: bool = True
-    """Order of a hash of the items' content, so that the first ones are a fair sample; false = as they come."""
     keep: str | None = None
     """Expression that is false for rows to leave out, for known defects of the source."""
     question: Text = "{{question}}"
@@ -162,127 +159,105 @@ class DataSet(Section):
     """Tokens of a written answer at most."""
 
     def __post_init__(self) -> None:
-        if (self.bundled is None) == (self.items is None):
-            raise ValueError("needs either bundled, or items (a file in eval.data_dir) with or without hub")
-        if self.bundled is None and "rolling" not in self.protocols and self.protocols:
-            if (self.options is None) == (self.answers is None):
-                raise ValueError("needs options and answer, or answers of an open question")
-            if (self.options is None) != (self.answer is None):
-                raise ValueError("options and answer belong together; set both")
-            if self.options is None and "loglikelihood" in self.protocols:
-                raise ValueError("the protocol loglikelihood needs options; leave it out of protocols")
-        if self.twin_of is not None and self.column != "twin":
-            raise ValueError(f"twin_of needs column: twin (got column: {self.column or 'none'})")
-        if (self.beginnings is None) != (self.ending is None):
-            raise ValueError("beginnings and ending belong together; set both")
-        if "rolling" in self.protocols and (self.page is None or len(self.protocols) > 1):
-            raise ValueError("the protocol rolling needs page, and no other protocol beside it")
-        if self.chance is not None and "generation" not in self.protocols:
-            raise ValueError("chance is that of written answers; leave it out without the protocol generation")
-        parts = parts_of(self)
-        if isinstance(self.chance, tuple) and len(self.chance) != len(parts):
-            raise ValueError(f"chance names {len(self.chance)} numbers for {len(parts)} parts; give one for each")
-        for part in parts:
-            _ = part.chance
-        if any(part.level is None and part.family(protocol) for part in parts for protocol in self.protocols):
-            raise ValueError("family needs parts whose values are numbers")
-        if idle := sorted(self.under.keys() - set(self.protocols)):
-            raise ValueError(f"under names {', '.join(idle)}, which protocols does not; leave it out, or add it there")
+        if self.parts is not None:  # what is wrong shows in them
+            parts_of(self)
+            return
+        protocols = set(self.protocols)
+        reads_rows = self.bundled is None and protocols and "rolling" not in protocols
+        idle = sorted(self.under.keys() - protocols)
+        # question with options, open question, running text: by which of these keys there are
+        given = tuple(getattr(self, key) is not None for key in ("options", "answer", "answers"))
+        for is_wrong, rule in (
+            ((self.bundled is None) == (self.items is None), "needs either bundled, or items (with or without hub)"),
+            (
+                reads_rows and given not in ((True, True, False), (False, False, True)),
+                "needs options and answer, or answers of an open question",
+            ),
+            (reads_rows and self.options is None and "loglikelihood" in protocols, "loglikelihood needs options"),
+            ((self.beginnings is None) != (self.ending is None), "beginnings and ending belong together; set both"),
+            (
+                "rolling" in protocols and (self.page is None or len(protocols) > 1),
+                "the protocol rolling needs page, and no other protocol beside it",
+            ),
+            (
+                self.twin_of is not None and self.column != "twin",
+                f"twin_of needs column: twin (got column: {self.column or 'none'})",
+            ),
+            (self.chance is not None and "generation" not in protocols, "chance is that of written answers"),
+            (isinstance(self.chance, tuple), "chance is a list, but there are no parts; give one number"),
+            (
+                self.level is None and any(map(self.family_under, protocols)),
+                "family needs parts whose values are numbers",
+            ),
+            (idle, f"under names {', '.join(idle)}, which protocols does not; leave it out, or add it there"),
+        ):
+            if is_wrong:
+                raise ValueError(rule)
+        if self.chance is not None:
+            share(str(self.chance))
 
     @property
     def place(self) -> str:
         """Folder in eval.data_dir."""
         return self.folder or self.dataset
 
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a data set, which is a task under each of its protocols."""
-
-    data: DataSet
-    value: int | str | None = None
-
-    @property
-    def name(self) -> str:
-        """What its tasks are called before the protocol's name."""
-        parts = self.data.parts
-        if self.value is None or parts is None:
-            return self.data.dataset
-        if parts.names is not None:
-            return parts.names[parts.values.index(self.value)]
-        return f"{self.data.dataset}_{parts.named.format(self.value)}"
-
-    @property
-    def level(self) -> int | None:
-        """Number at which the dial stands."""
-        return self.value if isinstance(self.value, int) else None
-
-    def family(self, protocol: TaskProtocol) -> str | None:
+    def family_under(self, protocol: TaskProtocol) -> str | None:
         """Curve over levels to which its task under ``protocol`` belongs."""
-        return self._under(protocol).family or self.data.family
+        return self.under.get(protocol, Under()).family or self.family
 
-    def num_fewshot(self, protocol: TaskProtocol) -> int:
+    def shots_under(self, protocol: TaskProtocol) -> int:
         """Few-shot examples that its task under ``protocol`` shows."""
-        number = self._under(protocol).num_fewshot
-        return self.data.num_fewshot if number is None else number
+        own = self.under.get(protocol, Under()).num_fewshot
+        return self.num_fewshot if own is None else own
 
-    def _under(self, protocol: TaskProtocol) -> Under:
-        return self.data.under.get(protocol, Under())
-
-    @property
-    def chance(self) -> float | None:
-        """Share that guessing reaches in writing, where the description says it.
-
-        Raises:
-            ValueError: it is no share.
-        """
-        data, chance = self.data, self.data.chance
-        if isinstance(chance, tuple):
-            chance = chance[data.parts.values.index(self.value) if data.parts and self.value is not None else 0]
-        if chance is None:
-            return None
-        text = str(chance).format(self.value)
-        try:
-            share = float(Fraction(text))
-        except (ValueError, ZeroDivisionError):
-            share = math.nan
-        if not 0 <= share < 1:
-            raise ValueError(f"chance is {text!r}; give a number from 0 to below 1, or a fraction such as 1/4")
-        return share
-
-    @property
-    def column(self) -> Column | Literal[""]:
-        """How its items relate to healing text; empty = not said."""
-        return self.data.column or ("public" if self.data.bundled is None else "")
-
-    def twin_of(self, protocol: TaskProtocol) -> str:
+    def twin_under(self, protocol: TaskProtocol) -> str:
         """Task under ``protocol`` that asks the same items in a form that healing text may have; empty = none."""
-        if not self.data.twin_of:
-            return ""
-        return f"{self.data.twin_of.format(self.value)}_{protocol}"
-
-    @property
-    def items(self) -> str:
-        """File that is scored."""
-        return (self.data.items or "").format(self.value)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Paths in eval.data_dir of the rows and of the examples that are shown unasked."""
-        data = self.data
-        shown = data.examples and any(self.num_fewshot(protocol) for protocol in data.protocols)
-        return (f"{data.place}/{self.items}", *([f"{data.place}/{data.examples}"] if shown else []))
-
-    @property
-    def hub(self) -> HubData | None:
-        """Place on the Hub."""
-        hub = self.data.hub
-        return replace(hub, name=hub.name and hub.name.format(self.value)) if hub else None
+        return f"{self.twin_of}_{protocol}" if self.twin_of else ""
 
 
-def parts_of(data: DataSet) -> list[Part]:
-    """The parts of a data set; one where it has none."""
-    return [Part(data, value) for value in (data.parts.values if data.parts else (None,))]
+def parts_of(data: DataSet) -> list[DataSet]:
+    """The parts of a data set, each as one of its own, with its value wherever {} stands; itself where it has none."""
+    parts, chances = data.parts, data.chance
+    if parts is None:
+        return [_part(data, data.dataset, data.level, chances)]
+    if not isinstance(chances, tuple):
+        chances = (chances,) * len(parts.values)
+    if len(chances) != len(parts.values):
+        raise ValueError(f"chance names {len(chances)} numbers for {len(parts.values)} parts; give one for each")
+    named = parts.names or tuple(f"{data.dataset}_{parts.named.format(value)}" for value in parts.values)
+    return [_part(data, *part) for part in zip(named, parts.values, chances, strict=True)]
+
+
+def _part(data: DataSet, name: str, value: int | str | None, chance: Any) -> DataSet:
+    hub, setting = data.hub, data.parts and data.parts.setting
+    return replace(
+        data,
+        dataset=name,
+        folder=data.place,
+        parts=None,
+        level=value if isinstance(value, int) else None,
+        column=data.column or ("public" if data.bundled is None else None),
+        twin_of=data.twin_of and data.twin_of.format(value),
+        settings={**data.settings, setting: value} if setting else data.settings,
+        hub=hub and replace(hub, name=hub.name and hub.name.format(value)),
+        items=data.items and data.items.format(value),
+        chance=None if chance is None else share(str(chance).format(value)),
+    )
+
+
+def share(chance: str | float) -> float:
+    """A number from 0 to below 1, which may be written as a fraction.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        number = float(Fraction(str(chance).replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        number = math.nan
+    if not 0 <= number < 1:
+        raise ValueError(f"chance is {chance!r}; give a number from 0 to below 1, or a fraction such as 1/4")
+    return number
 
 
 def yaml_files(folder: Path) -> Stamps:
@@ -293,7 +268,7 @@ def yaml_files(folder: Path) -> Stamps:
 
 
 def read_data_sets(folder: Path) -> dict[str, DataSet]:
-    """The descriptions in a folder and below it, by name.
+    """The data sets that are described in a folder and below it, by name; each part is one of its own.
 
     Raises:
         UserError: a description that is wrong, or two of one name.
@@ -304,34 +279,16 @@ def read_data_sets(folder: Path) -> dict[str, DataSet]:
 @cache
 def _data_sets_in(folder: Path, files: Stamps) -> dict[str, DataSet]:
     described: dict[str, DataSet] = {}
-    description = TypeAdapter(DataSet)  # takes longer to make than a file to read
     for file in (Path(name) for name, *_ in files):
         text = read_text(file)
         if not any(line.startswith("dataset:") for line in text.splitlines()):
             continue
         try:
-            data = description.validate_python(read_yaml(text))
+            data = checked(DataSet, read_yaml(text), source=str(file))
         except YAMLError as error:
             raise UserError(f"{file}: is not valid YAML: {error}") from error
-        except ValidationError as error:
-            raise UserError("\n".join(f"{file}: {_problem(problem)}" for problem in error.errors())) from error
-        if data.dataset in described:
-            raise UserError(
-                f"{file}: dataset {data.dataset!r} is described in another file of {folder} too; rename one"
-            )
-        described[data.dataset] = data
+        for part in parts_of(data):
+            if part.dataset in described:
+                raise UserError(f"{file}: dataset {part.dataset!r} is described in another file there too; rename one")
+            described[part.dataset] = part
     return described
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in a line, with the key that a wrong one may be meant for."""
-    *sections, key = error["loc"] or ("",)
-    place = ".".join(map(str, error["loc"]))
-    if error["type"] != "unexpected_keyword_argument":
-        return f"{place}: {error['msg']} (got {error['input']!r})"
-    section = {"hub": HubData, "parts": Parts, "under": Under}.get(str(sections[0]), DataSet) if sections else DataSet
-    known = [setting.name for setting in fields(section)]
-    close = get_close_matches(str(key), known, n=1, cutoff=0.5)
-    return f"{place}: unknown key; " + (
-        f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
-    )

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -21,11 +20,11 @@ from lm_eval.api.task import ConfigurableTask
 
 from shoal.errors import UserError
 from shoal.formatting import listed
-from shoal.recipe.evaluate import Eval, Tasks
+from shoal.recipe.evaluate import Tasks
 from shoal.task_words import Column
 
-from .data_sets import DataSet, Part, Stamps, parts_of, yaml_files
-from .documents import LEAVE_OUT, MissingFiles, UnreadHub, local_rows
+from .data_sets import DataSet, Stamps, share, yaml_files
+from .documents import local_rows
 from .names import described_data, described_tasks, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
@@ -44,7 +43,6 @@ def load_tasks(
     data_dir: str | Path | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
-    suite: str | None = None,
 ) -> dict[str, Any]:
     """Task name -> lm-eval task, groups expanded, in the order asked for.
 
@@ -61,28 +59,15 @@ def load_tasks(
     manager = _manager_that_knows([name for name in names if name not in described | tags], folders)
     both = {name for name in names if name in tags and name in manager.task_index}  # a group of files too
     members = [member for name in names for member in (*tags.get(name, (name,)), *([name] if name in both else []))]
-    outside = _parts_read(members, manager, folders)
-    instead = (
-        LEAVE_OUT if suite is None else f"name the tasks that you have data for in eval.tasks, without suite: {suite}"
-    )
-    local = _checked_folder(data_dir, outside, instead)
+    local = None if data_dir is None else Path(data_dir).expanduser()
+    _refuse_missing(_rows_read(members, manager, folders, num_fewshot), local)
     tasks: dict[str, Any] = {}
-    missing: dict[str, DataSet] = {}
     with _data_from(local, folders, num_fewshot):
         for member in members:
-            try:
-                if member in described:
-                    tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
-                else:
-                    tasks |= _load(manager, member)
-            except MissingFiles as error:
-                missing |= error.files
-            except UnreadHub as error:
-                raise UserError(
-                    f"{error}. Check the network, or set eval.data_dir to a folder with {_files_of(outside)}"
-                ) from error
-    if missing and local is not None:  # all of them, so that one attempt is enough
-        raise MissingFiles(local, missing, on_hub=all(part.hub for part in outside), instead=instead)
+            if member in described:
+                tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
+            else:
+                tasks |= _load(manager, member)
     data_sets = described_data(folders).values()
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
@@ -99,7 +84,6 @@ def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
         data_dir=settings.data_dir,
         num_fewshot=settings.num_fewshot,
         seed=seed,
-        suite=settings.suite if isinstance(settings, Eval) else None,
     )
 
 
@@ -110,45 +94,44 @@ def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = Fal
     return {*_manager(folders, with_all=not ours_only).task_index, *described, *tags}
 
 
-def _parts_read(members: Sequence[str], manager: Any, folders: tuple[Path, ...]) -> list[Part]:
-    """The described parts whose rows ``members`` read from eval.data_dir or the Hub, each once."""
+def _rows_read(
+    members: Sequence[str], manager: Any, folders: tuple[Path, ...], num_fewshot: int | None
+) -> dict[str, DataSet]:
+    """The files of eval.data_dir that ``members`` would read, each with its data set."""
     described, _ = described_tasks(folders)
     data_sets = described_data(folders).values()
-    by_file: dict[str, Part] = {}
+    files: dict[str, DataSet] = {}
     for member in members:
         if member in described:
-            part = described[member][0]
+            data, protocol = described[member]
+            shots = data.shots_under(protocol) if num_fewshot is None else num_fewshot
         else:
             config: dict[str, Any] = manager.task_index[member].cfg or {}
-            part = _part_read_by(config.get("dataset_path"), config.get("dataset_name"), data_sets)
-        if part is not None and part.data.bundled is None:
-            by_file.setdefault(part.files[0], part)
-    return list(by_file.values())
+            data, shots = _read_by(config.get("dataset_path"), config.get("dataset_name"), data_sets), 0
+        if data is not None and data.bundled is None:
+            names = (data.items, *([data.examples] if shots and data.examples else []))
+            files |= {f"{data.place}/{name}": data for name in names}
+    return files
 
 
-def _checked_folder(data_dir: str | Path | None, parts: Sequence[Part], instead: str) -> Path | None:
-    """``data_dir`` as a folder; None = the Hub, which must have all then: described data are read from one place.
+def _refuse_missing(files: dict[str, DataSet], data_dir: Path | None) -> None:
+    """Refuse rows that cannot be had, all at once, before anything is read. What is described is read from one place:
+    ``data_dir``, or without one the Hub.
 
     Raises:
-        UserError: no such folder, or none where the Hub lacks data; all files that it should hold are named.
+        UserError: naming the files.
     """
-    if data_dir is not None:
-        local = Path(data_dir).expanduser()
-        if not local.is_dir():
-            held = f"holds {_files_of(parts)}" if parts else "holds a folder per data set"
-            raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that {held}")
-        return local
-    lacking = [part.name for part in parts if part.hub is None]
-    if lacking:
+    if data_dir is None:
+        lacking = list(dict.fromkeys(data.dataset for data in files.values() if data.hub is None))
+        missing, problem = list(files) if lacking else [], f"eval.tasks: the Hub does not have {listed(lacking)}"
+    else:
+        missing = [file for file in files if not (data_dir / file).is_file()]
+        problem = f"eval.data_dir: {str(data_dir)!r} lacks files"
+    if missing:
         raise UserError(
-            f"eval.tasks: the Hub does not have {listed(lacking)}; set eval.data_dir to a folder with "
-            f"{_files_of(parts)} (shoal's configs/tasks/README.md says what they hold), or {instead}"
+            f"{problem}; set eval.data_dir to a folder with {listed(missing)} (shoal's configs/tasks/README.md says "
+            "what they hold), or leave their tasks out"
         )
-    return None
-
-
-def _files_of(parts: Sequence[Part]) -> str:
-    return listed(dict.fromkeys(file for part in parts for file in part.files))
 
 
 @contextmanager
@@ -190,26 +173,26 @@ def _local_splits(
 
     Examples that are not asked for are taken along where they are there.
     """
-    part, name = _part_read_by(config.dataset_path, config.dataset_name, data_sets), config.dataset_name
-    if part is None or part.hub is None:
+    data, name = _read_by(config.dataset_path, config.dataset_name, data_sets), config.dataset_name
+    if data is None or data.hub is None:
         return None
-    hub, shown = part.hub, part.data.examples
-    files = {hub.items: part.items}
-    if hub.examples and shown and (with_examples or (data_dir / part.data.place / shown).is_file()):
+    hub, shown = data.hub, data.examples
+    files = {hub.items: data.items or ""}
+    if hub.examples and shown and (with_examples or (data_dir / data.place / shown).is_file()):
         files[hub.examples] = shown
-    rows = local_rows(part.data, data_dir, files)
+    rows = local_rows(data, data_dir, files)
     if name not in (hub.name, None):
         column = hub.part_column or ""
         rows = {split: [row for row in rows[split] if row[column] == name] for split in rows}
     return {split: Dataset.from_list([dict(row) for row in rows[split]]) for split in rows}
 
 
-def _part_read_by(path: str | None, name: str | None, data_sets: Collection[DataSet]) -> Part | None:
-    """The described part that has the Hub data set ``path`` under its configuration ``name``."""
-    for part in (part for data in data_sets for part in parts_of(data)):
-        hub = part.hub
+def _read_by(path: str | None, name: str | None, data_sets: Collection[DataSet]) -> DataSet | None:
+    """The described data set that is ``path`` on the Hub under its configuration ``name``."""
+    for data in data_sets:
+        hub = data.hub
         if hub and hub.path == path and (name in (hub.name, None) or hub.part_column is not None):
-            return part
+            return data
     return None
 
 
@@ -217,34 +200,24 @@ def _set_ability(task: Any, data_sets: Collection[DataSet]) -> None:
     """A task that does not say what it asks for, lm-eval's own for one, has the ability of the data that it reads."""
     config = task.config
     if config.custom_dataset is None and "ability" not in (config.metadata or {}):
-        part = _part_read_by(config.dataset_path, config.dataset_name, data_sets)
-        if part is not None:
-            config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
+        data = _read_by(config.dataset_path, config.dataset_name, data_sets)
+        if data is not None:
+            config.metadata = {**(config.metadata or {}), "ability": data.ability}
 
 
 def _check_metadata(name: str, task: Any) -> None:
     """Refuse a column, chance or level of a task file that is none, before anything is scored; descriptions have been
     checked. A chance may be a fraction, as there."""
     told = task.config.metadata or {}
-    column = told.get("column", "")
-    if column not in ("", *get_args(Column)):
-        raise UserError(
-            f"eval.tasks: {name!r} has metadata.column {column!r}; it is one of {', '.join(get_args(Column))}, or left "
-            "out for a public benchmark"
-        )
-    for key, is_one, what in (
-        ("chance", lambda value: 0 <= value < 1, "a share below 1 such as 0.25 or 1/4"),
-        ("level", math.isfinite, "a number"),
-    ):
-        if key in told:
-            try:
-                if isinstance(told[key], str):
-                    told[key] = float(Fraction(told[key].replace(" ", "")))
-                is_right = is_one(told[key])
-            except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-                is_right = False
-            if not is_right:
-                raise UserError(f"eval.tasks: {name!r} has metadata.{key} {told[key]!r}; give {what}, or leave it out")
+    try:
+        if "chance" in told:
+            told["chance"] = share(told["chance"])
+        if not math.isfinite(float(told.get("level", 0))):
+            raise ValueError(f"level is {told['level']!r}")
+        if told.get("column", "") not in ("", *get_args(Column)):
+            raise ValueError(f"column is {told['column']!r}, which is one of {', '.join(get_args(Column))}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"eval.tasks: {name!r}: metadata: {error}; correct it, or leave it out") from error
 
 
 def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:

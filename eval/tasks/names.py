@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -14,20 +14,15 @@ from glob import glob
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from shoal.atomic_files import file_hashes, fingerprint, known_hash
+from shoal.atomic_files import fingerprint, known_hash
 from shoal.errors import UserError
 from shoal.recipe.evaluate import CONFIGS_DIR
 
-from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
+from .data_sets import DataSet, TaskProtocol, read_data_sets
 
-LOCAL_FORMATS = ("json", "csv", "parquet", "text")
-"""Data set paths under which `datasets` reads local files."""
-DATA_KEYS = ("data_files", "data_dir", "dataset_path")
-"""Keys of task files under which paths of local data stand."""
+ROWS = re.compile(r"[^\s'\"\[\]{},]+\.(?:jsonl?|csv|parquet|txt)\b")
+"""Paths of local data, as task files name them."""
 TASKS_DIR = CONFIGS_DIR / "tasks"
 HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 NAMED_TASKS = 6
@@ -101,30 +96,25 @@ def described_data(folders: Sequence[Path]) -> dict[str, DataSet]:
 
 def described_tasks(
     folders: Sequence[Path],
-) -> tuple[dict[str, tuple[Part, TaskProtocol]], dict[str, tuple[str, ...]]]:
-    """The tasks that described data sets give, each with its part and protocol, and the groups they are in.
+) -> tuple[dict[str, tuple[DataSet, TaskProtocol]], dict[str, tuple[str, ...]]]:
+    """The tasks that described data sets give, each with its data set and protocol, and the groups they are in.
 
     Raises:
-        UserError: a data set that calls itself a twin of tasks that none of them gives.
+        UserError: a data set that calls itself a twin of tasks that none in a trained form gives.
     """
-    tasks: dict[str, tuple[Part, TaskProtocol]] = {}
+    tasks: dict[str, tuple[DataSet, TaskProtocol]] = {}
     tags: dict[str, tuple[str, ...]] = {}
     for data in described_data(folders).values():
-        of_data = task_names(data)
+        of_data: dict[str, tuple[DataSet, TaskProtocol]]
+        of_data = {f"{data.dataset}_{protocol}": (data, protocol) for protocol in data.protocols}
         tasks |= of_data
         for tag in data.tags:
             tags[tag] = (*tags.get(tag, ()), *of_data)
-    for part, protocol in tasks.values():
-        if (other := part.twin_of(protocol)) and other not in tasks:
+    for data, protocol in tasks.values():
+        if (other := data.twin_under(protocol)) and (other not in tasks or tasks[other][0].column != "in"):
             raise UserError(
-                f"data set {part.data.dataset!r}: twin_of is {part.data.twin_of!r}, and no described data set has a "
-                f"task {other!r}; name one before its protocol (retrieval, knowledge ...)"
-            )
-        if other and tasks[other][0].column != "in":
-            raise UserError(
-                f"data set {part.data.dataset!r}: twin_of names {part.data.twin_of!r}, whose column is "
-                f"{tasks[other][0].column or 'none'}; a twin asks again what is asked in a trained form, so say "
-                "column: in there"
+                f"data set {data.dataset!r}: twin_of is {data.twin_of!r}, and no described data set of the "
+                f"column in has a task {other!r}; a twin asks again what such a one asks, named before its protocol"
             )
     return tasks, tags
 
@@ -132,29 +122,25 @@ def described_tasks(
 def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> str:
     """Content hash of what shapes the items of ``tasks``, which may be groups: they are part of a score.
 
-    Their descriptions, the generators where one is theirs, and the task files in folders with the local data that these
-    name. If one of them is not described, then all descriptions, since tasks of lm-eval may read any data set that is
-    described.
+    Their descriptions, the generators where one is theirs, and the task files in folders with the local files of rows
+    that these name. If one of them is not described, then all descriptions, since tasks of lm-eval may read any data
+    set that is described.
     """
     folders = _folders_there(include_path)
     described, tags = described_tasks(folders)
     members = {member for name in tasks for member in tags.get(name, (name,))}
     if members <= described.keys():
-        data_sets = {described[member][0].data.dataset: described[member][0].data for member in sorted(members)}
+        data_sets = {described[member][0].dataset: described[member][0] for member in sorted(members)}
     else:
         data_sets = described_data(folders)
     sources = list(folders[1:])  # the first one holds descriptions only
     if any(data.bundled for data in data_sets.values()):
         sources.append(Path(str(resources.files("shoal.abilities"))))
-    texts = [
-        [file.name, file.read_text(encoding="utf-8")]
-        for folder in sources
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in (".yaml", ".py")
-    ]
-    named = {place for folder in folders[1:] for place in _local_data(folder)}
-    rows = [(path, content) for place in sorted(named) for path, content in file_hashes(Path(place))]
-    return fingerprint([[asdict(data) for data in data_sets.values()], texts, *([rows] if rows else [])])
+    files = [file for source in sources for file in sorted(source.rglob("*")) if file.suffix in (".yaml", ".py")]
+    texts = [[file.name, file.read_text(encoding="utf-8", errors="replace")] for file in files]
+    rows = sorted({Path(name) for _, text in texts for named in ROWS.findall(text) for name in glob(named)})
+    known = [[str(path), known_hash(path)] for path in rows if path.is_file()]
+    return fingerprint([[asdict(data) for data in data_sets.values()], texts, *([known] if known else [])])
 
 
 def _folders_there(include_path: str | Path | None) -> tuple[Path, ...]:
@@ -163,52 +149,12 @@ def _folders_there(include_path: str | Path | None) -> tuple[Path, ...]:
     return task_folders(include_path if is_there else None)
 
 
-def _local_data(folder: Path) -> Iterator[str]:
-    """Files and folders that task files below ``folder`` read; tasks inherit parts of others, so anywhere in them."""
-    for file in folder.rglob("*.yaml"):
-        for key, text in _strings(_content(file)):
-            if key in DATA_KEYS and text not in LOCAL_FORMATS and "://" not in text:
-                yield from glob(text, recursive=True)
-
-
-def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text with the key of DATA_KEYS that it stands under, else with its own."""
-    if isinstance(content, str):
-        yield key, content
-    elif isinstance(content, list):
-        for own in content:
-            yield from _strings(own, key)
-    elif isinstance(content, Mapping):
-        for name, own in content.items():
-            yield from _strings(own, key if key in DATA_KEYS else str(name))
-
-
-class _TaskFile(yaml.SafeLoader):
-    """Task files, in which `!function` names code."""
-
-
-_TaskFile.add_multi_constructor("!", lambda *_: None)
-
-
-def _content(file: Path) -> Any:
-    """What a task file says; nothing of one that is refused where tasks are loaded."""
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskFile)
-    except (yaml.YAMLError, ValueError):  # ValueError: no UTF-8, no date
-        return None
-
-
 def local_data_fingerprint(data_dir: str, include_path: str | Path | None = None) -> str:
     """Content hash of the described data sets in a folder, wherever that is and whatever else lies there."""
-    parts = [part for data in described_data(_folders_there(include_path)).values() for part in parts_of(data)]
-    named = {name for part in parts for name in (*part.files, f"{part.data.place}/{part.data.examples}")}
+    data_sets = described_data(_folders_there(include_path)).values()
+    named = {f"{data.place}/{file}" for data in data_sets for file in (data.items, data.examples) if file}
     folder = Path(data_dir).expanduser()
     return fingerprint([[name, known_hash(folder / name)] for name in sorted(named) if (folder / name).is_file()])
-
-
-def task_names(data: DataSet) -> dict[str, tuple[Part, TaskProtocol]]:
-    """Task name -> its part and protocol."""
-    return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
 
 
 def _every_text(folders: Sequence[Path]) -> Iterator[str]:

@@ -27,30 +27,31 @@ from shoal.abilities.matching import (
 )
 from shoal.abilities.words import NAMES, PLACES
 
-from .data_sets import Part, TaskProtocol
+from .data_sets import DataSet, TaskProtocol
 from .documents import has_examples, read_splits
 
 Config = dict[str, Any]
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 
 
-def task_config(part: Part, protocol: TaskProtocol, data_dir: Path | None, num_fewshot: int | None = None) -> Config:
+def task_config(data: DataSet, protocol: TaskProtocol, data_dir: Path | None, num_fewshot: int | None = None) -> Config:
     """What lm-eval makes the task of; ``num_fewshot`` None = as many examples as the description says.
 
     Without examples to show none are read, so that nobody needs a training split for them.
     """
-    data, family = part.data, part.family(protocol)
-    shots = part.num_fewshot(protocol) if num_fewshot is None else num_fewshot
-    metadata: Config = {"version": data.version, "ability": data.ability, "protocol": protocol, "column": part.column}
+    family = data.family_under(protocol)
+    shots = data.shots_under(protocol) if num_fewshot is None else num_fewshot
+    metadata: Config = {"version": "1.0", "ability": data.ability, "protocol": protocol}
+    metadata["column"] = data.column or ""
     if family is not None:
-        metadata |= {"family": family, "level": part.level}
-    if twin_of := part.twin_of(protocol):
+        metadata |= {"family": family, "level": data.level}
+    if twin_of := data.twin_under(protocol):
         metadata["twin_of"] = twin_of
-    shown = shots > 0 and has_examples(part, data_dir)
-    form = FORMS[protocol](part)
+    shown = shots > 0 and has_examples(data, data_dir)
+    form = FORMS[protocol](data)
     return {
-        "task": f"{part.name}_{protocol}",
-        "custom_dataset": partial(read_splits, part, data_dir, with_examples=shown),
+        "task": f"{data.dataset}_{protocol}",
+        "custom_dataset": partial(read_splits, data, data_dir, with_examples=shown),
         "test_split": "items",
         "target_delimiter": " ",
         "num_fewshot": shots if shown else 0,
@@ -61,7 +62,7 @@ def task_config(part: Part, protocol: TaskProtocol, data_dir: Path | None, num_f
     }
 
 
-def _loglikelihood(part: Part) -> Config:
+def _loglikelihood(data: DataSet) -> Config:
     return {
         "output_type": "multiple_choice",
         "doc_to_text": lettered_prompt,
@@ -77,8 +78,7 @@ def _chosen(metric: str) -> Config:
     return {"metric_list": [{"metric": name, **MEAN} for name in metrics], "metadata": {"metric": metric}}
 
 
-def _continuation(part: Part) -> Config:
-    data = part.data
+def _continuation(data: DataSet) -> Config:
     if data.options is None and data.bundled is None:  # an open question: is its answer what the model would write?
         return {
             "output_type": "loglikelihood",
@@ -95,10 +95,9 @@ def _continuation(part: Part) -> Config:
     return {"output_type": "multiple_choice", **fields, **_chosen(data.metric)}
 
 
-def _generation(part: Part) -> Config:
-    data = part.data
+def _generation(data: DataSet) -> Config:
     chooses = data.lettered and (data.options is not None or data.bundled is not None)
-    chance = {} if chooses and part.chance is None else {"chance": part.chance or 0.0}  # else by options, see samples
+    chance = {} if chooses and data.chance is None else {"chance": data.chance or 0.0}  # else by options, see samples
     open_answer = "worked" if data.expects_work else shown_answer
     return {
         "output_type": "generate_until",
@@ -112,8 +111,8 @@ def _generation(part: Part) -> Config:
     }
 
 
-def _worked(part: Part) -> Config:
-    del part
+def _worked(data: DataSet) -> Config:
+    del data
     return {
         "output_type": "loglikelihood",
         "doc_to_text": "context",
@@ -125,8 +124,8 @@ def _worked(part: Part) -> Config:
     }
 
 
-def _rolling(part: Part) -> Config:
-    del part
+def _rolling(data: DataSet) -> Config:
+    del data
     return {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -136,7 +135,7 @@ def _rolling(part: Part) -> Config:
     }
 
 
-FORMS: dict[TaskProtocol, Callable[[Part], Config]] = {
+FORMS: dict[TaskProtocol, Callable[[DataSet], Config]] = {
     "loglikelihood": _loglikelihood,
     "continuation": _continuation,
     "generation": _generation,
@@ -170,24 +169,18 @@ def letter_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, fl
     return {"match": float(chosen_option(results[0], doc["options"]) == doc["answer"])}
 
 
-def match_start(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the first line starts with an accepted answer."""
-    return {"match": float(starts(results[0], doc["answers"]))}
+def _match(name: str, is_right: Callable[[str, Sequence[str]], bool]) -> Callable[..., dict[str, float]]:
+    """1 where written text ``is_right`` by the accepted answers; scores record the rule by its ``name``."""
+
+    def match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+        return {"match": float(is_right(results[0], doc["answers"]))}
+
+    match.__name__ = name
+    return match
 
 
-def match_inside(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where an accepted answer stands in the first line."""
-    return {"match": float(contains(results[0], doc["answers"]))}
-
-
-def match_exactly(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the first line is an accepted answer."""
-    return {"match": float(exact(results[0], doc["answers"]))}
-
-
-def match_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the stated, or else the last, number is the right one."""
-    return {"match": float(number(results[0], doc["answers"]))}
+match_start = _match("match_start", starts)
+match_stated = _match("match_stated", stated)
 
 
 def match_last(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -201,20 +194,14 @@ def match_last(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, floa
     return {"match": float(last is not None and last == value(answer))}
 
 
-def match_stated(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the answer that the text states is an accepted one."""
-    return {"match": float(stated(results[0], doc["answers"]))}
-
-
 TEXT_MATCHES = {
     "starts": match_start,
-    "contains": match_inside,
-    "exact": match_exactly,
-    "number": match_number,
+    "contains": _match("match_inside", contains),
+    "exact": _match("match_exactly", exact),
+    "number": _match("match_number", number),
     "last": match_last,
     "stated": match_stated,
 }
-"""Plain functions each: scores record the rule of a task by its name (samples.py)."""
 
 
 def nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:

@@ -39,14 +39,14 @@ def tasks() -> list[Entry]:
     rows = [
         {
             "name": name,
-            "about": part.data.about,
+            "about": data.about,
             "protocol": protocol,
-            "ability": part.data.ability,
-            "column": part.column,
-            "bundled": part.data.bundled is not None,
+            "ability": data.ability,
+            "column": data.column or "",
+            "bundled": data.bundled is not None,
             "groups": [tag for tag, members in tags.items() if name in members],
         }
-        for name, (part, protocol) in described.items()
+        for name, (data, protocol) in described.items()
     ]
     return [*rows, *({"name": name, "about": "a task file of its own"} for name in tasks_in_files(HUB_TASKS_DIR))]
 

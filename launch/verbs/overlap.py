@@ -28,7 +28,7 @@ def search_of_rows(
 ) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]]:
     """What looks for evaluation items, by task, in rows of ``text``."""
     from shoal.eval.evaluate import num_items
-    from shoal.eval.harness.item_texts import item_texts
+    from shoal.eval.harness.samples import item_texts
     from shoal.eval.tasks.load import tasks_of
 
     settings = run.recipe.eval

@@ -132,14 +132,14 @@ def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
     )
     assert score.column == "out"
     wrong = own_task(tmp_path, MULTIPLE + "metadata: {column: outside}\n", rows)
-    with pytest.raises(UserError, match=r"'own' has metadata\.column 'outside'; it is one of in, twin, out, public"):
+    with pytest.raises(UserError, match=r"'own': metadata: column is 'outside', which is one of in, twin, out, public"):
         run(**dataclasses.asdict(wrong) | unchanged())
 
 
 @pytest.mark.parametrize("wrong", ["chance: 25", "chance: quarter", "level: high", "chance: 1/0"])
 def test_a_chance_or_level_that_is_none_is_refused_before_anything_is_scored(wrong: str, tmp_path: Path) -> None:
     rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
-    with pytest.raises(UserError, match=r"'own' has metadata\.(chance|level) .*; give a"):
+    with pytest.raises(UserError, match=r"'own': metadata: .*; correct it, or leave it out"):
         load_tasks(["own"], include_path=own_task(tmp_path, f"{MULTIPLE}metadata: {{{wrong}}}\n", rows).include_path)
 
 

@@ -48,5 +48,5 @@ def test_the_protocol_and_an_unusual_metric_are_said_where_the_name_does_not() -
 
 def test_no_two_described_tasks_have_the_same_words() -> None:
     tasks, _ = described_tasks(task_folders(None))
-    words = {task_words(task, ability=part.data.ability, protocol=how) for task, (part, how) in tasks.items()}
+    words = {task_words(task, ability=data.ability, protocol=how) for task, (data, how) in tasks.items()}
     assert len(words) == len(tasks) > 100

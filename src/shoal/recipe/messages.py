@@ -126,12 +126,13 @@ def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
         places.setdefault(place, []).append(message)
         if value:
             got[place] = value
-    return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
+    told = {place: f"{' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()}
+    return [f"{place}: {words}" if place else words for place, words in told.items()]
 
 
 def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     """The place of a problem, what is wrong there, and the value that was given where that says something."""
-    *parents, last = problem["loc"]
+    *parents, last = problem["loc"] or ("",)
     if problem["type"] == "unexpected_keyword_argument":
         keys, sections = _walk(parents, root)
         known = [field.name for section in sections for field in dataclasses.fields(section)]
@@ -157,6 +158,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return f"{place}.kind", f"must be one of {expected}", f" (got {tag!r}{hint})"
         case "literal_error" if words := gone(f"{place}.{problem['input']}"):
             return f"{place}.{problem['input']}", words, ""
+        case "value_error":  # what a section says of itself
+            return place, str(problem["ctx"]["error"]), ""
         case kind:
             value = reprlib.repr(redacted({last: problem["input"]})[last])
             form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""

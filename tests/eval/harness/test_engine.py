@@ -1,6 +1,6 @@
 """The engine gives the values of lm-eval's own transformers class, whatever way it takes to them.
 
-Covers: shoal.eval.harness.writing, shoal.inference.scoring.
+Covers: shoal.inference.scoring.
 """
 
 from __future__ import annotations

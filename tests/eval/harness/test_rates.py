@@ -14,8 +14,9 @@ from scipy import stats
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.eval.harness.engine import ending_key
 from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
-from shoal.eval.harness.samples import ending_key, prompts_fingerprint, task_score
+from shoal.eval.harness.samples import prompts_fingerprint, task_score
 from shoal.eval.tasks.protocols import match_start, match_stated
 from shoal.stats.intervals import newcombe_paired
 from shoal.stats.paired import mcnemar, paired

@@ -1,7 +1,4 @@
-"""Evaluation items in training text are found, whatever their case, punctuation and place.
-
-Covers: shoal.eval.harness.item_texts.
-"""
+"""Evaluation items in training text are found, whatever their case, punctuation and place."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from tiny import tiny_tokenizer
 
 from shoal.data.contamination import COMMON, FEWEST_WORDS, NUM_WORDS, Overlap, as_data, find_overlap, words_of
 from shoal.data.streams import pack, row_texts
-from shoal.eval.harness.item_texts import item_texts
+from shoal.eval.harness.samples import item_texts
 from shoal.eval.tasks.load import load_tasks
 from shoal.recipe.section import DataSource
 

@@ -12,7 +12,7 @@ from shoal.data import general_text
 from shoal.data.contamination import find_overlap
 from shoal.data.general_text import QUESTIONS, docstrings, instructions, python_docs, readmes
 from shoal.errors import UserError
-from shoal.eval.harness.item_texts import item_texts
+from shoal.eval.harness.samples import item_texts
 from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.names import described_tasks, task_folders
 
@@ -61,7 +61,7 @@ def test_what_is_held_out_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_no_item_of_a_bundled_task_stands_in_the_text(texts) -> None:
     described, _ = described_tasks(task_folders(None))
     parts = {
-        part.name: name for name, (part, _) in described.items() if part.data.bundled
+        data.dataset: name for name, (data, _) in described.items() if data.bundled
     }  # all protocols ask the same
     assert {described[name][0].data.bundled for name in parts.values()} >= {*GENERATORS, "python_docs_heldout"}
     tasks = load_tasks([*parts.values()])

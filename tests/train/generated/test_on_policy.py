@@ -211,8 +211,7 @@ def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
 
 def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):
     """As if on two ranks: without a process group any collective of transformers' loop fails."""
-    from shoal.eval.harness.engine import CausalLM
-    from shoal.eval.harness.writing import Writing
+    from shoal.eval.harness.engine import CausalLM, Writing
 
     monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)
