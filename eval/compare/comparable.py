@@ -14,7 +14,7 @@ from shoal.errors import UserError
 from shoal.stats.paired import paired, require_same_measurement
 from shoal.task_words import COLUMNS
 
-from ..report.findings import Run, read_run
+from ..report.run import Run, read_run
 
 CUT_ROLES = ("pruned", "distilled")
 MOST_PROBLEMS = 8
@@ -80,9 +80,6 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
     contenders = tuple(_contender(i, name, read_scored(folder)) for i, (folder, name) in enumerate(named_folders))
     if all(contender.is_model for contender in contenders):
         raise UserError("compare: there is no run among these; a checkpoint is scored with the settings of one")
-    problems = [problem for contender in contenders for problem in _own_problems(contender)]
-    if problems:
-        raise UserError("\n".join(problems[:MOST_PROBLEMS]))
     return contenders
 
 
@@ -164,18 +161,6 @@ def _letter(index: int) -> str:
     """A to Z, then AA, AB, ..."""
     head, tail = divmod(index, 26)
     return (_letter(head - 1) if head else "") + chr(ord("A") + tail)
-
-
-def _own_problems(contender: Contender) -> Iterator[str]:
-    """Scores of another cut than the plan's, in a folder whose files otherwise belong together (see read_run)."""
-    plan = contender.run.plan
-    for role in CUT_ROLES if plan else ():
-        scored = contender.run.evaluations.get(role)
-        if plan and scored and scored.num_layers != len(plan.keep):
-            yield (
-                f"{contender.file(role)}: num_layers is {scored.num_layers}, but {contender.run.folder / plan.FILE} "
-                f"keeps {len(plan.keep)} of {plan.num_layers}; run `shoal eval` again"
-            )
 
 
 def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:

@@ -12,8 +12,8 @@ from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
+from ..report.costs import SpeedRatio, speed_ratio
 from ..report.findings import SIGNAL_SIGMAS
-from ..report.speed import SpeedRatio, speed_ratio
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")

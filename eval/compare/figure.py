@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from shoal.artifacts.evaluation import Interval
 from shoal.figures.style import FAINT, INK, ROLE_STYLE, clean, figure_style, panel_grid, short
 
-from ..report.document import Picture, picture
+from ..report.page import Picture, picture
 from .compare import Model, RunComparison, same_models
 from .standings import mean_kept, task_groups
 
@@ -104,14 +104,6 @@ def draw(comparison: RunComparison, folder: Path) -> Picture | None:
     names = {contender.letter: contender.name for contender in comparison.contenders}
     ranked = " and ".join(task_groups(comparison).that_rank)
     return picture(folder, FIGURE, pareto_figure(panels, names, f"Mean of {ranked}"), title, _LEGEND)
-
-
-def no_figure(comparison: RunComparison) -> str:
-    """Why there is none."""
-    why = "no run has an evaluation of its teacher"
-    if any(model.role == "teacher" for model in comparison.models):
-        why = "the teacher is clear of chance on none of these tasks"
-    return f"There is no figure, because retention is a share of what the teacher can do, and {why}."
 
 
 def frontier(points: Sequence[ParetoPoint], cost: Cost) -> list[ParetoPoint]:

@@ -7,21 +7,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from shoal.artifacts.evaluation import MODEL, Interval
 from shoal.atomic_files import make_folder, write_json, write_text
 from shoal.figures.style import clean
-from shoal.formatting import aligned, bytes_text, count_text, interval_text, listed
+from shoal.formatting import bytes_text, count_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
-from ..report.document import Block, Document, Picture, Section, Table, to_markdown
 from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
-from ..report.page import to_html
+from ..report.page import DASH, Picture, Table, render
 from ..report.wording import (
-    DASH,
     difference_text,
     limits_text,
     p_text,
+    points_text,
     retention_text,
     score_text,
     score_words,
@@ -30,8 +30,8 @@ from ..report.wording import (
 from .comparable import dtype_of
 from .compare import COMPARED, Cell, Model, RunComparison, same_models
 from .data import as_data
-from .figure import draw, no_figure
-from .standings import CONTROLLED, Groups, controls, standings, task_groups
+from .figure import draw, pareto_panels
+from .standings import CONTROLLED, Groups, Standing, controls, standings, task_groups
 
 log = logging.getLogger(__name__)
 
@@ -46,47 +46,46 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
         UserError: the folder cannot be written.
     """
     make_folder(folder, setting="--out")
-    document = build_document(comparison, draw(comparison, folder))
+    told = contents(comparison, draw(comparison, folder))
     write_json(folder / f"{NAME}.json", as_data(comparison), setting="--out")
-    write_text(folder / f"{NAME}.md", to_markdown(document))
+    write_text(folder / f"{NAME}.md", render("compare", "md", **told))
     path = folder / f"{NAME}.html"
-    write_text(path, to_html(document))
+    write_text(path, render("compare", "html", **told))
     log.info("comparison is at %s", path)
     return path
 
 
-def build_document(comparison: RunComparison, figure: Picture | None = None) -> Document:
-    """The page: what may be said, where models stand, the figure, what to know, and every task with its tests."""
-    costs = Table("Models and their costs", COSTS, tuple(map(_cost_row, comparison.models)))
-    tables = (_task_table(comparison, index) for index in range(len(comparison.tasks)))
-    sections = [
-        Section("The runs", (_runs_table(comparison),)),
-        Section("What comes back", tuple(_standing_blocks(comparison, task_groups(comparison)))),
-        Section("What is kept, at which cost", (costs, _ABOUT_SPEED, figure or no_figure(comparison))),
-        Section("What to know before reading on", (tuple(_known(comparison)),)),
-        Section("Task by task", (_legend(comparison), *tables)),
-        Section("Versions and settings", (_versions_table(comparison),)),
-    ]
-    names = listed(f"{c.letter} ({c.name})" for c in comparison.contenders)
-    kinds = "runs and models" if any(contender.is_model for contender in comparison.contenders) else "runs"
-    title = f"{len(comparison.contenders)} {kinds} compared: {names}"
-    return Document(title, tuple(verdicts(comparison)), tuple(section for section in sections if any(section.blocks)))
+def contents(comparison: RunComparison, figure: Picture | None = None) -> dict[str, Any]:
+    """What the template of a comparison tells."""
+    groups = task_groups(comparison)
+    ranked = standings(comparison, groups) if groups.tasks else []
+    kinds = "runs and models" if any(own.is_model for own in comparison.contenders) else "runs"
+    names = listed(f"{own.letter} ({own.name})" for own in comparison.contenders)
+    return {
+        "title": f"{len(comparison.contenders)} {kinds} compared: {names}",
+        "headline": list(verdicts(comparison)),
+        "runs": _runs_table(comparison),
+        "standings": _standing_table(comparison, ranked, groups),
+        "ranked": groups.that_rank,
+        "inside": _inside(groups.that_rank),
+        "in_trained_form": groups.columns == {"in"},
+        "outside": groups.outside,
+        "controls": _control_table(comparison, groups),
+        "costs": Table("Models and their costs", COSTS, tuple(map(_cost_row, comparison.models))),
+        "figure": figure,
+        "has_figure": bool(pareto_panels(comparison)),
+        "has_teacher": any(model.role == "teacher" for model in comparison.models),
+        "known": _known(comparison),
+        "first": comparison.contenders[0].letter,
+        "has_checkpoint": any(own.is_model for own in comparison.contenders),
+        "tasks": [_task_table(comparison, index) for index in range(len(comparison.tasks))],
+        "versions": _versions_table(comparison),
+    }
 
 
 def comparison_text(comparison: RunComparison) -> str:
     """The page for a terminal, without its figure and the versions."""
-    document = build_document(comparison)
-    blocks = [block for section in document.sections[:-1] for block in section.blocks]
-    parts = [*map(_in_terminal, filter(None, blocks)), "\n".join(document.headline)]
-    return clean("\n\n".join(parts))  # no name may steer the terminal
-
-
-def _in_terminal(block: Block) -> str:
-    if isinstance(block, Table):
-        cells = [[" ".join(cell.split()) for cell in row] for row in (block.columns, *block.rows)]
-        told = [column for column in zip(*cells, strict=True) if any(cell != DASH for cell in column[1:])]
-        return "\n".join([block.caption, *aligned(list(zip(*told, strict=True)))])
-    return "\n".join(f"- {line}" for line in block) if isinstance(block, tuple) else str(block)
+    return clean(render("compare", "text", **contents(comparison)).rstrip())  # no name may steer the terminal
 
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:
@@ -163,54 +162,29 @@ def _runs_table(comparison: RunComparison) -> Table:
     return Table("The runs and their cuts", columns, tuple(rows), frozenset(range(len(columns))))
 
 
-def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Table | str]:
-    """What every model keeps by column, how that is to be read, and what the controls tell."""
-    if not groups.tasks:
-        return
-    ranked, first = standings(comparison, groups), comparison.contenders[0].letter
-    columns = ["Model", *(["Mean"] if len(groups.that_rank) > 1 else [])]
-    compared, formed = any(standing.against for standing in ranked), any(standing.form for standing in ranked)
-    rows = []
-    for standing in ranked:
-        row = [_model_name(standing.model)]
-        row += [retention_text(standing.mean)] if len(groups.that_rank) > 1 else []
-        row += [_points_text(standing.against)] if compared else []
-        row += [retention_text(standing.kept[title]) for title in groups.tasks]
-        row += [_points_text(standing.form)] if formed else []
-        rows.append(tuple(row))
-    columns += [f"Against {first}"] if compared else []
-    columns += [*groups.tasks, *(["Form gap"] if formed else [])]
-    yield Table("Kept of the teacher, those that keep the most first", tuple(columns), tuple(rows))
-    yield " ".join(_how_ranked(groups, formed=formed))
-    if told := controls(comparison, groups):
-        rows = [
-            (f"{letter}, {effect} ({after} − {before})", *map(_points_text, changes.values()))
-            for (letter, effect), changes in told.items()
-            for before, after in [CONTROLLED[effect]]
-        ]
-        caption = "What the control tells: the uncut teacher, trained on the same text with the same settings"
-        yield Table(caption, ("Change of what is kept", *groups.tasks), tuple(rows))
-
-
-def _how_ranked(groups: Groups, *, formed: bool) -> Iterator[str]:
-    columns = {task.column for title in groups.that_rank for task in groups.tasks[title]}
+def _standing_table(comparison: RunComparison, ranked: Sequence[Standing], groups: Groups) -> Table:
+    """What every model keeps by column."""
+    columns = {"Model": [_model_name(standing.model) for standing in ranked]}
     if len(groups.that_rank) > 1:
-        yield (
-            f"Models are ranked by the mean over {_inside(groups.that_rank)}: each is the mean of its tasks and counts "
-            "the same, however many tasks it has."
-        )
-    if columns == {"in"}:
-        yield (
-            "These runs share no task outside the form of training text, so they are ranked in that form, which a heal "
-            "lifts before anything else."
-        )
-    elif not groups.outside:
-        yield "Not all of these results say whether their tasks are asked in the form of training text."
-    if formed:
-        yield (
-            "Form gap: the score in the form of training text minus that of the same items in a form that no training "
-            "text has. The teacher's says how much harder that form is for a model that was not trained on either."
-        )
+        columns["Mean"] = [retention_text(standing.mean) for standing in ranked]
+    if any(standing.against for standing in ranked):
+        against = [_change_text(standing.against) for standing in ranked]
+        columns[f"Against {comparison.contenders[0].letter}"] = against
+    columns |= {title: [retention_text(standing.kept[title]) for standing in ranked] for title in groups.tasks}
+    if any(standing.form for standing in ranked):
+        columns["Form gap"] = [_change_text(standing.form) for standing in ranked]
+    rows = tuple(zip(*columns.values(), strict=True))
+    return Table("Kept of the teacher, those that keep the most first", tuple(columns), rows)
+
+
+def _control_table(comparison: RunComparison, groups: Groups) -> Table:
+    rows = [
+        (f"{letter}, {effect} ({after} − {before})", *map(_change_text, changes.values()))
+        for (letter, effect), changes in controls(comparison, groups).items()
+        for before, after in [CONTROLLED[effect]]
+    ]
+    caption = "What the control tells: the uncut teacher, trained on the same text with the same settings"
+    return Table(caption, ("Change of what is kept", *groups.tasks), tuple(rows))
 
 
 def _inside(titles: Sequence[str]) -> str:
@@ -218,8 +192,8 @@ def _inside(titles: Sequence[str]) -> str:
     return listed(title[:1].lower() + title[1:] for title in titles)
 
 
-def _points_text(change: Interval | None) -> str:
-    return DASH if change is None else interval_text(astuple(change), "+.1f", " points", scale=100)
+def _change_text(change: Interval | None) -> str:
+    return DASH if change is None else points_text(astuple(change))
 
 
 def _cost_row(model: Model) -> tuple[str, ...]:
@@ -286,24 +260,6 @@ def _no_difference(comparison: RunComparison, model: Model) -> str:
 
 def _task_title(comparison: RunComparison, index: int) -> str:
     return ", ".join(score_words(comparison.tasks[index]))
-
-
-_ABOUT_SPEED = (
-    "Decoding in brackets is relative to the teacher that took turns with it; then the smallest and largest ratio of a "
-    "round."
-)
-
-
-def _legend(comparison: RunComparison) -> str:
-    first = comparison.contenders[0].letter
-    beside = "; a checkpoint stands against the last model of a run"
-    return (
-        "Each score has its 95 % interval in brackets. “Kept” is the share of the teacher's score above chance: 100 % "
-        "is the teacher, 0 % guessing. Then the difference to the model of the same role in run "
-        f"{first}{beside if any(contender.is_model for contender in comparison.contenders) else ''}, over the same "
-        "items, with its p-value corrected over all differences, and what true difference so many items would show "
-        "four times out of five."
-    )
 
 
 def _known(comparison: RunComparison) -> list[str]:

@@ -39,9 +39,14 @@ class Groups:
     """Titles of the groups whose mean ranks."""
 
     @property
+    def columns(self) -> set[str]:
+        """Columns of the tasks that rank."""
+        return {task.column for title in self.that_rank for task in self.tasks[title]}
+
+    @property
     def outside(self) -> bool:
         """Whether what ranks is outside the form of training text."""
-        return {task.column for title in self.that_rank for task in self.tasks[title]} <= set(HEADLINE)
+        return self.columns <= set(HEADLINE)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """The model card and the Hub.
 
-card     the model card
-license  under which license
-hub      the push
+card  the model card, its license
+hub   the push
 """

@@ -1,34 +1,37 @@
-"""The model card of an exported checkpoint: metadata the Hub understands, and what a user of the model has to know."""
+"""The model card of an exported checkpoint: metadata the Hub understands, and what a user of the model has to know.
+
+The license is that of the base model, as far as it is stated there.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
-from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty, mtp_names, read_shards
 from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
-from ..report.cautions import cautions_section
-from ..report.document import block_markdown, inline, prose
-from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
+from ..report.cautions import cautions
+from ..report.costs import size_table, speed_table
+from ..report.findings import SIGNAL_SIGMAS, Comparison, Row, compare, is_share
 from ..report.headline import board, headline
+from ..report.page import render
 from ..report.report import FIGURES_DIR
-from ..report.sections import DIFFERENCES, difference_table, form_section, no_signal_section, score_table
-from ..report.speed import speed_section
+from ..report.run import Run, read_run
+from ..report.tables import difference_tables, form_table, score_table, silent_table
 from ..report.wording import by_column, column_words
-from .license import License, base_license, license_file
 
 DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub id of the model that a bundled demo model was made from."""
+DEMO_LICENSES = {"smollm2-135m": "apache-2.0"}
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 PICTURES = {
     "before_after": "Scores before and after, with 95 % intervals",
@@ -40,6 +43,18 @@ PICTURES = {
 SHOWN_DIFFERENCES = (("pruned", "distilled"), ("teacher", "control"), ("control", "distilled"))
 """(before, after) that a card has a table for; every score stands above them."""
 TRAINED_FORM = "in the form of training text"
+
+
+@dataclass(frozen=True)
+class License:
+    """What is known of a license; identifier None = nothing is stated."""
+
+    identifier: str | None = None
+    """Name on the Hub; `other` for a license that the Hub has no name for."""
+    name: str | None = None
+    link: str | None = None
+    source: str = ""
+    """Place where the license is stated, for a reader."""
 
 
 def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
@@ -63,12 +78,49 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     run = replace(run, recipe=_public(redacted(run.recipe)))
     comparison = compare(run)
     metadata = _metadata(run, comparison, base, terms, datasets)
-    body = "\n\n".join(_body(run, comparison, terms, base, base_folder))
-    card = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
+    body = render("card", "md", **_contents(run, comparison, terms, base, base_folder))
+    card = f"---\n{metadata.to_yaml()}\n---\n\n{body}"
     for path in paths:  # sources and tasks are called by their paths in results too
         alone = rf"(?<![\w./-]){re.escape(path)}(?![\w-])"  # /data is no part of org/data-8b, nor of .../data
         card = re.sub(alone, lambda found: _public(found[0]), card)
     return str(ModelCard(card))
+
+
+def _contents(
+    run: Run, comparison: Comparison, terms: License, base: str | None, base_folder: Path | None
+) -> dict[str, Any]:
+    """What the template of the card tells."""
+    assert run.plan is not None
+    inside = [row for row in comparison.rows if row.column == "in"]
+    outside = [row for row in comparison.rows if row.column != "in"]
+    names = [name for shard in read_shards(base_folder) for name in shard.tensors] if base_folder else []
+    text = license_file(run.folder / _role(run, "student"))
+    drawn = (name for name in PICTURES if (run.folder / FIGURES_DIR / f"{name}.png").is_file())
+    return {
+        "run": run,
+        "name": _name(run, base),
+        "base": base,
+        "headline": headline(run, comparison),
+        "board": board(run, comparison),
+        "pictures": {name: PICTURES[name] for name in drawn},
+        "outside": score_table(run, outside),
+        "inside": score_table(run, inside),
+        "differences": difference_tables([*outside, *inside], SHOWN_DIFFERENCES),
+        "forms": form_table(comparison),
+        "silent": silent_table(comparison),
+        "sigmas": f"{SIGNAL_SIGMAS:.0f}",
+        "cautions": cautions(run, comparison),
+        "smaller": _is_smaller(run),
+        "guesses_ahead": bool(mtp_names(names, run.plan.num_layers)),
+        "taught": _asked_teacher(run),
+        "distill": {"losses": (), **((run.recipe or {}).get("distill") or {})},
+        "size": size_table(run),
+        "speed": run.speed and speed_table(run.speed),
+        "automatic": "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM",
+        "repo": _repo(run) or ".",
+        "terms": terms,
+        "license_text": text and text.name,
+    }
 
 
 def base_model(run: Run) -> str | None:
@@ -162,126 +214,10 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
     )
 
 
-def _body(run: Run, comparison: Comparison, terms: License, base: str | None, base_folder: Path | None) -> list[str]:
-    assert run.plan is not None
-    parts: list[str] = [f"# {inline(_name(run, base))}"]
-    first, *others = (prose(sentence) for sentence in headline(run, comparison))
-    lines = board(run, comparison)
-    parts += [first, *([block_markdown(lines.table)] if lines else []), *others]
-    if comparison.rows:
-        parts += ["## Before and after", *_results(run, comparison)]
-        parts += ["## Read with care", *map(block_markdown, cautions_section(run, comparison).blocks)]
-    changed = "cut" if _is_smaller(run) else "changed"
-    parts += [f"## What was {changed}", *_cut_lines(run, base, base_folder), *_picture(run, "depth")]
-    if run.training:
-        parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
-    if run.speed:
-        parts += ["## Speed and size", *map(block_markdown, speed_section(run).blocks)]
-    automatic = "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM"
-    usage = _USAGE.format(path=_repo(run) or ".", automatic=automatic)
-    parts += ["## How to use it", f"```python\n{usage.rstrip()}\n```"]
-    parts += ["## Intended use", prose(_intended(run)), "## Limits", _limits(run, comparison)]
-    parts += ["## License", prose(_license_sentence(run, terms, base))]
-    if run.recipe:
-        text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
-        parts += ["## Recipe", prose("Made with shoal; this recipe makes it again."), f"```yaml\n{text.rstrip()}\n```"]
-    return parts
-
-
-def _cut_lines(run: Run, base: str | None, base_folder: Path | None) -> list[str]:
-    assert run.plan is not None
-    lines = [f"Base model: {base or 'a local checkpoint'}, {run.plan.num_layers} decoder layers"]
-    if run.plan.drop:
-        lines.append(f"Dropped layers (of the base model, counted from 0): {layers_text(run.plan.drop)}")
-        lines.append(f"Kept: {layers_text(run.plan.keep)}")
-    lines += [f"Changed ({change.kind}): {change.words}" for change in run.plan.changes]
-    names = [name for shard in read_shards(base_folder) for name in shard.tensors] if base_folder else []
-    if mtp_names(names, run.plan.num_layers):
-        lines.append("Left out: the base model's modules of multi-token prediction, which guess further tokens")
-    lines.append(f"How they were chosen: {run.plan.reason}")
-    return [block_markdown(tuple(lines))]
-
-
-def _training_lines(run: Run) -> str:
-    assert run.training is not None
-    training, distill = run.training, (run.recipe or {}).get("distill") or {}
-    how = "Distilled from the base model on" if _asked_teacher(run) else "Trained without a teacher on"
-    lines = [f"{how} {training.num_tokens:,} tokens in {training.num_steps:,} steps"]
-    if kinds := [str(loss["kind"]).replace("_", " ") for loss in distill.get("losses") or ()]:
-        lines.append(f"Objective: {listed(kinds)}")
-    if sources := training.data.get("sources"):
-        lines.append(f"Text: {listed(map(str, sources))}")
-    environment = training.provenance.environment
-    took = f"{duration_text(training.seconds)}, {bytes_text(training.peak_memory_bytes)} in the largest process"
-    lines.append(f"Took {took}; on {environment.get('world_size', 1)} x {environment.get('device', 'not recorded')}")
-    versions = [f"{name} {environment[name]}" for name in ("shoal", "torch", "transformers") if name in environment]
-    if versions:
-        lines.append(f"Versions: {listed(versions)}")
-    return block_markdown(tuple(lines))
-
-
-def _results(run: Run, comparison: Comparison) -> list[str]:
-    inside = [row for row in comparison.rows if row.column == "in"]
-    outside = [row for row in comparison.rows if row.column != "in"]
-    parts: list[str] = [*_picture(run, "before_after")]
-    parts += [block_markdown(score_table(run, outside))] if outside else []
-    if inside:
-        parts += [f"### {TRAINED_FORM.capitalize()}", prose(_TRAINED_FORM), block_markdown(score_table(run, inside))]
-    for pair in SHOWN_DIFFERENCES:
-        if any(pair in row.differences for row in comparison.rows):
-            parts.append(block_markdown(difference_table([*outside, *inside], *pair, DIFFERENCES[pair])))
-    if form := form_section(comparison):
-        parts += [f"### {form.title}", *map(block_markdown, form.blocks)]
-    parts += _picture(run, "levels")
-    silent = no_signal_section(comparison)
-    if silent:
-        parts += ["### No signal here", *map(block_markdown, silent.blocks)]
-    return parts
-
-
 def _reads_images(run: Run) -> bool:
     """Whether another class of transformers loads the student than that of plain language models."""
     names = json_or_empty(run.folder / "student/config.json").get("architectures") or [""]
     return str(names[0]).endswith("ForConditionalGeneration")
-
-
-def _picture(run: Run, name: str) -> list[str]:
-    file = f"{FIGURES_DIR}/{name}.png"
-    return [f"![{PICTURES[name]}]({file})"] if (run.folder / file).is_file() else []
-
-
-def _intended(run: Run) -> str:
-    stand_in = ", and as a smaller, faster stand-in for its base model where the scores above are good enough"
-    return (
-        f"Research on which layers a language model needs{stand_in if _is_smaller(run) else ''}. It is a plain Hugging "
-        "Face checkpoint: no remote code, safetensors only."
-    )
-
-
-def _limits(run: Run, comparison: Comparison) -> str:
-    lines = [
-        "It has the biases and gaps of its base model, and those that its changes add.",
-        "Only the abilities in the table were measured. What is not in it, longer texts, other languages, safety "
-        "behaviour, may have suffered more.",
-        "Scores by likelihood can hide damage that shows when the model writes freely; look at the generation rows "
-        "first.",
-    ]
-    if not comparison.rows:
-        lines.append("Nothing was evaluated before this card was written.")
-    if run.training is None:
-        lines.append("It was not trained after the cut.")
-    return block_markdown(tuple(lines))
-
-
-def _license_sentence(run: Run, terms: License, base: str | None) -> str:
-    if terms.identifier:
-        text = license_file(run.folder / _role(run, "student"))
-        where = f"; its text is in {text.name}" if text else ""
-        return f"{terms.name or terms.identifier}, taken over from {terms.source}{where}."
-    return (
-        f"The base model ({base or 'a local checkpoint'}) carried no license statement when this card was made, so the "
-        "metadata says “other”. This model may be used as the base model's license allows; check it before you share."
-    )
 
 
 def _training_data(run: Run) -> list[str]:
@@ -325,15 +261,44 @@ def _paths(recipe: Any) -> set[str]:
     return {recipe} if isinstance(recipe, str) and recipe != _public(recipe) and len(recipe) > 1 else set()
 
 
-_TRAINED_FORM = (
-    "These tasks ask other items, but as texts like those of the training do. What was trained in a form comes back in "
-    "that form first, so they say less about the ability than scores outside it, and “more than the teacher” here is "
-    "more of the form."
-)
-_USAGE = """from transformers import {automatic}, AutoTokenizer
+def base_license(model: str, *, hub_id: str | None, revision: str | None, folder: Path | None) -> License:
+    """The license of ``model`` that the card in ``folder`` states; else `other`, with the license file there.
 
-path = "{path}"  # a Hub id or a local folder
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = {automatic}.from_pretrained(path)
-inputs = tokenizer("The capital of France is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
+    ``folder`` None = the model itself where it is a local folder, else what the Hub's cache holds of ``hub_id``.
+    """
+    if model.startswith(DEMO_PREFIX):
+        return License(DEMO_LICENSES.get(model.removeprefix(DEMO_PREFIX)), source="the base model's card")
+    folder = folder or Path(model).expanduser()
+    if not folder.is_dir() and hub_id is not None:
+        cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    stated = _from_card(folder / "README.md")
+    file = license_file(folder)
+    if stated.identifier or file is None:
+        return stated
+    return License(
+        "other", "license-of-the-base-model", file.name, f"the file {file.name} that came with the base model"
+    )
+
+
+def license_file(folder: Path) -> Path | None:
+    """The file that holds the license's text in a checkpoint's folder."""
+    return next(filter(Path.is_file, sorted(folder.glob("LICENSE*"))), None)
+
+
+def _from_card(readme: Path) -> License:
+    if not readme.is_file():
+        return License()
+    try:
+        data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError):  # a card nobody can parse states nothing
+        return License()
+    identifier, name, link = (_single_text(data.get(field)) for field in ("license", "license_name", "license_link"))
+    return License(identifier, name, link, "the base model's card")
+
+
+def _single_text(value: Any) -> str | None:
+    """A field's text; cards also write a list of one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, str) and value else None

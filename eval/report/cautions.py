@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
@@ -16,10 +16,9 @@ from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
 from ..tasks.names import described_tasks, task_folders
-from .document import Caution, Cautions, Section
-from .findings import FEW_ITEMS, PAIRS, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
-from .sections import fair_gaps
-from .wording import kept_words, named_or_counted, score_words, task_names
+from .findings import FEW_ITEMS, PAIRS, SIGNAL_SIGMAS, Comparison, Row, is_share, protocol_gaps
+from .run import Run
+from .wording import named_or_counted, score_words, task_names
 
 HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""
@@ -39,9 +38,19 @@ RATES = {
 """Rate -> the defect in short and in full."""
 
 
-def cautions_section(run: Run, comparison: Comparison) -> Section:
-    """Everything that was found to speak against the numbers, the gravest first, or that nothing was."""
-    cautions = (
+class Caution(NamedTuple):
+    """One thing that a reader has to know before a number is believed."""
+
+    about: str
+    lead: str
+    """Sentence that stands alone."""
+    more: tuple[str, ...] = ()
+    """Sentences on where, how much and why."""
+
+
+def cautions(run: Run, comparison: Comparison) -> tuple[Caution, ...]:
+    """Everything that was found to speak against the numbers, the gravest first."""
+    return (
         *_settings(run, comparison),
         *_overlap(run),
         *_learnt_form(run, comparison.rows),
@@ -50,15 +59,6 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         *_written_text(comparison.rows),
         *_few_items(comparison.rows),
     )
-    title = "Read with care"
-    if cautions:
-        return Section(title, (Cautions(cautions),))
-    text = (
-        "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items, a form that was learnt, too few items, tasks at "
-        "chance, protocols that disagree, generated text without a readable answer."
-    )
-    return Section(title, ((text),))
 
 
 def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
@@ -68,13 +68,6 @@ def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
     if unpaired := comparison.formless:
         lead = "A twin of other items is compared by its score alone, not item by item."
         yield Caution("No form gap", lead, unpaired)
-    for role, evaluation in run.evaluations.items():
-        if run.plan and role in ("pruned", "distilled") and evaluation.num_layers != len(run.plan.keep):
-            yield Caution(
-                "Another plan",
-                f"The evaluation of {role} is of a model with {evaluation.num_layers} layers, but the plan keeps "
-                f"{len(run.plan.keep)}; it belongs to another plan. Run `shoal eval` again.",
-            )
     versions = {role: _made_with(evaluation.provenance) for role, evaluation in run.evaluations.items()}
     differing: dict[str, str] = {}
     for name in dict.fromkeys(key for made_with in versions.values() for key in made_with):
@@ -276,15 +269,12 @@ def _detectable(row: Row, before: str, after: str) -> str | None:
 def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
     told: list[str] = []
     for role in ("pruned", "distilled"):
-        widest: dict[str, tuple[Row, Row, float]] = {}
-        for likely, written, gap in fair_gaps(rows, role):
-            known = widest.get(likely.ability)
-            if abs(gap) >= WIDE_GAP and (known is None or abs(gap) > abs(known[2])):
-                widest[likely.ability] = likely, written, gap
-        for likely, written, gap in widest.values():
-            pair = (likely, written) if gap > 0 else (written, likely)
-            kept = [f"{kept_words(row.retained[role].value or 0.0)} {task_names([row])}" for row in pair]
-            told.append(f"The {role} model keeps {kept[0]}, but {kept[1]}.")
+        gaps = {found[0].ability: found for found in sorted(protocol_gaps(rows, role), key=lambda own: abs(own[2][0]))}
+        for likely, written, (gap, *_) in gaps.values():  # the widest of each ability
+            if abs(gap) >= WIDE_GAP:
+                pair = (likely, written) if gap > 0 else (written, likely)
+                kept = [f"{_kept_words(row.retained[role].value or 0.0)} {task_names([row])}" for row in pair]
+                told.append(f"The {role} model keeps {kept[0]}, but {kept[1]}.")
     if told:
         lead = "What is kept depends on how the model is asked: no number alone tells what it can do."
         yield Caution("Protocols disagree", lead, tuple(told))
@@ -298,6 +288,11 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
             f"{listed(one_way)}: scored by likelihood only.",
             ("A damaged model can still rank options well while it no longer writes a usable answer.",),
         )
+
+
+def _kept_words(value: float) -> str:
+    """A share kept inside a sentence: `47 % of`."""
+    return "more than all of" if value > 1 else f"{100 * value:.0f} % of".replace("-", "−")
 
 
 def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:

@@ -1,35 +1,24 @@
-"""What a run directory holds and what may be concluded from it: comparisons, flips, sentences for the headline.
+"""What may be concluded from a run's scores: every task with its paired differences, protocol gaps, rates, form gaps.
 
-Only numbers here; how they are worded in full and shown is sections.py.
+Only numbers here; how they are worded and shown is for wording.py, tables.py and the templates.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shoal.artifacts.artifact import Artifact, differences
-from shoal.artifacts.evaluation import (
-    LIKELIHOOD_PROTOCOLS,
-    MODEL,
-    ROLES,
-    Evaluation,
-    Interval,
-    ItemScore,
-    Speed,
-    TaskScore,
-)
-from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
-from shoal.artifacts.training import Training
+from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, Evaluation, Interval, ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.stats.intervals import Limits
 from shoal.stats.paired import (
+    SIGNIFICANT,
     PairedDifference,
     Retention,
+    form_gap,
+    form_gap_change,
     holm,
     is_binary,
     paired,
@@ -41,10 +30,8 @@ from shoal.stats.paired import (
 )
 
 from ..harness.rates import NAMES, rate, rate_difference
-from .forms import Form, form_of
+from .run import Run, read_run
 
-OF_THE_STUDENT = ("student", "prune.", "control.")
-"""Beginnings of inputs of a training in which a control differs from the student's."""
 PAIRS = (
     ("teacher", "pruned"),
     ("pruned", "distilled"),
@@ -57,33 +44,35 @@ SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
 """Number of items below which the report says that intervals are wide."""
-
-A = TypeVar("A", bound=Artifact)
+SCORE_COLUMNS = (
+    *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
+    *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
+    *("family", "level", *NAMES, "column", "form_gap", "form_gap_low", "form_gap_high"),
+)
+"""Values of score_rows."""
 K = TypeVar("K")
 Key = tuple[str, str, str]
 """Task, protocol and metric of a score."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything a run directory holds; None or absent = that stage has not run."""
+class Form:
+    """The form gap of every role on one twin: its score in the trained form minus that of the twin."""
 
-    folder: Path
-    recipe: dict[str, Any] | None
-    stages: dict[str, Any]
-    importance: Importance | None
-    plan: PruningPlan | None
-    training: Training | None
-    evaluations: dict[str, Evaluation]
-    speed: Speed | None
-    numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
+    gaps: dict[str, PairedDifference]
+    growth: dict[str, Interval]
+    """Role -> its gap minus the teacher's."""
+    higher_is_better: bool
+    adjusted_p: dict[str, float] = field(default_factory=dict)
+    """p-values of the gaps after Holm's correction over all twins."""
 
-    @property
-    def model(self) -> str:
-        """Name of the model in the recipe, else `the model`."""
-        name = (self.recipe or {}).get("model")
-        return name if isinstance(name, str) else "the model"
+    def is_learnt(self, role: str) -> bool:
+        """Whether the gap of ``role`` is significant, in favour of the trained form, and larger than the teacher's."""
+        if role not in self.growth or self.adjusted_p[role] >= SIGNIFICANT:
+            return False
+        sign = 1 if self.higher_is_better else -1
+        growth = self.growth[role]
+        return sign * self.gaps[role].difference > 0 and min(sign * growth.ci_low, sign * growth.ci_high) > 0
 
 
 @dataclass(frozen=True)
@@ -154,45 +143,6 @@ class Comparison:
     """Reasons why a twin has no form gap."""
 
 
-def read_run(folder: Path) -> Run:
-    """The artifacts of a run directory, whichever exist.
-
-    Raises:
-        UserError: no such folder, nothing of a run in it, an artifact that cannot be read, or artifacts of another run
-            among them.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
-    evaluations = {
-        role: evaluation
-        for role in (*ROLES, MODEL)
-        if (evaluation := read_result(Evaluation, folder / "eval" / f"{role}.json")) is not None
-    }
-    run_file = _read_json(folder / "run.json")
-    run = Run(
-        folder=folder,
-        recipe=run_file.get("recipe"),
-        stages=run_file.get("stages") or {},
-        importance=read_result(Importance, folder / Importance.FILE),
-        plan=read_result(PruningPlan, folder / PruningPlan.FILE),
-        training=read_result(Training, folder / Training.FILE),
-        evaluations=evaluations,
-        speed=read_result(Speed, folder / Speed.FILE),
-        numerics=run_file.get("numerics") or {},
-    )
-    parts = (run.importance, run.plan, run.training, run.speed)
-    if all(part is None for part in parts) and not evaluations:
-        raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
-    _refuse_mixed_runs(run)
-    _refuse_control_of_other_training(run)
-    return run
-
-
-def read_result(kind: type[A], path: Path) -> A | None:
-    """The artifact at ``path``; None where it was not made. Raises as its ``read`` does."""
-    return kind.read(path) if path.is_file() else None
-
-
 def compare(run: Run) -> Comparison:
     """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
     refused: list[str] = []
@@ -230,6 +180,32 @@ def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
     return replace(run, evaluations={role: evaluation for role, evaluation in evaluations.items() if evaluation.tasks})
 
 
+def score_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Every score of a run that may stand in one table, with its 95 % interval and the share of the teacher's it keeps.
+
+    A twin's row has its form gap: the score of the same items in the form that training text may have, minus its own.
+
+    Raises:
+        UserError: there is nothing in the run directory, or it cannot be read.
+    """
+    rows = []
+    for row in compare(read_run(run_dir)).rows:
+        for role, score in row.scores.items():
+            kept = row.retained.get(role)
+            share = (kept.value, kept.ci_low, kept.ci_high) if kept else (None, None, None)
+            gap = row.form.gaps.get(role) if row.form else None
+            form = (gap.difference, gap.ci_low, gap.ci_high) if gap else (None, None, None)
+            rows.append(
+                (
+                    *(role, score.task, score.ability, score.protocol, score.metric),
+                    *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
+                    *(*share, score.higher_is_better, score.num_fewshot, score.version),
+                    *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form),
+                )
+            )
+    return [dict(zip(SCORE_COLUMNS, cells, strict=True)) for cells in rows]
+
+
 def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, ItemScore]], ...]:
     """Items won and items lost from ``before`` to ``after``; empty for scores that are not right or wrong."""
     if not (is_binary(before) and is_binary(after)):
@@ -239,30 +215,41 @@ def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, 
     return [p for p in pairs if p[0].score < p[1].score], [p for p in pairs if p[0].score > p[1].score]
 
 
-def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, float]]:
-    """(likelihood row, generation row, gap in retention) for each ability ``role`` was asked about in both ways."""
+def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, Limits]]:
+    """(likelihood row, generation row, retention of ``role`` by likelihood minus that in generation) by ability.
+
+    Only between tasks that ask the same: on the same items where an ability has such a pair, else at the same level of
+    the same family.
+    """
     usable = [
         row
         for row in rows
         if row.has_signal and (kept := row.retained.get(role)) is not None and kept.value is not None
     ]
-    gaps = []
-    for likely in (row for row in usable if row.key[1] in LIKELIHOOD_PROTOCOLS):
-        for written in (row for row in usable if row.key[1] == "generation" and row.ability == likely.ability):
-            by_likelihood, in_writing = likely.retained[role].value, written.retained[role].value
-            assert by_likelihood is not None
-            assert in_writing is not None
-            gaps.append((likely, written, by_likelihood - in_writing))
-    return gaps
+    pairs = [
+        (likely, written)
+        for likely in usable
+        for written in usable
+        if likely.key[1] in LIKELIHOOD_PROTOCOLS and written.key[1] == "generation"
+        if likely.ability == written.ability
+    ]
+    shared = {likely.ability for likely, written in pairs if shares_items(likely, written)}
+    fair = [
+        (likely, written)
+        for likely, written in pairs
+        if (shares_items(likely, written) if likely.ability in shared else _dial(likely) == _dial(written))
+    ]
+    gaps = [(*pair, retention_gap(*((row.scores["teacher"], row.scores[role]) for row in pair))) for pair in fair]
+    return [(likely, written, gap) for likely, written, gap in gaps if gap is not None]
 
 
-def gap_limits(likely: Row, written: Row, role: str) -> tuple[float, float] | None:
-    """The 95 % interval of a protocol gap: what ``role`` keeps by likelihood minus what it keeps in writing.
+def shares_items(first: Row, other: Row) -> bool:
+    """Whether two tasks ask the same items."""
+    return {item.id for item in first.any_score.items} == {item.id for item in other.any_score.items}
 
-    None where either of the two has no retention.
-    """
-    gap = retention_gap(*((row.scores["teacher"], row.scores[role]) for row in (likely, written)))
-    return gap and gap[1:]
+
+def _dial(row: Row) -> tuple[str | None, float | None]:
+    return row.any_score.family, row.any_score.level
 
 
 def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
@@ -293,71 +280,6 @@ def is_share(score: TaskScore) -> bool:
     return score.higher_is_better and score.ci_low >= 0 and score.ci_high <= 1
 
 
-def _refuse_mixed_runs(run: Run) -> None:
-    """Refuse results of different models in one folder, as copying files or pruning again leaves them.
-
-    Which settings they were scored with is compared task by task: scoring one role anew is no other run.
-    """
-    for role, evaluation in run.evaluations.items():
-        if evaluation.role != role:
-            raise UserError(
-                f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
-                "move it back to its own name, or run `shoal eval` again"
-            )
-    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
-    parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
-    for subject, entries in _identities(run, parts).items():
-        (first, _, expected), *others = entries or [("", "", None)]
-        for file, field, value in others:
-            if value != expected:
-                verb = next((verb for kind, verb in verbs.items() if file.endswith(kind.FILE)), "eval")
-                raise UserError(
-                    f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {subject} "
-                    f"of another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
-                )
-
-
-def _refuse_control_of_other_training(run: Run) -> None:
-    """Refuse a control that was trained on other text or with other settings than the distilled model beside it."""
-    control = read_result(Training, run.folder / "control" / Training.FILE)
-    if control is None or run.training is None or "control" not in run.evaluations:
-        return
-    own, others = run.training.provenance.inputs, control.provenance.inputs
-    both = {key for key in own.keys() & others.keys() if not key.startswith(OF_THE_STUDENT)}
-    if unlike := differences({key: own[key] for key in both}, {key: others[key] for key in both}):
-        raise UserError(
-            f"{run.folder / 'control' / Training.FILE}: the control was not trained as the distilled model was: "
-            f"{'; '.join(unlike)}. Run `shoal distill` and `shoal eval` with eval.control: true, or delete "
-            f"{run.folder / 'eval' / 'control.json'}"
-        )
-
-
-def _identities(
-    run: Run, parts: Sequence[Importance | PruningPlan | Training]
-) -> dict[str, list[tuple[str, str, Any]]]:
-    """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
-    subjects = {"pruned": "the student", "distilled": "the distilled model"}
-    subjects = {role: subjects.get(role, f"the {role}") for role in ROLES}
-    entries: dict[str, list[tuple[str, str, Any]]] = {subject: [] for subject in subjects.values()}
-    for part in parts:
-        entries["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
-    if run.training:
-        entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
-    for role, subject in subjects.items():
-        if evaluation := run.evaluations.get(role):
-            entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
-        if run.speed and role in run.speed.roles:
-            entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
-    told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
-    if run.plan and run.importance:
-        counts = ((part.FILE, "num_layers", part.num_layers) for part in (run.plan, run.importance))
-        told["the number of layers"] = [*counts]
-    if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
-        dropped = list(run.training.provenance.inputs["prune.drop"])
-        told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
-    return told
-
-
 def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
     teacher = scores.get("teacher")
     return Row(
@@ -377,7 +299,7 @@ def _with_forms(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     for row in rows:
         if own := by_task.get(row.any_score.twin_of):
             try:
-                forms[row.key] = form_of(own.scores, row.scores)
+                forms[row.key] = _form_of(own.scores, row.scores)
             except UserError as error:
                 formless.append(str(error))
     adjusted = _adjusted([form.gaps for form in forms.values()])
@@ -403,11 +325,20 @@ def _adjusted(tasks: Sequence[dict[K, PairedDifference]]) -> list[dict[K, float]
     return adjusted
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
-    return body if isinstance(body, dict) else {}
+def _form_of(own: Mapping[str, TaskScore], twin: Mapping[str, TaskScore]) -> Form:
+    """The form gaps between a task (role -> score) and its twin, without corrected p-values.
+
+    Raises:
+        UserError: the two are not asked alike, or their items are others.
+    """
+    pairs = {role: (own[role], score) for role, score in twin.items() if role in own}
+    before = pairs.get("teacher")
+    return Form(
+        gaps={role: form_gap(*pair) for role, pair in pairs.items()},
+        growth={
+            role: Interval(*form_gap_change(before, pair))
+            for role, pair in pairs.items()
+            if before is not None and role != "teacher"
+        },
+        higher_is_better=next(iter(twin.values())).higher_is_better,
+    )

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from shoal.artifacts.evaluation import ROLES, SpeedScore
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 
 from ..tasks.names import described_tasks, task_folders
-from .document import Board, BoardLine
-from .findings import Comparison, Row, Run, is_share
-from .speed import speed_ratio
+from .costs import speed_ratio
+from .findings import Comparison, Row, is_share
+from .page import headings
+from .run import Run
 from .wording import (
     MAX_NAMES,
     by_column,
     change_text,
     column_words,
-    gap_text,
+    difference_text,
     glance_text,
     glance_unit,
     identifier_text,
@@ -35,6 +37,40 @@ CHANGES = {
 """(before, after) -> name of the change between them. Where there is a control, what is missing is what it has."""
 PROTOCOLS_DIFFER = 0.1
 """Difference in retention from which two ways of asking are both shown at the top."""
+
+
+@dataclass(frozen=True)
+class BoardLine:
+    """One way of asking for one ability."""
+
+    task: str
+    unit: str
+    """Unit of the scores; empty = percent."""
+    identifier: str
+    scores: tuple[str, ...]
+    """Score with its interval, one per role of the board."""
+    changes: tuple[str, ...]
+    """Change with its interval, one per pair of roles."""
+    places: tuple[tuple[str, float, float, float], ...] = ()
+    """Role, score and ends of the 95 % interval, from 0 to 1; () = the score is no share."""
+    chance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Board:
+    """What was lost and what came back, in numbers: a line per ability and way of asking."""
+
+    caption: str
+    roles: tuple[str, ...]
+    changes: tuple[str, ...]
+    """Name of each change: `lost by the cut`."""
+    lines: tuple[BoardLine, ...]
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over runs of lines, as those of a table."""
+
+    @property
+    def headings(self) -> dict[int, str]:
+        return headings(self.groups)
 
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
@@ -230,12 +266,12 @@ def _learnt_by_control(rows: Sequence[Row]) -> str:
 def _form_gaps(rows: Sequence[Row]) -> str:
     """Where the distilled model does better in the trained form than in its twin, and the teacher does not."""
     twins = [row for row in rows if row.has_signal and row.form and "distilled" in row.form.growth]
-    told = [
-        f"{task_names([row])} {gap_text(row.form.gaps['distilled'], row.any_score)}, of the teacher "
-        f"{gap_text(row.form.gaps['teacher'], row.any_score)}"
-        for row in twins
-        if row.form and row.form.is_learnt("distilled")
-    ]
+    told = []
+    for row in twins:
+        if row.form and row.form.is_learnt("distilled"):
+            roles = (row.form.gaps[role] for role in ("distilled", "teacher"))
+            own, teachers = (difference_text(gap, row.any_score, glance=True) for gap in roles)
+            told.append(f"{task_names([row])} {own}, of the teacher {teachers}")
     if not told:
         return "No form gap is clearly larger than the teacher's." if twins else ""
     more = f"; and {len(told) - MAX_NAMES} more" if len(told) > MAX_NAMES else ""

@@ -6,36 +6,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Evaluation
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure
 from shoal.figures.layers import depth_figure, importance_figure
 from shoal.figures.scores import MAX_TASKS, Ladder, before_after_figure, ladders, level_figure
 from shoal.figures.training import loss_series, training_figure
+from shoal.formatting import listed
+from shoal.stats.paired import SIGNIFICANT
 
-from .cautions import cautions_section
-from .details import (
-    costs_section,
-    cut_section,
-    settings_section,
-    terms_section,
-    training_section,
-)
-from .document import Document, Picture, Section, picture, to_markdown
-from .findings import Comparison, Run, compare, read_run, with_comparable_scores
-from .flips import flips_section
+from .cautions import cautions, disjointness
+from .costs import costs_table, importance_table, size_table, sources_table, speed_table
+from .findings import SIGNAL_SIGMAS, Comparison, compare, with_comparable_scores
 from .headline import board, facts, headline
-from .page import to_html
-from .sections import (
-    form_section,
-    level_section,
-    no_signal_section,
-    protocol_section,
-    scores_section,
+from .page import Picture, picture, render
+from .run import Run, read_run
+from .tables import (
+    difference_tables,
+    flips,
+    form_table,
+    gap_table,
+    identifier_table,
+    level_tables,
+    reach,
+    score_table,
+    silent_table,
+    written_table,
 )
-from .speed import speed_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 FIGURES_DIR = "figures"
 FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "training"}
+TESTS = {"mcnemar-exact": "the exact McNemar test for right-or-wrong items", "paired-bootstrap": "a paired bootstrap"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -55,43 +56,66 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     comparison = compare(run)
-    pictures = draw_figures(with_comparable_scores(run, comparison))
-    document = build_document(run, comparison, pictures)
-    write_text(run_dir / "report.md", to_markdown(document))
+    told = contents(run, comparison, draw_figures(with_comparable_scores(run, comparison)))
+    write_text(run_dir / "report.md", render("report", "md", **told))
     path = run_dir / "report.html"
-    write_text(path, to_html(document))
+    write_text(path, render("report", "html", **told))
     return path
 
 
-def build_document(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) -> Document:
-    """All sections that the run's results allow; what is absent is said to be absent."""
+def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    """What the template of the report tells; what is absent is said there to be absent."""
+    rows, comparable = comparison.rows, with_comparable_scores(run, comparison)
+    families = ladders(list(comparable.evaluations.values()))
+    tests = {row.differences[pair].test for row in rows for pair in row.differences}
+    return {
+        "run": run,
+        "pictures": pictures,
+        "headline": headline(run, comparison),
+        "board": board(run, comparison),
+        "facts": facts(run),
+        "cautions": cautions(run, comparison),
+        "forms": form_table(comparison),
+        "scores": score_table(run, rows),
+        "differences": difference_tables(rows),
+        "tests": listed(TESTS[test] for test in sorted(tests)),
+        "significant": f"{SIGNIFICANT:g}",
+        "above": any(row.verdict("teacher", "distilled") == "better" for row in rows),
+        "levels": level_tables(families),
+        "reach": [reach(own) for own in families if next(iter(own.scores.values()))[0].higher_is_better],
+        "silent": silent_table(comparison),
+        "sigmas": f"{SIGNAL_SIGMAS:.0f}",
+        "gaps": gap_table(rows),
+        "written": written_table(rows),
+        "importance": run.importance and importance_table(run.importance, run.plan.drop if run.plan else ()),
+        "sources": run.training and sources_table(run.training),
+        "apart": disjointness(run),
+        "flips": flips(comparison),
+        "size": size_table(run),
+        "speed": run.speed and speed_table(run.speed),
+        "costs": costs_table(run),
+        "precision": _precision(run.numerics),
+        "identifiers": identifier_table(run),
+        "made": {name: _made(artifact.provenance) for name, artifact in run.results.items()},
+    }
 
-    def drawn(*names: str) -> list[Picture]:
-        return [pictures[name] for name in names if name in pictures]
 
-    folded = [replace(figure, folded=True) for figure in drawn("runs", "atlas")]
-    sections: list[Section | None] = [
-        cautions_section(run, comparison),
-        form_section(comparison),
-        scores_section(run, comparison, pictures.get("before_after")),
-        level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
-        no_signal_section(comparison),
-        protocol_section(run, comparison),
-        cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
-        training_section(run, drawn("training")),
-        flips_section(comparison),
-        speed_section(run),
-        costs_section(run),
-        terms_section(),
-        settings_section(run),
-    ]
-    return Document(
-        title=f"{run.model}: what a shallower model keeps",
-        headline=headline(run, comparison),
-        sections=tuple(section for section in sections if section is not None),
-        board=board(run, comparison),
-        facts=facts(run),
-    )
+def _made(provenance: Provenance) -> dict[str, Any]:
+    return {"made": provenance.created, "fingerprint": provenance.fingerprint, **provenance.environment}
+
+
+def _precision(numerics: Mapping[str, Any]) -> str:
+    """In which precision the run was made and why, and whether its sizes followed; empty where it is not recorded."""
+    if not numerics:
+        return ""
+    scored, trained = numerics.get("dtype"), numerics.get("precision")
+    told = [f"models are measured and evaluated in {scored}"] if scored else []
+    if trained:
+        told.append(f"training computes {'as DeepSpeed is configured' if trained == 'auto' else f'in {trained}'}")
+    device = f", on {numerics['device']}" if numerics.get("device") else ""
+    reasons = [str(numerics.get(key) or "").strip().rstrip(".") for key in ("reason", "size_reason")]
+    why, sizes = (": " + reasons[0] if reasons[0] else ""), (f" Sizes: {reasons[1]}." if reasons[1] else "")
+    return f"Numeric precision: {listed(told)}{device}{why}.{sizes}"
 
 
 def draw_figures(run: Run) -> dict[str, Picture]:

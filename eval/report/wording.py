@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifacts.evaluation import Interval, TaskScore
-from shoal.formatting import interval_text, listed, signed
+from shoal.formatting import interval_text, listed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import COLUMNS, PROTOCOLS, task_words
 
 from .findings import Row, is_share, measured_in_nats
+from .page import DASH
 
-DASH = "–"
 LARGEST_NATS = 50
 """Nats above which a perplexity is too long a number to be read."""
 MAX_NAMES = 8
@@ -55,19 +55,24 @@ def change_text(row: Row, before: str, after: str) -> str:
     if change is None:
         return DASH
     sign = {"better": "▲ ", "worse": "▼ "}.get(row.verdict(before, after) or "")
-    told = gap_text(change, row.any_score)
+    told = difference_text(change, row.any_score, glance=True)
     return f"{sign}{told}" if sign else f"no clear change {told[told.index('[') :]}"
 
 
-def gap_text(change: PairedDifference | Interval | None, score: TaskScore) -> str:
-    """`+42 points [+30, +53]`: a difference of scores in few digits."""
+def difference_text(change: PairedDifference | Interval | None, score: TaskScore, *, glance: bool = False) -> str:
+    """`+41.0 points [+33.9, +47.6]`, or the plain unit of the metric where it is no share; fewer digits at a glance."""
     if change is None:
         return DASH
-    difference = change.value if isinstance(change, Interval) else change.difference
-    scale, digits, unit = (100, 0, " points") if is_share(score) else (1, 2, "")
-    unit = " nats" if measured_in_nats(score) else unit
-    value, low, high = (signed(scale * end, digits) for end in (difference, change.ci_low, change.ci_high))
-    return f"{value}{unit} [{low}, {high}]"
+    value = change.value if isinstance(change, Interval) else change.difference
+    limits = (value, change.ci_low, change.ci_high)
+    if is_share(score):
+        return points_text(limits, 0 if glance else 1)
+    return interval_text(limits, "+.2f" if glance else "+.3f", " nats" if glance and measured_in_nats(score) else "")
+
+
+def points_text(limits: Iterable[float], digits: int = 1) -> str:
+    """`+4.0 points [−1.0, +9.0]`: a difference of shares with the ends of its interval."""
+    return interval_text(limits, f"+.{digits}f", " points", scale=100)
 
 
 def unit_text(score: TaskScore) -> str:
@@ -91,14 +96,6 @@ def _as_perplexity(score: TaskScore) -> bool:
     return score.protocol == "rolling" and measured_in_nats(score) and score.ci_high < LARGEST_NATS
 
 
-def difference_text(difference: PairedDifference | None, score: TaskScore) -> str:
-    """`+41.0 points [+33.9, +47.6]`; the plain unit of the metric where it is no share."""
-    if difference is None:
-        return DASH
-    values = (difference.difference, difference.ci_low, difference.ci_high)
-    return interval_text(values, "+.1f", " points", scale=100) if is_share(score) else interval_text(values, "+.3f")
-
-
 def retention_text(kept: Retention | Interval | None) -> str:
     """Retention with its interval, or why there is none; what is more than the teacher has is no share of it."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
@@ -108,11 +105,6 @@ def retention_text(kept: Retention | Interval | None) -> str:
             "more than the teacher" if kept.ci_low > 1 else f"100 % [{100 * kept.ci_low:.0f}, more]".replace("-", "−")
         )
     return interval_text((kept.value, kept.ci_low, kept.ci_high), ".0f", " %", scale=100)
-
-
-def kept_words(value: float) -> str:
-    """A share kept inside a sentence: `47 % of`."""
-    return "more than all of" if value > 1 else f"{100 * value:.0f} % of".replace("-", "−")
 
 
 def chance_text(score: TaskScore) -> str:

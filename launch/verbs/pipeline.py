@@ -46,7 +46,7 @@ def track(run: Run) -> None:
     from shoal.tracking.wandb_run import log_results
 
     def score_rows(folder: Path) -> list[dict[str, Any]]:
-        from shoal.eval.report.score_rows import score_rows
+        from shoal.eval.report.findings import score_rows
 
         return score_rows(folder)
 

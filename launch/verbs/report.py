@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def require_results(run: Run) -> None:
     """Refuse to report what is not there, before the lock and run.json would make a run directory of it."""
-    from shoal.eval.report.findings import read_run
+    from shoal.eval.report.run import read_run
 
     read_run(run.dir)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.eval.report.document import to_markdown
-from shoal.eval.report.findings import compare, read_run
-from shoal.eval.report.report import build_document
+from shoal.eval.report.findings import compare
+from shoal.eval.report.page import render
+from shoal.eval.report.report import contents
+from shoal.eval.report.run import read_run
 
 
 def told(folder: Path) -> str:
     """report.md of the folder, without drawing its figures."""
     run = read_run(folder)
-    return to_markdown(build_document(run, compare(run), {}))
+    return render("report", "md", **contents(run, compare(run), {}))

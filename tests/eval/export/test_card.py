@@ -1,7 +1,4 @@
-"""The model card parses where it will be read, says what was done, and gives no machine's secrets or paths away.
-
-Covers: shoal.eval.export.license.
-"""
+"""The model card parses where it will be read, says what was done, and gives no machine's secrets or paths away."""
 
 from __future__ import annotations
 

@@ -17,8 +17,11 @@ from results import (
 )
 from told_report import told
 
-from shoal.eval.report.cautions import cautions_section
-from shoal.eval.report.findings import Comparison, Run, compare, read_run
+from shoal.eval.report.cautions import cautions
+from shoal.eval.report.findings import Comparison, compare
+from shoal.eval.report.page import render
+from shoal.eval.report.report import contents
+from shoal.eval.report.run import Run, read_run
 
 
 def test_scores_of_other_settings_are_left_out_by_name(tmp_path: Path) -> None:
@@ -84,8 +87,9 @@ def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page,
     section = report[1].split("## Read with care")[1].split("\n## ")[0]
     told = "The intact teacher is not 3 standard errors above chance on reasoning (generated)."
     assert f"**At chance from the start.** {told}" in section
-    nothing = cautions_section(*nothing_to_say())
-    assert "Nothing was found" in str(nothing)
+    run, comparison = nothing_to_say()
+    assert cautions(run, comparison) == ()
+    assert "Nothing was found" in render("report", "md", **contents(run, comparison, {}))
 
 
 def nothing_to_say() -> tuple[Run, Comparison]:
@@ -116,7 +120,7 @@ def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
     pruned = (said_well, run.evaluations["pruned"].tasks[1])
     run = replace(run, evaluations={**run.evaluations, "pruned": evaluation("pruned", pruned)})
     said = "The pruned model keeps 100 % of retrieval (option text), but"
-    assert said in str(cautions_section(run, compare(run)))
+    assert said in str(cautions(run, compare(run)))
 
 
 @pytest.mark.slow

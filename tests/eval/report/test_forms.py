@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 from results import FORMED_ROLES, formed, write_formed
+from told_report import told
 
-from shoal.eval.report.document import to_markdown
-from shoal.eval.report.findings import compare, read_run
+from shoal.eval.report.findings import compare
 from shoal.eval.report.headline import headline
-from shoal.eval.report.report import build_document
+from shoal.eval.report.run import read_run
 
 LOOK_UPS = ("retrieval_generation", "retrieval_twin_generation")
-
-
-def told(folder: Path) -> str:
-    """report.md of the folder, without drawing its figures."""
-    run = read_run(folder)
-    return to_markdown(build_document(run, compare(run), {}))
 
 
 def sentences(folder: Path) -> dict[str, str]:

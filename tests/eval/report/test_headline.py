@@ -13,9 +13,10 @@ from told_report import told
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.artifacts.plan import PlannedChange
 from shoal.eval.harness.samples import with_interval
-from shoal.eval.report.findings import compare, read_run
+from shoal.eval.report.findings import compare
 from shoal.eval.report.headline import facts, headline
 from shoal.eval.report.report import write_report
+from shoal.eval.report.run import read_run
 
 
 def test_headline_claims_only_what_the_tests_show(report: tuple[Page, str, Path]) -> None:

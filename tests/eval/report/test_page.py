@@ -1,4 +1,7 @@
-"""The page stands by itself, lets nothing in, and can be read by everybody."""
+"""The page stands by itself, lets nothing in, and can be read by everybody; what Markdown escapes, how numbers read.
+
+Covers: shoal.formatting.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,12 @@ from results import (
 )
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
-from shoal.eval.report.document import (
-    Document,
-    Section,
-    Table,
-)
-from shoal.eval.report.findings import compare, read_run
-from shoal.eval.report.page import to_html
+from shoal.eval.report.findings import compare
+from shoal.eval.report.page import Table, environment, inline, prose, with_interval
 from shoal.eval.report.report import write_report
+from shoal.eval.report.run import read_run
+from shoal.formatting import layers_text, signed
+from shoal.redaction import redacted
 from shoal.stats.paired import paired
 
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
@@ -161,9 +162,61 @@ def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
         assert "<img" not in outside
 
 
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a|b", r"a\|b"),
+        ("two\nlines", "two ⏎ lines"),
+        ("<b> & [x](y)", r"&lt;b&gt; &amp; \[x\](y)"),
+        ("task_name *bold* _it_", r"task_name \*bold\* \_it\_"),
+        ("https://x.y", "https:&#47;/x.y"),
+    ],
+)
+def test_markdown_escapes_what_could_be_markup(text: str, escaped: str) -> None:
+    assert inline(text) == escaped
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("run `shoal eval` again", "run `shoal eval` again"),
+        ("`eval/*.json` holds *it*", r"\`eval/\*.json\` holds \*it\*"),
+        ("`<b>` and `a` <i>", r"\`&lt;b&gt;\` and `a` &lt;i&gt;"),
+        ("a stray ` and `code`", r"a stray \` and `code`"),
+    ],
+)
+def test_markdown_keeps_commands_as_code_and_nothing_else(text: str, escaped: str) -> None:
+    assert prose(text) == escaped
+
+
+def test_markdown_blocks_cannot_be_broken_out_of() -> None:
+    write = environment("md").get_template("md.jinja").module
+    assert "`````yaml\n" in write.code("s", "a\n````\nb")  # pyright: ignore
+    lines = write.table(Table("c", ("a", "b"), (("1|2", "3"),))).rstrip().split("\n")  # pyright: ignore
+    assert lines[-1] == r"| 1\|2 | 3 |"
+    assert lines[-2] == "|:--|--:|"
+
+
 def test_a_cell_of_the_page_has_its_figure_on_a_line_of_its_own() -> None:
-    blocks = Table("c", ("a", "b"), (("x", "60.0 % [50.2, 69.1], kept 61 %, +1.5 (p < 0.001)"), ("y", "30 (as <b>)")))
-    page = to_html(Document("t", ("h",), (Section("s", (blocks,)),)))
-    first = ["[50.2, 69.1]", "kept 61 %", "+1.5 (p &lt; 0.001)"]
-    assert '<td data-column="b">60.0 % ' + " ".join(f'<span class="ci">{part}</span>' for part in first) in page
-    assert '>30 <span class="ci">(as &lt;b&gt;)</span></td>' in page
+    parts = ["[50.2, 69.1]", "kept 61 %", "+1.5 (p &lt; 0.001)"]
+    told = "60.0 % " + " ".join(f'<span class="ci">{part}</span>' for part in parts)
+    assert with_interval("60.0 % [50.2, 69.1], kept 61 %, +1.5 (p < 0.001)") == told
+    assert with_interval("30 (as <b>)") == '30 <span class="ci">(as &lt;b&gt;)</span>'
+
+
+def test_wording_of_numbers_and_layers() -> None:
+    assert layers_text((3, 13, 14, 20, 21, 22)) == "3, 13, 14, 20 to 22"
+    assert [signed(value, 1) for value in (0.04, -0.04, 1.26, -1.26)] == ["0.0", "0.0", "+1.3", "−1.3"]
+    assert redacted({"num_tokens": 5, "API_KEY": "x", "a": [{"password": "y"}], "url": "https://u:p@h/"}) == {
+        "num_tokens": 5,
+        "API_KEY": "(hidden)",
+        "a": [{"password": "(hidden)"}],
+        "url": "https://(hidden)@h/",
+    }
+    kept = {"data": "s3://bucket/part@3", "keys": "a", "mail": "me@host"}
+    assert redacted({"aws_secret_access_key": "x", "api-key": "y", "git": "https://just-a-token@h/x", **kept}) == {
+        "aws_secret_access_key": "(hidden)",
+        "api-key": "(hidden)",
+        "git": "https://(hidden)@h/x",
+        **kept,
+    }

@@ -1,17 +1,19 @@
-"""The report's section on speed and size: what was measured, and beside it what is to be expected."""
+"""What models cost: size, speed, and what the run took; and what training read and layers were worth, by table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from shoal.artifacts.artifact import Json
 from shoal.artifacts.evaluation import ROLES, BatchSpeed, Speed, SpeedScore
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.training import Training
 from shoal.formatting import bytes_text, count_text, duration_text
 
-from .document import Block, Section, Table
-from .findings import Run
-from .wording import DASH
+from .page import DASH, Table
+from .run import Run
 
 SIZES = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Cache per token", "Evaluated in")
 AGAINST = "Against the teacher"
@@ -43,19 +45,11 @@ def speed_ratio(own: BatchSpeed | SpeedScore, teacher: BatchSpeed | SpeedScore, 
     return SpeedRatio(getattr(own, field) / getattr(teacher, field), limits)
 
 
-def speed_section(run: Run) -> Section:
-    """Parameters, bytes, cache, memory and speeds of every role."""
-    blocks: list[Block] = []
+def size_table(run: Run) -> Table:
+    """Parameters, bytes and cache of every role."""
     scores = run.speed.roles if run.speed else {}
-    if rows := [_size_row(run, role, scores.get(role)) for role in ROLES if role in run.evaluations or role in scores]:
-        blocks.append(Table("Size", SIZES, tuple(rows)))
-    if run.speed is None:
-        blocks.append("Speed was not measured in this run (`eval.speed` in the recipe).")
-        return Section("Speed and size", tuple(blocks))
-    blocks += [_speed_table(run.speed), *_explanations(run.speed)]
-    if run.speed.left_out:
-        blocks.append(tuple(f"{reason[0].upper()}{reason[1:]}." for reason in run.speed.left_out))
-    return Section("Speed and size", tuple(blocks))
+    rows = [_size_row(run, role, scores.get(role)) for role in ROLES if role in run.evaluations or role in scores]
+    return Table("Size", SIZES, tuple(rows))
 
 
 def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
@@ -79,7 +73,8 @@ def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
     )
 
 
-def _speed_table(speed: Speed) -> Table:
+def speed_table(speed: Speed) -> Table:
+    """Speeds and memory of every role at every batch size."""
     rows = []
     kinds: tuple[Kind, ...] = ("prefill", "decode")
     for role, score in speed.roles.items():
@@ -102,23 +97,6 @@ def _speed_table(speed: Speed) -> Table:
     return Table(caption, SPEEDS, tuple(rows))
 
 
-def _explanations(speed: Speed) -> list[Block]:
-    machine = speed.provenance.environment
-    where = ", ".join(f"{key.replace('_', ' ')} {machine[key]}" for key in ("device", "cpu_threads") if key in machine)
-    blocks: list[Block] = [
-        (
-            "The models were timed in turns in one process, so that a busy moment of the machine hits all of them. "
-            f"Machine: {where or 'not recorded'}."
-        )
-    ]
-    if any(batch.peak_memory_bytes is not None for score in speed.roles.values() for batch in score.batches):
-        blocks.append(
-            "Peak memory is what one model's weights, cache and intermediate tensors take at the fullest moment, "
-            "as torch's allocator counts it: without Python, libraries and what they set aside for themselves."
-        )
-    return blocks
-
-
 def _teacher_at(speed: Speed, batch_size: int) -> BatchSpeed | None:
     teacher = speed.roles.get("teacher")
     batches = teacher.batches if teacher else ()
@@ -135,3 +113,46 @@ def _with_range(value: float, samples: Sequence[float]) -> str:
 
 def _seconds_text(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def costs_table(run: Run) -> Table:
+    """What the run took: time, tokens and memory of every stage that recorded them."""
+    rows = []
+    if training := run.training:
+        cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
+        rows.append(("Distilling", *cells))
+    for role, scored in run.evaluations.items():
+        kept = (
+            f"; {scored.num_kept:,} of {scored.num_requests:,} answers were kept from before" if scored.num_kept else ""
+        )
+        rows.append((f"Scoring {role}", duration_text(scored.seconds) + kept, DASH, DASH))
+    caption = f"What the run took; {DASH} = not recorded"
+    return Table(caption, ("Stage", "Time", "Tokens read", "Peak memory"), tuple(rows))
+
+
+def sources_table(training: Training) -> Table:
+    """Counts of the training text by source."""
+    sources: Any = training.data.get("sources") or {}
+    fields = list(dict.fromkeys(field for counts in sources.values() for field in counts))
+    rows = tuple((name, *(_count(counts.get(field)) for field in fields)) for name, counts in sources.items())
+    return Table("Training text by source", ("Source", *(field.replace("_", " ") for field in fields)), rows)
+
+
+def importance_table(importance: Importance, drop: Collection[int]) -> Table:
+    """What every layer is worth by every metric, and whether it was cut."""
+    metrics = importance.layers
+    rows = tuple(
+        (str(layer), *(f"{scores[layer]:.4f}" for scores in metrics.values()), "cut" if layer in drop else "kept")
+        for layer in range(importance.num_layers)
+    )
+    caption = f"Importance of every layer over {importance.num_tokens:,} tokens"
+    columns = ("Layer", *(metric.replace("_", " ") for metric in metrics), "Plan")
+    return Table(caption, columns, rows, frozenset({0, len(metrics) + 1}), folded=True)
+
+
+def _count(value: Json) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return DASH if value is None else str(value)

@@ -6,23 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import results
+from told_report import told
 
 from shoal.artifacts.evaluation import BatchSpeed
-from shoal.eval.report.document import Table
-from shoal.eval.report.findings import Run, read_run
-from shoal.eval.report.speed import SpeedRatio, speed_ratio, speed_section
-
-
-def tables(run: Run) -> list[Table]:
-    return [block for block in speed_section(run).blocks if isinstance(block, Table)]
-
-
-def words(run: Run) -> str:
-    return "\n".join(block for block in speed_section(run).blocks if isinstance(block, str))
+from shoal.eval.report.costs import SpeedRatio, size_table, speed_ratio, speed_table
+from shoal.eval.report.run import read_run
 
 
 def test_sizes_are_those_of_evaluation_and_cache(tmp_path: Path) -> None:
-    size, _ = tables(read_run(results.write_run(tmp_path)))
+    size = size_table(read_run(results.write_run(tmp_path)))
     assert size.columns[2:6] == ("Parameters", "Of the teacher", "Weights on disk", "Cache per token")
     teacher, pruned, _ = size.rows
     assert teacher[1:6] == ("8", "8.0 million", "100.0 %", "32 MB", "8.19 kB")
@@ -32,7 +24,8 @@ def test_sizes_are_those_of_evaluation_and_cache(tmp_path: Path) -> None:
 
 def test_every_batch_size_is_shown_with_time_and_memory(tmp_path: Path) -> None:
     run = read_run(results.write_run(tmp_path))
-    _, speed = tables(run)
+    assert run.speed is not None
+    speed = speed_table(run.speed)
     assert [row[:2] for row in speed.rows[:4]] == [("teacher", "1"), ("teacher", "4"), ("pruned", "1"), ("pruned", "4")]
     assert speed.rows[0][2:] == ("1,000.0 [990.0, 1,000.0]", "–", "128 ms", "20.0 [19.0, 21.0]", "–", "33.6 MB")
     assert speed.rows[3][2:] == (
@@ -43,9 +36,9 @@ def test_every_batch_size_is_shown_with_time_and_memory(tmp_path: Path) -> None:
         "1.50 × [1.50, 1.50]",
         "21 MB",
     )
-    assert "Machine: device cpu, cpu threads 1." in words(run)
-    (left_out,) = (block for block in speed_section(run).blocks if isinstance(block, tuple))
-    assert left_out[0].startswith("Batch size 16 is left out")
+    text = told(tmp_path)
+    assert "Machine: device cpu, cpu threads 1." in text
+    assert "\n- Batch size 16 is left out" in text
 
 
 def test_a_ratio_has_the_range_of_the_rounds_in_which_both_took_a_turn(tmp_path: Path) -> None:
@@ -59,15 +52,15 @@ def test_a_ratio_has_the_range_of_the_rounds_in_which_both_took_a_turn(tmp_path:
     assert run.speed is not None
     noisy = replace(run.speed.roles["pruned"].batches[0], samples={"prefill": (), "decode": (19.0, 42.0)})
     roles = run.speed.roles | {"pruned": replace(run.speed.roles["pruned"], batches=(noisy,))}
-    _, table = tables(replace(run, speed=replace(run.speed, roles=roles)))
+    table = speed_table(replace(run.speed, roles=roles))
     row = next(row for row in table.rows if row[0] == "pruned")
     assert (row[3], row[6]) == ("1.50 ×", "1.50 × [1.00, 2.00]")
 
 
 def test_a_run_without_speed_or_without_evaluations_shows_what_it_has(tmp_path: Path) -> None:
     run = read_run(results.write_run(tmp_path))
-    (size,) = tables(replace(run, speed=None))
-    assert size.rows[0][5] == "–"
-    assert "Speed was not measured" in words(replace(run, speed=None))
-    sizes = tables(replace(run, evaluations={}))[0]
-    assert sizes.rows[1][1:] == ("5", *tables(run)[0].rows[1][2:6], "–")
+    assert size_table(replace(run, speed=None)).rows[0][5] == "–"
+    sizes = size_table(replace(run, evaluations={}))
+    assert sizes.rows[1][1:] == ("5", *size_table(run).rows[1][2:6], "–")
+    (tmp_path / "eval/speed.json").unlink()
+    assert "Speed was not measured" in told(tmp_path)

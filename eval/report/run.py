@@ -1,0 +1,171 @@
+"""What a run directory holds: its artifacts, which have to be of one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.artifacts.artifact import Artifact, differences
+from shoal.artifacts.evaluation import MODEL, ROLES, Evaluation, Speed
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.training import Training
+from shoal.errors import UserError
+
+OF_THE_STUDENT = ("student", "prune.", "control.")
+"""Beginnings of inputs of a training in which a control differs from the student's."""
+A = TypeVar("A", bound=Artifact)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run directory holds; None or absent = that stage has not run."""
+
+    folder: Path
+    recipe: dict[str, Any] | None
+    stages: dict[str, Any]
+    importance: Importance | None
+    plan: PruningPlan | None
+    training: Training | None
+    evaluations: dict[str, Evaluation]
+    speed: Speed | None
+    numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model in the recipe, else `the model`."""
+        name = (self.recipe or {}).get("model")
+        return name if isinstance(name, str) else "the model"
+
+    @property
+    def results(self) -> dict[str, Artifact]:
+        """Every result by its file."""
+        made = (self.importance, self.plan, self.training)
+        return {
+            **{artifact.FILE: artifact for artifact in made if artifact is not None},
+            **{f"eval/{role}.json": evaluation for role, evaluation in self.evaluations.items()},
+            **({Speed.FILE: self.speed} if self.speed else {}),
+        }
+
+
+def read_run(folder: Path) -> Run:
+    """The artifacts of a run directory, whichever exist.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, an artifact that cannot be read, or artifacts of another run
+            among them.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
+    evaluations = {
+        role: evaluation
+        for role in (*ROLES, MODEL)
+        if (evaluation := read_result(Evaluation, folder / "eval" / f"{role}.json")) is not None
+    }
+    run_file = _read_json(folder / "run.json")
+    run = Run(
+        folder=folder,
+        recipe=run_file.get("recipe"),
+        stages=run_file.get("stages") or {},
+        importance=read_result(Importance, folder / Importance.FILE),
+        plan=read_result(PruningPlan, folder / PruningPlan.FILE),
+        training=read_result(Training, folder / Training.FILE),
+        evaluations=evaluations,
+        speed=read_result(Speed, folder / Speed.FILE),
+        numerics=run_file.get("numerics") or {},
+    )
+    if not run.results:
+        raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
+    _refuse_mixed_runs(run)
+    _refuse_control_of_other_training(run)
+    return run
+
+
+def read_result(kind: type[A], path: Path) -> A | None:
+    """The artifact at ``path``; None where it was not made. Raises as its ``read`` does."""
+    return kind.read(path) if path.is_file() else None
+
+
+def _refuse_mixed_runs(run: Run) -> None:
+    """Refuse results of different models in one folder, as copying files or pruning again leaves them.
+
+    Which settings they were scored with is compared task by task: scoring one role anew is no other run.
+    """
+    for role, evaluation in run.evaluations.items():
+        if evaluation.role != role:
+            raise UserError(
+                f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
+                "move it back to its own name, or run `shoal eval` again"
+            )
+    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
+    parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
+    for subject, entries in _identities(run, parts).items():
+        (first, _, expected), *others = entries or [("", "", None)]
+        for file, field, value in others:
+            if value != expected:
+                verb = next((verb for kind, verb in verbs.items() if file.endswith(kind.FILE)), "eval")
+                raise UserError(
+                    f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {subject} "
+                    f"of another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
+                )
+
+
+def _refuse_control_of_other_training(run: Run) -> None:
+    """Refuse a control that was trained on other text or with other settings than the distilled model beside it."""
+    control = read_result(Training, run.folder / "control" / Training.FILE)
+    if control is None or run.training is None or "control" not in run.evaluations:
+        return
+    own, others = run.training.provenance.inputs, control.provenance.inputs
+    both = {key for key in own.keys() & others.keys() if not key.startswith(OF_THE_STUDENT)}
+    if unlike := differences({key: own[key] for key in both}, {key: others[key] for key in both}):
+        raise UserError(
+            f"{run.folder / 'control' / Training.FILE}: the control was not trained as the distilled model was: "
+            f"{'; '.join(unlike)}. Run `shoal distill` and `shoal eval` with eval.control: true, or delete "
+            f"{run.folder / 'eval' / 'control.json'}"
+        )
+
+
+def _identities(
+    run: Run, parts: Sequence[Importance | PruningPlan | Training]
+) -> dict[str, list[tuple[str, str, Any]]]:
+    """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
+    subjects = {"pruned": "the student", "distilled": "the distilled model"}
+    subjects = {role: subjects.get(role, f"the {role}") for role in ROLES}
+    entries: dict[str, list[tuple[str, str, Any]]] = {subject: [] for subject in subjects.values()}
+    for part in parts:
+        entries["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
+    if run.training:
+        entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
+    for role, subject in subjects.items():
+        if evaluation := run.evaluations.get(role):
+            entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
+        if run.speed and role in run.speed.roles:
+            entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
+    told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
+    if run.plan:
+        cut = {role: run.evaluations[role] for role in ("pruned", "distilled") if role in run.evaluations}
+        told["the depth"] = [
+            (PruningPlan.FILE, "keep", len(run.plan.keep)),
+            *((f"eval/{role}.json", "num_layers", evaluation.num_layers) for role, evaluation in cut.items()),
+        ]
+        whole = (run.plan, run.importance) if run.importance else ()
+        told["the model"] = [(part.FILE, "num_layers", part.num_layers) for part in whole]
+    if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
+        dropped = list(run.training.provenance.inputs["prune.drop"])
+        told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
+    return told
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
+    return body if isinstance(body, dict) else {}

@@ -1,0 +1,270 @@
+"""The report's tables of what the models can do: scores, differences, forms, levels, signal, protocols, items."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from shoal.artifacts.evaluation import ROLES, ItemScore, TaskScore
+from shoal.figures.scores import Ladder
+from shoal.figures.style import heading
+from shoal.formatting import interval_text, listed, signed
+from shoal.stats.paired import z_above_chance
+
+from .findings import SIGNAL_SIGMAS, Comparison, Row, flipped, is_share, protocol_gaps, shares_items, writing
+from .page import DASH, Table
+from .run import Run
+from .wording import (
+    by_column,
+    chance_text,
+    column_words,
+    difference_text,
+    identifier_text,
+    limits_text,
+    p_text,
+    points_text,
+    protocol_text,
+    retention_text,
+    score_text,
+    score_words,
+    task_name,
+    unit_text,
+)
+
+RATES = {
+    "malformed": "Without a readable answer",
+    "repetition": "Ending in a loop",
+    "cut_off": "Cut off at the limit",
+    "mean_tokens": "Tokens, mean",
+}
+"""Rate of generated text -> its label."""
+VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse", "unclear": "○ no clear change", None: DASH}
+DIFFERENCES = {
+    ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
+    ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
+    ("teacher", "distilled"): "What is still missing: distilled minus teacher",
+    ("teacher", "control"): "What the control learnt, the uncut teacher trained alike: control minus teacher",
+    ("control", "distilled"): "What is still lost: distilled minus control",
+}
+"""(before, after) -> caption of the table of their differences."""
+CHANGED_SIDES = (
+    ("pruned", "distilled", "won back by distilling", "lost by distilling"),
+    ("teacher", "pruned", "right only after the cut", "lost by the cut"),
+)
+"""Role before, role after, name of the items won, name of the items lost."""
+MOST_FLIPS = 8
+"""Items shown per task and direction."""
+MOST_CHARACTERS = 400
+"""Characters shown of one text."""
+
+
+class Flips(NamedTuple):
+    """Items of one task that one role has right and another wrong."""
+
+    caption: str
+    before: str
+    """Role whose text is on the left."""
+    after: str
+    won: bool
+    """Whether the role on the right is the one that has them right."""
+    total: int
+    """Number of all such items, shown or not."""
+    rows: list[tuple[str, ...]]
+    """Item, question (empty where it was not kept), expected, and the texts before and after."""
+
+
+def score_table(run: Run, rows: Sequence[Row]) -> Table:
+    """Every task's scores by ability, with what is kept of them; in this order a phone sets what is kept below."""
+    roles = [role for role in ROLES if role in run.evaluations]
+    kept = [role for role in roles if role != "control" and any(role in row.retained for row in rows)]
+    told_apart = any(row.column for row in rows)
+    groups: dict[str, list[Row]] = {}
+    for ability in dict.fromkeys(row.ability for row in rows):
+        for column, own in by_column(row for row in rows if row.ability == ability).items():
+            groups[f"{heading(ability)}, {column_words(column)}" if told_apart else heading(ability)] = own
+    shown = [row for group in groups.values() for row in group]
+    body = []
+    for row in shown:
+        first = row.any_score
+        cells = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+        cells.append(", ".join(filter(None, (f"{first.n:,}", limits_text(first)))))
+        cells += [retention_text(row.retained.get(role)) for role in kept]
+        body.append((task_name(row) + unit_text(first), *cells))
+    titles = [*(role.capitalize() for role in roles), "Items", *(f"Kept, {role}" for role in kept)]
+    return Table(
+        "Scores with 95 % intervals, and the share kept of what the teacher scores above chance",
+        ("Task", *titles),
+        tuple(body),
+        groups=tuple((text, len(group)) for text, group in groups.items()),
+        row_titles=tuple(identifier_text(row.any_score) for row in shown),
+    )
+
+
+def difference_tables(rows: Sequence[Row], pairs: Iterable[tuple[str, str]] = DIFFERENCES) -> list[Table]:
+    """Paired differences between two roles each."""
+    return [_difference_table(rows, *pair) for pair in pairs if any(pair in row.differences for row in rows)]
+
+
+def _difference_table(rows: Sequence[Row], *pair: str) -> Table:
+    before, after = pair
+    shown = [row for row in rows if (before, after) in row.differences]
+    body = []
+    for row in shown:
+        change = row.differences[before, after]
+        cells = [task_name(row), difference_text(change, row.any_score), VERDICT_WORDS[row.verdict(before, after)]]
+        cells += [p_text(change.p_value), p_text(row.adjusted_p.get((before, after)))]
+        body.append((*cells, f"{change.won} / {change.lost}"))
+    columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
+    titles = tuple(identifier_text(row.any_score) for row in shown)
+    return Table(DIFFERENCES[before, after], columns, tuple(body), frozenset({0, 2}), row_titles=titles)
+
+
+def form_table(comparison: Comparison) -> Table | None:
+    """The form gap of every role, with both of its scores; None where no task was asked in two forms."""
+    twins = [row for row in comparison.rows if row.form]
+    roles = [role for role in ROLES if any(row.form and role in row.form.gaps for row in twins)]
+    if not roles:
+        return None
+    own = {row.any_score.task: row for row in comparison.rows}
+    body = []
+    for row in twins:
+        asked = own[row.any_score.twin_of]
+        cells = [_form_text(asked, row, role) for role in roles]
+        if row.form and "distilled" in roles:
+            cells.append(difference_text(row.form.growth.get("distilled"), row.any_score, glance=True))
+        body.append((task_name(asked) + unit_text(asked.any_score), *cells))
+    columns = ("Task", *(role.capitalize() for role in roles), *(["Distilled − teacher"] * ("distilled" in roles)))
+    caption = "Form gap, with the score in the trained form and that of its twin"
+    return Table(caption, columns, tuple(body), row_titles=tuple(identifier_text(row.any_score) for row in twins))
+
+
+def _form_text(own: Row, twin: Row, role: str) -> str:
+    """`+54 points [+43, +63], 98 % − 44 %`."""
+    gap = twin.form.gaps.get(role) if twin.form else None
+    if gap is None:
+        return DASH
+    scores = [row.scores[role] for row in (own, twin)]
+    told = " − ".join(f"{100 * s.score:.0f} %" if is_share(s) else f"{s.score:.2f}" for s in scores)
+    return f"{difference_text(gap, twin.any_score, glance=True)}, {told}"
+
+
+def silent_table(comparison: Comparison) -> Table | None:
+    """Tasks that say nothing about damage; None where every task says something."""
+    rows = tuple(
+        (
+            task_name(row),
+            str(row.any_score.n),
+            chance_text(row.any_score),
+            score_text(row.scores["teacher"]),
+            signed(row.teacher_sigmas or 0.0, 1),
+        )
+        for row in comparison.rows
+        if not row.has_signal
+    )
+    columns = ("Task", "Items", "Chance", "Teacher", "Standard errors above chance")
+    return Table("Tasks on which the intact teacher is not shown to be above chance", columns, rows) if rows else None
+
+
+def gap_table(rows: Sequence[Row]) -> Table:
+    """By how much likelihood and written answers disagree on what is kept."""
+    body = []
+    for role in ("pruned", "distilled"):
+        for likely, written, gap in protocol_gaps(rows, role):
+            kept = [retention_text(row.retained[role]) for row in (likely, written)]
+            name = written.ability if written.any_score.family is None else task_name(written)
+            items = "the same" if shares_items(likely, written) else "different"
+            body.append((role, name, *kept, points_text(gap, 0), items))
+    columns = ("Model", "Ability or task", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
+    caption = "Protocol gap: retention by likelihood minus retention in generation. Above zero, likelihood hides damage"
+    return Table(caption, columns, tuple(body), frozenset({0, 1, 5}))
+
+
+def written_table(rows: Sequence[Row]) -> Table:
+    """How generated texts went, by task and role, with what changed; without rows where nothing recorded it."""
+    writings = writing(rows)
+    roles = [role for role in ROLES if any(role in w.rates for w in writings)]
+    pairs = [pair for pair in (("teacher", "pruned"), ("pruned", "distilled")) if set(pair) <= set(roles)]
+    body = []
+    for entry in writings:
+        scale, unit = (1, "") if entry.name == "mean_tokens" else (100, " %")
+        cells = [RATES[entry.name]]
+        for own in (entry.rates.get(role) for role in roles):
+            limits = own and (own.value, own.ci_low, own.ci_high)
+            cells.append(interval_text(limits, ".1f", unit, scale=scale) if limits else DASH)
+        for change, p_value in ((entry.differences.get(pair), entry.adjusted_p.get(pair)) for pair in pairs):
+            limits = change and (change.difference, change.ci_low, change.ci_high)
+            cells += [interval_text(limits, "+.1f", scale=scale) if limits else DASH, p_text(p_value)]
+        body.append(tuple(cells))
+    columns = ("What", *(role.capitalize() for role in roles))
+    for before, after in pairs:
+        columns += (f"{after.capitalize()} − {before}", "p (Holm)")
+    groups = tuple((task, len(list(own))) for task, own in itertools.groupby(writings, lambda w: task_name(w.row)))
+    return Table("How the texts went that were written, with 95 % intervals", columns, tuple(body), groups=groups)
+
+
+def level_tables(families: Sequence[Ladder]) -> list[Table]:
+    """The scores of every family by level."""
+    tables = []
+    for ladder in families:
+        scores = zip(*ladder.scores.values(), strict=True)
+        rows = tuple((f"{level:g}", *map(score_text, own)) for level, own in zip(ladder.levels, scores, strict=True))
+        columns = ("Level", *(role.capitalize() for role in ladder.scores))
+        caption = f"{heading(ladder.family)} by level, {protocol_text(ladder.protocol)}"
+        tables.append(Table(caption, columns, rows, folded=True))
+    return tables
+
+
+def reach(ladder: Ladder) -> str:
+    """Up to which level every role is clear of chance, as the intact teacher has to be, without a gap below."""
+    told, at_none = [], []
+    for role, scores in ladder.scores.items():
+        if clear := [score.level for score in itertools.takewhile(_is_clear, scores)]:
+            told.append(f"{role} up to {clear[-1]:g}")
+        else:
+            at_none.append(role)
+    levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
+    far = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
+    others = f"; {listed(at_none)} at no level" if told and at_none else ""
+    return f"{heading(ladder.family)}, {protocol_text(ladder.protocol)}, {levels}: {far}{others}."
+
+
+def _is_clear(score: TaskScore) -> bool:
+    # one lucky answer lifts the interval off a chance of 0
+    return (z_above_chance(score) or 0.0) > SIGNAL_SIGMAS
+
+
+def flips(comparison: Comparison) -> list[Flips]:
+    """Items that two models answered differently, the first of every task and direction, with both texts."""
+    groups = []
+    for before, after, *words in CHANGED_SIDES:
+        for row in (row for row in comparison.rows if {before, after} <= row.scores.keys()):
+            sides = flipped(row.scores[before], row.scores[after])
+            for pairs, word in zip(sides, words, strict=True):
+                if count := len(pairs):
+                    shown = [_texts(*pair) for pair in pairs[:MOST_FLIPS]]
+                    caption = f"{task_name(row)}: {count:,} {'item' if count == 1 else 'items'} {word}"
+                    caption += f", {len(shown)} shown" if len(shown) < count else ""
+                    groups.append(Flips(caption, before, after, pairs is sides[0], count, shown))
+    return groups
+
+
+def _texts(before: ItemScore, after: ItemScore) -> tuple[str, ...]:
+    texts = (before.id, before.question, before.target, before.prediction, after.prediction)
+    return tuple(_clipped(text.strip()) for text in texts)
+
+
+def _clipped(text: str) -> str:
+    """The text, of a long one its beginning and end: a question stands at the end, a loop shows in both."""
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def identifier_table(run: Run) -> Table:
+    """What every task is called in the recipe, and what makes its prompts."""
+    tasks = {task.key: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
+    rows = tuple(
+        (", ".join(score_words(task)), *task.key, task.version, str(task.num_fewshot)) for task in tasks.values()
+    )
+    columns = ("Task", "Name in the recipe", "Protocol", "Metric", "Version", "Examples")
+    return Table("Tasks by their names", columns, rows, frozenset(range(5)), folded=True)
