@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.ranks import rank
 from shoal.recipe.evaluate import Eval, Tasks
-from shoal.runtime import device, environment, seed_everything
+from shoal.runtime import agreed, device, environment, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks, prompt_room
 from .harness.item_cache import ItemCache, identity_of
@@ -163,21 +162,13 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
     seed_everything(seed)
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    return _of_rank_0(lm, _scores(lm, tasks, num_items(tasks, settings)))
-
-
-def _of_rank_0(lm: CausalLM, scores: tuple[TaskScore, ...]) -> tuple[TaskScore, ...]:
-    """The scores that rank 0 has, on every rank."""
-    held = [scores]
-    if lm.world_size > 1:
-        dist.broadcast_object_list(held, src=0, device=None if lm.device.type == "cpu" else lm.device)
-    return held[0]
+    check_runnable(tasks, max_length=lm.max_length, num_ranks=lm.world_size)
+    scores = _scores(lm, tasks, num_items(tasks, settings, num_ranks=lm.world_size))
+    return agreed(lambda: scores)
 
 
 def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tuple[TaskScore, ...]:
     """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
-    check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
-    refuse_idle_ranks(counts, num_ranks=lm.world_size)
     lm.endings.clear()
     first: dict[str, Any] = {name: range(count) for name, count in counts.items()}
     theirs: Any = lm_eval.api.task
@@ -224,25 +215,22 @@ def checked_items(
     Raises:
         UserError: what scoring would refuse of the tasks.
     """
-    check_runnable(tasks, num_ranks=num_ranks, max_length=resolve_max_length(config, tokenizer))
-    counts = num_items(tasks, settings)
-    refuse_idle_ranks(counts, num_ranks=num_ranks)
-    return counts
+    check_runnable(tasks, max_length=resolve_max_length(config, tokenizer), num_ranks=num_ranks)
+    return num_items(tasks, settings, num_ranks=num_ranks)
 
 
-def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) -> None:
+def check_runnable(tasks: dict[str, Any], *, max_length: int, num_ranks: int) -> None:
     """What lm-eval would refuse with a traceback, or silently do in another way on several ranks.
 
     Raises:
         UserError: a task that runs code, needs images, or asks for more new tokens than ``max_length`` positions hold.
     """
     for name, task in tasks.items():
-        if getattr(task, "UNSAFE_CODE", False):
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(
-                f"eval.tasks: {name!r} runs code that the model writes, which shoal does not do; leave it out"
+                f"eval.tasks: {name!r} runs code that the model writes, or needs images or sound; shoal evaluates text "
+                "models by their text, leave it out"
             )
-        if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"eval.tasks: {name!r} needs images or sound; shoal evaluates text models, leave it out")
         if task.OUTPUT_TYPE == "generate_until":
             prompt_room(task.get_config("generation_kwargs") or {}, max_length)
         sampler = type(getattr(task, "sampler", None)).__name__
@@ -250,26 +238,12 @@ def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) ->
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
 
 
-def refuse_idle_ranks(counts: Mapping[str, int], *, num_ranks: int) -> None:
-    """Refuse tasks of ``counts`` items of which lm-eval, dealing them out by rank, would leave some rank none: that one
-    would stop with a traceback, and the others wait for it.
-
-    Raises:
-        UserError: on every rank, as all have the same counts.
-    """
-    for name, count in counts.items():
-        if count < num_ranks:
-            raise UserError(
-                f"eval.limit: {name!r} has {count} item(s) for {num_ranks} ranks, and each has to get one; raise the "
-                "limit, use fewer ranks, or leave the task out"
-            )
-
-
-def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:
+def num_items(tasks: dict[str, Any], settings: Tasks, *, num_ranks: int = 1) -> dict[str, int]:
     """Number of items that are scored, by task.
 
     Raises:
-        UserError: a limit for a task that is not among them.
+        UserError: a limit for a task that is not among them, or fewer items than ranks: lm-eval, which deals them out,
+            would stop with a traceback on one rank, and the others wait for it.
     """
     unknown = sorted(set(settings.limits) - set(tasks))
     if unknown:
@@ -279,4 +253,10 @@ def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:
         )
     wanted = {name: settings.limits.get(name, settings.limit) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in tasks.items()}
-    return {name: min(wanted[name] or available[name], available[name]) for name in tasks}
+    counts = {name: min(wanted[name] or available[name], available[name]) for name in tasks}
+    if few := next((name for name, count in counts.items() if count < num_ranks), None):
+        raise UserError(
+            f"eval.limit: {few!r} has {counts[few]} item(s) for {num_ranks} ranks, and each has to get one; raise the "
+            "limit, use fewer ranks, or leave the task out"
+        )
+    return counts

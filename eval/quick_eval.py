@@ -14,7 +14,7 @@ from shoal.ranks import world_size
 from shoal.recipe.evaluate import Tasks
 from shoal.runtime import agreed
 
-from .evaluate import num_items, refuse_idle_ranks, scores_of
+from .evaluate import num_items, scores_of
 from .harness.engine import CausalLM, connect_ranks
 from .harness.perplexity import perplexity, windows
 from .tasks.load import tasks_of
@@ -51,7 +51,7 @@ class QuickScores:
         self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
         # now, and not by the first scores, which come when the training has begun
         with named_in("distill.watch", *SETTINGS):
-            refuse_idle_ranks(num_items(self._tasks, settings), num_ranks=world_size())
+            num_items(self._tasks, settings, num_ranks=world_size())
         # and once: a Hub that does not answer must not end a training
         self._windows = agreed(lambda: windows(tokenizer, settings)) if settings.perplexity_tokens else ()
 

@@ -26,7 +26,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.compress.sweeps.agreement import spearman
 from shoal.compress.sweeps.items import read_items
 from shoal.errors import UserError
-from shoal.eval.harness.tokenizer_check import require_same_tokenizer
+from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading, legend_above, panels
 from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure

@@ -6,5 +6,4 @@ perplexity       running text
 samples          from lm-eval's log to scores per item, and what items ask
 rates            how written text fails
 item_cache       answers on disk as they come in
-tokenizer_check  whether roles read the same tokens
 """

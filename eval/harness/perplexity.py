@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
-from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
 from shoal.data.sources import load_texts
 from shoal.data.streams import first_tokens
 from shoal.errors import UserError
@@ -19,7 +20,7 @@ from shoal.recipe.section import DataSource
 from shoal.runtime import together
 
 from .engine import CausalLM, prefix_token
-from .samples import likelihood_score
+from .samples import with_interval
 
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer puts into a token on average; how much text is read to have enough of it."""
@@ -55,12 +56,24 @@ def perplexity(lm: CausalLM, settings: Tasks, *, all_windows: Sequence[Window] =
     scores = lm.log_likelihoods([(window.context, window.scored) for window in own_windows])
     own = {window.id: -log_prob for window, (log_prob, _) in zip(own_windows, scores, strict=True)}
     totals = {identity: total for part in together(lambda: own) for identity, total in part.items()}
-    return likelihood_score(
-        tuple(ItemScore(own.id, totals[own.id] / own.weight, weight=own.weight) for own in all_windows),
-        task="perplexity",
-        ability="language",
-        protocol="rolling",
-        version=f"1.0, windows of {settings.sequence_length} tokens",
+    items = tuple(ItemScore(own.id, totals[own.id] / own.weight, weight=own.weight) for own in all_windows)
+    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
+    return with_interval(
+        TaskScore(
+            task="perplexity",
+            ability="language",
+            protocol="rolling",
+            metric=NATS_PER_TOKEN,
+            score=mean,
+            ci_low=mean,
+            ci_high=mean,
+            n=len(all_windows),
+            chance=0.0,
+            higher_is_better=False,
+            version=f"1.0, windows of {settings.sequence_length} tokens",
+            num_fewshot=0,
+            items=items,
+        )
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from shoal.abilities.matching import MATCHING, chosen_option, lettered_prompt, states_an_answer
-from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
+from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.stats.paired import interval
@@ -124,39 +124,6 @@ def with_interval(score: TaskScore) -> TaskScore:
     """The same score with its 95 % interval."""
     low, high = interval(score)
     return replace(score, ci_low=low, ci_high=high)
-
-
-def likelihood_score(
-    items: tuple[ItemScore, ...],
-    *,
-    task: str,
-    ability: str,
-    protocol: str,
-    version: str,
-    metric: str = NATS_PER_TOKEN,
-    prompts: str = "",
-) -> TaskScore:
-    """The score of a task of shoal's own that counts what text costs: the mean over ``items`` by their weights, lower
-    is better, with its 95 % interval."""
-    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
-    return with_interval(
-        TaskScore(
-            task=task,
-            ability=ability,
-            protocol=protocol,
-            metric=metric,
-            score=mean,
-            ci_low=mean,
-            ci_high=mean,
-            n=len(items),
-            chance=0.0,
-            higher_is_better=False,
-            version=version,
-            num_fewshot=0,
-            items=items,
-            prompts=prompts,
-        )
-    )
 
 
 def item_ids(samples: Sequence[Sample]) -> list[str]:

@@ -135,7 +135,7 @@ def _hub_rows(data: DataSet, hub: HubData, *, with_examples: bool) -> dict[str, 
     try:
         loaded: Any = {split: load_dataset(hub.path, hub.name, split=name) for split, name in splits.items()}
     except Exception as error:  # the Hub, the network and `datasets` raise a dozen unrelated types here
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
+        reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"eval.tasks: {data.dataset!r} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {reason}). "
             f"Check the network, or set eval.data_dir to a folder with {data.place}/{data.items}"

@@ -251,9 +251,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-        if isinstance(error, IndexError):
-            reason = "its split has no items, or the answer of the first is none of its options"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
             "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
@@ -290,11 +288,12 @@ def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> No
     task.set_config(key="num_fewshot", value=shots or 0)
     names_examples = task.fewshot_cfg.split is not None or task.fewshot_cfg.samples is not None
     has_other_split = task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
-    if shots and not names_examples and not has_other_split:
+    sampler, most = getattr(task, "sampler", None), 0
+    if names_examples or has_other_split:
+        most = shots if sampler is None else len(sampler.fewshot_indices or sampler.df)
+    if shots and shots > most:
         raise UserError(
-            f"eval.num_fewshot: {name!r} has no examples beside the items it is scored on; set it to 0 (got {shots})"
+            f"eval.num_fewshot: {name!r} has {most} examples beside the items it is scored on; set it to at most that "
+            f"(got {shots})"
         )
-    sampler = getattr(task, "sampler", None)
-    if shots and sampler is not None and shots > (most := len(sampler.fewshot_indices or sampler.df)):
-        raise UserError(f"eval.num_fewshot: {name!r} has {most} examples; set it to at most that (got {shots})")
     task.set_fewshot_seed(seed=seed)

@@ -102,7 +102,7 @@ def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
 
 def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
-    from shoal.eval.harness.tokenizer_check import require_same_tokenizer
+    from shoal.eval.compare.comparable import require_same_tokenizer
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     folders = roles(run)
@@ -179,7 +179,7 @@ def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Pat
 
 
 def _beside(run: Run, model: str, out: Path) -> _Beside:
-    from shoal.eval.harness.tokenizer_check import tokenizer_difference
+    from shoal.eval.compare.comparable import tokenizer_difference
 
     folder, asked = resolved(model, None), run.recipe
     recipe = Recipe(

@@ -1,6 +1,6 @@
 """Results of another run, and roles that read other tokens, are refused with file, field, both values and a remedy.
 
-Covers: shoal.eval.harness.tokenizer_check, shoal.eval.report.run.
+Covers: shoal.eval.report.run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tiny import tiny_tokenizer
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
-from shoal.eval.harness.tokenizer_check import require_same_tokenizer
 from shoal.eval.report.findings import Comparison, compare, protocol_gaps, writing
 from shoal.eval.report.run import Run, read_run
 from shoal.stats.paired import mcnemar

@@ -247,5 +247,5 @@ def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(row)
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "data.jsonl"))
     assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
-    with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has no examples"):
+    with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has 0 examples"):
         load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
