@@ -1,7 +1,6 @@
 """`make gpu`.
 
-run    the command: cases, each in a process of its own
+run    the command: cases, each in a process of its own, and tables of what was found
 cases  what is measured
 work   how a case is measured
-table  what was found, for a reader
 """

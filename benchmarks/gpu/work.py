@@ -192,12 +192,15 @@ def rows_of(case: Case, size: Size) -> PackedRows:
     return PackedRows(ids_NS, positions_NS)
 
 
-def flops(size: Job, rows: PackedRows, *, again: bool) -> float:
-    """Floating point operations of a token of a step: every weight's products, and attention over the tokens that a
-    token sees in its document. ``again``: what checkpointing computes a second time counts too."""
+def flops(size: Job, rows: PackedRows) -> float:
+    """Floating point operations of a token of a step, without what checkpointing computes again: every weight's
+    products, and attention over the tokens that a token sees in its document."""
     seen = (rows.position_ids_NS.double() + 1).mean().item()
-    counted = replace(size.setting, checkpointing=size.setting.checkpointing and again)
-    whole, none = (flops_per_token(replace(size, setting=counted), length) for length in (1, 0))
+    once, shared = replace(size.setting, checkpointing=False), size.spec.shared_layers > 0
+    whole, none = (
+        flops_per_token(size.student, size.teacher, replace(once, sequence_length=length), shared=shared)
+        for length in (1, 0)
+    )
     return none + seen * (whole - none)
 
 
@@ -222,11 +225,10 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     student: Any = trainer.objective.student
     figures = {
         **clock.figures(spec.tokens_per_step),
-        **memory_figures(),
+        "peak": peak(),
         "estimate": told.memory.peak,
         "attention": student.config._attn_implementation,
-        "flops_per_token": flops(told, rows, again=False),
-        "flops_per_token_again": flops(told, rows, again=True),
+        "flops_per_token": flops(told, rows),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
     leave_deepspeed(trainer)
@@ -274,25 +276,19 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     trainer.train()
     return {
         **clock.figures(spec.tokens_per_step),
-        **memory_figures(),
+        "peak": peak(),
         "attention": spec.teacher.load.attention,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
 
 
-def memory_figures() -> dict[str, int]:
-    """Bytes at the peak of this process: tensors, and on a GPU what the driver and libraries hold beside them. What the
-    allocator holds, ``reserved``, is more: freed blocks that it kept."""
+def peak() -> int:
+    """Bytes at the peak of this process: tensors, and on a GPU what the driver and libraries hold beside them."""
     where = here()
     if where.type != "cuda":
-        return {"peak": peak_memory()}
+        return peak_memory()
     free, total = torch.cuda.mem_get_info(where)
-    beside = total - free - torch.cuda.memory_reserved(where)
-    return {
-        "peak": torch.cuda.max_memory_allocated(where) + beside,
-        "reserved": torch.cuda.max_memory_reserved(where) + beside,
-        "beside": beside,
-    }
+    return torch.cuda.max_memory_allocated(where) + total - free - torch.cuda.memory_reserved(where)
 
 
 def card(_case: Case, _size: Size, _folder: Path) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def refuse_other_checkpoints(run: Run) -> None:
 
 def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Distill) -> None:
     from shoal.train.distill import checkpoint_inputs
-    from shoal.train.engine.checkpoint import refuse_other_run
+    from shoal.train.engine.checkpoint import last_complete
 
     trained = folder / Training.FILE
     if trained.is_file() and not differences(inputs, Training.read(trained).provenance.inputs):
@@ -253,7 +253,7 @@ def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Di
     identity = checkpoint_inputs(settings, inputs)
     if settings.batch_size is None:
         identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
-    refuse_other_run(folder / "checkpoints", identity)
+    last_complete(folder / "checkpoints", identity, by_manifest=True)
 
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:

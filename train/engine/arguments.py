@@ -205,17 +205,22 @@ def _check_values(trainer: Mapping[str, Any]) -> None:
     training begins."""
     hints = get_type_hints(TrainingArguments)
     for name, value in trainer.items():
-        kinds = get_args(hints[name]) or (hints[name],)
-        choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
-        if isinstance(value, str) and name.endswith("_kwargs"):  # which transformers would read as JSON
-            raise UserError(f"distill.trainer.{name}: must be a mapping of settings (got {value!r})")
-        try:
-            TypeAdapter(choices[0] if choices else hints[name]).validate_python(value, strict=not choices)
-        except ValidationError as error:
-            raise UserError(f"distill.trainer.{name}: {demand(error.errors()[0])} (got {value!r})") from error
-        least, end = RANGES.get(name, (-MOST, MOST))
-        if isinstance(value, int | float) and not least <= value < end:
-            raise UserError(f"distill.trainer.{name}: must be from {least:g} to below {end:g} (got {value!r})")
+        if (problem := _problem(name, value, hints[name])) is not None:
+            raise UserError(f"distill.trainer.{name}: {problem} (got {value!r})")
+
+
+def _problem(name: str, value: Any, hint: Any) -> str | None:
+    choices = [kind for kind in get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
+    if isinstance(value, str) and name.endswith("_kwargs"):  # which transformers would read as JSON
+        return "must be a mapping of settings"
+    try:
+        TypeAdapter(choices[0] if choices else hint).validate_python(value, strict=not choices)
+    except ValidationError as error:
+        return demand(error.errors()[0])
+    least, end = RANGES.get(name, (-MOST, MOST))
+    if isinstance(value, int | float) and not least <= value < end:
+        return f"must be from {least:g} to below {end:g}"
+    return None
 
 
 def _check_makers(given: Mapping[str, Any]) -> None:

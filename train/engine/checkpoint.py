@@ -68,8 +68,10 @@ def removed_unless_complete(folder: Path) -> Iterator[None]:
         raise
 
 
-def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:
+def last_complete(folder: Path, inputs: dict[str, Any], *, by_manifest: bool = False) -> Path | None:
     """The newest complete checkpoint under ``folder``; damaged ones are named in the log and skipped.
+
+    ``by_manifest`` = nobody goes on from it yet: files are not read, which takes minutes where they are large.
 
     Raises:
         UserError: the newest finished one belongs to another run, or another user has made it.
@@ -78,25 +80,13 @@ def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:
         try:
             manifest = _manifest(checkpoint)
             _refuse_foreign(checkpoint, manifest, inputs)
-            _check_files(checkpoint, manifest)
+            if not by_manifest:
+                _check_files(checkpoint, manifest)
         except _Damaged as damage:
             log.warning("%s: %s; going back to the checkpoint before it", checkpoint, damage)
             continue
         return checkpoint
     return None
-
-
-def refuse_other_run(folder: Path, inputs: dict[str, Any]) -> None:
-    """Refuse the newest finished checkpoint under ``folder`` if it is another run's or another user's, by its manifest
-    alone: its files are not read, which takes minutes where they are large.
-
-    Raises:
-        UserError: it is.
-    """
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        with contextlib.suppress(_Damaged):  # unfinished or torn: not gone on from
-            _refuse_foreign(checkpoint, _manifest(checkpoint), inputs)
-            return
 
 
 def _refuse_foreign(checkpoint: Path, manifest: dict[str, Any], inputs: dict[str, Any]) -> None:

@@ -294,11 +294,6 @@ def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> lis
     # ability prompts make it state facts of the kinds that evaluation asks for
     unfit = (TEACHER_TEXT, *(name for name in BUNDLED if name.startswith(MIXED)))
     others = [source for source in data if source.path not in unfit and not source.is_chat]
-    if not others:
-        raise UserError(
-            f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it to take openings from, or "
-            "distill.writing.prompts"
-        )
     openings = []
     for source in others:
         starts = [text[: max(1000, 16 * length)] for text in load_texts(source, max_characters=1_000_000)]
@@ -306,8 +301,8 @@ def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> lis
         openings += [ids[:length] for ids in bare if len(ids) >= length]
     if not openings:
         raise UserError(
-            f"distill.data: no document of the other sources has {length} tokens to open with; lower "
-            "distill.writing.prompt_tokens, or name a source of longer text"
+            f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it, with {length} tokens in a document, to take "
+            "openings from; add one, lower distill.writing.prompt_tokens, or set distill.writing.prompts"
         )
     return openings
 

@@ -133,8 +133,6 @@ class RecordingReader:
         states: Collection[int] = (),
     ) -> None:
         path = folder / RecordingManifest.FILE
-        if not path.is_file():
-            raise UserError(f"{folder}: holds no recorded signals; run `shoal record` first")
         manifest = RecordingManifest.read(path)
         not_asked = {PREFIX} - inputs.keys()
         recorded_inputs = {key: value for key, value in manifest.provenance.inputs.items() if key not in not_asked}

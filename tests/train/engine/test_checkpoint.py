@@ -17,7 +17,6 @@ from shoal.train.engine.checkpoint import (
     commit,
     last_complete,
     needs_universal,
-    refuse_other_run,
     remove_older,
     removed_unless_complete,
     separate_groups,
@@ -143,11 +142,10 @@ def test_a_checkpoint_that_this_user_has_not_signed_is_refused_without_consent(t
         rf"checkpoint-2: is not signed with your key .*Delete {folder} to train from the beginning.*"
         rf"SHOAL_TRUSTED_RUNS={tmp_path}/run"
     )
-    for refuse in (last_complete, refuse_other_run):
+    for by_manifest in (False, True):
         with pytest.raises(UserError, match=message):
-            refuse(folder, INPUTS)
+            last_complete(folder, INPUTS, by_manifest=by_manifest)
     monkeypatch.setenv("SHOAL_TRUSTED_RUNS", str(tmp_path / "run"))
-    refuse_other_run(folder, INPUTS)
     assert last_complete(folder, INPUTS) == newest
 
 
