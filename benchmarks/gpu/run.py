@@ -269,7 +269,7 @@ def _cells(row: Row, rows: Sequence[Row], peak: float | None) -> list[str]:
 
 
 def share_of_peak(row: Row, rows: Sequence[Row], peak: float | None) -> float | None:
-    """Operations per second that the loss needs, over the card's. TRL's steps have those of shoal's on the same rows."""
+    """Operations per second that the loss needs, over the card's. TRL has those of shoal on the same rows."""
     same = (r for r in rows if r["size"] == row["size"] and r["name"].endswith("one document a row"))
     counted = next((r for r in (row, *same) if "flops_per_token" in r), None)
     return None if counted is None or peak is None else row["tokens_per_s"] * counted["flops_per_token"] / peak

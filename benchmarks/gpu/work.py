@@ -196,11 +196,8 @@ def flops(size: Job, rows: PackedRows) -> float:
     """Floating point operations of a token of a step, without what checkpointing computes again: every weight's
     products, and attention over the tokens that a token sees in its document."""
     seen = (rows.position_ids_NS.double() + 1).mean().item()
-    once, shared = replace(size.setting, checkpointing=False), size.spec.shared_layers > 0
-    whole, none = (
-        flops_per_token(size.student, size.teacher, replace(once, sequence_length=length), shared=shared)
-        for length in (1, 0)
-    )
+    once = replace(size, setting=replace(size.setting, checkpointing=False))
+    whole, none = (flops_per_token(once, length) for length in (1, 0))
     return none + seen * (whole - none)
 
 

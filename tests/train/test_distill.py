@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from tiny import tiny_checkpoint, tiny_tokenizer
-from torch.utils.data import BatchSampler, SequentialSampler
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
@@ -123,20 +121,6 @@ def test_accumulation_follows_from_the_batch_of_all_ranks(monkeypatch, batch, ra
     settings = Distill(batch_size=batch, trainer={} if given is None else {"per_device_train_batch_size": given})
     assert batch_split(settings) == split
     assert rows_per_step(settings) == batch
-
-
-def test_every_split_of_a_batch_hands_out_the_same_rows_in_the_same_steps():
-    """What accelerate does with the sampler's batches, for every way to share 12 rows a step."""
-    dealt = set()
-    for rows, accumulation, ranks in [(12, 1, 1), (2, 6, 1), (3, 2, 2), (1, 3, 4), (2, 1, 6)]:
-        batches = BatchSampler(SequentialSampler(range(48)), rows, drop_last=False)
-        shards = [[batch or [] for batch in BatchSamplerShard(batches, ranks, rank)] for rank in range(ranks)]
-        steps = [
-            sorted(row for shard in shards for batch in shard[step : step + accumulation] for row in batch)
-            for step in range(0, len(shards[0]), accumulation)
-        ]
-        dealt.add(str(steps))
-    assert dealt == {str([list(range(n, n + 12)) for n in range(0, 48, 12)])}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

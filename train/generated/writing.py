@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.abilities.knowledge import stated_facts
-from shoal.abilities.matching import AMOUNT, MATCHING, amounts, value
+from shoal.abilities.matching import AMOUNT, MATCHING, amounts, number, plain
 from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat, check_template
@@ -51,11 +51,7 @@ COUNTS = "counts.json"
 BATCHES = "batches"
 OUTCOMES = ("written", "empty", "looping", "repeated", "evaluation fact", "wrong", "kept")
 MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-ESCAPE = re.compile(r"\\(?=[$%\s]|$)")
-WITH_UNIT = re.compile(rf"({AMOUNT.pattern})(?:\s*\\text\{{[^{{}}]*\}}|(?:\s+[^\W\d_]+)*)")
-"""An amount, and behind it at most words: `10-4` and `\\sqrt{4}` end in a number that they are not."""
-PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
-NEGATED = re.compile(r"(?:\bnot|n['\u2019]t)(?: \w+)?\W*$")
+NEGATED = re.compile(r"(?:\bnot|n t)(?: \w+)? $")
 
 
 @dataclass(frozen=True)
@@ -301,8 +297,8 @@ def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> lis
         openings += [ids[:length] for ids in bare if len(ids) >= length]
     if not openings:
         raise UserError(
-            f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it, with {length} tokens in a document, to take "
-            "openings from; add one, lower distill.writing.prompt_tokens, or set distill.writing.prompts"
+            f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it, with {length} tokens in a document, to "
+            "take openings from; add one, lower distill.writing.prompt_tokens, or set distill.writing.prompts"
         )
     return openings
 
@@ -359,68 +355,24 @@ def _reason_against(record: dict[str, Any], seen: set[str], *, keep: str) -> str
 
 
 def answers_alike(written: str, answer: str) -> bool:
-    """Whether both come to the same final answer.
+    """Whether both come to the same final answer: what is marked by `####` or \\boxed, else the last number where the
+    data's answer has one, else the last line, which may end in the answer.
 
-    That is what the data's answer marks by `####` or \\boxed{}, else its last number, else its last line. Of what was
-    written the same is looked at: what it marks, else its last number where a number is asked for, else its last line,
-    which may end in the answer where that is plain words. What is marked counts as a number only if it is one, with a
-    unit or behind `=` too. A fraction is a number; a power or a time of day is one piece and equals only itself.
+    Numbers are read as evaluation reads them (see shoal.abilities.matching): a fraction has its value, a power or a
+    time of day has none. What is marked in the data and is more than a number is compared as text.
     """
-    written, answer = (text.replace("\u2212", "-") for text in (written, answer))
-    wanted = _marked(answer)
-    numbers = _numbers(answer if wanted is None else wanted)
-    if numbers and wanted in (None, numbers[-1]):
-        marked = _marked(written)
-        stated = _lone_number(marked) if marked else _numbers(written)
-        return bool(stated) and _equal(stated[-1], numbers[-1])
-    wanted = wanted or _last_line(answer)
-    stated_last = _marked(written) or _last_line(written)
-    return bool(wanted) and (_bare(wanted) == _bare(stated_last) or _ends_in(stated_last, wanted))
+    wanted, stated = _marked(answer), _marked(written)
+    numbers = amounts(answer if wanted is None else wanted)[-1:]
+    if numbers and (wanted is None or AMOUNT.fullmatch(wanted)):
+        return number(stated or written, numbers)
+    last, said = (plain(own or text.strip().rpartition("\n")[2]) for own, text in ((wanted, answer), (stated, written)))
+    before, found, rest = f" {said}".rpartition(f" {last}")
+    return bool(last and found) and not rest and NEGATED.search(f"{before} ") is None
 
 
 def _marked(text: str) -> str | None:
-    matches = MARKED.findall(text)
-    # what stands before .5 is its point
-    return "".join(matches[-1]).lstrip(" $%").rstrip(" $%.") if matches else None
-
-
-def _lone_number(marked: str) -> list[str]:
-    last = ESCAPE.sub("", marked.replace("{,}", ",")).rsplit("=", 1)[-1]
-    number = WITH_UNIT.fullmatch(last.strip(" $"))
-    return [number[1]] if number else []
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rsplit("\n", 1)[-1]
-
-
-def _numbers(text: str) -> list[str]:
-    """Every number and fraction in ``text``; of `10-4` the second is 4."""
-    return amounts(re.sub(r"(?<=\d)-", "- ", text))
-
-
-def _equal(one: str, other: str) -> bool:
-    """Whether two pieces that `amounts` has read have the same value, or where there is none the same characters."""
-    if value(one) is None or value(other) is None:
-        return re.sub(r"[\s,{]", "", one) == re.sub(r"[\s,{]", "", other)
-    return value(one) == value(other)
-
-
-def _bare(text: str) -> str:
-    return "".join(text.casefold().split()).strip(".")
-
-
-def _ends_in(text: str, answer: str) -> bool:
-    """Whether ``text`` ends in the words of ``answer``, without a "not" right before them; never for formulas."""
-    words = _plain(answer)
-    before, separator, rest = _plain(text).rpartition(words)
-    whole = bool(separator) and not rest and not (before[-1:].isalnum() or before.endswith("-"))
-    return whole and PLAIN_WORDS.fullmatch(words) is not None and NEGATED.search(before) is None
-
-
-def _plain(text: str) -> str:
-    """Without case, double spaces and what may stand around words."""
-    return " ".join(text.casefold().split()).strip(" .!*`\"'\u201c\u201d")
+    matches = MARKED.findall(text.replace("{,}", ","))
+    return "".join(matches[-1]).strip(" $%") if matches else None
 
 
 def without_evaluation_facts(texts: Sequence[str]) -> list[str]:
