@@ -1,11 +1,10 @@
 """Greedy text of many variants of a model at once; every text is the one that the variant alone would write.
 
-Three steps. The intact model writes its text. Every variant reads the prompts, and that text as a draft, in one pass:
-variants share what is below their first difference, prompts the beginning they have in common, and up to the first
-token that a variant would have chosen otherwise the draft is its own text. From there on all unfinished texts of all
-variants are rows of one batch, on keys and values that the reading left behind; finished rows leave it.
+Every variant reads the prompts in one pass: variants share what is below their first difference, prompts the beginning
+they have in common. From there on all texts of all variants are rows of one batch, on keys and values that the reading
+left behind; finished rows leave it.
 
-B batch, S sequence, N positions whose next token is asked for, D hidden, H key-value heads, d size of a head.
+B batch, S sequence, D hidden, H key-value heads, d size of a head.
 """
 
 from __future__ import annotations
@@ -32,12 +31,8 @@ from .variants import INTACT, Edited, States, Variant, layerwise_or_none
 
 Tokens = list[int]
 
-DRAFT_TOKENS = {"cpu": 1}
-"""How much of the intact model's text is read as a draft, by device type; all of it elsewhere. Where multiplications
-take the time, as on a CPU, reading what most variants would not have written costs more than it saves."""
-
 CACHE_BYTES = 2 << 30
-"""Keys and values that reading the draft may leave behind; more variants than that are taken in groups."""
+"""Keys and values that reading prompts may leave behind; more variants than that are taken in groups."""
 WORTH_SHARING = 8
 """Tokens that prompts must have in common before they are read once for all."""
 
@@ -61,8 +56,8 @@ def generate_variants(
 ) -> list[list[Tokens]]:
     """The new tokens of every prompt under every variant: by variant, then in the order of ``prompts``.
 
-    Variants that cannot share a batch (swapped layers, or an architecture that has to run as a whole) write one after
-    the other.
+    The intact model, and variants that cannot share a batch (a donor's layers, or an architecture that has to run as a
+    whole) write one after the other.
     """
 
     def write_alone(chosen: Sequence[Tokens]) -> list[Tokens]:
@@ -74,13 +69,9 @@ def generate_variants(
     for batch in batches(order, batch_size):
         rows = [prompts[index] for index in batch]
         texts: dict[int, list[Tokens]] = {}  # by variant, then in the order of the batch
-        if together:
-            draft = write_alone(rows)
-            texts |= {number: draft for number in together if not variants[number].edits}
-            rest = [number for number in together if number not in texts]
-            for group in batches(rest, _group_size(decoder, rows, limits)):
-                members = [variants[number] for number in group]
-                texts.update(zip(group, _write_together(edited, decoder, rows, draft, members, limits), strict=True))
+        for group in batches(together, _group_size(decoder, rows, limits)) if together else ():
+            members = [variants[number] for number in group]
+            texts.update(zip(group, _write_together(edited, decoder, rows, members, limits), strict=True))
         for number, variant in enumerate(variants):
             if number not in texts:
                 with edited.applied(variant.edits):
@@ -97,7 +88,7 @@ def _together(model: PreTrainedModel, decoder: Decoder, variants: Sequence[Varia
     chosen = [
         number
         for number, variant in enumerate(variants)
-        if all(KINDS[edit.part].hooks is not None for _, edit in variant.edits)
+        if variant.edits and all(KINDS[edit.part].hooks is not None for _, edit in variant.edits)
     ]
     return sorted(chosen, key=lambda number: [layer for layer, _ in variants[number].edits])
 
@@ -111,15 +102,13 @@ def _write_together(
     edited: Edited,
     decoder: Decoder,
     prompts: Sequence[Tokens],
-    draft: Sequence[Tokens],
     variants: Sequence[Variant],
     limits: Limits,
 ) -> list[list[Tokens]]:
-    """The texts of ``variants`` by variant, then by prompt, with the intact model's text as their ``draft``."""
-    draft = [text[: DRAFT_TOKENS.get(decoder.device.type)] for text in draft]
-    reading = _Reading(edited, decoder, prompts, draft, variants)
+    """The texts of ``variants`` by variant, then by prompt."""
+    reading = _Reading(edited, decoder, prompts, variants)
     # one list, variant after variant: text number t is variant t // prompts, prompt t % prompts
-    written = [text for variant in variants for text in reading.accepted(variant)]
+    written = [[token] for variant in variants for token in reading.first_tokens(variant)]
     alive = [
         index
         for index, text in enumerate(written)
@@ -141,35 +130,29 @@ def _write_together(
 
 
 class _Reading:
-    """Every variant's pass over the prompts and the draft after them."""
+    """Every variant's pass over the prompts."""
 
     def __init__(
-        self,
-        edited: Edited,
-        decoder: Decoder,
-        prompts: Sequence[Tokens],
-        draft: Sequence[Tokens],
-        variants: Sequence[Variant],
+        self, edited: Edited, decoder: Decoder, prompts: Sequence[Tokens], variants: Sequence[Variant]
     ) -> None:
-        self._decoder, self._prompts, self._draft, self._variants = decoder, prompts, draft, variants
+        self._decoder, self._prompts, self._variants = decoder, prompts, variants
         self._shared = _common_beginning(prompts)
-        # a draft's last token is compared with what comes before it, and nothing is asked after it
-        read = [[*prompt[self._shared :], *text[:-1]] for prompt, text in zip(prompts, draft, strict=True)]
         layerwise = layerwise_or_none(edited.model)
         assert layerwise is not None
         self._num_layers = layerwise.num_layers
         removed = [{layer for layer, edit in variant.edits if edit.removes_layer} for variant in variants]
         if set.intersection(*removed):  # a layer that nobody goes through would leave no slot
             variants = [*variants, INTACT]
-        self._states = States(edited, layerwise, decoder, self._passes(read), variants, keep=True)
+        self._states = States(edited, layerwise, decoder, self._passes(), variants, keep=True)
         for _ in range(self._num_layers):
             self._states.advance()
 
-    def _passes(self, read: list[Tokens]) -> list[Pass]:
+    def _passes(self) -> list[Pass]:
         """The common beginning as one row, and what every prompt goes on with; one pass where nothing is shared."""
+        read = [prompt[self._shared :] for prompt in self._prompts]
         ids_BS = self._decoder.right_padded(read)
-        first_B1 = torch.tensor([[len(prompt) - self._shared - 1] for prompt in self._prompts], device=ids_BS.device)
-        answer_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device) >= first_B1
+        last_B1 = torch.tensor([[len(rest) - 1] for rest in read], device=ids_BS.device)
+        answer_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device) >= last_B1
         if not self._shared:
             return [Pass(ids_BS, answer_BS)]
         context = torch.tensor([self._prompts[0][: self._shared]], device=self._decoder.device)
@@ -178,50 +161,31 @@ class _Reading:
         shared = Pass(context, torch.zeros_like(context, dtype=torch.bool))
         return [shared, Pass(ids_BS, answer_BS, None, positions_BS, rows)]
 
-    def accepted(self, variant: Variant) -> list[Tokens]:
-        """For every prompt the draft's beginning that ``variant`` would have written too, and its own next token."""
+    def first_tokens(self, variant: Variant) -> Tokens:
+        """What ``variant`` writes first after every prompt."""
         hidden_BSD = self._states.final(variant)[-1]
-        # the state of a prompt's last token chooses the draft's first one, and so on
-        starts = [len(prompt) - self._shared - 1 for prompt in self._prompts]
-        hidden_ND = torch.cat(
-            [
-                hidden_BSD[row, start : start + len(text)]
-                for row, (start, text) in enumerate(zip(starts, self._draft, strict=True))
-            ]
-        )
-        size = self._decoder.positions_at_once()
-        choices_N = torch.cat([self._decoder.logits(part).argmax(dim=-1) for part in hidden_ND.split(size)]).tolist()
-        accepted = []
-        for text in self._draft:
-            own, choices_N = choices_N[: len(text)], choices_N[len(text) :]
-            # behind the first other choice the draft is another text, whose states say nothing of this one
-            same = next((index for index in range(len(text)) if own[index] != text[index]), len(text) - 1)
-            accepted.append([*text[:same], own[same]])
-        return accepted
+        last_B = torch.tensor([len(prompt) - self._shared - 1 for prompt in self._prompts], device=hidden_BSD.device)
+        hidden_BD = hidden_BSD[torch.arange(len(last_B), device=hidden_BSD.device), last_B]
+        return self._decoder.logits(hidden_BD).argmax(dim=-1).tolist()
 
     def texts(self, written: list[Tokens], alive: list[int]) -> Texts:
         """The texts ``alive`` (index: variant, then prompt), each ready to be fed its last token."""
         device = self._decoder.device
-        lengths = [len(self._prompts[text % len(self._prompts)]) + len(written[text]) - 1 for text in alive]
+        count = len(self._prompts)
+        sources = [(self._variants[text // count], text % count) for text in alive]
+        lengths = [len(self._prompts[prompt]) for _, prompt in sources]
         longest = max(lengths)
         cache = plain_cache(self._num_layers)
         kept = self._states.kept
         assert kept is not None
         for layer, slots in enumerate(kept):
-            keys_BHSd, values_BHSd = (
-                _right_aligned(slots, layer, self._sources(alive), lengths, which) for which in (0, 1)
-            )
+            keys_BHSd, values_BHSd = (_right_aligned(slots, layer, sources, lengths, which) for which in (0, 1))
             cache.update(keys_BHSd, values_BHSd, layer)
             slots.clear()  # layer by layer, so that not all of them are there twice
         lengths_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
         mask_BS = (torch.arange(longest + 1, device=device) >= longest - lengths_B1).long()
         ids_BS = torch.tensor([[written[text][-1]] for text in alive], device=device)
         return Texts(cache, mask_BS, ids_BS, lengths_B1, list(alive), written)
-
-    def _sources(self, alive: list[int]) -> list[tuple[Variant, int]]:
-        """Variant and prompt of every text."""
-        count = len(self._prompts)
-        return [(self._variants[text // count], text % count) for text in alive]
 
 
 def _common_beginning(prompts: Sequence[Tokens]) -> int:

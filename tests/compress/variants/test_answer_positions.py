@@ -21,7 +21,6 @@ from shoal.components import REMOVED, LayerEdit
 from shoal.compress.edits.layer_edits import components_of, in_force
 from shoal.compress.edits.masks import AtPositions
 from shoal.compress.surgery.cut_model import skipped
-from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, Variant, score_variants, variant, without
 from shoal.errors import UserError
@@ -128,14 +127,9 @@ def test_scores_are_those_of_whole_sequences_run_with_plain_hooks(name: str) -> 
     assert len({tuple(scores) for scores in found}) == len(variants) - 1
 
 
-@pytest.mark.parametrize("whole_drafts", [False, True])
 @pytest.mark.parametrize("shared", [0, 12])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_texts_are_those_of_whole_sequences_run_with_plain_hooks(
-    name: str, shared: int, whole_drafts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if whole_drafts:
-        monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {})
+def test_texts_are_those_of_whole_sequences_run_with_plain_hooks(name: str, shared: int) -> None:
     model = in_float64(FAMILIES[name]())
     variants, limits = variants_of(len(decoder_layers(model))), Limits(6, lambda _: False)
     edited, decoder = Edited(model), Decoder(model)

@@ -12,12 +12,10 @@ from variant_cases import VARIED, prompts
 
 from shoal.components import LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, without
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
-from shoal.models.anatomy import decoder_layers
 
 VARIANTS = [
     without([0]),
@@ -40,19 +38,12 @@ def alone(edited: Edited, asked: Sequence[list[int]], one: Variant) -> list[list
 
 @cache
 def each_alone(kind: str, shared: int) -> list[list[list[int]]]:
-    """What every one of VARIANTS writes, which does not depend on drafts."""
+    """What every one of VARIANTS writes."""
     edited = Edited(tiny_model(kind, **VARIED))
     return [alone(edited, prompts(shared=shared), one) for one in VARIANTS]
 
 
-@pytest.fixture(params=[1, None], ids=["one token drafted", "all drafted"])
-def drafts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without drafts: a CPU reads only one token of them of its own accord."""
-    monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {"cpu": request.param})
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("shared", [0, 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_of_variants_are_those_of_each_variant_alone(kind: str, shared: int) -> None:
@@ -83,21 +74,3 @@ def test_texts_without_layers_are_those_that_transformers_writes_with_the_cut_mo
                 torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=-1
             )
             assert written[0, len(prompt) :].tolist() == text
-
-
-@pytest.mark.slow
-def test_a_variant_that_writes_the_intact_text_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", **VARIED)
-    with torch.no_grad():
-        for parameter in decoder_layers(model)[3].parameters():
-            parameter.zero_()  # so that nobody misses this layer
-    monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {})
-    edited, asked = Edited(model), prompts(shared=0)
-    decoded: list[int] = []
-    write = variant_generation.write
-    monkeypatch.setattr(variant_generation, "write", lambda *a, **k: decoded.append(1) or write(*a, **k))
-    found = generate_variants(edited, Decoder(model), asked, [without([3])], LIMITS, batch_size=4)
-    assert decoded == []
-    assert found[0] == alone(edited, asked, INTACT)
-    generate_variants(edited, Decoder(model), asked, [without([2])], LIMITS, batch_size=4)
-    assert decoded == [1]
