@@ -4,11 +4,11 @@
     plan         the choice
     layer_sizes  what every layer takes of files, memory and time, and what prune.target asks of it
     apply        writes the student of a plan
+    gguf         the student as a file for llama.cpp, and what llama.cpp would take it for
 
 Folders:
 
     changes   changes of layers that stay: compensation without training, width
-    gguf      the student as a file for llama.cpp
     edits     changes of layers besides dropping them
     metrics   scores of layers from plain text
     surgery   the student in memory and on disk, proven to be the teacher without the dropped layers

@@ -222,7 +222,7 @@ def cut_estimate(
     Raises:
         UserError: what apply_plan would refuse by configuration and headers.
     """
-    from shoal.compress.gguf.patterns import misreading
+    from shoal.compress.gguf import misreading
     from shoal.compress.layer_sizes import usual_length
     from shoal.compress.surgery.narrow_config import student_config
     from shoal.compress.surgery.proof import memory_shortage, why_not_run

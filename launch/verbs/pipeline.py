@@ -65,7 +65,7 @@ def preflight(run: Run) -> None:
     recipe = run.recipe
     refuse_impossible_plan(run)
     if recipe.export.gguf:
-        from shoal.compress.gguf.export import check_export
+        from shoal.compress.gguf import check_export
 
         check_export(run.config())
     check_measure(run)

@@ -196,7 +196,7 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
 
     student = student_config(run.config(), plan.keep, plan.width)
     if run.recipe.export.gguf:
-        from shoal.compress.gguf.export import refuse_misread
+        from shoal.compress.gguf import refuse_misread
 
         refuse_misread(student)
 

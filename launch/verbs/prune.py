@@ -66,7 +66,7 @@ def prune(run: Run) -> None:
     if is_main():
         from shoal.compress.apply import apply_plan
         from shoal.compress.changes.table import changes_of
-        from shoal.compress.gguf.patterns import misreading
+        from shoal.compress.gguf import misreading
         from shoal.compress.surgery.narrow_config import BLOCK
 
         text = _calibration_text(run)

@@ -59,7 +59,7 @@ def _require_this_run(run: Run) -> None:
 
 def export_gguf(run: Run) -> None:
     """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
-    from shoal.compress.gguf import export as gguf
+    from shoal.compress import gguf
 
     folders = roles(run)
     role = next((role for role in ("distilled", "pruned") if role in folders), None)

@@ -2,7 +2,7 @@
 
 Everything else about a family is told from its modules and its configuration. A new family needs a row only where a
 test says that a rule does not hold for it. What llama.cpp counts of
-families stands in compress/gguf/patterns.py.
+families stands in compress/gguf.py.
 """
 
 from __future__ import annotations

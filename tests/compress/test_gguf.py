@@ -1,5 +1,5 @@
 """GGUF files: what llama.cpp's converter writes is the checkpoint, is run by llama.cpp as transformers runs it, or is
-refused.
+refused. What llama.cpp takes a cut model for: every rule accepts an aligned cut and refuses one that shifts the layers.
 
 Covers: shoal.launch.verbs.report.
 """
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,13 @@ import pytest
 import torch
 from run_gguf import llama_cpp_greedy, save_tokenizer
 from tiny import tiny_checkpoint, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shoal.compress.gguf import export as gguf_export
-from shoal.compress.gguf.export import (
-    GgufProof,
-    check_gguf,
-    export_gguf,
-    find_converter,
-)
-from shoal.compress.gguf.patterns import misreading
+from shoal.compress import gguf as gguf_module
+from shoal.compress.gguf import GgufProof, check_gguf, export_gguf, find_converter, misreading
+from shoal.compress.surgery.config_cut import cut_config
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.launch.verbs import prune, report
@@ -38,11 +35,9 @@ from shoal.launch.verbs.run import Run, open_run
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
 
-pytestmark = pytest.mark.slow
-
 with_converter = pytest.mark.skipif(
-    not os.environ.get(gguf_export.CONVERTER_VARIABLE)
-    and importlib.util.find_spec(gguf_export.CONVERTER_PACKAGE) is None,
+    not os.environ.get(gguf_module.CONVERTER_VARIABLE)
+    and importlib.util.find_spec(gguf_module.CONVERTER_PACKAGE) is None,
     reason="llama.cpp's converter is not installed",
 )
 with_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -159,7 +154,7 @@ def test_an_aligned_cut_runs_as_in_transformers_and_the_refused_one_would_not(
     with pytest.raises(UserError, match=r"layer 4 of this student for a sliding-window layer, but it is a full-"):
         exported(shifted, tmp_path / "refused")
     assert not (tmp_path / "refused" / "model.gguf").exists()
-    monkeypatch.setattr(gguf_export, "misreading", lambda _: None)
+    monkeypatch.setattr(gguf_module, "misreading", lambda _: None)
     path, _ = exported(shifted, tmp_path / "shifted")
     assert distance(shifted, path)[0] > 0.1
 
@@ -176,35 +171,24 @@ def tensors_of(folder: Path) -> dict[str, Any]:
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(folder / "model.gguf", "r+").tensors}
 
 
+@pytest.mark.slow
 @with_converter
-def test_a_changed_number_a_swapped_layer_and_another_order_are_found(copied: Path) -> None:
+def test_a_changed_number_a_swapped_layer_and_a_missing_one_are_found(copied: Path) -> None:
     assert check_gguf(copied / "model.gguf", copied).num_equal == 39
     tensors = tensors_of(copied)
     number = tensors["blk.2.ffn_up.weight"][3, 5]
     tensors["blk.2.ffn_up.weight"][3, 5] = number * (1 + 2**-20)
-    with pytest.raises(UserError, match=r"blk.2.ffn_up.weight is not model.layers.2.mlp.up_proj.weight of"):
+    with pytest.raises(UserError, match=r"does not hold the numbers of .* in layer 2; use another"):
         check_gguf(copied / "model.gguf", copied)
     tensors["blk.2.ffn_up.weight"][3, 5] = number
-    norms = tensors["blk.0.attn_norm.weight"], tensors["blk.1.attn_norm.weight"]
-    first, second = (norm.copy() for norm in norms)
-    norms[0][:], norms[1][:] = second, first
-    with pytest.raises(UserError, match=r"blk.0.attn_norm.weight is not model.layers.0.input_layernorm.weight"):
+    maps = tensors["blk.0.ffn_up.weight"], tensors["blk.1.ffn_up.weight"]
+    first, second = (one.copy() for one in maps)
+    maps[0][:], maps[1][:] = second, first
+    with pytest.raises(UserError, match=r"does not hold the numbers of .* in layer 0, layer 1; use another"):
         check_gguf(copied / "model.gguf", copied)
-    norms[0][:], norms[1][:] = first, second
-    tensors["blk.3.ffn_down.weight"][:] = tensors["blk.3.ffn_down.weight"][::-1].copy()
-    with pytest.raises(UserError, match=r"blk.3.ffn_down.weight is not model.layers.3.mlp.down_proj.weight"):
-        check_gguf(copied / "model.gguf", copied)
-
-
-@with_converter
-def test_a_missing_layer_and_a_torn_file_are_found(copied: Path) -> None:
-    file = copied / "model.gguf"
     save(cut_model(tiny_model("llama"), [1]), copied)
     with pytest.raises(UserError, match=r"has 4 blocks, the model 5 layers"):
-        check_gguf(file, copied)
-    file.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(UserError, match=r"model.gguf: is no GGUF file that can be read"):
-        check_gguf(file, copied)
+        check_gguf(copied / "model.gguf", copied)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -212,19 +196,20 @@ def test_a_missing_layer_and_a_torn_file_are_found(copied: Path) -> None:
 
 def fake_converter(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     folder.mkdir()
-    (folder / gguf_export.CONVERTER).write_text(f"import os, sys\n{code}\n")
-    monkeypatch.setenv(gguf_export.CONVERTER_VARIABLE, str(folder))
+    (folder / gguf_module.CONVERTER).write_text(f"import os, sys\n{code}\n")
+    monkeypatch.setenv(gguf_module.CONVERTER_VARIABLE, str(folder))
 
 
+@pytest.mark.slow
 def test_converter_is_found_in_a_checkout_or_the_remedy_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_converter(tmp_path / "llama.cpp", monkeypatch, "")
     assert find_converter() == tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
-    monkeypatch.setenv(gguf_export.CONVERTER_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(gguf_module.CONVERTER_VARIABLE, str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match=r"SHOAL_LLAMA_CPP=.*elsewhere: holds no convert_hf_to_gguf.py; set it to a"):
         find_converter()
-    monkeypatch.delenv(gguf_export.CONVERTER_VARIABLE)
-    monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
-    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+    monkeypatch.delenv(gguf_module.CONVERTER_VARIABLE)
+    monkeypatch.setattr(gguf_module, "CONVERTER_PACKAGE", "no_such_package")
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
     packages = " ".join(f"'{package}'" for package in extras["gguf"])
@@ -232,6 +217,7 @@ def test_converter_is_found_in_a_checkout_or_the_remedy_named(tmp_path: Path, mo
         find_converter()
 
 
+@pytest.mark.slow
 def test_converter_runs_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
@@ -240,6 +226,7 @@ def test_converter_runs_without_network(tmp_path: Path, monkeypatch: pytest.Monk
         export_gguf(folder, tmp_path / "model.gguf")
 
 
+@pytest.mark.slow
 def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -271,7 +258,7 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
     report.export_gguf(run)
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-pruned.gguf"]
-    assert gguf_export.Gguf.read(folder / "gguf.json").proof == GgufProof(4, 39, 0)
+    assert gguf_module.Gguf.read(folder / "gguf.json").proof == GgufProof(4, 39, 0)
     assert "4 blocks, 39 tensors equal" in caplog.text
     written = folder.stat().st_ino
     report.export_gguf(run)
@@ -282,13 +269,14 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
         path.touch()
         return GgufProof(4, 39, 0)
 
-    monkeypatch.setattr(gguf_export, "export_gguf", convert)
+    monkeypatch.setattr(gguf_module, "export_gguf", convert)
     tiny_model("llama", seed=1, num_hidden_layers=4).save_pretrained(tmp_path / "run" / "distilled")
     report.export_gguf(run)
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-distilled.gguf"]
     assert "gguf: gguf.json is out of date (model is" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_path: Path) -> None:
     teacher = tiny_checkpoint(tmp_path, "gemma3", **GEMMA)
     run = run_of(teacher, tmp_path / "run")
@@ -297,3 +285,173 @@ def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_pat
     with pytest.raises(UserError, match=r"GGUF: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
         prune.prune(run)
     assert not (tmp_path / "run" / "student").exists()
+
+
+# --- what llama.cpp counts ------------------------------------------------------------------------------------------
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+
+
+def config_of(model_type: str, num_layers: int, **settings: Any) -> PreTrainedConfig:
+    family = CONFIG_MAPPING[model_type]
+    known = family.default_config_fields().keys() | family.attribute_map.keys()
+    shape = {key: value for key, value in SHAPE.items() if key in known}
+    return family(**{**shape, "num_hidden_layers": num_layers, **settings})
+
+
+def without(num_layers: int, *drop: int) -> list[int]:
+    return [layer for layer in range(num_layers) if layer not in drop]
+
+
+Case = tuple[str, int, dict[str, Any], Sequence[int], Sequence[int], str]
+"""(model type, layers, settings, an accepted drop, a refused drop, what the refusal says)."""
+
+CASES: list[Case] = [
+    ("afmoe", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a sliding-window layer, but it is a full-att"),
+    ("cohere2", 8, {"rotary_pct": 1.0}, [4, 5, 6, 7], [1], r"layer 2 .* one layer in 4, the last of its group"),
+    (
+        "exaone_moe",
+        8,
+        {"first_k_dense_replace": 1, "scoring_func": "sigmoid"},
+        [4, 5, 6, 7],
+        [5],
+        r"layer 6 of this student",
+    ),
+    ("gemma2", 6, {"query_pre_attn_scalar": 16}, [0, 1], [0], r"layer 0 .* one layer in 2"),
+    ("gemma3_text", 12, {"query_pre_attn_scalar": 16}, range(6), [7], r"layer 10 .* one layer in 6"),
+    ("gpt_oss", 6, {}, [2, 3], [3], r"layer 3 of this student for a full-attention layer, but it is a sliding"),
+    (
+        "laguna",
+        8,
+        {"layer_types": 2 * ["full_attention", *3 * ["sliding_attention"]]},
+        [4, 5, 6, 7],
+        [0],
+        r"layer 0 .* one layer in 4, the first of its group",
+    ),
+    ("olmo3", 8, {}, [0, 1, 2, 3], [6], r"layer 6 of this student"),
+    ("smollm3", 8, {"sliding_window": None}, [4, 5, 6, 7], [2], r"layer 2 .* rotary .* every fourth layer"),
+    ("llama4_text", 8, {"attention_chunk_size": 8192}, [0, 1, 2, 3], [0], r"layer 2 of this student"),
+    ("qwen3_next", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
+    ("qwen3_5_text", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
+    (
+        "deepseek_v3",
+        28,
+        {"scoring_func": "sigmoid"},
+        [3, 4, 5],
+        [5],
+        r"a model of 27 layers for one without q_lora_rank",
+    ),
+    ("deepseek_v2", 30, {"q_lora_rank": None}, [3, 4, 5], [5], r"only if it has 26 or 27 layers; this student has 29"),
+    ("gemma2", 46, {"query_pre_attn_scalar": 4, "num_attention_heads": 16}, [], [0, 1], r"44 layers .*sqrt\(16\).*sqr"),
+    ("gemma3_text", 62, {"query_pre_attn_scalar": 4, "num_attention_heads": 16}, [], range(6), r"uncut 27B"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "num_layers", "settings", "accepted", "refused", "says"),
+    CASES,
+    ids=[f"{case[0]}-{case[1]}" for case in CASES],
+)
+def test_an_aligned_cut_is_accepted_and_a_misaligned_one_refused(
+    model_type: str, num_layers: int, settings: dict[str, Any], accepted: Any, refused: Any, says: str
+) -> None:
+    config = config_of(model_type, num_layers, **settings)
+    assert misreading(cut_config(config, without(num_layers, *accepted))) is None
+    reason = misreading(cut_config(config, without(num_layers, *refused)))
+    assert reason is not None
+    assert reason.startswith(f"{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}: ")
+    assert re.search(says, reason), reason
+
+
+def test_exaone4_with_a_window_is_read_right_only_at_its_full_depth() -> None:
+    config = config_of("exaone4", 64)
+    assert misreading(config) is None
+    reason = misreading(cut_config(config, without(64, 0, 1, 2, 3)))
+    assert reason is not None
+    assert "sliding window only for 64 layers; with 60" in reason
+    plain = config_of("exaone4", 8, sliding_window=None, layer_types=8 * ["full_attention"])
+    assert misreading(cut_config(plain, without(8, 3))) is None
+
+
+def test_experts_are_counted_from_where_llama_cpp_counts_them() -> None:
+    config = config_of("llama4_text", 8, attention_chunk_size=8192, interleave_moe_layer_step=2)
+    assert misreading(config) is None
+    config.moe_layers = [1, 2]
+    assert "layer 2 of this student for a dense layer" in (misreading(config) or "")
+
+
+def test_afmoe_rotates_by_number_even_without_a_window() -> None:
+    config = config_of("afmoe", 8, sliding_window=None)
+    assert misreading(config) is None
+    assert "layer 2 of this student" in (misreading(cut_config(config, without(8, 0))) or "")
+
+
+def test_gemma3n_is_read_by_fixed_layer_numbers() -> None:
+    settings = {"layer_types": 7 * (4 * ["sliding_attention"] + ["full_attention"])}
+    config = config_of("gemma3n_text", 35, num_kv_shared_layers=15, **settings)
+    assert misreading(config) is None
+    config.num_kv_shared_layers = 14
+    assert "this student has 21" in (misreading(config) or "")
+
+
+def test_the_text_part_decides_in_a_multimodal_model() -> None:
+    text = config_of("gemma3_text", 12, query_pre_attn_scalar=16).to_dict()
+    config = CONFIG_MAPPING["gemma3"].from_dict({"text_config": text})
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    assert misreading(config) is None
+    assert "layer 4 of this student" in (misreading(cut_config(config, without(12, 0))) or "")
+
+
+def test_a_family_without_a_pattern_is_cut_anywhere() -> None:
+    assert misreading(config_of("llama", 5)) is None
+
+
+# --- against the sources of llama.cpp, where they are installed -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources() -> Path:
+    try:
+        return find_converter().parent
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("afmoe", "swa_period = 4"),
+        ("cohere2", "swa_period = 4"),
+        ("exaone-moe", "swa_period = 4"),
+        ("exaone4", "if (hparams.n_layer() == 64)"),
+        ("gemma2", "swa_period = 2"),
+        ("gemma2", "case 46: type = LLM_TYPE_27B"),
+        ("gemma3", "swa_period = 6"),
+        ("gemma3", "case 62: type = LLM_TYPE_27B"),
+        ("gemma3n", "swa_period = 5"),
+        ("gemma3n", "n_layer_kv_from_start = 20"),
+        ("laguna", "set_swa_pattern(swa_period, /*dense_first=*/true)"),
+        ("llama4", "n_swa                   = 8192"),
+        ("llama4", "swa_period = 4"),
+        ("olmo2", "swa_period = 4"),
+        ("openai-moe", "swa_period = 2"),
+        ("qwen3next", "full_attn_interval = 4"),
+        ("qwen35", "full_attn_interval = 4"),
+        ("smollm3", "n_no_rope_layer_step = 4"),
+        ("deepseek2", "n_layer() == 27 || hparams.n_layer() == 26 || (hparams.n_layer() == 48 && n_vocab == 128256)"),
+    ],
+)
+def test_the_sources_still_assume_what_the_rules_say(sources: Path, file: str, says: str) -> None:
+    code = sources / "src" / "models" / f"{file}.cpp"
+    if not code.is_file():
+        pytest.skip(f"{code} is not there")
+    assert says in code.read_text(encoding="utf-8")
