@@ -7,14 +7,19 @@ prompts on which it is scored, and never an item of the scoring itself. What dec
 
 import inspect
 
-from shoal.abilities.composition import multi_hop_items, nested_arithmetic_items, state_tracking_items
-from shoal.abilities.haystack import needle_items
-from shoal.abilities.item import SPLITS, Item, Value
+from shoal.abilities.item import SPLITS, Item, Value, Wanted
 from shoal.abilities.knowledge import knowledge_items, knowledge_out_items
 from shoal.abilities.reasoning import reasoning_items
-from shoal.abilities.retrieval import retrieval_items
-from shoal.abilities.sequences import brackets_items, copying_items, sorting_items
+from shoal.abilities.retrieval import needle_items, retrieval_items
 from shoal.abilities.texts import training_texts
+from shoal.abilities.untrained import (
+    brackets_items,
+    copying_items,
+    multi_hop_items,
+    nested_arithmetic_items,
+    sorting_items,
+    state_tracking_items,
+)
 
 __all__ = ["ALL_SCORED", "GENERATORS", "SPLITS", "Item", "items", "training_texts"]
 
@@ -49,10 +54,8 @@ def items(task: str, *, split: str, num_items: int, seed: int, **params: Value) 
         raise ValueError(f"{task} has no items of the split train, because all are scored; ask for the split eval")
     if num_items < 1:
         raise ValueError(f"num_items is {num_items} for {task}; it must be at least 1")
-    known = [
-        name for name in inspect.signature(GENERATORS[task]).parameters if name not in ("split", "num_items", "seed")
-    ]
+    _, *known = inspect.signature(GENERATORS[task]).parameters
     for name in params:
         if name not in known:
             raise ValueError(f"{task} has no parameter {name!r}; it takes {', '.join(known)}")
-    return GENERATORS[task](split=split, num_items=num_items, seed=seed, **params)
+    return GENERATORS[task](Wanted(split, num_items, seed), **params)

@@ -46,6 +46,36 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """So many different items of a split; equal seeds give equal items."""
+
+    split: str
+    num_items: int
+    seed: int
+
+    def generator(self, task: str, **params: Value) -> random.Random:
+        """A random generator that depends on everything asked for, so that changing one setting changes all items."""
+        return generator(task, self.split, self.seed, **params)
+
+    def distinct(self, task: str, make: Callable[[random.Random, int], Item], **params: Value) -> list[Item]:
+        """Items that ask different things; ``make`` is given how many there are already.
+
+        Raises:
+            ValueError: when ``make`` does not find so many.
+        """
+        rng, items = self.generator(task, **params), dict[str, Item]()
+        for _ in range(ATTEMPTS * self.num_items):
+            item = make(rng, len(items))
+            items.setdefault(item.context, item)
+            if len(items) == self.num_items:
+                return list(items.values())
+        told = ", ".join(f"{name}: {value}" for name, value in params.items())
+        raise ValueError(
+            f"{task} ({told}; split {self.split}): there are fewer than {self.num_items} items; ask for fewer"
+        )
+
+
+@dataclass(frozen=True)
 class Form:
     """One way in which an ability's content is put into text: its carrier and wording, as str.format templates.
 
@@ -130,23 +160,30 @@ def build_item(
     return Item(task, digest(task, context, *options)[:16], context, options, answer, question, params)
 
 
-def distinct_items(make: Callable[[int], Item], num_items: int, *, kind: str) -> list[Item]:
-    """`num_items` items that ask different things; `make` is given how many there are already.
-
-    Raises:
-        ValueError: when `make` does not find so many; `kind` says of what.
-    """
-    items: dict[str, Item] = {}
-    for _ in range(ATTEMPTS * num_items):
-        item = make(len(items))
-        items.setdefault(item.context, item)
-        if len(items) == num_items:
-            return list(items.values())
-    raise ValueError(f"{kind}: there are fewer than {num_items} items; ask for fewer")
+def short_item(
+    task: str,
+    context: str,
+    *,
+    final: str,
+    wrong: Sequence[str],
+    position: int,
+    question: str,
+    params: dict[str, int | str],
+) -> Item:
+    """An Item whose options stand behind a space, and whose right one is also what written text has to contain."""
+    return build_item(
+        task,
+        context,
+        gold=f" {final}",
+        wrong=[f" {other}" for other in wrong],
+        position=position,
+        question=question,
+        params={**params, "final": final},
+    )
 
 
 def generator(task: str, split: str, seed: int, **params: Value) -> random.Random:
-    """A random generator that depends on everything asked for, so that changing one setting changes all items."""
+    """The same for who wants no items."""
     return random.Random(digest(task, split, seed, sorted((name, str(value)) for name, value in params.items())))
 
 
@@ -156,7 +193,8 @@ def check_choice(name: str, value: Value, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def check_range(name: str, value: Value, lowest: int, highest: int) -> None:
-    """Refuse anything but an integer between lowest and highest, both included."""
+def check_range(name: str, value: Value, lowest: int, highest: int) -> int:
+    """The value; anything but an integer between lowest and highest, both included, is refused."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {lowest} to {highest}")
+    return value

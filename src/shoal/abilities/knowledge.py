@@ -1,26 +1,62 @@
-"""Completions of well-known facts, with other objects of the same relation as wrong options."""
+"""Completions of well-known facts, with other objects of the same relation as wrong options; facts.yaml has them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from shoal.abilities.facts import RELATIONS, UNTRAINED, Relation
 from shoal.abilities.item import (
     Form,
     Item,
     Value,
+    Wanted,
     assigned_forms,
     build_item,
     check_choice,
     check_range,
     digest,
     forms_of,
-    generator,
     split_of,
 )
+from shoal.abilities.words import table
 
 NUM_OPTIONS = 4
 NUM_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How one kind of fact is asked; "{}" stands for the subject."""
+
+    prompt: str
+    """Ends right before the object."""
+
+    question: str
+    """The same as a question, for lettered prompts."""
+
+    pairs: tuple[tuple[str, str], ...]
+    """(subject, object), each subject once."""
+
+    answer: str = "{}"
+    """How the object is written: words about words stand in quotation marks."""
+
+    paraphrase: str = ""
+    """The prompt in words that no training text has; empty where no other form is asked."""
+
+    kinds: tuple[str, str] = ("", "")
+    """What subject and object are, as the names of two fields."""
+
+
+def _relation(prompt: str, question: str, pairs: str, kinds: tuple[str, str] = ("", ""), **words: str) -> Relation:
+    """From the entry of facts.yaml, whose pairs are "subject: object; subject: object"."""
+    subject, target = kinds
+    entries = (pair.split(": ", 1) for pair in pairs.split("; "))
+    return Relation(prompt, question, tuple((one, other) for one, other in entries), kinds=(subject, target), **words)
+
+
+RELATIONS = {name: _relation(**entry) for name, entry in table("facts")["stated"].items()}
+"""Of these training text states facts."""
+UNTRAINED = {name: _relation(**entry) for name, entry in table("facts")["unstated"].items()}
+"""Of these no text states any. A subject or object may stand in both, but the two together are asked once."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +102,7 @@ def facts_in(split: str, relation: str) -> list[tuple[str, str]]:
     return [pair for pair in RELATIONS[relation].pairs if split_of("fact", relation, pair[0]) == split]
 
 
-def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = None, form: Value = None) -> list[Item]:
+def knowledge_items(wanted: Wanted, *, relation: Value = None, form: Value = None) -> list[Item]:
     """Fact items of one relation, or of all in a mixed order; the seed decides which and in what order.
 
     The wrong options of a fact depend on the fact alone, and come from its own split: an object that was seen in
@@ -75,19 +111,19 @@ def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = 
     Raises:
         ValueError: for an unknown relation or form, or when there are fewer facts than items asked for.
     """
-    forms = assigned_forms(FORMS, form, "knowledge", num_items)
-    facts = _draw("knowledge", RELATIONS, split, num_items, seed, relation)
-    return [make_fact(split, *fact, form=in_form) for fact, in_form in zip(facts, forms, strict=True)]
+    forms = assigned_forms(FORMS, form, "knowledge", wanted.num_items)
+    facts = _draw("knowledge", RELATIONS, wanted, relation)
+    return [make_fact(wanted.split, *fact, form=in_form) for fact, in_form in zip(facts, forms, strict=True)]
 
 
-def knowledge_out_items(*, split: str, num_items: int, seed: int, relation: Value = None) -> list[Item]:
+def knowledge_out_items(wanted: Wanted, *, relation: Value = None) -> list[Item]:
     """The same of the relations that no text states, which are all scored.
 
     Raises:
         ValueError: as knowledge_items does.
     """
-    facts = _draw("knowledge_out", UNTRAINED, split, num_items, seed, relation)
-    return [make_fact(split, *fact) for fact in facts]
+    facts = _draw("knowledge_out", UNTRAINED, wanted, relation)
+    return [make_fact(wanted.split, *fact) for fact in facts]
 
 
 @cache
@@ -122,13 +158,11 @@ def make_fact(split: str, relation: str, subject: str, target: str, *, form: Fac
     return item if form == FORMS[0] else replace(item, id=make_fact(split, relation, subject, target).id)
 
 
-def _draw(
-    task: str, relations: Mapping[str, Relation], split: str, num_items: int, seed: int, relation: Value
-) -> list[tuple[str, str, str]]:
+def _draw(task: str, relations: Mapping[str, Relation], wanted: Wanted, relation: Value) -> list[tuple[str, str, str]]:
     """(relation, subject, object) of so many facts."""
     if relation is not None:
         check_choice(f"{task} relation", relation, relations)
     names = relations if relation is None else (str(relation),)
-    facts = [(name, *pair) for name in names for pair in facts_in(split, name)]
-    check_range(f"{task} num_items (split {split})", num_items, 1, len(facts))
-    return generator(task, split, seed, relation=relation).sample(facts, num_items)
+    facts = [(name, *pair) for name in names for pair in facts_in(wanted.split, name)]
+    check_range(f"{task} num_items (split {wanted.split})", wanted.num_items, 1, len(facts))
+    return wanted.generator(task, relation=relation).sample(facts, wanted.num_items)

@@ -14,12 +14,12 @@ from shoal.abilities.item import (
     Form,
     Item,
     Value,
+    Wanted,
     assigned_forms,
     build_item,
     check_choice,
     check_range,
     forms_of,
-    generator,
     split_of,
     words_in,
 )
@@ -104,24 +104,21 @@ Telling = Callable[[StoryForm], Problem]
 """A problem's content, to be put into any form."""
 
 
-def reasoning_items(
-    *, split: str, num_items: int, seed: int, num_steps: Value = 2, kind: Value = None, form: Value = None
-) -> list[Item]:
+def reasoning_items(wanted: Wanted, *, num_steps: Value = 2, kind: Value = None, form: Value = None) -> list[Item]:
     """Problems of one kind, or of all kinds in turn; `num_steps` is the length of the worked answer.
 
     Raises:
         ValueError: for an unknown kind or form, or a number of steps outside its range.
     """
-    check_range("reasoning num_steps", num_steps, 1, MAX_STEPS)
-    assert isinstance(num_steps, int)
+    num_steps = check_range("reasoning num_steps", num_steps, 1, MAX_STEPS)
     if kind is not None:
         check_choice("reasoning kind", kind, KINDS)
-    forms = assigned_forms(FORMS, form, "reasoning", num_items)
-    rng = generator("reasoning", split, seed, num_steps=num_steps, kind=kind)
+    forms = assigned_forms(FORMS, form, "reasoning", wanted.num_items)
+    rng = wanted.generator("reasoning", num_steps=num_steps, kind=kind)
     kinds = tuple(KINDS) if kind is None else (str(kind),)
     items: dict[str, Item] = {}
-    while len(items) < num_items:
-        item = make_problem(rng, split, kinds[len(items) % len(kinds)], num_steps, form=forms[len(items)])
+    while len(items) < wanted.num_items:
+        item = make_problem(rng, wanted.split, kinds[len(items) % len(kinds)], num_steps, form=forms[len(items)])
         items.setdefault(item.id, item)
     return list(items.values())
 

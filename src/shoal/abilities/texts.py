@@ -5,9 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from shoal.abilities import knowledge, reasoning, retrieval
-from shoal.abilities.facts import RELATIONS
 from shoal.abilities.item import Form, generator
 
+FORMS: dict[str, tuple[Form, ...]] = {
+    "retrieval": retrieval.FORMS,
+    "knowledge": knowledge.FORMS,
+    "reasoning": reasoning.FORMS,
+}
+"""All forms of the abilities that text trains."""
 DEFAULT_MIX = {"retrieval": 1.0, "knowledge": 1.0, "reasoning": 1.0}
 F = TypeVar("F", bound=Form)
 
@@ -46,7 +51,7 @@ def write_lookups(rng: random.Random, num_forms: int | None) -> str:
 def write_facts(rng: random.Random, num_forms: int | None) -> str:
     """A list of facts of mixed relations."""
     form = _trained(rng, knowledge.FORMS, num_forms)
-    facts = [(name, *pair) for name in RELATIONS for pair in knowledge.facts_in("train", name)]
+    facts = [(name, *pair) for name in knowledge.RELATIONS for pair in knowledge.facts_in("train", name)]
     chosen = [knowledge.make_fact("train", *fact, form=form) for fact in rng.sample(facts, rng.randint(4, 12))]
     return form.between.join(f"{item.context}{item.gold}{form.end}" for item in chosen)
 

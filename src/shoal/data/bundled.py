@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from shoal.abilities import items as ability_items
 from shoal.abilities import training_texts
-from shoal.abilities.facts import RELATIONS
-from shoal.abilities.forms import FORMS
-from shoal.abilities.knowledge import facts_in
+from shoal.abilities.knowledge import RELATIONS, facts_in
+from shoal.abilities.texts import FORMS
 from shoal.data.general_text import docstrings, instructions, python_docs, readmes
 from shoal.recipe.section import MIXED, TEACHER_TEXT
 from shoal.task_words import ABILITIES

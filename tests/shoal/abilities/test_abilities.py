@@ -1,8 +1,7 @@
 """The generated items are right, repeatable, and their two splits share no content.
 
-Covers: shoal.abilities.facts, shoal.abilities.haystack, shoal.abilities.item,
-shoal.abilities.knowledge, shoal.abilities.reasoning, shoal.abilities.retrieval, shoal.abilities.texts,
-shoal.abilities.words.
+Covers: shoal.abilities.item, shoal.abilities.knowledge, shoal.abilities.reasoning, shoal.abilities.retrieval,
+shoal.abilities.texts, shoal.abilities.words.
 """
 
 import json
@@ -12,10 +11,9 @@ from collections import Counter
 import pytest
 
 from shoal.abilities import GENERATORS, Item, items, training_texts
-from shoal.abilities.facts import RELATIONS, UNTRAINED
-from shoal.abilities.forms import FORMS
 from shoal.abilities.item import split_of
-from shoal.abilities.knowledge import facts_in, stated_facts
+from shoal.abilities.knowledge import RELATIONS, UNTRAINED, facts_in, stated_facts
+from shoal.abilities.texts import FORMS
 
 SETTINGS = [
     ("retrieval", {}),

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from shoal.abilities import Item, items, training_texts
-from shoal.abilities.facts import RELATIONS
-from shoal.abilities.forms import FORMS
 from shoal.abilities.item import Form
-from shoal.abilities.knowledge import FactForm, examples_of, facts_in
+from shoal.abilities.knowledge import RELATIONS, FactForm, examples_of, facts_in
 from shoal.abilities.reasoning import spelled
+from shoal.abilities.texts import FORMS
 
 NAMES = [(ability, form.name) for ability, forms in FORMS.items() for form in forms]
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from shoal.abilities import Item, items
-from shoal.abilities.composition import MAX_STEPS
+from shoal.abilities.untrained import MAX_STEPS
 
 STEPS = (1, 2, 3, 5, 8, MAX_STEPS)
 CHANCE, SLACK = 0.25, 0.075
