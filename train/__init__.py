@@ -1,17 +1,16 @@
 """Train the cut model on the full one: the stage `distill`, and `record`, which writes down what the teacher says.
 
-    distill    all of it, in order
+    distill    all of it, in order: models, teacher, loss and Trainer put together, distilled/ and distill.json
     record     writes a recording
-    assembly   models, teacher, loss and Trainer put together
-    objective_trainer  one optimizer step and its curves in the transformers Trainer
-    trainer    the same in a run directory: whole checkpoints, samples, a clean stop
+    trainer    one optimizer step in the transformers Trainer, whole checkpoints, a clean stop
+    curves     the curves of its steps, and the one that is not sound
     distillation_trainer  the same for a model and a data set in memory
+    progress   what it tells while it goes on
+    validation  scores of the student while it trains, its best state
     dataset    the rows that are learnt from
-    save       distilled/ and distill.json
 
 Folders:
 
-    callbacks  what looks on while a model trains
     engine     deepSpeed and many processes, any of which may die
     generated  training text that a model writes
     objective  the loss: sums over supervised tokens

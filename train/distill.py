@@ -3,51 +3,72 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.training import Training
+from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import ImageReader, images_fingerprint
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
+from shoal.machine import peak_memory
 from shoal.models.checkpoint_files import tokenizer_fingerprint
+from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.progress import doing
-from shoal.ranks import is_main
+from shoal.ranks import is_main, world_size
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import agreed
+from shoal.redaction import redacted
+from shoal.runtime import agreed, barrier, device
 from shoal.tracking import wandb_run
 
-from .assembly import Identity, make_trainer
-from .callbacks.progress import Progress
-from .callbacks.validation import Scorer, Watcher
-from .callbacks.wandb_curves import Curves
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
 from .engine.arguments import (
     BATCH_SPLIT,
     check_names,
     deepspeed_config,
+    resolved_deepspeed,
     rows_per_step,
     training_arguments,
 )
 from .engine.checkpoint import last_complete, needs_universal
 from .engine.fused import is_fused
-from .engine.sharding import join_deepspeed, leave_deepspeed
+from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
 from .objective.chunked_loss import refuse_for_top_k
 from .preflight.fit import check_fit, explained_memory
 from .preflight.throughput import flops_per_token, most_tokens_per_s
-from .save import write_results
+from .progress import Curves, Progress
+from .student.frozen import stored_names, write_student
 from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec, require_same_vocabulary
-from .trainer import DistillTrainer
+from .student.trainable import keep_zeros
+from .teacher.wiring import make_trainable
+from .trainer import DistillTrainer, ObjectiveTrainer, Parts
+from .validation import Scorer, Watcher
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a training is known by when it goes on or is asked for again."""
+
+    stage: dict[str, Any]
+    """All that shapes distilled/."""
+    checkpoints: dict[str, Any]
+    """The same with the real batch, however ranks and micro-batches share it."""
 
 
 class Stopped(Exception):
@@ -190,7 +211,7 @@ def distill(
         trainer.train_on_objective(resume)
     is_finished = trainer.state.global_step >= trainer.state.max_steps
     if is_finished:
-        write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
+        _write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
     leave_deepspeed(trainer)
     heartbeat.stop()
     wandb_run.finish(run_dir)
@@ -199,6 +220,56 @@ def distill(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
             stop.number,
         )
+
+
+def make_trainer(
+    spec: TrainSpec,
+    rows: PackedRows,
+    arguments: TrainingArguments,
+    identity: Identity,
+    *,
+    stop: StopRequest,
+    callbacks: Sequence[TrainerCallback],
+    peak_tokens_per_s: float | None,
+) -> DistillTrainer:
+    """Load the student, made trainable, and the teacher where it is to run; the Trainer that joins them with the loss.
+
+    ``arguments`` exist before the models: under ZeRO-3 they make from_pretrained shard what it loads.
+
+    Raises:
+        UserError: parts of the recipe that contradict the plan, the models or a recording.
+    """
+    held = spec.deepspeed.weight_dtype
+    if held.itemsize < spec.student.stored_dtype.itemsize:
+        log.warning(
+            "the student's weights are stored in %s and held in %s: training begins with them rounded to that",
+            *(str(dtype).removeprefix("torch.") for dtype in (spec.student.stored_dtype, held)),
+        )
+    student, teacher = spec.student.model(dtype=str(held).removeprefix("torch.")), None
+    stored = stored_names(spec.student.folder)
+    make_trainable(student, spec, seed=arguments.seed, stored=stored)
+    keep_zeros(student)
+    if spec.runs_teacher:
+        with loaded_in(spec.teacher_dtype, arguments):
+            teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
+    parts = Parts(
+        spec,
+        student,
+        teacher,
+        spec.teacher.tokenizer(),
+        refused=Path(str(arguments.output_dir)).parent / "refused",
+        stop=stop,
+        peak_tokens_per_s=peak_tokens_per_s,
+        recorded=(rows, identity.stage),
+        stored=stored,
+    )
+    known_by = identity.checkpoints
+    trainer = DistillTrainer(parts, identity=known_by, args=arguments, train_dataset=rows, callbacks=[*callbacks])
+    trainer.remove_callback(PrinterCallback)
+    if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
+        planes, precision = (rows.input_ids_NS, rows.position_ids_NS), spec.deepspeed.autocast_dtype
+        warn_of_mixed_documents(teacher or student, *planes, IN_TRAINING, autocast_dtype=precision)
+    return trainer
 
 
 def _rows(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, text: Path, inputs: dict[str, Any]) -> PackedRows:
@@ -237,3 +308,76 @@ def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume
         log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items()))
     if resume is not None:
         log.info("going on from %s", resume)
+
+
+def _write_results(
+    trainer: DistillTrainer,
+    spec: TrainSpec,
+    *,
+    run_dir: Path,
+    inputs: dict[str, Any],
+    watcher: Watcher | None,
+    rows: PackedRows,
+    overlap: dict[str, Any],
+) -> None:
+    """Write distilled/ from the last state, or from the best that ``watcher`` has kept, then distill.json.
+
+    Every rank calls this. ``spec.student`` is the checkpoint that training began with; ``overlap`` is what of
+    evaluation stands in the training text.
+    """
+    student = trainer.objective.student
+    settings: dict[str, Any] = {}
+    with doing("bringing the student's weights together"):
+        state = trainer.student_state()
+    peak = torch.tensor(float(peak_memory()), device=device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    best = None if watcher is None else watcher.best()
+    if is_main():
+        assert state is not None
+        if best is not None and watcher is not None:
+            log.info("distilled/ is the student of step %d: %s %.4f", best["step"], best["metric"], best["score"])
+            state = watcher.best_state()
+            settings["best"] = {key: best[key] for key in ("step", "metric", "score")}
+        student.config.use_cache = True  # the Trainer turned it off
+        with doing("writing distilled/"):
+            write_student(student, state, spec.student, run_dir / "distilled")
+        training = training_of(trainer, spec, inputs=inputs, rows=rows, peak_memory_bytes=int(peak.item()))
+        training = replace(training, settings={**training.settings, **settings}, data={**training.data, **overlap})
+        training.write(run_dir / Training.FILE)
+        if watcher is not None:
+            watcher.forget()
+    barrier()
+
+
+def training_of(
+    trainer: ObjectiveTrainer, spec: TrainSpec, *, inputs: dict[str, Any], rows: PackedRows, peak_memory_bytes: int
+) -> Training:
+    """What ``trainer`` has done on ``rows``, so far."""
+    history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
+    seconds = [row["seconds"] for row in history if "seconds" in row]
+    return Training(
+        provenance=Provenance(inputs),
+        num_steps=trainer.state.global_step,
+        num_tokens=_tokens_trained_on(trainer, spec),
+        seconds=seconds[-1] if seconds else trainer.row.seconds,
+        history=tuple({key: float(value) for key, value in row.items()} for row in history),
+        settings={
+            "trainer": redacted(trainer.args.to_sanitized_dict()),
+            "deepspeed": resolved_deepspeed(trainer.args),
+            "world_size": world_size(),
+            "rows": fingerprint(rows.fingerprint),
+            "shared_layers": spec.shared_layers,
+            "trained_layers": list(spec.trained.layers),
+        },
+        data={"sources": rows.counts},
+        peak_memory_bytes=peak_memory_bytes,
+    )
+
+
+def _tokens_trained_on(trainer: ObjectiveTrainer, spec: TrainSpec) -> int:
+    """Tokens of all steps; where no budget is set, the last step of an epoch has fewer rows."""
+    steps, dataset = trainer.state.global_step, trainer.train_dataset
+    assert dataset is not None
+    num_rows, rows_per_step = len(dataset), spec.tokens_per_step // spec.settings.sequence_length  # pyright: ignore[reportArgumentType]
+    epochs, begun = divmod(steps, max(1, math.ceil(num_rows / rows_per_step)))
+    return (epochs * num_rows + min(begun * rows_per_step, num_rows)) * spec.settings.sequence_length

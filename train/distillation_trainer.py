@@ -36,12 +36,12 @@ from shoal.recipe.section import Section
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
-from .objective_trainer import ObjectiveTrainer, Parts
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
 from .student.lora import adapted_modules, merge_adapters, refuse_untrainable
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable
+from .trainer import ObjectiveTrainer, Parts
 
 log = logging.getLogger(__name__)
 
@@ -137,11 +137,11 @@ class DistillationTrainer(ObjectiveTrainer):
         given = Given(**{each.name: settings.pop(each.name) for each in fields(Given) if each.name in settings})
         args = args or TrainingArguments(f"{Path(name_of(model)).name}-distilled")
         section = _checked(model, teacher, args, given, settings)
-        self.spec = _spec(model, teacher, section, given.drop)
+        spec = _spec(model, teacher, section, given.drop)
         tokenizer = None if processing_class is None else require_tokenizer(processing_class)
         if section.on_policy is not None and tokenizer is None:
             raise UserError("processing_class: is missing, and on-policy steps write text; give the tokenizer")
-        _make_ready(model, teacher, self.spec, args, trains=given.trainable is not None or section.lora is not None)
+        _make_ready(model, teacher, spec, args, trains=given.trainable is not None or section.lora is not None)
         rows = partial(_rows, args=args, section=section, tokenizer=tokenizer, loss_on=given.loss_on)
         train_rows, is_named = rows(train_dataset, "train_dataset"), isinstance(eval_dataset, Mapping)
         several: Any = eval_dataset if is_named else {"eval_dataset": eval_dataset}
@@ -149,10 +149,10 @@ class DistillationTrainer(ObjectiveTrainer):
         self._in_order = isinstance(train_dataset, PackedRows)
         self._is_installed = False
         self._prepared_forward: Any = None
-        live = teacher if self.spec.runs_teacher else None
+        live = teacher if spec.runs_teacher else None
         refused = Path(str(args.output_dir)) / "refused"
         super().__init__(
-            Parts(self.spec, model, live, tokenizer, _nothing_recorded, refused=refused),
+            Parts(spec, model, live, tokenizer, refused=refused),
             args=args,
             train_dataset=train_rows,
             eval_dataset=eval_rows if is_named else eval_rows["eval_dataset"],
@@ -161,7 +161,7 @@ class DistillationTrainer(ObjectiveTrainer):
             optimizers=given.optimizers,
         )
         if teacher is not None and train_rows is not None:
-            planes, precision = (train_rows.input_ids_NS, train_rows.position_ids_NS), self._autocast_dtype
+            planes, precision = (train_rows.input_ids_NS, train_rows.position_ids_NS), spec.deepspeed.autocast_dtype
             warn_of_mixed_documents(teacher, *planes, IN_TRAINING, autocast_dtype=precision)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -396,7 +396,3 @@ def _refuse_shared(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
                 f"model: shares the weights of {name} with the teacher, which would be trained too; give a copy, such "
                 "as shoal.cut_model makes"
             )
-
-
-def _nothing_recorded(*_: Any) -> Any:
-    raise AssertionError("nothing here reads a recording")

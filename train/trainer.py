@@ -1,62 +1,363 @@
-"""The trainer of a run directory: checkpoints that are complete or absent, samples of the student, a clean stop."""
+"""The transformers Trainer with a distillation loss in place of the model's own, whatever shares the work: one process,
+DistributedDataParallel or DeepSpeed; and the same in a run directory.
+
+Why the Trainer and not a loop of our own: every TrainingArguments setting keeps its meaning, and schedules, W&B,
+logging and gradient checkpointing come with it. What it gets wrong for us is overridden here, one method each.
+
+A loss is summed over supervised tokens and divided once, by the number of them in the whole optimizer step, over all
+its micro-batches and ranks. So the curve does not depend on how a batch is split.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from shoal.errors import explained_disk_errors
+from shoal.atomic_files import write_json
+from shoal.data.packing import IMAGES, PackedRows
+from shoal.errors import UserError, explained_disk_errors
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
+from shoal.recipe.losses import term_names
 from shoal.runtime import barrier, seed_everything
+from shoal.runtime import device as own_device
 
-from .callbacks.validation import Scorer, Watcher
+from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
+from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
-from .objective_trainer import ObjectiveTrainer, Parts
+from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
+from .engine.stop import StopRequest
+from .generated.on_policy import Sampler as OnPolicySampler
+from .generated.sampling import checkpointing_kept, own_forwards
+from .objective.host_batch import documents_known, on_host, queued, stacked
+from .objective.objective import Signals
+from .student.frozen import share_frozen
+from .student.spec import TrainSpec
+from .teacher.wiring import check_fused, wire
+from .validation import Scorer, Watcher
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+INPUTS = ("input_ids", "position_ids", "labels")
+"""Planes that the student's forward takes of a batch; the teacher may read more."""
+AGREEMENT = "top1_agreement"
+PEAK_SHARE = "peak_share"
+"""Tokens per second against those at the speed of a large matrix product on this machine."""
+OBJECTIVE_FILE = "objective.json"
+"""File of what loss terms keep between steps, inside a checkpoint."""
+ROW_FILE = "curve_row.json"
+"""File, inside a checkpoint, of what the curves' next row holds so far."""
+ON_POLICY_FILE = "on_policy.json"
+"""File, inside a checkpoint, of what on-policy steps keep."""
 
-class StepSampler(Sampler[int]):
-    """Rows as they are packed, step by step, and inside of a step those that ask the teacher behind the others.
 
-    A step holds the same rows as without that, and its loss is their sum. The Trainer deals a step out micro-batch by
-    micro-batch, in each rank by rank. So all ranks run the teacher in the same micro-batches, but for one in which they
-    have as many rows each that ask it, give or take one: a step takes as long as its slowest rank.
-    """
+@dataclass(frozen=True)
+class Parts:
+    """What a training is made of, whoever asks for it."""
 
-    def __init__(self, asks_N: NDArray[np.bool_], *, rows: int, ranks: int, micro_batches: int) -> None:
-        """``asks_N``: whether the teacher is asked of a row. A step has ``micro_batches`` of ``rows`` rows on every
-        rank."""
-        super().__init__()
-        self._asks_N = asks_N
-        self._shape = (micro_batches, rows, ranks)
+    spec: TrainSpec
+    student: PreTrainedModel
+    """Made trainable."""
+    teacher: PreTrainedModel | None
+    """One that is to run; None = its signals are recorded, or nobody asks it."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """Needed by on-policy steps."""
+    refused: Path
+    """Folder for the batch of a step that is not sound."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    peak_tokens_per_s: float | None = None
+    """Tokens per second of this machine at best; None = not measured."""
+    recorded: tuple[PackedRows, dict[str, Any]] | None = None
+    """Rows and identity of a training whose teacher may be recorded."""
+    stored: Set[str] | None = None
+    """Names of the tensors in the student's files, which tell frozen weights that it can hold together with the
+    teacher; None = it shares none."""
 
-    def __len__(self) -> int:
-        return len(self._asks_N)
 
-    def __iter__(self) -> Iterator[int]:
-        per_step = int(np.prod(self._shape))
-        for start in range(0, len(self), per_step):
-            yield from (start + self._dealt(self._asks_N[start : start + per_step])).tolist()
+class ObjectiveTrainer(Trainer):
+    """Trains a student whose forward is that of an installed shoal.train.objective.objective.Objective."""
 
-    def _dealt(self, asks: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Places of a step's rows in the order in which they are dealt."""
-        order = asks.argsort(kind="stable")
-        if asks.all() or not asks.any() or asks.size != np.prod(self._shape):
-            return order
-        # one to each rank in turn, until all have their micro-batch
-        return order.reshape(self._shape).swapaxes(1, 2).ravel()
+    # the loss below is already divided by the token count of the whole optimizer step
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, parts: Parts, **kwargs: Any) -> None:
+        """Join ``parts``; ``kwargs`` are the Trainer's. Then the teacher is in its place.
+
+        Raises:
+            UserError: loss terms that contradict the plan, the models or a recording.
+        """
+        spec, student, live = parts.spec, parts.student, parts.teacher
+        wiring = wire(spec, student, live, parts.recorded)
+        super().__init__(model=student, data_collator=stacked, **kwargs)
+        objective = wiring.objective
+        # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
+        self.model_accepts_loss_kwargs = True
+        self.objective = objective
+        self._wiring = wiring
+        self._on_policy = (
+            None
+            if parts.tokenizer is None
+            else OnPolicySampler.of(spec.settings, student, parts.tokenizer, seed=self.args.seed)
+        )
+        self._guard = LossGuard(spec.settings.stop_on_spike)
+        self.spec, self._parts = spec, parts
+        self._batches: list[dict[str, Tensor]] = []
+        self.refused: Path | None = parts.refused
+        """None = its batch is not kept."""
+        self._num_items: Tensor | int = 0
+        self._step_sums = self._zero_sums()
+        self._term_tokens: list[int] = []
+        self._gradient_norm: Tensor | float | None = None
+        self._scaler: torch.amp.GradScaler | None = None
+        """What scales losses in float16 without ZeRO."""
+        self.row = CurveRow(2 * len(objective.terms) + 2, self._guard)
+        self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
+        self.add_callback(_StepEnds(self))
+        if live is not None:
+            place_teacher(live, self, offload=spec.settings.teacher.offload)
+            if parts.stored is not None and spec.deepspeed.stage < 3 and not spec.settings.teacher.offload:
+                student.to(own_device())  # pyright: ignore[reportArgumentType]
+                dtype = spec.deepspeed.autocast_dtype
+                share_frozen(student, live, spec.plan.keep, autocast_dtype=dtype, stored=parts.stored)
+        check_fused(objective, spec)
+
+    def begin(self) -> None:
+        """Forget what another training of these models kept between its steps."""
+        for name, kept in self._kept().items():
+            kept.load_state(copy.deepcopy(self._at_first[name]))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # the Trainer's takes a step before it looks whether the one it goes on from was the last
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _zero_sums(self) -> Tensor:
+        """Every term's sum over the step's supervised tokens, divided by their number, and the counts of top-1
+        agreement."""
+        return torch.zeros(len(self.objective.terms) + 2, dtype=torch.float64, device=self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens.
+
+        In on-policy steps they are what the student writes now; samples hold other numbers of learnt tokens.
+        """
+        self.row.step_begins()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
+            with self.plain_student() as student:
+                batches = self._on_policy.batches(student, batches, step=step)
+            batches = self._on_policy.judged(batches, self._teacher_log_probs)
+            num_items = self._get_num_items_in_batch(batches, device)
+        self._batches, self._num_items = batches, 0 if num_items is None else num_items
+        counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
+        self._term_tokens = [sum(of_term) for of_term in zip(*counts, strict=True)]
+        return batches, num_items
+
+    def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
+        """As train.generated.on_policy.LogProbs says."""
+        with self.taught(batch) as signals:
+            return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
+
+    @contextlib.contextmanager
+    def plain_student(self) -> Iterator[PreTrainedModel]:
+        """The student as an ordinary model, whole on every rank, under the precision that it is trained in."""
+        from trl.models.utils import unwrap_model_for_generation
+
+        wrapped: Any = self.model_wrapped
+        dtype = self.spec.deepspeed.autocast_dtype
+        with (
+            # TRL asks transformers by old names
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            checkpointing_kept(self.objective.student),
+            unwrap_model_for_generation(wrapped, self.accelerator) as model,
+            own_forwards(self.objective.student),
+            # DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through
+            torch.autocast(self.args.device.type, dtype, enabled=dtype is not None),
+        ):
+            yield model  # pyright: ignore[reportReturnType]
+
+    @contextlib.contextmanager
+    def taught(self, batch: Mapping[str, Any]) -> Iterator[Signals]:
+        """What the teacher says of a micro-batch. Inside, models know its documents, and the head is whole."""
+        with contextlib.ExitStack() as stack:
+            if IMAGES not in batch:  # its rows are one document each, and the model makes masks of it by itself
+                stack.enter_context(documents_known(on_host(batch), self.args.device))
+            with torch.autocast(self.args.device.type, enabled=False):  # a teacher computes in its own precision
+                signals = self._wiring.teacher(batch)
+            if self._wiring.teacher_head is not None:
+                stack.enter_context(gathered(self._wiring.teacher_head))
+            yield signals
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's mean loss over all supervised tokens of all ranks.
+
+        Gradients are averaged over ranks, hence the factor world size. ``num_items_in_batch`` is the token count
+        of the whole step; averaging each micro-batch over its own tokens would make the loss depend on the split.
+        """
+        assert num_items_in_batch is not None
+        with contextlib.ExitStack() as stack:
+            signals = stack.enter_context(self.taught(inputs))
+            if self._wiring.prefix is not None:
+                dtype = next(p for p in model.parameters() if p.requires_grad).dtype
+                stack.enter_context(self._wiring.prefix.replaying(dtype))
+            # the student's forward is the objective's: sums over this micro-batch's tokens, no means
+            loss_sum, sums = model(
+                **{name: inputs[name] for name in INPUTS},
+                signals=signals,
+                on_host=on_host(inputs),
+                images=inputs.get(IMAGES),
+            )
+        if self.objective.student.training:  # else it is evaluated, between the steps
+            num_terms = len(self.objective.terms)
+            self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
+            # agreement is asked of every so many tokens: counts, no means
+            self._step_sums[num_terms:] += sums[num_terms:]
+        loss = loss_sum * (world_size() / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """DeepSpeed has clipped; it is asked for the norm below."""
+        return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Kept for ``end_step``: to log it the Trainer would wait for the device here."""
+        if not self.is_deepspeed_enabled:
+            self._gradient_norm = super()._get_grad_norm(model, grad_norm)
+            return
+        engine: Any = model
+        # float16 finds its scale by steps that overflow: those are skipped, and the next one is tried with another
+        skipped = engine.fp16_enabled() and getattr(engine.optimizer, "overflow", False)
+        self._gradient_norm = None if skipped else engine.get_global_grad_norm()
+        self._scaler = engine.torch_autocast_z0_gradscaler
+
+    def end_step(self) -> bool:
+        """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved; whether
+        any rank was asked to stop.
+
+        Here the host waits for the device, once per optimizer step: a later look would let a step that is no number
+        into a checkpoint, and what the device could have begun meanwhile is the beginning of the next step. Sums, norm
+        and the wish to stop come over together. DeepSpeed and, where it logs, the Trainer have waits of their own.
+        """
+        step, terms = self.state.global_step, self.objective.terms
+        # the last number is, after the sum over ranks, whether anyone was asked to stop
+        of_rank = [*self._term_tokens, float(self._parts.stop.reason is not None)]
+        sums = torch.cat([self._step_sums, *(self._step_sums.new_full((1,), number) for number in of_rank)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        if not self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            self._gradient_norm = None
+        gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
+        *counts, stopped, num_items, norm = numbers(sums, self._num_items, gradient_norm)
+        self._step_sums = self._zero_sums()
+        if not num_items:
+            raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
+        means = counts[: len(terms)]
+        # of the step's supervised tokens those that a term learns from
+        shares = [number / num_items for number in counts[len(terms) + 2 :]]
+        loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
+        values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
+        if self._gradient_norm is not None:
+            self._gradient_norm = judged_norm(norm, self._scaler)
+            if self._gradient_norm is not None:
+                values["the norm of the gradient"] = self._gradient_norm
+        if problem := self._guard.problem(values):
+            raise refuse_step(problem, step, self._batches, self.refused)
+        own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
+        self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
+        self.row.add([*counts[: len(terms) + 2], *shares])
+        if stopped:
+            self._parts.stop.ask("another rank was asked to stop")
+        return stopped > 0
+
+    def read_curves(self) -> dict[str, float]:
+        """Curves beside those of the loss, of the objective and of what the student writes, for the steps since they
+        were last read."""
+        return self.objective.curves() | ({} if self._on_policy is None else self._on_policy.counts.read_curves())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
+        logged; one that has learnt from none since the last time is not there."""
+        if "loss" in logs and (steps := self.row.num_steps):
+            terms = self.objective.terms
+            names = term_names(terms)
+            sums, (matches, compared, *shares) = self.row.sums[: len(names)], self.row.sums[len(names) :]
+            # the Trainer's own sum begins anew where training goes on inside of a row
+            logs["loss"] = sum(term.weight * value for term, value in zip(terms, sums, strict=True)) / steps
+            logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
+            if compared:
+                logs[AGREEMENT] = matches / compared
+            logs |= self.read_curves()
+            logs["seconds"] = self.row.seconds
+            logs["tokens_per_s"] = steps * self.spec.tokens_per_step / max(self.row.row_seconds, 1e-9)
+            if self._parts.peak_tokens_per_s is not None:
+                logs[PEAK_SHARE] = logs["tokens_per_s"] / self._parts.peak_tokens_per_s
+            if self._gradient_norm is not None:
+                logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
+            self.row.begin()
+        super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if num_training_steps == 1 and not any(scheduler.get_last_lr()) and is_main():
+            log.warning(
+                "the training is one step, at which the warm-up begins with a rate of 0, so nothing is learnt; train "
+                "on more tokens (num_tokens), or set warmup_steps of the trainer to 0"
+            )
+        return scheduler
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Loss and teacher read columns that the student's own forward does not have."""
+        return data_collator
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if is_main():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            for name, kept in self._kept().items():
+                write_json(folder / name, kept.state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for name, kept in self._kept().items():
+            file = Path(checkpoint) / name
+            if not file.is_file():
+                raise UserError(f"{checkpoint}: holds no {name}; go on from a checkpoint of this trainer")
+            kept.load_state(json.loads(file.read_bytes()))
+
+    def _kept(self) -> dict[str, Any]:
+        """What keeps a state between steps, by its file inside a checkpoint."""
+        counts = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.counts}
+        return {OBJECTIVE_FILE: self.objective, ROW_FILE: self.row, **counts}
 
 
 class DistillTrainer(ObjectiveTrainer):
@@ -66,9 +367,7 @@ class DistillTrainer(ObjectiveTrainer):
         """``identity`` is what a checkpoint must have in common with the run that goes on from it; ``kwargs`` are the
         Trainer's."""
         super().__init__(parts, **kwargs)
-        self._spec = parts.spec
         self._identity = identity
-        self._keep_checkpoints = kept_checkpoints(parts.spec.settings)
 
     def train_on_objective(self, resume: Path | None) -> None:
         """Train to the end, or a stop, on the objective, which goes out of force then: what is told of memory rests on
@@ -91,14 +390,14 @@ class DistillTrainer(ObjectiveTrainer):
         self.add_callback(watcher)
 
     def looked_at(self, look: Callable[[PreTrainedModel], T]) -> T:
-        """What ``look`` sees in the student as it is now, in no time of training. Every rank calls this."""
-        with self._rate.paused(), doing("scoring the student"), self.plain_student() as student:
+        """What ``look`` sees in the student as it is now. Every rank calls this."""
+        with doing("scoring the student"), self.plain_student() as student:
             return look(student)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        spec = self._spec
+        spec = self.spec
         if spec.asked_sources is None or rows.sources_NS is None:
             return SequentialSampler(rows)
         # rows of sources that ask hold no others
@@ -115,12 +414,12 @@ class DistillTrainer(ObjectiveTrainer):
             shutil.rmtree(folder)
         barrier()
         saving = doing(f"saving {folder.name}")
-        with removed_unless_complete(folder), explained_disk_errors(folder), self._rate.paused(), saving:
+        with removed_unless_complete(folder), explained_disk_errors(folder), saving:
             super()._save_checkpoint(model, trial)
             zero: Any = self.args.hf_deepspeed_config
             commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
         if is_main():
-            remove_older(folder.parent, keep=self._keep_checkpoints)
+            remove_older(folder.parent, keep=kept_checkpoints(self.spec.settings))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -147,3 +446,24 @@ class DistillTrainer(ObjectiveTrainer):
             return None
         student: Any = self.model
         return {name: weight for name, weight in state.items() if name not in student.all_tied_weights_keys}
+
+
+class _StepEnds(TrainerCallback):
+    """After every step: its curves, and whether any rank was asked to stop: finish it on all ranks, save, return."""
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.is_deepspeed_enabled:
+            keep_gradient_norm(self._trainer.model_wrapped)
+            reduce_in_parts(self._trainer.model_wrapped)
+        if not state.global_step:
+            self._trainer.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # the last row of the curves may be of fewer steps
+        if self._trainer.end_step() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True

@@ -114,7 +114,6 @@ class Case:
 
 FROM_THE_CUT = {"trainable": "from_first_cut"}
 CHECKPOINTING = {"trainer": {"gradient_checkpointing": True}}
-SELECTIVE = {"trainer": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}}
 LORA = {"lora": {"rank": 16}}
 NF4 = {"lora": {"rank": 16, "quantization": "nf4"}}
 BF16_WEIGHTS, FUSED, COMPILED = {"weights": "bfloat16"}, {"fused": True}, {"compile": True}
@@ -165,7 +164,6 @@ CASES = (
     Case("ZeRO 0, nf4", distill=zero("0") | NF4),
     Case("ZeRO 2, optimizer on host", distill=zero("2_offload")),
     Case("ZeRO 3, all on host", distill=zero("3_offload")),
-    Case("ZeRO 0, selective checkpointing", distill=zero("0") | SELECTIVE),
     Case("ZeRO 0, from the first cut up", distill=zero("0") | FROM_THE_CUT),
     Case("LoRA, checkpointing", "8B", "speed", distill=zero("0") | CHECKPOINTING | LORA),
     Case("nf4, checkpointing", "8B", "speed", distill=zero("0") | CHECKPOINTING | NF4),

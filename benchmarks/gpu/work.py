@@ -42,8 +42,7 @@ from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dt
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device as here
 from shoal.runtime import environment, leave_distributed, set_up_distributed, turn_down_libraries
-from shoal.train.assembly import Identity, make_trainer
-from shoal.train.distill import check_distillable
+from shoal.train.distill import Identity, check_distillable, make_trainer
 from shoal.train.engine.arguments import training_arguments
 from shoal.train.engine.sharding import join_deepspeed, leave_deepspeed
 from shoal.train.engine.stop import StopRequest

@@ -26,9 +26,9 @@ from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
+from shoal.train.distill import training_of
 from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, as_terms
 from shoal.train.engine.arguments import num_rows, training_arguments
-from shoal.train.save import training_of
 from shoal.train.student.lora import remove_adapters
 
 TAKEN = (*SAME_AS_IN_RECIPE, "batch_size", "trainable", "precision", "trainer")

@@ -1,7 +1,4 @@
-"""The whole training, through the distill verb: what its parts must still do when they are put together.
-
-Covers: shoal.train.assembly, shoal.train.objective_trainer, shoal.train.save.
-"""
+"""The whole training, through the distill verb: what its parts must still do when they are put together."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from offline_wandb import read_tracked
+from safetensors.torch import load_file
 from training_runs import (
     BATCH,
     LENGTH,
@@ -39,7 +37,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.data.packing import IGNORED, read_rows
 from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.losses import TAID
-from shoal.train.callbacks.loss_spikes import load_batches
 from shoal.train.generated.on_policy import Sampler
 from shoal.train.objective.divergences import TaidState
 
@@ -205,9 +202,9 @@ def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, 
 
 
 def kept_batches(trial: Trial, step: int) -> list[list[int]]:
-    return sorted(
-        row for batch in load_batches(trial.dir / "refused" / f"step-{step}") for row in batch["input_ids"].tolist()
-    )
+    files = (trial.dir / "refused" / f"step-{step}").glob("rank-*.safetensors")
+    planes = (plane for file in files for name, plane in load_file(file).items() if name.endswith(".input_ids"))
+    return sorted(row for plane in planes for row in plane.tolist())
 
 
 def dealt_rows(trial: Trial, step: int) -> list[list[int]]:

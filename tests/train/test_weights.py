@@ -1,6 +1,6 @@
 """Student weights held in bfloat16, with the float32 copies that DeepSpeed steps, beside float32 under autocast.
 
-Covers: shoal.train.engine.arguments, shoal.train.assembly.
+Covers: shoal.train.engine.arguments.
 """
 
 from __future__ import annotations

@@ -92,3 +92,21 @@ def _ended(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
     """Up to and with the first end token; what follows is padding."""
     stops = (index for index, token in enumerate(tokens) if token in end_ids)
     return tokens[: next(stops, len(tokens) - 1) + 1]
+
+
+@contextlib.contextmanager
+def checkpointing_kept(student: PreTrainedModel) -> Iterator[None]:
+    """Who turns checkpointing off inside and on again, as TRL does where text is written, leaves it as it was.
+
+    TRL turns it on for every layer, and does not know `every_n_layers` and `offload`, which transformers takes out of
+    `gradient_checkpointing_kwargs`.
+    """
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (module, name, getattr(module, name)) for module in student.modules() for name in names if hasattr(module, name)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

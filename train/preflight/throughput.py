@@ -14,7 +14,6 @@ from shoal.machine import flops_per_second, now
 from shoal.models.anatomy import text_config
 from shoal.progress import doing
 
-from ..objective.objective import Signals
 from ..student.sizes import built
 from ..student.spec import TrainSpec
 from ..teacher.wiring import Wiring, make_trainable_alike, wire
@@ -100,7 +99,7 @@ def probe(job: Job) -> Pace:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     # to compile takes longer than what is timed here
     spec = replace(spec, settings=replace(spec.settings, compile=False))
-    wiring = wire(spec, student, live, lambda _states, _prefix: lambda _batch: Signals())
+    wiring = wire(spec, student, live)
     wiring.objective.install()
     try:
         seconds, tokens = _timed(job, wiring, student)

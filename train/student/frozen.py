@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from shoal.atomic_files import written_folder
 from shoal.models.anatomy import anatomy, decoder_body, text_config
 from shoal.models.checkpoint_files import copy_beside, read_shards
-from shoal.models.load import Checkpoint
+from shoal.models.load import Checkpoint, align_weights
 
 from .lora import BASE, LINEAR, adapted_modules, remove_adapters, weight_change
 
@@ -52,6 +52,8 @@ def share_frozen(
     """
     if any(hasattr(parameter, "ds_id") for parameter in (*student.parameters(), *teacher.parameters())):
         return 0
+    for model in (student, teacher):
+        align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
     before = _computed(student, autocast_dtype)
     own: dict[nn.Parameter, Tensor] = {}
     hooks = []
@@ -70,7 +72,10 @@ def share_frozen(
         for hook in hooks:
             hook.remove()
         return 0
-    return sum(data.numel() * data.element_size() for data in own.values())
+    saved = sum(data.numel() * data.element_size() for data in own.values())
+    if saved:
+        log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
+    return saved
 
 
 def _cast(dtype: torch.dtype, _module: nn.Module, _args: Any, rows: Tensor) -> Tensor:

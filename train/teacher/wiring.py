@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import sources_of_terms
@@ -21,12 +24,10 @@ from ..objective.objective import Objective, SharedPrefix, Signals, output_head,
 from ..student.lora import add_adapters
 from ..student.spec import TrainSpec
 from ..student.trainable import train_only
-from .signals import LiveTeacher, Teacher
+from .recording import recording_inputs, rows_from
+from .signals import LiveTeacher, RecordedTeacher, RecordingReader, Teacher
 
 log = logging.getLogger(__name__)
-
-Absent = Callable[[StateLosses | None, SharedPrefix | None], Teacher]
-"""Makes the teacher whose signals were recorded, from the state terms that read them and the layers that are spared."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,14 @@ def make_trainable_alike(student: PreTrainedModel, spec: TrainSpec) -> None:
     make_trainable(student, replace(spec, settings=replace(settings, lora=plain)), seed=0)
 
 
-def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, absent: Absent) -> Wiring:
-    """Join a student that is made trainable with its teacher: ``live``, or what ``absent`` makes where signals
-    lie on the disk.
+def wire(
+    spec: TrainSpec,
+    student: PreTrainedModel,
+    live: PreTrainedModel | None,
+    recorded: tuple[PackedRows, dict[str, Any]] | None = None,
+) -> Wiring:
+    """Join a student that is made trainable with its teacher: ``live``, or what was recorded of the rows of a training
+    with this identity.
 
     Raises:
         UserError: loss terms that contradict the plan, the models or a recording.
@@ -76,7 +82,8 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
             live, reads_logits=spec.reads_logits, states=states, prefix=prefix, asked=spec.asked_sources
         )
     else:
-        teacher = absent(states, prefix) if spec.teacher_place == "recorded" else lambda _batch: Signals()
+        is_recorded = spec.teacher_place == "recorded"
+        teacher = _recorded_teacher(spec, recorded, states, prefix) if is_recorded else lambda _batch: Signals()
     objective = Objective(
         student,
         None if live is None else to_logits(live),
@@ -135,3 +142,29 @@ def check_fused(objective: Objective, spec: TrainSpec) -> None:
         raise UserError(f"distill.fused: Liger's kernels do not give what the model does: {problem}; set fused: false")
     log.warning("fused: no, Liger's kernels do not give what the model does: %s", problem)
     objective.fused = None
+
+
+def _recorded_teacher(
+    spec: TrainSpec,
+    recorded: tuple[PackedRows, dict[str, Any]] | None,
+    states: StateLosses | None,
+    prefix: SharedPrefix | None,
+) -> RecordedTeacher:
+    settings = spec.settings
+    assert settings.teacher.recorded is not None
+    assert recorded is not None
+    rows, inputs = recorded
+    reader = RecordingReader(
+        Path(settings.teacher.recorded).expanduser(),
+        rows,
+        inputs=recording_inputs(
+            spec.record,
+            spec.teacher,
+            model=inputs["model"],
+            sequence_length=settings.sequence_length,
+            prefix=spec.shared_layers or None,
+        ),
+        rows_from=rows_from(inputs),
+        states=() if states is None else states.teacher_layers,
+    )
+    return RecordedTeacher(reader, reads_logits=spec.reads_logits, states=states, prefix=prefix)

@@ -42,8 +42,12 @@ REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
         "would share one rank's rows out to all; set distill.batch_size, which counts the rows of all ranks",
     ),
     *(
-        (f"{name}_checkpointing_kwargs.use_reentrant", (True,), "loses gradients above frozen layers; set it to false")
+        (f"{name}_checkpointing_kwargs.{key}", (True,), reason)
         for name in ("gradient", "activation")
+        for key, reason in (
+            ("use_reentrant", "loses gradients above frozen layers; set it to false"),
+            ("selective", "is gone, layers are computed again whole; leave it out"),
+        )
     ),
 )
 """Values of training arguments, or of a key of one, that a training here cannot have."""
@@ -108,12 +112,6 @@ def _of_speed(distill: Distill) -> Iterator[str]:
         yield (
             "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
             f"{distill.precision}; leave one of them out"
-        )
-    checkpointing = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-    if distill.compile and any((distill.trainer.get(key) or {}).get("selective") for key in checkpointing):
-        yield (
-            "distill.compile: compiled layers do not show the operations that selective checkpointing keeps, and "
-            "compute again by themselves what is cheap; leave out selective"
         )
 
 

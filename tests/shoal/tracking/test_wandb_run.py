@@ -1,6 +1,6 @@
 """What W&B is given, read back from the files of an offline run; and that nothing of it can end or spoil a run.
 
-Covers: shoal.train.callbacks.wandb_curves.
+Covers: shoal.train.progress.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shoal.launch.cli import run_verb
 from shoal.recipe.recipe import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.tracking import wandb_run
-from shoal.train.callbacks.wandb_curves import Curves
+from shoal.train.progress import Curves
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 HUB_TOKEN = "hf_" + "s" * 34

@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers.generation import utils
+from trl.models.utils import unwrap_model_for_generation
 
 from shoal.data.packing import IGNORED
 from shoal.data.repetition import Loop
 from shoal.inference.generation import draw
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
 from shoal.train.generated.on_policy import Sample, Sampler, confirmed, lay_out, samples_in, without_repeats
-from shoal.train.generated.sampling import own_forwards, sample
+from shoal.train.generated.sampling import checkpointing_kept, own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST, on_host
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 
@@ -219,6 +222,17 @@ def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(mon
     assert len(sample(model, [[1, 2]], uniforms, temperature=1.0, end_ids=(), pad_id=PAD)[0]) == 3
     lm = CausalLM(model, tiny_tokenizer(), 2)
     assert len(lm._generate_with_transformers([[1, 2]], Writing(3, [], {}))[0]) == 3
+
+
+def test_checkpointing_of_some_layers_stays_so_where_text_is_written() -> None:
+    student: Any = tiny_model("llama")
+    student.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2, offload=True)
+    layers = decoder_layers(student)
+    before = [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers]
+    assert {on for on, _ in before} == {True, False}
+    with checkpointing_kept(student), unwrap_model_for_generation(student, Accelerator(cpu=True)):
+        assert not student.is_gradient_checkpointing
+    assert [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers] == before
 
 
 # --- loops --------------------------------------------------------------------------------------------------------

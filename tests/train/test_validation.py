@@ -16,7 +16,7 @@ from shoal.errors import UserError
 from shoal.eval.quick_eval import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
-from shoal.train.callbacks.validation import Watcher
+from shoal.train.validation import Watcher
 
 
 class Training:

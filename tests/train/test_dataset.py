@@ -5,7 +5,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from shoal.train.trainer import StepSampler
+from shoal.train.dataset import StepSampler
 
 
 @pytest.mark.parametrize(("rows", "ranks", "micro_batches"), [(4, 2, 1), (4, 8, 1), (2, 4, 4), (1, 8, 8), (2, 1, 1)])
