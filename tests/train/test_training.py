@@ -1,4 +1,7 @@
-"""The whole training, through the distill verb: what its parts must still do when they are put together."""
+"""The whole training, through the distill verb: what its parts must still do when they are put together.
+
+Covers: shoal.train.trainer.
+"""
 
 from __future__ import annotations
 
