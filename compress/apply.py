@@ -30,7 +30,6 @@ from .surgery.copying import Copy, planned_copy, write_copy
 from .surgery.cut_model import kept_layers, skipped
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import without_quantization
-from .surgery.resumable_folder import only_writer
 from .surgery.shards import shards_fingerprint
 from .surgery.stored_names import NotByCopy, load_without_data
 from .surgery.teacher import Teacher, read_teacher
@@ -66,30 +65,29 @@ def apply_plan(
     for change in changes:
         sized = change.sizes(sized, plan)
     skeleton, copy = _route(sized, plan)
-    with only_writer(out):
-        new: list[NewTensors] = []
-        for change in changes:
-            new.append(change.tensors(teacher, plan, seed=seed))
-            plan = new[-1].plan
-        copy, changed = _with_tensors(sized, skeleton, copy, new)
-        source = shards_fingerprint(copy.shards) if copy else str(teacher_folder.resolve())
-        with written_folder(out, key=fingerprint([source, plan.sealed("")])) as folder:
-            if copy:
-                for own in new:
-                    copy.config.update(dict(own.settings))
-                write_copy(copy, folder, changed)
-            else:
-                _write_from_memory(teacher, plan, folder, new)
-            copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
-            with doing("prune: proving the student by its files"):
-                prove_by_files(folder, skeleton, plan.keep)
-            if runs:
-                log.info("prune: running the teacher after %s, then the student", plan.in_words())
-                with doing("prune: running the teacher as planned"):
-                    expected = _planned_behaviour(teacher, plan, changes, new, in_float32=is_rounded)
-                with doing("prune: proving the student by running it"):
-                    reference = f"the teacher after {plan.in_words()}"
-                    prove_by_run(folder, expected, reference=reference, is_rounded=is_rounded)
+    new: list[NewTensors] = []
+    for change in changes:
+        new.append(change.tensors(teacher, plan, seed=seed))
+        plan = new[-1].plan
+    copy, changed = _with_tensors(sized, skeleton, copy, new)
+    source = shards_fingerprint(copy.shards) if copy else str(teacher_folder.resolve())
+    with written_folder(out, key=fingerprint([source, plan.sealed("")])) as folder:
+        if copy:
+            for own in new:
+                copy.config.update(dict(own.settings))
+            write_copy(copy, folder, changed)
+        else:
+            _write_from_memory(teacher, plan, folder, new)
+        copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
+        with doing("prune: proving the student by its files"):
+            prove_by_files(folder, skeleton, plan.keep)
+        if runs:
+            log.info("prune: running the teacher after %s, then the student", plan.in_words())
+            with doing("prune: running the teacher as planned"):
+                expected = _planned_behaviour(teacher, plan, changes, new, in_float32=is_rounded)
+            with doing("prune: proving the student by running it"):
+                reference = f"the teacher after {plan.in_words()}"
+                prove_by_run(folder, expected, reference=reference, is_rounded=is_rounded)
     return plan
 
 

@@ -15,7 +15,6 @@ from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
 from shoal.models.document_masks import WHILE_MEASURED, warn_of_mixed_documents
-from shoal.recipe.measure import refuse_unknown_metrics
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Runs
 from .metrics.registry import METRICS, PASSES
@@ -59,7 +58,7 @@ def measure_importance(
     many removals greedy metrics make; None = as many as there can be. ``seed`` is of what is drawn at random.
 
     Raises:
-        UserError: an unknown metric, a model with layers that text passes by, no rows, numbers that are not finite, and
+        UserError: a model with layers that text passes by, no rows, numbers that are not finite, and
             what the passes refuse.
     """
     refuse_text_alone(model.config)
@@ -88,7 +87,6 @@ def measure_importance(
 
 def _by_need(names: Sequence[str]) -> dict[Need, list[str]]:
     """The named metrics under what they need, both in the order of first mention."""
-    refuse_unknown_metrics(names)
     by_need: dict[Need, list[str]] = {}
     for name in dict.fromkeys(names):
         by_need.setdefault(METRICS[name].needs, []).append(name)

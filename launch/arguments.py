@@ -102,7 +102,7 @@ VERBS = {
     "list": Verb(
         "names that a recipe can use, and example files for a cluster",
         "launch.help.names.told",
-        "tasks --json",
+        "tasks",
         reads_recipe=False,
     ),
     "explain": Verb(
@@ -221,8 +221,6 @@ def _add_words(sub: argparse.ArgumentParser, verb: str) -> None:
             sub.add_argument("what", nargs="?", metavar="WHAT", choices=LISTS, help=kinds)
         case _:
             sub.add_argument("key", nargs="?", metavar="KEY", help="section, section.key, or one below a kind")
-    if verb in ("list", "explain"):
-        sub.add_argument("--json", action="store_true", help="print JSON, for a script")
 
 
 class _PrintCompletion(argparse.Action):

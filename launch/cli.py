@@ -113,22 +113,19 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     """Refuse what ``verb`` would find missing later on, before torch and transformers are loaded, which takes seconds.
 
     Raises:
-        UserError: no such model, metric, task or DeepSpeed file, or a package that a format or an engine needs.
+        UserError: no such model, task or DeepSpeed file, or a package that a format or an engine needs.
     """
     from shoal.eval.tasks.names import refuse_unknown
     from shoal.inference.vllm import check_vllm
     from shoal.models.checkpoint_files import refuse_no_model
     from shoal.recipe.deepspeed_file import read_deepspeed
-    from shoal.recipe.measure import refuse_unknown_metrics
     from shoal.recipe.section import TEACHER_TEXT
 
     sweep, distill = recipe.measure.sweep, recipe.distill
     if verb != "report":
         refuse_no_model(recipe.model)
-    if verb in ("measure", "run"):
-        refuse_unknown_metrics(recipe.measure.metrics)
-        if sweep is not None and not sweep.protocols:  # with which names lack their ending
-            refuse_unknown(sweep.tasks, sweep.include_path, setting="measure.sweep.tasks")
+    if verb in ("measure", "run") and sweep is not None and not sweep.protocols:  # with which names lack their ending
+        refuse_unknown(sweep.tasks, sweep.include_path, setting="measure.sweep.tasks")
     if verb in ("record", "distill", "run"):
         read_deepspeed(distill.deepspeed)
         if distill.watch is not None:

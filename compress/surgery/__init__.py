@@ -10,6 +10,5 @@ shards            by copying stored bytes
 changed_tensors   with new numbers in places of stored ones
 stored_names      which tensors those are
 quantised         settings that name layers
-resumable_folder  a folder that is complete or absent
 proof             that the result is right
 """

@@ -16,7 +16,6 @@ from shoal.artifacts.plan import LAB, PlannedChange, PruningPlan
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.compress.surgery.proof import behaviour, prove_by_files, prove_by_run
 from shoal.compress.surgery.quantised import without_quantization
-from shoal.compress.surgery.resumable_folder import only_writer
 from shoal.errors import UserError
 from shoal.launch.verbs.run import Run
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS, copy_beside, model_fingerprint
@@ -77,17 +76,16 @@ def write_student(
     )
     _name_zeros(edited)
     out, path = run.dir / "student", run.dir / PruningPlan.FILE
-    with only_writer(out):
-        path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
-        with written_folder(out, key=fingerprint(inputs)) as folder:
-            with doing(f"{part}: writing the student"):
-                edited.student.save_pretrained(folder)
-                copy_beside(run.teacher, folder)
-                prove_by_files(folder, teacher, plan.keep)
-            with doing(f"{part}: proving the student by running it"):
-                with edited.in_force():
-                    expected = behaviour(teacher, use_cache=edited.use_cache)
-                prove_by_run(folder, expected, reference=f"the teacher with {words}")
+    path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
+    with written_folder(out, key=fingerprint(inputs)) as folder:
+        with doing(f"{part}: writing the student"):
+            edited.student.save_pretrained(folder)
+            copy_beside(run.teacher, folder)
+            prove_by_files(folder, teacher, plan.keep)
+        with doing(f"{part}: proving the student by running it"):
+            with edited.in_force():
+                expected = behaviour(teacher, use_cache=edited.use_cache)
+            prove_by_run(folder, expected, reference=f"the teacher with {words}")
     replace(plan, student=plan.sealed(model_fingerprint(out))).write(path)
     told = f"{plan.in_words()}: {out} and {path} are written"
     return f"{told}\n`shoal distill {run.dir}` heals it, `shoal eval` scores it"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -127,11 +126,8 @@ def told(asked: argparse.Namespace) -> str:
     Raises:
         UserError: a recipe has no such key.
     """
-    several = explanation(asked.key)
-    if asked.json:
-        return json.dumps(several, indent=2, ensure_ascii=False)
     texts = []
-    for said in several:
+    for said in explanation(asked.key):
         lines = [said["key"]] if said["key"] else []
         lines += textwrap.wrap(said["meaning"], WIDTH, **UNBROKEN)
         if facts := [(name, said[name]) for name in ("values", "default", "entry") if name in said]:
@@ -172,7 +168,7 @@ def as_yaml(value: Any) -> str:
 
 def values_text(own: dict[str, Any]) -> str:
     """What a key may be given: `whole number > 0 or null`, `[text, ...]`."""
-    if "$ref" in own:
+    if isinstance(own, dict) and "$ref" in own:
         return "a mapping of its keys"
     if several := own.get("anyOf") or own.get("oneOf"):
         return listed(dict.fromkeys(map(values_text, several)), "or")
@@ -206,7 +202,7 @@ def _sections(own: Any) -> list[dict[str, Any]]:
     """Schemas of the sections that a key holds; none where it is a plain value."""
     if not isinstance(own, dict | list):
         return []
-    if "$ref" in own:
+    if isinstance(own, dict) and "$ref" in own:
         return [schema()["$defs"][own["$ref"].rpartition("/")[2]]]
     inner = own if isinstance(own, list) else [each for name, each in own.items() if name != "properties"]
     found = [part for each in inner for part in _sections(each)]

@@ -25,7 +25,7 @@ from shoal.recipe.recipe import name_of_model, parse_recipe
 from shoal.runtime import device
 from shoal.yaml_text import read_yaml
 
-from .explain import as_yaml, first_sentence, meaning, places
+from .explain import UNBROKEN, as_yaml, first_sentence, meaning, places
 
 WIDTH = 110
 """Columns of the file."""
@@ -46,17 +46,6 @@ class Machine:
     dtype: str
     """Precision that the device multiplies fast in."""
 
-    @classmethod
-    def here(cls) -> Machine:
-        """This one."""
-        own = device()
-        return cls(own, device_name(own), ranks_to_start(None), fast_dtype(own).dtype)
-
-    @property
-    def in_words(self) -> str:
-        """`2 x NVIDIA ..., computes in bfloat16`."""
-        return f"{self.ranks} x {self.name}, computes in {self.dtype}"
-
 
 def init(asked: argparse.Namespace) -> str:
     """Write a first recipe, and say where."""
@@ -64,7 +53,8 @@ def init(asked: argparse.Namespace) -> str:
     if file.exists():
         raise UserError(f"{file}: is there already; name another file with --out, or remove it")
     with doing(f"looking at {asked.model}"):
-        text = first_recipe(asked.model, Machine.here(), revision=asked.revision)
+        here = Machine(device(), device_name(device()), ranks_to_start(None), fast_dtype(device()).dtype)
+        text = first_recipe(asked.model, here, revision=asked.revision)
     write_text(file, text, setting="--out")
     return f"{file} is written; read it, then: shoal run --config {shlex.quote(str(file))}"
 
@@ -84,7 +74,7 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
     stored = str(loaded_dtype(config)).removeprefix("torch.")
     head = (
         f"{model}: {layers} layers, {count_text(parameters)} parameters, stored in {stored}.",
-        f"Written for {machine.in_words}.",
+        f"Written for {machine.ranks} x {machine.name}, computes in {machine.dtype}.",
         "`shoal distill --dry-run` tells whether training fits, and the cheapest setting that does.",
         "`shoal explain KEY` says all of a key, and which others there are; `shoal list` what can be named.",
     )
@@ -129,7 +119,7 @@ def _proposal(
 
 
 def _commented(raw: dict[str, Any]) -> list[str]:
-    """The lines of a recipe, each key below what it means; sections apart."""
+    """The lines of a recipe, each key below what it means; sections apart, a list of mappings with an entry a line."""
     said, lines = {place: _comment(first_sentence(meaning(own))) for place, own in places()}, list[str]()
     for key, value in raw.items():
         if not isinstance(value, dict):
@@ -137,18 +127,13 @@ def _commented(raw: dict[str, Any]) -> list[str]:
             continue
         lines += ["", *said[key], f"{key}:"]
         for inner, own in value.items():
-            lines += [f"  {line}" for line in [*said[f"{key}.{inner}"], *_entry(inner, own)]]
+            if isinstance(own, list) and own and isinstance(own[0], dict):
+                entry = [f"{inner}:", *(f"  - {as_yaml(each)}" for each in own)]
+            else:
+                entry = [f"{inner}: {as_yaml(own)}"]
+            lines += [f"  {line}" for line in [*said[f"{key}.{inner}"], *entry]]
     return lines
 
 
-def _entry(key: str, value: Any) -> list[str]:
-    """A key and its value; a list of mappings with an entry a line."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [f"{key}:", *(f"  - {as_yaml(each)}" for each in value)]
-    return [f"{key}: {as_yaml(value)}"]
-
-
 def _comment(words: str) -> list[str]:
-    return textwrap.wrap(
-        words, WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False, break_long_words=False
-    )
+    return textwrap.wrap(words, WIDTH, initial_indent="# ", subsequent_indent="# ", **UNBROKEN)

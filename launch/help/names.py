@@ -4,118 +4,86 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
-from typing import Any, get_args
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
 
 from shoal.data.bundled import ABOUT
 from shoal.progress import loading
 from shoal.recipe.evaluate import CONFIGS_DIR, SuiteName, read_suite
 from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
-from shoal.yaml_text import read_yaml
 
 from .explain import table
 
-Entry = dict[str, Any]
-"""`name` and `about`, and what else a script may want to know."""
+Names = dict[str, str]
+"""Name -> what it is."""
 
 
-def recipes() -> list[Entry]:
+def recipes() -> Names:
     """The shipped recipes, which `--config NAME` finds from any folder."""
-    rows = []
-    for file in sorted(CONFIGS_DIR.glob("*.yaml")):
-        text = file.read_text(encoding="utf-8")
-        about = text.partition("\n")[0].lstrip("# ").rstrip(":.")
-        rows.append({"name": file.stem, "about": about, "model": read_yaml(text)["model"], "file": str(file)})
-    return rows
+    return {file.stem: f"{_first_comment(file)} [{file}]" for file in sorted(CONFIGS_DIR.glob("*.yaml"))}
 
 
-def tasks() -> list[Entry]:
+def tasks() -> Names:
     """Shoal's own tasks. Every task that lm-eval ships can be named too."""
     from shoal.eval.tasks.names import HUB_TASKS_DIR, described_tasks, task_folders, tasks_in_files
 
-    described, tags = described_tasks(task_folders(None))
-    rows = [
-        {
-            "name": name,
-            "about": data.about,
-            "protocol": protocol,
-            "ability": data.ability,
-            "column": data.column or "",
-            "bundled": data.bundled is not None,
-            "groups": [tag for tag, members in tags.items() if name in members],
-        }
-        for name, (data, protocol) in described.items()
-    ]
-    return [*rows, *({"name": name, "about": "a task file of its own"} for name in tasks_in_files(HUB_TASKS_DIR))]
+    described, _ = described_tasks(task_folders(None))
+    names = {
+        name: f"{data.about} [{data.column}]" if data.column else data.about for name, (data, _) in described.items()
+    }
+    return names | dict.fromkeys(tasks_in_files(HUB_TASKS_DIR), "a task file of its own")
 
 
-def metrics() -> list[Entry]:
+def metrics() -> Names:
     """What measure.metrics can name and, measured, prune.metric."""
     with loading():
         from shoal.compress.metrics.registry import METRICS
 
-    return [
-        {"name": name, "about": _first_paragraph(metric), "needs": metric.needs, "yields": metric.yields}
-        for name, metric in METRICS.items()
-    ]
+    return {name: f"{_first_paragraph(metric)} [{metric.yields}; {metric.needs}]" for name, metric in METRICS.items()}
 
 
-def losses() -> list[Entry]:
-    """The kinds of distill.losses, with their keys and defaults."""
-    return [
-        {
-            "name": term().kind,
-            "about": _first_paragraph(term),
-            "keys": {key.name: key.default for key in fields(term) if key.name != "kind"},
-        }
+def losses() -> Names:
+    """The kinds of distill.losses, with their keys."""
+    return {
+        term().kind: f"{_first_paragraph(term)} [{', '.join(key.name for key in fields(term) if key.name != 'kind')}]"
         for term in (*LOGIT_TERMS, HiddenStates)
-    ]
+    }
 
 
-def data() -> list[Entry]:
+def data() -> Names:
     """Bundled sources of text."""
-    return [{"name": name, "about": about} for name, about in ABOUT.items()]
+    return dict(ABOUT)
 
 
-def suites() -> list[Entry]:
+def suites() -> Names:
     """What eval.suite can name."""
-    return [{"name": name, **asdict(read_suite(name))} for name in get_args(SuiteName)]
+    return {name: read_suite(name).about for name in get_args(SuiteName)}
 
 
-def cluster() -> list[Entry]:
+def cluster() -> Names:
     """Example files that start ranks on several nodes."""
-    rows = []
-    for file in sorted((CONFIGS_DIR / "cluster").iterdir()):
-        about = next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
-        rows.append({"name": file.name, "about": about.removeprefix("# ").rstrip(":."), "file": str(file)})
-    return rows
+    return {file.name: f"{_first_comment(file)} [{file}]" for file in sorted((CONFIGS_DIR / "cluster").iterdir())}
 
 
-LISTS: dict[str, Callable[[], list[Entry]]] = {
+LISTS: dict[str, Callable[[], Names]] = {
     function.__name__: function for function in (recipes, tasks, metrics, losses, data, suites, cluster)
 }
 """Word after `shoal list` -> what gives the list."""
-DETAILS = ("model", "yields", "needs", "keys", "column", "file")
-"""What a reader is told of an entry beside its name."""
 
 
 def told(asked: argparse.Namespace) -> str:
     """What `shoal list` prints."""
     if asked.what is None:
-        return json.dumps([*LISTS]) if asked.json else "\n".join(f"shoal list {what}" for what in LISTS)
-    return json.dumps(LISTS[asked.what](), indent=2, ensure_ascii=False) if asked.json else listing(asked.what)
+        return "\n".join(f"shoal list {what}" for what in LISTS)
+    rest = ["", "every task that lm-eval ships can be named too"] if asked.what == "tasks" else []
+    return "\n".join([*table(LISTS[asked.what]().items()), *rest])
 
 
-def listing(kind: str) -> str:
-    """One of LISTS for a reader."""
-    rows = []
-    for entry in LISTS[kind]():
-        own = [", ".join(entry[key]) if key == "keys" else str(entry[key]) for key in DETAILS if entry.get(key)]
-        rows.append((entry["name"], f"{entry['about']} [{'; '.join(own)}]" if own else entry["about"]))
-    rest = ["", "every task that lm-eval ships can be named too"] if kind == "tasks" else []
-    return "\n".join([*table(rows), *rest])
+def _first_comment(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith("# ")).removeprefix("# ").rstrip(":.")
 
 
 def _first_paragraph(of: type) -> str:

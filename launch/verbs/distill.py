@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.plan import PruningPlan
@@ -30,7 +29,6 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.ranks import world_size
-from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
@@ -106,43 +104,38 @@ def distill(run: Run) -> None:
     from shoal.train.student.control import control_spec
     from shoal.train.student.spec import Ranks
 
-    recipe = run.recipe
+    recipe, control_dir = run.recipe, run.dir / CONTROL
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     plan = read_plan(run)
-    inputs = training_inputs(run, plan)
-    is_trained, due = _is_trained(run, plan), _control_due(run, plan)
-    if is_trained and due is None:
+    due = _due(run, plan)
+    if not due:
         return
-    if not is_trained and "student" not in inputs:
+    if run.dir in due and not _has_model(run.dir / "student"):
         raise _student_is_gone(run)
     spec = training_spec(run, plan, Ranks.here())
     control = control_spec(spec) if recipe.eval.control else None
-    train = partial(
-        training.distill,
-        text=run.dir / "text",
-        make_scorer=_scorer(run),
-    )
-    if not is_trained:
-        if control is not None and due is not None:
+    train = partial(training.distill, text=run.dir / "text", make_scorer=_scorer(run))
+    if run.dir in due:
+        if control is not None and control_dir in due:
             with doing("working out what the control takes"):
-                agreed(lambda: check_control(control, run.dir / CONTROL, spec, run.dir))
+                agreed(lambda: check_control(control, control_dir, spec, run.dir))
         seed_everything(recipe.seed)
         train(
             spec,
             run_dir=run.dir,
-            inputs=inputs,
+            inputs=due[run.dir],
             search_rows=search_of_rows(run),
             start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
         )
         log.info("distill: %s", run.dir / "distilled")
         free_memory()
-        due = _control_due(run, plan)  # which rows it reads may be known only now
-    if control is not None and due is not None:
+        due = _due(run, plan)  # which rows the control reads may be known only now
+    if control is not None and control_dir in due:
         log.info("distill: the control, which is the uncut teacher, on the same rows")
         seed_everything(recipe.seed)
         # its curve is in its distill.json alone: a W&B run has one axis of steps
-        train(control, run_dir=run.dir / CONTROL, inputs=due, start_tracking=lambda: None)
-        log.info("distill: %s", run.dir / CONTROL / "distilled")
+        train(control, run_dir=control_dir, inputs=due[control_dir], start_tracking=lambda: None)
+        log.info("distill: %s", control_dir / "distilled")
 
 
 def training_spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
@@ -161,46 +154,7 @@ def training_spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
 def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, and control/ where it is asked for, so that no launcher need be started."""
     refuse_other_checkpoints(run)
-    if not _has_distilled(run.dir):
-        return False
-    plan = read_plan(run)
-    return _is_trained(run, plan) and _control_due(run, plan) is None
-
-
-def _has_distilled(folder: Path) -> bool:
-    return (folder / "distilled" / "config.json").is_file()
-
-
-def training_of(run: Run, plan: PruningPlan) -> Identity[Training]:
-    """distill.json as this recipe makes it; it alone still knows the student where student/ is gone."""
-    return Identity(Training, run.dir / Training.FILE, trained_inputs(run, plan), "distill")
-
-
-def control_of(run: Run, plan: PruningPlan) -> Identity[Training]:
-    """The same of control/."""
-    return Identity(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "distill")
-
-
-def trained_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
-    """training_inputs to compare with distill.json, which alone still knows the student where student/ is gone."""
-    inputs, file = training_inputs(run, plan), run.dir / Training.FILE
-    if "student" not in inputs and file.is_file():
-        inputs["student"] = Training.read(file).provenance.inputs.get("student")
-    return inputs
-
-
-def _is_trained(run: Run, plan: PruningPlan) -> bool:
-    """Whether distilled/ is what this recipe makes."""
-    return _has_distilled(run.dir) and training_of(run, plan).is_done()
-
-
-def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
-    """The identity of a control that is still to be trained; None where it is there, or not asked for."""
-    folder = run.dir / CONTROL
-    if not run.recipe.eval.control:
-        return None
-    asked = control_of(run, plan)
-    return None if _has_distilled(folder) and asked.is_done() else asked.inputs
+    return _has_model(run.dir / "distilled") and not _due(run, read_plan(run))
 
 
 def what_is_trained(run: Run) -> list[str] | None:
@@ -211,15 +165,34 @@ def what_is_trained(run: Run) -> list[str] | None:
         UserError: checkpoints of other settings, with which training would be refused.
     """
     refuse_other_checkpoints(run)
-    plan = read_plan(run)
-    changed = training_of(run, plan).changed()
-    if changed is None or not _has_distilled(run.dir):
-        return None
-    if changed or not run.recipe.eval.control:
-        return changed
-    folder = run.dir / CONTROL
-    control = control_of(run, plan).changed()
-    return control if _has_distilled(folder) else None
+    told = list[str]()
+    for folder, asked in trainings(run, read_plan(run)).items():
+        changed = asked.changed()
+        if changed is None or not _has_model(folder / "distilled"):
+            return None
+        told += changed
+    return told
+
+
+def trainings(run: Run, plan: PruningPlan) -> dict[Path, Identity[Training]]:
+    """What this recipe trains, by folder: the student, and the control where eval.control asks for it."""
+    asked = {run.dir: training_inputs(run, plan)}
+    if run.recipe.eval.control:
+        asked[run.dir / CONTROL] = control_inputs(run, plan)
+    return {folder: Identity(Training, folder / Training.FILE, inputs, "distill") for folder, inputs in asked.items()}
+
+
+def _due(run: Run, plan: PruningPlan) -> dict[Path, dict[str, Any]]:
+    """What identifies each of the trainings whose model is still to be made."""
+    return {
+        folder: asked.inputs
+        for folder, asked in trainings(run, plan).items()
+        if not (_has_model(folder / "distilled") and asked.is_done())
+    }
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _student_is_gone(run: Run) -> UserError:
@@ -234,54 +207,48 @@ def refuse_other_checkpoints(run: Run) -> None:
     Raises:
         UserError: checkpoints of other settings are in the way, the plan is of another run, or its student is gone.
     """
-    has_plan, has_student = (run.dir / PruningPlan.FILE).is_file(), (run.dir / "student" / "config.json").is_file()
-    if has_plan and not has_student and not _has_distilled(run.dir):
-        raise _student_is_gone(run)
-    if has_plan and has_student and (run.dir / "checkpoints").is_dir():
-        _refuse_other_checkpoints(run.dir, training_inputs(run, read_plan(run)), run.recipe.distill)
-    if has_plan and run.recipe.eval.control and (run.dir / CONTROL / "checkpoints").is_dir():
-        _refuse_other_checkpoints(run.dir / CONTROL, control_inputs(run, read_plan(run)), run.recipe.distill)
-
-
-def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Distill) -> None:
     from shoal.train.distill import checkpoint_inputs
     from shoal.train.engine.checkpoint import last_complete
 
-    trained = folder / Training.FILE
-    if trained.is_file() and not differences(inputs, Training.read(trained).provenance.inputs):
-        return  # trained already, whatever number of ranks would train it now
-    identity = checkpoint_inputs(settings, inputs)
-    if settings.batch_size is None:
-        identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
-    last_complete(folder / "checkpoints", identity, by_manifest=True)
+    if not (run.dir / PruningPlan.FILE).is_file():
+        return
+    if not _has_model(run.dir / "student") and not _has_model(run.dir / "distilled"):
+        raise _student_is_gone(run)
+    settings = run.recipe.distill
+    for folder, asked in trainings(run, read_plan(run)).items():
+        if not (folder / "checkpoints").is_dir() or asked.is_there():
+            continue  # trained already, whatever number of ranks would train it now
+        identity = checkpoint_inputs(settings, asked.inputs)
+        if settings.batch_size is None:
+            identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
+        last_complete(folder / "checkpoints", identity, by_manifest=True)
 
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
-    """The identity of distilled/; without `student` where that folder is gone."""
-    return _inputs(run, run.recipe.distill, _cut(run, plan))
-
-
-def _cut(run: Run, plan: PruningPlan) -> dict[str, Any]:
-    student = run.dir / "student"
-    is_there = (student / "config.json").is_file()
-    return {"prune.drop": list(plan.drop), **({"student": model_fingerprint(student)} if is_there else {})}
+    """The identity of distilled/. Where student/ is gone, distill.json alone still knows which one it was."""
+    student, trained, cut = run.dir / "student", run.dir / Training.FILE, dict[str, Any]()
+    if _has_model(student):
+        cut["student"] = model_fingerprint(student)
+    elif trained.is_file():
+        cut["student"] = Training.read(trained).provenance.inputs.get("student")
+    return _inputs(run, {"prune.drop": list(plan.drop), **cut})
 
 
 def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """The identity of control/distilled/: no student, and of the plan what decides how the control is trained."""
     from shoal.train.student.control import control_identity
 
-    settings = run.recipe.distill
-    identity = control_identity(settings, plan)
-    return _inputs(run, settings, identity)
+    return _inputs(run, control_identity(run.recipe.distill, plan))
 
 
-def _inputs(run: Run, settings: Distill, trained: dict[str, Any]) -> dict[str, Any]:
+def _inputs(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
     from shoal.train.distill import distill_inputs
 
     recipe = run.recipe
     general = shaping(recipe, Shapes.TRAINING)
-    inputs = distill_inputs(settings, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general)
+    inputs = distill_inputs(
+        recipe.distill, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general
+    )
     return inputs | _chosen_by(run)
 
 
@@ -310,7 +277,7 @@ def check_distill(run: Run) -> None:
 
     Raises:
         UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's
-            wording, and what the checks below do.
+            wording, no recording where one is named, and what check_training_settings refuses.
     """
     from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import checked_items, num_items
@@ -323,7 +290,12 @@ def check_distill(run: Run) -> None:
     refuse_both_directions(run.config())
     check_training_settings(recipe)
     is_fused(recipe.distill.fused, run.config().model_type, device())
-    check_recording(recipe)
+    recorded = recipe.distill.teacher.recorded
+    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
+        raise UserError(
+            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
+            "writes RUN_DIR/signals, or name the folder that it wrote"
+        )
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
         stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
@@ -354,20 +326,6 @@ def check_training_settings(recipe: Recipe) -> None:
     check_names(recipe.distill)
     deepspeed_config(recipe.distill)
     wandb_run.wandb_mode(recipe.track)
-
-
-def check_recording(recipe: Recipe) -> None:
-    """Refuse a recording that is not there, before anything is measured, cut or launched.
-
-    Raises:
-        UserError: it is not.
-    """
-    recorded = recipe.distill.teacher.recorded
-    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
-        raise UserError(
-            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
-            "writes RUN_DIR/signals, or name the folder that it wrote"
-        )
 
 
 def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal.artifacts.artifact import Provenance, differences
 from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation, Speed
@@ -19,12 +18,7 @@ from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
-from shoal.models.checkpoint_files import (
-    WRITING,
-    model_fingerprint,
-    names_model,
-    writing_settings,
-)
+from shoal.models.checkpoint_files import WRITING, model_fingerprint, names_model, writing_settings
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
@@ -32,19 +26,9 @@ from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, environment, free_memory, seed_everything
 
-from .distill import control_of, training_of
+from .distill import trainings
 from .prune import read_plan
-from .run import (
-    Run,
-    check_length,
-    locked,
-    open_run,
-    resolved,
-    write_story,
-)
-
-if TYPE_CHECKING:
-    pass
+from .run import Run, check_length, locked, open_run, resolved, write_story
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +106,13 @@ def evaluate(run: Run) -> None:
 
 
 def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool = False) -> list[Path]:
-    """Folders to compare: run directories as they are, and of every checkpoint among ``names`` one in ``out`` with its
-    scores, in the settings of the first run.
+    """Folders to compare: run directories as they are, and of every checkpoint among ``names``, which is no run's, one
+    in ``out`` with its scores: of the tasks and settings that the first run was scored with, and its speed in turns
+    with that run's teacher. What is there is kept.
 
     Raises:
-        UserError: no run among them, runs that cannot be compared, one whose recipe is not known, or as evaluate_beside
-            does.
+        UserError: no run among them, runs that cannot be compared, one whose recipe is not known or is not what it was
+            scored with, no such model, or one that cannot be scored so.
     """
     from shoal.eval.compare.comparable import find_common, read_contenders, read_scored
 
@@ -140,66 +125,36 @@ def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool
     read_scored(runs[0])
     if len(runs) > 1:
         find_common(read_contenders(runs), across_teachers=across_teachers)
-    try:
-        run = open_run(load_recipe(runs[0]))
-    except UserError as error:
-        raise UserError(f"compare: a checkpoint is scored as {runs[0]} was, but {error}") from error
-    scored = evaluate_beside(run, list(filter(names_model, names)), out)
-    return [scored.get(name) or Path(name) for name in names]
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """A checkpoint that is to be scored as a run was."""
-
-    run: Run
-    """The run of the checkpoint alone, in a folder of its own."""
-    checkpoint: Checkpoint
-    inputs: dict[str, Any]
-    """What identifies its evaluation."""
-
-
-def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Path]:
-    """Model -> folder in ``out`` that holds the scores of this checkpoint, which is no run's: of the tasks and settings
-    that ``run`` was scored with, and its speed in turns with the teacher of ``run``. What is there is kept.
-
-    Raises:
-        UserError: no such model, one that cannot be scored so, or settings with which ``run`` was not scored.
-    """
-    beside = {model: _beside(run, model, out) for model in models}
+    run = open_run(load_recipe(runs[0]))
     teacher = _checkpoints(run, {"teacher": run.teacher})
-    for own in beside.values():
-        checkpoints = {MODEL: own.checkpoint}
-        with locked(own.run):
-            _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}))
+    beside = {name: _beside(run, name, out) for name in filter(names_model, names)}
+    for own, checkpoint, inputs in beside.values():
+        checkpoints = {MODEL: checkpoint}
+        with locked(own):
+            _score(own, checkpoints, _due(own, {MODEL: inputs}))
             if run.recipe.eval.speed:
-                _speed(own.run, teacher | checkpoints)
-            write_story(own.run)
-    return {model: own.run.dir for model, own in beside.items()}
+                _speed(own, teacher | checkpoints)
+            write_story(own)
+    return [beside[name][0].dir if name in beside else Path(name) for name in names]
 
 
-def _beside(run: Run, model: str, out: Path) -> _Beside:
+def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str, Any]]:
+    """A run of the checkpoint ``model`` alone, in a folder of its own in ``out``, to be scored as ``run`` was; the
+    checkpoint, and what identifies its evaluation."""
     from shoal.eval.compare.comparable import tokenizer_difference
 
     folder, asked = resolved(model, None), run.recipe
-    recipe = Recipe(
-        model=model,
-        run_dir=str(out / MODELS / f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"),
-        seed=asked.seed,
-        dtype=asked.dtype,
-        attention=asked.attention,
-        trust_remote_code=asked.trust_remote_code,
-        eval=asked.eval,
-    )
-    own = Run(recipe, run.numerics)
-    check_length(own, recipe.eval.sequence_length, "eval.sequence_length")
+    name = f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"
+    shared = {key: getattr(asked, key) for key in ("seed", "dtype", "attention", "trust_remote_code", "eval")}
+    own = Run(Recipe(model=model, run_dir=str(out / MODELS / name), **shared), run.numerics)
+    check_length(own, asked.eval.sequence_length, "eval.sequence_length")
     inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]
     _refuse_other_settings(run, inputs)
-    if recipe.dtype == "stored":  # so that the comparison can tell in what
+    if asked.dtype == "stored":  # so that the comparison can tell in what
         inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
-    if tokenizer_difference(folder, run.teacher, trust_remote_code=recipe.trust_remote_code):
+    if tokenizer_difference(folder, run.teacher, trust_remote_code=asked.trust_remote_code):
         log.info("compare: %s has other tokens than %s, so what counts tokens is not compared", model, run.teacher)
-    return _Beside(own, checkpoint, inputs)
+    return own, checkpoint, inputs
 
 
 def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
@@ -207,9 +162,8 @@ def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
     files = [run.dir / "eval" / f"{role}.json" for role in ("distilled", "pruned")]
     for file in filter(Path.is_file, files):
         stored = Evaluation.read(file).provenance.inputs
-        of_its_own = {key: stored.get(key) for key in ("model", "dtype")}
-        asked = {key: value for key, value in {**inputs, **of_its_own}.items() if key != WRITING}
-        if unlike := differences(asked, {key: value for key, value in stored.items() if key != WRITING}):
+        of_its_own = {key: stored.get(key) for key in ("model", "dtype", WRITING)}
+        if unlike := differences({**inputs, **of_its_own}, {WRITING: None, **stored}):
             raise UserError(
                 f"{file}: was not scored with the settings of {run.dir}'s recipe: {'; '.join(unlike)}. A checkpoint "
                 f"beside it would be asked otherwise; run `shoal eval {run.dir}` first"
@@ -291,11 +245,9 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
     """Refuse a student/, distilled/, or control/ that other settings made: scores of different runs would share a
     table."""
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
-        plan = read_plan(run)
-        if CONTROL in folders:
-            control_of(run, plan).require()
-        if "distilled" in folders:
-            training_of(run, plan).require()
+        for folder, asked in trainings(run, read_plan(run)).items():
+            if folder / "distilled" in folders.values():
+                asked.require()
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:

@@ -25,6 +25,9 @@ STARTED = "SHOAL_STARTED"
 """Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
 
 
+GOES_ON = "the same command goes on from the last checkpoint, or begins this training again if there is none yet"
+
+
 class LaunchEnded(Exception):
     """The launched ranks ended with ``code`` and have said why, or ``text`` does."""
 
@@ -72,34 +75,23 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
             with SPEAKER.still(started.exists):
                 code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.launch.cli")
             if code != 0 or asked is not None:
-                raise _unfinished(code, asked, run.dir)  # in here: nothing is called done
+                raise _unfinished(code, asked)  # in here: nothing is called done
 
 
-def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded | LaunchRefused:
+def _unfinished(code: int, asked: int | None) -> LaunchEnded | LaunchRefused:
     """The end of ranks that have not come to theirs, told unless they have said it; ``asked`` is the signal that
     stopped them."""
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
-    goes_on = _where_distill_goes_on(run_dir)
     if code == EXIT_USER_ERROR:
         return LaunchRefused("distill: was refused; the message is on stderr, above")
     if code in (128 + number for number in STOPS):
         pass  # the rank has said that it has saved
     elif asked is not None:
         done = "the training had just ended, and the same command goes on from there"
-        return LaunchEnded(128 + asked, f"stopped; {done if code == 0 else goes_on}")
+        return LaunchEnded(128 + asked, f"stopped; {done if code == 0 else GOES_ON}")
     elif number:
         reason = ", most often because memory ran out" if number == signal.SIGKILL else ""
-        log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, goes_on)
+        log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, GOES_ON)
     else:
-        log.error("distill ended with exit code %d; its message is above, and %s", code, goes_on)
+        log.error("distill ended with exit code %d; its message is above, and %s", code, GOES_ON)
     return LaunchEnded(128 + (asked or number) if asked or number else code)
-
-
-def _where_distill_goes_on(run_dir: Path) -> str:
-    """What the same command does after training was ended before its end."""
-    within = "control/" if (run_dir / "control" / "checkpoints").is_dir() else ""  # which is trained last
-    checkpoints = (run_dir / within / "checkpoints").glob("checkpoint-*/manifest.json")
-    steps = [int(file.parent.name.split("-")[1]) for file in checkpoints]
-    if steps:
-        return f"the same command goes on from {within}checkpoint-{max(steps)}"
-    return "there is no checkpoint yet, so the same command begins this training again"

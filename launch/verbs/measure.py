@@ -114,7 +114,15 @@ def check_measure(run: Run) -> None:
     for source in settings.data:
         load_texts(source, max_characters=1)
     if settings.sweep is not None:
-        _check_sweep(run, settings.sweep)
+        from shoal.compress.sweeps.sweep import checked_tasks, refuse_few_items
+
+        tokenizer = run.tokenizer()
+        tasks, counts = checked_tasks(settings.sweep, run.config(), tokenizer)
+        if settings.sweep.perplexity_tokens:
+            check_length(run, settings.sweep.sequence_length, "measure.sweep.sequence_length")
+        refuse_few_items(settings.sweep, counts, tokenizer, num_removals=run.num_layers)
+        if settings.sweep.greedy is not None:
+            _check_mean(settings.sweep, tasks)
 
 
 def _check_removals(run: Run) -> None:
@@ -144,32 +152,15 @@ def _check_room(run: Run) -> None:
         )
 
 
-def _check_sweep(run: Run, settings: Sweeps) -> None:
-    from shoal.compress.sweeps.sweep import checked_tasks, refuse_few_items
-
-    config, tokenizer = run.config(), run.tokenizer()
-    tasks, counts = checked_tasks(settings, config, tokenizer)
-    if settings.perplexity_tokens:
-        check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
-    refuse_few_items(settings, counts, tokenizer, num_removals=run.num_layers)
-    if settings.greedy is not None:
-        _check_mean(settings, tasks)
-
-
 def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
     """Refuse a greedy order by scores that have no mean, before the first round of it is scored."""
     from shoal.eval.harness.samples import metric_of, rises
 
-    metrics = {name: metric_of(task, list(task.higher_is_better())) for name, task in tasks.items()}
-    higher = {name: rises(tasks[name], metric) for name, metric in metrics.items()}
-    if settings.perplexity_tokens:
-        higher["perplexity"] = False
-    shares, in_nats = ([name for name, rising in higher.items() if rising is kind] for kind in (True, False))
-    if in_nats and shares:
-        raise UserError(
-            f"measure.sweep.greedy: {in_nats[0]} is in nats and {shares[0]} a share, which have no unit in common; "
-            "leave one kind out"
-        )
+    rising = {name: rises(task, metric_of(task, list(task.higher_is_better()))) for name, task in tasks.items()}
+    rising |= {"perplexity": False} if settings.perplexity_tokens else {}
+    if len(set(rising.values())) > 1:
+        in_nats = ", ".join(name for name, is_share in rising.items() if not is_share)
+        raise UserError(f"measure.sweep.greedy: {in_nats} is in nats, all else a share; leave one kind out")
 
 
 def packed_rows(run: Run) -> PackedRows:

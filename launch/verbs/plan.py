@@ -5,8 +5,8 @@ Room code is imported where it is used, so that a verb loads only what it runs.
 
 from __future__ import annotations
 
-import difflib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,10 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if prune.drop is None:
         inputs["importance"] = importance_of(run).provenance.fingerprint
-    if prune.compensate is not None:
-        inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
-        inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
-    if prune.width is not None:
-        inputs |= shaping(prune.width, Shapes.PLAN, "prune.width.") | shaping(run.recipe, Shapes.PLAN)
-        inputs["prune.width.data"] = sources_fingerprint(prune.width.data)
+    for name, settings in (("compensate", prune.compensate), ("width", prune.width)):
+        if settings is not None:
+            inputs |= shaping(settings, Shapes.PLAN, f"prune.{name}.") | shaping(run.recipe, Shapes.PLAN)
+            inputs[f"prune.{name}.data"] = sources_fingerprint(settings.data)
     return inputs
 
 
@@ -103,56 +101,23 @@ def refuse_other_depth(run: Run, path: Path, num_layers: int) -> None:
 def refuse_unmeasured(run: Run) -> None:
     """Refuse to choose by what nothing in the recipe measures, or measures too short, before hours are spent on it.
 
-    Where importance.json is there and belongs to this run, it tells.
+    The choice is made among columns without scores, whose names and lengths are known beforehand. Where importance.json
+    is there and belongs to this run, it tells.
     """
-    from shoal.compress.metrics.loss_metrics import LOSS_METRICS, BlockPruner
-    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC
-
-    prune, measure = run.recipe.prune, run.recipe.measure
-    if prune.drop is not None or importance_of(run).is_there():
-        return
-    if measure.sweep is None:
-        for setting, asked in (("spare", prune.spare), ("protect: cornerstone", "cornerstone" in prune.protect)):
-            if asked:
-                raise UserError(
-                    f"prune.{setting}: needs swept tasks, and nothing is swept; name some in measure.sweep.tasks, or "
-                    "leave it out"
-                )
-    named = {f"prune.weights.{name}": name for name in prune.weights}
-    default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
-    for setting, name in (named or {"prune.metric": prune.metric or default}).items():
-        if name in measure.metrics:
-            continue
-        if name in METRICS:
-            measured = ", ".join(measure.metrics)
-            raise UserError(f"{setting}: {name} is not measured; add it to measure.metrics ({measured})")
-        if measure.sweep is None:
-            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else "`shoal list metrics` has all."
-            raise UserError(
-                f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
-            )
-    if LOSS_METRICS.get(prune.metric or default) is BlockPruner:
-        raise UserError(
-            f"prune.metric: {prune.metric} removes halves of layers, which stay in their layers; choose a metric of "
-            f"layers, or run `shoal lab skip RUN_DIR order={prune.metric}`"
-        )
-    _refuse_impossible_choice(run)
-
-
-def _refuse_impossible_choice(run: Run) -> None:
-    """Make the choice among columns without scores, whose names and lengths are known beforehand."""
     from shoal.compress.metrics.greedy import TASK_ORDER
     from shoal.compress.plan import choose_changes, free_layers
     from shoal.compress.sweeps.placeholder import placeholder_importance
 
-    prune, measure, num_layers, goals = run.prune, run.recipe.measure, run.num_layers, read_goals(run)
+    if run.recipe.prune.drop is not None or importance_of(run).is_there():
+        return
+    prune, num_layers, goals = run.prune, run.num_layers, read_goals(run)
     free = free_layers(prune, num_layers)
     if goals is not None and any(len({goal.layers[layer] for layer in free}) > 1 for goal in goals.goals):
-        return  # which removals reach most is not known before they are ordered
+        # which removals reach most is not known before they are ordered
+        prune, goals = replace(prune, target=None, num_drop=1), None
     tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
     with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
-    to_come = placeholder_importance(measure, num_layers, go_first=free, with_tasks=with_tasks)
+    to_come = placeholder_importance(run.recipe.measure, num_layers, go_first=free, with_tasks=with_tasks)
     choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
 
 
@@ -217,13 +182,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     if not choice.drop and width is None:
         raise UserError("prune.drop: is empty, so nothing would go; name layers")
     told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
-    return PruningPlan(
-        Provenance(inputs),
-        run.num_layers,
-        choice.drop,
-        "; ".join(filter(None, [choice.reason, *told])),
-        width=width,
-    )
+    reason = "; ".join(filter(None, [choice.reason, *told]))
+    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width)
 
 
 def expected_plan(run: Run) -> PruningPlan:
@@ -237,13 +197,7 @@ def expected_plan(run: Run) -> PruningPlan:
     if is_settled(run):
         return choose_plan(run, read_importance(run), {})
     choice = stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
-    return PruningPlan(
-        Provenance({}),
-        run.num_layers,
-        choice.drop,
-        choice.reason,
-        width=width_of(run),
-    )
+    return PruningPlan(Provenance({}), run.num_layers, choice.drop, choice.reason, width=width_of(run))
 
 
 def width_of(run: Run) -> KeptWidth | None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from shoal.artifacts.artifact import differences
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
@@ -23,8 +22,6 @@ from .measure import importance_of, measure
 from .overlap import search_of_rows
 from .plan import (
     choose_plan,
-    expected_plan,
-    is_settled,
     plan_of,
     read_importance,
     refuse_impossible_changes,
@@ -49,15 +46,6 @@ def prune(run: Run) -> None:
         measure(run)
     importance, asked = read_importance(run), plan_of(run)
     plan, path = choose_plan(run, importance, asked.inputs), asked.path
-    if _is_cut_already(run, plan):
-        refuse_unfit_student(run, plan)
-        log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
-        if is_main():
-            last = PruningPlan.read(path)
-            replace(last, provenance=plan.provenance, reason=plan.reason).write(path)
-        barrier()
-        return
-    _refuse_stale_training(run)
     refuse_impossible_changes(run, plan)
     refuse_unfit_student(run, plan)
     log.info("prune: %s", plan.in_words())
@@ -67,7 +55,6 @@ def prune(run: Run) -> None:
         from shoal.compress.apply import apply_plan
         from shoal.compress.changes.table import changes_of
         from shoal.compress.gguf import misreading
-        from shoal.compress.surgery.narrow_config import BLOCK
 
         text = _calibration_text(run)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
@@ -82,32 +69,14 @@ def prune(run: Run) -> None:
         plan = replace(applied, text=text)
         replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
-        if plan.width is not None and (plan.width.intermediate_size or 0) % BLOCK:
-            log.warning(
-                "prune: %s channels of an MLP are no multiple of %d: llama.cpp's K-quants keep the maps that read them "
-                "in larger formats",
-                *(f"{plan.width.intermediate_size:,}", BLOCK),
-            )
         if (problem := misreading(load_config(student))) is not None:
             log.warning("prune: llama.cpp would run another model than this student: %s", problem)
     barrier()
 
 
 def what_is_cut(run: Run) -> list[str] | None:
-    """What is out of date of plan.json and student/, in words: nothing where they stay; None where one is missing.
-
-    Raises:
-        UserError: a training of another cut lies there, which pruning would refuse.
-    """
-    asked, student = plan_of(run), run.dir / "student"
-    changed = asked.changed()
-    if changed is None or not (student / "config.json").is_file():
-        return None
-    if changed and is_settled(run) and _is_cut_already(run, replace(expected_plan(run), provenance=asked.provenance)):
-        return []
-    if changed:
-        _refuse_stale_training(run)
-    return changed
+    """What is out of date of plan.json and student/, in words: nothing where they stay; None where one is missing."""
+    return plan_of(run).changed() if (run.dir / "student" / "config.json").is_file() else None
 
 
 def read_plan(run: Run) -> PruningPlan:
@@ -165,27 +134,3 @@ def _calibration_text(run: Run) -> dict[str, Any]:
             rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=change.SECTION)
             return {"sources": rows.counts, **search_of_rows(run, f"the text of {change.SECTION}")(rows, tokenizer)}
     return {}
-
-
-def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
-    """Whether student/ is what ``plan`` would make, because a new importance.json, or times measured anew, choose what
-    the last ones chose.
-
-    Sweeps are made again whenever the text of a task changes; a training must not be lost where that moves no layer.
-    """
-    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
-    if not path.is_file() or not (student / "config.json").is_file():
-        return False
-    last = PruningPlan.read(path)
-    before, now = ({**made_by.provenance.inputs, "importance": ""} for made_by in (last, plan))
-    same = last.drop == plan.drop and not differences(now, before)
-    return same and last.student == last.sealed(model_fingerprint(student))
-
-
-def _refuse_stale_training(run: Run) -> None:
-    if any((run.dir / "checkpoints").glob("checkpoint-*")) and (changes := plan_of(run).changed()) is not None:
-        raise UserError(
-            f"{run.dir}: holds checkpoints trained on another cut "
-            f"({'; '.join(changes) or 'student/ is gone'}). "
-            "Set the recipe back, choose another run_dir, or delete its checkpoints folder"
-        )

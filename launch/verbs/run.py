@@ -7,21 +7,15 @@ is there already, and otherwise makes it, after making sure of what it needs.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import math
-import os
-import socket
-import stat
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -31,7 +25,7 @@ from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
-from shoal.atomic_files import NO_LOCKS, write_json
+from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.errors import UserError
 from shoal.machine import DTYPES, device_name, fast_dtype, flops_per_second
 from shoal.models.anatomy import image_layers, text_config
@@ -311,57 +305,14 @@ def locked(run: Run) -> Iterator[None]:
         UserError: another living process holds it, it cannot be created, or as remember does.
     """
     is_new = not run.dir.exists()
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        handle = _lock_file(run)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with handle:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
-                ) from None
-            log.info("waiting for %s, which holds %s", holder, run.dir)
-            time.sleep(5)
-            continue
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            log.warning("%s: this disk cannot lock files; start only one shoal that works there", run.dir)
-            break
-        if os.fstat(handle.fileno()).st_nlink:
-            break
-        handle.close()  # its last holder took it away in the meantime: nobody else would look at it
-    with handle:
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+    make_folder(run.dir)
+    with only_process(run.dir / LOCK, f"run_dir {run.dir}", wait_s=LOCK_WAIT_S):
         try:
             if run.memory is not None:
                 remember(run.dir, run.memory)
             yield
         finally:
             _leave_nothing(run, is_new=is_new)
-
-
-def _lock_file(run: Run) -> TextIO:
-    """Its file, open for reading and writing; never what a link in its place leads to."""
-    path = run.dir / LOCK
-    strange = UserError(f"{path}: is no regular file but a link, pipe or folder; remove it, or choose another run_dir")
-    try:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise strange from error
-        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise strange
-    return open(descriptor, "r+")
 
 
 def _leave_nothing(run: Run, *, is_new: bool) -> None:

@@ -8,8 +8,10 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,7 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from shoal.errors import UserError, explained_disk_errors
+
+log = logging.getLogger(__name__)
 
 
 def write_json(path: Path, value: Any, *, setting: str = "run_dir") -> None:
@@ -78,6 +84,33 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def only_process(lock_file: Path, what: str, *, wait_s: float) -> Iterator[None]:
+    """Keep every other process that asks for ``lock_file`` out while the block runs; the operating system lets go when
+    this one dies. A negative ``wait_s`` waits for as long as it takes.
+
+    Raises:
+        UserError: another process is still in after ``wait_s``; ``what``, which it uses, is named.
+    """
+    lock = FileLock(lock_file, timeout=wait_s)
+    try:
+        lock.acquire()
+        lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout:
+        holder = lock_file.read_text() or "another process"
+        raise UserError(f"{what}: is in use by {holder}; wait for it, stop it, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(
+                f"{lock_file}: cannot be locked ({error.strerror}); remove it, or choose another folder"
+            ) from error
+        log.warning("%s: this disk cannot lock files; start only one shoal that works there", lock_file.parent)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

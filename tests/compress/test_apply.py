@@ -1,7 +1,7 @@
 """From folder to folder: the student on disk is proven, plain, and there only when it is complete.
 
 Covers: shoal.compress.surgery.changed_tensors, shoal.compress.surgery.copying,
-shoal.compress.surgery.resumable_folder, shoal.compress.surgery.stored_names, shoal.compress.surgery.teacher.
+shoal.compress.surgery.stored_names, shoal.compress.surgery.teacher.
 """
 
 from __future__ import annotations

@@ -112,19 +112,6 @@ def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None
     assert_close(first, measure(tiny_model("llama"), first_rows(num_rows)), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("metrics", "message"),
-    [
-        (["block_influense"], r"'block_influense' is no metric; did you mean 'block_influence'\?"),
-        (["xyz"], r"'xyz' is no metric; there is block_influence, angular"),
-        ([], r"measure.metrics: is empty; name at least one of block_influence, angular"),
-    ],
-)
-def test_unknown_metrics_are_refused(metrics: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        measure_importance(tiny_model("llama"), ROWS, metrics=metrics, batch_size=2)
-
-
 @pytest.mark.parametrize("metric", HIDDEN_METRICS)
 def test_states_that_overflow_are_refused_by_layer_and_batch(metric: str) -> None:
     model = tiny_model("llama")

@@ -22,6 +22,7 @@ from shoal.launch import arguments, cli
 from shoal.launch.cli import main, run_verb
 from shoal.launch.help.explain import explanation
 from shoal.launch.verbs import launch, prune
+from shoal.launch.verbs.launch import GOES_ON
 from shoal.launch.verbs.run import Run
 from shoal.recipe.recipe import apply_override, parse_recipe
 
@@ -204,19 +205,24 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
     assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
 
 
-BEGINS = "there is no checkpoint yet, so the same command begins this training again"
-
-
 @pytest.mark.parametrize(
     ("launcher", "exit_code", "said"),
     [
-        (Launcher(1), 1, f"distill ended with exit code 1; its message is above, and {BEGINS}"),
-        (Launcher(-9), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
-        (Launcher(247), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
-        (Launcher(245), 139, "a rank was ended by signal 11, Segmentation fault; " + BEGINS),
+        (Launcher(1), 1, f"distill ended with exit code 1; its message is above, and {GOES_ON}"),
+        (
+            Launcher(-9),
+            137,
+            "a rank was ended by signal 9, Killed, most often because memory ran out; " + GOES_ON,
+        ),
+        (
+            Launcher(247),
+            137,
+            "a rank was ended by signal 9, Killed, most often because memory ran out; " + GOES_ON,
+        ),
+        (Launcher(245), 139, "a rank was ended by signal 11, Segmentation fault; " + GOES_ON),
         (Launcher(143), 143, ""),
         (Launcher(130, signal.SIGINT), 130, ""),
-        (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {BEGINS}"),
+        (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {GOES_ON}"),
         (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the training had just ended, and the same command goes on"),
     ],
 )

@@ -108,7 +108,7 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ("eval: {control: 'yes'}", "recipe.yaml: eval.control: must be a boolean"),
     ("eval: {control: 1}", "recipe.yaml: eval.control: must be a boolean"),
     ("measure: {data: []}", "recipe.yaml: measure.data: must have at least 1 item"),
-    ("measure: {metrics: [nothing]}", "measure.metrics: 'nothing' is no metric"),
+    ("measure: {metrics: [nothing]}", "measure.metrics.0: must be 'block_influence', 'angular'"),
     (
         "measure: {sweep: {tasks: [retrieval_continuation], limit: 3}}",
         "recipe.yaml: measure.sweep.limit: with fewer than 8 items",
@@ -155,7 +155,7 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
     ("prune", ["prune.drop.7=1"], "recipe.yaml"),
     ("prune", [f"model={LONG}"], "aaa"),
     *((verb, [f"run_dir={LONG}"], "aaa") for verb in ("measure", "prune", "eval", "distill", "report", "run")),
-    ("prune", ["run_dir=/proc/no/such"], "run_dir /proc/no/such: cannot be created"),
+    ("prune", ["run_dir=/proc/no/such"], "/proc/no/such: cannot be made"),
     ("measure", [f"measure.data={LONG}"], "aaa"),
     ("distill", [f"distill.deepspeed={LONG}"], "aaa"),
     ("distill", ["distill.deepspeed=nothing.json"], "distill.deepspeed: no file 'nothing.json'"),

@@ -5,7 +5,6 @@ The demo model is converted once and adapters are merged once; both then lie in 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ import torch
 from huggingface_hub import errors, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from shoal.atomic_files import NO_LOCKS, cache_dir, file_hash, fingerprint, make_folder, written_folder
-from shoal.errors import UserError, explained_disk_errors
+from shoal.atomic_files import cache_dir, file_hash, fingerprint, make_folder, only_process, written_folder
+from shoal.errors import UserError
 from shoal.models.adapters import WEIGHTS, check_mergeable, merge
 from shoal.models.checkpoint_files import (
     ADAPTER_CONFIG,
@@ -189,16 +188,9 @@ def _made_once(folder: Path, make: Callable[[Path], None], *, action: str) -> Pa
     if _is_whole(folder):
         return folder
     make_folder(folder.parent, setting="SHOAL_CACHE")
-    with explained_disk_errors(folder, setting="SHOAL_CACHE"):
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-    with lock, doing(action):
+    lock = folder.parent / f".{folder.name}.lock"
+    with doing(action), only_process(lock, "SHOAL_CACHE", wait_s=-1):
         log.info(action)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            log.warning("%s: this disk cannot lock files; start only one shoal that fills it", folder.parent)
         if not _is_whole(folder):  # another process may have made it meanwhile
             with written_folder(folder, setting="SHOAL_CACHE") as temporary:
                 make(temporary)

@@ -24,10 +24,7 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
         return {}
     if isinstance(source, dict):
         return _with_sections(json.loads(json.dumps(source)))
-    candidates = [Path(source), CONFIGS_DIR / source, CONFIGS_DIR.parent / source]
-    if source.startswith("configs/"):
-        candidates.append(CONFIGS_DIR / source.removeprefix("configs/"))
-    for file in candidates:
+    for file in (Path(source), CONFIGS_DIR / source, CONFIGS_DIR / source.removeprefix("configs/")):
         if file.is_file():
             try:
                 config = json.loads(file.read_bytes())

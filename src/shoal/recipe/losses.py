@@ -26,76 +26,72 @@ Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardKL(Section):
+class Divergence(Section):
+    """A term of the head's distributions."""
+
+    kind: str
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardKL(Divergence):
     """KL(p || q): the student must cover everything the teacher considers."""
 
     kind: Literal["forward_kl"] = "forward_kl"
-    weight: Weight = 1.0
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReverseKL(Section):
+class ReverseKL(Divergence):
     """KL(q || p): the student must not say what the teacher would not, and may leave some of it out."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
-    weight: Weight = 1.0
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class JSD(Section):
+class JSD(Divergence):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al. 2023,
     arXiv:2306.13649); divided by beta it tends to KL(p || q), by 1 - beta to KL(q || p)."""
 
     kind: Literal["jsd"] = "jsd"
-    weight: Weight = 1.0
     beta: Inside = 0.5
     """Teacher's share of the mixture m."""
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkewedForwardKL(Section):
+class SkewedForwardKL(Divergence):
     """KL(p || alpha p + (1 - alpha) q), never above -log alpha (DistiLLM, Ko et al. 2024, arXiv:2402.03898)."""
 
     kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
-    weight: Weight = 1.0
     alpha: Inside = 0.1
     """Share of the first distribution that is mixed into the second."""
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkewedReverseKL(Section):
+class SkewedReverseKL(Divergence):
     """KL(q || (1 - alpha) p + alpha q), never above -log alpha (DistiLLM)."""
 
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
-    weight: Weight = 1.0
     alpha: Inside = 0.1
     """Share of the first distribution that is mixed into the second."""
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveKL(Section):
+class AdaptiveKL(Divergence):
     """Forward and reverse KL, weighted per token by how far p and q are apart in the head and in the tail of p
     (Wu et al. 2024, arXiv:2404.02657)."""
 
     kind: Literal["adaptive_kl"] = "adaptive_kl"
-    weight: Weight = 1.0
     head_mass: Inside = 0.5
     """The head is the teacher's most probable tokens up to this mass, and always its first."""
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TAID(Section):
+class TAID(Divergence):
     """KL(p_t || q), where p_t moves from the student's own distribution to the teacher's as training goes on
     (Shing et al. 2025, arXiv:2501.16937)."""
 
     kind: Literal["taid"] = "taid"
-    weight: Weight = 1.0
     start: Share = 0.4
     """The teacher's share t in the mixed logits at the first step."""
     end: Share = 1.0
@@ -104,29 +100,24 @@ class TAID(Section):
     """Share of its last value that stays in the mean of how fast the loss falls, by which t grows."""
     step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     """Growth of t in one step beyond its straight line, at most; 0 = keep to the line."""
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DKD(Section):
+class DKD(Divergence):
     """alpha KL of (label, everything else) + beta KL within everything else (Zhao et al. 2022, arXiv:2203.08679)."""
 
     kind: Literal["dkd"] = "dkd"
-    weight: Weight = 1.0
     alpha: Weight = 1.0
     """Factor of the divergence between label and everything else."""
     beta: Weight = 0.5
     """Factor of the divergence within everything else."""
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TotalVariation(Section):
+class TotalVariation(Divergence):
     """Half the sum of |p - q|, between 0 and 1; scaled by temperature squared like the others."""
 
     kind: Literal["total_variation"] = "total_variation"
-    weight: Weight = 1.0
-    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from shoal.errors import UserError
+from pydantic import Field
+
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal["layer", "attention", "mlp"]
-METRICS = (
-    *("block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity"),
-    *("magnitude", "taylor", "taylor_plus", "laco_acceptance"),
-    *("single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley"),
-)
+Metric = Literal[
+    "block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity",
+    "magnitude", "taylor", "taylor_plus", "laco_acceptance",
+    "single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley",
+]  # fmt: skip
+METRICS: tuple[str, ...] = get_args(Metric)
 """Names of shoal.compress.metrics.registry, which takes seconds to load."""
-
-
-def refuse_unknown_metrics(names: Sequence[str]) -> None:
-    """Refuse what `measure.metrics` cannot name.
-
-    Raises:
-        UserError: a name that is none, with what may be meant; no name.
-    """
-    if not names:
-        raise UserError(f"measure.metrics: is empty; name at least one of {', '.join(METRICS)}")
-    for name in names:
-        if name not in METRICS:
-            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(METRICS)}"
-            raise UserError(f"measure.metrics: {name!r} is no metric; {hint}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,10 @@ class Measure(Section):
     """Tokens of one row."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Sequences per rank and forward."""
-    metrics: Annotated[tuple[str, ...], Shapes.IMPORTANCE] = ("block_influence", "angular")
+    metrics: Annotated[Annotated[tuple[Metric, ...], Field(min_length=1)], Shapes.IMPORTANCE] = (
+        "block_influence",
+        "angular",
+    )
     """Metrics and orders of removals, by name; `shoal list metrics` has all."""
     num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
     """Removals that greedy metrics make; None = a quarter of the layers."""

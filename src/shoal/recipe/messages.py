@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from pydantic import ValidationError
 
 from shoal.errors import UserError
+from shoal.formatting import meant
 from shoal.recipe.gone import gone
 from shoal.recipe.section import Section, adapter
 from shoal.redaction import redacted, redacted_arguments
@@ -33,6 +33,7 @@ WORDS = {
     "dict_type": "must be a mapping of settings",
     "dataclass_type": "must be a mapping of settings",
     "model_attributes_type": "must be a mapping of settings",
+    "string_pattern_mismatch": "must have the form owner/name",
 }
 """What is said instead of pydantic's message, by the problem's type: who writes YAML never heard of a tuple."""
 
@@ -90,21 +91,17 @@ def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> st
     """Every problem after what has set its place: the last override of it or of what it is in, else ``source``."""
     lines = []
     for problem in problems:
-        place = problem.partition(":")[0]
-        keys = [override.partition("=")[0] for override in overrides]
+        place, _, what = problem.partition(":")
         # a section that nobody knows is there because an override has named a key in it, or because the file has
-        sets = _is_in if ": unknown key" not in problem else _is_in_either
-        setters = [override for override, key in zip(overrides, keys, strict=True) if sets(place, key)]
-        lines.append(f"{quoted(setters[-1])}: {problem}" if setters else f"{source}: {problem}")
+        is_unknown = what.startswith(" unknown key")
+        keys = {override: override.partition("=")[0] for override in overrides}
+        setters = [each for each, key in keys.items() if _is_in(place, key) or (is_unknown and _is_in(key, place))]
+        lines.append(f"{quoted(setters[-1]) if setters else source}: {problem}")
     return "\n".join(lines)
 
 
 def _is_in(place: str, key: str) -> bool:
     return f"{place}.".startswith(f"{key}.")
-
-
-def _is_in_either(place: str, key: str) -> bool:
-    return _is_in(place, key) or _is_in(key, place)
 
 
 def quoted(override: str) -> str:
@@ -120,69 +117,60 @@ def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
     places: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for problem in problems:
-        place, message, value = _told(problem, root)
-        if problem["type"] == "too_short" and any(_is_inside(other["loc"], problem["loc"]) for other in problems):
+        within = len(problem["loc"])
+        if problem["type"] == "too_short" and any(
+            len(other["loc"]) > within and other["loc"][:within] == problem["loc"] for other in problems
+        ):
             continue  # wrong entries are not counted, so that a list of them alone seems to be empty
+        place, message, got_value = _told(problem, root)
         places.setdefault(place, []).append(message)
-        if value:
-            got[place] = value
+        if got_value:
+            got[place] = f" (got {got_value})"
     told = {place: f"{' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()}
     return [f"{place}: {words}" if place else words for place, words in told.items()]
 
 
 def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     """The place of a problem, what is wrong there, and the value that was given where that says something."""
-    *parents, last = problem["loc"] or ("",)
-    if problem["type"] == "unexpected_keyword_argument":
-        keys, sections = _walk(parents, root)
-        known = [field.name for section in sections for field in dataclasses.fields(section)]
-        close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
-        place = _joined([*keys, last])
-        return place, gone(place) or f"unknown key; {NOT_HERE.get(str(last), hint)}", ""
+    kind, last = problem["type"], (problem["loc"] or ("",))[-1]
     keys, sections = _walk(problem["loc"], root)
-    place = _joined(keys)
-    match problem["type"]:
+    place = ".".join(map(str, keys))
+    match kind:
+        case "unexpected_keyword_argument":
+            place = ".".join(map(str, [*keys, last]))
+            known = [field.name for section in sections for field in dataclasses.fields(section)]
+            hint = NOT_HERE.get(str(last)) or meant(str(last), known, f"known keys are {', '.join(known)}")
+            return place, gone(place) or f"unknown key; {hint}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
         case "union_tag_not_found":
             kinds = [get_args(get_type_hints(section)["kind"])[0] for section in sections]
             return place, f"needs a kind: one of {', '.join(kinds)}", ""
-        case "union_tag_invalid":
-            expected, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
-            if words := gone(f"{place}.{tag}"):
-                return f"{place}.{tag}", words, ""
-            close = difflib.get_close_matches(tag, re.findall(r"'(.*?)'", expected), n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+        case "union_tag_invalid" | "literal_error":
+            is_kind = kind == "union_tag_invalid"
+            context = problem["ctx"]
+            value, expected = context.get("tag", problem["input"]), context.get("expected_tags") or context["expected"]
+            if words := gone(f"{place}.{value}"):
+                return f"{place}.{value}", words, ""
+            close = meant(str(value), re.findall(r"'(.*?)'", expected), "", cutoff=0.6)
             # all of them: the closest in spelling may not be what was meant
-            return f"{place}.kind", f"must be one of {expected}", f" (got {tag!r}{hint})"
-        case "literal_error" if words := gone(f"{place}.{problem['input']}"):
-            return f"{place}.{problem['input']}", words, ""
+            what = f"must be one of {expected}" if is_kind else demand(problem)
+            return f"{place}.kind" if is_kind else place, what, "; ".join(filter(None, [_shown(last, value), close]))
         case "value_error":  # what a section says of itself
             return place, str(problem["ctx"]["error"]), ""
-        case kind:
-            value = reprlib.repr(redacted({last: problem["input"]})[last])
-            form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
-            return place, demand(problem) + form, f" (got {value})"
+    form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
+    return place, demand(problem) + form, _shown(last, problem["input"])
+
+
+def _shown(key: int | str, value: Any) -> str:
+    """A value without secrets, not too long."""
+    return reprlib.repr(redacted({key: value})[key])
 
 
 def demand(problem: Any) -> str:
     """What one of pydantic's problems asks of a value, as what comes after the name of a setting."""
-    return WORDS.get(problem["type"]) or _as_demand(problem["msg"])
-
-
-def _as_demand(message: str) -> str:
-    """Pydantic's "Input should be greater than 0" as what comes after the name of a setting."""
-    message = re.sub(r"^(Input|Value|[Tt]uple|String) should ", "must ", message)
-    return re.sub(r" after validation, not \d+", "", message)
-
-
-def _joined(keys: Sequence[int | str]) -> str:
-    return ".".join(map(str, keys))
-
-
-def _is_inside(location: Sequence[int | str], outer: Sequence[int | str]) -> bool:
-    return len(location) > len(outer) and tuple(location[: len(outer)]) == tuple(outer)
+    message = re.sub(r"^(Input|Value|[Tt]uple|String) should ", "must ", problem["msg"])
+    return WORDS.get(problem["type"]) or re.sub(r" after validation, not \d+", "", message)
 
 
 def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int | str], list[Any]]:

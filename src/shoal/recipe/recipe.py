@@ -6,7 +6,6 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pydantic import Field
 from yaml import YAMLError
 
 from shoal.errors import UserError
+from shoal.formatting import meant
 from shoal.recipe import distill_contradictions, measure, prune, remembered
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval, with_suite
@@ -46,7 +46,7 @@ class Track(Section):
 class Export(Section):
     """Where the result is published."""
 
-    hub_repo: str | None = None
+    hub_repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
     private: bool = True
     """Make a new repository private; one that is there already and public is refused."""
@@ -166,11 +166,11 @@ def _find_recipe(path: Path) -> Path:
         if path.parent in (Path(), Path("configs")) and shipped.is_file():
             return shipped
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
-    close = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=1, cutoff=0.7)
-    meant = f"; did you mean {close[0]}?" if close else "."
+    otherwise = "for a model `shoal init MODEL` writes a recipe"
+    hint = meant(path.stem, (Path(name).stem for name in names), otherwise, cutoff=0.7)
     raise UserError(
-        f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}{meant} It is no run directory "
-        "either; for a model `shoal init MODEL` writes a recipe"
+        f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}. It is no run directory "
+        f"either; {hint}"
     )
 
 
@@ -221,6 +221,3 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from prune.contradictions(recipe.prune)
     yield from distill_contradictions.contradictions(recipe.distill)
     yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)
-    repo = recipe.export.hub_repo
-    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        yield f"export.hub_repo: must have the form owner/name (got {repo!r})"

@@ -111,7 +111,7 @@ def test_what_cannot_stand_beside_is_refused_before_anything_is_scored(
     assert "no such run directory" in refusal(capsys, "misspelt", teacher)
     moved = shutil.copytree(run_dir, tmp_path / "moved")
     (moved / "recipe.yaml").unlink()
-    assert "a checkpoint is scored as moved was, but" in refusal(capsys, "moved", teacher)
+    assert "moved: is no run directory but a folder without recipe.yaml" in refusal(capsys, "moved", teacher)
     shutil.copy(run_dir / "recipe.yaml", moved)
     scored = json.loads((moved / "eval/pruned.json").read_text())
     scored["provenance"]["inputs"]["eval.limit"] = 7

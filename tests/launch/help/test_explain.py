@@ -117,12 +117,6 @@ def test_a_key_that_is_gone_says_what_to_use_instead(capsys: pytest.CaptureFixtu
     assert "eval.samples: gone since 0.1; `shoal lab samples RUN_DIR`" in err
 
 
-def test_json_is_what_a_script_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    meaning = "Rows of the one matrix and columns of the other."
-    told = {"key": "distill.lora.rank", "meaning": meaning, "values": "whole number > 0", "default": "16"}
-    assert json.loads(said(capsys, "explain", "distill.lora.rank", "--json")[1]) == [told]
-
-
 def test_first_sentences_end_where_sentences_do() -> None:
     assert first_sentence("Split at 0.5, e.g. a.b. Then more.") == "Split at 0.5, e.g. a.b"
     assert first_sentence("Capitals, symbols ... and so on.") == "Capitals, symbols ... and so on"

@@ -5,10 +5,8 @@ Covers: shoal.data.bundled.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,39 +30,32 @@ def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def as_json(capsys: pytest.CaptureFixture[str], what: str) -> list[dict[str, Any]]:
-    return json.loads(listed(capsys, what, "--json"))
-
-
 def test_the_parser_knows_the_lists() -> None:
     assert tuple(names.LISTS) == LISTS
 
 
 def test_without_a_kind_the_kinds_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert listed(capsys).splitlines() == [f"shoal list {what}" for what in LISTS]
-    assert json.loads(listed(capsys, "--json")) == [*LISTS]
 
 
 @pytest.mark.parametrize("what", LISTS)
 def test_every_list_says_what_each_name_is(capsys: pytest.CaptureFixture[str], what: str) -> None:
-    entries, text = as_json(capsys, what), listed(capsys, what)
-    assert len({entry["name"] for entry in entries}) == len(entries) >= 3
-    assert all(len(entry["about"]) > 10 for entry in entries)
+    entries, text = names.LISTS[what](), listed(capsys, what)
+    assert len(entries) >= 3
+    assert all(len(about) > 10 for about in entries.values())
     if what != "tasks":
-        assert [line.split()[0] for line in text.splitlines() if line[2] != " "] == [entry["name"] for entry in entries]
+        assert [line.split()[0] for line in text.splitlines() if line[2] != " "] == list(entries)
 
 
-def test_a_listed_recipe_is_found_by_its_name(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listed_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for entry in as_json(capsys, "recipes"):
-        assert load_recipe(entry["name"]).model == entry["model"]
+    for name, about in names.recipes().items():
+        assert load_recipe(name) == load_recipe(about.rpartition("[")[2].rstrip("]"))
 
 
 def test_lists_are_those_of_the_code() -> None:
-    assert [entry["name"] for entry in names.losses()] == list(KINDS)
-    assert [entry["name"] for entry in names.metrics()] == list(METRICS)
+    assert list(names.losses()) == list(KINDS)
+    assert list(names.metrics()) == list(METRICS)
     assert set(ABOUT) == {*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT}
 
 
@@ -74,6 +65,6 @@ def test_the_guide_has_a_row_for_every_bundled_source() -> None:
 
 
 def test_every_listed_task_can_be_asked() -> None:
-    found = [entry["name"] for entry in names.tasks()]
+    found = list(names.tasks())
     assert {"retrieval_continuation", "mmlu_all_generation", "bbh_snarks_generation"} <= set(found)
     refuse_unknown(found)

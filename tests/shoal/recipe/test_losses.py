@@ -67,7 +67,7 @@ ONE_OF = ", ".join(map(repr, KINDS))
         ({"kind": "kl"}, f"losses.0.kind: must be one of {ONE_OF} (got 'kl')"),
         ({"weight": 1}, f"losses.0: needs a kind: one of {', '.join(KINDS)}"),
         ({"kind": "jsd", "bta": 0.5}, "losses.0.bta: unknown key; did you mean 'beta'?"),
-        ({"kind": "jsd", "alpha": 0.5}, "losses.0.alpha: unknown key; known keys are kind, weight, beta, temperature"),
+        ({"kind": "jsd", "alpha": 0.5}, "losses.0.alpha: unknown key; known keys are kind, weight, temperature, beta"),
         ({"kind": "jsd", "beta": 0}, "losses.0.beta: must be greater than 0 (got 0)"),
         ({"kind": "skewed_forward_kl", "alpha": 1}, "losses.0.alpha: must be less than 1 (got 1)"),
         ({"kind": "forward_kl", "temperature": 0}, "losses.0.temperature: must be greater than 0 (got 0)"),
