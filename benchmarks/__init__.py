@@ -1,1 +1,1 @@
-"""Scripts that measure; the folder is a package for `python -m benchmarks.gpu.run`."""
+"""Scripts that measure; the folder is a package for `python -m benchmarks.gpu`."""

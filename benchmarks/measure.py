@@ -1,8 +1,7 @@
 """What measuring costs beside doing it one cut model at a time, interleaved in one process.
 
-    python benchmarks/measure.py [hidden text choices generation sleb] [--model demo:smollm2-135m] [--repeats 3]
+    python benchmarks/measure.py [text choices generation sleb] [--model demo:smollm2-135m] [--repeats 3]
 
-hidden      all hidden-state metrics together beside one plain forward of the decoder over the same tokens
 text        log-likelihoods of running text without each layer, beside a loop over the cut models, same batches
 choices     questions with options without each layer, beside lm-eval's own model over each cut model
 generation  greedy text without each layer, beside transformers' generate with each cut model
@@ -25,7 +24,6 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import measure_importance
-from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.variant_losses import own_documents
 from shoal.compress.surgery.cut_model import cut_model
@@ -57,21 +55,19 @@ class Bench:
         self.without_each = [without([layer]) for layer in self.layers]
         layerwise_or_none(self.model)  # proven once, before anything is timed
 
-    def pairs(
-        self, ours: Callable[[], Any], theirs: Callable[[], Any], *, warm_up: bool = False
-    ) -> tuple[dict[str, Any], Any, Any]:
+    def pairs(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[dict[str, Any], Any, Any]:
         """Both in turns, the first of every other pair being the other one: seconds and ratios, and the last results.
 
         A ratio is the median over pairs, which ran next to each other.
         """
         pairs = []
-        for repeat in range(self.arguments.repeats + warm_up):
+        for repeat in range(self.arguments.repeats):
             turns = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)  # who comes after whom matters
             times = {run: _timed(run) for run in turns}
             pairs.append((times[ours], times[theirs]))
         figures: dict[str, Any] = {}
         for index, kind in enumerate(("wall", "processor")):
-            seconds = [(own[index], other[index]) for own, other in pairs[warm_up:]]
+            seconds = [(own[index], other[index]) for own, other in pairs]
             figures[f"{kind}_s"] = [[round(own, 2), round(other, 2)] for own, other in seconds]
             figures[f"ratio_by_{kind}"] = round(statistics.median(own / other for own, other in seconds), 3)
             figures[f"times_faster_by_{kind}"] = round(statistics.median(other / own for own, other in seconds), 2)
@@ -84,25 +80,6 @@ class Bench:
     def cut(self, *drop: int) -> PreTrainedModel:
         """Cutting shares the weights, so that making the model is no part of the price."""
         return cut_model(self.model, drop, share=True)
-
-
-def hidden(bench: Bench) -> dict[str, Any]:
-    rows, size = bench.rows(bench.arguments.tokens), 4
-
-    @torch.inference_mode()
-    def plain() -> None:
-        for start in range(0, len(rows), size):
-            batch = slice(start, start + size)
-            ids, positions = rows.input_ids_NS[batch], rows.position_ids_NS[batch]
-            bench.model.get_decoder()(
-                input_ids=ids.to(bench.model.device), position_ids=positions.to(bench.model.device), use_cache=False
-            )
-
-    names = list(HIDDEN_METRICS)
-    figures, _, _ = bench.pairs(
-        lambda: measure_importance(bench.model, rows, metrics=names, batch_size=size), plain, warm_up=True
-    )
-    return {"metrics": names, "tokens": rows.input_ids_NS.numel(), **figures, "target": 1.25}
 
 
 def text(bench: Bench) -> dict[str, Any]:
@@ -216,7 +193,7 @@ def _timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
     return now(device()) - wall, time.process_time() - processor, result
 
 
-PARTS = {"hidden": hidden, "text": text, "choices": choices, "generation": generation, "sleb": sleb}
+PARTS = {"text": text, "choices": choices, "generation": generation, "sleb": sleb}
 
 
 def main() -> None:
@@ -226,7 +203,6 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--dtype", default="float32", help="values and texts are compared, so not bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8192, help="of the hidden part")
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--drops", type=int, default=3)

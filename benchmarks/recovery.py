@@ -1,7 +1,7 @@
 """Which recipe gives back most, outside the form of its text: one cut, several ways to heal it.
 
     python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms mixed by_source ...]
-        [--drop 13 25 26] [--data-dir DIR] [--general FOLDER_OR_FILE ...] [--compensate both] [--control]
+        [--drop 13 25 26] [--data-dir DIR] [--compensate both] [--control]
 
 Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
 are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
@@ -10,8 +10,8 @@ ranks the arms, by their means over the seeds. Equal wall time: an arm's tokens 
 first, and its budget set so that its schedule ends when the time does. What is there is not done again, so a broken run
 goes on.
 
-General text is what every machine has (documentation, docstrings, readmes), or that of --general. From the first cut
-up, at a learning rate of 1e-3, if nothing else is said:
+General text is what every machine has (documentation, docstrings, readmes). From the first cut up, at a learning rate
+of 1e-3, if nothing else is said:
 
 by_source      the teacher's distributions of 49 % general text, cross-entropy on 21 % instructions and 30 % abilities
                in all trained forms: the quickstart's recipe
@@ -19,7 +19,6 @@ mixed          half of each on the same text
 mixed_kl       the teacher's distributions alone
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
 one_form       cross-entropy; 40 % Python's documentation, 60 % abilities in the form that `in` asks
-general_kl     the teacher's distributions on general text alone
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -66,8 +65,9 @@ LIMITS = {
     "lambada_worked": 200,
     "wikitext2_rolling": 3,  # whole articles
 }
-GENERAL = {"docstrings": 7 / 14, "python_docs": 5 / 14, "readmes": 2 / 14}
-"""Shares of what is there without --general; with the shares of an arm that names none, the quickstart's mixture."""
+GENERAL = {"docstrings": 0.245, "python_docs": 0.175, "readmes": 0.07}
+MIXTURE = {**GENERAL, "instructions": 0.21, "ability_texts": 0.3}
+"""Shares of the sources of an arm that names none: the quickstart's."""
 ONE_FORM = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts_one_form", "weight": 0.6})
 CROSS_ENTROPY = [{"kind": "cross_entropy"}]
 TEACHER = [{"kind": "forward_kl"}]
@@ -77,11 +77,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixed_kl": {"losses": TEACHER},
     "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
     "one_form": {"data": ONE_FORM, "losses": CROSS_ENTROPY},
-    "general_kl": {"general": 1.0, "losses": TEACHER},
 }
-"""What an arm says of section `distill`, and of its own: `general` is the share of general text, `by_source` gives each
-source one loss."""
-OWN_KEYS = {"general", "by_source"}
+"""What an arm says of section `distill`; `by_source` gives each source one loss."""
 PROBE_STEPS = 4
 
 
@@ -96,7 +93,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
-    parser.add_argument("--general", nargs="+", help="sources of general text, in equal shares")
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
@@ -148,21 +144,12 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
     return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
 
 
-def general_text(arguments: argparse.Namespace) -> Mapping[str, float]:
-    return {path: 1 / len(arguments.general) for path in arguments.general} if arguments.general else GENERAL
-
-
-def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
+def mixture(arm: str) -> list[dict[str, Any]]:
     """Sources of an arm that names none of its own."""
-    general_share = ARMS[arm].get("general", 0.49)
-    abilities = (1.0 - general_share) * 10 / 17
-    weights = {path: general_share * share for path, share in general.items()}
-    weights |= {"instructions": 1.0 - general_share - abilities, "ability_texts": abilities}
-    loss_of = {path: ["forward_kl" if path in general else "cross_entropy"] for path in weights}
+    loss_of = {path: ["forward_kl" if path in GENERAL else "cross_entropy"] for path in MIXTURE}
     return [
-        {"path": path, "weight": round(weight, 4), **({"losses": loss_of[path]} if "by_source" in ARMS[arm] else {})}
-        for path, weight in weights.items()
-        if weight > 1e-6
+        {"path": path, "weight": weight, **({"losses": loss_of[path]} if "by_source" in ARMS[arm] else {})}
+        for path, weight in MIXTURE.items()
     ]
 
 
@@ -170,14 +157,14 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
     trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     trainer |= {"warmup_steps": 5, "save_strategy": "no"}
     distill: dict[str, Any] = {
-        "data": mixture(arm, general_text(arguments)),
+        "data": mixture(arm),
         "losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}],
         "num_tokens": tokens,
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "watch": None,
         "deepspeed": "deepspeed/zero0.json",  # one rank shares nothing out
-        **{key: list(value) if key == "data" else value for key, value in ARMS[arm].items() if key not in OWN_KEYS},
+        **{key: list(value) if key == "data" else value for key, value in ARMS[arm].items() if key != "by_source"},
         "trainer": trainer,
     }
     settings = {

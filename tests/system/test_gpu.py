@@ -24,7 +24,7 @@ REASONS = {"not_here", "out_of_memory", "not_measured", "left_out", "failed"}
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "benchmarks.gpu.run", *map(str, words)]
+    program = [sys.executable, "-m", "benchmarks.gpu", *map(str, words)]
     return subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
 
 

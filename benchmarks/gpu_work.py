@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
-from benchmarks.gpu.cases import Case, Size, recipe_of
+from benchmarks.gpu_cases import Case, Size, recipe_of
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
 from shoal.compress.surgery.narrow_config import student_config
@@ -54,7 +54,7 @@ from shoal.train.student.sizes import built
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 from shoal.train.teacher.recording import rows_from
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = 512
 """Mean length of a document in rows that hold several, in tokens."""
 OPTIONAL = ("triton", "flash_attn", "flash_attn_3", "kernels", "liger_kernel", "bitsandbytes", "vllm")

@@ -1,6 +1,6 @@
 """`make gpu`: how fast training is on this card and what it takes, beside TRL and beside what the preflight tells.
 
-    python -m benchmarks.gpu.run OUT [--budget 600] [--only WORD ...] [--device cpu [--tiny]]
+    python -m benchmarks.gpu OUT [--budget 600] [--only WORD ...] [--device cpu [--tiny]]
 
 Models are of Qwen3's shapes with random weights, made on the device; nothing is downloaded and no file is needed
 beside the repository. Every case is a process of its own, so that memory is its own, and running out of memory is a
@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.cases import CASES, SIZES, TINY, Case
-from benchmarks.gpu.work import ROOT, measured
+from benchmarks.gpu_cases import CASES, SIZES, TINY, Case
+from benchmarks.gpu_work import ROOT, measured
 from shoal.atomic_files import write_json
 from shoal.ranks import set_up_logging
 
@@ -156,7 +156,7 @@ def measured_apart(case: Case, arguments: argparse.Namespace, seconds: float) ->
     found.unlink(missing_ok=True)
     # of several GPUs the first: trainers would split a batch over all that they see
     gpus = "" if case.on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    command = [sys.executable, "-m", "benchmarks.gpu.run", str(arguments.out), "--case", str(number)]
+    command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.out), "--case", str(number)]
     environment = {**QUIET, **os.environ, "CUDA_VISIBLE_DEVICES": gpus}
     with log.open("w") as file:
         try:
