@@ -10,26 +10,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from shoal.atomic_files import write_json
+from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.compress.surgery.quantised import without_quantization
 from shoal.compress.surgery.stored_names import NotByCopy, find_layers, split_layer
 from shoal.errors import UserError
 from shoal.launch.verbs.run import Run, resolved
 from shoal.models.anatomy import anatomy
-from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, read_shards
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, model_fingerprint, read_shards
 from shoal.models.load import load_config, without_data
 from shoal.progress import each
 from shoal.recipe.section import Section, Text
 
+from .part import identity, made, told
+
 CHUNK = 2**22
 """Numbers of each tensor that are float64 at one time."""
-BAR_WIDTH = 30
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,6 @@ class Settings(Section):
     """Hub id, local path or demo:<name> of a model of the same shape."""
     donor_revision: str | None = None
     """Hub revision of the donor."""
-
-
-def work(run: Run, settings: Settings) -> str:
-    """A table of all layers; lab/delta.json has every tensor's norms."""
-    norms = delta_norms(run.teacher, resolved(settings.donor, settings.donor_revision))
-    path = run.dir / "lab" / "delta.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, norms.document())
-    return f"{norms.table()}\n{path}"
 
 
 @dataclass(frozen=True)
@@ -70,8 +62,10 @@ class TensorDelta:
 
 
 @dataclass(frozen=True)
-class DeltaNorms:
-    """Every tensor of a base and its donor compared, in the order of layers; what is outside of them comes last."""
+class DeltaNorms(Artifact):
+    """delta.json: every tensor of a base and its donor, in the order of layers; what is outside of them comes last."""
+
+    FILE: ClassVar[str] = "delta.json"
 
     num_layers: int
     tensors: tuple[TensorDelta, ...]
@@ -89,30 +83,25 @@ class DeltaNorms:
     def _of(self, layer: int | None) -> list[TensorDelta]:
         return [delta for delta in self.tensors if delta.layer == layer]
 
-    def document(self) -> dict[str, Any]:
-        """Everything as plain JSON."""
-        tensors = [
-            {"name": delta.name, "layer": delta.layer, "relative": delta.relative, "difference": delta.difference}
-            for delta in self.tensors
-        ]
-        return {"layers": list(self.layers), "outside": self.outside, "tensors": tensors}
-
-    def table(self) -> str:
-        """For a reader: one line per layer, with the tensor that differs most."""
-        groups = [*range(self.num_layers), None]
-        values = [*self.layers, self.outside]
-        largest = max((value for value in values if value is not None), default=0.0)
-        lines = [f"{'':>10}  relative  {'':{BAR_WIDTH}}  largest"]
-        for layer, value in zip(groups, values, strict=True):
+    def in_words(self) -> str:
+        """One line per layer, with the tensor that differs most."""
+        lines = [f"{'':>10}  relative  largest"]
+        for layer, value in zip([*range(self.num_layers), None], [*self.layers, self.outside], strict=True):
             label = "outside" if layer is None else f"layer {layer}"
-            bar = "#" * round(BAR_WIDTH * (value or 0) / largest) if largest else ""
             most = max(self._of(layer), key=lambda delta: delta.relative or 0.0)
             number, of_most = ("-" if ratio is None else f"{ratio:.4f}" for ratio in (value, most.relative))
-            lines.append(f"{label:>10}  {number:>8}  {bar:{BAR_WIDTH}}  {most.name} {of_most}")
+            lines.append(f"{label:>10}  {number:>8}  {most.name} {of_most}")
         return "\n".join(lines)
 
 
-def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
+def work(run: Run, settings: Settings) -> str:
+    """A table of all layers; delta.json has every tensor's norms."""
+    donor = resolved(settings.donor, settings.donor_revision)
+    inputs = identity(run, settings, donor_content=model_fingerprint(donor))
+    return told(run, made(run, DeltaNorms, inputs, lambda provenance: delta_norms(run.teacher, donor, provenance)))
+
+
+def delta_norms(base_folder: Path, donor_folder: Path, provenance: Provenance) -> DeltaNorms:
     """|W_donor - W_base| / |W_base| (Frobenius) of every weight of two checkpoints, matched by its stored name.
 
     Sums are float64, whatever the stored dtypes, which may differ. Tied embeddings count once, and so does a head that
@@ -156,7 +145,7 @@ def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
             is_inside = layer is not None and layer < num_layers  # more layers predict further tokens
             deltas.append(TensorDelta(name, layer if is_inside else None, *_norms(name, ours, theirs)))
     deltas.sort(key=lambda delta: (delta.layer is None, delta.layer or 0))
-    return DeltaNorms(num_layers, tuple(deltas))
+    return DeltaNorms(provenance, num_layers, tuple(deltas))
 
 
 def _norms(name: str, base: Tensor, donor: Tensor) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from shoal.compress.sweeps.items import read_items
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading, legend_above, panels
+from shoal.formatting import interval_text
 from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
@@ -37,7 +38,7 @@ from shoal.task_words import task_words
 
 from .diagnostics import EffectiveDepth, diagnostics
 from .diagnostics import Settings as Diagnosing
-from .part import FOLDER, estimates, identity, made, told
+from .part import FOLDER, estimates, identity, made, made_from_teacher, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BESIDE = "beside"
-MODELS = {"pruned": "student", "distilled": "distilled"}
-"""Role -> folder of the run directory, of the models made from the teacher."""
 CHEAPEST_METRIC = "block_influence"
 """What models other than the teacher are measured by besides the sweep, since nothing is chosen for them."""
 OTHER = ("#0f9d75", "^")
@@ -142,8 +141,7 @@ class DepthUse(Artifact):
 
 
 def _told(estimate: Estimate, sign: str = "") -> str:
-    value, low, high = (format(end, f"{sign}.2f") for end in (estimate.value, estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
+    return interval_text((estimate.value, estimate.low, estimate.high), f"{sign}.2f")
 
 
 @dataclass(frozen=True)
@@ -183,8 +181,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
     sweep, every = run.recipe.measure.sweep, tuple(range(run.num_layers))
     if sweep is None or not sweep.tasks or "layer" not in sweep.operators:
         raise UserError("shoal lab depth_use: needs layers swept over tasks; name some in measure.sweep.tasks")
-    folders = {role: run.dir / name for role, name in MODELS.items()}
-    found = {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+    found = made_from_teacher(run)
     require_models_of_this_run(run, {"teacher": run.teacher, **found})
     kept = dict.fromkeys(found, PruningPlan.read(run.dir / PruningPlan.FILE).keep if found else ())
     if settings.beside is not None:

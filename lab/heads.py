@@ -140,7 +140,7 @@ def work(run: Run, settings: Settings) -> str:
         model = model_of(run)
         for task, own in prompts.items():
             found = score_heads(model, own, batch_size=run.recipe.measure.batch_size)
-            tasks.append(TaskHeads(task, len(own), found.num_right, found.scores))
+            tasks.append(TaskHeads(task, len(own), *found))
         return Heads(provenance, run.num_layers, tuple(tasks))
 
     return told(run, made(run, Heads, identity(run, settings), scored, heads_figure))
@@ -178,18 +178,9 @@ def draw_by_head(figure: Figure, ax: Axes, values: Sequence[Sequence[float]], ti
 REMEDY = "this part has nothing to say of it"
 
 
-@dataclass(frozen=True)
-class HeadScores:
-    """What the heads copy."""
-
-    num_right: int
-    """Prompts that the model answers right."""
-    scores: tuple[tuple[float, ...], ...]
-    """By layer and query head, mean over these prompts; a layer without softmax attention has none."""
-
-
-def score_heads(model: PreTrainedModel, prompts: Sequence[CopyPrompt], *, batch_size: int) -> HeadScores:
-    """The score of every head, from one forward over the prompts.
+def score_heads(model: PreTrainedModel, prompts: Sequence[CopyPrompt], *, batch_size: int) -> tuple[int, ByHead]:
+    """How many prompts the model answers right, and the score of every head, the mean over these, from one forward; a
+    layer without softmax attention has none.
 
     Raises:
         UserError: a family without softmax attention or with one that shoal cannot look into, or a model that answers
@@ -210,9 +201,8 @@ def score_heads(model: PreTrainedModel, prompts: Sequence[CopyPrompt], *, batch_
         raise UserError(
             f"shoal lab heads: the model answers none of {len(prompts)} prompts right, so no head can be seen copying"
         )
-    return HeadScores(
-        num_right,
-        tuple(tuple((sums[layer] / num_right).tolist()) if layer in sums else () for layer in range(num_layers)),
+    return num_right, tuple(
+        tuple((sums[layer] / num_right).tolist()) if layer in sums else () for layer in range(num_layers)
     )
 
 

@@ -7,6 +7,7 @@ A part runs in one process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, Provenance
@@ -50,6 +51,11 @@ def text_identity(run: Run) -> dict[str, Any]:
 def model_of(run: Run) -> Any:
     """The model that the run measures and cuts, loaded."""
     return load_model(run.teacher, device=device(), **run.load_args())
+
+
+def made_from_teacher(run: Run) -> dict[str, Path]:
+    """The folders of the cut and of the healed model, as far as they are there, by role."""
+    return {role: folder for role, folder in roles(run).items() if role in ("pruned", "distilled")}
 
 
 def by_role(run: Run, part: str, ask: Callable[[str, CausalLM], Answers]) -> dict[str, Answers]:

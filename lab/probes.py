@@ -98,10 +98,6 @@ class ConceptDepth:
     """Names of the classes, sorted; F1 is that of the second of two, or the mean over more."""
     num_train: int
     num_test: int
-    num_repeated: int
-    """Number of items left out because their text was there before."""
-    num_shortened: int
-    """Number of texts with more than ``max_tokens`` tokens."""
     accuracy: tuple[float, ...]
     """Accuracy on the test part, as F1 and AUC are."""
     accuracy_low: tuple[float, ...]
@@ -177,12 +173,12 @@ def probe_depth(
         UserError: a set that cannot be read, with one class or too few items, or states that are not finite.
     """
     require_one_path(model)
-    items, num_repeated = _items(probe_set, seed)  # a text in both parts of the split would be learnt by heart
+    items = _items(probe_set, seed)  # a text in both parts of the split would be learnt by heart
     classes = sorted({label for _, label in items})
     labels_N = np.array([classes.index(label) for _, label in items])
     split = _stratified(labels_N, probe_set, seed)
     prompts = [_prompt(tokenizer, text, probe_set) for text, _ in items]
-    states_NLD = _last_states(model, [prompt for prompt, _ in prompts], batch_size, probe_set.path)
+    states_NLD = _last_states(model, prompts, batch_size, probe_set.path)
     scores = [
         _score(states_NLD[:, depth], labels_N, split)
         for depth in each(range(states_NLD.shape[1]), f"measure: fitting the probe {probe_set.path}", unit="depths")
@@ -195,8 +191,6 @@ def probe_depth(
         classes=tuple(classes),
         num_train=len(split.train),
         num_test=len(split.test),
-        num_repeated=num_repeated,
-        num_shortened=sum(shortened for _, shortened in prompts),
         accuracy=accuracy,
         accuracy_low=tuple(low for low, _ in intervals),
         accuracy_high=tuple(high for _, high in intervals),
@@ -227,11 +221,10 @@ def depth_points(accuracy: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _items(probe_set: ProbeSet, seed: int) -> tuple[list[tuple[str, str]], int]:
-    """Texts and labels, each text once, and how many were left out for being repeated."""
-    read = load_labelled(probe_set.source, probe_set.label)
+def _items(probe_set: ProbeSet, seed: int) -> list[tuple[str, str]]:
+    """Texts and labels, each text once."""
     unique: dict[str, str] = {}
-    for text, label in read:
+    for text, label in load_labelled(probe_set.source, probe_set.label):
         unique.setdefault(text, str(label))
     items = list(unique.items())
     if len(items) > probe_set.max_items:
@@ -244,7 +237,7 @@ def _items(probe_set: ProbeSet, seed: int) -> tuple[list[tuple[str, str]], int]:
             f"probe {probe_set.path!r}: column {probe_set.label!r} holds different texts {told or 'of no class'}; a "
             f"probe needs two classes or more with {MIN_PER_CLASS} each"
         )
-    return items, len(read) - len(unique)
+    return items
 
 
 def _stratified(labels_N: NDArray[np.int64], probe_set: ProbeSet, seed: int) -> _Split:
@@ -259,17 +252,16 @@ def _stratified(labels_N: NDArray[np.int64], probe_set: ProbeSet, seed: int) -> 
     return _Split(np.sort(np.concatenate(train)), np.sort(np.concatenate(test)))
 
 
-def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> tuple[Prompt, bool]:
-    """The text's tokens, its end where it is too long, and whether it was."""
+def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> Prompt:
+    """The text's tokens, its end where it is too long."""
     ids = list(tokenizer(text)["input_ids"])
     if not ids:
         raise UserError(f"probe {probe_set.path!r}: {text[:40]!r} tokenises to nothing; leave it out")
-    shortened = len(ids) > probe_set.max_tokens
-    if shortened:
+    if len(ids) > probe_set.max_tokens:
         # the end is kept, because the last token's state is read; a begin token stays, since models expect one
         starts = [ids[0]] if ids[0] == tokenizer.bos_token_id and probe_set.max_tokens > 1 else []
         ids = [*starts, *ids[len(starts) - probe_set.max_tokens :]]
-    return Prompt(tuple(ids), 0), shortened
+    return Prompt(tuple(ids), 0)
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def work(run: Run, settings: Settings) -> str:
         tables = tables_of(run, model_of(run), settings.operators, settings)
         return SweptTables(provenance, run.num_layers, {name: table for name, (table, _) in tables.items()})
 
-    result = made(run, SweptTables, sweeps_identity(run, settings, donor_content=donor), swept, _first_figure)
+    result = made(run, SweptTables, sweeps_identity(run, settings, donor_content=donor), swept)
     for name, table in result.tables.items():
         save_figure(sweep_figure(table), run.dir / FOLDER / f"sweep_{name}.svg")
     return told(run, result)
@@ -170,18 +170,7 @@ def _order(run: Run, settings: Settings) -> tuple[int, ...]:
             scores = layer_scores(settings.order, importance, setting="shoal lab sweeps: order")
             order = tuple(sorted(range(run.num_layers), key=lambda layer: (scores[layer], layer))[:-1])
         return order[: settings.max_removed]
-    order = settings.order
-    wrong = next((layer for layer in order if not 0 <= layer < run.num_layers or order.count(layer) > 1), None)
-    if wrong is not None or not order or len(order) == run.num_layers:
-        raise UserError(
-            f"shoal lab sweeps: order must name some of the layers 0..{run.num_layers - 1}, each once and not all "
-            f"(got {list(order)})"
-        )
-    return order[: settings.max_removed]
-
-
-def _first_figure(result: SweptTables) -> Figure:
-    return sweep_figure(next(iter(result.tables.values())))
+    return settings.order[: settings.max_removed]
 
 
 def sweep_figure(table: Sweep) -> Figure:

@@ -40,7 +40,7 @@ from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.runtime import device
 from shoal.stats.intervals import resampled_means
 
-from .part import estimates, identity, made, told
+from .part import estimates, identity, made, made_from_teacher, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,8 +53,6 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose last state is that of the last block, as it is; others norm it, which a block in the middle is not."""
 BLOCK = re.compile(r"(?:^|\.)(?:vision|image|video)_tower\.(?:\w+\.)*layers\.(\d+)\.")
 """A stored tensor of a block; LLaVA and Video-LLaVA have no other layers in their towers."""
-MODELS = {"pruned": "student", "distilled": "distilled"}
-"""Role -> folder of the run directory, of models that answer beside the teacher."""
 PLACES_AT_ONCE = 1024
 """Places whose states are compared at a time: of a large picture in tiles, all of them would take gigabytes."""
 UNTRAINED = (
@@ -125,8 +123,7 @@ def work(run: Run, settings: Settings) -> str:
         raise UserError(f"shoal lab vision: {run.recipe.model} reads no images")
     columns = settings.image, settings.prompt, settings.answer
     rows = load_image_rows("shoal lab vision", DataSource(settings.path), columns, settings.num_rows)
-    folders = {role: run.dir / name for role, name in MODELS.items()}
-    folders = {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+    folders = made_from_teacher(run)
     inputs = identity(run, settings, rows=image_rows_fingerprint(rows))
     inputs |= {role: model_fingerprint(folder) for role, folder in folders.items()}
 
@@ -214,8 +211,6 @@ def means(values_NK: Tensor) -> tuple[Estimate, ...]:
     if not values_NK.shape[1]:
         return ()
     values, num_rows = values_NK.double().numpy(), len(values_NK)
-    if num_rows == 1:
-        return tuple(Estimate(value, value, value) for value in values[0].tolist())
     return estimates(resampled_means(values, np.ones(num_rows)), values.mean(0), num_rows)
 
 
@@ -306,12 +301,6 @@ def states_read(config: PreTrainedConfig) -> tuple[int, ...]:
     states_read = getattr(config, FIELD)
     entries = [states_read] if isinstance(states_read, int) else list(states_read)
     states = [entry if entry >= 0 else tower.num_hidden_layers + 1 + entry for entry in entries]
-    for entry, state in zip(entries, states, strict=True):
-        if not 0 <= state <= tower.num_hidden_layers:
-            raise UserError(
-                f"config.{FIELD}: {entry} is no state of a vision tower of {tower.num_hidden_layers} blocks; mend "
-                "config.json"
-            )
     return tuple(states)
 
 

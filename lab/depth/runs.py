@@ -25,9 +25,8 @@ from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_st
 from shoal.models.document_masks import documents_apart
 from shoal.models.load import logits_from_hidden
 
-MAX_LOGITS = {"cpu": 1 << 22}
-"""Entries (tokens times vocabulary) of one logits tensor, by device type."""
-DEFAULT_MAX_LOGITS = 1 << 26
+MAX_LOGITS = 1 << 22
+"""Entries (tokens times vocabulary) of one logits tensor."""
 TOP = 5
 """Tokens of the lens that are compared."""
 
@@ -143,7 +142,7 @@ class Readout:
         self.norm, self.head = parts.final_norm, parts.head
         self._logits = logits_from_hidden(model)
         self.vocab_size = int(text_config(model.config).vocab_size)
-        self.max_logits = MAX_LOGITS.get(model.device.type, DEFAULT_MAX_LOGITS)
+        self.max_logits = MAX_LOGITS
 
     def __call__(self, states_TD: Tensor) -> Tensor:
         """Float32 logits (T, V)."""
@@ -269,10 +268,9 @@ def require_one_path(model: PreTrainedModel) -> None:
     with watched(layers, before=before), probing(model):
         run_body(model, batch)
     family, remedy = text_config(model.config).model_type, "its depth cannot be diagnosed, leave this part out"
-    if order != list(range(len(layers))):
-        raise UserError(f"diagnostics: {family} runs its layers in the order {order}; {remedy}")
-    for shape in shapes:
-        if len(shape) != 3 or shape[:2] != batch.input_ids_BS.shape:
-            raise UserError(
-                f"diagnostics: {family} passes states of shape {shape} from layer to layer, not one per token; {remedy}"
-            )
+    per_token = all(len(shape) == 3 and shape[:2] == batch.input_ids_BS.shape for shape in shapes)
+    if order != list(range(len(layers))) or not per_token:
+        raise UserError(
+            f"diagnostics: {family} runs its layers in the order {order}, with states of shape {shapes[0]}, not one "
+            f"per token through every layer; {remedy}"
+        )

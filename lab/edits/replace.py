@@ -24,7 +24,7 @@ from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run, check_length
-from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of
+from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of, watched
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, shaping
@@ -203,28 +203,24 @@ class _Run:
         layers, device = decoder_layers(self.teacher), self.teacher.device
         calls: list[_Call] = []
 
-        def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = given_state(args, kwargs)
-            calls.append(_Call(args, kwargs, hidden.clone()))  # some layers add to their input in place
+        def remember(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # some layers add to their input in place
+            calls.append(_Call(args, kwargs, given_state(args, kwargs).clone()))
 
-        def end(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        def end(_: int, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
             raise _RunEnds(state_of(output))
 
-        handles = [
-            layers[self.first].register_forward_pre_hook(remember, with_kwargs=True),
-            layers[self.last].register_forward_hook(end),
-        ]
+        positions_BS = self.rows.position_ids_NS[batch].to(device)
+        ids_BS = self.rows.input_ids_NS[batch].to(device)
         try:
-            positions_BS = self.rows.position_ids_NS[batch].to(device)
-            with documents_apart(decoder_body(self.teacher), positions_BS):
-                self.teacher(
-                    input_ids=self.rows.input_ids_NS[batch].to(device), position_ids=positions_BS, use_cache=False
-                )
+            with (
+                watched([layers[self.first]], before=remember),
+                watched([layers[self.last]], after=end),
+                documents_apart(decoder_body(self.teacher), positions_BS),
+            ):
+                self.teacher(input_ids=ids_BS, position_ids=positions_BS, use_cache=False)
         except _RunEnds as ended:
             return calls[0], ended.args[0]
-        finally:
-            for handle in handles:
-                handle.remove()
         raise AssertionError(f"layer {self.last} was not called")
 
     def squared_errors(self, layer: nn.Module | None, batch: Tensor) -> Tensor:

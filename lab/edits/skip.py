@@ -26,7 +26,7 @@ from shoal.components import Component, LayerEdit, LayerEdits
 from shoal.compress.edits.layer_edits import in_force, layer_edits
 from shoal.compress.edits.masks import Half, checked, with_halves, with_heads
 from shoal.compress.edits.sublayers import output_parameters, where
-from shoal.compress.edits.tensors import PLAIN_DTYPES, put_tensors
+from shoal.compress.edits.tensors import put_tensors
 from shoal.compress.metrics.greedy import HALVES
 from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
 from shoal.errors import UserError
@@ -121,11 +121,11 @@ def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> li
     """Let the attention or MLP of ``layers`` add nothing for good; the names of the parameters that became zero.
 
     They are new tensors: what ``model`` shares with its teacher stays as it is there. A context or expert that is not
-    finite gives NaN (0 * inf), where half_silenced gives zero; what a half writes for all that shows in the proof.
+    finite gives NaN (0 * inf), where half_silenced gives zero; what a half writes for all that, or another layer lacks
+    that uses the same weights, shows in the proof.
 
     Raises:
-        UserError: as half_silenced does; a half whose output weights shoal does not know, that are quantised, or
-            that other layers use too. The model is then as it was.
+        UserError: as half_silenced does; a half whose output weights shoal does not know. The model is then as it was.
     """
     names: list[str] = []
     for layer in layers:
@@ -134,9 +134,8 @@ def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> li
             raise UserError(
                 f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
             )
-        names += [f"{_name_of(model, layer)}.{name}" for name in outputs]
+        names += [f"{anatomy(model).layers_name}.{layer}.{name}" for name in outputs]
     names = list(dict.fromkeys(names))
-    _refuse_unzeroable(model, names)
     put_tensors(model, {name: torch.zeros_like(model.get_parameter(name)) for name in names}, where="zero")
     return names
 
@@ -148,16 +147,14 @@ def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> li
     A bias of the projection stays: it belongs to no head.
 
     Raises:
-        UserError: an index that is no layer or no head, a layer whose heads cannot be masked alone, or a projection
-            that is quantised or that other layers use too.
+        UserError: an index that is no layer or no head, or a layer whose heads cannot be masked alone.
     """
     masked: dict[str, Tensor] = {}
     for layer, named in heads.items():
         halves = with_heads(model, layer)
         checked(named, halves.num_heads, f"{where(model, layer)}: head")
         projection = decoder_layers(model)[layer].get_submodule(halves.projection)
-        name = f"{_name_of(model, layer)}.{halves.projection}.weight"
-        _refuse_unzeroable(model, [name])
+        name = f"{anatomy(model).layers_name}.{layer}.{halves.projection}.weight"
         weight = model.get_parameter(name).detach().clone()
         # (D, H * d) of a linear map, (H * d, D) of GPT-2's
         inputs_dim = 0 if isinstance(projection, Conv1D) else 1
@@ -167,23 +164,6 @@ def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> li
         masked[name] = weight
     put_tensors(model, masked, where="zero_heads")
     return list(masked)
-
-
-def _refuse_unzeroable(model: PreTrainedModel, names: Sequence[str]) -> None:
-    changed = {id(model.get_parameter(name)): name for name in names}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in changed and name not in names:
-            raise UserError(
-                f"{changed[id(parameter)]}: is also {name}, so zeroing it would change other layers too; "
-                "drop whole layers"
-            )
-    for name in names:
-        if (dtype := model.get_parameter(name).dtype) not in PLAIN_DTYPES:
-            raise UserError(f"{name}: is stored as {dtype}, which is quantised; give the full-precision model")
-
-
-def _name_of(model: PreTrainedModel, layer: int) -> str:
-    return f"{anatomy(model).layers_name}.{layer}"
 
 
 def zero_for_good(student: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> list[str]:

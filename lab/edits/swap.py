@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -27,17 +27,9 @@ from shoal.recipe.section import Section, Text
 
 from .student import Edited, loaded_teacher, write_student
 
-Part = Literal["embeddings", "norm", "head"]
 INDIFFERENT = (
-    *(
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "initializer_range",
-        "max_position_embeddings",
-        "transformers_version",
-    ),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "vocab_size"),
+    *("_name_or_path", "architectures", "dtype", "initializer_range", "max_position_embeddings", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "tie_word_embeddings", "transformers_version"),
 )
 """Settings of a configuration in which a donor may differ, and all dropout."""
 
@@ -54,8 +46,6 @@ class Settings(Section):
     """Hub revision of the donor."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """0 = the model's own weights, 1 = the donor's; both exact."""
-    parts: tuple[Part, ...] = ()
-    """Parts of the model that are swapped besides layers."""
 
 
 def work(run: Run, settings: Settings) -> str:
@@ -63,43 +53,31 @@ def work(run: Run, settings: Settings) -> str:
     folder = resolved(settings.donor, settings.donor_revision)
     teacher, layers = loaded_teacher(run), tuple(sorted({*settings.layers}))
     donor = load_model(folder, attention=None, trust_remote_code=run.recipe.trust_remote_code)
-    with swapped(teacher, donor, layers, weight=settings.weight, parts=settings.parts):
+    with swapped(teacher, donor, layers, weight=settings.weight):
         student = cut_model(teacher, (), share=True)
     local = settings.donor.startswith((".", "/", "~"))  # a card is read by strangers: no paths of one disk
     name = settings.donor.rstrip("/").rpartition("/")[2] if local else settings.donor
-    parts = "".join(f" and {part}" for part in settings.parts)
-    words = f"layers {layers_text(layers)}{parts} swapped with {name} at weight {settings.weight:g}"
-    first = (0,) if "embeddings" in settings.parts else ()  # nothing is the teacher's any more
-    change = PlannedChange("swap", words, tuple(sorted({*layers, *first})))
-    edited = Edited(
-        student,
-        change,
-        lambda: swapped(teacher, donor, layers, weight=settings.weight, parts=settings.parts),
-    )
+    words = f"layers {layers_text(layers)} swapped with {name} at weight {settings.weight:g}"
+    change = PlannedChange("swap", words, layers)
+    edited = Edited(student, change, lambda: swapped(teacher, donor, layers, weight=settings.weight))
     return write_student(run, "swap", settings, edited, teacher, {"donor": model_fingerprint(folder)})
 
 
 @contextmanager
 def swapped(
-    model: PreTrainedModel,
-    donor: PreTrainedModel,
-    layers: Sequence[int],
-    *,
-    weight: float = 1.0,
-    parts: Sequence[Part] = (),
+    model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], *, weight: float = 1.0
 ) -> Iterator[PreTrainedModel]:
-    """``model`` with the tensors of ``layers`` and ``parts`` at base + weight * (donor - base), until the block ends.
+    """``model`` with the tensors of ``layers`` at base + weight * (donor - base), until the block ends.
 
-    ``parts``: `head` is the output head, `norm` the final norm, `embeddings` all other weights outside of the layers.
-    With all layers and parts at weight 1 the model is the donor. Weights 0 and 1 are exact, and 1 copies nothing;
-    others are calculated in float64 and rounded once to the stored dtype.
+    Weights 0 and 1 are exact, and 1 copies nothing; others are calculated in float64 and rounded once to the stored
+    dtype.
 
     Raises:
-        UserError: models of different classes, settings, sizes or dtypes; a tensor that the model also uses outside of
-            what is swapped, as tied embeddings are where only one of `embeddings` and `head` is named.
+        UserError: models of different classes, settings, sizes or dtypes; a tensor that the model also uses in a layer
+            that is not swapped.
     """
     _refuse_unlike(model, donor)
-    before = put_tensors(model, _mixed(model, donor, layers, weight, parts), where="swap")
+    before = put_tensors(model, _mixed(model, donor, layers, weight), where="swap")
     try:
         yield model
     finally:
@@ -123,12 +101,12 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _mixed(
-    model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], weight: float, parts: Sequence[Part]
-) -> dict[str, Tensor]:
+def _mixed(model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], weight: float) -> dict[str, Tensor]:
     """What ``model`` gets, by its names; at weight 1 the donor's own tensors."""
     ours, theirs = _stored(model), _stored(donor)
-    names = _swapped_names(model, ours, layers, parts)
+    checked(layers, len(anatomy(model).layers), "layer")
+    prefixes = tuple(f"{anatomy(model).layers_name}.{layer}." for layer in layers)
+    names = [name for name in ours if name.startswith(prefixes)]
     new: dict[int, Tensor] = {}  # by the model's own, so that what is tied stays one tensor
     for name in names:
         old, other = ours[name], theirs[name]
@@ -142,10 +120,7 @@ def _mixed(
     for name, tensor in ours.items():
         if id(tensor) in new and name not in names:
             other = next(one for one in names if ours[one] is tensor)
-            raise UserError(
-                f"swap: {other} is one tensor with {name}, which is not swapped; swap both of them or none "
-                "(tied embeddings: parts: [embeddings, head])"
-            )
+            raise UserError(f"swap: {other} is one tensor with {name}, which is not swapped; swap both or none")
     return {name: new[id(ours[name])] for name in names}
 
 
@@ -158,20 +133,3 @@ def _between(ours: Tensor, theirs: Tensor, weight: float, *, where: str) -> Tens
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
     """Everything that a checkpoint holds, by all names that it has in the model."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers(model, stored=True)}
-
-
-def _swapped_names(
-    model: PreTrainedModel, stored: dict[str, Tensor], layers: Sequence[int], parts: Sequence[Part]
-) -> list[str]:
-    known = anatomy(model)
-    checked(layers, len(known.layers), "layer")
-    prefixes = tuple(f"{known.layers_name}.{layer}." for layer in layers)
-
-    def part_of(name: str) -> Part | None:
-        if name.startswith(f"{known.layers_name}."):
-            return None
-        if known.head_name and name.startswith(f"{known.head_name}."):
-            return "head"
-        return "norm" if known.final_norm_name and name.startswith(f"{known.final_norm_name}.") else "embeddings"
-
-    return [name for name in stored if name.startswith(prefixes) or part_of(name) in parts]

@@ -23,9 +23,9 @@ TOKENIZER: Any = tiny_tokenizer()
 
 
 def test_the_head_that_copies_scores_1_and_all_others_0() -> None:
-    found = score_heads(induction_model(), [copy_prompt(at) for at in (1, 3, 5, 8)], batch_size=3)
-    assert found.num_right == 4
-    scores = {(layer, head): score for layer, row in enumerate(found.scores) for head, score in enumerate(row)}
+    num_right, found = score_heads(induction_model(), [copy_prompt(at) for at in (1, 3, 5, 8)], batch_size=3)
+    assert num_right == 4
+    scores = {(layer, head): score for layer, row in enumerate(found) for head, score in enumerate(row)}
     assert scores.pop(COPYING) == 1
     assert PREVIOUS in scores
     assert set(scores.values()) == {0}
@@ -38,10 +38,10 @@ def test_a_head_scores_the_share_of_the_needle_that_it_copies_in_order() -> None
     shifted = type(prompt)(prompt.input_ids, tuple(place + 1 for place in prompt.needle), prompt.question)
     partly = type(prompt)(prompt.input_ids, (prompt.needle[0], *shifted.needle[1:]), prompt.question)
     model = induction_model()
-    assert score_heads(model, [shifted], batch_size=1).scores[COPYING[0]][COPYING[1]] == 0
-    share = score_heads(model, [partly], batch_size=1).scores[COPYING[0]][COPYING[1]]
+    assert score_heads(model, [shifted], batch_size=1)[1][COPYING[0]][COPYING[1]] == 0
+    share = score_heads(model, [partly], batch_size=1)[1][COPYING[0]][COPYING[1]]
     assert share == pytest.approx(1 / len(prompt.needle))
-    assert score_heads(model, [prompt, shifted], batch_size=2).scores[COPYING[0]][COPYING[1]] == 0.5
+    assert score_heads(model, [prompt, shifted], batch_size=2)[1][COPYING[0]][COPYING[1]] == 0.5
 
 
 @pytest.mark.prove
@@ -49,9 +49,8 @@ def test_prompts_that_are_answered_wrong_do_not_count() -> None:
     prompt = copy_prompt(3)
     wrong = type(prompt)((*prompt.input_ids[:-1], prompt.input_ids[0]), prompt.needle, prompt.question)
     model = induction_model()
-    found = score_heads(model, [prompt, wrong], batch_size=2)
-    assert found.num_right == 1
-    assert found.scores[COPYING[0]][COPYING[1]] == 1
+    num_right, found = score_heads(model, [prompt, wrong], batch_size=2)
+    assert (num_right, found[COPYING[0]][COPYING[1]]) == (1, 1)
     with pytest.raises(UserError, match="answers none of 1 prompts right"):
         score_heads(model, [wrong], batch_size=2)
 

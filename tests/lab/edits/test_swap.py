@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import census, tiny_model
+from architectures import census
 from exactness import is_tied
 from masked_models import FAMILIES, logits, mlp_skipped, tiny
 from tiny import tiny_model as tiny_kind
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from variant_cases import requests
 
 from shoal.components import REMOVED, LayerEdit
@@ -22,15 +21,22 @@ from shoal.compress.variants.variants import score_variants, variant
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
-from shoal.lab.edits.swap import Part, swapped
+from shoal.lab.edits.swap import swapped
 from shoal.lab.sweeps import WithDonor
-from shoal.models.anatomy import decoder_layers
-
-ALL: tuple[Part, ...] = ("embeddings", "norm", "head")
+from shoal.models.anatomy import anatomy, decoder_layers
 
 
 def pair(name: str = "llama", **donor_settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     return tiny(name), tiny(name, **{"seed": 1, **donor_settings})
+
+
+def pair_that_differs_in_layers_alone(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    model, donor = pair(name)
+    layers = f"{anatomy(model).layers_name}."
+    donor.load_state_dict(
+        {key: one for key, one in model.state_dict().items() if not key.startswith(layers)}, strict=False
+    )
+    return model, donor
 
 
 def swap(model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], **settings: Any) -> None:
@@ -49,19 +55,19 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("name", census([*FAMILIES, "zamba2", "mamba", "gemma4_text"]))
 def test_everything_swapped_is_the_donor_and_nothing_swapped_the_model(name: str) -> None:
-    model, donor = pair(name)
+    model, donor = pair_that_differs_in_layers_alone(name)
     every = range(len(decoder_layers(model)))
     base, other = logits(model), logits(donor)
     assert not torch.equal(base, other)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    with swapped(model, donor, every, parts=ALL):
+    with swapped(model, donor, every):
         assert torch.equal(logits(model), other)
         assert not changed(tensors(donor), tensors(model))
-    with swapped(model, donor, every, weight=0.0, parts=ALL):
+    with swapped(model, donor, every, weight=0.0):
         assert torch.equal(logits(model), base)
     with swapped(model, donor, ()):
         assert torch.equal(logits(model), base)
-    with swapped(model, donor, every, weight=0.5, parts=ALL):
+    with swapped(model, donor, every, weight=0.5):
         assert is_tied(model) == is_tied(donor)
         assert logits(model).isfinite().all()
         assert not torch.equal(logits(model), base)
@@ -73,24 +79,9 @@ def test_everything_swapped_is_the_donor_and_nothing_swapped_the_model(name: str
 def test_a_swapped_layer_is_the_donors_own_memory_and_the_rest_the_models() -> None:
     model, donor = pair()
     ours, theirs = dict(model.named_parameters()), dict(donor.named_parameters())
-    with swapped(model, donor, [1, 4], parts=["norm"]):
+    with swapped(model, donor, [1, 4]):
         for name, parameter in model.named_parameters():
-            is_swapped = name.startswith(("model.layers.1.", "model.layers.4.")) or name == "model.norm.weight"
-            assert parameter is (theirs if is_swapped else ours)[name]
-
-
-@pytest.mark.parametrize("part", ALL)
-def test_every_part_is_what_its_name_says(part: Part) -> None:
-    model, donor = pair("gpt2", tie_word_embeddings=False)
-    model = tiny_model("gpt2", tie_word_embeddings=False)
-    names = {
-        "embeddings": {"transformer.wte.weight", "transformer.wpe.weight"},
-        "norm": {"transformer.ln_f.weight", "transformer.ln_f.bias"},
-        "head": {"lm_head.weight"},
-    }
-    before = tensors(model)
-    with swapped(model, donor, (), parts=[part]):
-        assert changed(before, tensors(model)) == names[part]
+            assert parameter is (theirs if name.startswith(("model.layers.1.", "model.layers.4.")) else ours)[name]
 
 
 @pytest.mark.parametrize("weight", [0.25, -0.5])
@@ -128,24 +119,6 @@ def test_swaps_are_undone_after_an_error_and_in_any_nesting() -> None:
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
 
-def test_tied_embeddings_are_swapped_as_one_or_not_at_all(tmp_path: Path) -> None:
-    model, donor = (tiny_model("llama", seed=seed, tie_word_embeddings=True) for seed in (0, 1))
-    for weight in (1.0, 0.5):
-        with swapped(model, donor, (), weight=weight, parts=["embeddings", "head"]):
-            assert is_tied(model)
-        assert is_tied(model)
-    one, other = "model.embed_tokens.weight", "lm_head.weight"
-    for part, (swapped_one, left) in {"embeddings": (one, other), "head": (other, one)}.items():
-        parts: Any = [part]
-        with pytest.raises(UserError, match=rf"{swapped_one} is one tensor with {left}, which is not swapped"):
-            swap(model, donor, (), parts=parts)
-    with swapped(model, donor, range(6), parts=ALL):
-        expected = logits(donor)
-        assert is_tied(model)
-        model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
-
-
 def rope(theta: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
@@ -154,7 +127,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 5}, "num_hidden_layers is 5 in the donor, but 6 in the model"),
     ("llama", rope(5e5), r"rope_parameters is .*500000.* in the donor, but .*10000"),
     ("llama", {"rms_norm_eps": 1e-3}, r"rms_norm_eps is 0\.001 in the donor, but 1e-06"),
-    ("llama", {"tie_word_embeddings": True}, "tie_word_embeddings is True in the donor"),
     ("qwen2", {"layer_types": ["sliding_attention"] * 6}, r"layer_types is .* in the donor"),
 ]
 
