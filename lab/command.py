@@ -47,12 +47,6 @@ def command(asked: argparse.Namespace) -> str:
     return lab(asked.words)
 
 
-def listing() -> str:
-    """Every part in a line of its own."""
-    width = max(map(len, PARTS), default=0)
-    return "\n".join(f"shoal lab {name:{width}}  {about}" for name, about in PARTS.items())
-
-
 def lab(words: Sequence[str]) -> str:
     """Run the part that the first of ``words`` names on the run that the second names; the rest are its settings, as
     key=value. Returns what is to be printed; without words a list of the parts.
@@ -61,7 +55,8 @@ def lab(words: Sequence[str]) -> str:
         UserError: no such part, no run, or settings that the part does not take.
     """
     if not words:
-        return listing()
+        width = max(map(len, PARTS))
+        return "\n".join(f"shoal lab {name:{width}}  {about}" for name, about in PARTS.items())
     name, *rest = words
     if name not in PARTS:
         raise UserError(f"shoal lab {name}: there is no such part; there are {', '.join(PARTS)}")

@@ -211,11 +211,13 @@ def diagnose(
         raise UserError("diagnostics: there is no token to look at; name a data source that holds text")
     require_one_path(model)
     with probing(model):
-        study = _Study.of(model, effort or Effort(), batch_size, seed)
+        lens_refusal = readout_refusal(model)
+        readout = None if lens_refusal else Readout(model)
+        study = _Study(model, effort or Effort(), batch_size, seed, *layer_flows(model), readout, lens_refusal)
         sums, lens_LT2 = study.one_pass(rows)
         study.require_finite(*sums.cosines.values(), *sums.sizes.values(), lens_LT2)
         effects, attributions, num_cuts, refusal = study.interventions(study.prompts(rows), sums.state_means)
-    readout, cosines = study.readout, sums.mean(sums.cosines)
+    cosines = sums.mean(sums.cosines)
     kl, overlap = (tuple(part.mean(1).tolist()) if readout else () for part in lens_LT2.unbind(-1))
     return Diagnostics(
         provenance,
@@ -281,12 +283,6 @@ class _Study:
     halves_refusal: str
     readout: Readout | None
     lens_refusal: str
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, effort: Effort, batch_size: int, seed: int) -> _Study:
-        lens_refusal = readout_refusal(model)
-        readout = None if lens_refusal else Readout(model)
-        return cls(model, effort, batch_size, seed, *layer_flows(model), readout, lens_refusal)
 
     def prompts(self, rows: PackedRows) -> list[Prompt]:
         """Those that effects and gradients look at."""

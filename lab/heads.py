@@ -12,7 +12,7 @@ B batch, S sequence, T tokens to copy, H query heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -110,11 +110,6 @@ class Heads(Artifact):
         while math.fsum(scores[layer] for layer in held) < wanted:
             held.append(ordered[len(held)])
         return tuple(sorted(held))
-
-    def contradictions(self) -> Iterator[str]:
-        shapes = [[len(row) for row in task.scores] for task in self.tasks]
-        if not shapes or any(shape != shapes[0] or len(shape) != self.num_layers for shape in shapes):
-            yield f"tasks: do not have one score for every head of {self.num_layers} layers"
 
     def in_words(self) -> str:
         """The heads that copy most, and the layers whose loss would take them."""

@@ -6,7 +6,7 @@ for writing the answer; it has no number per layer. The tasks are those of measu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -75,11 +75,6 @@ class ReadWrite(Artifact):
     layer."""
     hidden_reading: tuple[ProtocolGap, ...]
     """Protocol gaps of skip_prompt."""
-
-    def contradictions(self) -> Iterator[str]:
-        yield from self.sweep.contradictions("sweep", num_layers=len(self.sweep.units))
-        if [column.task for column in self.columns] != [column.task for column in self.sweep.columns]:
-            yield "columns: are not those of the sweep"
 
     def in_words(self) -> str:
         """Sentences on every column and every pair with hidden writing."""

@@ -86,10 +86,6 @@ class SweptTables(Artifact):
     num_layers: int
     tables: dict[str, Sweep]
 
-    def contradictions(self) -> Iterator[str]:
-        for name, sweep in self.tables.items():
-            yield from sweep.contradictions(f"tables.{name}", num_layers=self.num_layers)
-
     def in_words(self) -> str:
         """The units without which each column is significantly worse."""
         lines = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -173,19 +173,6 @@ class _RunEnds(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One batch as the run's first layer received it."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_BSD: Tensor
-
-    def again(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
-        """The state after ``layer`` in the place of the first, with mask, positions and all else as they were."""
-        return state_of(called_on(layer, self.args, self.kwargs, hidden_BSD))
-
-
-@dataclass(frozen=True)
 class _Run:
     """The layers ``first`` to ``last`` of a teacher, at work on rows."""
 
@@ -198,14 +185,15 @@ class _Run:
         return f"replace: layers {self.first}..{self.last}"
 
     @torch.no_grad()
-    def observe(self, batch: Tensor) -> tuple[_Call, Tensor]:
-        """How the first layer is called on rows ``batch``, and the state after the run."""
+    def observe(self, batch: Tensor) -> tuple[Tensor, Callable[[nn.Module, Tensor], Tensor], Tensor]:
+        """Of rows ``batch`` the state before the run, what calls a layer in the place of its first with another state,
+        mask, positions and all else as they were, and the state after the run."""
         layers, device = decoder_layers(self.teacher), self.teacher.device
-        calls: list[_Call] = []
+        calls: list[tuple[Tensor, Callable[[nn.Module, Tensor], Tensor]]] = []
 
         def remember(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # some layers add to their input in place
-            calls.append(_Call(args, kwargs, given_state(args, kwargs).clone()))
+            again = lambda layer, hidden_BSD: state_of(called_on(layer, args, kwargs, hidden_BSD))  # noqa: E731
+            calls.append((given_state(args, kwargs).clone(), again))  # some layers add to their input in place
 
         def end(_: int, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> None:
             raise _RunEnds(state_of(output))
@@ -220,16 +208,16 @@ class _Run:
             ):
                 self.teacher(input_ids=ids_BS, position_ids=positions_BS, use_cache=False)
         except _RunEnds as ended:
-            return calls[0], ended.args[0]
+            return *calls[0], ended.args[0]
         raise AssertionError(f"layer {self.last} was not called")
 
     def squared_errors(self, layer: nn.Module | None, batch: Tensor) -> Tensor:
         """(f(h) - h')^2 of every element in float32; without a layer f(h) is h."""
-        call, target_BSD = self.observe(batch)
-        hidden_BSD = call.hidden_BSD.float()
+        hidden_BSD, again, target_BSD = self.observe(batch)
+        hidden_BSD = hidden_BSD.float()
         if layer is not None:
             with torch.autocast(hidden_BSD.device.type, torch.bfloat16, enabled=self.teacher.dtype.itemsize == 2):
-                hidden_BSD = call.again(layer, hidden_BSD)
+                hidden_BSD = again(layer, hidden_BSD)
         return (hidden_BSD.float() - target_BSD.to(hidden_BSD.device).float()).square()
 
     @torch.no_grad()
