@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.sweep import VariantsLM, sweep
 from shoal.compress.sweeps.table import OF_LAYERS, table_of
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.errors import UserError
 from shoal.figures.style import save_figure
 from shoal.lab.reading import ColumnReadWrite, ReadWrite, read_write_figure, read_write_of
 from shoal.recipe.measure import Sweeps
@@ -98,9 +96,6 @@ def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
     )
     assert "hidden writing, retrieval_continuation against retrieval_generation: +0." in lines[-1]
     assert "most in layer 4: +0.3" in lines[-1]
-    replace(found, columns=found.columns[1:]).write(tmp_path / ReadWrite.FILE)
-    with pytest.raises(UserError, match="columns: are not those of the sweep"):
-        ReadWrite.read(tmp_path / ReadWrite.FILE)
     figure = read_write_figure(found)
     assert [ax.get_title(loc="left").split("\n")[0] for ax in figure.axes] == [
         "retrieval/continuation: acc lost (n = 80)",
