@@ -4,10 +4,8 @@ change        what every change knows of itself: sizes, tensors, how it is put i
 table         the changes that a recipe can ask for
 calibration   text and model that a change is decided on
 compensation  what makes up for dropped layers without training
-fit           one gap after the other, on the student's own states
+fit           one gap after the other, on the student's own states, by sums over tokens
 fold          factors and maps in the weights of a layer, proven by running it
-sums          the regression at one gap, from sums over tokens
-width         fewer channels and key-value heads
+width         fewer channels and key-value groups, those that write most
 narrowing     what becomes smaller where layers are narrowed
-units         which channels and key-value groups stay
 """

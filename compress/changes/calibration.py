@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts
@@ -30,6 +31,7 @@ from shoal.models.load import (
 from shoal.recipe.prune import Calibration
 from shoal.runtime import device
 
+from ..surgery.quantised import without_quantization
 from ..surgery.teacher import Teacher
 from ..variants.layerwise import Layerwise, Prepared
 
@@ -106,6 +108,15 @@ def calibration_rows(
             *(section, ", ".join(repeated)),
         )
     return rows
+
+
+def refuse_quantised(folder: Path, config: PreTrainedConfig, *, section: str) -> None:
+    """Raises UserError: quantised weights."""
+    if without_quantization(config)[1]:
+        raise UserError(
+            f"{folder}: is quantised, and {section} changes weights of layers that stay; give the full-precision "
+            f"model, or leave {section} out"
+        )
 
 
 def _refuse_too_large(teacher: Teacher, settings: Calibration, *, section: str) -> None:

@@ -18,9 +18,9 @@ from shoal.recipe.prune import Compensate
 from ..edits.tensors import tensors_in_place
 from ..surgery.config_cut import uncut_layers
 from ..surgery.teacher import Teacher
-from .calibration import calibrating, in_words, needed_bytes
+from .calibration import calibrating, in_words, needed_bytes, refuse_quantised
 from .change import NewTensors
-from .fit import compensate, needed_features, refuse_quantised
+from .fit import compensate, needed_features
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Compensation:
 
     def sizes(self, teacher: Teacher, plan: PruningPlan) -> Teacher:
         """The teacher as it is: no size changes."""
-        refuse_quantised(teacher.folder, teacher.config)
+        refuse_quantised(teacher.folder, teacher.config, section=self.SECTION)
         if 0 in plan.drop:
             raise UserError(
                 f"{self.SECTION}: layer 0 is dropped, and no layer below it is left whose weights could make up for "

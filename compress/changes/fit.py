@@ -8,22 +8,31 @@ Operations: a pass of the teacher and one of the student over the calibration to
 products per token and gap with a correction, and over the held-out eighth of the rows two passes of the teacher and
 student, and for every gap two of the layers above it.
 
-B batch, S sequence, D hidden, F features.
+At a gap the kept layer below it gives the student's state x and features f of what its MLP wrote; the teacher has y
+behind the gap. Sought are a factor a and a matrix E that make y ~ a x + f E, since both can be folded into weights: E
+into the MLP's output map, a into everything that writes above. E is shrunk to zero. After ReplaceMe (arXiv:2505.02819),
+which maps what the MLP writes and shrinks the map to zero, and Prune&Comp (arXiv:2507.18212), whose factor is a ratio
+of means.
+
+Errors are relative, token by token: readers of the stream are norms, and a few tokens have a hundred times the others'
+norm. Those are counted too: they hold attention sinks, which the correction must leave as they are, and with their
+relative weight they are the largest features of all.
+
+B batch, S sequence, N tokens, D hidden, F features.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import ClosedGap
 from shoal.data.packing import PackedRows
@@ -33,12 +42,9 @@ from shoal.progress import each
 from shoal.recipe.prune import Compensate
 
 from ..edits.tensors import tensors_in_place
-from ..surgery.cut_model import kept_layers
-from ..surgery.quantised import without_quantization
 from ..variants.layerwise import Prepared
 from .calibration import Source, batches
-from .fold import Correction, NotFoldable, Tensors, is_blind_to_size, num_features, scaled_layer
-from .sums import Fit, Sums, fit_correction, fit_factor
+from .fold import LEAVE_OUT, Correction, Tensors, num_features, refuse_sized_end, scaled_layer
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +56,92 @@ FACTORS = (0.5, 4.0)
 """Least and largest factor; what lies outside comes of states that are not alike at all."""
 TOLERANCE = 0.02
 """Of the divergence between folded weights and hooks, relative to that between teacher and student."""
-LEAVE_OUT = "leave prune.compensate out"
+SHRINKAGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+"""Candidates, largest first, as multiples of the mean square of a feature."""
+NEGLIGIBLE = 0.02
+"""Of two shrinkages whose errors on held-out tokens differ by less than this share the larger is taken: text of other
+kinds than the calibration's gains by it what its own kind hardly loses."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found for one gap."""
+
+    factor: float = 1.0
+    """a; 1 = none."""
+    added_FD: Tensor | None = None
+    """E in float64; None = none."""
+    error: float = math.nan
+    """Mean over held-out tokens of ||y - a x - f E||^2 / ||y||^2."""
+
+
+class Sums:
+    """Sums over the tokens of one set, to which batches are added: of a batch float32, of all batches float64."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.xx = self.xy = 0.0
+        self.ff_FF = self.fx_FD = self.fy_FD = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x_ND: Tensor, features_NF: Tensor | None, y_ND: Tensor) -> None:
+        """Add tokens; ``features_NF`` is None where no correction is sought."""
+        x_ND, y_ND = x_ND.float(), y_ND.float()
+        scale_N1 = 1 / y_ND.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+        x_ND, y_ND = x_ND * scale_N1, y_ND * scale_N1
+        self.num_tokens += len(x_ND)
+        self.xx += float((x_ND * x_ND).sum(dtype=torch.float64))
+        self.xy += float((x_ND * y_ND).sum(dtype=torch.float64))
+        if features_NF is not None:
+            f_FN = (features_NF.float() * scale_N1).mT
+            with torch.autocast(x_ND.device.type, enabled=False):  # a model's own half precision ends here
+                products = f_FN @ f_FN.mT, f_FN @ x_ND, f_FN @ y_ND
+            if self.ff_FF.dim() == 0:
+                self.ff_FF, self.fx_FD, self.fy_FD = (product.double() for product in products)
+            else:  # in place, since these are the largest tensors of all
+                for total, product in zip((self.ff_FF, self.fx_FD, self.fy_FD), products, strict=True):
+                    total += product
+
+    def error(self, factor: float = 1.0, added_FD: Tensor | None = None) -> float:
+        """Mean over the tokens of ||y - a x - f E||^2 / ||y||^2 for a = ``factor`` and E = ``added_FD``."""
+        # sum ||y||^2 / ||y||^2 is the number of tokens
+        total = self.num_tokens - 2 * factor * self.xy + factor**2 * self.xx
+        if added_FD is not None:
+            missing_FD = self.fy_FD - factor * self.fx_FD
+            total += float((added_FD * (self.ff_FF @ added_FD - 2 * missing_FD)).sum())
+        return total / self.num_tokens
+
+
+def fit_factor(train: Sums, held_out: Sums) -> Fit:
+    """The factor alone, by least squares."""
+    factor = train.xy / train.xx
+    return Fit(factor, None, held_out.error(factor))
+
+
+def fit_correction(train: Sums, held_out: Sums, *, with_factor: bool) -> Fit:
+    """The correction, jointly with the factor or at a factor of 1.
+
+    With E at its best for a, E(a) = (ff + s I)^-1 (fy - a fx), the error that is minimised is quadratic in a, so that
+    both are found at once.
+    """
+    mean_square = float(train.ff_FF.diagonal().mean())
+
+    def fit(shrinkage: float) -> Fit:
+        shrunk_FF = train.ff_FF.clone()
+        shrunk_FF.diagonal().add_(shrinkage * mean_square)
+        root_FF = torch.linalg.cholesky(shrunk_FF)
+        x_FD, y_FD = (torch.cholesky_solve(sums_FD, root_FF) for sums_FD in (train.fx_FD, train.fy_FD))
+        factor = 1.0
+        if with_factor:
+            explained_xy, explained_xx = (float((train.fx_FD * own_FD).sum()) for own_FD in (y_FD, x_FD))
+            factor = (train.xy - explained_xy) / (train.xx - explained_xx)
+        added_FD = y_FD - factor * x_FD
+        return Fit(factor, added_FD, held_out.error(factor, added_FD))
+
+    errors = [fit(shrinkage).error for shrinkage in SHRINKAGES]  # one solution at a time, since each is large
+    return fit(SHRINKAGES[next(i for i, error in enumerate(errors) if error <= (1 + NEGLIGIBLE) * min(errors))])
+
 
 NONE = Fit()
-
-_Attempt = Callable[[int, Tensor], object]
-"""Tries something on a layer and a state before it; raises NotFoldable."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +151,6 @@ class Fitted:
     gaps: tuple[ClosedGap, ...]
     layers: Mapping[int, Tensors]
     """New tensors of kept layers in float32, by the teacher's index and the name within the layer."""
-
-
-def refuse_quantised(folder: Path, config: PreTrainedConfig) -> None:
-    """Raises UserError: quantised weights."""
-    if without_quantization(config)[1]:
-        raise UserError(
-            f"{folder}: is quantised, and prune.compensate changes weights of layers that stay; give the "
-            "full-precision model, or leave prune.compensate out"
-        )
 
 
 def needed_features(model: PreTrainedModel, drop: Sequence[int], settings: Compensate) -> int:
@@ -101,15 +178,7 @@ def compensate(source: Source, drop: Sequence[int], settings: Compensate, rows: 
         UserError: a family into whose weights nothing can be folded exactly, too few tokens, states that are not
             finite.
     """
-    kept_layers(source.layerwise.num_layers, drop)
-    was_training = source.model.training
-    source.model.eval()
-    try:
-        return _Fitting(source, drop, settings, rows).run()
-    except NotFoldable as error:
-        raise UserError(f"{error}; {LEAVE_OUT}") from error
-    finally:
-        source.model.train(was_training)
+    return _Fitting(source, drop, settings, rows).run()
 
 
 @dataclass
@@ -175,62 +244,20 @@ class _Fitting:
             )
 
     def _see_teacher(self) -> None:
-        """Run the teacher over held-out rows; refuse on the way what cannot be folded, before anything is fitted."""
-        states = [batch.teacher for batch in self.held_out]
-        for layer in range(self.num_layers):
+        """Run the teacher over held-out rows; refuse on the way what the method cannot be folded into, before anything
+        is fitted."""
+        states, prepared = [batch.teacher for batch in self.held_out], self.held_out[0].prepared
+        for layer, call in enumerate(prepared.calls):
             before, states = states[0], self._past(layer, states)
             self._refuse_not_finite(f"layer {layer}", *states)
-            self._refuse_unfoldable(
-                layer,
-                before,
-                corrected=layer in self.gap_above,
-                scaled=layer > min(self.dropped) and layer not in self.dropped,
-                is_last=layer == self.num_layers - 1,
-            )
+            if self.with_correction and layer in self.gap_above:
+                Correction(self.layerwise, layer).form(before, call)
+            if self.with_factor and layer > min(self.dropped) and layer not in self.dropped:
+                scaled_layer(self.layerwise, layer, 1.0, before, call)
+        if self.with_factor:
+            refuse_sized_end(self.layerwise, prepared, states[0])
         for batch, state in zip(self.held_out, states, strict=True):
             batch.end = self._finish(batch, state)
-
-    def _refuse_unfoldable(self, layer: int, before: Tensor, *, corrected: bool, scaled: bool, is_last: bool) -> None:
-        """Refuse a layer, whose weights are there, into which what the method says cannot be folded.
-
-        ``before`` is a state before it; ``is_last``: what follows the layers is tried, too.
-        """
-        if self.with_correction and corrected:
-            self._refuse_unless(self._try_correction, layer, before, other="scale", instead=self._try_factor)
-        if self.with_factor and scaled:
-            self._refuse_unless(self._try_factor, layer, before, other="linear", instead=self._try_correction)
-        if self.with_factor and is_last:
-            self._refuse_unless(self._try_end, layer, before, other="linear", instead=self._try_correction)
-
-    def _refuse_unless(self, attempt: _Attempt, layer: int, before: Tensor, *, other: str, instead: _Attempt) -> None:
-        """Refuse what the ``attempt`` refuses, and propose the method ``other`` where ``instead`` goes."""
-        try:
-            attempt(layer, before)
-        except NotFoldable as error:
-            raise UserError(f"{error}; {self._remedy(other, instead, layer, before)}") from error
-
-    def _remedy(self, method: str, attempt: _Attempt, layer: int, before: Tensor) -> str:
-        try:
-            attempt(layer, before)
-        except UserError:
-            return LEAVE_OUT
-        return f"set method: {method}, or {LEAVE_OUT}"
-
-    def _try_correction(self, layer: int, before: Tensor) -> None:
-        call = self.held_out[0].prepared.calls[layer]
-        Correction(self.layerwise, layer).form(before, call)
-
-    def _try_factor(self, layer: int, before: Tensor) -> None:
-        scaled_layer(self.layerwise, layer, 1.0, before, self.held_out[0].prepared.calls[layer])
-
-    def _try_end(self, layer: int, before: Tensor) -> None:
-        prepared = self.held_out[0].prepared
-        after_BSD = self.layerwise.run(layer, before, prepared.calls[layer])
-        if not is_blind_to_size(self.layerwise, prepared, after_BSD):
-            raise NotFoldable(
-                f"prune.compensate: {self.model.config.model_type} reads its last layer's state otherwise than through "
-                "a norm, so that no factor can be folded into its weights"
-            )
 
     def _batches(self, source: Source, rows: PackedRows) -> Iterator[_Batch]:
         num_fitted = len(rows) - max(1, len(rows) // HELD_OUT_SHARE)

@@ -39,10 +39,8 @@ Tensors = dict[str, Tensor]
 """New tensors of one layer, by name within it."""
 
 
-class NotFoldable(UserError):
-    """Why nothing can be folded into a layer, without a remedy."""
-
-
+LEAVE_OUT = "leave prune.compensate out"
+REMEDY = f"set another prune.compensate.method, or {LEAVE_OUT}"
 PROBE_FACTOR = 2.0
 """Exact in every number format, and far enough from 1 that a wrong fold shows."""
 SAME_TOKENS = 0.9
@@ -56,7 +54,7 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
     ``hidden_BSD`` and ``call`` are a state and a call of this layer, on which that is proven.
 
     Raises:
-        NotFoldable: a family in which no weights do this: one that reads the raw state, or writes by other ways.
+        UserError: a family in which no weights do this: one that reads the raw state, or writes by other ways.
     """
     model = layerwise.model
     refuse_shared_parameters(model, layer)
@@ -66,9 +64,9 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
             got_BSD = PROBE_FACTOR * layerwise.run(layer, hidden_BSD / PROBE_FACTOR, call)
         if same_states(got_BSD, after_BSD, after_BSD - hidden_BSD):
             return scaled(factor)
-    raise NotFoldable(
+    raise UserError(
         f"prune.compensate: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
-        "in a way that shoal does not know, so that no factor can be folded into its weights"
+        f"in a way that shoal does not know, so that no factor can be folded into its weights; {REMEDY}"
     )
 
 
@@ -108,7 +106,7 @@ class Correction:
         """The tensors with which the MLP writes f E more, E = ``added_FD``, proven on a state and a call of this layer.
 
         Raises:
-            NotFoldable: a family in which no weights do this.
+            UserError: a family in which no weights do this.
         """
         output_dim, scale = self.form(hidden_BSD, call)
         tensors = self._added(added_FD / scale, output_dim)
@@ -121,7 +119,7 @@ class Correction:
         Found by trying a correction of random numbers on a state and a call of this layer.
 
         Raises:
-            NotFoldable: a family in which no weights do this.
+            UserError: a family in which no weights do this.
         """
         after_BSD, features_BSF = self.features(hidden_BSD, call)
         generator = torch.Generator().manual_seed(self._layer)
@@ -142,9 +140,9 @@ class Correction:
                     return output_dim, scale
                 moved_BSD = got_BSD.float() - after_BSD.float()
                 scale = float((moved_BSD * change_BSD).sum() / change_BSD.square().sum()) or 1.0
-        raise NotFoldable(
+        raise UserError(
             f"prune.compensate: the MLP of {where(self._layerwise.model, self._layer)} does not write to the residual "
-            "stream by linear maps that shoal knows, so that no correction can be folded into them"
+            f"stream by linear maps that shoal knows, so that no correction can be folded into them; {REMEDY}"
         )
 
     def _added(self, added_FD: Tensor, output_dim: int) -> Tensors | None:
@@ -181,10 +179,18 @@ def _output_map(model: PreTrainedModel, layer: int, outputs: Sequence[str]) -> n
     return only if isinstance(only, nn.Linear | Conv1D) else None
 
 
-def is_blind_to_size(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tensor) -> bool:
-    """Whether what follows the last layer gives the same for a state that is half as large."""
+def refuse_sized_end(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tensor) -> None:
+    """Refuse a model in which what follows the last layer gives another result for a state that is half as large.
+
+    Raises:
+        UserError: it does.
+    """
     end_BSD = layerwise.finish(hidden_BSD, prepared)
-    return same_states(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD)
+    if not same_states(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD):
+        raise UserError(
+            f"prune.compensate: {layerwise.model.config.model_type} reads its last layer's state otherwise than "
+            f"through a norm, so that no factor can be folded into its weights; {REMEDY}"
+        )
 
 
 def same_states(got_BSD: Tensor, expected_BSD: Tensor, change_BSD: Tensor) -> bool:

@@ -3,7 +3,7 @@
 Two models without weights tell it, one of the configuration as it is and one of the narrowed one: where a tensor of a
 layer differs in size, rows or columns of it belong to channels of the MLP, or to key-value heads and the query heads
 that read them. What that leaves open, the order of maps in one tensor, is named here, and proven where the parts are
-chosen (measure.py).
+chosen (width.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..edits.masks import Half
 from ..edits.sublayers import named_halves, output_parameters, where
 from ..edits.tensors import refuse_shared_parameters
 from ..surgery.narrow_config import channels, heads, narrowed_config
-from ..surgery.quantised import without_quantization
+from .calibration import refuse_quantised
 
 NARROW = "prune.width"
 """Section of the recipe."""
@@ -108,19 +108,14 @@ def sizes_of(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Sizes:
         UserError: quantised weights, experts, a norm over the units, maps in one tensor whose order shoal does not
             know, a family whose layers do not become narrower by their configuration.
     """
-    plain, quantisation = without_quantization(config)
-    if quantisation:
-        raise UserError(
-            f"{folder}: is quantised, and prune.width slices weights of layers that stay; give the full-precision "
-            "model, or leave prune.width out"
-        )
-    text, counts = text_config(plain), dict[Half, tuple[int, int]]()
+    refuse_quantised(folder, config, section=NARROW)
+    text, counts = text_config(config), dict[Half, tuple[int, int]]()
     if width.intermediate_size is not None:
         counts["mlp"] = channels(text)[1], width.intermediate_size
     if width.kv_groups is not None:
         counts["attention"] = heads(text)[1], width.kv_groups
-    narrow_config = narrowed_config(plain, width)
-    model, narrow = (without_data(own, dtype=torch.float32) for own in (plain, narrow_config))
+    narrow_config = narrowed_config(config, width)
+    model, narrow = (without_data(own, dtype=torch.float32) for own in (config, narrow_config))
     maps, parts = dict[int, dict[Half, str]](), dict[int, dict[str, Part]]()
     for layer, modules in enumerate(zip(decoder_layers(model), decoder_layers(narrow), strict=True)):
         refuse_shared_parameters(model, layer)

@@ -1,6 +1,6 @@
 """Narrowed layers: what stays is what writes most, and the student is the cut teacher without the rest.
 
-Covers: shoal.compress.changes.units, shoal.compress.changes.narrowing, shoal.compress.surgery.narrow_config,
+Covers: shoal.compress.changes.narrowing, shoal.compress.surgery.narrow_config,
 shoal.artifacts.plan.
 """
 
