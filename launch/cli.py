@@ -94,10 +94,6 @@ def run_verb(
             remembering(run_dir, said) as memory,
         ):
             _dispatch(verb, recipe, memory, partial(launch_distill, config=config, overrides=overrides))
-        if STARTED not in os.environ and ranks.is_main():
-            from shoal.tracking.wandb_run import tell_unsent
-
-            tell_unsent(recipe.track, run_dir)
 
     return _exit_code(work, loudness)
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from shoal.artifacts.artifact import Artifact, Tabular
 from shoal.task_words import Column
@@ -43,7 +45,7 @@ class ItemScore:
     prediction: str = ""
     """Answer that the model chose or wrote."""
     target: str = ""
-    weight: float = 1.0
+    weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
     rates: dict[str, float] = field(default_factory=dict)
     """Rates of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
@@ -66,8 +68,8 @@ class TaskScore:
     ci_low: float
     ci_high: float
     """Upper end of the 95 % interval of the score."""
-    n: int
-    chance: float
+    n: Annotated[int, Field(ge=1)]
+    chance: Annotated[float, Field(ge=0, lt=1)]
     higher_is_better: bool
     version: str
     """Version of the task: prompt and matching rules."""
@@ -98,15 +100,8 @@ class TaskScore:
 
     def contradictions(self) -> Iterator[str]:
         """`place: what is wrong`, as in an artifact."""
-        if self.n < 1:
-            yield f"n: is {self.n}"
         if len(self.items) != self.n:
             yield f"items: has {len(self.items)} items, n says {self.n}"
-        if not 0 <= self.chance < 1:
-            yield f"chance: is {self.chance}; it is 0 or more and less than 1"
-        for index, item in enumerate(self.items):
-            if item.weight <= 0:
-                yield f"items.{index}.weight: is {item.weight}"
         if self.ci_low > self.ci_high:
             yield f"ci_low: {self.ci_low} is above ci_high, {self.ci_high}"
         total = math.fsum(item.weight for item in self.items)
@@ -121,7 +116,7 @@ class Evaluation(Tabular, Artifact):
 
     role: str
     """Role of the model: teacher, pruned, control, distilled or model."""
-    tasks: tuple[TaskScore, ...]
+    tasks: Annotated[tuple[TaskScore, ...], Field(min_length=1)]
     num_parameters: int
     num_layers: int
     num_bytes: int
@@ -143,8 +138,6 @@ class Evaluation(Tabular, Artifact):
         return [{name: getattr(task, name) for name in names} for task in self.tasks]
 
     def contradictions(self) -> Iterator[str]:
-        if not self.tasks:
-            yield "tasks: is empty"
         keys = [task.key for task in self.tasks]
         for index, task in enumerate(self.tasks):
             if task.key in keys[:index]:

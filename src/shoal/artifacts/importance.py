@@ -7,7 +7,7 @@ here; scores per item lie beside the run's other files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -124,23 +124,6 @@ class Sweep:
         """`ability/protocol` of one of its columns, or the task's name where that stands for several tasks."""
         alone = sum(other.label == column.label for other in self.columns) == 1
         return column.label if alone else column.task
-
-    def contradictions(self, place: str, *, num_layers: int) -> Iterator[str]:
-        """`place: what is wrong` with it as a table about a model of ``num_layers``."""
-        yield from outside(f"{place}.units", self.units, num_layers=num_layers)
-        for index, column in enumerate(self.columns):
-            if len(column.effects) != len(self.units):
-                yield f"{place}.columns.{index}: has {len(column.effects)} effects for {len(self.units)} units"
-            if [len(row) for row in column.correlation] not in ([], list(range(1, len(self.units) + 1))):
-                yield f"{place}.columns.{index}.correlation: does not have a row per unit"
-
-
-def outside(place: str, units: Sequence[Component], *, num_layers: int) -> Iterator[str]:
-    """`place: what is wrong` with components of layers that a model of ``num_layers`` does not have."""
-    for index, unit in enumerate(units):
-        for layer in unit.layers:
-            if not 0 <= layer < num_layers:
-                yield f"{place}.{index}: names layer {layer} of a model of {num_layers} layers"
 
 
 @dataclass(frozen=True)
@@ -266,26 +249,3 @@ class Importance(Tabular, Artifact):
             {"layer": layer, **{name: values.get(layer) for name, values in columns.items()}}
             for layer in range(self.num_layers)
         ]
-
-    def contradictions(self) -> Iterator[str]:
-        count = self.num_layers
-        if count < 1:
-            yield f"num_layers: is {count}"
-        for field_name in ("layers", "errors"):
-            for metric, scores in getattr(self, field_name).items():
-                if len(scores) != count:
-                    yield f"{field_name}.{metric}: has {len(scores)} scores for {count} layers"
-        for metric, rows in self.runs.items():
-            if not rows:
-                yield f"runs.{metric}: is empty"
-            for length, row in enumerate(rows, 1):
-                if len(row) != count - length + 1:
-                    wanted = f"{count - length + 1} runs of {length} layers"
-                    yield f"runs.{metric}.{length - 1}: has {len(row)} scores for {wanted}"
-        for name, order in self.orders.items():
-            yield from outside(f"orders.{name}", [step.unit for step in order], num_layers=count)
-        sweeps = {f"sweeps.{name}": sweep for name, sweep in self.sweeps.items()}
-        if self.atlas is not None:
-            sweeps["atlas.sweep"] = self.atlas.sweep
-        for place, sweep in sweeps.items():
-            yield from sweep.contradictions(place, num_layers=count)

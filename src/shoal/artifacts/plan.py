@@ -42,18 +42,6 @@ class KeptWidth:
         """`1,152 MLP channels and 2 key-value groups of every layer`."""
         return f"{' and '.join(f'{count:,} {part}' for count, part in self.parts)} of every layer"
 
-    def contradictions(self, num_layers: int) -> Iterator[str]:
-        """`place: what is wrong`, for a plan that keeps ``num_layers`` layers."""
-        for place, count, masks in (
-            ("channels", self.intermediate_size, self.channels),
-            ("groups", self.kv_groups, self.groups),
-        ):
-            if masks and len(masks) != num_layers:
-                yield f"width.{place}: names those of {len(masks)} layers, and {num_layers} are kept"
-            for layer, mask in enumerate(masks):
-                if len(kept := indices_of(mask)) != count:
-                    yield f"width.{place}.{layer}: keeps {len(kept)}, and {count} are to stay in every layer"
-
 
 def mask_of(indices: Iterable[int]) -> str:
     """``indices`` as a hexadecimal number in which bit i says whether i is among them."""
@@ -172,8 +160,6 @@ class PruningPlan(Artifact):
                 yield f"gaps.{index}: is of layers {gap.first} to {gap.last}, which are not all dropped"
             if not 0 < gap.factor < math.inf:
                 yield f"gaps.{index}.factor: is {gap.factor}"
-        if self.width is not None:
-            yield from self.width.contradictions(len(self.keep))
         if asked and set(asked) != set(drop):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
 

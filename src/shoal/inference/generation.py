@@ -1,14 +1,12 @@
 """Text after many prompts at once, with as little as possible computed, read and moved.
 
 What transformers' generate does, as lm-eval's class calls it: every prompt is read whole, examples included, and padded
-to the longest of its batch; every new token copies all keys and values of all rows to put its own behind them; a row
-that is finished is written on until the last one is. Here beginnings that prompts share are read once
-(prefix_sharing.py), new keys and values go into room that is kept behind the old ones, and rows leave the batch as soon
-as they are finished. What stays is what a token needs: the weights once per step for all rows, and each row's keys and
-values.
+to the longest of its batch; a row that is finished is written on until the last one is. Here beginnings that prompts
+share are read once (prefix_sharing.py), and rows leave the batch as soon as they are finished. What stays is what a
+token needs: the weights once per step for all rows, and each row's keys and values.
 
 Held at one time are the keys and values of at most 2 x batch size rows (beginnings and texts under way), each as long
-as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice.
+as prompt and text; while rows leave, those of one layer twice.
 
 B batch, S sequence, T new tokens, V vocabulary.
 """
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
-from transformers.cache_utils import DynamicLayer
 
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.prefix_sharing import Reader, Start
@@ -82,10 +79,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: fl
     return torch.searchsorted(cumulative_BV, at_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
 
 
-ROOM = 64
-"""New positions for which a cache is enlarged at one time."""
-
-
 @dataclass
 class Texts:
     """Texts under way, with what each row has cached, and the tokens it has not been through yet."""
@@ -142,7 +135,6 @@ def write(
 
     ``before_step`` is told which texts the rows of the next forward belong to.
     """
-    texts.cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in texts.cache.layers]
     while texts.alive:
         before_step(texts.alive)
         logits_BV = _forward(decoder, texts)
@@ -178,44 +170,6 @@ def _forward(decoder: Decoder, texts: Texts) -> Tensor:
         texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache, answer_BS=last_1S
     )
     return decoder.logits(hidden_BSD[:, -1])  # rows end together
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them, so that a token's are written without moving those before it."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        """Goes on from ``layer``."""
-        super().__init__()
-        vars(self).update(vars(layer))
-        self._rooms: list[Tensor] = []
-        """Tensors whose first positions ``keys`` and ``values`` are; the rest is room."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values (B, heads, positions, size), the new ones written behind the others."""
-        used, new = self.get_seq_length(), key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if not self._rooms or self._rooms[0].shape[-2] < used + new:
-            self._rooms = []
-            # not zeroed: a position is written before it is read
-            for old, more in ((self.keys, key_states), (self.values, value_states)):
-                room = more.new_empty(*more.shape[:-2], used + new + ROOM, more.shape[-1])
-                if used and old is not None:
-                    room[..., :used, :] = old
-                self._rooms.append(room)
-        for room, more in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., used : used + new, :] = more
-        self.keys, self.values = (room[..., : used + new, :] for room in self._rooms)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``; called on a copy, so the rows it was copied from stay as they are."""
-        used = self.get_seq_length()
-        if used and not self._rooms:
-            super().batch_select_indices(indices)
-        elif used:
-            self._rooms = [room[indices] for room in self._rooms]
-            self.keys, self.values = (room[..., :used, :] for room in self._rooms)
 
 
 class Finish:

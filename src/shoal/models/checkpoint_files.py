@@ -147,14 +147,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).is_file():
         return [folder / name for name in _indexed(folder / INDEX_FILE)]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    pickled = [name for name in others if not name.endswith(".safetensors")]
-    if not others:
-        present = "no weights"
-    elif pickled == others:
-        present = f"only pickled weights ({', '.join(pickled)}), which shoal never opens"
-    else:
-        present = f"neither {SINGLE_FILE} nor {INDEX_FILE}, only {', '.join(others)}"
-    raise UserError(f"{folder}: has {present}; give a complete checkpoint in safetensors")
+    raise UserError(
+        f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}, only {', '.join(others) or 'no weights'}; give a "
+        "complete checkpoint in safetensors: pickled weights are never opened"
+    )
 
 
 def _indexed(index: Path) -> list[str]:

@@ -185,13 +185,6 @@ def sync_command(run_dir: Path) -> str:
     return f"wandb sync --include-online {shlex.quote(str(run_dir / 'wandb'))}"
 
 
-def tell_unsent(track: Track, run_dir: Path) -> None:
-    """Say that ``run_dir`` has records that no server has, and what uploads them."""
-    offline = run_dir.glob("wandb/offline-run-*")
-    if wandb_mode(track) != "off" and not all(any(run.glob("*.synced")) for run in offline):
-        log.info("W&B: %s/wandb was recorded offline; upload it with: %s", run_dir, sync_command(run_dir))
-
-
 def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # artifacts wait there, not in ~
@@ -225,7 +218,7 @@ def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recip
         sys.argv = command_line
     # not at the top level: the Trainer puts its arguments and the model's configuration there, under the same names
     run.config.update(redacted({"recipe": recipe, "environment": environment()}), allow_val_change=True)
-    where = "offline" if run.offline else str(run.url)
+    where = f"offline; upload it with: {sync_command(run_dir)}" if run.offline else str(run.url)
     log.info("W&B: %s %s, %s", "run" if is_new else "going on with run", run.id, where)
     return run
 

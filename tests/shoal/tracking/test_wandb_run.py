@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -160,19 +159,6 @@ def test_a_service_that_dies_ends_nothing_and_is_said_once(tmp_path: Path, caplo
     assert wandb_run.start(OFFLINE, tmp_path, {}) is None
     warnings = [record.message for record in caplog.records if record.name == "shoal.tracking.wandb_run"]
     assert len([text for text in warnings if "Nothing more is tracked by this process; results are in" in text]) == 1
-
-
-def test_what_is_offline_is_told_of_until_it_is_uploaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "shoal")
-    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
-    wandb_run.tell_unsent(Track(wandb="off"), tmp_path)
-    assert not caplog.records
-    wandb_run.tell_unsent(OFFLINE, tmp_path)
-    assert f"upload it with: wandb sync --include-online {tmp_path}/wandb" in caplog.text
-    (tmp_path / "wandb" / "offline-run-1" / "run-1.wandb.synced").touch()
-    caplog.clear()
-    wandb_run.tell_unsent(OFFLINE, tmp_path)
-    assert not caplog.records
 
 
 def test_a_key_is_needed_only_where_online_is_asked_for(
