@@ -213,9 +213,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     join_deepspeed()
     arguments = training_arguments(spec.settings, spec.deepspeed, output_dir=folder / "checkpoints", seed=0)
     known_by, callbacks = Identity(inputs, {}), [clock]
-    trainer = make_trainer(
-        spec, rows, arguments, known_by, stop=StopRequest(), callbacks=callbacks, peak_tokens_per_s=None
-    )
+    trainer = make_trainer(spec, rows, arguments, known_by, stop=StopRequest(), callbacks=callbacks)
     trainer.objective.install()
     trainer.train()
     student: Any = trainer.objective.student

@@ -43,9 +43,8 @@ from shoal.recipe.section import Above0, Positive, Section
 from shoal.runtime import device
 from shoal.train.dataset import rows_to_train_on, teacher_texts
 from shoal.train.distill import distill
-from shoal.train.objective.capture import capturing
 from shoal.train.objective.host_batch import queued
-from shoal.train.objective.layer_losses import Tokens, distances
+from shoal.train.objective.layer_losses import Tokens, capturing, distances
 from shoal.train.objective.objective import final_hidden
 from shoal.train.student.frozen import write_student
 from shoal.train.student.spec import Ranks, TrainSpec

@@ -24,9 +24,8 @@ from shoal.launch.verbs.run import Run
 from shoal.models.document_masks import document_starts
 from shoal.recipe.losses import HiddenStates, StateTerm
 from shoal.recipe.section import Section
-from shoal.train.objective.capture import Captured
 from shoal.train.objective.host_batch import queued
-from shoal.train.objective.layer_losses import StateLosses, Tokens, again, distances, pairs_with, widened
+from shoal.train.objective.layer_losses import Captured, StateLosses, Tokens, again, distances, pairs_with, widened
 
 from .attention.calls import AttentionInputs, attention_calls
 from .local_heal import described, train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,15 +44,13 @@ from .engine.arguments import (
     training_arguments,
 )
 from .engine.checkpoint import last_complete, needs_universal
-from .engine.fused import is_fused
+from .engine.kernels import is_fused
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
 from .objective.chunked_loss import refuse_for_top_k
 from .preflight.fit import check_fit, explained_memory
-from .preflight.throughput import flops_per_token, most_tokens_per_s
 from .progress import Curves, Progress
 from .student.frozen import stored_names, write_student
-from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec, require_same_vocabulary
 from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable
@@ -155,8 +154,12 @@ def check_distillable(spec: TrainSpec) -> None:
             "distill.teacher.dtype: under ZeRO 3 DeepSpeed runs no float16 teacher on a CPU; set it to float32, or "
             "another stage"
         )
-    if settings.lora is not None:
-        refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)
+    in_four_bits = settings.lora is not None and settings.lora.quantization != "none"
+    if in_four_bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, or set it to "
+            "none"
+        )
     is_fused(settings.fused, student.config.model_type, spec.ranks.device)  # refuses
 
 
@@ -188,20 +191,18 @@ def distill(
     identity = Identity(inputs, checkpoint_inputs(spec.settings, inputs))
     resume = agreed(lambda: last_complete(run_dir / "checkpoints", identity.checkpoints))
     with doing("working out what training takes"):
-        flops = agreed(lambda: (size := check_fit(spec, run_dir)) and flops_per_token(size))
+        agreed(lambda: check_fit(spec, run_dir))
     tokenizer = spec.teacher.tokenizer()
     rows = _rows(spec, tokenizer, text, inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
-    with doing("measuring what the machine can do at best"):
-        peak = most_tokens_per_s(spec, flops) if is_main() else None  # which alone logs it
     with doing("starting the W&B run"):
         curves = [] if start_tracking() is None else [Curves(run_dir)]
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
     callbacks = [progress, heartbeat, *curves]
-    trainer = make_trainer(spec, rows, arguments, identity, stop=stop, callbacks=callbacks, peak_tokens_per_s=peak)
+    trainer = make_trainer(spec, rows, arguments, identity, stop=stop, callbacks=callbacks)
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)
@@ -230,7 +231,6 @@ def make_trainer(
     *,
     stop: StopRequest,
     callbacks: Sequence[TrainerCallback],
-    peak_tokens_per_s: float | None,
 ) -> DistillTrainer:
     """Load the student, made trainable, and the teacher where it is to run; the Trainer that joins them with the loss.
 
@@ -259,7 +259,6 @@ def make_trainer(
         spec.teacher.tokenizer(),
         refused=Path(str(arguments.output_dir)).parent / "refused",
         stop=stop,
-        peak_tokens_per_s=peak_tokens_per_s,
         recorded=(rows, identity.stage),
         stored=stored,
     )

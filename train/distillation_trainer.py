@@ -37,7 +37,7 @@ from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
-from .student.lora import adapted_modules, merge_adapters, refuse_untrainable
+from .student.lora import adapted_modules, merge_adapters
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable
@@ -317,13 +317,11 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
     spec = train_spec(original, student, plan, section, Record(), Ranks.here())
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")
-    if (lora := section.lora) is not None:
-        refuse_untrainable(lora, section.trainable, zero_stage=spec.deepspeed.stage)
-        if lora.quantization != "none" or spec.deepspeed.stage == 3:
-            raise UserError(
-                "lora: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
-                "quantization: none and ZeRO 0 to 2, or give a whole recipe to shoal.run"
-            )
+    if (lora := section.lora) is not None and (lora.quantization != "none" or spec.deepspeed.stage == 3):
+        raise UserError(
+            "lora: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
+            "quantization: none and ZeRO 0 to 2, or give a whole recipe to shoal.run"
+        )
     return spec
 
 

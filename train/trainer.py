@@ -50,7 +50,7 @@ from .objective.host_batch import documents_known, on_host, queued, stacked
 from .objective.objective import Signals
 from .student.frozen import share_frozen
 from .student.spec import TrainSpec
-from .teacher.wiring import check_fused, wire
+from .teacher.wiring import wire
 from .validation import Scorer, Watcher
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,6 @@ T = TypeVar("T")
 INPUTS = ("input_ids", "position_ids", "labels")
 """Planes that the student's forward takes of a batch; the teacher may read more."""
 AGREEMENT = "top1_agreement"
-PEAK_SHARE = "peak_share"
-"""Tokens per second against those at the speed of a large matrix product on this machine."""
 OBJECTIVE_FILE = "objective.json"
 """File of what loss terms keep between steps, inside a checkpoint."""
 ROW_FILE = "curve_row.json"
@@ -84,8 +82,6 @@ class Parts:
     refused: Path
     """Folder for the batch of a step that is not sound."""
     stop: StopRequest = field(default_factory=StopRequest)
-    peak_tokens_per_s: float | None = None
-    """Tokens per second of this machine at best; None = not measured."""
     recorded: tuple[PackedRows, dict[str, Any]] | None = None
     """Rows and identity of a training whose teacher may be recorded."""
     stored: Set[str] | None = None
@@ -138,7 +134,6 @@ class ObjectiveTrainer(Trainer):
                 student.to(own_device())  # pyright: ignore[reportArgumentType]
                 dtype = spec.deepspeed.autocast_dtype
                 share_frozen(student, live, spec.plan.keep, autocast_dtype=dtype, stored=parts.stored)
-        check_fused(objective, spec)
 
     def begin(self) -> None:
         """Forget what another training of these models kept between its steps."""
@@ -317,8 +312,6 @@ class ObjectiveTrainer(Trainer):
             logs |= self.read_curves()
             logs["seconds"] = self.row.seconds
             logs["tokens_per_s"] = steps * self.spec.tokens_per_step / max(self.row.row_seconds, 1e-9)
-            if self._parts.peak_tokens_per_s is not None:
-                logs[PEAK_SHARE] = logs["tokens_per_s"] / self._parts.peak_tokens_per_s
             if self._gradient_norm is not None:
                 logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
             self.row.begin()

@@ -284,7 +284,7 @@ def check_distill(run: Run) -> None:
     from shoal.eval.quick_eval import SETTINGS
     from shoal.eval.tasks.load import tasks_of
     from shoal.eval.tasks.names import named_in
-    from shoal.train.engine.fused import is_fused
+    from shoal.train.engine.kernels import is_fused
 
     recipe = run.recipe
     refuse_both_directions(run.config())

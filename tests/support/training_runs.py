@@ -249,19 +249,19 @@ def spoil_loss(step: int, factor: float, rank: int) -> None:
 
 def compile_graphs_only() -> None:
     """Let what is compiled stay a graph, for which no compiler is needed."""
-    from shoal.train.objective import compiling
+    from shoal.train.engine import kernels
 
-    compiling.BACKEND = "aot_eager"
+    kernels.BACKEND = "aot_eager"
 
 
 def compile_nothing() -> None:
     """Let nothing be compiled that is asked to be."""
-    from shoal.train.objective import compiling
+    from shoal.train.engine import kernels
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("no compiler here")
 
-    compiling.BACKEND = refuse
+    kernels.BACKEND = refuse
 
 
 def run_out_of_memory(step: int, message: str) -> None:

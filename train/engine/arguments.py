@@ -387,3 +387,7 @@ def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) ->
         "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; set "
         "distill.deepspeed: deepspeed/zero2.json, or compile: false",
     )
+    yield (
+        settings.lora is not None and settings.lora.quantization != "none" and stage == 3,
+        "distill.lora.quantization: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or quantization: none",
+    )

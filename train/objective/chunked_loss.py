@@ -106,7 +106,7 @@ class How(TypedDict, total=False):
     """One entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns from no
     token of a chunk (on CPU, of a block), it is not computed."""
     compiled: Callable[..., tuple[Tensor, Tensor | None]] | None
-    """Runs ``rounded_block_loss``; None = nothing is compiled."""
+    """Runs ``block_loss``; None = nothing is compiled."""
 
 
 def chunked_head_loss(
@@ -172,7 +172,7 @@ class _Objective:
     """Of the first `num_asked` tokens."""
     labels_N: Tensor
     block_loss: Callable[..., tuple[Tensor, Tensor | None]]
-    """The function of this name below, or what runs `rounded_block_loss` compiled."""
+    """The function of this name below, or what runs it compiled."""
     is_compiled: bool
 
     @property
@@ -224,7 +224,7 @@ class _Objective:
                         exact = torch.promote_types(logits_RV.dtype, torch.float32)
                         shares[index] = logits_RV.new_full((), self.inputs[index].share, dtype=exact)
             values_TC[:, place], block_gradient_RV = self.block_loss(
-                self.terms, shares, logits_RV, teacher, labels_R, learns
+                self.terms, shares, logits_RV, teacher, labels_R, learns, self.is_compiled
             )
             if gradient_CV is not None:
                 gradient_CV[place] = 0 if block_gradient_RV is None else block_gradient_RV
@@ -257,18 +257,32 @@ def block_loss(
     teacher: Tensor | Coarse | None,
     labels_R: Tensor,
     learns: Mapping[int, Tensor | None],
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Values of all terms, (number of terms, R), 0 where none is computed, and the weighted gradient of the logits,
     (R, V), or None where no term is.
 
     ``teacher`` are its logits (R, V), or what was stored of it; ``learns`` has the terms to compute, with the mask of
     the tokens that each learns from, None = all; ``shares`` is TAID's t for every term. Pure, so that it can be
-    compiled.
+    compiled: then the gradient is ``rounded`` to the precision of the logits, and no other one reaches memory.
     """
     values_TR = logits_RV.new_zeros(len(terms), len(logits_RV), dtype=torch.float64)
     sum_up = partial(_sum, _Block(terms, shares, labels_R, learns, values_TR))
     if isinstance(teacher, Coarse):
-        return values_TR, _coarsened(terms, logits_RV, teacher, learns, sum_up)
+        total_RV = _coarsened(terms, logits_RV, teacher, learns, sum_up)
+    else:
+        total_RV = _whole(terms, logits_RV, teacher, learns, sum_up)
+    return values_TR, total_RV.to(logits_RV.dtype) if rounded and total_RV is not None else total_RV
+
+
+def _whole(
+    terms: Sequence[LogitTerm],
+    logits_RV: Tensor,
+    teacher: Tensor | None,
+    learns: Mapping[int, Tensor | None],
+    sum_up: Callable[..., Tensor],
+) -> Tensor | None:
+    """The gradient against whole distributions."""
     total_RV = None
     # terms of one temperature share its softmaxes, which are most of a block's work
     for temperature in dict.fromkeys(temperature_of(terms[index]) for index in learns):
@@ -277,20 +291,7 @@ def block_loss(
         if teacher is not None and needs_teacher([terms[index] for index in members]):
             p = softened(teacher, temperature)
         total_RV = sum_up(members, p, q, total_RV)
-    return values_TR, total_RV
-
-
-def rounded_block_loss(
-    terms: Sequence[LogitTerm],
-    shares: Sequence[float | Tensor],
-    logits_RV: Tensor,
-    teacher: Tensor | Coarse | None,
-    labels_R: Tensor,
-    learns: Mapping[int, Tensor | None],
-) -> tuple[Tensor, Tensor | None]:
-    """``block_loss`` with the gradient in the precision of the logits: compiled, no other one reaches memory."""
-    values_TR, gradient_RV = block_loss(terms, shares, logits_RV, teacher, labels_R, learns)
-    return values_TR, None if gradient_RV is None else gradient_RV.to(logits_RV.dtype)
+    return total_RV
 
 
 def _coarsened(

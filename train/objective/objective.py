@@ -25,13 +25,11 @@ from shoal.models.document_masks import documents_apart
 from shoal.models.load import before_head, logits_from_hidden
 from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, asked_sources, reads_distributions, term_names
 
-from ..engine.fused import Fused
-from .capture import Captured
-from .chunked_loss import Dense, TermInput, TopK, chunked_head_loss, compiles, rounded_block_loss
-from .compiling import Compiled
+from ..engine.kernels import Compiled, Fused
+from .chunked_loss import Dense, TermInput, TopK, block_loss, chunked_head_loss, compiles
 from .divergences import TaidState
 from .host_batch import OnHost, learnt_places, queued
-from .layer_losses import StateLosses
+from .layer_losses import Captured, StateLosses
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -116,9 +114,7 @@ class Objective:
         self.fused = more.get("fused")
         compiled_layers = more.get("compiled_layers")
         self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
-        self._compiled_loss = (
-            self._compiled.function(rounded_block_loss) if self._compiled and compiles(terms) else None
-        )
+        self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(terms) else None
 
     def install(self) -> None:
         """Put the objective in the place of the two forwards."""

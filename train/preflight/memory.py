@@ -16,7 +16,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 
 from ..engine.arguments import DEFAULTS
-from ..engine.fused import is_fused
+from ..engine.kernels import is_fused
 from ..engine.sharding import REDUCED_AT_ONCE
 from ..objective.chunked_loss import compiles
 from ..student.sizes import ModelSize, student_size, teacher_size

@@ -15,7 +15,6 @@ from shoal.models.anatomy import text_config
 from shoal.progress import doing
 
 from ..student.sizes import built
-from ..student.spec import TrainSpec
 from ..teacher.wiring import Wiring, make_trainable_alike, wire
 from .memory import Job
 
@@ -62,14 +61,6 @@ def flops_per_token(job: Job, length: int | None = None) -> float:
     if job.setting.teacher in ("live", "offloaded"):
         total += sum(2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers) + 2 * teacher.head
     return total
-
-
-def most_tokens_per_s(spec: TrainSpec, flops: float | None) -> float | None:
-    """Tokens per second of all ranks if every one of the ``flops`` operations of a token were as fast as a matrix
-    product; None where these could not be counted."""
-    if flops is None:
-        return None
-    return spec.ranks.machines * flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype) / flops
 
 
 def probe_bytes(job: Job) -> int:

@@ -6,8 +6,6 @@ of all other parameters stay those that the objective, the Trainer, DeepSpeed an
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import warnings
 from collections.abc import Collection, Mapping, Set
 from typing import Any
@@ -29,30 +27,6 @@ LINEAR = (nn.Linear, Conv1D)
 BASE = ".base_layer."
 """Part of a weight's name that peft puts there where it has an adapter."""
 ADAPTER = "default"
-
-
-def refuse_untrainable(lora: Lora, trainable: str, *, zero_stage: int) -> None:
-    """Refuse what needs no model to see.
-
-    Raises:
-        UserError: nothing to adapt, 4 bits under ZeRO 3, or a missing library.
-    """
-    if trainable == "norm_and_head":
-        raise UserError(
-            "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable, "
-            "or leave distill.lora out"
-        )
-    if lora.quantization == "none":
-        return
-    if zero_stage == 3:
-        raise UserError(
-            "distill.lora.quantization: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or quantization: none"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, "
-            "or set it to none"
-        )
 
 
 def add_adapters(
@@ -115,11 +89,10 @@ def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]
     for target in lora.target_modules:
         meant = {name for name in possible if f".{name}".endswith(f".{target}")}
         if not meant:
-            known = sorted({name.rpartition(".")[2] for name in possible})
-            close = difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known)}"
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in possible}))
             raise UserError(
-                f"distill.lora.target_modules: {target!r} is no linear module of the layers that are trained; {hint}"
+                f"distill.lora.target_modules: {target!r} is no linear module of the layers that are trained; there "
+                f"are {known}"
             )
         chosen |= meant
     return [name for name in possible if name in chosen]

@@ -21,9 +21,8 @@ from shoal.artifacts.artifact import differences
 from shoal.data.packing import IMAGES
 from shoal.errors import UserError
 
-from ..objective.capture import Captured
 from ..objective.host_batch import asking_rows, documents_known, on_host, queued, rows_of, scattered
-from ..objective.layer_losses import StateLosses
+from ..objective.layer_losses import Captured, StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
 from .recording import (
     PREFIX,

@@ -12,12 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
-from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import sources_of_terms
 from shoal.recipe.losses import StateTerm
 
-from ..engine.fused import Fused, is_fused, why_not_fused
+from ..engine.kernels import Fused, is_fused, why_not_fused
 from ..objective.chunked_loss import compiles
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
@@ -124,24 +123,6 @@ def _fused(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | No
     models = [student, *([] if live is None or spec.teacher_place != "live" else [live])]
     log.info("fused: norms, MLPs and rotary embedding of %d model(s) of %s by Liger's kernels", len(models), family)
     return Fused(models)
-
-
-def check_fused(objective: Objective, spec: TrainSpec) -> None:
-    """Before the first step, with models in their place: Liger's kernels must compute what the models do. Under ZeRO 3,
-    which has them in pieces, nobody looks.
-
-    Raises:
-        UserError: they do not, and distill.fused is true; where it is auto, models keep their own.
-    """
-    if objective.fused is None or spec.deepspeed.stage == 3:
-        return
-    problem = objective.fused.differing(spec.ranks.device, autocast_dtype=spec.deepspeed.autocast_dtype)
-    if problem is None:
-        return
-    if spec.settings.fused is True:
-        raise UserError(f"distill.fused: Liger's kernels do not give what the model does: {problem}; set fused: false")
-    log.warning("fused: no, Liger's kernels do not give what the model does: %s", problem)
-    objective.fused = None
 
 
 def _recorded_teacher(

@@ -108,6 +108,8 @@ def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
 
 
 def _of_speed(distill: Distill) -> Iterator[str]:
+    if distill.lora is not None and distill.trainable == "norm_and_head":
+        yield "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable"
     if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
         yield (
             "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "

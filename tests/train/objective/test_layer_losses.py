@@ -1,7 +1,4 @@
-"""Losses on states: layer map, values and gradients from the definitions, capture on real models.
-
-Covers: shoal.train.objective.capture.
-"""
+"""Losses on states: layer map, values and gradients from the definitions, capture on real models."""
 
 from __future__ import annotations
 
@@ -21,8 +18,7 @@ from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import HiddenStates
-from shoal.train.objective.capture import Captured, capturing
-from shoal.train.objective.layer_losses import StateLosses, layer_map, layer_pairs
+from shoal.train.objective.layer_losses import Captured, StateLosses, capturing, layer_map, layer_pairs
 from shoal.train.objective.objective import SharedPrefix, final_hidden
 
 POSITIONS = torch.stack([torch.cat([torch.arange(7), torch.arange(5)]), torch.cat([torch.arange(3), torch.arange(9)])])

@@ -96,9 +96,7 @@ def test_adapters_go_where_layers_are_trained_and_nowhere_else() -> None:
     ]
 
 
-def test_targets_that_do_not_exist_are_refused_with_close_ones() -> None:
-    with pytest.raises(UserError, match=r"target_modules: 'q_pro' is no linear module .* did you mean 'q_proj'"):
-        adapted("llama", Lora(target_modules=("v_proj", "q_pro")))
+def test_targets_that_do_not_exist_are_refused_with_those_that_do() -> None:
     with pytest.raises(UserError, match=r"'mlp' is no linear module .* there are down_proj, gate_proj, k_proj"):
         adapted("llama", Lora(target_modules=("mlp",)))
     with pytest.raises(UserError, match=r"'lm_head' is no linear module"):

@@ -13,7 +13,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import KeptWidth, PlannedChange, PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
-from shoal.train.objective.capture import capturing
+from shoal.train.objective.layer_losses import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
 from shoal.train.student.trainable import (
     Trained,

@@ -1,23 +1,36 @@
-"""Decoder layers and other functions that run compiled by torch.compile, and as they are where that fails.
+"""Faster ways through a model while it is trained, taken back when training ends: regions compiled by torch.compile,
+and Liger's kernels for RMS norms, gated MLPs and rotary embedding; not its losses.
 
 Only regions are compiled, never a whole model: a layer is compiled once for all layers of its kind, the loss once for
 all chunks, and what looks into a model between layers (hooks, masks, ZeRO's) goes on as before.
+
+Liger's kernels do the same arithmetic in one pass over memory and keep less for the backward pass. Liger (Hsu et al.
+2024, arXiv:2410.10989) puts them into classes and functions of transformers, where later models would have them too;
+here they are taken back from there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import logging
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_body
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +38,8 @@ BACKEND = "inductor"
 """What makes machine code of a graph; tests that look at graphs alone take one that needs no compiler."""
 VARIANTS = 64
 """Times that one function may be compiled: layers differ in kind, precision, masks, and in what of them is trained."""
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+"""Kernels of Liger that would take the place of the loss."""
 
 
 class Compiled:
@@ -115,3 +130,72 @@ def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class of layers without the checkpointing that transformers wraps around it."""
     forward: Any = kind.forward
     return forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else forward
+
+
+def why_not_fused(family: str, device: torch.device) -> str | None:
+    """Why Liger's kernels cannot run models of ``family`` on ``device``; None where they can."""
+    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
+        return "liger-kernel is not installed; `pip install liger-kernel`"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Liger's kernels run on GPUs, and this is a CPU"
+    if family not in _families():
+        return f"Liger has no kernels for {family}"
+    return None
+
+
+def is_fused(wanted: bool | Literal["auto"], family: str, device: torch.device) -> bool:
+    """Whether distill.fused, ``wanted``, comes to Liger's kernels.
+
+    Raises:
+        UserError: they are asked for and cannot be had.
+    """
+    if wanted is False:
+        return False
+    reason = why_not_fused(family, device)
+    if reason is not None and wanted is True:
+        raise UserError(f"distill.fused: {reason}; or set fused: false")
+    return reason is None
+
+
+class Fused:
+    """Models whose norms, MLPs and rotary embedding are Liger's while this is installed."""
+
+    def __init__(self, models: Sequence[PreTrainedModel]) -> None:
+        self._models = tuple(models)
+        self._undo = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Put the kernels in."""
+        for model in self._models:
+            apply = _families()[model.config.model_type]
+            off = {name: False for name in LOSSES if name in inspect.signature(apply).parameters}
+            before = {id(module): set(vars(module)) for module in model.modules()}
+            shared = {type(part).__module__: dict(vars(sys.modules[type(part).__module__])) for part in _parts(model)}
+            apply(model=model, **off)
+            for module in model.modules():
+                self._undo.callback(_forget, module, set(vars(module)) - before[id(module)])
+            for name, values in shared.items():
+                for key in [key for key, value in values.items() if getattr(sys.modules[name], key) is not value]:
+                    if inspect.isclass(values[key]):
+                        setattr(sys.modules[name], key, values[key])  # models that are built later are others' business
+                    else:
+                        self._undo.callback(setattr, sys.modules[name], key, values[key])
+
+    def uninstall(self) -> None:
+        """Give the models their own forwards back, and transformers its functions."""
+        self._undo.close()
+
+
+def _families() -> dict[str, Callable[..., None]]:
+    from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
+
+    return monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    return model, decoder_body(model)
+
+
+def _forget(module: nn.Module, names: set[str]) -> None:
+    for name in names:
+        vars(module).pop(name, None)
