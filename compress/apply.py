@@ -25,8 +25,7 @@ from shoal.progress import doing
 from .changes.change import Change, NewTensors, Tensors
 from .changes.compensation import as_stored
 from .edits.tensors import with_layers
-from .surgery.changed_tensors import ChangedTensors, changed_tensors
-from .surgery.copying import Copy, planned_copy, write_copy
+from .surgery.copying import ChangedTensors, Copy, changed_tensors, planned_copy, write_copy
 from .surgery.cut_model import kept_layers, skipped
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import without_quantization

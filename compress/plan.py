@@ -17,8 +17,7 @@ from shoal.recipe.prune import Prune
 from .layer_sizes import Goals
 from .metrics.greedy import TASK_ORDER
 from .sweeps.atlas import cornerstones
-from .sweeps.columns import layer_scores, ranks, swept_columns, unknown
-from .sweeps.expected_loss import is_loss, joint_change
+from .sweeps.columns import is_loss, joint_change, layer_scores, ranks, swept_columns, unknown
 
 log = logging.getLogger(__name__)
 

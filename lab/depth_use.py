@@ -23,8 +23,8 @@ import numpy as np
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.sweeps.agreement import spearman
-from shoal.compress.sweeps.items import read_items
+from shoal.compress.sweeps.atlas import spearman
+from shoal.compress.sweeps.table import read_items
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading, legend_above, panels

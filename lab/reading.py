@@ -15,7 +15,7 @@ import numpy as np
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.compress.sweeps.atlas import protocol_gaps
-from shoal.compress.sweeps.table import ALPHA, OF_LAYERS, Measured
+from shoal.compress.sweeps.table import ALPHA, Measured
 from shoal.figures.atlas import band, fitting
 from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
 from shoal.formatting import interval_text, layers_text
@@ -30,6 +30,9 @@ from .sweeps import sweeps_identity, tables_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+OF_LAYERS = ("layer", "skip_prompt", "skip_written")
+"""Operators that have one component for every layer, in their order."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from shoal.recipe.prune import Width
 from ..edits.masks import Half
 from ..edits.sublayers import where
 from ..edits.tensors import put_tensors
-from ..surgery.changed_tensors import stored_places
+from ..surgery.copying import stored_places
 from ..surgery.cut_model import kept_layers
 from ..surgery.narrow_config import kept_width
 from ..surgery.quantised import without_quantization

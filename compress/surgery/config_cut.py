@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -23,12 +25,12 @@ from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGH
 from shoal.models.families import family
 from shoal.models.load import NOT_CAUSAL
 
-from .special_cuts import GROUP_RULES, instead, refuse_moved_layers
-
 log = logging.getLogger(__name__)
 
 Rule = Callable[[str, Any, Sequence[int]], Any]
 """(field, the teacher's value, kept teacher indices in order) -> the student's value."""
+GroupRule = Callable[[dict[str, Any], Sequence[int]], dict[str, Any]]
+"""(the teacher's configuration as a dictionary, kept teacher indices in order) -> values of fields of the student."""
 
 
 def keep_entries(field: str, value: Any, keep: Sequence[int]) -> Any:
@@ -58,21 +60,6 @@ def count(_: str, value: Any, keep: Sequence[int]) -> int:
 def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
     """A list of layer indices: those kept, under their new numbers."""
     return [new for layer in value for new, old in enumerate(keep) if old == layer]
-
-
-def renumber_cross_attention(field: str, value: Any, keep: Sequence[int]) -> list[int]:
-    """Llama 3.2 Vision's layers that read the image: without one they are passed over and cache nothing.
-
-    Raises:
-        UserError: such a layer would come first.
-    """
-    student = renumber(field, value, keep)
-    if 0 in student:
-        raise UserError(
-            f"config.{field}: would begin with layer {keep[0]}, but the first layer must be one that caches the text, "
-            f"because transformers reads the text's length there; keep a layer before {keep[0]}"
-        )
-    return student
 
 
 def renumber_from_one(field: str, value: Any, keep: Sequence[int]) -> list[int]:
@@ -109,15 +96,16 @@ def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
     if value in (0, 1) or all((old - new) % value == 0 for new, old in enumerate(keep)):
         return value
     raise UserError(
-        f"config.{field}={value}: says that one layer in {value} is special, and this plan would shift which one; "
-        + instead(keep, f"drop layers in aligned groups of {value}")
+        f"config.{field}={value}: says that one layer in {value} is special, and this plan would shift which one; drop "
+        f"layers in aligned groups of {value}"
     )
 
 
 def refuse(field: str, value: Any, _: Sequence[int]) -> Any:
     """Raise the UserError that says what a cut cannot express and why."""
     raise UserError(
-        f"config.{field}={value!r}: ties layers to each other in a way shoal cannot cut yet; choose another model"
+        f"config.{field}={value!r}: ties layers to each other in a way that shoal cannot cut here; choose other "
+        "layers, or another model"
     )
 
 
@@ -136,22 +124,151 @@ FIELDS: dict[Rule, str] = {
     recount: """
         max_window_layers first_k_dense_replace num_dense_layers loop_layer_index_start loop_layer_index_end""",
     renumber: """
-        mlp_only_layers moe_layers attn_layer_indices full_attn_idxs local_layer_ids hybrid_layer_ids""",
+        mlp_only_layers moe_layers attn_layer_indices full_attn_idxs local_layer_ids hybrid_layer_ids
+        cross_attention_layers""",
     keep_step: """
         decoder_sparse_step moe_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period
         full_attention_interval global_attn_every_n_layers no_rope_layer_interval sliding_window_pattern""",
     count: "num_blocks",
     renumber_from_one: "ple_layer_ids",
-    renumber_cross_attention: "cross_attention_layers",
     renumber_lists_from_one: "linear_attn_config",
     spell_out_groups: "attention_types",
     renumber_keys: "per_layer_config",
-    refuse: "num_kv_shared_layers deepstack_visual_indexes n_recurrent_layers rescale_every",
+    refuse: """
+        num_kv_shared_layers deepstack_visual_indexes n_recurrent_layers rescale_every num_mem_blocks scale_depth""",
     drop_mtp: "num_nextn_predict_layers num_mtp_layers num_mtp_modules mtp_num_hidden_layers",
 }
 """What a depth cut does to a configuration -> the fields it is done to. Unset and empty values stay as they are."""
 RULES: dict[str, Rule] = {field: rule for rule, fields in FIELDS.items() for field in fields.split()}
 
+
+def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Jamba: layer i is special where i % period == offset. Another pair may say so of the kept layers."""
+    period, offset = values[period_field], values[offset_field]
+    # new indices of the kept special layers, which must again be an arithmetic sequence
+    special = [new for new, old in enumerate(keep) if old % period == offset]
+    # the teacher's own period first; one above the number of layers says that at most one is special
+    for candidate in (period, *range(1, len(keep) + 2)):
+        start = special[0] if special else candidate - 1  # no special layer: the first one lies past the end
+        if start < candidate and list(range(start, len(keep), candidate)) == special:
+            return {period_field: candidate, offset_field: start}
+    return {}
+
+
+def _refit_interval(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """ERNIE 4.5: every n-th layer between a first and a last one is a mixture of experts."""
+    fields = ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index")
+    interval, first, last = (values[field] for field in fields)
+
+    def sparse(layers: Sequence[int], interval: int, first: int, last: int) -> list[int]:
+        return [new for new, old in enumerate(layers) if (old + 1) % interval == 0 and first <= old <= last]
+
+    wanted = sparse(keep, interval, first, last)
+    start, end = (wanted[0], wanted[-1]) if wanted else (len(keep), len(keep))
+    student = range(len(keep))
+    for candidate in (interval, *range(1, len(keep) + 1)):
+        if sparse(student, candidate, start, end) == wanted:
+            return dict(zip(fields, (candidate, start, end), strict=True))
+    return {}
+
+
+def _list_dense_layers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Qwen's mixtures: every n-th layer is sparse unless listed as dense; the list alone can say it of any cut."""
+    step, listed = values["decoder_sparse_step"], values["mlp_only_layers"] or ()
+    dense = [new for new, old in enumerate(keep) if old in listed or (old + 1) % step != 0]
+    if all((new in dense) == ((new + 1) % step != 0) for new, old in enumerate(keep) if old not in listed):
+        return {"mlp_only_layers": [new for new, old in enumerate(keep) if old in listed], "decoder_sparse_step": step}
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _recount_shared_layers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Gemma 3n and 4: the last n layers use the keys and values of the last earlier layer of their attention kind."""
+    kinds: list[str] = values["layer_types"]
+    first_shared = len(kinds) - values["num_kv_shared_layers"]
+    donors = {kind: layer for layer, kind in enumerate(kinds[:first_shared])}
+    _refuse_lost_sources(
+        f"num_kv_shared_layers={values['num_kv_shared_layers']}",
+        "uses the keys and values",
+        {layer: donors[kinds[layer]] for layer in keep if layer >= first_shared},
+        keep,
+    )
+    return {"num_kv_shared_layers": sum(layer >= first_shared for layer in keep)}
+
+
+def _keep_indexers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Sparse attention: a "shared" layer attends to the tokens that the last "full" layer before it chose."""
+    kinds: list[str] = values["indexer_types"]
+    choosers = {
+        layer: max(index for index in range(layer + 1) if kinds[index] == "full" or index == 0)
+        for layer in keep
+        if kinds[layer] == "shared"
+    }
+    _refuse_lost_sources("indexer_types", "uses the chosen tokens", choosers, keep)
+    return {"indexer_types": [kinds[layer] for layer in keep]}
+
+
+def _refuse_lost_sources(field: str, what: str, sources: dict[int, int], keep: Sequence[int]) -> None:
+    """Refuse layers without the one layer that they read from; ``sources``: layer -> that one."""
+    for layer, source in sources.items():
+        if keep.count(source) != 1:
+            raise UserError(
+                f"config.{field}: layer {layer} {what} of layer {source}, which these cuts drop or repeat; keep layer "
+                f"{source}, or drop all that read from it"
+            )
+
+
+def _spell_out_cycle(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """RecurrentGemma repeats a short list of kinds; a list as long as the student says it of any cut."""
+    cycle = values["block_types"]
+    return {"block_types": [cycle[layer % len(cycle)] for layer in keep]}
+
+
+def _recount_shared_blocks(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Zamba 2: the k-th hybrid layer runs block k % num_mem_blocks, whose weights are shared."""
+    num_blocks = values["num_mem_blocks"]
+    blocks = [rank % num_blocks for rank in kept_ranks(values["layers_block_type"], keep)]
+    if not blocks:
+        return {"num_mem_blocks": num_blocks}
+    # blocks are used in turn, so the kept ones must repeat from the first on
+    for candidate in range(1, len(set(blocks)) + 1):  # more would store a block twice
+        if all(block == blocks[new % candidate] for new, block in enumerate(blocks)):
+            return {"num_mem_blocks": candidate}
+    return {}
+
+
+def kept_ranks(kinds: Sequence[str], keep: Sequence[int]) -> list[int]:
+    """Which of the teacher's hybrid layers, counted among themselves, the kept ones are."""
+    hybrid = [layer for layer, kind in enumerate(kinds) if kind == "hybrid"]
+    return [hybrid.index(layer) for layer in keep if layer in hybrid]
+
+
+def _rescale_depth(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """MiniCPM multiplies every residual branch by scale_depth / sqrt(number of layers); this must not change a bit."""
+    scale = values["scale_depth"] / math.sqrt(values["num_hidden_layers"])
+    root = math.sqrt(len(keep))
+    # scale * root rounds, so dividing it by root may miss the scale by a unit in the last place: its neighbours do not
+    for limit in (math.inf, -math.inf):
+        candidate = scale * root
+        for _ in range(4):
+            if candidate / root == scale:
+                return {"scale_depth": candidate}
+            candidate = math.nextafter(candidate, limit)
+    return {}
+
+
+_PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
+GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
+    ("scale_depth", "num_hidden_layers"): _rescale_depth,
+    **{fields: partial(_refit_period, *fields) for fields in _PERIODS},
+    ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"): _refit_interval,
+    ("decoder_sparse_step", "mlp_only_layers"): _list_dense_layers,
+    ("num_kv_shared_layers", "layer_types"): _recount_shared_layers,
+    ("indexer_types",): _keep_indexers,
+    ("block_types",): _spell_out_cycle,
+    ("num_mem_blocks", "layers_block_type"): _recount_shared_blocks,
+}
+"""Fields that only together say which layers are special -> their rule, whose answer is empty where no values could
+say it; then the first field's own rule is asked. The first field must be set."""
 
 SPELT_OUT_BY: dict[str, str] = {
     **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"), "layer_types"),
@@ -188,10 +305,10 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     text = student.get_text_config(decoder=True)
     if reason := family(text.model_type).no_cut:
         raise UserError(f"{text.model_type}: {reason}; shoal cannot cut this family")
-    values = _explicit_values(text)
+    # all that it says; lists that a class derives from rules are there already
+    values = {key: value for key, value in text.to_dict().items() if key not in ("transformers_version", "model_type")}
     num_layers = text.num_hidden_layers
-    _refuse_unknown_lists(values, num_layers)
-    refuse_moved_layers(text.model_type, {**values, "num_hidden_layers": num_layers}, keep)
+    _refuse_unknown_lists(config, values, num_layers)
     changes = _changes(values, keep)
     rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
     if student is text:
@@ -206,34 +323,21 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     vars(student).pop("auto_map", None)  # names code that lies beside the teacher only
     if zeroed := getattr(config, ZEROED_WEIGHTS, None):
         setattr(student, ZEROED_WEIGHTS, _renumbered_names(zeroed, keep))
-    _check_round_trip(config, student, keep)
-    _refuse_without_attention(config, student)
+    # no rule of the class may overwrite a list that was cut
+    reloaded = type(student).from_dict(student.to_diff_dict())  # what save_pretrained writes
+    refuse_wrong_entries(config.get_text_config(decoder=True), reloaded.get_text_config(decoder=True), keep)
+    _refuse_useless_cache(config, student, keep)
     return student
 
 
 def _refuse_moved_features(config: PreTrainedConfig, keep: Sequence[int]) -> None:
-    """Refuse cuts that move a text layer behind which features of the image are added, and lists of an outer
-    configuration that may name text layers."""
+    """Refuse cuts that move a text layer behind which features of the image are added."""
     fed = deepstack_layers(config)
     if tuple(keep[: len(fed)]) != fed:
-        gone = [layer for layer in fed if layer not in keep]
-        named = f"drop: names {gone[0]}, one" if gone else "insert: puts a new layer among those"
         raise UserError(
-            f"{named} of the layers 0 to {fed[-1]} of {config.model_type} behind which features of the image are added "
+            f"drop: features of the image are added behind the layers 0 to {fed[-1]} of {config.model_type} "
             f"(deepstack_visual_indexes); keep these {len(fed)} layers as they are"
         )
-    for field, value in config.to_dict().items():
-        about_layers = "layer" in field and isinstance(value, list | dict) and not field.startswith("vision_")
-        if about_layers and field not in (*NOT_PER_LAYER, *config.sub_configs):
-            raise UserError(
-                f"config.{field}: may name layers of the text decoder, which shoal does not know to renumber for "
-                f"{config.model_type}; choose another model"
-            )
-
-
-def _explicit_values(text: PreTrainedConfig) -> dict[str, Any]:
-    """Everything that configuration says; lists that a class derives from rules are there already."""
-    return {key: value for key, value in text.to_dict().items() if key not in ("transformers_version", "model_type")}
 
 
 def _changes(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
@@ -276,20 +380,8 @@ def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str
 
 
 def uncut_layers(config: PreTrainedConfig, num_layers: int) -> list[int]:
-    """The uncut model's index of every layer, so that a second cut still names the first teacher's layers.
-
-    Raises:
-        UserError: the configuration names another number of layers.
-    """
-    recorded = getattr(config, KEPT_LAYERS, None)
-    if recorded is None:
-        return list(range(num_layers))
-    if len(recorded) != num_layers:
-        raise UserError(
-            f"config.{KEPT_LAYERS}: names {len(recorded)} layers but the model has {num_layers}; "
-            "the configuration was edited after the cut"
-        )
-    return list(recorded)
+    """The uncut model's index of every layer, so that a second cut still names the first teacher's layers."""
+    return list(getattr(config, KEPT_LAYERS, None) or range(num_layers))
 
 
 def _renumbered_names(names: Sequence[str], keep: Sequence[int]) -> list[str]:
@@ -302,60 +394,73 @@ def _renumbered_names(names: Sequence[str], keep: Sequence[int]) -> list[str]:
     return renamed
 
 
-def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
-    for field, value in values.items():
-        is_list = isinstance(value, list | tuple) and len(value) > 0
-        if is_list and RULES.get(field) in (keep_entries, keep_entries_or_value) and len(value) != num_layers:
-            raise UserError(
-                f"config.{field}: has {len(value)} entries for {num_layers} layers; shoal cuts it only where there is "
-                "one per layer"
-            )
-        # a list as long as the model is deep may mean the layers by chance; better asked about than shifted
-        about_layers = is_list and (len(value) == num_layers > 1 or "layer" in field)
-        if about_layers and field not in RULES and field not in NOT_PER_LAYER:
-            raise UserError(
-                f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) that shoal does "
-                "not know; add it to FIELDS in compress/surgery/config_cut.py"
-            )
+def _refuse_unknown_lists(config: PreTrainedConfig, values: dict[str, Any], num_layers: int) -> None:
+    """Refuse lists about layers that no rule is known for, in the text decoder's ``values`` or around them.
 
-
-def _refuse_without_attention(config: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """A hybrid model cut down to its recurrent layers would load and then fail at the first cached token."""
-    before, after = (
-        set(getattr(part.get_text_config(decoder=True), "layer_types", None) or ()) for part in (config, student)
-    )
-    if before - WITHOUT_KV_CACHE and not after - WITHOUT_KV_CACHE:
-        raise UserError(
-            f"drop: leaves only {' and '.join(sorted(after))} layers; transformers cannot generate with a cache then: "
-            f"keep one layer of {' or '.join(sorted(before - WITHOUT_KV_CACHE))}"
-        )
-
-
-def _check_round_trip(config: PreTrainedConfig, student: PreTrainedConfig, keep: Sequence[int]) -> None:
-    """Assert that saving and loading keeps the cut: no rule of the class may overwrite a list we cut.
-
-    Per-layer lists that a class computes (properties) must come out as the kept entries too.
+    Raises:
+        UserError: naming the first.
     """
-    reloaded = type(student).from_dict(student.to_diff_dict())  # what save_pretrained writes
-    before, after = config.get_text_config(decoder=True), reloaded.get_text_config(decoder=True)
-    if after.num_hidden_layers != len(keep):
+    lists = {field: value for field, value in values.items() if isinstance(value, list | tuple) and len(value) > 0}
+    # a list as long as the model is deep may mean the layers by chance; better asked about than shifted
+    unknown = [
+        field
+        for field, value in lists.items()
+        if (RULES.get(field) in (keep_entries, keep_entries_or_value) and len(value) != num_layers)
+        or ((len(value) == num_layers > 1 or "layer" in field) and field not in RULES and field not in NOT_PER_LAYER)
+    ]
+    if config.get_text_config(decoder=True) is not config:
+        outer = {field: value for field, value in config.to_dict().items() if isinstance(value, list | dict)}
+        others = (*NOT_PER_LAYER, *config.sub_configs)
+        unknown += [f for f in outer if "layer" in f and not f.startswith("vision_") and f not in others]
+        lists |= outer
+    if unknown:
         raise UserError(
-            f"config.num_hidden_layers: reads {after.num_hidden_layers} after a reload instead of {len(keep)}; "
-            f"shoal cannot cut the {config.model_type} family yet"
+            f"config.{unknown[0]}: is about layers ({len(lists[unknown[0]])} entries, {num_layers} layers) in a way "
+            "that shoal does not know; add it to FIELDS in compress/surgery/config_cut.py"
         )
-    refuse_wrong_entries(before, after, keep)
+
+
+def _refuse_useless_cache(config: PreTrainedConfig, student: PreTrainedConfig, keep: Sequence[int]) -> None:
+    """Refuse students whose KV cache would not tell how long the text is, though all is right without one.
+
+    Raises:
+        UserError: with layers to keep.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or []
+    before, after = set(kinds), set(getattr(student.get_text_config(decoder=True), "layer_types", None) or ())
+    by_first = family(text.model_type).measured_by_first and kinds[0] == "full_attention" != kinds[keep[0]]
+    if by_first or keep[0] in (getattr(text, "cross_attention_layers", None) or ()):
+        problem = (
+            f"layer {keep[0]} would come first, by which transformers measures the cached text of {text.model_type}, "
+            "and it caches none; keep a layer of full attention before it"
+        )
+    elif before - WITHOUT_KV_CACHE and not after - WITHOUT_KV_CACHE:
+        problem = (
+            f"leaves only {' and '.join(sorted(after))} layers; transformers cannot generate with a cache then: keep "
+            f"one layer of {' or '.join(sorted(before - WITHOUT_KV_CACHE))}"
+        )
+    else:
+        return
+    raise UserError(f"drop: {problem}")
 
 
 def refuse_wrong_entries(before: PreTrainedConfig, after: PreTrainedConfig, keep: Sequence[int]) -> None:
-    """Per-layer lists of two text configurations, computed ones too, must hold the kept layers' entries.
+    """The number of layers and per-layer lists of two text configurations, computed ones too, must be those of the kept
+    layers.
 
     Raises:
-        UserError: naming the first list that does not.
+        UserError: naming the first that is not.
     """
+    expected: dict[str, Any] = {"num_hidden_layers": len(keep)}
     for field in (name for name, rule in RULES.items() if rule is keep_entries):
-        old, new = getattr(before, field, None), getattr(after, field, None)
-        if isinstance(old, list | tuple) and len(old) > 0 and list(new or ()) != [old[layer] for layer in keep]:
+        old = getattr(before, field, None)
+        if isinstance(old, list | tuple) and len(old) > 0:
+            expected[field] = [old[layer] for layer in keep]
+    for field, entries in expected.items():
+        found = getattr(after, field, None)
+        if (list(found or ()) if isinstance(entries, list) else found) != entries:
             raise UserError(
-                f"config.{field}: reads {new} after a reload, which is not what the kept layers had; "
+                f"config.{field}: reads {found} after a reload, which is not what the kept layers had; "
                 f"shoal cannot cut these layers of the {before.model_type} family"
             )

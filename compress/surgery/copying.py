@@ -1,18 +1,26 @@
-"""A student whose tensors are the teacher's stored ones, copied under new names without building a model."""
+"""A student whose tensors are the teacher's stored ones, copied under new names without building a model.
+
+New tensors of layers stand in the places of stored ones. transformers renames and merges tensors while it loads, and
+knows the way back; the files' own names and forms stay.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from shoal.atomic_files import write_json
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers
-from shoal.models.checkpoint_files import copy_beside, json_or_empty
+from shoal.models.checkpoint_files import StoredTensor, copy_beside, json_or_empty
+from shoal.models.load import FLOATS
 from shoal.progress import doing
 
 from .cut_model import refuse_changed_layers
@@ -80,9 +88,9 @@ def planned_copy(
     student, student_loading = load_without_data(without_quantization(config)[0], shapes)
     # of multi-token prediction, which transformers ignores by the teacher's numbers, neither says anything
     own = student_loading.renumbered((model_prefix, prefix), range(len(keep)))
+    refuse_changed_layers(skeleton, student, keep)
     if difference := own.difference(loading.renumbered((model_prefix, prefix), keep)):
         raise NotByCopy(f"of the stored tensors, {difference} in the student")
-    refuse_changed_layers(skeleton, student, keep)
     side_files = {
         name: renumbered(settings, keep, layer_names, where=name)
         for name in SIDE_FILES
@@ -111,3 +119,72 @@ def write_copy(copy: Copy, folder: Path, changed: Changed) -> None:
         GenerationConfig.from_pretrained(
             copy.teacher.folder, config_file_name="config.json", _from_model_config=True
         ).save_pretrained(folder)
+
+
+def stored_form(model: PreTrainedModel, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` of a layer, by their names in it, as the files of ``model`` hold them, by their names there."""
+    prefix = f"{anatomy(model).layers_name}.{layer}."
+    return revert_weight_conversion(model, {prefix + name: tensor for name, tensor in tensors.items()})
+
+
+def stored_places(
+    model: PreTrainedModel, layer: int, names: Collection[str], stored: Mapping[str, StoredTensor]
+) -> tuple[str, ...]:
+    """The stored names of a layer's tensors ``names``; ``model`` may be without weights.
+
+    Raises:
+        NotByCopy: they are no whole tensors of the files.
+    """
+    own = dict(decoder_layers(model)[layer].named_parameters())
+    forms = stored_form(model, layer, {name: own[name].detach() for name in names})
+    for name, tensor in forms.items():
+        place = stored.get(name)
+        if place is None or place.shape != tuple(tensor.shape) or place.dtype not in FLOATS:
+            raise NotByCopy(f"{name} of layer {layer}, which changes, is not stored in one piece under that name")
+    return tuple(forms)
+
+
+@dataclass
+class ChangedTensors:
+    """Tensors that the student's files hold instead of the teacher's, by their names there; one layer in memory."""
+
+    model: PreTrainedModel
+    """The teacher, which may be without weights."""
+    load: Callable[[int], Mapping[str, Tensor]]
+    """A layer's new tensors, by their names in it."""
+    places: Mapping[str, tuple[int, str, str]]
+    """Name in the student's files -> layer of the teacher, name in the teacher's files, and dtype there."""
+    _held: tuple[int, dict[str, Tensor]] = field(default=(-1, {}), repr=False)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __getitem__(self, name: str) -> memoryview:
+        layer, stored_name, dtype = self.places[name]
+        if self._held[0] != layer:
+            self._held = (-1, {})  # let go before the next one is loaded
+            self._held = (layer, stored_form(self.model, layer, self.load(layer)))
+        tensor = self._held[1][stored_name].to("cpu", FLOATS[dtype]).contiguous()
+        return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def changed_tensors(
+    model: PreTrainedModel,
+    layers: Mapping[int, Collection[str]],
+    load: Callable[[int], Mapping[str, Tensor]],
+    stored: Mapping[str, StoredTensor],
+    names: Mapping[str, str],
+) -> ChangedTensors:
+    """The tensors of ``layers`` (their names within) that ``load`` gives, in the places of ``stored`` ones.
+
+    ``names``: stored name -> its name in the student.
+
+    Raises:
+        NotByCopy: as stored_places does.
+    """
+    places = {
+        names[name]: (layer, name, stored[name].dtype)
+        for layer, own in layers.items()
+        for name in stored_places(model, layer, own, stored)
+    }
+    return ChangedTensors(model, load, places)

@@ -13,17 +13,22 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, given_state, text_config, with_state
 from shoal.models.families import family
 
-from .config_cut import cut_config
-from .special_cuts import goes_with_a_dropped_layer, kept_part, teacher_leaf
+from .config_cut import cut_config, kept_ranks
+
+LAYERS_SIDE_BY_SIDE: dict[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+"""End of a tensor's name -> the dimension (num_layers x size per layer) in which it holds a part for every layer."""
+_ADAPTER = re.compile(r"(?<=_adapter_list\.)\d+(?=\.)")
+"""Zamba 2 keeps in every shared block one adapter for each hybrid layer that runs it, numbered among hybrid layers."""
 
 
 def cut_model(
@@ -41,9 +46,9 @@ def cut_model(
     config = cut_config(model.config, keep)
     with init_empty_weights(include_buffers=False), no_init_weights():
         student = type(model)._from_config(config, dtype=model.dtype)
+    refuse_changed_layers(model, student, keep)
     _fill(student, model, keep, share=share)
     student.tie_weights()
-    refuse_changed_layers(model, student, keep)
     if model.generation_config is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     return student.eval()
@@ -73,14 +78,11 @@ def kept_layers(num_layers: int, drop: Collection[int], insert: Collection[int] 
     """The layers that stay, in order; those of ``insert`` twice, the second time as a new layer of their kind.
 
     Raises:
-        UserError: an index that is no layer, all layers dropped, or a new layer after a dropped one.
+        UserError: an index that is no layer, or all layers dropped.
     """
     dropped = set(drop)
-    for name, indices in (("drop", dropped), ("insert", set(insert))):
-        if outside := sorted(layer for layer in indices if not 0 <= layer < num_layers):
-            raise UserError(f"{name}: {outside[0]} is no layer of this model; its layers are 0..{num_layers - 1}")
-    if gone := sorted(dropped & set(insert)):
-        raise UserError(f"insert: layer {gone[0]} is dropped, so nothing can follow it; name another layer")
+    if outside := sorted(layer for layer in {*dropped, *insert} if not 0 <= layer < num_layers):
+        raise UserError(f"drop: {outside[0]} is no layer of this model; its layers are 0..{num_layers - 1}")
     if len(dropped) == num_layers:
         raise UserError(f"drop: names all {num_layers} layers; keep at least one")
     return tuple(
@@ -187,3 +189,31 @@ def layer_traits(layer: nn.Module, index: int) -> dict[str, Any]:
                     value -= index  # -1 is no layer's: a block that several layers share
                 traits[f"{name}.{key}"] = value
     return traits
+
+
+def side_by_side_dim(name: str) -> int | None:
+    """The dimension of tensor ``name`` in which every layer has its part, or None for all other tensors."""
+    return next((dim for end, dim in LAYERS_SIDE_BY_SIDE.items() if name.endswith(end)), None)
+
+
+def kept_part(name: str, tensor: Tensor, keep: Sequence[int], num_layers: int) -> Tensor:
+    """``tensor`` itself, or a copy of the kept layers' parts where ``name`` holds a part for every layer."""
+    dim = side_by_side_dim(name)
+    if dim is None:
+        return tensor
+    parts = tensor.unflatten(dim, (num_layers, -1))  # (..., L * size, ...) -> (..., L, size, ...)
+    return parts.index_select(dim, torch.tensor(keep, device=tensor.device)).flatten(dim, dim + 1)
+
+
+def teacher_leaf(config: PreTrainedConfig, leaf: str, keep: Sequence[int]) -> str:
+    """Name within its layer of the teacher's tensor that the student's tensor ``leaf`` copies; mostly the same."""
+    if config.model_type != "zamba2":
+        return leaf
+    ranks = kept_ranks(config.layers_block_type, keep)
+    return _ADAPTER.sub(lambda match: str(ranks[int(match[0])]), leaf)
+
+
+def goes_with_a_dropped_layer(config: PreTrainedConfig, name: str, keep: Sequence[int]) -> bool:
+    """Whether the teacher's tensor ``name`` serves only dropped layers though a kept one holds it."""
+    adapter = _ADAPTER.search(name) if config.model_type == "zamba2" else None
+    return adapter is not None and int(adapter[0]) not in kept_ranks(config.layers_block_type, keep)

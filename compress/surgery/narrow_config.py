@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 from shoal.artifacts.plan import KeptWidth
 from shoal.errors import UserError
-from shoal.formatting import listed
 from shoal.models.anatomy import CHANNELS, text_config
 from shoal.recipe.prune import Width
 
@@ -37,23 +36,9 @@ def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:
         UserError: more than the model has, a number that kernels cannot use or that the family does not allow.
     """
     text = text_config(config)
-    if getattr(text, "is_heterogeneous", False):
-        raise UserError(
-            f"prune.width: layers of this {text.model_type} have sizes of their own, and narrowing needs one size for "
-            "all; leave it out"
-        )
-    width = KeptWidth(_channels(text, settings.intermediate_size), settings.kv_groups)
-    if width.kv_groups is not None:
-        groups = heads(text)[1]
-        possible = [count for count in range(1, groups + 1) if not _refusal(config, KeptWidth(kv_groups=count))]
-        if width.kv_groups not in possible:
-            reason = "" if width.kv_groups > groups else f": {_refusal(config, KeptWidth(kv_groups=width.kv_groups))}"
-            remedy = f"give {listed(map(str, possible), 'or')}" if possible else "leave it out"
-            raise UserError(
-                f"prune.width.kv_groups: {width.kv_groups} of {groups} cannot be kept by a {text.model_type} of this "
-                f"size{reason}; {remedy}"
-            )
-    if reason := _refusal(config, width):
+    reason = "its layers have sizes of their own" if getattr(text, "is_heterogeneous", False) else ""
+    width = KeptWidth(None if reason else _channels(text, settings.intermediate_size), settings.kv_groups)
+    if reason := reason or _refusal(config, width):
         raise UserError(f"prune.width: {text.model_type} does not allow {width.in_words()}: {reason}; leave it out")
     return width
 
@@ -89,13 +74,7 @@ def channels(text: Any) -> tuple[str, int]:
     Raises:
         UserError: there is no such field with one number.
     """
-    sizes = {name: value for name in CHANNELS if isinstance(value := getattr(text, name, None), int)}
-    if not sizes:
-        raise UserError(
-            f"prune.width.intermediate_size: config.intermediate_size of {text.model_type} is "
-            f"{getattr(text, 'intermediate_size', None)!r}, which is not one number for all layers; leave it out"
-        )
-    return next(iter(sizes.items()))
+    return _number(text, CHANNELS, "intermediate_size")
 
 
 def heads(text: Any) -> tuple[int, int, int]:
@@ -104,14 +83,19 @@ def heads(text: Any) -> tuple[int, int, int]:
     Raises:
         UserError: it has no heads.
     """
-    num_heads = getattr(text, "num_attention_heads", None)
-    if not isinstance(num_heads, int):
-        raise UserError(
-            f"prune.width.kv_groups: config.num_attention_heads of {text.model_type} is {num_heads!r}, which is not "
-            "one number for all layers; leave it out"
-        )
+    _, num_heads = _number(text, ("num_attention_heads",), "kv_groups")
     groups = getattr(text, "num_key_value_heads", None) or num_heads
     return num_heads, groups, getattr(text, "head_dim", None) or text.hidden_size // num_heads
+
+
+def _number(text: Any, fields: Sequence[str], setting: str) -> tuple[str, int]:
+    for field in fields:
+        if isinstance(value := getattr(text, field, None), int):
+            return field, value
+    raise UserError(
+        f"prune.width.{setting}: config.{fields[0]} of {text.model_type} is {getattr(text, fields[0], None)!r}, "
+        "which is not one number for all layers; leave it out"
+    )
 
 
 def _channels(text: Any, asked: float | None) -> int | None:
@@ -130,14 +114,12 @@ def _channels(text: Any, asked: float | None) -> int | None:
 
 
 def _refusal(config: PreTrainedConfig, width: KeptWidth) -> str:
-    """Why the family's own rules refuse a configuration of this width; empty if they do not."""
+    """Why a model of this configuration cannot be so wide; empty if it can."""
+    if width.kv_groups is not None and width.kv_groups > (groups := heads(text_config(config))[1]):
+        return f"it has {groups}"
     try:
         text = text_config(narrowed_config(config, width))
-        type(text).from_dict(text.to_dict())
-    except (
-        ValueError,
-        StrictDataclassError,
-        AttributeError,
-    ) as error:  # some fields follow from others, and are not set
+        type(text).from_dict(text.to_dict())  # the family's own rules; some fields follow from others, and are not set
+    except (ValueError, StrictDataclassError, AttributeError) as error:
         return " ".join(str(error).split()).rstrip(".")
     return ""

@@ -20,11 +20,10 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS, Shard, read_shards
 from shoal.models.load import align_weights, load_config, load_model
 
-from .config_cut import RULES, SPELT_OUT_BY, refuse_wrong_entries
+from .config_cut import GROUP_RULES, RULES, SPELT_OUT_BY, refuse_wrong_entries
 from .cut_model import refuse_changed_layers
 from .quantised import without_quantization
-from .special_cuts import GROUP_RULES
-from .stored_names import NotByCopy, load_without_data
+from .stored_names import load_without_data
 
 PROOF_TOKENS = 24
 """Length of the random input on which a saved student must equal its teacher as planned."""
@@ -76,23 +75,17 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
     """
     student = load_model(student_folder, dtype="float32" if is_rounded else "stored", attention=None)
     actual = behaviour(student)
-    family = student.config.model_type
-    difference = expected.logits_1SV.double() - actual.logits_1SV.double()
-    if is_rounded and not (size := float(difference.norm() / expected.logits_1SV.double().norm())) <= ROUNDING:
-        raise UserError(
-            f"the saved student's logits differ from those of {reference} by {size:.3g} of their size; "
-            f"shoal cannot narrow the {family} family exactly"
-        )
-    if not is_rounded and not torch.equal(expected.logits_1SV, actual.logits_1SV):
-        raise UserError(
-            f"the saved student's logits differ from those of {reference} by up to {difference.abs().max():.3g}; "
-            f"shoal cannot cut the {family} family exactly"
-        )
-    if not is_rounded and not torch.equal(expected.text_1S, actual.text_1S):
-        raise UserError(
-            f"the saved student writes other text with a KV cache than {reference}; "
-            f"shoal cannot cut the {family} family exactly"
-        )
+    difference, problem = expected.logits_1SV.double() - actual.logits_1SV.double(), ""
+    if is_rounded:
+        size = float(difference.norm() / expected.logits_1SV.double().norm())
+        if not size <= ROUNDING:
+            problem = f"the saved student's logits differ from those of {reference} by {size:.3g} of their size"
+    elif not torch.equal(expected.logits_1SV, actual.logits_1SV):
+        problem = f"the saved student's logits differ from those of {reference} by up to {difference.abs().max():.3g}"
+    elif not torch.equal(expected.text_1S, actual.text_1S):
+        problem = f"the saved student writes other text with a KV cache than {reference}"
+    if problem:
+        raise UserError(f"{problem}; shoal cannot cut or narrow the {student.config.model_type} family exactly")
 
 
 def prove_by_files(student_folder: Path, teacher: PreTrainedModel, keep: Sequence[int]) -> None:
@@ -104,10 +97,7 @@ def prove_by_files(student_folder: Path, teacher: PreTrainedModel, keep: Sequenc
     """
     config, quantisation = without_quantization(load_config(student_folder))
     shapes = {name: tensor.shape for shard in read_shards(student_folder) for name, tensor in shard.tensors.items()}
-    try:
-        student, loading = load_without_data(config, shapes)
-    except NotByCopy as error:
-        raise UserError(f"{student_folder}: {error}") from error
+    student, loading = load_without_data(config, shapes)
     if not quantisation and (wrong := sorted(loading.missing | loading.mismatched)):
         raise UserError(
             f"the saved student has no {wrong[0]} of the right shape ({len(wrong)} such tensors in all); "

@@ -1,14 +1,12 @@
 """Copy tensors from safetensors files to safetensors files by their bytes, without a model and without reading them.
 
 One new file per source file that keeps anything. Neighbouring tensors move in one call inside the kernel, so memory
-stays at a header whatever the size of a shard, and a disk that can share blocks shares them. Numbers, dtypes and
-quantised layouts cannot change, because nobody looks at them. Tensors that shall be others are written over their
-copies.
+stays at a header whatever the size of a shard. Numbers, dtypes and quantised layouts cannot change, because nobody
+looks at them. Tensors that shall be others are written over their copies.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -22,7 +20,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from shoal.atomic_files import fingerprint, flush, write_json
-from shoal.errors import DISK_FULL, UserError
+from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.checkpoint_files import (
     INDEX_FILE,
@@ -40,12 +38,8 @@ ALIGNMENT = 8
 """Bytes of which the start of a file's data is a multiple, so that a memory map can be used as it is."""
 STEP_BYTES = 64 * 2**20
 """Bytes moved by one call; progress is shown this often."""
-BUFFER_BYTES = 8 * 2**20
-"""Bytes in memory at one time, where the kernel cannot copy by itself."""
 PART = ".part"
 """Suffix of a file that is not complete on the disk yet."""
-NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Errors of a disk or kernel that cannot copy between these two files by itself."""
 
 
 @dataclass(frozen=True)
@@ -111,30 +105,25 @@ def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UN
     That flush runs beside the copying of the next file.
 
     Raises:
-        UserError: not enough space, before anything is written or while it is; a source file that shrank meanwhile.
+        UserError: not enough space, before anything is written; a source file that shrank meanwhile.
     """
     missing = [shard for shard in shards if not _is_complete(shard, folder)]
     total, rest = (sum(shard.num_bytes for shard in some) for some in (shards, missing))
     if missing != list(shards):
         log.info("copy: %s of %s were copied before", bytes_text(total - rest), bytes_text(total))
-    if total > _room(folder):  # of all shards: what is there already counts as room too
-        raise _disk_full(folder, total, errno.ENOSPC)
-    with (
-        progress("prune: copying", total=rest, unit=BYTES) as step,
-        ThreadPoolExecutor(1) as flusher,
-    ):
+    if total > (room := _room(folder)):  # of all shards: what is there already counts as room too
+        raise UserError(
+            f"{folder.parent}: the disk is full: the student needs {bytes_text(total)} and there is room for "
+            f"{bytes_text(room)}; free some space or set run_dir to another disk, then run the same command again"
+        )
+    with progress("prune: copying", total=rest, unit=BYTES) as step, ThreadPoolExecutor(1) as flusher:
         flushes: list[Future[None]] = []
-        try:
-            for shard in missing:
-                _write(shard, folder / (shard.name + PART), step)
-                _write_over(shard, folder / (shard.name + PART), changed)
-                flushes.append(flusher.submit(_complete, folder / shard.name))
-            for flush in flushes:
-                flush.result()
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise _disk_full(folder, total, error.errno) from error
+        for shard in missing:
+            _write(shard, folder / (shard.name + PART), step)
+            _write_over(shard, folder / (shard.name + PART), changed)
+            flushes.append(flusher.submit(_complete, folder / shard.name))
+        for flush in flushes:
+            flush.result()
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, _index(shards))
 
@@ -246,26 +235,7 @@ def _write_over(shard: NewShard, target: Path, changed: Changed) -> None:
 
 def _move(source: int, target: int, start: int, end: int) -> Iterator[int]:
     """Append the bytes ``start`` to ``end`` of ``source`` to ``target``; yields how many each step moved."""
-    in_kernel = hasattr(os, "copy_file_range")
-    while start < end:
-        size = min(end - start, STEP_BYTES)
-        if in_kernel:
-            try:
-                moved = os.copy_file_range(source, target, size, offset_src=start)
-            except OSError as error:
-                if error.errno not in NOT_IN_KERNEL:
-                    raise
-                moved = 0
-            in_kernel = moved > 0  # some network disks answer 0 instead of an error
-            if not in_kernel:
-                continue
-        else:
-            data = memoryview(os.pread(source, min(size, BUFFER_BYTES), start))
-            moved = len(data)
-            while data:
-                data = data[os.write(target, data) :]
-            if moved == 0:
-                return
+    while start < end and (moved := os.sendfile(target, source, start, min(end - start, STEP_BYTES))):
         start += moved
         yield moved
 
@@ -297,17 +267,3 @@ def _holds(place: StoredTensor, data: memoryview, file: int) -> bool:
 def _room(folder: Path) -> int:
     """Bytes that ``folder`` may hold in all: what is free, and what its files take."""
     return shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _disk_full(folder: Path, num_bytes: int, number: int) -> UserError:
-    """The refusal for the system's error ``number``; what is free on the disk says nothing of a user's own limits."""
-    needed = f"the student needs {bytes_text(num_bytes)} ({num_bytes:,} bytes)"
-    if number == errno.ENOSPC:
-        problem = f"the disk is full: {needed}, and there is room for {bytes_text(_room(folder))}"
-        remedy = "Free some space or set run_dir to another disk"
-    else:
-        limit = "file size limit (`ulimit -f`)" if number == errno.EFBIG else "disk quota"
-        problem, remedy = f"your {limit} is reached: {needed}", "Raise it, or set run_dir to another disk"
-    return UserError(
-        f"{folder.parent}: {problem}; nothing was left half-written there. {remedy}, then run the same command again"
-    )

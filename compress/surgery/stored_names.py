@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging as transformers_logging
 
+from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.models.checkpoint_files import is_mtp
 from shoal.models.load import without_data
@@ -26,7 +27,7 @@ from shoal.models.load import without_data
 log = logging.getLogger(__name__)
 
 
-class NotByCopy(Exception):
+class NotByCopy(UserError):
     """Why stored tensors cannot just be copied. The cut may still be possible in memory."""
 
 

@@ -1,27 +1,44 @@
-"""The importance atlas: what every layer is worth by task and protocol, from the scores of all single-layer removals.
+"""The importance atlas: what every layer is worth by task and protocol, from the scores of all single-layer removals;
+and how far columns rank the layers alike, beside how far each of them agrees with itself on other items.
 
 Every quantity is INFERRED from the questions of arXiv 2510.02091; that study's own formulae and numbers are not public.
-N items, L layers, R resamples.
+N items, L layers, C columns, R resamples.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, TaskScore
-from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn
+from shoal.artifacts.importance import (
+    Agreement,
+    Atlas,
+    DepthProfile,
+    Estimate,
+    ProtocolGap,
+    Stability,
+    Sweep,
+    SweepColumn,
+)
 from shoal.components import Component
 from shoal.errors import UserError
 from shoal.stats.intervals import Array, bias_corrected, expanded_percentiles
 
-from .agreement import agreement
-from .expected_loss import summed
+from .columns import summed
 from .table import Measured, needed_items, resampled_retentions, restricted, retentions, table_of
 
 CORNERSTONE_RETENTION = 0.1
+SHARE_REMOVED = 0.2
+"""Share of the layers whose sets are compared by Jaccard."""
+NUM_DIVISIONS = 20
+"""Random divisions of the items into three over which a column's stability is averaged."""
+DIVISION_SEED = 7
 
 
 def build_atlas(
@@ -164,7 +181,6 @@ def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
         return DepthProfile(swept.task, None, None, None, swept.no_retention)
     if len(losses) < 2 or sum(losses) == 0:
         return DepthProfile(swept.task, None, None, None, "no layer's removal makes it worse")
-    assert column.means_RK is not None
     if swept.higher_is_better:
         (kept_RL,) = resampled_retentions(column)
         losses_RL = np.maximum(0.0, 1 - kept_RL)
@@ -187,3 +203,69 @@ def gini(loss_L: Array) -> float:
     """Mean absolute difference of all pairs over twice the mean: 0 = equal, 1 - 1/L = one layer has all."""
     ordered, count = np.sort(loss_L), len(loss_L)
     return float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * ordered.sum()))
+
+
+def agreement(columns: Sequence[Measured], metrics: Mapping[str, Sequence[float]]) -> Agreement:
+    """Rank correlations and shared removals of all task columns and metrics.
+
+    Two columns that rank alike still correlate below 1, because each is measured on finite items: that bound is
+    `ceiling`, and only a correlation well below it says that the columns mean different things.
+    """
+    scores = {name: tuple(values) for name, values in metrics.items()}
+    scores |= {column.task.task: importances(column) for column in columns}
+    num_layers = len(next(iter(scores.values())))
+    k = max(1, round(SHARE_REMOVED * num_layers))
+    stability = {column.task.task: column_stability(column) for column in columns}
+    known = [stability[name].reliability if name in stability else None for name in scores]
+    rows = list(scores.values())
+    return Agreement(
+        columns=tuple(scores),
+        spearman=tuple(tuple(spearman(row, other) for other in rows) for row in rows),
+        ceiling=tuple(tuple(_ceiling(row, other) for other in known) for row in known),
+        jaccard=tuple(tuple(jaccard(row, other, k) for other in rows) for row in rows),
+        k=k,
+        stability=stability,
+    )
+
+
+def importances(column: Measured) -> tuple[float, ...]:
+    """How much worse the score is without each layer. Higher = keep."""
+    return tuple(_importances(column, np.arange(len(column.ids))).tolist())
+
+
+def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) -> float | None:
+    """Rank correlation with average ranks for equal values; None where one side holds a single value only."""
+    ranks = [stats.rankdata(values) for values in (first, second)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1].clip(-1, 1))
+
+
+def jaccard(first: Sequence[float], second: Sequence[float], k: int) -> float:
+    """Shared part of the two sets of ``k`` layers of lowest score; equal scores go by lower index, as in plans."""
+    lowest, others = (set(sorted(range(len(values)), key=lambda i: (values[i], i))[:k]) for values in (first, second))
+    return len(lowest & others) / len(lowest | others)
+
+
+def column_stability(column: Measured) -> Stability:
+    """Rank correlation between disjoint thirds of the items, averaged over random divisions, and what it implies."""
+    rng, correlations = np.random.default_rng(DIVISION_SEED), []
+    for _ in range(NUM_DIVISIONS):
+        thirds = [_importances(column, rows) for rows in np.array_split(rng.permutation(len(column.ids)), 3)]
+        correlations += [spearman(thirds[a], thirds[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    known = [value for value in correlations if value is not None]
+    if not known:
+        return Stability(None, None)
+    mean = float(np.mean(known))
+    # from a third of the items to all of them (Spearman 1910, Brown 1910); nothing is reliable below 0
+    return Stability(mean, 3 * mean / (1 + 2 * mean) if mean > 0 else 0.0)
+
+
+def _importances(column: Measured, rows: NDArray[np.intp]) -> Array:
+    mean_K = np.average(column.scores_NK[rows], axis=0, weights=column.weights_N[rows])
+    # means of 0/1 scores that are equal must be equal in floating point too, or their ranks would be noise
+    return np.round(mean_K[0] - mean_K[1:] if column.task.higher_is_better else mean_K[1:] - mean_K[0], 12)
+
+
+def _ceiling(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else math.sqrt(first * second)

@@ -7,7 +7,6 @@ variant.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections import Counter
@@ -24,7 +23,6 @@ from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.inference.prefix_sharing import Tokens, batches
 from shoal.inference.scoring import Score
-from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
 from shoal.ranks import world_size
 from shoal.recipe.measure import Protocol, Sweeps
@@ -38,7 +36,7 @@ from ...eval.tasks.load import known_tasks, tasks_of
 from ...eval.tasks.names import named_in
 from ..edits.layer_edits import stored_name
 from ..variants.variant_generation import Limits, generate_variants
-from ..variants.variants import INTACT, Edited, Variant, runs_through, score_variants
+from ..variants.variants import INTACT, Edited, Variant, score_variants
 from .table import require_items
 
 log = logging.getLogger(__name__)
@@ -82,9 +80,7 @@ def sweep(
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
-    shared, apart = layer_runs(everything, lm.num_layers)
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, settings))
-    log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
     scores_of_all: list[tuple[TaskScore, ...]] = []
     pieces = agreed(lambda: windows(lm.tokenizer, settings)) if settings.perplexity_tokens else ()
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
@@ -96,18 +92,6 @@ def sweep(
     intact = scores_of_all[0]
     by_name = dict(zip((variant.name for variant in everything), scores_of_all, strict=True))
     return intact, [by_name.get(variant.name, intact) for variant in variants]
-
-
-def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
-    """How many layers a token passes until all variants have its final state: together, and one after the other."""
-    shared = apart = 0
-    for layer in range(num_layers):
-        removed = [any(at == layer and edit.removes_layer for at, edit in variant.edits) for variant in variants]
-        through = [variant.edits for variant, is_gone in zip(variants, removed, strict=True) if not is_gone]
-        paths = {runs_through(edits, layer) for edits in through}
-        shared += len(paths)
-        apart += len(variants) - sum(removed)
-    return shared, apart
 
 
 def task_names(settings: Sweeps) -> tuple[str, ...]:
@@ -126,14 +110,10 @@ def task_names(settings: Sweeps) -> tuple[str, ...]:
         for protocol in settings.protocols:
             name = _under(protocol, task, known)
             if name is None:
-                candidates = [pattern.format(task) for pattern in TASK_NAMES[protocol]]
-                forms = [pattern.format(task) for patterns in TASK_NAMES.values() for pattern in patterns]
-                has = [form for form in forms if form in known]
-                close = difflib.get_close_matches(task, known, n=1, cutoff=0.6)
-                hint = f"it has {', '.join(has)}" if has else f"did you mean {close[0]!r}?" if close else ""
+                forms = " or ".join(pattern.format(task) for pattern in TASK_NAMES[protocol])
                 raise UserError(
-                    f"measure.sweep.protocols: task {task!r} has no protocol {protocol} "
-                    f"(there is no {' or '.join(candidates)}); {hint or 'name tasks in full and leave protocols out'}"
+                    f"measure.sweep.protocols: task {task!r} has no protocol {protocol} (there is no {forms}); name "
+                    "tasks in full and leave protocols out"
                 )
             names.append(name)
     return tuple(names)
@@ -203,7 +183,6 @@ class VariantsLM(CausalLM):
         self.current = 0
         self.seed = 0
         """Seed of sampled text."""
-        self.num_layers = text_config(edited.model.config).num_hidden_layers
         self._edited, self._variants = edited, variants
 
     def show(self, number: int) -> None:

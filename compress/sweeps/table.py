@@ -1,18 +1,23 @@
-"""From scores per item, with every component of an operator taken out in turn, to a table with intervals and tests.
+"""From scores per item, with every component of an operator taken out in turn, to a table with intervals and tests; and
+these scores on disk: <task>.json in the sweep's folder.
 
 N items, U components, K = 1 + U columns of which the first is the intact model, R resamples.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn
+from shoal.atomic_files import write_json
 from shoal.components import Component
 from shoal.errors import UserError
 from shoal.recipe.section import LEAST_ITEMS
@@ -29,8 +34,6 @@ from shoal.stats.intervals import (
 from shoal.stats.paired import holm, is_binary, mcnemar, paired_table, require_same_measurement, z_above_chance
 
 ALPHA = 0.05
-OF_LAYERS = ("layer", "skip_prompt", "skip_written")
-"""Operators that have one component for every layer, in their order."""
 SIGNAL_SIGMAS = 3.0
 """Standard errors above chance that the intact model needs before a share of its score can be kept or lost."""
 
@@ -45,8 +48,8 @@ class Measured:
     scores_NK: Array
     weights_N: Array
     is_binary: bool
-    means_RK: Array | None
-    """Resampled means; None for 0/1 scores of operators that are not among OF_LAYERS, which need none."""
+    means_RK: Array
+    """Resampled means."""
 
     @property
     def effective_n(self) -> float:
@@ -69,65 +72,45 @@ def require_items(task: str, n: int, num_components: int, *, weights: Sequence[f
     Raises:
         UserError: naming the task, its items, how many are needed and where to set them.
     """
-    need = needed_items(num_components)
+    need, effective = needed_items(num_components), effective_n(np.asarray(weights or [1.0] * n, dtype=np.float64))
     if n < need:
-        raise UserError(
-            f"task {task!r}: has {n} items, but over {num_components} removals no interval and no test can show an "
-            f"effect with fewer than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts), "
-            "or leave the task out"
+        problem = (
+            f"has {n} items, but over {num_components} removals no interval and no test can show an effect with fewer "
+            f"than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts)"
         )
-    effective = n if weights is None else effective_n(np.asarray(weights, dtype=np.float64))
-    if effective < LEAST_ITEMS:
-        raise UserError(
-            f"task {task!r}: its {n} items are of so unequal weight that they are worth {effective:.1f} equal ones, of "
-            f"which an interval needs {LEAST_ITEMS}; raise measure.sweep.perplexity_tokens, lower "
-            "measure.sweep.sequence_length, or leave the task out"
+    elif effective < LEAST_ITEMS:
+        problem = (
+            f"its {n} items are of so unequal weight that they are worth {effective:.1f} equal ones, of which an "
+            f"interval needs {LEAST_ITEMS}; raise measure.sweep.perplexity_tokens, lower measure.sweep.sequence_length"
         )
-
-
-def sweep_table(
-    operator: str, components: Sequence[Component], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
-) -> Sweep:
-    """The table of one operator: ``removed[i]`` are the scores without ``components[i]``, of the tasks of ``intact``.
-
-    Raises:
-        UserError: too few items, a component without the scores of a task, or scores of other items or settings.
-    """
-    return table_of(operator, components, intact, removed)[0]
+    else:
+        return
+    raise UserError(f"task {task!r}: {problem}, or leave the task out")
 
 
 def table_of(
     operator: str, components: Sequence[Component], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
 ) -> tuple[Sweep, tuple[Measured, ...]]:
-    """The table, and what it was computed from: every column's scores in one matrix, checked.
+    """The table of one operator, and what it was computed from: every column's scores in one matrix, checked.
+
+    ``removed[i]`` are the scores without ``components[i]``, of the tasks of ``intact``.
 
     Raises:
-        UserError: as sweep_table does.
+        UserError: too few items, or scores of other items or settings.
     """
-    if len(components) != len(removed):
-        raise ValueError(f"{len(components)} components but scores of {len(removed)} variants")
-    by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
-        {score.key: score for score in scores} for scores in removed
-    ]
+    by_key = [{score.key: score for score in scores} for scores in removed]
     columns: list[tuple[Measured, Sequence[TaskScore]]] = []
     for task in intact:
         require_items(task.task, len(task.items), len(components), weights=[item.weight for item in task.items])
-        missing = [
-            component.name for component, scores in zip(components, by_key, strict=True) if task.key not in scores
-        ]
-        if missing:
-            raise UserError(
-                f"task {task.task!r}: has no {task.protocol} score without {missing[0]}; sweep it with the other tasks"
-            )
         variants = [scores[task.key] for scores in by_key]
         for variant in variants:
             require_same_measurement(task, variant)
-        columns.append((_measured(task, variants, operator in OF_LAYERS), variants))
+        columns.append((_measured(task, variants), variants))
     swept = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
     return Sweep(operator, tuple(components), swept), tuple(column for column, _ in columns)
 
 
-def _measured(task: TaskScore, variants: Sequence[TaskScore], resample: bool) -> Measured:
+def _measured(task: TaskScore, variants: Sequence[TaskScore]) -> Measured:
     columns = [{item.id: item.score for item in score.items} for score in (task, *variants)]
     ids = tuple(item.id for item in task.items)
     scores_NK = np.array([[column[identity] for column in columns] for identity in ids], dtype=np.float64)
@@ -140,10 +123,7 @@ def _measured(task: TaskScore, variants: Sequence[TaskScore], resample: bool) ->
         )
     weights_N = np.array([item.weight for item in task.items], dtype=np.float64)
     binary = is_binary(task) and all(is_binary(variant) for variant in variants)
-    means_RK = None
-    if resample or not binary:
-        means_RK = resampled_means(scores_NK, weights_N)
-    return Measured(task, ids, scores_NK, weights_N, binary, means_RK)
+    return Measured(task, ids, scores_NK, weights_N, binary, resampled_means(scores_NK, weights_N))
 
 
 def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> SweepColumn:
@@ -196,7 +176,6 @@ def _binary_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], l
 
 
 def _mean_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
-    assert column.means_RK is not None
     n = column.effective_n
     mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N)
     change_U, changes_RU = mean_K[1:] - mean_K[0], column.means_RK[:, 1:] - column.means_RK[:, :1]
@@ -221,8 +200,7 @@ def _retentions(column: Measured) -> list[Estimate | None]:
 
 def resampled_retentions(*columns: Measured) -> list[Array]:
     """(R, U) of each: retention in the same resamples, those in which every intact score lies above chance."""
-    above = [column.means_RK - column.task.chance for column in columns if column.means_RK is not None]
-    assert len(above) == len(columns)
+    above = [column.means_RK - column.task.chance for column in columns]
     usable = np.logical_and.reduce([above_RK[:, 0] > 0 for above_RK in above])
     return [above_RK[usable, 1:] / above_RK[usable, :1] for above_RK in above]
 
@@ -287,3 +265,46 @@ def retentions(column: Measured) -> list[Estimate] | str:
     if len(retained) < column.scores_NK.shape[1] - 1:
         return f"the intact score ({column.task.score:.2f}) is too uncertain for a ratio to it, n = {column.task.n}"
     return retained
+
+
+def write_items(
+    folder: Path, names: Sequence[str], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+) -> None:
+    """A file for every task: weights and scores of its items, intact and without each unit, in the order of the ids."""
+    for index, task in enumerate(intact):
+        table = {
+            "task": task.task,
+            "metric": task.metric,
+            "ids": [item.id for item in task.items],
+            "weights": [item.weight for item in task.items],
+            "intact": [item.score for item in task.items],
+            "without": {
+                unit: [item.score for item in scores[index].items] for unit, scores in zip(names, removed, strict=True)
+            },
+        }
+        write_json(_file(folder, task.task), table)
+
+
+def read_items(folder: Path, task: str, *, num_units: int) -> dict[str, Array]:
+    """Item -> (2 + U,): its weight, its score with everything, and without each unit. Weights of old files are 1.
+
+    Raises:
+        UserError: the file is missing, or of another number of units.
+    """
+    file = _file(folder, task)
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        rows = [table.get("weights") or [1.0] * len(table["ids"]), table["intact"], *table["without"].values()]
+        rows_KN = np.array(rows, dtype=np.float64)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); delete importance.json and measure again") from error
+    if len(rows_KN) != 2 + num_units:
+        raise UserError(
+            f"{file}: has {len(rows_KN) - 2} units, importance.json has {num_units}; delete it and measure again"
+        )
+    return dict(zip(table["ids"], rows_KN.T, strict=True))
+
+
+def _file(folder: Path, task: str) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", task)
+    return folder / f"{name}.json"

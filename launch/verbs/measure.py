@@ -222,8 +222,7 @@ def sweep_tables(
     """By operator the table of what the tasks of measure.sweep score without each of its ``units``, and what it was
     computed from; scores of items go to sweep/ in the run directory. ``donor``: what identifies a model whose layers
     are put in."""
-    from shoal.compress.sweeps.items import write_items
-    from shoal.compress.sweeps.table import table_of
+    from shoal.compress.sweeps.table import table_of, write_items
     from shoal.compress.variants.variants import variant_of
 
     if not units:

@@ -114,7 +114,7 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
 def sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
     """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
 
-    from shoal.compress.sweeps.expected_loss import expected_sacrifice
+    from shoal.compress.sweeps.columns import expected_sacrifice
 
     if importance is None and (asked := importance_of(run)).is_there():
         importance = asked.require()

@@ -1,6 +1,6 @@
 """How layers are chosen, and which choices are refused.
 
-Covers: shoal.compress.sweeps.columns, shoal.compress.sweeps.expected_loss.
+Covers: shoal.compress.sweeps.columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
 from shoal.compress.plan import Choice, choose_changes, default_count, stand_in
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
+from shoal.compress.sweeps.columns import expected_sacrifice, joint_change
 from shoal.errors import UserError
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe

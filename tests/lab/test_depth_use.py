@@ -1,7 +1,4 @@
-"""What models use their layers for, side by side: against plain loops, with planted differences, over aligned layers.
-
-Covers: shoal.compress.sweeps.items.
-"""
+"""What models use their layers for, side by side: against plain loops, with planted differences, over aligned layers."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from sweep_results import NUM_ITEMS, nats, right, task
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Importance
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.items import write_items
+from shoal.compress.sweeps.table import write_items
 from shoal.errors import UserError
 from shoal.figures.style import save_figure
 from shoal.lab.depth_use import DepthUse, SweptRole, depth_use, depth_use_figure

@@ -13,10 +13,10 @@ from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, READ, WROTE, tables
 
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.sweep import VariantsLM, sweep
-from shoal.compress.sweeps.table import OF_LAYERS, table_of
+from shoal.compress.sweeps.table import table_of
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.figures.style import save_figure
-from shoal.lab.reading import ColumnReadWrite, ReadWrite, read_write_figure, read_write_of
+from shoal.lab.reading import OF_LAYERS, ColumnReadWrite, ReadWrite, read_write_figure, read_write_of
 from shoal.recipe.measure import Sweeps
 
 

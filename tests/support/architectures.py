@@ -212,8 +212,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v2": Architecture({"first_k_dense_replace": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": Architecture({"first_k_dense_replace": 2}),
     "deepseek_v32": Architecture({"first_k_dense_replace": 2}),
-    "diffllama": Architecture(refuses="computes lambda_init from a layer's index", drops=((4, 5),)),
-    "dory": Architecture({"n_input_layers": 2, "n_output_layers": 2}, refuses="entries for|ties layers"),
+    "diffllama": Architecture(refuses="lambda_init is .* but would become", drops=((4, 5),)),
+    "dory": Architecture({"n_input_layers": 2, "n_output_layers": 2}, refuses="is about layers|ties layers"),
     "dots1": Architecture(
         {
             "first_k_dense_replace": 2,
@@ -240,7 +240,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5_moe_interval": Architecture(
         {"moe_num_experts": 4, "moe_k": 2, "moe_layer_interval": 2},
         "ernie4_5_moe",
-        refuses="one layer in 2 is a mixture",
+        refuses="says that one layer in 2 is special",
         drops=((0, 1), (2, 3), (1, 2)),
     ),
     "exaone4": Architecture({"sliding_window_pattern": 3}),
@@ -268,7 +268,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "laurel_rank": 8,
             "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
         },
-        refuses="have no keys and values of their own",
+        refuses="uses the keys and values of layer",
     ),
     "gemma4": Architecture(
         {
@@ -294,7 +294,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "output_proj_dims": 16,
             },
         },
-        refuses="would be the student.s last",
+        refuses="layer_types: reads",
     ),
     "gemma4_text": Architecture(
         {
@@ -304,7 +304,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "vocab_size_per_layer_input": 96,
             "global_head_dim": 16,
         },
-        refuses="have no keys and values of their own|would be the student.s last",
+        refuses="uses the keys and values of layer|layer_types: reads",
     ),
     "gemma4_unified": Architecture(
         {
@@ -312,9 +312,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             "vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
             "audio_config": {"audio_embed_dim": 16},
         },
-        refuses="would be the student.s last",
+        refuses="layer_types: reads",
     ),
-    "gemma4_unified_text": Architecture({"layer_types": ALTERNATING}, refuses="would be the student.s last"),
+    "gemma4_unified_text": Architecture({"layer_types": ALTERNATING}, refuses="layer_types: reads"),
     "git": Architecture(
         {"vision_config": {**VISION, "num_hidden_layers": 1}},
         padding="its positions count the padding",
@@ -322,7 +322,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
     "glm_moe_dsa": Architecture(
         {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"], "first_k_dense_replace": 2},
-        refuses="attend to the tokens that layer",
+        refuses="uses the chosen tokens of layer",
         drops=((0, 1), (3, 4, 5)),
     ),
     "got_ocr2": Architecture(
@@ -354,7 +354,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neo": Architecture(
         {"num_layers": 6, "attention_types": [[["global", "local"], 3]], "window_size": SLIDING_WINDOW}
     ),
-    "gpt_neox_japanese": Architecture(refuses="the last layer of gpt_neox_japanese alone adds a bias"),
+    "gpt_neox_japanese": Architecture(refuses="use_bias is .* but would become"),
     "gptj": Architecture({"rotary_dim": 4}),
     "granitemoehybrid": Architecture(
         {"layer_types": ["mamba", "attention", "mamba"] * 2}, refuses="leaves only", drops=((1, 4),)
@@ -362,7 +362,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hrm_text": Architecture(refuses="does not know where this architecture keeps its decoder layers"),
     "hunyuan_v1_dense": Architecture({"head_dim": 8}),
     "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": [2, 1, 3, 2, 1, 3], "num_shared_expert": [1] * 6}),
-    "hy_v4": Architecture(refuses="attend to the tokens that layer"),
+    "hy_v4": Architecture(refuses="uses the chosen tokens of layer"),
     "idefics3": Architecture(
         {"image_token_id": 95, "text_config": LLAMA, "vision_config": VISION},
         images={"pixel_values": (1, 1, 3, 32, 32)},
@@ -495,7 +495,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "vision_output_dim": 32,
             },
         },
-        refuses="would begin with layer",
+        refuses="would come first",
         images={
             "pixel_values": (1, 1, 4, 3, 32, 32),
             "aspect_ratio_ids": [[1]],
@@ -503,7 +503,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "cross_attention_mask": (),
         },
     ),
-    "modernbert-decoder": Architecture(refuses="layer 0 of modernbert-decoder alone has no attention norm"),
+    "modernbert-decoder": Architecture(refuses="attn_norm.class is .* but would become"),
     "mpt": Architecture({"expansion_ratio": 2}),
     "nemotron": Architecture({"head_dim": 8, "num_key_value_heads": 2}),
     "nemotron_h": Architecture(
@@ -602,7 +602,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "text_config": MROPE,
             "vision_config": {**QWEN_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1]},
         },
-        refuses="behind which features of the image are added",
+        refuses="features of the image are added behind",
         drops=((2, 3), (3, 5), (2, 4, 5), (2, 3, 4)),
         images=PATCHES,
     ),
@@ -630,7 +630,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "head_dim": None,
             "initializer_range": 0.1,  # above, rounding decides the text
         },
-        refuses="share blocks in turn",
+        refuses="num_mem_blocks=2: ties layers",
         drops=((1, 3), (3, 5), (4, 5)),
     ),
     "zaya": Architecture({"num_experts_per_tok": 1}, refuses="reads the state of the router before it"),

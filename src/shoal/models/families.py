@@ -27,23 +27,15 @@ class Family:
     """What it does that keeps flash kernels from packed rows, though transformers offers them for it."""
     no_cut: str = ""
     """Reason why no cut equals skipping the layers."""
-    first_alone: str = ""
-    """Feature that only the first layer has or lacks."""
-    last_alone: str = ""
-    """Feature that only the last layer has or lacks."""
-    counts_from_zero: str = ""
-    """Thing that the code computes from a layer's index, where no configuration can say otherwise."""
     measured_by_first: bool = False
     """Padded batches go wrong with a KV cache unless the first layer is a full-attention one."""
-    ends_with_full_attention: bool = False
-    """The last layer gets full attention, whatever the configuration says."""
     may_differ: str = ""
     """Pattern of attributes of a layer's modules that a cut may change without changing what the layer computes."""
     changed_residual: str = ""
     """Reason why a layer with both halves silenced is not the identity, though each half adds nothing."""
 
 
-_STORES_KV = r"self_attn\.store_full_length_kv"  # special_cuts._recount_shared_layers checks that the read ones store
+_STORES_KV = r"self_attn\.store_full_length_kv"  # config_cut._recount_shared_layers checks that the read ones store
 _READS_BLOCKS = "its layers read the outputs of earlier blocks of layers beside the residual stream"
 _KEEPS_BORDERS = "does not tell its kernels where documents begin"
 _DELTA_RULE = (
@@ -55,20 +47,17 @@ _PADS_LEFT = "takes padding on the left for text"
 
 FAMILIES: dict[str, Family] = {
     "cpmant": Family(layers="cpmant.encoder.layers", no_branch="wants all earlier tokens beside the cache"),
-    "diffllama": Family(counts_from_zero="computes lambda_init"),
     "doge": Family(changed_residual="scales the residual stream in every layer"),
     "dory": Family(no_branch="grows the cache"),
     "gemma3n_text": Family(may_differ=_STORES_KV, changed_residual="mixes several residual streams in every layer"),
     "gemma4_text": Family(
         may_differ=_STORES_KV,
-        ends_with_full_attention=True,
         changed_residual="adds per-layer embeddings and scales the residual stream",
     ),
-    "gemma4_unified_text": Family(may_differ=_STORES_KV, ends_with_full_attention=True),
+    "gemma4_unified_text": Family(may_differ=_STORES_KV),
     "git": Family(layers="git.encoder.layer", no_branch=_PADS_LEFT),
     "falcon": Family(no_flash=_KEEPS_BORDERS),
     "gpt_neo": Family(no_flash=_KEEPS_BORDERS),
-    "gpt_neox_japanese": Family(last_alone="adds a bias after attention"),
     "hrm_text": Family(
         no_branch="a recurrence that makes something of every rounding", no_flash="reads a prefix in both directions"
     ),
@@ -82,7 +71,7 @@ FAMILIES: dict[str, Family] = {
         changed_residual="norms and scales the residual stream in every layer",
     ),
     "mllama_text_model": Family(with_images=True, no_branch="fills no slot of a layer that reads no image"),
-    "modernbert-decoder": Family(head_prepares=True, first_alone="has no attention norm"),
+    "modernbert-decoder": Family(head_prepares=True),
     "nemotron": Family(no_flash=_KEEPS_BORDERS),
     "olmo_hybrid": Family(no_flash=_DELTA_RULE),
     "openai-gpt": Family(changed_residual="norms the residual stream after every half"),
@@ -94,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family(no_flash=_KEEPS_BORDERS),
     "xlstm": Family(no_branch="is recurrent"),
     "zamba2": Family(
-        # which block and adapters a layer shares: special_cuts._recount_shared_blocks and teacher_leaf see to them
+        # which block and adapters a layer shares: config_cut and cut_model.teacher_leaf see to them
         may_differ=r".*\.(block_id|num_fwd_mem_blocks)|.*_adapter_list\..*"
     ),
     "zaya": Family(

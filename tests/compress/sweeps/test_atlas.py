@@ -1,6 +1,6 @@
 """The atlas: every statistic against an independent reference, planted truths found, intervals that cover them.
 
-Covers: shoal.compress.sweeps.agreement, shoal.compress.sweeps.table.
+Covers: shoal.compress.sweeps.table.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from scipy import optimize, stats
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
 
 from shoal.artifacts.evaluation import TaskScore
-from shoal.compress.sweeps.agreement import agreement, column_stability, spearman
-from shoal.compress.sweeps.atlas import build_atlas, cornerstones, layer_losses
+from shoal.compress.sweeps.atlas import agreement, build_atlas, column_stability, cornerstones, layer_losses, spearman
 from shoal.compress.sweeps.table import Measured, require_items
 from shoal.errors import UserError
 from shoal.stats import paired
@@ -189,10 +188,6 @@ def test_too_few_items_are_refused_before_and_after_the_sweep() -> None:
         build_atlas([uneven], [[uneven]] * 2)
 
 
-def without_last(tasks: list[TaskScore]) -> list[TaskScore]:
-    return tasks[:-1]
-
-
 def with_other_version(tasks: list[TaskScore]) -> list[TaskScore]:
     return [replace(score, version="2") for score in tasks]
 
@@ -210,7 +205,6 @@ def with_other_item(tasks: list[TaskScore]) -> list[TaskScore]:
 @pytest.mark.parametrize(
     ("spoilt", "message"),
     [
-        (without_last, "task 'language_rolling': has no rolling score without layer 2; sweep it with the other tasks"),
         (with_other_version, "version is '1' in one evaluation and '2' in the other"),
         (with_other_item, r"items differ \(2 are in one evaluation only"),
         (with_nan, r"item 'retrieval-0' has the score nan in variant 2; measure in another dtype"),
@@ -221,9 +215,6 @@ def test_unlike_scores_are_refused(spoilt: Callable[[list[TaskScore]], list[Task
     removed[2] = spoilt(removed[2])
     with pytest.raises(UserError, match=message):
         build_atlas(intact, removed)
-
-
-# --- written text -------------------------------------------------------------------------------------------------
 
 
 # --- gaps, depth, agreement ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from sweep_results import right, task
 from shoal.artifacts.importance import Importance
 from shoal.components import Component
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.table import sweep_table
+from shoal.compress.sweeps.table import table_of
 from shoal.figures.atlas import (
     agreement_figure,
     atlas_figure,
@@ -113,7 +113,7 @@ def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> None:
     units = [Component((layer,), "attention") for layer in (1, 3, 4)]
-    table = sweep_table("attention", units, [task(right(0.8))], [[task(right(0.8, lost))] for lost in (0, 30, 1)])
+    table = table_of("attention", units, [task(right(0.8))], [[task(right(0.8, lost))] for lost in (0, 30, 1)])[0]
     (ax,) = curves_figure(table).axes
     assert [list(line.get_xdata()) for line in ax.get_lines()][::2] == [[1, 3, 4], [3]]  # pyright: ignore
     assert ax.get_xlabel() == "attention of layer"
