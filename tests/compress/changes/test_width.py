@@ -242,9 +242,7 @@ def test_a_student_that_lost_other_channels_is_not_let_through(
 
     monkeypatch.setattr(width_module, "as_kept", shifted)
     folder = saved(tmp_path, "llama")
-    with pytest.raises(
-        UserError, match=r"logits differ from those of the teacher .* cannot cut or narrow the llama family"
-    ):
+    with pytest.raises(UserError, match=r"logits differ from .* cannot cut or narrow the llama family"):
         narrowed(folder, settings(text))
     assert not (tmp_path / "student").exists()
 
