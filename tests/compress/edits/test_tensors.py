@@ -187,7 +187,7 @@ def test_overflow_is_refused() -> None:
     model = tiny_model("llama", dtype=torch.float16)
     for layer, value in {1: -30_000.0, 2: 30_000.0, 3: 30_000.0}.items():
         nn.init.constant_(decoder_layers(model)[layer].get_parameter("mlp.up_proj.weight"), value)
-    with pytest.raises(UserError, match=r"layers 1..3: mlp.up_proj.weight is not finite in torch.float16"):
+    with pytest.raises(UserError, match=r"mlp.up_proj.weight of layers 1..3 is not finite in torch.float16"):
         merged_layer(model, 1, laco_factors(3))
 
 
