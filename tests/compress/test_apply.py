@@ -1,7 +1,7 @@
 """From folder to folder: the student on disk is proven, plain, and there only when it is complete.
 
-Covers: shoal.compress.surgery.copying,
-shoal.compress.surgery.stored_names, shoal.compress.surgery.teacher.
+Covers: shoal.compress.surgery.copying, shoal.compress.surgery.stored_names,
+shoal.compress.surgery.teacher.
 """
 
 from __future__ import annotations

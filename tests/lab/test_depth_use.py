@@ -1,4 +1,4 @@
-"""What models use their layers for, side by side: against plain loops, with planted differences, over aligned layers."""
+"""What models use their layers for, side by side: against plain loops, with planted differences and aligned layers."""
 
 from __future__ import annotations
 

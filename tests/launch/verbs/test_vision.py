@@ -64,7 +64,7 @@ def test_layers_behind_which_the_image_is_added_are_never_chosen(
     named = run_of(models / "qwen3_vl", tmp_path / "named", prune={"drop": [1, 3]})
     for stage in (preflight, prune):
         with pytest.raises(
-            UserError, match=r"drop: names 1, one of the layers 0 to 1 of qwen3_vl behind which features"
+            UserError, match=r"drop: features of the image are added behind the layers 0 to 1 of qwen3_vl"
         ):
             stage(named)
 
