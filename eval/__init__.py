@@ -1,9 +1,8 @@
 """Score teacher, pruned and distilled on the same items, say what may be said of the difference, and show it.
 
-    evaluate    the artifact of one role
-    quick_eval  a few scores in the middle of training
-    speed       tokens per second, memory, size
-    suites      what an evaluation costs
+    evaluate  the artifact of one role, and a few scores in the middle of training
+    speed     tokens per second, memory, size
+    suites    what an evaluation costs
 
 Folders:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,31 +13,36 @@ from typing import Any
 
 import lm_eval.api.task
 import lm_eval.evaluator
+import numpy as np
 import torch
 import torch.distributed as dist
 from lm_eval.models.utils import resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Json, Provenance
-from shoal.artifacts.evaluation import MODEL, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, PERPLEXITY, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.inference.vllm import vllm_version
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
-from shoal.ranks import rank
+from shoal.ranks import rank, world_size
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import agreed, device, environment, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks, prompt_room
 from .harness.item_cache import ItemCache, identity_of
-from .harness.perplexity import perplexity
+from .harness.perplexity import perplexity, windows
 from .harness.samples import task_score
 from .harness.vllm import vllm_lm
 from .tasks.load import tasks_of
+from .tasks.names import named_in
 
 log = logging.getLogger(__name__)
+
+WATCHED = ("tasks", "limit")
+"""What section distill.watch says itself of what is scored; the rest is of section `eval`."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +169,7 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
     check_runnable(tasks, max_length=lm.max_length, num_ranks=lm.world_size)
-    scores = _scores(lm, tasks, num_items(tasks, settings, num_ranks=lm.world_size))
-    return agreed(lambda: scores)
-
-
-def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tuple[TaskScore, ...]:
-    """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
+    counts = num_items(tasks, settings, num_ranks=lm.world_size)
     lm.endings.clear()
     first: dict[str, Any] = {name: range(count) for name, count in counts.items()}
     theirs: Any = lm_eval.api.task
@@ -180,21 +181,23 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
         results: Any = lm_eval.evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
     finally:
         theirs.tqdm = bar
-    gathered = lm.gather_object(lm.endings)
-    if results is None:
-        return ()
-    endings = {key: ending for part in gathered for key, ending in part.items()}
-    return tuple(
-        task_score(
-            name,
-            task,
-            results["samples"][name],
-            num_fewshot=int(task.get_config("num_fewshot") or 0),
-            count_tokens=lm.count_tokens,
-            endings=endings,
+    endings = {key: ending for part in lm.gather_object(lm.endings) or () for key, ending in part.items()}
+    scores = (
+        ()
+        if results is None
+        else tuple(  # lm-eval gathers on rank 0
+            task_score(
+                name,
+                task,
+                results["samples"][name],
+                num_fewshot=int(task.get_config("num_fewshot") or 0),
+                count_tokens=lm.count_tokens,
+                endings=endings,
+            )
+            for name, task in tasks.items()
         )
-        for name, task in tasks.items()
     )
+    return agreed(lambda: scores)
 
 
 def in_words(tasks: dict[str, Any], settings: Tasks) -> str:
@@ -260,3 +263,55 @@ def num_items(tasks: dict[str, Any], settings: Tasks, *, num_ranks: int = 1) -> 
             "limit, use fewer ranks, or leave the task out"
         )
     return counts
+
+
+@dataclass(frozen=True)
+class QuickScore:
+    """One number of a curve."""
+
+    value: float
+    higher_is_better: bool
+
+
+class QuickScores:
+    """Scores the same items every time, so that what moves is the model. All ranks take part and all get the scores.
+
+    Held-out text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`.
+
+    Raises:
+        UserError: as tasks_of, or a task with fewer items than ranks.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tasks, *, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._seed = seed
+        self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
+        # now, and not by the first scores, which come when the training has begun
+        with named_in("distill.watch", *WATCHED):
+            num_items(self._tasks, settings, num_ranks=world_size())
+        # and once: a Hub that does not answer must not end a training
+        self._windows = agreed(lambda: windows(tokenizer, settings)) if settings.perplexity_tokens else ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the scores that a call returns."""
+        return (*([PERPLEXITY] if self._settings.perplexity_tokens else []), *self._tasks)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
+        """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
+        connect_ranks(model.device)
+        # training must draw the same numbers whether or not it is watched
+        was_training, python, numpy = model.training, random.getstate(), np.random.get_state()
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+                lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
+                scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
+                if self._settings.perplexity_tokens:
+                    scores.insert(0, perplexity(lm, self._settings, all_windows=self._windows))
+        finally:
+            model.train(was_training)
+            random.setstate(python)
+            np.random.set_state(numpy)
+        return {score.task: QuickScore(score.score, score.higher_is_better) for score in scores}

@@ -115,7 +115,7 @@ def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> 
         raise UserError(
             f"speed: {role} keeps no cache of keys and values to measure decoding with; set eval.speed: false"
         )
-    return _Entry(decoder, _weight_bytes(model), checkpoint_bytes(source.folder) if is_stored else None)
+    return _Entry(decoder, int(model.get_memory_footprint()), checkpoint_bytes(source.folder) if is_stored else None)
 
 
 def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds: int) -> dict[str, BatchSpeed]:
@@ -184,15 +184,6 @@ def peak_growth(where: torch.device, work: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    storages = {
-        storage.data_ptr(): storage.nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-        for storage in [tensor.untyped_storage()]
-    }
-    return sum(storages.values())
 
 
 def _why_too_large(size: int, entries: Mapping[str, _Entry], measured: Mapping[str, Sequence[BatchSpeed]]) -> str:

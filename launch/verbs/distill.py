@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.evaluation import CONTROL
+from shoal.artifacts.evaluation import CONTROL, PERPLEXITY
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
@@ -257,10 +257,9 @@ def _chosen_by(run: Run) -> dict[str, Any]:
     watch, scored = run.recipe.distill.watch, _watched(run)
     if watch is None or scored is None or watch.best is None:
         return {}
-    from shoal.eval.quick_eval import HELD_OUT
     from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
-    if watch.best == HELD_OUT:
+    if watch.best == PERPLEXITY:
         chosen_by = {"data": sources_fingerprint(scored.perplexity_data), "sequence_length": scored.sequence_length}
     else:
         folder = scored.data_dir
@@ -280,8 +279,7 @@ def check_distill(run: Run) -> None:
             wording, no recording where one is named, and what check_training_settings refuses.
     """
     from shoal.compress.plan import stand_in
-    from shoal.eval.evaluate import checked_items, num_items
-    from shoal.eval.quick_eval import SETTINGS
+    from shoal.eval.evaluate import WATCHED, checked_items, num_items
     from shoal.eval.tasks.load import tasks_of
     from shoal.eval.tasks.names import named_in
     from shoal.train.engine.kernels import is_fused
@@ -310,7 +308,7 @@ def check_distill(run: Run) -> None:
     num_items(tasks_of(recipe.eval), recipe.eval)
     if (watched := _watched(run)) is not None and watched.tasks:
         num_ranks = max(world_size(), ranks_to_start(distill.num_ranks))
-        with named_in("distill.watch", *SETTINGS):
+        with named_in("distill.watch", *WATCHED):
             tasks = tasks_of(watched)
             checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
 
@@ -330,7 +328,7 @@ def check_training_settings(recipe: Recipe) -> None:
 
 def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
     """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
-    from shoal.eval.quick_eval import QuickScores
+    from shoal.eval.evaluate import QuickScores
 
     watch, scored = run.recipe.distill.watch, _watched(run)
     if watch is None or scored is None:

@@ -36,7 +36,7 @@ PRELOADED = [
     "trl.models.utils",
     "transformers.models.llama.modeling_llama",
     "shoal.compress.plan",
-    "shoal.eval.quick_eval",
+    "shoal.eval.evaluate",
     "torch.profiler._cupti_monitor",
 ]
 """What a rank of a training imports; a name that is wrong here only costs time."""

@@ -177,7 +177,7 @@ def mask_labels_of_rows(*places: int) -> None:
 
 def script_scores(scores: list[float], *places: int) -> None:
     """Let the watched perplexity be these numbers, look after look, once it has really been scored."""
-    from shoal.eval.quick_eval import QuickScore, QuickScores
+    from shoal.eval.evaluate import QuickScore, QuickScores
 
     mask_labels_of_rows(*places)
     score, order = QuickScores.__call__, iter(scores)

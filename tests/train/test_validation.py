@@ -1,7 +1,4 @@
-"""Scores while training: when, under which names, and which state is kept as the best.
-
-Covers: shoal.eval.quick_eval.
-"""
+"""Scores while training: when, under which names, and which state is kept as the best."""
 
 import math
 import random
@@ -13,7 +10,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
-from shoal.eval.quick_eval import QuickScore, QuickScores
+from shoal.eval.evaluate import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
 from shoal.train.validation import Watcher
