@@ -68,16 +68,6 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
 
 
-def check_eval(run: Run) -> None:
-    """Refuse an engine that is not there.
-
-    Raises:
-        UserError: it is not, or cannot answer here.
-    """
-    if run.recipe.eval.backend == "vllm":
-        check_vllm("eval.backend")
-
-
 def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
     """What identifies the speed of these models, by role."""
     settings = {**shaping(run.recipe, Shapes.SPEED), **shaping(run.recipe.eval, Shapes.SPEED, "eval.")}
@@ -186,8 +176,8 @@ def _score(
     from shoal.eval.suites import in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
-    if due:
-        check_eval(run)
+    if due and run.recipe.eval.backend == "vllm":
+        check_vllm("eval.backend")
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}

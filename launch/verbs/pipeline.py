@@ -6,14 +6,13 @@ Code of a stage is imported where it is used, so that a verb loads only what it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from shoal.data.sources import load_texts
+from shoal.inference.vllm import check_vllm
 from shoal.recipe.section import as_dict
 
 from .distill import check_distill, distill_is_done
-from .evaluate import check_eval, evaluate
+from .evaluate import evaluate
 from .measure import check_measure, measure
 from .plan import refuse_impossible_plan
 from .prune import prune
@@ -43,12 +42,8 @@ def run_all(run: Run, launch: Callable[[Run], None]) -> None:
 
 def track(run: Run) -> None:
     """Log to W&B what the run directory holds now, as far as the recipe wants it; what fails there is only said."""
+    from shoal.eval.report.findings import score_rows
     from shoal.tracking.wandb_run import log_results
-
-    def score_rows(folder: Path) -> list[dict[str, Any]]:
-        from shoal.eval.report.findings import score_rows
-
-        return score_rows(folder)
 
     log_results(run.recipe.track, run.dir, as_dict(run.recipe), score_rows)
 
@@ -70,7 +65,8 @@ def preflight(run: Run) -> None:
         check_export(run.config())
     check_measure(run)
     check_distill(run)
-    check_eval(run)
+    if recipe.eval.backend == "vllm":
+        check_vllm("eval.backend")
     check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)

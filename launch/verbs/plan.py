@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance
@@ -81,21 +80,9 @@ def is_settled(run: Run) -> bool:
 
 def read_importance(run: Run) -> Importance | None:
     """importance.json, where layers are chosen by it and it is there."""
-    path = run.dir / Importance.FILE
-    if run.recipe.prune.drop is not None or not path.is_file():
+    if run.recipe.prune.drop is not None or not (run.dir / Importance.FILE).is_file():
         return None
-    importance = importance_of(run).require()
-    refuse_other_depth(run, path, importance.num_layers)
-    return importance
-
-
-def refuse_other_depth(run: Run, path: Path, num_layers: int) -> None:
-    """Refuse a result of a model with another number of layers than the one to cut."""
-    if num_layers != run.num_layers:
-        raise UserError(
-            f"{path}: num_layers: is {num_layers}, and {run.recipe.model} has {run.num_layers} layers; delete it and "
-            "run its stage again"
-        )
+    return importance_of(run).require()
 
 
 def refuse_unmeasured(run: Run) -> None:

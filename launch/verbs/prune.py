@@ -26,7 +26,6 @@ from .plan import (
     read_importance,
     refuse_impossible_changes,
     refuse_impossible_plan,
-    refuse_other_depth,
     refuse_unfit_student,
 )
 from .run import Run
@@ -97,11 +96,10 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     """plan.json, as student/ was made by it.
 
     Raises:
-        UserError: it is for a model of another number of layers, or one of the two was changed after the cut.
+        UserError: one of the two was changed after the cut.
     """
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     plan = PruningPlan.read(path)
-    refuse_other_depth(run, path, plan.num_layers)
     is_there = plan.student and (student / "config.json").is_file()
     if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(

@@ -94,7 +94,6 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ('revision: "a\\0b"', f"{YAML}a text holds the character NUL"),
     (f"seed: {'9' * 5000}", YAML),
     ("mоdel: x", "recipe.yaml: mоdel: unknown key; did you mean 'model'?"),
-    ("prune: {dorp: [1]}", "recipe.yaml: prune.dorp: unknown key; did you mean 'drop'?"),
     *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "record", "distill")),
     *((f"{name}: []", f"recipe.yaml: {name}: must be a mapping") for name in ("prune", "eval", "track", "export")),
     ("seed: .nan", "recipe.yaml: seed: must be a finite number"),
@@ -107,19 +106,11 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ("measure: {num_tokens: 1000000000000}", "measure.num_tokens: 1,000,000,000,000 tokens take 8 TB of memory"),
     ("eval: {control: 'yes'}", "recipe.yaml: eval.control: must be a boolean"),
     ("eval: {control: 1}", "recipe.yaml: eval.control: must be a boolean"),
-    ("measure: {data: []}", "recipe.yaml: measure.data: must have at least 1 item"),
-    ("measure: {metrics: [nothing]}", "measure.metrics.0: must be 'block_influence', 'angular'"),
-    (
-        "measure: {sweep: {tasks: [retrieval_continuation], limit: 3}}",
-        "recipe.yaml: measure.sweep.limit: with fewer than 8 items",
-    ),
     ("prune: {drop: [true]}", "recipe.yaml: prune.drop.0: must be a whole number"),
     ("prune: {drop: ['1']}", "recipe.yaml: prune.drop.0: must be a whole number"),
-    ("prune: {drop: [1], num_drop: 2}", "recipe.yaml: prune.num_drop: has no effect beside prune.drop"),
     ("distill: {stop_on_spike: 1e999}", "recipe.yaml: distill.stop_on_spike: must be a finite number"),
     ("distill: {losses: [{kind: forward_kl, weight: .inf}]}", "recipe.yaml: distill.losses.0.weight: must be a finite"),
     ("eval: {limits: {retrieval_continuation: '3'}}", "recipe.yaml: eval.limits"),
-    ("export: {hub_repo: 'x/y/z'}", "recipe.yaml: export.hub_repo: must have the form owner/name"),
     ("revision: main", "model 'MODEL': is not on the Hub and has no revision 'main'"),
 ]
 
@@ -158,7 +149,6 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
     ("prune", ["run_dir=/proc/no/such"], "/proc/no/such: cannot be made"),
     ("measure", [f"measure.data={LONG}"], "aaa"),
     ("distill", [f"distill.deepspeed={LONG}"], "aaa"),
-    ("distill", ["distill.deepspeed=nothing.json"], "distill.deepspeed: no file 'nothing.json'"),
     ("distill", ["prune.drop=[99]"], "prune.drop: 99 is no layer of this model"),
     ("distill", ["prune.drop=[1]", "distill.data=none.jsonl"], "data 'none.jsonl': no such file"),
     ("distill", ["distill.teacher.recorded=nowhere"], "distill.teacher.recorded: nowhere is no folder"),
@@ -191,7 +181,6 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
         )
     ),
     ("distill", trainer("lerning_rate=1"), "distill.trainer.lerning_rate: no such training argument"),
-    ("eval", ["eval.tasks=[retreival_continuation]"], "eval.tasks: 'retreival_continuation' is no task"),
     ("eval", ["eval.include_path=nowhere"], "eval.include_path: 'nowhere' is no folder"),
     (
         "run",

@@ -18,10 +18,6 @@ from shoal.redaction import redacted, redacted_arguments
 
 S = TypeVar("S", bound=Section)
 
-NOT_HERE = {
-    "image": "data holds text alone here: images are learnt from (distill.data), and measured by `shoal lab vision`"
-}
-"""Keys that are asked for where shoal has nothing for them -> what it has."""
 WORDS = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -139,7 +135,7 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
         case "unexpected_keyword_argument":
             place = ".".join(map(str, [*keys, last]))
             known = [field.name for section in sections for field in dataclasses.fields(section)]
-            hint = NOT_HERE.get(str(last)) or meant(str(last), known, f"known keys are {', '.join(known)}")
+            hint = meant(str(last), known, f"known keys are {', '.join(known)}")
             return place, gone(place) or f"unknown key; {hint}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""

@@ -184,8 +184,6 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     *sections, leaf = key.split(".")
     if not equals or not all([*sections, leaf]):
         raise UserError(f"{quoted(override)}: must have the form section.key=value, without blanks around the =")
-    if key != key.strip():
-        raise UserError(f"{quoted(override)}: has a blank before the =; write {key.strip()}={text.strip()}")
     try:
         value = read_yaml(text)
     except YAMLError as error:

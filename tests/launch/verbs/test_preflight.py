@@ -41,7 +41,7 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
         (
             {"metric": "blockpruner"},
             HALVES,
-            r"blockpruner: is an order of attention, mlp units, .* `shoal lab skip RUN_DIR order=b",
+            r"blockpruner is an order of attention units, which has no scores of layers",
         ),
         (
             {"metric": "block_influence", "contiguous": True},

@@ -13,7 +13,6 @@ from vllm_stand_in import LLM, install
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm
 from shoal.launch.cli import _refuse_early
-from shoal.launch.verbs.evaluate import check_eval
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, TrainingSource, Writing
@@ -87,11 +86,10 @@ def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, mo
     model = tiny_checkpoint(tmp_path / "model", "llama")
     settings = {"model": str(model), "run_dir": str(tmp_path), "dtype": "float32", "attention": "sdpa"}
     run, asked = (open_run(parse_recipe({**settings, **other})) for other in ({}, {"eval": {"backend": "vllm"}}))
-    check_eval(run)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_eval(run)
+    _refuse_early("eval", run.recipe)
     with pytest.raises(UserError, match=r"^eval\.backend: vllm is not installed here"):
-        check_eval(asked)
+        _refuse_early("eval", asked.recipe)
     monkeypatch.setattr(Checkpoint, "model", None)
     data = (TrainingSource("python_docs"), TrainingSource("teacher_text"))
     with pytest.raises(UserError, match=r"^distill\.writing\.backend: vllm is not installed here"):
