@@ -25,7 +25,7 @@ from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import identity_of, left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
@@ -88,13 +88,11 @@ def measure_importance(
             rows,
             metrics=section.metrics,
             batch_size=section.batch_size,
-            num_drop=section.num_drop or max(1, len(decoder_layers(model)) // 4),
+            num_drop=section.removals(len(decoder_layers(model))),
             seed=seed,
         )
         inputs = {
-            "model": name_of(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "seed": seed,
+            **identity_of(model, seed=seed),
             "rows": rows.fingerprint,
             **shaping(section, Shapes.IMPORTANCE, "measure."),
         }

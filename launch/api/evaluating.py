@@ -14,7 +14,7 @@ from shoal.errors import UserError
 from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
-from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import identity_of, left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
@@ -72,9 +72,7 @@ def evaluate(
         require_positions(model, section.sequence_length)
     asked = tasks_fingerprint(section.tasks, section.include_path)
     inputs = {
-        "model": name_of(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
+        **identity_of(model, seed=seed),
         "tasks": asked,
         **shaping(section, Shapes.SCORES, "eval."),
     }

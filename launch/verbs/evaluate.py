@@ -82,10 +82,8 @@ def evaluate(run: Run) -> None:
     folders = roles(run)
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
-    prune = run.recipe.prune
-    changes = (prune.drop, prune.num_drop, prune.ratio, prune.target, prune.width)
-    if list(folders) == ["teacher"] and any(changes):
-        log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
+    if list(folders) == ["teacher"]:
+        log.info("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
         log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
     checkpoints = _checkpoints(run, folders)
@@ -166,40 +164,32 @@ def _checkpoints(run: Run, folders: dict[str, Path]) -> dict[str, Checkpoint]:
     return {role: Checkpoint.read(folder, load) for role, folder in folders.items()}
 
 
-def _score(
-    run: Run,
-    checkpoints: dict[str, Checkpoint],
-    due: dict[str, dict[str, Any]],
-) -> None:
+def _score(run: Run, checkpoints: dict[str, Checkpoint], due: dict[str, dict[str, Any]]) -> None:
     """eval/<role>.json of every role that is ``due``."""
     from shoal.eval.evaluate import Questions, checked_items, num_items, role_evaluation
     from shoal.eval.suites import in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
-    if due and run.recipe.eval.backend == "vllm":
+    if not due:
+        return
+    settings = run.recipe.eval
+    if settings.backend == "vllm":
         check_vllm("eval.backend")
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
-        tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
+        tasks = tasks_of(settings, seed=run.recipe.seed)
         for role in due:
             config, tokenizer = checkpoints[role].config, checkpoints[role].tokenizer()
-            checked_items(tasks, run.recipe.eval, config=config, tokenizer=tokenizer, num_ranks=world_size())
-    if due and is_main():
-        cost = work_of(tasks, num_items(tasks, run.recipe.eval), perplexity_tokens=run.recipe.eval.perplexity_tokens)
-        log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
+            checked_items(tasks, settings, config=config, tokenizer=tokenizer, num_ranks=world_size())
+    cost = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
+    log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
+    questions, folder = Questions(settings, run.recipe.seed, tasks), run.dir / "eval"
     for role, inputs in due.items():
-        path = run.dir / "eval" / f"{role}.json"
         log.info("eval: %s (%s)", role, checkpoints[role].folder)
         seed_everything(run.recipe.seed)
-        result = role_evaluation(
-            role,
-            checkpoints[role],
-            Questions(run.recipe.eval, run.recipe.seed, tasks),
-            inputs=inputs,
-            items=run.dir / "eval" / "items",
-        )
+        result = role_evaluation(role, checkpoints[role], questions, inputs=inputs, items=folder / "items")
         if is_main():
-            result.write(path)
+            result.write(folder / f"{role}.json")
         barrier()
 
 
@@ -211,24 +201,21 @@ def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     asked = {role: scores_of(run, role, own) for role, own in inputs.items()}
     due = {role for role, own in asked.items() if not own.is_done()}
     for role in inputs.keys() - due if due else ():
-        if changed := _other_code(run, asked[role].require()):
+        if changed := _other_code(asked[role].require()):
             log.info("eval %s: %s made it, so it is made again to be compared with what is", role, changed)
             due.add(role)
     return {role: own for role, own in inputs.items() if role in due}
 
 
-def _other_code(run: Run, scored: Evaluation) -> str:
-    """Which version of matching, or of lm-eval where tasks are its own, made these scores; "" = those of today."""
+def _other_code(scored: Evaluation) -> str:
+    """Which version of matching or of lm-eval made these scores; "" = those of today."""
     from shoal.abilities.matching import MATCHING
-    from shoal.eval.tasks.names import described_tasks, task_folders
 
     versions = {task.matching for task in scored.tasks} - {1, MATCHING}  # 1 has what asks for no matching
     if versions:
         return f"matching {min(versions)}"
     last, now = (environment.get("lm_eval") for environment in (scored.provenance.environment, environment()))
-    described, _ = described_tasks(task_folders(run.recipe.eval.include_path))
-    is_theirs = any(task.task not in (*described, "perplexity") for task in scored.tasks)
-    return f"lm_eval {last}" if is_theirs and last not in (None, now) else ""
+    return f"lm_eval {last}" if last not in (None, now) else ""
 
 
 def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,6 +86,11 @@ def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
     attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
     load = LoadSettings(str(model.dtype).removeprefix("torch."), named(attention))
     return Checkpoint(Path(name_of(model)), model.config, load)
+
+
+def identity_of(model: PreTrainedModel, *, seed: int) -> dict[str, Any]:
+    """What a result of ``model`` is made from besides settings."""
+    return {"model": name_of(model), "dtype": str(model.dtype).removeprefix("torch."), "seed": seed}
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -74,6 +74,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
         pruning.read_plan(run)
 
 
+@pytest.mark.prove
 def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: Path) -> None:
     """Losses on states too, from the first layer on."""
     losses = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.1}]
