@@ -2,8 +2,7 @@
 
 run       one recipe in its run directory: precision, done, stale, locked
 measure   measure
-prune     prune
-plan      which layers go, what that follows from, what no measurement could make possible
+prune     which layers go, prune, what no measurement could make possible
 distill   record, distill
 overlap   evaluation items in text that a student learns from
 launch    distill under the DeepSpeed launcher

@@ -36,8 +36,7 @@ from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
 from .overlap import search_of_rows
-from .plan import read_goals
-from .prune import read_plan
+from .prune import read_goals, read_plan
 from .run import Run, check_length
 
 if TYPE_CHECKING:

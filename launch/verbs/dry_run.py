@@ -28,8 +28,15 @@ from .distill import check_training_settings, training_spec, what_is_trained
 from .evaluate import eval_inputs, roles, scores_of
 from .measure import importance_of
 from .pipeline import preflight
-from .plan import expected_plan, read_importance, refuse_impossible_changes, refuse_impossible_plan
-from .prune import read_plan, sacrifice, what_is_cut
+from .prune import (
+    expected_plan,
+    read_importance,
+    read_plan,
+    refuse_impossible_changes,
+    refuse_impossible_plan,
+    sacrifice,
+    what_is_cut,
+)
 from .run import Run, check_length
 
 if TYPE_CHECKING:

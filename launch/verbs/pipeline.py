@@ -14,8 +14,7 @@ from shoal.recipe.section import as_dict
 from .distill import check_distill, distill_is_done
 from .evaluate import evaluate
 from .measure import check_measure, measure
-from .plan import refuse_impossible_plan
-from .prune import prune
+from .prune import prune, refuse_impossible_plan
 from .report import report
 from .run import Run, check_length, locked, write_story
 

@@ -1,4 +1,5 @@
-"""The prune stage: plan.json and student/, chosen by a metric or named, refused early where they cannot work.
+"""The prune stage: which layers go, by a metric or named, plan.json and student/, and what no measurement could make
+possible.
 
 Room code is imported where it is used, so that a verb loads only what it runs.
 """
@@ -8,27 +9,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import LAB, KeptWidth, PruningPlan
+from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
 from shoal.ranks import is_main
+from shoal.recipe.measure import METRICS
+from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier
 
 from .measure import importance_of, measure
 from .overlap import search_of_rows
-from .plan import (
-    choose_plan,
-    plan_of,
-    read_importance,
-    refuse_impossible_changes,
-    refuse_impossible_plan,
-    refuse_unfit_student,
-)
-from .run import Run
+from .run import Run, check_length
+
+if TYPE_CHECKING:
+    from shoal.compress.layer_sizes import Goals
 
 log = logging.getLogger(__name__)
 
@@ -132,3 +133,170 @@ def _calibration_text(run: Run) -> dict[str, Any]:
             rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=change.SECTION)
             return {"sources": rows.counts, **search_of_rows(run, f"the text of {change.SECTION}")(rows, tokenizer)}
     return {}
+
+
+def plan_of(run: Run) -> Identity[PruningPlan]:
+    """plan.json as this recipe makes it."""
+    return Identity(PruningPlan, run.dir / PruningPlan.FILE, plan_inputs(run), "prune")
+
+
+def plan_inputs(run: Run) -> dict[str, Any]:
+    """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
+    of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
+    if (made := _made_in_the_lab(run)) is not None:
+        return {**made, "model": run.teacher_fingerprint}
+    prune = run.recipe.prune
+    inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
+    if prune.drop is None:
+        inputs["importance"] = importance_of(run).provenance.fingerprint
+    for name, settings in (("compensate", prune.compensate), ("width", prune.width)):
+        if settings is not None:
+            inputs |= shaping(settings, Shapes.PLAN, f"prune.{name}.") | shaping(run.recipe, Shapes.PLAN)
+            inputs[f"prune.{name}.data"] = sources_fingerprint(settings.data)
+    return inputs
+
+
+def _made_in_the_lab(run: Run) -> dict[str, Any] | None:
+    """The inputs of the plan that is there, where a part of the lab made it."""
+    path = run.dir / PruningPlan.FILE
+    inputs = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
+    return inputs if LAB in inputs else None
+
+
+def read_goals(run: Run) -> Goals | None:
+    """What prune.target asks of this run's teacher; None where it is not set.
+
+    Raises:
+        UserError: targets that say nothing about this model, or lack what they need.
+    """
+    from shoal.compress.layer_sizes import goals_of, layer_sizes
+
+    target = run.recipe.prune.target
+    if target is None:
+        return None
+    for name in ("memory_gb", "speedup"):
+        if (serving := getattr(target, name)) is not None and serving.length is not None:
+            check_length(run, serving.length, f"prune.target.{name}.length")
+    sizes = layer_sizes(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    return goals_of(target, sizes)
+
+
+def is_settled(run: Run) -> bool:
+    """Whether all is there that layers are chosen by."""
+    return run.recipe.prune.drop is not None or importance_of(run).is_there()
+
+
+def read_importance(run: Run) -> Importance | None:
+    """importance.json, where layers are chosen by it and it is there."""
+    if run.recipe.prune.drop is not None or not (run.dir / Importance.FILE).is_file():
+        return None
+    return importance_of(run).require()
+
+
+def refuse_unmeasured(run: Run) -> None:
+    """Refuse to choose by what nothing in the recipe measures, or measures too short, before hours are spent on it.
+
+    The choice is made among columns without scores, whose names and lengths are known beforehand. Where importance.json
+    is there and belongs to this run, it tells.
+    """
+    from shoal.compress.metrics.greedy import TASK_ORDER
+    from shoal.compress.plan import choose_changes, free_layers
+    from shoal.compress.sweeps.placeholder import placeholder_importance
+
+    if run.recipe.prune.drop is not None or importance_of(run).is_there():
+        return
+    prune, num_layers, goals = run.prune, run.num_layers, read_goals(run)
+    free = free_layers(prune, num_layers)
+    if goals is not None and any(len({goal.layers[layer] for layer in free}) > 1 for goal in goals.goals):
+        # which removals reach most is not known before they are ordered
+        prune, goals = replace(prune, target=None, num_drop=1), None
+    tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
+    with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
+    to_come = placeholder_importance(run.recipe.measure, num_layers, go_first=free, with_tasks=with_tasks)
+    choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
+
+
+def refuse_impossible_plan(run: Run) -> None:
+    """Refuse what no measurement could make possible, before hours are spent on one.
+
+    Raises:
+        UserError: a choice of layers that cannot be made, changes that the model does not allow, unreadable data.
+    """
+    from shoal.compress.plan import stand_in
+
+    stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    refuse_unmeasured(run)
+    refuse_impossible_changes(run, PruningPlan(Provenance({}), run.num_layers, (), "not chosen yet"))
+    if run.recipe.prune.drop is not None:
+        plan = choose_plan(run, None, {})
+        refuse_impossible_changes(run, plan)
+        refuse_unfit_student(run, plan)
+
+
+def refuse_impossible_changes(run: Run, plan: PruningPlan) -> None:
+    """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
+    from shoal.compress.changes.table import changes_of
+    from shoal.compress.surgery.teacher import read_teacher
+
+    changes = changes_of(run.recipe.prune)
+    teacher = read_teacher(run.teacher, trust_remote_code=run.recipe.trust_remote_code) if changes else None
+    for change in changes:
+        if (settings := change.calibration) is not None:
+            check_length(run, settings.sequence_length, f"{change.SECTION}.sequence_length")
+            for source in settings.data:
+                load_texts(source, max_characters=1)
+        assert teacher is not None
+        teacher = change.sizes(teacher, plan)
+
+
+def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
+    """Refuse a plan that no configuration can express, and one whose student llama.cpp would take for
+    another model where a GGUF file is to be written."""
+    from shoal.compress.surgery.narrow_config import student_config
+
+    student = student_config(run.config(), plan.keep, plan.width)
+    if run.recipe.export.gguf:
+        from shoal.compress.gguf import refuse_misread
+
+        refuse_misread(student)
+
+
+def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
+    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
+
+    Raises:
+        UserError: an impossible choice.
+    """
+    from shoal.compress.plan import choose_changes
+
+    if importance is None:
+        refuse_unmeasured(run)
+    prune = run.prune
+    choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
+    width = width_of(run)
+    if not choice.drop and width is None:
+        raise UserError("prune.drop: is empty, so nothing would go; name layers")
+    told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
+    reason = "; ".join(filter(None, [choice.reason, *told]))
+    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width)
+
+
+def expected_plan(run: Run) -> PruningPlan:
+    """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so.
+
+    Raises:
+        UserError: an impossible choice.
+    """
+    from shoal.compress.plan import stand_in
+
+    if is_settled(run):
+        return choose_plan(run, read_importance(run), {})
+    choice = stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
+    return PruningPlan(Provenance({}), run.num_layers, choice.drop, choice.reason, width=width_of(run))
+
+
+def width_of(run: Run) -> KeptWidth | None:
+    """How wide the layers of the student are; what stays of each is chosen once it is cut."""
+    from shoal.compress.surgery.narrow_config import kept_width
+
+    return None if (settings := run.recipe.prune.width) is None else kept_width(run.config(), settings)

@@ -22,7 +22,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.launch.verbs import distill as distilling
 from shoal.launch.verbs import evaluate, measure, prune
 from shoal.launch.verbs import run as run_module
-from shoal.launch.verbs.plan import plan_inputs
+from shoal.launch.verbs.prune import plan_inputs
 from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import OnPolicy

@@ -1,6 +1,6 @@
 """A run whose recipe says what the student must reach.
 
-Covers: shoal.launch.verbs.plan, shoal.launch.verbs.prune.
+Covers: shoal.launch.verbs.prune.
 """
 
 from __future__ import annotations
