@@ -19,7 +19,7 @@ from shoal.artifacts.plan import PruningPlan
 from shoal.formatting import aligned, bytes_text, count_text, duration_text, layers_text
 from shoal.machine import flops_per_second, free_disk, ranks_to_start
 from shoal.models.anatomy import text_config
-from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
+from shoal.models.cost import Cost, decode_bytes, model_cost
 from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.progress import doing
 from shoal.runtime import device
@@ -302,14 +302,11 @@ def _sizes(costs: tuple[Cost, Cost], stored: tuple[int, int], width: float, leng
         )
     cells = [(title, text(a), text(b), f"{b / a:.3f}" if a else "") for title, (a, b), text in rows]
     read = [decode_bytes(cost, bytes_per_parameter=width, num_tokens=length) for cost in costs]
-    work = [prefill_flops(cost, length) for cost in costs]
     reads = "reading weights and cache" if is_known else "reading weights"
     return aligned([("", "before", "after", "ratio"), *cells]), [
         "expected, not measured:",
         f"  decode  {read[0] / read[1]:.2f} x as fast, one sequence behind {length:,} tokens, if {reads} "
         f"takes all the time ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
-        f"  prefill {work[0] / work[1]:.2f} x as fast, {length:,} tokens, if multiplications take all the time "
-        f"({work[0] / 1e12:.4g} TFLOP, then {work[1] / 1e12:.4g})",
         *([] if is_known else ["  the cache of this family cannot be told without running it, so it is left out"]),
     ]
 

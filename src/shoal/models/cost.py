@@ -2,7 +2,7 @@
 
 The model is built without data, and a few tokens without data run through it. Shapes of parameters and of the cache
 come out as they would with data, so that they are transformers' own and not a table's. What running takes is a stated
-expectation: see decode_bytes and prefill_flops.
+expectation: see decode_bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, layer_config, text_config
+from shoal.models.anatomy import anatomy, text_config
 from shoal.models.load import num_parameters
 
 PROBE_TOKENS = (2, 3)
@@ -34,8 +34,6 @@ class LayerCache:
     """Tokens that are kept at most, where a window bounds them."""
     state_bytes: int
     """Bytes whatever the length: states of convolutions, linear attention and state spaces."""
-    pair_flops: int
-    """Floating point operations of attention for one token and one token that it sees, all heads."""
 
     def num_bytes(self, num_tokens: int) -> int:
         """Bytes for one sequence of ``num_tokens``."""
@@ -52,11 +50,6 @@ class Cost:
     active_parameters: int
     """Parameters read to write one token of text: of routed experts those that a token is sent to, of embeddings
     nothing (single rows), weights that several layers share once per layer, and the head."""
-    head_parameters: int
-    """Active parameters of the map to the vocabulary."""
-    layer_parameters: int
-    """Parameters in the decoder layers."""
-    active_layer_parameters: int
     cache: tuple[LayerCache, ...] | None
     """Cache by slot; None where transformers cannot run this family without data, or keeps another kind of cache."""
 
@@ -81,10 +74,7 @@ def model_cost(model: PreTrainedModel) -> Cost:
         num_layers=text_config(model.config).num_hidden_layers,
         num_parameters=num_parameters(model),
         active_parameters=active_parameters(decoder) + head_parameters,
-        head_parameters=head_parameters,
-        layer_parameters=num_parameters(parts.layers),
-        active_layer_parameters=active_parameters(parts.layers),
-        cache=_cache(decoder, text_config(model.config)),
+        cache=_cache(decoder),
     )
 
 
@@ -96,22 +86,6 @@ def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int, bat
     """
     cache = cost.cache_bytes(num_tokens) if cost.cache else 0
     return cost.active_parameters * bytes_per_parameter + batch_size * cache
-
-
-def prefill_flops(cost: Cost, num_tokens: int) -> int:
-    """Floating point operations to read ``num_tokens``: two per active weight and token, the head for the last token
-    only, and attention, which grows with the square of the length up to its window.
-
-    Left out: what linear attention and state spaces do besides their weights, and everything element by element.
-    """
-    weights = 2 * (cost.active_parameters - cost.head_parameters) * num_tokens + 2 * cost.head_parameters
-    return weights + sum(slot.pair_flops * _num_pairs(num_tokens, slot.max_tokens) for slot in cost.cache or ())
-
-
-def _num_pairs(num_tokens: int, most_kept: int | None) -> int:
-    """Pairs of a token and one that it sees, itself among them; a window of W tokens keeps W - 1 others."""
-    window = num_tokens if most_kept is None else min(num_tokens, most_kept + 1)
-    return window * (window + 1) // 2 + (num_tokens - window) * window
 
 
 def active_parameters(decoder: nn.Module) -> int:
@@ -155,7 +129,7 @@ def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, i
     )
 
 
-def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
+def _cache(decoder: nn.Module) -> tuple[LayerCache, ...] | None:
     for name, module in decoder.named_modules():
         if name.rpartition(".")[2] == "experts":
             module.forward = lambda hidden_states, *_, **__: hidden_states  # routing reads numbers, and there are none
@@ -167,7 +141,7 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
     if before is None or after is None:
         return None
     layer_caches = []
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+    for old, new in zip(before, after, strict=True):
         # what a longer input adds grows with every token; the rest is there whatever the length
         token_bytes = (_num_bytes(new) - _num_bytes(old)) // (long - short)
         window = getattr(new, "sliding_window", None)
@@ -176,7 +150,6 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
                 token_bytes=token_bytes,
                 max_tokens=window - 1 if window else None,  # what is kept between two tokens
                 state_bytes=_num_bytes(old) - short * token_bytes,
-                pair_flops=_pair_flops(new, layer_config(text, index)),
             )
         )
     return tuple(layer_caches)
@@ -203,13 +176,3 @@ def _tensors(slot: Any) -> Iterator[Tensor]:
         for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(tensor, Tensor) and tensor.dim() > 2:
                 yield tensor
-
-
-def _pair_flops(slot: Any, text: Any) -> int:
-    keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
-    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        return 0
-    width = keys.shape[-1] + values.shape[-1]
-    if getattr(text, "kv_lora_rank", None):  # the latent is spread over the heads before they attend
-        width = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
-    return 2 * text.num_attention_heads * width

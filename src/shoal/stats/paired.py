@@ -8,7 +8,7 @@ N items, R bootstrap resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,35 +139,33 @@ def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
     Raises:
         UserError: naming the field that differs, or the first item that only one of them has.
     """
-    for field in SAME_MEASUREMENT:
-        before_value, after_value = getattr(before, field), getattr(after, field)
-        if before_value != after_value:
-            raise UserError(
-                f"task {before.task!r}: {field} is {before_value!r} in one evaluation and {after_value!r} in the "
-                "other; they cannot be compared, evaluate both with the same settings"
-            )
+    if told := next(_differences(before, after), None):
+        raise UserError(f"task {before.task!r}: {told}; they cannot be compared, evaluate both with the same settings")
+
+
+def _differences(before: TaskScore, after: TaskScore) -> Iterator[str]:
+    """What was not measured alike."""
+    yield from _unequal(before, after, SAME_MEASUREMENT)
     if before.prompts and after.prompts and before.prompts != after.prompts:  # old results hold none
-        raise UserError(
-            f"task {before.task!r}: prompts has the fingerprint {before.prompts} in one evaluation and {after.prompts} "
-            "in the other: few-shot examples, wording or the rules of matching differ; evaluate both with the same "
-            "settings"
+        yield (
+            f"prompts has the fingerprint {before.prompts} in one and {after.prompts} in the other: few-shot examples, "
+            "wording or the rules of matching differ"
         )
-    differing = sorted({item.id for item in before.items} ^ {item.id for item in after.items})
-    if differing:
-        raise UserError(
-            f"task {before.task!r}: items differ ({len(differing)} are in one evaluation only, for example "
-            f"{differing[0]!r}); evaluate both with the same settings"
-        )
+    if differing := sorted({item.id for item in before.items} ^ {item.id for item in after.items}):
+        yield f"items differ ({len(differing)} are in one evaluation only, for example {differing[0]!r})"
     others = {item.id: item for item in after.items}
     for item in before.items:
         other = others[item.id]
         asked = not item.question or not other.question or item.question == other.question  # old results hold none
         if item.target != other.target or not asked:
             field = "question" if item.target == other.target else "target"
-            raise UserError(
-                f"task {before.task!r}: {field} of item {item.id!r} is {getattr(item, field)!r} in one evaluation and "
-                f"{getattr(other, field)!r} in the other; evaluate both with the same data and prompts"
-            )
+            yield from _unequal(item, other, [field], of=f" of item {item.id!r}")
+
+
+def _unequal(first: object, second: object, fields: Sequence[str], *, of: str = "") -> Iterator[str]:
+    for field in fields:
+        if (one := getattr(first, field)) != (other := getattr(second, field)):
+            yield f"{field}{of} is {one!r} in one evaluation and {other!r} in the other"
 
 
 def mcnemar(won: int, lost: int) -> float:
@@ -424,15 +422,11 @@ def _aligned(*scores: TaskScore) -> tuple[Array, ...]:
 
 def _require_same_content(own: TaskScore, twin: TaskScore) -> None:
     """Refuse two scores that are not of the same items in two forms."""
-    for field in SAME_ASKING:
-        own_value, twin_value = getattr(own, field), getattr(twin, field)
-        if own_value != twin_value:
-            raise UserError(
-                f"tasks {own.task!r} and {twin.task!r}: {field} is {own_value!r} in one and {twin_value!r} in the "
-                "other; a task and its twin differ in form only, correct the description of the twin"
-            )
-    if not share_items(own, twin):
+    told = next(_unequal(own, twin, SAME_ASKING), None)
+    if told is None and not share_items(own, twin):
+        told = f"fewer than half of {min(own.n, twin.n)} items have the same id"
+    if told:
         raise UserError(
-            f"tasks {own.task!r} and {twin.task!r}: fewer than half of {min(own.n, twin.n)} items have the same id; a "
-            "twin's items have the ids of those whose content they ask again"
+            f"tasks {own.task!r} and {twin.task!r}: {told}; a task and its twin differ in form "
+            "only, correct the description of the twin"
         )
