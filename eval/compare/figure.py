@@ -32,12 +32,6 @@ COSTS: dict[Cost, str] = {
 PANEL_INCHES = (3.7, 3.2)
 PROPORTIONAL = 0.05
 """Bytes per parameter that differ by more than this share make disk space a cost of its own."""
-_LEGEND = (
-    "Every mark is a model, its letter the run (letters beside it: the runs that share it) and its bar the 95 % "
-    "interval of the share of the teacher's score above chance that it keeps, in the mean that ranks. The dashed line "
-    "of steps joins the models that no other one beats in both directions; it goes by the marks alone, and where bars "
-    "overlap the order is not settled."
-)
 
 
 @dataclass(frozen=True)
@@ -100,10 +94,9 @@ def draw(comparison: RunComparison, folder: Path) -> Picture | None:
     panels = pareto_panels(comparison)
     if not panels:
         return None
-    title = "Retention against size" + (" and speed" if "decode" in panels else "")
     names = {contender.letter: contender.name for contender in comparison.contenders}
     ranked = " and ".join(task_groups(comparison).that_rank)
-    return picture(folder, FIGURE, pareto_figure(panels, names, f"Mean of {ranked}"), title, _LEGEND)
+    return picture(folder, FIGURE, pareto_figure(panels, names, f"Mean of {ranked}"))
 
 
 def frontier(points: Sequence[ParetoPoint], cost: Cost) -> list[ParetoPoint]:

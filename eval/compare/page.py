@@ -73,7 +73,7 @@ def contents(comparison: RunComparison, figure: Picture | None = None) -> dict[s
         "controls": _control_table(comparison, groups),
         "costs": Table("Models and their costs", COSTS, tuple(map(_cost_row, comparison.models))),
         "figure": figure,
-        "has_figure": bool(pareto_panels(comparison)),
+        "panels": pareto_panels(comparison),
         "has_teacher": any(model.role == "teacher" for model in comparison.models),
         "known": _known(comparison),
         "first": comparison.contenders[0].letter,

@@ -70,32 +70,33 @@ def headings(groups: tuple[tuple[str, int], ...]) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its title and a description for those who cannot see it."""
+    """A figure as a file; its title and a description for those who cannot see it stand in the template."""
 
     file: str
     """Path of the PNG, relative to the run directory."""
-    svg: str
-    """Trusted markup from shoal.figures.style.inline_svg."""
-    title: str
-    description: str
+    svg: bytes
 
     @property
     def width(self) -> int:
         """Width in points, as it was drawn."""
-        view_box = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
+        view_box = re.search(rb'viewBox="\S+ \S+ (\d+)', self.svg)
         assert view_box is not None
         return int(view_box[1])
 
+    def inline(self, title: str, description: Markup) -> Markup:
+        """The figure as an element of the page."""
+        told = {"title": title, "description": description.striptags()}
+        return Markup(inline_svg(self.svg, Path(self.file).stem, **told))
 
-def picture(folder: Path, file: str, figure: Figure, title: str, description: str) -> Picture:
+
+def picture(folder: Path, file: str, figure: Figure) -> Picture:
     """The figure for a page, written to ``folder`` as ``file`` with the suffixes .svg and .png.
 
     Raises:
         UserError: a full or read-only disk.
     """
-    drawn, _ = (save_figure(figure, folder / f"{file}.{suffix}") for suffix in ("svg", "png"))
-    svg = inline_svg(drawn, Path(file).name, title=title, description=description)
-    return Picture(f"{file}.png", svg, title, description)
+    svg, _ = (save_figure(figure, folder / f"{file}.{suffix}") for suffix in ("svg", "png"))
+    return Picture(f"{file}.png", svg)
 
 
 def render(contents: str, layout: Layout, **told: Any) -> str:

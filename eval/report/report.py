@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +38,6 @@ from .tables import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    NamedFigure = tuple[str, Figure, str, str]
-    """Name of the file, figure, title, and what it shows."""
 
 FIGURES_DIR = "figures"
 FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "training"}
@@ -81,6 +77,8 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
         "tests": listed(TESTS[test] for test in sorted(tests)),
         "significant": f"{SIGNIFICANT:g}",
         "above": any(row.verdict("teacher", "distilled") == "better" for row in rows),
+        "most_drawn": MAX_TASKS,
+        "drawn_tasks": len({task.key for own in _outside(families, comparable) for task in own.tasks}),
         "levels": level_tables(families),
         "reach": [reach(own) for own in families if next(iter(own.scores.values()))[0].higher_is_better],
         "silent": silent_table(comparison),
@@ -120,93 +118,41 @@ def _precision(numerics: Mapping[str, Any]) -> str:
 
 def draw_figures(run: Run) -> dict[str, Picture]:
     """The run's figures by name, saved as SVG and PNG under figures/ and ready to stand in a page."""
-    drawn = chain(_score_figures(run), _layer_figures(run), _training_figures(run))
-    pictures = {
-        name: picture(run.folder, f"{FIGURES_DIR}/{name}", figure, title, text) for name, figure, title, text in drawn
-    }
+    figures = {**_score_figures(run), **_layer_figures(run)}
+    if run.training and loss_series(run.training):
+        figures["training"] = training_figure(run.training)
+    pictures = {name: picture(run.folder, f"{FIGURES_DIR}/{name}", figure) for name, figure in figures.items()}
     for name in FIGURES - pictures.keys():  # of results that are no longer there; a card would show them
         for suffix in ("svg", "png"):
             (run.folder / FIGURES_DIR / f"{name}.{suffix}").unlink(missing_ok=True)
     return pictures
 
 
-def _score_figures(run: Run) -> Iterator[NamedFigure]:
-    roles = list(run.evaluations.values())
-    families = ladders(roles)
-    alone = [_without(families, evaluation) for evaluation in roles]
-    single = alone if any(evaluation.tasks for evaluation in alone) else roles
-    if count := len({(task.task, task.protocol, task.metric) for evaluation in single for task in evaluation.tasks}):
-        which = "every task" if count <= MAX_TASKS else f"the first {MAX_TASKS} of {count} tasks"
-        yield (
-            "before_after",
-            before_after_figure(single),
-            "Scores before and after",
-            f"Each mark is a score and its bar the 95 % interval, by ability, for {which}; a dashed tick is "
-            f"chance. The numbers are in the table below{', families in the next figure' if families else ''}.",
-        )
-    if families:
-        yield (
-            "levels",
-            level_figure(families),
-            "Score against level",
-            "Scores with 95 % intervals by level: steps of reasoning, pairs of a look-up, or what else the family "
-            "counts. A dashed line is chance.",
-        )
+def _score_figures(run: Run) -> dict[str, Figure]:
+    families = ladders(list(run.evaluations.values()))
+    figures = {"levels": level_figure(families)} if families else {}
+    single = _outside(families, run)
+    return figures | ({"before_after": before_after_figure(single)} if any(own.tasks for own in single) else {})
 
 
-def _without(families: Sequence[Ladder], evaluation: Evaluation) -> Evaluation:
-    """The evaluation without the tasks of these families."""
+def _outside(families: Sequence[Ladder], run: Run) -> list[Evaluation]:
+    """The evaluations without the tasks of these families, which have a figure of their own; whole where none is."""
     levelled = {(score.task, score.protocol) for ladder in families for own in ladder.scores.values() for score in own}
-    tasks = tuple(task for task in evaluation.tasks if (task.task, task.protocol) not in levelled)
-    return replace(evaluation, tasks=tasks)
+    roles = list(run.evaluations.values())
+    alone = [
+        replace(own, tasks=tuple(task for task in own.tasks if (task.task, task.protocol) not in levelled))
+        for own in roles
+    ]
+    return alone if any(own.tasks for own in alone) else roles
 
 
-def _layer_figures(run: Run) -> Iterator[NamedFigure]:
+def _layer_figures(run: Run) -> dict[str, Figure]:
     importance, drop = run.importance, run.plan.drop if run.plan else ()
-    if run.plan:
-        fits = importance and importance.num_layers == run.plan.num_layers
-        fitting = importance if fits else None
-        text = "Layers from the first, on top, to the last; those that were cut stand out of the stack, hatched."
-        if fitting:
-            text += (
-                " Beside each layer its importance by column, every column on its own scale: longer means keep. "
-                "Columns by which layers were chosen come first. An arrow ends a bar that reaches far beyond the "
-                "others, a frame marks a layer without which the task is significantly worse."
-            )
-        yield "depth", depth_figure(run.plan, fitting), "The stack of layers and what was taken out of it", text
+    figures = {"depth": depth_figure(run.plan, importance)} if run.plan else {}
     if importance and (importance.layers or importance.runs):
-        yield (
-            "importance",
-            importance_figure(importance),
-            "Importance of the layers",
-            "Bars: importance of each layer. Heat map, where there is one: importance of every run of neighbouring "
-            "layers, by its first layer and its length.",
-        )
+        figures["importance"] = importance_figure(importance)
     if run.plan and importance and importance.runs:
-        yield (
-            "runs",
-            importance_figure(replace(importance, layers={}), drop),
-            "Importance of runs of layers",
-            "Importance of every run of neighbouring layers, by its first layer and its length; a frame marks the "
-            "cut where it is one run.",
-        )
+        figures["runs"] = importance_figure(replace(importance, layers={}), drop)
     if importance and importance.atlas:
-        yield (
-            "atlas",
-            atlas_figure(importance, drop),
-            "What every layer is worth, by ability and protocol",
-            "Each row is a layer, each column a metric or a task under one protocol; the panels below show what is "
-            "left of every task without each layer, with 95 % intervals. Layers without which a task is "
-            "significantly worse are framed.",
-        )
-
-
-def _training_figures(run: Run) -> Iterator[NamedFigure]:
-    if run.training and loss_series(run.training):
-        yield (
-            "training",
-            training_figure(run.training),
-            "Training curves",
-            "By optimizer step: the loss and each of its terms, held-out text and tasks where they were scored on "
-            "the way, and the learning rate.",
-        )
+        figures["atlas"] = atlas_figure(importance, drop)
+    return figures
