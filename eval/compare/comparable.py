@@ -144,8 +144,6 @@ def read_scored(folder: Path) -> Run:
     Raises:
         UserError: it has none, or cannot be read.
     """
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; give the run directory, which holds eval/")
     try:
         run = read_run(folder)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ SPEED_MACHINE = ("device", "cpu_threads")
 COMPARED = (*CUT_ROLES, MODEL)
 """Roles whose models are compared with one of the first run, or with the checkpoint that stands first; of a run beside
 a checkpoint the last of them is."""
+
+Question = tuple[str, str, str]
+"""Role, content of the model and task of a difference."""
+Tested = dict[Question, tuple[PairedDifference, float]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Model:
     @property
     def content(self) -> str | None:
         """Fingerprint of the weights."""
-        return self.evaluation.provenance.inputs.get("model")
+        return content_of(self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,13 @@ class RunComparison:
     """Tasks on which no intact teacher is clear of chance."""
     models: tuple[Model, ...]
     """Teachers first, then every run's."""
+    num_differences: int
+    """Number of comparisons that the correction allows for."""
     left_out: tuple[str, ...]
     """Tasks and speeds that are not in the table, and why."""
     notes: tuple[str, ...]
     precision: str = ""
     """Sentence above the table on runs that were scored in different precisions; empty = all in one."""
-
-    @property
-    def num_differences(self) -> int:
-        """Number of comparisons that the correction allows for."""
-        return len({_question(m, index) for m in self.models for index, cell in enumerate(m.cells) if cell.difference})
 
 
 def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> RunComparison:
@@ -94,17 +95,19 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
     """
     contenders = read_contenders(folders)
     common = find_common(contenders, across_teachers=across_teachers)
-    speeds, no_speed = _speeds(contenders)
+    timed, no_speed = _timed_alike(contenders)
     shown = [(contender, "teacher") for contender in _first_of_each_teacher(contenders)]
     roles = (*ROLES[1:], MODEL)
     shown += [(contender, role) for contender in contenders for role in roles if role in contender.run.evaluations]
-    models = [_model(contender, role, contenders, common, speeds) for contender, role in shown]
+    tested = _tests(shown, contenders[0], common.tasks)
+    models = tuple(_model(contender, role, contenders, common, tested, timed) for contender, role in shown)
     first = models[0]
     return RunComparison(
         contenders=contenders,
         tasks=tuple(cell.score for cell in first.cells),
         silent=_silent(models, common.tasks),
-        models=_with_adjusted_p(models),
+        models=models,
+        num_differences=len(tested),
         left_out=(*common.left_out, *no_speed),
         notes=tuple(_notes(contenders, common)),
         precision=common.precision,
@@ -121,25 +124,44 @@ def same_models(comparison: RunComparison) -> list[list[Model]]:
 
 
 def _model(
-    contender: Contender,
-    role: str,
-    contenders: Sequence[Contender],
-    common: Common,
-    speeds: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]],
+    contender: Contender, role: str, contenders: Sequence[Contender], common: Common, tested: Tested, timed: set[str]
 ) -> Model:
-    evaluation, first = contender.run.evaluations[role], contenders[0]
+    evaluation = contender.run.evaluations[role]
     teacher = teacher_of(contender, contenders) if role != "teacher" else None
-    rival = rival_of(contender, role, first)
-    other = first.run.evaluations[rival] if rival else None
-    if other and evaluation.provenance.inputs.get("model") == other.provenance.inputs.get("model") is not None:
-        other = None  # the same weights: nothing to compare
     cells = []
     for task in common.tasks:
         score = score_of(evaluation, task)
         kept = retention(score_of(teacher, task), score) if teacher else None
-        cells.append(Cell(score, kept, paired(score_of(other, task), score) if other else None))
-    speed, ratio = speeds.get((contender.letter, role), (None, None))
-    return Model(contender, role, evaluation, tuple(cells), speed, ratio, rival)
+        cells.append(Cell(score, kept, *tested.get(_question(contender, role, task), (None, None))))
+    speeds = contender.run.speed.roles if contender.run.speed and contender.letter in timed else {}
+    ratio = speed_ratio(speeds[role], speeds["teacher"], "decode") if {role, "teacher"} <= speeds.keys() else None
+    rival = rival_of(contender, role, contenders[0])
+    return Model(contender, role, evaluation, tuple(cells), speeds.get(role), ratio, rival)
+
+
+def _tests(shown: Sequence[tuple[Contender, str]], first: Contender, tasks: Sequence[str]) -> Tested:
+    """Every difference to the first run's models with its p-value after Holm's correction over all of them; one model
+    that several runs share makes one of them, and the same weights make none."""
+    found: dict[Question, PairedDifference] = {}
+    for contender, role in shown:
+        rival, evaluation = rival_of(contender, role, first), contender.run.evaluations[role]
+        other = first.run.evaluations[rival] if rival else None
+        if other and (content_of(evaluation) is None or content_of(evaluation) != content_of(other)):
+            for task in tasks:
+                change = paired(score_of(other, task), score_of(evaluation, task))
+                found[_question(contender, role, task)] = change
+    adjusted = holm([change.p_value for change in found.values()])
+    return {key: (change, p_value) for (key, change), p_value in zip(found.items(), adjusted, strict=True)}
+
+
+def _question(contender: Contender, role: str, task: str) -> Question:
+    """What a difference asks: equal for runs that share the model."""
+    return role, content_of(contender.run.evaluations[role]) or contender.letter, task
+
+
+def content_of(evaluation: Evaluation) -> str | None:
+    """Fingerprint of the weights that were scored."""
+    return evaluation.provenance.inputs.get("model")
 
 
 def rival_of(contender: Contender, role: str, first: Contender) -> str | None:
@@ -192,61 +214,23 @@ def _silent(models: Sequence[Model], tasks: Sequence[str]) -> frozenset[str]:
     )
 
 
-def _with_adjusted_p(models: Sequence[Model]) -> tuple[Model, ...]:
-    """Holm's correction over all differences; one model that several runs share makes one of them."""
-    compared = {
-        _question(model, index): cell.difference.p_value
-        for model in models
-        for index, cell in enumerate(model.cells)
-        if cell.difference
-    }
-    adjusted = dict(zip(compared, holm(list(compared.values())), strict=True))
-    return tuple(
-        replace(
-            model,
-            cells=tuple(
-                replace(cell, adjusted_p=adjusted[_question(model, index)]) if cell.difference else cell
-                for index, cell in enumerate(model.cells)
-            ),
-        )
-        for model in models
-    )
-
-
-def _question(model: Model, column: int) -> tuple[str, str, int]:
-    """What a difference of ``model`` asks: equal for runs that share it."""
-    return model.role, model.content or model.contender.letter, column
-
-
-def _speeds(
-    contenders: Sequence[Contender],
-) -> tuple[dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]], list[str]]:
-    """(letter, role) -> speed and its ratio to the teacher's, of all runs that were timed like the first of them."""
-    timed = [(contender, contender.run.speed) for contender in contenders if contender.run.speed is not None]
-    reasons = [
-        f"{c.letter} has no speed: it was not measured there (`eval.speed: true`)."
-        for c in contenders
-        if timed and c.run.speed is None
-    ]
+def _timed_alike(contenders: Sequence[Contender]) -> tuple[set[str], list[str]]:
+    """Letters of the runs that were timed as the first of them was, and why the others have no speed."""
+    timed = {own.letter: _timing(own.run.speed) for own in contenders if own.run.speed is not None}
     if not timed:
-        return {}, ["No run has a speed: it was not measured (`eval.speed: true`)."]
-    first, speed = timed[0]
-    speeds: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]] = {}
-    for contender, own in timed:
-        wanted, settings = _timing(speed), _timing(own)
-        other = [field for field in wanted if wanted[field] != settings[field]]
-        if other:
-            field = other[0]
+        return set(), ["No run has a speed: it was not measured (`eval.speed: true`)."]
+    alike, reasons, (first, wanted) = set[str](), list[str](), next(iter(timed.items()))
+    for letter in (own.letter for own in contenders):
+        if letter not in timed:
+            reasons.append(f"{letter} has no speed: it was not measured there (`eval.speed: true`).")
+        elif other := [field for field, value in wanted.items() if timed[letter][field] != value]:
             reasons.append(
-                f"The speeds of {contender.letter} are left out: {field} is {settings[field]!r} there and "
-                f"{wanted[field]!r} in {first.letter}, so they are not of one kind."
+                f"The speeds of {letter} are left out: {other[0]} is {timed[letter][other[0]]!r} there and "
+                f"{wanted[other[0]]!r} in {first}, so they are not of one kind."
             )
-            continue
-        teacher = own.roles.get("teacher")
-        for role, score in own.roles.items():
-            ratio = speed_ratio(score, teacher, "decode") if teacher else None
-            speeds[contender.letter, role] = score, ratio
-    return speeds, reasons
+        else:
+            alike.add(letter)
+    return alike, reasons
 
 
 def _timing(speed: Speed) -> dict[str, Any]:

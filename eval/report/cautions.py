@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shoal.artifacts.artifact import Provenance
@@ -84,15 +83,13 @@ def _made_with(provenance: Provenance) -> dict[str, Any]:
     return {key: provenance.inputs[key] for key in ("dtype",) if key in provenance.inputs} | provenance.environment
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     """Text that the student comes from."""
 
-    data: Mapping[str, Any]
-    """What is known of it, as in Training.data."""
     use: str
     called: str
-    reader: str
+    data: Mapping[str, Any]
+    """What is known of it, as in Training.data."""
 
     @property
     def searched(self) -> str:
@@ -101,39 +98,28 @@ class _Text:
         return self.called if searched is None else f"the first {searched:,} tokens of {self.called}"
 
 
-def _training_text(run: Run) -> list[_Text]:
-    training = run.training
-    return [] if training is None else [_Text(training.data, "training", "the training text", "Training read")]
-
-
-def _calibration_text(run: Run) -> list[_Text]:
-    if run.plan is not None and run.plan.width is not None:
-        return [_Text(run.plan.text, "calibration", "the text of prune.width", "Channels were chosen on")]
-    if run.plan is None or not any(gap.is_closed for gap in run.plan.gaps):
-        return []
-    settings = ((run.recipe or {}).get("prune") or {}).get("compensate") or {}
-    named = {"sources": {source["path"]: {} for source in settings.get("data", ())}}  # plans of before say no more
-    return [_Text(run.plan.text or named, "compensation", "the text of prune.compensate", "Compensation was fitted to")]
-
-
 def _overlap(run: Run) -> Iterator[Caution]:
     """Whether text and evaluation items can share content: known for shoal's own, not for others'."""
-    for text in (*_training_text(run), *_calibration_text(run)):
-        yield from _overlap_of(run, text)
+    if run.training:
+        yield from _overlap_of(run, _Text("training", "the training text", run.training.data))
+    if run.plan and run.plan.text:
+        yield from _overlap_of(run, _Text("calibration", "the text that the cut was fitted to", run.plan.text))
 
 
 def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
     about = f"Overlap of {text.use} and evaluation"
     overlap: Mapping[str, Any] = text.data.get("overlap") or {}
     if HELD_OUT in (text.data.get("sources") or {}):
-        told = f"{text.reader} {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
+        told = f"{HELD_OUT}, which is evaluation text, is part of {text.called}: perplexity on it shows nothing here."
         yield Caution(about, told)
-    if num_found := {task: counts["found"] for task, counts in overlap.items() if counts["found"]}:
-        told = "; ".join(
-            f"{count} of {overlap[task]['compared']} of {', '.join(task_words(task))}"
-            for task, count in num_found.items()
-        )
-        yield Caution(about, f"Evaluation items were found in {text.searched}, by 13 words in succession: {told}.")
+    found = [
+        f"{counts['found']} of {counts['compared']} of {', '.join(task_words(task))}"
+        for task, counts in overlap.items()
+        if counts["found"]
+    ]
+    if found:
+        lead = f"Evaluation items were found in {text.searched}, by 13 words in succession: {'; '.join(found)}."
+        yield Caution(about, lead)
     if unknown := _not_searched(run, text, overlap):
         told = "; ".join(unknown)
         yield Caution(about, f"It was not checked whether {text.use} text and evaluation items overlap for: {told}.")
@@ -143,7 +129,7 @@ def disjointness(run: Run) -> str | None:
     """Why training and evaluation share no items, where that is known; None where it is not, which is a caution."""
     if run.training is None or any(_overlap(run)):
         return None
-    (*_, text) = _training_text(run)
+    text = _Text("training", "the training text", run.training.data)
     if overlap := text.data.get("overlap"):
         return f"No evaluation item of {len(overlap)} tasks was found in {text.searched}, by 13 words in succession."
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from shoal.artifacts.evaluation import ROLES, SpeedScore
 from shoal.figures.style import heading
@@ -39,40 +39,6 @@ PROTOCOLS_DIFFER = 0.1
 """Difference in retention from which two ways of asking are both shown at the top."""
 
 
-@dataclass(frozen=True)
-class BoardLine:
-    """One way of asking for one ability."""
-
-    task: str
-    unit: str
-    """Unit of the scores; empty = percent."""
-    identifier: str
-    scores: tuple[str, ...]
-    """Score with its interval, one per role of the board."""
-    changes: tuple[str, ...]
-    """Change with its interval, one per pair of roles."""
-    places: tuple[tuple[str, float, float, float], ...] = ()
-    """Role, score and ends of the 95 % interval, from 0 to 1; () = the score is no share."""
-    chance: float = 0.0
-
-
-@dataclass(frozen=True)
-class Board:
-    """What was lost and what came back, in numbers: a line per ability and way of asking."""
-
-    caption: str
-    roles: tuple[str, ...]
-    changes: tuple[str, ...]
-    """Name of each change: `lost by the cut`."""
-    lines: tuple[BoardLine, ...]
-    groups: tuple[tuple[str, int], ...] = ()
-    """Headings over runs of lines, as those of a table."""
-
-    @property
-    def headings(self) -> dict[int, str]:
-        return headings(self.groups)
-
-
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
     """A few plain sentences; better and worse are said only where the difference is significant."""
     sentences = [_cut(run)]
@@ -100,7 +66,7 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
     return tuple(sentence for sentence in sentences if sentence)
 
 
-def board(run: Run, comparison: Comparison) -> Board | None:
+def board(run: Run, comparison: Comparison) -> dict[str, Any] | None:
     """What was lost and came back by ability, as it is asked worst and best; None where nothing can be compared."""
     roles = tuple(role for role in ROLES if role in run.evaluations)
     left_out = ("teacher", "distilled") if "control" in roles else None
@@ -109,10 +75,28 @@ def board(run: Run, comparison: Comparison) -> Board | None:
     if not pairs or not rows:
         return None
     shown = {column: _shown(column, own) for column, own in by_column(rows).items()}
-    lines = tuple(_board_line(row, roles, pairs) for own in shown.values() for row in own)
-    caption = "What was lost and what came back" if "distilled" in roles else "What was lost"
-    groups = tuple((heading(column_words(column)), len(own)) for column, own in shown.items())
-    return Board(caption, roles, tuple(CHANGES[pair] for pair in pairs), lines, groups if any(shown) else ())
+    groups = [(heading(column_words(column)), len(own)) for column, own in shown.items()]
+    return {
+        "caption": "What was lost and what came back" if "distilled" in roles else "What was lost",
+        "roles": roles,
+        "changes": [CHANGES[pair] for pair in pairs],
+        "lines": [_board_line(row, roles, pairs) for own in shown.values() for row in own],
+        "headings": headings(groups) if any(shown) else {},
+    }
+
+
+def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """One way of asking for one ability; places are drawn of scores that are shares."""
+    first = row.any_score
+    return {
+        "task": task_name(row),
+        "unit": glance_unit(first),
+        "identifier": identifier_text(first),
+        "scores": [glance_text(row.scores.get(role)) for role in roles],
+        "changes": [change_text(row, *pair) for pair in pairs],
+        "places": {role: score for role, score in row.scores.items() if role in roles and is_share(first)},
+        "chance": first.chance,
+    }
 
 
 def _shown(column: str, rows: Sequence[Row]) -> list[Row]:
@@ -136,24 +120,6 @@ def _kept(row: Row) -> float:
     """Share kept by the pruned model, or by the only one there is."""
     retention = next(iter(row.retained.values()), None)
     return 1.0 if retention is None or retention.value is None else retention.value
-
-
-def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> BoardLine:
-    first = row.any_score
-    places, chance = (), 0.0
-    if is_share(first):
-        shown = [(role, row.scores[role]) for role in roles if role in row.scores]
-        places = tuple((role, s.score, s.ci_low, s.ci_high) for role, s in shown)
-        chance = first.chance
-    return BoardLine(
-        task_name(row),
-        glance_unit(first),
-        identifier_text(first),
-        tuple(glance_text(row.scores.get(role)) for role in roles),
-        tuple(change_text(row, *pair) for pair in pairs),
-        places,
-        chance,
-    )
 
 
 def facts(run: Run) -> tuple[tuple[str, str], ...]:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -47,7 +48,7 @@ class Table:
     """Cells by row; the first one is the row's heading."""
     text_columns: frozenset[int] = frozenset({0})
     """Columns of words; the others hold figures and are set flush right."""
-    groups: tuple[tuple[str, int], ...] = ()
+    groups: Sequence[tuple[str, int]] = ()
     """Headings over runs of rows: text and number of rows; () = no headings."""
     folded: bool = False
     row_titles: tuple[str, ...] = ()
@@ -63,7 +64,7 @@ class Table:
         return headings(self.groups)
 
 
-def headings(groups: tuple[tuple[str, int], ...]) -> dict[int, str]:
+def headings(groups: Sequence[tuple[str, int]]) -> dict[int, str]:
     """Headings by the row that they stand above, of headings with their numbers of rows."""
     return {sum(count for _, count in groups[:index]): text for index, (text, _) in enumerate(groups)}
 

@@ -138,7 +138,7 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         ([one], "needs two run directories or more, there is .*one alone"),
         ([one, tmp_path / "other/../one"], "is given twice"),
         ([one, tmp_path / "nowhere"], "nowhere: no such run directory"),
-        ([one, one / "plan.json"], "is a file; give the run directory"),
+        ([one, one / "plan.json"], "plan.json: no such run directory"),
         ([one, write_run(tmp_path / "bare", roles=())], "holds no evaluation, so there is no score of a cut model"),
         (
             [one, write_run(tmp_path / "intact", roles=("teacher",))],

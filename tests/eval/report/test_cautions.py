@@ -51,7 +51,7 @@ def read(source: str, **found: int) -> dict:
     [
         (read("python_docs"), None, "Training and evaluation items are disjoint"),
         (read("my.jsonl"), None, "It was not checked whether training text and evaluation items overlap"),
-        (read("python_docs_heldout"), None, "which is evaluation text"),
+        (read("python_docs_heldout"), None, "which is evaluation text, is part of the training text"),
         (read("python_docs"), "mmlu", "overlap for: MMLU, option text"),
         (
             read("my.jsonl", **EVERY_TASK),
