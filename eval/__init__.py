@@ -1,8 +1,7 @@
 """Score teacher, pruned and distilled on the same items, say what may be said of the difference, and show it.
 
-    evaluate  the artifact of one role, and a few scores in the middle of training
+    evaluate  the artifact of one role, a few scores in the middle of training, what both cost
     speed     tokens per second, memory, size
-    suites    what an evaluation costs
 
 Folders:
 

@@ -1,4 +1,5 @@
-"""What one model can do: lm-eval runs the tasks over our engine, and every item's score is kept."""
+"""What one model can do, and what it costs to find out: lm-eval runs the tasks over our engine, and the score of every
+item is kept."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import copy
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import lm_eval.evaluator
 import numpy as np
 import torch
 import torch.distributed as dist
-from lm_eval.models.utils import resolve_max_length
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Json, Provenance
@@ -31,7 +34,7 @@ from shoal.ranks import rank, world_size
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import agreed, device, environment, seed_everything
 
-from .harness.engine import CausalLM, connect_ranks, prompt_room
+from .harness.engine import NEW_TOKENS, CausalLM, connect_ranks, prompt_room
 from .harness.item_cache import ItemCache, identity_of
 from .harness.perplexity import perplexity, windows
 from .harness.samples import task_score
@@ -41,6 +44,9 @@ from .tasks.names import named_in
 
 log = logging.getLogger(__name__)
 
+SAMPLED = 24
+"""Items of a task, its first ones, that stand for all of it."""
+CHARACTERS_PER_TOKEN = 3
 WATCHED = ("tasks", "limit")
 """What section distill.watch says itself of what is scored; the rest is of section `eval`."""
 
@@ -315,3 +321,74 @@ class QuickScores:
             random.setstate(python)
             np.random.set_state(numpy)
         return {score.task: QuickScore(score.score, score.higher_is_better) for score in scores}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work that one model has to do."""
+
+    items: int
+    """Items of all tasks."""
+    requests: int
+    """Number of prompts to continue and options to score."""
+    read: int
+    """Tokens of prompts and options to read."""
+    written: int
+    """Tokens to write at most."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and written."""
+        return self.read + self.written
+
+    def __str__(self) -> str:
+        written = f", at most {self.written:,} to write" if self.written else ""
+        return f"{self.items:,} items, {self.requests:,} requests, about {self.read:,} tokens to read{written}"
+
+
+def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_tokens: int = 0) -> Work:
+    """Work of ``counts`` items of every task, and of ``perplexity_tokens`` tokens of running text.
+
+    Tokens are characters divided by three (prose has more to a token, digits and UUIDs fewer), and written ones the
+    most that a task allows. What a task's prompts begin with alike (few-shot examples), and the prompt that the options
+    of one question share, counts once, as the engine reads it once.
+    """
+    items = requests = 0
+    read, written = float(perplexity_tokens), 0.0
+    for name, task in tasks.items():
+        by_item = [_requests(task, doc) for doc in islice(task.eval_docs, min(SAMPLED, counts[name]))]
+        # characters with which all prompts of the task begin: they are counted once, not once per item
+        shared = _shared([of_item[0][0] for of_item in by_item]) if len(by_item) > 1 else 0
+        scale = counts[name] / len(by_item)
+        items += counts[name]
+        requests += round(scale * sum(map(len, by_item)))
+        rest = sum(_characters(of_item) - shared for of_item in by_item)
+        read += (shared + scale * rest) / CHARACTERS_PER_TOKEN
+        written += scale * sum(_new_tokens(args) for of_item in by_item for args in of_item)
+    return Work(items, requests, round(read), round(written))
+
+
+def _shared(prompts: list[str]) -> int:
+    """Characters with which all of them begin: the two that are farthest apart in the alphabet decide."""
+    first, last = min(prompts), max(prompts)
+    return next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+
+
+def _requests(task: Any, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The arguments of a document's requests, the prompt first."""
+    prompt = task.fewshot_context(doc, int(task.config.num_fewshot or 0))
+    requests = task.construct_requests(doc, prompt, metadata=(task.task_name, 0, 1))
+    return [request.args for request in (requests if isinstance(requests, list) else [requests])]
+
+
+def _characters(requests: list[tuple[Any, ...]]) -> int:
+    prompts = dict.fromkeys(args[0] for args in requests)
+    return sum(map(len, prompts)) + sum(len(args[1]) for args in requests if len(args) > 1 and isinstance(args[1], str))
+
+
+def _new_tokens(args: tuple[Any, ...]) -> int:
+    """Tokens that a request may write."""
+    settings = args[1] if len(args) > 1 else None
+    if not isinstance(settings, dict):
+        return 0
+    return normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)

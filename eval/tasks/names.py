@@ -4,7 +4,6 @@ takes ten seconds, a misspelt name is refused in one."""
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -174,8 +173,4 @@ def _collection() -> tuple[str, ...]:
 
 def _texts(folder: Path) -> Iterator[str]:
     """The text of every YAML file in a folder and below it."""
-    for place, _, files in os.walk(folder):
-        for file in sorted(files):
-            if file.endswith(".yaml"):
-                with open(os.path.join(place, file), encoding="utf-8", errors="replace") as text:
-                    yield text.read()
+    return (file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.rglob("*.yaml")))

@@ -194,8 +194,7 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
 
 
 def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
-    from shoal.eval.evaluate import num_items
-    from shoal.eval.suites import in_words, work_of
+    from shoal.eval.evaluate import num_items, work_of
     from shoal.eval.tasks.load import tasks_of
 
     settings = run.recipe.eval
@@ -211,7 +210,7 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     tasks = tasks_of(settings, seed=run.recipe.seed)
     work = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
     speed = "; how fast they are is measured on top" if settings.speed else ""
-    return Stage("eval", "to do", f"{', '.join(due)}, each: {in_words(work)}{speed}")
+    return Stage("eval", "to do", f"{', '.join(due)}, each: {work}{speed}")
 
 
 def cut_estimate(

@@ -166,8 +166,7 @@ def _checkpoints(run: Run, folders: dict[str, Path]) -> dict[str, Checkpoint]:
 
 def _score(run: Run, checkpoints: dict[str, Checkpoint], due: dict[str, dict[str, Any]]) -> None:
     """eval/<role>.json of every role that is ``due``."""
-    from shoal.eval.evaluate import Questions, checked_items, num_items, role_evaluation
-    from shoal.eval.suites import in_words, work_of
+    from shoal.eval.evaluate import Questions, checked_items, num_items, role_evaluation, work_of
     from shoal.eval.tasks.load import tasks_of
 
     if not due:
@@ -182,7 +181,7 @@ def _score(run: Run, checkpoints: dict[str, Checkpoint], due: dict[str, dict[str
             config, tokenizer = checkpoints[role].config, checkpoints[role].tokenizer()
             checked_items(tasks, settings, config=config, tokenizer=tokenizer, num_ranks=world_size())
     cost = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
-    log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
+    log.info("eval: %s, each: %s", ", ".join(due), cost)
     questions, folder = Questions(settings, run.recipe.seed, tasks), run.dir / "eval"
     for role, inputs in due.items():
         log.info("eval: %s (%s)", role, checkpoints[role].folder)

@@ -14,8 +14,7 @@ import pytest
 from tiny import tiny_checkpoint
 
 from shoal.errors import UserError
-from shoal.eval.evaluate import num_items
-from shoal.eval.suites import Work, in_words, work_of
+from shoal.eval.evaluate import Work, num_items, work_of
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import known_tasks, tasks_of
 from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
@@ -69,7 +68,7 @@ def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
 
 def assert_costs(found: Work, stated: Cost) -> None:
     assert (found.items, found.requests) == (stated.items, stated.requests)
-    assert abs(found.tokens / stated.tokens - 1) < 0.02, in_words(found)
+    assert abs(found.tokens / stated.tokens - 1) < 0.02, str(found)
 
 
 @pytest.mark.slow

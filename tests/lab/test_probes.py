@@ -175,8 +175,8 @@ def test_points_follow_from_the_accuracies() -> None:
         ),
         ([{"text": "a", "klass": 1}], r"has no column 'label'; it has text, klass"),
         ([{"words": "a", "label": 1}], r"has no column 'text'; it has words, label"),
-        ([{"text": "a", "label": 1}, {"text": "  ", "label": 0}], r"row 1 has nothing in column 'text'; fill it"),
-        ([{"text": "a", "label": 1}, {"text": "b", "label": None}], r"row 1 has nothing in column 'label'; fill it"),
+        ([{"text": "a", "label": 1}, {"text": "  ", "label": 0}], r"row 1: has nothing in column 'text'; fill it"),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": None}], r"row 1: has nothing in column 'label'; fill it"),
         ([{"text": 3, "label": 1}], r"column 'text' holds int, not text; name a column of text"),
     ],
 )
