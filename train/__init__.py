@@ -8,11 +8,12 @@
     progress   what it tells while it goes on
     validation  scores of the student while it trains, its best state
     dataset    the rows that are learnt from
+    writing    text that the teacher writes before training, and what of it is kept
+    on_policy  text that the student writes in the middle of training, and what of it teaches nothing
 
 Folders:
 
     engine     deepSpeed and many processes, any of which may die
-    generated  training text that a model writes
     objective  the loss: sums over supervised tokens
     preflight  what a training will take, before it starts
     student    which weights are trained

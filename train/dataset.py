@@ -26,8 +26,8 @@ from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
 from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
-from .generated.writing import Writer, transformers_writer, vllm_writer, write_texts
 from .teacher.recording import rows_from
+from .writing import Writer, transformers_writer, vllm_writer, write_texts
 
 log = logging.getLogger(__name__)
 

@@ -44,10 +44,10 @@ from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
 from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
 from .engine.stop import StopRequest
-from .generated.on_policy import Sampler as OnPolicySampler
-from .generated.sampling import checkpointing_kept, own_forwards
 from .objective.host_batch import documents_known, on_host, queued, stacked
 from .objective.objective import Signals
+from .on_policy import Sampler as OnPolicySampler
+from .on_policy import checkpointing_kept, own_forwards
 from .student.frozen import share_frozen
 from .student.spec import TrainSpec
 from .teacher.wiring import wire
@@ -171,7 +171,7 @@ class ObjectiveTrainer(Trainer):
         return batches, num_items
 
     def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
-        """As train.generated.on_policy.LogProbs says."""
+        """As train.on_policy.LogProbs says."""
         with self.taught(batch) as signals:
             return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
 

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, answers_at
-from shoal.inference.generation import Finish, write_after
+from shoal.inference.generation import Finish, end_tokens, write_after
 from shoal.inference.prefix_sharing import Reader, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
@@ -272,7 +272,7 @@ class CausalLM(TemplateLM):
 
     def _ending(self, tokens: list[int], how: Writing) -> Ending:
         """Of a text that may have been padded, or written on, to the length of others after its end."""
-        finish, ends = self._finish(how), self._end_ids()
+        finish, ends = self._finish(how), set(end_tokens(self._model.generation_config, self.eot_token_id))
         own = tokens[: next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))]
         own = own[: finish.length(own)]
         return Ending(len(own), len(own) < how.max_new_tokens or finish(own))
@@ -324,16 +324,11 @@ class CausalLM(TemplateLM):
         return self._decoder.can_branch and self._is_plain(how.settings)
 
     def _finish(self, how: Writing) -> Finish:
-        return Finish(self.tokenizer, self._end_ids(), how.stop)
+        return Finish(self.tokenizer, set(end_tokens(self._model.generation_config, self.eot_token_id)), how.stop)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         has_start = has_bos_prefix(prompt, getattr(self.tokenizer, "bos_token", None))
         return self.tokenizer(prompt, **({"add_special_tokens": False} if has_start else {}))["input_ids"]
-
-    def _end_ids(self) -> set[int]:
-        """What ends a text: the tokenizer's end token and those of the model's generation configuration."""
-        ends = getattr(self._model.generation_config, "eos_token_id", None)
-        return {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or [])}
 
     def _is_plain(self, wanted: dict[str, Any]) -> bool:
         """Whether text comes from the logits alone: nothing sampled by the task, nothing penalised by task or model."""

@@ -226,7 +226,7 @@ def ask_of_all_rows() -> None:
 
 def go_along_with_loops() -> None:
     """Let every loop count, whatever the teacher says of it, which here is a random one and sure of nothing."""
-    from shoal.train.generated import on_policy
+    from shoal.train import on_policy
 
     on_policy.GOES_ALONG = -float("inf")
 

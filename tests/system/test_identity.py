@@ -31,8 +31,8 @@ from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
-from shoal.train.generated.writing import _planned
 from shoal.train.teacher.recording import recording_inputs, rows_from
+from shoal.train.writing import _planned
 
 DATA = {"path": "python_docs", "weight": 2.5}
 RECIPES: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ LEVELS = (
     ("shoal.artifacts", "shoal.data", "shoal.inference"),
     ("shoal.figures", "shoal.stats", "shoal.tracking", "compress.surgery", "train.engine"),
     ("compress.edits", "train.objective", "eval.tasks"),
-    ("compress.variants", "train.generated", "train.student", "eval.harness"),
+    ("compress.variants", "train.student", "eval.harness"),
     ("compress.metrics", "train.teacher", "eval.report"),
     ("compress.changes", "train.preflight", "eval.compare", "eval.export", "eval"),
     ("compress.sweeps", "train"),

@@ -40,8 +40,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.data.packing import IGNORED, read_rows
 from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.losses import TAID
-from shoal.train.generated.on_policy import Sampler
 from shoal.train.objective.divergences import TaidState
+from shoal.train.on_policy import Sampler
 
 pytestmark = pytest.mark.slow
 

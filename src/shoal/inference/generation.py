@@ -8,19 +8,20 @@ token needs: the weights once per step for all rows, and each row's keys and val
 Held at one time are the keys and values of at most 2 x batch size rows (beginnings and texts under way), each as long
 as prompt and text; while rows leave, those of one layer twice.
 
-B batch, S sequence, T new tokens, V vocabulary.
+B batch, S sequence, P prompts, T new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.prefix_sharing import Reader, Start
@@ -47,18 +48,6 @@ class Drawn:
     def __call__(self, logits_BV: Tensor, texts: Sequence[int], num_written: int) -> Tensor:
         uniforms_B = self.uniforms_BT[list(texts), num_written]
         return draw(logits_BV, uniforms_B, temperature=self.temperature, top_p=self.top_p)
-
-
-class DrawnOnly(LogitsProcessor):
-    """Leaves transformers' greedy `generate` nothing but the drawn token to take."""
-
-    def __init__(self, drawn: Drawn) -> None:
-        self._drawn, self._num_written = drawn, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        chosen_B = self._drawn(scores, range(len(scores)), self._num_written)
-        self._num_written += 1
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -197,3 +186,81 @@ class Finish:
     def _contains_stop(self, tokens: list[int]) -> bool:
         text = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return any(stop in text for stop in self._stop)
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_PT: Tensor,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    end_ids: Sequence[int],
+    pad_id: int,
+) -> list[list[int]]:
+    """What ``model`` writes after every prompt: up to T tokens, the last of them an end token where it came to one.
+
+    Sampled from the model's own distribution at ``temperature`` (0 = always the likeliest token); what the checkpoint's
+    generation configuration says of penalties and filters is not looked at. The chance is in ``uniforms_PT``, numbers
+    from [0, 1), one for every token: a text depends on its own numbers and not on its neighbours in the batch, so the
+    same texts come out however prompts are dealt to batches and ranks.
+    """
+    width = max(map(len, prompts))
+    device = model.device
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=uniforms_PT.shape[1],
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    drawn = Drawn(uniforms_PT.to(device), temperature, top_p)
+    with _writing(model), torch.no_grad():
+        written = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_DrawnOnly(drawn)]),
+            synced_gpus=False,  # the model is whole on every rank: none has to wait for another's longer text
+        )
+    return [_ended(row, end_ids) for row in written[:, width:].tolist()]
+
+
+def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's end token and those of the model's generation configuration."""
+    ends = getattr(configured, "eos_token_id", None)
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    return tuple(dict.fromkeys(int(end) for end in (tokenizer_end, *listed) if end is not None))
+
+
+class _DrawnOnly(LogitsProcessor):
+    """Leaves transformers' greedy `generate` nothing but the drawn token to take."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        self._drawn, self._num_written = drawn, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        chosen_B = self._drawn(scores, range(len(scores)), self._num_written)
+        self._num_written += 1
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
+
+
+@contextmanager
+def _writing(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and without the generation settings that `generate` would fill in from the checkpoint."""
+    training, settings = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.generation_config = settings
+
+
+def _ended(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Up to and with the first end token; what follows is padding."""
+    stops = (index for index, token in enumerate(tokens) if token in end_ids)
+    return tokens[: next(stops, len(tokens) - 1) + 1]

@@ -14,8 +14,8 @@ from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
-from shoal.train.generated import writing
-from shoal.train.generated.writing import (
+from shoal.train import writing
+from shoal.train.writing import (
     answers_alike,
     sifted,
     transformers_writer,

@@ -1,7 +1,4 @@
-"""On-policy steps: whose samples, which tokens are learnt, and what must not depend on how rows are dealt.
-
-Covers: shoal.train.generated.sampling.
-"""
+"""On-policy steps: whose samples, which tokens are learnt, and what must not depend on how rows are dealt."""
 
 from __future__ import annotations
 
@@ -20,14 +17,22 @@ from trl.models.utils import unwrap_model_for_generation
 
 from shoal.data.packing import IGNORED
 from shoal.data.repetition import Loop
-from shoal.inference.generation import draw
+from shoal.inference.generation import draw, sample
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
-from shoal.train.generated.on_policy import Sample, Sampler, confirmed, lay_out, samples_in, without_repeats
-from shoal.train.generated.sampling import checkpointing_kept, own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST, on_host
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
+from shoal.train.on_policy import (
+    Sample,
+    Sampler,
+    checkpointing_kept,
+    confirmed,
+    lay_out,
+    own_forwards,
+    samples_in,
+    without_repeats,
+)
 
 END, PAD, ROW = 257, 258, 48
 

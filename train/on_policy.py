@@ -19,7 +19,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -32,11 +33,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.data.packing import IGNORED
 from shoal.data.repetition import Loop, loop_at_end
+from shoal.inference.generation import end_tokens, sample
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import Distill, OnPolicy
 from shoal.runtime import together
 
-from ..objective.host_batch import ON_HOST, OnHost, on_host, queued
-from .sampling import end_tokens, sample
+from .objective.host_batch import ON_HOST, OnHost, on_host, queued
 
 LONGEST_PERIOD = 64
 """Most tokens of a piece whose copies make a loop."""
@@ -292,3 +294,35 @@ class LoopCounts:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state()``."""
         self._counts = Counter(state["counts"])
+
+
+@contextmanager
+def own_forwards(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model, its head and its layers run as their classes say, whatever forward was put on these instances:
+    layers compiled for rows of one length would be compiled again for every token that is written."""
+    head = model.get_output_embeddings()
+    modules = (model, *([] if head is None else [head]), *decoder_layers(model))
+    installed = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, forward in installed:
+            module.__dict__["forward"] = forward
+
+
+@contextmanager
+def checkpointing_kept(student: PreTrainedModel) -> Iterator[None]:
+    """Who turns checkpointing off inside and on again, as TRL does where text is written, leaves it as it was.
+
+    TRL turns it on for every layer, and does not know `every_n_layers` and `offload`, which transformers takes out of
+    `gradient_checkpointing_kwargs`.
+    """
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (module, name, getattr(module, name)) for module in student.modules() for name in names if hasattr(module, name)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -32,6 +32,7 @@ from shoal.data.repetition import ends_in_loop
 from shoal.data.sources import documents, load_texts
 from shoal.data.streams import CutOff
 from shoal.errors import UserError
+from shoal.inference.generation import end_tokens, sample
 from shoal.inference.vllm import vllm_engine
 from shoal.models.load import Checkpoint
 from shoal.progress import each
@@ -39,8 +40,6 @@ from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shaping
 from shoal.runtime import barrier
-
-from .sampling import end_tokens, sample
 
 log = logging.getLogger(__name__)
 
