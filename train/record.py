@@ -28,7 +28,7 @@ from shoal.models.load import Checkpoint, logits_from_hidden
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Record
-from shoal.runtime import barrier, device, together
+from shoal.runtime import agreed, barrier, device, together
 
 from .objective.objective import final_hidden
 from .teacher.recording import (
@@ -37,7 +37,6 @@ from .teacher.recording import (
     RecordingManifest,
     ShardFile,
     TokenRows,
-    libraries,
     recording_inputs,
     recording_layout,
     refuse_other_rows,
@@ -72,14 +71,16 @@ def record_signals(
     layers as ``prefix`` says need never run again: the state above them is recorded.
 
     Raises:
-        UserError: as recording_layout and plan_recording do, before any weight is loaded; the disk is full after all,
-            or the teacher's distributions are not finite; an engine that is not there, says something else than the
-            teacher, or goes away. What is written stays.
+        UserError: as recording_layout does, the folder holds a recording of something else, or its disk has no room
+            for the rest, before any weight is loaded; the disk is full after all, or the teacher's distributions are
+            not finite; an engine that is not there, says something else than the teacher, or goes away. What is written
+            stays.
     """
     length = rows.input_ids_NS.shape[1]
     layout = recording_layout(settings, teacher, sequence_length=length, prefix=prefix)
     inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, prefix=prefix)
-    pending = plan_recording(rows, folder, settings, layout=layout, inputs=inputs, rows_from=rows_from)
+    asked = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
+    pending = _pending(rows, folder, asked)
     manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
     if not pending and manifest.num_rows >= len(rows):
         return
@@ -88,9 +89,6 @@ def record_signals(
         recorded = partial(_record_shard, teacher.model(device=device()), settings=settings)
     else:
         engine = agreeing(teacher, rows, top_k=settings.top_k)
-        if manifest.engine is not None:
-            begun_with, now = ({"vLLM": about["version"]} for about in (manifest.engine, engine.about))
-            warn_of_versions(folder / RecordingManifest.FILE, begun_with, now)
         manifest = replace(manifest, engine=engine.about)
         if is_main():  # one that is interrupted names it too
             manifest.write(folder / RecordingManifest.FILE)
@@ -111,34 +109,21 @@ def record_signals(
     barrier()
 
 
-def plan_recording(
-    rows: TokenRows,
-    folder: Path,
-    settings: Record,
-    *,
-    layout: Layout,
-    inputs: dict[str, Any],
-    rows_from: dict[str, Any],
-) -> list[range]:
-    """The rows of every shard that is still to be written into ``folder``. Every rank calls this, before any weight is
-    loaded.
+def _pending(rows: TokenRows, folder: Path, asked: RecordingManifest) -> list[range]:
+    """The rows of every shard that is still to be written into ``folder``.
 
     Finished shards are read and compared with their checksums by all ranks together; damaged ones are named in the log
     and written again.
-
-    Raises:
-        UserError: the folder holds a recording of something else, or the disk has no room for the rest.
     """
-    manifest = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
-    together(lambda: _claim(folder, manifest) if is_main() else None)
+    agreed(lambda: _claim(folder, asked))
     on_disk = RecordingManifest.read(folder / RecordingManifest.FILE)
-    shards = shards_of(len(rows), settings.rows_per_shard)
-    own_shards = shards[rank() :: world_size()]
+    shards = shards_of(len(rows), asked.rows_per_shard)
+    own_shards, shaped_otherwise = shards[rank() :: world_size()], differences(asked.rows_from, on_disk.rows_from)
     missing = together(
-        lambda: [shard for shard in own_shards if not _is_there(folder, shard, rows, on_disk, rows_from)]
+        lambda: [shard for shard in own_shards if not _is_there(folder, shard, rows, on_disk, shaped_otherwise)]
     )
     pending = sorted((shard for part in missing for shard in part), key=lambda shard: shard.start)
-    together(lambda: _announce(folder, layout, len(shards), pending) if is_main() else None)
+    agreed(lambda: _announce(folder, on_disk.layout, len(shards), pending))
     return pending
 
 
@@ -159,13 +144,13 @@ def _claim(folder: Path, manifest: RecordingManifest) -> None:
             f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, set record.folder to "
             f"another folder, or delete {folder} to record again"
         )
-    warn_of_versions(path, on_disk.provenance.environment, libraries())
+    warn_of_versions(path, on_disk.provenance)
     for leftover in folder.glob(".shard-*.tmp"):  # of killed processes: nobody else is at it
         leftover.unlink(missing_ok=True)
 
 
 def _is_there(
-    folder: Path, shard: range, rows: TokenRows, on_disk: RecordingManifest, rows_from: dict[str, Any]
+    folder: Path, shard: range, rows: TokenRows, on_disk: RecordingManifest, shaped_otherwise: Sequence[str]
 ) -> bool:
     """Whether the shard stands in ``folder`` whole."""
     path = folder / shard_name(shard.start // on_disk.rows_per_shard)
@@ -179,7 +164,7 @@ def _is_there(
     if not file.is_intact() or file.recording != on_disk.provenance.fingerprint:
         log.warning("%s: does not match its checksum, or is a part of another recording; recording it again", path)
         return False
-    refuse_other_rows(path, file.hashes, rows, shard.start, differences(rows_from, on_disk.rows_from))
+    refuse_other_rows(path, file.hashes, rows, shard.start, shaped_otherwise)
     return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
 
 
@@ -244,12 +229,11 @@ def _record_shard(
     scaled, head = logits_from_hidden(teacher, prepared=True), teacher.get_output_embeddings()
     assert head is not None
     batches: list[tuple[Tensor, Tensor, Tensor]] = []
-    kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}
-    prefix: list[Tensor] = []
+    kept: dict[str, list[Tensor]] = {plane: [] for plane in layout.state_planes}
     for start in range(shard.start, shard.stop, settings.batch_size):
         part = slice(start, min(start + settings.batch_size, shard.stop))
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
-        with _keeping(teacher, kept, layout.prefix, prefix):
+        with _keeping(teacher, layout, kept):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
         signals = top_k_signals(
             hidden_BSD.flatten(0, 1),
@@ -261,48 +245,39 @@ def _record_shard(
         tell(len(ids_BS))
     ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
     _refuse_non_finite(log_probs, tail, shard.start)
-    states = {layer: torch.cat(parts) for layer, parts in kept.items()}
-    hashes = row_hashes(rows, shard.start, shard.stop)
-    return shard_planes(layout, ids, log_probs, tail, hashes, states, torch.cat(prefix) if prefix else None)
+    states = {plane: torch.cat(parts) for plane, parts in kept.items()}
+    return shard_planes(layout, (ids, log_probs, tail), row_hashes(rows, shard.start, shard.stop), states)
 
 
 def _ask_of_shard(
     engine: VllmTeacher, rows: TokenRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
 ) -> dict[str, Tensor]:
     ids_NS, positions_NS = (x[shard.start : shard.stop] for x in (rows.input_ids_NS, rows.position_ids_NS))
-    return shard_planes(
-        layout, *engine.says(ids_NS, positions_NS, tell=tell), row_hashes(rows, shard.start, shard.stop), {}
-    )
+    said = engine.says(ids_NS, positions_NS, tell=tell)
+    return shard_planes(layout, said, row_hashes(rows, shard.start, shard.stop), {})
 
 
 @contextmanager
-def _keeping(
-    teacher: PreTrainedModel, states: dict[int, list[Tensor]], below: int | None, prefix: list[Tensor]
-) -> Iterator[None]:
-    """While the teacher runs: append the outputs of the layers asked for, as they go to disk, to ``states``, and a copy
-    of the output of layer ``below`` to ``prefix``.
+def _keeping(teacher: PreTrainedModel, layout: Layout, kept: dict[str, list[Tensor]]) -> Iterator[None]:
+    """While the teacher runs: append the outputs of layers, as they go to disk, to what is ``kept`` of each plane.
 
     Raises:
-        UserError: that one is not one (B, S, D) stream.
+        UserError: one is not one (B, S, D) stream.
     """
 
-    def keep(layer: int, _module: Any, _args: Any, output: Any) -> None:
+    def keep(plane: str, dtype: torch.dtype, _module: Any, _args: Any, output: Any) -> None:
         state = state_of(output)
-        if layer in states:
-            states[layer].append(state.to(torch.bfloat16).cpu())
-        if layer != below:
-            return
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise UserError(
-                f"{teacher.config.model_type}: layer {layer} does not return one stream of hidden states; leave "
-                "distill.teacher.prefix out"
+                f"{teacher.config.model_type}: a layer does not return one stream of hidden states; leave "
+                "distill.teacher.prefix and record.states out"
             )
-        prefix.append(state.to("cpu", copy=True))
+        kept[plane].append(state.to("cpu", dtype, copy=True))
 
     layers = decoder_layers(teacher)
     with ExitStack() as stack:
-        for layer in {*states, *(() if below is None else (below,))}:
-            stack.callback(layers[layer].register_forward_hook(partial(keep, layer)).remove)
+        for plane, (layer, dtype) in layout.state_planes.items():
+            stack.callback(layers[layer].register_forward_hook(partial(keep, plane, dtype)).remove)
         yield
 
 

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoal.artifacts.artifact import Artifact
+from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.atomic_files import written_file
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
@@ -87,6 +87,14 @@ class Layout:
         """Bits of a token id beyond the low 16."""
         return max(0, (self.vocab_size - 1).bit_length() - 16)
 
+    @property
+    def state_planes(self) -> dict[str, tuple[int, torch.dtype]]:
+        """Name -> layer whose output it holds, and dtype, of every plane of states."""
+        planes = {f"state_{layer}": (layer, torch.bfloat16) for layer in self.states}
+        if self.prefix is not None:
+            planes["prefix"] = (self.prefix, getattr(torch, self.prefix_dtype))
+        return planes
+
     def planes(self, num_rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape of every plane of a shard of ``num_rows`` rows."""
         tokens, k = (num_rows, self.sequence_length), self.top_k
@@ -98,11 +106,7 @@ class Layout:
         }
         if self.high_bits:
             planes["high"] = (torch.uint8, (*tokens, -(-k * self.high_bits // 8)))
-        for layer in self.states:
-            planes[f"state_{layer}"] = (torch.bfloat16, (*tokens, self.hidden_size))
-        if self.prefix is not None:
-            planes["prefix"] = (getattr(torch, self.prefix_dtype), (*tokens, self.hidden_size))
-        return planes
+        return planes | {name: (dtype, (*tokens, self.hidden_size)) for name, (_, dtype) in self.state_planes.items()}
 
     def num_bytes(self, num_rows: int) -> int:
         """Of a shard of ``num_rows`` rows, without its header."""
@@ -153,24 +157,20 @@ def row_hashes(rows: TokenRows, start: int, stop: int) -> NDArray[np.uint8]:
 
 def shard_planes(
     layout: Layout,
-    ids: Tensor,
-    log_probs: Tensor,
-    tail: Tensor,
+    signals: tuple[Tensor, Tensor, Tensor],
     hashes: NDArray[np.uint8],
-    states: Mapping[int, Tensor],
-    prefix: Tensor | None = None,
+    states: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The planes of one shard from its rows' signals on the CPU: ``ids`` and ``log_probs`` (N, S, K), ``tail`` (N, S),
-    ``states`` by layer and ``prefix`` (N, S, D)."""
+    """The planes of one shard from what was said of its rows, on the CPU: ids (N, S, K), log-probabilities (N, S, K)
+    and tail (N, S), and by plane the ``states`` (N, S, D) as they go to disk."""
+    ids, log_probs, tail = signals
     planes = {
         "ids": (ids & 0xFFFF).to(torch.int32).to(torch.uint16),
         "codes": encode_log_probs(log_probs),
         "tail": tail.float(),
         "row": torch.tensor(hashes),
-        **{f"state_{layer}": state.to(torch.bfloat16) for layer, state in states.items()},
+        **states,
     }
-    if prefix is not None:
-        planes["prefix"] = prefix.to(getattr(torch, layout.prefix_dtype))
     if layout.high_bits:
         planes["high"] = torch.from_numpy(pack_high_bits(ids.numpy(), layout.high_bits))
     return {name: plane.contiguous() for name, plane in planes.items()}
@@ -356,19 +356,14 @@ def refuse_other_rows(
         )
 
 
-def libraries() -> dict[str, Any]:
-    """Versions of what the teacher's last digits depend on."""
+def warn_of_versions(path: Path, before: Provenance) -> None:
+    """Log what of the libraries has changed since the recording at ``path`` was begun."""
     now = environment()
-    return {name: now[name] for name in ("torch", "transformers")}
-
-
-def warn_of_versions(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Log which of the libraries ``now`` has another version than when the recording at ``path`` was begun."""
-    for name in (name for name in now if before.get(name) != now[name]):
+    for name in (name for name in ("torch", "transformers") if now[name] != before.environment.get(name)):
         log.warning(
             "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ",
             path,
             name,
-            before.get(name),
+            before.environment.get(name),
             now[name],
         )

@@ -30,7 +30,6 @@ from .recording import (
     RecordingManifest,
     ShardFile,
     TokenRows,
-    libraries,
     refuse_other_rows,
     shard_name,
     shards_of,
@@ -152,7 +151,7 @@ class RecordingReader:
                 f"{path}: holds {manifest.num_rows:,} rows and this run needs {len(rows):,}; run `shoal record` again, "
                 f"which adds what is missing, with record.num_tokens {needed} where that is set"
             )
-        warn_of_versions(path, manifest.provenance.environment, libraries())
+        warn_of_versions(path, manifest.provenance)
         self._folder, self._manifest, self._states = folder, manifest, tuple(states)
         self._has_prefix = PREFIX in inputs
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
