@@ -130,7 +130,7 @@ def refuse_step(problem: str, step: int, batches: Sequence[dict[str, Tensor]], f
         save_file(tensors, where / f"rank-{rank()}.safetensors", metadata={"shoal": json.dumps({"step": step})})
     return UserError(
         f"step {step}: {problem}; the step's batch is in {where}, a safetensors file of each rank. Lower "
-        " distill.trainer.learning_rate or max_grad_norm, or take the text out, and start again in another run_dir"
+        "distill.trainer.learning_rate or max_grad_norm, or take the text out, and start again in another run_dir"
     )
 
 

@@ -23,7 +23,6 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import peak_memory
-from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
@@ -129,16 +128,11 @@ def check_distillable(spec: TrainSpec) -> None:
     """What can be refused before weights are loaded.
 
     Raises:
-        UserError: different vocabularies or tokenizers, losses that recorded signals cannot serve, adapters that
+        UserError: different vocabularies, losses that recorded signals cannot serve, adapters that
             nothing could be trained of, or kernels that cannot be had.
     """
     teacher, student, settings = spec.teacher, spec.student, spec.settings
     require_same_vocabulary(teacher, student)
-    if tokenizer_fingerprint(teacher.folder) != tokenizer_fingerprint(student.folder):
-        raise UserError(
-            f"teacher {teacher.folder} and student {student.folder} have different tokenizers; "
-            "distillation compares next-token distributions, so cut the student from this teacher"
-        )
     if settings.teacher.recorded is not None:
         on_logits = [term for term in settings.losses if isinstance(term, LOGIT_TERMS)]
         refuse_for_top_k(on_logits, temperature=spec.record.temperature)
@@ -147,12 +141,6 @@ def check_distillable(spec: TrainSpec) -> None:
         log.warning(
             "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
             "wrong; train on it with divergences alone"
-        )
-    in_float16 = spec.runs_teacher and spec.teacher_dtype == torch.float16
-    if in_float16 and spec.deepspeed.stage == 3 and spec.ranks.device.type == "cpu":
-        raise UserError(
-            "distill.teacher.dtype: under ZeRO 3 DeepSpeed runs no float16 teacher on a CPU; set it to float32, or "
-            "another stage"
         )
     in_four_bits = settings.lora is not None and settings.lora.quantization != "none"
     if in_four_bits and importlib.util.find_spec("bitsandbytes") is None:

@@ -3,7 +3,6 @@
 Covers: shoal.recipe.deepspeed_file, shoal.train.engine.arguments.
 """
 
-import json
 from typing import Any
 
 import pytest
@@ -43,17 +42,6 @@ def test_different_vocabularies_are_refused(teacher, tmp_path):
     with pytest.raises(
         UserError, match=r"has 272 vocabulary entries and student .* has 300; .*cut the student from this"
     ):
-        check(teacher, student)
-
-
-def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
-    student = tiny_checkpoint(tmp_path, "llama")
-    tokenizer = json.loads((student / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="have different tokenizers"):
         check(teacher, student)
 
 

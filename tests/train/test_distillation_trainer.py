@@ -263,7 +263,7 @@ def all_frozen() -> PreTrainedModel:
             {"trainable": "near_gaps", "model": of_unknown_cut()},
             r"drop: trainable 'near_gaps' or a loss on states has to",
         ),
-        ({"drop": (1, 3)}, r"drop: is \[1, 3\], and by its configuration the student lacks \[2, 3\]; leave drop out"),
+        ({"drop": (1, 3)}, r"drop: is \[1, 3\], and by its configuration the student lacks \[2, 3\]; give the layers"),
         (
             {"trainable": "from_first_cut", "drop": (2, 3), "model": of_unknown_cut((1, 2))},
             r"model: its layer 1 should be the teacher's, .* give drop=PruningPlan.read",

@@ -391,3 +391,7 @@ def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) ->
         settings.lora is not None and settings.lora.quantization != "none" and stage == 3,
         "distill.lora.quantization: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or quantization: none",
     )
+    yield (
+        settings.teacher.offload and stage == 3,
+        "distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out",
+    )

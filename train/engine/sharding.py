@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from shoal.errors import UserError
 from shoal.runtime import device
 
 from .arguments import resolved_deepspeed
@@ -88,14 +87,9 @@ def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) 
 
     The engine has the teacher's precision, not the student's: of weights marked for autocast ranks would gather rounded
     ones. Its wrapper is not kept: sharded parameters gather themselves wherever the teacher's modules are called.
-
-    Raises:
-        UserError: offload under ZeRO-3.
     """
     config = resolved_deepspeed(trainer.args) or {}
     if config.get("zero_optimization", {}).get("stage") == 3:
-        if offload:
-            raise UserError("distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out")
         import deepspeed
 
         plugin: Any = trainer.accelerator.state.deepspeed_plugin

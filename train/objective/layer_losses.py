@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PruningPlan
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers, state_of, text_config
+from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.document_masks import document_starts
 from shoal.recipe.losses import HiddenStates, StateTerm
 
@@ -138,7 +138,7 @@ class StateLosses:
     share (SharedPrefix) or that are frozen copies.
 
     Raises:
-        UserError: a plan that does not belong to these models, layers that do not exist.
+        UserError: layers that do not exist.
     """
 
     def __init__(
@@ -150,7 +150,6 @@ class StateLosses:
         *,
         num_shared: int = 0,
     ) -> None:
-        _check(plan, student, teacher)
         self.terms = tuple(terms)
         self.student, self.teacher, self.plan, self.num_shared = student, teacher, plan, num_shared
         self._pairs = tuple(map(self.pairs, terms))
@@ -252,22 +251,6 @@ class Tokens:
     def of_states(self, states_BSD: Tensor) -> Tensor:
         """The states of the tokens that count, (N, D)."""
         return states_BSD.flatten(0, 1)[self.counted_N]
-
-
-def _check(plan: PruningPlan, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    models = {"student": (student, len(plan.keep)), **({"teacher": (teacher, plan.num_layers)} if teacher else {})}
-    for role, (model, expected) in models.items():
-        if len(decoder_layers(model)) != expected:
-            raise UserError(
-                f"{role}: has {len(decoder_layers(model))} layers, but {expected} by plan.json; run shoal prune again, "
-                "or take hidden_states out of distill.losses"
-            )
-    if teacher is None:
-        return
-    if (ours := text_config(student.config).hidden_size) != (theirs := text_config(teacher.config).hidden_size):
-        raise UserError(
-            f"student: hidden size {ours}, the teacher's is {theirs}; states cannot be compared: {NO_STATES}"
-        )
 
 
 def again(function: Callable[..., Tensor], *arguments: object) -> Tensor:

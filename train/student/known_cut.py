@@ -36,18 +36,16 @@ def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | 
     plan = cut
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
-    if problem := next(plan.contradictions(), None):
-        raise UserError(f"{problem}; give the layers that were cut, such as drop=plan.drop")
+    wrong = [*plan.contradictions()]
     if plan.num_layers != num_layers or len(plan.keep) != kept:
-        raise UserError(
+        wrong.append(
             f"drop: leaves {len(plan.keep)} of {plan.num_layers} layers, the teacher has {num_layers} and the student "
-            f"{kept}; give the layers that were cut, such as drop=plan.drop"
+            f"{kept}"
         )
     if known is not None and plan.drop != known:
-        raise UserError(
-            f"drop: is {list(plan.drop)}, and by its configuration the student lacks {list(known)}; leave drop out, or "
-            "give the student that was cut so"
-        )
+        wrong.append(f"drop: is {list(plan.drop)}, and by its configuration the student lacks {list(known)}")
+    if wrong:
+        raise UserError(f"{wrong[0]}; give the layers that were cut, such as drop=plan.drop, or leave drop out")
     plan = plan if plan.gaps else replace(plan, gaps=_closed_gaps(student, teacher, plan.drop))
     return plan if plan.width else replace(plan, width=known_width(student, teacher))
 

@@ -77,24 +77,16 @@ def linear_modules(student: PreTrainedModel, layers: Collection[int]) -> list[st
 
 
 def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]:
-    possible = linear_modules(student, trained.layers)
-    if not possible:
-        raise UserError(
-            f"distill.lora: the layers that are trained have no linear module that could have an adapter "
-            f"({len(trained.layers)} layers of {type(student).__name__}); choose another distill.trainable"
-        )
-    if lora.target_modules is None:
-        return possible
-    chosen: set[str] = set()
-    for target in lora.target_modules:
-        meant = {name for name in possible if f".{name}".endswith(f".{target}")}
+    possible, chosen = linear_modules(student, trained.layers), set[str]()
+    for target in lora.target_modules or [""]:  # as it stands: all
+        meant = [name for name in possible if not target or f".{name}".endswith(f".{target}")]
         if not meant:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in possible}))
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in possible})) or "none"
             raise UserError(
                 f"distill.lora.target_modules: {target!r} is no linear module of the layers that are trained; there "
                 f"are {known}"
             )
-        chosen |= meant
+        chosen.update(meant)
     return [name for name in possible if name in chosen]
 
 

@@ -265,17 +265,6 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run() -> Non
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
-def test_a_plan_of_other_models_is_refused() -> None:
-    teacher = tiny_model("llama")
-    with pytest.raises(UserError, match=r"student: has 6 layers, but 4 by plan\.json"):
-        StateLosses(TERMS, plan((2, 3)), teacher, teacher)
-    with pytest.raises(UserError, match=r"teacher: has 4 layers, but 6 by plan\.json"):
-        StateLosses(TERMS, plan((2, 3)), cut(teacher, (2, 3)), cut(teacher, (0, 1)))
-    wide = tiny_model("llama", hidden_size=64)
-    with pytest.raises(UserError, match="student: hidden size 32, the teacher's is 64"):
-        StateLosses(TERMS, plan((2, 3)), cut(teacher, (2, 3)), wide)
-
-
 def test_a_term_that_trains_nothing_is_refused() -> None:
     teacher = tiny_model("llama")
     student = changed(cut(teacher, (2, 3))).requires_grad_(False)
