@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,13 +138,11 @@ class DistillationTrainer(ObjectiveTrainer):
         section = _checked(model, teacher, args, given, settings)
         spec = _spec(model, teacher, section, given.drop)
         tokenizer = None if processing_class is None else require_tokenizer(processing_class)
-        if section.on_policy is not None and tokenizer is None:
-            raise UserError("processing_class: is missing, and on-policy steps write text; give the tokenizer")
         _make_ready(model, teacher, spec, args, trains=given.trainable is not None or section.lora is not None)
-        rows = partial(_rows, args=args, section=section, tokenizer=tokenizer, loss_on=given.loss_on)
-        train_rows, is_named = rows(train_dataset, "train_dataset"), isinstance(eval_dataset, Mapping)
+        is_named = isinstance(eval_dataset, Mapping)
         several: Any = eval_dataset if is_named else {"eval_dataset": eval_dataset}
-        eval_rows = {name: rows(dataset, name) for name, dataset in several.items()}
+        how = args, section, tokenizer, given.loss_on
+        train_rows, rows = _rows({"train_dataset": train_dataset}, *how)["train_dataset"], _rows(several, *how)
         self._in_order = isinstance(train_dataset, PackedRows)
         self._is_installed = False
         self._prepared_forward: Any = None
@@ -155,7 +152,7 @@ class DistillationTrainer(ObjectiveTrainer):
             Parts(spec, model, live, tokenizer, refused=refused),
             args=args,
             train_dataset=train_rows,
-            eval_dataset=eval_rows if is_named else eval_rows["eval_dataset"],
+            eval_dataset=rows if is_named else rows["eval_dataset"],
             processing_class=tokenizer,
             callbacks=given.callbacks,
             optimizers=given.optimizers,
@@ -248,28 +245,45 @@ def _make_ready(
     _warn_of_half_precision(model, args)
 
 
-def _rows(
-    dataset: Dataset | PackedRows | None,
-    name: str,
-    *,
-    args: TrainingArguments,
+def packed(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
     section: Distill,
-    tokenizer: PreTrainedTokenizerBase | None,
-    loss_on: Literal["assistant", "all"] | None,
-) -> PackedRows | None:
-    if dataset is None or isinstance(dataset, PackedRows):
-        return dataset
-    if tokenizer is None:
-        raise UserError("processing_class: is missing; give the tokenizer of the models")
+    *,
+    seed: int,
+    name: str = "dataset",
+    loss_on: Literal["assistant", "all"] | None = None,
+    num_tokens: int | None = None,
+) -> PackedRows:
+    """The data as rows of ``section``: all of them once, or as many tokens."""
     documents = documents_of(dataset, name=name, loss_on=loss_on)
     return pack(
         [(documents.source, documents)],
         tokenizer,
         sequence_length=section.sequence_length,
-        num_tokens=None,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        num_tokens=num_tokens,
+        seed=seed,
         packing=section.packing,
     )
+
+
+def _rows(
+    datasets: Mapping[str, Dataset | PackedRows | None],
+    args: TrainingArguments,
+    section: Distill,
+    tokenizer: PreTrainedTokenizerBase | None,
+    loss_on: Literal["assistant", "all"] | None,
+) -> dict[str, PackedRows | None]:
+    seed, rows = args.seed if args.data_seed is None else args.data_seed, dict[str, PackedRows | None]()
+    for name, dataset in datasets.items():
+        is_ready = dataset is None or isinstance(dataset, PackedRows)
+        if tokenizer is None and (section.on_policy is not None or not is_ready):
+            raise UserError("processing_class: is missing; give the tokenizer of the models")
+        if is_ready:
+            rows[name] = dataset
+        elif tokenizer is not None:
+            rows[name] = packed(dataset, tokenizer, section, seed=seed, name=name, loss_on=loss_on)
+    return rows
 
 
 def as_terms(losses: Losses) -> list[Any]:

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
-from shoal.data.packing import PackedRows
-from shoal.data.sources import Dataset, documents_of
-from shoal.data.streams import pack
+from shoal.data.sources import Dataset
 from shoal.errors import UserError
 from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
@@ -27,7 +25,7 @@ from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
 from shoal.train.distill import training_of
-from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, as_terms
+from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, as_terms, packed
 from shoal.train.engine.arguments import num_rows, training_arguments
 from shoal.train.student.lora import remove_adapters
 
@@ -81,7 +79,8 @@ def distill(
     tokenizer = require_tokenizer(tokenizer)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
     section = _section(num_tokens, settings)
-    rows = _rows(dataset, tokenizer, section, seed=seed, loss_on=loss_on, whole=num_tokens is None)
+    budget = None if num_tokens is None else num_rows(section) * section.sequence_length
+    rows = packed(dataset, tokenizer, section, seed=seed, loss_on=loss_on, num_tokens=budget)
     with TemporaryDirectory() as folder, left_as_it_was(teacher), left_as_it_was(student), _in_float32(student):
         arguments = training_arguments(section, None, output_dir=Path(folder), seed=seed)
         same = {name: getattr(section, name) for name in ("losses", "trainable", *SAME_AS_IN_RECIPE)}
@@ -105,21 +104,6 @@ def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             "shoal.distill: the teacher is a model that shoal has cut, and the student a deeper one that it has not; "
             "give the cut model first"
         )
-
-
-def _rows(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, section: Distill, *, seed: int, loss_on: Any, whole: bool
-) -> PackedRows:
-    """The data packed: the ``whole`` of them once, or as much as the budget of ``section``."""
-    documents = documents_of(dataset, loss_on=loss_on)
-    return pack(
-        [(documents.source, documents)],
-        tokenizer,
-        sequence_length=section.sequence_length,
-        num_tokens=None if whole else num_rows(section) * section.sequence_length,
-        seed=seed,
-        packing=section.packing,
-    )
 
 
 def _section(num_tokens: int | None, settings: dict[str, Any]) -> Distill:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +60,10 @@ class Signals:
     """Log-probabilities of these tokens under the full softmax, in nats, never renormalised."""
     tail_BS: Tensor | None = None
     """Probability of all other tokens together, where that was recorded."""
+    temperature: float = 1.0
+    """Temperature that the recorded ones were recorded at."""
     captured: Captured = field(default_factory=Captured)
     """States and attention inputs that state terms compare with."""
-
-
-class More(TypedDict, total=False):
-    """What an objective may have besides."""
-
-    recorded_temperature: float
-    """That of signals which were recorded."""
-    sources: Sequence[frozenset[int] | None] | None
-    """Those of the data whose tokens every term learns from; None = all."""
-    compiled_layers: Sequence[nn.Module] | None
-    """They run compiled, and so does the loss at the head; None = nothing does."""
-    fused: Fused | None
-    """Installed with it."""
 
 
 class Objective:
@@ -96,23 +85,25 @@ class Objective:
         terms: tuple[LossTerm, ...],
         chunk: int,
         states: StateLosses | None = None,
-        **more: Unpack[More],
+        sources: Sequence[frozenset[int] | None] | None = None,
+        compiled_layers: Sequence[nn.Module] | None = None,
     ) -> None:
-        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``)."""
+        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``),
+        ``sources`` are those of the data whose tokens every term learns from, None = all. ``compiled_layers`` run
+        compiled, and so does the loss at the head."""
         self.terms = terms
         self.student = student
         self._teacher_to_logits = teacher_to_logits
         self._chunk = chunk
         self._states = states
-        self._sources = tuple(more.get("sources") or [None] * len(terms))
+        self._sources = tuple(sources or [None] * len(terms))
         self._asked = asked_sources(terms, self._sources, reads_distributions)
-        self._recorded_temperature = more.get("recorded_temperature", 1.0)
         self._at_head = [index for index, term in enumerate(terms) if isinstance(term, LOGIT_TERMS)]
         self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
         self._taid = {index: TaidState(term) for index, term in enumerate(terms) if isinstance(term, TAID)}
 
-        self.fused = more.get("fused")
-        compiled_layers = more.get("compiled_layers")
+        self.fused: Fused | None = None
+        """Kernels that are installed with it."""
         self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
         self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(terms) else None
 
@@ -208,7 +199,7 @@ class Objective:
             targets = Dense(asked(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
             tail_N = None if signals.tail_BS is None else asked(signals.tail_BS)
-            targets = TopK(asked(signals.ids_BSK), asked(signals.log_probs_BSK), self._recorded_temperature, tail_N)
+            targets = TopK(asked(signals.ids_BSK), asked(signals.log_probs_BSK), signals.temperature, tail_N)
         if not len(places_N):  # of a micro-batch; the step as a whole has some
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()

@@ -193,6 +193,8 @@ class RecordedTeacher:
     """Loss terms that read recorded states."""
     prefix: SharedPrefix | None
     """Taker of the recorded state that the student goes on from."""
+    temperature: float = 1.0
+    """Temperature that was recorded at."""
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and the recorded states that state terms compare with."""
@@ -206,7 +208,5 @@ class RecordedTeacher:
             captured.states[layer] = queued(rows.states[layer], device)
         if not self.reads_logits:
             return Signals(captured=captured)
-        ids_BSK, log_probs_BSK, tail_BS = (
-            queued(plane, device) for plane in (rows.ids_BSK, rows.log_probs_BSK, rows.tail_BS)
-        )
-        return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, tail_BS=tail_BS, captured=captured)
+        planes = {name: queued(getattr(rows, name), device) for name in ("ids_BSK", "log_probs_BSK", "tail_BS")}
+        return Signals(**planes, temperature=self.temperature, captured=captured)

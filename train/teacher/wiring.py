@@ -89,11 +89,10 @@ def wire(
         terms=settings.losses,
         chunk=settings.head_chunk,
         states=states,
-        recorded_temperature=spec.record.temperature,
         sources=sources_of_terms(settings),
         compiled_layers=_compiled_layers(spec, student, live) if settings.compile else None,
-        fused=_fused(spec, student, live),
     )
+    objective.fused = _fused(spec, student, live)
     return Wiring(objective, teacher, None if live is None else output_head(live), prefix)
 
 
@@ -148,4 +147,4 @@ def _recorded_teacher(
         rows_from=rows_from(inputs),
         states=() if states is None else states.teacher_layers,
     )
-    return RecordedTeacher(reader, reads_logits=spec.reads_logits, states=states, prefix=prefix)
+    return RecordedTeacher(reader, spec.reads_logits, states, prefix, spec.record.temperature)

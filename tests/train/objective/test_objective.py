@@ -7,15 +7,11 @@ import torch
 from tiny import tiny_model
 from torch.nn import functional
 
-from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.objective.host_batch import OnHost
-from shoal.train.objective.objective import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
-from shoal.train.student.trainable import train_only, trained_parts
+from shoal.train.objective.objective import Objective, Signals, final_hidden, output_head, to_logits
 
 TERMS = (ForwardKL(),)
 
@@ -129,40 +125,6 @@ def test_undoing_the_objective_gives_the_model_back():
     before = student(input_ids=batch()["input_ids"]).logits
     objective(student, tiny_model("llama", seed=1))
     assert torch.equal(student(input_ids=batch()["input_ids"]).logits, before)
-
-
-@pytest.mark.parametrize("kind", ["llama_tied", "gemma3"])
-def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
-    teacher, first_cut = tiny_model(kind), 3
-    results = []
-    for shared in (False, True):
-        student = tiny_model(kind)  # the same weights: below the cut a frozen student is the teacher
-        with torch.no_grad():
-            for layer in decoder_layers(student)[first_cut:]:
-                for parameter in layer.parameters():
-                    parameter.add_(0.05 * torch.ones_like(parameter))
-        cut = PruningPlan(Provenance({}), 7, drop=(first_cut,), reason="")
-        train_only(student, trained_parts("from_first_cut", cut))
-        installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
-        installed.install()
-        prefix = SharedPrefix(student, teacher, first_change=first_cut)
-        rows = batch()
-        calls = []
-        decoder_layers(student)[0].get_submodule("mlp").register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        with torch.no_grad(), prefix.recording():
-            hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
-        if shared:
-            with prefix.replaying(torch.float32):
-                loss, _ = student(**rows, signals=Signals(hidden))
-        else:
-            loss, _ = student(**rows, signals=Signals(hidden))
-        loss.backward()
-        installed.uninstall()
-        assert bool(calls) != shared, "shared layers must not run a second time"
-        results.append((loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
-    assert torch.equal(results[0][0], results[1][0])
-    assert results[0][1].keys() == results[1][1].keys()
-    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
 
 @pytest.mark.parametrize("chunk", [2, 100])
