@@ -275,11 +275,11 @@ def _rows(
     loss_on: Literal["assistant", "all"] | None,
 ) -> dict[str, PackedRows | None]:
     seed, rows = args.seed if args.data_seed is None else args.data_seed, dict[str, PackedRows | None]()
+    is_needed = section.on_policy is not None or not all(isinstance(d, PackedRows | None) for d in datasets.values())
+    if tokenizer is None and is_needed:
+        raise UserError("processing_class: is missing; give the tokenizer of the models")
     for name, dataset in datasets.items():
-        is_ready = dataset is None or isinstance(dataset, PackedRows)
-        if tokenizer is None and (section.on_policy is not None or not is_ready):
-            raise UserError("processing_class: is missing; give the tokenizer of the models")
-        if is_ready:
+        if dataset is None or isinstance(dataset, PackedRows):
             rows[name] = dataset
         elif tokenizer is not None:
             rows[name] = packed(dataset, tokenizer, section, seed=seed, name=name, loss_on=loss_on)
