@@ -94,7 +94,7 @@ def _teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: b
     if folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out}: is the teacher's own folder, or holds it; choose another one for the student")
     if has_tokenizer(folder):  # a damaged one is refused
-        load_tokenizer(folder, must_fit=False, trust_remote_code=trust_remote_code)
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
     else:
         log.info("prune: %s holds no tokenizer, so there is none to copy", folder)
     teacher = read_teacher(folder, trust_remote_code=trust_remote_code)

@@ -18,6 +18,11 @@ def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> PackedRows:
     return PackedRows(ids, positions)
 
 
+def labels_of(rows: PackedRows) -> Tensor:
+    """(N, S) What is to be learnt of every row."""
+    return torch.stack([rows[row]["labels"] for row in range(len(rows))])
+
+
 ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
 
 

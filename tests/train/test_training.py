@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from offline_wandb import read_tracked
+from packed_rows import labels_of
 from safetensors.torch import load_file
 from training_runs import (
     BATCH,
@@ -298,7 +299,7 @@ def test_a_curve_is_the_mean_over_the_tokens_that_its_term_learns_from(two_sourc
     alone, target = 0, TaidState(TARGET)
     for step, values in enumerate(curves(two_sources)):
         of_step = slice(step * BATCH, (step + 1) * BATCH)
-        learnt = rows.labels_NS[of_step] != IGNORED
+        learnt = labels_of(rows)[of_step] != IGNORED
         tokens = [int((learnt & (rows.sources_NS[of_step] == number)).sum()) for number in range(len(OWN))]
         shares = {name: tokens[number] / sum(tokens) for number, names in enumerate(OWN.values()) for name in names}
         assert values.keys() == {"loss", "taid_t", *(name for name, share in shares.items() if share)}

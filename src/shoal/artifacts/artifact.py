@@ -11,7 +11,6 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,7 +18,6 @@ from pydantic import ConfigDict, ValidationError
 
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
-from shoal.formatting import aligned
 from shoal.recipe.section import adapter
 from shoal.runtime import environment
 
@@ -130,32 +128,18 @@ class Tabular:
         raise NotImplementedError
 
     def to_pandas(self) -> DataFrame:
-        """The same as a pandas frame.
+        """The same as a pandas frame."""
+        from pandas import DataFrame
 
-        Raises:
-            UserError: pandas is not installed.
-        """
-        try:
-            from pandas import DataFrame
-        except ImportError as error:
-            raise UserError("to_pandas: needs pandas, which is not installed; pip install pandas") from error
         return DataFrame(self.rows())
 
     def __str__(self) -> str:
-        return "\n".join(aligned(self._cells()))
+        return self._filled().to_string(index=False, float_format="{:.4g}".format)
 
     def _repr_html_(self) -> str:
-        names, *rows = self._cells()
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return self._filled().to_html(index=False, float_format="{:.4g}".format)
 
-    def _cells(self) -> list[list[str]]:
-        """The table's head and its rows, as text."""
-        rows = self.rows()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return [names, *([_text(row.get(name)) for name in names] for row in rows)]
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    def _filled(self) -> DataFrame:
+        """The frame with nothing where no value is."""
+        frame = self.to_pandas()
+        return frame.astype(object).where(frame.notna(), "")

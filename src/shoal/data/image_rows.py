@@ -6,8 +6,8 @@ N rows, B batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,43 +65,32 @@ def load_image_rows(
     rows: list[ImageRow] = []
     for number, (where, record) in enumerate(islice(records(source), num_rows)):
         row, named = f"{place}: row {number} of {where}", f"{where!r} row {number}"
-        image, prompt, answer = (column_of(record, column, named) for column in columns)
-        if not isinstance(image, str) or not image.strip():
-            raise UserError(f"{row}: names no image in column {columns[0]!r}; every row needs one: leave it out")
-        if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
-            raise UserError(f"{row}: needs text in {columns[1]!r} and an answer in {columns[2]!r}; mend it")
+        image, prompt, answer = values = [column_of(record, column, named) for column in columns]
+        if not all(isinstance(value, str) for value in values) or not image.strip() or not answer.strip():
+            raise UserError(
+                f"{row}: names no image in column {columns[0]!r}, has no text in {columns[1]!r} or no answer in "
+                f"{columns[2]!r}; every row needs all three: mend it, or leave it out"
+            )
         path = Path(image).expanduser()
         path = path if path.is_absolute() else Path(where).expanduser().parent / path
-        if reason := _why_unreadable(path, _version(path)):
-            raise _unreadable(path, row, reason)
+        with _readable(path, row), Image.open(path) as file:
+            file.verify()
         rows.append(ImageRow(row, path, prompt, answer, first + number))
     if not rows:
         raise UserError(f"{place}: {source.path} holds no row; name a file that does")
     return rows
 
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for damage."""
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written; None where there is none."""
-    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-
-
-@cache
-def _why_unreadable(path: Path, version: object) -> str:
-    """Why Pillow does not know the file for an image; empty where it does. Asked once of a ``version`` of it."""
+@contextmanager
+def _readable(path: Path, row: str) -> Iterator[None]:
+    """Refuse what Pillow finds damaged."""
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except UNREADABLE as error:
-        return str(error).split("\n")[0]
-    return ""
-
-
-def _unreadable(path: Path, row: str, reason: str) -> UserError:
-    return UserError(f"{row}: {path} cannot be read as an image ({reason}); name an image file, or leave the row out")
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{row}: {path} cannot be read as an image ({reason}); name an image file, or leave the row out"
+        ) from error
 
 
 def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
@@ -129,11 +118,8 @@ def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Ask
 def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any) -> Asked:
     """What the model is given for ``row``, of whose question and answer these are the texts."""
     longest, bos = getattr(text_config(config), "max_position_embeddings", None), processor.tokenizer.bos_token
-    try:
-        with Image.open(row.image) as file:
-            image = file.convert("RGB")
-    except UNREADABLE as error:  # what only its pixels show, or has come since it was looked at
-        raise _unreadable(row.image, row.where, str(error).split("\n")[0]) from error
+    with _readable(row.image, row.where), Image.open(row.image) as file:  # for what only its pixels show
+        image = file.convert("RGB")
     arguments: dict[str, Any] = {"images": [image], "return_tensors": "pt"}
     if bos and prompt.startswith(bos):  # a chat template has put it there
         arguments["add_special_tokens"] = False
@@ -144,10 +130,11 @@ def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any)
             f"{row.where}: the checkpoint's processor cannot take it ({error!r}); mend the row or the processor's files"
         ) from error
     ids, start = whole["input_ids"][0], _common(before["input_ids"][0], whole["input_ids"][0])
-    if start == len(ids):
-        raise UserError(f"{row.where}: the processor makes no token of its answer {row.answer!r}; leave it out")
-    if longest is not None and len(ids) > longest:
-        raise UserError(f"{row.where}: takes {len(ids)} tokens, and the model has {longest} positions; leave it out")
+    if start == len(ids) or (longest is not None and len(ids) > longest):
+        raise UserError(
+            f"{row.where}: takes {len(ids)} tokens with {len(ids) - start} of its answer {row.answer!r}, and the model "
+            f"has {longest} positions; leave it out"
+        )
     return Asked({name: value for name, value in whole.items() if isinstance(value, Tensor)}, len(ids) - start)
 
 

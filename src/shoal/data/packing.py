@@ -106,11 +106,6 @@ class PackedRows:
         return PackedRows(ids_NS, positions_NS, self.counts, supervised, sources)
 
     @property
-    def labels_NS(self) -> Tensor:
-        """The token itself where it is to be predicted from the ones before it, else IGNORED."""
-        return _labels(self.input_ids_NS.long(), self.position_ids_NS, self.supervised_NS)
-
-    @property
     def fingerprint(self) -> str:
         """Hash of the tokens, of where documents begin and of what is learnt; not of where the text is from."""
         digest = hashlib.sha256()

@@ -80,11 +80,10 @@ def _explained(name: object, otherwise: str) -> Iterator[None]:
         raise UserError(f"{name}: {known or otherwise.format(reason)}") from error
 
 
-def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer at ``folder``; without a pad token that the model can read it pads with its end token.
 
-    Padding is masked wherever shoal pads, so the choice of token changes no number. ``must_fit`` False = it is only
-    looked at, so tokens that the model beside it has no embedding for are warned of instead of refused.
+    Padding is masked wherever shoal pads, so the choice of token changes no number.
 
     Raises:
         UserError: none there, a damaged one, one that needs code, one with neither pad nor end token, or with more
@@ -95,10 +94,8 @@ def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bo
             raise FileNotFoundError("there is no file of one")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     rows = _embedding_rows(folder, tokenizer, trust_remote_code=trust_remote_code)
-    if rows is not None and (problem := _tokens_without_embedding(tokenizer, rows)):
-        if must_fit:
-            raise UserError(f"{folder}: {problem}")
-        log.warning("%s: %s", folder, problem)
+    if rows is not None:
+        _refuse_ids_beyond(rows, tokenizer, folder)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         pad_with_end(tokenizer, str(folder))
     return tokenizer
@@ -148,8 +145,8 @@ def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_r
     return rows if largest >= rows else None
 
 
-def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
-    """The refusal of a tokenizer that makes ids from ``rows`` on out of text; empty where no text has them.
+def _refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer that makes ids from ``rows`` on out of text.
 
     Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
     """
@@ -159,14 +156,13 @@ def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> 
     beyond = [
         token for token in ids if ids[token] >= rows and (token not in added or token in used or token in template)
     ]
-    if not beyond:
-        return ""
-    worst = max(beyond, key=lambda token: ids[token])
-    return (
-        f"the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings for the ids 0 "
-        f"to {rows - 1:,} only; copy the tokenizer files that it was trained with there, or resize its embeddings and "
-        "save it again"
-    )
+    if beyond:
+        worst = max(beyond, key=lambda token: ids[token])
+        raise UserError(
+            f"{folder}: the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings "
+            f"for the ids 0 to {rows - 1:,} only; copy the tokenizer files that it was trained with there, or resize "
+            "its embeddings and save it again"
+        )
 
 
 def load_model(

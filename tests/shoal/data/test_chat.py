@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trl
+from packed_rows import labels_of
 from tiny import tiny_tokenizer
 
 from shoal.data.chat import Chat, tokenised
@@ -138,7 +139,7 @@ def packed(source: DataSource, **settings: Any) -> Any:
 def texts_learnt(rows: Any) -> set[str]:
     """Every run of labels in the rows, as text."""
     text = "".join(
-        "|" if label < 0 else str(tiny_tokenizer().decode([label])) for label in rows.labels_NS.flatten().tolist()
+        "|" if label < 0 else str(tiny_tokenizer().decode([label])) for label in labels_of(rows).flatten().tolist()
     )
     return {piece for piece in text.split("|") if piece}
 
@@ -149,7 +150,7 @@ def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> N
     )
     assert texts_learnt(rows) == {"It is 4.\n"}
     count = rows.counts[next(iter(rows.counts))]
-    assert count["supervised"] == (rows.labels_NS >= 0).sum()
+    assert count["supervised"] == (labels_of(rows) >= 0).sum()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_rows_in_which_nothing_is_learnt_are_left_out(tmp_path: Path) -> None:
     """The question fills whole rows: no batch may consist of those."""
     source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 200}, ANSWER]}]), messages="m")
     rows = packed(source, num_tokens=64 * 20)
-    assert (rows.labels_NS >= 0).any(dim=1).all()
+    assert (labels_of(rows) >= 0).any(dim=1).all()
     count = rows.counts[source.path]
     assert count["truncated"] > 0
     assert count["tokens"] == rows.input_ids_NS.numel()

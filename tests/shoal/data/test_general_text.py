@@ -61,7 +61,7 @@ def test_what_is_held_out_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_no_item_of_a_bundled_task_stands_in_the_text(texts) -> None:
     described, _ = described_tasks(task_folders(None))
     parts = {data.dataset: name for name, (data, _) in described.items() if data.bundled}  # all protocols ask the same
-    assert {described[name][0].data.bundled for name in parts.values()} >= {*GENERATORS, "python_docs_heldout"}
+    assert {described[name][0].bundled for name in parts.values()} >= {*GENERATORS, "python_docs_heldout"}
     tasks = load_tasks([*parts.values()])
     items = item_texts(tasks, {name: len(task.eval_docs) for name, task in tasks.items()})
     found = find_overlap(items, (text for documents in texts.values() for text in documents))

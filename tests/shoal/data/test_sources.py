@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from packed_rows import labels_of
 from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
@@ -230,9 +231,9 @@ def test_labels_are_the_tokens_except_where_a_document_starts() -> None:
     rows = packed((1, TEXTS))
     starts = rows.position_ids_NS == 0
     assert starts.any()
-    assert (rows.labels_NS[starts] == IGNORED).all()
-    assert torch.equal(rows.labels_NS[~starts], rows.input_ids_NS[~starts].long())
-    assert torch.equal(rows[3]["labels"], rows.labels_NS[3])
+    assert (labels_of(rows)[starts] == IGNORED).all()
+    assert torch.equal(labels_of(rows)[~starts], rows.input_ids_NS[~starts].long())
+    assert torch.equal(rows[3]["labels"], labels_of(rows)[3])
 
 
 def test_counts_add_up() -> None:
@@ -311,7 +312,7 @@ def test_a_document_gives_the_same_logits_and_loss_wherever_it_stands(kind: str)
             place = (row, slice(start, start + len(document)))
             if torch.equal(rows.input_ids_NS[place].long(), document):
                 found = logits[place]
-                loss = torch.nn.functional.cross_entropy(found[:-1], rows.labels_NS[place][1:], ignore_index=IGNORED)
+                loss = torch.nn.functional.cross_entropy(found[:-1], labels_of(rows)[place][1:], ignore_index=IGNORED)
                 seen.append((row, start, found, loss))
     assert len({start for _, start, _, _ in seen}) > 3, "it never moved"
     for _, _, found, loss in seen[1:]:
@@ -340,7 +341,7 @@ def test_best_fit_keeps_documents_whole_and_marks_the_padding() -> None:
     count = rows.counts["source0"]
     assert count["padding"] == padding > 0
     assert count["tokens"] + padding == rows.input_ids_NS.numel()
-    assert count["supervised"] == learnt == (rows.labels_NS != IGNORED).sum()
+    assert count["supervised"] == learnt == (labels_of(rows) != IGNORED).sum()
     assert count["split"] == 0
     assert padding < 0.15 * rows.input_ids_NS.numel()
 
@@ -350,7 +351,7 @@ def test_padding_belongs_to_no_document() -> None:
     rows = packed((1, ["abc"]), length=10, num_tokens=10, packing="best_fit")
     assert rows.input_ids_NS[0, 8:].tolist() == [258, 258]
     assert rows.position_ids_NS[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    assert (rows.labels_NS[0, 8:] == IGNORED).all()
+    assert (labels_of(rows)[0, 8:] == IGNORED).all()
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
@@ -361,14 +362,15 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
         for number in (400, 90)
     )
     assert rows.sources_NS is not None
-    learnt = rows.labels_NS != IGNORED
+    learnt = labels_of(rows) != IGNORED
     in_row = [set(row[own].tolist()) for row, own in zip(rows.sources_NS, learnt, strict=True)]
     assert all(found == {1} or found <= {0, 2} for found in in_row)
     assert any(found == {0, 2} for found in in_row), "sources of one group go together"
     assert sum(found == {1} for found in in_row) == pytest.approx(400 / 8, abs=1)
     assert [row[0].item() == 1 for row in rows.sources_NS] == [found == {1} for found in in_row]
-    for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
+    for plane in ("input_ids_NS", "position_ids_NS"):
         assert torch.equal(getattr(fewer, plane), getattr(rows, plane)[:90])
+    assert torch.equal(labels_of(fewer), labels_of(rows)[:90])
 
 
 # --- larger than memory
@@ -380,7 +382,7 @@ def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> N
     in_memory = packed((1, MANY), packing=packing)
     assert on_disk.fingerprint == in_memory.fingerprint == read_rows(tmp_path).fingerprint
     assert on_disk.counts == in_memory.counts == read_rows(tmp_path).counts
-    assert torch.equal(on_disk.labels_NS, in_memory.labels_NS)
+    assert torch.equal(labels_of(on_disk), labels_of(in_memory))
     names = {file.stem for file in tmp_path.glob("*.npy")}
     assert names == set(PLANES) - ({"sources", "supervised"} if packing == "split" else {"sources"})
 

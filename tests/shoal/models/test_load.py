@@ -123,13 +123,11 @@ def delete_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
-def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     message = r"largest token id is 257 \('</s>'\), but the model has embeddings for the ids 0 to 99 only; copy the"
     with pytest.raises(UserError, match=message):
         load_tokenizer(folder)
-    assert len(load_tokenizer(folder, must_fit=False)) == 259
-    assert "embeddings for the ids 0 to 99 only" in caplog.text
 
 
 def test_a_checkpoint_is_loaded_in_the_dtype_that_is_told(tmp_path: Path) -> None:
