@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.compress.edits.masks import with_halves
+from shoal.compress.edits.layer_edits import with_halves
 from shoal.compress.edits.sublayers import Sublayers, probing, silent_output
 from shoal.compress.variants.layerwise import Layerwise
 from shoal.errors import UserError

@@ -29,8 +29,7 @@ from shoal.components import LayerEdit
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 
-from ..edits.layer_edits import in_force
-from ..edits.masks import with_halves
+from ..edits.layer_edits import in_force, with_halves
 from ..edits.sublayers import named_halves, output_parameters, sublayers, where
 from ..edits.tensors import refuse_shared_parameters, tensors_in_place
 from ..variants.layerwise import Call, Layerwise, Prepared

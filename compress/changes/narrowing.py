@@ -25,7 +25,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.load import without_data
 
-from ..edits.masks import Half
+from ..edits.layer_edits import Half
 from ..edits.sublayers import named_halves, output_parameters, where
 from ..edits.tensors import refuse_shared_parameters
 from ..surgery.narrow_config import channels, heads, narrowed_config

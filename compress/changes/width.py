@@ -37,7 +37,7 @@ from shoal.models.load import FLOATS
 from shoal.progress import each
 from shoal.recipe.prune import Width
 
-from ..edits.masks import Half
+from ..edits.layer_edits import Half
 from ..edits.sublayers import where
 from ..edits.tensors import put_tensors
 from ..surgery.copying import stored_places
@@ -208,7 +208,7 @@ def _refuse_another_layer(source: Source, own: Sizes, layer: int, units: Units, 
         tensors[name] = own.narrowed(tensors[name].detach(), part, units)
     text_config(own.model.config)._attn_implementation = text_config(source.model.config)._attn_implementation
     narrow = copy.deepcopy(decoder_layers(own.model)[layer])
-    put_tensors(narrow, tensors, where=f"layer {layer}")
+    put_tensors(narrow, tensors)
     with own.masked(source.model, {layer: units}):
         expected_BSD = source.layerwise.run(layer, hidden_BSD, call)
     problem = "gives another state than itself with zeros in the places of what goes"

@@ -1,7 +1,6 @@
 """What sweeps and metrics take out of layers while a block runs, and tensors of layers.
 
-layer_edits  the table of what can be taken out of a layer
+layer_edits  the table of what can be taken out of a layer, and hooks that do it
 sublayers    where a layer keeps its attention, MLP and heads
-masks        reversible: skips, masks
 tensors      of single layers: put in, compared, merged
 """

@@ -1,4 +1,4 @@
-"""The one table of what can be taken out of a layer: how it is counted and put in force.
+"""What can be taken out of a layer: one table of how it is counted, and hooks that put it in force.
 
 Sweeps and orders of removals are said in components (shoal.components). Here they become edits of single layers, and
 KINDS says of each part what is done with it:
@@ -13,34 +13,230 @@ KINDS says of each part what is done with it:
 | `kv_group`  | key-value head  | as the query heads that read it                       |
 | `donor`     | layer           | the donor's layer runs                                |
 
-To add a part: its name in ComponentPart, hooks in masks.py, and its row in KINDS.
+To add a part: its name in ComponentPart, hooks, and its row in KINDS.
+
+Hooks replace what a layer or a half of it writes. No weight is copied or changed, and everything is undone when they
+are removed. They act on every row of the batch, or on the rows that a RowsOfBatch names for the next forward.
+
+B batch, S sequence, R rows with an edit, H query heads, d size of a head.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.components import Component, ComponentPart, LayerEdit, LayerEdits
-from shoal.models.anatomy import decoder_layers
+from shoal.errors import UserError
+from shoal.inference.decoder import answer_positions
+from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, watched, with_state
 
-from .masks import (
-    Hooks,
-    RowsOfBatch,
-    half_silenced,
-    heads_masked,
-    heads_of_groups,
-    layer_skipped,
-    positions_skipped,
-    refuse_states_without_positions,
-    with_halves,
-    with_heads,
-)
+from ..surgery.cut_model import skipped
+from .sublayers import Sublayers, probe_ids, probing, silence, silent_output, sublayers, where
+
+Half = Literal["attention", "mlp"]
+AtPositions = Literal["skip_prompt", "skip_written"]
+Hooks = Iterator[AbstractContextManager[object]]
+"""What holds an edit of one layer in force until it is closed."""
+
+
+@dataclass
+class RowsOfBatch:
+    """The rows for which an edit holds in the next forward. Hooks read it, and whoever runs the model sets it."""
+
+    rows_R: Tensor
+    """Their indices, int64, on the model's device."""
+    num_rows: int
+    """B"""
+
+
+def layer_skipped(model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
+    """``layer`` passes its input on, in some rows of the batch; None = in all.
+
+    Raises:
+        UserError: an index that is no layer, or the only one.
+    """
+    if rows is None:
+        yield skipped(model, [layer])
+    else:
+        yield from _replaced(decoder_layers(model)[layer], lambda given_BSD, _: given_BSD, rows)
+
+
+def positions_skipped(part: AtPositions, model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
+    """``layer`` passes its input on before the answer positions (skip_prompt), or at these (skip_written).
+
+    It runs on the states that come in at all positions: what other positions attend to inside it, and what a recurrent
+    layer remembers, is what it was.
+
+    Raises:
+        UserError: in a forward of which nobody has said where its answer positions are.
+    """
+
+    def pass_on(given_BSD: Tensor, output: Any) -> Tensor:
+        return passed_on([part], answer_positions(model, given_BSD.shape[1]), given_BSD, state_of(output))
+
+    yield from _replaced(decoder_layers(model)[layer], pass_on, rows)
+
+
+def _replaced(module: nn.Module, state: Callable[[Tensor, Any], Tensor], rows: RowsOfBatch | None) -> Hooks:
+    """What ``state`` makes of the state that ``module`` gets and what it returns stands in the place of its state."""
+    inputs: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[:] = [given_state(args, kwargs).clone()]  # some layers write into their input
+
+    def replace(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        made_BSD = state(inputs[0], output)
+        return with_state(output, made_BSD) if rows is None else _with_rows(output, rows, made_BSD[rows.rows_R])
+
+    yield module.register_forward_pre_hook(remember, with_kwargs=True)
+    yield module.register_forward_hook(replace)
+
+
+def passed_on(parts: Sequence[ComponentPart], answer_BS: Tensor, given_BSD: Tensor, made_BSD: Tensor) -> Tensor:
+    """(B, S, D) ``given_BSD``, which a layer got, where ``parts`` pass that on, elsewhere ``made_BSD`` of its own."""
+    skipped_BS = torch.zeros_like(answer_BS)
+    if "skip_prompt" in parts:
+        skipped_BS = ~answer_BS
+    if "skip_written" in parts:
+        skipped_BS = skipped_BS | answer_BS
+    # a state may have more than one dimension behind the sequence, as with hyper-connections
+    return torch.where(skipped_BS.view(*skipped_BS.shape, *[1] * (given_BSD.dim() - 2)), given_BSD, made_BSD)
+
+
+def refuse_states_without_positions(model: PreTrainedModel) -> None:
+    """Refuse a family whose layers do not hand on one state per row and position.
+
+    Raises:
+        UserError: naming it.
+    """
+    shapes: list[torch.Size] = []
+    ids_1S = probe_ids(model)
+
+    def note(_: int, args: Any, kwargs: Any) -> None:
+        shapes.append(given_state(args, kwargs).shape)
+
+    with probing(model), watched(decoder_layers(model), before=note):
+        model(input_ids=ids_1S, use_cache=False)
+    if strange := next((shape for shape in shapes if shape[:2] != ids_1S.shape), None):
+        raise UserError(
+            f"{text_config(model.config).model_type}: its layers hand on a state of shape {tuple(strange)} for "
+            f"{ids_1S.shape[1]} tokens of one row, in which single positions cannot be skipped; leave skip_prompt and "
+            "skip_written out of measure.sweep.operators"
+        )
+
+
+def half_silenced(half: Half, model: PreTrainedModel, layer: int, rows: RowsOfBatch | None) -> Hooks:
+    """One half of ``layer`` (or what mixes tokens in the attention's place) adds nothing to the residual stream.
+
+    It still runs, because a KV cache counts on every layer's slot.
+
+    Raises:
+        UserError: an index that is no layer, or a layer whose half cannot be taken out exactly.
+    """
+
+    def silence_rows(
+        rows: RowsOfBatch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        silent = silent_output(module, args, kwargs, output)
+        # experts may return all tokens in one dimension (B * S, D): one row of this is all of a row's tokens
+        return _with_rows(output, rows, silent.reshape(rows.num_rows, -1)[rows.rows_R])
+
+    for name in getattr(with_halves(model, layer), half):
+        module = decoder_layers(model)[layer].get_submodule(name)
+        if rows is None:
+            yield silence(module)
+        else:
+            yield module.register_forward_hook(partial(silence_rows, rows), with_kwargs=True)
+
+
+def heads_masked(model: PreTrainedModel, layer: int, rows: RowsOfBatch | None, heads: Sequence[int]) -> Hooks:
+    """Zeros in the place of the contexts of single query ``heads``.
+
+    A head's context is its slice of the output projection's input. Under grouped-query attention nothing else changes
+    there; zeroing the value rows instead would silence all heads that share them.
+
+    Raises:
+        UserError: an index that is no layer or no head, or a layer whose heads cannot be masked alone.
+    """
+    halves = with_heads(model, layer)
+    checked(heads, halves.num_heads, f"{where(model, layer)}: head")
+
+    def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        context = args[0].clone()
+        context_BSHd = context.unflatten(-1, (halves.num_heads, -1))
+        # one head at a time: two index lists side by side would be paired, not crossed
+        for head in heads:
+            context_BSHd[slice(None) if rows is None else rows.rows_R, ..., head, :] = 0
+        return (context, *args[1:])
+
+    yield decoder_layers(model)[layer].get_submodule(halves.projection).register_forward_pre_hook(mask)
+
+
+def _with_rows(output: Any, rows: RowsOfBatch, values: Tensor) -> Any:
+    """``output`` of a module with the states of some rows replaced by ``values``, whose first dimension is R."""
+    if not len(rows.rows_R):
+        return output
+    changed = state_of(output).clone()
+    changed.view(rows.num_rows, -1)[rows.rows_R] = values.reshape(len(rows.rows_R), -1)
+    return with_state(output, changed)
+
+
+def with_halves(model: PreTrainedModel, layer: int) -> Sublayers:
+    """The halves of ``layer``.
+
+    Raises:
+        UserError: it is no layer, or a half of it cannot be silenced exactly.
+    """
+    checked([layer], len(decoder_layers(model)), "layer")
+    halves = sublayers(model)[layer]
+    if halves.refusal:
+        raise UserError(halves.refusal)
+    return halves
+
+
+def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
+    """The halves of ``layer``, the projection that reads its heads among them.
+
+    Raises:
+        UserError: it is no layer, or its heads cannot be masked alone.
+    """
+    checked([layer], len(decoder_layers(model)), "layer")
+    halves = sublayers(model)[layer]
+    if halves.head_refusal:
+        raise UserError(halves.head_refusal)
+    return halves
+
+
+def checked(indices: Sequence[int], count: int, what: str) -> None:
+    """Nothing, if all of ``indices`` are among ``count``; messages call one ``what``.
+
+    Raises:
+        UserError: one that is not.
+    """
+    for index in indices:
+        if not 0 <= index < count:
+            raise UserError(f"{what} {index}: is out of range; there are 0..{count - 1}")
+
+
+def heads_of_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -> list[int]:
+    """The query heads that read the key-value heads ``groups`` of ``layer``.
+
+    Raises:
+        UserError: as with_heads does, and for a key-value head that is none.
+    """
+    halves = with_heads(model, layer)
+    checked(groups, halves.num_kv_heads, f"{where(model, layer)}: key-value head")
+    size = halves.num_heads // halves.num_kv_heads
+    return [head for group in groups for head in range(group * size, (group + 1) * size)]
 
 
 def _half(model: PreTrainedModel, layer: int) -> Sequence[None]:
@@ -56,8 +252,6 @@ class Kind:
     """(model, layer) -> an index for each component of the layer; (None,) where it is the only one.
 
     Raises UserError for a layer out of which it cannot be taken exactly. None = it is the layer itself."""
-    told_by: str = ""
-    """Setting of a configuration that says how many components a layer has; empty = there is one."""
     heads: Callable[[PreTrainedModel, int, Sequence[int]], list[int]] | None = None
     """(model, layer, indices) -> the query heads by which it is taken out; then the rest is as with `head`."""
     hooks: Callable[..., Hooks] | None = None
@@ -66,11 +260,6 @@ class Kind:
     None where it takes more than the model: a donor."""
     stored: str = ""
     """How stored answers of sweeps name its edit, with its indices at {}."""
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether it lies within a layer, so that it must be known where the layer keeps it."""
-        return self.in_layer is not None
 
 
 KINDS: dict[ComponentPart, Kind] = {
@@ -89,13 +278,11 @@ KINDS: dict[ComponentPart, Kind] = {
     ),
     "head": Kind(
         lambda model, layer: range(with_heads(model, layer).num_heads),
-        told_by="num_attention_heads",
         hooks=heads_masked,
         stored="Masked(heads={})",
     ),
     "kv_group": Kind(
         lambda model, layer: range(with_heads(model, layer).num_kv_heads),
-        told_by="num_key_value_heads",
         heads=heads_of_groups,
     ),
     "donor": Kind(stored="Swapped()"),

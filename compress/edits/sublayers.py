@@ -14,7 +14,6 @@ B batch, S sequence, D hidden size, H query heads, d size of a head. The probes 
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -210,8 +209,6 @@ class _Trace:
     """Input (B, S, H * d) of each map that may be the heads' output projection, by the map's name."""
     num_heads: dict[int, int] = field(default_factory=dict)
     """Query heads."""
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    """(heads, S, d); each key-value head may have been repeated for all query heads of its group."""
 
     def unchanged(self, index: int) -> bool:
         """Whether the layer passed its input on."""
@@ -237,8 +234,6 @@ class _HeadProbe(TorchFunctionMode):
         # eager attention shows its weights (B, H, S, S), the fused call the contexts (B, H, S, d): scaling either
         # scales what the head hands on
         self.trace.num_heads[self.layer] = result.shape[1]
-        if name == "scaled_dot_product_attention":
-            self.trace.keys[self.layer] = (args[1] if len(args) > 1 else kwargs["key"])[0]
         return result * _scale(result.shape[1], result)[:, None, None] if self.scale else result
 
 
@@ -400,7 +395,7 @@ def _heads(model: PreTrainedModel, index: int, halves: Sublayers, silent: _Trace
     followed = [name for name in contexts if _followed(contexts[name], scaled.contexts[index][name], num_heads)]
     if len(followed) != 1:
         return {"head_refusal": f"{place}: mixes its heads before the output projection, so none can be masked alone"}
-    num_kv_heads = _num_kv_heads(model, layer, halves, num_heads, silent.keys.get(index))
+    num_kv_heads = _num_kv_heads(model, layer.get_submodule(halves.attention[0]), num_heads)
     return {"projection": followed[0], "num_heads": num_heads, "num_kv_heads": num_kv_heads}
 
 
@@ -414,28 +409,11 @@ def _followed(context: Tensor, changed: Tensor, num_heads: int) -> bool:
     return torch.allclose(changed_BSHd, expected_BSHd, rtol=0.1, atol=torch.finfo(context.dtype).tiny)
 
 
-def _num_kv_heads(
-    model: PreTrainedModel, layer: nn.Module, halves: Sublayers, num_heads: int, key: Tensor | None
-) -> int:
-    """Key-value heads by the model's own word, checked against its keys; eager attention does not show them."""
-    told = _told_kv_heads(model, layer.get_submodule(halves.attention[0]), num_heads)
-    if key is None:
-        return told
-    if len(key) < num_heads:
-        return len(key)
-    distinct = 1 + sum(not torch.equal(head, next_head) for head, next_head in itertools.pairwise(key))
-    return next((number for number in (told, distinct) if _are_groups(key, number)), num_heads)
-
-
-def _told_kv_heads(model: PreTrainedModel, attention: nn.Module, num_heads: int) -> int:
+def _num_kv_heads(model: PreTrainedModel, attention: nn.Module, num_heads: int) -> int:
+    """By the model's own word."""
     for name in ("num_kv_heads", "num_key_value_heads", "kv_heads"):
         if told := getattr(attention, name, None):
             return told
     if groups := getattr(attention, "num_key_value_groups", None):
         return num_heads // groups
     return getattr(text_config(model.config), "num_key_value_heads", None) or num_heads
-
-
-def _are_groups(key: Tensor, number: int) -> bool:
-    """Whether ``key`` (H, S, d) is made of ``number`` keys that stand side by side as often as each other."""
-    return len(key) % number == 0 and all(torch.equal(head, group[0]) for group in key.chunk(number) for head in group)

@@ -25,8 +25,7 @@ from shoal.inference.generation import Texts, write, write_after
 from shoal.inference.prefix_sharing import batches
 from shoal.inference.scoring import Pass
 
-from ..edits.layer_edits import KINDS, hooks_of
-from ..edits.masks import RowsOfBatch
+from ..edits.layer_edits import KINDS, RowsOfBatch, hooks_of
 from .variants import INTACT, Edited, States, Variant, layerwise_or_none
 
 Tokens = list[int]

@@ -32,8 +32,7 @@ from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Pass, Score, hidden_of, layouts, settle
 from shoal.models.anatomy import text_config
 
-from ..edits.layer_edits import in_force, layer_edits
-from ..edits.masks import passed_on
+from ..edits.layer_edits import in_force, layer_edits, passed_on
 from .layerwise import Call, Layerwise
 
 log = logging.getLogger(__name__)

@@ -85,7 +85,7 @@ def work(run: Run, settings: Settings) -> str:
     new = new_layers(teacher, after, settings.init, seed=run.recipe.seed)
     student, keep = cut_model(teacher, (), insert=after, share=True), kept_layers(run.num_layers, (), after)
     for layer, tensors in new.items():
-        put_tensors(decoder_layers(student)[keep.index(layer) + 1], tensors, where=f"new layer after {layer}")
+        put_tensors(decoder_layers(student)[keep.index(layer) + 1], tensors)
     writes = settings.init != "zero"
     if not writes:  # training starts from these zeros, so it is not told to keep them
         places = [keep.index(layer) + 1 for layer in after]
@@ -133,7 +133,7 @@ def inserted_in_place(model: PreTrainedModel, layers: Mapping[int, Mapping[str, 
         for layer, tensors in layers.items():
             before = decoder_layers(model)[layer]
             new = copy.deepcopy(before)
-            put_tensors(new, tensors, where=f"new layer after {layer}")
+            put_tensors(new, tensors)
             stack.callback(before.register_forward_hook(partial(_run_after, new), with_kwargs=True).remove)
         yield model
 

@@ -23,8 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PlannedChange
 from shoal.components import Component, LayerEdit, LayerEdits
-from shoal.compress.edits.layer_edits import in_force, layer_edits
-from shoal.compress.edits.masks import Half, checked, with_halves, with_heads
+from shoal.compress.edits.layer_edits import Half, checked, in_force, layer_edits, with_halves, with_heads
 from shoal.compress.edits.sublayers import output_parameters, where
 from shoal.compress.edits.tensors import put_tensors
 from shoal.compress.metrics.greedy import HALVES
@@ -136,7 +135,7 @@ def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> li
             )
         names += [f"{anatomy(model).layers_name}.{layer}.{name}" for name in outputs]
     names = list(dict.fromkeys(names))
-    put_tensors(model, {name: torch.zeros_like(model.get_parameter(name)) for name in names}, where="zero")
+    put_tensors(model, {name: torch.zeros_like(model.get_parameter(name)) for name in names})
     return names
 
 
@@ -162,7 +161,7 @@ def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> li
             inputs_dim, torch.tensor(list(named), device=weight.device), 0
         )
         masked[name] = weight
-    put_tensors(model, masked, where="zero_heads")
+    put_tensors(model, masked)
     return list(masked)
 
 

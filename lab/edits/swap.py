@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PlannedChange
-from shoal.compress.edits.masks import checked
+from shoal.compress.edits.layer_edits import checked
 from shoal.compress.edits.tensors import buffers, combined, put_tensors
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
@@ -77,11 +77,11 @@ def swapped(
             that is not swapped.
     """
     _refuse_unlike(model, donor)
-    before = put_tensors(model, _mixed(model, donor, layers, weight), where="swap")
+    before = put_tensors(model, _mixed(model, donor, layers, weight))
     try:
         yield model
     finally:
-        put_tensors(model, before, where="swap")
+        put_tensors(model, before)
 
 
 def _refuse_unlike(model: PreTrainedModel, donor: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from shoal.artifacts.artifact import Provenance
-from shoal.compress.edits.masks import with_heads
+from shoal.compress.edits.layer_edits import with_heads
 from shoal.figures.style import save_figure
 from shoal.lab import patching as part
 from shoal.lab.attention.prompts import Twins, copy_twins

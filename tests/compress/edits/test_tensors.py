@@ -103,7 +103,7 @@ def test_stored_buffers_are_merged_and_computed_ones_stay() -> None:
     assert merged_layer(model, 1, laco_factors(3))["offset"].item() == 1 + (2 - 1) + (3 - 1)
     assert "table" not in merged_layer(model, 1, laco_factors(3))
     decoder_layers(model)[3].get_buffer("table").add_(1)
-    with pytest.raises(UserError, match=r"layers 1 and 3 are of different kinds: their computed table differs"):
+    with pytest.raises(UserError, match=r"layers 1 and 3 are of different kinds: computed table is "):
         merged_layer(model, 1, laco_factors(3))
 
 
@@ -191,24 +191,6 @@ def test_overflow_is_refused() -> None:
         merged_layer(model, 1, laco_factors(3))
 
 
-@pytest.mark.parametrize(
-    ("drop", "layers", "message"),
-    [
-        ((1,), {1: {}}, r"layer 1: is dropped and given new tensors at once"),
-        ((1,), {6: {}}, r"layers 6..6: this model's layers are 0..5"),
-        ((1,), {2: {"mlp.gate.weight": torch.ones(1)}}, r"layer 2: has no tensor mlp.gate.weight; these tensors are"),
-        (
-            (1,),
-            {2: {"input_layernorm.weight": torch.ones(32, dtype=torch.bfloat16)}},
-            r"layer 2: input_layernorm.weight is torch.float32 \(32,\), but torch.bfloat16 \(32,\) is to take",
-        ),
-    ],
-)
-def test_tensors_without_a_place_are_refused(drop: Any, layers: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        with_layers(tiny_model("llama"), drop, layers)
-
-
 def test_own_tensors_of_a_layer_put_back_change_no_bit() -> None:
     model = tiny_model("qwen2")
     student = with_layers(model, (), {layer: layer_tensors(model, layer) for layer in range(NUM_LAYERS)})
@@ -226,15 +208,3 @@ def test_tensors_in_place_are_the_student_with_layers_skipped_and_leave_the_teac
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0]  # an optimizer would find its own parameters
         assert torch.equal(parameter, before[name][1])
-
-
-def test_a_refused_tensor_leaves_every_layer_as_it_was() -> None:
-    model = tiny_model("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    half_right = {"input_layernorm.weight": torch.ones(32), "mlp.up_proj.weight": torch.ones(3)}
-    with (
-        pytest.raises(UserError, match=r"layer 3: mlp.up_proj.weight is torch.float32 \(48, 32\), but"),
-        tensors_in_place(model, {1: layer_tensors(model, 2), 3: half_right}),
-    ):
-        pass
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

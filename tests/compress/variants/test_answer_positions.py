@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from variant_cases import requests
 
 from shoal.components import REMOVED, LayerEdit
-from shoal.compress.edits.layer_edits import components_of, in_force
-from shoal.compress.edits.masks import AtPositions
+from shoal.compress.edits.layer_edits import AtPositions, components_of, in_force
 from shoal.compress.surgery.cut_model import skipped
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, Variant, score_variants, variant, without

@@ -21,8 +21,7 @@ from masked_models import (
 from transformers import AutoModelForCausalLM
 
 from shoal.components import Component
-from shoal.compress.edits.layer_edits import layer_edits
-from shoal.compress.edits.masks import heads_of_groups
+from shoal.compress.edits.layer_edits import heads_of_groups, layer_edits
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.lab.edits.skip import zero_half, zero_heads
