@@ -215,14 +215,6 @@ def _hash_of_state(path: Path, _changed_at: int, _size: int) -> str:
     return file_hash(path)
 
 
-def file_hashes(place: Path) -> list[tuple[str, str]]:
-    """(path from ``place``, SHA-256) of every file under it that is not hidden; of a file its own, without a path."""
-    if place.is_file():
-        return [("", known_hash(place))]
-    paths = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
-    return [(str(path), known_hash(place / path)) for path in paths if not any(part[0] == "." for part in path.parts)]
-
-
 def fingerprint(value: object) -> str:
     """A short content hash of any JSON-ready value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

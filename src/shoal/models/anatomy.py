@@ -132,14 +132,6 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def layer_config(config: Any, layer: int) -> Any:
-    """The part of a text decoder's configuration that holds for ``layer``.
-
-    Where layers differ in their dimensions, transformers answers for one of them only.
-    """
-    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
-
-
 def deepstack_layers(config: Any) -> tuple[int, ...]:
     """Layers of the text decoder behind which features of the image are added to the states, by place.
 
