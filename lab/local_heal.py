@@ -94,8 +94,9 @@ def work(run: Run, settings: Settings) -> str:
     places = gaps(spec.plan)
     told = []
     if not (folder / "distilled" / "config.json").is_file():
-        before, after = heal(spec, settings, run.dir / "text", inputs, folder / "student")
-        told = [f"layer {layer}: error {before[layer]:.4f} to {after[layer]:.4f}" for layer in before]
+        errors = heal(spec, settings, run.dir / "text", inputs, folder / "student")
+        lines = zip(places, errors, strict=True)
+        told = [f"layer {gap.layer}: error {before:.4f} to {after:.4f}" for gap, (before, after) in lines]
     healed = Checkpoint.read(folder / "student", spec.teacher.load)
     # a healed layer is the teacher's no more, even where training freezes it
     shared = min(spec.shared_layers, places[0].layer)
@@ -120,9 +121,9 @@ def gaps(plan: PruningPlan) -> tuple[Gap, ...]:
 
 def heal(
     spec: TrainSpec, settings: Settings, text: Path, inputs: dict[str, Any], folder: Path
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Write the student with healed gaps into ``folder``; relative squared errors of its state behind every gap, by
-    trained layer, in the first and the last tenth of the steps. ``text`` is the folder of the rows.
+) -> list[tuple[float, float]]:
+    """Write the student with healed gaps into ``folder``; relative squared errors of its state behind every gap, in the
+    first and the last tenth of the steps. ``text`` is the folder of the rows.
 
     Raises:
         UserError: as heal_gaps does.
@@ -149,7 +150,7 @@ def heal_gaps(
     places: Sequence[Gap],
     *,
     autocast: bool,
-) -> tuple[dict[int, float], dict[int, float]]:
+) -> list[tuple[float, float]]:
     """Train the layers before all gaps of ``student``, with float32 weights, in place; errors as ``heal`` gives them.
 
     Raises:
@@ -188,12 +189,10 @@ def heal_gaps(
         schedule.step()
         optimizer.zero_grad()
     student.train(was_training)
-    tenth, numbers = max(1, num_steps // 10), [place.layer for place in places]
-    means = (
-        [sum(errors) / tenth for errors in zip(*part, strict=True)] for part in (history[:tenth], history[-tenth:])
-    )
-    before, after = (dict(zip(numbers, part, strict=True)) for part in means)
-    return before, after
+    tenth = max(1, num_steps // 10)
+    parts = (history[:tenth], history[-tenth:])
+    means = ([sum(errors) / tenth for errors in zip(*part, strict=True)] for part in parts)
+    return list(zip(*means, strict=True))
 
 
 def _step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,26 +35,18 @@ class Settings(Section):
 
     layers: Run_
     """Neighbouring layers, increasing, counted from 0."""
-    method: Literal["laco", "weighted"] = "laco"
+    method: Literal["laco", "mean"] = "laco"
     """laco: the first plus the differences of all others to it, which grows where layers are far from each other, and
-    is then often worse than dropping them; weighted: their weighted mean."""
-    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
-    """For `weighted`: one per layer, adding up to 1; None = equal."""
+    is then often worse than dropping them; mean: the mean of all."""
 
     def __post_init__(self) -> None:
         refuse_gaps(self.layers)
-        if self.weights is None:
-            return
-        if self.method == "laco":
-            raise ValueError("weights: have no effect on laco; leave them out, or set method: weighted")
-        if len(self.weights) != len(self.layers) or not math.isclose(sum(self.weights), 1, abs_tol=1e-6):
-            raise ValueError(f"weights: {list(self.weights)} for {len(self.layers)} layers; give one each, of sum 1")
 
     @property
     def factors(self) -> tuple[float, ...]:
         """What each layer counts for."""
         count = len(self.layers)
-        return laco_factors(count) if self.method == "laco" else self.weights or (1 / count,) * count
+        return laco_factors(count) if self.method == "laco" else (1 / count,) * count
 
 
 def work(run: Run, settings: Settings) -> str:

@@ -119,15 +119,13 @@ def test_grown_models_are_proven_in_all_families(kind: str, init: str, tmp_path:
 def test_silent_and_merged_models_are_proven_in_all_families(kind: str, tmp_path: Path) -> None:
     run = run_of(checkpoint(kind, tmp_path), tmp_path / "run")
     made(skip, run, attention=(2,), mlp=(1, 5))
-    made(merge, run, layers=(3, 4), method="weighted") if kind not in ("qwen2", "gpt_oss") else None
+    made(merge, run, layers=(3, 4), method="mean") if kind not in ("qwen2", "gpt_oss") else None
 
 
 @pytest.mark.parametrize(
     ("part", "settings", "message"),
     [
         (merge, {"layers": (1, 3)}, r"layers: must be neighbours in increasing order"),
-        (merge, {"layers": (1, 2), "weights": (1, 0)}, "weights: have no effect on laco"),
-        (merge, {"layers": (1, 2), "method": "weighted", "weights": (0.5, 0.4)}, r"give one each, of sum 1"),
         (merge, {"layers": (5, 6)}, r"layers 5..6: this model's layers are 0..5"),
         (skip, {}, "name what is silenced"),
         (skip, {"order": "blockpruner"}, r"importance.json: no such file"),
