@@ -3,7 +3,6 @@
 compare     side by side
 comparable  which may stand in one table
 standings   of models, by column and in the mean
-data        for scripts
-page        for readers
+page        for readers and scripts
 figure      what is kept against costs
 """

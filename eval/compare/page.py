@@ -1,4 +1,4 @@
-"""A comparison of runs in words and tables: for the terminal, as compare.md and as compare.html."""
+"""A comparison of runs: words and tables for the terminal, compare.md and compare.html, plain values for scripts."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from ..report.wording import (
 )
 from .comparable import dtype_of
 from .compare import COMPARED, Cell, Model, RunComparison, same_models
-from .data import as_data
 from .figure import draw, pareto_panels
 from .standings import CONTROLLED, Groups, Standing, controls, standings, task_groups
 
 log = logging.getLogger(__name__)
 
 NAME = "compare"
+TASK_FIELDS = ("task", "ability", "protocol", "metric", "version", "num_fewshot", "n", "chance", "column")
 COSTS = ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
 
 
@@ -86,6 +86,66 @@ def contents(comparison: RunComparison, figure: Picture | None = None) -> dict[s
 def comparison_text(comparison: RunComparison) -> str:
     """The page for a terminal, without its figure and the versions."""
     return clean(render("compare", "text", **contents(comparison)).rstrip())  # no name may steer the terminal
+
+
+def as_data(comparison: RunComparison) -> dict[str, Any]:
+    """compare.json: runs, tasks, models with one cell per task, where they stand, notes."""
+    groups = task_groups(comparison)
+    return {
+        "schema": 2,
+        "runs": [
+            {"letter": c.letter, "name": c.name, "folder": str(c.run.folder), "is_checkpoint": c.is_model}
+            for c in comparison.contenders
+        ],
+        "tasks": [
+            _fields(task, TASK_FIELDS) | {"teacher_above_chance": task.task not in comparison.silent}
+            for task in comparison.tasks
+        ],
+        "models": [_model_data(model) for model in comparison.models],
+        "ranked_by": list(groups.that_rank),
+        "standings": [
+            {
+                "run": own.model.contender.letter,
+                "role": own.model.role,
+                "mean": _fields(own.mean),
+                "against": _fields(own.against),
+                "kept": {title: _fields(value) for title, value in own.kept.items()},
+                "form_gap": _fields(own.form),
+            }
+            for own in standings(comparison, groups)
+        ],
+        "num_differences": comparison.num_differences,
+        "left_out": list(comparison.left_out),
+        "notes": list(comparison.notes),
+    }
+
+
+def _model_data(model: Model) -> dict[str, Any]:
+    ratio = model.speed_ratio
+    return {
+        "run": model.contender.letter,
+        "role": model.role,
+        "dtype": dtype_of(model.contender, model.role),
+        **_fields(model.evaluation, ("num_layers", "num_parameters", "num_bytes")),
+        "decode_ratio": ratio and ratio.value,
+        "decode_ratio_of_rounds": ratio and ratio.limits,
+        "compared_with": model.rival,
+        "cells": [
+            {
+                **_fields(cell.score, ("task", "score", "ci_low", "ci_high")),
+                "kept": _fields(cell.kept),
+                "difference": cell.difference
+                and {**_fields(cell.difference), "adjusted_p": cell.adjusted_p, "verdict": cell.verdict},
+            }
+            for cell in model.cells
+        ],
+    }
+
+
+def _fields(value: Any, names: Sequence[str] | None = None) -> Any:
+    """All fields of a value, or those named, as JSON can hold them; None of none."""
+    told = {name: getattr(value, name) for name in (names or vars(value))} if value else {}
+    return {key: own if not isinstance(own, float) or math.isfinite(own) else None for key, own in told.items()} or None
 
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:

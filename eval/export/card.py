@@ -128,8 +128,7 @@ def base_model(run: Run) -> str | None:
     name = run.model
     if name.startswith(DEMO_PREFIX):
         return DEMO_BASES.get(name.removeprefix(DEMO_PREFIX))
-    is_hub_id = run.recipe is not None and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-    return name if is_hub_id and not Path(name).exists() else None
+    return name if run.recipe is not None and name.count("/") <= 1 and not _is_local(name) else None
 
 
 def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License, datasets: list[str]) -> ModelCardData:
@@ -224,12 +223,11 @@ def _training_data(run: Run) -> list[str]:
     """Hub ids of the data sets it was trained on; bundled texts and local files have none."""
     sources = ((run.recipe or {}).get("distill") or {}).get("data") or []
     paths = dict.fromkeys(str(source["path"]) for source in sources) if run.training else {}
-    return [path for path in paths if _is_hub_id(path)]
+    return [path for path in paths if path.count("/") == 1 and not _is_local(path)]
 
 
-def _is_hub_id(path: str) -> bool:
-    is_local = path.startswith((".", "/", "~")) or path.endswith(TEXT_SUFFIXES) or Path(path).exists()
-    return path.count("/") == 1 and not is_local
+def _is_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.endswith(TEXT_SUFFIXES) or Path(path).exists()
 
 
 def _repo(run: Run) -> str | None:

@@ -95,29 +95,20 @@ def _draw_heat(
     drop: Sequence[int],
     num_layers: int,
 ) -> None:
-    names, shades, texts, frames = [], [], [], []
-    for name, scores in metrics.items():
-        names.append(fitting(name))
-        shades.append(_rank_shades(scores))
-        texts.append([_short_number(score) for score in scores])
-        frames.append(())
+    every = range(num_layers)
+    shown = [(fitting(name), _rank_shades(own), [_short_number(v) for v in own], ()) for name, own in metrics.items()]
     if metrics:
-        names.append("")
-        shades.append([math.nan] * num_layers)
-        texts.append([""] * num_layers)
-        frames.append(())
+        shown.append(("", [math.nan] * num_layers, [""] * num_layers, ()))
     for name, column in columns:
-        names.append(fitting(name.replace("/", "\n")))
-        shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
-        texts.append([_cell_text(column, layer) for layer in range(num_layers)])
-        frames.append(column.critical)
-    grid = [[column[layer] for column in shades] for layer in range(num_layers)]
+        shades, texts = ([of(column, layer) for layer in every] for of in (_loss_shade, _cell_text))
+        shown.append((fitting(name.replace("/", "\n")), shades, texts, column.critical))
+    grid = [[shades[layer] for _, shades, *_ in shown] for layer in every]
     image = ax.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="none")
-    for place, (column_texts, critical) in enumerate(zip(texts, frames, strict=True)):
-        for layer, text in enumerate(column_texts):
-            _write_cell(ax, place, layer, text, grid[layer][place], framed=layer in critical)
+    for place, (_, shades, texts, critical) in enumerate(shown):
+        for layer in every:
+            _write_cell(ax, place, layer, texts[layer], shades[layer], framed=layer in critical)
     rows = [f"{'× ' if layer in set(drop) else ''}{layer}" for layer in range(num_layers)]
-    _name_cells(ax, names, rows)
+    _name_cells(ax, [name for name, *_ in shown], rows)
     for layer in drop:
         ax.get_yticklabels()[layer].set(color=DROPPED, weight="bold")
     ax.set_ylabel("layer" + (" (× dropped)" if drop else ""))

@@ -11,9 +11,8 @@ from compared_runs import cell_of, choice, tasks, write_run, write_speed
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.compare.compare import compare_runs
-from shoal.eval.compare.data import as_data
 from shoal.eval.compare.figure import pareto_panels
-from shoal.eval.compare.page import comparison_text
+from shoal.eval.compare.page import as_data, comparison_text
 from shoal.launch.cli import main
 from shoal.stats.paired import holm, paired, retention
 

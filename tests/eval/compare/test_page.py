@@ -1,6 +1,6 @@
 """What a comparison writes: the page, its data and its figure.
 
-Covers: shoal.eval.compare.data, shoal.eval.compare.figure.
+Covers: shoal.eval.compare.figure.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from html_page import Page
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.compare.compare import compare_runs
-from shoal.eval.compare.data import as_data
 from shoal.eval.compare.figure import frontier, pareto_figure
-from shoal.eval.compare.page import comparison_text, write_comparison
+from shoal.eval.compare.page import as_data, comparison_text, write_comparison
 from shoal.figures.style import save_figure
 
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>"

@@ -12,9 +12,8 @@ from compared_runs import choice, nats, write_run
 
 from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
-from shoal.eval.compare.data import as_data
 from shoal.eval.compare.figure import pareto_panels
-from shoal.eval.compare.page import comparison_text
+from shoal.eval.compare.page import as_data, comparison_text
 from shoal.eval.compare.standings import controls, mean_kept, standings, task_groups
 from shoal.stats.paired import Retention, form_gap, kept_change, retention
 

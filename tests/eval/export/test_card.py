@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from results import evaluation, plan, training, write_formed, write_quickstart, write_run
+from results import evaluation, plan, training, write_formed, write_run
 
 from shoal.artifacts.plan import PlannedChange
 from shoal.errors import UserError
@@ -111,14 +111,6 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
     ):
         assert text in card
     assert "figures/" not in card
-
-
-@pytest.mark.slow
-def test_card_opens_with_what_was_lost_and_what_came_back(tmp_path: Path) -> None:
-    card = model_card(write_quickstart(tmp_path)).replace("\\", "")
-    opening = card.split("## Before and after")[0]
-    assert "| retrieval, generated | 64 % [54, 73] | 22 % [15, 31] | 98 % [93, 99] |" in opening
-    assert "retrieval_generation" not in card.split("## Recipe")[0].split("\n---\n")[1]
 
 
 @pytest.mark.slow

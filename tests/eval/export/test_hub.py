@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import multiprocessing
-import signal
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -248,28 +245,6 @@ def test_a_failure_midway_leaves_a_whole_export_and_the_retry_sends_the_rest(
     send(folder, hub)
     assert set(hub.files) == {"README.md", "config.json", "model.safetensors", "figures/before_after.png"}
     assert not arrived & set(hub.uploads)
-
-
-@pytest.mark.slow
-def test_a_push_that_is_killed_goes_on_with_what_is_missing(folder: Path, hub: Hub) -> None:
-    hub.fail = {"/commit/": 503}  # waited out, so that the process can be killed after the objects have arrived
-    process = multiprocessing.get_context("fork").Process(target=send, args=(folder, hub))
-    process.start()
-    deadline = time.monotonic() + 60
-    while len(set(hub.uploads)) < 2:
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not hub.files
-    arrived = set(hub.uploads)
-    hub.fail, hub.uploads = {}, []
-    send(folder, hub)
-    assert set(hub.files) == {"README.md", "config.json", "model.safetensors", "figures/before_after.png"}
-    assert not arrived & set(hub.uploads)
-    assert is_whole(folder)
 
 
 @pytest.mark.parametrize(

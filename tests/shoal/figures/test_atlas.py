@@ -117,12 +117,3 @@ def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> N
     (ax,) = curves_figure(table).axes
     assert [list(line.get_xdata()) for line in ax.get_lines()][::2] == [[1, 3, 4], [3]]  # pyright: ignore
     assert ax.get_xlabel() == "attention of layer"
-
-
-@pytest.mark.slow
-def test_equal_input_gives_equal_bytes_and_one_file(tmp_path: Path) -> None:
-    for suffix in ("svg", "png"):
-        for name in ("a", "b"):
-            save_figure(atlas_figure(swept(), DROP), tmp_path / f"{name}.{suffix}")
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 4
