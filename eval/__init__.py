@@ -6,8 +6,7 @@
 Folders:
 
     compare     several runs side by side
-    export      the model card and the Hub
     harness     lm-eval's requests over a model in memory, and what it answered
-    report      one page about a run
+    report      one page about a run, and its model card
     tasks       what is asked, by name
 """

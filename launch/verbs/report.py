@@ -79,8 +79,8 @@ def export_gguf(run: Run) -> None:
 
 def export(run: Run) -> None:
     """Push distilled/ with its model card to the Hub."""
-    from shoal.eval.export.card import model_card
-    from shoal.eval.export.hub import push
+    from shoal.eval.report.card import model_card
+    from shoal.eval.report.hub import push
 
     distilled = run.dir / "distilled"
     if not (distilled / "config.json").is_file():

@@ -29,7 +29,7 @@ LEVELS = (
     ("compress.edits", "train.objective", "eval.tasks"),
     ("compress.variants", "train.student", "eval.harness"),
     ("compress.metrics", "train.teacher", "eval.report"),
-    ("compress.changes", "train.preflight", "eval.compare", "eval.export", "eval"),
+    ("compress.changes", "train.preflight", "eval.compare", "eval"),
     ("compress.sweeps", "train"),
     ("compress",),
     ("launch.verbs", "launch.help"),

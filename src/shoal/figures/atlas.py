@@ -96,11 +96,13 @@ def _draw_heat(
     num_layers: int,
 ) -> None:
     every = range(num_layers)
-    shown = [(fitting(name), _rank_shades(own), [_short_number(v) for v in own], ()) for name, own in metrics.items()]
+    shown: list[tuple[str, list[float], list[str], tuple[int, ...]]] = []
+    for name, scores in metrics.items():
+        shown.append((fitting(name), _rank_shades(scores), [_short_number(score) for score in scores], ()))
     if metrics:
         shown.append(("", [math.nan] * num_layers, [""] * num_layers, ()))
     for name, column in columns:
-        shades, texts = ([of(column, layer) for layer in every] for of in (_loss_shade, _cell_text))
+        shades, texts = [_loss_shade(column, layer) for layer in every], [_cell_text(column, layer) for layer in every]
         shown.append((fitting(name.replace("/", "\n")), shades, texts, column.critical))
     grid = [[shades[layer] for _, shades, *_ in shown] for layer in every]
     image = ax.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="none")

@@ -13,7 +13,7 @@ from results import evaluation, plan, training, write_formed, write_run
 
 from shoal.artifacts.plan import PlannedChange
 from shoal.errors import UserError
-from shoal.eval.export.card import model_card
+from shoal.eval.report.card import model_card
 
 
 def metadata(card: str) -> Any:

@@ -19,15 +19,15 @@ from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty, mtp_names,
 from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
-from ..report.cautions import cautions
-from ..report.costs import size_table, speed_table
-from ..report.findings import SIGNAL_SIGMAS, Comparison, Row, compare, is_share
-from ..report.headline import board, headline
-from ..report.page import render
-from ..report.report import FIGURES_DIR
-from ..report.run import Run, read_run
-from ..report.tables import difference_tables, form_table, score_table, silent_table
-from ..report.wording import by_column, column_words
+from .cautions import cautions
+from .costs import size_table, speed_table
+from .findings import SIGNAL_SIGMAS, Comparison, Row, compare, is_share
+from .headline import board, headline
+from .page import render
+from .report import FIGURES_DIR
+from .run import Run, read_run
+from .tables import difference_tables, form_table, score_table, silent_table
+from .wording import by_column, column_words
 
 DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub id of the model that a bundled demo model was made from."""

@@ -16,9 +16,10 @@ from shoal.atomic_files import write_text, written_file
 from shoal.errors import UserError
 from shoal.progress import doing
 
+from .report import FIGURES_DIR
+
 log = logging.getLogger(__name__)
 
-FIGURES_DIR = "figures"
 REMEDIES = {
     401: "the Hub does not accept the token; run `hf auth login` with one that may write",
     403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, constants
 from results import evaluation, write_run
 
 from shoal.errors import UserError
-from shoal.eval.export.card import model_card
-from shoal.eval.export.hub import push
+from shoal.eval.report.card import model_card
+from shoal.eval.report.hub import push
 
 TOKEN = "hf_" + "t" * 34
 REPO = "someone/shallow"
@@ -258,7 +258,7 @@ def test_a_refused_token_is_explained(folder: Path, hub: Hub, status: int, said:
 
 
 def test_no_token_says_how_to_log_in(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.eval.export.hub.get_token", lambda: None)
+    monkeypatch.setattr("shoal.eval.report.hub.get_token", lambda: None)
     with pytest.raises(UserError, match="no Hugging Face token was found; run `hf auth login`"):
         send(folder, hub)
     assert is_whole(folder)

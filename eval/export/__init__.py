@@ -1,5 +1,0 @@
-"""The model card and the Hub.
-
-card  the model card, its license
-hub   the push
-"""
