@@ -36,20 +36,6 @@ BUDGET_S = 600
 LEAST_S = 12
 """Seconds below which no further case is begun."""
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "RTX 4090": 165,
-}
-"""Dense bf16 products with fp32 sums at boost clock, in 1e12 operations per second, from NVIDIA's data sheets, by what
-torch's name of the card holds; the first that does counts."""
 GROUPS = {
     "speed": "Steps of training, beside TRL",
     "attention": "Attention, by `attention`",
@@ -71,7 +57,7 @@ LONGEST = 160
 COLUMNS = (
     "",
     "tokens/s",
-    "share of peak",
+    "share of a product's rate",
     "peak, GB",
     "estimate, GB",
     "off by",
@@ -196,11 +182,11 @@ def commit() -> str | None:
 def markdown(result: Row) -> str:
     """All of ``result`` as sections of a page."""
     rows: Sequence[Row] = result["results"]
-    peak, _ = peak_flops(result)
+    rate = _card(result).get("product_flops_per_s")
     parts = [_about(result)]
     for group, title in GROUPS.items():
         if own := [row for row in rows if row["group"] == group]:
-            cells = [_cells(row, rows, peak) for row in own if reason(row) is None]
+            cells = [_cells(row, rows, rate) for row in own if reason(row) is None]
             parts.append(f"**{title}**" + (f"\n\n{_table(cells)}" if cells else ": none was measured."))
     if missing := [f"- {row['size']} {row['name']}: {reason(row)}" for row in rows if reason(row) is not None]:
         parts.append("**Without figures**\n\n" + "\n".join(missing))
@@ -222,18 +208,6 @@ def reason(row: Row) -> str | None:
     return told and f"{told[0]}: {told[1][:LONGEST]}"
 
 
-def peak_flops(result: Row) -> tuple[float | None, str]:
-    """Operations per second that shares are told of, and where that is from; None before the card is known."""
-    card = _card(result)
-    if not card:
-        return None, "the card is not known"
-    for name, tera in PEAK_TFLOPS.items():
-        if name in card["card"]:
-            return tera * 1e12, f"{tera} TFLOP/s of the data sheet of {name}, dense bf16"
-    measured = card["product_flops_per_s"]
-    return measured, f"{measured / 1e12:.3g} TFLOP/s of a matrix product measured here, as the card is in no table"
-
-
 def _card(result: Row) -> Row:
     return next((row for row in result["results"] if row["kind"] == "card" and reason(row) is None), {})
 
@@ -246,19 +220,20 @@ def _about(result: Row) -> str:
     lines = [
         f"{card.get('card', 'unknown device')}, {memory:.0f} GB, driver {card.get('driver')}, CUDA {card.get('cuda')}; "
         f"{versions}; commit {result['commit']}; {result.get('seconds', 0):.0f} s in all.",
-        f"Shares are of {peak_flops(result)[1]}; a matrix product reaches {measured:.3g} here.",
+        f"A bf16 matrix product reaches {measured:.3g} TFLOP/s here, and a step's operations are those of whole rows.",
     ]
     if result["tiny"]:
         lines.insert(0, "TINY MODELS: the command was tried, and no figure says anything.")
     return "\n".join(lines)
 
 
-def _cells(row: Row, rows: Sequence[Row], peak: float | None) -> list[str]:
+def _cells(row: Row, rows: Sequence[Row], rate: float | None) -> list[str]:
     """A line of a table, by COLUMNS."""
+    share = row["tokens_per_s"] * row["flops_per_token"] / rate if rate and "flops_per_token" in row else None
     return [
         f"{row['size']} {row['name']}",
         f"{row['tokens_per_s']:,.0f}",
-        _number(share_of_peak(row, rows, peak), ".1%"),
+        _number(share, ".1%"),
         f"{row['peak'] / 1e9:.2f}",
         _number(row.get("estimate", 0) / 1e9 or None, ".2f"),
         _number(row["estimate"] / row["peak"] - 1 if "estimate" in row else None, "+.0%"),
@@ -266,13 +241,6 @@ def _cells(row: Row, rows: Sequence[Row], peak: float | None) -> list[str]:
         f"{row['losses'][0]:.5f}",
         _number(loss_difference(row, rows) if row["group"] == "losses" else None, ".1e"),
     ]
-
-
-def share_of_peak(row: Row, rows: Sequence[Row], peak: float | None) -> float | None:
-    """Operations per second that the loss needs, over the card's. TRL has those of shoal on the same rows."""
-    same = (r for r in rows if r["size"] == row["size"] and r["name"].endswith("one document a row"))
-    counted = next((r for r in (row, *same) if "flops_per_token" in r), None)
-    return None if counted is None or peak is None else row["tokens_per_s"] * counted["flops_per_token"] / peak
 
 
 def loss_difference(row: Row, rows: Iterable[Row]) -> float | None:

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from shoal.train.engine.arguments import training_arguments
 from shoal.train.engine.sharding import join_deepspeed, leave_deepspeed
 from shoal.train.engine.stop import StopRequest
 from shoal.train.preflight.fit import Free
-from shoal.train.preflight.memory import Job, job
+from shoal.train.preflight.memory import job
 from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.record import record_signals
 from shoal.train.student.sizes import built
@@ -191,15 +191,6 @@ def rows_of(case: Case, size: Size) -> PackedRows:
     return PackedRows(ids_NS, positions_NS)
 
 
-def flops(size: Job, rows: PackedRows) -> float:
-    """Floating point operations of a token of a step, without what checkpointing computes again: every weight's
-    products, and attention over the tokens that a token sees in its document."""
-    seen = (rows.position_ids_NS.double() + 1).mean().item()
-    once = replace(size, setting=replace(size.setting, checkpointing=False))
-    whole, none = (flops_per_token(once, length) for length in (1, 0))
-    return none + seen * (whole - none)
-
-
 def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Steps of the training of ``case``."""
     set_up_distributed(timeout_s=600)
@@ -222,7 +213,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         "peak": peak(),
         "estimate": told.memory.peak,
         "attention": student.config._attn_implementation,
-        "flops_per_token": flops(told, rows),
+        "flops_per_token": flops_per_token(told),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
     leave_deepspeed(trainer)

@@ -110,7 +110,7 @@ def layout(checkpoint: Path) -> dict[str, int]:
 
 
 def needs_universal(checkpoint: Path, *, zero_stage: int) -> bool:
-    """Whether DeepSpeed has to load the universal form of ``checkpoint``, which is made here where it is missing.
+    """Whether DeepSpeed has to load the universal form of ``checkpoint``, which is made here then.
 
     Raises:
         UserError: the checkpoint's ZeRO stage lays the optimizer out in a way that this stage cannot read.
@@ -124,10 +124,8 @@ def needs_universal(checkpoint: Path, *, zero_stage: int) -> bool:
         )
     if zero_stage == 0 or saved == {"ranks": world_size(), "zero_stage": zero_stage}:
         return False  # stage 0 keeps the optimizer whole on every rank
-    universal = checkpoint / UNIVERSAL
-    if not _is_usable(universal):
-        log.info("%s: written by %d rank(s), made to fit %d", checkpoint, saved["ranks"], world_size())
-        _convert(checkpoint, universal)
+    log.info("%s: written by %d rank(s), made to fit %d", checkpoint, saved["ranks"], world_size())
+    _convert(checkpoint, checkpoint / UNIVERSAL)
     write_text(checkpoint / UNIVERSAL_POINTER, UNIVERSAL)  # where DeepSpeed looks for the folder's name
     return True
 
@@ -150,8 +148,6 @@ def _convert(checkpoint: Path, universal: Path) -> None:
         )
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(request)
-        stamps = {str(file.relative_to(folder)): _stamp(file) for file in folder.rglob("*") if file.is_file()}
-        write_text(folder / MANIFEST, json.dumps(signed({"files": stamps})))
 
 
 def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
@@ -209,19 +205,10 @@ def _check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
             raise _Damaged(f"{name} does not match its checksum")
     for file in checkpoint.rglob("*"):
         name = file.relative_to(checkpoint)
-        ours = name.parts[0] in (MANIFEST, UNIVERSAL, UNIVERSAL_POINTER)  # the last two are made or checked when needed
+        ours = name.parts[0] in (MANIFEST, UNIVERSAL, UNIVERSAL_POINTER)  # the last two are made when needed
         hidden = any(part.startswith(".") for part in name.parts)  # of file systems and half-written; no pattern's
         if (file.is_symlink() or file.is_file()) and not (ours or hidden or str(name) in manifest["files"]):
             raise _Damaged(f"holds {name}, which its manifest does not name")
-
-
-def _is_usable(universal: Path) -> bool:
-    try:
-        manifest = _manifest(universal)
-        _check_files(universal, manifest)
-    except _Damaged:
-        return False
-    return is_signed(manifest) or is_trusted(universal)
 
 
 def _stamp(file: Path) -> dict[str, Any]:

@@ -38,16 +38,15 @@ class Pace:
     """Tokens that were run at one time: a whole micro-batch, or what there was time for."""
 
 
-def flops_per_token(job: Job, length: int | None = None) -> float:
+def flops_per_token(job: Job) -> float:
     """Floating point operations of one token of a micro-batch: teacher, student, both directions.
 
-    Two per weight and direction, and attention over ``length`` tokens, None = over the whole row, which packed rows
-    compute in full and mask. Element by element work is left out, and so are the optimizer and that of some rows no
-    term may ask the teacher. Its lowest frozen layers a student does not run if they are shared; a live teacher runs
-    them for both.
+    Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. Element
+    by element work is left out, and so are the optimizer and that of some rows no term may ask the teacher. Its lowest
+    frozen layers a student does not run if they are shared; a live teacher runs them for both.
     """
     student, teacher = job.student, job.teacher
-    length = job.spec.settings.sequence_length if length is None else length
+    length = job.spec.settings.sequence_length
     is_shared, total = job.spec.shared_layers > 0, 0.0
     for layer in student.layers:
         forward = 2 * layer.matrices + student.pair_flops * length
