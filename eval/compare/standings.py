@@ -16,7 +16,7 @@ import numpy as np
 
 from shoal.artifacts.evaluation import Evaluation, Interval, TaskScore
 from shoal.stats.intervals import Array, combined
-from shoal.stats.paired import form_gap, kept_change, kept_influences, no_retention, paired, share_items
+from shoal.stats.paired import form_gap, kept_change, kept_influences, no_retention, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
@@ -185,23 +185,13 @@ def even_weights(tasks: Sequence[TaskScore], *keys: Callable[[TaskScore], Any]) 
     }
 
 
-def summed_change(scales: Mapping[str, float], before: Scores, after: Scores) -> Interval:
-    """The sum over tasks of scale times change from ``before`` to ``after``, with the interval that theirs make.
+def summed_kept(weights: Mapping[str, float], teacher: Scores, before: Scores, after: Scores) -> Interval:
+    """The sum over tasks of weight times the change of the share kept of ``teacher``, with the interval theirs make.
 
     Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
     in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that ask the same items in
     another way err together; their correlation is taken from the items' own differences.
     """
-    changes = [paired(before[task], after[task]) for task in scales]
-    moves = {task: _changes(before[task], after[task]) for task in scales}
-    correlations = np.array([[_correlation(before, moves, task, other) for other in scales] for task in scales])
-    limits = [(change.difference, change.ci_low, change.ci_high) for change in changes]
-    return weighted_sum(list(scales.values()), limits, correlations)
-
-
-def summed_kept(weights: Mapping[str, float], teacher: Scores, before: Scores, after: Scores) -> Interval:
-    """The sum over tasks of weight times the change of the share kept of ``teacher``, with its interval, as
-    summed_change adds them up."""
     changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
     influences = {task: kept_influences(teacher[task], before[task], after[task]) for task in weights}
     correlations = np.array([[_correlation(before, influences, task, other) for other in weights] for task in weights])
@@ -228,8 +218,3 @@ def _correlation(scores: Scores, moves: Mapping[str, Mapping[str, float]], first
     if len(shared) < 3 or np.ptp(pairs, axis=1).min() == 0:
         return 0.0
     return float(np.corrcoef(pairs)[0, 1])
-
-
-def _changes(before: TaskScore, after: TaskScore) -> dict[str, float]:
-    earlier = {item.id: item.score for item in before.items}
-    return {item.id: item.score - earlier[item.id] for item in after.items}

@@ -135,11 +135,6 @@ class Layout:
     begun: DynamicCache | None = None
     """Cache that the first pass goes on from; None = nothing is read yet."""
 
-    @property
-    def branches(self) -> bool:
-        """Whether later passes go on from the first one's cache."""
-        return len(self.passes) > 1
-
     def hidden(self, decoder: Decoder) -> list[Tensor]:
         """Final hidden states of every pass; what the layout begins with is used up."""
         return hidden_of(decoder, self.passes, self.begun)
