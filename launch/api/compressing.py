@@ -155,15 +155,12 @@ def choose_layers(
         `drop` (0-based, increasing) and `reason`.
 
     Raises:
-        UserError: no importance, both of num_drop and ratio, a score that was not measured, or no such choice.
+        UserError: both of num_drop and ratio, a score that was not measured, or no such choice.
 
     Example:
         >>> plan = shoal.choose_layers(importance, num_drop=8)
         >>> plan.drop
     """
-    if not isinstance(importance, Importance):
-        given = type(importance).__name__
-        raise UserError(f"shoal.choose_layers: importance: is {given}; give what shoal.measure_importance returns")
     named = {
         "num_drop": num_drop,
         "ratio": ratio,

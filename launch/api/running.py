@@ -16,7 +16,7 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PruningPlan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
-from shoal.errors import UserError, explained_paths
+from shoal.errors import explained_paths
 from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
@@ -55,7 +55,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
 
     Args:
         recipe: A recipe file, the name of a shipped one, a run directory, or a recipe as a mapping.
-        overrides: `section.key=value` for a recipe in a file, as on the command line.
+        overrides: `section.key=value`, as on the command line.
 
     Raises:
         UserError: wrong settings, models or data; what launched processes refuse they have said on stderr.
@@ -69,8 +69,6 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
     with TemporaryDirectory() as temporary, explained_paths():
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):
-            if overrides:
-                raise UserError(f"overrides: {overrides[0]!r} stands beside a mapping; change the mapping instead")
             parse_recipe(dict(recipe))  # whose messages say `recipe`, and not a file that nobody has written
             write_json(Path(config), dict(recipe))  # JSON is YAML
         said, file = read_settings(config, overrides)

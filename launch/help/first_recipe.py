@@ -63,12 +63,10 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
     """The text of a recipe for ``model`` on ``machine``, with a comment on every key.
 
     Raises:
-        UserError: a model that is not there, is no causal language model, or has one layer only.
+        UserError: a model that is not there, or is no causal language model.
     """
     config = find_config(model, revision=revision)
     layers = text_config(config).num_hidden_layers
-    if layers < 2:
-        raise UserError(f"model {model!r}: has {layers} layer, so none can go; give a deeper one")
     parameters = num_parameters(without_data(config))
     raw = _proposal(model, revision, config, parameters, machine)
     stored = str(loaded_dtype(config)).removeprefix("torch.")

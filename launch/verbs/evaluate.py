@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import Provenance, differences
+from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation, Speed
 from shoal.artifacts.identity import Identity
 from shoal.atomic_files import fingerprint
@@ -99,8 +99,8 @@ def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool
     with that run's teacher. What is there is kept.
 
     Raises:
-        UserError: no run among them, runs that cannot be compared, one whose recipe is not known or is not what it was
-            scored with, no such model, or one that cannot be scored so.
+        UserError: no run among them, runs that cannot be compared, one whose recipe is not known, no such model,
+            or one that cannot be scored so.
     """
     from shoal.eval.compare.comparable import find_common, read_contenders, read_scored
 
@@ -137,26 +137,11 @@ def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str,
     own = Run(Recipe(model=model, run_dir=str(out / MODELS / name), **shared), run.numerics)
     check_length(own, asked.eval.sequence_length, "eval.sequence_length")
     inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]
-    _refuse_other_settings(run, inputs)
     if asked.dtype == "stored":  # so that the comparison can tell in what
         inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
     if tokenizer_difference(folder, run.teacher, trust_remote_code=asked.trust_remote_code):
         log.info("compare: %s has other tokens than %s, so what counts tokens is not compared", model, run.teacher)
     return own, checkpoint, inputs
-
-
-def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
-    """Refuse settings of a recipe that its results were not made with, before anything is scored with them."""
-    files = [run.dir / "eval" / f"{role}.json" for role in ("distilled", "pruned")]
-    for file in filter(Path.is_file, files):
-        stored = Evaluation.read(file).provenance.inputs
-        of_its_own = {key: stored.get(key) for key in ("model", "dtype", WRITING)}
-        if unlike := differences({**inputs, **of_its_own}, {WRITING: None, **stored}):
-            raise UserError(
-                f"{file}: was not scored with the settings of {run.dir}'s recipe: {'; '.join(unlike)}. A checkpoint "
-                f"beside it would be asked otherwise; run `shoal eval {run.dir}` first"
-            )
-        return
 
 
 def _checkpoints(run: Run, folders: dict[str, Path]) -> dict[str, Checkpoint]:

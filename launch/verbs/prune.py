@@ -273,12 +273,9 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         refuse_unmeasured(run)
     prune = run.prune
     choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
-    width = width_of(run)
-    if not choice.drop and width is None:
-        raise UserError("prune.drop: is empty, so nothing would go; name layers")
     told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
     reason = "; ".join(filter(None, [choice.reason, *told]))
-    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width)
+    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width_of(run))
 
 
 def expected_plan(run: Run) -> PruningPlan:

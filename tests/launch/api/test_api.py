@@ -274,14 +274,11 @@ def plan_of(*, num_layers: int = 6) -> PruningPlan:
             r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
         ),
         (lambda m, t: shoal.evaluate(m, t, []), r"shoal.evaluate: tasks: names none; name some of `shoal list tasks`"),
-        (lambda m, t: shoal.compare(m, m), r"shoal.compare: before: is LlamaForCausalLM; give what shoal.evaluate ret"),
-        (lambda m, t: shoal.choose_layers(m), r"shoal.choose_layers: importance: is LlamaForCausalLM; give what"),
         (
             lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
             r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",
         ),
         (lambda m, t: shoal.run({"run_dir": "y"}), r"recipe: model: is required"),
-        (lambda m, t: shoal.run({"model": "x", "run_dir": "y"}, "seed=1"), r"overrides: 'seed=1' stands beside a mapp"),
     ],
 )
 def test_what_cannot_work_is_refused(call: Any, message: str) -> None:

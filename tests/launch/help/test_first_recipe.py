@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import tiny_checkpoint, tiny_config
 
-from shoal.errors import UserError
 from shoal.launch.cli import main
 from shoal.launch.help.explain import first_sentence, meaning, places
 from shoal.launch.help.first_recipe import Machine, first_recipe
@@ -65,11 +64,6 @@ def test_on_a_node_batch_and_rows_follow_ranks_and_positions(tmp_path: Path) -> 
     assert recipe.distill.batch_size % 8 == 0
     assert (recipe.prune.num_drop, recipe.distill.trainer["learning_rate"]) == (4, 1e-4)
     assert recipe.distill.sequence_length == 1024, "as long as the model's positions, and no longer"
-
-
-def test_a_model_of_one_layer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has 1 layer, so none can go"):
-        first_recipe(config_only(tmp_path / "model", num_hidden_layers=1), LAPTOP)
 
 
 def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
