@@ -22,7 +22,7 @@ from shoal.models.anatomy import decoder_body, decoder_layers, state_of, watched
 
 from ..edits.sublayers import probe_ids, probing
 from .metric import Layers, Metric, Need, Result, Runs, Yields
-from .observation import Observation, Reading, cosine
+from .observation import Observation, Quantity, Reading, cosine
 
 SMALLEST_NORM = 1e-6
 """Lower bound of a state's norm where something is divided by it."""
@@ -107,7 +107,8 @@ class BlockInfluence(_TokenMean):
     reads: ClassVar[frozenset[Reading]] = frozenset({"products"})
 
     def of_tokens_LT(self, seen: Observation) -> Tensor:
-        return 1 - cosine(seen.products_LT, seen.before_squares_LT, seen.after_squares_LT)
+        products_LT, before_LT, after_LT = map(seen.of_layers, ("products", "before_squares", "after_squares"))
+        return 1 - cosine(products_LT, before_LT, after_LT)
 
 
 class UpdateNorm(_TokenMean):
@@ -120,7 +121,8 @@ class UpdateNorm(_TokenMean):
     reads: ClassVar[frozenset[Reading]] = frozenset({"updates"})
 
     def of_tokens_LT(self, seen: Observation) -> Tensor:
-        return seen.update_squares_LT.sqrt() / seen.before_squares_LT.sqrt().clamp(min=SMALLEST_NORM)
+        update_LT, before_LT = seen.of_layers("update_squares").sqrt(), seen.of_layers("before_squares").sqrt()
+        return update_LT / before_LT.clamp(min=SMALLEST_NORM)
 
 
 class _Pairs(HiddenMetric):
@@ -184,14 +186,14 @@ class AvssOutput(HiddenMetric):
 
     yields: ClassVar[Yields] = "layers"
     reads: ClassVar[frozenset[Reading]] = frozenset({"output_spread"})
-    spread: ClassVar[Reading] = "output_spread"
+    spread: ClassVar[Quantity] = "output_spread"
 
     def sums_shape(self) -> tuple[int, ...]:
         """Per layer variances and silent units; in the last row documents and tokens."""
         return (self.size.num_layers + 1, 2)
 
     def add(self, seen: Observation) -> None:
-        self.sums[:-1] += seen.spread_L2(self.spread)
+        self.sums[:-1] += seen.of_layers(self.spread)
         self.sums[-1] += torch.tensor([len(seen.batch.last_M), int(seen.batch.real_T.sum())])
 
     def scores(self) -> Layers:
@@ -207,7 +209,7 @@ class AvssUpdate(AvssOutput):
     """AVSS of what the layer adds, a = D_l, else as avss_output: free of the residual stream's growth."""
 
     reads: ClassVar[frozenset[Reading]] = frozenset({"update_spread"})
-    spread: ClassVar[Reading] = "update_spread"
+    spread: ClassVar[Quantity] = "update_spread"
 
 
 class MkaSimilarity(HiddenMetric):

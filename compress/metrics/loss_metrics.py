@@ -41,8 +41,6 @@ WINDOW = 3
 """Layers that leave the full model in one walk of local Shapley values."""
 SUBNETWORKS_PER_LAYER = 8
 """Subnetworks measured for every layer of the model. INFERRED; errors fall with its root."""
-LARGEST_EXPONENT = math.log(1e300)
-"""Largest loss in nats per token whose exponential is still a float64."""
 
 
 Absent = frozenset[int]
@@ -71,15 +69,7 @@ class SingleDropPerplexity(LossMetric):
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Layers:
         singles = [frozenset([layer]) for layer in range(len(decoder_layers(model)))]
-        drop_losses = losses(_without_each(singles), what="single drops")
-        worst = max(drop_losses)
-        if worst > LARGEST_EXPONENT:
-            raise UserError(
-                f"measure.metrics: single_drop_perplexity: without layer {drop_losses.index(worst)} the loss is "
-                f"{worst:.4g} nats per token, whose perplexity no number can hold; use sleb, which ranks by the loss "
-                "itself"
-            )
-        return tuple(map(math.exp, drop_losses))
+        return tuple(math.exp(loss) for loss in losses(_without_each(singles), what="single drops"))
 
 
 class Sleb(LossMetric):

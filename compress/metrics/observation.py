@@ -26,6 +26,9 @@ Reading = Literal["products", "updates", "output_spread", "update_spread", "last
 spread: sums that AVSS needs of one of them; last: states of documents' last tokens; cosines: those between all layers,
 summed over tokens; sample: states of some tokens."""
 
+Quantity = Literal["products", "before_squares", "after_squares", "update_squares", "output_spread", "update_spread"]
+"""Number of every layer; squares: squared norms of its input, its output and what it adds."""
+
 PIECE_ELEMENTS = {"cpu": 1 << 18}
 """Elements of a hidden state that are multiplied at one time, by device type: on a CPU what fits its cache."""
 DEFAULT_PIECE_ELEMENTS = 1 << 26
@@ -129,32 +132,9 @@ class Observation:
         silent_T = (states_TD.abs() < (SPARSE_BELOW * (squares_T / width).sqrt())[:, None]).sum(1)
         return torch.stack([means_MD.var(dim=1, correction=0).double().sum(), silent_T[self._real_T].double().sum()])
 
-    @property
-    def before_squares_LT(self) -> Tensor:
-        """Squared norms of every layer's input."""
-        return self._of_layers("before_squares")
-
-    @property
-    def after_squares_LT(self) -> Tensor:
-        """Squared norms of every layer's output."""
-        return self._of_layers("after_squares")
-
-    @property
-    def products_LT(self) -> Tensor:
-        """Inner products of every layer's input and output."""
-        return self._of_layers("products")
-
-    @property
-    def update_squares_LT(self) -> Tensor:
-        """Squared norms of what every layer adds."""
-        return self._of_layers("update_squares")
-
-    def spread_L2(self, kind: Reading) -> Tensor:
-        """Per layer the variance of the document's mean state over hidden units, summed over documents, and the number
-        of silent units, summed over tokens."""
-        return self._of_layers(kind)
-
-    def _of_layers(self, quantity: str) -> Tensor:
+    def of_layers(self, quantity: Quantity) -> Tensor:
+        """What was found of every layer: (L, T) for each token, or of a spread (L, 2), the variance of the document's
+        mean state over hidden units, summed over documents, and the number of silent units, summed over tokens."""
         return torch.stack(self._found[quantity]).cpu().double()
 
     @property

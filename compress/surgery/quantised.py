@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,6 @@ class LayerNames:
     """Prefixes of numbered layers that end with the same word and are no decoder layers, in a vision tower perhaps."""
     modules: tuple[str, ...]
     """Modules inside a layer: `self_attn.q_proj`."""
-
-    @property
-    def words(self) -> str:
-        """`layers`, `h` or `blocks`, as a regular expression."""
-        return "|".join(sorted({re.escape(prefix[:-1].rpartition(".")[2]) for prefix in self.prefixes}))
 
 
 def without_quantization(config: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[tuple[str, str], dict[str, Any]]]:
@@ -94,65 +89,49 @@ def renumbered(value: Any, keep: Sequence[int], names: LayerNames, *, where: str
     if isinstance(value, list):
         entries = [renumbered(entry, keep, names, where=where) for entry in value]
         return [entry for entry, old in zip(entries, value, strict=True) if entry is not None or old is None]
-    return _renamed(value, keep, names, where) if isinstance(value, str) else value
+    return _renamed(value, keep, names, where)
 
 
 def _renamed(text: Any, keep: Sequence[int], names: LayerNames, where: str) -> Any:
-    """The name or pattern ``text`` for the student; None where its layer is gone."""
+    """The name or pattern ``text`` for the student; None where its layer is gone; what is no text as it is."""
     if not isinstance(text, str):
         return text
     if is_mtp(text):
         return None
-    is_regex = text.startswith(REGEX_PREFIXES) or not REGEX_MARKS.isdisjoint(text)
-    match = None if is_regex else re.search(rf"(?:^|\.)(?:{names.words})\.(\d+)(?=\.|$)", text)
-    if match is None:
-        if is_regex or "*" in text:
-            _refuse_other_meaning(text, keep, names, where)
-        return text
-    if not _is_decoder(text[: match.start(1)], names, text, where):
-        return text
-    old = int(match[1])
-    return f"{text[: match.start(1)]}{keep.index(old)}{text[match.end(1) :]}" if old in keep else None
-
-
-def _is_decoder(prefix: str, names: LayerNames, text: str, where: str) -> bool:
-    def among(prefixes: Collection[str]) -> bool:
-        return any(known == prefix or known.endswith(f".{prefix}") for known in prefixes)
-
-    decoder, other = among(names.prefixes), among(names.others)
-    if decoder == other and names.others:
-        raise UserError(
-            f"{where}: names {text!r}, and shoal cannot tell whether that is a layer of the text decoder; "
-            "write its full name"
+    is_pattern = text.startswith(REGEX_PREFIXES) or not REGEX_MARKS.isdisjoint(text)
+    for number in re.finditer(r"(?<=\.)\d+(?=\.|$)", text):
+        before, old = text[: number.start()], int(number[0])
+        decoder, other = (
+            any(f".{known}".endswith(f".{before}") for known in some) for some in (names.prefixes, names.others)
         )
-    return not other
+        if decoder and not other and not is_pattern:
+            return f"{before}{keep.index(old)}{text[number.end() :]}" if old in keep else None
+        is_pattern |= decoder  # a name that may be a decoder layer's or another's
+    if is_pattern or "*" in text:
+        _refuse_other_meaning(text, keep, names, where)
+    return text
 
 
 def _refuse_other_meaning(text: str, keep: Sequence[int], names: LayerNames, where: str) -> None:
     """Compare what a pattern matches in every kept layer with what it matches under the layer's new number."""
-    tests = _tests(text)
     for new, old in enumerate(keep):
         for prefix in names.prefixes:
             for module in ("", *names.modules):
                 before, after = (f"{prefix}{layer}{'.' if module else ''}{module}" for layer in (old, new))
-                if any(test(before) != test(after) for test in tests):
+                if _matches(text, before) != _matches(text, after):
                     raise UserError(
-                        f"{where}: the pattern {text!r} names layers by number: it treats {before} otherwise than "
-                        f"{after}, which that module would become. Spell the modules out one by one, and cut again"
+                        f"{where}: {text!r} names layers by number: it treats {before} otherwise than {after}, which "
+                        "that module would become. Write the full names of the modules one by one, and cut again"
                     )
 
 
-def _tests(text: str) -> list[Callable[[str], bool]]:
-    """Every way in which the formats may use a pattern: as a regular expression or with shell wildcards."""
+def _matches(text: str, name: str) -> tuple[bool, bool]:
+    """Whether a pattern matches in either way in which the formats may use it: as a regular expression, or with shell
+    wildcards."""
     pattern = text[len(REGEX_PREFIXES[0]) :] if text.startswith(REGEX_PREFIXES[0]) else text
     pattern = pattern[2:] if pattern.startswith(REGEX_PREFIXES[1:]) else pattern
-    tests: list[Callable[[str], bool]] = []
     try:
-        expression = re.compile(pattern)
-    except re.error:
-        pass  # `*.mlp` is a wildcard and no regular expression
-    else:
-        tests += [lambda name: bool(expression.match(name)), lambda name: bool(expression.search(name))]
-    if "*" in pattern and not text.startswith(REGEX_PREFIXES):
-        tests.append(lambda name: fnmatch.fnmatchcase(name, pattern))
-    return tests
+        found = re.search(pattern, name) is not None
+    except re.error:  # `*.mlp` is a wildcard and no regular expression
+        found = False
+    return found, fnmatch.fnmatchcase(name, pattern)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,35 +120,25 @@ def task_names(settings: Sweeps) -> tuple[str, ...]:
 
 
 def checked_tasks(
-    settings: Sweeps, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tasks of a sweep and how many items each is scored on, with no model at hand.
+    settings: Sweeps, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, num_removals: int
+) -> dict[str, Any]:
+    """The tasks of a sweep, with no model at hand.
 
     Raises:
-        UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
+        UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it; columns on which
+            none of so many removals could be seen.
     """
     names = task_names(settings)
     with named_in(SECTION):
         tasks = tasks_of(replace(settings, tasks=names))
         counts = checked_items(tasks, settings, config=config, tokenizer=tokenizer, num_ranks=world_size())
+        weights = [window.weight for window in windows(tokenizer, settings)] if settings.perplexity_tokens else None
     _refuse_written_text(settings, tasks)
-    return tasks, counts
-
-
-def refuse_few_items(
-    settings: Sweeps, counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, num_removals: int
-) -> None:
-    """Refuse columns on which none of so many removals could be seen; ``counts`` are the items of the tasks.
-
-    Raises:
-        UserError: there is one, or running text cannot be read or holds no token.
-    """
     for task, count in counts.items():
         require_items(task, count, num_removals)
-    if settings.perplexity_tokens:
-        with named_in(SECTION):
-            weights = [window.weight for window in windows(tokenizer, settings)]
+    if weights is not None:
         require_items("perplexity", len(weights), num_removals, weights=weights)
+    return tasks
 
 
 def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from shoal.compress.plan import choose_changes
 from shoal.compress.surgery import cut_model as surgery
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
-from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, refuse_few_items, sweep, task_names
+from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep, task_names
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.data.sources import Dataset, documents_of
 from shoal.data.streams import pack
@@ -109,8 +109,7 @@ def _refuse_sweep(settings: Sweeps, model: PreTrainedModel, tokenizer: PreTraine
         )
     if settings.perplexity_tokens:
         require_positions(model, settings.sequence_length)
-    _, counts = checked_tasks(settings, model.config, tokenizer)
-    refuse_few_items(settings, counts, tokenizer, num_removals=len(decoder_layers(model)))
+    checked_tasks(settings, model.config, tokenizer, num_removals=len(decoder_layers(model)))
 
 
 def _swept(

@@ -114,13 +114,11 @@ def check_measure(run: Run) -> None:
     for source in settings.data:
         load_texts(source, max_characters=1)
     if settings.sweep is not None:
-        from shoal.compress.sweeps.sweep import checked_tasks, refuse_few_items
+        from shoal.compress.sweeps.sweep import checked_tasks
 
-        tokenizer = run.tokenizer()
-        tasks, counts = checked_tasks(settings.sweep, run.config(), tokenizer)
         if settings.sweep.perplexity_tokens:
             check_length(run, settings.sweep.sequence_length, "measure.sweep.sequence_length")
-        refuse_few_items(settings.sweep, counts, tokenizer, num_removals=run.num_layers)
+        tasks = checked_tasks(settings.sweep, run.config(), run.tokenizer(), num_removals=run.num_layers)
         if settings.sweep.greedy is not None:
             _check_mean(settings.sweep, tasks)
 

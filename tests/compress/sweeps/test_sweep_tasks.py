@@ -140,4 +140,4 @@ def test_what_a_sweep_would_refuse_later_is_refused_at_once(
 ) -> None:
     asked = dataclasses.replace(settings(tasks, *names), **changes)
     with pytest.raises(UserError, match=message):
-        checked_tasks(asked, model().config, tiny_tokenizer())
+        checked_tasks(asked, model().config, tiny_tokenizer(), num_removals=1)

@@ -1,7 +1,4 @@
-"""`shoal prune --dry-run`: what it says is what pruning then does, and it does nothing itself.
-
-Covers: shoal.compress.surgery.quantised.
-"""
+"""`shoal prune --dry-run`: what it says is what pruning then does, and it does nothing itself."""
 
 from __future__ import annotations
 
