@@ -65,33 +65,30 @@ class Artifact:
         """
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
+            schema = body.pop("schema", None) if isinstance(body, dict) else None
+            if schema != cls.SCHEMA:
+                raise ValueError(f"has schema {schema}, this version reads {cls.SCHEMA}")
+            artifact = adapter(cls).validate_python(body)
+            if (problem := next(artifact.contradictions(), None)) is not None:
+                raise ValueError(problem)
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; run the stage that makes it first") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{path}: is not valid JSON ({error}); delete it and run its stage again") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable or delete it") from error
-        schema = body.pop("schema", None) if isinstance(body, dict) else None
-        if schema != cls.SCHEMA:
-            raise UserError(
-                f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
-            )
-        try:
-            artifact = adapter(cls).validate_python(body)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            got = reprlib.repr(first["input"])
-            raise UserError(
-                f"{path}: {where}: {first['msg']} (got {got}); delete it and run its stage again"
-            ) from error
-        if (problem := next(artifact.contradictions(), None)) is not None:
-            raise UserError(f"{path}: {problem}; delete it and run its stage again")
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(f"{path}: {_problem(error)}; delete it and run its stage again") from error
         return artifact
 
     def contradictions(self) -> Iterator[str]:
         """`place: what is wrong`, for everything that single fields cannot tell."""
         yield from ()
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file that could not be read."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {reprlib.repr(first['input'])})"
+    is_text = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+    return f"is not valid JSON ({error})" if is_text else str(error)
 
 
 def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]:

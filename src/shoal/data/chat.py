@@ -128,16 +128,13 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
 
 
 def check_template(tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer that cannot render conversations of the source ``name``."""
-    if not tokenizer.chat_template:
+    """Refuse a tokenizer that cannot render conversations of the source ``name``, or not tell which characters a token
+    covers, by which the assistant's are known."""
+    lacks = "" if tokenizer.chat_template else "has no chat template"
+    if lacks := lacks or ("" if tokenizer.is_fast else "does not tell which characters a token covers"):
         raise UserError(
-            f"data {name!r}: holds conversations, but the model's tokenizer has no chat template; take the tokenizer "
-            "of an instruction-tuned model, or render the conversations into a text column and name that as `column`"
-        )
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"data {name!r}: {type(tokenizer).__name__} does not tell which characters a token covers, which is needed "
-            "to know the assistant's; use a model with a tokenizer.json, or render the conversations into a text column"
+            f"data {name!r}: holds conversations, but the model's tokenizer {lacks}; take that of an instruction-tuned "
+            "model with a tokenizer.json, or render the conversations into a text column and name that as `column`"
         )
 
 
@@ -191,7 +188,11 @@ def _assistant_spans(chat: Chat, text: str, tokenizer: Any) -> Iterator[tuple[in
         turn = _render(chat, tokenizer, index + 1)
         written = None if start is None else _as_in(text[start:], turn, message.get("content"), start, tokenizer)
         if start is None or written is None:
-            raise _unclear(chat, index, tokenizer)
+            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+            raise UserError(
+                f"data {chat.where}: the chat template of {name} writes turn {index} ({ASSISTANT}) of a conversation "
+                f"differently when the others follow, so its tokens cannot be told from the rest; {REMEDY}"
+            )
         yield start, start + without_layout(written, tokenizer)
 
 
@@ -235,14 +236,6 @@ def without_layout(written: str, tokenizer: Any) -> int:
     bare = written.rstrip()
     ends = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return len(bare) if any(bare.endswith(end) for end in ends if end.strip()) else len(written)
-
-
-def _unclear(chat: Chat, index: int, tokenizer: Any) -> UserError:
-    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-    return UserError(
-        f"data {chat.where}: the chat template of {name} writes turn {index} ({ASSISTANT}) of a conversation "
-        f"differently when the others follow, so its tokens cannot be told from the rest; {REMEDY}"
-    )
 
 
 def _within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:

@@ -21,6 +21,7 @@ from shoal.atomic_files import fingerprint, known_hash
 from shoal.data.chat import ASSISTANT, ImageRow, column_of, without_layout
 from shoal.data.packing import IMAGES, NO_IMAGE, PackedRows
 from shoal.data.sources import records
+from shoal.data.streams import nothing_learnt
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, load_processor, reads_images
@@ -229,9 +230,7 @@ class ImageReader:
             UserError: as asked does, or every row is longer than ``sequence_length``.
         """
         if not any(len(self.tokens(row)[0]) <= sequence_length for row in self.rows[source]):
-            raise UserError(
-                f"data {source.path!r}: no image with its question and answer fits into a row; raise sequence_length"
-            )
+            raise nothing_learnt(source)
 
 
 @dataclass(frozen=True)

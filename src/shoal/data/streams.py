@@ -172,7 +172,7 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
         learnt = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
         if next(learnt, None) is not None:
             return
-    raise _nothing_learnt(source) if has_items else nothing_in(source)
+    raise nothing_learnt(source) if has_items else nothing_in(source)
 
 
 def _refuse_impossible(source: DataSource, tokenizer: Any) -> None:
@@ -185,17 +185,18 @@ def _refuse_impossible(source: DataSource, tokenizer: Any) -> None:
     check_template(tokenizer, source.path)
 
 
-def _nothing_learnt(source: DataSource) -> UserError:
+def nothing_learnt(source: DataSource) -> UserError:
+    """The refusal of a source that has content and teaches nothing."""
     if source.has_images:
-        return UserError(
-            f"data {source.path!r}: no image with its question and answer fits into a row; raise sequence_length"
+        words = "no image with its question and answer fits into a row; raise sequence_length"
+    elif source.is_chat:
+        words = (
+            "no conversation has a token that is learnt (an answer of the assistant, and within the row where packing "
+            "is best_fit); name another column, raise sequence_length, or set loss_on: all"
         )
-    if source.is_chat:
-        return UserError(
-            f"data {source.path!r}: no conversation has a token that is learnt (an answer of the assistant, and within "
-            "the row where packing is best_fit); name another column, raise sequence_length, or set loss_on: all"
-        )
-    return UserError(f"data {source.path!r}: every document tokenises to nothing; name a source that holds text")
+    else:
+        words = "every document tokenises to nothing; name a source that holds text"
+    return UserError(f"data {source.path!r}: {words}")
 
 
 def _documents(
@@ -223,7 +224,7 @@ def _documents(
             nothing = False
             yield document
         if nothing:
-            raise _nothing_learnt(source)
+            raise nothing_learnt(source)
 
 
 def _epochs(

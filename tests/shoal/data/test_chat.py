@@ -203,9 +203,7 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
     source = DataSource(written(tmp_path, [{"m": TURNS}]), messages="m")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    message = (
-        "holds conversations, but the model's tokenizer has no chat template; take the tokenizer of an instruction"
-    )
+    message = "holds conversations, but the model's tokenizer has no chat template; take that of an instruction"
     with pytest.raises(UserError, match=message):
         check_source(source, tokenizer, sequence_length=64)
     with pytest.raises(UserError, match=message):
