@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UserError
 from shoal.ranks import world_size
@@ -12,16 +12,8 @@ from shoal.ranks import world_size
 if TYPE_CHECKING:
     from shoal.models.load import Checkpoint
 
-ON_RANKS = {
-    "eval.backend": "run `shoal eval` without a launcher",
-    "distill.writing.backend": "write once with distill.num_ranks=1 and a distill.writing.folder, which every later "
-    "run reads",
-    "record.backend": "run `shoal record` without a launcher",
-}
-"""Setting that asks for vLLM -> what to do instead on several ranks."""
 
-
-def check_vllm(setting: Literal["eval.backend", "distill.writing.backend", "record.backend"]) -> None:
+def check_vllm(setting: str) -> None:
     """Refuse vLLM where it cannot run, before models are loaded. ``setting`` asks for it.
 
     Raises:
@@ -33,7 +25,8 @@ def check_vllm(setting: Literal["eval.backend", "distill.writing.backend", "reco
         )
     if world_size() > 1:
         raise UserError(
-            f"{setting}: vllm manages its own processes and cannot be run by {world_size()} ranks; {ON_RANKS[setting]}"
+            f"{setting}: vllm manages its own processes and cannot be run by {world_size()} ranks; run the stage once "
+            "without a launcher (what it writes or records is read by any number), or set it to transformers"
         )
 
 
