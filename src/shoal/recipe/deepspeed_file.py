@@ -27,11 +27,9 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     for file in (Path(source), CONFIGS_DIR / source, CONFIGS_DIR / source.removeprefix("configs/")):
         if file.is_file():
             try:
-                config = json.loads(file.read_bytes())
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}: is not valid JSON ({error}); mend it, or name a shipped one") from error
-            if not isinstance(config, dict):
-                raise UserError(f"{file}: must be a JSON mapping (got {config!r}); mend it, or name a shipped one")
+                config = dict(json.loads(file.read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{file}: holds no JSON mapping ({error}); mend it, or name a shipped one") from error
             return _with_sections(config)
     shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
@@ -42,18 +40,13 @@ def precisions_named(config: dict[str, Any]) -> list[str]:
     return [key for key in PRECISIONS if config.get(key, {}).get("enabled")]
 
 
-def zero_stage(config: dict[str, Any]) -> Any:
-    """The ZeRO stage that ``config`` names; 0 where it names none."""
-    return config.get("zero_optimization", {}).get("stage", 0)
-
-
 def trained_in(config: dict[str, Any], fastest: str) -> str:
     """The precision of autocast for a device on which ``fastest`` is that, where nothing names one.
 
     float16 needs its losses scaled, and the optimizers of ZeRO 1 to 3 clip gradients as if they were not (DeepSpeed
     0.19): there it is float32.
     """
-    return "float32" if fastest == "float16" and zero_stage(config) else fastest
+    return "float32" if fastest == "float16" and config.get("zero_optimization", {}).get("stage", 0) else fastest
 
 
 def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
