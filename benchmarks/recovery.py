@@ -4,11 +4,10 @@
         [--drop 13 25 26] [--data-dir DIR] [--compensate both] [--control]
 
 Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
-are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
-trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. In the end `shoal compare`
-ranks the arms, by their means over the seeds. Equal wall time: an arm's tokens per second are measured in a short run
-first, and its budget set so that its schedule ends when the time does. What is there is not done again, so a broken run
-goes on.
+are the items: those of suite `quick`, or with --data-dir (a folder as eval.data_dir takes it) of `transfer`. In the end
+`shoal compare` ranks the arms, by their means over the seeds. Equal wall time: an arm's tokens per second are measured
+in a short run first, and its budget set so that its schedule ends when the time does. What is there is not done again,
+so a broken run goes on.
 
 General text is what every machine has (documentation, docstrings, readmes). From the first cut up, at a learning rate
 of 1e-3, if nothing else is said:
@@ -41,30 +40,6 @@ from shoal.artifacts.training import Training
 from shoal.stats.paired import interval
 
 DROP = (12, 13, 14, 21, 25, 26)
-PROTOCOLS = {"retrieval": "continuation generation", "knowledge": "continuation generation"}
-TASKS = (
-    *(
-        f"{task}{form}_{protocol}"
-        for task in PROTOCOLS
-        for form in ("", "_twin")
-        for protocol in PROTOCOLS[task].split()
-    ),
-    *("reasoning_1step_continuation", "reasoning_1step_twin_continuation", "reasoning_worked", "reasoning_twin_worked"),
-    *("needle_20sentences_generation", "knowledge_out_continuation", "knowledge_out_generation"),
-    *("multi_hop_k1_continuation", "copying_offset1_continuation", "brackets_depth3_continuation"),
-)
-PUBLIC_TASKS = (
-    *("arc_easy_continuation", "hellaswag_continuation", "piqa_continuation", "openbookqa_continuation"),
-    *("lambada_continuation", "lambada_worked", "nq_passage_generation", "wikitext2_rolling"),
-)
-FIVE_POINTS = 400
-"""Items that tell five points of accuracy, paired, of which a quarter changes: 1.96 sqrt(.25 / 400) = .049."""
-LIMITS = {
-    "needle_20sentences_generation": 60,
-    **dict.fromkeys(PUBLIC_TASKS, FIVE_POINTS),
-    "lambada_worked": 200,
-    "wikitext2_rolling": 3,  # whole articles
-}
 GENERAL = {"docstrings": 0.245, "python_docs": 0.175, "readmes": 0.07}
 MIXTURE = {**GENERAL, "instructions": 0.21, "ability_texts": 0.3}
 """Shares of the sources of an arm that names none: the quickstart's."""
@@ -90,7 +65,7 @@ def main() -> None:
     budgets.add_argument("--tokens", type=int, help="equal tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--limit", type=int, default=200, help="most items of a task")
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
@@ -174,18 +149,11 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
         "distill": distill,
         "eval": {
-            "tasks": [*TASKS, *(PUBLIC_TASKS if arguments.data_dir else ())],
+            "suite": "transfer" if arguments.data_dir else "quick",
             "limit": arguments.limit,
-            "limits": {
-                task: min(limit, 4 * arguments.limit)
-                for task, limit in LIMITS.items()
-                if task in TASKS or arguments.data_dir
-            },
             "data_dir": arguments.data_dir,
             "control": arguments.control,
             "perplexity_data": "python_docs_heldout",
-            "perplexity_tokens": 8192,
-            "sequence_length": 512,
             "speed": False,
         },
         "track": {"wandb": "off"},
