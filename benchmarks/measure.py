@@ -32,13 +32,14 @@ from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import Edited, layerwise_or_none, score_variants, without
 from shoal.data.packing import PackedRows
 from shoal.data.streams import pack
-from shoal.eval.tasks.load import load_tasks
+from shoal.eval.tasks.load import tasks_of
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
 from shoal.machine import now
 from shoal.models.anatomy import decoder_layers
 from shoal.models.load import load_model, load_tokenizer
 from shoal.models.resolve import resolve_model
+from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import DataSource
 from shoal.runtime import device, environment
 
@@ -175,7 +176,7 @@ def sleb(bench: Bench) -> dict[str, Any]:
 
 
 def instances(task_name: str, count: int) -> list[Any]:
-    task = load_tasks([task_name])[task_name]
+    task = tasks_of(Tasks((task_name,)))[task_name]
     task.build_all_requests(limit=count)
     return task.instances
 

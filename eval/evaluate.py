@@ -132,18 +132,6 @@ def model_evaluation(
     )
 
 
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Tasks, *, seed: int
-) -> tuple[TaskScore, ...]:
-    """The scores of ``settings.tasks`` and of running text, on every rank.
-
-    Raises:
-        UserError: as scored does.
-    """
-    connect_ranks(model.device)
-    return scored(CausalLM(model, tokenizer, settings.batch_size), Questions(settings, seed))
-
-
 def scored(lm: CausalLM, questions: Questions) -> tuple[TaskScore, ...]:
     """The scores of ``lm``, on every rank. The items are the tasks' first ``settings.limit`` (or ``settings.limits`` of
     that task), the same for every model and every seed.

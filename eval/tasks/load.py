@@ -36,30 +36,24 @@ CHECKED_ITEMS = 20
 """Items of a task whose answers are looked at before a model is loaded."""
 
 
-def load_tasks(
-    names: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    num_fewshot: int | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Task name -> lm-eval task, groups expanded, in the order asked for.
+def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
+    """Task name -> lm-eval task that evaluating by ``settings`` asks, groups expanded, in the order asked for.
 
-    ``num_fewshot`` None leaves every task its own number. With ``data_dir``, data sets that are described come from
-    there, whoever's task reads them. lm-eval's whole collection is read only where a name is not known without it:
-    that takes ten seconds, reading the descriptions a tenth of one.
+    With a ``data_dir``, data sets that are described come from there, whoever's task reads them. lm-eval's whole
+    collection is read only where a name is not known without it: that takes ten seconds, reading the descriptions a
+    tenth of one.
 
     Raises:
         UserError: an unknown name (with the closest known one), no such folder, or data that cannot be had.
     """
-    folders = task_folders(include_path)
-    refuse_unknown(names, include_path)
+    names, num_fewshot = settings.tasks, settings.num_fewshot
+    folders = task_folders(settings.include_path)
+    refuse_unknown(names, settings.include_path)
     described, tags = described_tasks(folders)
     manager = _manager_that_knows([name for name in names if name not in described | tags], folders)
     both = {name for name in names if name in tags and name in manager.task_index}  # a group of files too
     members = [member for name in names for member in (*tags.get(name, (name,)), *([name] if name in both else []))]
-    local = None if data_dir is None else Path(data_dir).expanduser()
+    local = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
     _refuse_missing(_rows_read(members, manager, folders, num_fewshot), local)
     tasks: dict[str, Any] = {}
     with _data_from(local, folders, num_fewshot):
@@ -74,17 +68,6 @@ def load_tasks(
         _set_ability(task, data_sets)
         _check_metadata(name, task)
     return tasks
-
-
-def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
-    """The tasks that evaluating by ``settings`` asks, as load_tasks gives them."""
-    return load_tasks(
-        settings.tasks,
-        include_path=settings.include_path,
-        data_dir=settings.data_dir,
-        num_fewshot=settings.num_fewshot,
-        seed=seed,
-    )
 
 
 def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:

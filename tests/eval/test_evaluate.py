@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluations import SETTINGS, assert_same, run
+from evaluations import SETTINGS, assert_same, load_tasks, run
 from pydantic import TypeAdapter
 from ranks import call_on_ranks
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -25,7 +25,6 @@ from shoal.eval.evaluate import Questions, role_evaluation
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import task_score
-from shoal.eval.tasks.load import load_tasks
 from shoal.launch.verbs.evaluate import eval_inputs
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluations import assert_same
+from evaluations import assert_same, evaluate
 from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -20,7 +20,6 @@ from shoal.compress.sweeps import sweep as module
 from shoal.compress.sweeps.sweep import VariantsLM, sweep, task_names
 from shoal.compress.variants.variants import Edited, Variant, variant_of, without
 from shoal.errors import UserError
-from shoal.eval.evaluate import evaluate
 from shoal.recipe.measure import Sweeps
 
 SETTINGS = Sweeps(

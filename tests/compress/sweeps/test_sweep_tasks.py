@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from evaluations import assert_same
+from evaluations import assert_same, evaluate
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.components import LayerEdit
@@ -20,7 +20,6 @@ from shoal.compress.sweeps import sweep as module
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
-from shoal.eval.evaluate import evaluate
 from shoal.recipe.measure import Sweeps
 
 TASK: dict[str, Any] = {

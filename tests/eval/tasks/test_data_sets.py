@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import evaluate, load_tasks
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities import GENERATORS
 from shoal.errors import UserError
-from shoal.eval.evaluate import evaluate
 from shoal.eval.tasks.data_sets import TaskProtocol, read_data_sets
-from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.names import TASKS_DIR
 from shoal.eval.tasks.protocols import task_config
 from shoal.recipe.evaluate import Eval

@@ -9,9 +9,9 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+from evaluations import load_tasks
 
 from shoal.errors import UserError
-from shoal.eval.tasks.load import load_tasks
 from shoal.recipe.evaluate import CONFIGS_DIR
 
 THEIRS = {

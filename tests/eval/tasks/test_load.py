@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import load_tasks
 
 from shoal.errors import UserError
 from shoal.eval.tasks import names as naming
-from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.protocols import match_last, match_start
 
 ASKED = {

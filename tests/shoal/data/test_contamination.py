@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+from evaluations import load_tasks
 from tiny import tiny_tokenizer
 
 from shoal.data.contamination import COMMON, FEWEST_WORDS, NUM_WORDS, Overlap, as_data, find_overlap, words_of
 from shoal.data.streams import pack, row_texts
 from shoal.eval.harness.samples import item_texts
-from shoal.eval.tasks.load import load_tasks
 from shoal.recipe.section import DataSource
 
 VOCABULARY = [f"word{n}" for n in range(300)]

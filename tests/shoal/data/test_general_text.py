@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from evaluations import load_tasks
 
 from shoal.abilities import GENERATORS
 from shoal.data import general_text
@@ -13,7 +14,6 @@ from shoal.data.contamination import find_overlap
 from shoal.data.general_text import QUESTIONS, docstrings, instructions, python_docs, readmes
 from shoal.errors import UserError
 from shoal.eval.harness.samples import item_texts
-from shoal.eval.tasks.load import load_tasks
 from shoal.eval.tasks.names import described_tasks, task_folders
 
 GENERAL = {"docstrings": docstrings, "readmes": readmes, "instructions": instructions}
