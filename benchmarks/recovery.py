@@ -3,14 +3,11 @@
     python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms mixed by_source ...]
         [--drop 13 25 26] [--data-dir DIR] [--compensate both] [--control]
 
-Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
-are the items: those of suite `quick`, or with --data-dir (a folder as eval.data_dir takes it) of `transfer`. In the end
-`shoal compare` ranks the arms, by their means over the seeds. Equal wall time: an arm's tokens per second are measured
-in a short run first, and its budget set so that its schedule ends when the time does. What is there is not done again,
-so a broken run goes on.
-
-General text is what every machine has (documentation, docstrings, readmes). From the first cut up, at a learning rate
-of 1e-3, if nothing else is said:
+Every arm is the quickstart's recipe with other losses or text, run by `shoal distill` and `shoal eval`; cut, row length
+and batch are the same, so are the items: the quickstart's, and with --data-dir (a folder as eval.data_dir takes it)
+those of suite `transfer`. In the end `shoal compare` ranks the arms, by their means over the seeds. Equal wall time: an
+arm's tokens per second are measured in a short run first, and its budget set so that its schedule ends when the time
+does. What is there is not done again, so a broken run goes on.
 
 by_source      the teacher's distributions of 49 % general text, cross-entropy on 21 % instructions and 30 % abilities
                in all trained forms: the quickstart's recipe
@@ -40,20 +37,17 @@ from shoal.artifacts.training import Training
 from shoal.stats.paired import interval
 
 DROP = (12, 13, 14, 21, 25, 26)
-GENERAL = {"docstrings": 0.245, "python_docs": 0.175, "readmes": 0.07}
-MIXTURE = {**GENERAL, "instructions": 0.21, "ability_texts": 0.3}
-"""Shares of the sources of an arm that names none: the quickstart's."""
-ONE_FORM = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts_one_form", "weight": 0.6})
-CROSS_ENTROPY = [{"kind": "cross_entropy"}]
-TEACHER = [{"kind": "forward_kl"}]
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+MIXED = [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}]
+ONE_FORM = [{"path": "python_docs", "weight": 0.4}, {"path": "ability_texts_one_form", "weight": 0.6}]
 ARMS: dict[str, dict[str, Any]] = {
-    "by_source": {"losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True},
-    "mixed": {},
-    "mixed_kl": {"losses": TEACHER},
-    "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
-    "one_form": {"data": ONE_FORM, "losses": CROSS_ENTROPY},
+    "by_source": {},
+    "mixed": {"losses": MIXED},
+    "mixed_kl": {"losses": [{"kind": "forward_kl"}]},
+    "mixed_lora": {"losses": MIXED, "trainable": "all", "lora": {"rank": 64}},
+    "one_form": {"losses": [{"kind": "cross_entropy"}], "data": ONE_FORM},
 }
-"""What an arm says of section `distill`; `by_source` gives each source one loss."""
+"""What section `distill` of an arm has otherwise than the quickstart's; losses are then those of all sources."""
 PROBE_STEPS = 4
 
 
@@ -119,43 +113,21 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
     return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
 
 
-def mixture(arm: str) -> list[dict[str, Any]]:
-    """Sources of an arm that names none of its own."""
-    loss_of = {path: ["forward_kl" if path in GENERAL else "cross_entropy"] for path in MIXTURE}
-    return [
-        {"path": path, "weight": weight, **({"losses": loss_of[path]} if "by_source" in ARMS[arm] else {})}
-        for path, weight in MIXTURE.items()
-    ]
-
-
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
-    trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
-    trainer |= {"warmup_steps": 5, "save_strategy": "no"}
-    distill: dict[str, Any] = {
-        "data": mixture(arm),
-        "losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}],
-        "num_tokens": tokens,
-        "sequence_length": 512,
-        "trainable": "from_first_cut",
-        "watch": None,
-        "deepspeed": "deepspeed/zero0.json",  # one rank shares nothing out
-        **{key: list(value) if key == "data" else value for key, value in ARMS[arm].items() if key != "by_source"},
-        "trainer": trainer,
-    }
-    settings = {
-        "model": "demo:smollm2-135m",
+    """The file of the quickstart's recipe, changed as the arm and the command line say."""
+    settings = yaml.safe_load(QUICKSTART.read_text())
+    distill = settings["distill"] | {"num_tokens": tokens, "watch": None, **ARMS[arm]}
+    if "losses" in ARMS[arm]:
+        distill["data"] = [{"path": source["path"], "weight": source["weight"]} for source in distill["data"]]
+    distill["trainer"]["save_strategy"] = "no"
+    scored = {"limit": arguments.limit, "data_dir": arguments.data_dir, "control": arguments.control, "speed": False}
+    settings |= {
         "run_dir": str(run_dir),
         "seed": seed,
+        "full_size_gflops": None,
         "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
         "distill": distill,
-        "eval": {
-            "suite": "transfer" if arguments.data_dir else "quick",
-            "limit": arguments.limit,
-            "data_dir": arguments.data_dir,
-            "control": arguments.control,
-            "perplexity_data": "python_docs_heldout",
-            "speed": False,
-        },
+        "eval": settings["eval"] | scored | ({"suite": "transfer"} if arguments.data_dir else {}),
         "track": {"wandb": "off"},
     }
     run_dir.mkdir(parents=True, exist_ok=True)
