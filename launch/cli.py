@@ -21,7 +21,7 @@ from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.progress import doing, loading
 from shoal.ranks import Loudness
 from shoal.redaction import redacted
-from shoal.stopping import on_stop, stop_at_once, watch_launcher
+from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
 from .verbs.launch import STARTED, LaunchEnded, LaunchRefused, launch_distill
@@ -153,6 +153,9 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
             print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except Stopped as stopped:
+        log.warning("%s; the same command goes on from there", stopped)
+        return 128 + stopped.number
     except LaunchEnded as ended:
         if ended.text:
             print(f"\nshoal: {ended.text}", file=sys.stderr, flush=True)
@@ -200,7 +203,7 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         from .verbs import distill, pipeline, report
         from .verbs.run import locked, open_run
 
-        stage = _distill if verb == "distill" else _function(VERBS[verb].function)
+        stage = _function(VERBS[verb].function)
     launched = "LOCAL_RANK" in os.environ
     wandb_mode(recipe.track)  # refuses now, not after hours
     if verb == "run" and launched:
@@ -223,19 +226,6 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)
-
-
-def _distill(run: Any) -> None:
-    with doing("loading DeepSpeed"):
-        from shoal.train.distill import Stopped
-
-        from .verbs import distill
-
-    try:
-        distill.distill(run)
-    except Stopped as stopped:
-        log.warning("%s; the same command goes on from there", stopped)
-        sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.recipe.section import Shapes, shaping
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device
+from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
@@ -67,14 +68,6 @@ class Identity:
     """All that shapes distilled/."""
     checkpoints: dict[str, Any]
     """The same with the real batch, however ranks and micro-batches share it."""
-
-
-class Stopped(Exception):
-    """Training was asked to stop by the signal ``number`` and has saved; the same command goes on."""
-
-    def __init__(self, text: str, number: int) -> None:
-        super().__init__(text)
-        self.number = number
 
 
 def distill_inputs(

@@ -31,6 +31,14 @@ QUIET_S = 5
 """Seconds after which a message says that they are waited for."""
 
 
+class Stopped(Exception):
+    """Training was asked to stop by the signal ``number`` and has saved; the same command goes on."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
+
 @contextmanager
 def on_stop(act: Callable[[int], None]) -> Iterator[None]:
     """Call ``act`` with the number of every SIGINT and SIGTERM while the block runs.
