@@ -176,7 +176,8 @@ def _print(text: str) -> None:
         UserError: what is printed to takes no more.
     """
     try:
-        print(text, flush=True)
+        if text:
+            print(text, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
         if not isinstance(error, BrokenPipeError):

@@ -10,8 +10,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ log = logging.getLogger(__name__)
 
 OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
 """Results that runs of one model may share; a run of other settings finds them out of date and makes its own."""
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One run of several."""
-
-    dir: Path
-    overrides: tuple[str, ...]
 
 
 def compare(asked: argparse.Namespace) -> str:
@@ -61,36 +52,37 @@ def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> 
         sys.exit(code)
     if asked.dry_run:
         return ""
-    comparison = compare_runs([run.dir for run in runs])
+    comparison = compare_runs(list(runs))
     write_comparison(comparison, run_dir / "compare")
     return comparison_text(comparison)
 
 
-def combinations(run_dir: Path, axes: Sequence[str]) -> list[Combination]:
-    """A run for every choice of one value from each of ``axes`` (`key=a,b`), the last axis changing first.
+def combinations(run_dir: Path, axes: Sequence[str]) -> dict[Path, list[str]]:
+    """The overrides of a run for every choice of one value from each of ``axes`` (`key=a,b`), by its folder; the last
+    axis changes first.
 
     Raises:
         UserError: an axis that is not of that form, or two runs of one name.
     """
-    runs = []
+    runs: dict[Path, list[str]] = {}
     for chosen in itertools.product(*map(_values, axes)):
-        name = ",".join(f"{key.rpartition('.')[2]}={_in_path(value)}" for key, value in chosen)
-        overrides = (*(f"{key}={_text(value)}" for key, value in chosen), f"run_dir={run_dir / name}")
-        runs.append(Combination(run_dir / name, overrides))
-    if len({run.dir for run in runs}) < len(runs):
-        raise UserError(f"--each {' --each '.join(axes)}: two of these runs have one name; name every value once")
+        folder = run_dir / ",".join(f"{key.rpartition('.')[2]}={_in_path(value)}" for key, value in chosen)
+        if folder in runs:
+            raise UserError(f"--each {' --each '.join(axes)}: two of these runs have one name; name every value once")
+        runs[folder] = [*(f"{key}={_text(value)}" for key, value in chosen), f"run_dir={folder}"]
     return runs
 
 
-def run_each(runs: Sequence[Combination], run_one: Callable[[Sequence[str]], int]) -> int:
+def run_each(runs: Mapping[Path, Sequence[str]], run_one: Callable[[Sequence[str]], int]) -> int:
     """Exit code of the first run that fails, 0 if none does; ``run_one`` runs the recipe with more overrides."""
-    for number, run in enumerate(runs, 1):
-        log.info("run %d of %d: %s", number, len(runs), run.dir)
+    first = next(iter(runs))
+    for number, (folder, overrides) in enumerate(runs.items(), 1):
+        log.info("run %d of %d: %s", number, len(runs), folder)
         for name in OF_THE_TEACHER:
-            if (runs[0].dir / name).is_file() and not (run.dir / name).exists():
-                (run.dir / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(runs[0].dir / name, run.dir / name)
-        if code := run_one(run.overrides):
+            if (first / name).is_file() and not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(first / name, folder / name)
+        if code := run_one(overrides):
             return code
     return 0
 

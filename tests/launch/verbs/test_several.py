@@ -11,14 +11,14 @@ from compared_runs import write_run
 
 from shoal.errors import UserError
 from shoal.launch import cli
-from shoal.launch.verbs.several import Combination, combinations, run_each
+from shoal.launch.verbs.several import combinations, run_each
 
 
 def test_every_combination_is_a_run_of_its_own(tmp_path: Path) -> None:
     runs = combinations(tmp_path, ["prune.drop=[1, 2],[3]", "seed=0,1"])
     names = ["drop=1-2,seed=0", "drop=1-2,seed=1", "drop=3,seed=0", "drop=3,seed=1"]
-    assert [run.dir for run in runs] == [tmp_path / name for name in names]
-    assert runs[1].overrides == ("prune.drop=[1, 2]", "seed=1", f"run_dir={tmp_path / names[1]}")
+    assert list(runs) == [tmp_path / name for name in names]
+    assert runs[tmp_path / names[1]] == ["prune.drop=[1, 2]", "seed=1", f"run_dir={tmp_path / names[1]}"]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_names_no_runs_is_refused(tmp_path: Path, axis: str, message: str) 
 
 
 def test_what_the_teacher_gave_the_first_run_lies_ready_for_the_others(tmp_path: Path) -> None:
-    runs = [Combination(tmp_path / name, (name,)) for name in "abc"]
+    runs = {tmp_path / name: (name,) for name in "abc"}
     told: list[Sequence[str]] = []
 
     def run_one(overrides: Sequence[str]) -> int:
