@@ -21,9 +21,11 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import copy_beside, has_tokenizer
 from shoal.models.load import load_tokenizer, refuse_incomplete
 from shoal.progress import doing
+from shoal.recipe.prune import Prune
 
 from .changes.change import Change, NewTensors, Tensors
-from .changes.compensation import as_stored
+from .changes.compensation import Compensation, as_stored
+from .changes.width import Narrowing
 from .edits.tensors import with_layers
 from .surgery.copying import ChangedTensors, Copy, changed_tensors, planned_copy, write_copy
 from .surgery.cut_model import kept_layers, skipped
@@ -34,6 +36,15 @@ from .surgery.stored_names import NotByCopy, load_without_data
 from .surgery.teacher import Teacher, read_teacher
 
 log = logging.getLogger(__name__)
+
+
+def changes_of(prune: Prune) -> tuple[Change, ...]:
+    """The changes besides dropping layers that the recipe's section ``prune`` asks for, in the order in which they
+    act."""
+    return (
+        *([Narrowing(prune.width)] if prune.width is not None else []),
+        *([Compensation(prune.compensate)] if prune.compensate is not None else []),
+    )
 
 
 def apply_plan(

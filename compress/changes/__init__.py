@@ -1,7 +1,6 @@
 """Changes of layers that stay, each with the same four methods.
 
 change        what every change knows of itself: sizes, tensors, how it is put in force, words
-table         the changes that a recipe can ask for
 calibration   text and model that a change is decided on
 compensation  what makes up for dropped layers without training
 fit           one gap after the other, on the student's own states, by sums over tokens

@@ -1,7 +1,7 @@
 """A change of a model's layers: what every change knows of itself, so that nothing else has to know its kind.
 
-A recipe's changes are listed in table.py, in the order in which they act. Which two do not go together stands in one
-table, APART in src/shoal/recipe/prune.py.
+A recipe's changes are listed in apply.changes_of, in the order in which they act. Which two do not go together stands
+in one table, APART in src/shoal/recipe/prune.py.
 """
 
 from __future__ import annotations

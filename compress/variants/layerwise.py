@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
+from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config, watched
 from shoal.models.document_masks import documents_apart
 
 from ..surgery.cut_model import skipped
@@ -85,15 +85,9 @@ class Layerwise:
         self._final_norm: nn.Module | None = None
         self._lengths: list[int | None] = [None] * self.num_layers
         """Length of the tuple that each layer returns; None = it returns a tensor."""
-        self._adds_in_place = False
-        """Whether some layer writes into its input."""
-        self._study()
-
-    def _study(self) -> None:
-        """Find out how the layers are run, and refuse those that cannot be run alone."""
-        if (refusal := _refusals.get(self.model)) is None:
-            refusal = _refusals[self.model] = self._prove()
-        if refusal:
+        if model not in _refusals:
+            _refusals[model] = self._prove()
+        if refusal := _refusals[model]:
             raise UserError(refusal)
         self._learn()
 
@@ -120,7 +114,7 @@ class Layerwise:
     @torch.no_grad()
     def run(self, layer: int, hidden_BSD: Tensor, call: Call) -> Tensor:
         """(B, S, D) The state after ``layer``; ``hidden_BSD`` stays as it is."""
-        return call.of(self.layers[layer], hidden_BSD.clone() if self._adds_in_place else hidden_BSD)
+        return call.of(self.layers[layer], hidden_BSD.clone())  # some layers write into their input
 
     @torch.no_grad()
     def finish(self, hidden_BSD: Tensor, prepared: Prepared) -> Tensor:
@@ -157,33 +151,18 @@ class Layerwise:
 
     @torch.no_grad()
     def _learn(self) -> Tensor:
-        """Learn how layers return their state, whether they write into their input and what follows the last one.
+        """Learn how layers return their state and what follows the last one.
 
         Returns the body's result (1, S, D) for the probe.
         """
-        inputs: dict[int, tuple[Tensor, int]] = {}
         last_BSD: list[Tensor] = []
 
-        def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # torch counts writes into a tensor: another count behind the layer tells that it has written there
-            hidden_BSD = given_state(args, kwargs)
-            inputs[layer] = hidden_BSD, hidden_BSD._version
-
-        def after(layer: int, output: Any) -> None:
+        def after(layer: int, _: Any, __: Any, output: Any) -> None:
             self._lengths[layer] = len(output) if isinstance(output, tuple | list) else None
-            hidden_BSD, version = inputs[layer]
-            self._adds_in_place |= hidden_BSD._version != version
             if layer == self.num_layers - 1:
                 last_BSD.append(state_of(output).clone())  # what follows may write into it
 
-        with ExitStack() as hooks:
-            for index, layer in enumerate(self.layers):
-                hooks.enter_context(
-                    layer.register_forward_pre_hook(
-                        lambda _, args, kwargs, i=index: before(i, args, kwargs), with_kwargs=True
-                    )
-                )
-                hooks.enter_context(layer.register_forward_hook(lambda _, __, output, i=index: after(i, output)))
+        with watched(self.layers, after=after):
             result_BSD = self._body(**self._probe()).last_hidden_state
         # only where the norm alone gives the body's result is it all that follows
         norm = anatomy(self.model).final_norm

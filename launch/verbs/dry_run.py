@@ -170,7 +170,7 @@ def _prune(run: Run) -> Stage:
 
 def _cut(run: Run, plan: PruningPlan) -> tuple[str, int]:
     """cut_estimate of this run."""
-    from shoal.compress.changes.table import changes_of
+    from shoal.compress.apply import changes_of
 
     refuse_impossible_changes(run, plan)
     recipe, out = run.recipe, run.dir / "student"

@@ -52,8 +52,7 @@ def prune(run: Run) -> None:
     for line in sacrifice(run, importance, plan):
         log.info("prune: %s", line)
     if is_main():
-        from shoal.compress.apply import apply_plan
-        from shoal.compress.changes.table import changes_of
+        from shoal.compress.apply import apply_plan, changes_of
         from shoal.compress.gguf import misreading
 
         text = _calibration_text(run)
@@ -124,8 +123,8 @@ def sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Seq
 
 def _calibration_text(run: Run) -> dict[str, Any]:
     """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items stands in it."""
+    from shoal.compress.apply import changes_of
     from shoal.compress.changes.calibration import calibration_rows
-    from shoal.compress.changes.table import changes_of
 
     for change in changes_of(run.recipe.prune):
         if (settings := change.calibration) is not None:
@@ -235,7 +234,7 @@ def refuse_impossible_plan(run: Run) -> None:
 
 def refuse_impossible_changes(run: Run, plan: PruningPlan) -> None:
     """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
-    from shoal.compress.changes.table import changes_of
+    from shoal.compress.apply import changes_of
     from shoal.compress.surgery.teacher import read_teacher
 
     changes = changes_of(run.recipe.prune)

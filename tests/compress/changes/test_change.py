@@ -1,7 +1,4 @@
-"""Every change that a recipe can ask for: four methods, students that are proven, pairs that are refused by one table.
-
-Covers: shoal.compress.changes.table.
-"""
+"""Every change that a recipe can ask for: four methods, students that are proven, pairs refused by one table."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import PruningPlan
-from shoal.compress.apply import apply_plan
-from shoal.compress.changes.table import changes_of
+from shoal.compress.apply import apply_plan, changes_of
 from shoal.errors import UserError
 from shoal.launch.verbs.dry_run import cut_estimate
 from shoal.models.checkpoint_files import CLOSED_GAPS
