@@ -44,28 +44,10 @@ GROUPS = {
     "losses": "Losses beside those of the CPU in float32",
     "cpu": "Steps of training on a CPU, beside TRL",
 }
-REASONS = {
-    "not_here": "not here",
-    "out_of_memory": "out of memory",
-    "not_measured": "not measured",
-    "left_out": "left out",
-    "failed": "FAILED",
-}
-"""Keys under which a case without figures says why, and what they are called."""
 LONGEST = 160
-"""Characters of a reason that tables show; gpu.json has all of it."""
-COLUMNS = (
-    "",
-    "tokens/s",
-    "share of a product's rate",
-    "peak, GB",
-    "estimate, GB",
-    "off by",
-    "attention",
-    "first loss",
-    "losses off by",
-)
-
+"""Characters of a reason that the page shows; gpu.json has all of it."""
+COLUMNS = ("", "tokens/s", "share of a product's rate", "peak, GB", "estimate, GB", "off by", "attention", "first loss")
+COLUMNS += ("losses off by",)
 Row = Mapping[str, Any]
 
 
@@ -95,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
     result = measure(chosen, arguments)
     print(markdown(result))
     print(f"\n{arguments.out / 'gpu.json'} holds every figure, {arguments.out / 'gpu.md'} this table.")
-    return 1 if any("failed" in row for row in result["results"]) else 0
+    return 1 if any(row.get("without", "").startswith("FAILED") for row in result["results"]) else 0
 
 
 def is_wanted(case: Case, arguments: argparse.Namespace) -> bool:
@@ -122,7 +104,7 @@ def measure(chosen: Sequence[Case], arguments: argparse.Namespace) -> dict[str, 
     }
     for case in chosen:
         left = arguments.budget - (time.monotonic() - begun)
-        figures: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
+        figures: dict[str, Any] = {"without": f"left out: the budget of {arguments.budget:.0f} s was used up"}
         if left >= LEAST_S:
             figures = measured_apart(case, arguments, min(case.limit_s, left))
         row = {"name": case.name, "group": case.group, "size": case.size, "kind": case.kind} | figures
@@ -154,10 +136,10 @@ def measured_apart(case: Case, arguments: argparse.Namespace, seconds: float) ->
                 timeout=seconds,
             )
         except subprocess.TimeoutExpired:
-            return {"not_measured": f"was not done after {seconds:.0f} s"}
+            return {"without": f"not measured: was not done after {seconds:.0f} s"}
     if found.is_file():
         return json.loads(found.read_bytes())
-    return {"failed": f"its process ended with exit code {done.returncode}; see {log}"}
+    return {"without": f"FAILED: its process ended with exit code {done.returncode}; see {log}"}
 
 
 def measure_one(case: Case, arguments: argparse.Namespace) -> int:
@@ -182,54 +164,41 @@ def commit() -> str | None:
 def markdown(result: Row) -> str:
     """All of ``result`` as sections of a page."""
     rows: Sequence[Row] = result["results"]
-    rate = _card(result).get("product_flops_per_s")
-    parts = [_about(result)]
+    card = next((row for row in rows if row["kind"] == "card" and "without" not in row), {})
+    parts = ["TINY MODELS: the command was tried, and no figure says anything."] if result["tiny"] else []
+    parts.append(_about(card, result))
     for group, title in GROUPS.items():
-        if own := [row for row in rows if row["group"] == group]:
-            cells = [_cells(row, rows, rate) for row in own if reason(row) is None]
-            parts.append(f"**{title}**" + (f"\n\n{_table(cells)}" if cells else ": none was measured."))
-    if missing := [f"- {row['size']} {row['name']}: {reason(row)}" for row in rows if reason(row) is not None]:
+        cells = [_cells(row, rows, card) for row in rows if row["group"] == group and "without" not in row]
+        if cells:
+            lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
+            parts.append("\n".join([f"**{title}**", "", *lines]))
+    if missing := [f"- {row['size']} {row['name']}: {outcome(row)}" for row in rows if "without" in row]:
         parts.append("**Without figures**\n\n" + "\n".join(missing))
     return "\n\n".join(parts)
 
 
 def outcome(row: Row) -> str:
     """What a case has come to, in a line."""
-    if (why := reason(row)) is not None:
-        return why
     if "tokens_per_s" in row:
         return f"{row['tokens_per_s']:,.0f} tokens/s, {row['peak'] / 1e9:.2f} GB"
-    return str(row.get("card"))
+    return str(row.get("without") or row["card"]).partition("\n")[0][:LONGEST]
 
 
-def reason(row: Row) -> str | None:
-    """Why a case has no figures; None where it has."""
-    told = next(((called, row[key].partition("\n")[0]) for key, called in REASONS.items() if key in row), None)
-    return told and f"{told[0]}: {told[1][:LONGEST]}"
-
-
-def _card(result: Row) -> Row:
-    return next((row for row in result["results"] if row["kind"] == "card" and reason(row) is None), {})
-
-
-def _about(result: Row) -> str:
-    card = _card(result)
+def _about(card: Row, result: Row) -> str:
     packages = ("torch", "transformers", "deepspeed", "trl", "triton", "flash_attn", "liger_kernel", "bitsandbytes")
     versions = ", ".join(f"{name} {card[name]}" for name in packages if card.get(name))
-    memory, measured = card.get("memory", 0) / 1e9, card.get("product_flops_per_s", 0) / 1e12
-    lines = [
+    memory, rate = card.get("memory", 0) / 1e9, card.get("product_flops_per_s", 0) / 1e12
+    return (
         f"{card.get('card', 'unknown device')}, {memory:.0f} GB, driver {card.get('driver')}, CUDA {card.get('cuda')}; "
-        f"{versions}; commit {result['commit']}; {result.get('seconds', 0):.0f} s in all.",
-        f"A bf16 matrix product reaches {measured:.3g} TFLOP/s here, and a step's operations are those of whole rows.",
-    ]
-    if result["tiny"]:
-        lines.insert(0, "TINY MODELS: the command was tried, and no figure says anything.")
-    return "\n".join(lines)
+        f"{versions}; commit {result['commit']}; {result.get('seconds', 0):.0f} s in all.\n"
+        f"A bf16 matrix product reaches {rate:.3g} TFLOP/s here, and a step's operations are those of whole rows."
+    )
 
 
-def _cells(row: Row, rows: Sequence[Row], rate: float | None) -> list[str]:
+def _cells(row: Row, rows: Sequence[Row], card: Row) -> list[str]:
     """A line of a table, by COLUMNS."""
-    share = row["tokens_per_s"] * row["flops_per_token"] / rate if rate and "flops_per_token" in row else None
+    counted = card and "flops_per_token" in row
+    share = row["tokens_per_s"] * row["flops_per_token"] / card["product_flops_per_s"] if counted else None
     return [
         f"{row['size']} {row['name']}",
         f"{row['tokens_per_s']:,.0f}",
@@ -253,10 +222,6 @@ def loss_difference(row: Row, rows: Iterable[Row]) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _table(cells: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *cells))
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     spec, clock, rows = spec_of(case, size, folder), Clock(case.steps_s), rows_of(case, size)
     told = job(spec)
     if problems := Free.here(here()).shortages(told):
-        return {"not_measured": f"does not fit by the estimate: {problems[0]}"}
+        return {"without": f"not measured: does not fit by the estimate: {problems[0]}"}
     inputs = {"model": "random", "distill.data": []}
     if (signals := spec.settings.teacher.recorded) is not None:
         record_signals(spec.teacher, rows, Path(signals), spec.record, model="random", rows_from=rows_from(inputs))
@@ -232,7 +232,7 @@ class OnRows(DistillationTrainer):
 def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Steps of TRL's trainer on the same rows, models and optimizer, without DeepSpeed."""
     if case.trl.get("liger") and importlib.util.find_spec("liger_kernel") is None:
-        return {"not_here": "liger-kernel is not installed"}
+        return {"without": "not here: liger-kernel is not installed"}
     spec, clock = spec_of(case, size, folder), Clock(case.steps_s)
     settings = {
         **spec.settings.trainer,
@@ -309,11 +309,11 @@ KINDS: dict[str, Callable[[Case, Size, Path], dict[str, Any]]] = {
 
 
 def measured(case: Case, size: Size, folder: Path) -> dict[str, Any]:
-    """The figures of ``case``; where there are none, the reason: `not_here`, `out_of_memory` or `not_measured`."""
+    """The figures of ``case``; where there are none, why, as `without`."""
     turn_down_libraries()
     try:
         return KINDS[case.kind](case, size, folder)
     except UserError as error:
-        return {"not_here": str(error)}
+        return {"without": f"not here: {error}"}
     except torch.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).partition(". ")[0]}
+        return {"without": f"out of memory: {str(error).partition('. ')[0]}"}
