@@ -274,7 +274,6 @@ def all_frozen() -> PreTrainedModel:
         ),
         ({"sequence_lenght": 64}, r"shoal.DistillationTrainer: sequence_lenght: unknown key; did you mean 'sequence_l"),
         ({"watch": None}, r"DistillationTrainer: watch: is for run directories, and has no use for a model in memory"),
-        ({"on_policy": {}, "processing_class": None}, r"processing_class: is missing, and on-policy steps write text"),
         ({"lora": {"quantization": "nf4"}}, r"lora: 4-bit weights and ZeRO 3 need the student's files"),
         (
             {"losses": "forwards_kl"},
