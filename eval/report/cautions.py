@@ -17,7 +17,7 @@ from shoal.task_words import ABILITIES, task_words
 from ..tasks.names import described_tasks, task_folders
 from .findings import FEW_ITEMS, PAIRS, SIGNAL_SIGMAS, Comparison, Row, is_share, protocol_gaps
 from .run import Run
-from .wording import named_or_counted, score_words, task_names
+from .wording import MAX_NAMES, named_or_counted, score_words, task_names
 
 HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""
@@ -27,8 +27,6 @@ NEAR_CHANCE = 0.1
 """A teacher whose interval reaches further above chance is not said to be at chance: too few items tell."""
 OFTEN = 0.2
 """Share of generated texts from which a defect is mentioned."""
-MAX_HIDDEN = 8
-"""Tasks named in one sentence on changes that could not show."""
 RATES = {
     "malformed": ("cannot be read", "Held no answer that could be read, which counts as wrong"),
     "repetition": ("loop", "Ended in a loop"),
@@ -237,8 +235,8 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
 def _hidden(rows: Sequence[Row], before: str, after: str) -> str:
     """From which size on a change would have shown where none did; empty where all are clear."""
     told = [f"{task_names([row])} {least}" for row in rows if (least := _detectable(row, before, after)) is not None]
-    more = [f"and {len(told) - MAX_HIDDEN} more tasks"] if len(told) > MAX_HIDDEN else []
-    return f"{before.capitalize()} to {after}: {'; '.join([*told[:MAX_HIDDEN], *more])}." if told else ""
+    more = [f"and {len(told) - MAX_NAMES} more tasks"] if len(told) > MAX_NAMES else []
+    return f"{before.capitalize()} to {after}: {'; '.join([*told[:MAX_NAMES], *more])}." if told else ""
 
 
 def _detectable(row: Row, before: str, after: str) -> str | None:

@@ -44,12 +44,11 @@ SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
 """Number of items below which the report says that intervals are wide."""
-SCORE_COLUMNS = (
-    *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
-    *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
-    *("family", "level", *NAMES, "column", "form_gap", "form_gap_low", "form_gap_high"),
+SCORE_FIELDS = (
+    *("task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance", "higher_is_better"),
+    *("num_fewshot", "version", "family", "level", "column"),
 )
-"""Values of score_rows."""
+"""What score_rows tells of a score."""
 K = TypeVar("K")
 Key = tuple[str, str, str]
 """Task, protocol and metric of a score."""
@@ -191,19 +190,19 @@ def score_rows(run_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for row in compare(read_run(run_dir)).rows:
         for role, score in row.scores.items():
-            kept = row.retained.get(role)
+            kept, gap = row.retained.get(role), row.form.gaps.get(role) if row.form else None
             share = (kept.value, kept.ci_low, kept.ci_high) if kept else (None, None, None)
-            gap = row.form.gaps.get(role) if row.form else None
             form = (gap.difference, gap.ci_low, gap.ci_high) if gap else (None, None, None)
             rows.append(
-                (
-                    *(role, score.task, score.ability, score.protocol, score.metric),
-                    *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
-                    *(*share, score.higher_is_better, score.num_fewshot, score.version),
-                    *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form),
-                )
+                {
+                    "role": role,
+                    **{field: getattr(score, field) for field in SCORE_FIELDS},
+                    **{name: score.rates.get(name) for name in NAMES},
+                    **dict(zip(("retention", "retention_low", "retention_high"), share, strict=True)),
+                    **dict(zip(("form_gap", "form_gap_low", "form_gap_high"), form, strict=True)),
+                }
             )
-    return [dict(zip(SCORE_COLUMNS, cells, strict=True)) for cells in rows]
+    return rows
 
 
 def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, ItemScore]], ...]:

@@ -223,10 +223,7 @@ def _learnt_by_control(rows: Sequence[Row]) -> str:
     told = [
         f"{task_names([row])} {change_text(row, 'teacher', 'control')}" for row in better if "control" in row.scores
     ]
-    if not told:
-        return ""
-    more = f"; and {len(told) - MAX_NAMES} more" if len(told) > MAX_NAMES else ""
-    return f"Of that the control, the uncut teacher trained alike, learnt: {'; '.join(told[:MAX_NAMES])}{more}."
+    return f"Of that the control, the uncut teacher trained alike, learnt: {_first_of(told)}." if told else ""
 
 
 def _form_gaps(rows: Sequence[Row]) -> str:
@@ -240,9 +237,7 @@ def _form_gaps(rows: Sequence[Row]) -> str:
             told.append(f"{task_names([row])} {own}, of the teacher {teachers}")
     if not told:
         return "No form gap is clearly larger than the teacher's." if twins else ""
-    more = f"; and {len(told) - MAX_NAMES} more" if len(told) > MAX_NAMES else ""
-    gap = "Form gap, which is the score in the trained form minus that of its twin"
-    return f"{gap}: {'; '.join(told[:MAX_NAMES])}{more}."
+    return f"Form gap, which is the score in the trained form minus that of its twin: {_first_of(told)}."
 
 
 def _nothing_outside(rows: Sequence[Row]) -> str:
@@ -258,6 +253,11 @@ def _nothing_outside(rows: Sequence[Row]) -> str:
         "Nothing here was measured outside the form that training text may have, so what came back may be the form "
         f"alone; {would} would tell."
     )
+
+
+def _first_of(told: Sequence[str]) -> str:
+    more = [f"and {len(told) - MAX_NAMES} more"] if len(told) > MAX_NAMES else []
+    return "; ".join([*told[:MAX_NAMES], *more])
 
 
 def _sentence(first: str, *others: tuple[str, Sequence[Row]]) -> str:

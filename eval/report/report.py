@@ -92,7 +92,6 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
         "size": size_table(run),
         "speed": run.speed and speed_table(run.speed),
         "costs": costs_table(run),
-        "precision": _precision(run.numerics),
         "identifiers": identifier_table(run),
         "made": {name: _made(artifact.provenance) for name, artifact in run.results.items()},
     }
@@ -100,20 +99,6 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
 
 def _made(provenance: Provenance) -> dict[str, Any]:
     return {"made": provenance.created, "fingerprint": provenance.fingerprint, **provenance.environment}
-
-
-def _precision(numerics: Mapping[str, Any]) -> str:
-    """In which precision the run was made and why, and whether its sizes followed; empty where it is not recorded."""
-    if not numerics:
-        return ""
-    scored, trained = numerics.get("dtype"), numerics.get("precision")
-    told = [f"models are measured and evaluated in {scored}"] if scored else []
-    if trained:
-        told.append(f"training computes {'as DeepSpeed is configured' if trained == 'auto' else f'in {trained}'}")
-    device = f", on {numerics['device']}" if numerics.get("device") else ""
-    reasons = [str(numerics.get(key) or "").strip().rstrip(".") for key in ("reason", "size_reason")]
-    why, sizes = (": " + reasons[0] if reasons[0] else ""), (f" Sizes: {reasons[1]}." if reasons[1] else "")
-    return f"Numeric precision: {listed(told)}{device}{why}.{sizes}"
 
 
 def draw_figures(run: Run) -> dict[str, Picture]:

@@ -27,7 +27,6 @@ class Run:
 
     folder: Path
     recipe: dict[str, Any] | None
-    stages: dict[str, Any]
     importance: Importance | None
     plan: PruningPlan | None
     training: Training | None
@@ -71,7 +70,6 @@ def read_run(folder: Path) -> Run:
     run = Run(
         folder=folder,
         recipe=run_file.get("recipe"),
-        stages=run_file.get("stages") or {},
         importance=read_result(Importance, folder / Importance.FILE),
         plan=read_result(PruningPlan, folder / PruningPlan.FILE),
         training=read_result(Training, folder / Training.FILE),

@@ -97,7 +97,7 @@ def nothing_to_say() -> tuple[Run, Comparison]:
         role: tuple(choice(role, f"retrieval_{how}", "retrieval", how) for how in ("continuation", "generation"))
         for role in ("teacher", "pruned")
     }
-    run = Run(Path(), None, {}, None, None, None, {role: evaluation(role, own) for role, own in tasks.items()}, None)
+    run = Run(Path(), None, None, None, None, {role: evaluation(role, own) for role, own in tasks.items()}, None)
     return run, compare(run)
 
 

@@ -92,7 +92,7 @@ def capitals(role: str, name: str, texts: list[str]) -> TaskScore:
 
 def compared(**tasks: tuple[TaskScore, ...]) -> Comparison:
     evaluations = {role: results.evaluation(role, scores) for role, scores in tasks.items()}
-    return compare(Run(Path(), None, {}, None, None, None, evaluations, None))
+    return compare(Run(Path(), None, None, None, None, evaluations, None))
 
 
 def test_rates_of_written_text_are_paired_between_roles_and_corrected_over_tasks() -> None:
