@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import BatchSpeed, Speed, SpeedScore
@@ -42,12 +41,12 @@ class _Entry:
     decoder: Decoder
     weight_bytes: int
     """Bytes of parameters and buffers in memory."""
-    num_bytes: int | None
-    """Bytes of the weights on disk; None = the model came from no folder."""
+    num_bytes: int
+    """Bytes of the weights on disk."""
 
 
 def measure_speed(
-    models: Mapping[str, Checkpoint | PreTrainedModel],
+    checkpoints: Mapping[str, Checkpoint],
     *,
     provenance: Provenance,
     batch_sizes: Sequence[int] | None = None,
@@ -65,7 +64,7 @@ def measure_speed(
     Raises:
         UserError: a prompt that does not fit the model's positions, or a model that keeps no cache of keys and values.
     """
-    entries = {role: _entry(role, model, prompt_tokens + new_tokens) for role, model in models.items()}
+    entries = {role: _entry(role, checkpoint, prompt_tokens + new_tokens) for role, checkpoint in checkpoints.items()}
     first = next(iter(entries.values())).decoder
     sizes = sorted(set(batch_sizes or BATCH_SIZES.get(first.device.type, OTHER_BATCH_SIZES)))
     batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
@@ -93,29 +92,21 @@ def measure_speed(
     )
 
 
-def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> _Entry:
+def _entry(role: str, checkpoint: Checkpoint, num_tokens: int) -> _Entry:
     """The model of ``role`` in memory, once it is known to take so many tokens and to keep a cache."""
-    is_stored = isinstance(source, Checkpoint)
-    if is_stored:
-        needed = loaded_bytes(source.folder, source.config, source.load.dtype)
-        if needed > (free := device_memory(device())):
-            raise UserError(
-                f"speed: {role} takes {needed / 1e9:.1f} GB beside the models before it, and {free / 1e9:.1f} GB are "
-                "free; set eval.speed: false, or measure where all of them fit"
-            )
-    model = source.model(device=device()) if is_stored else source
-    positions = getattr(text_config(model.config), "max_position_embeddings", None)
-    if positions is not None and num_tokens > positions:
-        raise UserError(
-            f"speed: prompt and new tokens make {num_tokens}, but {role} has {positions} positions; "
-            "set eval.speed: false"
-        )
-    decoder = Decoder(model)
-    if not decoder.can_branch:
-        raise UserError(
-            f"speed: {role} keeps no cache of keys and values to measure decoding with; set eval.speed: false"
-        )
-    return _Entry(decoder, int(model.get_memory_footprint()), checkpoint_bytes(source.folder) if is_stored else None)
+    needed, free = loaded_bytes(checkpoint.folder, checkpoint.config, checkpoint.load.dtype), device_memory(device())
+    positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None) or num_tokens
+    if needed > free:
+        why = f"takes {needed / 1e9:.1f} GB beside the models before it, and {free / 1e9:.1f} GB are free"
+    elif num_tokens > positions:
+        why = f"has {positions} positions, but prompt and new tokens make {num_tokens}"
+    else:
+        model = checkpoint.model(device=device())
+        decoder = Decoder(model)
+        if decoder.can_branch:
+            return _Entry(decoder, int(model.get_memory_footprint()), checkpoint_bytes(checkpoint.folder))
+        why = "keeps no cache of keys and values to measure decoding with"
+    raise UserError(f"speed: {role} {why}; set eval.speed: false")
 
 
 def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds: int) -> dict[str, BatchSpeed]:
