@@ -11,6 +11,7 @@ from shoal.recipe.evaluate import CONFIGS_DIR
 
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """Sections that say what is computed in."""
+SECTIONS = ("zero_optimization", *PRECISIONS, "offload_optimizer", "offload_param")
 AUTOCAST_DTYPES = ("bfloat16", "float16")
 
 
@@ -55,21 +56,16 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a section that is no mapping, or autocast to no precision.
     """
-    zero = config.get("zero_optimization")
-    within = zero if isinstance(zero, dict) else {}
-    for parts, names in (
-        (config, ("zero_optimization", *PRECISIONS)),
-        (within, ("offload_optimizer", "offload_param")),
-    ):
-        for name in names:
-            section = parts.get(name, {})
-            if section is None or (isinstance(section, dict) and section.get("enabled") == "auto"):
-                del parts[name]
-            elif not isinstance(section, dict):
+    for parts in (config, config.get("zero_optimization") or {}):
+        for name in filter(parts.__contains__, SECTIONS):
+            section = parts[name]
+            if section is not None and not isinstance(section, dict):
                 raise UserError(
                     f"distill.deepspeed: {name} must be a mapping (got {section!r}), as DeepSpeed's documentation "
                     "writes it; mend it, or leave it out"
                 )
+            if section is None or section.get("enabled") == "auto":
+                del parts[name]
     cast = config.get("torch_autocast", {})
     if cast.get("enabled") and str(cast.get("dtype")).removeprefix("torch.") not in AUTOCAST_DTYPES:
         raise UserError(

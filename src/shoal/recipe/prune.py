@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -20,6 +20,11 @@ APART: dict[tuple[str, str], str] = {
     ("width", "target"): "changes what layers save, which prune.target counts by whole layers",
 }
 """Keys of two changes that do not go together, and why not."""
+
+
+def short_for(key: str, *kinds: type) -> BeforeValidator:
+    """A plain value of these types is short for {key: value}."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, kinds) else value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +72,6 @@ class Width(Calibration):
             )
 
 
-def as_compensate(value: Any) -> Any:
-    """A method's name is short for {method: name}."""
-    return {"method": value} if isinstance(value, str) else value
-
-
 @dataclass(frozen=True)
 class Serving(Section):
     """How many sequences the student serves at once, and how long they are."""
@@ -98,25 +98,15 @@ class SpeedupTarget(Serving):
     """Times the teacher's speed, at least."""
 
 
-def as_limit(value: Any) -> Any:
-    """A number is short for {limit: number}."""
-    return {"limit": value} if isinstance(value, int | float) else value
-
-
-def as_factor(value: Any) -> Any:
-    """A number is short for {factor: number}."""
-    return {"factor": value} if isinstance(value, int | float) else value
-
-
 @dataclass(frozen=True)
 class PlanTarget(Section):
     """What the student must reach, all of it at once: as few layers go, in the order of the metric, as reach it."""
 
     params: Annotated[Above0 | None, Shapes.PLAN] = None
     """Parameters at most, tied ones counted once."""
-    memory_gb: Annotated[Annotated[MemoryTarget | None, BeforeValidator(as_limit)], Shapes.PLAN] = None
+    memory_gb: Annotated[Annotated[MemoryTarget | None, short_for("limit", int, float)], Shapes.PLAN] = None
     """Memory of weights and cache; a number alone is a limit in GiB for one sequence."""
-    speedup: Annotated[Annotated[SpeedupTarget | None, BeforeValidator(as_factor)], Shapes.PLAN] = None
+    speedup: Annotated[Annotated[SpeedupTarget | None, short_for("factor", int, float)], Shapes.PLAN] = None
     """Speed of writing over the teacher's; a number alone is a factor for one sequence. A prediction: the time is taken
     to be that of reading weights and cache from memory."""
 
@@ -153,7 +143,7 @@ class Prune(Section):
     spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""
-    compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
+    compensate: Annotated[Annotated[Compensate | None, short_for("method", str)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""
     width: Annotated[Width | None, Shapes.BY_CONTENT] = None
