@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,18 +34,6 @@ MKA_BINS = 4
 """Parts that each coordinate is cut into; tokens fall into MKA_BINS**2 cells."""
 
 
-@dataclass(frozen=True)
-class PassSize:
-    """Sizes that the sums of a pass are made for."""
-
-    num_layers: int
-    """L"""
-    width: int
-    """D"""
-    sample: int
-    """K"""
-
-
 class HiddenMetric(Metric):
     """One number per layer or run from raw hidden states, all such metrics out of one forward pass."""
 
@@ -59,8 +46,8 @@ class HiddenMetric(Metric):
     def refuse(cls, model: PreTrainedModel, name: str) -> None:
         refuse_other_states(model)
 
-    def __init__(self, size: PassSize) -> None:
-        self.size = size
+    def __init__(self, num_layers: int, width: int, sample_size: int) -> None:
+        self.num_layers, self.width, self.sample_size = num_layers, width, sample_size
         self.sums: Tensor = torch.zeros(self.sums_shape(), dtype=self.dtype)
         self.count = 0
         """Tokens or documents in ``sums``."""
@@ -87,7 +74,7 @@ class _TokenMean(HiddenMetric):
     yields: ClassVar[Yields] = "layers"
 
     def sums_shape(self) -> tuple[int, ...]:
-        return (self.size.num_layers,)
+        return (self.num_layers,)
 
     def add(self, seen: Observation) -> None:
         self.sums += self.of_tokens_LT(seen)[:, seen.batch.real_T].sum(1)
@@ -131,11 +118,11 @@ class _Pairs(HiddenMetric):
     yields: ClassVar[Yields] = "runs"
 
     def sums_shape(self) -> tuple[int, ...]:
-        return (self.size.num_layers + 1, self.size.num_layers + 1)
+        return (self.num_layers + 1, self.num_layers + 1)
 
     def scores(self) -> Runs:
         means = self._mean()  # (L+1, L+1): entry [l, l + n] is that of the run of n layers from l
-        return tuple(tuple(means.diagonal(length).tolist()) for length in range(1, self.size.num_layers + 1))
+        return tuple(tuple(means.diagonal(length).tolist()) for length in range(1, self.num_layers + 1))
 
 
 class Angular(_Pairs):
@@ -190,7 +177,7 @@ class AvssOutput(HiddenMetric):
 
     def sums_shape(self) -> tuple[int, ...]:
         """Per layer variances and silent units; in the last row documents and tokens."""
-        return (self.size.num_layers + 1, 2)
+        return (self.num_layers + 1, 2)
 
     def add(self, seen: Observation) -> None:
         self.sums[:-1] += seen.of_layers(self.spread)
@@ -199,7 +186,7 @@ class AvssOutput(HiddenMetric):
     def scores(self) -> Layers:
         documents, tokens = self.sums[-1].tolist()
         variances = self.sums[:-1, 0] / documents
-        silent = self.sums[:-1, 1] / (tokens * self.size.width)
+        silent = self.sums[:-1, 1] / (tokens * self.width)
         ratios = variances / (silent + SILENCE)
         # every ratio is 0 where all states are equal; the smallest float64 then divides in the sum's place
         return tuple((ratios / ratios.sum().clamp(min=torch.finfo(torch.float64).tiny)).tolist())
@@ -232,14 +219,14 @@ class MkaSimilarity(HiddenMetric):
     dtype: ClassVar[torch.dtype] = torch.float32
 
     def sums_shape(self) -> tuple[int, ...]:
-        return (self.size.sample, self.size.num_layers + 1, self.size.width)
+        return (self.sample_size, self.num_layers + 1, self.width)
 
     def add(self, seen: Observation) -> None:
         self.sums[seen.batch.slots_K] = seen.sample_KLD
         self.count += len(seen.batch.slots_K)
 
     def scores(self) -> Layers:
-        cells = [_cells(_diffusion_map(self.sums[:, state].double())) for state in range(self.size.num_layers + 1)]
+        cells = [_cells(_diffusion_map(self.sums[:, state].double())) for state in range(self.num_layers + 1)]
         return tuple(1 - _similarity(before, after) for before, after in itertools.pairwise(cells))
 
 

@@ -20,7 +20,7 @@ from shoal.models.anatomy import decoder_body, decoder_layers, given_state, stat
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
 
-from .hidden_metrics import HIDDEN_METRICS, PassSize, refuse_other_states
+from .hidden_metrics import HIDDEN_METRICS, refuse_other_states
 from .metric import Calibration, Result, add_up_ranks, refuse_fault
 from .observation import Batch, Observation, Reading
 
@@ -60,8 +60,8 @@ class HiddenPass:
         chosen = [HIDDEN_METRICS[name] for name in names]
         self._reads = frozenset[Reading]().union(*(metric.reads for metric in chosen))
         self._sample_K2 = sampled_tokens(calibration)
-        size = PassSize(len(self._layers), text_config(model.config).hidden_size, len(self._sample_K2))
-        self._metrics = [metric(size) for metric in chosen]
+        sizes = len(self._layers), text_config(model.config).hidden_size, len(self._sample_K2)
+        self._metrics = [metric(*sizes) for metric in chosen]
 
     def batch(self, rows_B: Tensor) -> Batch:
         """The calibration rows of these indices, on the model's device."""

@@ -84,7 +84,7 @@ def sweep(
     scores_of_all: list[tuple[TaskScore, ...]] = []
     pieces = agreed(lambda: windows(lm.tokenizer, settings)) if settings.perplexity_tokens else ()
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
-        lm.show(number)
+        lm.current = number  # after the first one all answers are known
         scores = scores_of(lm, tasks, settings, seed=seed)
         if settings.perplexity_tokens:
             scores = (*scores, perplexity(lm, settings, all_windows=pieces))
@@ -174,10 +174,6 @@ class VariantsLM(CausalLM):
         self.seed = 0
         """Seed of sampled text."""
         self._edited, self._variants = edited, variants
-
-    def show(self, number: int) -> None:
-        """Be that variant from now on; after the first one all answers are known."""
-        self.current = number
 
     def _score(self, pairs: list[tuple[Tokens, Tokens]], step: Work) -> list[Score]:
         keys = self._score_keys(pairs)

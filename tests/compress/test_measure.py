@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import flash_stand_in
 import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
 from packed_rows import ROWS, documents, packed, raw_states
-from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 
-from shoal.compress.measure import Scores, measure_importance
+from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.attention import implementation
-
-ALL = ("block_influence", "angular")
-
-
-def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Scores:
-    return measure_importance(model, rows, metrics=ALL, batch_size=batch_size, **arguments)
 
 
 def reference(model: PreTrainedModel, rows: PackedRows) -> tuple[list[float], dict[tuple[int, int], float]]:
@@ -46,17 +37,10 @@ def reference(model: PreTrainedModel, rows: PackedRows) -> tuple[list[float], di
     return [sum(values) / len(values) for values in influence], mean
 
 
-def assert_close(one: Scores, other: Scores, tolerance: float) -> None:
-    assert (one.num_layers, one.num_tokens) == (other.num_layers, other.num_tokens)
-    assert one.layers["block_influence"] == pytest.approx(other.layers["block_influence"], abs=tolerance)
-    for row, other_row in zip(one.runs["angular"], other.runs["angular"], strict=True):
-        assert row == pytest.approx(other_row, abs=tolerance)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_equal_the_float64_reference(kind: str) -> None:
     model = tiny_model(kind)
-    scores = measure(model)
+    scores = measure_importance(model, ROWS, metrics=["block_influence", "angular"], batch_size=2)
     influence, angles = reference(model, ROWS)
     assert scores.num_layers == NUM_LAYERS
     assert scores.num_tokens == ROWS.input_ids_NS.numel()
@@ -64,52 +48,6 @@ def test_scores_equal_the_float64_reference(kind: str) -> None:
     assert [len(row) for row in scores.runs["angular"]] == list(range(NUM_LAYERS, 0, -1))
     for (length, start), angle in angles.items():
         assert scores.runs["angular"][length - 1][start] == pytest.approx(angle, abs=2e-6)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    model = tiny_model("gemma3")
-    assert_close(measure(model), measure(model, batch_size=batch_size), 1e-6)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_padding_changes_no_score(kind: str, side: str) -> None:
-    model = tiny_model(kind)
-    width, padding = ROWS.input_ids_NS.shape[1], 6
-    amounts = torch.tensor([0, 2, 6, 3, 1])
-    ids = torch.full(
-        (len(ROWS), width + padding), 5
-    )  # no padding token: its states are all zero and hide a forgotten mask
-    positions = torch.full_like(ids, 17)
-    mask = torch.zeros_like(ids)
-    for row, amount in enumerate(amounts.tolist()):
-        start = amount if side == "left" else 0
-        ids[row, start : start + width] = ROWS.input_ids_NS[row]
-        positions[row, start : start + width] = ROWS.position_ids_NS[row]
-        if side == "right":  # the padding looks like more of the last document
-            positions[row, width:] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(padding)
-        mask[row, start : start + width] = 1
-    scores = measure(model, PackedRows(ids, positions), attention_mask_NS=mask)
-    assert_close(measure(model), scores, 1e-6)
-
-
-def first_rows(count: int) -> PackedRows:
-    return PackedRows(ROWS.input_ids_NS[:count], ROWS.position_ids_NS[:count])
-
-
-def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
-    with in_group(rank, world_size, folder):
-        torch.save(measure(tiny_model("llama"), first_rows(num_rows)).__dict__, f"{folder}/{rank}.pt")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
-def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
-    call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
-    first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
-    assert first == second
-    assert_close(first, measure(tiny_model("llama"), first_rows(num_rows)), 1e-6)
 
 
 @pytest.mark.parametrize("metric", HIDDEN_METRICS)

@@ -186,6 +186,8 @@ def test_padding_changes_no_score(side: str, monkeypatch: pytest.MonkeyPatch) ->
         start = amount if side == "left" else 0
         real = slice(start, start + shape[1] - padding)
         ids[row, real], positions[row, real] = ROWS.input_ids_NS[row], ROWS.position_ids_NS[row]
+        if side == "right":  # the padding looks like more of the last document
+            positions[row, real.stop :] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(shape[1] - real.stop)
         mask[row, real] = 1
     assert_close(measure(model), measure(model, PackedRows(ids, positions), attention_mask_NS=mask))
 

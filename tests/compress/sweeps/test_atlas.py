@@ -286,7 +286,7 @@ def noisy(loss: np.ndarray, items: int, rng: np.random.Generator) -> Measured:
     base = rng.normal(2.0, 0.3, size=(items, 1))
     scores_NK = np.hstack([base, base + loss + rng.normal(0, 0.5, size=(items, len(loss)))])
     ids = tuple(map(str, range(items)))
-    return Measured(nats(base[:, 0]), ids, scores_NK, np.ones(items), False, None)
+    return Measured(nats(base[:, 0]), ids, scores_NK, np.ones(items), False, scores_NK)
 
 
 def test_stability_tells_noise_from_layers_that_differ() -> None:
