@@ -15,6 +15,7 @@ import math
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -46,6 +47,8 @@ SUBNETWORKS_PER_LAYER = 8
 Absent = frozenset[int]
 Game = Callable[[Sequence[Absent]], Sequence[float]]
 """Sets of players -> the model's worth without each of them; higher = better."""
+Losses = Callable[[Sequence[Variant]], list[float]]
+"""Variants -> the loss under each."""
 Walk = Sequence[int]
 """Players in the order in which they leave."""
 
@@ -57,8 +60,8 @@ class LossMetric(Metric):
 
     @classmethod
     @abstractmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Result:
-        """All ranks call it and get the same."""
+    def scores(cls, name: str, losses: Losses, model: PreTrainedModel, calibration: Calibration) -> Result:
+        """By the metric ``name``. All ranks call it and get the same."""
 
 
 class SingleDropPerplexity(LossMetric):
@@ -67,52 +70,43 @@ class SingleDropPerplexity(LossMetric):
     yields: ClassVar[Yields] = "layers"
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Layers:
+    def scores(cls, name: str, losses: Losses, model: PreTrainedModel, calibration: Calibration) -> Layers:
         singles = [frozenset([layer]) for layer in range(len(decoder_layers(model)))]
-        return tuple(math.exp(loss) for loss in losses(_without_each(singles), what="single drops"))
+        return tuple(math.exp(loss) for loss in losses(_without_each(singles)))
 
 
 class Sleb(LossMetric):
     """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
 
     yields: ClassVar[Yields] = "order"
+    PER_LAYER: ClassVar[int] = 1
+    """Removals for every layer that measure.num_drop names."""
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        return greedy_order(
-            layer_components(len(decoder_layers(model)), protected=PROTECTED),
-            lambda variants: losses(variants, what="sleb"),
-            num_removals=calibration.num_drop,
-            name="sleb",
-        )
+    def units(cls, model: PreTrainedModel) -> tuple[Component, ...]:
+        """What may go."""
+        return layer_components(len(decoder_layers(model)), protected=PROTECTED)
+
+    @classmethod
+    def scores(cls, name: str, losses: Losses, model: PreTrainedModel, calibration: Calibration) -> Order:
+        count = None if calibration.num_drop is None else cls.PER_LAYER * calibration.num_drop
+        return greedy_order(cls.units(model), losses, num_removals=count, name=name)
 
 
-class BlockPruner(LossMetric):
-    """As sleb, over attention and MLP of every layer as components of their own (BlockPruner, arXiv 2406.10594).
+class BlockPruner(Sleb):
+    """As sleb, over attention and MLP of every layer as components of their own (BlockPruner, arXiv 2406.10594)."""
 
-    Two halves go for every layer that measure.num_drop names.
-    """
-
-    yields: ClassVar[Yields] = "order"
+    PER_LAYER: ClassVar[int] = 2
 
     @classmethod
     def refuse(cls, model: PreTrainedModel, name: str) -> None:
-        for half in _halves(model):
+        for half in cls.units(model):
             if refusal := sublayers(model)[half.layers[0]].refusal:
                 raise UserError(f"measure.metrics: {name}: {refusal}; here use sleb, which removes whole layers")
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        return greedy_order(
-            _halves(model),
-            lambda variants: losses(variants, what="blockpruner"),
-            num_removals=None if calibration.num_drop is None else 2 * calibration.num_drop,
-            name="blockpruner",
-        )
-
-
-def _halves(model: PreTrainedModel) -> tuple[Component, ...]:
-    return half_components(len(decoder_layers(model)), protected=PROTECTED)
+    def units(cls, model: PreTrainedModel) -> tuple[Component, ...]:
+        return half_components(len(decoder_layers(model)), protected=PROTECTED)
 
 
 class _OfSubnetworks(LossMetric):
@@ -134,16 +128,15 @@ class PresentAbsent(_OfSubnetworks):
     """
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
+    def scores(cls, name: str, losses: Losses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
         num_layers = len(decoder_layers(model))
-        estimates = present_absent(
-            _game(losses, "present_absent"),
+        return present_absent(
+            _game(losses),
             num_layers,
             num_absent=max(1, round(ABSENT_SHARE * num_layers)),
             num_subnetworks=SUBNETWORKS_PER_LAYER * num_layers,
             seed=calibration.seed,
         )
-        return _logged("present_absent", estimates)
 
 
 class LocalShapley(_OfSubnetworks):
@@ -154,27 +147,27 @@ class LocalShapley(_OfSubnetworks):
     """
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
+    def scores(cls, name: str, losses: Losses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
         num_layers = len(decoder_layers(model))
         chance = -math.log(text_config(model.config).vocab_size)  # games are worth the negative loss
         intact = losses([INTACT])[0]
         if -intact <= chance:
             log.warning(
-                "local_shapley: the intact model's loss, %.4g nats per token, is that of guessing (%.4g) or worse; "
-                "no walk is cut short there",
+                "%s: the intact model's loss, %.4g nats per token, is that of guessing (%.4g) or worse; no walk is cut "
+                "short there",
+                name,
                 intact,
                 -chance,
             )
             chance = -math.inf
-        estimates = local_shapley(
-            _game(losses, "local_shapley"),
+        return local_shapley(
+            _game(losses),
             num_layers,
             window=min(WINDOW, num_layers - 1),
             num_subnetworks=SUBNETWORKS_PER_LAYER * num_layers,
             seed=calibration.seed,
             chance=chance,
         )
-        return _logged("local_shapley", estimates)
 
 
 LOSS_METRICS: dict[str, type[LossMetric]] = {
@@ -193,31 +186,26 @@ def loss_scores(model: PreTrainedModel, calibration: Calibration, names: Sequenc
         UserError: losses that are not finite, or more removals than layers that may go.
     """
     losses = VariantLosses(model, calibration)
-    return {name: LOSS_METRICS[name].scores(losses, model, calibration) for name in names}
+    found: dict[str, Result] = {}
+    for name in names:
+        found[name] = result = LOSS_METRICS[name].scores(name, partial(losses, what=name), model, calibration)
+        if isinstance(result, Estimates):
+            errors = zip(result.values, result.standard_errors, strict=True)
+            log.info(
+                "%s from %d subnetworks, in nats per token with standard errors: %s",
+                name,
+                result.num_subnetworks,
+                ", ".join(f"layer {layer} {value:.4g} +- {error:.2g}" for layer, (value, error) in enumerate(errors)),
+            )
+    return found
 
 
-def _game(losses: VariantLosses, name: str) -> Game:
-    def game(absent: Sequence[Absent]) -> list[float]:
-        return [-loss for loss in losses(_without_each(absent), what=name)]
-
-    return game
+def _game(losses: Losses) -> Game:
+    return lambda absent: [-loss for loss in losses(_without_each(absent))]
 
 
 def _without_each(absent: Sequence[Absent]) -> list[Variant]:
     return [without(layers, Component(tuple(sorted(layers))).name) for layers in absent]
-
-
-def _logged(name: str, estimates: Estimates) -> Estimates:
-    log.info(
-        "%s from %d subnetworks, in nats per token with standard errors: %s",
-        name,
-        estimates.num_subnetworks,
-        ", ".join(
-            f"layer {layer} {value:.4g} +- {error:.2g}"
-            for layer, (value, error) in enumerate(zip(estimates.values, estimates.standard_errors, strict=True))
-        ),
-    )
-    return estimates
 
 
 def present_absent(game: Game, num_players: int, *, num_absent: int, num_subnetworks: int, seed: int = 0) -> Estimates:

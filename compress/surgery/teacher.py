@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import Shard, StoredTensor, read_shards
 from shoal.models.load import load_config, load_model
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,6 @@ def read_teacher(folder: Path, *, trust_remote_code: bool = False) -> Teacher:
         UserError: a model that transformers alone cannot build, a damaged checkpoint.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    refuse_own_code(folder, config, trust_remote_code=trust_remote_code)
-    return Teacher(folder, config, read_shards(folder), trust_remote_code)
-
-
-def refuse_own_code(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
-    """Refuse a model that transformers alone cannot build.
-
-    Raises:
-        UserError: its code came with the checkpoint.
-    """
     module = type(config).__module__
     if trust_remote_code:  # without consent the class of that name in transformers is taken
         module = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", module)
@@ -64,3 +51,4 @@ def refuse_own_code(folder: Path, config: PreTrainedConfig, *, trust_remote_code
             f"{folder}: is built by code that came with it ({module}); the cut could not be loaded without that "
             "code, so shoal cuts only architectures that transformers has: give another model"
         )
+    return Teacher(folder, config, read_shards(folder), trust_remote_code)
