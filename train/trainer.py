@@ -59,10 +59,9 @@ T = TypeVar("T")
 
 INPUTS = ("input_ids", "position_ids", "labels")
 """Planes that the student's forward takes of a batch; the teacher may read more."""
-AGREEMENT = "top1_agreement"
 OBJECTIVE_FILE = "objective.json"
 """File of what loss terms keep between steps, inside a checkpoint."""
-ROW_FILE = "curve_row.json"
+ROW_FILE = "curves.json"
 """File, inside a checkpoint, of what the curves' next row holds so far."""
 ON_POLICY_FILE = "on_policy.json"
 """File, inside a checkpoint, of what on-policy steps keep."""
@@ -125,7 +124,7 @@ class ObjectiveTrainer(Trainer):
         self._gradient_norm: Tensor | float | None = None
         self._scaler: torch.amp.GradScaler | None = None
         """What scales losses in float16 without ZeRO."""
-        self.row = CurveRow(2 * len(objective.terms) + 2, self._guard)
+        self.row = CurveRow(2 * len(objective.terms), self._guard)
         self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
         self.add_callback(_StepEnds(self))
         if live is not None:
@@ -146,9 +145,8 @@ class ObjectiveTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _zero_sums(self) -> Tensor:
-        """Every term's sum over the step's supervised tokens, divided by their number, and the counts of top-1
-        agreement."""
-        return torch.zeros(len(self.objective.terms) + 2, dtype=torch.float64, device=self.args.device)
+        """Every term's sum over the step's supervised tokens, divided by their number."""
+        return torch.zeros(len(self.objective.terms), dtype=torch.float64, device=self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -231,10 +229,7 @@ class ObjectiveTrainer(Trainer):
                 images=inputs.get(IMAGES),
             )
         if self.objective.student.training:  # else it is evaluated, between the steps
-            num_terms = len(self.objective.terms)
-            self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
-            # agreement is asked of every so many tokens: counts, no means
-            self._step_sums[num_terms:] += sums[num_terms:]
+            self._step_sums += sums / num_items_in_batch
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
@@ -276,7 +271,7 @@ class ObjectiveTrainer(Trainer):
             raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
         means = counts[: len(terms)]
         # of the step's supervised tokens those that a term learns from
-        shares = [number / num_items for number in counts[len(terms) + 2 :]]
+        shares = [number / num_items for number in counts[len(terms) :]]
         loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
         values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
         if self._gradient_norm is not None:
@@ -287,7 +282,7 @@ class ObjectiveTrainer(Trainer):
             raise refuse_step(problem, step, self._batches, self.refused)
         own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
         self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
-        self.row.add([*counts[: len(terms) + 2], *shares])
+        self.row.add([*means, *shares])
         if stopped:
             self._parts.stop.ask("another rank was asked to stop")
         return stopped > 0
@@ -303,12 +298,10 @@ class ObjectiveTrainer(Trainer):
         if "loss" in logs and (steps := self.row.num_steps):
             terms = self.objective.terms
             names = term_names(terms)
-            sums, (matches, compared, *shares) = self.row.sums[: len(names)], self.row.sums[len(names) :]
+            sums, shares = self.row.sums[: len(names)], self.row.sums[len(names) :]
             # the Trainer's own sum begins anew where training goes on inside of a row
             logs["loss"] = sum(term.weight * value for term, value in zip(terms, sums, strict=True)) / steps
             logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
-            if compared:
-                logs[AGREEMENT] = matches / compared
             logs |= self.read_curves()
             logs["seconds"] = self.row.seconds
             logs["tokens_per_s"] = steps * self.spec.tokens_per_step / max(self.row.row_seconds, 1e-9)

@@ -146,8 +146,7 @@ def curves(found: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
     keys = dict.fromkeys(key for row in found["history"] for key in row)
     for key in keys:
         if not any(part in key for part in SPEED):
-            counted = ".bits" if key == "top1_agreement" else ""
-            yield f"{name}.{key}{counted}", [row[key] for row in found["history"] if key in row]
+            yield f"{name}.{key}", [row[key] for row in found["history"] if key in row]
     yield f"{name}.sources", [[source, counts["tokens"]] for source, counts in found["data"]["sources"].items()]
 
 

@@ -113,7 +113,6 @@ def test_every_term_has_a_curve_and_the_loss_is_their_weighted_sum(everything):
         )
         assert loss == pytest.approx(total, rel=1e-5)
     assert everything.curve()[-1] < everything.curve()[0]
-    assert all(0 <= share <= 1 for share in everything.curve("top1_agreement"))
 
 
 def test_scores_stand_beside_the_losses_and_the_best_state_is_what_is_left(everything):
@@ -233,7 +232,6 @@ def test_rows_that_ask_no_teacher_change_nothing_by_not_being_read(teacher, cut,
     ours, whole = trials
     for name in ("loss", "forward_kl", "cross_entropy"):
         assert ours.curve(name) == pytest.approx(whole.curve(name), rel=1e-5)
-    assert ours.curve("top1_agreement") == whole.curve("top1_agreement")
     for name, weight in whole.weights().items():
         torch.testing.assert_close(ours.weights()[name], weight, rtol=1e-4, atol=1e-5)
 
@@ -350,7 +348,6 @@ def test_recorded_signals_under_zero_3_give_the_curves_of_the_live_teacher(live,
         # 0.0008 (KL + sqrt(2 KL)) by docs/training/signals.md, here at temperature 2, and bfloat16 states
         assert recorded.curve(name) == pytest.approx(live.curve(name), rel=4e-3, abs=4e-3), name
         assert recorded.curve(name) != live.curve(name) or name == "cross_entropy"
-    assert recorded.curve("top1_agreement") == pytest.approx(live.curve("top1_agreement"), abs=0.1)
 
 
 def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teacher, cut, tmp_path):

@@ -43,8 +43,6 @@ BLOCK = 2**17
 for each other at every operation."""
 LOGITS = 2**24
 """A chunk on CPU has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow."""
-AGREEMENT_STRIDE = 8
-"""Every so many tokens teacher and student are asked for their most probable word."""
 SMALLEST_TAIL = 1e-8
 """Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
 
@@ -92,9 +90,6 @@ class HeadLoss(NamedTuple):
     """Weighted sum of all terms over all tokens, scalar, differentiable."""
     term_sums: Tensor
     """Each term's own unweighted sum over tokens, (number of terms,), float64."""
-    agreement: Tensor
-    """(2,), float64: of how many tokens teacher and student have the same most probable word, of how many compared:
-    every so many of those of which the teacher is asked."""
 
 
 class How(TypedDict, total=False):
@@ -123,7 +118,7 @@ def chunked_head_loss(
 
     ``targets`` stand for the first tokens, one for each; no term asks the teacher about those behind them, or with
     None about any. Of `TopK` every divergence is that of the distributions over K words and `another`, a lower bound of
-    the whole one. Without any term only agreement is measured.
+    the whole one.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
 
@@ -191,9 +186,9 @@ class _Objective:
             for start in range(begin, end, chunk)
         )
 
-    def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The terms' sums over the chunk ``part``, (number of terms,), its agreement, (2,), and the weighted gradient
-        of its logits, (C, V), if wanted."""
+    def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """The terms' sums over the chunk ``part``, (number of terms,), and the weighted gradient of its logits, (C, V),
+        if wanted."""
         targets, labels_C = self.targets if part.start < self.num_asked else None, self.labels_N[part]
         teacher_logits_CV = kept = None
         if isinstance(targets, Dense):
@@ -206,7 +201,7 @@ class _Objective:
         gradient_CV = torch.empty_like(logits_CV) if wanted else None
         # compiled, nothing of a block but its gradient reaches memory
         rows = len(logits_CV) if self.is_compiled else _block_rows(logits_CV)
-        for start in range(0, len(logits_CV) if self.terms else 0, rows):
+        for start in range(0, len(logits_CV), rows):
             place = slice(start, start + rows)
             logits_RV, labels_R = logits_CV[place], labels_C[place]
             learns = self._learning(part, place, labels_C.device)
@@ -228,8 +223,7 @@ class _Objective:
             )
             if gradient_CV is not None:
                 gradient_CV[place] = 0 if block_gradient_RV is None else block_gradient_RV
-        firsts_C = None if kept is None else kept[0][:, 0]
-        return values_TC.sum(-1), _agreement(logits_CV, teacher_logits_CV, firsts_C, part.start), gradient_CV
+        return values_TC.sum(-1), gradient_CV
 
     def _learning(self, part: slice, place: slice, device: torch.device) -> dict[int, Tensor | None]:
         """The terms to compute at ``place`` in the chunk ``part``, each with the mask of what it learns from."""
@@ -391,29 +385,12 @@ def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
     return targets.ids_NK[part].long(), Softmax(log_C, log_C.exp())
 
 
-def _agreement(logits_CV: Tensor, teacher_logits_CV: Tensor | None, firsts_C: Tensor | None, start: int) -> Tensor:
-    """Matches and comparisons of the most probable word, at every so many tokens of the batch."""
-    # places of the batch and not of the chunk, so that the same tokens are asked whatever the chunk
-    picked = slice(-start % AGREEMENT_STRIDE, None, AGREEMENT_STRIDE)
-    if teacher_logits_CV is not None:
-        firsts = teacher_logits_CV[picked].argmax(-1)
-    elif firsts_C is not None:
-        firsts = firsts_C[picked]
-    else:
-        return logits_CV.new_zeros(2, dtype=torch.float64)
-    asked = logits_CV[picked]
-    # by the value and not by argmax: of two equal logits either is the student's first
-    matches = (asked.gather(-1, firsts[:, None])[:, 0] == asked.amax(-1)).sum()
-    return torch.stack([matches, torch.full_like(matches, len(firsts))]).double()
-
-
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, objective, head, chunk, *parameters):
         wanted = [hidden_ND.requires_grad, *(parameter.requires_grad for parameter in parameters)]
         trains = any(wanted) and any(term.weight > 0 for term in objective.terms)
         term_sums = torch.zeros(len(objective.terms), dtype=torch.float64, device=hidden_ND.device)
-        agreement = torch.zeros(2, dtype=torch.float64, device=hidden_ND.device)
         hidden_grad_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
         # cast once for all chunks, and gradients are taken with respect to the cast ones
@@ -425,9 +402,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             # the only graph there is: from this chunk's hidden states to its logits, gone with the next chunk
             with torch.enable_grad():
                 logits_CV = head(hidden_CD, *leaves)
-            sums, agreed, gradient_CV = objective.of_chunk(logits_CV.detach(), part, wanted=trains)
+            sums, gradient_CV = objective.of_chunk(logits_CV.detach(), part, wanted=trains)
             term_sums += sums
-            agreement += agreed
             if gradient_CV is None:
                 continue
             inputs = [leaf for leaf, w in zip([hidden_CD, *leaves], wanted, strict=True) if w]
@@ -442,10 +418,10 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             for grad, p, w in zip(parameter_grads, parameters, wanted[1:], strict=True)
         ]
         ctx.save_for_backward(hidden_grad_ND, *grads_as_stored)
-        ctx.mark_non_differentiable(term_sums, agreement)
+        ctx.mark_non_differentiable(term_sums)
         # number by number: a list of them would be copied to the device, which waits for it
         weighted = [value * term.weight for value, term in zip(term_sums.unbind(), objective.terms, strict=True)]
-        return sum(weighted, term_sums.new_zeros(())).float(), term_sums, agreement
+        return sum(weighted, term_sums.new_zeros(())).float(), term_sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable

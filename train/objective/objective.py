@@ -70,7 +70,7 @@ class Objective:
     """The distillation loss inside the student's forward: ``student(...)`` gives (loss, sums) while it is installed.
 
     loss is the weighted sum of all terms over supervised tokens, differentiable. sums, float64, holds every term's own
-    sum and then, of how many tokens teacher and student have the same most probable word, and of how many asked.
+    sum.
 
     Only the two forward methods of this instance change, the model's and its head's: class, parameters and state
     dict stay, so that Trainer, DeepSpeed and save_pretrained see an ordinary model. The loss is computed *inside* the
@@ -147,9 +147,8 @@ class Objective:
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
             hidden_BSD = final_hidden(student, input_ids, position_ids, images)
         loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, num_asked, signals, inputs)
-        *at_head, matches, compared = head_sums.unbind()
         # one by one: a list of indices would be copied to the device, which waits for it
-        sums = dict(zip(self._at_head, at_head, strict=True))
+        sums = dict(zip(self._at_head, head_sums.unbind(), strict=True))
         if states is not None:
             at_layers = [own_labels[index] for index in self._at_layers]
             state_loss, state_sums = states(
@@ -157,7 +156,7 @@ class Objective:
             )
             loss = loss + state_loss
             sums |= zip(self._at_layers, state_sums.unbind(), strict=True)
-        return loss, torch.stack([*(sums[index] for index in range(len(self.terms))), matches, compared])
+        return loss, torch.stack([sums[index] for index in range(len(self.terms))])
 
     def _asked_first(self, host: OnHost) -> tuple[Tensor, int]:
         """The learnt places as learnt_places says, (N,), those of whose tokens a term asks for the teacher's
@@ -200,12 +199,12 @@ class Objective:
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
             tail_N = None if signals.tail_BS is None else asked(signals.tail_BS)
             targets = TopK(asked(signals.ids_BSK), asked(signals.log_probs_BSK), signals.temperature, tail_N)
-        if not len(places_N):  # of a micro-batch; the step as a whole has some
+        if not len(places_N) or not self._at_head:  # of a micro-batch; the step as a whole has some
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()
-            return nothing, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
+            return nothing, hidden_BSD.new_zeros(len(self._at_head), dtype=torch.float64)
         through = logits_from_hidden(self.student, prepared=True)
-        loss, term_sums, agreement = chunked_head_loss(
+        return chunked_head_loss(
             hidden_BSD.flatten(0, 1)[places_N],
             labels_BS.flatten()[places_N + 1],  # position t predicts token t + 1
             targets,
@@ -216,7 +215,6 @@ class Objective:
             inputs=inputs,
             compiled=self._compiled_loss,
         )
-        return loss, torch.cat([term_sums, agreement])
 
     @torch.no_grad()
     def teacher_log_probs(self, signals: Signals, input_ids_BS: Tensor, places_N: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def objective(student, teacher, terms=TERMS, *, chunk=5, sources=None, host=None
         hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
     loss, sums = student(**rows, signals=Signals(hidden), on_host=host)
     installed.uninstall()
-    return loss, sums if host else sums[: len(terms)]
+    return loss, sums
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3", "gemma3"])
@@ -207,8 +207,6 @@ def test_a_term_learns_from_the_tokens_of_its_sources_and_from_no_others(chunk):
     ours = Objective(student, to_logits(teacher), terms=terms, chunk=chunk, sources=BY_SOURCE)
     assert ours.tokens_by_term(host) == tokens == [6 + 6 + 4, 4 + 6]
     assert plain.tokens_by_term(host) == [20, 20]
-    _, everywhere = objective(student, teacher, terms, chunk=chunk, host=host)
-    assert (sums[3], everywhere[3]) == (2, 3), "every eighth of the tokens of which the teacher is asked"
 
 
 def test_all_terms_learn_from_samples_and_rows_of_no_known_source_are_a_fault():
