@@ -17,10 +17,11 @@ import torch
 
 from shoal.atomic_files import write_json
 from shoal.data.bundled import BUNDLED
-from shoal.data.chat import Chat, ImageRow, check_template, tokenised
+from shoal.data.chat import ImageRow, check_template, tokenised
 from shoal.data.packing import (
     COUNTS,
     FIELDS,
+    NO_IMAGE,
     SOURCES,
     PackedRows,
     Row,
@@ -105,8 +106,8 @@ def pack(
     for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True)):
         limit = sequence_length if packing == "best_fit" or source.has_images else None
         encode = layout.encode_image if source.has_images else None
-        cut = (limit, enough)
-        streams.append(_documents(source, given, tokenizer, seed + index, cut, count=counts[name], encode_image=encode))
+        reading = _Reading(source, tokenizer, limit, enough, encode)
+        streams.append(reading.stream(given, seed=seed + index, count=counts[name]))
     padded = packing == "best_fit" or num_rows is None or has_images
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
     padding_id = next((token for token in ends if token is not None), 0)
@@ -163,14 +164,13 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
         UserError: it cannot be read, its column is missing or of another kind, its conversations cannot be rendered, or
             nothing in it is learnt.
     """
-    limit = sequence_length if packing == "best_fit" else None
+    reading = _Reading(source, tokenizer, sequence_length if packing == "best_fit" else None, sequence_length)
     _refuse_impossible(source, tokenizer)
-    count, has_items = Counter[str](), False
+    has_items = False
     items = (item for item in documents(source) if item is not None)
     for item in items:
         has_items = True
-        learnt = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
-        if next(learnt, None) is not None:
+        if any(True for _ in reading.documents([item], epoch=0, count=Counter())):
             return
     raise nothing_learnt(source) if has_items else nothing_in(source)
 
@@ -199,32 +199,53 @@ def nothing_learnt(source: DataSource) -> UserError:
     return UserError(f"data {source.path!r}: {words}")
 
 
-def _documents(
-    source: DataSource,
-    given: Iterable[Item | None] | None,
-    tokenizer: Any,
-    seed: int,
-    cut: tuple[int | None, int | None],
-    *,
-    count: dict[str, int],
-    encode_image: Encode | None,
-) -> Iterator[TokenDocument]:
-    """The source's documents without end, in another order every epoch; ``cut`` has the most tokens of one, and so many
-    of a text that are asked for."""
-    limit, enough = cut
-    if encode_image is None:
-        _refuse_impossible(source, tokenizer)
-    for epoch, items in _epochs(source, given, seed=seed, count=count):
-        nothing = True
-        for document in (
-            _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count)
-            if encode_image is None
-            else _of_images(items, encode_image, epoch=epoch, limit=limit or 0, count=count)
-        ):
-            nothing = False
-            yield document
-        if nothing:
-            raise nothing_learnt(source)
+@dataclass(frozen=True)
+class _Reading:
+    """How the documents of a source become tokens."""
+
+    source: DataSource
+    tokenizer: Any
+    limit: int | None
+    """Most tokens of a document, which is cut to them; a row of an image that has more is left out."""
+    enough: int | None
+    """Tokens of a text that are asked for at most."""
+    encode_image: Encode | None = None
+
+    def stream(
+        self, given: Iterable[Item | None] | None, *, seed: int, count: dict[str, int]
+    ) -> Iterator[TokenDocument]:
+        """The source's documents without end, in another order every epoch."""
+        if self.encode_image is None:
+            _refuse_impossible(self.source, self.tokenizer)
+        for epoch, items in _epochs(self.source, given, seed=seed, count=count):
+            nothing = True
+            for document in self.documents(items, epoch=epoch, count=count):
+                nothing = False
+                yield document
+            if nothing:
+                raise nothing_learnt(self.source)
+
+    def documents(self, items: Iterable[Item], *, epoch: int, count: dict[str, int]) -> Iterator[TokenDocument]:
+        """Those with something to learn; the others are counted as dropped once."""
+        for ids, supervised, image in self._encoded(items):
+            document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch, image=image)
+            fits = self.limit is None or len(ids) <= self.limit
+            if not fits and image == NO_IMAGE:
+                document, fits = document.cut(self.limit or 0), True
+            if fits and document.teaches:
+                yield document
+            elif epoch == 0:
+                count["dropped"] += 1
+
+    def _encoded(self, items: Iterable[Any]) -> Iterator[tuple[list[int], np.ndarray, int]]:
+        """Token ids, which of them are learnt, and the number of the image."""
+        if self.encode_image is not None:
+            yield from ((*self.encode_image(item), item.number) for item in items)
+        elif self.source.is_chat:
+            learnt = self.source.assistant_only
+            yield from ((*tokenised(chat, self.tokenizer, assistant_only=learnt), NO_IMAGE) for chat in items)
+        else:
+            yield from ((ids, np.ones(len(ids), bool), NO_IMAGE) for ids in _texts(items, self.tokenizer, self.enough))
 
 
 def _epochs(
@@ -282,49 +303,6 @@ def _mixed(items: Iterator[Item], order: random.Random) -> Iterator[Item]:
         yield item
 
 
-def _of_images(
-    items: Iterable[Item], encode: Encode, *, epoch: int, limit: int, count: dict[str, int]
-) -> Iterator[TokenDocument]:
-    """Documents of rows of images that are at most ``limit`` tokens long; the others are counted as dropped once."""
-    for item in items:
-        assert isinstance(item, ImageRow)
-        ids, supervised = encode(item)
-        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch, image=item.number)
-        if len(document) <= limit and document.teaches:
-            yield document
-        elif epoch == 0:
-            count["dropped"] += 1
-
-
-def _tokenised(
-    items: Iterable[Item],
-    source: DataSource,
-    tokenizer: Any,
-    *,
-    epoch: int,
-    limit: int | None,
-    enough: int | None,
-    count: dict[str, int],
-) -> Iterator[TokenDocument]:
-    """Documents with something to learn, cut to ``limit`` tokens; the others are counted as dropped once.
-
-    Of a text no more than its first ``enough`` tokens are asked for.
-    """
-    encoded = _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer, enough)
-    for ids, supervised in encoded:
-        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch).cut(limit or len(ids))
-        if document.teaches:
-            yield document
-        elif epoch == 0:
-            count["dropped"] += 1
-
-
-def _chats(items: Iterable[Item], source: DataSource, tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
-    for item in items:
-        assert isinstance(item, Chat)
-        yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
-
-
 def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> list[T]:
     """The first ``count`` tokens of ``text``, or all of them, from little more of it than they take.
 
@@ -344,7 +322,7 @@ class CutOff(str):
     """A text that stops where its writer had to, in the middle: nobody is to learn that it ends there."""
 
 
-def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterator[list[int]]:
     """Token lists with start (where the model has one it adds) and end token; of long texts the beginning."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     most = None if enough is None else CHARACTERS_PER_TOKEN * (enough + BORDER_TOKENS)
@@ -358,8 +336,7 @@ def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterato
                 if most is None or _size(text) <= most
                 else first_tokens(str(text), lambda part: tokenizer(part)["input_ids"], enough or 0)
             )
-            whole = ids if not ids or ids[-1:] == end or isinstance(text, CutOff) else ids + end
-            yield whole, np.ones(len(whole), bool)
+            yield ids if not ids or ids[-1:] == end or isinstance(text, CutOff) else ids + end
 
 
 def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[tuple[int, str]]:
