@@ -3,7 +3,6 @@ item is kept."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
 import time
@@ -82,7 +81,7 @@ def role_evaluation(
             provenance=Provenance(inputs, environment() | {"vllm": vllm_version()}),
             role=role,
             tasks=scores,
-            num_parameters=num_parameters(without_data(copy.deepcopy(checkpoint.config))),
+            num_parameters=num_parameters(without_data(checkpoint.config)),
             num_layers=text_config(checkpoint.config).num_hidden_layers,
             num_bytes=num_bytes,
             seconds=time.monotonic() - started,
@@ -118,7 +117,7 @@ def model_evaluation(
     if dist.is_initialized():
         dist.all_reduce(counts)
     packed = getattr(model.config, "quantization_config", None) is not None
-    whole = without_data(copy.deepcopy(model.config)) if packed else model  # which writes its attention into it
+    whole = without_data(model.config) if packed else model
     return Evaluation(
         provenance=Provenance(inputs, environment()),
         role=role,

@@ -7,6 +7,7 @@ for the backward pass are counted, so that every family, precision, adapter and 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -101,7 +102,7 @@ def shapes_only() -> Iterator[None]:
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The causal language model of ``config``, its weights whatever the surrounding context makes of them."""
     kernels = implementation(attention, config)
-    model = automatic_class(config).from_config(config, attn_implementation=kernels, dtype=dtype)
+    model = automatic_class(config).from_config(copy.deepcopy(config), attn_implementation=kernels, dtype=dtype)
     model.tie_weights()  # is part of the initialisation that shapes_only leaves out
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -443,6 +444,7 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     remedy = f"cannot be built as config.json says ({{}}); install what is missing, or {DOWNLOAD_AGAIN}"
     with _explained(config.model_type, remedy):
         with torch.device("meta"), no_init_weights():
-            model = automatic_class(config).from_config(config, **settings)
+            # transformers writes precision and attention into what it is given
+            model = automatic_class(config).from_config(copy.deepcopy(config), **settings)
         model.tie_weights()  # is part of the initialisation that was left out
     return model.eval()
