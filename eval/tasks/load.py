@@ -54,6 +54,8 @@ def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
     both = {name for name in names if name in tags and name in manager.task_index}  # a group of files too
     members = [member for name in names for member in (*tags.get(name, (name,)), *([name] if name in both else []))]
     local = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
+    if local is not None and not local.is_dir():
+        raise UserError(f"eval.data_dir: {settings.data_dir!r} is no folder; name one that holds data sets")
     _refuse_missing(_rows_read(members, manager, folders, num_fewshot), local)
     tasks: dict[str, Any] = {}
     with _data_from(local, folders, num_fewshot):

@@ -26,7 +26,7 @@ import torch
 from model_outputs import logits
 from ranks import call_apart
 from safetensors.torch import load_file, save_file
-from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_tokenizer
+from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
@@ -53,7 +53,6 @@ def sharded(path: Path, row: str, *, dtype: torch.dtype = torch.float32, max_sha
     folder = path / row
     cast: Any = architectures.tiny_model(row).to  # its annotations hide the method
     cast(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

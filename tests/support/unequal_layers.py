@@ -21,10 +21,7 @@ def sizes(**changes: Any) -> LayerSizes:
     """A model of 6 layers with two bytes per parameter, of which a mixture reads a fifth."""
     active = tuple(count if count < 100 else count // 5 for count in PARAMETERS)
     total = OUTSIDE + sum(PARAMETERS)
-    cache = tuple(
-        LayerCache(token_bytes=size, max_tokens=None, state_bytes=0 if size else 16, pair_flops=0)
-        for size in TOKEN_BYTES
-    )
-    cost = Cost(6, total, OUTSIDE + sum(active), 0, sum(PARAMETERS), sum(active), cache)
+    cache = tuple(LayerCache(token_bytes=size, max_tokens=None, state_bytes=0 if size else 16) for size in TOKEN_BYTES)
+    cost = Cost(6, total, OUTSIDE + sum(active), cache)
     stored = StoredBytes(2 * OUTSIDE, tuple(2 * count for count in PARAMETERS))
     return replace(LayerSizes(cost, stored, PARAMETERS, active, 2, LENGTH), **changes)
