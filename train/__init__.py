@@ -5,8 +5,7 @@
     trainer    one optimizer step in the transformers Trainer, whole checkpoints, a clean stop
     curves     the curves of its steps, and the one that is not sound
     distillation_trainer  the same for a model and a data set in memory
-    progress   what it tells while it goes on
-    validation  scores of the student while it trains, its best state
+    callbacks  what looks on: how far it is, W&B, scores of the student
     dataset    the rows that are learnt from
     writing    text that the teacher writes before training, and what of it is kept
     on_policy  text that the student writes in the middle of training, and what of it teaches nothing

@@ -34,6 +34,7 @@ from shoal.runtime import agreed, barrier, device
 from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
+from .callbacks import Curves, Progress, Scorer, Watcher
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
 from .engine.arguments import (
     BATCH_SPLIT,
@@ -49,13 +50,11 @@ from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
 from .objective.chunked_loss import refuse_for_top_k
 from .preflight.fit import check_fit, explained_memory
-from .progress import Curves, Progress
 from .student.frozen import stored_names, write_student
 from .student.spec import TrainSpec, require_same_vocabulary
 from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable
 from .trainer import DistillTrainer, ObjectiveTrainer, Parts
-from .validation import Scorer, Watcher
 
 log = logging.getLogger(__name__)
 

@@ -38,6 +38,7 @@ from shoal.recipe.losses import term_names
 from shoal.runtime import barrier, seed_everything
 from shoal.runtime import device as own_device
 
+from .callbacks import Scorer, Watcher
 from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
 from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
@@ -51,7 +52,6 @@ from .on_policy import checkpointing_kept, own_forwards
 from .student.frozen import share_frozen
 from .student.spec import TrainSpec
 from .teacher.wiring import wire
-from .validation import Scorer, Watcher
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,4 @@
-"""What takes long says so: before 5 s are over, with rate and time left; a bar on a terminal, lines in a file.
-
-Covers: shoal.train.progress.
-"""
+"""What takes long says so: before 5 s are over, with rate and time left; a bar on a terminal, lines in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ import pytest
 
 from shoal import progress as module
 from shoal.progress import BYTES, POLL_S, Lines, Speaker, Work, doing, progress
-from shoal.train.progress import Progress
+from shoal.train.callbacks import Progress
 
 
 class Clock:

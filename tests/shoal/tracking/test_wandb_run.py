@@ -1,7 +1,4 @@
-"""What W&B is given, read back from the files of an offline run; and that nothing of it can end or spoil a run.
-
-Covers: shoal.train.progress.
-"""
+"""What W&B is given, read back from the files of an offline run; and that nothing of it can end or spoil a run."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from shoal.launch.cli import run_verb
 from shoal.recipe.recipe import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.tracking import wandb_run
-from shoal.train.progress import Curves
+from shoal.train.callbacks import Curves
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 HUB_TOKEN = "hf_" + "s" * 34

@@ -13,7 +13,7 @@ from shoal.errors import UserError
 from shoal.eval.evaluate import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
-from shoal.train.validation import Watcher
+from shoal.train.callbacks import Watcher
 
 
 class Training:
