@@ -86,7 +86,7 @@ def choose_changes(
     choices; it may not contradict a protect list that differs from the default, since then the user has said both.
 
     Raises:
-        UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
+        UserError: a choice that is impossible or contradicts itself, or importance that is missing.
     """
     if prune.drop is not None:
         return _explicit(prune, prune.drop, num_layers)
@@ -94,11 +94,6 @@ def choose_changes(
     if importance is None:
         raise UserError(
             "prune: choosing layers needs importance.json; run `shoal measure` first, or name layers in prune.drop"
-        )
-    if importance.num_layers != num_layers:
-        raise UserError(
-            f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
-            "run `shoal measure` again for this model"
         )
     limits = _limits(prune, importance)
     choose = _best_run if prune.contiguous else _first_of_order

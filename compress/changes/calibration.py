@@ -28,6 +28,7 @@ from shoal.models.load import (
     num_parameters,
     without_data,
 )
+from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Calibration
 from shoal.runtime import device
 
@@ -79,12 +80,10 @@ def calibrating(
 ) -> Iterator[tuple[Source, PackedRows]]:
     """The model of ``teacher`` and the rows that a ``section`` of the recipe decides by, in a block in which that is
     done: in float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes.
-
-    Raises:
-        UserError: a model that does not fit into the memory of the device.
     """
     where, folder, trust_remote_code = device(), teacher.folder, teacher.trust_remote_code
-    _refuse_too_large(teacher, settings, section=section)
+    if (needed := needed_bytes(without_data(teacher.config), settings)) > device_memory(where):
+        log.warning("%s: %s", section, in_words(needed))
     fast = named_dtype(fast_dtype(where).dtype)
     model = load_model(folder, dtype="float32", attention=None, device=where, trust_remote_code=trust_remote_code)
     align_weights(model)
@@ -96,15 +95,15 @@ def calibrating(
 
 
 def calibration_rows(
-    settings: Calibration, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str
+    settings: Calibration | Measure, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str
 ) -> PackedRows:
-    """The text of a section of the recipe that decides by it."""
+    """The text of a section of the recipe that decides by it, as rows of tokens."""
     texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
     rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
     if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
         log.warning(
-            "%s.num_tokens: is more than %s has, which is repeated: what is said of held-out text is partly of text "
-            "that was fitted to; lower it or name more text",
+            "%s.num_tokens: is more than %s has, which is repeated: what is found rests on less text than it says, and "
+            "text that is held out was seen; lower it or name more text",
             *(section, ", ".join(repeated)),
         )
     return rows
@@ -117,16 +116,6 @@ def refuse_quantised(folder: Path, config: PreTrainedConfig, *, section: str) ->
             f"{folder}: is quantised, and {section} changes weights of layers that stay; give the full-precision "
             f"model, or leave {section} out"
         )
-
-
-def _refuse_too_large(teacher: Teacher, settings: Calibration, *, section: str) -> None:
-    skeleton = without_data(teacher.config)
-    needed, free = needed_bytes(skeleton, settings), device_memory(device())
-    if needed > free:
-        shortage = f"{section}: {in_words(needed)}"
-        if device().type != "cpu":  # which has no swap to fall back on
-            raise UserError(f"{shortage}; leave {section} out, or take a device with more")
-        log.warning(shortage)
 
 
 def needed_bytes(model: PreTrainedModel, settings: Calibration, *, num_features: int = 0) -> int:

@@ -18,7 +18,6 @@ from shoal.atomic_files import fingerprint
 from shoal.components import Component
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, sources_fingerprint
-from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
@@ -163,22 +162,11 @@ def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
 
 def packed_rows(run: Run) -> PackedRows:
     """The text of `measure` as rows of tokens."""
+    from shoal.compress.changes.calibration import calibration_rows
+
     settings = run.recipe.measure
     log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
-    rows = pack(
-        [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data],
-        run.tokenizer(),
-        sequence_length=settings.sequence_length,
-        num_tokens=settings.num_tokens,
-        seed=run.recipe.seed,
-    )
-    if repeated := [name for name, counts in rows.counts.items() if counts["repeats"]]:
-        log.warning(
-            "measure.num_tokens: is more than %s has, which is repeated: scores rest on less text than they say; lower "
-            "it or name more text",
-            ", ".join(repeated),
-        )
-    return rows
+    return calibration_rows(settings, run.tokenizer(), seed=run.recipe.seed, section="measure")
 
 
 def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:
