@@ -1,11 +1,9 @@
 """What measuring costs beside doing it one cut model at a time, interleaved in one process.
 
-    python benchmarks/measure.py [text choices generation sleb] [--model demo:smollm2-135m] [--repeats 3]
+    python benchmarks/measure.py [text sleb] [--model demo:smollm2-135m] [--repeats 3]
 
-text        log-likelihoods of running text without each layer, beside a loop over the cut models, same batches
-choices     questions with options without each layer, beside lm-eval's own model over each cut model
-generation  greedy text without each layer, beside transformers' generate with each cut model
-sleb        greedy removal of k layers, beside the loop over all cut models of every round
+text  log-likelihoods of running text without each layer, beside a loop over the cut models, same batches
+sleb  greedy removal of k layers, beside the loop over all cut models of every round
 
 Ratios are medians over repeats of pairs that ran next to each other; values are compared too.
 """
@@ -19,27 +17,21 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.variant_losses import own_documents
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.compress.sweeps.sweep import VariantsLM
-from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import Edited, layerwise_or_none, score_variants, without
 from shoal.data.packing import PackedRows
 from shoal.data.streams import pack
-from shoal.eval.tasks.load import tasks_of
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
 from shoal.machine import now
 from shoal.models.anatomy import decoder_layers
 from shoal.models.load import load_model, load_tokenizer
 from shoal.models.resolve import resolve_model
-from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import DataSource
 from shoal.runtime import device, environment
 
@@ -94,63 +86,6 @@ def text(bench: Bench) -> dict[str, Any]:
     return {**figures, "largest_difference": difference(ours, loop), "target": 0.5}
 
 
-def choices(bench: Bench) -> dict[str, Any]:
-    tasks = ("knowledge_continuation", "retrieval_continuation")
-    return {name: choices_of(bench, name) for name in tasks}
-
-
-def choices_of(bench: Bench, task: str) -> dict[str, Any]:
-    requests = instances(task, bench.arguments.questions)
-    make: Any = HFLM  # its decorator hides its type
-
-    def ours() -> Any:
-        lm = VariantsLM(bench.edited, bench.tokenizer, bench.without_each, 8)
-        pairs = (lm._encode_pair(*request.args) for request in requests)
-        encoded = [(tuple(context), tuple(option)) for context, option in pairs]
-        return score_variants(bench.edited, lm._decoder, encoded, bench.without_each, batch_size=8)
-
-    def loop() -> Any:
-        models = (make(pretrained=bench.cut(layer), tokenizer=bench.tokenizer, batch_size=8) for layer in bench.layers)
-        return [lm.loglikelihood(requests, disable_tqdm=True) for lm in models]
-
-    figures, own, theirs = bench.pairs(ours, loop)
-    sizes = {"questions": bench.arguments.questions}
-    return {**sizes, **figures, "largest_difference": difference(own, theirs), "target": 0.3}
-
-
-def generation(bench: Bench) -> dict[str, Any]:
-    return {
-        f"{task}, {count} prompts, {new_tokens} new tokens": generation_of(bench, task, count, new_tokens)
-        for task, new_tokens in (("retrieval_generation", 16), ("reasoning_generation", 48))
-        for count in bench.arguments.prompts
-    }
-
-
-def generation_of(bench: Bench, task: str, count: int, new_tokens: int) -> dict[str, Any]:
-    prompts = [bench.tokenizer(request.args[0])["input_ids"] for request in instances(task, count)]
-    limits = Limits(new_tokens, lambda tokens: tokens[-1] == bench.tokenizer.eos_token_id)
-
-    def ours() -> Any:
-        variants, size = bench.without_each, len(prompts)
-        return generate_variants(bench.edited, bench.decoder, prompts, variants, limits, batch_size=size)
-
-    def loop() -> Any:
-        return [written(bench.cut(layer), bench.tokenizer, prompts, new_tokens) for layer in bench.layers]
-
-    figures, texts, theirs = bench.pairs(ours, loop)
-    equal = [a == b for pair in zip(texts, theirs, strict=True) for a, b in zip(*pair, strict=True)]
-    return {**figures, "equal_texts": f"{sum(equal)} of {len(equal)}", "target": "3 times"}
-
-
-@torch.no_grad()
-def written(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**padded, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    texts = output[:, padded["input_ids"].shape[1] :].tolist()
-    end = tokenizer.eos_token_id
-    return [text[: text.index(end) + 1] if end in text else text for text in texts]
-
-
 def sleb(bench: Bench) -> dict[str, Any]:
     rows, count = bench.rows(512), bench.arguments.drops
     documents = [document.tokens for document in own_documents(Calibration(rows, 4))]
@@ -175,12 +110,6 @@ def sleb(bench: Bench) -> dict[str, Any]:
     return {"drops": count, **figures, "ours": own, "loop": theirs, "target": 0.6}
 
 
-def instances(task_name: str, count: int) -> list[Any]:
-    task = tasks_of(Tasks((task_name,)))[task_name]
-    task.build_all_requests(limit=count)
-    return task.instances
-
-
 def difference(ours: Iterable[Iterable[Any]], loop: Iterable[Iterable[Any]]) -> float:
     """In nats, over all requests and layers; both give (log-likelihood, ...) of each."""
     pairs = ((own, other) for layer in zip(ours, loop, strict=True) for own, other in zip(*layer, strict=True))
@@ -194,7 +123,7 @@ def _timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
     return now(device()) - wall, time.process_time() - processor, result
 
 
-PARTS = {"text": text, "choices": choices, "generation": generation, "sleb": sleb}
+PARTS = {"text": text, "sleb": sleb}
 
 
 def main() -> None:
@@ -202,10 +131,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What measuring costs beside one cut model at a time")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them if none is named")
     parser.add_argument("--model", default="demo:smollm2-135m")
-    parser.add_argument("--dtype", default="float32", help="values and texts are compared, so not bfloat16")
+    parser.add_argument("--dtype", default="float32", help="values are compared, so not bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=6)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--drops", type=int, default=3)
     arguments = parser.parse_args()
     bench = Bench(arguments)
