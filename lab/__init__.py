@@ -16,7 +16,6 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     probes       where a concept can be read off
     reading      reading against writing
     relations    losses on attention, values and pooled states
-    samples      drawn texts, pass@k, answers demoted or gone
     sweeps       tasks without heads, with ever fewer layers, with a donor's layers
     vision       layers, states of the tower and models over rows of images
 

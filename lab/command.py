@@ -29,7 +29,6 @@ PARTS: dict[str, str] = {
     "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
     "relations": "train on the teacher's attention, values or pooled states beside the recipe's losses",
     "replace": "neighbouring layers replaced by one trained layer (LLM-Streamline)",
-    "samples": "texts drawn beside the greedy ones: pass@k, and whether lost answers are demoted or gone",
     "skip": "attention, MLP or heads of layers silent for good",
     "swap": "layers of a donor in the place of the model's own",
     "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",

@@ -20,7 +20,7 @@ GONE: dict[str, str] = {
     "distill.trainable.replacement": "choose near_gaps",
     "eval.draft": "the library that serves both models tells what its drafts are worth; leave it out",
     "eval.images": "`shoal lab vision RUN path=FILE` scores the answers of every model of a run",
-    "eval.samples": "`shoal lab samples RUN_DIR` draws texts and tells pass@k",
+    "eval.samples": "lm-eval draws several texts of a prompt where a task file says `repeats`; leave it out",
     "measure.beside": "`shoal lab depth_use RUN beside=MODEL`",
     "measure.diagnostics": "`shoal lab diagnostics RUN`",
     "measure.gradient_prompts": "`shoal lab diagnostics RUN gradient_prompts=10`",
