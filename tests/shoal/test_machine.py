@@ -181,6 +181,7 @@ def test_sizes_follow_the_speed_of_all_cores(
     assert (f"multiplies at {2 * rate} in float32" in run.numerics.size_reason) == (share < 1)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("first", "then"), [(10, 1000), (1000, 10)])
 def test_a_run_directory_keeps_its_sizes_on_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float

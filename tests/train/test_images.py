@@ -114,6 +114,7 @@ def test_the_first_step_is_the_mean_over_the_answers_tokens_of_its_rows(mixed: T
     assert curves(mixed)[0]["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
 
 
+@pytest.mark.prove
 def test_two_ranks_under_zero_3_give_the_curves_of_one(
     mixed: Trial, llava: Path, cut: Path, rows: Path, tmp_path: Path
 ) -> None:

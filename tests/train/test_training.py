@@ -446,6 +446,7 @@ def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_p
     assert all(torch.equal(weight, on_policy.weights()[name]) for name, weight in resumed.weights().items())
 
 
+@pytest.mark.prove
 def test_two_ranks_under_zero_3_sample_the_same_text_as_one(on_policy, teacher, cut, tmp_path):
     settings = {**WRITING, "deepspeed": "deepspeed/zero3.json"}
     settings["trainer"] = {**WRITING["trainer"], "per_device_train_batch_size": 1}

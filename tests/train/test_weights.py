@@ -30,6 +30,7 @@ def autocast(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("stage", "ranks", "rows"), [(1, 1, 4), (2, 2, 1), (3, 2, 2)])
 def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
     autocast: Trial, teacher: Path, cut: Path, tmp_path: Path, stage: int, ranks: int, rows: int
@@ -52,6 +53,7 @@ def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
 
 
 @pytest.mark.slow
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_training_in_bfloat16_weights_goes_on_bit_for_bit(
     teacher: Path, cut: Path, tmp_path: Path, stage: int

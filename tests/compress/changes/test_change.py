@@ -38,6 +38,7 @@ def test_every_change_of_the_table_is_tried_here() -> None:
     assert found == list(ASKED)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("key", ASKED)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_the_student_is_proven_and_its_plan_and_dry_run_tell_of_it(

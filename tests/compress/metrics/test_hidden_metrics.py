@@ -203,7 +203,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
         Path(folder, f"{rank}.txt").write_text(str(refusal.value))
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
