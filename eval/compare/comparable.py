@@ -89,13 +89,11 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of every path, as many as are needed for all names to differ."""
+    """The last parts of every path, which are all different, as many as are needed for the names to be so too."""
     parts = [folder.parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    depths = range(1, max(map(len, parts)) + 1)
+    depth = next(depth for depth in depths if len({part[-depth:] for part in parts}) == len(parts))
+    return ["/".join(part[-depth:]) for part in parts]
 
 
 def find_common(contenders: Sequence[Contender], *, across_teachers: bool = False) -> Common:
@@ -113,12 +111,7 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
     if across_teachers or any(contender.is_model for contender in contenders):
         tasks, other_tokens = _without_token_counts(contenders, tasks)
         left_out += other_tokens
-    first = contenders[0]
-    for contender in contenders:
-        for role in contender.run.evaluations:
-            alike = contender is not first and role in first.run.evaluations
-            reference = role if alike else next(iter(first.run.evaluations))
-            problems += _differences((first, reference), (contender, role), tasks)
+    problems += _differences(contenders, tasks)
     precision = _precision(contenders)
     if not problems and not across_teachers:
         why = "the precision moves it" if precision else "something that is not recorded differs"
@@ -192,24 +185,21 @@ def _teacher_file(contender: Contender) -> Path:
 def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]]:
     """Tasks that every evaluation of every run has, and why others are left out."""
     names = {
-        (contender.letter, role): [task.task for task in evaluation.tasks]
+        str(contender.file(role)): [task.task for task in evaluation.tasks]
         for contender in contenders
         for role, evaluation in contender.run.evaluations.items()
     }
-    by_letter = {contender.letter: contender for contender in contenders}
-    tasks = {
-        task.task: task for c in contenders for evaluation in c.run.evaluations.values() for task in evaluation.tasks
-    }
+    tasks = {task.task: task for contender in contenders for task in _tasks_of(contender)}
     shared, left_out = [], []
     for task in tasks:
-        lacking = [str(by_letter[letter].file(role)) for (letter, role), known in names.items() if task not in known]
+        lacking = [file for file, known in names.items() if task not in known]
         if lacking:
             rest = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             left_out.append(f"{task} is left out: it is not in {lacking[0]}{rest}.")
         else:
             shared.append(task)
     if not shared:
-        sets = [f"{c.run.folder}: {', '.join(dict.fromkeys(_tasks_of(c))) or 'none'}" for c in contenders]
+        sets = [f"{c.run.folder}: {', '.join({task.task: 0 for task in _tasks_of(c)}) or 'none'}" for c in contenders]
         raise UserError("compare: no task was evaluated in all of these runs\n" + "\n".join(sets))
     abilities = list(dict.fromkeys(tasks[task].ability for task in shared))
     columns = (*COLUMNS, "")
@@ -217,8 +207,8 @@ def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]
     return sorted(shared, key=order.__getitem__), left_out
 
 
-def _tasks_of(contender: Contender) -> Iterator[str]:
-    return (task.task for evaluation in contender.run.evaluations.values() for task in evaluation.tasks)
+def _tasks_of(contender: Contender) -> Iterator[TaskScore]:
+    return (task for evaluation in contender.run.evaluations.values() for task in evaluation.tasks)
 
 
 def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> tuple[list[str], list[str]]:
@@ -238,15 +228,17 @@ def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> 
     return [task for task in tasks if task not in per_token], reasons
 
 
-def _differences(base: tuple[Contender, str], compared: tuple[Contender, str], tasks: Sequence[str]) -> Iterator[str]:
-    """Every task that was not measured alike in both evaluations."""
-    files = base[0].file(base[1]), compared[0].file(compared[1])
-    first, other = base[0].run.evaluations[base[1]], compared[0].run.evaluations[compared[1]]
-    for task in tasks:
-        try:
-            require_same_measurement(score_of(first, task), score_of(other, task))
-        except UserError as error:
-            yield f"{files[1]} and {files[0]}: {error}"
+def _differences(contenders: Sequence[Contender], tasks: Sequence[str]) -> Iterator[str]:
+    """Every task that was not measured as in the first run: by the same role, else by its first one."""
+    first, known = contenders[0], contenders[0].run.evaluations
+    for contender in contenders:
+        for role, evaluation in contender.run.evaluations.items():
+            reference = role if contender is not first and role in known else next(iter(known))
+            for task in tasks:
+                try:
+                    require_same_measurement(score_of(known[reference], task), score_of(evaluation, task))
+                except UserError as error:
+                    yield f"{contender.file(role)} and {first.file(reference)}: {error}"
 
 
 def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str) -> Iterator[str]:

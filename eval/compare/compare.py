@@ -61,11 +61,6 @@ class Model:
     rival: str | None = None
     """Role of the first run's model, or checkpoint, that it is compared with; None = there is none."""
 
-    @property
-    def content(self) -> str | None:
-        """Fingerprint of the weights."""
-        return content_of(self.evaluation)
-
 
 @dataclass(frozen=True)
 class RunComparison:
@@ -96,15 +91,18 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
     contenders = read_contenders(folders)
     common = find_common(contenders, across_teachers=across_teachers)
     timed, no_speed = _timed_alike(contenders)
-    shown = [(contender, "teacher") for contender in _first_of_each_teacher(contenders)]
+    teachers: dict[str | None, Contender] = {}
+    for contender in contenders:
+        if "teacher" in contender.run.evaluations:
+            teachers.setdefault(contender.teacher, contender)
+    shown = [(contender, "teacher") for contender in teachers.values()]
     roles = (*ROLES[1:], MODEL)
     shown += [(contender, role) for contender in contenders for role in roles if role in contender.run.evaluations]
     tested = _tests(shown, contenders[0], common.tasks)
     models = tuple(_model(contender, role, contenders, common, tested, timed) for contender, role in shown)
-    first = models[0]
     return RunComparison(
         contenders=contenders,
-        tasks=tuple(cell.score for cell in first.cells),
+        tasks=tuple(cell.score for cell in models[0].cells),
         silent=_silent(models, common.tasks),
         models=models,
         num_differences=len(tested),
@@ -118,8 +116,8 @@ def same_models(comparison: RunComparison) -> list[list[Model]]:
     """Models of several runs that are one and the same: two recipes often share their cut."""
     groups: dict[tuple[str, str], list[Model]] = {}
     for model in comparison.models:
-        if model.role != "teacher" and model.content is not None:
-            groups.setdefault((model.role, model.content), []).append(model)
+        if model.role != "teacher" and (content := content_of(model.evaluation)) is not None:
+            groups.setdefault((model.role, content), []).append(model)
     return [group for group in groups.values() if len({member.contender.letter for member in group}) > 1]
 
 
@@ -193,24 +191,11 @@ def teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evaluat
     return next((evaluation for evaluation in same if evaluation), None)
 
 
-def _first_of_each_teacher(contenders: Sequence[Contender]) -> Iterator[Contender]:
-    seen: set[str | None] = set()
-    for contender in contenders:
-        if "teacher" in contender.run.evaluations and contender.teacher not in seen:
-            seen.add(contender.teacher)
-            yield contender
-
-
 def _silent(models: Sequence[Model], tasks: Sequence[str]) -> frozenset[str]:
     teachers = [model for model in models if model.role == "teacher"]
+    sigmas = {task: [z_above_chance(own.cells[index].score) for own in teachers] for index, task in enumerate(tasks)}
     return frozenset(
-        task
-        for index, task in enumerate(tasks)
-        if teachers
-        and all(
-            (sigmas := z_above_chance(teacher.cells[index].score)) is not None and sigmas <= SIGNAL_SIGMAS
-            for teacher in teachers
-        )
+        task for task, own in sigmas.items() if own and all(z is not None and z <= SIGNAL_SIGMAS for z in own)
     )
 
 
@@ -286,8 +271,7 @@ def _restless(first: Contender, other: Contender, common: Common) -> Iterator[st
     pairs = [[score_of(c.run.evaluations["teacher"], task) for c in (first, other)] for task in common.tasks]
     differences = [paired(before, after) for before, after in pairs]
     binary = [difference for difference in differences if difference.test == "mcnemar-exact"]
-    changed = sum(difference.won + difference.lost for difference in binary)
-    if changed:
+    if changed := sum(difference.won + difference.lost for difference in binary):
         yield (
             f"The same teacher answered {changed} of {sum(difference.n for difference in binary):,} items otherwise in "
             f"{other.letter} than in {first.letter} (another machine, library or batch size): so much of a difference "

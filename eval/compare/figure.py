@@ -49,7 +49,8 @@ class ParetoPoint:
 def pareto_panels(comparison: RunComparison) -> dict[Cost, list[ParetoPoint]]:
     """Cost -> the models, but for controls; runs that share one share the point. Empty where no retention is known."""
     weights, shared = task_groups(comparison).weights, same_models(comparison)
-    letters = {id(group[0]): ", ".join(own.contender.letter for own in group) for group in shared}
+    labels = {id(own): "" if own.role == "teacher" else own.contender.letter for own in comparison.models}
+    labels |= {id(group[0]): ", ".join(own.contender.letter for own in group) for group in shared}
     again = {id(own) for group in shared for own in group[1:]}
     kept: list[tuple[Model, Interval]] = []
     for model in comparison.models:
@@ -60,16 +61,12 @@ def pareto_panels(comparison: RunComparison) -> dict[Cost, list[ParetoPoint]]:
         return {}
     return {
         cost: [
-            ParetoPoint(_label(model, letters), model.role, amount, value)
+            ParetoPoint(labels[id(model)], model.role, amount, value)
             for model, value in kept
             if (amount := _cost(model, cost)) is not None
         ]
         for cost in _costs(comparison)
     }
-
-
-def _label(model: Model, letters: dict[int, str]) -> str:
-    return "" if model.role == "teacher" else letters.get(id(model), model.contender.letter)
 
 
 def _cost(model: Model, cost: Cost) -> float | None:

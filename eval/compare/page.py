@@ -9,7 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import MODEL, Interval
+from shoal.artifacts.evaluation import MODEL, Interval, TaskScore
 from shoal.atomic_files import make_folder, write_json, write_text
 from shoal.figures.style import clean
 from shoal.formatting import bytes_text, count_text, listed
@@ -184,13 +184,9 @@ def _first(comparison: RunComparison) -> Iterator[str]:
     groups = task_groups(comparison)
     ranked = [standing for standing in standings(comparison, groups) if standing.model.role != "teacher"]
     if ranked and ranked[0].mean:
-        in_mean = (
-            f"in the mean of {_inside(groups.that_rank)}"
-            if len(groups.that_rank) > 1
-            else f"in {_inside(groups.that_rank)}"
-        )
+        of_several = "the mean of " if len(groups.that_rank) > 1 else ""
         best = [standing for standing in ranked if standing.mean and standing.mean.value == ranked[0].mean.value]
-        shown = f"{retention_text(ranked[0].mean)} {in_mean}."
+        shown = f"{retention_text(ranked[0].mean)} in {of_several}{_inside(groups.that_rank)}."
         most = "reaches the most of the" if ranked[0].model.role == MODEL else "keeps the most of its"
         if len(best) > 1:
             yield f"No model is first: {listed([_model_name(standing.model) for standing in best])} have {shown}"
@@ -280,7 +276,7 @@ def _task_table(comparison: RunComparison, index: int) -> Table:
     direction = "" if task.higher_is_better else ", lower is better"
     about = f"version {task.version}, {task.num_fewshot} shots"
     asked = ", ".join(filter(None, (f"{task.metric}{direction}", f"{task.n:,} items", limits_text(task), about)))
-    caption = f"{_task_title(comparison, index)}: {asked}"
+    caption = f"{', '.join(score_words(task))}: {asked}"
     return Table(caption, columns, tuple(rows), folded=len(comparison.tasks) > 12)
 
 
@@ -294,18 +290,13 @@ def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str,
         for other in comparison.models
         if other.role == model.rival and other.contender.letter == comparison.contenders[0].letter
     )
-    least = minimal_detectable_difference(first.cells[index].score, cell.score)
-    share = is_share(cell.score)
-    return (
-        *row,
-        difference_text(cell.difference, cell.score),
-        p_text(cell.adjusted_p),
-        _least_text(least, share=share),
-    )
+    change = difference_text(cell.difference, cell.score)
+    return (*row, change, p_text(cell.adjusted_p), _least_text(first.cells[index].score, cell.score))
 
 
-def _least_text(least: float, *, share: bool) -> str:
+def _least_text(before: TaskScore, after: TaskScore) -> str:
     """The smallest true difference that these items would show four times out of five."""
+    least, share = minimal_detectable_difference(before, after), is_share(after)
     if not math.isfinite(least) or (share and least >= 1):
         return "too few items"
     return f"{100 * least:.1f} points" if share else f"{least:.3f}"
@@ -316,10 +307,6 @@ def _no_difference(comparison: RunComparison, model: Model) -> str:
     if model.role not in COMPARED or model.contender.letter == first.letter:
         return DASH
     return "the same model" if model.rival else f"{first.letter} has none"
-
-
-def _task_title(comparison: RunComparison, index: int) -> str:
-    return ", ".join(score_words(comparison.tasks[index]))
 
 
 def _known(comparison: RunComparison) -> list[str]:
@@ -344,8 +331,7 @@ def _versions_table(comparison: RunComparison) -> Table:
     fields = list(dict.fromkeys(field for provenance in provenances for field in provenance.environment))
     values = [(field, [str(p.environment.get(field, DASH)) for p in provenances]) for field in fields]
     values += [(field, [str(p.inputs.get(field, DASH)) for p in provenances]) for field in ("attention", "seed")]
-    first = [(c, next(iter(c.run.evaluations))) for c in comparison.contenders]
-    values.append(("dtype", [dtype_of(*scored) for scored in first]))
+    values.append(("dtype", [dtype_of(c, next(iter(c.run.evaluations))) for c in comparison.contenders]))
     columns = ("What", *(c.letter for c in comparison.contenders))
     rows = tuple((field.replace("_", " "), *row) for field, row in values)
     return Table("Versions and settings of the evaluations", columns, rows, frozenset(range(len(columns))), folded=True)

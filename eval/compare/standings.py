@@ -8,9 +8,8 @@ of that, everything ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -51,7 +50,8 @@ class Groups:
     @property
     def weights(self) -> dict[str, float]:
         """Weight by task in the mean that ranks: groups count the same, and in each its tasks."""
-        return even_weights([task for title in self.that_rank for task in self.tasks[title]], group_title)
+        groups = [self.tasks[title] for title in self.that_rank]
+        return {task: weight / len(groups) for own in groups for task, weight in even_weights(own).items()}
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ class Standing:
 def task_groups(comparison: RunComparison) -> Groups:
     """The groups of a table's tasks, those that rank first."""
     usable = [task for task in comparison.tasks if task.higher_is_better and task.task not in comparison.silent]
-    columns = columns_that_rank(task.column for task in usable)
+    columns = {task.column for task in usable}
+    ranking = columns & set(HEADLINE) or columns
     tasks: dict[str, tuple[TaskScore, ...]] = {}
     for task in usable:
         tasks[group_title(task)] = (*tasks.get(group_title(task), ()), task)
-    return Groups(tasks, tuple(title for title, own in tasks.items() if own[0].column in columns))
+    return Groups(tasks, tuple(title for title, own in tasks.items() if own[0].column in ranking))
 
 
 def group_title(task: TaskScore) -> str:
@@ -137,10 +138,18 @@ def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standi
 
 
 def _change(teacher: Scores, before: Scores, after: Scores, weights: Mapping[str, float]) -> Interval | None:
-    """The weighted change of the share kept of ``teacher``; None where there is no share to keep."""
+    """The weighted change of the share kept of ``teacher``; None where there is no share to keep.
+
+    Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
+    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that ask the same items in
+    another way err together; their correlation is taken from the items' own differences.
+    """
     if not weights or any(no_retention(teacher[task]) for task in weights):
         return None
-    return summed_kept(weights, teacher, before, after)
+    changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
+    influences = {task: kept_influences(teacher[task], before[task], after[task]) for task in weights}
+    correlations = np.array([[_correlation(before, influences, task, other) for other in weights] for task in weights])
+    return weighted_sum(list(weights.values()), changes, correlations)
 
 
 def _form(scores: Scores, groups: Groups) -> Interval | None:
@@ -165,37 +174,9 @@ def by_task(evaluation: Evaluation) -> Scores:
     return {task.task: task for task in evaluation.tasks}
 
 
-def columns_that_rank(columns: Iterable[str]) -> frozenset[str]:
-    """Those of ``columns`` that are outside the trained form; all of them where none is."""
-    ranked = frozenset(columns)
-    return ranked & frozenset(HEADLINE) or ranked
-
-
-def even_weights(tasks: Sequence[TaskScore], *keys: Callable[[TaskScore], Any]) -> dict[str, float]:
-    """Weight by task, 1 in all: groups by the first key count the same, in each those by the next key, then tasks."""
-    if not keys:
-        return {task.task: 1 / len(tasks) for task in tasks}
-    groups: dict[Any, list[TaskScore]] = {}
-    for task in tasks:
-        groups.setdefault(keys[0](task), []).append(task)
-    return {
-        task: weight / len(groups)
-        for group in groups.values()
-        for task, weight in even_weights(group, *keys[1:]).items()
-    }
-
-
-def summed_kept(weights: Mapping[str, float], teacher: Scores, before: Scores, after: Scores) -> Interval:
-    """The sum over tasks of weight times the change of the share kept of ``teacher``, with the interval theirs make.
-
-    Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
-    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that ask the same items in
-    another way err together; their correlation is taken from the items' own differences.
-    """
-    changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
-    influences = {task: kept_influences(teacher[task], before[task], after[task]) for task in weights}
-    correlations = np.array([[_correlation(before, influences, task, other) for other in weights] for task in weights])
-    return weighted_sum(list(weights.values()), changes, correlations)
+def even_weights(tasks: Sequence[TaskScore]) -> dict[str, float]:
+    """Weight by task, 1 in all."""
+    return {task.task: 1 / len(tasks) for task in tasks}
 
 
 def weighted_sum(scales: Sequence[float], limits: Sequence[tuple[float, float, float]], correlation: Array) -> Interval:

@@ -136,6 +136,7 @@ def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License
     role = _role(run, "pruned")
     columns = by_column(row for row in comparison.rows if role in row.scores)
     scored = [row for rows in columns.values() for row in rows]
+    made_by = {"layer-pruning": _is_smaller(run), "knowledge-distillation": bool(run.training) and _asked_teacher(run)}
     return ModelCardData(
         base_model=base,
         datasets=datasets or None,
@@ -144,16 +145,11 @@ def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License
         license_name=terms.name if terms.identifier else "see-base-model",
         license_link=_license_link(run, terms, base),
         pipeline_tag="image-text-to-text" if _reads_images(run) else "text-generation",
-        tags=_tags(run),
+        tags=["shoal", *(tag for tag, holds in made_by.items() if holds), "arxiv:2510.02091"],
         model_name=_name(run, base),
         eval_results=[_eval_result(row.scores[role], row, role) for row in scored] or None,
         **fields,
     )
-
-
-def _tags(run: Run) -> list[str]:
-    made_by = {"layer-pruning": _is_smaller(run), "knowledge-distillation": bool(run.training) and _asked_teacher(run)}
-    return ["shoal", *(tag for tag, holds in made_by.items() if holds), "arxiv:2510.02091"]
 
 
 def _is_smaller(run: Run) -> bool:

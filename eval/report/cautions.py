@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
 from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
@@ -65,7 +64,10 @@ def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
     if unpaired := comparison.formless:
         lead = "A twin of other items is compared by its score alone, not item by item."
         yield Caution("No form gap", lead, unpaired)
-    versions = {role: _made_with(evaluation.provenance) for role, evaluation in run.evaluations.items()}
+    versions = {
+        role: {"dtype": own.provenance.inputs.get("dtype", "not recorded"), **own.provenance.environment}
+        for role, own in run.evaluations.items()
+    }
     differing: dict[str, str] = {}
     for name in dict.fromkeys(key for made_with in versions.values() for key in made_with):
         values = {role: str(made_with.get(name, "not recorded")) for role, made_with in versions.items()}
@@ -74,11 +76,6 @@ def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
     if differing:
         lead = f"The models were not scored with the same {listed(differing)}."
         yield Caution("Different machines or versions", lead, tuple(f"{k}: {told}." for k, told in differing.items()))
-
-
-def _made_with(provenance: Provenance) -> dict[str, Any]:
-    """The environment of an evaluation and the precision it was made in."""
-    return {key: provenance.inputs[key] for key in ("dtype",) if key in provenance.inputs} | provenance.environment
 
 
 class _Text(NamedTuple):
@@ -147,18 +144,15 @@ def _not_searched(run: Run, text: _Text, searched: Collection[str]) -> list[str]
     foreign = [name for name in text.data.get("sources") or {} if name not in own]
     described, _ = described_tasks(task_folders(None))
     bundled = {name for name, (data, _) in described.items() if data.bundled}
-    kept_apart = {"perplexity", *bundled} if held_out else bundled
+    apart = {"perplexity", *bundled} if held_out else bundled
     if searched:  # after that the sources are known, but to tasks that came later, and to running text
-        apart, foreign = {*searched} if foreign else {*searched, *kept_apart}, []
-    else:
-        apart = kept_apart
+        apart, foreign = {*searched} if foreign else {*searched, *apart}, []
     return foreign + [", ".join(score_words(task)) for name, task in tasks.items() if name not in apart]
 
 
 def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
     """A model that beats its teacher in what it was trained on has not become the better model."""
-    verdicts = [(row.verdict("teacher", "distilled"), row) for row in rows if row.column in ("in", "")]
-    better = [row for verdict, row in verdicts if verdict == "better"]
+    better = [row for row in rows if row.column in ("in", "") and row.verdict("teacher", "distilled") == "better"]
     if not better:
         return
     sources = (run.training.data.get("sources") or {}) if run.training else {}

@@ -19,7 +19,6 @@ SIZES = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "
 AGAINST = "Against the teacher"
 SPEEDS = ("Model", "At once", "Reading", AGAINST, "First token", "Writing", AGAINST, "Peak memory")
 Kind = Literal["prefill", "decode"]
-Words = Callable[[float], str]
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,21 @@ def size_table(run: Run) -> Table:
 
 
 def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
-    evaluation, teacher = run.evaluations.get(role), run.evaluations.get("teacher")
+    evaluation = run.evaluations.get(role)
+    teacher = run.evaluations.get("teacher") or (run.speed.roles.get("teacher") if run.speed else None)
 
     def known(field: str, source: Any) -> float | None:
         return next((value for holder in (source, score) if (value := getattr(holder, field, None)) is not None), None)
 
     parameters, stored = known("num_parameters", evaluation), known("num_bytes", evaluation)
-    timed = run.speed.roles.get("teacher") if run.speed else None
-    whole = teacher.num_parameters if teacher else timed.num_parameters if timed else None
-    cached = score.kv_bytes_per_token if score else None
+    whole = teacher.num_parameters if teacher else None
     return (
         role,
         str(known("num_layers", evaluation) or DASH),
         _told(parameters, count_text),
         DASH if parameters is None or not whole else f"{100 * parameters / whole:.1f} %",
         _told(stored, bytes_text),
-        _told(cached, bytes_text),
+        _told(score.kv_bytes_per_token if score else None, bytes_text),
         duration_text(evaluation.seconds) if evaluation else DASH,
     )
 
@@ -77,16 +75,15 @@ def speed_table(speed: Speed) -> Table:
     """Speeds and memory of every role at every batch size."""
     rows = []
     kinds: tuple[Kind, ...] = ("prefill", "decode")
+    teachers = {batch.batch_size: batch for batch in speed.roles["teacher"].batches} if "teacher" in speed.roles else {}
     for role, score in speed.roles.items():
         for batch in score.batches:
-            teacher = _teacher_at(speed, batch.batch_size)
-            cells = [role, f"{batch.batch_size:,}"]
+            teacher, cells = teachers.get(batch.batch_size), [role, f"{batch.batch_size:,}"]
             for kind in kinds:
                 cells.append(_with_range(getattr(batch, f"{kind}_tokens_per_s"), batch.samples.get(kind, ())))
-                cells.append(
-                    DASH if teacher is None or role == "teacher" else speed_ratio(batch, teacher, kind).in_words()
-                )
-            cells.insert(4, _seconds_text(batch.first_token_s))
+                cells.append(speed_ratio(batch, teacher, kind).in_words() if teacher and role != "teacher" else DASH)
+            first = batch.first_token_s
+            cells.insert(4, f"{1000 * first:.3g} ms" if first < 1 else f"{first:.3g} s")
             cells.append(_told(batch.peak_memory_bytes, bytes_text))
             rows.append(tuple(cells))
     caption = (
@@ -97,22 +94,12 @@ def speed_table(speed: Speed) -> Table:
     return Table(caption, SPEEDS, tuple(rows))
 
 
-def _teacher_at(speed: Speed, batch_size: int) -> BatchSpeed | None:
-    teacher = speed.roles.get("teacher")
-    batches = teacher.batches if teacher else ()
-    return next((batch for batch in batches if batch.batch_size == batch_size), None)
-
-
-def _told(value: float | None, words: Words) -> str:
+def _told(value: float | None, words: Callable[[float], str]) -> str:
     return DASH if value is None else words(value)
 
 
 def _with_range(value: float, samples: Sequence[float]) -> str:
     return f"{value:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else "")
-
-
-def _seconds_text(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def costs_table(run: Run) -> Table:

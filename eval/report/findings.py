@@ -220,11 +220,7 @@ def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, Limits
     Only between tasks that ask the same: on the same items where an ability has such a pair, else at the same level of
     the same family.
     """
-    usable = [
-        row
-        for row in rows
-        if row.has_signal and (kept := row.retained.get(role)) is not None and kept.value is not None
-    ]
+    usable = [row for row in rows if row.has_signal and role in row.retained and row.retained[role].value is not None]
     pairs = [
         (likely, written)
         for likely in usable

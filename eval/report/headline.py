@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from shoal.artifacts.evaluation import ROLES, SpeedScore
+from shoal.artifacts.evaluation import ROLES
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 
@@ -129,24 +129,18 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
     if run.plan and run.plan.width:
         figures += [(f"{count:,}", f"{part} in every layer") for count, part in run.plan.width.parts]
-    small, teacher = _smallest(run), run.evaluations.get("teacher")
+    small, teacher = _smallest(run.evaluations), run.evaluations.get("teacher")
     if teacher and small:
         change = 100 * (run.evaluations[small].num_parameters / teacher.num_parameters - 1)
         figures.append((f"{signed(change, 0)} %", "parameters"))
-    if run.speed and "teacher" in run.speed.roles:
-        role = next((role for role in ("distilled", "pruned") if role in run.speed.roles), None)
-        if role:
-            figures.append(_faster(run.speed.roles["teacher"], run.speed.roles[role]))
+    timed = run.speed.roles if run.speed else {}
+    if "teacher" in timed and (role := _smallest(timed)):
+        ratio = speed_ratio(timed[role], timed["teacher"], "decode")
+        told = f" (single rounds: {ratio.limits[0]:.2f} to {ratio.limits[1]:.2f} ×)" if ratio.limits else ""
+        figures.append((f"{ratio.value:.2f} ×", f"decoding speed{told}"))
     if run.training:
         figures.append((count_text(run.training.num_tokens), "tokens of distillation"))
     return tuple(figures)
-
-
-def _faster(teacher: SpeedScore, small: SpeedScore) -> tuple[str, str]:
-    """The ratio of the median speeds of writing, and how far it went apart from round to round of taking turns."""
-    ratio = speed_ratio(small, teacher, "decode")
-    told = f" (single rounds: {ratio.limits[0]:.2f} to {ratio.limits[1]:.2f} ×)" if ratio.limits else ""
-    return f"{ratio.value:.2f} ×", f"decoding speed{told}"
 
 
 def _cut(run: Run) -> str:
@@ -156,7 +150,7 @@ def _cut(run: Run) -> str:
     layers = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
     which = f"({'layer' if len(drop) == 1 else 'layers'} {layers_text(drop)}, counted from 0)"
     sentence = f"{layers} {'was' if len(drop) == 1 else 'were'} cut out {which}"
-    small, teacher = _smallest(run), run.evaluations.get("teacher")
+    small, teacher = _smallest(run.evaluations), run.evaluations.get("teacher")
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
         sentence += f", which takes the model from {count_text(before)} to {count_text(after)} parameters"
@@ -269,5 +263,5 @@ def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> list[list[
     return [[row for row in rows if row.verdict(*pair) == verdict] for verdict in ("worse", "better", "unclear")]
 
 
-def _smallest(run: Run) -> str | None:
-    return next((role for role in ("distilled", "pruned") if role in run.evaluations), None)
+def _smallest(roles: Collection[str]) -> str | None:
+    return next((role for role in ("distilled", "pruned") if role in roles), None)

@@ -131,16 +131,19 @@ def environment(layout: Layout) -> Environment:
         "clean": clean,
         "sentence": lambda text: f"{text[0].upper()}{text[1:]}.",
         "one_line": lambda text: " ".join(text.split()),
-        "code": _with_code,
-        "breakable": _breakable,
+        # `like this` set as code; only used for the report's own sentences
+        "code": lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", _escaped(text))),
+        # with leave to break after an underscore: task names are long and phones narrow
+        "breakable": lambda text: Markup(_escaped(text).replace("_", "_<wbr>")),
         "figure": with_interval,
-        "verdict": _verdict,
+        "verdict": lambda text: {"▲": " good", "▼": " bad"}.get(text[:1], ""),
         "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
         "sections": _sections,
         "inline": inline,
         "prose": prose,
-        "row": _row,
-        "fence": _fence,
+        "row": lambda cells: "| " + " | ".join(inline(cell) or " " for cell in cells) + " |",
+        # more backticks than the code holds in succession
+        "fence": lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
         "aligned": _aligned,
     }
     return made
@@ -167,11 +170,6 @@ def _sections(body: str) -> list[tuple[str, Markup]]:
     return [(anchor, Markup(title)) for anchor, title in re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)]
 
 
-def _with_code(text: str) -> Markup:
-    """The text escaped, `like this` set as code; only used for the report's own sentences."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", _escaped(text)))
-
-
 def with_interval(text: str) -> Markup:
     """A cell's figure escaped, with its interval, and what stands behind a comma or in brackets, on lines below."""
     told = re.sub(
@@ -185,16 +183,6 @@ def with_interval(text: str) -> Markup:
 
 def _parts(interval: str, others: str, remark: str) -> list[str]:
     return [part for part in (interval, *others.split(", "), remark) if part]
-
-
-def _verdict(text: str) -> str:
-    """The class of a cell that begins with the sign of a verdict."""
-    return {"▲": " good", "▼": " bad"}.get(text[:1], "")
-
-
-def _breakable(text: str) -> Markup:
-    """The text escaped, with leave to break after an underscore: task names are long and phones narrow."""
-    return Markup(_escaped(text).replace("_", "_<wbr>"))
 
 
 def _escaped(text: str) -> str:
@@ -217,15 +205,6 @@ def inline(text: str, *, strip: bool = True) -> str:
     line = html.escape(line, quote=False)
     # `_` inside a word is no markup, and task names are full of it
     return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda match: _ESCAPES.get(match[0], "\\" + match[0]), line)
-
-
-def _row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(inline(cell) or " " for cell in cells) + " |"
-
-
-def _fence(text: str) -> str:
-    """Backticks around code, more than it holds in succession."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def _aligned(table: Table) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,8 +100,7 @@ def _refuse_mixed_runs(run: Run) -> None:
                 "move it back to its own name, or run `shoal eval` again"
             )
     verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
-    parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
-    for subject, entries in _identities(run, parts).items():
+    for subject, entries in _identities(run).items():
         (first, _, expected), *others = entries or [("", "", None)]
         for file, field, value in others:
             if value != expected:
@@ -128,14 +126,12 @@ def _refuse_control_of_other_training(run: Run) -> None:
         )
 
 
-def _identities(
-    run: Run, parts: Sequence[Importance | PruningPlan | Training]
-) -> dict[str, list[tuple[str, str, Any]]]:
+def _identities(run: Run) -> dict[str, list[tuple[str, str, Any]]]:
     """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
     subjects = {"pruned": "the student", "distilled": "the distilled model"}
     subjects = {role: subjects.get(role, f"the {role}") for role in ROLES}
     entries: dict[str, list[tuple[str, str, Any]]] = {subject: [] for subject in subjects.values()}
-    for part in parts:
+    for part in filter(None, (run.plan, run.importance, run.training)):
         entries["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
     if run.training:
         entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from shoal.artifacts.evaluation import ROLES, ItemScore, TaskScore
+from shoal.artifacts.evaluation import ROLES, ItemScore
 from shoal.figures.scores import Ladder
 from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed
@@ -219,19 +219,16 @@ def reach(ladder: Ladder) -> str:
     """Up to which level every role is clear of chance, as the intact teacher has to be, without a gap below."""
     told, at_none = [], []
     for role, scores in ladder.scores.items():
-        if clear := [score.level for score in itertools.takewhile(_is_clear, scores)]:
-            told.append(f"{role} up to {clear[-1]:g}")
+        # by its interval one lucky answer would be clear of a chance of 0
+        clear = itertools.takewhile(lambda score: (z_above_chance(score) or 0.0) > SIGNAL_SIGMAS, scores)
+        if levels := [score.level for score in clear]:
+            told.append(f"{role} up to {levels[-1]:g}")
         else:
             at_none.append(role)
-    levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
+    asked = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
     far = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
     others = f"; {listed(at_none)} at no level" if told and at_none else ""
-    return f"{heading(ladder.family)}, {protocol_text(ladder.protocol)}, {levels}: {far}{others}."
-
-
-def _is_clear(score: TaskScore) -> bool:
-    # one lucky answer lifts the interval off a chance of 0
-    return (z_above_chance(score) or 0.0) > SIGNAL_SIGMAS
+    return f"{heading(ladder.family)}, {protocol_text(ladder.protocol)}, {asked}: {far}{others}."
 
 
 def flips(comparison: Comparison) -> list[Flips]:

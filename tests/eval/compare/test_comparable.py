@@ -13,7 +13,7 @@ from html_page import Page
 
 from shoal.artifacts.evaluation import Evaluation
 from shoal.errors import UserError
-from shoal.eval.compare.compare import compare_runs
+from shoal.eval.compare.compare import compare_runs, content_of
 from shoal.eval.compare.page import comparison_text, write_comparison
 
 
@@ -92,7 +92,10 @@ def test_another_teacher_is_refused_unless_the_user_says_so(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"model is 'teacher-2', but 'teacher-1' in .*say --across-teachers"):
         compare_runs([one, other])
     comparison = compare_runs([one, other], across_teachers=True)
-    assert [model.content for model in comparison.models if model.role == "teacher"] == ["teacher-1", "teacher-2"]
+    assert [content_of(own.evaluation) for own in comparison.models if own.role == "teacher"] == [
+        "teacher-1",
+        "teacher-2",
+    ]
     assert [task.task for task in comparison.tasks][-1] == "perplexity"
 
 
