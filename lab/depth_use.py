@@ -312,10 +312,9 @@ def _left(
                 )
             # a resample in which the intact model is at chance has no share
             resampled_RL = np.where(means_RK[:, :1] > column.chance, resampled_RL, np.nan)
-            left[model.role] = _Left(value_L, resampled_RL, 1.0, depth_L)
         else:
             value_L, resampled_RL = (of[..., :1] - of[..., 1:] for of in (value_K, means_RK))
-            left[model.role] = _Left(value_L, resampled_RL, 0.0, depth_L)
+        left[model.role] = _Left(value_L, resampled_RL, float(column.higher_is_better), depth_L)
     return left, n
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.compress.edits.sublayers import probing, sublayers
 from shoal.data.packing import PackedRows
+from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.figures.style import INK, SERIES_COLOURS, SERIES_STYLE, figure_style, panels
 from shoal.launch.verbs.measure import packed_rows
@@ -52,7 +53,7 @@ from .depth.runs import (
     run_body,
     states_at,
 )
-from .part import identity, made, model_of, text_identity, told
+from .part import identity, made, model_of, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,15 +78,17 @@ class Settings(Section):
 
 def diagnostics(run: Run, settings: Settings) -> Diagnostics:
     """diagnostics.json of the run's model, made where it is not there yet."""
+    measure = run.recipe.measure
+    sizes = {"num_tokens": measure.num_tokens, "sequence_length": measure.sequence_length}
     return made(
         run,
         Diagnostics,
-        identity(run, settings, **text_identity(run)),
+        identity(run, settings, data=sources_fingerprint(measure.data), **sizes),
         lambda provenance: diagnose(
             model_of(run).requires_grad_(False),  # only the path asks for a gradient
             packed_rows(run),
             provenance=provenance,
-            batch_size=run.recipe.measure.batch_size,
+            batch_size=measure.batch_size,
             effort=Effort(gradient_prompts=settings.gradient_prompts),
             seed=run.recipe.seed,
         ),
@@ -345,7 +348,9 @@ class _Study:
             if all(names):
                 modules[site] = names
         effort = self.effort
-        chosen = [_shortened(prompt, effort.gradient_tokens) for prompt in prompts[: effort.gradient_prompts]]
+        length = max(effort.gradient_tokens, effort.answer_tokens + 1)  # of a prompt's end, where the answer is
+        ends = [prompt.input_ids[-length:] for prompt in prompts[: effort.gradient_prompts]]
+        chosen = [Prompt(end, effort.answer_tokens) for end in ends]
         pairs = [(prompt, site) for prompt in chosen for site in modules]
         with progress("diagnostics: gradients", total=len(pairs) * runs.num_layers, unit="layers") as step:
             return tuple(
@@ -368,12 +373,6 @@ class _Study:
                 f"diagnostics: the model's states overflow in {self.model.dtype}; set dtype: bfloat16 or dtype: "
                 "float32 in the recipe"
             )
-
-
-def _shortened(prompt: Prompt, max_tokens: int) -> Prompt:
-    """The end of the prompt, where the answer is."""
-    length = max(max_tokens, prompt.num_answer + 1)
-    return Prompt(prompt.input_ids[-length:], prompt.num_answer)
 
 
 def diagnostics_figure(diagnostics: Diagnostics) -> Figure:

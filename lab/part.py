@@ -39,15 +39,6 @@ def identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
     return {"model": run.teacher_fingerprint, **numerics, **as_dict(settings), **content}
 
 
-def text_identity(run: Run) -> dict[str, Any]:
-    """The part of an identity that is the text of `measure`."""
-    from shoal.data.sources import sources_fingerprint
-
-    measure = run.recipe.measure
-    sizes = {"num_tokens": measure.num_tokens, "sequence_length": measure.sequence_length}
-    return {"data": sources_fingerprint(measure.data), **sizes}
-
-
 def model_of(run: Run) -> Any:
     """The model that the run measures and cuts, loaded."""
     return load_model(run.teacher, device=device(), **run.load_args())

@@ -155,12 +155,6 @@ def work(run: Run, settings: Settings) -> str:
     return told(run, made(run, Probes, inputs, probed, probes_figure))
 
 
-@dataclass(frozen=True)
-class _Split:
-    train: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-
 def probe_depth(
     model: PreTrainedModel, tokenizer: Any, probe_set: ProbeSet, *, batch_size: int, seed: int = 0
 ) -> ConceptDepth:
@@ -176,27 +170,27 @@ def probe_depth(
     items = _items(probe_set, seed)  # a text in both parts of the split would be learnt by heart
     classes = sorted({label for _, label in items})
     labels_N = np.array([classes.index(label) for _, label in items])
-    split = _stratified(labels_N, probe_set, seed)
+    train, test = _stratified(labels_N, probe_set, seed)
     prompts = [_prompt(tokenizer, text, probe_set) for text, _ in items]
     states_NLD = _last_states(model, prompts, batch_size, probe_set.path)
     scores = [
-        _score(states_NLD[:, depth], labels_N, split)
+        _score(states_NLD[:, depth], labels_N, train, test)
         for depth in each(range(states_NLD.shape[1]), f"measure: fitting the probe {probe_set.path}", unit="depths")
     ]
-    accuracy = tuple(right / len(split.test) for right, _, _ in scores)
-    intervals = [wilson(right, len(split.test)) for right, _, _ in scores]
-    most_frequent = np.bincount(labels_N[split.train]).argmax()
+    accuracy = tuple(right / len(test) for right, _, _ in scores)
+    intervals = [wilson(right, len(test)) for right, _, _ in scores]
+    most_frequent = np.bincount(labels_N[train]).argmax()
     return ConceptDepth(
         path=probe_set.path,
         classes=tuple(classes),
-        num_train=len(split.train),
-        num_test=len(split.test),
+        num_train=len(train),
+        num_test=len(test),
         accuracy=accuracy,
         accuracy_low=tuple(low for low, _ in intervals),
         accuracy_high=tuple(high for _, high in intervals),
         f1=tuple(f1 for _, f1, _ in scores),
         auc=tuple(auc for _, _, auc in scores),
-        majority=float((labels_N[split.test] == most_frequent).mean()),
+        majority=float((labels_N[test] == most_frequent).mean()),
         **depth_points(accuracy),
     )
 
@@ -240,8 +234,8 @@ def _items(probe_set: ProbeSet, seed: int) -> list[tuple[str, str]]:
     return items
 
 
-def _stratified(labels_N: NDArray[np.int64], probe_set: ProbeSet, seed: int) -> _Split:
-    """Every class gives its share to the test part, at least one item to each part."""
+def _stratified(labels_N: NDArray[np.int64], probe_set: ProbeSet, seed: int) -> list[NDArray[np.int64]]:
+    """Places to train on, and to test on: every class gives its share to the latter, at least one item to each part."""
     order = np.random.default_rng(seed)
     train, test = [], []
     for label in np.unique(labels_N):
@@ -249,7 +243,7 @@ def _stratified(labels_N: NDArray[np.int64], probe_set: ProbeSet, seed: int) -> 
         count = min(max(1, round(len(members) * probe_set.test_share)), len(members) - 1)  # both parts get one
         test.append(members[:count])
         train.append(members[count:])
-    return _Split(np.sort(np.concatenate(train)), np.sort(np.concatenate(test)))
+    return [np.sort(np.concatenate(part)) for part in (train, test)]
 
 
 def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> Prompt:
@@ -288,18 +282,20 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
     return stacked_NLD.numpy()
 
 
-def _score(states_ND: NDArray[np.float32], labels_N: NDArray[np.int64], split: _Split) -> tuple[int, float, float]:
+def _score(
+    states_ND: NDArray[np.float32], labels_N: NDArray[np.int64], train: NDArray[np.int64], test: NDArray[np.int64]
+) -> tuple[int, float, float]:
     """Right answers, F1 and AUC of one depth's probe on the test part."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score, roc_auc_score
     from sklearn.preprocessing import StandardScaler
 
-    train_ND, test_ND = (states_ND[part].astype(np.float64) for part in (split.train, split.test))
+    train_ND, test_ND = (states_ND[part].astype(np.float64) for part in (train, test))
     # per unit: a few units of the residual stream are a thousand times as large as the others
     scaler = StandardScaler().fit(train_ND)
     # which warns by itself where it has not converged
-    probe = LogisticRegression(max_iter=MAX_ITERATIONS).fit(scaler.transform(train_ND), labels_N[split.train])
-    truth_N, test_ND = labels_N[split.test], scaler.transform(test_ND)
+    probe = LogisticRegression(max_iter=MAX_ITERATIONS).fit(scaler.transform(train_ND), labels_N[train])
+    truth_N, test_ND = labels_N[test], scaler.transform(test_ND)
     said_N, chances_NC = probe.predict(test_ND), probe.predict_proba(test_ND)
     binary = chances_NC.shape[1] == 2
     f1 = f1_score(truth_N, said_N, average="binary" if binary else "macro")

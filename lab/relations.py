@@ -280,12 +280,6 @@ def _relation_sum(
     return total
 
 
-def _seen_CK(document_K: Tensor, start: int) -> Tensor:
-    """Which keys the queries from ``start`` on see without a mask: those of their document that are not after them."""
-    key_K = torch.arange(len(document_K), device=document_K.device)
-    return (key_K[start:, None] >= key_K) & (document_K[start:, None] == document_K)
-
-
 def _chunk_sum(
     x_GRCd: Tensor,
     y_GKd: Tensor,
@@ -297,8 +291,10 @@ def _chunk_sum(
 ) -> Tensor:
     ours, theirs = relations  # for scale and softcap alone: their vectors are cut to the chunk above
     document_K, seen_CK = visible
-    if seen_CK is None:
-        seen_CK = _seen_CK(document_K, len(document_K) - x_GRCd.shape[2])
+    if seen_CK is None:  # what stands in a query's document and not after it
+        key_K = torch.arange(len(document_K), device=document_K.device)
+        queries = slice(len(document_K) - x_GRCd.shape[2], None)
+        seen_CK = (key_K[queries, None] >= key_K) & (document_K[queries, None] == document_K)
     student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, ours)
     teacher_GRCK = _log_relation(teacher_x_GRCd, teacher_y_GKd, seen_CK, theirs)
     kl_GRCK = functional.kl_div(student_GRCK, teacher_GRCK, reduction="none", log_target=True)

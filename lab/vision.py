@@ -306,9 +306,8 @@ def states_read(config: PreTrainedConfig) -> tuple[int, ...]:
 
 def tower_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of the tower that images pass; states_read has to know the model."""
-    lists = (
+    return next(
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and BLOCK.search(f"{name}.0.") and "video_tower" not in name
     )
-    return next(lists)

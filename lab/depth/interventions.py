@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -264,7 +263,10 @@ class _Probability:
             # the layer runs on its intact input, and the hook puts the points in the place of the half's output
             entering_NSD = self.intact.states[self.layer].expand(rows, -1, -1)
             module = self.runs.layerwise.layers[self.layer].get_submodule(self.module)
-            with module.register_forward_hook(_put(outputs_NSD)):
+            with module.register_forward_hook(
+                # a copy goes in: some layers add to it in place
+                lambda _, __, output: with_state(output, outputs_NSD.reshape(state_of(output).shape).clone())
+            ):
                 final_NSD = self.runs.run_from(self.layer, entering_NSD, calls)
         return final_NSD[:, -self.prompt.num_answer - 1 : -1]  # each predicts the token after it
 
@@ -277,11 +279,3 @@ class _Probability:
         answer_A = torch.tensor(self.prompt.input_ids[-self.prompt.num_answer :], device=answers_NAD.device)
         log_NAV = self.readout(answers_NAD).log_softmax(-1)
         return log_NAV.gather(-1, answer_A.expand(len(log_NAV), -1)[..., None]).exp().sum((1, 2))
-
-
-def _put(points_NSD: Tensor) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        output_NSD = points_NSD.reshape(state_of(output).shape).clone()  # some layers add to it in place
-        return with_state(output, output_NSD)
-
-    return hook

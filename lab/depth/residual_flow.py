@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.compress.edits.sublayers import Sublayers, probing, silence, sublayers, where
-from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, watched, with_state
+from shoal.models.anatomy import called_on, decoder_layers, given_state, state_of, text_config, watched, with_state
 from shoal.models.families import family
 
 from .runs import TokenBatch, probe_batch, run_body
@@ -183,9 +183,7 @@ def _without_mlp(layer: nn.Module, flow: LayerFlow, given_TD: Tensor, args: Any,
     with ExitStack() as stack:
         for name in flow.halves.mlp:
             stack.enter_context(silence(layer.get_submodule(name)))
-        output = (
-            layer.forward(again, *args[1:], **kwargs) if args else layer.forward(**{**kwargs, "hidden_states": again})
-        )
+        output = called_on(layer.forward, args, kwargs, again)
     return state_of(output).flatten(0, 1)
 
 

@@ -262,7 +262,6 @@ def _basis(weights_LEmn: Tensor) -> tuple[Tensor, Tensor]:
     return directions_mm, scale_m.clamp_min(SMALLEST_SCALE * largest) if largest > 0 else torch.ones_like(scale_m)
 
 
-@torch.no_grad()
 def _between(network: nn.Module | None, below_Rn: Tensor, above_Rn: Tensor) -> Tensor:
     mean_Rn = (below_Rn + above_Rn) / 2
     return mean_Rn if network is None else mean_Rn + network(torch.cat([below_Rn, above_Rn], -1))
@@ -282,30 +281,28 @@ def _learnt(
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     places = torch.tensor(middles)
 
-    def loss(batch: Tensor, *, use_network: bool = True) -> Tensor:
+    def loss(batch: Tensor, network: nn.Module | None) -> Tensor:
         middle_B, row_B = places[batch // num_rows].to(where), (batch % num_rows).to(where)
         below_Bn, target_Bn, above_Bn = (coefficients_LRn[middle_B + step, row_B] for step in (-1, 0, 1))
-        predicted_Bn = (below_Bn + above_Bn) / 2
-        if use_network:
-            predicted_Bn = predicted_Bn + network(torch.cat([below_Bn, above_Bn], -1))
+        predicted_Bn = _between(network, below_Bn, above_Bn)
         shrunk = (predicted_Bn.norm() - target_Bn.norm()).square()
         return (1 - NORM_WEIGHT) * (predicted_Bn - target_Bn).square().mean() + NORM_WEIGHT * shrunk
 
     for _ in range(EPOCHS):
         for batch in samples[torch.randperm(len(samples), generator=generator)].split(BATCH_SIZE):
             optimizer.zero_grad()
-            loss(batch).backward()
+            loss(batch, network).backward()
             optimizer.step()
     with torch.no_grad():
         of_mean, of_network = (
-            sum(loss(batch, use_network=how).item() for batch in held_out.split(BATCH_SIZE)) for how in (False, True)
+            sum(loss(batch, own).item() for batch in held_out.split(BATCH_SIZE)) for own in (None, network)
         )
     is_better = of_network < of_mean
     log.info(
         "lesa: %s: held-out loss %.3g, of the mean %.3g%s",
         *(name, of_network, of_mean, "" if is_better else "; the mean is taken"),
     )
-    return network if is_better else None
+    return network.requires_grad_(False) if is_better else None
 
 
 def _network(num_columns: int, generator: torch.Generator) -> nn.Sequential:

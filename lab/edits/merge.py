@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -64,11 +64,10 @@ def one_for_a_run(
     """The student in which a layer of ``tensors`` in the place of the first of ``layers`` stands for all of them."""
     first, *others = layers
 
-    def in_force() -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(tensors_in_place(teacher, {first: tensors}))
-        stack.enter_context(skipped(teacher, others))
-        return stack
+    @contextmanager
+    def in_force() -> Iterator[None]:
+        with tensors_in_place(teacher, {first: tensors}), skipped(teacher, others):
+            yield
 
     student = with_layers(teacher, others, {first: tensors}, share=True)
     change = PlannedChange(kind, words, (first,), runs=((first, layers[-1]),))

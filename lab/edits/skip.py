@@ -9,8 +9,8 @@ H query heads, d size of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -73,16 +73,16 @@ def work(run: Run, settings: Settings) -> str:
     zeroed = zero_for_good(student, [(place[layer], edit) for layer, edit in edits])
     log.warning("skip: what is silent stays in the file and is still computed, which saves neither memory nor time")
 
-    def planned() -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(in_force(teacher, edits))
-        stack.enter_context(skipped(teacher, drop))
-        return stack
+    @contextmanager
+    def planned() -> Iterator[None]:
+        with in_force(teacher, edits), skipped(teacher, drop):
+            yield
 
     words = f"{', '.join(component.name for component in components)} silent"
     change = PlannedChange("skip", words, tuple(sorted({layer for layer, _ in edits})))
     edited = Edited(student, change, planned, drop=drop, zeroed=zeroed)
-    return write_student(run, "skip", settings, edited, teacher, _measured(run) if settings.order else {})
+    read = {"importance": Importance.read(run.dir / Importance.FILE).provenance.fingerprint} if settings.order else {}
+    return write_student(run, "skip", settings, edited, teacher, read)
 
 
 def _named(settings: Settings) -> list[Component]:
@@ -109,10 +109,6 @@ def _of_order(run: Run, settings: Settings) -> tuple[tuple[int, ...], list[Compo
     gone = [{unit.layers[0] for unit in taken if unit.part == half} for half in HALVES]
     both = gone[0] & gone[1]
     return tuple(sorted(both)), [unit for unit in taken if unit.layers[0] not in both]
-
-
-def _measured(run: Run) -> dict[str, str]:
-    return {"importance": Importance.read(run.dir / Importance.FILE).provenance.fingerprint}
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ SHORTEST_SECRET = 8
 
 def redacted(value: Any) -> Any:
     """Settings without anything that looks like a secret, by key, by form, or because the environment holds it."""
-    return _redacted(value, _secrets_of_the_environment())
+    secrets = [secret for name, secret in os.environ.items() if _SECRET_KEY.search(name)]  # as HF_TOKEN
+    return _redacted(value, [secret for secret in secrets if len(secret) >= SHORTEST_SECRET])
 
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
@@ -50,9 +51,3 @@ def _redacted(value: Any, known: Sequence[str]) -> Any:
     for secret in known:
         value = value.replace(secret, HIDDEN)
     return _SECRET_VALUE.sub(HIDDEN, value)
-
-
-def _secrets_of_the_environment() -> list[str]:
-    """Values of variables like HF_TOKEN and WANDB_API_KEY."""
-    values = [value for name, value in os.environ.items() if _SECRET_KEY.search(name)]
-    return [value for value in values if len(value) >= SHORTEST_SECRET]

@@ -82,14 +82,14 @@ def test_scores_equal_a_reference_without_the_library(num_classes: int, tmp_path
     probe_set, tokenizer, model = write(tmp_path / "set.jsonl", rows), tiny_tokenizer(), tiny_model("qwen3")
     found = probe_depth(model, tokenizer, probe_set, batch_size=16, seed=2)
     labels = np.array([int(row["label"][1]) for row in rows])
-    split = probes._stratified(labels, probe_set, 2)
+    train_rows, test_rows = probes._stratified(labels, probe_set, 2)
     for depth in (1, NUM_LAYERS):
         with torch.no_grad():
             states = torch.stack([_state(model, tokenizer(row["text"])["input_ids"], depth) for row in rows]).double()
-        train, test = states[split.train], states[split.test]
+        train, test = states[train_rows], states[test_rows]
         mean, spread = train.mean(0), train.std(0, correction=0)
-        chances = _fit_and_say((train - mean) / spread, labels[split.train], (test - mean) / spread, num_classes)
-        truth, said = labels[split.test], chances.argmax(1)
+        chances = _fit_and_say((train - mean) / spread, labels[train_rows], (test - mean) / spread, num_classes)
+        truth, said = labels[test_rows], chances.argmax(1)
         assert found.accuracy[depth] == pytest.approx(np.mean(said == truth))
         assert found.f1[depth] == pytest.approx(_f1(truth, said, num_classes))
         assert found.auc[depth] == pytest.approx(_auc(truth, chances, num_classes), abs=2e-3)
@@ -142,10 +142,10 @@ def _auc(truth: Any, chances: Any, num_classes: int) -> float:
 def test_the_split_is_seeded_and_stratified(tmp_path: Path) -> None:
     labels = np.array([0] * 70 + [1] * 20 + [2] * 10)
     one, same, other = (probes._stratified(labels, ProbeSet("x"), seed) for seed in (0, 0, 1))
-    assert (one.test == same.test).all()
-    assert one.test.tolist() != other.test.tolist()
-    assert np.bincount(labels[one.test]).tolist() == [21, 6, 3]
-    assert sorted([*one.train, *one.test]) == list(range(100))
+    assert (one[1] == same[1]).all()
+    assert one[1].tolist() != other[1].tolist()
+    assert np.bincount(labels[one[1]]).tolist() == [21, 6, 3]
+    assert sorted(np.concatenate(one)) == list(range(100))
 
 
 def test_points_follow_from_the_accuracies() -> None:

@@ -142,7 +142,8 @@ class PruningPlan(Artifact):
         own = tuple(layer for layer in range(self.num_layers) if layer not in {*self.drop})
         object.__setattr__(self, "keep", self.keep or own)
         others = (change for change in self.changes if change.kind not in (COMPENSATION, WIDTH))
-        told = (*others, *_compensation(self.gaps, self.keep), *_narrowing(self.width, self.keep))
+        narrowed = () if self.width is None else (PlannedChange(WIDTH, f"keeping {self.width.in_words()}", self.keep),)
+        told = (*others, *_compensation(self.gaps, self.keep), *narrowed)
         object.__setattr__(self, "changes", told)
 
     def contradictions(self) -> Iterator[str]:
@@ -219,10 +220,3 @@ def _compensation(gaps: Sequence[ClosedGap], keep: Sequence[int]) -> tuple[Plann
     corrected = (gap.first - 1 for gap in gaps if gap.is_corrected)
     words = "; ".join(gap.in_words() for gap in closed)
     return (PlannedChange(COMPENSATION, words, tuple(corrected), tuple(scaled)),)
-
-
-def _narrowing(width: KeptWidth | None, keep: Sequence[int]) -> tuple[PlannedChange, ...]:
-    """What ``width`` does to the layers ``keep`` that stay."""
-    if width is None:
-        return ()
-    return (PlannedChange(WIDTH, f"keeping {width.in_words()}", tuple(keep)),)

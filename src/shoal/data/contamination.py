@@ -39,14 +39,12 @@ class Overlap:
     """Indices of the first items that were found."""
 
 
-def find_overlap(
-    tasks: Mapping[str, Sequence[str]], documents: Iterable[str], *, num_words: int = NUM_WORDS
-) -> dict[str, Overlap]:
-    """Per task, which of its items' texts share ``num_words`` words in succession with a document.
+def find_overlap(tasks: Mapping[str, Sequence[str]], documents: Iterable[str]) -> dict[str, Overlap]:
+    """Per task, which of its items' texts share NUM_WORDS words in succession with a document.
 
     Documents are looked through one at a time; what is kept is the n-grams of the items.
     """
-    owners, compared = _grams(tasks, num_words)
+    owners, compared = _grams(tasks)
     shortest = min(map(len, owners), default=1)
     lengths: dict[Words, set[int]] = defaultdict(set)  # of all n-grams that begin with the same words
     for gram in owners:
@@ -74,9 +72,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(plain.casefold())
 
 
-def _grams(
-    tasks: Mapping[str, Sequence[str]], num_words: int
-) -> tuple[dict[Words, list[tuple[str, int]]], dict[str, int]]:
+def _grams(tasks: Mapping[str, Sequence[str]]) -> tuple[dict[Words, list[tuple[str, int]]], dict[str, int]]:
     """Every n-gram that is looked for with the items it belongs to, and how many items of a task have one."""
     owners: dict[Words, list[tuple[str, int]]] = defaultdict(list)
     compared: dict[str, int] = {}
@@ -84,8 +80,8 @@ def _grams(
         of_task: dict[Words, list[int]] = defaultdict(list)
         for index, text in enumerate(items):
             words = words_of(text)
-            length = min(num_words, len(words))
-            if length >= min(FEWEST_WORDS, num_words):
+            length = min(NUM_WORDS, len(words))
+            if length >= FEWEST_WORDS:
                 for start in range(len(words) - length + 1):
                     holders = of_task[tuple(words[start : start + length])]
                     if holders[-1:] != [index]:

@@ -208,7 +208,9 @@ def instructions() -> list[str]:
         if answer and answer not in seen:
             seen.add(answer)
             asked = random.Random(f"{entry.module}.{entry.name}").choice(QUESTIONS)
-            documents.append(f"{asked.format(_called(entry))}\n\n{answer}")
+            # where a library offers a function is not where it is written
+            called = f"`{entry.name}` of {entry.library}" if entry.library else f"`{entry.module}.{entry.name}`"
+            documents.append(f"{asked.format(called)}\n\n{answer}")
     return _something("instructions", documents, "the source files of Python and of its packages")
 
 
@@ -223,11 +225,6 @@ def _answer(entry: Documented) -> str:
             break
         answer = f"{answer} {paragraph}".strip()
     return answer if len(answer) >= SHORTEST_ANSWER and not UNFIT.search(answer) else ""
-
-
-def _called(entry: Documented) -> str:
-    # where a library offers a function is not where it is written
-    return f"`{entry.name}` of {entry.library}" if entry.library else f"`{entry.module}.{entry.name}`"
 
 
 def _held_out() -> set[str]:

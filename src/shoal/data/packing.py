@@ -93,8 +93,10 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         input_ids, position_ids = self.input_ids_NS[row].long(), self.position_ids_NS[row].long()
-        supervised = None if self.supervised_NS is None else self.supervised_NS[row]
-        labels = _labels(input_ids, position_ids, supervised)
+        ignored = position_ids == 0
+        if self.supervised_NS is not None:
+            ignored |= ~self.supervised_NS[row]
+        labels = input_ids.masked_fill(ignored, IGNORED)
         number = torch.tensor(row)
         sources = {} if self.sources_NS is None else {SOURCES: self.sources_NS[row]}
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, ROW: number, **sources}
@@ -113,11 +115,6 @@ class PackedRows:
             if plane is not None:
                 digest.update(np.ascontiguousarray(plane.numpy()).data.cast("B"))
         return digest.hexdigest()[:16]
-
-
-def _labels(input_ids: Tensor, position_ids: Tensor, supervised: Tensor | None) -> Tensor:
-    ignored = position_ids == 0 if supervised is None else (position_ids == 0) | ~supervised
-    return input_ids.masked_fill(ignored, IGNORED)
 
 
 class Row:

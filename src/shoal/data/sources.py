@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 from collections import Counter
@@ -17,6 +16,7 @@ from shoal.atomic_files import fingerprint, known_hash
 from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.data.chat import Chat, ImageRow, chat_of, column_of
 from shoal.errors import UserError
+from shoal.formatting import meant
 from shoal.recipe.section import TEACHER_TEXT, DataSource
 
 Dataset = Iterable[Any]
@@ -113,7 +113,7 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         UserError: nothing there, or what cannot be read.
     """
     if source.path in BUNDLED_ROWS:
-        yield from ((source.path, row) for row in _bundled_rows(source.path))
+        yield from ((source.path, row) for row in _bundled(source.path))
         return
     try:
         files = _local_files(source)
@@ -131,13 +131,8 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @functools.cache
-def _bundled(name: str) -> tuple[str, ...]:
-    return tuple(BUNDLED[name]())
-
-
-@functools.cache
-def _bundled_rows(name: str) -> tuple[dict[str, str], ...]:
-    return tuple(BUNDLED_ROWS[name]())
+def _bundled(name: str) -> tuple[Any, ...]:
+    return tuple({**BUNDLED, **BUNDLED_ROWS}[name]())
 
 
 def _local_files(source: DataSource) -> list[Path] | None:
@@ -194,8 +189,7 @@ def _text(row: Any, column: str, where: str) -> str:
 
 def _known_sources(name: str) -> str:
     known = [*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"bundled sources are {', '.join(known)}"
+    return meant(name, known, f"bundled sources are {', '.join(known)}", cutoff=0.6)
 
 
 def texts_fingerprint(texts: Sequence[str]) -> str:
@@ -227,7 +221,7 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
         if source.path in BUNDLED:
             content = texts_fingerprint(_bundled(source.path))
         elif source.path in BUNDLED_ROWS:
-            content = fingerprint(_bundled_rows(source.path))
+            content = fingerprint(_bundled(source.path))
         elif source.path != TEACHER_TEXT:
             content = [[file.name, known_hash(file)] for file in _local_files(source) or ()]
         parts.append([*source.text_settings.values(), content])

@@ -62,7 +62,10 @@ def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[Dep
 def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:
     """The stack of layers, 0 on top where text comes in, and beside it up to five columns of importance."""
     columns = depth_columns(importance, plan)[:MAX_COLUMNS] if importance else ()
-    figure, axes = _side_by_side(plan.num_layers, len(columns))
+    row = min(MAX_ROW_INCHES, MAX_HEIGHT_INCHES / plan.num_layers)
+    size = (WIDTH_INCHES if len(columns) > 2 else 1.9 + 1.1 * len(columns), 1.0 + row * plan.num_layers)
+    ratios = [1.25, *[1.0] * len(columns)]
+    figure, (axes,) = panel_grid((1, 1 + len(columns)), size, sharey=True, width_ratios=ratios)
     with figure_style():
         _draw_stack(axes[0], plan)
         for ax, column in zip(axes[1:], columns, strict=True):
@@ -103,14 +106,6 @@ def _chosen_by(plan: PruningPlan | None) -> Iterator[str]:
 
 def _is_run(plan: PruningPlan, drop: Sequence[int]) -> bool:
     return bool(plan.provenance.inputs.get("prune.contiguous")) and list(drop) == list(range(drop[0], drop[-1] + 1))
-
-
-def _side_by_side(num_layers: int, num_columns: int) -> tuple[Figure, list[Axes]]:
-    row = min(MAX_ROW_INCHES, MAX_HEIGHT_INCHES / num_layers)
-    size = (WIDTH_INCHES if num_columns > 2 else 1.9 + 1.1 * num_columns, 1.0 + row * num_layers)
-    ratios = [1.25, *[1.0] * num_columns]
-    figure, (axes,) = panel_grid((1, 1 + num_columns), size, sharey=True, width_ratios=ratios)
-    return figure, axes
 
 
 def _draw_stack(ax: Axes, plan: PruningPlan) -> None:

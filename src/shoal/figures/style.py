@@ -93,10 +93,13 @@ def save_figure(figure: Figure, path: Path) -> bytes:
     Raises:
         UserError: a full or read-only disk.
     """
-    content = _rendered(figure, path.suffix[1:])
+    buffer, kind = io.BytesIO(), path.suffix[1:]
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
+    with figure_style():
+        figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata)
     with written_file(path) as temporary:
-        temporary.write_bytes(content)
-    return content
+        temporary.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def inline_svg(svg: bytes, name: str, *, title: str, description: str) -> str:
@@ -123,14 +126,6 @@ def inline_svg(svg: bytes, name: str, *, title: str, description: str) -> str:
     heading = f'<title id="{name}-title">{escape(clean(title))}</title>'
     body = f'<desc id="{name}-desc">{escape(clean(description))}</desc>{rest}'
     return f'<svg {spaces} {view.group()} stroke-linejoin="round" {label}>{heading}{body}'
-
-
-def _rendered(figure: Figure, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
-    with figure_style():
-        figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata)
-    return buffer.getvalue()
 
 
 def figure_style() -> Any:

@@ -26,29 +26,6 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.prefix_sharing import Reader, Start
 
-Choose = Callable[[Tensor, Sequence[int], int], Tensor]
-"""Logits (B, V), the texts that the rows belong to and how many tokens each has, in; the next tokens (B,), out."""
-
-
-def likeliest(logits_BV: Tensor, texts: Sequence[int], num_written: int) -> Tensor:
-    """The likeliest token of every row, (B,)."""
-    del texts, num_written
-    return logits_BV.argmax(-1)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Draws every token by a number of its own: a text depends on its numbers and not on its neighbours in a batch."""
-
-    uniforms_BT: Tensor
-    """A row per text, on the device of the logits."""
-    temperature: float
-    top_p: float = 1.0
-
-    def __call__(self, logits_BV: Tensor, texts: Sequence[int], num_written: int) -> Tensor:
-        uniforms_B = self.uniforms_BT[list(texts), num_written]
-        return draw(logits_BV, uniforms_B, temperature=self.temperature, top_p=self.top_p)
-
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
     """One token per row, (B,): the inverse of the row's distribution function at its uniform number.
@@ -90,12 +67,11 @@ def write_after(
     max_new_tokens: int,
     is_finished: Callable[[list[int]], bool],
     start: Start | None = None,
-    choose: Choose = likeliest,
 ) -> list[list[int]]:
     """The new tokens of each prompt, the one that finished it included.
 
     ``is_finished`` sees a row's new tokens after every one of them. ``start`` is the beginning of these prompts, read
-    already; ``choose`` gives the next tokens, by index of the prompts.
+    already.
     """
     if start is None:
         start = Reader(decoder, ()).start([tuple(prompt) for prompt in prompts], [0] * len(prompts))
@@ -107,7 +83,7 @@ def write_after(
         list(range(len(prompts))),
         [[] for _ in prompts],
     )
-    write(decoder, texts, max_new_tokens=max_new_tokens, is_finished=is_finished, choose=choose)
+    write(decoder, texts, max_new_tokens=max_new_tokens, is_finished=is_finished)
     return texts.written
 
 
@@ -117,7 +93,6 @@ def write(
     *,
     max_new_tokens: int,
     is_finished: Callable[[list[int]], bool],
-    choose: Choose = likeliest,
     before_step: Callable[[list[int]], object] = lambda alive: None,
 ) -> None:
     """Go on with every row of ``texts`` until it is finished or has ``max_new_tokens`` in all.
@@ -126,8 +101,7 @@ def write(
     """
     while texts.alive:
         before_step(texts.alive)
-        logits_BV = _forward(decoder, texts)
-        token_B = choose(logits_BV, texts.alive, len(texts.written[texts.alive[0]]))
+        token_B = _forward(decoder, texts).argmax(-1)
         kept = []
         for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
             texts.written[text].append(token)
@@ -140,16 +114,11 @@ def write(
             rows = torch.tensor(kept, device=decoder.device)
             texts.alive = [texts.alive[row] for row in kept]
             token_B, position_B, texts.mask_BS = token_B[rows], position_B[rows], texts.mask_BS[rows]
-            _branch(texts, rows)
+            cache = texts.cache
+            texts.cache = branched(cache, rows)
+            cache.layers.clear()  # whoever began the texts may hold it still
         texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
         texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
-
-
-def _branch(texts: Texts, rows: Tensor) -> None:
-    """Go on with ``rows`` of the cache alone."""
-    cache = texts.cache
-    texts.cache = branched(cache, rows)
-    cache.layers.clear()  # whoever began the texts may hold it still
 
 
 def _forward(decoder: Decoder, texts: Texts) -> Tensor:
@@ -216,13 +185,13 @@ def sample(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    drawn = Drawn(uniforms_PT.to(device), temperature, top_p)
+    drawn = _DrawnOnly(uniforms_PT.to(device), temperature, top_p)
     with _writing(model), torch.no_grad():
         written = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([_DrawnOnly(drawn)]),
+            logits_processor=LogitsProcessorList([drawn]),
             synced_gpus=False,  # the model is whole on every rank: none has to wait for another's longer text
         )
     return [_ended(row, end_ids) for row in written[:, width:].tolist()]
@@ -238,12 +207,11 @@ def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple
 class _DrawnOnly(LogitsProcessor):
     """Leaves transformers' greedy `generate` nothing but the drawn token to take."""
 
-    def __init__(self, drawn: Drawn) -> None:
-        self._drawn, self._num_written = drawn, 0
+    def __init__(self, uniforms_PT: Tensor, temperature: float, top_p: float) -> None:
+        self._uniforms, self._temperature, self._top_p = iter(uniforms_PT.unbind(1)), temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        chosen_B = self._drawn(scores, range(len(scores)), self._num_written)
-        self._num_written += 1
+        chosen_B = draw(scores, next(self._uniforms), temperature=self._temperature, top_p=self._top_p)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
 
 

@@ -70,7 +70,8 @@ class Reader:
         cached = [max(0, len(row) - num_new) for row in rows]
         self._read([beginning for beginning in dict.fromkeys(beginnings) if beginning and beginning not in self._slots])
         cache = self._resumed(beginnings, cached)
-        self._forget(beginnings)
+        self._rows_left.subtract(beginnings)
+        self._slots = {beginning: slots for beginning, slots in self._slots.items() if self._rows_left[beginning] > 0}
         new = [row[skip:] for row, skip in zip(rows, cached, strict=True)]
         ids_BS, mask_BS, positions_BS = self._decoder.left_padded(new)
         cached_B1 = torch.tensor(cached, device=ids_BS.device).unsqueeze(1)
@@ -108,10 +109,6 @@ class Reader:
                 values = _right_aligned([slot and slot[1] for slot in slots], cached, like=some[1])
                 cache.update(keys, values, number)
         return cache
-
-    def _forget(self, beginnings: Sequence[Tokens]) -> None:
-        self._rows_left.subtract(beginnings)
-        self._slots = {beginning: slots for beginning, slots in self._slots.items() if self._rows_left[beginning] > 0}
 
 
 def _right_aligned(states: Sequence[Tensor | None], counts: Sequence[int], *, like: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def scored(
     """
     answers: list[Score] = [(0.0, True)] * len(requests)  # sums that grow token by token
     for layout in layouts(decoder, requests, batch_size=batch_size, branch=branch, share=branch):
-        done = settle(decoder, layout.locate(layout.hidden(decoder)), answers)
+        done = settle(decoder, layout.locate(hidden_of(decoder, layout.passes, layout.begun)), answers)
         yield {index: answers[index] for index in done}
 
 
@@ -133,11 +133,7 @@ class Layout:
     passes: tuple[Pass, ...]
     locate: Callable[[Sequence[Tensor]], Positions]
     begun: DynamicCache | None = None
-    """Cache that the first pass goes on from; None = nothing is read yet."""
-
-    def hidden(self, decoder: Decoder) -> list[Tensor]:
-        """Final hidden states of every pass; what the layout begins with is used up."""
-        return hidden_of(decoder, self.passes, self.begun)
+    """Cache that the first pass goes on from, which uses it up; None = nothing is read yet."""
 
 
 def hidden_of(decoder: Decoder, passes: Sequence[Pass], cache: DynamicCache | None = None) -> list[Tensor]:

@@ -96,7 +96,7 @@ def state_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def called_on(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], state: Tensor) -> Any:
+def called_on(layer: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], state: Tensor) -> Any:
     """What ``layer`` returns for ``state``, called with all else that these arguments of a decoder layer hold."""
     return layer(state, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": state})
 

@@ -234,10 +234,8 @@ def _samples(file: Path, whole: Collection[str]) -> Iterator[tuple[str, bytes]]:
     with file.open("rb") as handle:
         for name, tensor in read_header(file).tensors.items():
             digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            ranges = sampled_ranges(tensor.start, tensor.end)
-            if name in whole:
-                ranges = [(tensor.start, tensor.end - tensor.start)]
-            for offset, size in ranges:
+            all_bytes = [(tensor.start, tensor.end - tensor.start)]
+            for offset, size in all_bytes if name in whole else sampled_ranges(tensor.start, tensor.end):
                 handle.seek(offset)
                 digest.update(handle.read(size))
             yield name, digest.digest()

@@ -7,7 +7,6 @@ expectation: see decode_bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +167,9 @@ def _slots(decoder: nn.Module, num_tokens: int) -> list[Any] | None:
 
 
 def _num_bytes(slot: Any) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(slot))
-
-
-def _tensors(slot: Any) -> Iterator[Tensor]:
+    total = 0
     for value in vars(slot).values():
         for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(tensor, Tensor) and tensor.dim() > 2:
-                yield tensor
+                total += tensor.nbytes
+    return total

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -75,9 +76,9 @@ def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Itera
         yield
 
 
-@contextmanager
-def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[None]:
-    """The decoder is called with the documents' borders, where it reads whole rows and nothing is padded or cached.
+def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> RemovableHandle:
+    """Until this is removed the decoder is called with the documents' borders, where it reads whole rows and nothing is
+    padded or cached.
 
     As arguments, because gradient checkpointing calls layers again with what they were called with. Families that do
     not pass them on are known (families.no_flash).
@@ -91,11 +92,7 @@ def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> Iterator[Non
         # by its name in this module: who knows the borders on the host puts them there
         return args, {**kwargs, **document_borders(position_ids_BS.expand(len(tokens), -1), tokens.device)}
 
-    handle = decoder.register_forward_pre_hook(hand, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return decoder.register_forward_pre_hook(hand, with_kwargs=True)
 
 
 TOKENS = 64

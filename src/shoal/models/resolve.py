@@ -62,7 +62,9 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
             cannot be merged.
     """
     if name.startswith(DEMO_PREFIX):
-        return _demo_model(name)
+        folder = cache_dir() / name.removeprefix(DEMO_PREFIX)
+        action = f"converting {name} to safetensors in {folder}, once (about 20 s)"
+        return _made_once(folder, lambda temporary: _convert_gguf(_demo_source(name), temporary), action=action)
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = _download(name, revision)
@@ -104,17 +106,6 @@ def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHEC
     except (errors.HFValidationError, OSError, errors.HTTPError, errors.RevisionResolutionError) as error:  # pyright: ignore[reportPrivateImportUsage]
         meaning = next(words for kind, words in NOT_DOWNLOADED.items() if isinstance(error, kind))
         raise UserError(f"model {name!r}: {meaning.format(str(error).strip().splitlines()[0])}") from error
-
-
-def _demo_model(name: str) -> Path:
-    """The folder of the demo model ``name``, converted on first use.
-
-    Raises:
-        UserError: no such demo model, its package is missing or damaged, or the cache cannot be written.
-    """
-    folder = cache_dir() / name.removeprefix(DEMO_PREFIX)
-    action = f"converting {name} to safetensors in {folder}, once (about 20 s)"
-    return _made_once(folder, lambda temporary: _convert_gguf(_demo_source(name), temporary), action=action)
 
 
 def _demo_source(name: str) -> Path:

@@ -113,8 +113,7 @@ def log_results(
         marker = run_dir / LOGGED_FILE
         if marker.is_file() and marker.read_text(encoding="utf-8") == digest.hexdigest():
             return
-        run = start(track, run_dir, recipe)
-        if run is None:
+        if (run := start(track, run_dir, recipe)) is None:
             return
         if any(file.parent.name == "eval" for file in files):
             _log_scores(run, score_rows(run_dir))

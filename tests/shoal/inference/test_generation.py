@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.inference.generation import Drawn, draw, likeliest
+from shoal.inference.generation import draw
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -38,14 +38,3 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_share() -> None:
     drawn = draw(logits.expand(1000, -1), uniforms, temperature=1.0, top_p=0.7)
     assert drawn.unique().tolist() == [1, 3]
     assert (drawn == 1).double().mean().item() == pytest.approx(2 / 3, abs=2e-3)
-
-
-def test_texts_draw_by_their_own_numbers_whoever_else_is_left() -> None:
-    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
-    drawn = Drawn(torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.7, 0.9)
-    whole = [drawn(logits, range(3), step) for step in range(4)]
-    for texts in ([0], [2, 1], [1]):
-        assert torch.equal(drawn(logits[texts], texts, 2), whole[2][texts])
-    expected = draw(logits, drawn.uniforms_BT[:, 3], temperature=0.7, top_p=0.9)
-    assert torch.equal(whole[3], expected)
-    assert any(not torch.equal(tokens, likeliest(logits, range(3), 0)) for tokens in whole)
