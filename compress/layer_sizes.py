@@ -21,7 +21,7 @@ from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, active_parameters, decode_bytes, model_cost
 from shoal.models.load import load_config, loaded_dtype, without_data
-from shoal.recipe.prune import PlanTarget, Serving
+from shoal.recipe.prune import PlanTarget
 
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
@@ -96,7 +96,11 @@ def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
     dtype = loaded_dtype(config, "stored", shards)
     model = without_data(plain, dtype=dtype)
     cost, parts = model_cost(model), anatomy(model)
-    own = _own_parameters(model)
+    holders = _holders(model)
+    own = tuple(
+        sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)
+        for layer in parts.layers
+    )
     stored = stored_bytes(shards, model)
     if stored is None:  # then the student is saved as transformers names and merges its tensors
         layers = tuple(count * dtype.itemsize for count in own)
@@ -142,14 +146,6 @@ def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel) -> StoredBytes
         else:
             layers[layer] += stored[name]
     return StoredBytes(outside, tuple(layers))
-
-
-def _own_parameters(model: PreTrainedModel) -> tuple[int, ...]:
-    holders = _holders(model)
-    return tuple(
-        sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)
-        for layer in decoder_layers(model)
-    )
 
 
 def _holders(model: PreTrainedModel) -> Counter[int]:
@@ -248,7 +244,7 @@ def _goals(target: PlanTarget, sizes: LayerSizes) -> Iterator[Goal]:
                 "prune.target.memory_gb: the cache of this family cannot be told without running it; use "
                 "prune.target.params, or drop layers by number (prune.num_drop)"
             )
-        batch, length = _served(memory, sizes)
+        batch, length = memory.batch, memory.length or sizes.length
         layers = range(sizes.num_layers)
         yield Goal(
             "memory_gb",
@@ -260,7 +256,7 @@ def _goals(target: PlanTarget, sizes: LayerSizes) -> Iterator[Goal]:
             f" for {batch} x {length:,} tokens",
         )
     if (speedup := target.speedup) is not None:
-        batch, length = _served(speedup, sizes)
+        batch, length = speedup.batch, speedup.length or sizes.length
         whole = sizes.read(batch, length)
         yield Goal(
             "speedup",
@@ -271,7 +267,3 @@ def _goals(target: PlanTarget, sizes: LayerSizes) -> Iterator[Goal]:
             lambda amount: f"{whole / amount:.4g} x",
             f" for {batch} x {length:,} tokens, if reading weights and cache takes all the time",
         )
-
-
-def _served(serving: Serving, sizes: LayerSizes) -> tuple[int, int]:
-    return serving.batch, serving.length or sizes.length

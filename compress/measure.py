@@ -36,11 +36,6 @@ class Scores:
     orders: dict[str, Order] = field(default_factory=dict)
 
 
-def finite_errors(estimates: Estimates) -> tuple[float | None, ...]:
-    """Standard errors, None where one draw alone tells nothing."""
-    return tuple(None if math.isnan(error) else error for error in estimates.standard_errors)
-
-
 def measure_importance(
     model: PreTrainedModel,
     rows: PackedRows,
@@ -62,7 +57,9 @@ def measure_importance(
             what the passes refuse.
     """
     refuse_text_alone(model.config)
-    by_need = _by_need(metrics)
+    by_need: dict[Need, list[str]] = {}  # both in the order of first mention
+    for name in dict.fromkeys(metrics):
+        by_need.setdefault(METRICS[name].needs, []).append(name)
     calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed)
     counted = calibration.follows_NS if {"gradients", "loss"} & by_need.keys() else calibration.mask_NS
     if not counted.any():
@@ -79,15 +76,7 @@ def measure_importance(
     for name in metrics:
         result = results[name]
         if isinstance(result, Estimates):
-            scores.errors[name] = finite_errors(result)
+            scores.errors[name] = tuple(None if math.isnan(error) else error for error in result.standard_errors)
             result = result.values
         places[METRICS[name].yields][name] = result
     return scores
-
-
-def _by_need(names: Sequence[str]) -> dict[Need, list[str]]:
-    """The named metrics under what they need, both in the order of first mention."""
-    by_need: dict[Need, list[str]] = {}
-    for name in dict.fromkeys(names):
-        by_need.setdefault(METRICS[name].needs, []).append(name)
-    return by_need

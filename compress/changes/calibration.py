@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,23 +42,16 @@ STATES = 4.5
 open and closed, and of the held-out eighth what goes on from there."""
 
 
-@dataclass(frozen=True)
 class Source:
-    """A model, taken apart."""
-
-    model: PreTrainedModel
-    layerwise: Layerwise
-    decoder: Decoder
-
-
-def source_of(model: PreTrainedModel) -> Source:
-    """``model``, taken apart.
+    """A model, taken apart.
 
     Raises:
         UserError: layers that cannot be run one by one.
     """
-    decoder = Decoder(model)  # whose word on weights that are damaged is clearer
-    return Source(model, Layerwise(model), decoder)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.decoder = model, Decoder(model)  # first, since its word on damaged weights is clearer
+        self.layerwise = Layerwise(model)
 
 
 def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple[Prepared, Tensor]]:
@@ -91,7 +83,7 @@ def calibrating(
     rows = calibration_rows(settings, tokenizer, seed=seed, section=section)
     # its cache of cast weights would keep every tensor that is tried
     with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
-        yield source_of(model), rows
+        yield Source(model), rows
 
 
 def calibration_rows(

@@ -257,7 +257,7 @@ class _Fitting:
         if self.with_factor:
             refuse_sized_end(self.layerwise, prepared, states[0])
         for batch, state in zip(self.held_out, states, strict=True):
-            batch.end = self._finish(batch, state)
+            batch.end = self.layerwise.finish(state, batch.prepared)
 
     def _batches(self, source: Source, rows: PackedRows) -> Iterator[_Batch]:
         num_fitted = len(rows) - max(1, len(rows) // HELD_OUT_SHARE)
@@ -269,10 +269,6 @@ class _Fitting:
     def _run(self, layer: int, batch: _Batch, state: Tensor) -> Tensor:
         """The state after ``layer``, with whatever weights are in place."""
         return self.layerwise.run(layer, state, batch.prepared.calls[layer])
-
-    def _finish(self, batch: _Batch, state: Tensor) -> Tensor:
-        """The final state from that after the last layer."""
-        return self.layerwise.finish(state, batch.prepared)
 
     def _close(self, below: int, first: int, last: int) -> ClosedGap:
         """Past ``below``, the last kept layer before the gap ``first`` to ``last``, and past the gap."""
@@ -394,7 +390,8 @@ class _Fitting:
         total, num_tokens, size = 0.0, 0, self.decoder.positions_at_once()
         for batch, state in zip(self.held_out, states, strict=True):
             assert batch.end is not None
-            ours_ND, theirs_ND = (end.flatten(0, 1) for end in (self._finish(batch, state), batch.end))
+            ours_ND = self.layerwise.finish(state, batch.prepared).flatten(0, 1)
+            theirs_ND = batch.end.flatten(0, 1)
             for ours, theirs in zip(ours_ND.split(size), theirs_ND.split(size), strict=True):
                 log_q, log_p = (self.decoder.logits(some).log_softmax(-1) for some in (ours, theirs))
                 total += float(functional.kl_div(log_q, log_p, reduction="sum", log_target=True))

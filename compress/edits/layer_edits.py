@@ -24,7 +24,7 @@ B batch, S sequence, R rows with an edit, H query heads, d size of a head.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -325,23 +325,24 @@ def layer_edits(components: Iterable[Component], model: PreTrainedModel | None) 
     return tuple((layer, LayerEdit(part, tuple(sorted(taken[layer, part])))) for layer, part in sorted(taken))
 
 
-def hooks_of(model: PreTrainedModel, layer: int, edit: LayerEdit, rows: RowsOfBatch | None) -> Hooks:
-    """What puts ``edit`` of ``layer`` in force, in all rows of a batch where ``rows`` is None; nothing for a donor."""
-    if (hooks := KINDS[edit.part].hooks) is not None:
-        yield from hooks(model, layer, rows, *([edit.indices] if edit.part == "head" else []))
-
-
 @contextmanager
-def in_force(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> Iterator[PreTrainedModel]:
-    """``model`` with ``edits`` in force until the block ends, but for those that take a donor.
+def in_force(
+    model: PreTrainedModel,
+    edits: Iterable[tuple[int, LayerEdit]],
+    rows: Mapping[tuple[int, LayerEdit], RowsOfBatch] | None = None,
+) -> Iterator[PreTrainedModel]:
+    """``model`` with ``edits`` in force until the block ends, but for those that take a donor; each in its ``rows`` of
+    a batch, None = in all.
 
     Raises:
         UserError: an index that is no layer or no head, a part that cannot be taken out exactly.
     """
     with ExitStack() as stack:
         for layer, edit in edits:
-            for hook in hooks_of(model, layer, edit, None):
-                stack.enter_context(hook)
+            if (hooks := KINDS[edit.part].hooks) is not None:
+                heads = [edit.indices] if edit.part == "head" else []
+                for hook in hooks(model, layer, None if rows is None else rows[layer, edit], *heads):
+                    stack.enter_context(hook)
         yield model
 
 

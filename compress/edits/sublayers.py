@@ -134,23 +134,18 @@ def silence(module: nn.Module) -> RemovableHandle:
 
     Most modules return what is added; those that take the residual and add it themselves (Bloom, MPT) return it.
     """
-    return module.register_forward_hook(_add_nothing, with_kwargs=True)
 
+    def add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return with_state(output, silent_output(module, args, kwargs, output))
 
-def _add_nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return with_state(output, silent_output(module, args, kwargs, output))
+    return module.register_forward_hook(add_nothing, with_kwargs=True)
 
 
 def silent_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """What ``module`` returns when it adds nothing to the residual stream, given what a forward hook gets."""
-    return _residual(module, args, kwargs) if takes_residual(module) else torch.zeros_like(state_of(output))
-
-
-def adds_something(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-    """Whether ``module`` changes the residual stream, given what a forward hook gets."""
     if takes_residual(module):
-        return not torch.equal(state_of(output), _residual(module, args, kwargs))
-    return bool(state_of(output).any())
+        return inspect.signature(module.forward).bind(*args, **kwargs).arguments["residual"]
+    return torch.zeros_like(state_of(output))
 
 
 def where(model: PreTrainedModel, layer: int) -> str:
@@ -189,10 +184,6 @@ def _half(name: str) -> str:
 def takes_residual(module: nn.Module) -> bool:
     """Whether ``module`` adds what it writes to the residual stream itself."""
     return "residual" in inspect.signature(module.forward).parameters
-
-
-def _residual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments["residual"]
 
 
 @dataclass
@@ -302,7 +293,7 @@ def _watch(
         trace.returned_BSD[index] = state_of(output).clone()
 
     def hear(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if adds_something(module, args, kwargs, output):
+        if not torch.equal(state_of(output), silent_output(module, args, kwargs, output)):
             trace.adding.add(index)
 
     def keep_contexts(name: str, _: nn.Module, args: Any) -> None:
@@ -320,21 +311,14 @@ def _watch(
     for name in heard:
         # appended: what is asked is whether the half adds something with all that is in force
         yield layer.get_submodule(name).register_forward_hook(hear, with_kwargs=True)
-    for name in halves.attention:
-        yield layer.get_submodule(name).register_forward_pre_hook(enter)
-        yield layer.get_submodule(name).register_forward_hook(leave)
-    for name in _projections(layer, halves):
-        yield layer.get_submodule(name).register_forward_pre_hook(partial(keep_contexts, name), prepend=True)
-
-
-def _projections(layer: nn.Module, halves: Sublayers) -> list[str]:
-    """The linear maps within the attention that by their names may read the heads' contexts."""
-    return [
-        f"{path}.{name}"
-        for path in halves.attention
-        for name, module in layer.get_submodule(path).named_modules()
-        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, nn.Linear | Conv1D)
-    ]
+    for path in halves.attention:
+        attention = layer.get_submodule(path)
+        yield attention.register_forward_pre_hook(enter)
+        yield attention.register_forward_hook(leave)
+        for name, module in attention.named_modules():
+            # linear maps that by their names may read the heads' contexts
+            if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, nn.Linear | Conv1D):
+                yield module.register_forward_pre_hook(partial(keep_contexts, f"{path}.{name}"), prepend=True)
 
 
 def _refusal(

@@ -65,7 +65,10 @@ class Batch:
         """The rows ``rows_B``; ``sample_K2`` is the whole pass's sample, of which some tokens may lie in them."""
         mask_BS = calibration.mask_NS[rows_B]
         position_ids_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS)
-        ends_T = _last_tokens(position_ids_BS, mask_BS).flatten()
+        # tokens that end a document: the next position does not follow, or the row ends
+        ends_BS = torch.ones_like(mask_BS)
+        ends_BS[:, :-1] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+        ends_T = (ends_BS & mask_BS).flatten()
         real_T = mask_BS.flatten()
         # ends before a token = its document's number; padding shares one number behind the last, which is cut off below
         document_T = torch.where(real_T, ends_T.cumsum(0) - ends_T.long(), int(ends_T.sum()))
@@ -187,13 +190,6 @@ class Observation:
             return None
         state = int(bad_LT.any(dim=1).nonzero()[0])
         return state, int(bad_LT[state].nonzero()[0])
-
-
-def _last_tokens(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Which tokens end a document: the next position does not follow, or the row ends."""
-    ends_BS = torch.ones_like(mask_BS)  # a row's last token always ends its document
-    ends_BS[:, :-1] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
-    return ends_BS & mask_BS
 
 
 def cosine(dot: Tensor, first_square: Tensor, second_square: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class VariantLosses:
                     sums[number] += float(loss_N.sum())
                     if fault is None and not bool(loss_N.isfinite().all()):
                         first = int(loss_N.isfinite().logical_not().nonzero()[0])
-                        fault = _row_of(batch, first), f"the loss of {_in_words(variants[number])}"
+                        rows = [document.row for document in batch for _ in document.tokens[1:]]  # of loss_N
+                        fault = rows[first], f"the loss of {_in_words(variants[number])}"
                     step()
                 if fault is not None:
                     break
@@ -109,12 +110,3 @@ def _batches(documents: Sequence[Document], room: int) -> list[list[Document]]:
 
 def _in_words(variant: Variant) -> str:
     return f"the model without {variant.name}" if variant.edits else "the intact model"
-
-
-def _row_of(batch: Sequence[Document], token: int) -> int:
-    """The row of the document that holds the ``token``-th predicted token of ``batch``."""
-    for document in batch:
-        token -= len(document.tokens) - 1
-        if token < 0:
-            return document.row
-    raise IndexError(token)

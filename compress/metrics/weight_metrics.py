@@ -27,7 +27,7 @@ from shoal.progress import each
 from ..edits.tensors import PLAIN_DTYPES, laco_factors, merged_layer, refuse_different_kinds, tensors_in_place
 from ..surgery.cut_model import skipped
 from ..surgery.quantised import without_quantization
-from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, rank, refuse_fault, world_size
+from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, rank, refuse_fault, world_size
 
 log = logging.getLogger(__name__)
 
@@ -138,14 +138,9 @@ def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Seq
         )
         for own in matrices
     )
-    return {name: protected(taylor) if name == "taylor_plus" else taylor for name in names}
-
-
-def protected(taylor: Layers) -> Layers:
-    """Taylor+ of Taylor."""
-    margin = 2 * max(taylor)
-    free = range(FIRST_PROTECTED, len(taylor) - LAST_PROTECTED)
-    return tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
+    margin, free = 2 * max(taylor), range(FIRST_PROTECTED, len(taylor) - LAST_PROTECTED)
+    plus = tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
+    return {name: plus if name == "taylor_plus" else taylor for name in names}
 
 
 def plain_matrices(model: PreTrainedModel, name: str) -> Matrices:

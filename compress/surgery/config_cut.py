@@ -310,7 +310,9 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     num_layers = text.num_hidden_layers
     _refuse_unknown_lists(config, values, num_layers)
     changes = _changes(values, keep)
-    rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
+    # step rules that a list replaces: left in the file they would mislead whoever reads the rule and not the list
+    obsolete = {field for field, spelt_out in SPELT_OUT_BY.items() if field in values and spelt_out in changes}
+    rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=obsolete)
     if student is text:
         student = rebuilt
     else:
@@ -356,11 +358,6 @@ def _is_obeyed(field: str, values: dict[str, Any]) -> bool:
     """Whether ``field`` is set and no list says the same layer by layer."""
     spelt_out = SPELT_OUT_BY.get(field)
     return values.get(field) not in (None, 0, [], {}, "") and (spelt_out is None or values.get(spelt_out) is None)
-
-
-def _obsolete(values: dict[str, Any], changes: dict[str, Any]) -> set[str]:
-    """Step rules that a list replaces: left in the file they would mislead whoever reads the rule and not the list."""
-    return {field for field, spelt_out in SPELT_OUT_BY.items() if field in values and spelt_out in changes}
 
 
 def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str]) -> PreTrainedConfig:

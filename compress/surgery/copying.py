@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from shoal.atomic_files import write_json
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers
-from shoal.models.checkpoint_files import StoredTensor, copy_beside, json_or_empty
+from shoal.models.checkpoint_files import WRITING, StoredTensor, copy_beside, json_or_empty
 from shoal.models.load import FLOATS
 from shoal.progress import doing
 
@@ -38,8 +38,6 @@ from .stored_names import (
 from .teacher import Teacher
 
 log = logging.getLogger(__name__)
-
-GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,8 @@ def write_copy(copy: Copy, folder: Path, changed: Changed) -> None:
     copy.config.save_pretrained(folder)
     for name, content in copy.side_files.items():
         write_json(folder / name, content)
-    generation = copy.teacher.folder / GENERATION_FILE
-    if generation.is_file():
-        copy_beside(copy.teacher.folder, folder, (GENERATION_FILE,))
+    if (copy.teacher.folder / WRITING).is_file():
+        copy_beside(copy.teacher.folder, folder, (WRITING,))
     else:  # what transformers does where the settings are still in config.json
         GenerationConfig.from_pretrained(
             copy.teacher.folder, config_file_name="config.json", _from_model_config=True

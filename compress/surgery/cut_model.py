@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -66,12 +66,14 @@ def skipped(model: PreTrainedModel, drop: Collection[int]) -> Iterator[PreTraine
     """
     layers = decoder_layers(model)
     kept_layers(len(layers), drop)
-    handles = [layers[layer].register_forward_hook(_pass_input_on, with_kwargs=True) for layer in drop]
-    try:
+
+    def pass_input_on(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return with_state(output, given_state(args, kwargs))
+
+    with ExitStack() as stack:
+        for layer in drop:
+            stack.enter_context(layers[layer].register_forward_hook(pass_input_on, with_kwargs=True))
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def kept_layers(num_layers: int, drop: Collection[int], insert: Collection[int] = ()) -> tuple[int, ...]:
@@ -90,17 +92,9 @@ def kept_layers(num_layers: int, drop: Collection[int], insert: Collection[int] 
     )
 
 
-def _pass_input_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return with_state(output, given_state(args, kwargs))
-
-
-def _layers_prefix(model: PreTrainedModel) -> str:
-    return anatomy(model).layers_name + "."
-
-
 def _teacher_names(teacher: PreTrainedModel, names: Sequence[str], keep: Sequence[int]) -> dict[str, str]:
     """Student tensor name -> the name of the teacher's tensor that it copies."""
-    prefix, config = _layers_prefix(teacher), text_config(teacher.config)
+    prefix, config = f"{anatomy(teacher).layers_name}.", text_config(teacher.config)
 
     def rename(name: str) -> str:
         if not name.startswith(prefix):
@@ -139,7 +133,7 @@ def _refuse_unmatched(
     names: dict[str, str], teacher: PreTrainedModel, source: dict[str, Tensor], keep: Sequence[int]
 ) -> None:
     missing = sorted(set(names.values()) - source.keys())
-    prefix = _layers_prefix(teacher)
+    prefix = f"{anatomy(teacher).layers_name}."
     kept = tuple(f"{prefix}{layer}." for layer in keep)
     stored = teacher.state_dict().keys()  # computed buffers of an attention kind that is gone need no place
     unused = sorted(

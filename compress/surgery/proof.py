@@ -61,7 +61,15 @@ def behaviour(model: PreTrainedModel, *, use_cache: bool = True) -> Behaviour:
     input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)
     input_ids = input_ids.to(model.device)
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return Behaviour(logits, _greedy(model, input_ids, use_cache=use_cache))
+    generate: Any = model.generate
+    text = generate(  # with the KV cache its slots show too, which follow the layers' indices
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        use_cache=use_cache,
+        max_new_tokens=PROOF_NEW_TOKENS,
+    )
+    return Behaviour(logits, text)
 
 
 def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, is_rounded: bool = False) -> None:
@@ -173,15 +181,3 @@ def memory_shortage(shards: Sequence[Shard], *, in_float32: bool = False) -> str
     if needed <= available:
         return ""
     return f"running the model takes {bytes_text(needed)} of memory and {bytes_text(available)} are free"
-
-
-def _greedy(model: PreTrainedModel, input_ids: Tensor, *, use_cache: bool) -> Tensor:
-    """With the KV cache its slots show too, which follow the layers' indices."""
-    generate: Any = model.generate
-    return generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
-        use_cache=use_cache,
-        max_new_tokens=PROOF_NEW_TOKENS,
-    )

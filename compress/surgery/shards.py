@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,9 @@ def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UN
         for flush in flushes:
             flush.result()
     if len(shards) > 1:
-        write_json(folder / INDEX_FILE, _index(shards))
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors.values()}
+        size = {"total_size": sum(shard.num_data_bytes for shard in shards)}
+        write_json(folder / INDEX_FILE, {"metadata": size, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UNCHANGED) -> None:
@@ -185,12 +187,6 @@ def _runs(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-def _index(shards: Iterable[NewShard]) -> dict[str, object]:
-    weight_map = {name: shard.name for shard in shards for name in shard.tensors.values()}
-    total = sum(shard.num_data_bytes for shard in shards)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
 def _identity(file: Path) -> list[object]:
     status = file.stat()
     return [str(file.resolve()), status.st_size, status.st_mtime_ns]
@@ -210,14 +206,15 @@ def _write(shard: NewShard, target: Path, advance: Callable[[int], object]) -> N
         handle.flush()
         advance(len(shard.header))
         for start, end in shard.runs:
-            for moved in _move(source.fileno(), handle.fileno(), start, end):
+            while start < end:
+                moved = os.sendfile(handle.fileno(), source.fileno(), start, min(end - start, STEP_BYTES))
+                if not moved:
+                    raise UserError(
+                        f"{shard.source.file}: ends at byte {start:,}, but its header speaks of {end:,}: it changed "
+                        "while it was copied; make or download it again"
+                    )
                 advance(moved)
                 start += moved
-            if start != end:
-                raise UserError(
-                    f"{shard.source.file}: ends at byte {start:,}, but its header speaks of {end:,}: it changed while "
-                    "it was copied; make or download it again"
-                )
 
 
 def _write_over(shard: NewShard, target: Path, changed: Changed) -> None:
@@ -231,13 +228,6 @@ def _write_over(shard: NewShard, target: Path, changed: Changed) -> None:
                 assert len(data) == place.end - place.start, f"{name}: has another size than its place"
                 handle.seek(place.start)
                 handle.write(data)
-
-
-def _move(source: int, target: int, start: int, end: int) -> Iterator[int]:
-    """Append the bytes ``start`` to ``end`` of ``source`` to ``target``; yields how many each step moved."""
-    while start < end and (moved := os.sendfile(target, source, start, min(end - start, STEP_BYTES))):
-        start += moved
-        yield moved
 
 
 def _complete(file: Path) -> None:

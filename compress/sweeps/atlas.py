@@ -132,11 +132,10 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
         return f"{names}: they share {len(shared)} items, {needed_items(num_layers)} are needed"
     likely, written = restricted(likely, shared), restricted(written, shared)
     kept_likely, kept_written = retentions(likely), retentions(written)
-    for task, kept in ((likely.task.task, kept_likely), (written.task.task, kept_written)):
-        if isinstance(kept, str):
-            return f"{names}: {task}: {kept}"
-    assert not isinstance(kept_likely, str)
-    assert not isinstance(kept_written, str)
+    if isinstance(kept_likely, str):
+        return f"{names}: {likely.task.task}: {kept_likely}"
+    if isinstance(kept_written, str):
+        return f"{names}: {written.task.task}: {kept_written}"
     one_RL, other_RL = resampled_retentions(likely, written)
     gaps_RL = one_RL - other_RL
     value_L = np.array([a.value - b.value for a, b in zip(kept_likely, kept_written, strict=True)])

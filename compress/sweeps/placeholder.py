@@ -54,19 +54,17 @@ def placeholder_importance(
     sweep = measure.sweep
     if sweep is not None and sweep.greedy is not None:
         orders[TASK_ORDER] = _order(going[: sweep.greedy], halves=False)
-    atlas = _atlas(sweep, num_layers) if sweep is not None and with_tasks and "layer" in sweep.operators else None
+    atlas = None
+    if sweep is not None and with_tasks and "layer" in sweep.operators:
+        units = tuple(Component((layer,)) for layer in range(num_layers))
+        columns = tuple(_columns(sweep, num_layers))
+        atlas = Atlas(Sweep("layer", units, columns), (), (), Agreement((), (), (), (), 0, {}))
     return Importance(Provenance({}), num_layers, 0, layers, runs, orders=orders, atlas=atlas)
 
 
 def _order(layers: Sequence[int], *, halves: bool) -> tuple[Removal, ...]:
     parts = HALVES if halves else ("layer",)
     return tuple(Removal(Component((layer,), part), 0.0) for layer in layers for part in parts)
-
-
-def _atlas(sweep: Sweeps, num_layers: int) -> Atlas:
-    units = tuple(Component((layer,)) for layer in range(num_layers))
-    columns = tuple(_columns(sweep, num_layers))
-    return Atlas(Sweep("layer", units, columns), (), (), Agreement((), (), (), (), 0, {}))
 
 
 def _columns(sweep: Sweeps, num_layers: int) -> Iterator[SweepColumn]:

@@ -205,15 +205,6 @@ def resampled_retentions(*columns: Measured) -> list[Array]:
     return [above_RK[usable, 1:] / above_RK[usable, :1] for above_RK in above]
 
 
-def _no_retention(task: TaskScore) -> str:
-    if not task.higher_is_better:
-        return f"{task.metric} has no chance level; read the change"
-    sigmas = z_above_chance(task)
-    if sigmas is None or sigmas <= SIGNAL_SIGMAS:
-        return f"the intact model is not clear of chance ({task.score:.2f} against {task.chance:.2f}, n = {task.n})"
-    return ""
-
-
 def _tables(column: Measured) -> list[dict[str, int]]:
     """Per component: items right both times, only without the component, only with it, never."""
     before_N, *others = column.scores_NK.T
@@ -258,12 +249,14 @@ def restricted(column: Measured, ids: Sequence[str]) -> Measured:
 
 def retentions(column: Measured) -> list[Estimate] | str:
     """Retention without each component, or why there is none."""
-    why_not = _no_retention(column.task)
-    if why_not:
-        return why_not
+    task = column.task
+    if not task.higher_is_better:
+        return f"{task.metric} has no chance level; read the change"
+    if (sigmas := z_above_chance(task)) is None or sigmas <= SIGNAL_SIGMAS:
+        return f"the intact model is not clear of chance ({task.score:.2f} against {task.chance:.2f}, n = {task.n})"
     retained = [value for value in _retentions(column) if value is not None]
     if len(retained) < column.scores_NK.shape[1] - 1:
-        return f"the intact score ({column.task.score:.2f}) is too uncertain for a ratio to it, n = {column.task.n}"
+        return f"the intact score ({task.score:.2f}) is too uncertain for a ratio to it, n = {task.n}"
     return retained
 
 

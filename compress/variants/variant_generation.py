@@ -10,8 +10,7 @@ B batch, S sequence, D hidden, H key-value heads, d size of a head.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from shoal.inference.generation import Texts, write, write_after
 from shoal.inference.prefix_sharing import batches
 from shoal.inference.scoring import Pass
 
-from ..edits.layer_edits import KINDS, RowsOfBatch, hooks_of
+from ..edits.layer_edits import KINDS, RowsOfBatch, in_force
 from .variants import INTACT, Edited, States, Variant, layerwise_or_none
 
 Tokens = list[int]
@@ -58,10 +57,6 @@ def generate_variants(
     The intact model, and variants that cannot share a batch (a donor's layers, or an architecture that has to run as a
     whole) write one after the other.
     """
-
-    def write_alone(chosen: Sequence[Tokens]) -> list[Tokens]:
-        return write_after(decoder, chosen, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished)
-
     together = _together(edited.model, decoder, variants)
     written: list[list[Tokens]] = [[[] for _ in prompts] for _ in variants]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -74,7 +69,9 @@ def generate_variants(
         for number, variant in enumerate(variants):
             if number not in texts:
                 with edited.applied(variant.edits):
-                    texts[number] = write_alone(rows)
+                    texts[number] = write_after(
+                        decoder, rows, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished
+                    )
             for index, tokens in zip(batch, texts[number], strict=True):
                 written[number][index] = tokens
     return written
@@ -117,7 +114,7 @@ def _write_together(
         texts = reading.texts(written, alive)
         del reading  # its states; the keys and values are the texts' now
         edits = RowEdits(edited.model, [variants[index // len(prompts)] for index in range(len(written))])
-        with edits.applied():
+        with in_force(edited.model, edits.rows, edits.rows):
             write(
                 decoder,
                 texts,
@@ -223,23 +220,15 @@ class RowEdits:
         self._model = model
         self._variants = variants
         """Variant of every text."""
-        self._rows = {edit: RowsOfBatch(torch.empty(0), 0) for variant in variants for edit in variant.edits}
+        self.rows = {edit: RowsOfBatch(torch.empty(0), 0) for variant in variants for edit in variant.edits}
         """Rows by layer and what is done to it."""
 
     def choose(self, alive: Sequence[int]) -> None:
         """Say which texts the rows of the next forward belong to."""
-        chosen: dict[tuple[int, LayerEdit], list[int]] = {edit: [] for edit in self._rows}
+        chosen: dict[tuple[int, LayerEdit], list[int]] = {edit: [] for edit in self.rows}
         for row, text in enumerate(alive):
             for edit in self._variants[text].edits:
                 chosen[edit].append(row)
-        for edit, rows in self._rows.items():
+        for edit, rows in self.rows.items():
             rows.rows_R = torch.tensor(chosen[edit], dtype=torch.long, device=self._model.device)
             rows.num_rows = len(alive)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for (layer, edit), rows in self._rows.items():
-                for hook in hooks_of(self._model, layer, edit, rows):
-                    stack.enter_context(hook)
-            yield

@@ -48,17 +48,8 @@ class Variant:
     name: str
     edits: LayerEdits
 
-    @property
-    def first_change(self) -> int | None:
-        return self.edits[0][0] if self.edits else None
-
 
 INTACT = Variant("intact", ())
-
-
-def runs_through(edits: LayerEdits, layer: int) -> LayerEdits:
-    """Those of ``edits`` on which depends what ``layer`` runs on, and how."""
-    return tuple((at, edit) for at, edit in edits if at < layer or (at == layer and not edit.at_positions))
 
 
 def variant(name: str, edits: Iterable[tuple[int, LayerEdit]]) -> Variant:
@@ -151,26 +142,18 @@ class States:
             edits = [edit for at, edit in so_far if at == layer]
             states = before[tuple(edit for edit in so_far if edit[0] < layer)]
             # what passes its input on at some positions has run as all others that get these states
-            through = runs_through(so_far, layer)
+            through = tuple((at, edit) for at, edit in so_far if at < layer or not edit.at_positions)
             if through not in passed:
                 passed[through] = self._through(layer, [edit for at, edit in through if at == layer], states)
             after, slot = passed[through]
             skips: list[ComponentPart] = [edit.part for edit in edits if edit.at_positions]
             if skips:
-                after = self._passed_on(skips, states, after)
+                pairs = zip(self._passes, states, after, strict=True)
+                after = [passed_on(skips, batch.answer_BS, given, made) for batch, given, made in pairs]
             self._states[so_far] = after
             if self.kept is not None and slot is not None and not any(edit.removes_layer for edit in edits):
                 self.kept[layer][so_far] = slot.keys, slot.values
         self.layer += 1
-
-    def _passed_on(
-        self, skips: Sequence[ComponentPart], before: Sequence[Tensor], after: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """``after`` with the states ``before`` the layer at the positions of every pass that it skips."""
-        return [
-            passed_on(skips, batch.answer_BS, state_before, state_after)
-            for batch, state_before, state_after in zip(self._passes, before, after, strict=True)
-        ]
 
     def final(self, variant: Variant) -> list[Tensor]:
         """(B, S, D) The final hidden states of every pass, once all layers are behind."""
@@ -192,12 +175,11 @@ class States:
             if self._empty is not None:
                 # a copy of this layer's slot alone: it is all that the layer reads and writes, and what one variant
                 # writes no other may see
+                cache = _with_own_slot(self._empty if contexts is None else contexts, layer)
+                slot = cache.layers[layer]
                 if contexts is None:
-                    cache = contexts = _with_own_slot(self._empty, layer)
-                    slot = cache.layers[layer]
+                    contexts = cache
                 else:
-                    cache = _with_own_slot(contexts, layer)
-                    slot = cache.layers[layer]
                     slot.batch_select_indices(batch.rows)  # (contexts, heads, S, d) -> (B, heads, S, d)
                 call = call.replacing(lengths_only, cache)
             after.append(self._edited.run(self._layerwise, layer, edits, before_BSD, call))

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.compress.changes import fit, fold
-from shoal.compress.changes.calibration import source_of
+from shoal.compress.changes.calibration import Source
 from shoal.compress.changes.fit import SHRINKAGES, Fitted, Sums, fit_correction, fit_factor
 from shoal.compress.changes.fold import REMEDY
 from shoal.compress.edits.tensors import tensors_in_place, with_layers
@@ -74,7 +74,7 @@ def multiplied(teacher: PreTrainedModel, factors: dict[int, float]) -> Iterator[
 
 def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
     """(B, S, D) The teacher's final state of the first held-out batch."""
-    fitting = fit._Fitting(source_of(teacher), DROP, Compensate("scale", batch_size=4), rows)
+    fitting = fit._Fitting(Source(teacher), DROP, Compensate("scale", batch_size=4), rows)
     fitting._see_teacher()
     end = fitting.held_out[0].end
     assert end is not None
@@ -82,7 +82,7 @@ def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
 
 
 def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Fitted:
-    return fit.compensate(source_of(teacher), drop, settings, rows)
+    return fit.compensate(Source(teacher), drop, settings, rows)
 
 
 def assert_near(ours: Tensor, theirs: Tensor) -> None:
