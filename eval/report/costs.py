@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,7 +80,9 @@ def speed_table(speed: Speed) -> Table:
         for batch in score.batches:
             teacher, cells = teachers.get(batch.batch_size), [role, f"{batch.batch_size:,}"]
             for kind in kinds:
-                cells.append(_with_range(getattr(batch, f"{kind}_tokens_per_s"), batch.samples.get(kind, ())))
+                speeds = batch.samples.get(kind, ())
+                ends = f" [{min(speeds):,.1f}, {max(speeds):,.1f}]" if speeds else ""
+                cells.append(f"{getattr(batch, f'{kind}_tokens_per_s'):,.1f}{ends}")
                 cells.append(speed_ratio(batch, teacher, kind).in_words() if teacher and role != "teacher" else DASH)
             first = batch.first_token_s
             cells.insert(4, f"{1000 * first:.3g} ms" if first < 1 else f"{first:.3g} s")
@@ -96,10 +98,6 @@ def speed_table(speed: Speed) -> Table:
 
 def _told(value: float | None, words: Callable[[float], str]) -> str:
     return DASH if value is None else words(value)
-
-
-def _with_range(value: float, samples: Sequence[float]) -> str:
-    return f"{value:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else "")
 
 
 def costs_table(run: Run) -> Table:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, Evaluation, Interval, ItemScore, TaskScore
+from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, Interval, ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.stats.intervals import Limits
 from shoal.stats.paired import (
@@ -144,16 +144,10 @@ class Comparison:
 
 def compare(run: Run) -> Comparison:
     """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
-    refused: list[str] = []
-    rows, unpaired = _with_forms(_rows(run.evaluations, refused))
-    return Comparison(tuple(rows), tuple(refused), tuple(unpaired))
-
-
-def _rows(evaluations: Mapping[str, Evaluation], refused: list[str]) -> list[Row]:
-    rows = []
-    for key in dict.fromkeys(task.key for evaluation in evaluations.values() for task in evaluation.tasks):
+    rows, refused = list[Row](), list[str]()
+    for key in dict.fromkeys(task.key for evaluation in run.evaluations.values() for task in evaluation.tasks):
         scores: dict[str, TaskScore] = {}
-        for role, evaluation in evaluations.items():
+        for role, evaluation in run.evaluations.items():
             task = next((task for task in evaluation.tasks if task.key == key), None)
             if task is None:
                 continue
@@ -166,7 +160,9 @@ def _rows(evaluations: Mapping[str, Evaluation], refused: list[str]) -> list[Row
                 scores[role] = task
         rows.append(_row(key, scores))
     adjusted = _adjusted([row.differences for row in rows])
-    return [replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True)]
+    corrected = [replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True)]
+    rows, unpaired = _with_forms(corrected)
+    return Comparison(tuple(rows), tuple(refused), tuple(unpaired))
 
 
 def with_comparable_scores(run: Run, comparison: Comparison) -> Run:

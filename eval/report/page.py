@@ -201,8 +201,7 @@ def prose(text: str) -> str:
 def inline(text: str, *, strip: bool = True) -> str:
     """Text for one line of Markdown: line breaks become a visible sign, everything that could be markup is escaped."""
     line = clean(text.strip() if strip else text).replace("\r\n", "\n").replace("\n", " ⏎ ")
-    line = line.replace("\r", " ").replace("\t", " ")
-    line = html.escape(line, quote=False)
+    line = html.escape(line.replace("\r", " ").replace("\t", " "), quote=False)
     # `_` inside a word is no markup, and task names are full of it
     return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda match: _ESCAPES.get(match[0], "\\" + match[0]), line)
 

@@ -106,8 +106,7 @@ def difference_tables(rows: Sequence[Row], pairs: Iterable[tuple[str, str]] = DI
     return [_difference_table(rows, *pair) for pair in pairs if any(pair in row.differences for row in rows)]
 
 
-def _difference_table(rows: Sequence[Row], *pair: str) -> Table:
-    before, after = pair
+def _difference_table(rows: Sequence[Row], before: str, after: str) -> Table:
     shown = [row for row in rows if (before, after) in row.differences]
     body = []
     for row in shown:
