@@ -42,7 +42,7 @@ from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dt
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device as here
 from shoal.runtime import environment, leave_distributed, set_up_distributed, turn_down_libraries
-from shoal.train.distill import Identity, check_distillable, make_trainer
+from shoal.train.distill import check_distillable, make_trainer
 from shoal.train.engine.arguments import training_arguments
 from shoal.train.engine.sharding import join_deepspeed, leave_deepspeed
 from shoal.train.engine.stop import StopRequest
@@ -203,8 +203,7 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         record_signals(spec.teacher, rows, Path(signals), spec.record, model="random", rows_from=rows_from(inputs))
     join_deepspeed()
     arguments = training_arguments(spec.settings, spec.deepspeed, output_dir=folder / "checkpoints", seed=0)
-    known_by, callbacks = Identity(inputs, {}), [clock]
-    trainer = make_trainer(spec, rows, arguments, known_by, stop=StopRequest(), callbacks=callbacks)
+    trainer = make_trainer(spec, rows, arguments, inputs, {}, stop=StopRequest(), callbacks=[clock])
     trainer.objective.install()
     trainer.train()
     student: Any = trainer.objective.student

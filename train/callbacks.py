@@ -58,7 +58,6 @@ class Watcher(TrainerCallback):
         self._settings = settings
         self._folder = folder / BEST
         self._inputs = inputs
-        self._last_step = -1
         self.score: Callable[[], Mapping[str, Score]]
         self.log: Callable[[dict[str, float]], None]
         self.state: Callable[[], dict[str, Tensor] | None]
@@ -68,19 +67,12 @@ class Watcher(TrainerCallback):
             self._watch(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.is_due(state.global_step, state.max_steps):
+        every = self._settings.every
+        every = math.ceil(every * state.max_steps) if every < 1 else round(every)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
             self._watch(state.global_step)
 
-    def is_due(self, step: int, max_steps: int) -> bool:
-        """Whether the student is scored after this step."""
-        every = self._settings.every
-        every = math.ceil(every * max_steps) if every < 1 else round(every)
-        return step % every == 0 or step == max_steps
-
     def _watch(self, step: int) -> None:
-        if step == self._last_step:
-            return
-        self._last_step = step
         scores = self.score()
         self.log({PREFIX + name: score.value for name, score in scores.items()})
         if is_main():

@@ -34,7 +34,8 @@ class LossGuard:
 
     def __init__(self, spike: float | None) -> None:
         self._spike = spike
-        self._recent: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+        self.recent: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+        """Losses of the last steps, which the next life of this training goes on with."""
 
     def problem(self, values: dict[str, float]) -> str | None:
         """What is wrong with a step whose means are ``values``; its loss is remembered if nothing is."""
@@ -42,25 +43,15 @@ class LossGuard:
             if not math.isfinite(value):
                 return f"{name} is {value}"
         loss = values["loss"]
-        if self._spike is not None and len(self._recent) >= REMEMBERED_STEPS // 2:
-            usual = statistics.median(self._recent)
+        if self._spike is not None and len(self.recent) >= REMEMBERED_STEPS // 2:
+            usual = statistics.median(self.recent)
             if abs(loss) > self._spike * max(abs(usual), FLOOR):
                 return (
                     f"the loss is {loss:.4g}, more than distill.stop_on_spike: {self._spike:g} times {usual:.4g}, "
-                    f"the median of the {len(self._recent)} steps before"
+                    f"the median of the {len(self.recent)} steps before"
                 )
-        self._recent.append(loss)
+        self.recent.append(loss)
         return None
-
-    @property
-    def recent(self) -> list[float]:
-        """Losses of the last steps, to be remembered by the next life of this training."""
-        return list(self._recent)
-
-    def remember(self, losses: Sequence[float]) -> None:
-        """Losses of an earlier life of this training, and of no other one."""
-        self._recent.clear()
-        self._recent.extend(losses)
 
 
 class CurveRow:
@@ -96,12 +87,13 @@ class CurveRow:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         times = {"seconds": self.seconds, "row seconds": self.row_seconds}
-        return {"sums": self.sums, "num_steps": self.num_steps, "recent losses": self._guard.recent, **times}
+        return {"sums": self.sums, "num_steps": self.num_steps, "recent losses": list(self._guard.recent), **times}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.sums, self.num_steps = list(state["sums"]), state["num_steps"]
-        self._guard.remember(state["recent losses"])
+        self._guard.recent.clear()
+        self._guard.recent.extend(state["recent losses"])
         self.seconds, self.row_seconds = state["seconds"], state["row seconds"]
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,6 @@ from .teacher.wiring import make_trainable
 from .trainer import DistillTrainer, ObjectiveTrainer, Parts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a training is known by when it goes on or is asked for again."""
-
-    stage: dict[str, Any]
-    """All that shapes distilled/."""
-    checkpoints: dict[str, Any]
-    """The same with the real batch, however ranks and micro-batches share it."""
 
 
 def distill_inputs(
@@ -168,24 +158,35 @@ def distill(
     check_distillable(spec)
     heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.timeout_s)
     heartbeat.start()
-    identity = Identity(inputs, checkpoint_inputs(spec.settings, inputs))
-    resume = agreed(lambda: last_complete(run_dir / "checkpoints", identity.checkpoints))
+    known_by = checkpoint_inputs(spec.settings, inputs)
+    resume = agreed(lambda: last_complete(run_dir / "checkpoints", known_by))
     with doing("working out what training takes"):
         agreed(lambda: check_fit(spec, run_dir))
     tokenizer = spec.teacher.tokenizer()
-    rows = _rows(spec, tokenizer, text, inputs)
+    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
+    images = ImageReader.of(spec.settings.data, spec.teacher)
+    rows = rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
     with doing("starting the W&B run"):
         curves = [] if start_tracking() is None else [Curves(run_dir)]
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
-    arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
+    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
+    with doing("loading DeepSpeed"):
+        join_deepspeed()
+    arguments = training_arguments(
+        spec.settings,
+        spec.deepspeed,
+        output_dir=run_dir / "checkpoints",
+        seed=inputs["seed"],
+        load_universal=universal,
+    )
     callbacks = [progress, heartbeat, *curves]
-    trainer = make_trainer(spec, rows, arguments, identity, stop=stop, callbacks=callbacks)
+    trainer = make_trainer(spec, rows, arguments, inputs, known_by, stop=stop, callbacks=callbacks)
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
-        watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)
+        watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", known_by)
         trainer.watch_with(watcher, make_scorer(tokenizer))
     _announce(trainer, rows, spec, resume)
     with progress, stop.listening(), explained_memory(spec):
@@ -207,14 +208,16 @@ def make_trainer(
     spec: TrainSpec,
     rows: PackedRows,
     arguments: TrainingArguments,
-    identity: Identity,
+    inputs: dict[str, Any],
+    known_by: dict[str, Any],
     *,
     stop: StopRequest,
     callbacks: Sequence[TrainerCallback],
 ) -> DistillTrainer:
     """Load the student, made trainable, and the teacher where it is to run; the Trainer that joins them with the loss.
 
-    ``arguments`` exist before the models: under ZeRO-3 they make from_pretrained shard what it loads.
+    ``arguments`` exist before the models: under ZeRO-3 they make from_pretrained shard what it loads. ``inputs`` is the
+    identity of distilled/, ``known_by`` that of checkpoints.
 
     Raises:
         UserError: parts of the recipe that contradict the plan, the models or a recording.
@@ -239,32 +242,15 @@ def make_trainer(
         spec.teacher.tokenizer(),
         refused=Path(str(arguments.output_dir)).parent / "refused",
         stop=stop,
-        recorded=(rows, identity.stage),
+        recorded=(rows, inputs),
         stored=stored,
     )
-    known_by = identity.checkpoints
     trainer = DistillTrainer(parts, identity=known_by, args=arguments, train_dataset=rows, callbacks=[*callbacks])
     trainer.remove_callback(PrinterCallback)
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
         planes, precision = (rows.input_ids_NS, rows.position_ids_NS), spec.deepspeed.autocast_dtype
         warn_of_mixed_documents(teacher or student, *planes, IN_TRAINING, autocast_dtype=precision)
     return trainer
-
-
-def _rows(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, text: Path, inputs: dict[str, Any]) -> PackedRows:
-    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
-    images = ImageReader.of(spec.settings.data, spec.teacher)
-    return rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
-
-
-def _arguments(spec: TrainSpec, run_dir: Path, resume: Path | None, *, seed: int) -> TrainingArguments:
-    """Before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads."""
-    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
-    with doing("loading DeepSpeed"):
-        join_deepspeed()
-    return training_arguments(
-        spec.settings, spec.deepspeed, output_dir=run_dir / "checkpoints", seed=seed, load_universal=universal
-    )
 
 
 def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume: Path | None) -> None:

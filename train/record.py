@@ -47,12 +47,9 @@ from .teacher.recording import (
     warn_of_versions,
     write_shard,
 )
-from .teacher.vllm_teacher import VllmTeacher, agreeing
+from .teacher.vllm_teacher import HEAD_CHUNK, VllmTeacher, agreeing
 
 log = logging.getLogger(__name__)
-
-HEAD_CHUNK = 256
-"""Tokens whose full-vocabulary logits exist at one time."""
 
 
 def record_signals(

@@ -16,11 +16,10 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from shoal.recipe.losses import term_names
 from shoal.runtime import barrier, seed_everything
 from shoal.runtime import device as own_device
 
-from .callbacks import Scorer, Watcher
+from .callbacks import Score, Scorer, Watcher
 from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
 from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
@@ -54,8 +53,6 @@ from .student.spec import TrainSpec
 from .teacher.wiring import wire
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 INPUTS = ("input_ids", "position_ids", "labels")
 """Planes that the student's forward takes of a batch; the teacher may read more."""
@@ -287,11 +284,6 @@ class ObjectiveTrainer(Trainer):
             self._parts.stop.ask("another rank was asked to stop")
         return stopped > 0
 
-    def read_curves(self) -> dict[str, float]:
-        """Curves beside those of the loss, of the objective and of what the student writes, for the steps since they
-        were last read."""
-        return self.objective.curves() | ({} if self._on_policy is None else self._on_policy.counts.read_curves())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
         logged; one that has learnt from none since the last time is not there."""
@@ -302,7 +294,9 @@ class ObjectiveTrainer(Trainer):
             # the Trainer's own sum begins anew where training goes on inside of a row
             logs["loss"] = sum(term.weight * value for term, value in zip(terms, sums, strict=True)) / steps
             logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
-            logs |= self.read_curves()
+            logs |= self.objective.curves()
+            if self._on_policy is not None:
+                logs |= self._on_policy.counts.read_curves()
             logs["seconds"] = self.row.seconds
             logs["tokens_per_s"] = steps * self.spec.tokens_per_step / max(self.row.row_seconds, 1e-9)
             if self._gradient_norm is not None:
@@ -367,18 +361,17 @@ class DistillTrainer(ObjectiveTrainer):
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""
 
+        def scored() -> Mapping[str, Score]:
+            with doing("scoring the student"), self.plain_student() as student:
+                return score(student)
+
         def logged(values: dict[str, float]) -> None:
             wanted = self.control.should_log
             self.log(values)
             self.control.should_log = wanted  # the step's own values are still to come
 
-        watcher.score, watcher.log, watcher.state = partial(self.looked_at, score), logged, self.student_state
+        watcher.score, watcher.log, watcher.state = scored, logged, self.student_state
         self.add_callback(watcher)
-
-    def looked_at(self, look: Callable[[PreTrainedModel], T]) -> T:
-        """What ``look`` sees in the student as it is now. Every rank calls this."""
-        with doing("scoring the student"), self.plain_student() as student:
-            return look(student)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
@@ -402,8 +395,7 @@ class DistillTrainer(ObjectiveTrainer):
         saving = doing(f"saving {folder.name}")
         with removed_unless_complete(folder), explained_disk_errors(folder), saving:
             super()._save_checkpoint(model, trial)
-            zero: Any = self.args.hf_deepspeed_config
-            commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
+            commit(folder, self._identity, zero_stage=self.spec.deepspeed.stage)
         if is_main():
             remove_older(folder.parent, keep=kept_checkpoints(self.spec.settings))
 

@@ -87,7 +87,13 @@ def write_texts(
         _write_batches(settings, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
     barrier()
     if is_main():
-        _sift(place, identity, keep=settings.keep)
+        if not (place / TEXTS).exists():
+            records = each(_batches(place / BATCHES), "teacher text: choosing what to keep", unit="texts")
+            kept, counts = sifted(records, keep=settings.keep)
+            write_json(place / "inputs.json", identity)
+            write_json(place / COUNTS, counts)
+            write_text(place / TEXTS, _lines(kept))  # last: once it is there, nothing else is needed
+        shutil.rmtree(place / BATCHES, ignore_errors=True)
     barrier()
     return _kept(place)
 
@@ -112,18 +118,6 @@ def _planned(
     }
     shared = folder if settings.folder is None else Path(settings.folder).expanduser()
     return shared / f"written-{fingerprint(identity)}", chosen, identity
-
-
-def _sift(place: Path, identity: dict[str, Any], *, keep: str) -> None:
-    """Bring the batches into one file. That file comes last: once it is there, nothing else is needed."""
-    if not (place / TEXTS).exists():
-        kept, counts = sifted(
-            each(_batches(place / BATCHES), "teacher text: choosing what to keep", unit="texts"), keep=keep
-        )
-        write_json(place / "inputs.json", identity)
-        write_json(place / COUNTS, counts)
-        write_text(place / TEXTS, _lines(kept))
-    shutil.rmtree(place / BATCHES, ignore_errors=True)
 
 
 def _kept(place: Path) -> list[str]:

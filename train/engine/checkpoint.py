@@ -20,7 +20,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None
     barrier()
 
 
-@contextmanager
+@contextlib.contextmanager
 def removed_unless_complete(folder: Path) -> Iterator[None]:
     """Remove the checkpoint in ``folder`` where saving it fails, unless its manifest stands there already: a rank that
     dies while the others wait for it at the end takes nothing from what is complete."""

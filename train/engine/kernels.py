@@ -170,10 +170,12 @@ class Fused:
             apply = _families()[model.config.model_type]
             off = {name: False for name in LOSSES if name in inspect.signature(apply).parameters}
             before = {id(module): set(vars(module)) for module in model.modules()}
-            shared = {type(part).__module__: dict(vars(sys.modules[type(part).__module__])) for part in _parts(model)}
+            modules = {type(part).__module__ for part in (model, decoder_body(model))}
+            shared = {name: dict(vars(sys.modules[name])) for name in modules}
             apply(model=model, **off)
             for module in model.modules():
-                self._undo.callback(_forget, module, set(vars(module)) - before[id(module)])
+                for name in set(vars(module)) - before[id(module)]:
+                    self._undo.callback(vars(module).pop, name, None)
             for name, values in shared.items():
                 for key in [key for key, value in values.items() if getattr(sys.modules[name], key) is not value]:
                     if inspect.isclass(values[key]):
@@ -190,12 +192,3 @@ def _families() -> dict[str, Callable[..., None]]:
     from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
 
     return monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
-
-
-def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    return model, decoder_body(model)
-
-
-def _forget(module: nn.Module, names: set[str]) -> None:
-    for name in names:
-        vars(module).pop(name, None)

@@ -17,8 +17,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +46,9 @@ class StopRequest:
         if self.reason is None:
             self.reason = reason
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> contextlib.AbstractContextManager[None]:
         """Take SIGINT and SIGTERM while the block runs; a second SIGINT ends this process at once."""
-        with on_stop(self._on_signal):
-            yield
+        return on_stop(self._on_signal)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name

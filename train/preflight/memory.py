@@ -145,7 +145,46 @@ class Job:
     @property
     def memory(self) -> Memory:
         """Bytes that the setting takes; docs/scaling.md has every formula in words."""
-        return _memory(self)
+        spec, student, teacher, setting = self.spec, self.student, self.teacher, self.setting
+        weights, optimizer, gradients, step = _states(self)
+        activations, one_layer = _activations(self)
+        head = _head(self)
+        on_device, host = _teacher(self)
+        communication, gathered = _buffers(self)
+        kept = not setting.offload_optimizer
+        host += spec.ranks.per_node * ((not kept) * (optimizer + gradients) + setting.offload_parameters * weights)
+        optimizer, weights = optimizer * kept, weights * (not setting.offload_parameters)
+        fixed = FIXED_BYTES["cpu" if self.on_cpu else "cuda"]
+        always = weights + optimizer + on_device + fixed
+        # gradients of an earlier micro-batch wait; ZeRO 3 has their place from the beginning
+        waiting = gradients * kept * (setting.accumulation > 1 or setting.stage == 3)
+        head_gradient = 4 * student.head * student.head_trained
+        forward = activations + max(head, head_gradient + one_layer) + waiting
+        backward = gradients * (kept or setting.stage < 2) + max(one_layer, step * kept)
+        whole = self.width * student.parameters
+        settings = spec.settings
+        # outside of training, for which ZeRO 3 gathers it whole on every rank
+        runs = settings.watch is not None or (settings.on_policy is not None and settings.on_policy.share > 0)
+        peaks = (
+            always + communication + gathered + max(forward, backward),
+            fixed + (_own_weights(self, shared=0) + on_device) * (setting.stage < 3),  # they are loaded
+            always + gradients * kept + communication + whole if runs and setting.stage == 3 else 0,
+        )
+        loading = whole
+        if setting.teacher in ("live", "offloaded"):
+            loading += spec.teacher_dtype.itemsize * teacher.parameters
+        return Memory(
+            weights=weights,
+            gradients=gradients * kept,
+            optimizer=optimizer,
+            activations=activations,
+            head=head,
+            teacher=on_device,
+            buffers=communication + gathered,
+            fixed=fixed,
+            peak=max(peaks),
+            host=max(host, spec.ranks.per_node * loading // (spec.ranks.count if setting.stage == 3 else 1)),
+        )
 
 
 def job(spec: TrainSpec) -> Job:
@@ -193,49 +232,6 @@ def optimizer_bytes(spec: TrainSpec) -> float:
     named = str((spec.deepspeed.config.get("optimizer") or {}).get("type", own)).lower()
     width = next((width for end, width in WIDTHS.items() if named.endswith(end)), 4)
     return width * MOMENTS.get(named.removeprefix("paged_").split("_")[0], 2)
-
-
-def _memory(job: Job) -> Memory:
-    spec, student, teacher, setting = job.spec, job.student, job.teacher, job.setting
-    weights, optimizer, gradients, step = _states(job)
-    activations, one_layer = _activations(job)
-    head = _head(job)
-    on_device, host = _teacher(job)
-    communication, gathered = _buffers(job)
-    kept = not setting.offload_optimizer
-    host += spec.ranks.per_node * ((not kept) * (optimizer + gradients) + setting.offload_parameters * weights)
-    optimizer, weights = optimizer * kept, weights * (not setting.offload_parameters)
-    fixed = FIXED_BYTES["cpu" if job.on_cpu else "cuda"]
-    always = weights + optimizer + on_device + fixed
-    # gradients of an earlier micro-batch wait; ZeRO 3 has their place from the beginning
-    waiting = gradients * kept * (setting.accumulation > 1 or setting.stage == 3)
-    head_gradient = 4 * student.head * student.head_trained
-    forward = activations + max(head, head_gradient + one_layer) + waiting
-    backward = gradients * (kept or setting.stage < 2) + max(one_layer, step * kept)
-    whole = job.width * student.parameters
-    settings = spec.settings
-    # outside of training, for which ZeRO 3 gathers it whole on every rank
-    runs = settings.watch is not None or (settings.on_policy is not None and settings.on_policy.share > 0)
-    peaks = (
-        always + communication + gathered + max(forward, backward),
-        fixed + (_own_weights(job, shared=0) + on_device) * (setting.stage < 3),  # they are loaded
-        always + gradients * kept + communication + whole if runs and setting.stage == 3 else 0,
-    )
-    loading = whole
-    if setting.teacher in ("live", "offloaded"):
-        loading += spec.teacher_dtype.itemsize * teacher.parameters
-    return Memory(
-        weights=weights,
-        gradients=gradients * kept,
-        optimizer=optimizer,
-        activations=activations,
-        head=head,
-        teacher=on_device,
-        buffers=communication + gathered,
-        fixed=fixed,
-        peak=max(peaks),
-        host=max(host, spec.ranks.per_node * loading // (spec.ranks.count if setting.stage == 3 else 1)),
-    )
 
 
 def _own_weights(job: Job, *, shared: int) -> int:

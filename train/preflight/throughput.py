@@ -110,7 +110,11 @@ def _timed(job: Job, wiring: Wiring, student: PreTrainedModel) -> tuple[float, i
     possible = int(PROBE_S * ASSUMED_SHARE * flops_per_second(device, dtype) / flops_per_token(job))
     length = min(spec.settings.sequence_length, max(FEWEST_TOKENS, possible))
     rows = max(1, min(job.setting.rows, possible // length))
-    batch, best = _batch(student, rows, length, device), math.inf
+    # two documents to a row: packed rows take another way through attention than whole ones
+    ids = torch.randint(0, text_config(student.config).vocab_size, (rows, length), device=device)
+    positions = torch.arange(length, device=device) % max(2, length // 2)
+    batch: dict[str, Any] = {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "labels": ids}
+    best = math.inf
     for _ in range(2):
         with doing(f"timing {rows * length:,} tokens of the objective"):
             started = now(device)
@@ -121,10 +125,3 @@ def _timed(job: Job, wiring: Wiring, student: PreTrainedModel) -> tuple[float, i
             (total / (rows * length)).backward()
             best = min(best, now(device) - started)
     return best, rows * length
-
-
-def _batch(student: PreTrainedModel, rows: int, length: int, device: torch.device) -> dict[str, Any]:
-    """Random tokens, two documents to a row: packed rows take another way through attention than whole ones."""
-    ids = torch.randint(0, text_config(student.config).vocab_size, (rows, length), device=device)
-    positions = torch.arange(length, device=device) % max(2, length // 2)
-    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "labels": ids}

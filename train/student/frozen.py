@@ -47,11 +47,9 @@ def share_frozen(
     names, ``stored``, since the student is then written from there (finished_state).
 
     Called when both are on their device and what is frozen is known, before the optimizer is made. A forward of a few
-    tokens must then give the same bits as before; if it does not, nothing is shared. Under ZeRO 3, where weights are in
-    pieces, nothing is done. ``keep``: the teacher's layer that each of the student's is.
+    tokens must then give the same bits as before; if it does not, nothing is shared. Not for ZeRO 3, where weights are
+    in pieces. ``keep``: the teacher's layer that each of the student's is.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in (*student.parameters(), *teacher.parameters())):
-        return 0
     for model in (student, teacher):
         align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
     before = _computed(student, autocast_dtype)
@@ -196,24 +194,22 @@ def finished_state(
 
 def write_student(student: PreTrainedModel, state: Mapping[str, Tensor], before: Checkpoint, folder: Path) -> None:
     """Write a trained student as a plain checkpoint: its weights as finished_state has them, all else as it lies beside
-    the weights that training began with, ``before``. The model has no adapters any more after that."""
+    the weights that training began with, ``before``. The model has no adapters any more after that.
+
+    config.json names the dtype of ``before``: transformers puts there what the model in memory has, float32 in
+    training, and whoever loads the checkpoint would get that.
+    """
     dtype = before.stored_dtype
     finished = finished_state(student, state, before.folder, dtype=dtype)
     remove_adapters(student)
     with written_folder(folder) as unfinished:
-        save_finished(student, finished, unfinished, dtype=dtype)
+        student.save_pretrained(unfinished, state_dict=finished)
+        config = student.config
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
+        config.save_pretrained(unfinished)
         copy_beside(before.folder, unfinished)  # a teacher's folder may hold much else, such as other formats
-
-
-def save_finished(student: PreTrainedModel, finished: dict[str, Tensor], folder: Path, *, dtype: torch.dtype) -> None:
-    """Write the student with these weights, and ``dtype`` in its config.json: transformers puts there what the model in
-    memory has, float32 in training, and whoever loads the checkpoint would get that."""
-    student.save_pretrained(folder, state_dict=finished)
-    config = student.config
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if part is not None:
-            part.dtype = dtype
-    config.save_pretrained(folder)
 
 
 def _holds(value: Tensor, original: Tensor) -> bool:

@@ -113,8 +113,7 @@ def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
         quantised.bias = module.bias
         # a CPU would else repack the weight in the first forward of an evaluation, and training cannot read that
         quantised.support_avx512bf16_for_cpu = False
-        parent, _, leaf = name.rpartition(".")
-        setattr(student.get_submodule(parent), leaf, quantised)
+        student.set_submodule(name, quantised)
 
 
 def adapted_modules(student: PreTrainedModel) -> dict[str, Any]:
@@ -144,5 +143,4 @@ def merge_adapters(student: PreTrainedModel) -> None:
 def remove_adapters(student: PreTrainedModel) -> None:
     """Put the modules that have adapters back as they were, so that the model is a plain one again."""
     for name, module in adapted_modules(student).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(student.get_submodule(parent), leaf, module.base_layer)
+        student.set_submodule(name, module.base_layer)

@@ -6,7 +6,7 @@ Layers are numbered as in the student where nothing else is said.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -60,11 +60,7 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys
     Raises:
         UserError: there is nothing of the kind to train.
     """
-    return replace(_named(trainable, plan, tied=tied), keys_from=keys_from)
-
-
-def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
-    keep = plan.keep
+    keep, parts = plan.keep, partial(Trained, keys_from=keys_from)
     everything = tuple(range(len(keep)))
     if trainable in ("from_first_cut", "near_gaps") and not plan.changes_layers:
         raise UserError(
@@ -74,20 +70,20 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
         )
     match trainable:
         case "all":
-            return Trained(everything, norm=True, embeddings=True, head=True, rest=True)
+            return parts(everything, norm=True, embeddings=True, head=True, rest=True)
         case "layers":
-            return Trained(everything, norm=True, rest=True)
+            return parts(everything, norm=True, rest=True)
         case "from_first_cut":
             if plan.first_change >= len(keep):
                 raise UserError(
                     "distill.trainable: from_first_cut trains the layers above the first dropped one, and this plan "
                     "drops the last ones; choose near_gaps, norm_and_head or layers"
                 )
-            return Trained(everything[plan.first_change :], norm=True)
+            return parts(everything[plan.first_change :], norm=True)
         case "near_gaps":
-            return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1)
+            return parts(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1)
         case "norm_and_head":
-            return Trained((), norm=True, embeddings=tied, head=True)
+            return parts((), norm=True, embeddings=tied, head=True)
     raise AssertionError(trainable)
 
 
@@ -158,15 +154,8 @@ def train_only(student: PreTrainedModel, trained: Trained) -> None:
     for module, is_trained in wanted:
         if module is not None:
             module.requires_grad_(is_trained)
-    _stop_at_the_lowest_trained_layer(student)
-
-
-def _stop_at_the_lowest_trained_layer(student: PreTrainedModel) -> None:
-    """Keep a backward pass from going on to the embeddings where gradient checkpointing is on.
-
-    transformers then makes what the embeddings return require a gradient, which only the reentrant kind needs (refused
-    here): all frozen layers would be run again, and differentiated, for a gradient that nobody reads.
-    """
+    # with gradient checkpointing transformers makes what the embeddings return require a gradient, which only the
+    # reentrant kind needs (refused here): all frozen layers would be run again, and differentiated, for nobody
     student.enable_input_require_grads = lambda: None
 
 

@@ -198,22 +198,15 @@ class ShardFile:
         self._layout = layout
         try:
             with safe_open(path, "pt") as file:
-                self._stamp: dict[str, str] = json.loads(file.metadata()["shoal"])
+                stamp: dict[str, str] = json.loads(file.metadata()["shoal"])
                 self._planes: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.recording, self.sha256 = stamp["recording"], stamp["sha256"]
+            """What it is a part of, and what the header says of the planes; see is_intact."""
             self.num_rows = len(self._planes["tail"])
             if {name: (p.dtype, tuple(p.shape)) for name, p in self._planes.items()} != layout.planes(self.num_rows):
                 raise ValueError("other planes than this recording has")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: is no shard of this recording ({error}); {RECORD_AGAIN}") from error
-
-    @property
-    def recording(self) -> str:
-        return self._stamp["recording"]
-
-    @property
-    def sha256(self) -> str:
-        """What the header says of the planes; see is_intact."""
-        return self._stamp["sha256"]
 
     @property
     def hashes(self) -> NDArray[np.uint8]:
