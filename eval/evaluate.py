@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Json, Provenance
-from shoal.artifacts.evaluation import MODEL, PERPLEXITY, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.inference.vllm import vllm_version
 from shoal.models.anatomy import text_config
@@ -175,20 +176,16 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
     finally:
         theirs.tqdm = bar
     endings = {key: ending for part in lm.gather_object(lm.endings) or () for key, ending in part.items()}
-    scores = (
-        ()
-        if results is None
-        else tuple(  # lm-eval gathers on rank 0
-            task_score(
-                name,
-                task,
-                results["samples"][name],
-                num_fewshot=int(task.get_config("num_fewshot") or 0),
-                count_tokens=lm.count_tokens,
-                endings=endings,
-            )
-            for name, task in tasks.items()
+    scores = tuple(
+        task_score(
+            name,
+            task,
+            results["samples"][name],
+            num_fewshot=int(task.get_config("num_fewshot") or 0),
+            count_tokens=lm.count_tokens,
+            endings=endings,
         )
+        for name, task in (tasks.items() if results else ())  # lm-eval gathers on rank 0
     )
     return agreed(lambda: scores)
 
@@ -286,11 +283,6 @@ class QuickScores:
         # and once: a Hub that does not answer must not end a training
         self._windows = agreed(lambda: windows(tokenizer, settings)) if settings.perplexity_tokens else ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the scores that a call returns."""
-        return (*([PERPLEXITY] if self._settings.perplexity_tokens else []), *self._tasks)
-
     def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
         """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
         connect_ranks(model.device)
@@ -345,7 +337,8 @@ def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_t
     for name, task in tasks.items():
         by_item = [_requests(task, doc) for doc in islice(task.eval_docs, min(SAMPLED, counts[name]))]
         # characters with which all prompts of the task begin: they are counted once, not once per item
-        shared = _shared([of_item[0][0] for of_item in by_item]) if len(by_item) > 1 else 0
+        prompts = [of_item[0][0] for of_item in by_item]
+        shared = len(commonprefix(prompts)) if len(prompts) > 1 else 0  # noqa: RUF071 - they are no paths
         scale = counts[name] / len(by_item)
         items += counts[name]
         requests += round(scale * sum(map(len, by_item)))
@@ -353,12 +346,6 @@ def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_t
         read += (shared + scale * rest) / CHARACTERS_PER_TOKEN
         written += scale * sum(_new_tokens(args) for of_item in by_item for args in of_item)
     return Work(items, requests, round(read), round(written))
-
-
-def _shared(prompts: list[str]) -> int:
-    """Characters with which all of them begin: the two that are farthest apart in the alphabet decide."""
-    first, last = min(prompts), max(prompts)
-    return next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
 
 
 def _requests(task: Any, doc: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -191,18 +191,15 @@ class CausalLM(TemplateLM):
         if missing:
             asked = [pairs[index] for index in missing]
             for scores in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
-                self._refuse_nan(scores.values())
+                # among options that are all NaN lm-eval would choose the first and go on
+                if any(math.isnan(log_prob) for log_prob, _ in scores.values()):
+                    raise UserError(
+                        f"the model's likelihoods are no numbers in {self._model.dtype}; set dtype: float32 (or "
+                        "bfloat16) in the recipe, or look for damaged weights"
+                    )
                 self.items.add([keys[missing[index]] for index in scores], list(scores.values()))
                 step(len(scores))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
-
-    def _refuse_nan(self, scores: Iterable[Score]) -> None:
-        """Among options that are all NaN lm-eval would choose the first and go on."""
-        if any(math.isnan(log_prob) for log_prob, _ in scores):
-            raise UserError(
-                f"the model's likelihoods are no numbers in {self._model.dtype}; set dtype: float32 (or bfloat16) in "
-                "the recipe, or look for damaged weights"
-            )
 
     def _score_keys(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[str]:
         return [key_of("score", *pair) for pair in pairs]
@@ -357,8 +354,6 @@ class CausalLM(TemplateLM):
         return written[:, ids.shape[1] :].tolist()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
-            return tensor
         gathered = [torch.zeros_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(gathered, tensor)
         return torch.stack(gathered) if tensor.ndim == 0 else torch.cat(gathered)

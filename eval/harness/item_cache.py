@@ -58,9 +58,6 @@ class ItemCache:
     def __len__(self) -> int:
         return len(self._known)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
     def __getitem__(self, key: str) -> Json:
         return self._known[key]
 

@@ -69,7 +69,8 @@ def task_score(
         UserError: an answer that is none of the options, or a metric that has no value per item.
     """
     metadata: dict[str, Any] = task.config.metadata or {}
-    under_filter = _one_filter(samples)
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    under_filter = sorted(first, key=lambda sample: sample["doc_id"])  # ranks hand theirs in one after the other
     check_answers(name, task, under_filter)
     metric_key = metric_of(task, under_filter[0]["metrics"])
     metric, items = _item_scores(name, task, under_filter, metric_key, count_tokens)
@@ -132,12 +133,6 @@ def item_ids(samples: Sequence[Sample]) -> list[str]:
     if all(isinstance(value, str | int) for value in ids) and max(Counter(ids).values()) == 1:
         return [str(value) for value in ids]
     return [f"{sample['doc_id']}-{sample['doc_hash'][:8]}" for sample in samples]
-
-
-def _one_filter(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples under the task's first filter, by document: ranks hand theirs in one after the other."""
-    first = samples[0]["filter"]
-    return sorted((sample for sample in samples if sample["filter"] == first), key=lambda sample: sample["doc_id"])
 
 
 def metric_of(task: Any, available: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
     folders = task_folders(settings.include_path)
     refuse_unknown(names, settings.include_path)
     described, tags = described_tasks(folders)
+    data_sets = described_data(folders).values()
     manager = _manager_that_knows([name for name in names if name not in described | tags], folders)
     both = {name for name in names if name in tags and name in manager.task_index}  # a group of files too
     members = [member for name in names for member in (*tags.get(name, (name,)), *([name] if name in both else []))]
@@ -58,13 +59,12 @@ def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
         raise UserError(f"eval.data_dir: {settings.data_dir!r} is no folder; name one that holds data sets")
     _refuse_missing(_rows_read(members, manager, folders, num_fewshot), local)
     tasks: dict[str, Any] = {}
-    with _data_from(local, folders, num_fewshot):
+    with _data_from(local, data_sets, num_fewshot):
         for member in members:
             if member in described:
                 tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
             else:
                 tasks |= _load(manager, member)
-    data_sets = described_data(folders).values()
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
         _set_ability(task, data_sets)
@@ -120,13 +120,12 @@ def _refuse_missing(files: dict[str, DataSet], data_dir: Path | None) -> None:
 
 
 @contextmanager
-def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int | None) -> Iterator[None]:
+def _data_from(data_dir: Path | None, data_sets: Collection[DataSet], num_fewshot: int | None) -> Iterator[None]:
     """Let lm-eval's tasks take described data sets from ``data_dir`` instead of the Hub, without splits it lacks.
 
     The file of few-shot examples may be missing where none are shown.
     """
     download = ConfigurableTask.download
-    data_sets = described_data(folders).values()
 
     def from_folder(self: Any, *args: Any, **kwargs: Any) -> None:
         config = self.config

@@ -41,8 +41,7 @@ def task_config(data: DataSet, protocol: TaskProtocol, data_dir: Path | None, nu
     """
     family = data.family_under(protocol)
     shots = data.shots_under(protocol) if num_fewshot is None else num_fewshot
-    metadata: Config = {"version": "1.0", "ability": data.ability, "protocol": protocol}
-    metadata["column"] = data.column or ""
+    metadata: Config = {"version": "1.0", "ability": data.ability, "protocol": protocol, "column": data.column or ""}
     if family is not None:
         metadata |= {"family": family, "level": data.level}
     if twin_of := data.twin_under(protocol):
@@ -112,7 +111,6 @@ def _generation(data: DataSet) -> Config:
 
 
 def _worked(data: DataSet) -> Config:
-    del data
     return {
         "output_type": "loglikelihood",
         "doc_to_text": "context",
@@ -125,7 +123,6 @@ def _worked(data: DataSet) -> Config:
 
 
 def _rolling(data: DataSet) -> Config:
-    del data
     return {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -206,5 +203,4 @@ TEXT_MATCHES = {
 
 def nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """Nats of the whole worked answer; samples.py divides them by its tokens."""
-    del doc
     return {"nats": -results[0][0]}

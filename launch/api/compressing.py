@@ -91,11 +91,8 @@ def measure_importance(
             num_drop=section.removals(len(decoder_layers(model))),
             seed=seed,
         )
-        inputs = {
-            **identity_of(model, seed=seed),
-            "rows": rows.fingerprint,
-            **shaping(section, Shapes.IMPORTANCE, "measure."),
-        }
+        inputs = identity_of(model, seed=seed) | {"rows": rows.fingerprint}
+        inputs |= shaping(section, Shapes.IMPORTANCE, "measure.")
         del inputs["measure.data"]  # `rows` says what it was
         importance = Importance(Provenance(inputs), **vars(scores))
         return importance if section.sweep is None else _swept(importance, model, tokenizer, section.sweep, seed=seed)
@@ -118,11 +115,10 @@ def _swept(
     """``importance`` with the atlas of single layers."""
     variants = [variant_of(component, model) for component in components_of("layer", model)]
     intact, removed = sweep(partial(VariantsLM, Edited(model), tokenizer), variants, settings, seed=seed)
-    asked = tasks_fingerprint(task_names(settings), settings.include_path)
     inputs = {
         **importance.provenance.inputs,
         **shaping(settings, Shapes.SCORES, "measure.sweep."),
-        "measure.sweep.tasks (files)": asked,
+        "measure.sweep.tasks (files)": tasks_fingerprint(task_names(settings), settings.include_path),
     }
     atlas = build_atlas(intact, removed, metrics=rankings(importance))
     return replace(importance, provenance=Provenance(inputs), atlas=atlas)

@@ -70,12 +70,8 @@ def evaluate(
         raise UserError("shoal.evaluate: tasks: names none; name some of `shoal list tasks`, or set perplexity_tokens")
     if section.perplexity_tokens:
         require_positions(model, section.sequence_length)
-    asked = tasks_fingerprint(section.tasks, section.include_path)
-    inputs = {
-        **identity_of(model, seed=seed),
-        "tasks": asked,
-        **shaping(section, Shapes.SCORES, "eval."),
-    }
+    inputs = identity_of(model, seed=seed) | {"tasks": tasks_fingerprint(section.tasks, section.include_path)}
+    inputs |= shaping(section, Shapes.SCORES, "eval.")
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
         return model_evaluation(

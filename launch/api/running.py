@@ -79,23 +79,14 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
                 opened = open_run(settings, memory=memory)
                 run_all(opened, partial(launch_distill, config=config, overrides=overrides))
         except LaunchEnded as ended:
-            raise _failure(ended) from ended
-        return _results(opened)
-
-
-def _failure(ended: LaunchEnded) -> BaseException:
-    if ended.code == 128 + signal.SIGINT:
-        return KeyboardInterrupt(ended.text)
-    return RuntimeError(
-        f"distill: ended with exit code {ended.code}; {ended.text or 'its message is on stderr, above'}"
-    )
-
-
-def _results(run: Run) -> RunResults:
-    return RunResults(
-        run.dir,
-        Importance.read(run.dir / Importance.FILE),
-        PruningPlan.read(run.dir / PruningPlan.FILE),
-        Training.read(run.dir / Training.FILE),
-        {role: Evaluation.read(run.dir / "eval" / f"{role}.json") for role in roles(run)},
-    )
+            if ended.code == 128 + signal.SIGINT:
+                raise KeyboardInterrupt(ended.text) from ended
+            reason = ended.text or "its message is on stderr, above"
+            raise RuntimeError(f"distill: ended with exit code {ended.code}; {reason}") from ended
+        return RunResults(
+            folder,
+            Importance.read(folder / Importance.FILE),
+            PruningPlan.read(folder / PruningPlan.FILE),
+            Training.read(folder / Training.FILE),
+            {role: Evaluation.read(folder / "eval" / f"{role}.json") for role in roles(opened)},
+        )

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.evaluation import CONTROL, PERPLEXITY
 from shoal.artifacts.identity import Identity
@@ -113,7 +110,11 @@ def distill(run: Run) -> None:
         raise _student_is_gone(run)
     spec = training_spec(run, plan, Ranks.here())
     control = control_spec(spec) if recipe.eval.control else None
-    train = partial(training.distill, text=run.dir / "text", make_scorer=_scorer(run))
+    from shoal.eval.evaluate import QuickScores  # takes seconds, and nobody needs it where nothing is due
+
+    watched = _watched(run)
+    scorer = watched and partial(QuickScores, settings=watched, seed=recipe.seed)
+    train = partial(training.distill, text=run.dir / "text", make_scorer=scorer)
     if run.dir in due:
         if control is not None and control_dir in due:
             with doing("working out what the control takes"):
@@ -323,16 +324,6 @@ def check_training_settings(recipe: Recipe) -> None:
     check_names(recipe.distill)
     deepspeed_config(recipe.distill)
     wandb_run.wandb_mode(recipe.track)
-
-
-def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
-    """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
-    from shoal.eval.evaluate import QuickScores
-
-    watch, scored = run.recipe.distill.watch, _watched(run)
-    if watch is None or scored is None:
-        return None
-    return partial(QuickScores, settings=scored, seed=run.recipe.seed)
 
 
 def _watched(run: Run) -> Tasks | None:

@@ -387,8 +387,7 @@ def _memory_table(job: Job, free: Free) -> list[str]:
     plain = replace(now, offload_optimizer=False, offload_parameters=False)
     rows = [(f"ZeRO {stage}", replace(plain, stage=stage)) for stage in (0, 1, 2, 3)]
     if not job.on_cpu:
-        everything = replace(plain, stage=3, offload_optimizer=True, offload_parameters=True)
-        rows.append(("ZeRO 3, all on host", everything))
+        rows.append(("ZeRO 3, all on host", replace(plain, stage=3, offload_optimizer=True, offload_parameters=True)))
     rows.append(("this recipe", now))
     other = "without" if now.checkpointing else "with"
     rows.append((f"  {other} checkpointing", replace(now, checkpointing=not now.checkpointing)))

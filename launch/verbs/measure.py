@@ -108,8 +108,7 @@ def check_measure(run: Run) -> None:
             f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
             f"{bytes_text(available_memory())} are free; lower it"
         )
-    _check_removals(run)
-    _check_room(run)
+    _check_metrics(run)
     for source in settings.data:
         load_texts(source, max_characters=1)
     if settings.sweep is not None:
@@ -122,8 +121,9 @@ def check_measure(run: Run) -> None:
             _check_mean(settings.sweep, tasks)
 
 
-def _check_removals(run: Run) -> None:
-    """Refuse greedy orders of more removals than the model has layers for."""
+def _check_metrics(run: Run) -> None:
+    """Refuse greedy orders of more removals than the model has layers for, and metrics that change or take apart
+    weights which are not all in memory."""
     from shoal.compress.metrics.registry import METRICS
 
     measure = run.recipe.measure
@@ -135,13 +135,7 @@ def _check_removals(run: Run) -> None:
                 f"measure.{setting}: {count} removals are more than the model allows, which has {run.num_layers} "
                 f"layers of which the first and the last stay; set at most {run.num_layers - 2}"
             )
-
-
-def _check_room(run: Run) -> None:
-    """Refuse metrics that change or take apart weights which are not all in memory."""
-    from shoal.compress.metrics.registry import METRICS
-
-    needy = [name for name in run.recipe.measure.metrics if METRICS[name].needs in ("gradients", "weights", "merges")]
+    needy = [name for name in measure.metrics if METRICS[name].needs in ("gradients", "weights", "merges")]
     if needy and rooms_to_share(run.teacher, run.config(), run.recipe.dtype, device()):
         raise UserError(
             f"measure.metrics: {needy[0]} needs all weights in memory, more than is free on {device()}; leave it "

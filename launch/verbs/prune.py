@@ -111,7 +111,6 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
 
 def sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
     """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
-
     from shoal.compress.sweeps.columns import expected_sacrifice
 
     if importance is None and (asked := importance_of(run)).is_there():
@@ -142,7 +141,9 @@ def plan_of(run: Run) -> Identity[PruningPlan]:
 def plan_inputs(run: Run) -> dict[str, Any]:
     """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
     of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
-    if (made := _made_in_the_lab(run)) is not None:
+    path = run.dir / PruningPlan.FILE
+    made = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
+    if LAB in made:
         return {**made, "model": run.teacher_fingerprint}
     prune = run.recipe.prune
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
@@ -153,13 +154,6 @@ def plan_inputs(run: Run) -> dict[str, Any]:
             inputs |= shaping(settings, Shapes.PLAN, f"prune.{name}.") | shaping(run.recipe, Shapes.PLAN)
             inputs[f"prune.{name}.data"] = sources_fingerprint(settings.data)
     return inputs
-
-
-def _made_in_the_lab(run: Run) -> dict[str, Any] | None:
-    """The inputs of the plan that is there, where a part of the lab made it."""
-    path = run.dir / PruningPlan.FILE
-    inputs = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
-    return inputs if LAB in inputs else None
 
 
 def read_goals(run: Run) -> Goals | None:
@@ -178,11 +172,6 @@ def read_goals(run: Run) -> Goals | None:
             check_length(run, serving.length, f"prune.target.{name}.length")
     sizes = layer_sizes(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     return goals_of(target, sizes)
-
-
-def is_settled(run: Run) -> bool:
-    """Whether all is there that layers are chosen by."""
-    return run.recipe.prune.drop is not None or importance_of(run).is_there()
 
 
 def read_importance(run: Run) -> Importance | None:
@@ -285,7 +274,7 @@ def expected_plan(run: Run) -> PruningPlan:
     """
     from shoal.compress.plan import stand_in
 
-    if is_settled(run):
+    if run.recipe.prune.drop is not None or importance_of(run).is_there():
         return choose_plan(run, read_importance(run), {})
     choice = stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     return PruningPlan(Provenance({}), run.num_layers, choice.drop, choice.reason, width=width_of(run))

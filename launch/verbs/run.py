@@ -122,12 +122,7 @@ class Run:
         return load_tokenizer(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
 
     def load_args(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "dtype": recipe.dtype,
-            "attention": recipe.attention,
-            "trust_remote_code": recipe.trust_remote_code,
-        }
+        return {key: getattr(self.recipe, key) for key in ("dtype", "attention", "trust_remote_code")}
 
 
 def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True) -> Run:
@@ -354,14 +349,10 @@ def write_story(run: Run) -> None:
     for name, kind in kinds:
         if (file := run.dir / name).is_file():
             provenance = kind.read(file).provenance
-            stages[str(file.relative_to(run.dir))] = {
-                "fingerprint": provenance.fingerprint,
-                "created": provenance.created,
-            }
-    numerics = None if run.numerics is None else asdict(run.numerics)
+            stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
     story = {
         "recipe": redacted(as_dict(run.recipe)),
-        "numerics": numerics,
+        "numerics": None if run.numerics is None else asdict(run.numerics),
         "environment": environment(),
         "stages": stages,
     }

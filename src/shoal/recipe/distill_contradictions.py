@@ -68,7 +68,13 @@ def contradictions(distill: Distill) -> Iterator[str]:
             "trained one for both models anyway; set teacher.recorded, or leave it out"
         )
     yield from _of_written_text(distill)
-    yield from _of_speed(distill)
+    if distill.lora is not None and distill.trainable == "norm_and_head":
+        yield "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable"
+    if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
+        yield (
+            "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
+            f"{distill.precision}; leave one of them out"
+        )
     if watch is not None:
         if not watch.tasks and not watch.perplexity_tokens:
             yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
@@ -107,16 +113,6 @@ def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
         yield f"distill.teacher.prefix: {place} tells no state of a layer; leave it out, or record by transformers"
 
 
-def _of_speed(distill: Distill) -> Iterator[str]:
-    if distill.lora is not None and distill.trainable == "norm_and_head":
-        yield "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable"
-    if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
-        yield (
-            "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
-            f"{distill.precision}; leave one of them out"
-        )
-
-
 def _of_sources(distill: Distill) -> Iterator[str]:
     known = term_names(distill.losses)
     strangers = [
@@ -138,14 +134,11 @@ def _of_sources(distill: Distill) -> Iterator[str]:
 def _of_images(distill: Distill) -> Iterator[str]:
     if not distill.has_images:
         return
-    samples = distill.on_policy is not None and distill.on_policy.share > 0
-    text_alone = {
-        "on_policy": (samples, "the student writes from text alone"),
-        "teacher.recorded": (distill.teacher.recorded is not None, "what a teacher says of images is not recorded"),
-    }
-    for name, (is_on, reason) in text_alone.items():
-        if is_on:
-            yield f"distill.{name}: {reason}, and a source of distill.data has images; leave one of them out"
+    images = "and a source of distill.data has images; leave one of them out"
+    if distill.on_policy is not None and distill.on_policy.share > 0:
+        yield f"distill.on_policy: the student writes from text alone, {images}"
+    if distill.teacher.recorded is not None:
+        yield f"distill.teacher.recorded: what a teacher says of images is not recorded, {images}"
 
 
 def _of_written_text(distill: Distill) -> Iterator[str]:

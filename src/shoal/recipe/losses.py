@@ -227,5 +227,3 @@ def _own_problems(term: LossTerm) -> Iterator[str]:
             layers = term.layers or ()
             if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
                 yield f"layers: names layer {twice[0]} twice; name it once"
-        case _:
-            pass
