@@ -140,12 +140,14 @@ def _column(
 ) -> ColumnReadWrite:
     assert layers.ids == prompt.ids == written.ids, "operators were swept over different items"
     interaction_NL = _losses(layers) - _losses(prompt) - _losses(written)
-    interactions, p_values = _means(interaction_NL, layers)
+    value_L = np.average(interaction_NL, axis=0, weights=layers.weights_N)
+    means_RL = resampled_means(interaction_NL, layers.weights_N)
+    p_values = bootstrap_p(means_RL, value_L, layers.effective_n).tolist()
     return ColumnReadWrite(
         layers.task.task,
         reading=read.losses,
         writing=wrote.losses,
-        interaction=interactions,
+        interaction=estimates(means_RL, value_L, layers.effective_n),
         reads=read.critical,
         writes=wrote.critical,
         interacts=tuple(layer for layer, p in enumerate(holm(p_values)) if p < ALPHA),
@@ -156,14 +158,6 @@ def _losses(column: Measured) -> Array:
     """(N, L) By how much every item is worse than with the intact model."""
     losses_NL = column.scores_NK[:, :1] - column.scores_NK[:, 1:]
     return losses_NL if column.task.higher_is_better else -losses_NL
-
-
-def _means(values_NL: Array, column: Measured) -> tuple[tuple[Estimate, ...], list[float]]:
-    """The mean of every layer with its paired bootstrap interval, and the p-values that it is 0."""
-    value_L = np.average(values_NL, axis=0, weights=column.weights_N)
-    means_RL = resampled_means(values_NL, column.weights_N)
-    n = column.effective_n
-    return estimates(means_RL, value_L, n), bootstrap_p(means_RL, value_L, n).tolist()
 
 
 def read_write_figure(parts: ReadWrite) -> Figure:

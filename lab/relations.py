@@ -229,8 +229,7 @@ class _Relation:
 
 def _queries_keys(inputs: AttentionInputs) -> _Relation:
     """The layer's own attention, before any sink takes its share."""
-    num_groups = inputs.key_BGSd.shape[1]
-    x_BGRSd = inputs.query_BHSd.unflatten(1, (num_groups, -1))
+    x_BGRSd = inputs.query_BHSd.unflatten(1, (inputs.key_BGSd.shape[1], -1))
     return _Relation(x_BGRSd, inputs.key_BGSd, inputs.scale, inputs.softcap)
 
 

@@ -10,7 +10,7 @@ L layers, N rows, V states (state n is the one after n blocks of the tower), P p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -196,7 +196,10 @@ def state_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[
     for item in each(items, "vision: states of the tower", unit="rows"):
         with _states_of(blocks) as states:
             read = _loss(model, item)
-        _add_cosines(states, cosines_VV)
+        flat = [state.flatten(0, -2) for state in states]
+        for parts in zip(*(state_PD.split(PLACES_AT_ONCE) for state_PD in flat), strict=True):
+            units_PVD = normalize(torch.stack(parts, dim=1).float(), dim=-1)
+            cosines_VV += (units_PVD @ units_PVD.mT).double().sum(0)
         num_places += states[0].shape[:-1].numel()
         # a list also where one is read: transformers takes a bare 0 for "no states are asked for"
         reading = [[state if entry == deepest else entry for entry in entries] for state in range(num_states)]
@@ -246,14 +249,6 @@ def _states_of(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
     with watched(blocks[:1], before=before), watched(blocks, after=after):
         yield states
-
-
-def _add_cosines(states: Iterable[Tensor], cosines_VV: Tensor) -> None:
-    """Add those of all pairs of ``states`` at every place, in double precision."""
-    flat = [state.flatten(0, -2) for state in states]
-    for parts in zip(*(state_PD.split(PLACES_AT_ONCE) for state_PD in flat), strict=True):
-        units_PVD = normalize(torch.stack(parts, dim=1).float(), dim=-1)
-        cosines_VV += (units_PVD @ units_PVD.mT).double().sum(0)
 
 
 def vision_figure(vision: Vision) -> Figure:

@@ -266,14 +266,11 @@ def _below(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
         inner = f"{name}.{path.stem}".strip(".")
         if path.suffix == ".py" and path.is_file():
             yield inner.removesuffix(".__init__"), path
-        elif path.is_dir() and not _skipped(path.name, name):
-            yield from _below(path, inner)
-
-
-def _skipped(folder: str, package: str) -> bool:
-    # numpy keeps its functions in _core, and transformers the same words for every family in models
-    private = folder.startswith("_") and folder != "_core"
-    return private or folder in SKIPPED or not folder.isidentifier() or (package, folder) == ("transformers", "models")
+        elif path.is_dir() and path.name not in SKIPPED and path.name.isidentifier():
+            # numpy keeps its functions in _core, and transformers the same words for every family in models
+            is_private = path.name.startswith("_") and path.name != "_core"
+            if not is_private and (name, path.name) != ("transformers", "models"):
+                yield from _below(path, inner)
 
 
 def _in_file(module: str, file: Path) -> Iterator[Documented]:

@@ -31,14 +31,12 @@ CHANNELS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Modules of one model, each with its name in ``named_modules``; a part that the model lacks is None and ""."""
+    """Modules of one model, some with their names in ``named_modules``; a part that the model lacks is None and ""."""
 
     layers: nn.ModuleList
     layers_name: str
     final_norm: nn.Module | None
-    final_norm_name: str
     embeddings: nn.Module | None
-    embeddings_name: str
     head: nn.Module | None
     head_name: str
 
@@ -52,14 +50,12 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     names = {id(module): name for name, module in model.named_modules()}
     owner, layers = _layers(model)
     norm = next((part for name in FINAL_NORMS if isinstance(part := getattr(owner, name, None), nn.Module)), None)
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     return Anatomy(
         layers,
         names[id(layers)],
         norm,
-        names.get(id(norm), ""),
-        embeddings,
-        names.get(id(embeddings), ""),
+        model.get_input_embeddings(),
         head,
         names.get(id(head), ""),
     )

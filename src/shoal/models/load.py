@@ -345,14 +345,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: one that transformers cannot read, or of no model that writes text from left to right.
     """
-    _refuse_no_decoder(folder)
-    with _explained(folder, f"config.json cannot be used ({{}}); mend it, or {DOWNLOAD_AGAIN}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def _refuse_no_decoder(folder: Path) -> None:
-    """Refuse what can be seen before transformers makes a list of layers."""
-    whole = json_or_empty(folder / "config.json")
+    whole = json_or_empty(folder / "config.json")  # shows what is wrong before transformers makes a list of layers
     for section in (whole, whole.get("text_config")):
         count = section.get("num_hidden_layers") if isinstance(section, dict) else None
         if isinstance(count, int) and not 0 < count <= MOST_LAYERS:
@@ -360,6 +353,8 @@ def _refuse_no_decoder(folder: Path) -> None:
     names = whole.get("architectures")
     if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
         raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
+    with _explained(folder, f"config.json cannot be used ({{}}); mend it, or {DOWNLOAD_AGAIN}"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def reads_images(config: PreTrainedConfig) -> bool:
