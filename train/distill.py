@@ -163,25 +163,14 @@ def distill(
     with doing("working out what training takes"):
         agreed(lambda: check_fit(spec, run_dir))
     tokenizer = spec.teacher.tokenizer()
-    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
-    images = ImageReader.of(spec.settings.data, spec.teacher)
-    rows = rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
+    rows = _rows(spec, tokenizer, text, inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
     with doing("starting the W&B run"):
         curves = [] if start_tracking() is None else [Curves(run_dir)]
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
-    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
-    with doing("loading DeepSpeed"):
-        join_deepspeed()
-    arguments = training_arguments(
-        spec.settings,
-        spec.deepspeed,
-        output_dir=run_dir / "checkpoints",
-        seed=inputs["seed"],
-        load_universal=universal,
-    )
+    arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
     callbacks = [progress, heartbeat, *curves]
     trainer = make_trainer(spec, rows, arguments, inputs, known_by, stop=stop, callbacks=callbacks)
     watcher = None
@@ -251,6 +240,22 @@ def make_trainer(
         planes, precision = (rows.input_ids_NS, rows.position_ids_NS), spec.deepspeed.autocast_dtype
         warn_of_mixed_documents(teacher or student, *planes, IN_TRAINING, autocast_dtype=precision)
     return trainer
+
+
+def _rows(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, text: Path, inputs: dict[str, Any]) -> PackedRows:
+    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
+    images = ImageReader.of(spec.settings.data, spec.teacher)
+    return rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
+
+
+def _arguments(spec: TrainSpec, run_dir: Path, resume: Path | None, *, seed: int) -> TrainingArguments:
+    """Before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads."""
+    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
+    with doing("loading DeepSpeed"):
+        join_deepspeed()
+    return training_arguments(
+        spec.settings, spec.deepspeed, output_dir=run_dir / "checkpoints", seed=seed, load_universal=universal
+    )
 
 
 def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume: Path | None) -> None:

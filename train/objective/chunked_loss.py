@@ -16,7 +16,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -91,6 +92,18 @@ class HeadLoss(NamedTuple):
     """Each term's own unweighted sum over tokens, (number of terms,), float64."""
 
 
+class How(TypedDict, total=False):
+    """How the loss at the head is computed."""
+
+    chunk: Required[int]
+    """Tokens whose logits exist at one time."""
+    inputs: Sequence[TermInput] | None
+    """One entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns from no
+    token of a chunk (on CPU, of a block), it is not computed."""
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None
+    """Runs ``block_loss``; None = nothing is compiled."""
+
+
 def chunked_head_loss(
     hidden_ND: Tensor,
     labels_N: Tensor,
@@ -99,9 +112,7 @@ def chunked_head_loss(
     student_head: Callable[..., Tensor],
     student_parameters: Sequence[Tensor],
     terms: Sequence[LogitTerm],
-    chunk: int,
-    inputs: Sequence[TermInput] | None = None,
-    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+    **how: Unpack[How],
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
@@ -110,9 +121,6 @@ def chunked_head_loss(
     the whole one.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
-    ``chunk`` tokens have logits at one time. ``inputs`` has one entry per term; None = all learn from all tokens, and
-    TAID's t is its start. Where a term learns from no token of a chunk (on CPU, of a block), it is not computed.
-    ``compiled`` runs ``block_loss``; None = nothing is compiled.
 
     Raises:
         ValueError: no tokens; an average over nothing would hide a broken label mask.
@@ -122,11 +130,12 @@ def chunked_head_loss(
         raise ValueError("no supervised token in this batch: every label is ignored")
     if isinstance(targets, TopK):
         refuse_for_top_k(terms, temperature=targets.temperature)
-    if inputs is None:
+    if (inputs := how.get("inputs")) is None:
         inputs = [TermInput(term.start if isinstance(term, TAID) else 1.0) for term in terms]
+    compiled = how.get("compiled")
     own = block_loss if compiled is None else compiled
     objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
-    return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, chunk, *student_parameters))
+    return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, how["chunk"], *student_parameters))
 
 
 def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = None) -> None:
@@ -252,30 +261,7 @@ def block_loss(
     compiled: then the gradient is ``rounded`` to the precision of the logits, and no other one reaches memory.
     """
     values_TR = logits_RV.new_zeros(len(terms), len(logits_RV), dtype=torch.float64)
-
-    def sum_up(members: Sequence[int], p: Softmax | None, q: Softmax, total: Tensor | None) -> Tensor:
-        # fills in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients
-        for index in members:
-            term = terms[index]
-            temperature = temperature_of(term)
-            values_R, gradient = token_losses(term, p, q, labels_R, share=shares[index])
-            learns_R = learns[index]
-            if learns_R is not None:
-                values_R = values_R.masked_fill(~learns_R, 0.0)
-            values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
-            # the square over the temperature by which the logits were divided
-            factor = term.weight * temperature
-            if learns_R is not None:
-                # in the pass that weighs the gradient anyway
-                factor_R1 = learns_R[:, None].to(gradient.dtype) * factor
-                total = gradient.mul_(factor_R1) if total is None else total.addcmul_(gradient, factor_R1)
-            elif total is None:
-                total = gradient if factor == 1.0 else gradient.mul_(factor)
-            elif factor != 0.0:
-                total.add_(gradient, alpha=factor)
-        assert total is not None
-        return total
-
+    sum_up = partial(_sum, _Block(terms, shares, labels_R, learns, values_TR))
     if isinstance(teacher, Coarse):
         total_RV = _coarsened(terms, logits_RV, teacher, learns, sum_up)
     else:
@@ -334,6 +320,41 @@ def _coarsened(
     # a word's share of `another` is exp(its logit - peak) / sum, which others_RV holds already but for the sum
     spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
     return spread_RV if total_RV is None else total_RV.add_(spread_RV)
+
+
+class _Block(NamedTuple):
+    """What all terms are computed of in a block, and where their values go."""
+
+    terms: Sequence[LogitTerm]
+    shares: Sequence[float | Tensor]
+    labels_R: Tensor
+    learns: Mapping[int, Tensor | None]
+    values_TR: Tensor
+
+
+def _sum(block: _Block, members: Sequence[int], p: Softmax | None, q: Softmax, total: Tensor | None) -> Tensor:
+    """Fill in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients."""
+    terms, shares, labels_R, learns, values_TR = block
+    for index in members:
+        term = terms[index]
+        temperature = temperature_of(term)
+        values_R, gradient = token_losses(term, p, q, labels_R, share=shares[index])
+        learns_R = learns[index]
+        if learns_R is not None:
+            values_R = values_R.masked_fill(~learns_R, 0.0)
+        values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
+        # the square over the temperature by which the logits were divided
+        factor = term.weight * temperature
+        if learns_R is not None:
+            # in the pass that weighs the gradient anyway
+            factor_R1 = learns_R[:, None].to(gradient.dtype) * factor
+            total = gradient.mul_(factor_R1) if total is None else total.addcmul_(gradient, factor_R1)
+        elif total is None:
+            total = gradient if factor == 1.0 else gradient.mul_(factor)
+        elif factor != 0.0:
+            total.add_(gradient, alpha=factor)
+    assert total is not None
+    return total
 
 
 def compiles(terms: Sequence[LossTerm]) -> bool:
