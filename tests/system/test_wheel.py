@@ -101,7 +101,7 @@ from shoal.launch.help.names import LISTS
 from shoal.recipe.deepspeed_file import read_deepspeed
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.evaluate import CONFIGS_DIR
-names = {kind: [entry["name"] for entry in LISTS[kind]()] for kind in ("recipes", "tasks", "suites", "cluster")}
+names = {kind: [*LISTS[kind]()] for kind in ("recipes", "tasks", "suites", "cluster")}
 for name in names["recipes"]:
     read_deepspeed(load_recipe(name).distill.deepspeed)
 places = [shoal.__file__, shoal.compress.__file__, str(CONFIGS_DIR), *sys.path]
@@ -114,7 +114,7 @@ def test_what_is_shipped_is_found_from_an_empty_folder(python: Path, alone: dict
     found, (code, stage, configs, *path) = json.loads(
         run(python, "-Pc", FIND, cwd=tmp_path, env=alone).splitlines()[-1]
     )
-    assert found == {kind: [entry["name"] for entry in LISTS[kind]()] for kind in found}
+    assert found == {kind: [*LISTS[kind]()] for kind in found}
     assert all(Path(place).is_relative_to(python.parents[1]) for place in (code, stage, configs))
     assert str(ROOT / "src") not in path
     assert "node-a" in (Path(configs) / "cluster/hostfile").read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
     plan, out = narrowed(folder, settings(text, kv_groups=1 if name in BOTH else None))
     assert plan.width is not None
     teacher = load_model(folder, dtype="float32", attention="eager").double()
-    student: Any = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").double()
+    student: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager").double()
     config = text_config(student.config)
     assert getattr(config, FIELDS.get(name, "intermediate_size")) == 32
     with ExitStack() as stack:
