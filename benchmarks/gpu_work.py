@@ -32,7 +32,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from benchmarks.gpu_cases import Case, Size, recipe_of
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.surgery.narrow_config import student_config
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -158,7 +158,7 @@ def spec_of(case: Case, size: Size, folder: Path) -> TrainSpec:
     config = size.config
     run = open_run(parse_recipe(recipe_of(case, size, write_config(config, folder / "teacher"))))
     load = LoadSettings(**run.load_args())
-    plan = PruningPlan(Provenance({}), size.layers, size.drop, "the benchmark's")
+    plan = Plan(Provenance({}), size.layers, size.drop, "the benchmark's")
     student = student_config(config, plan.keep)
     own = {"on_host": size.same_everywhere}
     spec = train_spec(

@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from shoal.artifacts.evaluation import ROLES, Evaluation, TaskScore
+from shoal.artifacts.evaluation import ROLES, Scores, TaskScore
 from shoal.artifacts.training import Training
 from shoal.stats.paired import interval
 
@@ -145,7 +145,7 @@ def pooled(runs: Sequence[Path], folder: Path) -> Path:
     for role in ROLES:
         files = [run / "eval" / f"{role}.json" for run in runs]
         if all(file.is_file() for file in files):
-            evaluations = [Evaluation.read(file) for file in files]
+            evaluations = [Scores.read(file) for file in files]
             tasks = tuple(pooled_task(same) for same in zip(*(own.tasks for own in evaluations), strict=True))
             replace(evaluations[0], tasks=tasks).write(folder / "eval" / f"{role}.json")
     return folder

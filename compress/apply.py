@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
@@ -49,13 +49,13 @@ def changes_of(prune: Prune) -> tuple[Change, ...]:
 
 def apply_plan(
     teacher_folder: Path,
-    plan: PruningPlan,
+    plan: Plan,
     out: Path,
     *,
     changes: Sequence[Change] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
-) -> PruningPlan:
+) -> Plan:
     """Write the student of ``plan``, with ``changes``, to the folder ``out``, which appears only when it is complete
     and proven. Returns ``plan`` with what the changes found.
 
@@ -101,7 +101,7 @@ def apply_plan(
     return plan
 
 
-def _teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:
+def _teacher(folder: Path, out: Path, plan: Plan, *, trust_remote_code: bool) -> Teacher:
     if folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out}: is the teacher's own folder, or holds it; choose another one for the student")
     if has_tokenizer(folder):  # a damaged one is refused
@@ -132,7 +132,7 @@ def _shall_run(teacher: Teacher, *, in_float32: bool) -> bool:
     return not reason
 
 
-def _route(teacher: Teacher, plan: PruningPlan) -> tuple[PreTrainedModel, Copy | None]:
+def _route(teacher: Teacher, plan: Plan) -> tuple[PreTrainedModel, Copy | None]:
     """The teacher without its weights, and what there is to copy; None where the student must be made in memory."""
     plain, quantisation = without_quantization(teacher.config)
     skeleton, loading = load_without_data(plain, teacher.shapes)
@@ -167,7 +167,7 @@ def _with_tensors(
         return None, changed_tensors(skeleton, {}, load, teacher.stored, {})
 
 
-def _write_from_memory(teacher: Teacher, plan: PruningPlan, folder: Path, new: Sequence[NewTensors]) -> None:
+def _write_from_memory(teacher: Teacher, plan: Plan, folder: Path, new: Sequence[NewTensors]) -> None:
     model = teacher.load()
     with doing("prune: writing the student"):
         layers = {layer: as_stored(model, layer, own) for own in new for layer in own.names}
@@ -178,7 +178,7 @@ def _write_from_memory(teacher: Teacher, plan: PruningPlan, folder: Path, new: S
 
 
 def _planned_behaviour(
-    teacher: Teacher, plan: PruningPlan, changes: Sequence[Change], new: Sequence[NewTensors], *, in_float32: bool
+    teacher: Teacher, plan: Plan, changes: Sequence[Change], new: Sequence[NewTensors], *, in_float32: bool
 ) -> Behaviour:
     model = teacher.load(dtype="float32" if in_float32 else "stored")
     with ExitStack() as stack:

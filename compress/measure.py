@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Scores:
+class LayerScores:
     """The measured part of shoal.artifacts.importance.Importance; a lower score means: remove first."""
 
     num_layers: int
@@ -45,7 +45,7 @@ def measure_importance(
     attention_mask_NS: Tensor | None = None,
     num_drop: int | None = None,
     seed: int = 0,
-) -> Scores:
+) -> LayerScores:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
@@ -71,7 +71,7 @@ def measure_importance(
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
         results |= PASSES[need](model, calibration, names)
-    scores = Scores(len(decoder_layers(model)), int(calibration.mask_NS.sum()))
+    scores = LayerScores(len(decoder_layers(model)), int(calibration.mask_NS.sum()))
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
         result = results[name]

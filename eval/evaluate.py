@@ -23,7 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Json, Provenance
-from shoal.artifacts.evaluation import MODEL, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, Scores, TaskScore
 from shoal.errors import UserError
 from shoal.inference.vllm import vllm_version
 from shoal.models.anatomy import text_config
@@ -64,7 +64,7 @@ class Questions:
 
 def role_evaluation(
     role: str, checkpoint: Checkpoint, questions: Questions, *, inputs: dict[str, Json], items: Path | None = None
-) -> Evaluation:
+) -> Scores:
     """The artifact of one role: its scores, parameters, layers and the size of its weights in ``checkpoint``.
 
     All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
@@ -78,7 +78,7 @@ def role_evaluation(
         started = time.monotonic()
         with vllm_lm(checkpoint, seed=questions.seed) as lm:
             scores = scored(lm, questions)
-        return Evaluation(
+        return Scores(
             provenance=Provenance(inputs, environment() | {"vllm": vllm_version()}),
             role=role,
             tasks=scores,
@@ -104,7 +104,7 @@ def model_evaluation(
     inputs: dict[str, Json],
     num_bytes: int,
     items: Path | None = None,
-) -> Evaluation:
+) -> Scores:
     """The same of a model in eval mode, whose weights take ``num_bytes``."""
     started, cache = time.monotonic(), ItemCache()
     if items is not None:
@@ -119,7 +119,7 @@ def model_evaluation(
         dist.all_reduce(counts)
     packed = getattr(model.config, "quantization_config", None) is not None
     whole = without_data(model.config) if packed else model
-    return Evaluation(
+    return Scores(
         provenance=Provenance(inputs, environment()),
         role=role,
         tasks=scores,

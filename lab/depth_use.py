@@ -22,7 +22,7 @@ import numpy as np
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate, Importance, SweepColumn
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.sweeps.atlas import spearman
 from shoal.compress.sweeps.table import read_items
 from shoal.errors import UserError
@@ -183,7 +183,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
         raise UserError("shoal lab depth_use: needs layers swept over tasks; name some in measure.sweep.tasks")
     found = made_from_teacher(run)
     require_models_of_this_run(run, {"teacher": run.teacher, **found})
-    kept = dict.fromkeys(found, PruningPlan.read(run.dir / PruningPlan.FILE).keep if found else ())
+    kept = dict.fromkeys(found, Plan.read(run.dir / Plan.FILE).keep if found else ())
     if settings.beside is not None:
         found[BESIDE], kept[BESIDE] = resolved(settings.beside, None), every
         require_same_tokenizer({"teacher": run.teacher, **found}, trust_remote_code=run.recipe.trust_remote_code)

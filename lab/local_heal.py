@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from shoal import runtime
 from shoal.artifacts.identity import Identity
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -104,7 +104,7 @@ def work(run: Run, settings: Settings) -> str:
     return "\n".join([*told, train(run, spec, inputs, folder)])
 
 
-def gaps(plan: PruningPlan) -> tuple[Gap, ...]:
+def gaps(plan: Plan) -> tuple[Gap, ...]:
     """The gaps that ``plan`` leaves, from the bottom up.
 
     A gap at the very bottom has no layer before it: the first kept one learns to work on embeddings.

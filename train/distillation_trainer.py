@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.data.packing import PackedRows
 from shoal.data.sources import Dataset, documents_of
 from shoal.data.streams import pack
@@ -327,7 +327,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
             )
         # nobody reads more of them than how many there are
         gone, width = tuple(range(kept, num_layers)), known_width(model, teacher or model)
-        plan = PruningPlan(Provenance({}), num_layers, gone, reason="not known", width=width)
+        plan = Plan(Provenance({}), num_layers, gone, reason="not known", width=width)
     spec = train_spec(original, student, plan, section, Record(), Ranks.here())
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.recipe.prune import Calibration
 
 from ..surgery.teacher import Teacher
@@ -27,7 +27,7 @@ Tensors = Mapping[str, Tensor]
 class NewTensors:
     """What a change has made of a teacher."""
 
-    plan: PruningPlan
+    plan: Plan
     """The plan, with what was found."""
     names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """The teacher's layers that stay and get new tensors -> which."""
@@ -50,7 +50,7 @@ class Change(Protocol):
         """The text that it is decided on; None = none is read."""
         ...
 
-    def sizes(self, teacher: Teacher, plan: PruningPlan) -> Teacher:
+    def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """``teacher`` by its configuration and headers as if it were changed.
 
         Raises:
@@ -58,7 +58,7 @@ class Change(Protocol):
         """
         ...
 
-    def tensors(self, teacher: Teacher, plan: PruningPlan, *, seed: int) -> NewTensors:
+    def tensors(self, teacher: Teacher, plan: Plan, *, seed: int) -> NewTensors:
         """The new tensors, made from ``teacher`` as it is.
 
         Raises:
@@ -70,6 +70,6 @@ class Change(Protocol):
         """A block in which the teacher ``model`` answers as it will when it is changed."""
         ...
 
-    def words(self, teacher: PreTrainedModel, plan: PruningPlan) -> str:
+    def words(self, teacher: PreTrainedModel, plan: Plan) -> str:
         """What a dry run says of it; ``teacher`` is without weights."""
         ...

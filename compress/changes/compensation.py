@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS
@@ -32,7 +32,7 @@ class Compensation:
 
     calibration: Compensate
 
-    def sizes(self, teacher: Teacher, plan: PruningPlan) -> Teacher:
+    def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """The teacher as it is: no size changes."""
         refuse_quantised(teacher.folder, teacher.config, section=self.SECTION)
         if 0 in plan.drop:
@@ -42,7 +42,7 @@ class Compensation:
             )
         return teacher
 
-    def tensors(self, teacher: Teacher, plan: PruningPlan, *, seed: int) -> NewTensors:
+    def tensors(self, teacher: Teacher, plan: Plan, *, seed: int) -> NewTensors:
         """What is fitted, gap by gap."""
         with calibrating(teacher, self.calibration, section=self.SECTION, seed=seed) as (source, rows):
             found = compensate(source, plan.drop, self.calibration, rows)
@@ -62,7 +62,7 @@ class Compensation:
         """The new tensors in the places of the old."""
         return tensors_in_place(model, {layer: as_stored(model, layer, new) for layer in new.names})
 
-    def words(self, teacher: PreTrainedModel, plan: PruningPlan) -> str:
+    def words(self, teacher: PreTrainedModel, plan: Plan) -> str:
         """Method and memory."""
         needed = needed_bytes(
             teacher, self.calibration, num_features=needed_features(teacher, plan.drop, self.calibration)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.artifacts.plan import KeptWidth, PruningPlan, indices_of, mask_of
+from shoal.artifacts.plan import KeptWidth, Plan, indices_of, mask_of
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
@@ -65,7 +65,7 @@ class Narrowing:
 
     calibration: Width
 
-    def sizes(self, teacher: Teacher, plan: PruningPlan) -> Teacher:
+    def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """Configuration and tensors as small as they will be: from their start on, where their bytes have a place."""
         own = self._sizes(teacher)
         places = (place for layer in self._places(teacher, own).values() for place in layer.values())
@@ -86,7 +86,7 @@ class Narrowing:
         ]
         return replace(teacher, config=own.config, shards=shards)
 
-    def tensors(self, teacher: Teacher, plan: PruningPlan, *, seed: int) -> NewTensors:
+    def tensors(self, teacher: Teacher, plan: Plan, *, seed: int) -> NewTensors:
         """The slices that stay, read from the files one layer at a time."""
         own, width = self._sizes(teacher), kept_width(teacher.config, self.calibration)
         with calibrating(teacher, self.calibration, section=self.SECTION, seed=seed) as (source, rows):
@@ -113,7 +113,7 @@ class Narrowing:
         }
         return sizes_of(Path(str(model.name_or_path)), model.config, width).masked(model, units)
 
-    def words(self, teacher: PreTrainedModel, plan: PruningPlan) -> str:
+    def words(self, teacher: PreTrainedModel, plan: Plan) -> str:
         """Text and memory."""
         asked = self.calibration
         return f"width: chosen on {asked.num_tokens:,} tokens, {in_words(needed_bytes(teacher, asked))}"

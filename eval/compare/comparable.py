@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import MODEL, NATS_PER_TOKEN, PERPLEXITY, Evaluation, TaskScore
+from shoal.artifacts.evaluation import MODEL, NATS_PER_TOKEN, PERPLEXITY, Scores, TaskScore
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.models.load import load_tokenizer
@@ -126,7 +126,7 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
     return Common(tuple(tasks), tuple(left_out), precision)
 
 
-def score_of(evaluation: Evaluation, task: str) -> TaskScore:
+def score_of(evaluation: Scores, task: str) -> TaskScore:
     """The score of ``task``, which it has."""
     return next(score for score in evaluation.tasks if score.task == task)
 

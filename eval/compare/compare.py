@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import MODEL, ROLES, Evaluation, Speed, SpeedScore, TaskScore
+from shoal.artifacts.evaluation import MODEL, ROLES, Scores, Speed, SpeedScore, TaskScore
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
@@ -52,7 +52,7 @@ class Model:
     contender: Contender
     """Run that the scores are from; of a teacher the first run that evaluated it."""
     role: str
-    evaluation: Evaluation
+    evaluation: Scores
     cells: tuple[Cell, ...]
     """One cell per task, in their order."""
     speed: SpeedScore | None
@@ -157,7 +157,7 @@ def _question(contender: Contender, role: str, task: str) -> Question:
     return role, content_of(contender.run.evaluations[role]) or contender.letter, task
 
 
-def content_of(evaluation: Evaluation) -> str | None:
+def content_of(evaluation: Scores) -> str | None:
     """Fingerprint of the weights that were scored."""
     return evaluation.provenance.inputs.get("model")
 
@@ -180,7 +180,7 @@ def run_beside(contenders: Sequence[Contender]) -> Contender:
     return next(contender for contender in contenders if not contender.is_model)
 
 
-def teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evaluation | None:
+def teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Scores | None:
     """The run's own evaluation of its teacher, else another run's of the same one; of a checkpoint see run_beside."""
     if contender.is_model:
         contender = run_beside(contenders)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.artifacts.evaluation import Evaluation, Interval, TaskScore
+from shoal.artifacts.evaluation import Interval, Scores, TaskScore
 from shoal.stats.intervals import Array, combined
 from shoal.stats.paired import form_gap, kept_change, kept_influences, no_retention, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS
@@ -22,7 +22,7 @@ from .compare import Cell, Model, RunComparison, teacher_of
 
 HEADLINE = ("twin", "out", "public")
 """Columns outside the form of the training text."""
-Scores = Mapping[str, TaskScore]
+TaskScores = Mapping[str, TaskScore]
 """Scores by task name."""
 CONTROLLED = {"form learnt": ("teacher", "control"), "still lost": ("control", "distilled")}
 """What a control tells -> roles before and after."""
@@ -137,7 +137,9 @@ def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standi
     return Standing(model, mean_kept(model.cells, groups.weights), against, kept, _form(scores, groups))
 
 
-def _change(teacher: Scores, before: Scores, after: Scores, weights: Mapping[str, float]) -> Interval | None:
+def _change(
+    teacher: TaskScores, before: TaskScores, after: TaskScores, weights: Mapping[str, float]
+) -> Interval | None:
     """The weighted change of the share kept of ``teacher``; None where there is no share to keep.
 
     Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
@@ -152,7 +154,7 @@ def _change(teacher: Scores, before: Scores, after: Scores, weights: Mapping[str
     return weighted_sum(list(weights.values()), changes, correlations)
 
 
-def _form(scores: Scores, groups: Groups) -> Interval | None:
+def _form(scores: TaskScores, groups: Groups) -> Interval | None:
     usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
     twins = [scores[name] for name, task in usable.items() if task.twin_of in usable]
     twins = [twin for twin in twins if share_items(scores[twin.twin_of], twin)]
@@ -169,7 +171,7 @@ def _together(scores: Sequence[TaskScore]) -> Array:
     return np.array([[float(bool(own & other)) for other in items] for own in items])
 
 
-def by_task(evaluation: Evaluation) -> Scores:
+def by_task(evaluation: Scores) -> TaskScores:
     """The scores of an evaluation by task name."""
     return {task.task: task for task in evaluation.tasks}
 
@@ -188,7 +190,7 @@ def weighted_sum(scales: Sequence[float], limits: Sequence[tuple[float, float, f
     return Interval(round(value, 12), round(low, 12), round(high, 12))
 
 
-def _correlation(scores: Scores, moves: Mapping[str, Mapping[str, float]], first: str, other: str) -> float:
+def _correlation(scores: TaskScores, moves: Mapping[str, Mapping[str, float]], first: str, other: str) -> float:
     """How far two tasks err together, by how each item moves them; 0 where they share no items."""
     if first == other:
         return 1.0

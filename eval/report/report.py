@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure
 from shoal.figures.layers import depth_figure, importance_figure
@@ -120,7 +120,7 @@ def _score_figures(run: Run) -> dict[str, Figure]:
     return figures | ({"before_after": before_after_figure(single)} if any(own.tasks for own in single) else {})
 
 
-def _outside(families: Sequence[Ladder], run: Run) -> list[Evaluation]:
+def _outside(families: Sequence[Ladder], run: Run) -> list[Scores]:
     """The evaluations without the tasks of these families, which have a figure of their own; whole where none is."""
     levelled = {(score.task, score.protocol) for ladder in families for own in ladder.scores.values() for score in own}
     roles = list(run.evaluations.values())

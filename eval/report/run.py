@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, differences
-from shoal.artifacts.evaluation import MODEL, ROLES, Evaluation, Speed
+from shoal.artifacts.evaluation import MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
 
@@ -27,9 +27,9 @@ class Run:
     folder: Path
     recipe: dict[str, Any] | None
     importance: Importance | None
-    plan: PruningPlan | None
+    plan: Plan | None
     training: Training | None
-    evaluations: dict[str, Evaluation]
+    evaluations: dict[str, Scores]
     speed: Speed | None
     numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
@@ -63,14 +63,14 @@ def read_run(folder: Path) -> Run:
     evaluations = {
         role: evaluation
         for role in (*ROLES, MODEL)
-        if (evaluation := read_result(Evaluation, folder / "eval" / f"{role}.json")) is not None
+        if (evaluation := read_result(Scores, folder / "eval" / f"{role}.json")) is not None
     }
     run_file = _read_json(folder / "run.json")
     run = Run(
         folder=folder,
         recipe=run_file.get("recipe"),
         importance=read_result(Importance, folder / Importance.FILE),
-        plan=read_result(PruningPlan, folder / PruningPlan.FILE),
+        plan=read_result(Plan, folder / Plan.FILE),
         training=read_result(Training, folder / Training.FILE),
         evaluations=evaluations,
         speed=read_result(Speed, folder / Speed.FILE),
@@ -99,7 +99,7 @@ def _refuse_mixed_runs(run: Run) -> None:
                 f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
                 "move it back to its own name, or run `shoal eval` again"
             )
-    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
+    verbs = {Importance: "measure", Plan: "prune", Training: "distill"}
     for subject, entries in _identities(run).items():
         (first, _, expected), *others = entries or [("", "", None)]
         for file, field, value in others:
@@ -144,14 +144,14 @@ def _identities(run: Run) -> dict[str, list[tuple[str, str, Any]]]:
     if run.plan:
         cut = {role: run.evaluations[role] for role in ("pruned", "distilled") if role in run.evaluations}
         told["the depth"] = [
-            (PruningPlan.FILE, "keep", len(run.plan.keep)),
+            (Plan.FILE, "keep", len(run.plan.keep)),
             *((f"eval/{role}.json", "num_layers", evaluation.num_layers) for role, evaluation in cut.items()),
         ]
         whole = (run.plan, run.importance) if run.importance else ()
         told["the model"] = [(part.FILE, "num_layers", part.num_layers) for part in whole]
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
         dropped = list(run.training.provenance.inputs["prune.drop"])
-        told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
+        told["the cut"] = [(Plan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
     return told
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import LAB, PlannedChange, PruningPlan
+from shoal.artifacts.plan import LAB, Plan, PlannedChange
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.compress.surgery.proof import behaviour, prove_by_files, prove_by_run
 from shoal.compress.surgery.quantised import without_quantization
@@ -71,11 +71,11 @@ def write_student(
     asked = {f"{LAB}.{key}": value for key, value in as_dict(settings).items()}
     inputs = {"model": run.teacher_fingerprint, LAB: part, **asked, "seed": run.recipe.seed, **read}
     words, num_layers = edited.change.words, run.num_layers
-    plan = PruningPlan(
+    plan = Plan(
         Provenance(inputs), num_layers, edited.drop, f"shoal lab {part}: {words}", edited.keep, (edited.change,)
     )
     _name_zeros(edited)
-    out, path = run.dir / "student", run.dir / PruningPlan.FILE
+    out, path = run.dir / "student", run.dir / Plan.FILE
     path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
     with written_folder(out, key=fingerprint(inputs)) as folder:
         with doing(f"{part}: writing the student"):

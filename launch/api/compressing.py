@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of
 from shoal.compress.plan import choose_changes
@@ -133,7 +133,7 @@ def choose_layers(
     contiguous: bool = False,
     protect: Sequence[int | Literal["cornerstone"]] = Prune.protect,
     spare: Sequence[str] = (),
-) -> PruningPlan:
+) -> Plan:
     """The layers to drop, the least important ones.
 
     Args:
@@ -172,10 +172,10 @@ def choose_layers(
         "importance": importance.provenance.fingerprint,
         **shaping(settings, Shapes.PLAN, "prune."),
     }
-    return PruningPlan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason)
+    return Plan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason)
 
 
-def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreTrainedModel:
+def cut_model(model: PreTrainedModel, drop: Sequence[int] | Plan) -> PreTrainedModel:
     """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
 
     ``model`` stays as it is, and nothing is shared with it. The new one computes to the bit what ``model`` computes
@@ -194,7 +194,7 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
         >>> student.save_pretrained("student")
     """
     require_usable(model)
-    if not isinstance(drop, PruningPlan):
+    if not isinstance(drop, Plan):
         return surgery.cut_model(model, drop)
     if (num_layers := len(decoder_layers(model))) != drop.num_layers:
         raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")

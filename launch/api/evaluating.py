@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Tabular
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.errors import UserError
 from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
@@ -33,7 +33,7 @@ def evaluate(
     role: str = "model",
     seed: int = 0,
     **settings: Any,
-) -> Evaluation:
+) -> Scores:
     """The scores of ``model`` on ``tasks``, each with its 95 % interval and its items.
 
     The items are the first ones of every task, the same for every model and seed, so that two evaluations can be
@@ -83,8 +83,8 @@ def evaluate(
 class ScoreChanges(Tabular):
     """What changed from one evaluation to another, item by item."""
 
-    before: Evaluation
-    after: Evaluation
+    before: Scores
+    after: Scores
     changes: dict[str, PairedDifference]
     """Changes by task, after - before, of the tasks that both have."""
 
@@ -112,7 +112,7 @@ class ScoreChanges(Tabular):
         ]
 
 
-def compare(before: Evaluation, after: Evaluation) -> ScoreChanges:
+def compare(before: Scores, after: Scores) -> ScoreChanges:
     """The change from ``before`` to ``after`` on every task that both have, with its 95 % interval over the items.
 
     Both models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).

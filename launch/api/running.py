@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from shoal.artifacts.artifact import Tabular
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
 from shoal.errors import explained_paths
@@ -33,9 +33,9 @@ class RunResults(Tabular):
     folder: Path
     """The run directory."""
     importance: Importance
-    plan: PruningPlan
+    plan: Plan
     training: Training
-    evaluations: dict[str, Evaluation]
+    evaluations: dict[str, Scores]
     """Evaluations by role: teacher, pruned, distilled, and control where the recipe asks for it."""
 
     @property
@@ -86,7 +86,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
         return RunResults(
             folder,
             Importance.read(folder / Importance.FILE),
-            PruningPlan.read(folder / PruningPlan.FILE),
+            Plan.read(folder / Plan.FILE),
             Training.read(folder / Training.FILE),
-            {role: Evaluation.read(folder / "eval" / f"{role}.json") for role in roles(opened)},
+            {role: Scores.read(folder / "eval" / f"{role}.json") for role in roles(opened)},
         )

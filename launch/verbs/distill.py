@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.evaluation import CONTROL, PERPLEXITY
 from shoal.artifacts.identity import Identity
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import ImageReader
@@ -138,7 +138,7 @@ def distill(run: Run) -> None:
         log.info("distill: %s", control_dir / "distilled")
 
 
-def training_spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
+def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
     """The training of the student of ``plan``, whether student/ is there or not."""
     from shoal.compress.surgery.narrow_config import student_config
     from shoal.train.student.spec import train_spec
@@ -174,7 +174,7 @@ def what_is_trained(run: Run) -> list[str] | None:
     return told
 
 
-def trainings(run: Run, plan: PruningPlan) -> dict[Path, Identity[Training]]:
+def trainings(run: Run, plan: Plan) -> dict[Path, Identity[Training]]:
     """What this recipe trains, by folder: the student, and the control where eval.control asks for it."""
     asked = {run.dir: training_inputs(run, plan)}
     if run.recipe.eval.control:
@@ -182,7 +182,7 @@ def trainings(run: Run, plan: PruningPlan) -> dict[Path, Identity[Training]]:
     return {folder: Identity(Training, folder / Training.FILE, inputs, "distill") for folder, inputs in asked.items()}
 
 
-def _due(run: Run, plan: PruningPlan) -> dict[Path, dict[str, Any]]:
+def _due(run: Run, plan: Plan) -> dict[Path, dict[str, Any]]:
     """What identifies each of the trainings whose model is still to be made."""
     return {
         folder: asked.inputs
@@ -210,7 +210,7 @@ def refuse_other_checkpoints(run: Run) -> None:
     from shoal.train.distill import checkpoint_inputs
     from shoal.train.engine.checkpoint import last_complete
 
-    if not (run.dir / PruningPlan.FILE).is_file():
+    if not (run.dir / Plan.FILE).is_file():
         return
     if not _has_model(run.dir / "student") and not _has_model(run.dir / "distilled"):
         raise _student_is_gone(run)
@@ -224,7 +224,7 @@ def refuse_other_checkpoints(run: Run) -> None:
         last_complete(folder / "checkpoints", identity, by_manifest=True)
 
 
-def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+def training_inputs(run: Run, plan: Plan) -> dict[str, Any]:
     """The identity of distilled/. Where student/ is gone, distill.json alone still knows which one it was."""
     student, trained, cut = run.dir / "student", run.dir / Training.FILE, dict[str, Any]()
     if _has_model(student):
@@ -234,7 +234,7 @@ def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     return _inputs(run, {"prune.drop": list(plan.drop), **cut})
 
 
-def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+def control_inputs(run: Run, plan: Plan) -> dict[str, Any]:
     """The identity of control/distilled/: no student, and of the plan what decides how the control is trained."""
     from shoal.train.student.control import control_identity
 
@@ -295,7 +295,7 @@ def check_distill(run: Run) -> None:
             "writes RUN_DIR/signals, or name the folder that it wrote"
         )
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
-    if not (run.dir / PruningPlan.FILE).is_file():
+    if not (run.dir / Plan.FILE).is_file():
         stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
     distill = recipe.distill

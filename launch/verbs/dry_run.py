@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from shoal.artifacts.evaluation import CONTROL
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.formatting import aligned, bytes_text, count_text, duration_text, layers_text
 from shoal.machine import flops_per_second, free_disk, ranks_to_start
 from shoal.models.anatomy import text_config
@@ -136,7 +136,7 @@ def distill_dry_run(run: Run) -> str:
     """
     check_training_settings(run.recipe)
     check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
-    has_plan = (run.dir / PruningPlan.FILE).is_file()
+    has_plan = (run.dir / Plan.FILE).is_file()
     told = training_estimate(run, read_plan(run) if has_plan else expected_plan(run)).told
     return f"{NOTHING_WRITTEN} and nothing is trained\n\n{told}"
 
@@ -168,7 +168,7 @@ def _prune(run: Run) -> Stage:
     return Stage("prune", state, "; ".join(filter(None, [why, plan.reason])), None, num_bytes, told)
 
 
-def _cut(run: Run, plan: PruningPlan) -> tuple[str, int]:
+def _cut(run: Run, plan: Plan) -> tuple[str, int]:
     """cut_estimate of this run."""
     from shoal.compress.apply import changes_of
 
@@ -215,7 +215,7 @@ def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
 
 def cut_estimate(
     folder: Path,
-    plan: PruningPlan,
+    plan: Plan,
     out: Path,
     *,
     dtype: str = "stored",
@@ -265,7 +265,7 @@ def cut_estimate(
 
 
 def _stored_bytes(
-    teacher: Teacher, sized: Teacher, models: tuple[PreTrainedModel, PreTrainedModel], plan: PruningPlan
+    teacher: Teacher, sized: Teacher, models: tuple[PreTrainedModel, PreTrainedModel], plan: Plan
 ) -> tuple[int, int]:
     """Bytes of the tensors in the files of teacher and student; ``sized`` is the teacher with its changes.
 
@@ -310,7 +310,7 @@ def _sizes(costs: tuple[Cost, Cost], stored: tuple[int, int], width: float, leng
     ]
 
 
-def training_estimate(run: Run, plan: PruningPlan) -> Stage:
+def training_estimate(run: Run, plan: Plan) -> Stage:
     """What training the student of ``plan`` takes on this machine, with its control.
 
     Raises:

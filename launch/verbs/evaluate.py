@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import CONTROL, MODEL, Evaluation, Speed
+from shoal.artifacts.evaluation import CONTROL, MODEL, Scores, Speed
 from shoal.artifacts.identity import Identity
 from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
@@ -45,9 +45,9 @@ def roles(run: Run) -> dict[str, Path]:
     return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
 
 
-def scores_of(run: Run, role: str, inputs: dict[str, Any]) -> Identity[Evaluation]:
+def scores_of(run: Run, role: str, inputs: dict[str, Any]) -> Identity[Scores]:
     """eval/<role>.json as ``inputs`` make it, which are those of eval_inputs."""
-    return Identity(Evaluation, run.dir / "eval" / f"{role}.json", inputs, "eval")
+    return Identity(Scores, run.dir / "eval" / f"{role}.json", inputs, "eval")
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     return {role: own for role, own in inputs.items() if role in due}
 
 
-def _other_code(scored: Evaluation) -> str:
+def _other_code(scored: Scores) -> str:
     """Which version of matching or of lm-eval made these scores; "" = those of today."""
     from shoal.abilities.matching import MATCHING
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import LAB, KeptWidth, PruningPlan
+from shoal.artifacts.plan import LAB, KeptWidth, Plan
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
@@ -78,28 +78,28 @@ def what_is_cut(run: Run) -> list[str] | None:
     return plan_of(run).changed() if (run.dir / "student" / "config.json").is_file() else None
 
 
-def read_plan(run: Run) -> PruningPlan:
+def read_plan(run: Run) -> Plan:
     """plan.json of this run; made first where it is missing.
 
     Raises:
         UserError: it belongs to another model, to other settings, or to another student.
     """
-    if not (run.dir / PruningPlan.FILE).is_file():
-        log.info("needs %s, pruning first", PruningPlan.FILE)
+    if not (run.dir / Plan.FILE).is_file():
+        log.info("needs %s, pruning first", Plan.FILE)
         prune(run)
     else:
         plan_of(run).require()
     return _plan_of_its_student(run)
 
 
-def _plan_of_its_student(run: Run) -> PruningPlan:
+def _plan_of_its_student(run: Run) -> Plan:
     """plan.json, as student/ was made by it.
 
     Raises:
         UserError: one of the two was changed after the cut.
     """
-    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
-    plan = PruningPlan.read(path)
+    path, student = run.dir / Plan.FILE, run.dir / "student"
+    plan = Plan.read(path)
     is_there = plan.student and (student / "config.json").is_file()
     if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(
@@ -109,7 +109,7 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     return plan
 
 
-def sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
+def sacrifice(run: Run, importance: Importance | None, plan: Plan) -> Sequence[str]:
     """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
     from shoal.compress.sweeps.columns import expected_sacrifice
 
@@ -133,16 +133,16 @@ def _calibration_text(run: Run) -> dict[str, Any]:
     return {}
 
 
-def plan_of(run: Run) -> Identity[PruningPlan]:
+def plan_of(run: Run) -> Identity[Plan]:
     """plan.json as this recipe makes it."""
-    return Identity(PruningPlan, run.dir / PruningPlan.FILE, plan_inputs(run), "prune")
+    return Identity(Plan, run.dir / Plan.FILE, plan_inputs(run), "prune")
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
     """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
     of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
-    path = run.dir / PruningPlan.FILE
-    made = PruningPlan.read(path).provenance.inputs if path.is_file() else {}
+    path = run.dir / Plan.FILE
+    made = Plan.read(path).provenance.inputs if path.is_file() else {}
     if LAB in made:
         return {**made, "model": run.teacher_fingerprint}
     prune = run.recipe.prune
@@ -214,14 +214,14 @@ def refuse_impossible_plan(run: Run) -> None:
 
     stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     refuse_unmeasured(run)
-    refuse_impossible_changes(run, PruningPlan(Provenance({}), run.num_layers, (), "not chosen yet"))
+    refuse_impossible_changes(run, Plan(Provenance({}), run.num_layers, (), "not chosen yet"))
     if run.recipe.prune.drop is not None:
         plan = choose_plan(run, None, {})
         refuse_impossible_changes(run, plan)
         refuse_unfit_student(run, plan)
 
 
-def refuse_impossible_changes(run: Run, plan: PruningPlan) -> None:
+def refuse_impossible_changes(run: Run, plan: Plan) -> None:
     """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
     from shoal.compress.apply import changes_of
     from shoal.compress.surgery.teacher import read_teacher
@@ -237,7 +237,7 @@ def refuse_impossible_changes(run: Run, plan: PruningPlan) -> None:
         teacher = change.sizes(teacher, plan)
 
 
-def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
+def refuse_unfit_student(run: Run, plan: Plan) -> None:
     """Refuse a plan that no configuration can express, and one whose student llama.cpp would take for
     another model where a GGUF file is to be written."""
     from shoal.compress.surgery.narrow_config import student_config
@@ -249,7 +249,7 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
         refuse_misread(student)
 
 
-def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
+def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> Plan:
     """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
 
     Raises:
@@ -263,10 +263,10 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
     told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
     reason = "; ".join(filter(None, [choice.reason, *told]))
-    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width_of(run))
+    return Plan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width_of(run))
 
 
-def expected_plan(run: Run) -> PruningPlan:
+def expected_plan(run: Run) -> Plan:
     """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so.
 
     Raises:
@@ -277,7 +277,7 @@ def expected_plan(run: Run) -> PruningPlan:
     if run.recipe.prune.drop is not None or importance_of(run).is_there():
         return choose_plan(run, read_importance(run), {})
     choice = stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
-    return PruningPlan(Provenance({}), run.num_layers, choice.drop, choice.reason, width=width_of(run))
+    return Plan(Provenance({}), run.num_layers, choice.drop, choice.reason, width=width_of(run))
 
 
 def width_of(run: Run) -> KeptWidth | None:

@@ -21,9 +21,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact
-from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Evaluation, Speed
+from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.errors import UserError
@@ -340,10 +340,10 @@ def write_story(run: Run) -> None:
     stages = {}
     kinds: list[tuple[str, type[Artifact]]] = [
         (Importance.FILE, Importance),
-        (PruningPlan.FILE, PruningPlan),
+        (Plan.FILE, Plan),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
-        *((f"eval/{role}.json", Evaluation) for role in (*ROLES, MODEL)),
+        *((f"eval/{role}.json", Scores) for role in (*ROLES, MODEL)),
         (Speed.FILE, Speed),
     ]
     for name, kind in kinds:

@@ -30,7 +30,7 @@ from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import copying, proof
@@ -44,8 +44,8 @@ from shoal.models.resolve import resolve_model
 Change = Callable[[Path], object]
 
 
-def plan(drop: tuple[int, ...], num_layers: int = NUM_LAYERS) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers, drop, "named by the test")
+def plan(drop: tuple[int, ...], num_layers: int = NUM_LAYERS) -> Plan:
+    return Plan(Provenance({}), num_layers, drop, "named by the test")
 
 
 def sharded(path: Path, row: str, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "60KB") -> Path:

@@ -19,7 +19,7 @@ from unequal_layers import LENGTH, OUTSIDE, PARAMETERS, SCORES, TOKEN_BYTES, siz
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.components import Component
 from shoal.compress.apply import apply_plan
 from shoal.compress.layer_sizes import LayerSizes, goals_of, layer_sizes
@@ -37,7 +37,7 @@ UNLIKE = ("deepseek_v3", "qwen3_next", "nemotron_h", "jamba", "lfm2_moe")
 
 def written(teacher: Path, out: Path, num_layers: int, drop: tuple[int, ...] = DROP) -> int:
     """Bytes of the tensors in the files of a student without these layers."""
-    apply_plan(teacher, PruningPlan(Provenance({}), num_layers, drop, "named by the test"), out)
+    apply_plan(teacher, Plan(Provenance({}), num_layers, drop, "named by the test"), out)
     return sum(tensor.end - tensor.start for shard in read_shards(out) for tensor in shard.tensors.values())
 
 

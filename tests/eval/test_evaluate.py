@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from ranks import call_on_ranks
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from shoal.artifacts.evaluation import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Scores, TaskScore
 from shoal.errors import UserError
 from shoal.eval.evaluate import Questions, role_evaluation
 from shoal.eval.harness.engine import CausalLM
@@ -72,7 +72,7 @@ def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
         "pruned", Checkpoint.read(folder, LoadSettings()), Questions(settings, 0), inputs={"model": "m"}
     )
     made.write(tmp_path / "pruned.json")
-    assert Evaluation.read(tmp_path / "pruned.json") == made
+    assert Scores.read(tmp_path / "pruned.json") == made
     assert (made.role, made.num_layers, made.provenance.inputs) == ("pruned", 6, {"model": "m"})
     assert made.num_bytes > 0
     assert made.num_parameters == sum(p.numel() for p in model.parameters())

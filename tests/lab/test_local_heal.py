@@ -15,7 +15,7 @@ from training_runs import Trial, finished, prepare
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -24,9 +24,9 @@ from shoal.lab.local_heal import Gap, Settings, gaps, heal_gaps
 from shoal.models.anatomy import decoder_layers
 
 
-def plan(keep: tuple[int, ...]) -> PruningPlan:
+def plan(keep: tuple[int, ...]) -> Plan:
     drop = tuple(layer for layer in range(NUM_LAYERS) if layer not in keep)
-    return PruningPlan(Provenance({}), num_layers=NUM_LAYERS, drop=drop, reason="")
+    return Plan(Provenance({}), num_layers=NUM_LAYERS, drop=drop, reason="")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from training_runs import Trial, finished, prepare
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.data.packing import IGNORED
 from shoal.lab import relations
@@ -29,7 +29,7 @@ from shoal.train.objective.objective import final_hidden
 
 POSITIONS = torch.stack([torch.cat([torch.arange(7), torch.arange(5)]), torch.cat([torch.arange(3), torch.arange(9)])])
 """Two rows of two documents each."""
-CUT = PruningPlan(Provenance({}), num_layers=6, drop=(2, 3), reason="")
+CUT = Plan(Provenance({}), num_layers=6, drop=(2, 3), reason="")
 
 
 def labels() -> Tensor:
@@ -155,7 +155,7 @@ def test_attention_relation_is_that_of_the_models_own_attention(family: str, imp
         model.set_attn_implementation("eager")
         own.append(model(input_ids=ids, position_ids=POSITIONS, use_cache=False, output_attentions=True).attentions)
         model.set_attn_implementation(implementation)
-    whole = PruningPlan(Provenance({}), num_layers=num_layers, drop=(), reason="")
+    whole = Plan(Provenance({}), num_layers=num_layers, drop=(), reason="")
     term = AttentionRelation(layers=tuple(range(num_layers)))
     loss = run(RelationLosses((term,), whole, student, teacher), student, teacher)
     expected = 0.0

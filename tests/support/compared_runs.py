@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation, Interval, ItemScore, Speed, SpeedScore, TaskScore
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.evaluation import Interval, ItemScore, Scores, Speed, SpeedScore, TaskScore
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.eval.compare.compare import Cell
 from shoal.eval.compare.figure import ParetoPoint
@@ -99,9 +99,9 @@ def write_run(
         made = Provenance(INPUTS | {"model": contents[role]} | (inputs or {}), versions)
         count = 8 if role in ("teacher", "control") else layers
         found = tuple(map(change, scores(share)))
-        Evaluation(made, role, found, count * 10**6, count, count * 2 * 10**6, 9.0).write(folder / f"eval/{role}.json")
+        Scores(made, role, found, count * 10**6, count, count * 2 * 10**6, 9.0).write(folder / f"eval/{role}.json")
     of_teacher = {"model": teacher}
-    PruningPlan(Provenance(of_teacher, versions), 8, drop, "as the recipe says").write(folder / "plan.json")
+    Plan(Provenance(of_teacher, versions), 8, drop, "as the recipe says").write(folder / "plan.json")
     if "distilled" in roles:
         trained = Provenance(of_teacher | {"student": contents["pruned"]}, versions)
         Training(trained, 10, 82_000, 1800.0, (), {}, {}, 10**9).write(folder / "distill.json")

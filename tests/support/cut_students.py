@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PlannedChange, PruningPlan
+from shoal.artifacts.plan import Plan, PlannedChange
 
 
-def plan(
-    *drop: int, num_layers: int = 10, keep: tuple[int, ...] = (), changes: tuple[PlannedChange, ...] = ()
-) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers, drop, "", keep, changes)
+def plan(*drop: int, num_layers: int = 10, keep: tuple[int, ...] = (), changes: tuple[PlannedChange, ...] = ()) -> Plan:
+    return Plan(Provenance({}), num_layers, drop, "", keep, changes)
 
 
 def names(student: Any) -> set[str]:

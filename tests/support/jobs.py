@@ -9,7 +9,7 @@ import torch
 from tiny import NUM_LAYERS, tiny_config
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Record
 from shoal.train.preflight.memory import Job, job
@@ -24,11 +24,11 @@ ONE_RANK = Ranks(1, 1, CPU)
 ROWS, LENGTH = 3, 64
 
 
-def dropping(*layers: int, num_layers: int = NUM_LAYERS) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers, layers, "")
+def dropping(*layers: int, num_layers: int = NUM_LAYERS) -> Plan:
+    return Plan(Provenance({}), num_layers, layers, "")
 
 
-def spec_of(settings: Distill, plan: PruningPlan, *, student_layers: int, **changes: Any) -> TrainSpec:
+def spec_of(settings: Distill, plan: Plan, *, student_layers: int, **changes: Any) -> TrainSpec:
     """Of a llama on one rank of a CPU."""
     load = LoadSettings(changes.pop("dtype", "stored"))
     teacher, student = (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import BatchSpeed, Evaluation, ItemScore, Speed, SpeedScore, TaskScore
+from shoal.artifacts.evaluation import BatchSpeed, ItemScore, Scores, Speed, SpeedScore, TaskScore
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PlannedChange, PruningPlan
+from shoal.artifacts.plan import Plan, PlannedChange
 from shoal.artifacts.training import Training
 from shoal.eval.harness.rates import with_rates
 from shoal.recipe.recipe import parse_recipe
@@ -36,10 +36,8 @@ def importance() -> Importance:
     return Importance(provenance(), NUM_LAYERS, 20_000, layers, runs)
 
 
-def plan(drop: tuple[int, ...] = DROP, changes: tuple[PlannedChange, ...] = ()) -> PruningPlan:
-    return PruningPlan(
-        provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance", (), changes
-    )
+def plan(drop: tuple[int, ...] = DROP, changes: tuple[PlannedChange, ...] = ()) -> Plan:
+    return Plan(provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance", (), changes)
 
 
 def training() -> Training:
@@ -76,7 +74,7 @@ def nats(role: str, n: int = 60) -> TaskScore:
     return _with_interval(draft)
 
 
-def evaluation(role: str, tasks: tuple[TaskScore, ...] | None = None) -> Evaluation:
+def evaluation(role: str, tasks: tuple[TaskScore, ...] | None = None) -> Scores:
     own = (
         nats(role),
         choice(role, "retrieval_continuation", "retrieval", "continuation"),
@@ -84,9 +82,7 @@ def evaluation(role: str, tasks: tuple[TaskScore, ...] | None = None) -> Evaluat
         choice(role, "reasoning_generation", "reasoning", "generation", chance=0.0, share=0.0),
     )
     layers = NUM_LAYERS if role == "teacher" else NUM_LAYERS - len(DROP)
-    return Evaluation(
-        provenance(), role, own if tasks is None else tasks, layers * 10**6, layers, layers * 4 * 10**6, 9.0
-    )
+    return Scores(provenance(), role, own if tasks is None else tasks, layers * 10**6, layers, layers * 4 * 10**6, 9.0)
 
 
 def speed() -> Speed:
@@ -153,14 +149,14 @@ NATS = (
 )
 
 
-def quickstart(role: str) -> Evaluation:
+def quickstart(role: str) -> Scores:
     """An evaluation with the numbers of README's table."""
     place = tuple(SKILL).index(role)
     tasks = [_counted(role, *how, right[place]) for *how, right in QUICKSTART]  # pyright: ignore[reportCallIssue]
     tasks += [_spread(role, *how, mean[place]) for *how, mean in NATS]  # pyright: ignore[reportCallIssue]
     layers = 30 if role == "teacher" else 24
     parameters = 134_515_008 - (30 - layers) * 3_540_096
-    return Evaluation(provenance(), role, tuple(tasks), parameters, layers, 2 * parameters, 100.0)
+    return Scores(provenance(), role, tuple(tasks), parameters, layers, 2 * parameters, 100.0)
 
 
 FORMED = (
@@ -188,7 +184,7 @@ FORMED_NATS = (
 FORMED_ROLES = ("teacher", "pruned", "control", "distilled")
 
 
-def formed(role: str, columns: Collection[str] = ("in", "twin", "out", "public", "")) -> Evaluation:
+def formed(role: str, columns: Collection[str] = ("in", "twin", "out", "public", "")) -> Scores:
     """An evaluation in which the distilled model has learnt the form of look-ups, and a control as well."""
     place, tasks = FORMED_ROLES.index(role), []
     for name, ability, protocol, chance, column, twin_of, right in FORMED:
@@ -226,7 +222,7 @@ def write_quickstart(folder: Path) -> Path:
     write_run(folder, recipe={"model": "demo:smollm2-135m"})
     depth = {"block_influence": tuple(0.1 + 0.01 * abs(layer - 15) for layer in range(30))}
     Importance(provenance(), 30, 20_000, depth, {}).write(folder / "importance.json")
-    PruningPlan(provenance(), 30, (12, 13, 14, 21, 25, 26), "named in the recipe").write(folder / "plan.json")
+    Plan(provenance(), 30, (12, 13, 14, 21, 25, 26), "named in the recipe").write(folder / "plan.json")
     for role in SKILL:
         quickstart(role).write(folder / "eval" / f"{role}.json")
     sources = {name: {"documents": 80, "tokens": 1234, "split": 7} for name in ("python_docs", "ability_texts")}

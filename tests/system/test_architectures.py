@@ -18,7 +18,7 @@ from exactness import DOCUMENT, document, document_row, documented_rows, examine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import config_cut
 from shoal.compress.surgery.cut_model import cut_model, refuse_changed_layers, skipped
@@ -45,7 +45,7 @@ def test_cuts_of_a_family_are_exact_or_refused_as_documented(name: str) -> None:
 def test_a_model_that_reads_images_is_cut_file_by_file(name: str, tmp_path: Path) -> None:
     teacher, drop = tiny_model(name), (2, 4)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
-    plan = PruningPlan(Provenance({}), 6, drop, "as the test wants")
+    plan = Plan(Provenance({}), 6, drop, "as the test wants")
     apply_plan(tmp_path / "teacher", plan, tmp_path / "student")
     student = load_model(tmp_path / "student")
     align_weights(student)

@@ -18,7 +18,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.launch.verbs import distill as distilling
 from shoal.launch.verbs import evaluate, measure, prune
 from shoal.launch.verbs import run as run_module
@@ -179,7 +179,7 @@ OF_CONTENT = ("model", "data", "tokenizer", "tasks", "importance", "prompts", "d
 
 def identities(run: Run) -> dict[str, dict[str, Any]]:
     """What identifies every result of a run that drops layers 1 and 2."""
-    recipe, plan = run.recipe, PruningPlan(Provenance({}), num_layers=run.num_layers, drop=(1, 2), reason="")
+    recipe, plan = run.recipe, Plan(Provenance({}), num_layers=run.num_layers, drop=(1, 2), reason="")
     training = distilling.training_inputs(run, plan)
     return {
         "importance": measure.measure_inputs(run),

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from training_runs import KEEPING, MANY_STEPS, STEPS, Trial, unfinished, wait_for, write_recipe
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.evaluation import Evaluation, Speed
+from shoal.artifacts.evaluation import Scores, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.training import Training
 from shoal.ranks import free_port
@@ -364,7 +364,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
             stage("eval", path, *small, tasks, "eval.speed=false", ranks=1)
         else:
             finished(launch("eval.py", path, *small, tasks, "eval.speed=false", ranks=2))
-        found.append(Evaluation.read(path.parent / "run" / "eval" / "teacher.json"))
+        found.append(Scores.read(path.parent / "run" / "eval" / "teacher.json"))
     for one, two in zip(found[0].tasks, found[1].tasks, strict=True):
         assert (one.task, one.n) == (two.task, two.n)
         assert two.score == pytest.approx(one.score, abs=1e-5)
@@ -380,7 +380,7 @@ def test_the_control_is_trained_after_the_student_and_scored_beside_it(pruned, t
     assert "after the student the uncut teacher is trained on the same rows" in log
     stage("eval", path, *control, ranks=1)
     found = path.parent / "run" / "eval"
-    roles = {role: Evaluation.read(found / f"{role}.json") for role in ("teacher", "pruned", "control", "distilled")}
+    roles = {role: Scores.read(found / f"{role}.json") for role in ("teacher", "pruned", "control", "distilled")}
     assert {evaluation.role: evaluation.num_layers for evaluation in roles.values()} == {
         "teacher": 6,
         "pruned": 4,

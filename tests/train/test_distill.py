@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.machine import Choice
 from shoal.models.load import Checkpoint, LoadSettings
@@ -32,7 +32,7 @@ from shoal.train.student.spec import Ranks, train_spec
 
 def check(whole, cut, record=None, **settings):
     teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in (whole, cut))
-    plan = PruningPlan(Provenance({}), num_layers=6, drop=(), reason="")
+    plan = Plan(Provenance({}), num_layers=6, drop=(), reason="")
     ranks = Ranks(1, 1, torch.device("cpu"))
     check_distillable(train_spec(teacher, student, plan, Distill(**settings), record or Record(), ranks))
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import IGNORED, PackedRows
 from shoal.errors import UserError
@@ -266,7 +266,7 @@ def all_frozen() -> PreTrainedModel:
         ({"drop": (1, 3)}, r"drop: is \[1, 3\], and by its configuration the student lacks \[2, 3\]; give the layers"),
         (
             {"trainable": "from_first_cut", "drop": (2, 3), "model": of_unknown_cut((1, 2))},
-            r"model: its layer 1 should be the teacher's, .* give drop=PruningPlan.read",
+            r"model: its layer 1 should be the teacher's, .* give drop=Plan.read",
         ),
         (
             {"trainable": "from_first_cut", "model": with_other_embeddings()},
@@ -309,7 +309,7 @@ def test_a_student_says_itself_which_layers_are_gone_and_what_makes_up_for_them(
     assert trainer_of(tmp_path, student, teacher, trainable="near_gaps").spec.plan.drop == DROP
     gap = ClosedGap(2, 3, 1.5, True, 1, 1, 1, 1)
     setattr(student.config, CLOSED_GAPS, [asdict(gap)])
-    for drop in (None, DROP, PruningPlan(Provenance({}), 6, DROP, "")):
+    for drop in (None, DROP, Plan(Provenance({}), 6, DROP, "")):
         spec = trainer_of(tmp_path, student, teacher, trainable="from_first_cut", drop=drop).spec
         assert spec.plan.gaps == (gap,)
         assert spec.shared_layers == 1  # as above

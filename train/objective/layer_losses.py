@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.document_masks import document_starts
@@ -75,7 +75,7 @@ def _version(state: Tensor) -> int:
     return 0 if state.is_inference() else state._version
 
 
-def layer_map(plan: PruningPlan, kind: Literal["gap_closing", "own"]) -> tuple[int, ...]:
+def layer_map(plan: Plan, kind: Literal["gap_closing", "own"]) -> tuple[int, ...]:
     """For every student layer the teacher layer after which its target state is found.
 
     `own`: the layer itself; for a merged or replaced run its last one, since the run's new layer stands for all of it.
@@ -91,7 +91,7 @@ def layer_map(plan: PruningPlan, kind: Literal["gap_closing", "own"]) -> tuple[i
     return tuple(ends.get(layer, layer) for layer in plan.keep)
 
 
-def layer_pairs(term: HiddenStates, plan: PruningPlan, *, num_shared: int = 0) -> tuple[tuple[int, int], ...]:
+def layer_pairs(term: HiddenStates, plan: Plan, *, num_shared: int = 0) -> tuple[tuple[int, int], ...]:
     """(student layer, teacher layer) of every comparison that ``term`` makes.
 
     Layers that it does not name are all from the first whose pair is not equal from the start. New layers stand for
@@ -144,7 +144,7 @@ class StateLosses:
     def __init__(
         self,
         terms: Sequence[StateTerm],
-        plan: PruningPlan,
+        plan: Plan,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         *,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.models.anatomy import text_config
 from shoal.recipe.distill import Distill
 from shoal.recipe.losses import HiddenStates, LossTerm, StateTerm
@@ -37,7 +37,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     return replace(
         spec,
         student=spec.teacher,
-        plan=PruningPlan(plan.provenance, plan.num_layers, (), reason="the control is not cut"),
+        plan=Plan(plan.provenance, plan.num_layers, (), reason="the control is not cut"),
         settings=replace(settings, losses=losses),
         trained=trained,
         frozen_layers=frozen,
@@ -45,7 +45,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     )
 
 
-def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
+def control_identity(settings: Distill, plan: Plan) -> dict[str, Any]:
     """What of ``plan`` shapes the control: which parts are trained, and the whole of it where a loss compares states.
 
     Raises:
@@ -60,7 +60,7 @@ def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
     return identity
 
 
-def _in_teacher(trained: Trained, trainable: str, plan: PruningPlan) -> Trained:
+def _in_teacher(trained: Trained, trainable: str, plan: Plan) -> Trained:
     """``trained`` of the student of ``plan`` in the teacher's numbers; what a cut has removed inside it is trained."""
     if trainable == "near_gaps":
         return replace(trained, layers=tuple(sorted({plan.keep[layer] for layer in trained.layers})))
@@ -68,7 +68,7 @@ def _in_teacher(trained: Trained, trainable: str, plan: PruningPlan) -> Trained:
     return replace(trained, layers=tuple(range(trained.layers[0], plan.num_layers)) if trained.layers else ())
 
 
-def _of_equal_layers(term: LossTerm, plan: PruningPlan, *, num_shared: int) -> LossTerm:
+def _of_equal_layers(term: LossTerm, plan: Plan, *, num_shared: int) -> LossTerm:
     if not isinstance(term, HiddenStates):
         return term
     targets = tuple(target for _, target in layer_pairs(term, plan, num_shared=num_shared))

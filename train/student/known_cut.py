@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import ClosedGap, KeptWidth, PruningPlan
+from shoal.artifacts.plan import ClosedGap, KeptWidth, Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import CHANNELS, anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 
-Drop = Collection[int] | PruningPlan
+Drop = Collection[int] | Plan
 
 
-def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | None) -> PruningPlan | None:
+def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | None) -> Plan | None:
     """The plan that leads from ``teacher`` to ``student``: ``drop``, or what the student's configuration says.
 
     What makes up for dropped layers, and how wide layers are, is that of a plan that says so, else what the
@@ -34,8 +34,8 @@ def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | 
     if cut is None:
         return None
     plan = cut
-    if not isinstance(plan, PruningPlan):
-        plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
+    if not isinstance(plan, Plan):
+        plan = Plan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
     wrong = [*plan.contradictions()]
     if plan.num_layers != num_layers or len(plan.keep) != kept:
         wrong.append(
@@ -85,7 +85,7 @@ def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_
             if leaf not in twins or not _holds_the_same(weight.data, twins[leaf].data):
                 raise UserError(
                     f"model: {name} should be the teacher's, as nothing so far down is said to have changed, and is "
-                    "not; give drop=PruningPlan.read(...) of the plan.json that it was cut by, which names all "
+                    "not; give drop=Plan.read(...) of the plan.json that it was cut by, which names all "
                     "changes, or, where it has been trained, set trainable to 'layers' or 'all'"
                 )
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config
@@ -56,7 +56,7 @@ class TrainSpec:
 
     teacher: Checkpoint
     student: Checkpoint
-    plan: PruningPlan
+    plan: Plan
     settings: Distill
     record: Record
     """Section of the recipe that says what recorded signals hold."""
@@ -140,7 +140,7 @@ class TrainSpec:
 
 
 def train_spec(
-    teacher: Checkpoint, student: Checkpoint, plan: PruningPlan, settings: Distill, record: Record, ranks: Ranks
+    teacher: Checkpoint, student: Checkpoint, plan: Plan, settings: Distill, record: Record, ranks: Ranks
 ) -> TrainSpec:
     """Describe the training of ``student``, which ``plan`` has cut from ``teacher``. What the log should say once per
     training of its settings is said here.
@@ -175,7 +175,7 @@ def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
         )
 
 
-def student_parts(student: Checkpoint, plan: PruningPlan, settings: Distill) -> Trained:
+def student_parts(student: Checkpoint, plan: Plan, settings: Distill) -> Trained:
     """The parts of the student of ``plan`` that are trained.
 
     Raises:

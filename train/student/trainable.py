@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, text_config
 from shoal.models.checkpoint_files import ZEROED_WEIGHTS
@@ -49,7 +49,7 @@ def keys_from(config: Any) -> int | None:
     return min((max(layer for layer, kind in enumerate(own) if kind == read) for read in users & {*own}), default=None)
 
 
-def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys_from: int | None = None) -> Trained:
+def trained_parts(trainable: str, plan: Plan, *, tied: bool = False, keys_from: int | None = None) -> Trained:
     """The parts that ``distill.trainable`` means for the student of ``plan``.
 
     A layer is next to a gap if a teacher's layer right below or above it is gone. A changed layer counts as one, since
@@ -87,7 +87,7 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys
     raise AssertionError(trainable)
 
 
-def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
+def _near_gaps(plan: Plan) -> tuple[int, ...]:
     kept = list(enumerate(plan.keep))
     near = {layer for layer, index in kept if index in plan.changed} - {*plan.new_layers}
     near |= {place for new in plan.new_layers for place in (new - 1, new, new + 1) if place < len(kept)}
@@ -101,7 +101,7 @@ def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
     return tuple(sorted(near))
 
 
-def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
+def shares_prefix(trained: Trained, plan: Plan) -> int:
     """How many of the lowest layers can be run once for teacher and student: those that are equal and stay so.
 
     That is more than none where ``plan`` leaves the first layer as it is, and ``trained`` comes from from_first_cut,
@@ -114,7 +114,7 @@ def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
     return min([plan.first_change, *trained.layers[:1], *read])
 
 
-def recorded_layers(trained: Trained, plan: PruningPlan, settings: Distill) -> int:
+def recorded_layers(trained: Trained, plan: Plan, settings: Distill) -> int:
     """How many of the lowest layers ``distill.teacher.prefix`` spares both models.
 
     Raises:
@@ -129,7 +129,7 @@ def recorded_layers(trained: Trained, plan: PruningPlan, settings: Distill) -> i
     )
 
 
-def parts_of(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Trained:
+def parts_of(student: PreTrainedModel, trainable: str, plan: Plan) -> Trained:
     """The parts of this student, which may be built without its weights, that ``distill.trainable`` means.
 
     Raises:

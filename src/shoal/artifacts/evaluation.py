@@ -111,7 +111,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Evaluation(Tabular, Artifact):
+class Scores(Tabular, Artifact):
     """eval/<role>.json: the abilities of one model."""
 
     role: str

@@ -110,7 +110,7 @@ class PlannedChange:
 
 
 @dataclass(frozen=True)
-class PruningPlan(Artifact):
+class Plan(Artifact):
     """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
 
     FILE: ClassVar[str] = "plan.json"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.figures.style import (
     DROPPED,
     FAINT,
@@ -53,13 +53,13 @@ class DepthColumn:
     """Layers without which the task is significantly worse."""
 
 
-def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[DepthColumn, ...]:
+def depth_columns(importance: Importance, plan: Plan | None) -> tuple[DepthColumn, ...]:
     """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics."""
     columns = {column.name: column for column in _all_columns(importance, plan)}
     return tuple(sorted(columns.values(), key=lambda column: not column.decided))
 
 
-def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:
+def depth_figure(plan: Plan, importance: Importance | None) -> Figure:
     """The stack of layers, 0 on top where text comes in, and beside it up to five columns of importance."""
     columns = depth_columns(importance, plan)[:MAX_COLUMNS] if importance else ()
     row = min(MAX_ROW_INCHES, MAX_HEIGHT_INCHES / plan.num_layers)
@@ -73,7 +73,7 @@ def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:
     return figure
 
 
-def _all_columns(importance: Importance, plan: PruningPlan | None) -> Iterator[DepthColumn]:
+def _all_columns(importance: Importance, plan: Plan | None) -> Iterator[DepthColumn]:
     chosen_by = set(_chosen_by(plan))
     if atlas := importance.atlas:
         for column in atlas.columns:
@@ -92,7 +92,7 @@ def _all_columns(importance: Importance, plan: PruningPlan | None) -> Iterator[D
         yield DepthColumn(name if length == 1 else f"{name}, {length} from here", scores, name in chosen_by)
 
 
-def _chosen_by(plan: PruningPlan | None) -> Iterator[str]:
+def _chosen_by(plan: Plan | None) -> Iterator[str]:
     """Names of the metrics and tasks that the plan's settings choose by; none where the recipe names the layers."""
     settings = plan.provenance.inputs if plan else {}
     if not plan or settings.get("prune.drop") is not None or "prune.metric" not in settings:
@@ -104,11 +104,11 @@ def _chosen_by(plan: PruningPlan | None) -> Iterator[str]:
         yield "angular" if settings.get("prune.contiguous") else "block_influence"
 
 
-def _is_run(plan: PruningPlan, drop: Sequence[int]) -> bool:
+def _is_run(plan: Plan, drop: Sequence[int]) -> bool:
     return bool(plan.provenance.inputs.get("prune.contiguous")) and list(drop) == list(range(drop[0], drop[-1] + 1))
 
 
-def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
+def _draw_stack(ax: Axes, plan: Plan) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     edited, followed = plan.changed, {plan.keep[place] for place in plan.new_layers}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.evaluation import Evaluation, TaskScore
+from shoal.artifacts.evaluation import Scores, TaskScore
 from shoal.figures.style import INK, ROLE_STYLE, clean, figure_style, heading, legend_above, panels, short
 from shoal.task_words import COLUMNS, PROTOCOLS, task_words
 
@@ -20,7 +20,7 @@ MAX_TASKS = 30
 COLUMN_ORDER = (*COLUMNS, "")
 
 
-def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
+def before_after_figure(evaluations: Sequence[Scores]) -> Figure:
     """Scores with 95 % intervals for each role, one panel per ability, chance as a dashed tick; MAX_TASKS at most.
 
     In each panel twins stand first and the trained form last: what is learnt of a form is no ability regained.
@@ -44,7 +44,7 @@ def _draw_ability(
     ability: str,
     lower_is_better_unit: str,
     keys: Sequence[tuple[str, str, str]],
-    evaluations: Sequence[Evaluation],
+    evaluations: Sequence[Scores],
 ) -> None:
     count, higher = len(evaluations), not lower_is_better_unit
     for row, key in enumerate(keys):
@@ -99,7 +99,7 @@ class Ladder:
         return tuple(score.level or 0.0 for score in next(iter(self.scores.values())))
 
 
-def ladders(evaluations: Sequence[Evaluation]) -> tuple[Ladder, ...]:
+def ladders(evaluations: Sequence[Scores]) -> tuple[Ladder, ...]:
     """Every family that was scored at two levels or more, at the levels that all roles share."""
     tasks = {e.role: [task for task in e.tasks if task.level is not None] for e in evaluations}
     keys = dict.fromkeys((t.family, t.protocol, t.metric) for own in tasks.values() for t in own if t.family)

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
@@ -41,7 +41,7 @@ RUN_ID_FILE = "wandb_run_id"
 LOGGED_FILE = "wandb_logged"
 UPLOAD_WAIT_S = 300
 """Seconds that a stage waits at its end for uploads; all of it is on the disk anyway."""
-RESULT_FILES = (Importance.FILE, PruningPlan.FILE, Training.FILE, "eval/*.json", "report.*", "figures/*.svg")
+RESULT_FILES = (Importance.FILE, Plan.FILE, Training.FILE, "eval/*.json", "report.*", "figures/*.svg")
 
 _given_up = False
 

@@ -11,7 +11,7 @@ from tiny import VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.apply import apply_plan, changes_of
 from shoal.errors import UserError
 from shoal.launch.verbs.dry_run import cut_estimate
@@ -49,7 +49,7 @@ def test_the_student_is_proven_and_its_plan_and_dry_run_tell_of_it(
     model: Any = tiny_model(name, vocab_size=VOCAB_SIZE)
     model.save_pretrained(folder, max_shard_size="40KB")
     tiny_tokenizer().save_pretrained(folder)
-    changes, plan = changes_of(asked(**{key: ASKED[key]})), PruningPlan(Provenance({}), 6, (2, 4), "test")
+    changes, plan = changes_of(asked(**{key: ASKED[key]})), Plan(Provenance({}), 6, (2, 4), "test")
     told, _ = cut_estimate(folder, plan, out, changes=changes)
     assert all(change.words(model, plan) in told for change in changes)
     applied = apply_plan(folder, plan, out, changes=changes)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan, indices_of, mask_of
+from shoal.artifacts.plan import Plan, indices_of, mask_of
 from shoal.compress.apply import apply_plan
 from shoal.compress.changes import width as width_module
 from shoal.compress.changes.calibration import calibration_rows
@@ -69,9 +69,9 @@ def saved(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **over
     return folder / name
 
 
-def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP) -> tuple[PruningPlan, Path]:
+def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP) -> tuple[Plan, Path]:
     """The plan as it was carried out, and its student."""
-    plan = PruningPlan(Provenance({}), 6, drop, "named by the test", width=kept_width(load_config(folder), width))
+    plan = Plan(Provenance({}), 6, drop, "named by the test", width=kept_width(load_config(folder), width))
     out = folder.parent / "student"
     return apply_plan(folder, plan, out, changes=(Narrowing(width),)), out
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.compress import measure as measuring
-from shoal.compress.measure import Scores, measure_importance
+from shoal.compress.measure import LayerScores, measure_importance
 from shoal.compress.metrics import observation
 from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.compress.metrics.registry import METRICS
@@ -41,11 +41,11 @@ def test_a_recipe_knows_the_names_of_all_metrics() -> None:
     assert tuple(METRICS) == section.METRICS
 
 
-def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Scores:
+def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> LayerScores:
     return measure_importance(model, rows, metrics=list(HIDDEN_METRICS), batch_size=batch_size, **arguments)
 
 
-def assert_close(one: Scores, other: Scores) -> None:
+def assert_close(one: LayerScores, other: LayerScores) -> None:
     assert one.num_tokens == other.num_tokens
     for name in HIDDEN_METRICS:
         # a token whose rank changes by rounding may fall into another cell of MKA's maps
@@ -207,7 +207,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
-    first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    first, second = (LayerScores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second
     refusals = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
     assert len(refusals) == 1

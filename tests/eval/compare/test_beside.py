@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import merging_tokenizer, tiny_checkpoint
 
-from shoal.artifacts.evaluation import Evaluation, Speed
+from shoal.artifacts.evaluation import Scores, Speed
 from shoal.eval.compare.compare import RunComparison, compare_runs
 from shoal.eval.compare.page import comparison_text
 from shoal.launch.cli import main, run_verb
@@ -65,7 +65,7 @@ def test_a_checkpoint_is_scored_as_the_run_was_and_once(
     """The run's own student, given as a checkpoint, must get the run's own numbers."""
     student = shutil.copytree(run_dir / "student", tmp_path / "as_it_is")
     scores = compared(run_dir, student, out=tmp_path / "out")
-    own, of_run = Evaluation.read(scores / "eval/model.json"), Evaluation.read(run_dir / "eval/pruned.json")
+    own, of_run = Scores.read(scores / "eval/model.json"), Scores.read(run_dir / "eval/pruned.json")
     assert own.tasks == of_run.tasks
     assert own.provenance.inputs == of_run.provenance.inputs
     assert (own.num_layers, own.num_bytes) == (4, of_run.num_bytes)

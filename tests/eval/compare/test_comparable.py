@@ -11,7 +11,7 @@ import pytest
 from compared_runs import Change, cell_of, nats, scored, tasks, write_run
 from html_page import Page
 
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.errors import UserError
 from shoal.eval.compare.compare import compare_runs, content_of
 from shoal.eval.compare.page import comparison_text, write_comparison
@@ -62,7 +62,7 @@ def test_runs_in_different_precision_share_a_page_that_says_so(tmp_path: Path) -
 
 def test_a_precision_that_moves_the_teachers_own_score_is_refused(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", inputs={"dtype": "float32"})
-    found = Evaluation.read(other / "eval/teacher.json")
+    found = Scores.read(other / "eval/teacher.json")
     items = tuple(replace(item, score=0.0) if i < 40 else item for i, item in enumerate(found.tasks[0].items))
     changed = (scored(replace(found.tasks[0], items=items)), *found.tasks[1:])
     replace(found, tasks=changed).write(other / "eval/teacher.json")
@@ -72,7 +72,7 @@ def test_a_precision_that_moves_the_teachers_own_score_is_refused(tmp_path: Path
 
 def test_one_teacher_with_other_scores_is_refused_and_a_few_flips_are_told(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
-    found = Evaluation.read(other / "eval/teacher.json")
+    found = Scores.read(other / "eval/teacher.json")
 
     def with_flips(count: int) -> None:
         right = [i for i, item in enumerate(found.tasks[0].items) if item.score == 1][:count]

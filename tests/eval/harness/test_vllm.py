@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_checkpoint
 from vllm_stand_in import LLM, install
 
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.errors import UserError
 from shoal.eval.evaluate import Questions, role_evaluation
 from shoal.models.load import Checkpoint, LoadSettings
@@ -27,7 +27,7 @@ def test_an_evaluation_is_the_same_and_names_its_engine(tmp_path: Path, monkeypa
     folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
     checkpoint = Checkpoint.read(folder, LoadSettings("stored"))
 
-    def evaluation(settings: Eval) -> Evaluation:
+    def evaluation(settings: Eval) -> Scores:
         return role_evaluation("teacher", checkpoint, Questions(settings, 0), inputs={"model": "c"})
 
     ours, theirs = evaluation(SETTINGS), evaluation(replace(SETTINGS, backend="vllm"))

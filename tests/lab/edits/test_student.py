@@ -17,7 +17,7 @@ from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.plan import PlannedChange, PruningPlan
+from shoal.artifacts.plan import Plan, PlannedChange
 from shoal.errors import UserError
 from shoal.lab.edits import grow, merge, skip, student, swap
 from shoal.launch.verbs.prune import read_plan
@@ -31,7 +31,7 @@ def run_of(folder: Path, out: Path, **recipe: Any) -> Run:
     return open_run(parse_recipe({"model": str(folder), "run_dir": str(out), **recipe}))
 
 
-def made(part: Any, run: Run, **settings: Any) -> tuple[PruningPlan, Any]:
+def made(part: Any, run: Run, **settings: Any) -> tuple[Plan, Any]:
     """The plan as the run reads it, and the student, loaded by transformers alone."""
     told = part.work(run, part.Settings(**settings))
     assert f"shoal distill {run.dir}" in told

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import shoal
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.data.sources import load_texts
 from shoal.launch.api import running
 from shoal.launch.api.training import TAKEN
@@ -86,7 +86,7 @@ def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Pat
     for field in ("num_layers", "num_tokens", "layers", "runs", "errors", "orders", "atlas"):
         assert getattr(importance, field) == getattr(expected, field), field
     plan = shoal.choose_layers(importance, num_drop=2, metric="angular", contiguous=True)
-    assert plan.drop == PruningPlan.read(own.dir / "plan.json").drop
+    assert plan.drop == Plan.read(own.dir / "plan.json").drop
     student = shoal.cut_model(model, plan)
     written = load_file(own.dir / "student/model.safetensors")
     assert written.keys() == student.state_dict().keys()
@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_stage(tmp_path: Path, teacher: Path) -> None:
     eval_stage(own)
     model, tokenizer = loaded(teacher)
     evaluation = shoal.evaluate(model, tokenizer, TASKS, limit=3, perplexity_tokens=512)
-    expected = Evaluation.read(own.dir / "eval/teacher.json")
+    expected = Scores.read(own.dir / "eval/teacher.json")
     assert evaluation.tasks == expected.tasks
     assert (evaluation.num_parameters, evaluation.num_layers) == (expected.num_parameters, 6)
 
@@ -207,8 +207,8 @@ def test_models_are_measured_as_evaluated_and_left_as_they_were() -> None:
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def plan_of(*, num_layers: int = 6) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers, (2, 3), "")
+def plan_of(*, num_layers: int = 6) -> Plan:
+    return Plan(Provenance({}), num_layers, (2, 3), "")
 
 
 @pytest.mark.parametrize(

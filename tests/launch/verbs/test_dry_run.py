@@ -11,7 +11,7 @@ import pytest
 from results import evaluation
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import LAB, PruningPlan
+from shoal.artifacts.plan import LAB, Plan
 from shoal.compress.apply import apply_plan
 from shoal.launch.cli import _main
 from shoal.launch.verbs import dry_run
@@ -112,11 +112,11 @@ def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: p
 @pytest.mark.slow
 def test_what_a_part_of_the_lab_made_is_told_as_it_is(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
-    drop, seen = (1, 3, 4), list[PruningPlan]()
-    plan = PruningPlan(Provenance({"model": run.teacher_fingerprint, LAB: "skip"}), 6, drop, "shoal lab skip")
+    drop, seen = (1, 3, 4), list[Plan]()
+    plan = Plan(Provenance({"model": run.teacher_fingerprint, LAB: "skip"}), 6, drop, "shoal lab skip")
     student = run.dir / "student"
     apply_plan(run.teacher, plan, student)
-    replace(plan, student=plan.sealed(model_fingerprint(student))).write(run.dir / PruningPlan.FILE)
+    replace(plan, student=plan.sealed(model_fingerprint(student))).write(run.dir / Plan.FILE)
     monkeypatch.setattr(dry_run, "training_estimate", lambda _run, plan: seen.append(plan) or TRAINING)
     assert states(run_dry_run(run)) == ["to do", "done", "to do", "to do", "to do"]
     assert [plan.drop for plan in seen] == [drop]

@@ -13,7 +13,7 @@ import torch
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.plan import choose_changes
 from shoal.launch.cli import run_verb
 from shoal.launch.verbs.dry_run import cut_estimate
@@ -29,10 +29,10 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: tiny_checkpoint(folder, kind, dtype=torch.bfloat16) for kind in ("llama", "llama_tied", "gemma3")}
 
 
-def plan(**prune: Any) -> PruningPlan:
+def plan(**prune: Any) -> Plan:
     settings = parse_recipe({"model": "m", "run_dir": "r", "prune": prune}).prune
     choice = choose_changes(settings, num_layers=NUM_LAYERS, importance=None)
-    return PruningPlan(Provenance({}), NUM_LAYERS, choice.drop, choice.reason)
+    return Plan(Provenance({}), NUM_LAYERS, choice.drop, choice.reason)
 
 
 def row(report: str, title: str) -> list[str]:

@@ -13,7 +13,7 @@ from architectures import tiny_model as tiny_family
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress import measure as hidden_measure
 from shoal.errors import UserError
 from shoal.launch.verbs import measure as measuring
@@ -98,7 +98,7 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     caplog.clear()
     prune.prune(run)
     assert "expected sacrifice" in caplog.text
-    assert len(PruningPlan.read(run.dir / "plan.json").drop) == 1
+    assert len(Plan.read(run.dir / "plan.json").drop) == 1
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
     prune.prune(run)
     order = Importance.read(run.dir / "importance.json").orders["task_greedy"]
-    assert sorted(removal.unit.layers[0] for removal in order) == list(PruningPlan.read(run.dir / "plan.json").drop)
+    assert sorted(removal.unit.layers[0] for removal in order) == list(Plan.read(run.dir / "plan.json").drop)
     assert not {0, NUM_LAYERS - 1} & {removal.unit.layers[0] for removal in order}
     single = {**sweep, "operators": ["layer"], "greedy": None}
     measuring.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import ClosedGap, PruningPlan
+from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.launch.verbs import distill, evaluate, measure
@@ -69,7 +69,7 @@ def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
     run = make_run()
     pruning.prune(run)
     assert sorted(file.name for file in run.dir.iterdir()) == ["plan.json", "student"]
-    plan = PruningPlan.read(run.dir / "plan.json")
+    plan = Plan.read(run.dir / "plan.json")
     assert (plan.num_layers, plan.drop, plan.keep) == (6, (1, 3), (0, 2, 4, 5))
     assert plan.provenance.inputs["model"] == run.teacher_fingerprint
     student = AutoModelForCausalLM.from_pretrained(run.dir / "student")
@@ -98,7 +98,7 @@ def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: py
         "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there), making it again" in caplog.text
     )
     run = make_run()
-    assert PruningPlan.read(run.dir / "plan.json").drop == (2,)
+    assert Plan.read(run.dir / "plan.json").drop == (2,)
     assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 5
 
 
@@ -156,7 +156,7 @@ def test_a_new_measurement_that_chooses_the_same_layers_gives_the_same_student(m
     second = {**first, "measure": {**MEASURE, "metrics": ["block_influence", "magnitude"]}}
     run = make_run(**first)
     pruning.prune(run)
-    last = PruningPlan.read(run.dir / "plan.json")
+    last = Plan.read(run.dir / "plan.json")
     measure.measure(make_run(**second))
     pruning.prune(make_run(**second))
     again = pruning.read_plan(make_run(**second))
@@ -173,9 +173,7 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
     assert "prune: needs importance.json, measuring first" in caplog.text
     importance = Importance.read(run.dir / "importance.json")
     scores = importance.layers["block_influence"]
-    assert PruningPlan.read(run.dir / "plan.json").drop == tuple(
-        sorted(sorted(range(1, 5), key=scores.__getitem__)[:2])
-    )
+    assert Plan.read(run.dir / "plan.json").drop == tuple(sorted(sorted(range(1, 5), key=scores.__getitem__)[:2]))
     caplog.clear()
     measure.measure(make_run(**settings))
     assert "measure: done already" in caplog.text
@@ -191,7 +189,7 @@ def test_run_json_tells_the_story(make_run: Any) -> None:
     story = json.loads((run.dir / "run.json").read_text())
     assert parse_recipe(story["recipe"]) == run.recipe
     assert story["environment"]["torch"] == torch.__version__
-    plan = PruningPlan.read(run.dir / "plan.json").provenance
+    plan = Plan.read(run.dir / "plan.json").provenance
     assert story["stages"] == {"plan.json": {"fingerprint": plan.fingerprint, "created": plan.created}}
 
 
@@ -303,7 +301,7 @@ COMPENSATE = {"method": "both", "data": "python_docs", "num_tokens": 2048, "sequ
 def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run: Any, monkeypatch: Any) -> None:
     run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
     pruning.prune(run)
-    plan = PruningPlan.read(run.dir / PruningPlan.FILE)
+    plan = Plan.read(run.dir / Plan.FILE)
     assert [(gap.first, gap.last) for gap in plan.gaps] == [(1, 1), (3, 3)]
     assert all(gap.divergence_after <= gap.divergence_before for gap in plan.gaps)
     closed = [gap for gap in plan.gaps if gap.is_closed]

@@ -15,7 +15,7 @@ from training_runs import STEPS, small_training
 from yaml import safe_dump
 
 import shoal
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.launch.verbs import distill
@@ -49,7 +49,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     assert "32 MLP channels and 1 key-value group of every layer" in told
     assert not (run.dir / "plan.json").exists()
     pruning.prune(run)
-    plan = PruningPlan.read(run.dir / "plan.json")
+    plan = Plan.read(run.dir / "plan.json")
     assert plan.width is not None
     assert (plan.width.intermediate_size, plan.width.kv_groups) == (32, 1)
     assert len(plan.width.channels) == len(plan.width.groups) == 5

@@ -10,7 +10,7 @@ import pytest
 from architectures import CLIP, LLAMA, MROPE, QWEN_VISION, tiny_model
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.launch.verbs.distill import check_distill
 from shoal.launch.verbs.measure import check_measure, measure
@@ -57,7 +57,7 @@ def test_layers_behind_which_the_image_is_added_are_never_chosen(
     with caplog.at_level(logging.WARNING, logger="shoal"):
         prune(run)
     assert "reads images and is measured with text alone" in caplog.text
-    plan = PruningPlan.read(run.dir / PruningPlan.FILE)
+    plan = Plan.read(run.dir / Plan.FILE)
     assert len(plan.drop) == 3
     assert not {0, 1} & {*plan.drop}
     assert "layers 0, 1 protected" in plan.reason

@@ -19,9 +19,9 @@ from results import evaluation
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Artifact, Provenance, differences
-from shoal.artifacts.evaluation import BatchSpeed, Evaluation, ItemScore, Speed, SpeedScore, TaskScore
+from shoal.artifacts.evaluation import BatchSpeed, ItemScore, Scores, Speed, SpeedScore, TaskScore
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.components import Component
@@ -50,9 +50,9 @@ BATCH = BatchSpeed(8, 3.0, 4.0, 0.1, None, {"first_token": (0.1, 0.2)})
 ARTIFACTS = (
     Importance(MADE, num_layers=2, num_tokens=9, layers={"x": (0.1, 1 / 3)}, runs={"y": ((0.5, 1e-30), (2.0,))}),
     swept_importance(),
-    PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="named"),
-    Evaluation(MADE, role="pruned", tasks=(TASK,), num_parameters=1, num_layers=2, num_bytes=9, seconds=0.5),
-    Evaluation(MADE, role="teacher", tasks=(TASK,), num_parameters=10**12, num_layers=2, num_bytes=9, seconds=0.5),
+    Plan(MADE, num_layers=6, drop=(1, 3), reason="named"),
+    Scores(MADE, role="pruned", tasks=(TASK,), num_parameters=1, num_layers=2, num_bytes=9, seconds=0.5),
+    Scores(MADE, role="teacher", tasks=(TASK,), num_parameters=10**12, num_layers=2, num_bytes=9, seconds=0.5),
     Speed(MADE, {"teacher": SpeedScore(1.0, 2.0, {"prefill": (1.0, 2.0)})}, 1, 2, 3, "float32"),
     Speed(MADE, {"pruned": SpeedScore(1.0, 2.0, {}, (BATCH,), 2, 10**12, 9, 4)}, 1, 2, 3, "float32", ("no room",)),
     Training(MADE, 3, 100, 1.5, ({"step": 1.0, "loss": 0.7},), {"a": None}, {"docs": {"tokens": 3}}, 5),
@@ -100,12 +100,12 @@ def test_provenance_records_versions_and_time() -> None:
 
 def test_missing_artifact_says_which_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan.json: no such file; run the stage that makes it first"):
-        PruningPlan.read(tmp_path / "plan.json")
+        Plan.read(tmp_path / "plan.json")
 
 
 def plan_with(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "plan.json"
-    PruningPlan(MADE, 6, (1, 3), "").write(path)
+    Plan(MADE, 6, (1, 3), "").write(path)
     body = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
     return path
@@ -123,7 +123,7 @@ def plan_with(tmp_path: Path, **changes: Any) -> Path:
 )
 def test_artifact_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        PruningPlan.read(plan_with(tmp_path, **changes))
+        Plan.read(plan_with(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1', b"\xff\xfe", b"\0" * 100])
@@ -131,7 +131,7 @@ def test_damaged_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
-        PruningPlan.read(path)
+        Plan.read(path)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null"])
@@ -139,7 +139,7 @@ def test_json_that_is_no_artifact_is_refused(tmp_path: Path, content: str) -> No
     path = tmp_path / "plan.json"
     path.write_text(content)
     with pytest.raises(UserError, match="has schema None"):
-        PruningPlan.read(path)
+        Plan.read(path)
 
 
 def test_number_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ assert ATLAS is not None
 @pytest.mark.parametrize(
     ("artifact", "message"),
     [
-        (PruningPlan(MADE, 6, (3, 1), ""), r"drop: is \[3, 1\]; layers are named once, increasing"),
-        (PruningPlan(MADE, 6, (1, 1), ""), r"drop: is \[1, 1\]"),
-        (PruningPlan(MADE, 6, (1, 6), ""), r"drop: names layer 6 of a model of 6 layers"),
-        (PruningPlan(MADE, 2, (0, 1), ""), r"drop: leaves no layer"),
-        (PruningPlan(MADE, 6, (1, 2), ""), r"drop: is \[1, 2\], and the recipe that made it asked for \[1, 3\]"),
+        (Plan(MADE, 6, (3, 1), ""), r"drop: is \[3, 1\]; layers are named once, increasing"),
+        (Plan(MADE, 6, (1, 1), ""), r"drop: is \[1, 1\]"),
+        (Plan(MADE, 6, (1, 6), ""), r"drop: names layer 6 of a model of 6 layers"),
+        (Plan(MADE, 2, (0, 1), ""), r"drop: leaves no layer"),
+        (Plan(MADE, 6, (1, 2), ""), r"drop: is \[1, 2\], and the recipe that made it asked for \[1, 3\]"),
         (replace(EVALUATED, tasks=()), "tasks: "),
         (replace(EVALUATED, tasks=(FIRST, FIRST)), r"tasks\.1: retrieval_continuation .* is there twice"),
         (replace(EVALUATED, tasks=(replace(FIRST, items=()),)), r"tasks\.0\.items: has 0 items, n says 100"),

@@ -9,13 +9,13 @@ import pytest
 from results import evaluation
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation
+from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.identity import Identity
 from shoal.errors import UserError
 
 
-def asked(path: Path, **inputs: object) -> Identity[Evaluation]:
-    return Identity(Evaluation, path, {"model": "m", **inputs}, "eval")
+def asked(path: Path, **inputs: object) -> Identity[Scores]:
+    return Identity(Scores, path, {"model": "m", **inputs}, "eval")
 
 
 def test_a_result_is_this_one_exactly_when_what_shapes_it_is_equal(

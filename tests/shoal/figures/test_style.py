@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.evaluation import Evaluation
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.evaluation import Scores
+from shoal.artifacts.plan import Plan
 from shoal.figures.layers import depth_columns, depth_figure, importance_figure
 from shoal.figures.scores import before_after_figure, ladders, level_figure
 from shoal.figures.style import (
@@ -69,7 +69,7 @@ def test_depth_figure_pulls_the_cut_layers_out_of_the_stack() -> None:
         assert [layer for layer, bar in enumerate(ax.patches) if bar.get_hatch()] == list(DROP)
 
 
-def chosen_by(**settings: object) -> PruningPlan:
+def chosen_by(**settings: object) -> Plan:
     inputs = {f"prune.{name}": value for name, value in {"drop": None, "metric": None, **settings}.items()}
     return replace(plan(), provenance=Provenance(inputs))
 
@@ -84,7 +84,7 @@ def chosen_by(**settings: object) -> PruningPlan:
         (chosen_by(drop=[3, 4, 5]), "block_influence", []),
     ],
 )
-def test_columns_that_layers_were_chosen_by_come_first(made: PruningPlan, first: str, decided: list[str]) -> None:
+def test_columns_that_layers_were_chosen_by_come_first(made: Plan, first: str, decided: list[str]) -> None:
     columns = depth_columns(importance(), made)
     assert columns[0].name == first
     assert [column.name for column in columns if column.decided] == decided
@@ -92,7 +92,7 @@ def test_columns_that_layers_were_chosen_by_come_first(made: PruningPlan, first:
         assert columns[0].scores == (*importance().runs["angular"][2], None, None)
 
 
-def climbed(role: str, *levels: float) -> Evaluation:
+def climbed(role: str, *levels: float) -> Scores:
     tasks = (choice(role, f"track_{level:g}", "reasoning", "generation", chance=0.0) for level in levels)
     return evaluation(role, tuple(replace(t, family="track", level=v) for t, v in zip(tasks, levels, strict=True)))
 

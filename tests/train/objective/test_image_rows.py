@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.image_rows import ImageReader, RowsWithImages, training_images
 from shoal.data.packing import IGNORED, IMAGES, PackedRows
@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_plain_forwards_row_by_row(name: str, tm
     train_only(student, Trained(tuple(range(4)), norm=True, embeddings=True, head=True, rest=True))
     student.train()
 
-    plan = PruningPlan(Provenance({}), 6, DROP, reason="")
+    plan = Plan(Provenance({}), 6, DROP, reason="")
     states = StateLosses([HiddenStates(distance="mse")], plan, student, teacher)
     terms = (ForwardKL(), CrossEntropy(weight=0.5), HiddenStates(distance="mse"))
     objective = Objective(student, to_logits(teacher), terms=terms, chunk=7, states=states)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PlannedChange, PruningPlan
+from shoal.artifacts.plan import Plan, PlannedChange
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
@@ -28,10 +28,8 @@ KINDS = tuple(
 )
 
 
-def plan(
-    drop: tuple[int, ...], *changes: PlannedChange, keep: tuple[int, ...] = (), num_layers: int = 6
-) -> PruningPlan:
-    return PruningPlan(Provenance({}), num_layers, drop, "", keep, changes)
+def plan(drop: tuple[int, ...], *changes: PlannedChange, keep: tuple[int, ...] = (), num_layers: int = 6) -> Plan:
+    return Plan(Provenance({}), num_layers, drop, "", keep, changes)
 
 
 def labels(positions: Tensor = POSITIONS) -> Tensor:

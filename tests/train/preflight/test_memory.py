@@ -97,7 +97,7 @@ import gc, psutil, torch
 from dataclasses import replace
 from transformers import LlamaConfig
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import PruningPlan
+from shoal.artifacts.plan import Plan
 from shoal.machine import peak_memory
 from pathlib import Path
 from shoal.models.load import Checkpoint, LoadSettings
@@ -114,7 +114,7 @@ sizes = student_size(student, sequence_length=256, prepare=lambda model: None), 
 pace.PROBE_S = float("1e9")
 
 checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
-plan, ranks = PruningPlan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
+plan, ranks = Plan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
 settings = Distill(sequence_length=256, head_chunk=256, precision="bfloat16", deepspeed="deepspeed/zero0.json")
 spec = train_spec(*checkpoints, plan, settings, Record(), ranks)
 size = Job(spec, *sizes, Setting(8, 2, False, 0, False, False, "live"))

@@ -11,7 +11,7 @@ import torch
 from cut_students import plan
 from tiny import tiny_config
 
-from shoal.artifacts.plan import PlannedChange, PruningPlan
+from shoal.artifacts.plan import Plan, PlannedChange
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, Record, Teacher
 from shoal.recipe.losses import CrossEntropy, HiddenStates
@@ -24,7 +24,7 @@ SKIP = PlannedChange("skip", "", (1,))
 SWAP = PlannedChange("swap", "", (0, 4))  # other embeddings than the teacher's
 
 
-def spec_of(changes: PruningPlan, **settings: Any) -> TrainSpec:
+def spec_of(changes: Plan, **settings: Any) -> TrainSpec:
     """The student's training; no weight is read."""
     teacher, student = (
         Checkpoint(Path(name), tiny_config("llama", num_hidden_layers=layers))

@@ -10,7 +10,7 @@ from cut_students import names, plan
 from tiny import tiny_model
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import KeptWidth, PlannedChange, PruningPlan
+from shoal.artifacts.plan import KeptWidth, Plan, PlannedChange
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.train.objective.layer_losses import capturing
@@ -72,7 +72,7 @@ def test_a_tied_head_is_trained_with_the_embeddings_and_leaves_no_prefix() -> No
 @pytest.mark.parametrize("trainable", ["all", "layers"])
 def test_what_turns_an_image_into_tokens_stays_as_it_is(name: str, trainable: str) -> None:
     student = architectures.tiny_model(name)
-    train_only(student, parts_of(student, trainable, PruningPlan(Provenance({}), 7, (3,), "as the test wants")))
+    train_only(student, parts_of(student, trainable, Plan(Provenance({}), 7, (3,), "as the test wants")))
     moving = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     parts = anatomy(student)
     outside = {name for name in moving if not name.startswith(parts.layers_name.removesuffix("layers"))}
