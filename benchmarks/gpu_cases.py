@@ -114,8 +114,8 @@ class Case:
 
 FROM_THE_CUT = {"trainable": "from_first_cut"}
 CHECKPOINTING = {"trainer": {"gradient_checkpointing": True}}
-LORA = {"lora": {"rank": 16}}
-NF4 = {"lora": {"rank": 16, "quantization": "nf4"}}
+LORA = {"lora": {"r": 16}}
+NF4 = {"lora": {"r": 16, "load_in_4bit": True}}
 BF16_WEIGHTS, FUSED, COMPILED = {"weights": "bfloat16"}, {"fused": True}, {"compile": True}
 LIGER = {"liger": True}
 

@@ -44,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "by_source": {},
     "mixed": {"losses": MIXED},
     "mixed_kl": {"losses": [{"kind": "forward_kl"}]},
-    "mixed_lora": {"losses": MIXED, "trainable": "all", "lora": {"rank": 64}},
+    "mixed_lora": {"losses": MIXED, "trainable": "all", "lora": {"r": 64}},
     "one_form": {"losses": [{"kind": "cross_entropy"}], "data": ONE_FORM},
 }
 """What section `distill` of an arm has otherwise than the quickstart's; losses are then those of all sources."""

@@ -48,7 +48,7 @@ Scorer = Callable[[PreTrainedModel], Mapping[str, Score]]
 
 
 class Watcher(TrainerCallback):
-    """Scores the student before the first step, at every ``settings.every`` and after the last, and keeps the best.
+    """Scores the student before the first step, at every ``eval_steps`` and after the last, and keeps the best.
 
     ``score`` runs it through the trainer, which knows how to make it whole and plain. The best state is a folder of its
     own beside the checkpoints: a resumed run finds what an earlier life of it has kept.
@@ -67,7 +67,7 @@ class Watcher(TrainerCallback):
             self._watch(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        every = self._settings.every
+        every = self._settings.eval_steps
         every = math.ceil(every * state.max_steps) if every < 1 else round(every)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self._watch(state.global_step)
@@ -78,8 +78,8 @@ class Watcher(TrainerCallback):
         if is_main():
             in_words = ", ".join(f"{name} {score.value:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
             log.info("step %d: %s", step, in_words)
-        if self._settings.best is not None:
-            self._keep(step, scores[self._settings.best])
+        if self._settings.metric_for_best_model is not None:
+            self._keep(step, scores[self._settings.metric_for_best_model])
 
     def _keep(self, step: int, score: Score) -> None:
         best = self.best()
@@ -92,7 +92,12 @@ class Watcher(TrainerCallback):
             assert weights is not None
             with written_folder(self._folder) as folder:
                 save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-                story = {"step": step, "metric": self._settings.best, "score": score.value, "inputs": self._inputs}
+                story = {
+                    "step": step,
+                    "metric": self._settings.metric_for_best_model,
+                    "score": score.value,
+                    "inputs": self._inputs,
+                }
                 write_json(folder / "best.json", story)
         barrier()
 

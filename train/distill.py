@@ -73,7 +73,7 @@ def distill_inputs(
     recipe's settings outside its sections.
     """
     section = shaping(settings, Shapes.TRAINING, "distill.")
-    if settings.watch is None or settings.watch.best is None:
+    if settings.watch is None or settings.watch.metric_for_best_model is None:
         del section["distill.watch"]  # it only looks on
     # what was recorded, not where it lies; it is compared with rows and model when it is read
     told = shaping(record, Shapes.TRAINING) | record.engine_inputs
@@ -124,11 +124,10 @@ def check_distillable(spec: TrainSpec) -> None:
             "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
             "wrong; train on it with divergences alone"
         )
-    in_four_bits = settings.lora is not None and settings.lora.quantization != "none"
+    in_four_bits = settings.lora is not None and settings.lora.load_in_4bit
     if in_four_bits and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, or set it to "
-            "none"
+            "distill.lora.load_in_4bit: needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, or set it to false"
         )
     is_fused(settings.fused, student.config.model_type, spec.ranks.device)  # refuses
 

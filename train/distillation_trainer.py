@@ -331,10 +331,10 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
     spec = train_spec(original, student, plan, section, Record(), Ranks.here())
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")
-    if (lora := section.lora) is not None and (lora.quantization != "none" or spec.deepspeed.stage == 3):
+    if (lora := section.lora) is not None and (lora.load_in_4bit or spec.deepspeed.stage == 3):
         raise UserError(
             "lora: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
-            "quantization: none and ZeRO 0 to 2, or give a whole recipe to shoal.run"
+            "load_in_4bit: false and ZeRO 0 to 2, or give a whole recipe to shoal.run"
         )
     return spec
 

@@ -253,13 +253,13 @@ def _inputs(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen_by(run: Run) -> dict[str, Any]:
-    """Of section `eval`, by content, what distill.watch.best chooses a state by; nothing where it chooses none."""
+    """Of section `eval`, by content, what distill.watch chooses the best state by; nothing where it chooses none."""
     watch, scored = run.recipe.distill.watch, _watched(run)
-    if watch is None or scored is None or watch.best is None:
+    if watch is None or scored is None or watch.metric_for_best_model is None:
         return {}
     from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
-    if watch.best == PERPLEXITY:
+    if watch.metric_for_best_model == PERPLEXITY:
         chosen_by = {"data": sources_fingerprint(scored.perplexity_data), "sequence_length": scored.sequence_length}
     else:
         folder = scored.data_dir
@@ -268,7 +268,7 @@ def _chosen_by(run: Run) -> dict[str, Any]:
             "num_fewshot": scored.num_fewshot,
             "data": None if folder is None else local_data_fingerprint(folder, scored.include_path),
         }
-    return {"distill.watch.best (files)": fingerprint(chosen_by)}
+    return {"distill.watch.metric_for_best_model (files)": fingerprint(chosen_by)}
 
 
 def check_distill(run: Run) -> None:

@@ -43,7 +43,13 @@ CHAT = {"path": "chat.jsonl", "messages": "messages", "weight": 0.5}
 SAMPLES = {"share": 1.0, "start": 0.0, "prompt_tokens": 8, "new_tokens": 12}
 FORWARD_KL = {"kind": "forward_kl"}
 CROSS_ENTROPY = {"kind": "cross_entropy"}
-WATCH = {"every": 2, "perplexity_tokens": 512, "tasks": ["retrieval_continuation"], "limit": 8, "best": "perplexity"}
+WATCH = {
+    "eval_steps": 2,
+    "perplexity_tokens": 512,
+    "tasks": ["retrieval_continuation"],
+    "limit": 8,
+    "metric_for_best_model": "perplexity",
+}
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,14 @@ CASES: dict[str, Case] = {
     "by_source": distilled(
         data=[{"path": "python_docs", "losses": ["forward_kl"]}, {**CHAT, "losses": ["cross_entropy"]}],
         losses=[FORWARD_KL, CROSS_ENTROPY],
-        packing="best_fit",
+        packing="bfd",
     ),
     # what is trained, and how
     "from_first_cut": distilled(trainable="from_first_cut"),
     "layers": distilled(trainable="layers"),
     "near_gaps": distilled(trainable="near_gaps"),
     "norm_and_head": distilled(trainable="norm_and_head"),
-    "adapters": distilled(lora={"rank": 4, "alpha": 8.0}, trainable="from_first_cut"),
+    "adapters": distilled(lora={"r": 4, "lora_alpha": 8.0}, trainable="from_first_cut"),
     "accumulated": distilled(
         trainer={
             "learning_rate": 1e-3,

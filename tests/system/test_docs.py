@@ -85,7 +85,7 @@ def test_every_setting_that_is_named_exists(file: Path) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_noticed() -> None:
-    assert is_setting(["distill", "watch", "best"])
+    assert is_setting(["distill", "watch", "eval_steps"])
     assert is_setting(["distill", "losses", "0", "temperature"])
     assert is_setting(["distill", "trainer", "save_steps"])
     assert not is_setting(["distill", "trainer", "save_step"])

@@ -71,7 +71,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "shared prefix": {"losses": "forward_kl", "trainable": "from_first_cut"},
     "near gaps": {"losses": "forward_kl", "trainable": "near_gaps"},
     "cross_entropy": {"losses": "cross_entropy"},
-    "lora": {"losses": "forward_kl", "lora": {"rank": 4}},
+    "lora": {"losses": "forward_kl", "lora": {"r": 4}},
 }
 
 

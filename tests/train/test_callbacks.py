@@ -3,6 +3,7 @@
 import math
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,15 +36,18 @@ class Training:
             self.watcher.on_step_end(None, state, None)
 
 
+BEST: dict[str, Any] = {"tasks": ("knowledge",), "metric_for_best_model": "knowledge"}
+
+
 def watcher(folder, *, inputs=None, **settings) -> Watcher:
     return Watcher(Watch(**settings), folder, inputs or {"a": 1})
 
 
 @pytest.mark.parametrize(
-    ("every", "steps"), [(0.25, [0, 3, 6, 9, 10]), (4, [0, 4, 8, 10]), (1, list(range(11))), (0.5, [0, 5, 10])]
+    ("eval_steps", "steps"), [(0.25, [0, 3, 6, 9, 10]), (4, [0, 4, 8, 10]), (1, list(range(11))), (0.5, [0, 5, 10])]
 )
-def test_the_student_is_scored_before_the_first_step_at_every_so_many_and_after_the_last(tmp_path, every, steps):
-    training = Training(watcher(tmp_path, every=every), {})
+def test_the_student_is_scored_before_the_first_step_at_every_so_many_and_after_the_last(tmp_path, eval_steps, steps):
+    training = Training(watcher(tmp_path, eval_steps=eval_steps), {})
     training.run(range(10), max_steps=10)
     assert list(training.logged) == steps
     assert training.logged[0] == {"watch/knowledge": 0.0}
@@ -51,7 +55,7 @@ def test_the_student_is_scored_before_the_first_step_at_every_so_many_and_after_
 
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 4), (False, 6)])
 def test_the_best_state_is_kept_by_the_score_that_was_chosen(tmp_path, higher_is_better, best):
-    kept = watcher(tmp_path, every=2, best="knowledge")
+    kept = watcher(tmp_path, eval_steps=2, **BEST)
     scores = {0: 0.5, 2: 0.6, 4: 0.9, 6: 0.1, 8: 0.8, 10: 0.7}
     Training(kept, scores, higher_is_better=higher_is_better).run(range(10), max_steps=10)
     found = kept.best()
@@ -63,7 +67,7 @@ def test_the_best_state_is_kept_by_the_score_that_was_chosen(tmp_path, higher_is
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
-    kept = watcher(tmp_path, every=2, best="knowledge")
+    kept = watcher(tmp_path, eval_steps=2, **BEST)
     Training(kept, {0: math.nan, 2: 0.6, 4: math.nan}).run(range(4), max_steps=4)
     found = kept.best()
     assert found is not None
@@ -71,13 +75,13 @@ def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
 
 
 def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_runs(tmp_path):
-    Training(watcher(tmp_path, every=2, best="knowledge"), {4: 0.9}).run(range(5), max_steps=10)
-    later = watcher(tmp_path, every=2, best="knowledge")
+    Training(watcher(tmp_path, eval_steps=2, **BEST), {4: 0.9}).run(range(5), max_steps=10)
+    later = watcher(tmp_path, eval_steps=2, **BEST)
     Training(later, {6: 0.5, 8: 0.5, 10: 0.5}).run(range(5, 10), max_steps=10)
     found = later.best()
     assert found is not None
     assert found["step"] == 4
-    assert watcher(tmp_path, best="knowledge", inputs={"a": 2}).best() is None
+    assert watcher(tmp_path, **BEST, inputs={"a": 2}).best() is None
 
 
 def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(monkeypatch):

@@ -274,7 +274,7 @@ def all_frozen() -> PreTrainedModel:
         ),
         ({"sequence_lenght": 64}, r"shoal.DistillationTrainer: sequence_lenght: unknown key; did you mean 'sequence_l"),
         ({"watch": None}, r"DistillationTrainer: watch: is for run directories, and has no use for a model in memory"),
-        ({"lora": {"quantization": "nf4"}}, r"lora: 4-bit weights and ZeRO 3 need the student's files"),
+        ({"lora": {"load_in_4bit": True}}, r"lora: 4-bit weights and ZeRO 3 need the student's files"),
         (
             {"losses": "forwards_kl"},
             r"shoal.DistillationTrainer: losses.0.kind: must be one of .*did you mean 'forward_kl'",
@@ -319,7 +319,7 @@ def test_adapters_become_plain_weights_and_training_with_them_goes_on_to_the_sam
     student, teacher = models()
     ids = torch.arange(20)[None]
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    given: dict[str, Any] = {"lora": {"rank": 4, "target_modules": ["q_proj", "down_proj"]}, "trainable": "near_gaps"}
+    given: dict[str, Any] = {"lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]}, "trainable": "near_gaps"}
     trainer = trainer_of(tmp_path, student, teacher, trained_by=steps, **given)
     trainer.train()
     with pytest.raises(UserError, match=r"save_model: the model has adapters; call merge_adapters\(\) first"):

@@ -376,7 +376,7 @@ def test_an_offloaded_teacher_gives_the_curve_of_one_on_the_device(live, teacher
 
 ADAPTED: dict[str, Any] = {
     "trainable": "near_gaps",
-    "lora": {"rank": 2, "target_modules": ["q_proj", "mlp.down_proj"]},
+    "lora": {"r": 2, "target_modules": ["q_proj", "mlp.down_proj"]},
     "losses": [{"kind": "forward_kl"}, {"kind": "hidden_states"}],
 }
 

@@ -388,8 +388,8 @@ def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) ->
         "distill.deepspeed: deepspeed/zero2.json, or compile: false",
     )
     yield (
-        settings.lora is not None and settings.lora.quantization != "none" and stage == 3,
-        "distill.lora.quantization: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or quantization: none",
+        settings.lora is not None and settings.lora.load_in_4bit and stage == 3,
+        "distill.lora.load_in_4bit: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or load_in_4bit: false",
     )
     yield (
         settings.teacher.offload and stage == 3,

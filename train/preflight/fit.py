@@ -109,7 +109,7 @@ def disk_bytes(job: Job) -> dict[str, int]:
     }
     if not job.spec.is_control:
         folders["text"] = ROW_BYTES * job.spec.num_row_tokens
-    if settings.watch is not None and settings.watch.best is not None:
+    if settings.watch is not None and settings.watch.metric_for_best_model is not None:
         # the next best student is complete before the last one is removed
         folders["checkpoints"] += 2 * job.width * student.parameters
     return folders

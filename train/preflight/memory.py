@@ -129,9 +129,7 @@ class Job:
     def in_four_bits(self) -> int:
         """Weights of linear modules of the layers that are held in 4 bits (QLoRA)."""
         lora = self.spec.settings.lora
-        return sum(layer.frozen_linear for layer in self.student.layers) * (
-            lora is not None and lora.quantization == "nf4"
-        )
+        return sum(layer.frozen_linear for layer in self.student.layers) * (lora is not None and lora.load_in_4bit)
 
     @property
     def shared_weights(self) -> int:

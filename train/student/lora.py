@@ -43,18 +43,17 @@ def add_adapters(
         UserError: a target that does not exist, or 4-bit weights that the files have under other names.
     """
     chosen = _chosen(student, lora, trained)
-    loaded_in_4bit = lora.quantization == "nf4"
-    if loaded_in_4bit:
+    if lora.load_in_4bit:
         _quantise(student, stored)
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=lora.dropout,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.lora_dropout,
         target_modules=chosen,
         fan_in_fan_out=any(isinstance(student.get_submodule(name), Conv1D) for name in chosen),
     )
     # peft looks there for what to put around a module; left set, the Trainer would take the whole model for quantised
-    setattr(student, "is_loaded_in_4bit", loaded_in_4bit)  # noqa: B010
+    setattr(student, "is_loaded_in_4bit", lora.load_in_4bit)  # noqa: B010
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
         torch.manual_seed(seed)
@@ -101,8 +100,8 @@ def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
             continue
         if f"{name}.weight" not in stored:
             raise UserError(
-                f"distill.lora.quantization: {type(student).__name__} keeps {name}.weight under another name in its "
-                "files, so that its 4-bit copy could not be undone; set quantization: none"
+                f"distill.lora.load_in_4bit: {type(student).__name__} keeps {name}.weight under another name in its "
+                "files, so that its 4-bit copy could not be undone; set it to false"
             )
         device = module.weight.device
         quantised = bnb.nn.Linear4bit(

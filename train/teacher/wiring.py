@@ -56,7 +56,7 @@ def make_trainable(student: PreTrainedModel, spec: TrainSpec, *, seed: int, stor
 def make_trainable_alike(student: PreTrainedModel, spec: TrainSpec) -> None:
     """The same for a student that is built without the weights of its files: they stay in full precision."""
     settings = spec.settings
-    plain = None if settings.lora is None else replace(settings.lora, quantization="none")
+    plain = None if settings.lora is None else replace(settings.lora, load_in_4bit=False)
     make_trainable(student, replace(spec, settings=replace(settings, lora=plain)), seed=0)
 
 

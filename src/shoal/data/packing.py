@@ -34,7 +34,7 @@ IMAGES = "images"
 """Key under which a row says what a model is given with its tokens to see their image, where they have one."""
 NO_IMAGE = -1
 OPEN_ROWS = 16
-"""Rows that best_fit keeps open at one time to find a place for the next document; more would waste less padding, but
+"""Rows that bfd keeps open at one time to find a place for the next document; more would waste less padding, but
 hold back more of the sources with short documents."""
 MOST_DISCARDED = 1000
 """Rows in succession without a learnt token after which packing gives up."""
@@ -289,7 +289,7 @@ def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, d
         if discarded == MOST_DISCARDED:
             raise UserError(
                 f"data {', '.join(map(repr, names))}: {discarded:,} rows in succession hold no token that is learnt; "
-                "raise sequence_length, set packing: best_fit, or set loss_on: all"
+                "raise sequence_length, set packing: bfd, or set loss_on: all"
             )
 
 

@@ -82,7 +82,7 @@ def pack(
     sequence_length: int,
     num_tokens: int | None,
     seed: int,
-    packing: Packing = "split",
+    packing: Packing = "wrapped",
     layout: Layout = Layout(),
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
@@ -100,19 +100,19 @@ def pack(
     has_images = any(source.has_images for source, _ in sources)
     assert not has_images or (layout.folder and num_tokens is not None), "only files hold which image a row has"
     num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
-    # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
-    enough = None if packing == "best_fit" or num_rows is None else num_rows * sequence_length
+    # what bfd leaves out of a document is counted, and of a conversation any part may be the one that teaches
+    enough = None if packing == "bfd" or num_rows is None else num_rows * sequence_length
     streams = []
     for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True)):
-        limit = sequence_length if packing == "best_fit" or source.has_images else None
+        limit = sequence_length if packing == "bfd" or source.has_images else None
         encode = layout.encode_image if source.has_images else None
         reading = _Reading(source, tokenizer, limit, enough, encode)
         streams.append(reading.stream(given, seed=seed + index, count=counts[name]))
-    padded = packing == "best_fit" or num_rows is None or has_images
+    padded = packing == "bfd" or num_rows is None or has_images
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
     padding_id = next((token for token in ends if token is not None), 0)
     fill = functools.partial(
-        best_fit_rows if packing == "best_fit" else split_rows, length=sequence_length, padding_id=padding_id
+        best_fit_rows if packing == "bfd" else split_rows, length=sequence_length, padding_id=padding_id
     )
     rows = _filled(streams, [source.weight for source, _ in sources], fill, layout, once=num_rows is None)
     if has_images:
@@ -157,14 +157,14 @@ def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
         yield item
 
 
-def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, packing: Packing = "split") -> None:
+def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, packing: Packing = "wrapped") -> None:
     """Read as little of the source as shows that something can be learnt from it.
 
     Raises:
         UserError: it cannot be read, its column is missing or of another kind, its conversations cannot be rendered, or
             nothing in it is learnt.
     """
-    reading = _Reading(source, tokenizer, sequence_length if packing == "best_fit" else None, sequence_length)
+    reading = _Reading(source, tokenizer, sequence_length if packing == "bfd" else None, sequence_length)
     _refuse_impossible(source, tokenizer)
     has_items = False
     items = (item for item in documents(source) if item is not None)
@@ -192,7 +192,7 @@ def nothing_learnt(source: DataSource) -> UserError:
     elif source.is_chat:
         words = (
             "no conversation has a token that is learnt (an answer of the assistant, and within the row where packing "
-            "is best_fit); name another column, raise sequence_length, or set loss_on: all"
+            "is bfd); name another column, raise sequence_length, or set loss_on: all"
         )
     else:
         words = "every document tokenises to nothing; name a source that holds text"

@@ -84,7 +84,7 @@ class Teacher(Section):
 class Watch(Section):
     """What is scored while the student trains."""
 
-    every: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.TRAINING] = 0.25
+    eval_steps: Annotated[Annotated[float, Field(gt=0, lt=1)] | Positive, Shapes.TRAINING] = 0.25
     """Steps from one scoring to the next, or below 1 their share of all steps; the student is scored before the first
     step and after the last one too."""
     perplexity_tokens: Annotated[int, Field(ge=0), Shapes.TRAINING] = 4096
@@ -93,8 +93,13 @@ class Watch(Section):
     """lm-eval tasks, one or two per ability; few items, since every scoring costs what they cost."""
     limit: Annotated[Positive, Shapes.TRAINING] = 32
     """Items per task: the first ones that eval.limit would take."""
-    best: Annotated[str | None, Shapes.TRAINING] = None
+    metric_for_best_model: Annotated[str | None, Shapes.TRAINING] = None
     """Score, `perplexity` or a task, whose best state becomes distilled/; None = the last state."""
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of all that is scored."""
+        return (*(["perplexity"] if self.perplexity_tokens else []), *self.tasks)
 
 
 @dataclass(frozen=True)
@@ -104,17 +109,17 @@ class Lora(Section):
     Their product is merged into the weights when the student is written, so that distilled/ is a plain checkpoint.
     """
 
-    rank: Annotated[Positive, Shapes.TRAINING] = 16
+    r: Annotated[Positive, Shapes.TRAINING] = 16
     """Rows of the one matrix and columns of the other."""
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.TRAINING] = 32.0
-    """The adapters' product is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.0
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.TRAINING] = 32.0
+    """The adapters' product is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.0
     """Share of the adapters' inputs set to zero. The draws differ with the number of ranks, so the curve does too."""
     target_modules: Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | None, Shapes.TRAINING] = None
     """Linear modules that get an adapter, by the end of their names (`q_proj`, `mlp.down_proj`), in those layers that
     distill.trainable trains; None = all of them there."""
-    quantization: Annotated[Literal["none", "nf4"], Shapes.TRAINING] = "none"
-    """nf4: frozen weights of the layers are held in 4 bits while training (QLoRA, Dettmers et al. 2023,
+    load_in_4bit: Annotated[bool, Shapes.TRAINING] = False
+    """Hold frozen weights of the layers in 4 bits (nf4) while training (QLoRA, Dettmers et al. 2023,
     arXiv:2305.14314); needs bitsandbytes. Adapters are merged into the weights as they were before that."""
 
 
@@ -210,8 +215,8 @@ class Distill(Section):
     batch_size: Annotated[Positive | None, Shapes.TRAINING] = None
     """Rows of one optimizer step over all ranks, so that a run means the same, and goes on, on any number of ranks;
     gradients are accumulated accordingly. None = what one step of trainer.per_device_train_batch_size comes to."""
-    packing: Annotated[Packing, Shapes.ROWS | Shapes.TRAINING] = "split"
-    """split: what does not fit a row goes on in the next as a document of its own. best_fit: documents stay whole, what
+    packing: Annotated[Packing, Shapes.ROWS | Shapes.TRAINING] = "wrapped"
+    """wrapped: what does not fit a row goes on in the next as a document of its own. bfd: documents stay whole, what
     is longer than a row is cut, and rows are padded."""
     losses: Annotated[tuple[LossTerm, ...], Shapes.TRAINING] = (ForwardKL(),)
     """What the student is to match: the sum of these terms, each times its weight."""
@@ -227,7 +232,8 @@ class Distill(Section):
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
     """Steps in which the student learns from what it writes itself; None = none."""
     watch: Annotated[Watch | None, Shapes.TRAINING] = Watch()
-    """Scoring while training, which shapes the result where it chooses the best state; None = none."""
+    """Scoring while training, which shapes the result where it chooses the best state; None, or one that scores
+    nothing = none."""
     stop_on_spike: Annotated[Annotated[float, Field(gt=1, allow_inf_nan=False)] | None, Shapes.NOTHING] = 10.0
     """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
     a look; None = only a loss that is no number does."""
@@ -259,6 +265,10 @@ class Distill(Section):
     """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
     timeout_s: Annotated[Positive, Shapes.NOTHING] = 1800
     """Seconds a collective may wait for a late rank before the job ends."""
+
+    def __post_init__(self) -> None:
+        if self.watch is not None and not self.watch.scores and self.watch.metric_for_best_model is None:
+            object.__setattr__(self, "watch", None)
 
     @property
     def has_images(self) -> bool:

@@ -23,7 +23,7 @@ _REASONS: dict[str, str] = {
     "ignore_data_skip": "would train the same text again after a resume; leave it out",
     "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
     "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
-    "load_best_model_at_end": "is done by distill.watch.best; use that",
+    "load_best_model_at_end": "is done by distill.watch.metric_for_best_model; use that",
     "eval_strategy do_eval eval_on_start": "is done by distill.watch; use that",
     "train_sampling_strategy data_seed": "would have no effect, packing has drawn the order; use seed",
     "push_to_hub": "is done by export.hub_repo; use that",
@@ -35,7 +35,11 @@ REFUSED_ARGUMENTS = {name: reason for names, reason in _REASONS.items() for name
 """Training arguments that would be wrong, ignored or leaked here."""
 REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("lr_scheduler_type", ("reduce_lr_on_plateau", "greedy"), "needs an eval set; choose another, such as cosine"),
-    ("save_strategy", ("best",), "needs an eval set; choose steps, and distill.watch.best keeps the best state"),
+    (
+        "save_strategy",
+        ("best",),
+        "needs an eval set; choose steps, and distill.watch.metric_for_best_model keeps the best state",
+    ),
     (
         "accelerator_config.split_batches",
         (True,),
@@ -75,14 +79,12 @@ def contradictions(distill: Distill) -> Iterator[str]:
             "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
             f"{distill.precision}; leave one of them out"
         )
-    if watch is not None:
-        if not watch.tasks and not watch.perplexity_tokens:
-            yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
-        names = [*(["perplexity"] if watch.perplexity_tokens else []), *watch.tasks]
-        if watch.best is not None and watch.best not in names:
-            yield f"distill.watch.best: must be one of {', '.join(names)} (got {watch.best!r})"
-        if watch.every > 1 and watch.every != round(watch.every):
-            yield f"distill.watch.every: must be whole steps or a share below 1 (got {watch.every:g})"
+    if watch is not None and watch.metric_for_best_model not in (None, *watch.scores):
+        names = ", ".join(watch.scores) or "nothing"
+        yield (
+            f"distill.watch.metric_for_best_model: {watch.metric_for_best_model!r} is not scored, but {names}; choose "
+            "one of these"
+        )
     yield from _of_arguments(distill.trainer)
 
 

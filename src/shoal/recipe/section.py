@@ -26,10 +26,10 @@ TEACHER_TEXT = "teacher_text"
 """Name of the source that the teacher writes itself before training starts."""
 MIXED = ("ability_texts", "ability_texts_one_form")
 """Bundled sources that mix the abilities; the part of each is a source too, named NAME_ABILITY."""
-Packing = Literal["split", "best_fit"]
-"""split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
-best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that
-is not learnt."""
+Packing = Literal["wrapped", "bfd"]
+"""wrapped: rows are filled to the last token; a document that does not fit goes on in the next row as one of its own.
+bfd (best fit): documents stay whole, and what is longer than a row is cut off; the rest of a row is padding that is not
+learnt. Unlike in TRL, whose words these are, documents of a row stay apart under both."""
 
 
 TOO_LARGE = 2**63

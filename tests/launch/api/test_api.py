@@ -183,7 +183,7 @@ def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
     untrained = {name: weight.clone() for name, weight in student.state_dict().items()}
     _, training = shoal.distill(
         student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, learning_rate=1e-2,
-        trainable="near_gaps", lora={"rank": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3},
+        trainable="near_gaps", lora={"r": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3},
         on_policy={"share": 1, "start": 0.3, "prompt_tokens": 8, "new_tokens": 8},
     )  # fmt: skip
     assert ["on_policy/kept_tokens" in row for row in training.history] == [False, True, True]
@@ -191,7 +191,7 @@ def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
     moved = {name for name, weight in student.state_dict().items() if not torch.equal(weight, untrained[name])}
     assert moved == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (1, 2)}
     assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in student.parameters())
-    assert training.provenance.inputs["distill.lora"]["rank"] == 2
+    assert training.provenance.inputs["distill.lora"]["r"] == 2
 
 
 def test_models_are_measured_as_evaluated_and_left_as_they_were() -> None:

@@ -60,7 +60,7 @@ def test_what_a_key_may_be(place: str, values: str) -> None:
 
 def test_a_meaning_is_the_docstring_of_the_key_of_its_type_or_of_the_class_above() -> None:
     for place, words in {
-        "distill.lora.rank": "Rows of the one matrix and columns of the other.",
+        "distill.lora.r": "Rows of the one matrix and columns of the other.",
         "distill.losses.jsd.temperature": "Softens teacher and student alike; the term is scaled by its square.",
         "eval.limit": "Items per task; null = all.",
     }.items():
@@ -97,7 +97,7 @@ def test_without_a_kind_all_that_have_the_key_are_told_and_an_entry_of_a_mapping
     ("key", "hint"),
     [
         ("distill.num_token", "did you mean distill.num_tokens"),
-        ("distill.loar.rank", "did you mean distill.lora.rank?"),
+        ("distill.loar.lora_alpha", "did you mean distill.lora.lora_alpha?"),
         ("top_k", "did you mean record.top_k?"),
         ("zzzzzz", "`shoal explain` lists the sections"),
     ],

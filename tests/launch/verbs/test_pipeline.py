@@ -332,7 +332,7 @@ def test_what_chooses_the_best_state_is_part_of_the_training(
     make_run: Any, best: str, changes: list[dict[str, Any]]
 ) -> None:
     def trained_by(evaluation: dict[str, Any], best: str | None) -> dict[str, Any]:
-        watch = {"tasks": ["retrieval_continuation"], "best": best}
+        watch = {"tasks": ["retrieval_continuation"], "metric_for_best_model": best}
         run = make_run(distill={"watch": watch}, eval={"sequence_length": 128, **evaluation})
         return distill.training_inputs(run, pruning.read_plan(run))
 

@@ -145,9 +145,7 @@ def texts_learnt(rows: Any) -> set[str]:
 
 
 def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> None:
-    rows = packed(
-        DataSource(written(tmp_path, [{"messages": [QUESTION, ANSWER]}]), messages="messages"), packing="best_fit"
-    )
+    rows = packed(DataSource(written(tmp_path, [{"messages": [QUESTION, ANSWER]}]), messages="messages"), packing="bfd")
     assert texts_learnt(rows) == {"It is 4.\n"}
     count = rows.counts[next(iter(rows.counts))]
     assert count["supervised"] == (labels_of(rows) >= 0).sum()
@@ -157,7 +155,7 @@ def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> N
     "row", [{"q": "What?", "a": "That."}, {"q": [{"role": "user", "content": "What?"}], "a": "That."}]
 )
 def test_prompt_and_completion_are_a_conversation(tmp_path: Path, row: dict[str, Any]) -> None:
-    rows = packed(DataSource(written(tmp_path, [row]), prompt="q", completion="a"), packing="best_fit")
+    rows = packed(DataSource(written(tmp_path, [row]), prompt="q", completion="a"), packing="bfd")
     assert texts_learnt(rows) == {"That.\n"}
 
 

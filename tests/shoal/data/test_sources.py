@@ -176,7 +176,7 @@ def packed(
     length: int = 16,
     num_tokens: int = 160,
     seed: int = 0,
-    packing: Packing = "split",
+    packing: Packing = "wrapped",
     folder: Path | None = None,
     with_sources: bool = False,
     groups: list[int] | None = None,
@@ -299,7 +299,7 @@ def test_a_document_gives_the_same_logits_and_loss_wherever_it_stands(kind: str)
     orders = [
         packed((1, texts), length=32, num_tokens=32 * 3, seed=seed, packing=packing)
         for seed in range(3)
-        for packing in ("split", "best_fit")
+        for packing in ("wrapped", "bfd")
     ]
     document = torch.tensor([*tiny_tokenizer()(texts[1])["input_ids"], EOS])
     seen = []
@@ -328,7 +328,7 @@ MANY = ["".join(chr(97 + (n * 7 + i) % 26) for i in range(n % 11 + 1)) for n in 
 
 def test_best_fit_keeps_documents_whole_and_marks_the_padding() -> None:
     texts = ["abcd", "efghij", "klmn"]  # no sum of their lengths fills a row
-    rows = packed((1, texts), num_tokens=16 * 12, packing="best_fit")
+    rows = packed((1, texts), num_tokens=16 * 12, packing="bfd")
     assert rows.supervised_NS is not None
     whole = {(*tiny_tokenizer()(text)["input_ids"], EOS) for text in texts}
     padding = learnt = 0
@@ -348,13 +348,13 @@ def test_best_fit_keeps_documents_whole_and_marks_the_padding() -> None:
 
 def test_padding_belongs_to_no_document() -> None:
     """What stands before padding cannot change by it, nor can it be learnt."""
-    rows = packed((1, ["abc"]), length=10, num_tokens=10, packing="best_fit")
+    rows = packed((1, ["abc"]), length=10, num_tokens=10, packing="bfd")
     assert rows.input_ids_NS[0, 8:].tolist() == [258, 258]
     assert rows.position_ids_NS[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert (labels_of(rows)[0, 8:] == IGNORED).all()
 
 
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize("packing", ["wrapped", "bfd"])
 def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) -> None:
     sources = [(1.0, ["a" * 7] * 7), (1.0, ["b" * 29] * 2), (6.0, ["c" * 7] * 5)]
     rows, fewer = (
@@ -376,7 +376,7 @@ def test_groups_of_sources_share_no_row_and_have_their_shares(packing: Packing) 
 # --- larger than memory
 
 
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize("packing", ["wrapped", "bfd"])
 def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> None:
     on_disk = packed((1, MANY), packing=packing, folder=tmp_path)
     in_memory = packed((1, MANY), packing=packing)
@@ -384,10 +384,10 @@ def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> N
     assert on_disk.counts == in_memory.counts == read_rows(tmp_path).counts
     assert torch.equal(labels_of(on_disk), labels_of(in_memory))
     names = {file.stem for file in tmp_path.glob("*.npy")}
-    assert names == set(PLANES) - ({"sources", "supervised"} if packing == "split" else {"sources"})
+    assert names == set(PLANES) - ({"sources", "supervised"} if packing == "wrapped" else {"sources"})
 
 
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize("packing", ["wrapped", "bfd"])
 def test_rows_say_of_every_token_which_source_it_is_from_and_are_the_same_without(
     tmp_path: Path, packing: Packing
 ) -> None:
@@ -417,7 +417,7 @@ def test_rows_say_of_every_token_which_source_it_is_from_and_are_the_same_withou
     assert plain.counts == rows.counts
 
 
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize("packing", ["wrapped", "bfd"])
 def test_without_a_budget_every_document_is_packed_once(packing: Any) -> None:
     texts = [str(number) * (number + 1) for number in range(9)]  # no document is longer than a row
     documents = in_memory(texts)

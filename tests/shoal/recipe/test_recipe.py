@@ -59,7 +59,18 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "measure: {num_tokens: 1.5}",
             "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
         ),
-        ("distill: {watch: {every: x}}", "distill.watch.every: must be a number (got 'x')"),
+        ("distill: {stop_on_spike: x}", "distill.stop_on_spike: must be a number (got 'x')"),
+        (
+            "distill: {watch: {eval_steps: 2.5}}",
+            "distill.watch.eval_steps: must be less than 1 or must be a whole number, got a number with a fractional "
+            "part (got 2.5)",
+        ),
+        (
+            "distill: {watch: {perplexity_tokens: 0, tasks: [a], metric_for_best_model: b}}",
+            "distill.watch.metric_for_best_model: 'b' is not scored, but a; choose one of these",
+        ),
+        ("distill: {lora: {rank: 2}}", "distill.lora.rank: gone since 0.1; say r"),
+        ("distill: {packing: split}", "distill.packing.split: gone since 0.1; say wrapped"),
         ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
         ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
         ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
@@ -286,6 +297,10 @@ def test_what_vllm_cannot_tell_is_refused(tmp_path: Path) -> None:
     recorded = "record: {backend: vllm, temperature: 2, states: [1]}\ndistill: {teacher: {recorded: a, prefix: true}}"
     told = refusal(tmp_path, recorded)
     assert [line.split(": ")[0] for line in told] == ["record.temperature", "record.states", "distill.teacher.prefix"]
+
+
+def test_a_watch_that_scores_nothing_is_none(tmp_path: Path) -> None:
+    assert load(tmp_path, "distill: {watch: {perplexity_tokens: 0}}").distill.watch is None
 
 
 def test_samples_and_their_prompts_fit_into_a_row(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from shoal.train.teacher.wiring import make_trainable_alike
 SETTINGS: dict[str, dict[str, Any]] = {
     "all": {},
     "from_first_cut": {"trainable": "from_first_cut"},
-    "lora": {"lora": Lora(rank=4)},
-    "lora near gaps": {"lora": Lora(rank=4, target_modules=("q_proj", "down_proj")), "trainable": "near_gaps"},
+    "lora": {"lora": Lora(r=4)},
+    "lora near gaps": {"lora": Lora(r=4, target_modules=("q_proj", "down_proj")), "trainable": "near_gaps"},
 }
 
 
@@ -193,7 +193,7 @@ def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: J
 
 @pytest.mark.slow
 def test_adapters_alone_have_gradients_and_moments() -> None:
-    whole, adapters = job_of(), job_of(lora=Lora(rank=4))
+    whole, adapters = job_of(), job_of(lora=Lora(r=4))
     pairs = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     count = 4 * sum(4 * (rows + columns) for rows, columns in pairs)
     assert adapters.student.trained == count

@@ -18,7 +18,7 @@ from shoal.train.student.trainable import trained_parts
 
 CUT = plan(3, num_layers=7)
 IDS = torch.arange(5, 25)[None]
-RANK_3 = Lora(rank=3, alpha=7.5)
+RANK_3 = Lora(r=3, lora_alpha=7.5)
 
 
 def adapted(kind: str, lora: Lora = RANK_3, trainable: str = "near_gaps", **overrides: Any) -> tuple[Any, list[str]]:
@@ -70,7 +70,7 @@ def test_adapters_become_a_plain_checkpoint_that_computes_what_they_did(kind, tm
 
 
 def test_the_merge_is_exact_where_numbers_are(tmp_path) -> None:
-    student, (name, *_) = adapted("llama", Lora(rank=2, alpha=3.0))
+    student, (name, *_) = adapted("llama", Lora(r=2, lora_alpha=3.0))
     weight = student.get_parameter(f"{name}.base_layer.weight")
     remembered = weight.detach().clone()
     student.save_pretrained(tmp_path, state_dict={f"{name}.weight": remembered})
@@ -107,7 +107,7 @@ def test_adapters_beside_4_bit_weights_are_merged_into_the_stored_ones(tmp_path)
     bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     plain = tiny_model("llama", dtype=torch.bfloat16)
     plain.save_pretrained(tmp_path)
-    student, lora = tiny_model("llama", dtype=torch.bfloat16).float(), Lora(rank=3, quantization="nf4")
+    student, lora = tiny_model("llama", dtype=torch.bfloat16).float(), Lora(r=3, load_in_4bit=True)
     with pytest.raises(UserError, match=r"LlamaForCausalLM keeps model\.layers\.0\.self_attn\.q_proj\.weight under"):
         add_adapters(student, lora, trained_parts("near_gaps", CUT), seed=0)
     chosen = add_adapters(student, lora, trained_parts("near_gaps", CUT), seed=0, stored=stored_names(tmp_path))
