@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal import __version__
 from shoal.errors import not_encoded
+from shoal.formatting import meant
 from shoal.redaction import redacted_arguments
 
 LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
@@ -112,6 +113,14 @@ VERBS = {
         reads_recipe=False,
     ),
 }
+OTHER_WORDS = {
+    **dict.fromkeys(("train", "finetune", "heal"), "distill"),
+    **dict.fromkeys(("evaluate", "test"), "eval"),
+    **dict.fromkeys(("cut", "drop"), "prune"),
+    **dict.fromkeys(("score", "importance"), "measure"),
+    **dict.fromkeys(("sweep", "search"), "run RECIPE --each KEY=A,B"),
+}
+"""What other programs call a verb -> the words here."""
 LOCAL_RANK: dict[str, Any] = {"type": int, "help": argparse.SUPPRESS}
 """The DeepSpeed launcher puts it behind script or module."""
 
@@ -119,6 +128,12 @@ LOCAL_RANK: dict[str, Any] = {"type": int, "help": argparse.SUPPRESS}
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command's words by name; argparse ends the process where they are wrong."""
     parser = _parser()
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        known = f"there are {', '.join(VERBS)}"
+        meant_one = OTHER_WORDS.get(verb)
+        hint = f"did you mean `shoal {meant_one}`?" if meant_one else meant(verb, VERBS, known)
+        parser.error(f"{redacted_arguments([verb])[0]}: no such verb; {hint}")
     for word in argv:
         if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
             parser.error(not_encoded(repr(os.fsencode(word))))

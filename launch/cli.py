@@ -113,7 +113,7 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     """
     from shoal.eval.tasks.names import refuse_unknown
     from shoal.inference.vllm import check_vllm
-    from shoal.models.checkpoint_files import refuse_no_model
+    from shoal.model_names import refuse_no_model
     from shoal.recipe.deepspeed_file import read_deepspeed
     from shoal.recipe.section import TEACHER_TEXT
 

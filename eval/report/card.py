@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
-from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty, mtp_names, read_shards
+from shoal.model_names import DEMO_PREFIX
+from shoal.models.checkpoint_files import json_or_empty, mtp_names, read_shards
 from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 

@@ -18,11 +18,12 @@ from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
-from shoal.models.checkpoint_files import WRITING, model_fingerprint, names_model, writing_settings
+from shoal.model_names import name_of_model, names_model
+from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
-from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
+from shoal.recipe.recipe import Recipe, load_recipe
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, environment, free_memory, seed_everything
 

@@ -28,9 +28,10 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.errors import UserError
 from shoal.machine import DTYPES, device_name, fast_dtype, flops_per_second
+from shoal.model_names import DEMO_PREFIX
 from shoal.models.anatomy import image_layers, text_config
 from shoal.models.attention import Chosen, choose_attention
-from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
 from shoal.models.resolve import find_config, resolve_model
 from shoal.ranks import is_main

@@ -20,7 +20,7 @@ from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.page import comparison_text, write_comparison
-from shoal.models.checkpoint_files import names_model
+from shoal.model_names import names_model
 from shoal.progress import loading
 from shoal.recipe.recipe import load_recipe
 from shoal.yaml_text import read_yaml

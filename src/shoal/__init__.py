@@ -19,6 +19,7 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
     stopping      Ctrl-C, SIGTERM, and the end of all that was started
     atomic_files  files and folders that are whole or absent
     formatting    numbers and tables for a terminal
+    model_names   what names a model: a folder, a Hub id, a demo model
     redaction     secrets stay here
     yaml_text     YAML 1.2 scalars, no key twice
     components    what can be taken out of a model's layers

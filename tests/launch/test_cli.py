@@ -66,7 +66,7 @@ def test_the_recipe_is_the_first_word_that_is_no_override() -> None:
     ("argv", "message"),
     [
         ([], "the following arguments are required: VERB"),
-        (["prun", "--config", "r"], "argument VERB: invalid choice: 'prun'"),
+        (["prun", "--config", "r"], "prun: no such verb; did you mean 'prune'?"),
         (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
         (["prune", "--config", "r", "--sed", "1"], "unrecognized arguments: --sed"),
     ],

@@ -378,7 +378,7 @@ def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Pa
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["prun", "--config", "r"], "invalid choice: 'prun'"),
+        (["prun", "--config", "r"], "prun: no such verb; did you mean 'prune'?"),
         (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
         (["eval", "--config", "r", "--dry-run"], "`shoal eval` has no --dry-run; there is `shoal prune --dry-run`"),
         (["prune", "--config", "nothing.yaml"], "nothing.yaml: no such recipe file"),

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
+from shoal.model_names import ADAPTER_CONFIG
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import (
-    ADAPTER_CONFIG,
     TOKENIZER_FILES,
     WITH_MODEL,
     WITH_TOKENIZER,

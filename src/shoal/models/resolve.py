@@ -17,17 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from shoal.atomic_files import cache_dir, file_hash, fingerprint, make_folder, only_process, written_folder
 from shoal.errors import UserError
+from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_no_model
 from shoal.models.adapters import WEIGHTS, check_mergeable, merge
 from shoal.models.checkpoint_files import (
-    ADAPTER_CONFIG,
-    DEMO_MODELS,
-    DEMO_PREFIX,
     WITH_MODEL,
     check_checkpoint,
     check_config,
     json_or_empty,
     model_fingerprint,
-    refuse_no_model,
     tokenizer_fingerprint,
 )
 from shoal.models.load import load_config

@@ -6,7 +6,6 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from yaml import YAMLError
 
 from shoal.errors import UserError
 from shoal.formatting import meant
+from shoal.model_names import name_of_model, names_model
 from shoal.recipe import distill_contradictions, measure, prune, remembered
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval, with_suite
@@ -97,17 +97,11 @@ class Recipe(Section):
             object.__setattr__(self, "run_dir", f"runs/{name_of_model(self.model)}")
 
 
-def name_of_model(model: str) -> str:
-    """A name for folders and files: the end of a Hub id, a path or demo:<name>."""
-    end = re.split(r"[/:]", model.rstrip("/"))[-1]
-    return re.sub(r"[^\w.-]+", "-", end).strip(".-") or "model"
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
 
     A name that is no file is looked up among the shipped recipes, so that `quickstart` works from any folder; a run
-    directory holds the recipe that it is made with, and is then the run_dir.
+    directory holds the recipe that it is made with, and is then the run_dir; a model alone is the recipe {model: path}.
 
     Raises:
         UserError: naming every problem at once as ``file: key.path: message (got value)``, or with the override that
@@ -118,12 +112,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
-    """What the recipe, or the run directory, at ``path`` says with ``overrides`` applied; and the file that says it.
+    """What the recipe, the run directory or the model at ``path`` says with ``overrides`` applied; and the file that
+    says it, of a model its name.
 
     Raises:
         UserError: there is none, it is no mapping, or an override is none.
     """
-    file = _find_recipe(Path(path))
+    if (file := _find_recipe(str(path))) is None:
+        raw, file = {"model": str(path)}, Path(path)
+    else:
+        raw = _read_mapping(file)
+        if Path(path).is_dir():
+            raw["run_dir"] = str(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return raw, file
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
     try:
         raw = read_yaml(file.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
@@ -133,11 +139,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     if not isinstance(raw, dict):
         kind = "nothing" if raw is None else type(raw).__name__
         raise UserError(f"{file}: must be a mapping of settings, got {kind}")
-    if Path(path).is_dir():
-        raw["run_dir"] = str(path)
-    for override in overrides:
-        apply_override(raw, override)
-    return raw, file
+    return raw
 
 
 def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -157,20 +159,24 @@ def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequ
     return checked(Recipe, with_suite(raw), source=source, overrides=overrides, contradictions=_contradictions)
 
 
-def _find_recipe(path: Path) -> Path:
+def _find_recipe(name: str) -> Path | None:
+    """The recipe file that ``name`` stands for; None = it is a model."""
+    path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
-        return remembered.recipe_in(path)
+        return remembered.recipe_in(path) if (path / remembered.FILE).is_file() or not names_model(name) else None
     for shipped in (CONFIGS_DIR / path.name, CONFIGS_DIR / f"{path.name}.yaml"):
         if path.parent in (Path(), Path("configs")) and shipped.is_file():
             return shipped
+    if names_model(name):
+        return None
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
-    otherwise = "for a model `shoal init MODEL` writes a recipe"
+    otherwise = "a model is a folder with config.json, a Hub id (owner/name) or demo:NAME"
     hint = meant(path.stem, (Path(name).stem for name in names), otherwise, cutoff=0.7)
     raise UserError(
-        f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}. It is no run directory "
-        f"either; {hint}"
+        f"{name}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}. It is no run directory and no "
+        f"model either; {hint}"
     )
 
 

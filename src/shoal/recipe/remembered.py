@@ -47,9 +47,10 @@ def recipe_in(run_dir: Path) -> Path:
     """
     file, text = run_dir / FILE, memory_in(run_dir)
     if text is None:
-        is_model = (run_dir / "config.json").is_file()
-        what = f"a model; `shoal init {run_dir}` writes a recipe for it" if is_model else f"a folder without {FILE}"
-        raise UserError(f"{run_dir}: is no run directory but {what}; name a recipe with run_dir={run_dir}")
+        raise UserError(
+            f"{run_dir}: is no run directory but a folder without {FILE}, and no model, which has config.json; name a "
+            f"recipe with run_dir={run_dir}"
+        )
     if not _is_signed(text) and not is_trusted(run_dir):
         raise UserError(
             f"{file}: has no signature of yours, and a recipe of somebody else can run code; read it, then name the "

@@ -14,7 +14,6 @@ from shoal.artifacts.evaluation import Scores, Speed
 from shoal.eval.compare.compare import RunComparison, compare_runs
 from shoal.eval.compare.page import comparison_text
 from shoal.launch.cli import main, run_verb
-from shoal.models.checkpoint_files import names_model
 
 EVAL: dict[str, Any] = {
     "tasks": ["knowledge_continuation", "reasoning_worked"],
@@ -90,15 +89,6 @@ def test_a_model_of_another_tokenizer_is_compared_on_what_counts_no_tokens(run_d
     assert [task.task for task in comparison.tasks] == ["knowledge_continuation"]
     assert any("perplexity is left out: it counts tokens" in reason for reason in comparison.left_out)
     assert comparison.models[2].cells[0].difference is not None
-
-
-def test_what_names_a_model_is_told_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/mine/eval").mkdir(parents=True)
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut/config.json").write_text("{}")
-    names = ("cut", "demo:smollm2-135m", "Qwen/Qwen2.5-0.5B", "runs/mine", "runs/misspelt", "gpt2", "./no/where")
-    assert [names_model(name) for name in names] == [True, True, True, False, False, False, False]
 
 
 def test_what_cannot_stand_beside_is_refused_before_anything_is_scored(

