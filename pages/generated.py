@@ -13,6 +13,7 @@ from mkdocs.structure.files import File, Files
 
 import shoal
 from shoal.launch.help.explain import explanation, places
+from shoal.recipe.not_together import NOT_TOGETHER
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -28,6 +29,8 @@ def keys() -> Iterator[str]:
         for said in explanation(place):
             if "keys" in said:
                 yield from _section(said)
+    yield "## what does not go together\n\n| setting | beside | why | instead |\n| --- | --- | --- | --- |"
+    yield from (f"| `{row.place}` | `{row.beside}` | {row.reason} | {row.remedy} |" for row in NOT_TOGETHER)
 
 
 def _section(said: dict[str, Any]) -> Iterator[str]:

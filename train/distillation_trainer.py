@@ -30,6 +30,7 @@ from shoal.recipe.distill import Distill, Record, Trainable
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import LossTerm, StateTerm
 from shoal.recipe.messages import of_arguments
+from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Section
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
@@ -300,7 +301,7 @@ def _section(args: TrainingArguments, *, losses: Losses, trainable: str, **given
         {"stop_on_spike": None, **named, **given},
         taken=(*named, *SAME_AS_IN_RECIPE),
         source="shoal.DistillationTrainer",
-        contradictions=contradictions,
+        contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
     config = resolved_deepspeed(args)
     if config is not None and precisions_named(config):

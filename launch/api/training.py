@@ -22,6 +22,7 @@ from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, r
 from shoal.recipe.distill import Distill
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
+from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
 from shoal.train.distill import training_of
@@ -119,7 +120,7 @@ def _section(num_tokens: int | None, settings: dict[str, Any]) -> Distill:
         {**named, **settings, "trainer": trainer},
         taken=(*named, *TAKEN),
         source="shoal.distill",
-        contradictions=contradictions,
+        contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
     precision = fast_dtype(device()).dtype if section.precision == "auto" else section.precision
     return replace(section, precision=precision, deepspeed=None, watch=None)

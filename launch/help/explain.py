@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from shoal.errors import UserError
 from shoal.formatting import listed
+from shoal.recipe.field_words import field_word
 from shoal.recipe.gone import gone
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TOO_LARGE, Section
@@ -89,8 +90,10 @@ def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
 def _unknown(place: str, known: list[str]) -> UserError:
     if words := gone(place):
         return UserError(f"explain: {place}: {words}")
-    ends = {other: other.rpartition(".")[2] for other in known}
-    leaf = difflib.get_close_matches(place.rpartition(".")[2], set(ends.values()), n=1, cutoff=0.7)
+    ends, word = {other: other.rpartition(".")[2] for other in known}, place.rpartition(".")[2]
+    if (here := field_word(word)) and word not in ends.values():
+        return UserError(f"explain: a recipe has no key {place!r}; here it is {here}")
+    leaf = difflib.get_close_matches(word, set(ends.values()), n=1, cutoff=0.7)
     of_that_name = [other for other, end in ends.items() if end in leaf]
     close = difflib.get_close_matches(place, of_that_name, n=CLOSE, cutoff=0)
     hint = f"did you mean {listed(close, 'or')}?" if close else "`shoal explain` lists the sections"

@@ -28,7 +28,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
+from shoal.recipe.section import Named, Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.teacher.recording import recording_inputs, rows_from
@@ -374,3 +374,12 @@ def test_losses_of_a_source_shape_the_training_and_neither_rows_nor_recordings()
     differing = {key for key, value in after["training"].items() if value != before["training"][key]}
     assert differing == {"distill.data"}
     assert after["training"]["distill.data"][0] == {**before["training"]["distill.data"][0], "losses": ["jsd"]}
+
+
+def test_a_key_that_is_called_anew_keeps_its_name_in_identities() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Renamed(Section):
+        r: Annotated[int, Shapes.TRAINING, Named("rank")] = 16
+
+    assert shaping(Renamed(), Shapes.TRAINING, "lora.") == {"lora.rank": 16}
+    assert shaping_keys(Renamed, Shapes.TRAINING, "lora.") == ["lora.rank"]

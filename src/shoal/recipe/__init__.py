@@ -3,6 +3,8 @@
 recipe                  the whole, with `track` and `export`; load_recipe() and overrides
 messages                why a recipe is refused, in the words of YAML
 gone                    keys that recipes once knew, and what to write instead
+field_words             what users of other tools type, and what it is here
+not_together            settings that contradict each other, one table
 section                 what sections are made of; what each key shapes, and identities from it
 measure                 `measure`, with `measure.sweep`
 prune                   `prune`

@@ -72,8 +72,6 @@ def contradictions(distill: Distill) -> Iterator[str]:
             "trained one for both models anyway; set teacher.recorded, or leave it out"
         )
     yield from _of_written_text(distill)
-    if distill.lora is not None and distill.trainable == "norm_and_head":
-        yield "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable"
     if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
         yield (
             "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "

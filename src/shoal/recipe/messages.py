@@ -6,18 +6,23 @@ import dataclasses
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ValidationError
 
 from shoal.errors import UserError
-from shoal.formatting import meant
+from shoal.formatting import listed, meant
+from shoal.recipe.field_words import field_word
 from shoal.recipe.gone import gone
 from shoal.recipe.section import Section, adapter
 from shoal.redaction import redacted, redacted_arguments
 
 S = TypeVar("S", bound=Section)
 
+MOST_NAMED = 10
+"""Known keys that are named, at most, where an unknown one is like none of them."""
 WORDS = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -134,9 +139,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     match kind:
         case "unexpected_keyword_argument":
             place = ".".join(map(str, [*keys, last]))
-            known = [field.name for section in sections for field in dataclasses.fields(section)]
-            hint = meant(str(last), known, f"known keys are {', '.join(known)}")
-            return place, gone(place) or f"unknown key; {hint}", ""
+            known = list(dict.fromkeys(field.name for section in sections for field in dataclasses.fields(section)))
+            return place, gone(place) or f"unknown key; {_meant(str(last), known, root)}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
         case "union_tag_not_found":
@@ -156,6 +160,29 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return place, str(problem["ctx"]["error"]), ""
     form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
     return place, demand(problem) + form, _shown(last, problem["input"])
+
+
+def _meant(word: str, known: Sequence[str], root: type[Section]) -> str:
+    """What an unknown key may mean: the key that other tools call so, one that another section of ``root`` has, or the
+    most alike of those ``known`` where it stands."""
+    if get_close_matches(word, known, cutoff=0.8):
+        return meant(word, known, "")
+    if here := field_word(word):
+        return f"here it is {here}"
+    elsewhere = [] if "kind" in known else [place for place in _places(root) if place.endswith(f".{word}")]
+    if elsewhere:
+        return f"it is a key elsewhere: {listed(elsewhere[:3], 'or')}"
+    nearest = known if len(known) <= MOST_NAMED else [*get_close_matches(word, known, n=MOST_NAMED, cutoff=0.0), "..."]
+    return meant(word, known, f"known keys are {', '.join(nearest)}")
+
+
+@cache
+def _places(section: Any, before: str = "") -> tuple[str, ...]:
+    """Every key of a class of sections, with those of the sections in it."""
+    hints = get_type_hints(section, include_extras=True)
+    keys = [(before + field.name, sections_in(hints[field.name])) for field in dataclasses.fields(section)]
+    inner = (place for key, sections in keys for each in sections for place in _places(each, f"{key}."))
+    return tuple(dict.fromkeys([*(key for key, _ in keys), *inner]))
 
 
 def _shown(key: int | str, value: Any) -> str:

@@ -22,6 +22,7 @@ from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval, with_suite
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
+from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import Prune
 from shoal.recipe.section import Dtype, Section, Shapes, Text
 from shoal.redaction import redacted
@@ -221,6 +222,7 @@ def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
+    yield from not_together(measure=recipe.measure, prune=recipe.prune, distill=recipe.distill, eval=recipe.eval)
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
     yield from distill_contradictions.contradictions(recipe.distill)

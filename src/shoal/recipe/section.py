@@ -105,6 +105,22 @@ class Shapes(Flag):
     """What comes of running a model."""
 
 
+@dataclass(frozen=True)
+class Named:
+    """The name of a setting in identities where it is another than its key, said beside its type: a key that is called
+    anew keeps it, so that what was made before stands."""
+
+    name: str
+
+
+@cache
+def identity_names(section: Any) -> dict[str, str]:
+    """What every key of a class of sections is called in identities."""
+    hints = get_type_hints(section, include_extras=True)
+    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
+    return {key: next((mark.name for mark in said if isinstance(mark, Named)), key) for key, said in marks.items()}
+
+
 @cache
 def shaped(section: Any) -> dict[str, Shapes | None]:
     """What every key of a class of sections says that it shapes; None = nothing is said."""
@@ -114,20 +130,24 @@ def shaped(section: Any) -> dict[str, Shapes | None]:
 
 
 def shaping_keys(section: Any, result: Shapes, place: str = "") -> list[str]:
-    """The keys of a class of sections that shape ``result``, after ``place``."""
-    return [place + key for key, results in shaped(section).items() if results is not None and result in results]
+    """The names in identities of the keys of a class of sections that shape ``result``, after ``place``."""
+    return [place + identity_names(section)[key] for key in _keys_shaping(section, result)]
+
+
+def _keys_shaping(section: Any, result: Shapes) -> list[str]:
+    return [key for key, results in shaped(section).items() if results is not None and result in results]
 
 
 def shaping(section: Section, result: Shapes, place: str = "") -> dict[str, Any]:
-    """The settings of ``section`` that shape ``result``, as JSON-ready values by ``place`` and key.
+    """The settings of ``section`` that shape ``result``, as JSON-ready values by ``place`` and name.
 
     A section among them is a mapping of its own settings that do. A setting that is left out of recipes where it is off
     (`exclude_if`) is left out here too, so that results made before it existed stand.
     """
-    plain, identity = as_dict(section), dict[str, Any]()
-    for key in filter(plain.__contains__, shaping_keys(type(section), result)):
+    plain, identity, names = as_dict(section), dict[str, Any](), identity_names(type(section))
+    for key in filter(plain.__contains__, _keys_shaping(type(section), result)):
         value = getattr(section, key)
-        identity[place + key] = shaping(value, result) if isinstance(value, Section) else plain[key]
+        identity[place + names[key]] = shaping(value, result) if isinstance(value, Section) else plain[key]
     return identity
 
 
