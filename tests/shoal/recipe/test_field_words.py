@@ -1,4 +1,7 @@
-"""A word of another tool is answered with the key that it is here, in a recipe and by `shoal explain`."""
+"""A word of another tool is answered with the key that it is here, in a recipe and by `shoal explain`.
+
+Covers: shoal.recipe.field_words, shoal.recipe.not_together.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ from transformers import TrainingArguments
 
 from shoal.errors import UserError
 from shoal.launch.help.explain import explanation
+from shoal.recipe import not_together
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.field_words import FIELD_WORDS, TRAINING_ARGUMENTS
-from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.not_together import NOT_TOGETHER, Row
+from shoal.recipe.recipe import Track, parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,15 @@ def test_ten_known_keys_are_named_at_most() -> None:
 def test_explain_knows_them_too() -> None:
     with pytest.raises(UserError, match=r"no key 'lora_target'; here it is distill\.lora\.target_modules"):
         explanation("lora_target")
+
+
+def test_a_row_of_the_table_is_refused_with_reason_and_remedy() -> None:
+    row = Row("track.tags", "track.project: x", lambda track: "x" in track.tags, "x is no tag", "leave it out")
+    assert len({each.place + each.beside for each in NOT_TOGETHER}) == len(NOT_TOGETHER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(not_together, "NOT_TOGETHER", (row,))
+        assert list(not_together.not_together(track=Track(tags=("x",)))) == ["track.tags: x is no tag; leave it out"]
+        assert not list(not_together.not_together(track=Track(), eval=Eval()))
 
 
 def test_the_names_of_training_arguments_are_those_of_the_installed_library() -> None:
