@@ -1,6 +1,6 @@
 """A word of another tool is answered with the key that it is here, in a recipe and by `shoal explain`.
 
-Covers: shoal.recipe.field_words, shoal.recipe.not_together.
+Covers: shoal.recipe.not_together.
 """
 
 from __future__ import annotations
