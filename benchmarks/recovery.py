@@ -127,7 +127,7 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "full_size_gflops": None,
         "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
         "distill": distill,
-        "eval": settings["eval"] | scored | ({"suite": "transfer"} if arguments.data_dir else {}),
+        "eval": settings["eval"] | scored | ({"tasks": "transfer"} if arguments.data_dir else {}),
         "track": {"wandb": "off"},
     }
     run_dir.mkdir(parents=True, exist_ok=True)

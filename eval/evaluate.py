@@ -31,7 +31,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.ranks import rank, world_size
-from shoal.recipe.evaluate import Eval, Tasks
+from shoal.recipe.evaluate import DEFAULT, Eval, Tasks, limit_of
 from shoal.runtime import agreed, device, environment, seed_everything
 
 from .harness.engine import NEW_TOKENS, CausalLM, connect_ranks, prompt_room
@@ -133,8 +133,8 @@ def model_evaluation(
 
 
 def scored(lm: CausalLM, questions: Questions) -> tuple[TaskScore, ...]:
-    """The scores of ``lm``, on every rank. The items are the tasks' first ``settings.limit`` (or ``settings.limits`` of
-    that task), the same for every model and every seed.
+    """The scores of ``lm``, on every rank. The items are the tasks' first ``settings.limit`` (or that
+    task's), the same for every model and every seed.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
@@ -238,13 +238,13 @@ def num_items(tasks: dict[str, Any], settings: Tasks, *, num_ranks: int = 1) -> 
         UserError: a limit for a task that is not among them, or fewer items than ranks: lm-eval, which deals them out,
             would stop with a traceback on one rank, and the others wait for it.
     """
-    unknown = sorted(set(settings.limits) - set(tasks))
-    if unknown:
+    named = settings.limit if isinstance(settings.limit, dict) else {}
+    if unknown := sorted(named.keys() - {DEFAULT, *tasks}):
         raise UserError(
-            f"eval.limits: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
-            "them, or leave its limit out (on the command line: eval.limits={})"
+            f"eval.limit: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
+            "them, or leave its limit out (on the command line: eval.limit=NUMBER)"
         )
-    wanted = {name: settings.limits.get(name, settings.limit) for name in tasks}
+    wanted = {name: limit_of(settings.limit, name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in tasks.items()}
     counts = {name: min(wanted[name] or available[name], available[name]) for name in tasks}
     if few := next((name for name, count in counts.items() if count < num_ranks), None):

@@ -65,7 +65,7 @@ VERBS = {
     "eval": Verb(
         "score teacher, pruned, control and distilled: eval/*.json",
         "launch.verbs.evaluate.evaluate",
-        "--config my.yaml eval.suite=quick eval.limit=50",
+        "--config my.yaml eval.tasks=quick eval.limit=50",
     ),
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shoal.atomic_files import fingerprint, known_hash
 from shoal.errors import UserError
-from shoal.recipe.evaluate import CONFIGS_DIR
+from shoal.recipe.evaluate import CONFIGS_DIR, SUITES
 
 from .data_sets import DataSet, TaskProtocol, read_data_sets
 
@@ -61,7 +61,7 @@ def named_in(section: str, *settings: str) -> Iterator[None]:
 def unknown(name: str, folders: Sequence[Path], setting: str = "eval.tasks") -> UserError:
     """What is said of a name that is no task's: what it begins, or what is closest to it."""
     described, tags = described_tasks(folders)
-    known = [*described, *tags, *(other for text in _every_text(folders) for other in NAMES.findall(text))]
+    known = [*SUITES, *described, *tags, *(other for text in _every_text(folders) for other in NAMES.findall(text))]
     begun = [other for other in known if other.startswith(f"{name}_")][:NAMED_TASKS]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "`shoal list tasks` names shoal's own"

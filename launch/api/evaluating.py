@@ -15,12 +15,12 @@ from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
 from shoal.models.in_memory import identity_of, left_as_it_was, require_positions, require_tokenizer, require_usable
-from shoal.recipe.evaluate import Eval, Tasks
+from shoal.recipe.evaluate import Eval, Limit, Tasks
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.stats.paired import PairedDifference, holm, paired, verdict
 
-TAKEN = ("limits", "num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
+TAKEN = ("num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
 """Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
 
 
@@ -29,7 +29,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | Sequence[str] = Eval.tasks,
     *,
-    limit: int | None = Eval.limit,
+    limit: Limit = Eval.limit,
     role: str = "model",
     seed: int = 0,
     **settings: Any,
@@ -43,10 +43,10 @@ def evaluate(
         model: A causal language model.
         tokenizer: Its tokenizer.
         tasks: Names of docs/evaluating.md, or of any task of lm-eval.
-        limit: Items per task; None = all.
+        limit: Items per task, or {"default": 200, "gsm8k": 100}; None = all.
         role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
         seed: Seed of what lm-eval draws at random.
-        settings: Keys of the recipe's section `eval`: limits (items of single tasks), num_fewshot (examples before each
+        settings: Keys of the recipe's section `eval`: num_fewshot (examples before each
             item; each task's own number if not given), batch_size (prompts at one time, 16), include_path (a further
             folder of task YAMLs), data_dir (a folder of data sets in place of the Hub), perplexity_tokens (tokens of
             held-out Python documentation whose nats per token are scored too; none if not given) and sequence_length

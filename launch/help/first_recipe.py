@@ -113,7 +113,7 @@ def _proposal(
             "deepspeed": "deepspeed/zero0.json" if machine.ranks == 1 else "deepspeed/zero2.json",
             "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
         },
-        "eval": {"suite": "quick"},
+        "eval": {"tasks": "quick"},
     }
 
 

@@ -7,11 +7,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 from shoal.data.bundled import ABOUT
 from shoal.progress import loading
-from shoal.recipe.evaluate import CONFIGS_DIR, SuiteName, read_suite
+from shoal.recipe.evaluate import CONFIGS_DIR, SUITES, read_suite
 from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
 
 from .explain import table
@@ -58,8 +57,8 @@ def data() -> Names:
 
 
 def suites() -> Names:
-    """What eval.suite can name."""
-    return {name: read_suite(name).about for name in get_args(SuiteName)}
+    """Sets of tasks that eval.tasks can name."""
+    return {name: read_suite(name).about for name in SUITES}
 
 
 def cluster() -> Names:

@@ -333,7 +333,6 @@ def _watched(run: Run) -> Tasks | None:
         settings,
         tasks=watch.tasks,
         limit=watch.limit,
-        limits={},
         perplexity_tokens=watch.perplexity_tokens,
         sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
     )

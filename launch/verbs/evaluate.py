@@ -222,9 +222,10 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
     if Identity(Speed, path, inputs, "eval").is_done():
         return
     log.info("eval: speed of %s, interleaved", ", ".join(measured))
+    sizes = None if isinstance(run.recipe.eval.speed, bool) else run.recipe.eval.speed
     free_memory()  # of the models that were scored one after another
     try:
-        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=run.recipe.eval.speed_batch_sizes)
+        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=sizes)
     except UserError as reason:  # the report of a run that has healed for hours is worth more than its speed
         log.warning("eval: the speed is not measured. %s", reason)
         path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores

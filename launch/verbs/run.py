@@ -172,8 +172,9 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
         ),
         eval=replace(
             scores,
-            limit=scores.limit and fewer(scores.limit),
-            limits={task: fewer(limit) for task, limit in scores.limits.items()},
+            limit={task: number and fewer(number) for task, number in scores.limit.items()}
+            if isinstance(scores.limit, dict)
+            else scores.limit and fewer(scores.limit),
             perplexity_tokens=fewer(scores.perplexity_tokens),
         ),
     )

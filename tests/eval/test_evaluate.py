@@ -206,7 +206,7 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_task_may_get_a_number_of_items_of_its_own():
-    scores = run(tasks=("knowledge_continuation", "reasoning_worked"), limit=5, limits={"reasoning_worked": 2})
+    scores = run(tasks=("knowledge_continuation", "reasoning_worked"), limit={"default": 5, "reasoning_worked": 2})
     assert [score.n for score in scores[:2]] == [5, 2]
     whole = run(tasks=("reasoning_worked",), limit=5)
     assert [item.id for item in scores[1].items] == [item.id for item in whole[0].items[:2]]

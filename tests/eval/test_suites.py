@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from tiny import tiny_checkpoint
@@ -17,13 +17,12 @@ from shoal.errors import UserError
 from shoal.eval.evaluate import Work, num_items, work_of
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import known_tasks, tasks_of
-from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
+from shoal.eval.tasks.names import TASKS_DIR, described_tasks, refuse_unknown, task_folders
 from shoal.launch.verbs import evaluate
 from shoal.launch.verbs.run import open_run
-from shoal.recipe.evaluate import SUITES_DIR, Cost, Eval, SuiteName, read_suite
+from shoal.recipe.evaluate import DEFAULT, SUITES, SUITES_DIR, Cost, Eval, limit_of, read_suite
 from shoal.recipe.recipe import parse_recipe
-
-NAMES = get_args(SuiteName)
+from shoal.recipe.section import as_dict
 
 
 def evaluation(**settings: Any) -> Eval:
@@ -31,39 +30,53 @@ def evaluation(**settings: Any) -> Eval:
 
 
 def test_there_is_a_file_for_every_name_and_it_asks_only_tasks_that_exist() -> None:
-    assert {file.stem for file in SUITES_DIR.glob("*.yaml")} == set(NAMES)
+    assert {file.stem for file in SUITES_DIR.glob("*.yaml")} == set(SUITES)
     known = known_tasks(ours_only=True)
-    for name in NAMES:
+    for name in SUITES:
         suite = read_suite(name)
         assert not set(suite.tasks) - known
         assert len(set(suite.tasks)) == len(suite.tasks)
-        assert set(suite.limits) <= set(suite.tasks)
+        assert not isinstance(suite.limit, dict) or suite.limit.keys() <= {DEFAULT, *suite.tasks}
+    # what lm-eval calls so could no longer be named
+    assert not known_tasks() & set(SUITES)
 
 
 def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
     suite = read_suite("quick")
-    plain = evaluation(suite="quick")
-    assert plain.tasks == suite.tasks
-    assert (plain.limit, plain.limits) == (suite.limit, suite.limits)
-    assert (plain.perplexity_tokens, plain.sequence_length) == (suite.perplexity_tokens, suite.sequence_length)
-    first = suite.tasks[0]
-    changed = evaluation(suite="quick", tasks=["kv_8pairs_generation", first], limit=3, limits={first: 2})
-    assert changed.tasks == (*suite.tasks, "kv_8pairs_generation")
-    assert (changed.limit, changed.limits) == (3, {**dict.fromkeys(suite.limits, 3), first: 2})
-    assert evaluation(suite="quick", limit=None).limit is None
+    plain = evaluation(tasks="quick")
+    assert (plain.tasks, plain.limit, plain.perplexity_tokens) == (suite.tasks, suite.limit, suite.perplexity_tokens)
+    assert parse_recipe({"model": "m", "eval": as_dict(plain)}).eval == plain
+    own, first = {"reasoning_generation": 16, "needle_20sentences_generation": 20}, suite.tasks[0]
+    assert isinstance(suite.limit, dict)
+    assert suite.limit == {"default": 40, **own}
+    further = evaluation(tasks=["kv_8pairs_generation", "quick", first], limit={first: 2}, perplexity_tokens=7)
+    assert further.tasks == ("kv_8pairs_generation", *suite.tasks)
+    assert (further.limit, further.perplexity_tokens) == ({**suite.limit, first: 2}, 7)
+    assert evaluation(tasks="quick", limit=18).limit == {"default": 18, **own, "needle_20sentences_generation": 18}
+    assert evaluation(tasks="quick", limit=None).limit == {"default": None, **own}
+    both = evaluation(tasks=["full", "transfer", "quick"])
+    assert both.limit == {"default": None, **own, "needle_20sentences_generation": 50, "wikitext2_rolling": 4}
+    assert both.perplexity_tokens == read_suite("full").perplexity_tokens
+
+
+def test_a_limit_by_tasks_keeps_the_default_that_it_does_not_name() -> None:
+    assert evaluation(limit={"a": 3}).limit == {"default": 200, "a": 3}
+    assert evaluation(limit={}).limit == evaluation(limit={"default": 200}).limit == 200
+    assert [limit_of({"default": 5, "a": None}, task) for task in ("a", "b")] == [None, 5]
+    assert [limit_of(limit, "a") for limit in (3, None)] == [3, None]
 
 
 def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"eval.suite: must be 'quick', 'transfer', 'standard' or 'full' \(got 'fast'\)"
-    ):
-        evaluation(suite="fast")
-    with pytest.raises(UserError, match=r"eval.tasks: must be .*list.* \(got 'a'\)"):
-        evaluation(suite="quick", tasks="a")
-    with pytest.raises(UserError, match=r"eval.limits.*\(got 3\)"):
-        evaluation(suite="quick", limits=3)
-    with pytest.raises(UserError, match=r"eval.suit: unknown key; did you mean 'suite'"):
-        evaluation(suit="quick")
+    with pytest.raises(UserError, match=r"eval.tasks: 'transfr' is no task, .* did you mean 'transfer'\?"):
+        refuse_unknown(evaluation(tasks=["quick", "transfr"]).tasks)
+    with pytest.raises(UserError, match=r"eval.limit: must be a whole number or must be a mapping .*\(got 'a'\)"):
+        evaluation(tasks="knowledge_continuation", limit="a")
+    with pytest.raises(UserError, match=r"eval.limit: must be a whole number \(got 'a'\)"):
+        evaluation(tasks="quick", limit="a")
+    with pytest.raises(UserError, match=r"eval.tasks.1: must be a string \(got 3\)"):
+        evaluation(tasks=["quick", 3])
+    with pytest.raises(UserError, match=r"eval.suite: gone since 0.1; a suite is a name in eval.tasks"):
+        evaluation(suite="quick")
 
 
 def assert_costs(found: Work, stated: Cost) -> None:
@@ -73,7 +86,7 @@ def assert_costs(found: Work, stated: Cost) -> None:
 
 @pytest.mark.slow
 def test_quick_needs_no_network_and_costs_what_it_says() -> None:
-    settings = evaluation(suite="quick")
+    settings = evaluation(tasks="quick")
     tasks = tasks_of(settings)
     assert tuple(tasks) == settings.tasks
     found = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
@@ -98,13 +111,13 @@ def test_a_suite_without_data_names_every_file_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("something was read"))
     with pytest.raises(UserError) as refused:
-        tasks_of(evaluation(suite=name))
+        tasks_of(evaluation(tasks=name))
     told = str(refused.value)
     assert told.startswith("eval.tasks: the Hub does not have ")
     assert "wikidata and nq_passage;" in told if name == "transfer" else "nq_passage" in told.split(";")[0]
     assert not [file for file in files_of(name) if file not in told]
     with pytest.raises(UserError) as refused:
-        tasks_of(evaluation(suite=name, data_dir=str(tmp_path)))
+        tasks_of(evaluation(tasks=name, data_dir=str(tmp_path)))
     told = str(refused.value)
     assert told.startswith(f"eval.data_dir: '{tmp_path}' lacks files; set eval.data_dir to a folder with ")
     assert not [file for file in files_of(name) if file not in told]

@@ -147,17 +147,18 @@ SIZES = {
         "writing": {"num_tokens": 4001},
         "watch": {"perplexity_tokens": 4096},
     },
-    "eval": {"limit": 100, "limits": {"reasoning_continuation": 7}, "perplexity_tokens": 8192},
+    "eval": {"limit": {"default": 100, "reasoning_continuation": 7}, "perplexity_tokens": 8192},
 }
 
 
 def sizes(run: Run) -> list[int | None]:
     distill, scores = run.recipe.distill, run.recipe.eval
     assert distill.watch is not None
+    assert isinstance(scores.limit, dict)
     trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.writing.num_tokens]
     return [
         *(*trained, distill.watch.perplexity_tokens),
-        *(scores.limit, *scores.limits.values(), scores.perplexity_tokens),
+        *(*scores.limit.values(), scores.perplexity_tokens),
     ]
 
 

@@ -26,7 +26,6 @@ INPUTS: dict[str, Any] = {
     "attention": "sdpa",
     "tasks": "files-1",
     "eval.limit": 100,
-    "eval.limits": {},
     "eval.batch_size": 16,
     "eval.perplexity_data": [{"path": "python_docs_heldout", "name": None}],
     "eval.perplexity_tokens": 4000,

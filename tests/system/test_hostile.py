@@ -110,7 +110,7 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ("prune: {drop: ['1']}", "recipe.yaml: prune.drop.0: must be a whole number"),
     ("distill: {stop_on_spike: 1e999}", "recipe.yaml: distill.stop_on_spike: must be a finite number"),
     ("distill: {losses: [{kind: forward_kl, weight: .inf}]}", "recipe.yaml: distill.losses.0.weight: must be a finite"),
-    ("eval: {limits: {retrieval_continuation: '3'}}", "recipe.yaml: eval.limits"),
+    ("eval: {limit: {retrieval_continuation: '3'}}", "recipe.yaml: eval.limit: must be a whole number"),
     ("revision: main", "model 'MODEL': is not on the Hub and has no revision 'main'"),
 ]
 
@@ -136,7 +136,7 @@ def trainer(argument: str) -> list[str]:
 
 
 QUICKSTART = (
-    "eval: {tasks: [retrieval_continuation], limits: {retrieval_continuation: 9}}\n"
+    "eval: {tasks: retrieval_continuation, limit: {retrieval_continuation: 9}}\n"
     "distill: {data: [teacher_text], writing: {num_tokens: 9}}"
 )
 OVERRIDES: list[tuple[str, list[str], str]] = [
@@ -184,8 +184,8 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
     ("eval", ["eval.include_path=nowhere"], "eval.include_path: 'nowhere' is no folder"),
     (
         "run",
-        ["eval.limits={knowledge_loglikelihood: 3}"],
-        "eval.limits: 'knowledge_loglikelihood' is not among the evaluated tasks",
+        ["eval.limit={knowledge_loglikelihood: 3}"],
+        "eval.limit: 'knowledge_loglikelihood' is not among the evaluated tasks",
     ),
     ("prune", ["prune.drop=[1]", 'revision="x"', "model=demo:smollm2-135m"], "model 'demo:smollm2-135m': is not on"),
 ]

@@ -5,33 +5,52 @@ A suite is tasks, limits and a stated cost under one name, so that runs of diffe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, Text, adapter
 from shoal.yaml_text import read_yaml
 
-SuiteName = Literal["quick", "transfer", "standard", "full"]
+SUITES = ("quick", "transfer", "standard", "full")
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[3] / "configs"
 SUITES_DIR = CONFIGS_DIR / "suites"
+DEFAULT = "default"
+"""What stands in a limit for all tasks that it does not name."""
+Names = Annotated[tuple[Text, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One name or a list of them."""
+Limit = Positive | dict[str, Positive | None] | None
+"""Items per task: the same for all, {default: 200, gsm8k: 100}, or all there are (None)."""
+
+
+def limit_of(limit: Limit, task: str) -> int | None:
+    """Items of ``task`` under ``limit``; None = all."""
+    return limit.get(task, limit.get(DEFAULT)) if isinstance(limit, dict) else limit
 
 
 @dataclass(frozen=True)
 class Tasks(Section):
     """Tasks and running text that models are scored on, and on how much of them."""
 
-    tasks: Annotated[tuple[str, ...], Shapes.SCORES] = ()
-    """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
-    limit: Annotated[Positive | None, Shapes.SCORES] = None
-    """Items per task; None = all."""
-    limits: Annotated[dict[str, Positive], Shapes.SCORES] = field(default_factory=dict)
-    """Items of single tasks that get another number, by task name."""
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        strict = super().__get_pydantic_core_schema__(source, handler)
+        return no_info_before_validator_function(partial(spelled_out, cls), strict)
+
+    tasks: Annotated[Names, Shapes.SCORES] = ()
+    """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name."""
+    limit: Annotated[Limit, Shapes.SCORES] = None
+    """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps the suite's limits of
+    single tasks too."""
     batch_size: Annotated[Positive, Shapes.SCORES] = 16
     """Prompts or questions per rank at one time."""
     num_fewshot: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.SCORES] = None
@@ -52,17 +71,16 @@ class Tasks(Section):
 class Eval(Tasks):
     """What the models are scored on."""
 
-    suite: Annotated[SuiteName | None, Shapes.BY_CONTENT] = None
-    """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), transfer (minutes, what a healed
-    model is judged by), standard or full. Tasks named beside it are added, and everything else that is set here wins;
-    limit caps the suite's limits of single tasks too."""
-    tasks: Annotated[tuple[str, ...], Shapes.SCORES] = (
+    tasks: Annotated[Names, Shapes.SCORES] = (
         *("retrieval_continuation", "knowledge_continuation", "reasoning_continuation"),
         *("retrieval_twin_continuation", "knowledge_twin_continuation", "reasoning_twin_continuation"),
     )
-    """By default every ability in a form that training text may have, and as a twin: without one a form that was learnt
-    passes for an ability that came back."""
-    limit: Annotated[Positive | None, Shapes.SCORES] = 200
+    """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name; and suites, which bring
+    their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, what a healed model is
+    judged by), standard or full. Of several suites the first one's numbers count. By default every ability in a form
+    that training text may have, and as a twin: without one a form that was learnt passes for an ability that came
+    back."""
+    limit: Annotated[Limit, Shapes.SCORES] = 200
     perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
     backend: Annotated[
         Literal["transformers", "vllm"], Shapes.SCORES, Field(exclude_if=lambda backend: backend == "transformers")
@@ -72,11 +90,10 @@ class Eval(Tasks):
     control: Annotated[bool, Shapes.NOTHING] = False
     """Train the uncut teacher too, on the same rows with the same settings, and score it as the role `control`, which
     shows what training on this text does to a model that has lost nothing. Takes longer than training the student."""
-    speed: Annotated[bool, Shapes.NOTHING] = True
+    speed: Annotated[bool | Annotated[tuple[Positive, ...], Field(min_length=1)], Shapes.SPEED] = True
     """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
-    distilled, interleaved."""
-    speed_batch_sizes: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)] | None, Shapes.SPEED] = None
-    """Sequences at once that speed is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
+    distilled, interleaved; a list names the sequences at once. true = 1 and 4 on a CPU, 1, 8 and 32 on an
+    accelerator."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +116,8 @@ class Suite(Section):
     """Data that its tasks read, and where they come from."""
     cost: Cost
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)]
-    limit: Positive | None
+    limit: Limit
     perplexity_tokens: Positive
-    sequence_length: RowLength
-    limits: dict[str, Positive] = field(default_factory=dict)
 
 
 def read_suite(name: str) -> Suite:
@@ -111,22 +126,32 @@ def read_suite(name: str) -> Suite:
     return adapter(Suite).validate_python(read_yaml(text))
 
 
-def with_suite(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's plain mapping with the suite it names spelled out; a second time changes nothing.
+def spelled_out(section: type[Tasks], said: Any) -> Any:
+    """What is said of a section whose ``tasks`` may name suites, with their tasks and numbers in place of their names,
+    and a limit by tasks with its default; a second time changes nothing.
 
-    Tasks that the recipe names itself are added to the suite's, and everything else that it sets wins; its limit caps
-    the suite's limits of single tasks too. A mapping that is wrong in some other way is left for the recipe to refuse.
+    What is said wins over a suite, and its limit caps the suite's limits of single tasks. What is wrong in some other
+    way is left to be refused.
     """
-    section = raw.get("eval")
-    if not isinstance(section, Mapping) or section.get("suite") not in get_args(SuiteName):
-        return dict(raw)
-    suite = read_suite(section["suite"])
-    further_tasks, further_limits = section.get("tasks", []), section.get("limits", {})
-    if not isinstance(further_tasks, list | tuple) or not isinstance(further_limits, Mapping):
-        return dict(raw)
-    settings = {name: getattr(suite, name) for name in ("limit", "perplexity_tokens", "sequence_length")}
-    tasks = list(dict.fromkeys([*suite.tasks, *further_tasks]))
-    limits, cap = dict(suite.limits), section.get("limit")
+    if not isinstance(said, Mapping):
+        return said
+    names, limit = said.get("tasks", ()), said.get("limit", {})
+    names = [names] if isinstance(names, str) else names
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    suites = {name: read_suite(name) for name in names if name in SUITES} if is_list else {}
+    asked = limit if isinstance(limit, Mapping) else {DEFAULT: limit}
+    if not suites and asked is not said.get("limit"):
+        return said
+    first, cap = next(iter(suites.values()), None), asked.get(DEFAULT)
+    given: dict[str, Any] = {DEFAULT: section.limit if first is None else limit_of(first.limit, DEFAULT)}
+    for suite in suites.values():
+        given = {**(suite.limit if isinstance(suite.limit, dict) else {}), **given}
     if isinstance(cap, int):
-        limits = {name: min(limit, cap) for name, limit in limits.items()}
-    return {**raw, "eval": {**settings, **section, "tasks": tasks, "limits": {**limits, **further_limits}}}
+        given = {task: min(number, cap) if number else number for task, number in given.items()}
+    limits = {**given, **asked}
+    spelled = {**said, "limit": limits if len(limits) > 1 else limits[DEFAULT]}
+    if first is not None:
+        spelled.setdefault("perplexity_tokens", first.perplexity_tokens)
+        parts = (suites[name].tasks if name in suites else (name,) for name in names)
+        spelled["tasks"] = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+    return spelled

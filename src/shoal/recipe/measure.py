@@ -18,6 +18,7 @@ Metric = Literal[
     "magnitude", "taylor", "taylor_plus", "laco_acceptance",
     "single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley",
 ]  # fmt: skip
+AtLeast = Annotated[int, Field(ge=LEAST_ITEMS)]
 METRICS: tuple[str, ...] = get_args(Metric)
 """Names of shoal.compress.metrics.registry, which takes seconds to load."""
 
@@ -29,7 +30,8 @@ class Sweeps(Tasks):
     Tasks are named in full, or with ``protocols`` without their protocol's ending.
     """
 
-    limit: Annotated[Positive | None, Shapes.SCORES] = 100
+    limit: Annotated[AtLeast | dict[str, AtLeast | None] | None, Shapes.SCORES] = 100
+    """Items per task, or of single tasks by name: {default: 100, gsm8k: 50}; None = all."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 8
     """Prompts or questions per rank at one time, each under all variants."""
     protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
@@ -73,13 +75,6 @@ def contradictions(measure: Measure) -> Iterator[str]:
     sweep = measure.sweep
     if sweep is None:
         return
-    limits = {"limit": sweep.limit, **{f"limits.{task}": limit for task, limit in sweep.limits.items()}}
-    for place, limit in limits.items():
-        if limit is not None and limit < LEAST_ITEMS and sweep.tasks:
-            yield (
-                f"measure.sweep.{place}: with fewer than {LEAST_ITEMS} items no interval and no test can show an "
-                f"effect (got {limit})"
-            )
     if not sweep.tasks and not sweep.perplexity_tokens:
         yield "measure.sweep: scores nothing; name tasks, or set perplexity_tokens"
     if not sweep.operators and sweep.greedy is None:

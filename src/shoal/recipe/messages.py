@@ -127,7 +127,7 @@ def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
         places.setdefault(place, []).append(message)
         if got_value:
             got[place] = f" (got {got_value})"
-    told = {place: f"{' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()}
+    told = {place: f"{' or '.join(dict.fromkeys(messages))}{got.get(place, '')}" for place, messages in places.items()}
     return [f"{place}: {words}" if place else words for place, words in told.items()]
 
 

@@ -19,7 +19,7 @@ from shoal.formatting import meant
 from shoal.model_names import name_of_model, names_model
 from shoal.recipe import distill_contradictions, measure, prune, remembered
 from shoal.recipe.distill import Distill, Record
-from shoal.recipe.evaluate import CONFIGS_DIR, Eval, with_suite
+from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.not_together import not_together
@@ -157,7 +157,7 @@ def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> 
 def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
-    return checked(Recipe, with_suite(raw), source=source, overrides=overrides, contradictions=_contradictions)
+    return checked(Recipe, raw, source=source, overrides=overrides, contradictions=_contradictions)
 
 
 def _find_recipe(name: str) -> Path | None:

@@ -121,7 +121,7 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
     ("names", "changes", "message"),
     [
         (("long",), {}, "asks for 4096 new tokens .* 4096 positions; leave this task out of measure.sweep.tasks"),
-        (("plain",), {"limits": {"x": 3}}, "measure.sweep.limits: 'x' is not among the evaluated tasks"),
+        (("plain",), {"limit": {"x": 9}}, "measure.sweep.limit: 'x' is not among the evaluated tasks"),
         (
             ("knowledge_generation",),
             {"include_path": "/nowhere"},

@@ -20,7 +20,7 @@ EVAL: dict[str, Any] = {
     "limit": 5,
     "perplexity_tokens": 900,
     "sequence_length": 128,
-    "speed_batch_sizes": [1],
+    "speed": [1],
 }
 
 

@@ -62,7 +62,7 @@ def test_a_meaning_is_the_docstring_of_the_key_of_its_type_or_of_the_class_above
     for place, words in {
         "distill.lora.r": "Rows of the one matrix and columns of the other.",
         "distill.losses.jsd.temperature": "Softens teacher and student alike; the term is scaled by its square.",
-        "eval.limit": "Items per task; null = all.",
+        "distill.watch.limit": "Items per task: the first ones that eval.limit would take.",
     }.items():
         (told,) = explanation(place)
         assert told["meaning"] == words
@@ -89,8 +89,8 @@ def test_without_a_kind_all_that_have_the_key_are_told_and_an_entry_of_a_mapping
     told = [told["key"] for told in explanation("distill.losses.0.alpha")]
     assert told == [f"distill.losses.{kind}.alpha" for kind in ("skewed_forward_kl", "skewed_reverse_kl", "dkd")]
     assert [told["key"] for told in explanation("distill.losses.weight")] == ["distill.losses.weight"]
-    (told,) = explanation("eval.limits.arc_easy_generation")
-    assert (told["key"], told["entry"]) == ("eval.limits", "arc_easy_generation is an entry of this mapping")
+    (told,) = explanation("eval.limit.arc_easy_generation")
+    assert (told["key"], told["entry"]) == ("eval.limit", "arc_easy_generation is an entry of this mapping")
 
 
 @pytest.mark.parametrize(

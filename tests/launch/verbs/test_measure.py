@@ -138,11 +138,11 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
     [
         ({"sweep": {}}, "measure.sweep: scores nothing; name tasks"),
         ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
-        ({"sweep": {**SWEEP, "limit": 4}}, "measure.sweep.limit: with fewer than 8 items"),
+        ({"sweep": {**SWEEP, "limit": 4}}, r"measure.sweep.limit: must be greater than or equal to 8 .*\(got 4\)"),
         ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
         ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),
         ({"sweep": {**SWEEP, "perplexity_tokens": 300}}, "task 'perplexity': has [4-7] items, but over 6 removals"),
-        ({"sweep": {**SWEEP, "limits": {"x": 9}}}, "measure.sweep.limits: 'x' is not among"),
+        ({"sweep": {**SWEEP, "limit": {"x": 9}}}, "measure.sweep.limit: 'x' is not among"),
         ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
         ({"sweep": {**SWEEP, "greedy": 5}}, "sweep.greedy: 5 removals are more than the model allows, which has 6"),
         ({"metrics": ["sleb"], "num_drop": 5}, "measure.num_drop: 5 removals are more than the model allows"),

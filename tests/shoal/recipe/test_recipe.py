@@ -54,7 +54,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("prune: {drop: [1, x]}", "prune.drop.1: must be a whole number (got 'x')"),
         ("prune: {ratio: 1.5}", "prune.ratio: must be less than 1 (got 1.5)"),
         ("prune: {num_drop: 0}", "prune.num_drop: must be greater than 0 (got 0)"),
-        ("eval: {limit: many}", "eval.limit: must be a whole number (got 'many')"),
+        ("eval: {limit: many}", "eval.limit: must be a whole number or must be a mapping of settings (got 'many')"),
         (
             "measure: {num_tokens: 1.5}",
             "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
