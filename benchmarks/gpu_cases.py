@@ -116,7 +116,7 @@ FROM_THE_CUT = {"trainable": "from_first_cut"}
 CHECKPOINTING = {"trainer": {"gradient_checkpointing": True}}
 LORA = {"lora": {"r": 16}}
 NF4 = {"lora": {"r": 16, "load_in_4bit": True}}
-BF16_WEIGHTS, FUSED, COMPILED = {"weights": "bfloat16"}, {"fused": True}, {"compile": True}
+BF16_WEIGHTS, FUSED, COMPILED = {"precision": "bf16-true"}, {"fused": True}, {"compile": True}
 LIGER = {"liger": True}
 
 
@@ -145,7 +145,7 @@ CASES = (
     Case("from the first cut up, checkpointing", "8B", "speed", distill=zero("0") | FROM_THE_CUT | CHECKPOINTING),
     Case("one document a row", whole_rows=True, **SPEED),
     Case("TRL, Liger", kind="trl", whole_rows=True, trl=LIGER, **SPEED),
-    Case("TRL, bf16 weights, Liger", kind="trl", whole_rows=True, trl=LIGER | BF16_WEIGHTS, **SPEED),
+    Case("TRL, bf16 weights, Liger", kind="trl", whole_rows=True, trl=LIGER | {"weights": "bfloat16"}, **SPEED),
     Case("TRL", kind="trl", whole_rows=True, **SPEED),
     Case("losses, CPU, float32", on_cpu=True, **IN_FLOAT32, **LOSSES),
     Case("losses, float32", **IN_FLOAT32, **LOSSES),
@@ -154,7 +154,7 @@ CASES = (
         Case(f"attention {kind}", "1.7B", "attention", recipe={"attention": kind})
         for kind in ("auto", "flash", "sdpa", "eager")
     ),
-    Case("weights bfloat16", distill=BF16_WEIGHTS, **KERNELS),
+    Case("bf16-true", distill=BF16_WEIGHTS, **KERNELS),
     Case("fused", distill=FUSED, **KERNELS),
     Case("compile", distill=COMPILED, **KERNELS),
     Case("all of these", distill=BF16_WEIGHTS | FUSED | COMPILED, **KERNELS),
@@ -177,7 +177,7 @@ CASES = (
 
 def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """The recipe of a training, whose model is the configuration in ``folder``."""
-    settings: dict[str, Any] = {"precision": "bfloat16", "watch": None, **zero("2"), **case.distill}
+    settings: dict[str, Any] = {"precision": "bf16-mixed", "watch": None, **zero("2"), **case.distill}
     if case.recorded:
         settings["teacher"] = {"recorded": str(folder / "signals")}
     trainer = {

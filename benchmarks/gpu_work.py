@@ -237,7 +237,7 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         **spec.settings.trainer,
         "output_dir": str(folder / "trainer"),
         "max_steps": case.steps,
-        "bf16": spec.settings.precision == "bfloat16",
+        "bf16": spec.settings.precision == "bf16-mixed",
         "gradient_checkpointing": False,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,

@@ -132,7 +132,7 @@ def heal(
     texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
     rows = rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs)
     # no loss scaling here, without which float16 loses small gradients: what trains in it later heals in float32
-    autocast = spec.deepspeed.autocast_dtype == torch.bfloat16 or spec.settings.weights == "bfloat16"
+    autocast = spec.deepspeed.product_dtype == torch.bfloat16
     autocast = autocast or spec.teacher.load.attention == "flash"  # whose kernels take no float32
     student = spec.student.model(dtype="float32", device=device())
     teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype, device=device()).requires_grad_(False)

@@ -25,7 +25,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
-from shoal.recipe.deepspeed_file import precisions_named
+from shoal.recipe.deepspeed_file import precisions_said
 from shoal.recipe.distill import Distill, Record, Trainable
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import LossTerm, StateTerm
@@ -304,10 +304,10 @@ def _section(args: TrainingArguments, *, losses: Losses, trainable: str, **given
         contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
     config = resolved_deepspeed(args)
-    if config is not None and precisions_named(config):
+    if config is not None and precisions_said(config):
         precision = "auto"  # which leaves it to the configuration
     else:
-        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        precision = "bf16-mixed" if args.bf16 else "fp16-mixed" if args.fp16 else "float32"
     trainer = {name: getattr(args, name) for name in BATCH_SPLIT}
     return replace(section, precision=precision, deepspeed=config, watch=None, trainer=trainer)
 

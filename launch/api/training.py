@@ -19,6 +19,7 @@ from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
+from shoal.recipe.deepspeed_file import trained_in
 from shoal.recipe.distill import Distill
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
@@ -122,7 +123,7 @@ def _section(num_tokens: int | None, settings: dict[str, Any]) -> Distill:
         source="shoal.distill",
         contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
-    precision = fast_dtype(device()).dtype if section.precision == "auto" else section.precision
+    precision = trained_in({}, fast_dtype(device()).dtype) if section.precision == "auto" else section.precision
     return replace(section, precision=precision, deepspeed=None, watch=None)
 
 

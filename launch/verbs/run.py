@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -35,7 +35,8 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
 from shoal.models.resolve import find_config, resolve_model
 from shoal.ranks import is_main
-from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed, trained_in
+from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
+from shoal.recipe.distill import Precision
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
@@ -61,7 +62,7 @@ class Numerics:
     dtype: str
     """Precision in which models are measured, evaluated and used as a teacher."""
     precision: str
-    """Precision in which the student is trained; `auto` where the DeepSpeed configuration names one."""
+    """Precision in which the student is trained, a word of distill.precision and never auto."""
     reason: str
     """Reason for these precisions, in a sentence."""
     device: str
@@ -208,17 +209,20 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
         dtype, source = _begun_in(folder, "dtype") or (choice.dtype, None)
         reasons.append(source or choice.reason)
     config = read_deepspeed(recipe.distill.deepspeed)
-    named = precisions_named(config)
-    if precision == "auto" and not named and recipe.distill.weights == "bfloat16":
-        precision = "bfloat16"
-        reasons.append("distill.weights is bfloat16")
-    elif precision == "auto" and not named:
+    if precision == "auto" and (said := precisions_said(config)):
+        precision = said[0]
+        reasons.append("distill.deepspeed says so")
+    elif precision == "auto":
         fastest, why = trained_in(config, choice.dtype), choice.reason
-        if fastest != choice.dtype:
+        if computed_in(fastest) != choice.dtype:
             why = f"{why}; {choice.dtype} trains rightly under ZeRO 0 alone, distill.deepspeed=deepspeed/zero0.json"
-        precision, source = _begun_in(folder, "distill.precision") or (fastest, None)
+        precision, source = _begun_in(folder, "distill.precision", get_args(Precision)) or (fastest, None)
         reasons.append(source or why)
-    slow = [value for value in dict.fromkeys((recipe.dtype, recipe.distill.precision)) if value in DTYPES[1:]]
+    slow = [
+        value
+        for value in (recipe.dtype, recipe.distill.precision)
+        if value in DTYPES[1:] or computed_in(value) in DTYPES[1:]
+    ]
     if slow and choice.dtype == "float32":
         log.warning("%s: %s; leave dtype and distill.precision out of the recipe", " and ".join(slow), choice.reason)
     reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
@@ -241,12 +245,9 @@ def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) ->
 
 def _halves(recipe: Recipe, config: PreTrainedConfig, dtype: str, precision: str) -> dict[str, str]:
     """By setting, the precision that attention is computed in: of trained models that of autocast."""
-    trained = {"bf16": "bfloat16", "fp16": "float16", "torch_autocast": "bfloat16"}
-    if precision == "auto":
-        precision = trained[precisions_named(read_deepspeed(recipe.distill.deepspeed))[0]]
     teacher = recipe.distill.teacher.dtype
     own = dtype if teacher in (None, "auto") else teacher
-    named = {"dtype": dtype, "distill.precision": precision, "distill.teacher.dtype": own}
+    named = {"dtype": dtype, "distill.precision": computed_in(precision), "distill.teacher.dtype": own}
     stored = str(loaded_dtype(config)).removeprefix("torch.")
     return {key: stored if name == "stored" else name for key, name in named.items()}
 
@@ -259,7 +260,7 @@ def _begun_in(folder: Path, key: str, values: Sequence[str] = DTYPES) -> tuple[s
     for file in (*sorted(checkpoints, reverse=True), *results):
         value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
         if value in values:
-            how = "in" if values is DTYPES else "with"
+            how = "with" if values is ATTENTION else "in"
             return str(value), f"{file.relative_to(folder)} of this run directory was made {how} {value}"
     return None
 

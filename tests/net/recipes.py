@@ -142,7 +142,7 @@ CASES: dict[str, Case] = {
     ),
     "watched": distilled(watch=WATCH, trainer=SAVING),
     "offloaded_teacher": distilled(teacher={"offload": True}),
-    "two_bytes": distilled(weights="bfloat16", precision="bfloat16", deepspeed="deepspeed/zero2.json"),
+    "two_bytes": distilled(precision="bf16-true", deepspeed="deepspeed/zero2.json"),
     "on_policy": distilled(sampled=True, on_policy=SAMPLES),
     "teacher_text": distilled(
         sampled=True,

@@ -63,7 +63,7 @@ def fast_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "bfloat16_instructions", lambda device: "amx_bf16")
 
 
-@pytest.mark.parametrize(("stage", "expected"), [(0, "float16"), (2, "float32")])
+@pytest.mark.parametrize(("stage", "expected"), [(0, "fp16-mixed"), (2, "float32")])
 def test_auto_is_no_float16_where_sharding_would_clip_scaled_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, expected: str
 ) -> None:
@@ -79,10 +79,14 @@ def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.Lo
     caplog.set_level(logging.INFO)
     run = open_run(recipe(tmp_path, distill={"teacher": {"dtype": "auto"}}))
     settled = run.recipe
-    assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == ("bfloat16",) * 3
+    assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == (
+        "bfloat16",
+        "bf16-mixed",
+        "bfloat16",
+    )
     assert run.numerics is not None
     assert "multiplies fast in bfloat16" in run.numerics.reason
-    assert f"precision: bfloat16, training in bfloat16 ({run.numerics.reason})" in caplog.text
+    assert f"precision: bfloat16, training in bf16-mixed ({run.numerics.reason})" in caplog.text
 
 
 @pytest.mark.usefixtures("fast_half")
@@ -123,7 +127,7 @@ def test_a_run_directory_goes_on_in_what_it_was_begun_in(tmp_path: Path, name: s
     made(tmp_path, name, {"dtype": "float32"})
     run = open_run(recipe(tmp_path))
     assert run.recipe.dtype == "float32"
-    assert run.recipe.distill.precision == "bfloat16", "of training that file says nothing"
+    assert run.recipe.distill.precision == "bf16-mixed", "of training that file says nothing"
     assert run.numerics is not None
     assert f"{name} of this run directory was made in float32" in run.numerics.reason
 

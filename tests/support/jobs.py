@@ -48,7 +48,7 @@ def job_of(**settings: Any) -> Job:
         "deepspeed": "deepspeed/zero0.json",
         "num_tokens": 100_000,
         "watch": None,
-        "precision": "bfloat16",
+        "precision": "bf16-mixed",
     }
     ranks, plan = Ranks(4, 2, torch.device("cuda")), settings.pop("plan", CUT)
     return job(spec_of(Distill(**given | settings), plan, student_layers=4, dtype="bfloat16", ranks=ranks))

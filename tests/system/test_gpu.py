@@ -94,7 +94,7 @@ def test_documents_of_a_row_stay_apart_on_a_gpu(attention: str, tmp_path: Path) 
     folder = tiny_checkpoint(tmp_path / "model", "qwen3", **sizes)
     settings = {"model": str(folder), "run_dir": str(tmp_path / "run"), "dtype": "bfloat16", "attention": attention}
     try:
-        run = open_run(parse_recipe({**settings, "distill": {"precision": "bfloat16"}}))
+        run = open_run(parse_recipe({**settings, "distill": {"precision": "bf16-mixed"}}))
     except UserError as error:
         pytest.skip(str(error))
     model = Checkpoint.read(folder, LoadSettings(**run.load_args())).model(device="cuda")

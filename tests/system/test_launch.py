@@ -170,7 +170,7 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, pruned
             path,
             f"distill.deepspeed=deepspeed/zero{stage}.json",
             "distill.trainer.save_strategy=no",
-            "distill.precision=bfloat16",
+            "distill.precision=bf16-mixed",
             ranks=ranks,
         )
     )

@@ -83,7 +83,7 @@ def test_a_micro_batch_of_training_waits_for_nothing(name: str, paper_gpu: Paper
     student = cut_model(teacher, (2, 4)).float()
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     settings = {"trainable": "all", "head_chunk": 32, "sequence_length": 64, **TRAININGS[name]}
-    section = replace(_section(args, **settings), precision="bfloat16")
+    section = replace(_section(args, **settings), precision="bf16-mixed")
     spec = _spec(student, teacher, section, (2, 4))
     make_trainable(student, spec, seed=0)
     for model in (teacher.requires_grad_(False), student.train()):

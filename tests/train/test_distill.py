@@ -115,9 +115,11 @@ def test_accumulation_follows_from_the_batch_of_all_ranks(monkeypatch, batch, ra
 def test_float16_is_not_autocast_where_gradients_are_clipped_with_their_scale(monkeypatch, stage):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     config = {"zero_optimization": {"stage": stage}}
-    message = rf"precision: float16 is autocast .* ZeRO {stage} clips gradients wrongly; set distill.deepspeed: .*zero0"
+    message = (
+        rf"precision: fp16-mixed is autocast .* ZeRO {stage} clips gradients wrongly; set distill.deepspeed: .*zero0"
+    )
     refused: tuple[dict[str, Any], ...] = (
-        {"precision": "float16", "deepspeed": config},
+        {"precision": "fp16-mixed", "deepspeed": config},
         {"deepspeed": config | {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}}},
     )
     for settings in refused:
@@ -140,7 +142,7 @@ def test_float16_is_not_autocast_where_gradients_are_clipped_with_their_scale(mo
     ],
 )
 def test_sections_that_say_nothing_leave_the_choice_to_the_recipe(config):
-    read = deepspeed_config(Distill(precision="bfloat16", deepspeed=config))
+    read = deepspeed_config(Distill(precision="bf16-mixed", deepspeed=config))
     assert read["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert not {"bf16", "fp16"} & read.keys()
     assert "offload_optimizer" not in read["zero_optimization"]
@@ -161,12 +163,12 @@ def test_sections_that_say_nothing_leave_the_choice_to_the_recipe(config):
         ({"deepspeed": {"optimizer": "Adam"}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
         ({"deepspeed": {"optimizer": None}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
-        ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
-        ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed: fp16 does not train on a CPU"),
-        ({"precision": "float16"}, r"distill\.precision: fp16 does not train on a CPU; use distill\.precision: auto"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16-true with ZeRO stage 0 starts Adam one step late"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "precision: fp16-true does not train on a CPU"),
+        ({"precision": "fp16-mixed"}, r"distill\.precision: fp16-mixed does not train on a CPU; use auto"),
         (
             {"deepspeed": {"bf16": {"enabled": True}}, "precision": "float32"},
-            "float32 contradicts `bf16` in the DeepSpeed configuration",
+            "deepspeed say bf16-true and float32, and what both say must be equal",
         ),
     ],
 )

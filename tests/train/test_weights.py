@@ -26,7 +26,7 @@ def trained(folder: Path, teacher: Path, cut: Path, *overrides: str, ranks: int 
 @pytest.fixture(scope="module")
 def autocast(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     """Float32 weights under autocast to bfloat16."""
-    return trained(tmp_path_factory.mktemp("autocast"), teacher, cut, precision="bfloat16")
+    return trained(tmp_path_factory.mktemp("autocast"), teacher, cut, precision="bf16-mixed")
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
         tmp_path,
         teacher,
         cut,
-        weights="bfloat16",
+        precision="bf16-true",
         deepspeed=f"deepspeed/zero{stage}.json",
         trainer={"per_device_train_batch_size": rows},
         ranks=ranks,
@@ -47,9 +47,8 @@ def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
     assert trial.curve() == pytest.approx(autocast.curve(), abs=1e-2)
     assert trial.curve() != pytest.approx(autocast.curve(), abs=1e-6)
     inputs = trial.training.provenance.inputs
-    assert inputs["distill.precision"] == "bfloat16"
+    assert inputs["distill.precision"] == "bf16-true"
     assert inputs["distill.deepspeed"]["bf16"]["enabled"]
-    assert "distill.weights" not in inputs
 
 
 @pytest.mark.slow
@@ -58,7 +57,7 @@ def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
 def test_a_training_in_bfloat16_weights_goes_on_bit_for_bit(
     teacher: Path, cut: Path, tmp_path: Path, stage: int
 ) -> None:
-    settings: dict[str, Any] = {"weights": "bfloat16", "deepspeed": f"deepspeed/zero{stage}.json", "trainer": SAVED}
+    settings: dict[str, Any] = {"precision": "bf16-true", "deepspeed": f"deepspeed/zero{stage}.json", "trainer": SAVED}
     whole = trained(tmp_path / "whole", teacher, cut, **settings)
     on = finished(run(unfinished(whole, tmp_path / "on", step=4)))
     assert "going on from" in on.log
@@ -75,7 +74,7 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
         tmp_path,
         teacher,
         cut,
-        weights="bfloat16",
+        precision="bf16-true",
         deepspeed="deepspeed/zero1.json",
         num_tokens=8 * STEPS * BATCH * LENGTH,
         trainer=trainer,
@@ -88,24 +87,21 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"deepspeed": "deepspeed/zero0.json", "precision": "bfloat16"},
-            r"weights: bfloat16 with ZeRO stage 0 starts Adam one step late",
-        ),
-        ({"deepspeed": {"fp16": {"enabled": True}}}, r"weights: bfloat16 contradicts `fp16` in the DeepSpeed"),
+        ({"deepspeed": "deepspeed/zero0.json"}, r"bf16-true with ZeRO stage 0 starts Adam one step late"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, r"say bf16-true and fp16-true, and what both say must be equal"),
         (
             {"deepspeed": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}},
-            r"weights: bfloat16 contradicts `torch_autocast` in the DeepSpeed",
-        ),
-        (
-            {"weights": "float32", "deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}},
-            r"weights: float32 contradicts `bf16` in the DeepSpeed",
+            r"say bf16-mixed and bf16-true, and what both say must be equal",
         ),
     ],
 )
-def test_weights_that_the_configuration_contradicts_are_refused(
-    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # which fp16 needs
+def test_weights_that_the_configuration_contradicts_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        deepspeed_config(Distill(**{"weights": "bfloat16", **settings}))
+        deepspeed_config(Distill(**{"precision": "bf16-true", **settings}))
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16-true"])
+def test_what_file_and_recipe_both_say_is_one_thing(precision: Any) -> None:
+    config = {"zero_optimization": {"stage": 1}}
+    said = deepspeed_config(Distill(precision=precision, deepspeed=config | {"bf16": {"enabled": True}}))
+    assert said == deepspeed_config(Distill(precision="bf16-true", deepspeed=config))

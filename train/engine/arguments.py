@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.ranks import world_size
-from shoal.recipe.deepspeed_file import PRECISIONS, precisions_named, read_deepspeed, trained_in
+from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill
 from shoal.recipe.messages import demand
 from shoal.runtime import device
@@ -126,7 +126,7 @@ def training_arguments(
     check_names(settings)
     values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
     if deepspeed is None:
-        values |= {"bf16": settings.precision == "bfloat16", "fp16": settings.precision == "float16"}
+        values |= {"bf16": settings.precision == "bf16-mixed", "fp16": settings.precision == "fp16-mixed"}
     else:
         values["deepspeed"] = dict(deepspeed.config)
         # transformers compares them with the sections of the configuration, and casts nothing itself
@@ -311,21 +311,23 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     """
     config = read_deepspeed(settings.deepspeed)
     zero = config.setdefault("zero_optimization", {})
-    stage, named = zero.setdefault("stage", 0), precisions_named(config)
+    stage, said = zero.setdefault("stage", 0), precisions_said(config)
     # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
-    precision = settings.precision
-    if precision == "auto" and not named:
+    precision = said[0] if said else settings.precision
+    if precision == "auto":
         precision = trained_in(config, fast_dtype(device()).dtype)
-    for is_wrong, message in _wrong(config, settings, computed_in=precision):
+    for is_wrong, message in _wrong(config, settings, precision):
         if is_wrong:
             raise UserError(message)
-    if settings.weights == "bfloat16":
+    if precision == "bf16-true":
         # DeepSpeed steps fp32 copies: a plain bf16 weight does not move at usual learning rates, its rounding is
         # coarser than a step. Left alone it would add micro-batches' gradients up in bf16
         config["bf16"] = {**config.get("bf16", {}), "enabled": True}
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    elif precision in ("bfloat16", "float16"):
-        config["torch_autocast"] = {"enabled": True, "dtype": precision}
+    elif precision == "fp16-true":
+        config["fp16"] = {**config.get("fp16", {}), "enabled": True}
+    elif precision != "float32" and not said:
+        config["torch_autocast"] = {"enabled": True, "dtype": computed_in(precision)}
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and "optimizer" not in config:
         # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
@@ -337,12 +339,10 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     return config
 
 
-def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) -> Iterator[tuple[bool, str]]:
-    """What shoal knows to be wrong of a configuration, and whether it is so; ``computed_in`` is the precision that
-    comes of both."""
-    zero, named, weights = config["zero_optimization"], precisions_named(dict(config)), settings.weights
-    stage, on_gpu = zero["stage"], torch.accelerator.is_available()
-    both = "in the DeepSpeed configuration; leave one of them out"
+def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iterator[tuple[bool, str]]:
+    """What shoal knows to be wrong of a configuration, and whether it is so; ``precision`` is what comes of both."""
+    stage = config["zero_optimization"]["stage"]
+    asked = {*precisions_said(config), *({settings.precision} - {"auto"})}
     optimizer = config.get("optimizer", {"type": "Adam"})
     kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
     yield (
@@ -358,29 +358,24 @@ def _wrong(config: Mapping[str, Any], settings: Distill, *, computed_in: str) ->
         f"distill.deepspeed: optimizer.type must be one of {', '.join(OPTIMIZERS)}, or a class of torch.optim (got "
         f"{kind!r})",
     )
-    for setting, value, others in (
-        ("precision", settings.precision, {*PRECISIONS}),
-        ("weights", weights, {"fp16", "torch_autocast"} if weights == "bfloat16" else {"fp16", "bf16"}),
-    ):
-        clash = min(others & {*named}, default=None)
-        yield value != "auto" and clash is not None, f"distill.{setting}: {value} contradicts `{clash}` {both}"
     yield (
-        ("bf16" in named or weights == "bfloat16") and stage == 0,
-        f"distill.{'deepspeed: bf16' if 'bf16' in named else 'weights: bfloat16'} with ZeRO stage 0 starts Adam one "
-        "step late; set distill.deepspeed: deepspeed/zero1.json or higher, or distill.precision: bfloat16 (autocast), "
-        "which is exact at every stage",
+        len(asked) > 1,
+        f"distill.precision: distill.precision and distill.deepspeed say {' and '.join(sorted(asked))}, and what both "
+        "say must be equal; leave it out of one of them",
     )
     yield (
-        ("fp16" in named or computed_in == "float16") and not on_gpu,
-        f"distill.{'precision' if computed_in == 'float16' else 'deepspeed'}: fp16 does not train on a CPU; use "
-        "distill.precision: auto, and no fp16 section",
+        precision == "bf16-true" and stage == 0,
+        "distill.precision: bf16-true with ZeRO stage 0 starts Adam one step late; set distill.deepspeed: "
+        "deepspeed/zero1.json or higher, or distill.precision: bf16-mixed, which is exact at every stage",
     )
-    cast = config.get("torch_autocast", {})
-    cast_to = str(cast["dtype"]).removeprefix("torch.") if cast.get("enabled") else computed_in
     yield (
-        cast_to == "float16" and stage > 0,
-        f"distill.precision: float16 is autocast with scaled losses, by which ZeRO {stage} clips gradients wrongly; "
-        "set distill.deepspeed: deepspeed/zero0.json, precision: float32, or an fp16 section of your own",
+        computed_in(precision) == "float16" and not torch.accelerator.is_available(),
+        f"distill.precision: {precision} does not train on a CPU; use auto, and no fp16 in the DeepSpeed configuration",
+    )
+    yield (
+        precision == "fp16-mixed" and stage > 0,
+        f"distill.precision: fp16-mixed is autocast with scaled losses, by which ZeRO {stage} clips gradients wrongly; "
+        "set distill.deepspeed: deepspeed/zero0.json, or precision: float32 or fp16-true",
     )
     yield (
         settings.compile and stage == 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from shoal.recipe.evaluate import CONFIGS_DIR
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """Sections that say what is computed in."""
 SECTIONS = ("zero_optimization", *PRECISIONS, "offload_optimizer", "offload_param")
-AUTOCAST_DTYPES = ("bfloat16", "float16")
+MIXED = {"bfloat16": "bf16-mixed", "float16": "fp16-mixed"}
+"""Words of distill.precision for what autocast casts to."""
+COMPUTED_IN = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -36,18 +39,27 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
 
 
-def precisions_named(config: dict[str, Any]) -> list[str]:
-    """The sections by which ``config`` says itself what is computed in."""
-    return [key for key in PRECISIONS if config.get(key, {}).get("enabled")]
+def precisions_said(config: Mapping[str, Any]) -> list[str]:
+    """What ``config`` says itself, in the words of distill.precision."""
+    cast_to = str(config.get("torch_autocast", {}).get("dtype")).removeprefix("torch.")
+    words = {"bf16": "bf16-true", "fp16": "fp16-true", "torch_autocast": MIXED.get(cast_to, cast_to)}
+    return [words[key] for key in PRECISIONS if config.get(key, {}).get("enabled")]
 
 
-def trained_in(config: dict[str, Any], fastest: str) -> str:
-    """The precision of autocast for a device on which ``fastest`` is that, where nothing names one.
+def computed_in(precision: str) -> str:
+    """Name of torch's for what a word of distill.precision multiplies in."""
+    return COMPUTED_IN.get(precision[:4], "float32")
+
+
+def trained_in(config: Mapping[str, Any], fastest: str) -> str:
+    """The precision of a training, by its word, on a device that multiplies fast in ``fastest``, where nothing names
+    one.
 
     float16 needs its losses scaled, and the optimizers of ZeRO 1 to 3 clip gradients as if they were not (DeepSpeed
     0.19): there it is float32.
     """
-    return "float32" if fastest == "float16" and config.get("zero_optimization", {}).get("stage", 0) else fastest
+    is_sharded = config.get("zero_optimization", {}).get("stage", 0)
+    return "float32" if fastest == "float16" and is_sharded else MIXED.get(fastest, fastest)
 
 
 def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
@@ -67,9 +79,8 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
             if section is None or section.get("enabled") == "auto":
                 del parts[name]
     cast = config.get("torch_autocast", {})
-    if cast.get("enabled") and str(cast.get("dtype")).removeprefix("torch.") not in AUTOCAST_DTYPES:
+    if cast.get("enabled") and str(cast.get("dtype")).removeprefix("torch.") not in MIXED:
         raise UserError(
-            f"distill.deepspeed: torch_autocast.dtype must be one of {', '.join(AUTOCAST_DTYPES)} (got "
-            f"{cast.get('dtype')!r})"
+            f"distill.deepspeed: torch_autocast.dtype must be one of {', '.join(MIXED)} (got {cast.get('dtype')!r})"
         )
     return config

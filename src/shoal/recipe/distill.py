@@ -21,10 +21,7 @@ from shoal.recipe.section import (
 )
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_head"]
-Precision = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    BeforeValidator(lambda value: "auto" if value is None else value),
-]
+Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true"]
 
 
 @dataclass(frozen=True)
@@ -238,13 +235,11 @@ class Distill(Section):
     """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
     a look; None = only a loss that is no number does."""
     precision: Annotated[Precision, Shapes.TRAINING] = "auto"
-    """float32, or fp32 weights under autocast to bfloat16 or float16 (the latter with loss scaling, on accelerators).
-    auto = what the DeepSpeed configuration says, else what the device multiplies fast in, or what this training was
-    begun in."""
-    weights: Annotated[Literal["auto", "float32", "bfloat16"], Shapes.BY_CONTENT] = "auto"
-    """Precision of the student's weights in forward and backward passes. bfloat16: half the bytes and no casts, but
-    residual stream and norms are rounded to it too; the optimizer steps float32 copies and gradients add up in float32,
-    under ZeRO 1 to 3. auto = what the DeepSpeed configuration says, else float32."""
+    """float32; float32 weights under autocast to bfloat16 (bf16-mixed) or float16 (fp16-mixed, with loss scaling, on
+    accelerators); or weights of two bytes, of which the optimizer steps float32 copies and to which residual stream and
+    norms are rounded too: bf16-true, whose gradients add up in float32, under ZeRO 1 to 3, and fp16-true. auto = what
+    the DeepSpeed configuration says, else float32 weights and what the device multiplies fast in, or what this training
+    was begun in."""
     fused: Annotated[bool | Literal["auto"], Shapes.TRAINING, Field(exclude_if=lambda fused: fused is False)] = False
     """Run RMS norms, gated MLPs and rotary embedding of both models by Liger's kernels, on GPUs. auto = where
     liger-kernel is installed and knows the family, which the log says."""

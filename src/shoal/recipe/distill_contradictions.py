@@ -72,11 +72,6 @@ def contradictions(distill: Distill) -> Iterator[str]:
             "trained one for both models anyway; set teacher.recorded, or leave it out"
         )
     yield from _of_written_text(distill)
-    if distill.weights == "bfloat16" and distill.precision in ("float32", "float16"):
-        yield (
-            "distill.weights: bfloat16 weights are computed with in bfloat16, and distill.precision is "
-            f"{distill.precision}; leave one of them out"
-        )
     if watch is not None and watch.metric_for_best_model not in (None, *watch.scores):
         names = ", ".join(watch.scores) or "nothing"
         yield (

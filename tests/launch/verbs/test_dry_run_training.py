@@ -32,7 +32,7 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
     settings = Distill(
         sequence_length=LENGTH,
         trainable="from_first_cut",
-        precision="bfloat16",
+        precision="bf16-mixed",
     )
     told = estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run").told
     for words in (

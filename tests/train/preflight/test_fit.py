@@ -42,7 +42,7 @@ def test_proposals_leave_out_what_cannot_be_and_recorded_signals_come_last(tiny_
 
     assert [*dict.fromkeys(setting.teacher for setting in proposed())] == ["live", "offloaded", "recorded"]
     assert not [setting for setting in proposed() if setting.teacher == "offloaded" and setting.stage == 3]
-    assert {setting.stage for setting in proposed(weights="bfloat16", deepspeed="deepspeed/zero2.json")} == {2, 3}
+    assert {setting.stage for setting in proposed(precision="bf16-true", deepspeed="deepspeed/zero2.json")} == {2, 3}
     assert {setting.stage for setting in proposed(lora=Lora(load_in_4bit=True))} == {0, 2}
     assert {setting.stage for setting in proposed(compile=True)} == {0, 2}
     cpu = replace(tiny_job, spec=replace(tiny_job.spec, ranks=ONE_RANK))
