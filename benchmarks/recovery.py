@@ -108,7 +108,7 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
         file = recipe(arm, 0, arguments, run_dir=probe, tokens=(PROBE_STEPS + 1) * row_tokens)
         run_shoal("prune", "--config", file)
         run_shoal("distill", "--config", file)
-    seconds = [row["seconds"] for row in Training.read(probe / Training.FILE).history]
+    seconds = [row["seconds"] for row in Training.load(probe / Training.FILE).history]
     token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
     return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
 
@@ -145,9 +145,9 @@ def pooled(runs: Sequence[Path], folder: Path) -> Path:
     for role in ROLES:
         files = [run / "eval" / f"{role}.json" for run in runs]
         if all(file.is_file() for file in files):
-            evaluations = [Scores.read(file) for file in files]
+            evaluations = [Scores.load(file) for file in files]
             tasks = tuple(pooled_task(same) for same in zip(*(own.tasks for own in evaluations), strict=True))
-            replace(evaluations[0], tasks=tasks).write(folder / "eval" / f"{role}.json")
+            replace(evaluations[0], tasks=tasks).save(folder / "eval" / f"{role}.json")
     return folder
 
 

@@ -35,6 +35,14 @@ class Choice:
     """Increasing."""
     reason: str
     """Reason in words."""
+    scores: tuple[float | None, ...] = ()
+    """What chose, by layer, as Plan.scores."""
+    protected: tuple[int, ...] = ()
+    """Layers that could not be chosen, increasing."""
+
+
+_Chosen = tuple[Sequence[int], str, tuple[float | None, ...]]
+"""Layers that go, why, and the scores that chose."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +105,14 @@ def choose_changes(
         )
     limits = _limits(prune, importance)
     choose = _best_run if prune.contiguous else _first_of_order
-    drop, reason = choose(prune, wanted, limits, importance)
+    drop, reason, scores = choose(prune, wanted, limits, importance)
     if goals is not None:
         reason += f", for {goals.in_words(drop)}"
     if limits.protected:
         reason += f"; {_named(sorted(limits.protected))} protected"
     if limits.spared:
         reason += f"; nothing significant spent on {limits.columns}"
-    return Choice(tuple(sorted(drop)), reason)
+    return Choice(tuple(sorted(drop)), reason, scores, tuple(sorted(limits.protected)))
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
@@ -237,7 +245,7 @@ def _protected(protect: Sequence[int | str], num_layers: int) -> set[int]:
     return {layer % num_layers for layer in named}
 
 
-def _best_run(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance) -> tuple[Sequence[int], str]:
+def _best_run(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
     """The cheapest run of ``wanted`` neighbours, or of as few as reach the goals, without a protected layer (Gromov et
     al. 2024, arXiv:2403.17887)."""
     metric, num_layers = prune.metric or DEFAULT_RUN_METRIC, importance.num_layers
@@ -266,7 +274,8 @@ def _best_run(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Im
             + f": {limits.remedy}"
         )
     lowest = f"lowest {metric} ({rows[count - 1][runs[0].start]:.4g}) of {len(runs)} possible"
-    return runs[0], f"the run of {layers_of(count, num_layers)} with the {lowest}"
+    scores = (*rows[count - 1], *(None,) * (count - 1))
+    return runs[0], f"the run of {layers_of(count, num_layers)} with the {lowest}", scores
 
 
 def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
@@ -281,9 +290,7 @@ def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
     )
 
 
-def _first_of_order(
-    prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance
-) -> tuple[Sequence[int], str]:
+def _first_of_order(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
     """The first ``wanted`` layers of an order, or as few of them as reach the goals: by a score, equal ones by lower
     index, or in a greedy order, which may not hold all layers."""
     metric, scores = _scores(prune, importance)
@@ -310,10 +317,10 @@ def _first_of_order(
     first = f"the first {layers_of(count, importance.num_layers)} of the order of {metric}"
     if not greedy:
         lowest = f"the lowest {metric} ({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
-        return drop, f"the {layers_of(count, importance.num_layers)} with {lowest}"
+        return drop, f"the {layers_of(count, importance.num_layers)} with {lowest}", scores
     if passed := order.index(drop[-1]) + 1 - count:
-        return drop, f"{first} that may go ({passed} passed over)"
-    return drop, f"{first} ({greedy[count - 1].score:.4g} without them)"
+        return drop, f"{first} that may go ({passed} passed over)", scores
+    return drop, f"{first} ({greedy[count - 1].score:.4g} without them)", scores
 
 
 def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:

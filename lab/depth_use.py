@@ -183,7 +183,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
         raise UserError("shoal lab depth_use: needs layers swept over tasks; name some in measure.sweep.tasks")
     found = made_from_teacher(run)
     require_models_of_this_run(run, {"teacher": run.teacher, **found})
-    kept = dict.fromkeys(found, Plan.read(run.dir / Plan.FILE).keep if found else ())
+    kept = dict.fromkeys(found, Plan.load(run.dir / Plan.FILE).keep if found else ())
     if settings.beside is not None:
         found[BESIDE], kept[BESIDE] = resolved(settings.beside, None), every
         require_same_tokenizer({"teacher": run.teacher, **found}, trust_remote_code=run.recipe.trust_remote_code)
@@ -226,7 +226,7 @@ class SweptRole:
         Raises:
             UserError: it is missing.
         """
-        return Importance.read(self.folder / Importance.FILE)
+        return Importance.load(self.folder / Importance.FILE)
 
     @cached_property
     def columns(self) -> dict[str, SweepColumn]:

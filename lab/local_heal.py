@@ -275,7 +275,7 @@ def train(run: Run, spec: TrainSpec, inputs: dict[str, Any], folder: Path) -> st
         runtime.seed_everything(run.recipe.seed)
         distill(spec, run_dir=folder, text=run.dir / "text", inputs=inputs, start_tracking=lambda: None)
     runtime.leave_distributed()
-    training = Training.read(file)
+    training = Training.load(file)
     losses = [row["loss"] for row in training.history if "loss" in row]
     return (
         f"{folder / 'distilled'}: trained on {training.num_tokens:,} tokens, loss {losses[0]:.4f} to {losses[-1]:.4f}; "

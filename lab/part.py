@@ -79,7 +79,7 @@ def made(
         return asked.require()
     seed_everything(run.recipe.seed)
     result = make(asked.provenance)
-    result.write(path)
+    result.save(path)
     if draw is not None:
         save_figure(draw(result), path.with_suffix(".svg"))
     return result

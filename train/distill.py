@@ -312,7 +312,7 @@ def _write_results(
             write_student(student, state, spec.student, run_dir / "distilled")
         training = training_of(trainer, spec, inputs=inputs, rows=rows, peak_memory_bytes=int(peak.item()))
         training = replace(training, settings={**training.settings, **settings}, data={**training.data, **overlap})
-        training.write(run_dir / Training.FILE)
+        training.save(run_dir / Training.FILE)
         if watcher is not None:
             watcher.forget()
     barrier()

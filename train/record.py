@@ -78,7 +78,7 @@ def record_signals(
     inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, prefix=prefix)
     asked = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
     pending = _pending(rows, folder, asked)
-    manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
+    manifest = RecordingManifest.load(folder / RecordingManifest.FILE)
     if not pending and manifest.num_rows >= len(rows):
         return
     recorded: Callable[..., dict[str, Tensor]]
@@ -88,7 +88,7 @@ def record_signals(
         engine = agreeing(teacher, rows, top_k=settings.top_k)
         manifest = replace(manifest, engine=engine.about)
         if is_main():  # one that is interrupted names it too
-            manifest.write(folder / RecordingManifest.FILE)
+            manifest.save(folder / RecordingManifest.FILE)
         recorded = partial(_ask_of_shard, engine)
     own_shards = pending[rank() :: world_size()]
     setting = "run_dir" if settings.folder is None else "record.folder"
@@ -101,7 +101,7 @@ def record_signals(
     if is_main():
         num_shards = max(len(shards_of(len(rows), settings.rows_per_shard)), len(manifest.shards))
         finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
-        finished.write(folder / RecordingManifest.FILE)
+        finished.save(folder / RecordingManifest.FILE)
         log.info("record: %s rows in %s", f"{finished.num_rows:,}", folder)
     barrier()
 
@@ -113,7 +113,7 @@ def _pending(rows: TokenRows, folder: Path, asked: RecordingManifest) -> list[ra
     and written again.
     """
     agreed(lambda: _claim(folder, asked))
-    on_disk = RecordingManifest.read(folder / RecordingManifest.FILE)
+    on_disk = RecordingManifest.load(folder / RecordingManifest.FILE)
     shards = shards_of(len(rows), asked.rows_per_shard)
     own_shards, shaped_otherwise = shards[rank() :: world_size()], differences(asked.rows_from, on_disk.rows_from)
     missing = together(
@@ -130,9 +130,9 @@ def _claim(folder: Path, manifest: RecordingManifest) -> None:
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: holds other files; set record.folder to an empty or new folder")
-        manifest.write(path)
+        manifest.save(path)
         return
-    on_disk = RecordingManifest.read(path)
+    on_disk = RecordingManifest.load(path)
     asked, there = (
         {**one.provenance.inputs, "record.rows_per_shard": one.rows_per_shard} for one in (manifest, on_disk)
     )

@@ -81,7 +81,7 @@ def work(run: Run, settings: Settings) -> str:
     words = f"{', '.join(component.name for component in components)} silent"
     change = PlannedChange("skip", words, tuple(sorted({layer for layer, _ in edits})))
     edited = Edited(student, change, planned, drop=drop, zeroed=zeroed)
-    read = {"importance": Importance.read(run.dir / Importance.FILE).provenance.fingerprint} if settings.order else {}
+    read = {"importance": Importance.load(run.dir / Importance.FILE).provenance.fingerprint} if settings.order else {}
     return write_student(run, "skip", settings, edited, teacher, read)
 
 

@@ -86,7 +86,7 @@ def write_student(
             with edited.in_force():
                 expected = behaviour(teacher, use_cache=edited.use_cache)
             prove_by_run(folder, expected, reference=f"the teacher with {words}")
-    replace(plan, student=plan.sealed(model_fingerprint(out))).write(path)
+    replace(plan, student=plan.sealed(model_fingerprint(out))).save(path)
     told = f"{plan.in_words()}: {out} and {path} are written"
     return f"{told}\n`shoal distill {run.dir}` heals it, `shoal eval` scores it"
 

@@ -137,7 +137,7 @@ def choose_layers(
     """The layers to drop, the least important ones.
 
     Args:
-        importance: What measure_importance has given, or Importance.read of an importance.json.
+        importance: What measure_importance has given, or Importance.load of an importance.json.
         num_drop: Layers to drop; without it and ``ratio`` an eighth of them.
         ratio: Their share instead, rounded down.
         metric: Score that chooses, or several with their weights, of which the mean of the layers' ranks counts; None =
@@ -172,7 +172,7 @@ def choose_layers(
         "importance": importance.provenance.fingerprint,
         **shaping(settings, Shapes.PLAN, "prune."),
     }
-    return Plan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason)
+    return Plan(Provenance(inputs), importance.num_layers, **vars(choice))
 
 
 def cut_model(model: PreTrainedModel, drop: Sequence[int] | Plan) -> PreTrainedModel:

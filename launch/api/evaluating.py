@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import Tabular
-from shoal.artifacts.evaluation import Scores
+from shoal.artifacts.artifact import Artifact, Provenance, Tabular
+from shoal.artifacts.evaluation import Scores, TaskScore
 from shoal.errors import UserError
 from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
@@ -18,7 +18,7 @@ from shoal.models.in_memory import identity_of, left_as_it_was, require_position
 from shoal.recipe.evaluate import Eval, Limit, Tasks
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
-from shoal.stats.paired import PairedDifference, holm, paired, verdict
+from shoal.stats.paired import holm, paired, require_same_measurement, retention, verdict
 
 TAKEN = ("num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
 """Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
@@ -79,55 +79,75 @@ def evaluate(
         )
 
 
-@dataclass(frozen=True)
-class ScoreChanges(Tabular):
-    """What changed from one evaluation to another, item by item."""
+@dataclass(frozen=True, repr=False)
+class Comparison(Tabular, Artifact):
+    """What changed from one model to others, item by item."""
 
-    before: Scores
-    after: Scores
-    changes: dict[str, PairedDifference]
-    """Changes by task, after - before, of the tasks that both have."""
+    reference: Scores
+    others: tuple[Scores, ...]
+
+    def title(self) -> str:
+        """What is compared with what."""
+        return f"change from {self.reference.role}, with 95 % intervals"
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per task. `adjusted_p` is corrected for the number of tasks (Holm); `verdict` says better or worse
+        """One row per model and task that both have: the change, a verdict, and the share kept of what the reference
+        has above chance. `adjusted_p` is corrected for the number of rows (Holm), and `verdict` says better or worse
         where it is below 0.05, else unclear."""
-        adjusted = holm([change.p_value for change in self.changes.values()])
-        first, second = (by_task(evaluation) for evaluation in (self.before, self.after))
+        pairs = [(other.role, *pair) for other in self.others for pair in shared_tasks(self.reference, other)]
+        changes = [paired(before, after) for _, before, after in pairs]
+        adjusted = holm([change.p_value for change in changes])
         return [
             {
-                "task": task,
-                "metric": first[task].metric,
-                "before": first[task].score,
-                "after": second[task].score,
+                "model": role,
+                "task": before.task,
+                "reference": before.score,
+                "score": after.score,
                 "change": change.difference,
                 "ci_low": change.ci_low,
                 "ci_high": change.ci_high,
+                "verdict": verdict(change, p_value, higher_is_better=before.higher_is_better),
+                "kept": retention(before, after).value,
+                "metric": before.metric,
                 "adjusted_p": p_value,
-                "verdict": verdict(change, p_value, higher_is_better=first[task].higher_is_better),
                 "won": change.won,
                 "lost": change.lost,
                 "n": change.n,
             }
-            for (task, change), p_value in zip(self.changes.items(), adjusted, strict=True)
+            for (role, before, after), change, p_value in zip(pairs, changes, adjusted, strict=True)
         ]
 
 
-def compare(before: Scores, after: Scores) -> ScoreChanges:
-    """The change from ``before`` to ``after`` on every task that both have, with its 95 % interval over the items.
-
-    Both models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).
+def shared_tasks(reference: Scores, other: Scores) -> list[tuple[TaskScore, TaskScore]]:
+    """The scores of tasks that both have.
 
     Raises:
-        UserError: no common task, or one that was asked in another way or of other items.
-
-    Example:
-        >>> shoal.compare(shoal.evaluate(pruned, tokenizer), shoal.evaluate(healed, tokenizer)).to_pandas()
+        UserError: there is none.
     """
-    first, second = by_task(before), by_task(after)
-    shared = [task for task in first if task in second]
-    if not shared:
+    first, second = by_task(reference), by_task(other)
+    if not (shared := [(first[task], second[task]) for task in first if task in second]):
         raise UserError(
             f"compare: the evaluations have no task in common ({', '.join(first)}; {', '.join(second)}); evaluate both "
             "models on the same ones"
         )
-    return ScoreChanges(before, after, {task: paired(first[task], second[task]) for task in shared})
+    return shared
+
+
+def compare(reference: Scores, *others: Scores) -> Comparison:
+    """The change from ``reference`` to each of ``others`` on every task that both have, with its 95 % interval.
+
+    All models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).
+
+    Raises:
+        UserError: no other one, no common task, or one that was asked in another way or of other items.
+
+    Example:
+        >>> shoal.compare(teacher, pruned, healed)
+    """
+    if not others:
+        raise UserError("compare: has nothing to compare with; give the scores of another model too")
+    for other in others:
+        for before, after in shared_tasks(reference, other):
+            require_same_measurement(before, after)
+    inputs = {"reference": reference.provenance.fingerprint, "others": [o.provenance.fingerprint for o in others]}
+    return Comparison(Provenance(inputs), reference, others)

@@ -10,45 +10,79 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from shoal.artifacts.artifact import Tabular
-from shoal.artifacts.evaluation import Scores
+from shoal.artifacts.evaluation import CONTROL, Scores
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json
-from shoal.errors import explained_paths
+from shoal.errors import UserError, explained_paths
+from shoal.eval.report.card import model_card
+from shoal.eval.report.hub import push
+from shoal.eval.report.run import read_run
+from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
-from ..verbs.evaluate import roles
+from ..verbs import run as verbs
 from ..verbs.launch import LaunchEnded, launch_distill
 from ..verbs.pipeline import run_all
-from ..verbs.run import Run, open_run
 
 
-@dataclass(frozen=True)
-class RunResults(Tabular):
-    """What a run directory holds when all is done."""
+@dataclass(frozen=True, repr=False)
+class Run(Tabular):
+    """A run directory: what its stages have made, None where one has not run."""
 
     folder: Path
     """The run directory."""
-    importance: Importance
-    plan: Plan
-    training: Training
-    evaluations: dict[str, Scores]
-    """Evaluations by role: teacher, pruned, distilled, and control where the recipe asks for it."""
+    importance: Importance | None
+    plan: Plan | None
+    training: Training | None
+    scores: dict[str, Scores]
+    """Scores by role: teacher, pruned, distilled, and control where the recipe asks for it."""
 
-    @property
-    def distilled(self) -> Path:
-        """Folder of the healed model, a plain checkpoint."""
-        return self.folder / "distilled"
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """What is there in the run directory ``path``.
+
+        Raises:
+            UserError: no such folder, nothing in it, or results that do not belong together.
+        """
+        found = read_run(Path(path).expanduser())
+        return cls(found.folder, found.importance, found.plan, found.training, found.evaluations)
+
+    def model(self, role: str = "distilled") -> PreTrainedModel:
+        """The run's `distilled`, `pruned` or `control` model in eval mode, in the precision of its files.
+
+        Raises:
+            UserError: there is none.
+        """
+        folders = {"pruned": "student", "distilled": "distilled", CONTROL: CONTROL}
+        there = {own: self.folder / name for own, name in folders.items() if (self.folder / name).is_dir()}
+        if role not in there:
+            raise UserError(f"{self.folder}: has no model {role!r}; there is {', '.join(there) or 'none'}")
+        return load_model(there[role])
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
+        """The URL of the Hub repository that now holds the distilled model, with its card.
+
+        Raises:
+            UserError: nothing to push, or what the Hub refuses.
+        """
+        return push(self.folder / "distilled", model_card(self.folder), repo_id, private=private)
+
+    def title(self) -> str:
+        """Where it is, and what was cut."""
+        return f"{self.folder}: {'nothing is cut yet' if self.plan is None else self.plan.in_words()}"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per role and task."""
-        return [{"role": role, **row} for role, evaluation in self.evaluations.items() for row in evaluation.rows()]
+        return [{"role": role, **row} for role, scores in self.scores.items() for row in scores.rows()]
 
 
-def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
+def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
     """Everything that `shoal run` does: measure, prune, distill, evaluate, report, skipping what is done and unchanged.
 
     Training runs in processes of its own under the DeepSpeed launcher, one per GPU.
@@ -63,8 +97,8 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
         RuntimeError: launched processes have failed, and said why on stderr.
 
     Example:
-        >>> results = shoal.run("quickstart.yaml", "run_dir=runs/quickstart")
-        >>> results.to_pandas()
+        >>> run = shoal.run("quickstart.yaml", "run_dir=runs/quickstart")
+        >>> run.scores["distilled"]
     """
     with TemporaryDirectory() as temporary, explained_paths():
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
@@ -73,20 +107,15 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
             write_json(Path(config), dict(recipe))  # JSON is YAML
         said, file = read_settings(config, overrides)
         settings = settled(said, file, overrides)
-        folder = Run(settings).dir
+        folder = verbs.Run(settings).dir
         try:
             with remembering(folder, said) as memory:
-                opened = open_run(settings, memory=memory)
-                run_all(opened, partial(launch_distill, config=config, overrides=overrides))
+                run_all(
+                    verbs.open_run(settings, memory=memory), partial(launch_distill, config=config, overrides=overrides)
+                )
         except LaunchEnded as ended:
             if ended.code == 128 + signal.SIGINT:
                 raise KeyboardInterrupt(ended.text) from ended
             reason = ended.text or "its message is on stderr, above"
             raise RuntimeError(f"distill: ended with exit code {ended.code}; {reason}") from ended
-        return RunResults(
-            folder,
-            Importance.read(folder / Importance.FILE),
-            Plan.read(folder / Plan.FILE),
-            Training.read(folder / Training.FILE),
-            {role: Scores.read(folder / "eval" / f"{role}.json") for role in roles(opened)},
-        )
+        return Run.load(folder)

@@ -230,7 +230,7 @@ def training_inputs(run: Run, plan: Plan) -> dict[str, Any]:
     if _has_model(student):
         cut["student"] = model_fingerprint(student)
     elif trained.is_file():
-        cut["student"] = Training.read(trained).provenance.inputs.get("student")
+        cut["student"] = Training.load(trained).provenance.inputs.get("student")
     return _inputs(run, {"prune.drop": list(plan.drop), **cut})
 
 

@@ -174,7 +174,7 @@ def _score(run: Run, checkpoints: dict[str, Checkpoint], due: dict[str, dict[str
         seed_everything(run.recipe.seed)
         result = role_evaluation(role, checkpoints[role], questions, inputs=inputs, items=folder / "items")
         if is_main():
-            result.write(folder / f"{role}.json")
+            result.save(folder / f"{role}.json")
         barrier()
 
 
@@ -230,4 +230,4 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
         log.warning("eval: the speed is not measured. %s", reason)
         path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores
         return
-    speed.write(path)
+    speed.save(path)

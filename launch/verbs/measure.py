@@ -255,7 +255,7 @@ def _task_order(run: Run, score: Callable[..., Any], settings: Sweeps) -> tuple[
 def _write(run: Run, importance: Importance) -> None:
     from shoal.figures.style import save_figure
 
-    importance.write(run.dir / Importance.FILE)
+    importance.save(run.dir / Importance.FILE)
     with doing("measure: drawing figures"):
         for name, figure in _figures(importance):
             save_figure(figure, run.dir / "figures" / f"{name}.svg")

@@ -66,7 +66,7 @@ def prune(run: Run) -> None:
             trust_remote_code=run.recipe.trust_remote_code,
         )
         plan = replace(applied, text=text)
-        replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
+        replace(plan, student=plan.sealed(model_fingerprint(student))).save(path)
         log.info("prune: %s", student)
         if (problem := misreading(load_config(student))) is not None:
             log.warning("prune: llama.cpp would run another model than this student: %s", problem)
@@ -99,7 +99,7 @@ def _plan_of_its_student(run: Run) -> Plan:
         UserError: one of the two was changed after the cut.
     """
     path, student = run.dir / Plan.FILE, run.dir / "student"
-    plan = Plan.read(path)
+    plan = Plan.load(path)
     is_there = plan.student and (student / "config.json").is_file()
     if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(
@@ -142,7 +142,7 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
     of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
     path = run.dir / Plan.FILE
-    made = Plan.read(path).provenance.inputs if path.is_file() else {}
+    made = Plan.load(path).provenance.inputs if path.is_file() else {}
     if LAB in made:
         return {**made, "model": run.teacher_fingerprint}
     prune = run.recipe.prune
@@ -263,7 +263,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
     told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
     reason = "; ".join(filter(None, [choice.reason, *told]))
-    return Plan(Provenance(inputs), run.num_layers, choice.drop, reason, width=width_of(run))
+    chosen = replace(choice, reason=reason)
+    return Plan(Provenance(inputs), run.num_layers, **vars(chosen), width=width_of(run))
 
 
 def expected_plan(run: Run) -> Plan:

@@ -67,13 +67,13 @@ def export_gguf(run: Run) -> None:
         raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
     inputs = {"model": model_fingerprint(folders[role]), "converter": gguf.converter_fingerprint()}
     path = run.dir / gguf.Gguf.FILE
-    if Identity(gguf.Gguf, path, inputs, "gguf").is_done() and (path.parent / gguf.Gguf.read(path).file).is_file():
+    if Identity(gguf.Gguf, path, inputs, "gguf").is_done() and (path.parent / gguf.Gguf.load(path).file).is_file():
         return
     name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
     log.info("gguf: converting %s with llama.cpp's converter", folders[role])
     with written_folder(path.parent) as temporary:
         proof = gguf.export_gguf(folders[role], temporary / name)
-        gguf.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
+        gguf.Gguf(Provenance(inputs), name, proof).save(temporary / path.name)
     log.info("gguf: %s: %s", path.parent / name, proof.in_words())
 
 

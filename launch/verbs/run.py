@@ -351,7 +351,7 @@ def write_story(run: Run) -> None:
     ]
     for name, kind in kinds:
         if (file := run.dir / name).is_file():
-            provenance = kind.read(file).provenance
+            provenance = kind.load(file).provenance
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
     story = {
         "recipe": redacted(as_dict(run.recipe)),

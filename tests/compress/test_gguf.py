@@ -258,7 +258,7 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
     report.export_gguf(run)
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-pruned.gguf"]
-    assert gguf_module.Gguf.read(folder / "gguf.json").proof == GgufProof(4, 39, 0)
+    assert gguf_module.Gguf.load(folder / "gguf.json").proof == GgufProof(4, 39, 0)
     assert "4 blocks, 39 tensors equal" in caplog.text
     written = folder.stat().st_ino
     report.export_gguf(run)

@@ -71,8 +71,8 @@ def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
     made = role_evaluation(
         "pruned", Checkpoint.read(folder, LoadSettings()), Questions(settings, 0), inputs={"model": "m"}
     )
-    made.write(tmp_path / "pruned.json")
-    assert Scores.read(tmp_path / "pruned.json") == made
+    made.save(tmp_path / "pruned.json")
+    assert Scores.load(tmp_path / "pruned.json") == made
     assert (made.role, made.num_layers, made.provenance.inputs) == ("pruned", 6, {"model": "m"})
     assert made.num_bytes > 0
     assert made.num_parameters == sum(p.numel() for p in model.parameters())

@@ -43,8 +43,8 @@ def test_every_role_is_measured_at_every_batch_size(measured: Speed, tmp_path: P
             assert min(batch.samples["prefill"]) <= batch.prefill_tokens_per_s <= max(batch.samples["prefill"])
             times = [16 * batch.batch_size / rate for rate in batch.samples["prefill"]]
             assert batch.samples["first_token"] == pytest.approx(times)
-    measured.write(tmp_path / "speed.json")
-    assert Speed.read(tmp_path / "speed.json") == measured
+    measured.save(tmp_path / "speed.json")
+    assert Speed.load(tmp_path / "speed.json") == measured
 
 
 @pytest.mark.slow

@@ -88,4 +88,4 @@ def test_the_part_prints_the_table_and_writes_the_norms(tmp_path: Path) -> None:
     run = open_run(parse_recipe({"model": str(base), "run_dir": str(tmp_path / "run")}))
     found = delta_norms(base, donor, Provenance({}))
     assert work(run, Settings(str(donor))).startswith(found.in_words())
-    assert DeltaNorms.read(run.dir / "lab/delta.json").tensors == found.tensors
+    assert DeltaNorms.load(run.dir / "lab/delta.json").tensors == found.tensors

@@ -46,7 +46,7 @@ def written(
     folder: Path, role: str, intact: list[TaskScore], removed: list[list[TaskScore]], kept: tuple[int, ...]
 ) -> SweptRole:
     importance = Importance(provenance(), len(removed), 100, {}, {}, atlas=build_atlas(intact, removed))
-    importance.write(folder / role / Importance.FILE)
+    importance.save(folder / role / Importance.FILE)
     write_items(folder / role / "sweep" / "layer", [f"layer {n}" for n in range(len(removed))], intact, removed)
     return SweptRole(role, folder / role, kept or tuple(range(len(removed))))
 
@@ -103,8 +103,8 @@ def test_it_is_written_and_read_and_drawn(tmp_path: Path) -> None:
         swept(tmp_path, "pruned", (60, 0, 30, 4), kept=(0, 1, 2, 4)),
         swept(tmp_path, "distilled", (50, 0, 20, 4), kept=(0, 1, 2, 4)),
     )
-    found.write(tmp_path / DepthUse.FILE)
-    assert DepthUse.read(tmp_path / DepthUse.FILE) == found
+    found.save(tmp_path / DepthUse.FILE)
+    assert DepthUse.load(tmp_path / DepthUse.FILE) == found
     assert [(moved.before, moved.after) for moved in found.tasks[0].moved] == [
         ("teacher", "pruned"),
         ("teacher", "distilled"),

@@ -326,8 +326,8 @@ def test_effective_depth_by_each_rule() -> None:
 @pytest.mark.prove
 def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
     found = run(tiny_model("llama"), effort=replace(EFFORT, gradient_prompts=1, steps=2))
-    found.write(tmp_path / Diagnostics.FILE)
-    assert Diagnostics.read(tmp_path / "diagnostics.json") == found
+    found.save(tmp_path / Diagnostics.FILE)
+    assert Diagnostics.load(tmp_path / "diagnostics.json") == found
     text = found.in_words()
     assert "effective depth" in save_figure(diagnostics_figure(found), tmp_path / "depth.svg").decode()
     assert "depth of 6 layers over 120 tokens" in text

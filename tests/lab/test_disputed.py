@@ -59,4 +59,4 @@ def test_every_model_of_a_run_is_asked(tmp_path: Path) -> None:
     run = open_run(parse_recipe({"model": str(model), "run_dir": str(tmp_path / "run")}))
     text = work(run, Settings(str(file)))
     assert text == work(run, Settings(str(file)))
-    assert len(Disputed.read(run.dir / "lab/disputed.json").roles["teacher"]) == 2
+    assert len(Disputed.load(run.dir / "lab/disputed.json").roles["teacher"]) == 2

@@ -109,7 +109,7 @@ def test_the_fewest_layers_hold_a_share_of_the_score() -> None:
 @pytest.mark.prove
 def test_heads_are_read_as_they_were_written_and_drawn(tmp_path: Path) -> None:
     heads = measured(SCORES)
-    heads.write(tmp_path / Heads.FILE)
-    assert Heads.read(tmp_path / Heads.FILE) == heads
+    heads.save(tmp_path / Heads.FILE)
+    assert Heads.load(tmp_path / Heads.FILE) == heads
     assert "4 of 10 heads copy 10% or more of what is asked for (9 of 15 retrieval right)" in heads.in_words()
     assert "Retrieval score" in save_figure(heads_figure(heads), tmp_path / "heads.svg").decode()

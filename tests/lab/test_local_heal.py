@@ -121,7 +121,7 @@ def test_training_starts_from_the_healed_student(tmp_path: Path, teacher: Path) 
     prepare(tmp_path, teacher)
     words = ["lab", "local_heal", str(tmp_path / "recipe.yaml"), "batch_size=4", "num_tokens=2000"]
     finished(Trial(tmp_path, run_ranks(words, ranks=1, env=environment(), cwd=tmp_path)))
-    training = Training.read(tmp_path / "run" / "lab" / "local_heal" / Training.FILE)
+    training = Training.load(tmp_path / "run" / "lab" / "local_heal" / Training.FILE)
     assert training.provenance.inputs["lab.local_heal"]["num_tokens"] == 2000
     healed, cut = (Trial(tmp_path / "recipe.yaml").weights(name) for name in ("lab/local_heal/student", "student"))
     moved = {name.split(".")[2] for name, weight in healed.items() if not torch.equal(weight, cut[name])}

@@ -86,8 +86,8 @@ def test_hidden_writing_is_what_likelihood_keeps_without_it_less_what_generation
 
 def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
     found = parts()
-    found.write(tmp_path / ReadWrite.FILE)
-    assert ReadWrite.read(tmp_path / ReadWrite.FILE) == found
+    found.save(tmp_path / ReadWrite.FILE)
+    assert ReadWrite.load(tmp_path / ReadWrite.FILE) == found
     lines = found.in_words().splitlines()
     assert len(lines) == len(found.columns) + 1
     assert lines[1] == (

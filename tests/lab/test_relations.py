@@ -179,6 +179,6 @@ def test_a_student_is_trained_with_these_terms_beside_the_recipes(tmp_path: Path
             ),
         )
     )
-    training = Training.read(tmp_path / "run" / "lab" / "relations" / Training.FILE)
+    training = Training.load(tmp_path / "run" / "lab" / "relations" / Training.FILE)
     assert {"attention_relation", "multi_scale", "forward_kl"} <= training.history[0].keys()
     assert training.history[-1]["attention_relation"] < training.history[0]["attention_relation"]

@@ -130,7 +130,7 @@ def test_the_part_tells_of_layers_states_and_every_model(tmp_path: Path, teacher
     (tmp_path / "my.yaml").write_text(json.dumps(recipe))
     prune(open_run(parse_recipe(recipe)))
     said = lab(["vision", str(tmp_path / "my.yaml"), f"path={rows}"])
-    found = Vision.read(tmp_path / "run/lab/vision.json")
+    found = Vision.load(tmp_path / "run/lab/vision.json")
     assert (found.num_rows, found.states_read, len(found.state_losses)) == (3, (1,), 3)
     assert list(found.answers) == ["teacher", "pruned"]
     assert found.added["pruned"].value == pytest.approx(found.answers["pruned"].value - found.answers["teacher"].value)

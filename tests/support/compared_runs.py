@@ -98,12 +98,12 @@ def write_run(
         made = Provenance(INPUTS | {"model": contents[role]} | (inputs or {}), versions)
         count = 8 if role in ("teacher", "control") else layers
         found = tuple(map(change, scores(share)))
-        Scores(made, role, found, count * 10**6, count, count * 2 * 10**6, 9.0).write(folder / f"eval/{role}.json")
+        Scores(made, role, found, count * 10**6, count, count * 2 * 10**6, 9.0).save(folder / f"eval/{role}.json")
     of_teacher = {"model": teacher}
-    Plan(Provenance(of_teacher, versions), 8, drop, "as the recipe says").write(folder / "plan.json")
+    Plan(Provenance(of_teacher, versions), 8, drop, "as the recipe says").save(folder / "plan.json")
     if "distilled" in roles:
         trained = Provenance(of_teacher | {"student": contents["pruned"]}, versions)
-        Training(trained, 10, 82_000, 1800.0, (), {}, {}, 10**9).write(folder / "distill.json")
+        Training(trained, 10, 82_000, 1800.0, (), {}, {}, 10**9).save(folder / "distill.json")
     return folder
 
 
@@ -114,7 +114,7 @@ def write_speed(folder: Path, factor: float, *, batch_size: int = 1) -> None:
         for role, share in {"teacher": 1.0, "pruned": factor, "distilled": factor}.items()
         for noise in [lucks[role]]
     }
-    Speed(Provenance({"attention": "sdpa"}, ENVIRONMENT), roles, batch_size, 128, 32, "bfloat16").write(
+    Speed(Provenance({"attention": "sdpa"}, ENVIRONMENT), roles, batch_size, 128, 32, "bfloat16").save(
         folder / "eval/speed.json"
     )
 

@@ -115,12 +115,12 @@ def speed() -> Speed:
 
 def write_run(folder: Path, *, recipe: dict[str, Any] | None = None) -> Path:
     """A complete run directory at ``folder``."""
-    importance().write(folder / "importance.json")
-    plan().write(folder / "plan.json")
-    training().write(folder / "distill.json")
+    importance().save(folder / "importance.json")
+    plan().save(folder / "plan.json")
+    training().save(folder / "distill.json")
     for role in SKILL:
-        evaluation(role).write(folder / "eval" / f"{role}.json")
-    speed().write(folder / "eval" / "speed.json")
+        evaluation(role).save(folder / "eval" / f"{role}.json")
+    speed().save(folder / "eval" / "speed.json")
     raw = {"model": "demo:smollm2-135m", "run_dir": "runs/test"} | (recipe or {})
     story = {"recipe": as_dict(parse_recipe(raw)), "stages": {}}
     (folder / "run.json").write_text(json.dumps(story))
@@ -213,7 +213,7 @@ def write_formed(
     for role in FORMED_ROLES:
         (folder / "eval" / f"{role}.json").unlink(missing_ok=True)
     for role in roles:
-        formed(role, columns).write(folder / "eval" / f"{role}.json")
+        formed(role, columns).save(folder / "eval" / f"{role}.json")
     return folder
 
 
@@ -221,12 +221,12 @@ def write_quickstart(folder: Path) -> Path:
     """A run directory that reads as the one `make quickstart` leaves."""
     write_run(folder, recipe={"model": "demo:smollm2-135m"})
     depth = {"block_influence": tuple(0.1 + 0.01 * abs(layer - 15) for layer in range(30))}
-    Importance(provenance(), 30, 20_000, depth, {}).write(folder / "importance.json")
-    Plan(provenance(), 30, (12, 13, 14, 21, 25, 26), "named in the recipe").write(folder / "plan.json")
+    Importance(provenance(), 30, 20_000, depth, {}).save(folder / "importance.json")
+    Plan(provenance(), 30, (12, 13, 14, 21, 25, 26), "named in the recipe").save(folder / "plan.json")
     for role in SKILL:
-        quickstart(role).write(folder / "eval" / f"{role}.json")
+        quickstart(role).save(folder / "eval" / f"{role}.json")
     sources = {name: {"documents": 80, "tokens": 1234, "split": 7} for name in ("python_docs", "ability_texts")}
-    replace(training(), num_tokens=81_920, data={"sources": sources}).write(folder / "distill.json")
+    replace(training(), num_tokens=81_920, data={"sources": sources}).save(folder / "distill.json")
     return folder
 
 

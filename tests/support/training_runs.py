@@ -57,7 +57,7 @@ class Trial:
 
     @property
     def training(self) -> Training:
-        return Training.read(self.dir / Training.FILE)
+        return Training.load(self.dir / Training.FILE)
 
     def curve(self, name: str = "loss", *, steps: int = STEPS) -> list[float]:
         rows = [row for row in self.training.history if "loss" in row]

@@ -59,11 +59,11 @@ def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) 
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "ZeRO 3" in done.stdout
-    plan, training = Plan.read(run_dir / "plan.json"), Training.read(run_dir / "distill.json")
+    plan, training = Plan.load(run_dir / "plan.json"), Training.load(run_dir / "distill.json")
     assert len(plan.drop) == num_drop
     rates = [row["learning_rate"] for row in training.history if "learning_rate" in row]
     assert min(rates[1:]) >= 1e-5, "no lower than the published end"
-    roles = {Scores.read(run_dir / f"eval/{role}.json").role for role in ("teacher", "pruned", "distilled")}
+    roles = {Scores.load(run_dir / f"eval/{role}.json").role for role in ("teacher", "pruned", "distilled")}
     assert len(roles) == 3
     healed = AutoModelForCausalLM.from_pretrained(run_dir / "distilled")
     assert healed.config.num_hidden_layers == layers - num_drop

@@ -57,8 +57,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for role in SKILL:
         own = choice(role, f"named {PLANTED}", "retrieval", "generation", chance=0.0, share=0.8)
         tasks = (*evaluation(role).tasks, hostile(own))
-        evaluation(role, tasks).write(folder / "eval" / f"{role}.json")
-    replace(plan(), reason=PLANTED).write(folder / "plan.json")
+        evaluation(role, tasks).save(folder / "eval" / f"{role}.json")
+    replace(plan(), reason=PLANTED).save(folder / "plan.json")
     recipe = as_dict(parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/test"})) | {"model": PLANTED}
     (folder / "run.json").write_text(json.dumps({"recipe": recipe, "stages": {}}))
     return write_report(folder)

@@ -61,7 +61,7 @@ def finished(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def curve(path: Path, steps: int = STEPS) -> list[float]:
-    history = [row for row in Training.read(path.parent / "run" / Training.FILE).history if "loss" in row]
+    history = [row for row in Training.load(path.parent / "run" / Training.FILE).history if "loss" in row]
     assert [row["step"] for row in history] == list(range(1, steps + 1))
     assert all(abs(row["loss"] - row["forward_kl"]) < 1e-5 for row in history), "the only term is the loss"
     return [row["loss"] for row in history]
@@ -320,7 +320,7 @@ def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(tea
     stage("measure", paths[0], *few, ranks=1)
     interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
     stage("measure", paths[1], *few, ranks=2)
-    one, two = (Importance.read(path.parent / "run" / Importance.FILE) for path in paths)
+    one, two = (Importance.load(path.parent / "run" / Importance.FILE) for path in paths)
     assert one.num_tokens == two.num_tokens
     for name, scores in one.layers.items():
         assert two.layers[name] == pytest.approx(scores, abs=1e-9)
@@ -364,7 +364,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
             stage("eval", path, *small, tasks, "eval.speed=false", ranks=1)
         else:
             finished(launch("eval.py", path, *small, tasks, "eval.speed=false", ranks=2))
-        found.append(Scores.read(path.parent / "run" / "eval" / "teacher.json"))
+        found.append(Scores.load(path.parent / "run" / "eval" / "teacher.json"))
     for one, two in zip(found[0].tasks, found[1].tasks, strict=True):
         assert (one.task, one.n) == (two.task, two.n)
         assert two.score == pytest.approx(one.score, abs=1e-5)
@@ -380,7 +380,7 @@ def test_the_control_is_trained_after_the_student_and_scored_beside_it(pruned, t
     assert "after the student the uncut teacher is trained on the same rows" in log
     stage("eval", path, *control, ranks=1)
     found = path.parent / "run" / "eval"
-    roles = {role: Scores.read(found / f"{role}.json") for role in ("teacher", "pruned", "control", "distilled")}
+    roles = {role: Scores.load(found / f"{role}.json") for role in ("teacher", "pruned", "control", "distilled")}
     assert {evaluation.role: evaluation.num_layers for evaluation in roles.values()} == {
         "teacher": 6,
         "pruned": 4,
@@ -388,7 +388,7 @@ def test_the_control_is_trained_after_the_student_and_scored_beside_it(pruned, t
         "distilled": 4,
     }
     assert roles["control"].tasks[-1].score < roles["teacher"].tasks[-1].score, "it has read text of the same kind"
-    assert Speed.read(found / "speed.json").roles.keys() == {"teacher", "pruned", "distilled"}
+    assert Speed.load(found / "speed.json").roles.keys() == {"teacher", "pruned", "distilled"}
 
 
 @pytest.mark.prove

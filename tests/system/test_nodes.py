@@ -98,7 +98,7 @@ def test_two_nodes_train_the_weights_of_one_bit_for_bit(nodes, tmp_path):
     for process in launched:
         _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log[-3000:]
-    histories = [Training.read(path.parent / "run" / Training.FILE).history for path in (alone, together)]
+    histories = [Training.load(path.parent / "run" / Training.FILE).history for path in (alone, together)]
     assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
     first, second = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (alone, together))
     assert first.keys() == second.keys()

@@ -35,7 +35,7 @@ def control_of(trial: Trial) -> Trial:
 
 
 def control_training(trial: Trial) -> Training:
-    return Training.read(trial.dir / "control" / Training.FILE)
+    return Training.load(trial.dir / "control" / Training.FILE)
 
 
 def control_curve(trial: Trial, name: str = "loss") -> list[float]:

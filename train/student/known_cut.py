@@ -85,7 +85,7 @@ def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_
             if leaf not in twins or not _holds_the_same(weight.data, twins[leaf].data):
                 raise UserError(
                     f"model: {name} should be the teacher's, as nothing so far down is said to have changed, and is "
-                    "not; give drop=Plan.read(...) of the plan.json that it was cut by, which names all "
+                    "not; give drop=Plan.load(...) of the plan.json that it was cut by, which names all "
                     "changes, or, where it has been trained, set trainable to 'layers' or 'all'"
                 )
 

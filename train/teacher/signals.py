@@ -131,7 +131,7 @@ class RecordingReader:
         states: Collection[int] = (),
     ) -> None:
         path = folder / RecordingManifest.FILE
-        manifest = RecordingManifest.read(path)
+        manifest = RecordingManifest.load(path)
         not_asked = {PREFIX} - inputs.keys()
         recorded_inputs = {key: value for key, value in manifest.provenance.inputs.items() if key not in not_asked}
         differing = differences(inputs, recorded_inputs)

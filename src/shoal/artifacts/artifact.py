@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -23,6 +24,9 @@ from shoal.runtime import environment
 
 Json = Any
 ABSENT = "absent"
+COLUMNS = 9
+"""Columns of a table in a console; the first are the ones that tell most."""
+NUMBER: Callable[[float], str] = "{:.4g}".format
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,20 @@ class Artifact:
 
     provenance: Provenance
 
-    def write(self, path: Path) -> None:
-        """Write the file at ``path``, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write the file at ``path``, or under its own name in a folder of that path, whole or not at all."""
         body = adapter(type(self)).dump_python(self, mode="json")
         body = {"schema": self.SCHEMA, **body}
-        write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(self._file(path), json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """The artifact at ``path``.
+    def load(cls, path: str | Path) -> Self:
+        """The artifact at ``path``, a file or a run directory.
 
         Raises:
             UserError: missing, not JSON, of another schema, with wrong fields, or contradicting itself.
         """
+        path = cls._file(path)
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             schema = body.pop("schema", None) if isinstance(body, dict) else None
@@ -76,6 +81,11 @@ class Artifact:
         except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path}: {_problem(error)}; delete it and run its stage again") from error
         return artifact
+
+    @classmethod
+    def _file(cls, path: str | Path) -> Path:
+        path = Path(path).expanduser()
+        return path / cls.FILE if cls.FILE and path.is_dir() else path
 
     def contradictions(self) -> Iterator[str]:
         """`place: what is wrong`, for everything that single fields cannot tell."""
@@ -118,7 +128,11 @@ if TYPE_CHECKING:
 
 
 class Tabular:
-    """A result that is a table."""
+    """A result that is a table: in a console 15 lines of it at most, in a notebook more, and as a frame all."""
+
+    def title(self) -> str:
+        """What stands above the table, in a line."""
+        raise NotImplementedError
 
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows, by column."""
@@ -130,11 +144,15 @@ class Tabular:
 
         return DataFrame(self.rows())
 
-    def __str__(self) -> str:
-        return self._filled().to_string(index=False, float_format="{:.4g}".format)
+    def __repr__(self) -> str:
+        frame = self._filled()
+        shown = frame[frame.columns[:COLUMNS]]
+        told = shown.to_string(index=False, max_rows=10, max_colwidth=40, float_format=NUMBER)
+        more = frame.shape != shown.shape or len(frame) > 10
+        return f"{self.title()}\n{told}" + (f"\n[{len(frame)} x {frame.shape[1]}: to_pandas()]" if more else "")
 
     def _repr_html_(self) -> str:
-        return self._filled().to_html(index=False, float_format="{:.4g}".format)
+        return f"<p>{escape(self.title())}</p>{self._filled().to_html(index=False, max_rows=60, float_format=NUMBER)}"
 
     def _filled(self) -> DataFrame:
         """The frame with nothing where no value is."""

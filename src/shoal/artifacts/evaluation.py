@@ -110,7 +110,7 @@ class TaskScore:
             yield f"score: is {self.score}, and the mean over its items is {mean}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores(Tabular, Artifact):
     """eval/<role>.json: the abilities of one model."""
 
@@ -131,6 +131,10 @@ class Scores(Tabular, Artifact):
     def engine(self) -> str:
         """What ran the model."""
         return self.tasks[0].engine
+
+    def title(self) -> str:
+        """The role, and how large the model is."""
+        return f"{self.role}: {self.num_layers} layers, {self.num_parameters / 1e6:,.1f} million parameters"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per task."""

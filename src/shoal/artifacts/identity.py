@@ -36,13 +36,13 @@ class Identity(Generic[A]):
         result.
 
         Raises:
-            UserError: a folder in its place, or as Artifact.read.
+            UserError: a folder in its place, or as Artifact.load.
         """
         if self.path.is_dir():
             raise UserError(f"{self.path}: a folder is in the way; delete it, or set run_dir to another folder")
         if not self.path.is_file():
             return None
-        return differences(self.inputs, self.kind.read(self.path).provenance.inputs)
+        return differences(self.inputs, self.kind.load(self.path).provenance.inputs)
 
     def is_there(self) -> bool:
         """Whether the file holds exactly this result."""
@@ -60,9 +60,9 @@ class Identity(Generic[A]):
         """The result.
 
         Raises:
-            UserError: anything else made what is there, naming the fields that differ, or as Artifact.read.
+            UserError: anything else made what is there, naming the fields that differ, or as Artifact.load.
         """
-        result = self.kind.read(self.path)
+        result = self.kind.load(self.path)
         if changed := differences(self.inputs, result.provenance.inputs):
             remedy = f"Run `shoal {self.stage}` again, or set run_dir to another folder"
             raise UserError(f"{self.path}: belongs to another run: {'; '.join(changed)}. {remedy}")

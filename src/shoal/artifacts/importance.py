@@ -211,7 +211,7 @@ class Atlas:
         return (column for column in self.columns if name in (column.task, column.ability, column.label))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Importance(Tabular, Artifact):
     """importance.json: what every layer is worth. Higher = keep."""
 
@@ -234,6 +234,10 @@ class Importance(Tabular, Artifact):
     """Single layers by task and protocol; None where no task was swept."""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
+
+    def title(self) -> str:
+        """How many layers, and on how much text."""
+        return f"importance of {self.num_layers} layers on {self.num_tokens:,} tokens; higher = keep"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error

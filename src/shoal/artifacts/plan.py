@@ -6,12 +6,11 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from shoal.artifacts.artifact import Artifact, Json
+from shoal.artifacts.artifact import Artifact, Json, Tabular
 from shoal.atomic_files import fingerprint
 
 Mask = Annotated[str, Field(pattern="^[0-9a-f]+$")]
@@ -109,8 +108,8 @@ class PlannedChange:
     """(layer, last): a layer that stands for all from itself to ``last``."""
 
 
-@dataclass(frozen=True)
-class Plan(Artifact):
+@dataclass(frozen=True, repr=False)
+class Plan(Tabular, Artifact):
     """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
 
     FILE: ClassVar[str] = "plan.json"
@@ -137,6 +136,10 @@ class Plan(Artifact):
     and what of evaluation items and forms stands in it."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
+    scores: tuple[float | None, ...] = ()
+    """What chose, by layer: of a choice of runs the score of that which begins there. Empty = layers were named."""
+    protected: tuple[int, ...] = ()
+    """Layers that could not be chosen, increasing."""
 
     def __post_init__(self) -> None:
         own = tuple(layer for layer in range(self.num_layers) if layer not in {*self.drop})
@@ -179,8 +182,23 @@ class Plan(Artifact):
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""
         return math.prod(gap.factor for gap in self.gaps if gap.last <= layer)
 
-    def _repr_html_(self) -> str:
-        return f"<p>{escape(self.in_words())}</p><p>{escape(self.reason)}</p>"
+    def title(self) -> str:
+        """What is done, and why."""
+        return ": ".join(filter(None, (self.in_words(), self.reason)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer of the teacher: its score, whether it is dropped, and why not or what becomes of it."""
+        scores = self.scores or (None,) * self.num_layers
+        return [
+            {"layer": layer, "score": score, "dropped": layer in self.drop, "reason": self._reason(layer)}
+            for layer, score in enumerate(scores)
+        ]
+
+    def _reason(self, layer: int) -> str:
+        if layer in self.drop:
+            return "named" if not self.scores else "least important"
+        words = [change.words for change in self.changes if layer in (*change.layers, *change.rescaled)]
+        return "; ".join([*(["protected"] if layer in self.protected else []), *words])
 
     @property
     def changes_layers(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from shoal.artifacts.artifact import Artifact, Json, Tabular
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Training(Tabular, Artifact):
     """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/."""
 
@@ -27,6 +27,11 @@ class Training(Tabular, Artifact):
     peak_memory_bytes: int
     """Bytes at the peak of the largest rank."""
 
+    def title(self) -> str:
+        """How long it was."""
+        return f"{self.num_steps:,} steps, {self.num_tokens:,} tokens, {self.seconds:,.0f} s"
+
     def rows(self) -> list[dict[str, Any]]:
-        """One row per logged step."""
-        return list(self.history)
+        """One row per logged step, with the tokens trained on until then."""
+        per_step = self.num_tokens / max(1, self.num_steps)
+        return [{"step": row["step"], "num_tokens": round(row["step"] * per_step), **row} for row in self.history]

@@ -64,11 +64,11 @@ def test_a_checkpoint_is_scored_as_the_run_was_and_once(
     """The run's own student, given as a checkpoint, must get the run's own numbers."""
     student = shutil.copytree(run_dir / "student", tmp_path / "as_it_is")
     scores = compared(run_dir, student, out=tmp_path / "out")
-    own, of_run = Scores.read(scores / "eval/model.json"), Scores.read(run_dir / "eval/pruned.json")
+    own, of_run = Scores.load(scores / "eval/model.json"), Scores.load(run_dir / "eval/pruned.json")
     assert own.tasks == of_run.tasks
     assert own.provenance.inputs == of_run.provenance.inputs
     assert (own.num_layers, own.num_bytes) == (4, of_run.num_bytes)
-    assert Speed.read(scores / "eval/speed.json").roles.keys() == {"teacher", "model"}
+    assert Speed.load(scores / "eval/speed.json").roles.keys() == {"teacher", "model"}
     comparison = compare_runs([run_dir, scores])
     assert rows(comparison) == [("A", "teacher", None), ("A", "pruned", None), ("B", "model", "pruned")]
     assert comparison.models[-1].speed_ratio is not None

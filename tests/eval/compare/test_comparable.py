@@ -62,23 +62,23 @@ def test_runs_in_different_precision_share_a_page_that_says_so(tmp_path: Path) -
 
 def test_a_precision_that_moves_the_teachers_own_score_is_refused(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", inputs={"dtype": "float32"})
-    found = Scores.read(other / "eval/teacher.json")
+    found = Scores.load(other / "eval/teacher.json")
     items = tuple(replace(item, score=0.0) if i < 40 else item for i, item in enumerate(found.tasks[0].items))
     changed = (scored(replace(found.tasks[0], items=items)), *found.tasks[1:])
-    replace(found, tasks=changed).write(other / "eval/teacher.json")
+    replace(found, tasks=changed).save(other / "eval/teacher.json")
     with pytest.raises(UserError, match=r"for the same teacher on the same items .*: the precision moves it"):
         compare_runs([one, other])
 
 
 def test_one_teacher_with_other_scores_is_refused_and_a_few_flips_are_told(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
-    found = Scores.read(other / "eval/teacher.json")
+    found = Scores.load(other / "eval/teacher.json")
 
     def with_flips(count: int) -> None:
         right = [i for i, item in enumerate(found.tasks[0].items) if item.score == 1][:count]
         items = tuple(replace(x, score=0.0) if i in right else x for i, x in enumerate(found.tasks[0].items))
         changed = scored(replace(found.tasks[0], items=items))
-        replace(found, tasks=(changed, *found.tasks[1:])).write(other / "eval/teacher.json")
+        replace(found, tasks=(changed, *found.tasks[1:])).save(other / "eval/teacher.json")
 
     with_flips(2)
     assert any("answered 2 of 300 items otherwise in B than in A" in note for note in compare_runs([one, other]).notes)

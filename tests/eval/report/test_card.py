@@ -60,7 +60,7 @@ def test_every_result_keeps_its_own_interval_where_a_task_has_two_metrics(folder
     whole = evaluation("distilled")
     first = next(task for task in whole.tasks if task.task == "retrieval_continuation")
     second = replace(first, metric="acc_norm", items=first.items[:50], n=50, score=0.52, ci_low=0.4, ci_high=0.6)
-    evaluation("distilled", (first, second)).write(folder / "eval" / "distilled.json")
+    evaluation("distilled", (first, second)).save(folder / "eval" / "distilled.json")
     found = {result.metric_name: result for result in metadata(model_card(folder)).eval_results}
     for task in (first, second):
         result = found[task.metric]
@@ -158,7 +158,7 @@ def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
     data = [{"path": str(tmp_path / "texts")}]
     recipe = {"model": str(base), "run_dir": str(tmp_path / "run"), "distill": {"data": data}}
     folder = write_run(tmp_path / "run", recipe=recipe)
-    replace(training(), data={"sources": {str(tmp_path / "texts"): {"tokens": 5}}}).write(folder / "distill.json")
+    replace(training(), data={"sources": {str(tmp_path / "texts"): {"tokens": 5}}}).save(folder / "distill.json")
     card = model_card(folder)
     assert "Text: .../texts" in card
     assert str(tmp_path) not in card
@@ -173,7 +173,7 @@ def test_card_gives_no_secret_away(tmp_path: Path) -> None:
 
 def test_card_tells_changes(tmp_path: Path) -> None:
     changes = PlannedChange("skip", "mlp 3 silent", (3,)), PlannedChange("swap", "layer 5 swapped", (5,))
-    plan((), changes).write(tmp_path / "plan.json")
+    plan((), changes).save(tmp_path / "plan.json")
     card = model_card(tmp_path)
     assert "Changed (skip): mlp 3 silent" in card
     assert "Changed (swap): layer 5 swapped" in card
@@ -182,7 +182,7 @@ def test_card_tells_changes(tmp_path: Path) -> None:
 
 
 def test_a_model_that_grew_is_called_no_smaller_one(tmp_path: Path) -> None:
-    replace(plan((), (PlannedChange("grow", "new"),)), keep=(0, 1, 2, 2, 3, 4, 5, 6, 7)).write(tmp_path / "plan.json")
+    replace(plan((), (PlannedChange("grow", "new"),)), keep=(0, 1, 2, 2, 3, 4, 5, 6, 7)).save(tmp_path / "plan.json")
     card = model_card(tmp_path)
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card
@@ -190,6 +190,6 @@ def test_a_model_that_grew_is_called_no_smaller_one(tmp_path: Path) -> None:
 
 
 def test_card_needs_a_plan(tmp_path: Path) -> None:
-    evaluation("teacher").write(tmp_path / "eval" / "teacher.json")
+    evaluation("teacher").save(tmp_path / "eval" / "teacher.json")
     with pytest.raises(UserError, match=r"plan\.json: no such file"):
         model_card(tmp_path)

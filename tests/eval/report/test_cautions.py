@@ -27,7 +27,7 @@ from shoal.eval.report.run import Run, read_run
 def test_scores_of_other_settings_are_left_out_by_name(tmp_path: Path) -> None:
     write_run(tmp_path)
     other = choice("distilled", "retrieval_continuation", "retrieval", "continuation", num_fewshot=5)
-    evaluation("distilled", tasks=(other,)).write(tmp_path / "eval" / "distilled.json")
+    evaluation("distilled", tasks=(other,)).save(tmp_path / "eval" / "distilled.json")
     run = read_run(tmp_path)
     comparison = compare(run)
     row = next(row for row in comparison.rows if row.key[0] == "retrieval_continuation")
@@ -74,10 +74,10 @@ def test_overlap_of_training_and_evaluation_is_stated(
     tmp_path: Path, data: dict, tasks: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path)
-    replace(training(), data=data).write(tmp_path / "distill.json")
+    replace(training(), data=data).save(tmp_path / "distill.json")
     if tasks:
         own = (choice("teacher", tasks, "knowledge", "continuation"),)
-        evaluation("teacher", tasks=own).write(tmp_path / "eval" / "teacher.json")
+        evaluation("teacher", tasks=own).save(tmp_path / "eval" / "teacher.json")
     assert said in told(tmp_path)
 
 
@@ -105,9 +105,7 @@ def test_machines_and_versions_that_differ_are_a_caution(tmp_path: Path) -> None
     write_run(tmp_path)
     other = evaluation("distilled")
     environment = {**other.provenance.environment, "torch": "2.12.0"}
-    replace(other, provenance=replace(other.provenance, environment=environment)).write(
-        tmp_path / "eval/distilled.json"
-    )
+    replace(other, provenance=replace(other.provenance, environment=environment)).save(tmp_path / "eval/distilled.json")
     text = told(tmp_path)
     assert (
         "The models were not scored with the same torch. torch: 2.13.0 for teacher, 2.13.0 for pruned, 2.12.0" in text
@@ -135,7 +133,7 @@ def test_a_distilled_model_that_beats_its_teacher_may_have_learnt_the_form(
     tmp_path: Path, sources: dict, said: str
 ) -> None:
     write_quickstart(tmp_path)
-    replace(training(), data={"sources": sources}).write(tmp_path / "distill.json")
+    replace(training(), data={"sources": sources}).save(tmp_path / "distill.json")
     text = told(tmp_path)
     assert "The distilled model beats its teacher on 3 scores: it may have learnt the form of the questions." in text
     assert f"knowledge (generated) and reasoning (worked answers). {said}" in text

@@ -25,7 +25,7 @@ from shoal.stats.paired import mcnemar
 
 
 def write(folder: Path, file: str, artifact: Artifact, **inputs: Any) -> None:
-    dataclasses.replace(artifact, provenance=Provenance(inputs, {}, "")).write(folder / file)
+    dataclasses.replace(artifact, provenance=Provenance(inputs, {}, "")).save(folder / file)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_a_twin_above_the_teacher_is_a_caution_that_asks_the_control(
         own, twin = (next(task for task in made.tasks if task.task == name) for name in LOOK_UPS)
         above = replace(own, task=twin.task, column="twin", twin_of=twin.twin_of)
         tasks = tuple(above if task is twin else task for task in made.tasks)
-        replace(made, tasks=tasks).write(folder / "eval" / f"{role}.json")
+        replace(made, tasks=tasks).save(folder / "eval" / f"{role}.json")
     text = told(folder)
     assert "**More than was lost.** The distilled model beats its teacher in forms that its training text" in text
     assert said in text.replace("\\", "")

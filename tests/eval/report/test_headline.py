@@ -52,7 +52,7 @@ def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, s
 )
 def test_changes_are_told(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
     changes = PlannedChange("skip", "attention 3 silent", (3,)), PlannedChange("swap", "layer 5 swapped", (5,))
-    plan(drop, changes).write(tmp_path / "plan.json")
+    plan(drop, changes).save(tmp_path / "plan.json")
     run = read_run(tmp_path)
     assert headline(run, compare(run))[0] == said
     page = write_report(tmp_path).read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
     for count, worse, said in ((1, 1, "task 0 (option text) worse"), (10, 0, "0 of 10 scores worse")):
         for role, lost in (("teacher", range(3, 4)), ("pruned", range(101, 112))):
             tasks = tuple(task(number, lost if number == 0 else range(0)) for number in range(count))
-            evaluation(role, tasks).write(tmp_path / "eval" / f"{role}.json")
+            evaluation(role, tasks).save(tmp_path / "eval" / f"{role}.json")
         text = told(tmp_path)
         assert f"Cutting made {said}" in text
         assert text.count("▼ worse") == worse

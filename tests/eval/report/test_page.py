@@ -124,7 +124,7 @@ def test_the_page_stays_small_however_many_items_there_are(tmp_path: Path) -> No
         names = ("retrieval_generation", "knowledge_generation", "reasoning_generation")
         tasks = tuple(choice(role, name, name.split("_")[0], "generation", chance=0.0, n=3000) for name in names)
         long = [replace(task, items=tuple(map(partial(wordy, role), task.items))) for task in tasks]
-        evaluation(role, tasks=tuple(long)).write(tmp_path / "eval" / f"{role}.json")
+        evaluation(role, tasks=tuple(long)).save(tmp_path / "eval" / f"{role}.json")
     page = write_report(tmp_path).read_bytes()
     (note,) = re.findall(r"([\d,]+) of ([\d,]+) are shown", page.decode())
     shown, changed = (int(number.replace(",", "")) for number in note)
@@ -142,11 +142,11 @@ def wordy(role: str, item: ItemScore) -> ItemScore:
 @pytest.mark.slow
 def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
     before, after = planted(ATTACK)
-    evaluation("teacher", tasks=(before,)).write(tmp_path / "eval" / "teacher.json")
-    evaluation("pruned", tasks=(after,)).write(tmp_path / "eval" / "pruned.json")
-    replace(plan(), reason=ATTACK).write(tmp_path / "plan.json")
-    replace(training(), data={"sources": {ATTACK: {ATTACK: 1}}, "note": ATTACK}).write(tmp_path / "distill.json")
-    replace(importance(), layers={ATTACK: importance().layers["block_influence"]}).write(tmp_path / "importance.json")
+    evaluation("teacher", tasks=(before,)).save(tmp_path / "eval" / "teacher.json")
+    evaluation("pruned", tasks=(after,)).save(tmp_path / "eval" / "pruned.json")
+    replace(plan(), reason=ATTACK).save(tmp_path / "plan.json")
+    replace(training(), data={"sources": {ATTACK: {ATTACK: 1}}, "note": ATTACK}).save(tmp_path / "distill.json")
+    replace(importance(), layers={ATTACK: importance().layers["block_influence"]}).save(tmp_path / "importance.json")
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"model": ATTACK, "note": ATTACK}}))
     page = Page(write_report(tmp_path).read_text())
     assert page.crossed == []

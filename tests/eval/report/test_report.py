@@ -39,7 +39,7 @@ def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     scores = {role: [choice(role, "retrieval", "retrieval", "continuation")] for role in SKILL}
     removed = [scores["pruned"], scores["distilled"]] * (NUM_LAYERS // 2)
-    replace(importance(), atlas=build_atlas(scores["teacher"], removed)).write(folder / "importance.json")
+    replace(importance(), atlas=build_atlas(scores["teacher"], removed)).save(folder / "importance.json")
     text = write_report(folder).read_text()
     assert "What every layer is worth, by ability and protocol" in text
     assert (folder / "figures/atlas.png").stat().st_size > 1000
@@ -149,7 +149,7 @@ def level(number: int, right: int) -> TaskScore:
 @pytest.mark.slow
 def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     for role in SKILL:
-        evaluation(role, tuple(climbing(role, level) for level in (1, 2, 3))).write(tmp_path / "eval" / f"{role}.json")
+        evaluation(role, tuple(climbing(role, level) for level in (1, 2, 3))).save(tmp_path / "eval" / f"{role}.json")
     page = Page(write_report(tmp_path).read_text())
     assert "Track, generated, levels 1 to 3: clear of chance are teacher up to 2" in page.words
     assert (tmp_path / "figures/levels.png").stat().st_size > 1000

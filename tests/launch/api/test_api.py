@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from results import evaluation, write_run
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from training_runs import DROP, LENGTH, STEPS, finished, prepare, recipe, run
@@ -29,6 +30,8 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.data.sources import load_texts
 from shoal.launch.api import running
+from shoal.launch.api.evaluating import Comparison
+from shoal.launch.api.running import Run
 from shoal.launch.api.training import TAKEN
 from shoal.launch.verbs.evaluate import evaluate as eval_stage
 from shoal.launch.verbs.launch import LaunchEnded
@@ -38,6 +41,7 @@ from shoal.launch.verbs.run import open_run
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
+from shoal.stats.paired import retention
 
 TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
 METRICS = ["block_influence", "angular", "present_absent", "blockpruner"]
@@ -79,14 +83,14 @@ def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Pat
     own = run_of(tmp_path, teacher, measure=settings, prune={"num_drop": 2, "metric": "angular", "contiguous": True})
     measure_stage(own)
     prune_stage(own)
-    expected = Importance.read(own.dir / "importance.json")
+    expected = Importance.load(own.dir / "importance.json")
     model, tokenizer = loaded(teacher)
     read = load_texts(DataSource("python_docs"), max_characters=16 * 512)  # so much of it the stage reads
     importance = shoal.measure_importance(model, tokenizer, read, **settings)
     for field in ("num_layers", "num_tokens", "layers", "runs", "errors", "orders", "atlas"):
         assert getattr(importance, field) == getattr(expected, field), field
     plan = shoal.choose_layers(importance, num_drop=2, metric="angular", contiguous=True)
-    assert plan.drop == Plan.read(own.dir / "plan.json").drop
+    assert plan.drop == Plan.load(own.dir / "plan.json").drop
     student = shoal.cut_model(model, plan)
     written = load_file(own.dir / "student/model.safetensors")
     assert written.keys() == student.state_dict().keys()
@@ -98,7 +102,7 @@ def test_scores_are_those_of_the_stage(tmp_path: Path, teacher: Path) -> None:
     eval_stage(own)
     model, tokenizer = loaded(teacher)
     evaluation = shoal.evaluate(model, tokenizer, TASKS, limit=3, perplexity_tokens=512)
-    expected = Scores.read(own.dir / "eval/teacher.json")
+    expected = Scores.load(own.dir / "eval/teacher.json")
     assert evaluation.tasks == expected.tasks
     assert (evaluation.num_parameters, evaluation.num_layers) == (expected.num_parameters, 6)
 
@@ -136,17 +140,24 @@ def test_a_comparison_is_that_of_the_report_item_by_item() -> None:
     before = shoal.evaluate(one, tiny_tokenizer(), tasks, limit=12, perplexity_tokens=1024)
     after = shoal.evaluate(other, tiny_tokenizer(), tasks[:1], limit=12, perplexity_tokens=1024, role="pruned")
     assert after.role == "pruned"
+    both = shoal.compare(before, after, replace(after, role="distilled"))
+    assert [row["model"] for row in both.rows()] == ["pruned"] * 2 + ["distilled"] * 2
     rows = shoal.compare(before, after).rows()
     assert [row["task"] for row in rows] == [tasks[0], "perplexity"]
+    kept = [retention(first, then).value for first, then in zip(before.tasks[::2], after.tasks, strict=True)]
+    assert [row["kept"] for row in rows] == kept
+    assert all(twice["adjusted_p"] >= once["adjusted_p"] for twice, once in zip(both.rows(), rows, strict=False))
     for row in rows:
         first, second = (next(t for t in e.tasks if t.task == row["task"]) for e in (before, after))
         gained = [b.score - a.score for a, b in zip(first.items, second.items, strict=True)]
         weights = [item.weight for item in first.items]
         assert row["change"] == pytest.approx(sum(map(math.prod, zip(gained, weights, strict=True))) / sum(weights))
-        assert row["change"] == pytest.approx(row["after"] - row["before"])
+        assert row["change"] == pytest.approx(row["score"] - row["reference"])
         assert row["ci_low"] <= row["change"] <= row["ci_high"]
         better = [change > 0 if first.higher_is_better else change < 0 for change in gained if change]
         assert (row["won"], row["lost"], row["n"]) == (sum(better), len(better) - sum(better), first.n)
+    with pytest.raises(shoal.UserError, match=r"compare: has nothing to compare with"):
+        shoal.compare(before)
     with pytest.raises(shoal.UserError, match=r"compare: the evaluations have no task in common"):
         shoal.compare(replace(before, tasks=before.tasks[1:2]), after)
     with pytest.raises(shoal.UserError, match=r"task 'knowledge_continuation': n is 12 in one evaluation and 4"):
@@ -330,13 +341,60 @@ def test_results_are_tables() -> None:
     shown = importance._repr_html_()
     assert "<td>0.25</td>" in shown
     assert "<td></td>" in shown
-    assert [line.split() for line in str(importance).splitlines()] == [
+    assert [line.split() for line in repr(importance).splitlines()] == [
+        ["importance", "of", "2", "layers", "on", "10", "tokens;", "higher", "=", "keep"],
         ["layer", "a", "b", "b_error", "run"],
         ["0", "1", "3", "0.1", "0.5"],
         ["1", "0.25", "4", "0.75"],
     ]
     odd = replace(importance, layers={"<script>": (1.0, 2.0)})
     assert "<th>&lt;script&gt;</th>" in odd._repr_html_()
-    told = replace(plan_of(), reason="a < b")._repr_html_()
-    assert "dropping 2 of 6 layers: 2, 3" in told
-    assert "a &lt; b" in told
+    assert "a &lt; b" in replace(plan_of(), reason="a < b")._repr_html_()
+
+
+def test_large_results_stay_tables_of_a_few_lines() -> None:
+    many = {f"metric{number}": tuple(map(float, range(80))) for number in range(30)}
+    importance = Importance(Provenance({}), 80, 10, many, {})
+    told = repr(importance).splitlines()
+    assert len(told) <= 15
+    assert told[-1] == "[80 x 31: to_pandas()]"
+    assert max(map(len, told)) < 120
+
+
+def test_a_plan_is_a_table_of_its_layers() -> None:
+    importance = Importance(Provenance({}), 6, 10, {"a": (3.0, 1.0, 0.5, 2.0, 9.0, 0.1)}, {})
+    plan = shoal.choose_layers(importance, num_drop=2, metric="a")
+    assert [tuple(row.values()) for row in plan.rows()] == [
+        (0, 3.0, False, "protected"),
+        (1, 1.0, True, "least important"),
+        (2, 0.5, True, "least important"),
+        (3, 2.0, False, ""),
+        (4, 9.0, False, ""),
+        (5, 0.1, False, "protected"),
+    ]
+    runs = Importance(Provenance({}), 4, 10, {}, {"angular": ((1.0, 2.0, 3.0, 4.0), (5.0, 2.5, 7.0))})
+    plan = shoal.choose_layers(runs, num_drop=2, contiguous=True)
+    assert plan.scores == (5.0, 2.5, 7.0, None)
+    assert [row["reason"] for row in plan_of().rows()] == ["", "", "named", "named", "", ""]
+
+
+def test_results_are_kept_in_a_file_or_a_run_directory(tmp_path: Path) -> None:
+    plan, other = plan_of(), plan_of(num_layers=8)
+    plan.save(tmp_path)
+    other.save(str(tmp_path / "other.json"))
+    assert (Plan.load(str(tmp_path)), Plan.load(tmp_path / "other.json")) == (plan, other)
+    made = shoal.compare(evaluation("teacher"), evaluation("pruned"))
+    made.save(tmp_path / "comparison.json")
+    assert Comparison.load(tmp_path / "comparison.json").rows() == made.rows()
+
+
+def test_a_run_directory_is_read_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(shoal.UserError, match=r"no such run directory"):
+        Run.load(tmp_path / "none")
+    write_run(tmp_path / "run")
+    run = Run.load(str(tmp_path / "run"))
+    assert run.plan == Plan.load(tmp_path / "run")
+    assert list(run.scores) == ["teacher", "pruned", "distilled"]
+    assert {row["role"] for row in run.rows()} == {*run.scores}
+    with pytest.raises(shoal.UserError, match=r"has no model 'distilled'; there is none"):
+        run.model()

@@ -30,8 +30,8 @@ def test_every_example_runs(teacher: Path, tmp_path: Path, monkeypatch: pytest.M
         code = "\n" * (line - 1) + block.replace(NAME, repr(str(teacher)))
         exec(compile(code, str(DOCUMENT), "exec"), names)  # a traceback names the document's line
     assert len(names["plan"].drop) == 2
-    assert list(names["results"].evaluations) == ["teacher", "pruned", "distilled"]
-    assert len(names["results"].to_pandas()) == 6
+    assert list(names["run"].scores) == ["teacher", "pruned", "distilled"]
+    assert len(names["run"].to_pandas()) == 6
     healed, student = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("healed", "healed-chat"))
     assert healed.config.num_hidden_layers == student.config.num_hidden_layers == 4
 

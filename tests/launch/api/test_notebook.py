@@ -57,7 +57,7 @@ def test_all_its_cells_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.Mo
     names, shown = executed({**SMALLER, **(SHORT if is_demo else {"MODEL": str(teacher)})})
     tables = [one for one in shown if isinstance(one, Tabular)]
     assert all(table._repr_html_().count("<tr") > len(names["TASKS"]) for table in tables)
-    assert [type(one).__name__ for one in tables] == ["Importance", "Scores", "ScoreChanges", "ScoreChanges"]
+    assert [type(one).__name__ for one in tables] == ["Importance", "Plan", "Scores", "Comparison", "Comparison"]
     assert sum(isinstance(one, Figure) for one in shown) == 3
     assert names["importance"].atlas.columns
     healed = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")

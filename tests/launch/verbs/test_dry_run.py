@@ -90,7 +90,7 @@ def test_states_follow_what_is_there_and_what_it_was_made_from(make_run: Any, mo
 
     scored = replace(evaluation("teacher"), seconds=120.0, num_requests=20, num_kept=0)
     inputs = Provenance(eval_inputs(run, run.teacher))
-    replace(scored, provenance=inputs).write(run.dir / "eval" / "teacher.json")
+    replace(scored, provenance=inputs).save(run.dir / "eval" / "teacher.json")
     told = run_dry_run(run)
     assert "pruned, distilled, each: " in rows(told)["eval"]
 
@@ -116,7 +116,7 @@ def test_what_a_part_of_the_lab_made_is_told_as_it_is(make_run: Any, monkeypatch
     plan = Plan(Provenance({"model": run.teacher_fingerprint, LAB: "skip"}), 6, drop, "shoal lab skip")
     student = run.dir / "student"
     apply_plan(run.teacher, plan, student)
-    replace(plan, student=plan.sealed(model_fingerprint(student))).write(run.dir / Plan.FILE)
+    replace(plan, student=plan.sealed(model_fingerprint(student))).save(run.dir / Plan.FILE)
     monkeypatch.setattr(dry_run, "training_estimate", lambda _run, plan: seen.append(plan) or TRAINING)
     assert states(run_dry_run(run)) == ["to do", "done", "to do", "to do", "to do"]
     assert [plan.drop for plan in seen] == [drop]

@@ -76,7 +76,7 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
         prune={"metric": "knowledge/continuation", "num_drop": 1},
     )
     measuring.measure(run)
-    importance = Importance.read(run.dir / "importance.json")
+    importance = Importance.load(run.dir / "importance.json")
     assert importance.atlas is not None
     assert [column.label for column in importance.atlas.columns] == [
         "knowledge/continuation",
@@ -98,7 +98,7 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     caplog.clear()
     prune.prune(run)
     assert "expected sacrifice" in caplog.text
-    assert len(Plan.read(run.dir / "plan.json").drop) == 1
+    assert len(Plan.load(run.dir / "plan.json").drop) == 1
 
 
 @pytest.mark.slow
@@ -113,12 +113,12 @@ def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
     run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
     prune.prune(run)
-    order = Importance.read(run.dir / "importance.json").orders["task_greedy"]
-    assert sorted(removal.unit.layers[0] for removal in order) == list(Plan.read(run.dir / "plan.json").drop)
+    order = Importance.load(run.dir / "importance.json").orders["task_greedy"]
+    assert sorted(removal.unit.layers[0] for removal in order) == list(Plan.load(run.dir / "plan.json").drop)
     assert not {0, NUM_LAYERS - 1} & {removal.unit.layers[0] for removal in order}
     single = {**sweep, "operators": ["layer"], "greedy": None}
     measuring.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))
-    atlas = Importance.read(other.dir / "importance.json").atlas
+    atlas = Importance.load(other.dir / "importance.json").atlas
     assert atlas is not None
     inner = {layer: atlas.columns[0].effects[layer].score.value for layer in range(1, NUM_LAYERS - 1)}
     assert order[0].score == max(inner.values()) == inner[order[0].unit.layers[0]]
@@ -128,7 +128,7 @@ def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
 def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
     run = make_run({"metrics": ["block_influence", "present_absent"]})
     measuring.measure(run)
-    importance = Importance.read(run.dir / "importance.json")
+    importance = Importance.load(run.dir / "importance.json")
     assert list(importance.errors) == ["present_absent"]
     assert all(error is not None and error >= 0 for error in importance.errors["present_absent"])
 
@@ -217,7 +217,7 @@ def test_a_model_that_does_not_fit_waits_on_disk_and_has_the_same_numbers(
         if room is not None:
             monkeypatch.setattr(loading, "rooms_to_share", lambda *_: {"cpu": 200_000})
         measuring.measure(run)
-        found.append(Importance.read(run.dir / "importance.json"))
+        found.append(Importance.load(run.dir / "importance.json"))
         assert not list(run.dir.glob("offloaded-*"))
     whole, offloaded = found
     for part in ("layers", "runs", "orders", "atlas", "sweeps"):

@@ -69,7 +69,7 @@ def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
     run = make_run()
     pruning.prune(run)
     assert sorted(file.name for file in run.dir.iterdir()) == ["plan.json", "student"]
-    plan = Plan.read(run.dir / "plan.json")
+    plan = Plan.load(run.dir / "plan.json")
     assert (plan.num_layers, plan.drop, plan.keep) == (6, (1, 3), (0, 2, 4, 5))
     assert plan.provenance.inputs["model"] == run.teacher_fingerprint
     student = AutoModelForCausalLM.from_pretrained(run.dir / "student")
@@ -98,7 +98,7 @@ def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: py
         "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there), making it again" in caplog.text
     )
     run = make_run()
-    assert Plan.read(run.dir / "plan.json").drop == (2,)
+    assert Plan.load(run.dir / "plan.json").drop == (2,)
     assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 5
 
 
@@ -156,7 +156,7 @@ def test_a_new_measurement_that_chooses_the_same_layers_gives_the_same_student(m
     second = {**first, "measure": {**MEASURE, "metrics": ["block_influence", "magnitude"]}}
     run = make_run(**first)
     pruning.prune(run)
-    last = Plan.read(run.dir / "plan.json")
+    last = Plan.load(run.dir / "plan.json")
     measure.measure(make_run(**second))
     pruning.prune(make_run(**second))
     again = pruning.read_plan(make_run(**second))
@@ -171,9 +171,9 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
     run = make_run(**settings)
     pruning.prune(run)
     assert "prune: needs importance.json, measuring first" in caplog.text
-    importance = Importance.read(run.dir / "importance.json")
+    importance = Importance.load(run.dir / "importance.json")
     scores = importance.layers["block_influence"]
-    assert Plan.read(run.dir / "plan.json").drop == tuple(sorted(sorted(range(1, 5), key=scores.__getitem__)[:2]))
+    assert Plan.load(run.dir / "plan.json").drop == tuple(sorted(sorted(range(1, 5), key=scores.__getitem__)[:2]))
     caplog.clear()
     measure.measure(make_run(**settings))
     assert "measure: done already" in caplog.text
@@ -189,7 +189,7 @@ def test_run_json_tells_the_story(make_run: Any) -> None:
     story = json.loads((run.dir / "run.json").read_text())
     assert parse_recipe(story["recipe"]) == run.recipe
     assert story["environment"]["torch"] == torch.__version__
-    plan = Plan.read(run.dir / "plan.json").provenance
+    plan = Plan.load(run.dir / "plan.json").provenance
     assert story["stages"] == {"plan.json": {"fingerprint": plan.fingerprint, "created": plan.created}}
 
 
@@ -255,7 +255,7 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
     (run.dir / "distilled" / "config.json").write_text("{}")
     inputs = distill.training_inputs(run, pruning.read_plan(run))
     made = Training(Provenance(inputs), 2, 64, 1.0, (), {}, {}, 0)
-    made.write(run.dir / Training.FILE)
+    made.save(run.dir / Training.FILE)
     assert distill.distill_is_done(run)
     other = make_run(distill={**settings, "num_tokens": 128})
     with pytest.raises(UserError, match=r"checkpoint-2: belongs to another run: distill.num_tokens is 128 in this re"):
@@ -266,7 +266,7 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
 def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
     """What a training with these inputs leaves, with the weights of ``model``."""
     shutil.copytree(model, folder / "distilled")
-    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(folder / Training.FILE)
+    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).save(folder / Training.FILE)
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, cap
     assert distill.distill_is_done(asked)
     (plain.dir / "moved").rename(plain.dir / "student")
     inputs = distill.control_inputs(make_run(distill={"num_tokens": 7}), plan)
-    Training(Provenance(inputs), 1, 7, 1.0, (), {}, {}, 1).write(plain.dir / "control" / Training.FILE)
+    Training(Provenance(inputs), 1, 7, 1.0, (), {}, {}, 1).save(plain.dir / "control" / Training.FILE)
     assert not distill.distill_is_done(asked)
     with pytest.raises(UserError, match=r"control/distill.json: belongs to another run: distill.num_tokens is 200000 "):
         evaluate.require_models_of_this_run(asked, evaluate.roles(asked))
@@ -301,7 +301,7 @@ COMPENSATE = {"method": "both", "data": "python_docs", "num_tokens": 2048, "sequ
 def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run: Any, monkeypatch: Any) -> None:
     run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
     pruning.prune(run)
-    plan = Plan.read(run.dir / Plan.FILE)
+    plan = Plan.load(run.dir / Plan.FILE)
     assert [(gap.first, gap.last) for gap in plan.gaps] == [(1, 1), (3, 3)]
     assert all(gap.divergence_after <= gap.divergence_before for gap in plan.gaps)
     closed = [gap for gap in plan.gaps if gap.is_closed]

@@ -41,7 +41,7 @@ def test_a_student_has_the_size_that_was_asked_for_and_is_made_once(teacher: Pat
     target = {"params": WHOLE - 1.5 * LAYER, "memory_gb": {"limit": (4 * WHOLE + 50_000) / 2**30, "length": 100}}
     run = run_of(teacher, tmp_path, target)
     pruning.prune(run)
-    plan, student = Plan.read(run.dir / "plan.json"), run.dir / "student"
+    plan, student = Plan.load(run.dir / "plan.json"), run.dir / "student"
     num_bytes = sum(tensor.end - tensor.start for shard in read_shards(student) for tensor in shard.tensors.values())
     assert (len(plan.drop), num_bytes) == (2, 4 * (WHOLE - 2 * LAYER))
     assert f"params {WHOLE - 2 * LAYER:,} (asked: " in plan.reason

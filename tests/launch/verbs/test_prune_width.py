@@ -49,7 +49,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     assert "32 MLP channels and 1 key-value group of every layer" in told
     assert not (run.dir / "plan.json").exists()
     pruning.prune(run)
-    plan = Plan.read(run.dir / "plan.json")
+    plan = Plan.load(run.dir / "plan.json")
     assert plan.width is not None
     assert (plan.width.intermediate_size, plan.width.kv_groups) == (32, 1)
     assert len(plan.width.channels) == len(plan.width.groups) == 5
@@ -91,7 +91,7 @@ def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: 
         recorded_layers(spec.trained, spec.plan, spec.settings)
     ended = run_ranks(["distill", "--config", str(recipe)], ranks=1, env=environment(), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    losses_by_step = [row["loss"] for row in Training.read(run.dir / Training.FILE).history if "loss" in row]
+    losses_by_step = [row["loss"] for row in Training.load(run.dir / Training.FILE).history if "loss" in row]
     assert len(losses_by_step) == STEPS
     assert losses_by_step[-1] < losses_by_step[0]
     healed = load_model(run.dir / "distilled")

@@ -57,7 +57,7 @@ def test_layers_behind_which_the_image_is_added_are_never_chosen(
     with caplog.at_level(logging.WARNING, logger="shoal"):
         prune(run)
     assert "reads images and is measured with text alone" in caplog.text
-    plan = Plan.read(run.dir / Plan.FILE)
+    plan = Plan.load(run.dir / Plan.FILE)
     assert len(plan.drop) == 3
     assert not {0, 1} & {*plan.drop}
     assert "layers 0, 1 protected" in plan.reason

@@ -62,8 +62,8 @@ ARTIFACTS = (
 @pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: type(artifact).__name__)
 def test_artifact_is_read_back_equal(tmp_path: Path, artifact: Artifact) -> None:
     path = tmp_path / "deep" / "er" / "x.json"
-    artifact.write(path)
-    again = type(artifact).read(path)
+    artifact.save(path)
+    again = type(artifact).load(path)
     assert again == artifact
     assert again.provenance.fingerprint == artifact.provenance.fingerprint
     assert json.loads(path.read_text(encoding="utf-8"))["schema"] == artifact.SCHEMA
@@ -72,12 +72,12 @@ def test_artifact_is_read_back_equal(tmp_path: Path, artifact: Artifact) -> None
 
 def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    swept_importance().write(path)
+    swept_importance().save(path)
     path.write_text(path.read_text().replace('"adjusted_p"', '"adjusted"', 1))
     with pytest.raises(
         UserError, match=r"atlas.sweep.columns.0.effects.0.adjusted.*; delete it and run its stage again"
     ):
-        Importance.read(path)
+        Importance.load(path)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_provenance_records_versions_and_time() -> None:
 
 def test_missing_artifact_says_which_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan.json: no such file; run the stage that makes it first"):
-        Plan.read(tmp_path / "plan.json")
+        Plan.load(tmp_path / "plan.json")
 
 
 def plan_with(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "plan.json"
-    Plan(MADE, 6, (1, 3), "").write(path)
+    Plan(MADE, 6, (1, 3), "").save(path)
     body = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
     return path
@@ -123,7 +123,7 @@ def plan_with(tmp_path: Path, **changes: Any) -> Path:
 )
 def test_artifact_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Plan.read(plan_with(tmp_path, **changes))
+        Plan.load(plan_with(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1', b"\xff\xfe", b"\0" * 100])
@@ -131,7 +131,7 @@ def test_damaged_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
-        Plan.read(path)
+        Plan.load(path)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null"])
@@ -139,12 +139,12 @@ def test_json_that_is_no_artifact_is_refused(tmp_path: Path, content: str) -> No
     path = tmp_path / "plan.json"
     path.write_text(content)
     with pytest.raises(UserError, match="has schema None"):
-        Plan.read(path)
+        Plan.load(path)
 
 
 def test_number_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        Importance(MADE, 1, 1, {"x": (float("nan"),)}, {}).write(tmp_path / "x.json")
+        Importance(MADE, 1, 1, {"x": (float("nan"),)}, {}).save(tmp_path / "x.json")
     assert os.listdir(tmp_path) == []
 
 
@@ -177,7 +177,7 @@ def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 @pytest.mark.parametrize("number", [math.nan, math.inf, "nan"])
 def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact, number: Any) -> None:
     path = tmp_path / "x.json"
-    artifact.write(path)
+    artifact.save(path)
     text = path.read_text()
     kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for place in numbers(json.loads(text)):
@@ -191,7 +191,7 @@ def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact
         node[last] = number
         path.write_text(json.dumps(body))
         with pytest.raises(UserError, match=r"x\.json: .*; delete it and run its stage again") as refused:
-            type(artifact).read(path)
+            type(artifact).load(path)
         assert str(last) in str(refused.value) or isinstance(last, int)
         assert "nan" in str(refused.value) or "inf" in str(refused.value)
 
@@ -229,6 +229,6 @@ assert ATLAS is not None
     ],
 )
 def test_an_artifact_that_contradicts_itself_is_refused(tmp_path: Path, artifact: Artifact, message: str) -> None:
-    artifact.write(tmp_path / "x.json")
+    artifact.save(tmp_path / "x.json")
     with pytest.raises(UserError, match=rf"x\.json: {message}.*; delete it and run its stage again"):
-        type(artifact).read(tmp_path / "x.json")
+        type(artifact).load(tmp_path / "x.json")

@@ -26,7 +26,7 @@ def test_a_result_is_this_one_exactly_when_what_shapes_it_is_equal(
     assert asked(path).changed() is None
     assert not asked(path).is_done()
     assert not caplog.records
-    type(made)(**{**vars(made), "provenance": Provenance({"model": "m"})}).write(path)
+    type(made)(**{**vars(made), "provenance": Provenance({"model": "m"})}).save(path)
     assert asked(path).is_there()
     assert asked(path).is_done()
     assert asked(path).require().role == "teacher"

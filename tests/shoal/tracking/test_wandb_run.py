@@ -72,9 +72,9 @@ def log_steps(run_dir: Path) -> None:
 
 def write_results(run_dir: Path) -> None:
     for artifact in (importance(), training()):
-        artifact.write(run_dir / artifact.FILE)
+        artifact.save(run_dir / artifact.FILE)
     for role in ROLES:
-        evaluation(role).write(run_dir / "eval" / f"{role}.json")
+        evaluation(role).save(run_dir / "eval" / f"{role}.json")
     (run_dir / "figures").mkdir()
     (run_dir / "figures/atlas.svg").write_text("<svg><title>atlas</title></svg>")
 
@@ -117,7 +117,7 @@ def test_online_stages_arrive_as_one_run(tmp_path: Path, monkeypatch: pytest.Mon
     server = WandbServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    importance().write(tmp_path / "importance.json")
+    importance().save(tmp_path / "importance.json")
     wandb_run.log_results(Track(wandb="online"), tmp_path, RECIPE, score_rows)
     train(tmp_path, Track(wandb="online"))
     end_service()
@@ -184,7 +184,7 @@ def test_a_key_is_needed_only_where_online_is_asked_for(
 def test_rows_tell_family_level_and_how_texts_went_wrong(tmp_path: Path) -> None:
     plain, *_, written = evaluation("pruned").tasks
     rates = {"malformed": 0.25, "repetition": 0.5, "cut_off": 0.0, "mean_tokens": 7.0}
-    evaluation("pruned", (plain, replace(written, family="chain", level=3.0, rates=rates))).write(
+    evaluation("pruned", (plain, replace(written, family="chain", level=3.0, rates=rates))).save(
         tmp_path / "eval" / "pruned.json"
     )
     first, last = score_rows(tmp_path)

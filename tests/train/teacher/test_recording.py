@@ -273,7 +273,7 @@ def test_a_recording_that_was_killed_goes_on_at_the_next_shard(teacher, tmp_path
     assert done == [range(3, 6), range(6, 8)]
     assert shards(tmp_path / "signals") == shards(tmp_path / "whole")
     assert not list((tmp_path / "signals").glob(".*"))
-    manifests = [RecordingManifest.read(tmp_path / name / RecordingManifest.FILE) for name in ("signals", "whole")]
+    manifests = [RecordingManifest.load(tmp_path / name / RecordingManifest.FILE) for name in ("signals", "whole")]
     assert manifests[0].shards == manifests[1].shards
     opened(teacher, tmp_path / "signals")
 
@@ -319,7 +319,7 @@ def test_two_ranks_write_the_same_bytes_as_one(teacher, tmp_path):
         process.join(90)
     assert [process.exitcode for process in ranks] == [0, 0]
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
-    manifests = [RecordingManifest.read(tmp_path / name / RecordingManifest.FILE) for name in ("one", "two")]
+    manifests = [RecordingManifest.load(tmp_path / name / RecordingManifest.FILE) for name in ("one", "two")]
     assert manifests[0].shards == manifests[1].shards
 
 

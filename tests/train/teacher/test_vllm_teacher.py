@@ -61,7 +61,7 @@ def test_vllm_records_what_transformers_does(teacher, vllm, tmp_path, top_k):
     assert (ours.ids_BSK == theirs.ids_BSK).float().mean() > 0.99  # up to equal ones
     assert (ours.log_probs_BSK - theirs.log_probs_BSK).abs().max() < 8e-4
     assert (ours.tail_BS - theirs.tail_BS).abs().max() < 1e-5
-    engine = RecordingManifest.read(tmp_path / "here" / RecordingManifest.FILE).engine
+    engine = RecordingManifest.load(tmp_path / "here" / RecordingManifest.FILE).engine
     assert engine is not None
     assert abs(engine.pop("bucket_kl")) < 1e-6
     assert engine == {"engine": "vllm", "version": VERSION, "dtype": "float32", "compared_tokens": 3 * S}
