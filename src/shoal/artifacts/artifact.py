@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -26,7 +26,7 @@ Json = Any
 ABSENT = "absent"
 COLUMNS = 9
 """Columns of a table in a console; the first are the ones that tell most."""
-NUMBER: Callable[[float], str] = "{:.4g}".format
+NUMBER = "{:.4g}".format
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Tabular:
 
     def __repr__(self) -> str:
         frame = self._filled()
-        shown = frame[frame.columns[:COLUMNS]]
+        shown = frame.iloc[:, :COLUMNS]
         told = shown.to_string(index=False, max_rows=10, max_colwidth=40, float_format=NUMBER)
         more = frame.shape != shown.shape or len(frame) > 10
         return f"{self.title()}\n{told}" + (f"\n[{len(frame)} x {frame.shape[1]}: to_pandas()]" if more else "")
