@@ -70,7 +70,7 @@ class ProbeSet(Section):
     @property
     def source(self) -> DataSource:
         """Where the texts come from."""
-        return DataSource(self.path, column=self.text, split=self.split, name=self.name)
+        return DataSource(self.path, split=self.split, name=self.name)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def depth_points(accuracy: Sequence[float]) -> dict[str, Any]:
 def _items(probe_set: ProbeSet, seed: int) -> list[tuple[str, str]]:
     """Texts and labels, each text once."""
     unique: dict[str, str] = {}
-    for text, label in load_labelled(probe_set.source, probe_set.label):
+    for text, label in load_labelled(probe_set.source, probe_set.text, probe_set.label):
         unique.setdefault(text, str(label))
     items = list(unique.items())
     if len(items) > probe_set.max_items:

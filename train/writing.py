@@ -29,7 +29,7 @@ from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat, check_template
 from shoal.data.repetition import ends_in_loop
-from shoal.data.sources import documents, load_texts
+from shoal.data.sources import documents, load_texts, opened
 from shoal.data.streams import CutOff
 from shoal.errors import UserError
 from shoal.inference.generation import end_tokens, sample
@@ -241,14 +241,19 @@ def vllm_writer(teacher: Checkpoint, tokenizer: Any, settings: Writing, *, seed:
 
 
 def _prompts(settings: Writing, tokenizer: Any, *, data: Sequence[DataSource], seed: int) -> Iterator[Prompt]:
-    if settings.prompts is None:
+    prompts = None if settings.prompts is None else opened(settings.prompts)
+    if settings.keep == "correct" and not (prompts and prompts.is_chat):
+        raise UserError(
+            "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"
+        )
+    if prompts is None:
         openings = _openings(data, tokenizer, length=settings.prompt_tokens)
         random.Random(seed).shuffle(openings)
         yield from (Prompt(opening) for opening in openings)
-    elif settings.prompts.is_chat:
-        yield from _asked(settings, settings.prompts, tokenizer)
+    elif prompts.is_chat:
+        yield from _asked(settings, prompts, tokenizer)
     else:
-        texts = load_texts(settings.prompts, max_characters=16 * settings.num_tokens + 1_000_000)
+        texts = load_texts(prompts, max_characters=16 * settings.num_tokens + 1_000_000)
         yield from (Prompt(_without_end(ids, tokenizer)) for ids in tokenizer(texts)["input_ids"])
 
 
@@ -282,7 +287,7 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
 def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> list[list[int]]:
     # ability prompts make it state facts of the kinds that evaluation asks for
     unfit = (TEACHER_TEXT, *(name for name in BUNDLED if name.startswith(MIXED)))
-    others = [source for source in data if source.path not in unfit and not source.is_chat]
+    others = [source for source in map(opened, data) if source.path not in unfit and source.is_text]
     openings = []
     for source in others:
         starts = [text[: max(1000, 16 * length)] for text in load_texts(source, max_characters=1_000_000)]

@@ -27,7 +27,7 @@ from shoal.launch.verbs.run import Run, check_length
 from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of, watched
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
-from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, shaping
+from shoal.recipe.section import Data, Positive, RowLength, Section, Shapes, TextSource, shaping
 from shoal.runtime import device
 
 from .grow import mean_of_layers, predicted_layers
@@ -51,7 +51,7 @@ class Settings(Section):
 
     layers: Run_
     """Neighbouring layers, increasing, counted from 0."""
-    data: Data = field(default_factory=lambda: (DataSource("python_docs"),))
+    data: Data = field(default_factory=lambda: (TextSource("python_docs"),))
     """Text that it is trained on."""
     num_tokens: Positive = 50_000
     """Tokens of it."""

@@ -60,10 +60,16 @@ def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[
         yield before + key, {**own, "is_required": key in section.get("required", ())}
         inner = _sections(own)
         for part in inner:
-            kind = f".{part['properties']['kind']['const']}" if len(inner) > 1 else ""
+            kind = f".{kind_of(part)}" if len(inner) > 1 else ""
             if kind:
                 yield before + key + kind, part
             yield from places(part, f"{before}{key}{kind}.")
+
+
+def kind_of(part: dict[str, Any]) -> str:
+    """What tells one of several kinds of a section: its `kind`, else the keys that it alone needs."""
+    kind = part["properties"].get("kind", {}).get("const")
+    return kind or "+".join(part.get("required", ()))
 
 
 def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
@@ -74,7 +80,7 @@ def found(place: str) -> tuple[dict[str, dict[str, Any]], str]:
         UserError: there is no such key.
     """
     wanted, known = re.sub(r"\.\d+(?=\.|$)", "", place), dict(places())
-    kinds = "|".join(name.rpartition(".")[2] for name, own in known.items() if "properties" in own)
+    kinds = "|".join(re.escape(name.rpartition(".")[2]) for name, own in known.items() if "properties" in own)
     several = {name: own for name, own in known.items() if wanted in (name, re.sub(rf"\.({kinds})(?=\.)", "", name))}
     if len({meaning(own) + values_text(own) for own in several.values()}) == 1:
         return {wanted: next(iter(several.values()))}, ""
@@ -116,7 +122,7 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
         said |= {"entry": f"{entry} is an entry of this mapping"} if entry else {}
         inner = [own] if is_section else _sections(own)
         if len(inner) > 1:
-            said["kinds"] = {part["properties"]["kind"]["const"]: meaning(part) for part in inner}
+            said["kinds"] = {kind_of(part): meaning(part) for part in inner}
         elif inner:
             said["keys"] = _keys(inner[0])
         told.append(said)

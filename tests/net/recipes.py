@@ -39,7 +39,7 @@ DIVERGENCES = [
 ]
 CALIBRATION = {"data": "python_docs", "num_tokens": 8192, "sequence_length": 64}
 SAVING = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
-CHAT = {"path": "chat.jsonl", "messages": "messages", "weight": 0.5}
+CHAT = {"path": "chat.jsonl", "weight": 0.5}
 SAMPLES = {"share": 1.0, "start": 0.0, "prompt_tokens": 8, "new_tokens": 12}
 FORWARD_KL = {"kind": "forward_kl"}
 CROSS_ENTROPY = {"kind": "cross_entropy"}

@@ -308,13 +308,13 @@ DATA: list[tuple[str, bytes, str, str]] = [
     ("a.jsonl", b"", "", "the file is empty"),
     ("a.jsonl", b'{"text": "a"}\n{"tex', "", "cannot be read"),
     ("a.jsonl", b'{"text": ', "", "cannot be read"),
-    ("a.jsonl", b'{"other": "a"}\n', "", "has no column 'text'"),
+    ("a.jsonl", b'{"other": "a"}\n', "", "begins with dict of the columns other"),
     ("a.jsonl", b'{"text": 3}\n', "", "column 'text' holds int, not text"),
     ("a.jsonl", b'{"text": " "}\n', "", "holds no text in column 'text'"),
     ("a.parquet", b"PAR1 no", "", "cannot be read"),
     ("a.txt", b"\xff\xfe\x00", "", "cannot be read"),
     ("a.exe", b"text", "", "cannot read '.exe' files"),
-    ("a.jsonl", b'{"messages": 3}\n', "messages: messages", "holds conversations"),
+    ("a.jsonl", b'{"messages": 3}\n', "", "holds conversations"),
 ]
 
 

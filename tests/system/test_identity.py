@@ -103,7 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "lora": {"r": 2, "target_modules": ["q_proj"]},
             "teacher": {"recorded": "signals", "prefix": True},
             "writing": {
-                "prompts": {"path": "prompts.jsonl", "messages": "messages"},
+                "prompts": {"path": "prompts.jsonl", "column": {"messages": "messages"}},
                 "num_tokens": 100,
                 "new_tokens": 9,
                 "temperature": 0.5,

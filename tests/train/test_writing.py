@@ -13,7 +13,7 @@ from shoal.abilities.knowledge import stated_facts
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import DataSource, Messages, PromptCompletion
 from shoal.train import writing
 from shoal.train.writing import (
     answers_alike,
@@ -128,7 +128,7 @@ def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
 
 def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp_path):
     rows = [{"q": "Two and two?", "a": "4"}, {"q": "Two and three?", "a": "5"}]
-    asked = DataSource(source(tmp_path, rows), prompt="q", completion="a")
+    asked = DataSource(source(tmp_path, rows), column=PromptCompletion(prompt="q", completion="a"))
     settings = Writing(**{**BRIEF, "prompts": asked, "num_tokens": 60})
     found = write(tmp_path / "run", settings, data=PROSE[1:])
     assert found
@@ -146,7 +146,7 @@ def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp
 @pytest.mark.slow
 def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
     rows = [{"q": f"{number} and 1?", "a": f"#### {number + 1}"} for number in range(6)]
-    asked = DataSource(source(tmp_path, rows), prompt="q", completion="a")
+    asked = DataSource(source(tmp_path, rows), column=PromptCompletion(prompt="q", completion="a"))
     settings = Writing(**{**BRIEF, "prompts": asked, "keep": "correct"})
 
     def answer_three(prompts, numbers):
@@ -169,7 +169,7 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_pat
     (tmp_path / "rows").mkdir()
     for number, row in enumerate(rows):  # a column of one file has values of one kind
         (tmp_path / f"rows/{number}.jsonl").write_text(json.dumps(row))
-    asked = DataSource(str(tmp_path / "rows"), messages="messages")
+    asked = DataSource(str(tmp_path / "rows"), column=Messages(messages="messages"))
     settings = Writing(**{**BRIEF, "prompts": asked, "keep": "correct"})
     message = r"rows/1\.jsonl' row 1: the last assistant turn is no text .*distill.writing.keep: all"
     with pytest.raises(UserError, match=message):
@@ -177,7 +177,7 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_pat
 
 
 def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
-    chats = DataSource("chats.jsonl", messages="messages")
+    chats = DataSource("chats.jsonl", column=Messages(messages="messages"))
     for data in ((DataSource("teacher_text"),), (DataSource("teacher_text"), DataSource("ability_texts"), chats)):
         with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
             write(tmp_path, Writing(), unexpected, data=data)

@@ -22,7 +22,7 @@ ABOUT = {
     "ability_texts": "prompts with answers of the three abilities in all trained forms, from items of no evaluation",
     "ability_texts_one_form": "the same in the forms that the `in` tasks ask alone: to see how much of a score is form",
     **{f"{name}_{ability}": f"those of `{name}` that are {ability}" for name in MIXED for ability in ABILITIES},
-    "ability_prompts": "such questions with final answers (columns question, answer), for distill.writing.prompts",
+    "ability_prompts": "such questions with final answers (`prompt`, `completion`), for distill.writing.prompts",
     TEACHER_TEXT: "documents that the teacher writes itself, see distill.writing (distill.data only)",
 }
 """Name -> what it holds."""
@@ -53,7 +53,7 @@ def ability_prompts() -> list[dict[str, str]]:
         )
     )
     answers = {item.question: str(item.params["final"]) for item in asked}
-    return [{"question": question, "answer": answer} for question, answer in answers.items()]
+    return [{"prompt": question, "completion": answer} for question, answer in answers.items()]
 
 
 PROMPTS_OF_FORM = 500

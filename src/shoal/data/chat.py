@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 
 from shoal.errors import UserError
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import Messages, PromptCompletion
 
 ASSISTANT = "assistant"
 MARKS_ITSELF = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -59,27 +59,24 @@ class ImageRow:
         return len(self.prompt) + len(self.answer)
 
 
-def chat_of(row: Mapping[str, Any], source: DataSource, where: str) -> Chat | None:
+def chat_of(row: Mapping[str, Any], column: Messages | PromptCompletion, where: str) -> Chat | None:
     """The conversation in one row; None where it is empty.
 
     Raises:
         UserError: no such column, or no list of turns in it.
     """
-    if source.messages is not None:
-        messages = _turns(column_of(row, source.messages, where), source.messages, where)
+    if isinstance(column, Messages):
+        messages = _turns(column_of(row, column.messages, where), column.messages, where)
     else:
-        assert source.prompt is not None
-        assert source.completion is not None
-        sides = ((source.prompt, "user"), (source.completion, ASSISTANT))
-        messages = [
-            turn for column, role in sides for turn in _side(column_of(row, column, where), column, role, where)
-        ]
-    tools = None if source.tools is None else column_of(row, source.tools, where)
+        sides = ((column.prompt, "user"), (column.completion, ASSISTANT))
+        messages = [turn for name, role in sides for turn in _side(column_of(row, name, where), name, role, where)]
+    tools = row.get("tools") if column.tools is None else column_of(row, column.tools, where)
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
-            raise UserError(f"data {where}: column {source.tools!r} holds no JSON ({error}): {tools[:80]!r}") from error
+            name = column.tools or "tools"
+            raise UserError(f"data {where}: column {name!r} holds no JSON ({error}): {tools[:80]!r}") from error
     return Chat(_without_nothing(messages), where, _without_nothing(tools) or None) if messages else None
 
 
@@ -118,7 +115,7 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise UserError(
             f"data {where}: column {column!r} holds {type(value).__name__}, not a list of turns; name a column of "
-            "[{role, content}, ...], or set `column` instead for plain text"
+            "[{role, content}, ...], or one of text"
         )
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
@@ -134,7 +131,7 @@ def check_template(tokenizer: Any, name: str) -> None:
     if lacks := lacks or ("" if tokenizer.is_fast else "does not tell which characters a token covers"):
         raise UserError(
             f"data {name!r}: holds conversations, but the model's tokenizer {lacks}; take that of an instruction-tuned "
-            "model with a tokenizer.json, or render the conversations into a text column and name that as `column`"
+            "model with a tokenizer.json, or render the conversations into a column of text and name that"
         )
 
 

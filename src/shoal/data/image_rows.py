@@ -25,8 +25,7 @@ from shoal.data.streams import nothing_learnt
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, load_processor, reads_images
-from shoal.recipe.distill import TrainingSource
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import DataSource, ImageQuestion
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRo
     """
     rows_of: dict[DataSource, list[ImageRow]] = {}
     for source in data:
-        if isinstance(source, TrainingSource) and source.image and source.prompt and source.completion:
-            columns = source.image, source.prompt, source.completion
+        if isinstance(source.column, ImageQuestion):
+            columns = source.column.image, source.column.prompt, source.column.completion
             first = sum(map(len, rows_of.values()))
             rows_of[source] = load_image_rows("distill.data", source, columns, None, first=first)
     return rows_of

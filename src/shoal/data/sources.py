@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,18 @@ from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.data.chat import Chat, ImageRow, chat_of, column_of
 from shoal.errors import UserError
 from shoal.formatting import meant
-from shoal.recipe.section import TEACHER_TEXT, DataSource
+from shoal.recipe.section import (
+    TEACHER_TEXT,
+    Column,
+    Conversation,
+    DataSource,
+    Messages,
+    PromptCompletion,
+)
 
 Dataset = Iterable[Any]
-"""Data that a caller has: texts; or rows (mappings, such as those of `datasets.Dataset`) with a column `messages`, the
-columns `prompt` and `completion`, or a column `text`. It is gone through more than once, so it is no generator."""
+"""Data that a caller has: texts; or rows (mappings, such as those of `datasets.Dataset`) with columns that column_in
+finds. It is gone through more than once, so it is no generator."""
 Item = str | Chat | ImageRow
 """A document before it is tokenised."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -34,13 +42,9 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
     Raises:
         UserError: nothing there, no such column, or no text in it.
     """
-    if source.is_chat:
-        raise UserError(
-            f"data {source.path!r}: holds conversations, and only distill.data can take those; name a column of text"
-        )
     texts: list[str] = []
     characters = 0
-    for text in documents(source):
+    for text in documents(source, text_only=True):
         if text is not None:
             texts.append(str(text))
             characters += len(str(text))
@@ -53,43 +57,106 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
 
 def nothing_in(source: DataSource) -> UserError:
     """The refusal of a source without content."""
-    column = source.messages or source.prompt or source.column
-    content = "conversation" if source.is_chat else "text"
-    return UserError(f"data {source.path!r}: holds no {content} in column {column!r}; name a source that does")
+    match source.column:
+        case Messages(messages=column) | PromptCompletion(prompt=column):
+            content = f"conversation in column {column!r}"
+        case column:
+            content = f"text in column {column!r}" if column else "text"
+    return UserError(f"data {source.path!r}: holds no {content}; name a source that does")
 
 
-def documents(source: DataSource) -> Iterator[str | Chat | None]:
+def column_in(row: Any) -> Column:
+    """The columns by the names that the field gives them, of which the first row of a source has these: conversations
+    before text; None = it has none. A row may be a text."""
+    if isinstance(row, str):
+        return "text"
+    names = set(row) if isinstance(row, Mapping) else set()
+    if "messages" in names:
+        return Messages(messages="messages")
+    if {"prompt", "completion"} <= names:
+        return PromptCompletion(prompt="prompt", completion="completion")
+    return "text" if "text" in names else None
+
+
+def with_column(source: DataSource, row: Any) -> DataSource:
+    """``source`` with the columns that it names, or that ``row``, its first one, has.
+
+    Raises:
+        UserError: it names none, and the row has none of the known ones.
+    """
+    if source.column is not None:
+        return source
+    if (column := column_in(row)) is None:
+        columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
+        raise UserError(
+            f"data {source.path!r}: begins with {type(row).__name__} of the columns {columns}; give texts or rows that "
+            "have `messages`, `prompt` and `completion`, or `text`, or name the source's `column`"
+        )
+    return replace(source, column=column)
+
+
+def opened(source: DataSource) -> DataSource:
+    """``source`` with its columns; without any where it is bundled text, or what the teacher writes.
+
+    Raises:
+        UserError: as records and with_column do; columns of what has none.
+    """
+    if source.path in BUNDLED or source.path == TEACHER_TEXT:
+        if source.column is not None:
+            raise UserError(f"data {source.path!r}: holds texts without columns; leave column out")
+        return source
+    if source.column is not None:
+        return source
+    first = next(records(source), None)
+    if first is None:
+        raise nothing_in(source)
+    return with_column(source, first[1])
+
+
+def documents(source: DataSource, *, text_only: bool = False) -> Iterator[str | Chat | None]:
     """Every row's text or conversation, in order; None for an empty one.
 
     Raises:
-        UserError: nothing there, no such column, or a column of another kind.
+        UserError: nothing there, no such column, a column of another kind, or of anything but text with ``text_only``.
     """
-    if source.path in BUNDLED:
-        yield from (text if text.strip() else None for text in _bundled(source.path))
-        return
     if source.path == TEACHER_TEXT:
         raise UserError(
             f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
         )
-    yield from documents_in(records(source), source)
+    if source.path in BUNDLED:
+        opened(source)
+        yield from (text if text.strip() else None for text in _bundled(source.path))
+        return
+    rows = records(source)
+    if (first := next(rows, None)) is None:
+        return
+    found = with_column(source, first[1])
+    if text_only and not found.is_text:
+        content = "images with questions" if found.has_images else "conversations"
+        raise UserError(
+            f"data {source.path!r}: holds {content}, and only distill.data can take those; name its column of text"
+        )
+    yield from documents_in(itertools.chain([first], rows), found)
 
 
 def documents_in(rows: Iterable[tuple[str, Any]], source: DataSource) -> Iterator[str | Chat | None]:
     """The text or conversation of every row, which stands beside the name of what it is from; None for an empty one.
+    The columns of ``source`` are known.
 
     Raises:
         UserError: a row without the column that ``source`` names, or with something else in it.
     """
     for number, (where, row) in enumerate(rows):
         place = f"{where!r} row {number}"
-        if source.is_chat:
-            yield chat_of(row, source, place)
+        if isinstance(source.column, Messages | PromptCompletion):
+            yield chat_of(row, source.column, place)
         else:
+            assert isinstance(source.column, str)
             text = _text(row, source.column, place)
             yield text if text.strip() else None
 
 
-def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]]:
+def load_labelled(source: DataSource, text_column: str, label_column: str) -> list[tuple[str, Any]]:
     """Text and label of every row of a file, folder or Hub data set, in order.
 
     Raises:
@@ -98,9 +165,9 @@ def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]
     labelled: list[tuple[str, Any]] = []
     for number, (where, row) in enumerate(records(source)):
         place = f"{where!r} row {number}"
-        text, label = _text(row, source.column, place), column_of(row, label_column, place)
+        text, label = _text(row, text_column, place), column_of(row, label_column, place)
         if not text.strip() or label is None:
-            empty = source.column if not text.strip() else label_column
+            empty = text_column if not text.strip() else label_column
             raise UserError(f"data {place}: has nothing in column {empty!r}; fill it or leave it out")
         labelled.append((text, label))
     return labelled
@@ -254,18 +321,9 @@ def documents_of(
     """
     if isinstance(dataset, str | Mapping | Iterator) or not isinstance(dataset, Iterable):
         raise UserError(f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set of rows")
-    first = next(iter(dataset), None)
-    columns = ("text",) if isinstance(first, str) else tuple(first) if isinstance(first, Mapping) else ()
-    kinds = (("messages",), ("prompt", "completion"), ("text",))
-    chosen = next((kind for kind in kinds if all(column in columns for column in kind)), None)
-    if chosen is None:
-        raise UserError(
-            f"data {name!r}: begins with {type(first).__name__} of the columns {', '.join(map(str, columns)) or 'none'}"
-            "; give texts, or rows that have `messages`, `prompt` and `completion`, or `text`"
-        )
-    rows = dataset if isinstance(dataset, list | tuple) else ()  # of a table the first row has all columns
-    some_have_tools = "tools" in columns or any(isinstance(row, Mapping) and "tools" in row for row in rows)
-    named: dict[str, Any] = {column: column for column in chosen if column != "text"}
-    if named and some_have_tools:
-        named["tools"] = "tools"
-    return Documents(dataset, DataSource(name, **named, loss_on=loss_on))
+    source = with_column(DataSource(name), next(iter(dataset), None))
+    if isinstance(source.column, Conversation):
+        source = replace(source, column=replace(source.column, loss_on=loss_on or "assistant"))
+    elif loss_on == "assistant":
+        raise ValueError("loss_on: assistant needs conversations; give rows with messages, or prompt and completion")
+    return Documents(dataset, source)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from shoal.atomic_files import write_json
-from shoal.data.bundled import BUNDLED
 from shoal.data.chat import ImageRow, check_template, tokenised
 from shoal.data.packing import (
     COUNTS,
@@ -37,10 +36,10 @@ from shoal.data.packing import (
     teaching_rows,
     write_rows,
 )
-from shoal.data.sources import Item, documents, nothing_in, source_names
+from shoal.data.sources import Item, documents, nothing_in, opened, source_names
 from shoal.errors import UserError
 from shoal.progress import progress
-from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
+from shoal.recipe.section import DataSource, Packing
 
 T = TypeVar("T")
 Encode = Callable[[ImageRow], tuple[list[int], np.ndarray]]
@@ -95,6 +94,7 @@ def pack(
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
     """
+    sources = [(source if given is not None else opened(source), given) for source, given in sources]
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
     has_images = any(source.has_images for source, _ in sources)
@@ -164,8 +164,10 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
         UserError: it cannot be read, its column is missing or of another kind, its conversations cannot be rendered, or
             nothing in it is learnt.
     """
+    source = opened(source)
     reading = _Reading(source, tokenizer, sequence_length if packing == "bfd" else None, sequence_length)
-    _refuse_impossible(source, tokenizer)
+    if source.is_chat:
+        check_template(tokenizer, source.path)
     has_items = False
     items = (item for item in documents(source) if item is not None)
     for item in items:
@@ -173,16 +175,6 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
         if any(True for _ in reading.documents([item], epoch=0, count=Counter())):
             return
     raise nothing_learnt(source) if has_items else nothing_in(source)
-
-
-def _refuse_impossible(source: DataSource, tokenizer: Any) -> None:
-    if not source.is_chat:
-        return
-    if source.path in (*BUNDLED, TEACHER_TEXT):
-        raise UserError(
-            f"data {source.path!r}: holds text, not conversations; leave messages, prompt and completion out"
-        )
-    check_template(tokenizer, source.path)
 
 
 def nothing_learnt(source: DataSource) -> UserError:
@@ -215,8 +207,8 @@ class _Reading:
         self, given: Iterable[Item | None] | None, *, seed: int, count: dict[str, int]
     ) -> Iterator[TokenDocument]:
         """The source's documents without end, in another order every epoch."""
-        if self.encode_image is None:
-            _refuse_impossible(self.source, self.tokenizer)
+        if self.source.is_chat:
+            check_template(self.tokenizer, self.source.path)
         for epoch, items in _epochs(self.source, given, seed=seed, count=count):
             nothing = True
             for document in self.documents(items, epoch=epoch, count=count):

@@ -37,23 +37,6 @@ class TrainingSource(DataSource):
     learns from, and one that learns from few tokens adds little. Sources whose terms ask no teacher have rows of their
     own, which it does not read. The student's own samples (distill.on_policy) are no source's, and all terms learn from
     them."""
-    image: Annotated[Text | None, Field(exclude_if=lambda column: column is None)] = None
-    """The column that names an image file, from the folder of a local ``path`` on, beside ``prompt`` and
-    ``completion``, for models that read images. Only the answer is learnt."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image is None:
-            return
-        if self.prompt is None or self.tools is not None:
-            raise ValueError("image needs a question about it and an answer, and no tools; set prompt and completion")
-        if self.loss_on == "all":
-            raise ValueError("loss_on: all would learn tokens that stand for an image; leave it out")
-
-    @property
-    def has_images(self) -> bool:
-        """Whether its rows name images."""
-        return self.image is not None
 
 
 TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources), Field(min_length=1)]

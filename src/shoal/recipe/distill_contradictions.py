@@ -160,5 +160,3 @@ def _of_written_text(distill: Distill) -> Iterator[str]:
             f"distill.writing: has no effect, distill.data does not name {TEACHER_TEXT}; add it, or leave this out "
             "(on the command line: distill.writing={})"
         )
-    if wants_text and writing.keep == "correct" and (writing.prompts is None or not writing.prompts.is_chat):
-        yield "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function
 
-from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, Text, adapter
+from shoal.recipe.section import Data, Positive, RowLength, Section, Shapes, Text, TextSource, adapter
 from shoal.yaml_text import read_yaml
 
 SUITES = ("quick", "transfer", "standard", "full")
@@ -59,7 +59,7 @@ class Tasks(Section):
     """A further folder of task YAMLs."""
     data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
     """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
-    perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (DataSource("python_docs_heldout"),)
+    perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (TextSource("python_docs_heldout"),)
     """Running text that is scored token by token."""
     perplexity_tokens: Annotated[int, Field(ge=0), Shapes.PERPLEXITY | Shapes.SCORES] = 0
     """Tokens of running text; 0 = none is scored."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from shoal.recipe.evaluate import Tasks
-from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes
+from shoal.recipe.section import LEAST_ITEMS, Data, Positive, RowLength, Section, Shapes, TextSource
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal["layer", "attention", "mlp"]
@@ -47,7 +47,7 @@ class Sweeps(Tasks):
 class Measure(Section):
     """How layer importance is measured."""
 
-    data: Annotated[Data, Shapes.IMPORTANCE] = (DataSource("python_docs"),)
+    data: Annotated[Data, Shapes.IMPORTANCE] = (TextSource("python_docs"),)
     """Text that the model reads."""
     num_tokens: Annotated[Positive, Shapes.IMPORTANCE] = 20_000
     """Tokens that the model reads."""

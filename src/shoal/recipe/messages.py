@@ -206,8 +206,9 @@ def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int 
             continue
         hints = [get_type_hints(section, include_extras=True) for section in sections]
         tagged = [section for section, hint in zip(sections, hints, strict=True) if part in get_args(hint.get("kind"))]
-        if len(sections) > 1 and tagged:
-            sections = tagged
+        named = [section for section in sections if section.__name__ == part]  # the tag of a type without a kind
+        if len(sections) > 1 and (tagged or named):
+            sections = tagged or named
         elif values := [hint[part] for hint in hints if part in hint]:
             keys.append(part)
             sections = [section for hint in values for section in sections_in(hint)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, Section, Shapes, Text
+from shoal.recipe.section import Above0, Data, Positive, RowLength, Section, Shapes, Text, TextSource
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguous", "spare")
@@ -32,7 +32,7 @@ class Calibration(Section):
     """Text that a model is run over to decide about its weights, and how it is run."""
 
     data: Annotated[Data, Shapes.BY_CONTENT] = field(
-        default_factory=lambda: tuple(map(DataSource, ("python_docs", "docstrings", "instructions", "ability_texts")))
+        default_factory=lambda: tuple(map(TextSource, ("python_docs", "docstrings", "instructions", "ability_texts")))
     )
     """Text of every kind that the model will read: what it is unlike gains little."""
     num_tokens: Annotated[Positive, Shapes.PLAN] = 65_536

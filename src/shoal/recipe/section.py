@@ -9,7 +9,7 @@ from enum import Flag, auto
 from functools import cache
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag, TypeAdapter
 from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
 
@@ -159,6 +159,65 @@ def as_dict(section: Any) -> dict[str, Any]:
     return adapter(type(section)).dump_python(section, mode="json")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conversation(Section):
+    """Rows that hold conversations, rendered with the tokenizer's chat template."""
+
+    tools: Text | None = None
+    """The column of tool descriptions for the chat template; None = `tools`, where a row has it."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """The tokens that are learnt: what the assistant says and the end of its turn, or everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Messages(Conversation):
+    """Rows with a list of turns {role, content}."""
+
+    messages: Text
+    """The column of lists of turns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCompletion(Conversation):
+    """Rows with a question and its answer, each text or a list of turns."""
+
+    prompt: Text
+    """The column of questions."""
+    completion: Text
+    """The column of answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageQuestion(Section):
+    """Rows with a question about an image and its answer, for models that read images; only the answer is learnt."""
+
+    image: Text
+    """The column that names an image file, from the folder of a local ``path`` on."""
+    prompt: Text
+    """The column of questions."""
+    completion: Text
+    """The column of answers."""
+
+
+def _kind_of_column(value: Any) -> str:
+    """Which of the types below a column is meant to be: by its keys, as nobody writes the kind."""
+    if not isinstance(value, dict):
+        return type(value).__name__ if isinstance(value, Conversation | ImageQuestion) else "str"
+    if "image" in value:
+        return "ImageQuestion"
+    return "PromptCompletion" if {"prompt", "completion"} & set(value) else "Messages"
+
+
+Column = Annotated[
+    Annotated[Text | None, Tag("str")]
+    | Annotated[Messages, Tag("Messages")]
+    | Annotated[PromptCompletion, Tag("PromptCompletion")]
+    | Annotated[ImageQuestion, Tag("ImageQuestion")],
+    Discriminator(_kind_of_column),
+]
+"""What the rows of a source hold, and where."""
+
+
 @dataclass(frozen=True)
 class DataSource(Section):
     """Where text comes from, and how much of it."""
@@ -167,20 +226,9 @@ class DataSource(Section):
     """A bundled name (`shoal list data`), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or a
     Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``, else
     all."""
-    column: str = "text"
-    """The column that holds the text."""
-    messages: str | None = None
-    """The column that holds conversations, instead of text: lists of turns {role, content}, rendered with the
-    tokenizer's chat template."""
-    prompt: str | None = None
-    """With ``completion``: columns of a question and its answer, text or lists of turns, rendered as a conversation."""
-    completion: str | None = None
-    """The column of answers to ``prompt``."""
-    tools: str | None = None
-    """A column of tool descriptions for the chat template."""
-    loss_on: Literal["assistant", "all"] | None = None
-    """The tokens that are learnt: what the assistant says and the end of its turn, or everything. None = assistant for
-    conversations, all for text."""
+    column: Column = None
+    """The column of text; or the columns of conversations, {messages: NAME} or {prompt: NAME, completion: NAME}. None =
+    what the first row has: `messages`, else `prompt` and `completion`, else `text`."""
     split: str = "train"
     """Split of a Hub data set; of a folder the files that are named after it."""
     name: str | None = None
@@ -188,36 +236,39 @@ class DataSource(Section):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the token budget, relative to the other sources."""
 
-    def __post_init__(self) -> None:
-        if (self.prompt is None) != (self.completion is None):
-            raise ValueError("prompt and completion belong together; set both, or neither")
-        if self.messages is not None and self.prompt is not None:
-            raise ValueError("messages and prompt name two kinds of conversation; set one of them")
-        if self.is_chat and self.column != "text":
-            raise ValueError(f"column {self.column!r} would not be read beside a column of conversations; leave it out")
-        if not self.is_chat and (self.tools is not None or self.loss_on == "assistant"):
-            setting = "tools" if self.tools is not None else "loss_on: assistant"
-            raise ValueError(f"{setting} needs conversations; set messages, or prompt and completion")
-
     @property
     def text_settings(self) -> dict[str, Any]:
-        """All that says which text the source gives, and nothing of what is done with it."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataSource)}
+        """All that says which text the source gives, and nothing of what is done with it; JSON-ready."""
+        said = as_dict(self)
+        return {field.name: said[field.name] for field in dataclasses.fields(DataSource)}
 
     @property
     def has_images(self) -> bool:
         """Whether its rows name images."""
-        return False
+        return isinstance(self.column, ImageQuestion)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds texts, where the columns are known."""
+        return not isinstance(self.column, Conversation | ImageQuestion)
 
     @property
     def is_chat(self) -> bool:
-        """Whether it holds conversations instead of text."""
-        return self.messages is not None or self.prompt is not None
+        """Whether it holds conversations, where the columns are known."""
+        return isinstance(self.column, Conversation)
 
     @property
     def assistant_only(self) -> bool:
-        """Whether only the assistant's tokens are learnt."""
-        return self.is_chat and self.loss_on != "all"
+        """Whether only the assistant's tokens are learnt, where the columns are known."""
+        return isinstance(self.column, Conversation) and self.column.loss_on == "assistant"
+
+
+@dataclass(frozen=True)
+class TextSource(DataSource):
+    """Where text comes from that is only read."""
+
+    column: Text | None = None
+    """The column that holds the text; None = `text`, where rows hold no conversations."""
 
 
 def as_sources(value: Any) -> Any:
@@ -226,7 +277,7 @@ def as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in listed]
 
 
-Data = Annotated[tuple[DataSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
+Data = Annotated[tuple[TextSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
 """One source or a list of them."""
 
 

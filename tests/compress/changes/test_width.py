@@ -34,7 +34,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes, read_shards
 from shoal.models.load import load_config, load_model
 from shoal.recipe.prune import Width
 from shoal.recipe.recipe import parse_recipe
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import TextSource
 
 DROP = (2,)
 SIZE, GROUPS = 48, 2
@@ -46,15 +46,15 @@ OUTPUTS = {"gpt_neox": ("dense_4h_to_h", ""), "falcon": ("dense_4h_to_h", ""), "
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> DataSource:
+def text(tmp_path: Path) -> TextSource:
     """Text of many bytes, in documents of unequal length."""
     generator = torch.Generator().manual_seed(0)
     lines = [bytes(torch.randint(33, 127, (40 + 7 * i,), generator=generator).tolist()).decode() for i in range(20)]
     (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps({'text': line})}\n" for line in lines))
-    return DataSource(str(tmp_path / "text.jsonl"))
+    return TextSource(str(tmp_path / "text.jsonl"))
 
 
-def settings(text: DataSource, **changes: Any) -> Width:
+def settings(text: TextSource, **changes: Any) -> Width:
     return Width(**{"data": (text,), "num_tokens": 512, "sequence_length": 32, "intermediate_size": 32, **changes})
 
 
@@ -112,7 +112,7 @@ def logits(model: Any) -> Tensor:
     ["llama", "phi3", "opt", *(pytest.param(name, marks=pytest.mark.prove) for name in (*BOTH, *CHANNELS_ONLY))],
 )
 def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
-    name: str, tmp_path: Path, text: DataSource
+    name: str, tmp_path: Path, text: TextSource
 ) -> None:
     folder = saved(tmp_path, name, dtype=torch.bfloat16)
     plan, out = narrowed(folder, settings(text, kv_groups=1 if name in BOTH else None))
@@ -142,7 +142,7 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("phi3", marks=pytest.mark.prove)])
-def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, text: DataSource) -> None:
+def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, text: TextSource) -> None:
     """In float64, token by token and unit by unit, from what the maps read inside the cut model."""
     folder, asked = saved(tmp_path, name), settings(text, kv_groups=1)
     plan, _ = narrowed(folder, asked)
@@ -174,7 +174,7 @@ def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, tex
             assert sorted(order[: len(indices_of(masks[place]))]) == list(indices_of(masks[place]))
 
 
-def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: DataSource) -> None:
+def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: TextSource) -> None:
     folder = saved(tmp_path, "qwen2")
     plan, out = narrowed(folder, settings(text, intermediate_size=SIZE, kv_groups=GROUPS), ())
     ours, theirs = (
@@ -192,7 +192,7 @@ def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: DataS
 
 
 def test_channels_and_groups_that_write_nothing_are_found_and_missed_by_nobody(
-    tmp_path: Path, text: DataSource
+    tmp_path: Path, text: TextSource
 ) -> None:
     model: Any = tiny_model("llama", vocab_size=VOCAB_SIZE, num_attention_heads=4, num_key_value_heads=GROUPS)
     silent = {layer: torch.randperm(SIZE, generator=torch.Generator().manual_seed(layer))[:16] for layer in range(6)}
@@ -214,7 +214,7 @@ def test_channels_and_groups_that_write_nothing_are_found_and_missed_by_nobody(
     assert torch.allclose(narrow, whole, rtol=0, atol=1e-12)
 
 
-def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource) -> None:
+def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: TextSource) -> None:
     folder, width = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(text, kv_groups=1)
     plan, out = narrowed(folder, width)
     before = replace(plan, width=kept_width(load_config(folder), width))
@@ -229,7 +229,7 @@ def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: DataSource)
 
 
 def test_a_student_that_lost_other_channels_is_not_let_through(
-    tmp_path: Path, text: DataSource, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: TextSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = width_module.as_kept
 
@@ -248,7 +248,7 @@ def test_a_student_that_lost_other_channels_is_not_let_through(
 
 
 def test_maps_in_another_order_than_supposed_are_refused_without_running_the_student(
-    tmp_path: Path, text: DataSource, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: TextSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if phi3's gate and up lay interleaved, which the layer's own run shows."""
     monkeypatch.setattr("shoal.compress.changes.narrowing.GATE_UP", "none")
@@ -276,7 +276,7 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
     ],
 )  # fmt: skip
 def test_what_cannot_be_narrowed_is_refused_by_name(
-    name: str, changes: dict[str, Any], message: str, tmp_path: Path, text: DataSource
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path, text: TextSource
 ) -> None:
     with pytest.raises(UserError, match=message):
         narrowed(saved(tmp_path, name), settings(text, **changes))

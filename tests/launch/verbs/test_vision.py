@@ -90,15 +90,16 @@ def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp
     assert load_config(named.dir / "student").text_config.cross_attention_layers == [2]
 
 
-IMAGES: dict[str, Any] = {"path": "rows.jsonl", "image": "image", "prompt": "prompt", "completion": "answer"}
+COLUMNS = {"image": "image", "prompt": "prompt", "completion": "answer"}
+IMAGES: dict[str, Any] = {"path": "rows.jsonl", "column": COLUMNS}
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"measure": {"data": [IMAGES]}}, r"measure.data.0.image: unknown key; "),
-        ({"data": [{**IMAGES, "prompt": None, "completion": None}]}, r"image needs a question about it and an answer"),
-        ({"data": [{**IMAGES, "loss_on": "all"}]}, r"loss_on: all would learn tokens that stand for an image"),
+        ({"measure": {"data": [IMAGES]}}, r"measure.data.0.column: must be a string \(got \{"),
+        ({"data": [{"path": "a", "column": {"image": "i", "prompt": "p"}}]}, r"column.completion: is required"),
+        ({"data": [{"path": "a", "column": {**COLUMNS, "loss_on": "all"}}]}, r"column.loss_on: unknown key"),
         ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
         ({"teacher": {"recorded": "signals"}}, r"distill.teacher.recorded: what a teacher says of images is not"),
     ],

@@ -15,11 +15,12 @@ from shoal.data.chat import Chat, tokenised
 from shoal.data.sources import sources_fingerprint
 from shoal.data.streams import check_source, pack
 from shoal.errors import UserError
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import DataSource, Messages, PromptCompletion
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 """Chat templates of known models as they are shipped, and with {% generation %} added."""
 ENDS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>", "<turn|>"]
+M, QA = Messages(messages="m"), PromptCompletion(prompt="q", completion="a")
 QUESTION = {"role": "user", "content": "What is 2 + 2?"}
 ANSWER = {"role": "assistant", "content": "It is 4."}
 TURNS = [QUESTION, ANSWER, {"role": "user", "content": "And e?"}, {"role": "assistant", "content": "e"}]
@@ -145,7 +146,7 @@ def texts_learnt(rows: Any) -> set[str]:
 
 
 def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> None:
-    rows = packed(DataSource(written(tmp_path, [{"messages": [QUESTION, ANSWER]}]), messages="messages"), packing="bfd")
+    rows = packed(DataSource(written(tmp_path, [{"messages": [QUESTION, ANSWER]}])), packing="bfd")
     assert texts_learnt(rows) == {"It is 4.\n"}
     count = rows.counts[next(iter(rows.counts))]
     assert count["supervised"] == (labels_of(rows) >= 0).sum()
@@ -155,41 +156,57 @@ def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> N
     "row", [{"q": "What?", "a": "That."}, {"q": [{"role": "user", "content": "What?"}], "a": "That."}]
 )
 def test_prompt_and_completion_are_a_conversation(tmp_path: Path, row: dict[str, Any]) -> None:
-    rows = packed(DataSource(written(tmp_path, [row]), prompt="q", completion="a"), packing="bfd")
+    rows = packed(DataSource(written(tmp_path, [row]), column=QA), packing="bfd")
     assert texts_learnt(rows) == {"That.\n"}
 
 
 def test_conversations_that_teach_nothing_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [{"messages": turns} for turns in ([QUESTION], [], None, [QUESTION, ANSWER])]
-    found = packed(DataSource(written(tmp_path, rows), messages="messages"))
+    found = packed(DataSource(written(tmp_path, rows)))
     count = found.counts[next(iter(found.counts))]
     assert count["dropped"] == 3
     assert texts_learnt(found) <= {"It is 4.\n", "It is 4.", *("It is 4.\n"[n:] for n in range(9))}
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "message"),
+    ("rows", "column", "message"),
     [
-        ([{"text": "a"}], {"messages": "messages"}, r"row 0: has no column 'messages'; it has text"),
-        ([{"m": "Hello"}], {"messages": "m"}, r"row 0: column 'm' holds str, not a list of turns; name a column of"),
-        ([{"m": ["Hello"]}], {"messages": "m"}, r"row 0: a turn in 'm' is str; every turn needs a role and a content"),
-        ([{"m": [{"from": "human", "value": "x"}]}], {"messages": "m"}, r"a turn in 'm' has from, value; every turn"),
-        ([{"m": [QUESTION]}], {"messages": "m"}, r"no conversation has a token that is learnt .* or set loss_on: all"),
-        ([{"m": []}], {"messages": "m"}, r"holds no conversation in column 'm'; name a source that does"),
+        ([{"text": "a"}], Messages(messages="messages"), r"row 0: has no column 'messages'; it has text"),
+        (
+            [{"m": "Hello"}],
+            M,
+            r"row 0: column 'm' holds str, not a list of turns; name a column of",
+        ),
+        (
+            [{"m": ["Hello"]}],
+            M,
+            r"row 0: a turn in 'm' is str; every turn needs a role and a content",
+        ),
+        (
+            [{"m": [{"from": "human", "value": "x"}]}],
+            M,
+            r"a turn in 'm' has from, value; every turn",
+        ),
+        (
+            [{"m": [QUESTION]}],
+            M,
+            r"no conversation has a token that is learnt .* or set loss_on: all",
+        ),
+        ([{"m": []}], M, r"holds no conversation in column 'm'; name a source that does"),
     ],
 )
 @pytest.mark.parametrize("read", ["pack", "check"])
 def test_a_source_that_cannot_teach_is_refused(
-    tmp_path: Path, rows: list[Any], settings: dict[str, Any], message: str, read: str
+    tmp_path: Path, rows: list[Any], column: Messages, message: str, read: str
 ) -> None:
-    source = DataSource(written(tmp_path, rows), **settings)
+    source = DataSource(written(tmp_path, rows), column=column)
     with pytest.raises(UserError, match=message):
         packed(source) if read == "pack" else check_source(source, tiny_tokenizer(), sequence_length=64)
 
 
 def test_rows_in_which_nothing_is_learnt_are_left_out(tmp_path: Path) -> None:
     """The question fills whole rows: no batch may consist of those."""
-    source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 200}, ANSWER]}]), messages="m")
+    source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 200}, ANSWER]}]), column=M)
     rows = packed(source, num_tokens=64 * 20)
     assert (labels_of(rows) >= 0).any(dim=1).all()
     count = rows.counts[source.path]
@@ -198,7 +215,7 @@ def test_rows_in_which_nothing_is_learnt_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
-    source = DataSource(written(tmp_path, [{"m": TURNS}]), messages="m")
+    source = DataSource(written(tmp_path, [{"m": TURNS}]), column=M)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     message = "holds conversations, but the model's tokenizer has no chat template; take that of an instruction"
@@ -209,5 +226,5 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_learnt_is_part_of_the_identity() -> None:
-    kinds: list[dict[str, Any]] = [{}, {"messages": "m"}, {"messages": "m", "loss_on": "all"}, {"messages": "n"}]
-    assert len({sources_fingerprint([DataSource("teacher_text", **kind)]) for kind in kinds}) == len(kinds)
+    columns = [None, M, Messages(messages="m", loss_on="all"), Messages(messages="n")]
+    assert len({sources_fingerprint([DataSource("owner/name", column=own)]) for own in columns}) == len(columns)

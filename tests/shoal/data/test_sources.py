@@ -23,10 +23,10 @@ from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat
 from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
 from shoal.data.sources import documents_of as in_memory
-from shoal.data.sources import load_texts, sources_fingerprint, texts_fingerprint
+from shoal.data.sources import load_texts, opened, sources_fingerprint, texts_fingerprint
 from shoal.data.streams import Layout, pack
 from shoal.errors import UserError
-from shoal.recipe.section import DataSource, Packing
+from shoal.recipe.section import DataSource, Messages, Packing, PromptCompletion
 
 TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
 EOS = 257
@@ -114,7 +114,40 @@ def test_the_columns_of_the_field_are_read_in_every_pass(rows: Any, expected: li
 def test_of_conversations_the_assistant_is_learnt_unless_all_is_asked_for() -> None:
     assert in_memory([{"messages": TURNS}]).source.assistant_only
     assert not in_memory([{"messages": TURNS}], loss_on="all").source.assistant_only
-    assert in_memory([{"messages": TURNS, "tools": []}]).source.tools == "tools"
+
+
+def test_tool_descriptions_are_those_of_every_row_that_has_them() -> None:
+    rows = [{"messages": TURNS}, {"messages": TURNS, "tools": [{"name": "add"}]}]
+    assert [chat.tools for chat in in_memory(rows) if isinstance(chat, Chat)] == [None, [{"name": "add"}]]
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"text": "a", "messages": TURNS, "prompt": "q", "completion": "a"}, Messages(messages="messages")),
+        ({"text": "a", "prompt": "q", "completion": "a"}, PromptCompletion(prompt="prompt", completion="completion")),
+        ({"text": "a", "prompt": "q"}, "text"),
+    ],
+)
+def test_a_file_and_a_caller_s_rows_have_the_same_columns(tmp_path: Path, row: dict[str, Any], found: Any) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [row])
+    assert opened(DataSource(str(file))).column == in_memory([row]).source.column == found
+    assert opened(DataSource(str(file), column="other")).column == "other"
+
+
+def test_conversations_are_refused_where_text_is_wanted(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [{"messages": TURNS, "story": "a"}])
+    with pytest.raises(UserError, match=r"x.jsonl': holds conversations, and only distill.data can take those; name"):
+        load_texts(DataSource(str(file)))
+    assert load_texts(DataSource(str(file), column="story")) == ["a"]
+
+
+def test_columns_that_nobody_knows_are_refused_with_those_there_are(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [{"question": "x", "answer": "y"}])
+    with pytest.raises(UserError, match=r"begins with dict of the columns question, answer; .* the source's `column`"):
+        load_texts(DataSource(str(file)))
+    with pytest.raises(UserError, match=r"data 'python_docs': holds texts without columns; leave column out"):
+        load_texts(DataSource("python_docs", column="text"))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +157,6 @@ def test_of_conversations_the_assistant_is_learnt_unless_all_is_asked_for() -> N
         ("one text", r"data 'dataset': is str; give a list of texts"),
         (7, r"data 'dataset': is int; give a list of texts"),
         (iter(["one"]), r"data 'dataset': is list_iterator; give a list of texts"),
-        ([{"question": "x", "answer": "y"}], r"begins with dict of the columns question, answer; give texts"),
         ([3], r"data 'dataset': begins with int of the columns none"),
         (["one", 3], r"data 'dataset' row 1: is int, neither a text nor a row with columns"),
         ([{"text": "one"}, {"text": 3}], r"data 'dataset' row 1: column 'text' holds int, not text"),

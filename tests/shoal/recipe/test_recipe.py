@@ -18,7 +18,7 @@ from shoal.recipe.distill import TrainingSource, sources_of_terms
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
-from shoal.recipe.section import DataSource, as_dict
+from shoal.recipe.section import TextSource, as_dict
 
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
 
@@ -197,7 +197,7 @@ def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> No
     )
     assert recipe.seed == 4
     assert recipe.prune.drop == (1, 3)
-    assert recipe.measure.data == (DataSource("docs.txt"),)
+    assert recipe.measure.data == (TextSource("docs.txt"),)
     assert recipe.distill.losses == (ForwardKL(), CrossEntropy(weight=0.5))
     assert recipe.distill.trainer == {"learning_rate": 2e-5}
     assert recipe.track.wandb == "off"
@@ -242,12 +242,12 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) ->
 @pytest.mark.parametrize(
     ("value", "sources"),
     [
-        ("python_docs", (DataSource("python_docs"),)),
-        ("{path: a.jsonl, column: story}", (DataSource("a.jsonl", column="story"),)),
-        ("[python_docs, {path: b, weight: 2}]", (DataSource("python_docs"), DataSource("b", weight=2.0))),
+        ("python_docs", (TextSource("python_docs"),)),
+        ("{path: a.jsonl, column: story}", (TextSource("a.jsonl", column="story"),)),
+        ("[python_docs, {path: b, weight: 2}]", (TextSource("python_docs"), TextSource("b", weight=2.0))),
     ],
 )
-def test_data_may_be_a_name_a_mapping_or_a_list(tmp_path: Path, value: str, sources: tuple[DataSource, ...]) -> None:
+def test_data_may_be_a_name_a_mapping_or_a_list(tmp_path: Path, value: str, sources: tuple[TextSource, ...]) -> None:
     recipe = load(
         tmp_path, f"measure: {{data: {value}}}\ndistill: {{data: {value}}}\neval: {{perplexity_data: {value}}}"
     )
@@ -354,6 +354,6 @@ def test_recipe_survives_the_round_trip_through_plain_values(tmp_path: Path) -> 
     )
     plain = as_dict(recipe)
     source = plain["measure"]["data"][1]
-    assert (source["path"], source["column"], source["split"], source["weight"]) == ("a", "text", "train", 2.0)
+    assert (source["path"], source["column"], source["split"], source["weight"]) == ("a", None, "train", 2.0)
     assert parse_recipe(plain) == recipe
     assert as_dict(recipe.prune) == plain["prune"]

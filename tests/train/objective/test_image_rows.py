@@ -29,6 +29,7 @@ from shoal.models.anatomy import decoder_layers, watched
 from shoal.models.load import load_model
 from shoal.recipe.distill import TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL, HiddenStates
+from shoal.recipe.section import ImageQuestion
 from shoal.train.objective.host_batch import on_host, stacked
 from shoal.train.objective.layer_losses import StateLosses
 from shoal.train.objective.objective import Objective, to_logits
@@ -48,7 +49,9 @@ def questions(folder: Path) -> TrainingSource:
         Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
         rows.append({"picture": f"{number}.png", "question": f"what is {number}?", "reply": "it is " + "x" * number})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TrainingSource(str(folder / "rows.jsonl"), prompt="question", completion="reply", image="picture")
+    return TrainingSource(
+        str(folder / "rows.jsonl"), column=ImageQuestion(prompt="question", completion="reply", image="picture")
+    )
 
 
 def packed(source: TrainingSource, reader: ImageReader, tokenizer: Any, folder: Path) -> PackedRows:
