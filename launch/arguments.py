@@ -1,6 +1,6 @@
 """The words of the command: its verbs, what each takes, and which of them is the recipe.
 
-Nothing is loaded to read a command, so what a verb does is named and not imported.
+Nothing is loaded to read a command but the types of a recipe, so what a verb does is named and not imported.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,94 +24,147 @@ LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb, and the functions of shoal that do its work, as `folder.module.function`."""
+    """One verb, and the function of shoal that does its work, as `folder.module.function`."""
 
     help: str
     function: str
     """Function of the run; of `run`, of the run and of what launches a training. Of a verb without a recipe, of the
     parsed arguments, and it gives what is printed."""
-    example: str = "--config my.yaml"
-    """Words after the verb that its help shows."""
+    examples: tuple[str, ...]
+    """Words after the verb that its help shows, and after two blanks what they are for."""
+    sections: tuple[str, ...] = ()
+    """Sections of the recipe whose keys are options without their section, the first one that has the key."""
     dry_run: tuple[str, str] | None = None
     """Function of the run that returns the text of --dry-run, and words for it; None = there is no --dry-run."""
-    reads_recipe: bool = True
+
+    @property
+    def reads_recipe(self) -> bool:
+        """Whether it works on a recipe, a run directory or a model."""
+        return bool(self.sections)
 
 
 VERBS = {
+    "run": Verb(
+        "all of it, skipping what is done and unchanged",
+        "launch.verbs.pipeline.run_all",
+        (
+            "quickstart --run-dir runs/mine  a shipped recipe, in a folder of yours",
+            "Qwen/Qwen3-0.6B --num-drop 4 --dry-run  a model; only say what would be done, and how long it takes here",
+            "my.yaml --each prune.metric=taylor,angular --each seed=0,1  four runs and their comparison",
+        ),
+        ("distill", "prune", "eval", "measure"),
+        (
+            "launch.verbs.dry_run.run_dry_run",
+            "stage by stage what would be done, how long it takes here, how much disk",
+        ),
+    ),
     "measure": Verb(
         "measure what every layer is worth: importance.json",
         "launch.verbs.measure.measure",
-        "--config my.yaml measure.num_tokens=100_000",
+        (
+            "Qwen/Qwen3-0.6B --metrics block_influence,taylor  any model",
+            "my.yaml --num-tokens 1e6 --data corpus.jsonl  on text of yours",
+            "runs/mine --sweep.tasks arc_easy,copying_offset1_continuation  what each layer is worth for tasks, too",
+        ),
+        ("measure",),
     ),
     "prune": Verb(
         "choose layers and cut them out: plan.json, student/",
         "launch.verbs.prune.prune",
-        "--config my.yaml prune.num_drop=6 --dry-run",
+        (
+            "Qwen/Qwen3-0.6B --num-drop 4  the four least important layers",
+            "Qwen/Qwen3-0.6B --drop 13,14,26  these layers, counted from 0",
+            "my.yaml --num-drop 6 --dry-run  sizes, expected speed, targets",
+        ),
+        ("prune", "measure"),
         ("launch.verbs.dry_run.prune_dry_run", "sizes, expected speed and targets before and after"),
     ),
     "record": Verb(
         "write down what the teacher says of the training rows, to train from: signals/",
         "launch.verbs.distill.record",
+        (
+            "my.yaml  with the recipe's own settings",
+            "runs/mine --distill.num_tokens 1e6  of so many tokens",
+            "my.yaml --seed 1  of other rows",
+        ),
+        ("distill",),
     ),
     "distill": Verb(
         "train the cut model, made first where there is none, on the full one: distilled/; with eval.control the full "
         "one too: control/",
         "launch.verbs.distill.distill",
-        "--config my.yaml distill.num_tokens=1e6 --dry-run",
+        (
+            "runs/mine --dry-run  memory, time, disk, and what fits this machine",
+            "runs/mine --num-tokens 1e6 --trainer.learning_rate 1e-4  train a cut model",
+            "Qwen/Qwen3-0.6B --num-drop 4 --data corpus.jsonl  cut a model, then train it on text of yours",
+        ),
+        ("distill", "prune"),
         (
             "launch.verbs.dry_run.distill_dry_run",
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
     ),
     "eval": Verb(
-        "score teacher, pruned, control and distilled: eval/*.json",
+        "score teacher, pruned, control and distilled, or any model: eval/*.json",
         "launch.verbs.evaluate.evaluate",
-        "--config my.yaml eval.tasks=quick eval.limit=50",
+        (
+            "Qwen/Qwen3-0.6B --tasks hellaswag,gsm8k --limit 200  any model",
+            "runs/mine  the models of a run",
+            "runs/mine --tasks arc_easy --num-fewshot 5  other tasks, same models",
+        ),
+        ("eval",),
     ),
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",
         "launch.verbs.report.report",
-        "runs/mine",
-    ),
-    "run": Verb(
-        "all of it, skipping what is done and unchanged",
-        "launch.verbs.pipeline.run_all",
-        "quickstart run_dir=runs/mine --dry-run",
         (
-            "launch.verbs.dry_run.run_dry_run",
-            "stage by stage what would be done, how long it takes here, how much disk",
+            "runs/mine  what there is of a run",
+            "runs/mine --gguf  and the healed model as one file for llama.cpp",
+            "runs/mine --hub-repo me/model-27l  and on the Hub",
         ),
+        ("export", "track"),
     ),
     "compare": Verb(
         "runs, and any other models, side by side: what each kept, at which size, speed and cost, and where they "
         "differ; needs no recipe",
         "launch.verbs.several.compare",
-        "runs/a runs/b --out compare",
-        reads_recipe=False,
-    ),
-    "lab": Verb(
-        "what a paper needs and a pruner does not: one part of the lab, on the model of a run",
-        "lab.command.command",
-        "NAME runs/mine",
-        reads_recipe=False,
+        (
+            "runs/a runs/b  two runs",
+            "runs/a Qwen/Qwen2.5-0.5B  a run and a model, which is scored as the run was",
+            "runs/*/ --out results/all  all runs, pages elsewhere",
+        ),
     ),
     "init": Verb(
         "write a commented recipe for a model and this machine, from the model's configuration alone",
         "launch.help.first_recipe.init",
-        "Qwen/Qwen3-8B --out qwen.yaml",
-        reads_recipe=False,
+        (
+            "Qwen/Qwen3-8B  Qwen3-8B.yaml",
+            "Qwen/Qwen3-8B --revision main --out qwen.yaml  of a revision, to a file of your choice",
+            "demo:smollm2-135m  the bundled model, without network",
+        ),
     ),
     "list": Verb(
         "names that a recipe can use, and example files for a cluster",
         "launch.help.names.told",
-        "tasks",
-        reads_recipe=False,
+        ("tasks  what eval.tasks can name", "recipes  those that are shipped", "metrics  what prune.metric can name"),
     ),
     "explain": Verb(
         "what a key of a recipe means, its default and what it may be; without KEY all sections",
         "launch.help.explain.told",
-        "distill.losses.forward_kl.temperature",
-        reads_recipe=False,
+        (
+            "distill  all keys of a section",
+            "distill.losses.forward_kl.temperature  one key",
+            "learning_rate  a word of another tool",
+        ),
+    ),
+    "lab": Verb(
+        "what a paper needs and a pruner does not: one part of the lab, on the model of a run",
+        "lab.command.command",
+        (
+            "  the parts",
+            "heads runs/mine  one of them",
+            "sweeps runs/mine operators=[head]  with a setting of its own",
+        ),
     ),
 }
 OTHER_WORDS = {
@@ -121,28 +175,35 @@ OTHER_WORDS = {
     **dict.fromkeys(("sweep", "search"), "run RECIPE --each KEY=A,B"),
 }
 """What other programs call a verb -> the words here."""
+LETTERS = {"m": "model", "t": "tasks", "L": "limit", "f": "num_fewshot", "b": "batch_size", "o": "output_path"}
+"""Options of one letter that lm_eval has -> their names there."""
 LOCAL_RANK: dict[str, Any] = {"type": int, "help": argparse.SUPPRESS}
 """The DeepSpeed launcher puts it behind script or module."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command's words by name; argparse ends the process where they are wrong."""
-    parser = _parser()
-    verb = next((word for word in argv if not word.startswith("-")), None)
-    if verb is not None and verb not in VERBS:
-        known = f"there are {', '.join(VERBS)}"
-        meant_one = OTHER_WORDS.get(verb)
-        hint = f"did you mean `shoal {meant_one}`?" if meant_one else meant(verb, VERBS, known)
-        parser.error(f"{redacted_arguments([verb])[0]}: no such verb; {hint}")
+    """The command's words by name; the process ends where they are wrong."""
+    completes = any(word.startswith("--print-completion") for word in argv)
+    verb = next((word for word in argv if not word.startswith("-") and not completes), None)
+    told = completes or bool({"-h", "--help"}.intersection(argv))
+    parser = _parser(VERBS if completes else [verb] if told else ())
     for word in argv:
         if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
             parser.error(not_encoded(repr(os.fsencode(word))))
+    if verb is not None and verb not in VERBS:
+        word = OTHER_WORDS.get(verb)
+        hint = f"did you mean `shoal {word}`?" if word else meant(verb, VERBS, f"there are {', '.join(VERBS)}")
+        parser.error(f"{redacted_arguments([verb])[0]}: no such verb; {hint}")
+    if verb is not None and VERBS[verb].reads_recipe and not told:
+        argv = list(_with_keys_as_words(parser, argv, VERBS[verb].sections))
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")]
     if "--dry-run" in unknown:
         able = " or ".join(f"`shoal {verb} --dry-run`" for verb, row in VERBS.items() if row.dry_run)
         parser.error(f"`shoal {known.verb}` has no --dry-run; there is {able}")
+    if unknown and VERBS[known.verb].reads_recipe:
+        parser.error(_no_option(known.verb, unknown[0]))
     if unknown or (rest and "words" not in known):
         parser.error(f"unrecognized arguments: {' '.join(redacted_arguments(unknown or rest))}")
     if "words" in known:
@@ -152,18 +213,62 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return known
 
 
+def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], sections: Sequence[str]) -> Iterator[str]:
+    """The words of a command, every option that is a key of the recipe as `section.key=value`."""
+    from shoal.recipe.keys import flow_text, may_be, place_of, type_at
+
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        is_option = name.startswith("--")
+        place = place_of(name.removeprefix("--").replace("-", "_") if is_option else name, sections)
+        if place is None or not (is_option or equals) or Path(word).is_dir():
+            yield word
+            continue
+        kind = type_at(place)
+        is_switch = may_be(kind, "true")
+        if not equals and rest and not rest[0].startswith("--") and (not is_switch or may_be(kind, rest[0])):
+            value = rest.pop(0)
+        elif not equals and is_switch:
+            value = "true"
+        elif not equals:
+            parser.error(f"{redacted_arguments([word])[0]}: needs a value; `shoal explain {place}` says which")
+        yield f"{place}={flow_text(kind, value)}"
+
+
+def _no_option(verb: str, option: str) -> str:
+    """That ``verb`` has no such option, and which one is meant."""
+    from shoal.recipe.gone import gone
+    from shoal.recipe.keys import all_keys, short_name
+    from shoal.recipe.messages import meant_key
+    from shoal.recipe.recipe import Recipe
+
+    sections, name = VERBS[verb].sections, option.lstrip("-").partition("=")[0]
+    word = LETTERS.get(name, name).replace("-", "_")
+    for place in (word, *(f"{section}.{word}" for section in sections)):
+        if words := gone(place):
+            return f"{place}: {words}"
+    keys = [short_name(place, sections) for place, _, _ in all_keys()]
+    hint = f"`shoal {verb} --{word} VALUE`" if word in keys else meant_key(word.rpartition(".")[2], keys, Recipe)
+    return f"{redacted_arguments([option])[0]}: `shoal {verb}` has no such option; {hint}"
+
+
 def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> None:
-    """Tell the recipe from the overrides: the first word that is none, unless --config names it."""
+    """Tell the recipe from the overrides: the first word that is none, unless --config or `model` names it."""
     if known.config is None:
-        known.config = next((word for word in known.words if "=" not in word or Path(word).is_dir()), None)
-        if known.config is None:
-            parser.error(f"name a recipe or a run directory, such as `shoal {known.verb} runs/mine`")
-        known.words.remove(known.config)
+        named = [word.removeprefix("model=") for word in reversed(known.words) if word.startswith("model=")]
+        own = [word for word in known.words if "=" not in word or Path(word).is_dir()]
+        if not own + named:
+            parser.error(f"name a recipe, a run directory or a model, such as `shoal {known.verb} runs/mine`")
+        known.config = (own + named)[0]
+        known.words.remove(known.config if own else f"model={known.config}")
     for other in (word for word in redacted_arguments(known.words) if "=" not in word):
         parser.error(f"override {other!r}: must have the form section.key=value")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
+    """The parser of the command; the help and completion of the verbs ``with_keys`` know the keys of the recipe."""
     parser = argparse.ArgumentParser(
         prog="shoal", description="Make large language models shallower and get their abilities back."
     )
@@ -177,7 +282,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, row in VERBS.items():
-        sub = verbs.add_parser(verb, help=row.help, description=row.help, epilog=f"example: shoal {verb} {row.example}")
+        shown = [example.partition("  ")[::2] for example in row.examples]
+        width = max(len(words) for words, _ in shown)
+        examples = "\n".join(f"  shoal {verb} {words:<{width}}  {what.strip()}" for words, what in shown)
+        sub = verbs.add_parser(
+            verb,
+            help=row.help,
+            description=f"{row.help}\n\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=f"shoal {verb} RECIPE | RUN_DIR | MODEL [--option value | section.key=value ...]"
+            if row.reads_recipe
+            else None,
+            allow_abbrev=False,
+        )
         loudness = sub.add_mutually_exclusive_group()
         for option, said in (
             ("quiet", "say results, warnings and errors only"),
@@ -190,12 +307,16 @@ def _parser() -> argparse.ArgumentParser:
             _add_recipe(sub, row)
         else:
             _add_words(sub, verb)
+        if row.reads_recipe and verb in with_keys:
+            from .help.options import add_keys
+
+            add_keys(sub, row.sections)
     return parser
 
 
 def _add_recipe(sub: argparse.ArgumentParser, row: Verb) -> None:
     """What a verb takes that reads a recipe."""
-    sub.add_argument("--config", metavar="RECIPE", help="the same as RECIPE, for a path that holds a `=`")
+    sub.add_argument("--config", help=argparse.SUPPRESS)  # of launchers, and for a path that holds a `=`
     sub.add_argument("--local_rank", **LOCAL_RANK)
     sub.set_defaults(dry_run=False, each=None)
     if row.dry_run:
@@ -206,9 +327,9 @@ def _add_recipe(sub: argparse.ArgumentParser, row: Verb) -> None:
     sub.add_argument(
         "words",
         nargs="*",
-        metavar="RECIPE | section.key=value",
-        help="recipe (YAML), by path or by a name of `shoal list recipes`, or a run directory, which knows its own; "
-        "and settings to override, see `shoal explain`",
+        metavar="RECIPE | RUN_DIR | MODEL",
+        help="recipe (YAML) by path or by a name of `shoal list recipes`, a run directory, which knows its own, or a "
+        "model (Hub id, folder, demo:NAME) with a recipe of defaults; and any key of the recipe as section.key=value",
     )
 
 

@@ -1,6 +1,7 @@
 """The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
 
-Covers: shoal.errors, shoal.launch.arguments, shoal.launch.verbs.launch.
+Covers: shoal.errors, shoal.launch.arguments, shoal.launch.help.options, shoal.launch.verbs.launch,
+shoal.recipe.keys.
 """
 
 from __future__ import annotations
@@ -63,12 +64,48 @@ def test_the_recipe_is_the_first_word_that_is_no_override() -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("eval m/x --tasks a,b --limit 50", ["eval.tasks=[a,b]", "eval.limit=50"]),
+        ("eval m/x eval.tasks=a,b --eval.limit=50", ["eval.tasks=[a,b]", "eval.limit=50"]),
+        ("prune --drop 13,14,26 m/x", ["prune.drop=[13,14,26]"]),
+        (
+            "prune m/x --drop [13] --protect -1 --num_drop null",
+            ["prune.drop=[13]", "prune.protect=[-1]", "prune.num_drop=null"],
+        ),
+        ("distill m/x --trainer.learning_rate 1e-4 --run-dir d", ["distill.trainer.learning_rate=1e-4", "run_dir=d"]),
+        ("distill m/x --lora.r 8 --num-drop 4 --seed=1", ["distill.lora.r=8", "prune.num_drop=4", "seed=1"]),
+        ("run m/x --num-tokens 1e6 --measure.num-tokens 5", ["distill.num_tokens=1e6", "measure.num_tokens=5"]),
+        ("eval m/x --control --speed false", ["eval.control=true", "eval.speed=false"]),
+        ("eval --control m/x", ["eval.control=true"]),
+        ("eval --model m/x --control=false", ["eval.control=false"]),
+        ("eval m/x --model n/y", ["model=n/y"]),
+    ],
+)
+def test_every_key_is_an_option(argv: str, words: list[str]) -> None:
+    verb = argv.partition(" ")[0]
+    assert parsed(*argv.split()) == (verb, "m/x", words)
+    assert parsed(verb, "m/x", *words) == (verb, "m/x", words)
+
+
+def test_a_folder_with_a_setting_in_its_name_is_a_run_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seed=0").mkdir()
+    assert parsed("report", "seed=0", "--gguf") == ("report", "seed=0", ["export.gguf=true"])
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["eval", "r", "--limit"], "--limit: needs a value; `shoal explain eval.limit` says which"),
+        (["eval", "r", "--limit", "--control"], "--limit: needs a value"),
+        (["distill", "r", "--limit", "5"], "it is a key elsewhere: eval.limit"),
         ([], "the following arguments are required: VERB"),
         (["prun", "--config", "r"], "prun: no such verb; did you mean 'prune'?"),
-        (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
-        (["prune", "--config", "r", "--sed", "1"], "unrecognized arguments: --sed"),
+        (["prune"], "name a recipe, a run directory or a model, such as `shoal prune runs/mine`"),
+        (["prune", "--config", "r", "--sed", "1"], "--sed: `shoal prune` has no such option; did you mean 'seed'?"),
     ],
 )
 def test_wrong_words_end_with_the_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
@@ -94,21 +131,23 @@ def test_every_verb_names_functions_that_are_there(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", arguments.VERBS)
-def test_every_verb_has_help_with_an_example_that_can_be_given(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+def test_every_verb_has_help_with_examples_that_can_be_given(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert ("section.key=value" in said) == arguments.VERBS[verb].reads_recipe
-    words = shlex.split(said.partition("example: ")[2])
-    assert words[:2] == ["shoal", verb]
-    known = arguments.parse(words[1 : words.index(">")] if ">" in words else words[1:])
-    if arguments.VERBS[verb].reads_recipe:
-        raw: dict[str, Any] = {"model": "m"}
-        for override in known.words:
-            explanation(override.partition("=")[0])
-            apply_override(raw, override)
-        parse_recipe(raw)
+    assert len(arguments.VERBS[verb].examples) == 3
+    for example in arguments.VERBS[verb].examples:
+        words = example.partition("  ")[0]
+        assert f"shoal {verb} {words}".strip() in said
+        known = arguments.parse([verb, *shlex.split(words)])
+        if arguments.VERBS[verb].reads_recipe:
+            raw: dict[str, Any] = {"model": "m"}
+            for override in known.words:
+                explanation(override.partition("=")[0])
+                apply_override(raw, override)
+            parse_recipe(raw)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run is told: every setting a frozen dataclass.
 
 recipe                  the whole, with `track` and `export`; load_recipe() and overrides
+keys                    every key by its place, type and docstring; keys as options
 messages                why a recipe is refused, in the words of YAML
 gone                    keys that recipes once knew, and what to write instead
 field_words             what users of other tools type, and what it is here

@@ -140,7 +140,7 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
         case "unexpected_keyword_argument":
             place = ".".join(map(str, [*keys, last]))
             known = list(dict.fromkeys(field.name for section in sections for field in dataclasses.fields(section)))
-            return place, gone(place) or f"unknown key; {_meant(str(last), known, root)}", ""
+            return place, gone(place) or f"unknown key; {meant_key(str(last), known, root)}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
         case "union_tag_not_found":
@@ -162,7 +162,7 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     return place, demand(problem) + form, _shown(last, problem["input"])
 
 
-def _meant(word: str, known: Sequence[str], root: type[Section]) -> str:
+def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
     """What an unknown key may mean: the key that other tools call so, one that another section of ``root`` has, or the
     most alike of those ``known`` where it stands."""
     if get_close_matches(word, known, cutoff=0.8):
@@ -171,7 +171,7 @@ def _meant(word: str, known: Sequence[str], root: type[Section]) -> str:
         return f"here it is {here}"
     elsewhere = [] if "kind" in known else [place for place in _places(root) if place.endswith(f".{word}")]
     if elsewhere:
-        return f"it is a key elsewhere: {listed(elsewhere[:3], 'or')}"
+        return f"it is a key elsewhere: {listed(sorted(elsewhere, key=lambda place: place.count('.'))[:3], 'or')}"
     nearest = known if len(known) <= MOST_NAMED else [*get_close_matches(word, known, n=MOST_NAMED, cutoff=0.0), "..."]
     return meant(word, known, f"known keys are {', '.join(nearest)}")
 
