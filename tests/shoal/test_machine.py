@@ -55,7 +55,8 @@ def test_a_gpu_computes_in_what_it_has_instructions_for(
 
 
 def recipe(tmp_path: Path, **settings: Any) -> Any:
-    return parse_recipe({"model": "demo:smollm2-135m", "run_dir": str(tmp_path / "run"), **settings})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
+    return parse_recipe({"model": str(tmp_path), "run_dir": str(tmp_path / "run"), **settings})
 
 
 @pytest.fixture
