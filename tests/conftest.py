@@ -4,6 +4,7 @@ Two idle thread pools that spin on the same cores make tests ten times slower.
 """
 
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -30,16 +31,22 @@ for name, value in {
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without it
 
 
+SLOWEST = Path(__file__).with_name("slowest.txt")
+"""Seconds of files whose tests take more than five, as `pytest --durations=0` adds up."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="of every test that is not slow the first case alone")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what a sample leaves out as prove.
+    """Begin with the slowest files, so that no processor waits in the end, and mark what a sample leaves out as prove.
 
     With --fast, leave out what is marked slow or prove, and all but the first case where not marked every_case.
     """
+    seconds = {file: float(time) for time, file in map(str.split, SLOWEST.read_text().splitlines())}
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
     cases: Counter[str] = Counter()
     for item in items:
         if sample := item.get_closest_marker("sample"):
@@ -56,6 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in first.values() if not {"slow", "prove"} & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage pass over the libraries, a million objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]

@@ -78,6 +78,7 @@ def all_gone(started: list[psutil.Process]) -> None:
     wait_for(gone, "the processes that were started to end", GONE_S)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("arguments", "sign"), [(MEASURE, "measure: "), (EVAL, "eval: teacher (")])
 def test_ctrl_c_ends_a_stage_at_once(teacher: Path, tmp_path: Path, arguments: tuple[str, ...], sign: str) -> None:
     path = write_recipe(tmp_path, teacher)

@@ -138,16 +138,17 @@ def finished(trial: Trial) -> Trial:
     return trial
 
 
-def unfinished(trial: Trial, folder: Path, *, step: int) -> Path:
-    """The recipe of a copy of this run that looks as if it had been killed after the checkpoint of ``step``."""
+def unfinished(trial: Trial, folder: Path, *, step: int, part: str = ".") -> Path:
+    """The recipe of a copy of this run that looks as if it had been killed after the checkpoint of ``step``, of the
+    student or of another ``part`` of the run directory."""
     shutil.copytree(trial.recipe.parent, folder)
     path = folder / "recipe.yaml"
     settings = yaml.safe_load(path.read_text())
     settings["run_dir"] = str(folder / "run")
     path.write_text(yaml.safe_dump(settings))
-    shutil.rmtree(folder / "run" / "distilled")
-    (folder / "run" / Training.FILE).unlink()
-    for checkpoint in (folder / "run" / "checkpoints").glob("checkpoint-*"):
+    shutil.rmtree(folder / "run" / part / "distilled")
+    (folder / "run" / part / Training.FILE).unlink()
+    for checkpoint in (folder / "run" / part / "checkpoints").glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(checkpoint)
     return path

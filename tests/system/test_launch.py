@@ -69,10 +69,10 @@ def curve(path: Path, steps: int = STEPS) -> list[float]:
 
 @pytest.fixture(scope="session")
 def reference(once: Any, tied_teacher: Path) -> Path:
-    """One rank, ZeRO 0, fp32, never interrupted, started exactly as the README says."""
+    """One rank, ZeRO 0, fp32, never interrupted."""
 
     def make(folder: Path) -> None:
-        finished(launch("distill.py", write_recipe(folder, tied_teacher, **KEEPING), ranks=1))
+        finished(distill(write_recipe(folder, tied_teacher, **KEEPING)))
 
     return once("reference", make) / "recipe.yaml"
 

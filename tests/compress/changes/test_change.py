@@ -19,7 +19,7 @@ from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.recipe.prune import APART, Prune
 from shoal.recipe.recipe import parse_recipe
 
-TEXT = {"data": "docstrings", "num_tokens": 2048, "sequence_length": 32}
+TEXT = {"data": "python_docs", "num_tokens": 2048, "sequence_length": 32}
 ASKED: dict[str, dict[str, Any]] = {
     "width": {"intermediate_size": 32, **TEXT},
     "compensate": {"method": "scale", **TEXT},

@@ -161,10 +161,9 @@ def test_a_twin_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -> None:
     first_parts = {data.about: data for data in reversed(DATA_SETS.values()) if data.bundled and data.page is None}
+    loaded = load_tasks(f"{data.dataset}_{protocol}" for data in first_parts.values() for protocol in data.protocols)
     for data in first_parts.values():
-        tasks: dict[TaskProtocol, Any] = {
-            protocol: load(f"{data.dataset}_{protocol}", None) for protocol in data.protocols
-        }
+        tasks: dict[TaskProtocol, Any] = {protocol: loaded[f"{data.dataset}_{protocol}"] for protocol in data.protocols}
         ids = {tuple(task.eval_docs["id"]) for task in tasks.values()}
         assert len(ids) == 1
         assert len(set(ids.pop())) == (data.num_items or 200)

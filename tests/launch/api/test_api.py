@@ -108,6 +108,7 @@ def test_scores_are_those_of_the_stage(tmp_path: Path, teacher: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("precision", ["float32", "bf16-mixed"])
 def test_healing_is_that_of_the_stage(tmp_path: Path, teacher: Path, docs: list[str], precision: str) -> None:
     """The command trains under DeepSpeed; these are the same steps."""

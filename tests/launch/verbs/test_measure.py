@@ -203,13 +203,19 @@ def test_how_a_model_writes_by_itself_identifies_what_is_swept(
     assert "answered already" in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("metrics", "kind"), [(["block_influence", "sleb"], "float32"), (["angular", "single_drop_perplexity"], "bfloat16")]
+    ("metrics", "kind", "protocol"),
+    [
+        (["block_influence", "sleb"], "float32", "continuation"),
+        (["angular", "single_drop_perplexity"], "bfloat16", "generation"),
+    ],
 )
 def test_a_model_that_does_not_fit_waits_on_disk_and_has_the_same_numbers(
-    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: list[str], kind: str
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: list[str], kind: str, protocol: str
 ) -> None:
-    sweep = {**SWEEP, "perplexity_tokens": 0, "operators": ["layer", "attention"]}
+    sweep = {**SWEEP, "protocols": [protocol], "perplexity_tokens": 0, "operators": ["layer", "attention"]}
     settings = {"metrics": metrics, "num_drop": 2, "sweep": sweep}
     found = []
     for name, room in (("whole", None), ("offloaded", 200_000)):

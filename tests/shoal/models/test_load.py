@@ -355,7 +355,7 @@ def demo_folder() -> Path:
     return resolve_model("demo:smollm2-135m")
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_demo_model_is_a_plain_checkpoint_that_speaks_english(demo_folder: Path) -> None:
     check_checkpoint(demo_folder)
     model, tokenizer = load_model(demo_folder, dtype="bfloat16"), load_tokenizer(demo_folder)

@@ -52,7 +52,8 @@ def read(teacher: Path, folder: Path, how: Record = BY_VLLM, *, dtype: Any = "fl
     return RecordingReader(folder, rows(), inputs=inputs, rows_from=ROWS_FROM).rows(range(8))
 
 
-@pytest.mark.parametrize("top_k", [1, VOCAB_SIZE - 1])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("top_k", [VOCAB_SIZE - 1, 1])
 def test_vllm_records_what_transformers_does(teacher, vllm, tmp_path, top_k):
     local, here = Record(top_k=top_k, rows_per_shard=3), Record(top_k=top_k, rows_per_shard=3, backend="vllm")
     record(teacher, tmp_path / "local", local)
@@ -107,6 +108,7 @@ FAULTS: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_answers_that_are_none_are_refused_by_what_is_wrong(teacher, vllm, tmp_path, monkeypatch, fault):
     change, message = FAULTS[fault]
