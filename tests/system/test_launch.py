@@ -30,6 +30,7 @@ from shoal.ranks import free_port
 from shoal.stopping import _alive
 
 ROOT = Path(__file__).parents[2]
+SELDOM = {"save_strategy": "steps", "save_steps": 10}
 pytestmark = pytest.mark.slow
 
 
@@ -206,7 +207,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.prove)])
 def test_a_killed_run_goes_on_with_the_same_curve(long_reference, pruned, tmp_path, victim):
-    path = pruned(tmp_path, steps=MANY_STEPS)
+    path = pruned(tmp_path, steps=MANY_STEPS, trainer=SELDOM)
     ranks = 2 if victim == "rank" else 1
     launcher = start(path, ranks=ranks)
     checkpoints = path.parent / "run" / "checkpoints"
@@ -245,7 +246,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, pruned, tmp_path):
-    path = pruned(tmp_path, steps=MANY_STEPS)
+    path = pruned(tmp_path, steps=MANY_STEPS, trainer=SELDOM)
     with TemporaryFile("w+") as said:
         (rank,) = start_ranks(["distill", "--config", str(path)], ranks=1, env=environment(), cwd=tmp_path, log=said)
         checkpoints = path.parent / "run" / "checkpoints"

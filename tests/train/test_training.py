@@ -352,36 +352,26 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
         assert recorded.curve(name) != live.curve(name) or name == "cross_entropy"
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
-    """A run that learns from a recording, which holds the prefix too."""
-    folder = tmp_path_factory.mktemp("prefix")
-    path = recipe(folder / "prefix", teacher, cut, **recorded_in(folder, prefix=True))
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.prove)])
+def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teacher, cut, tmp_path, stopped):
+    settings: dict[str, Any] = {"trainable": "from_first_cut", "trainer": {"save_strategy": "steps", "save_steps": 4}}
+    with_prefix = {"recorded": str(tmp_path / "signals"), "prefix": True}
+    record = {"folder": str(tmp_path / "signals")}
+    path = recipe(tmp_path / "prefix", teacher, cut, **settings, record=record, teacher=with_prefix)
     finished(run(path, verb="record"))
-    return finished(run(path))
-
-
-def recorded_in(folder: Path, **teacher: Any) -> dict[str, Any]:
-    signals = str(folder / "signals")
-    saved = {"save_strategy": "steps", "save_steps": 4}
-    from_file = {"record": {"folder": signals}, "teacher": {"recorded": signals, **teacher}}
-    return {"trainable": "from_first_cut", "trainer": saved, **from_file}
-
-
-def test_a_recorded_prefix_gives_the_curve_of_running_it(prefix, teacher, cut, tmp_path):
-    # what holds the prefix serves runs without it
-    alone = finished(run(recipe(tmp_path, teacher, cut, **recorded_in(prefix.recipe.parents[1]))))
+    prefix = finished(run(path))
     assert prefix.training.settings["shared_layers"] == 2
+    if stopped:
+        went_on = finished(run(unfinished(prefix, tmp_path / "on", step=4)))
+        assert "going on from" in went_on.log
+        assert went_on.curve() == prefix.curve()
+        assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
+        return
+    # what holds the prefix serves runs without it
+    alone = recipe(tmp_path / "alone", teacher, cut, **settings, record=record, teacher={"recorded": record["folder"]})
+    alone = finished(run(alone))
     assert alone.training.settings["shared_layers"] == 0
     same(prefix, alone, ["forward_kl"], within=1e-6)
-
-
-@pytest.mark.prove
-def test_a_recorded_prefix_gives_the_same_curve_after_a_stop(prefix, tmp_path):
-    went_on = finished(run(unfinished(prefix, tmp_path / "on", step=4)))
-    assert "going on from" in went_on.log
-    assert went_on.curve() == prefix.curve()
-    assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
 
 
 def test_an_offloaded_teacher_gives_the_curve_of_one_on_the_device(live, teacher, cut, tmp_path):
