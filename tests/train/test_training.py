@@ -76,11 +76,11 @@ WATCHED: dict[str, Any] = {
     "track": "offline",
     "losses": ALL_LOSSES,
     "watch": {
-        "every": 2,
+        "eval_steps": 2,
         "perplexity_tokens": 128,
         "tasks": ["knowledge_continuation"],
         "limit": 4,
-        "best": "perplexity",
+        "metric_for_best_model": "perplexity",
     },
     "trainer": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4},
 }
