@@ -83,7 +83,7 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
     )
     name = "model.layers.0.self_attn.q_proj.weight"
     moved = trial.weights()[name].bfloat16() != trial.weights("student")[name].bfloat16()
-    assert 0.02 < moved.float().mean() < 0.9
+    assert 0.04 < moved.float().mean() < 0.9
 
 
 @pytest.mark.parametrize(
