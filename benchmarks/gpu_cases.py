@@ -101,8 +101,6 @@ class Case:
     """Every row is one document; else it holds several."""
     on_cpu: bool = False
     """The process sees no accelerator."""
-    recorded: bool = False
-    """The teacher's signals are recorded before."""
     trl: dict[str, Any] = field(default_factory=dict)
     """Of TRL's trainer: `weights` (a dtype), `liger`."""
     limit_s: float = 90
@@ -169,7 +167,7 @@ CASES = (
     Case("nf4, checkpointing", "8B", "speed", distill=zero("0") | CHECKPOINTING | NF4),
     Case("on a CPU, one document a row", distill={"precision": "float32"}, **CPU),
     Case("on a CPU, from the first cut up", distill={"precision": "float32"} | FROM_THE_CUT, **CPU),
-    Case("on a CPU, recorded teacher", distill={"precision": "float32"}, recorded=True, **CPU),
+    Case("on a CPU, recorded teacher", distill={"precision": "float32", "teacher": "recorded"}, **CPU),
     Case("on a CPU, TRL", kind="trl", distill={"precision": "float32"}, **CPU),
 )
 """All of them, the most important first: where time is short, the last are left out."""
@@ -178,8 +176,6 @@ CASES = (
 def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """The recipe of a training, whose model is the configuration in ``folder``."""
     settings: dict[str, Any] = {"precision": "bf16-mixed", "watch": None, **zero("2"), **case.distill}
-    if case.recorded:
-        settings["teacher"] = {"recorded": str(folder / "signals")}
     trainer = {
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",

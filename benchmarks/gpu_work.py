@@ -42,17 +42,15 @@ from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dt
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device as here
 from shoal.runtime import environment, leave_distributed, set_up_distributed, turn_down_libraries
-from shoal.train.distill import check_distillable, make_trainer
+from shoal.train.distill import check_distillable, make_trainer, recorded
 from shoal.train.engine.arguments import training_arguments
 from shoal.train.engine.sharding import join_deepspeed, leave_deepspeed
 from shoal.train.engine.stop import StopRequest
 from shoal.train.preflight.fit import Free
 from shoal.train.preflight.memory import job
 from shoal.train.preflight.throughput import flops_per_token
-from shoal.train.record import record_signals
 from shoal.train.student.sizes import built
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
-from shoal.train.teacher.recording import rows_from
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = 512
@@ -166,7 +164,6 @@ def spec_of(case: Case, size: Size, folder: Path) -> TrainSpec:
         RandomCheckpoint(write_config(student, folder / "student"), student, load, size.keep, **own),
         plan,
         run.recipe.distill,
-        run.recipe.record,
         Ranks.here(),
     )
     check_distillable(spec)
@@ -199,11 +196,10 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     if problems := Free.here(here()).shortages(told):
         return {"without": f"not measured: does not fit by the estimate: {problems[0]}"}
     inputs = {"model": "random", "distill.data": []}
-    if (signals := spec.settings.teacher.recorded) is not None:
-        record_signals(spec.teacher, rows, Path(signals), spec.record, model="random", rows_from=rows_from(inputs))
+    teacher = recorded(spec, rows, folder, inputs, verify=False)
     join_deepspeed()
     arguments = training_arguments(spec.settings, spec.deepspeed, output_dir=folder / "checkpoints", seed=0)
-    trainer = make_trainer(spec, rows, arguments, inputs, {}, stop=StopRequest(), callbacks=[clock])
+    trainer = make_trainer(spec, rows, arguments, {}, teacher, stop=StopRequest(), callbacks=[clock])
     trainer.objective.install()
     trainer.train()
     student: Any = trainer.objective.student

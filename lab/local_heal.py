@@ -135,7 +135,7 @@ def heal(
     autocast = spec.deepspeed.product_dtype == torch.bfloat16
     autocast = autocast or spec.teacher.load.attention == "flash"  # whose kernels take no float32
     student = spec.student.model(dtype="float32", device=device())
-    teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype, device=device()).requires_grad_(False)
+    teacher = spec.teacher.model(dtype=spec.live_dtype, device=device()).requires_grad_(False)
     errors = heal_gaps(student, teacher, rows, settings, gaps(spec.plan), autocast=autocast)
     state = {name: w for name, w in student.state_dict().items() if name not in student.all_tied_weights_keys}
     write_student(student, state, spec.student, folder)
@@ -273,7 +273,7 @@ def train(run: Run, spec: TrainSpec, inputs: dict[str, Any], folder: Path) -> st
     file = folder / Training.FILE
     if not Identity(Training, file, inputs, "lab").is_done():
         runtime.seed_everything(run.recipe.seed)
-        distill(spec, run_dir=folder, text=run.dir / "text", inputs=inputs, start_tracking=lambda: None)
+        distill(spec, run_dir=folder, home=run.dir, inputs=inputs, start_tracking=lambda: None)
     runtime.leave_distributed()
     training = Training.load(file)
     losses = [row["loss"] for row in training.history if "loss" in row]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.launch.verbs.run import Run
 from shoal.models.document_masks import document_starts
+from shoal.recipe.distill import Recorded
 from shoal.recipe.losses import HiddenStates, StateTerm
 from shoal.recipe.section import Section
 from shoal.train.objective.host_batch import queued
@@ -90,8 +91,8 @@ def work(run: Run, settings: Settings) -> str:
     if any(isinstance(term, Relation) for term in settings.terms):
         if distill.compile:
             raise UserError("distill.compile: compiled layers do not show their attention; set it to false")
-        if distill.teacher.recorded is not None:
-            raise UserError("distill.teacher.recorded: signals hold no attention; train with the teacher itself")
+        if isinstance(distill.teacher, Recorded):
+            raise UserError("distill.teacher: recorded signals hold no attention; set it to live")
     spec, inputs = described(run, "relations", settings)
     losses = (*spec.settings.losses, *settings.terms)
     spec = dataclasses.replace(

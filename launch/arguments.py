@@ -80,12 +80,12 @@ VERBS = {
         ("launch.verbs.dry_run.prune_dry_run", "sizes, expected speed and targets before and after"),
     ),
     "record": Verb(
-        "write down what the teacher says of the training rows, to train from: signals/",
+        "distill in two sittings: write down what the teacher says of the training rows, and train later: signals/",
         "launch.verbs.distill.record",
         (
-            "my.yaml  with the recipe's own settings",
-            "runs/mine --distill.num_tokens 1e6  of so many tokens",
-            "my.yaml --seed 1  of other rows",
+            "my.yaml distill.teacher=recorded  with the recipe's own settings",
+            "runs/mine --distill.teacher recorded --distill.num_tokens 1e6  of so many tokens",
+            "my.yaml --distill.teacher recorded --seed 1  of other rows",
         ),
         ("distill",),
     ),

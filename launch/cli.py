@@ -115,6 +115,7 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     from shoal.inference.vllm import check_vllm
     from shoal.model_names import refuse_no_model
     from shoal.recipe.deepspeed_file import read_deepspeed
+    from shoal.recipe.distill import Live, Recorded
     from shoal.recipe.section import TEACHER_TEXT
 
     sweep, distill = recipe.measure.sweep, recipe.distill
@@ -130,8 +131,12 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
             texts = Path(distill.writing.folder or f"{recipe.run_dir}/text").expanduser()
             if not any(texts.glob("written-*")):  # which are read without it, if they are the recipe's
                 check_vllm("distill.writing.backend")
-    if verb == "record" and recipe.record.backend == "vllm":
-        check_vllm("record.backend")
+        teacher = distill.teacher
+        if verb == "record" and isinstance(teacher, Live):
+            raise UserError("distill.teacher: is live, which is not recorded; set it to recorded")
+        by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
+        if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
+            check_vllm("distill.teacher.backend")
     if verb in ("eval", "run"):
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)
         if recipe.eval.backend == "vllm":

@@ -20,7 +20,7 @@ from shoal.data.streams import Layout, pack
 from shoal.inference.vllm import check_vllm, vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.ranks import is_main
-from shoal.recipe.distill import Distill, sources_that_ask
+from shoal.recipe.distill import Distill, Recorded, sources_that_ask
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
 from shoal.runtime import agreed, device
@@ -70,7 +70,7 @@ def teacher_texts(
 
 def sources_apart(settings: Distill) -> list[bool] | None:
     """Of each source whether the teacher is asked of its rows, if those of which it is not are rows of their own."""
-    asked = None if settings.teacher.recorded is not None else sources_that_ask(settings)
+    asked = None if isinstance(settings.teacher, Recorded) else sources_that_ask(settings)
     flags = [asked is None or number in asked for number in range(len(settings.data))]
     return None if all(flags) or not any(flags) else flags
 
@@ -83,13 +83,12 @@ def rows_to_train_on(
     *,
     inputs: dict[str, Any],
     images: ImageReader | None = None,
-    for_recording: bool = False,
 ) -> PackedRows:
     """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`, and what
     ``images`` has read for the sources of images.
 
-    Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so rows
-    ``for_recording``, nor those of a recorded teacher: what is recorded serves other loss terms too.
+    Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so those of a
+    recorded teacher: what is recorded serves other loss terms too.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
@@ -98,8 +97,7 @@ def rows_to_train_on(
     identity = [shaped, rows, settings.packing, texts_fingerprint(texts)]
     if images is not None:
         identity.append(rows_per_step(settings))
-    apart = None if for_recording else sources_apart(settings)
-    if apart is not None:
+    if (apart := sources_apart(settings)) is not None:
         identity.append({"asks the teacher": apart})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
     if (num_tokens := rows * settings.sequence_length) > 1.1 * settings.num_tokens and not path.exists() and is_main():

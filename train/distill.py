@@ -26,11 +26,11 @@ from shoal.machine import peak_memory
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
-from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
-from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
+from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Recorded
+from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import Shapes, shaping
 from shoal.redaction import redacted
-from shoal.runtime import agreed, barrier, device
+from shoal.runtime import agreed, barrier, device, free_memory
 from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
@@ -48,11 +48,13 @@ from .engine.checkpoint import last_complete, needs_universal
 from .engine.kernels import is_fused
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
-from .objective.chunked_loss import refuse_for_top_k
 from .preflight.fit import check_fit, explained_memory
+from .record import record_signals
 from .student.frozen import stored_names, write_student
 from .student.spec import TrainSpec, require_same_vocabulary
 from .student.trainable import keep_zeros
+from .teacher.recording import Wanted, rows_from
+from .teacher.signals import RecordingReader
 from .teacher.wiring import make_trainable
 from .trainer import DistillTrainer, ObjectiveTrainer, Parts
 
@@ -60,12 +62,7 @@ log = logging.getLogger(__name__)
 
 
 def distill_inputs(
-    settings: Distill,
-    record: Record,
-    *,
-    teacher: str,
-    trained: Mapping[str, Any],
-    general: Mapping[str, Any],
+    settings: Distill, *, teacher: str, trained: Mapping[str, Any], general: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that shapes distilled/: the stage's identity.
 
@@ -75,10 +72,6 @@ def distill_inputs(
     section = shaping(settings, Shapes.TRAINING, "distill.")
     if settings.watch is None or settings.watch.metric_for_best_model is None:
         del section["distill.watch"]  # it only looks on
-    # what was recorded, not where it lies; it is compared with rows and model when it is read
-    told = shaping(record, Shapes.TRAINING) | record.engine_inputs
-    recorded = told | ({"prefix": True} if settings.teacher.prefix else {})
-    section["distill.teacher"]["recorded"] = None if settings.teacher.recorded is None else recorded
     if settings.writing.prompts is not None:
         section["distill.writing.prompts"] = sources_fingerprint((settings.writing.prompts,))
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
@@ -110,14 +103,13 @@ def check_distillable(spec: TrainSpec) -> None:
     """What can be refused before weights are loaded.
 
     Raises:
-        UserError: different vocabularies, losses that recorded signals cannot serve, adapters that
-            nothing could be trained of, or kernels that cannot be had.
+        UserError: different vocabularies, signals that cannot be recorded, adapters that nothing could be trained of,
+            or kernels that cannot be had.
     """
     teacher, student, settings = spec.teacher, spec.student, spec.settings
     require_same_vocabulary(teacher, student)
-    if settings.teacher.recorded is not None:
-        on_logits = [term for term in settings.losses if isinstance(term, LOGIT_TERMS)]
-        refuse_for_top_k(on_logits, temperature=spec.record.temperature)
+    if spec.teacher_place == "recorded":
+        _ = Wanted.of(spec, "").layout  # refuses
     on_policy = settings.on_policy is not None and settings.on_policy.share > 0
     if on_policy and any(isinstance(term, CrossEntropy) and term.weight for term in settings.losses):
         log.warning(
@@ -136,7 +128,7 @@ def distill(
     spec: TrainSpec,
     *,
     run_dir: Path,
-    text: Path,
+    home: Path,
     inputs: dict[str, Any],
     make_scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None = None,
     search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None = None,
@@ -145,7 +137,8 @@ def distill(
     """Train the student on the teacher's signals; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run. ``text`` is the folder of the rows and of what the teacher writes, ``inputs`` the identity of distilled/.
+    same run. ``home`` is the run directory of the rows and of what the teacher writes and says, which is that of the
+    student also for the control; ``inputs`` is the identity of distilled/.
     ``make_scorer`` makes, for a tokenizer, what distill.watch scores the student with; ``search_rows`` finds evaluation
     items in the rows, for distill.json; ``start_tracking`` gives None where nothing is tracked.
 
@@ -162,16 +155,18 @@ def distill(
     with doing("working out what training takes"):
         agreed(lambda: check_fit(spec, run_dir))
     tokenizer = spec.teacher.tokenizer()
-    rows = _rows(spec, tokenizer, text, inputs)
+    rows = rows_of(spec, tokenizer, home / "text", inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
     with doing("starting the W&B run"):
         curves = [] if start_tracking() is None else [Curves(run_dir)]
+    # before DeepSpeed is told of it: a teacher that speaks now is loaded whole
+    teacher = recorded(spec, rows, home, inputs, verify=False)
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
     callbacks = [progress, heartbeat, *curves]
-    trainer = make_trainer(spec, rows, arguments, inputs, known_by, stop=stop, callbacks=callbacks)
+    trainer = make_trainer(spec, rows, arguments, known_by, teacher, stop=stop, callbacks=callbacks)
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", known_by)
@@ -196,19 +191,19 @@ def make_trainer(
     spec: TrainSpec,
     rows: PackedRows,
     arguments: TrainingArguments,
-    inputs: dict[str, Any],
     known_by: dict[str, Any],
+    recorded: RecordingReader | None,
     *,
     stop: StopRequest,
     callbacks: Sequence[TrainerCallback],
 ) -> DistillTrainer:
     """Load the student, made trainable, and the teacher where it is to run; the Trainer that joins them with the loss.
 
-    ``arguments`` exist before the models: under ZeRO-3 they make from_pretrained shard what it loads. ``inputs`` is the
-    identity of distilled/, ``known_by`` that of checkpoints.
+    ``arguments`` exist before the models: under ZeRO-3 they make from_pretrained shard what it loads. ``known_by`` is
+    the identity of checkpoints.
 
     Raises:
-        UserError: parts of the recipe that contradict the plan, the models or a recording.
+        UserError: parts of the recipe that contradict the plan or the models.
     """
     held = spec.deepspeed.weight_dtype
     if held.itemsize < spec.student.stored_dtype.itemsize:
@@ -222,7 +217,7 @@ def make_trainer(
     keep_zeros(student)
     if spec.runs_teacher:
         with loaded_in(spec.teacher_dtype, arguments):
-            teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
+            teacher = spec.teacher.model(dtype=spec.live_dtype).requires_grad_(False)
     parts = Parts(
         spec,
         student,
@@ -230,7 +225,7 @@ def make_trainer(
         spec.teacher.tokenizer(),
         refused=Path(str(arguments.output_dir)).parent / "refused",
         stop=stop,
-        recorded=(rows, inputs),
+        recorded=recorded,
         stored=stored,
     )
     trainer = DistillTrainer(parts, identity=known_by, args=arguments, train_dataset=rows, callbacks=[*callbacks])
@@ -241,10 +236,28 @@ def make_trainer(
     return trainer
 
 
-def _rows(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, text: Path, inputs: dict[str, Any]) -> PackedRows:
+def rows_of(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, text: Path, inputs: dict[str, Any]) -> PackedRows:
+    """The rows of a training with the identity ``inputs``, kept in the folder ``text``."""
     texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
     images = ImageReader.of(spec.settings.data, spec.teacher)
     return rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs, images=images)
+
+
+def recorded(
+    spec: TrainSpec, rows: PackedRows, home: Path, inputs: dict[str, Any], *, verify: bool
+) -> RecordingReader | None:
+    """What a recorded teacher says of ``rows``, recorded now as far as it is missing; None = it is a live one. Every
+    rank calls this; ``verify`` as record_signals has it.
+
+    Raises:
+        UserError: as record_signals does.
+    """
+    if not isinstance(settings := spec.settings.teacher, Recorded):
+        return None
+    folder, wanted, shaped = settings.folder(home), Wanted.of(spec, inputs["model"]), rows_from(inputs)
+    record_signals(wanted, rows, folder, rows_from=shaped, verify=verify)
+    free_memory()
+    return RecordingReader(folder, rows, wanted, rows_from=shaped)
 
 
 def _arguments(spec: TrainSpec, run_dir: Path, resume: Path | None, *, seed: int) -> TrainingArguments:

@@ -26,7 +26,7 @@ from shoal.models.anatomy import decoder_layers
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
 from shoal.recipe.deepspeed_file import precisions_said
-from shoal.recipe.distill import Distill, Record, Trainable
+from shoal.recipe.distill import Distill, Trainable
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import LossTerm, StateTerm
 from shoal.recipe.messages import of_arguments
@@ -329,7 +329,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
         # nobody reads more of them than how many there are
         gone, width = tuple(range(kept, num_layers)), known_width(model, teacher or model)
         plan = Plan(Provenance({}), num_layers, gone, reason="not known", width=width)
-    spec = train_spec(original, student, plan, section, Record(), Ranks.here())
+    spec = train_spec(original, student, plan, section, Ranks.here())
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")
     if (lora := section.lora) is not None and (lora.load_in_4bit or spec.deepspeed.stage == 3):

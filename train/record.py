@@ -24,10 +24,9 @@ from shoal.artifacts.artifact import Provenance, differences
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import decoder_layers, state_of
-from shoal.models.load import Checkpoint, logits_from_hidden
+from shoal.models.load import logits_from_hidden
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
-from shoal.recipe.distill import Record
 from shoal.runtime import agreed, barrier, device, together
 
 from .objective.objective import final_hidden
@@ -37,9 +36,9 @@ from .teacher.recording import (
     RecordingManifest,
     ShardFile,
     TokenRows,
-    recording_inputs,
-    recording_layout,
-    refuse_other_rows,
+    Wanted,
+    of_another_run,
+    other_rows,
     row_hashes,
     shard_name,
     shard_planes,
@@ -51,117 +50,134 @@ from .teacher.vllm_teacher import HEAD_CHUNK, VllmTeacher, agreeing
 
 log = logging.getLogger(__name__)
 
+ROWS_PER_SHARD = 64
+"""Training rows in one file. A recording that was interrupted goes on at the next file."""
+ROWS_AT_ONCE = 8
+"""Rows that the teacher reads at one time on every rank; without effect on vLLM."""
+
 
 def record_signals(
-    teacher: Checkpoint,
+    wanted: Wanted,
     rows: TokenRows,
     folder: Path,
-    settings: Record,
     *,
-    model: str,
     rows_from: dict[str, Any],
-    prefix: int | None = None,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    verify: bool = True,
 ) -> None:
     """Record what the teacher says of ``rows``, or what is missing of it. Every rank calls this.
 
-    ``model`` is the teacher's fingerprint, ``rows_from`` what shaped the rows, for messages. So many of the lowest
-    layers as ``prefix`` says need never run again: the state above them is recorded.
+    ``rows_from`` is what shaped the rows, for messages. Without ``verify`` files of a finished recording are taken for
+    what they say of themselves, and else compared with their checksums.
 
     Raises:
-        UserError: as recording_layout does, the folder holds a recording of something else, or its disk has no room
-            for the rest, before any weight is loaded; the disk is full after all, or the teacher's distributions are
-            not finite; an engine that is not there, says something else than the teacher, or goes away. What is written
-            stays.
+        UserError: more tokens than the vocabulary has; the folder, which is not the run's own, holds a recording of
+            something else, or its disk has no room for the rest, before any weight is loaded; the disk is full after
+            all, or the teacher's distributions are not finite; an engine that is not there, says something else than
+            the teacher, or goes away. What is written stays.
     """
-    length = rows.input_ids_NS.shape[1]
-    layout = recording_layout(settings, teacher, sequence_length=length, prefix=prefix)
-    inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, prefix=prefix)
-    asked = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
-    pending = _pending(rows, folder, asked)
+    asked = RecordingManifest(Provenance(wanted.inputs), rows_per_shard, wanted.layout, rows_from)
+    pending = _pending(rows, folder, asked, wanted, verify=verify)
     manifest = RecordingManifest.load(folder / RecordingManifest.FILE)
     if not pending and manifest.num_rows >= len(rows):
         return
     recorded: Callable[..., dict[str, Tensor]]
-    if settings.backend == "transformers":
-        recorded = partial(_record_shard, teacher.model(device=device()), settings=settings)
+    if wanted.settings.backend == "transformers":
+        teacher = wanted.teacher.model(device=device())
+        recorded = partial(_record_shard, teacher, temperature=wanted.temperature)
     else:
-        engine = agreeing(teacher, rows, top_k=settings.top_k)
+        engine = agreeing(wanted.teacher, rows, top_k=wanted.settings.top_k)
         manifest = replace(manifest, engine=engine.about)
         if is_main():  # one that is interrupted names it too
             manifest.save(folder / RecordingManifest.FILE)
         recorded = partial(_ask_of_shard, engine)
     own_shards = pending[rank() :: world_size()]
-    setting = "run_dir" if settings.folder is None else "record.folder"
+    setting = "run_dir" if wanted.settings.path is None else "distill.teacher.path"
     with progress("record", total=sum(map(len, own_shards)), unit="rows") as step:
         for shard in own_shards:
             planes = recorded(rows, shard, layout=manifest.layout, tell=step)
-            path = folder / shard_name(shard.start // settings.rows_per_shard)
+            path = folder / shard_name(shard.start // manifest.rows_per_shard)
             write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
     barrier()
     if is_main():
-        num_shards = max(len(shards_of(len(rows), settings.rows_per_shard)), len(manifest.shards))
+        num_shards = max(len(shards_of(len(rows), manifest.rows_per_shard)), len(manifest.shards))
         finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
         finished.save(folder / RecordingManifest.FILE)
         log.info("record: %s rows in %s", f"{finished.num_rows:,}", folder)
     barrier()
 
 
-def _pending(rows: TokenRows, folder: Path, asked: RecordingManifest) -> list[range]:
+def _pending(rows: TokenRows, folder: Path, asked: RecordingManifest, wanted: Wanted, *, verify: bool) -> list[range]:
     """The rows of every shard that is still to be written into ``folder``.
 
     Finished shards are read and compared with their checksums by all ranks together; damaged ones are named in the log
     and written again.
     """
-    agreed(lambda: _claim(folder, asked))
+    agreed(lambda: _claim(rows, folder, asked, wanted))
     on_disk = RecordingManifest.load(folder / RecordingManifest.FILE)
-    shards = shards_of(len(rows), asked.rows_per_shard)
-    own_shards, shaped_otherwise = shards[rank() :: world_size()], differences(asked.rows_from, on_disk.rows_from)
-    missing = together(
-        lambda: [shard for shard in own_shards if not _is_there(folder, shard, rows, on_disk, shaped_otherwise)]
-    )
+    shards = shards_of(len(rows), on_disk.rows_per_shard)
+    own_shards = shards[rank() :: world_size()]
+    missing = together(lambda: [shard for shard in own_shards if not _is_there(folder, shard, on_disk, verify=verify)])
     pending = sorted((shard for part in missing for shard in part), key=lambda shard: shard.start)
     agreed(lambda: _announce(folder, on_disk.layout, len(shards), pending))
     return pending
 
 
-def _claim(folder: Path, manifest: RecordingManifest) -> None:
-    """Make ``folder`` this recording's, or refuse it where it is another's."""
+def _claim(rows: TokenRows, folder: Path, asked: RecordingManifest, wanted: Wanted) -> None:
+    """Make ``folder`` this recording's. Of another recording the run's own is cleared, and any other refused."""
     path = folder / RecordingManifest.FILE
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds other files; set record.folder to an empty or new folder")
-        manifest.save(path)
+            raise UserError(f"{folder}: holds other files; set distill.teacher.path to an empty or new folder")
+        asked.save(path)
         return
     on_disk = RecordingManifest.load(path)
-    asked, there = (
-        {**one.provenance.inputs, "record.rows_per_shard": one.rows_per_shard} for one in (manifest, on_disk)
-    )
-    if differing := differences(asked, there):
-        raise UserError(
-            f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, set record.folder to "
-            f"another folder, or delete {folder} to record again"
-        )
+    if other := "; ".join(wanted.missed_in(on_disk)) or _other_rows(rows, folder, on_disk, asked):
+        if wanted.settings.path is not None:
+            raise UserError(of_another_run(path, other))
+        log.warning("record: %s is made again: %s", folder, other)
+        for file in folder.glob("shard-*.safetensors"):  # the manifest last: until then the folder is known as ours
+            file.unlink()
+        asked.save(path)
+        return
     warn_of_versions(path, on_disk.provenance)
     for leftover in folder.glob(".shard-*.tmp"):  # of killed processes: nobody else is at it
         leftover.unlink(missing_ok=True)
 
 
-def _is_there(
-    folder: Path, shard: range, rows: TokenRows, on_disk: RecordingManifest, shaped_otherwise: Sequence[str]
-) -> bool:
-    """Whether the shard stands in ``folder`` whole."""
+def _other_rows(rows: TokenRows, folder: Path, on_disk: RecordingManifest, asked: RecordingManifest) -> str | None:
+    """In words, what of the recorded rows are others than these; None = nothing."""
+    shaped_otherwise = differences(asked.rows_from, on_disk.rows_from)
+    for shard in shards_of(len(rows), on_disk.rows_per_shard):
+        file = _opened(folder, shard, on_disk)
+        if file is not None and (words := other_rows(file.hashes, rows, shard.start, shaped_otherwise)):
+            return words
+    return None
+
+
+def _opened(folder: Path, shard: range, on_disk: RecordingManifest) -> ShardFile | None:
+    """The file of the shard; None where it is missing or torn."""
     path = folder / shard_name(shard.start // on_disk.rows_per_shard)
     if not path.is_file():
-        return False
+        return None
     try:
-        file = ShardFile(path, on_disk.layout)
+        return ShardFile(path, on_disk.layout)
     except UserError as error:
         log.warning("%s", error)
+        return None
+
+
+def _is_there(folder: Path, shard: range, on_disk: RecordingManifest, *, verify: bool) -> bool:
+    """Whether the shard stands in ``folder`` whole."""
+    if (file := _opened(folder, shard, on_disk)) is None:
         return False
-    if not file.is_intact() or file.recording != on_disk.provenance.fingerprint:
+    index = shard.start // on_disk.rows_per_shard
+    is_listed = index < len(on_disk.shards) and on_disk.shards[index]["sha256"] == file.sha256
+    is_whole = (is_listed and not verify) or file.is_intact()
+    if not is_whole or file.recording != on_disk.provenance.fingerprint:
+        path = folder / shard_name(index)
         log.warning("%s: does not match its checksum, or is a part of another recording; recording it again", path)
         return False
-    refuse_other_rows(path, file.hashes, rows, shard.start, shaped_otherwise)
     return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
 
 
@@ -190,8 +206,8 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
     if free < need:
         raise UserError(
             f"{folder}: recording needs {bytes_text(need)} there and the disk has {bytes_text(free)} free; set "
-            "record.folder to a folder on a larger disk, lower record.num_tokens, record.top_k or the number of "
-            "record.states, or do without distill.teacher.prefix"
+            "distill.teacher.path to a folder on a larger disk, lower distill.num_tokens or distill.teacher.top_k, or "
+            "do without distill.teacher.prefix and hidden_states in distill.losses"
         )
 
 
@@ -219,7 +235,8 @@ def _record_shard(
     teacher: PreTrainedModel,
     rows: TokenRows,
     shard: range,
-    settings: Record,
+    *,
+    temperature: float,
     layout: Layout,
     tell: Callable[[int], Any],
 ) -> dict[str, Tensor]:
@@ -227,8 +244,8 @@ def _record_shard(
     assert head is not None
     batches: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: dict[str, list[Tensor]] = {plane: [] for plane in layout.state_planes}
-    for start in range(shard.start, shard.stop, settings.batch_size):
-        part = slice(start, min(start + settings.batch_size, shard.stop))
+    for start in range(shard.start, shard.stop, ROWS_AT_ONCE):
+        part = slice(start, min(start + ROWS_AT_ONCE, shard.stop))
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
         with _keeping(teacher, layout, kept):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
@@ -236,7 +253,7 @@ def _record_shard(
             hidden_BSD.flatten(0, 1),
             lambda hidden: scaled(hidden, head),
             top_k=layout.top_k,
-            temperature=settings.temperature,
+            temperature=temperature,
         )
         batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in signals))  # pyright: ignore[reportArgumentType]
         tell(len(ids_BS))
@@ -267,7 +284,7 @@ def _keeping(teacher: PreTrainedModel, layout: Layout, kept: dict[str, list[Tens
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise UserError(
                 f"{teacher.config.model_type}: a layer does not return one stream of hidden states; leave "
-                "distill.teacher.prefix and record.states out"
+                "distill.teacher.prefix and hidden_states in distill.losses out"
             )
         kept[plane].append(state.to("cpu", dtype, copy=True))
 

@@ -29,7 +29,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from shoal.atomic_files import write_json
-from shoal.data.packing import IMAGES, PackedRows
+from shoal.data.packing import IMAGES
 from shoal.errors import UserError, explained_disk_errors
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
@@ -50,6 +50,7 @@ from .on_policy import Sampler as OnPolicySampler
 from .on_policy import checkpointing_kept, own_forwards
 from .student.frozen import share_frozen
 from .student.spec import TrainSpec
+from .teacher.signals import RecordingReader
 from .teacher.wiring import wire
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ class Parts:
     refused: Path
     """Folder for the batch of a step that is not sound."""
     stop: StopRequest = field(default_factory=StopRequest)
-    recorded: tuple[PackedRows, dict[str, Any]] | None = None
-    """Rows and identity of a training whose teacher may be recorded."""
+    recorded: RecordingReader | None = None
+    """What was recorded of a teacher that is not to run."""
     stored: Set[str] | None = None
     """Names of the tensors in the student's files, which tell frozen weights that it can hold together with the
     teacher; None = it shares none."""
@@ -125,8 +126,8 @@ class ObjectiveTrainer(Trainer):
         self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
         self.add_callback(_StepEnds(self))
         if live is not None:
-            place_teacher(live, self, offload=spec.settings.teacher.offload)
-            if parts.stored is not None and spec.deepspeed.stage < 3 and not spec.settings.teacher.offload:
+            place_teacher(live, self, offload=spec.teacher_place == "offloaded")
+            if parts.stored is not None and spec.deepspeed.stage < 3 and spec.teacher_place == "live":
                 student.to(own_device())  # pyright: ignore[reportArgumentType]
                 dtype = spec.deepspeed.autocast_dtype
                 share_frozen(student, live, spec.plan.keep, autocast_dtype=dtype, stored=parts.stored)

@@ -26,14 +26,16 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.ranks import world_size
+from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Tasks
+from shoal.recipe.losses import StateTerm
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
 from .overlap import search_of_rows
-from .prune import read_goals, read_plan
+from .prune import expected_plan, read_goals, read_plan
 from .run import Run, check_length
 
 if TYPE_CHECKING:
@@ -41,51 +43,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECORDING = "recording.json"
-
 
 def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
-    from shoal.train.dataset import rows_to_train_on, teacher_texts
-    from shoal.train.record import record_signals
-    from shoal.train.student.spec import student_parts
-    from shoal.train.student.trainable import recorded_layers
-    from shoal.train.teacher.recording import recording_layout, rows_from
+    from shoal.train import distill as training
+    from shoal.train.student.spec import Ranks
 
-    recipe, teacher = run.recipe, _teacher(run)
-    settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
-    if settings.has_images:
-        raise UserError(
-            "record: a source of distill.data has images, and what a teacher says of images is not recorded; leave it "
-            "out, or train with the teacher itself"
-        )
+    recipe, settings = run.recipe, run.recipe.distill
+    assert isinstance(settings.teacher, Recorded)
     check_length(run, settings.sequence_length, "distill.sequence_length")
-    prefix = None
-    if settings.teacher.prefix:
-        plan = read_plan(run)
-        # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
-        prefix = recorded_layers(student_parts(teacher, plan, settings), plan, settings)
-    # refuses what the teacher cannot give before any text is read
-    recording_layout(recipe.record, teacher, sequence_length=settings.sequence_length)
+    # which layers' states are kept is known by the plan; else any as large will do
+    is_by_plan = settings.teacher.prefix or any(isinstance(term, StateTerm) for term in settings.losses)
+    spec = training_spec(run, read_plan(run) if is_by_plan else expected_plan(run), Ranks.here())
+    training.check_distillable(spec)
     seed_everything(recipe.seed)
-    inputs = {
-        "model": run.teacher_fingerprint,
-        "data": sources_fingerprint(settings.data),
-        **shaping(recipe, Shapes.TRAINING),
-        **shaping(settings, Shapes.ROWS, "distill."),
-    }
-    tokenizer, text = teacher.tokenizer(), run.dir / "text"
-    texts = teacher_texts(teacher, tokenizer, settings, text, inputs=inputs)
-    rows = rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs, for_recording=True)
-    record_signals(
-        teacher,
-        rows,
-        run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
-        recipe.record,
-        model=run.teacher_fingerprint,
-        rows_from=rows_from(inputs),
-        prefix=prefix,
-    )
+    inputs = _inputs(run, {})
+    rows = training.rows_of(spec, spec.teacher.tokenizer(), run.dir / "text", inputs)
+    training.recorded(spec, rows, run.dir, inputs, verify=True)
 
 
 def _teacher(run: Run) -> Checkpoint:
@@ -114,7 +88,7 @@ def distill(run: Run) -> None:
 
     watched = _watched(run)
     scorer = watched and partial(QuickScores, settings=watched, seed=recipe.seed)
-    train = partial(training.distill, text=run.dir / "text", make_scorer=scorer)
+    train = partial(training.distill, home=run.dir, make_scorer=scorer)
     if run.dir in due:
         if control is not None and control_dir in due:
             with doing("working out what the control takes"):
@@ -148,7 +122,7 @@ def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
         student = Checkpoint.read(folder, teacher.load)
     else:
         student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)
-    return train_spec(teacher, student, plan, run.recipe.distill, run.recipe.record, ranks)
+    return train_spec(teacher, student, plan, run.recipe.distill, ranks)
 
 
 def distill_is_done(run: Run) -> bool:
@@ -246,9 +220,7 @@ def _inputs(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
 
     recipe = run.recipe
     general = shaping(recipe, Shapes.TRAINING)
-    inputs = distill_inputs(
-        recipe.distill, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general
-    )
+    inputs = distill_inputs(recipe.distill, teacher=run.teacher_fingerprint, trained=trained, general=general)
     return inputs | _chosen_by(run)
 
 
@@ -276,7 +248,7 @@ def check_distill(run: Run) -> None:
 
     Raises:
         UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's
-            wording, no recording where one is named, and what check_training_settings refuses.
+            wording, a recording of something else, and what check_training_settings refuses.
     """
     from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import WATCHED, checked_items, num_items
@@ -288,12 +260,7 @@ def check_distill(run: Run) -> None:
     refuse_both_directions(run.config())
     check_training_settings(recipe)
     is_fused(recipe.distill.fused, run.config().model_type, device())
-    recorded = recipe.distill.teacher.recorded
-    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
-        raise UserError(
-            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
-            "writes RUN_DIR/signals, or name the folder that it wrote"
-        )
+    _refuse_other_recording(run)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / Plan.FILE).is_file():
         stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
@@ -311,6 +278,19 @@ def check_distill(run: Run) -> None:
         with named_in("distill.watch", *WATCHED):
             tasks = tasks_of(watched)
             checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
+
+
+def _refuse_other_recording(run: Run) -> None:
+    """Refuse a folder of signals that is not the run's own and holds others, as far as it is known without a plan."""
+    from shoal.train.teacher.recording import RecordingManifest, Wanted
+
+    settings = run.recipe.distill
+    if not isinstance(settings.teacher, Recorded) or settings.teacher.path is None:
+        return
+    folder = settings.teacher.folder(run.dir)
+    if (folder / RecordingManifest.FILE).is_file():
+        told = run.teacher_fingerprint, settings.sequence_length, settings.teacher, settings.recorded_temperature
+        Wanted(_teacher(run), *told).require(folder)
 
 
 def check_training_settings(recipe: Recipe) -> None:

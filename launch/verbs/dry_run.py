@@ -52,7 +52,7 @@ TEACHERS = {
     "none": "not loaded, these losses do not ask it",
     "live": "live",
     "offloaded": "live, its weights on the host",
-    "recorded": "recorded, not loaded",
+    "recorded": "recorded before, and not loaded",
 }
 
 
@@ -431,7 +431,7 @@ def _time(job: Job, pace: Pace | None) -> tuple[list[str], float]:
         f"{duration_text(spec.num_steps * step)} for {spec.num_steps * spec.tokens_per_step:,} tokens "
         f"({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
-        "  communication between ranks, scoring, sampling and checkpoints come on top",
+        "  communication between ranks, recording, scoring, sampling and checkpoints come on top",
     ]
     return lines, spec.num_steps * step
 

@@ -36,7 +36,7 @@ from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_i
 from shoal.models.resolve import find_config, resolve_model
 from shoal.ranks import is_main
 from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
-from shoal.recipe.distill import Precision
+from shoal.recipe.distill import Live, Precision
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
@@ -143,7 +143,7 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     if numerics.attention != recipe.attention:
         log.info("attention: %s (%s)", numerics.attention, numerics.attention_reason)
     teacher = recipe.distill.teacher
-    if teacher.dtype == "auto":
+    if isinstance(teacher, Live) and teacher.dtype == "auto":
         teacher = replace(teacher, dtype=numerics.dtype)
     distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
     settled = replace(
@@ -245,8 +245,8 @@ def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) ->
 
 def _halves(recipe: Recipe, config: PreTrainedConfig, dtype: str, precision: str) -> dict[str, str]:
     """By setting, the precision that attention is computed in: of trained models that of autocast."""
-    teacher = recipe.distill.teacher.dtype
-    own = dtype if teacher in (None, "auto") else teacher
+    teacher = recipe.distill.teacher
+    own = teacher.dtype if isinstance(teacher, Live) and teacher.dtype not in (None, "auto") else dtype
     named = {"dtype": dtype, "distill.precision": computed_in(precision), "distill.teacher.dtype": own}
     stored = str(loaded_dtype(config)).removeprefix("torch.")
     return {key: stored if name == "stored" else name for key, name in named.items()}

@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
         }
     ),
     "watched": distilled(watch=WATCH, trainer=SAVING),
-    "offloaded_teacher": distilled(teacher={"offload": True}),
+    "offloaded_teacher": distilled(teacher={"kind": "live", "offload": True}),
     "two_bytes": distilled(precision="bf16-true", deepspeed="deepspeed/zero2.json"),
     "on_policy": distilled(sampled=True, on_policy=SAMPLES),
     "teacher_text": distilled(
@@ -154,12 +154,10 @@ CASES: dict[str, Case] = {
     "zero2_two_ranks": distilled(ranks=2, deepspeed="deepspeed/zero2.json", trainable="from_first_cut"),
     "zero3_two_ranks": distilled(ranks=2, deepspeed="deepspeed/zero3.json"),
     # a recorded teacher
-    "recorded": Case(
-        ("record", "distill"), {"record": {"top_k": 8}, "distill": {"teacher": {"recorded": "run/signals"}}}, "cut"
-    ),
+    "recorded": Case(("record", "distill"), {"distill": {"teacher": {"kind": "recorded", "top_k": 8}}}, "cut"),
     "recorded_prefix": Case(
         ("record", "distill"),
-        {"distill": {"teacher": {"recorded": "run/signals", "prefix": True}, "trainable": "from_first_cut"}},
+        {"distill": {"teacher": {"kind": "recorded", "prefix": True}, "trainable": "from_first_cut"}},
         "cut",
     ),
     # changed models are trained and scored like others

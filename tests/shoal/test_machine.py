@@ -78,7 +78,7 @@ def test_auto_is_no_float16_where_sharding_would_clip_scaled_gradients(
 @pytest.mark.usefixtures("fast_half")
 def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    run = open_run(recipe(tmp_path, distill={"teacher": {"dtype": "auto"}}))
+    run = open_run(recipe(tmp_path, distill={"teacher": {"kind": "live", "dtype": "auto"}}))
     settled = run.recipe
     assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == (
         "bfloat16",

@@ -11,7 +11,7 @@ from tiny import NUM_LAYERS, tiny_config
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Record
+from shoal.recipe.distill import Distill
 from shoal.train.preflight.memory import Job, job
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 
@@ -35,7 +35,7 @@ def spec_of(settings: Distill, plan: Plan, *, student_layers: int, **changes: An
         Checkpoint(Path(name), tiny_config("llama", num_hidden_layers=layers), load)
         for name, layers in (("teacher", plan.num_layers), ("student", student_layers))
     )
-    return train_spec(teacher, student, plan, settings, Record(), changes.get("ranks", ONE_RANK))
+    return train_spec(teacher, student, plan, settings, changes.get("ranks", ONE_RANK))
 
 
 CUT = dropping(2, 4)

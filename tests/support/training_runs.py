@@ -105,14 +105,13 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) ->
     return found
 
 
-def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: Any = None, **distill: Any) -> Path:
+def write_recipe(folder: Path, model: Path, /, *, track: str = "off", **distill: Any) -> Path:
     """A recipe whose training is small and exact."""
     settings = {
         "model": str(model),
         "run_dir": str(folder / "run"),
         "dtype": "float32",
         "prune": {"drop": DROP},
-        "record": record or {},
         "eval": {"tasks": ["knowledge_continuation"], "limit": 4},
         "track": {"wandb": track},
         "distill": small_training(**distill),

@@ -22,7 +22,10 @@ REFUSED = (
     (f"run {TEXT} distill.writing.backend=vllm", "distill.writing.backend: vllm is not installed here"),
     ("eval eval.tasks=[knowlege]", "eval.tasks: 'knowlege' is no task, neither of shoal nor of lm-eval; did you mean"),
     ("eval eval.backend=vllm", "eval.backend: vllm is not installed here; install it, or use backend: transformers"),
-    ("record record.backend=vllm", "record.backend: vllm is not installed here; install it, or use backend"),
+    (
+        "record distill.teacher.kind=recorded distill.teacher.backend=vllm",
+        "distill.teacher.backend: vllm is not installed here",
+    ),
 )
 PROGRAM = """
 import sys

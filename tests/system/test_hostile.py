@@ -94,7 +94,7 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ('revision: "a\\0b"', f"{YAML}a text holds the character NUL"),
     (f"seed: {'9' * 5000}", YAML),
     ("mоdel: x", "recipe.yaml: mоdel: unknown key; did you mean 'model'?"),
-    *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "record", "distill")),
+    *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "distill")),
     *((f"{name}: []", f"recipe.yaml: {name}: must be a mapping") for name in ("prune", "eval", "track", "export")),
     ("seed: .nan", "recipe.yaml: seed: must be a finite number"),
     ("seed: true", "recipe.yaml: seed: must be a whole number (got True)"),
@@ -151,7 +151,7 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
     ("distill", [f"distill.deepspeed={LONG}"], "aaa"),
     ("distill", ["prune.drop=[99]"], "prune.drop: 99 is no layer of this model"),
     ("distill", ["prune.drop=[1]", "distill.data=none.jsonl"], "data 'none.jsonl': no such file"),
-    ("distill", ["distill.teacher.recorded=nowhere"], "distill.teacher.recorded: nowhere is no folder"),
+    ("record", [], "distill.teacher: is live, which is not recorded; set it to recorded"),
     *(
         (
             "distill",

@@ -25,13 +25,13 @@ from shoal.launch.verbs import run as run_module
 from shoal.launch.verbs.prune import plan_inputs
 from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import OnPolicy
+from shoal.recipe.distill import OnPolicy, Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Named, Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
-from shoal.train.teacher.recording import recording_inputs, rows_from
+from shoal.train.teacher.recording import Wanted, rows_from
 from shoal.train.writing import _planned
 
 DATA = {"path": "python_docs", "weight": 2.5}
@@ -80,15 +80,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "protect": [0, -1, "cornerstone"],
             "spare": ["knowledge"],
         },
-        "record": {
-            "top_k": 5,
-            "temperature": 2.0,
-            "states": [1, 2],
-            "num_tokens": 500,
-            "folder": "s",
-            "rows_per_shard": 3,
-            "batch_size": 2,
-        },
         "distill": {
             "data": ["python_docs", {"path": "teacher_text", "weight": 0.5}],
             "num_tokens": 4000,
@@ -101,7 +92,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             ],
             "trainable": "layers",
             "lora": {"r": 2, "target_modules": ["q_proj"]},
-            "teacher": {"recorded": "signals", "prefix": True},
+            "teacher": {"kind": "recorded", "path": "s", "top_k": 5, "prefix": True},
             "writing": {
                 "prompts": {"path": "prompts.jsonl", "column": {"messages": "messages"}},
                 "num_tokens": 100,
@@ -155,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "attention": "sdpa",
         "prune": {"drop": [1, 2]},
         "distill": {
-            "teacher": {"dtype": "bfloat16", "offload": True},
+            "teacher": {"kind": "live", "dtype": "bfloat16", "offload": True},
             "on_policy": {"share": 0.25, "new_tokens": 8},
             "watch": None,
             "precision": "float32",
@@ -184,13 +175,15 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         "control": distilling.control_inputs(run, plan),
         "rows": rows_from(training),
         "scores": evaluate.eval_inputs(run, run.teacher),
-        "signals": recording_inputs(
-            recipe.record,
+        "signals": Wanted(
             Checkpoint.read(run.teacher, LoadSettings(**run.load_args())),
-            model=run.teacher_fingerprint,
-            sequence_length=64,
+            run.teacher_fingerprint,
+            64,
+            teacher if isinstance(teacher := recipe.distill.teacher, Recorded) else Recorded(),
+            recipe.distill.recorded_temperature,
+            states=(1, 2),
             prefix=3,
-        ),
+        ).inputs,
         "speed": evaluate.speed_inputs(run, {}),
     }
 

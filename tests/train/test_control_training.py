@@ -149,11 +149,10 @@ def test_the_control_follows_the_student_in_one_process_and_finds_its_memory_fre
 def test_one_recording_serves_student_and_control(teacher, cut, tmp_path) -> None:
     settings = SETTINGS | {
         "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
-        "teacher": {"recorded": str(tmp_path / "run" / "signals"), "prefix": True},
+        "teacher": {"kind": "recorded", "top_k": 200, "prefix": True},
     }
-    path = recipe(tmp_path, teacher, cut, **settings, record={"top_k": 200})
-    finished(run(path, verb="record"))
-    trial = finished(run(path, CONTROL))
+    trial = finished(run(recipe(tmp_path, teacher, cut, **settings), CONTROL))
+    assert trial.log.count("rows in") == 1
     assert control_training(trial).settings["shared_layers"] == trial.training.settings["shared_layers"] == 2
     # the mass outside the recorded tokens is taken as one
     assert control_curve(trial, "forward_kl")[0] < 0.1 * trial.curve("forward_kl")[0]

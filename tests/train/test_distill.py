@@ -14,8 +14,8 @@ from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.machine import Choice
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource
-from shoal.recipe.losses import TAID, CrossEntropy, ForwardKL
+from shoal.recipe.distill import Distill, Live, Recorded, TrainingSource
+from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.dataset import rows_to_train_on
 from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import (
@@ -30,11 +30,11 @@ from shoal.train.engine.arguments import (
 from shoal.train.student.spec import Ranks, train_spec
 
 
-def check(whole, cut, record=None, **settings):
+def check(whole, cut, **settings):
     teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in (whole, cut))
     plan = Plan(Provenance({}), num_layers=6, drop=(), reason="")
     ranks = Ranks(1, 1, torch.device("cpu"))
-    check_distillable(train_spec(teacher, student, plan, Distill(**settings), record or Record(), ranks))
+    check_distillable(train_spec(teacher, student, plan, Distill(**settings), ranks))
 
 
 def test_different_vocabularies_are_refused(teacher, tmp_path):
@@ -43,22 +43,6 @@ def test_different_vocabularies_are_refused(teacher, tmp_path):
         UserError, match=r"has 272 vocabulary entries and student .* has 300; .*cut the student from this"
     ):
         check(teacher, student)
-
-
-@pytest.mark.parametrize(
-    ("loss", "record", "message"),
-    [
-        (TAID(), {}, r"losses: taid needs the teacher's whole distribution.* use the live teacher"),
-        (ForwardKL(), {"temperature": 2.0}, r"forward_kl has temperature 1, the recorded signals have 2"),
-    ],
-)
-def test_losses_that_no_recording_can_serve_are_refused_before_it_is_opened(teacher, loss, record, message):
-    def check_recorded(folder: str | None):
-        check(teacher, teacher, Record(**record), losses=(loss,), teacher=Teacher(recorded=folder))
-
-    check_recorded(None)
-    with pytest.raises(UserError, match=message):
-        check_recorded("nowhere")
 
 
 def arguments(tmp_path, **trainer):
@@ -243,12 +227,13 @@ TWO_TERMS = (ForwardKL(), CrossEntropy())
 def rows_of(tmp_path):
     """Rows of two sources that learn from these loss terms, None = from all."""
 
-    def rows(*losses, terms=TWO_TERMS, recorded=None, for_recording=False):
+    def rows(*losses, terms=TWO_TERMS, teacher=None):
         names = ("python_docs", "python_docs_heldout")
         data = tuple(TrainingSource(name, losses=own) for name, own in zip(names, losses, strict=True))
-        teacher = Teacher(recorded=recorded)
-        settings = Distill(data=data, num_tokens=640, sequence_length=64, batch_size=10, losses=terms, teacher=teacher)
-        return rows_to_train_on(tiny_tokenizer(), settings, [], tmp_path, inputs=INPUTS, for_recording=for_recording)
+        settings = Distill(
+            data=data, num_tokens=640, sequence_length=64, batch_size=10, losses=terms, teacher=teacher or Live()
+        )
+        return rows_to_train_on(tiny_tokenizer(), settings, [], tmp_path, inputs=INPUTS)
 
     return rows
 
@@ -256,8 +241,7 @@ def rows_of(tmp_path):
 def test_sources_that_ask_no_teacher_have_rows_of_their_own_unless_it_is_recorded(rows_of):
     each_its_own = (("forward_kl",), ("cross_entropy",))
     mixed = rows_of(None, None)
-    assert mixed.fingerprint == rows_of(*each_its_own, recorded="signals").fingerprint
-    assert mixed.fingerprint == rows_of(*each_its_own, for_recording=True).fingerprint
+    assert mixed.fingerprint == rows_of(*each_its_own, teacher=Recorded()).fingerprint
     apart = rows_of(*each_its_own)
     of_rows = [set(row.tolist()) for row in apart.sources_NS]
     assert sorted(map(sorted, of_rows)) == [[0]] * 5 + [[1]] * 5

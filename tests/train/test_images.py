@@ -26,7 +26,7 @@ from training_runs import (
 )
 
 from shoal.errors import UserError
-from shoal.launch.verbs.distill import check_distill, record
+from shoal.launch.verbs.distill import check_distill
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import load_model, load_processor
 from shoal.recipe.recipe import load_recipe
@@ -148,5 +148,3 @@ def test_what_cannot_be_learnt_from_is_refused_before_training(
         checked(teacher)
     with pytest.raises(UserError, match=r"no image with its question and answer fits into a row; raise sequence"):
         checked(length=8)
-    with pytest.raises(UserError, match=r"record: a source of distill.data has images"):
-        record(open_run(load_recipe(str(tmp_path / "recipe.yaml"), [])))

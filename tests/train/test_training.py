@@ -309,10 +309,6 @@ def test_a_curve_is_the_mean_over_the_tokens_that_its_term_learns_from(two_sourc
     assert 0 < alone < STEPS, "what this is about"
 
 
-RECORDED = {"top_k": 271, "states": [1, 3, 4, 5]}
-"""All words but one of the vocabulary, and the states that both maps ask for."""
-
-
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     """A run of losses that recorded signals serve as well, in which the layers below the cut are frozen and shared."""
@@ -337,13 +333,12 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
         tmp_path,
         teacher,
         cut,
-        record={**RECORDED, "temperature": 2.0},
         **SERVED,
         deepspeed=f"deepspeed/zero{zero}.json",
-        teacher={"recorded": str(tmp_path / "run" / "signals"), "prefix": True},
+        teacher={"kind": "recorded", "top_k": 271, "prefix": True},  # all words but one
     )
-    finished(run(path, verb="record"))
     recorded = finished(run(path, ranks=ranks))
+    assert re.search(r"record: \d+ rows in", recorded.log)
     names = [name for name in NAMES if name not in ("adaptive_kl", "taid", "dkd")]
     assert recorded.training.settings["shared_layers"] == live.training.settings["shared_layers"] == 2
     for name in names:
@@ -355,9 +350,8 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
 @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.prove)])
 def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teacher, cut, tmp_path, stopped):
     settings: dict[str, Any] = {"trainable": "from_first_cut", "trainer": {"save_strategy": "steps", "save_steps": 4}}
-    with_prefix = {"recorded": str(tmp_path / "signals"), "prefix": True}
-    record = {"folder": str(tmp_path / "signals")}
-    path = recipe(tmp_path / "prefix", teacher, cut, **settings, record=record, teacher=with_prefix)
+    kept = {"kind": "recorded", "path": str(tmp_path / "signals")}
+    path = recipe(tmp_path / "prefix", teacher, cut, **settings, teacher={**kept, "prefix": True})
     finished(run(path, verb="record"))
     prefix = finished(run(path))
     assert prefix.training.settings["shared_layers"] == 2
@@ -368,14 +362,15 @@ def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teach
         assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
         return
     # what holds the prefix serves runs without it
-    alone = recipe(tmp_path / "alone", teacher, cut, **settings, record=record, teacher={"recorded": record["folder"]})
-    alone = finished(run(alone))
+    alone = finished(run(recipe(tmp_path / "alone", teacher, cut, **settings, teacher=kept)))
+    assert not any("rows in" in trial.log for trial in (prefix, alone)), "nothing is recorded twice"
+    assert prefix.training.settings["shared_layers"] == 2
     assert alone.training.settings["shared_layers"] == 0
     same(prefix, alone, ["forward_kl"], within=1e-6)
 
 
 def test_an_offloaded_teacher_gives_the_curve_of_one_on_the_device(live, teacher, cut, tmp_path):
-    path = recipe(tmp_path, teacher, cut, **SERVED, teacher={"offload": True})
+    path = recipe(tmp_path, teacher, cut, **SERVED, teacher={"kind": "live", "offload": True})
     assert finished(run(path)).curve() == pytest.approx(live.curve(), abs=1e-6)
 
 

@@ -22,7 +22,7 @@ from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.ranks import world_size
 from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
 from shoal.runtime import device
 
@@ -387,6 +387,6 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
         "distill.lora.load_in_4bit: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or load_in_4bit: false",
     )
     yield (
-        settings.teacher.offload and stage == 3,
+        isinstance(settings.teacher, Live) and settings.teacher.offload and stage == 3,
         "distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out",
     )

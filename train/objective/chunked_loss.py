@@ -23,16 +23,15 @@ import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from shoal.errors import UserError
 from shoal.recipe.losses import (
-    DKD,
     TAID,
     AdaptiveKL,
     CrossEntropy,
     LogitTerm,
     LossTerm,
+    from_top_k,
     needs_teacher,
-    term_names,
+    temperatures,
 )
 
 from .divergences import Softmax, softened, temperature_of, token_losses
@@ -124,37 +123,19 @@ def chunked_head_loss(
 
     Raises:
         ValueError: no tokens; an average over nothing would hide a broken label mask.
-        UserError: a term that stored log-probabilities cannot serve.
     """
     if len(labels_N) == 0:
         raise ValueError("no supervised token in this batch: every label is ignored")
     if isinstance(targets, TopK):
-        refuse_for_top_k(terms, temperature=targets.temperature)
+        # other recipes are refused
+        assert all(map(from_top_k, terms))
+        assert temperatures(terms) <= {targets.temperature}
     if (inputs := how.get("inputs")) is None:
         inputs = [TermInput(term.start if isinstance(term, TAID) else 1.0) for term in terms]
     compiled = how.get("compiled")
     own = block_loss if compiled is None else compiled
     objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
     return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, how["chunk"], *student_parameters))
-
-
-def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = None) -> None:
-    """Refuse what cannot be computed from stored log-probabilities, with ``temperature`` also what other ones serve.
-
-    Raises:
-        UserError: naming the term and the remedy.
-    """
-    for name, term in zip(term_names(terms), terms, strict=True):
-        if isinstance(term, AdaptiveKL | TAID | DKD):
-            raise UserError(
-                f"distill.losses: {name} needs the teacher's whole distribution, recorded signals hold its most "
-                "probable tokens only; use the live teacher, or another kind"
-            )
-        if temperature is not None and not isinstance(term, CrossEntropy) and term.temperature != temperature:
-            raise UserError(
-                f"distill.losses: {name} has temperature {term.temperature:g}, the recorded signals have "
-                f"{temperature:g}; set the term's temperature to that, record again, or use the live teacher"
-            )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ import torch
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory, device_memory, free_disk
+from shoal.recipe.distill import Recorded
 
 from ..engine.arguments import most_checkpoints
 from ..student.spec import TeacherPlace, TrainSpec
+from ..teacher.recording import Wanted
 from .memory import LIBRARY_BYTES, Job, NotEstimated, Setting, job, optimizer_bytes
 from .throughput import flops_per_token
 
@@ -109,6 +111,9 @@ def disk_bytes(job: Job) -> dict[str, int]:
     }
     if not job.spec.is_control:
         folders["text"] = ROW_BYTES * job.spec.num_row_tokens
+        if isinstance(settings.teacher, Recorded) and settings.teacher.path is None:
+            rows = job.spec.num_row_tokens // settings.sequence_length
+            folders["signals"] = Wanted.of(job.spec, "").layout.num_bytes(rows)
     if settings.watch is not None and settings.watch.metric_for_best_model is not None:
         # the next best student is complete before the last one is removed
         folders["checkpoints"] += 2 * job.width * student.parameters
@@ -230,10 +235,10 @@ def overrides(job: Job, setting: Setting) -> list[str]:
     if now.checkpointing != setting.checkpointing:
         lines.append(f"distill.trainer.gradient_checkpointing={str(setting.checkpointing).lower()}")
     if now.teacher != setting.teacher:
-        recorded = setting.teacher == "recorded"
-        lines.append(
-            "distill.teacher.recorded=FOLDER (after `shoal record`)" if recorded else "distill.teacher.offload=true"
-        )
+        dtype = job.spec.live_dtype
+        of_dtype = "" if dtype is None else f"dtype: {dtype}, "
+        offloaded = f"{{kind: live, {of_dtype}offload: true}}"
+        lines.append(f"distill.teacher={'recorded' if setting.teacher == 'recorded' else offloaded}")
     return lines
 
 

@@ -15,8 +15,9 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint
 from shoal.ranks import world_size
-from shoal.recipe.distill import Distill, Record, sources_that_ask
+from shoal.recipe.distill import Distill, Live, Recorded, sources_that_ask
 from shoal.recipe.losses import StateTerm, needs_teacher, reads_distributions
+from shoal.recipe.section import Dtype
 from shoal.runtime import device
 
 from ..engine.arguments import DEFAULTS, DeepSpeed, batch_split, deepspeed_config
@@ -58,8 +59,6 @@ class TrainSpec:
     student: Checkpoint
     plan: Plan
     settings: Distill
-    record: Record
-    """Section of the recipe that says what recorded signals hold."""
     ranks: Ranks
     deepspeed: DeepSpeed
     trained: Trained
@@ -79,7 +78,7 @@ class TrainSpec:
     @property
     def teacher_place(self) -> TeacherPlace:
         """Where the teacher's signals come from."""
-        if self.settings.teacher.recorded is not None:
+        if isinstance(self.settings.teacher, Recorded):
             return "recorded"
         if not needs_teacher(self.settings.losses):
             return "none"
@@ -96,9 +95,14 @@ class TrainSpec:
         return not self.settings.has_images
 
     @property
+    def live_dtype(self) -> Dtype | None:
+        """Precision of a teacher that is loaded, as the recipe names it; None = the recipe's own."""
+        return self.settings.teacher.dtype if isinstance(self.settings.teacher, Live) else None
+
+    @property
     def teacher_dtype(self) -> torch.dtype:
         """Precision of a teacher that is loaded."""
-        return self.teacher.loaded_dtype(self.settings.teacher.dtype)
+        return self.teacher.loaded_dtype(self.live_dtype)
 
     @property
     def asked_sources(self) -> frozenset[int] | None:
@@ -139,9 +143,7 @@ class TrainSpec:
         return math.ceil(given["num_train_epochs"] * (self.num_row_tokens // self.tokens_per_step))
 
 
-def train_spec(
-    teacher: Checkpoint, student: Checkpoint, plan: Plan, settings: Distill, record: Record, ranks: Ranks
-) -> TrainSpec:
+def train_spec(teacher: Checkpoint, student: Checkpoint, plan: Plan, settings: Distill, ranks: Ranks) -> TrainSpec:
     """Describe the training of ``student``, which ``plan`` has cut from ``teacher``. What the log should say once per
     training of its settings is said here.
 
@@ -152,13 +154,11 @@ def train_spec(
     deepspeed.warn_of_optimizer(settings.trainer)
     trained = student_parts(student, plan, settings)
     frozen = shares_prefix(trained, plan)
-    if settings.teacher.prefix:
-        spared = recorded_layers(trained, plan, settings)
-    elif settings.teacher.recorded is not None or not needs_teacher(settings.losses):
-        spared = 0  # nobody to share them with
+    if isinstance(settings.teacher, Recorded):
+        spared = recorded_layers(trained, plan, settings) if settings.teacher.prefix else 0
     else:
-        spared = frozen
-    return TrainSpec(teacher, student, plan, settings, record, ranks, deepspeed, trained, frozen, spared)
+        spared = frozen if needs_teacher(settings.losses) else 0  # else there is nobody to share them with
+    return TrainSpec(teacher, student, plan, settings, ranks, deepspeed, trained, frozen, spared)
 
 
 def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:

@@ -35,21 +35,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoal.artifacts.artifact import Artifact, Provenance
+from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.atomic_files import written_file
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.models.load import Checkpoint
-from shoal.recipe.distill import Distill, Record
+from shoal.recipe.distill import Distill, Recorded
+from shoal.recipe.losses import HiddenStates
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys
 from shoal.runtime import environment
 
+from ..objective.layer_losses import layer_pairs
+from ..student.spec import TrainSpec
+
 log = logging.getLogger(__name__)
 
-PREFIX = "distill.teacher.prefix"
-"""Names, in what identifies a recording, the layers that need not run in training."""
+PREFIX, STATES, TEMPERATURE = "distill.teacher.prefix", "distill.losses (states)", "distill.losses (temperature)"
+"""Names, in what identifies a recording, of the layers that need not run in training, those whose states it holds, and
+the temperature of the teacher's softmax."""
 LOWEST = -32.0
 """Log-probabilities below are stored as this one: e^-32 is 1.3e-14, nothing that any loss would feel."""
 CODES = 65_535
@@ -265,24 +270,106 @@ class RecordingManifest(Artifact):
         return sum(shard["rows"] for shard in self.shards)
 
 
-def recording_inputs(
-    settings: Record, teacher: Checkpoint, *, model: str, sequence_length: int, prefix: int | None = None
-) -> dict[str, Any]:
-    """What identifies recorded signals besides their rows, which are compared one by one.
+@dataclass(frozen=True)
+class Wanted:
+    """What a training wants to be recorded of its teacher besides the rows, which are compared one by one."""
 
-    ``model`` is the teacher's fingerprint, ``prefix`` the number of layers that distill.teacher.prefix spares. Rows per
-    shard and the like decide how files are cut, not what they say.
-    """
-    return {
-        "model": model,
-        "tokenizer": tokenizer_fingerprint(teacher.folder),
-        **settings.engine_inputs,
-        "dtype": teacher.load.dtype,
-        **({} if settings.engine_inputs else {"attention": teacher.load.attention}),  # vLLM has its own
-        "sequence_length": sequence_length,
-        **shaping(settings, Shapes.SIGNALS, "record."),
-        **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
-    }
+    teacher: Checkpoint
+    model: str
+    """Fingerprint of the teacher."""
+    sequence_length: int
+    settings: Recorded
+    temperature: float = 1.0
+    states: tuple[int, ...] = ()
+    """Layers whose outputs loss terms read, rising."""
+    prefix: int | None = None
+    """Number of layers that distill.teacher.prefix spares."""
+
+    @classmethod
+    def of(cls, spec: TrainSpec, model: str) -> Wanted:
+        """What the training ``spec`` wants of a recorded teacher.
+
+        Raises:
+            UserError: a loss on states names a layer that the student does not have.
+        """
+        settings = spec.settings
+        assert isinstance(settings.teacher, Recorded)
+        terms = [term for term in settings.losses if isinstance(term, HiddenStates)]
+        pairs = [pair for term in terms for pair in layer_pairs(term, spec.plan, num_shared=spec.frozen_layers)]
+        return cls(
+            spec.teacher,
+            model,
+            settings.sequence_length,
+            settings.teacher,
+            settings.recorded_temperature,
+            states=tuple(sorted({target for _, target in pairs})),
+            prefix=spec.shared_layers or None,
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What identifies such a recording."""
+        load = self.teacher.load
+        return {
+            "model": self.model,
+            "tokenizer": tokenizer_fingerprint(self.teacher.folder),
+            "dtype": load.dtype,
+            **({"attention": load.attention} if self.settings.backend == "transformers" else {}),  # vLLM has its own
+            "sequence_length": self.sequence_length,
+            **shaping(self.settings, Shapes.SIGNALS, "distill.teacher."),
+            TEMPERATURE: self.temperature,
+            STATES: list(self.states),
+            **({} if self.prefix is None else {PREFIX: f"{self.prefix} layers"}),
+        }
+
+    @property
+    def layout(self) -> Layout:
+        """Its planes, told from the teacher's configuration.
+
+        Raises:
+            UserError: as many tokens as the vocabulary has.
+        """
+        config, top_k = text_config(self.teacher.config), self.settings.top_k
+        if top_k >= config.vocab_size:
+            raise UserError(
+                f"distill.teacher.top_k: {top_k} leaves none of the {config.vocab_size:,} tokens of the vocabulary "
+                "outside the top k, which losses compare them with; record fewer"
+            )
+        layout = Layout(self.sequence_length, top_k, config.vocab_size, config.hidden_size, self.states)
+        if self.prefix is None:
+            return layout
+        dtype = str(self.teacher.loaded_dtype()).removeprefix("torch.")
+        return replace(layout, prefix=self.prefix - 1, prefix_dtype=dtype)
+
+    def missed_in(self, manifest: RecordingManifest) -> list[str]:
+        """What a recording is not that is wanted, in words. It may hold a prefix and states that are not."""
+        beyond = {PREFIX} - self.inputs.keys()
+        beyond |= {STATES} if {*self.states} <= {*manifest.layout.states} else set()
+        ours, theirs = (
+            {key: value for key, value in inputs.items() if key not in beyond}
+            for inputs in (self.inputs, manifest.provenance.inputs)
+        )
+        return differences(ours, theirs)
+
+    def require(self, folder: Path) -> RecordingManifest:
+        """The manifest of the recording in ``folder``.
+
+        Raises:
+            UserError: there is none, or it is of something else.
+        """
+        path = folder / RecordingManifest.FILE
+        manifest = RecordingManifest.load(path)
+        if missed := self.missed_in(manifest):
+            raise UserError(of_another_run(path, "; ".join(missed)))
+        return manifest
+
+
+def of_another_run(path: Path, what: str) -> str:
+    """The sentence that refuses a recording that holds ``what``."""
+    return (
+        f"{path}: belongs to another run: {what}. Set the recipe back, set distill.teacher.path to another folder, or "
+        f"delete {path.parent} to record again"
+    )
 
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -292,32 +379,6 @@ def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
     shaped = {key: inputs[key] for key in keys if key in inputs}
     sources = [{key: source[key] for key in source if key != "losses"} for source in shaped["distill.data"]]
     return shaped | {"distill.data": sources}
-
-
-def recording_layout(
-    settings: Record, teacher: Checkpoint, *, sequence_length: int, prefix: int | None = None
-) -> Layout:
-    """The planes that ``settings`` ask for of this teacher, told from its configuration. ``prefix`` is the number of
-    layers that distill.teacher.prefix spares.
-
-    Raises:
-        UserError: as many tokens as its vocabulary has, or layers that it has not.
-    """
-    config = text_config(teacher.config)
-    if settings.top_k >= config.vocab_size:
-        raise UserError(
-            f"record.top_k: {settings.top_k} leaves none of the {config.vocab_size:,} tokens of the vocabulary outside "
-            "the top k, which losses compare them with; record fewer"
-        )
-    if wrong := [layer for layer in settings.states if layer >= config.num_hidden_layers]:
-        raise UserError(
-            f"record.states: {wrong[0]} is no layer of {teacher.folder}, which has {config.num_hidden_layers}; "
-            f"the last is {config.num_hidden_layers - 1}"
-        )
-    layout = Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
-    if prefix is None:
-        return layout
-    return replace(layout, prefix=prefix - 1, prefix_dtype=str(teacher.loaded_dtype()).removeprefix("torch."))
 
 
 def shards_of(num_rows: int, rows_per_shard: int) -> list[range]:
@@ -330,23 +391,16 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.safetensors"
 
 
-def refuse_other_rows(
-    path: Path, hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise: Sequence[str]
-) -> None:
-    """Refuse a shard whose rows, as far as both go, are not those of this run from ``start`` on. ``hashes`` (N, 8) are
-    those of the shard, ``shaped_otherwise`` says which settings shaped its rows in another way.
-
-    Raises:
-        UserError: they are not.
+def other_rows(hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise: Sequence[str]) -> str | None:
+    """In words, what of a shard's rows, as far as both go, are not those of this run from ``start`` on; None = nothing.
+    ``hashes`` (N, 8) are those of the shard, ``shaped_otherwise`` says which settings shaped its rows in another way.
     """
     both = min(len(hashes), len(rows) - start)
     unequal = (row_hashes(rows, start, start + both) != hashes[:both]).any(-1)
-    if unequal.any():
-        reason = "; ".join(shaped_otherwise) or "the text or the order of its documents is another"
-        raise UserError(
-            f"{path}: belongs to another run: row {start + int(unequal.argmax())} has other tokens there ({reason}). "
-            "Set the recipe back, or record into another folder"
-        )
+    if not unequal.any():
+        return None
+    reason = "; ".join(shaped_otherwise) or "the text or the order of its documents is another"
+    return f"row {start + int(unequal.argmax())} has other tokens there ({reason})"
 
 
 def warn_of_versions(path: Path, before: Provenance) -> None:

@@ -6,7 +6,7 @@ B batch, S sequence, D hidden, K recorded tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,12 +25,13 @@ from ..objective.host_batch import asking_rows, documents_known, on_host, queued
 from ..objective.layer_losses import Captured, StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
 from .recording import (
-    PREFIX,
     RECORD_AGAIN,
     RecordingManifest,
     ShardFile,
     TokenRows,
-    refuse_other_rows,
+    Wanted,
+    of_another_run,
+    other_rows,
     shard_name,
     shards_of,
     warn_of_versions,
@@ -113,51 +114,27 @@ class RecordedRows(NamedTuple):
 class RecordingReader:
     """A finished recording, opened for the rows of a run; reads any of them in any order.
 
-    ``inputs``: as recording_inputs gives them for this run; a recording may hold a prefix that they do not ask for.
-    ``rows_from`` only explains a difference of rows. ``states``: layers whose states will be asked for.
+    ``rows_from`` only explains a difference of rows.
 
     Raises:
-        UserError: not there or not finished, recorded from something else, for other rows or for fewer, without these
-            states, or with a shard that is missing or torn.
+        UserError: not there or not finished, recorded from something else, for other rows or for fewer, or with a shard
+            that is missing or torn.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        rows: TokenRows,
-        *,
-        inputs: dict[str, Any],
-        rows_from: dict[str, Any],
-        states: Collection[int] = (),
-    ) -> None:
-        path = folder / RecordingManifest.FILE
-        manifest = RecordingManifest.load(path)
-        not_asked = {PREFIX} - inputs.keys()
-        recorded_inputs = {key: value for key, value in manifest.provenance.inputs.items() if key not in not_asked}
-        differing = differences(inputs, recorded_inputs)
-        if differing:
-            raise UserError(
-                f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, or run `shoal record` "
-                "for this recipe into another folder"
-            )
-        if lacking := sorted(set(states) - set(manifest.layout.states)):
-            raise UserError(
-                f"{path}: lacks the states after layer {', '.join(map(str, lacking))} that the loss terms read; "
-                "add them to record.states and record into another folder, or leave those terms out"
-            )
+    def __init__(self, folder: Path, rows: TokenRows, wanted: Wanted, *, rows_from: dict[str, Any]) -> None:
+        path, manifest = folder / RecordingManifest.FILE, wanted.require(folder)
         if manifest.num_rows < len(rows):
-            needed = len(rows) * manifest.layout.sequence_length
             raise UserError(
                 f"{path}: holds {manifest.num_rows:,} rows and this run needs {len(rows):,}; run `shoal record` again, "
-                f"which adds what is missing, with record.num_tokens {needed} where that is set"
+                "which adds what is missing"
             )
         warn_of_versions(path, manifest.provenance)
-        self._folder, self._manifest, self._states = folder, manifest, tuple(states)
-        self._has_prefix = PREFIX in inputs
+        self._folder, self._manifest, self._wanted = folder, manifest, wanted
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         shaped_otherwise = differences(rows_from, manifest.rows_from)
         for index, shard in enumerate(shards_of(len(rows), manifest.rows_per_shard)):
-            refuse_other_rows(self._path(index), self._open(index).hashes, rows, shard.start, shaped_otherwise)
+            if words := other_rows(self._open(index).hashes, rows, shard.start, shaped_otherwise):
+                raise UserError(of_another_run(self._path(index), words))
 
     def rows(self, indices: Sequence[int]) -> RecordedRows:
         """Signals of the rows ``indices``, which may repeat, in that order. On the CPU."""
@@ -169,8 +146,13 @@ class RecordingReader:
         def states(plane: str) -> Tensor:
             return torch.stack([file.state(plane, row) for file, row in places])
 
-        of_layers = {layer: states(f"state_{layer}") for layer in self._states}
-        return RecordedRows(ids, log_probs, tail, of_layers, states("prefix") if self._has_prefix else None)
+        of_layers = {layer: states(f"state_{layer}") for layer in self._wanted.states}
+        return RecordedRows(ids, log_probs, tail, of_layers, None if self._wanted.prefix is None else states("prefix"))
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the teacher's softmax."""
+        return self._wanted.temperature
 
     def _open(self, index: int) -> ShardFile:
         file = ShardFile(self._path(index), self._manifest.layout)
@@ -193,8 +175,6 @@ class RecordedTeacher:
     """Loss terms that read recorded states."""
     prefix: SharedPrefix | None
     """Taker of the recorded state that the student goes on from."""
-    temperature: float = 1.0
-    """Temperature that was recorded at."""
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and the recorded states that state terms compare with."""
@@ -209,4 +189,4 @@ class RecordedTeacher:
         if not self.reads_logits:
             return Signals(captured=captured)
         planes = {name: queued(getattr(rows, name), device) for name in ("ids_BSK", "log_probs_BSK", "tail_BS")}
-        return Signals(**planes, temperature=self.temperature, captured=captured)
+        return Signals(**planes, temperature=self.reader.temperature, captured=captured)

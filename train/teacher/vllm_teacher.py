@@ -48,7 +48,7 @@ MAX_KL = 1e-3
 """Mean bucket KL in nats per token above which vLLM is refused."""
 HEAD_CHUNK = 256
 """Tokens whose full-vocabulary logits exist at one time."""
-PLACE = "record.backend: vllm"
+PLACE = "distill.teacher.backend: vllm"
 TopTokens = tuple[Tensor, Tensor, Tensor]
 """Ids (B, S, K), most probable first, their log-probabilities (B, S, K) under the full softmax in fp32, and the
 probability (B, S) of all others: one minus the rest, so it has few digits where that is all. On the CPU."""
@@ -62,7 +62,7 @@ class VllmTeacher:
     """
 
     def __init__(self, teacher: Checkpoint, *, top_k: int, length: int) -> None:
-        check_vllm("record.backend")
+        check_vllm("distill.teacher.backend")
         self._teacher, self._top_k, self._length = teacher, top_k, length
         self.about: dict[str, Any] = {"engine": "vllm", "version": vllm_version(), "dtype": vllm_dtype(teacher)}
         """What recording.json says of it."""
@@ -118,7 +118,7 @@ class VllmTeacher:
         if len(answer) != len(prompt) or min(map(len, best)) < self._top_k:
             raise UserError(
                 f"{PLACE}: does not tell of {self._top_k} of the teacher's tokens in every place of a prompt of "
-                f"{len(prompt)}; lower record.top_k, or record by transformers"
+                f"{len(prompt)}; lower distill.teacher.top_k, or record by transformers"
             )
         log_probs = [[entry.logprob for _, entry in pairs[: self._top_k]] for pairs in told]
         return np.array(best), np.array(log_probs)

@@ -5,25 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from shoal.data.packing import PackedRows
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import sources_of_terms
 from shoal.recipe.losses import StateTerm
 
 from ..engine.kernels import Fused, is_fused, why_not_fused
 from ..objective.chunked_loss import compiles
-from ..objective.layer_losses import StateLosses
 from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
 from ..student.lora import add_adapters
 from ..student.spec import TrainSpec
 from ..student.trainable import train_only
-from .recording import recording_inputs, rows_from
 from .signals import LiveTeacher, RecordedTeacher, RecordingReader, Teacher
 
 log = logging.getLogger(__name__)
@@ -64,13 +59,12 @@ def wire(
     spec: TrainSpec,
     student: PreTrainedModel,
     live: PreTrainedModel | None,
-    recorded: tuple[PackedRows, dict[str, Any]] | None = None,
+    recorded: RecordingReader | None = None,
 ) -> Wiring:
-    """Join a student that is made trainable with its teacher: ``live``, or what was recorded of the rows of a training
-    with this identity.
+    """Join a student that is made trainable with its teacher: ``live``, or what was ``recorded`` of it.
 
     Raises:
-        UserError: loss terms that contradict the plan, the models or a recording.
+        UserError: loss terms that contradict the plan or the models.
     """
     shared, settings = spec.shared_layers, spec.settings
     prefix = SharedPrefix(student, live, first_change=shared) if shared else None
@@ -81,8 +75,8 @@ def wire(
             live, reads_logits=spec.reads_logits, states=states, prefix=prefix, asked=spec.asked_sources
         )
     else:
-        is_recorded = spec.teacher_place == "recorded"
-        teacher = _recorded_teacher(spec, recorded, states, prefix) if is_recorded else lambda _batch: Signals()
+        of_recording = None if recorded is None else RecordedTeacher(recorded, spec.reads_logits, states, prefix)
+        teacher = of_recording or (lambda _batch: Signals())
     objective = Objective(
         student,
         None if live is None else to_logits(live),
@@ -122,29 +116,3 @@ def _fused(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | No
     models = [student, *([] if live is None or spec.teacher_place != "live" else [live])]
     log.info("fused: norms, MLPs and rotary embedding of %d model(s) of %s by Liger's kernels", len(models), family)
     return Fused(models)
-
-
-def _recorded_teacher(
-    spec: TrainSpec,
-    recorded: tuple[PackedRows, dict[str, Any]] | None,
-    states: StateLosses | None,
-    prefix: SharedPrefix | None,
-) -> RecordedTeacher:
-    settings = spec.settings
-    assert settings.teacher.recorded is not None
-    assert recorded is not None
-    rows, inputs = recorded
-    reader = RecordingReader(
-        Path(settings.teacher.recorded).expanduser(),
-        rows,
-        inputs=recording_inputs(
-            spec.record,
-            spec.teacher,
-            model=inputs["model"],
-            sequence_length=settings.sequence_length,
-            prefix=spec.shared_layers or None,
-        ),
-        rows_from=rows_from(inputs),
-        states=() if states is None else states.teacher_layers,
-    )
-    return RecordedTeacher(reader, spec.reads_logits, states, prefix, spec.record.temperature)

@@ -1,13 +1,14 @@
-"""How a cut model is trained on the full one: the sections `distill` and `record`."""
+"""How a cut model is trained on the full one: the section `distill`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shoal.recipe.losses import ForwardKL, LossTerm, asked_sources, needs_teacher, term_names
+from shoal.recipe.losses import ForwardKL, LossTerm, asked_sources, needs_teacher, temperatures, term_names
 from shoal.recipe.section import (
     DataSource,
     Dtype,
@@ -44,20 +45,48 @@ TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources)
 
 
 @dataclass(frozen=True)
-class Teacher(Section):
-    """Where the teacher's signals come from while the student trains."""
+class Live(Section):
+    """The teacher runs in training, beside the student."""
 
-    recorded: Annotated[str | None, Shapes.BY_CONTENT] = None
-    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher in training."""
+    kind: Annotated[Literal["live"], Shapes.TRAINING] = "live"
     dtype: Annotated[Dtype | None, Shapes.TRAINING] = None
-    """Precision of a live teacher; None = the recipe's dtype."""
+    """Precision of the teacher; None = the recipe's dtype."""
     offload: Annotated[bool, Shapes.NOTHING] = False
-    """Keep a live teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less
-    on the device. ZeRO 3 shards it instead."""
-    prefix: Annotated[bool, Shapes.BY_CONTENT] = False
-    """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
-    lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
-    dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
+    """Keep the teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less on
+    the device. ZeRO 3 shards it instead."""
+
+
+@dataclass(frozen=True)
+class Recorded(Section):
+    """What the teacher says of the training rows is written down before training, by `shoal record` or by the training
+    itself, and read in training. It is what the loss terms ask: the teacher's distributions at their temperature, which
+    has to be one, and the states of layers that hidden_states terms compare with, two bytes per hidden dimension, token
+    and layer."""
+
+    kind: Annotated[Literal["recorded"], Shapes.TRAINING] = "recorded"
+    path: Annotated[Text | None, Shapes.NOTHING] = None
+    """Folder of the files, which several runs can share: never overwritten, and refused where it holds something else.
+    None = RUN_DIR/signals, which is made again when it is out of date."""
+    top_k: Annotated[Positive, Shapes.SIGNALS | Shapes.TRAINING] = 32
+    """Most probable next tokens kept per position, with their log-probabilities; the rest is kept as one sum."""
+    prefix: Annotated[bool, Shapes.TRAINING] = False
+    """Record the teacher's state below the lowest trained layer too, so that neither model runs what lies under it: a
+    number per hidden dimension and token, in the teacher's precision. It serves runs whose plan and trainable leave as
+    many layers untouched."""
+    backend: Annotated[Literal["transformers", "vllm"], Shapes.SIGNALS | Shapes.TRAINING] = "transformers"
+    """Library that runs the teacher; vllm has to be installed, records on one rank, and is refused where it does not
+    say what transformers computes."""
+
+    def folder(self, run_dir: str | Path) -> Path:
+        """Where the files of a run lie."""
+        return Path(self.path or f"{run_dir}/signals").expanduser()
+
+
+TeacherSource = Annotated[
+    Annotated[Live | Recorded, Field(discriminator="kind")],
+    BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+]
+"""A bare word is short for {kind: word}."""
 
 
 @dataclass(frozen=True)
@@ -154,35 +183,6 @@ class Writing(Section):
 
 
 @dataclass(frozen=True)
-class Record(Section):
-    """What `shoal record` keeps of the teacher for every token of the training rows."""
-
-    top_k: Annotated[Positive, Shapes.SIGNALS | Shapes.TRAINING] = 32
-    """Most probable next tokens kept per position, with their log-probabilities; the rest is kept as one sum."""
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.SIGNALS | Shapes.TRAINING] = 1.0
-    """Temperature of the teacher's softmax. What is recorded serves loss terms of this temperature only: the mass
-    outside the top k is not known at another."""
-    states: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Shapes.SIGNALS | Shapes.TRAINING] = ()
-    """Teacher layers whose outputs are kept too, in bfloat16: two bytes per hidden dimension, token and layer."""
-    num_tokens: Annotated[Positive | None, Shapes.BY_CONTENT] = None
-    """Tokens to record; None = distill.num_tokens. Either is rounded up to whole optimizer steps."""
-    folder: Annotated[Text | None, Shapes.NOTHING] = None
-    """Folder of the files; None = signals/ in run_dir."""
-    rows_per_shard: Annotated[Positive, Shapes.NOTHING] = 64
-    """Training rows in one file. A recording that was interrupted goes on at the next file."""
-    batch_size: Annotated[Positive, Shapes.NOTHING] = 8
-    """Rows that the teacher reads at one time on every rank; without effect on vLLM."""
-    backend: Annotated[Literal["transformers", "vllm"], Shapes.BY_CONTENT] = "transformers"
-    """Library that runs the teacher; vllm has to be installed, records on one rank, and is refused where it does not
-    say what transformers computes."""
-
-    @property
-    def engine_inputs(self) -> dict[str, str]:
-        """What identities name of ``backend``: nothing of transformers, as before there was another."""
-        return {} if self.backend == "transformers" else {"record.backend": self.backend}
-
-
-@dataclass(frozen=True)
 class Distill(Section):
     """How the cut model is trained on the full one."""
 
@@ -206,7 +206,8 @@ class Distill(Section):
     the teacher, so there it is computed once for both and needs neither a backward pass nor optimizer state."""
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
-    teacher: Annotated[Teacher, Shapes.TRAINING] = Teacher()
+    teacher: Annotated[TeacherSource, Shapes.TRAINING] = Live()
+    """Where the teacher's signals come from: `live`, it runs in training; or `recorded`, it has spoken before."""
     writing: Annotated[Writing, Shapes.TRAINING] = Writing()
     """Text that the teacher writes where data names the source `teacher_text`."""
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
@@ -252,6 +253,11 @@ class Distill(Section):
     def has_images(self) -> bool:
         """Whether a source has images."""
         return any(source.has_images for source in self.data)
+
+    @property
+    def recorded_temperature(self) -> float:
+        """Temperature at which a recorded teacher speaks: that of the terms that read its distributions."""
+        return min(temperatures(self.losses), default=1.0)
 
     @property
     def by_source(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the sections `distill` and `record` must not say: settings that contradict each other or would be ignored."""
+"""What the section `distill` must not say: settings that contradict each other or would be ignored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shoal.recipe import losses as terms
-from shoal.recipe.distill import Distill, Record, Writing, sources_of_terms
+from shoal.recipe.distill import Distill, Writing, sources_of_terms
 from shoal.recipe.losses import term_names
 from shoal.recipe.section import TEACHER_TEXT
 
@@ -62,15 +62,7 @@ def contradictions(distill: Distill) -> Iterator[str]:
     yield from terms.contradictions(distill.losses, sources=sources_of_terms(distill))
     yield from _of_sources(distill)
     yield from _of_images(distill)
-    teacher, watch = distill.teacher, distill.watch
-    if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
-        name = "offload" if teacher.offload else "dtype"
-        yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
-    if teacher.prefix and teacher.recorded is None:
-        yield (
-            "distill.teacher.prefix: is about recorded signals, a live teacher runs the layers below the lowest "
-            "trained one for both models anyway; set teacher.recorded, or leave it out"
-        )
+    watch = distill.watch
     yield from _of_written_text(distill)
     if watch is not None and watch.metric_for_best_model not in (None, *watch.scores):
         names = ", ".join(watch.scores) or "nothing"
@@ -90,22 +82,6 @@ def _of_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
             value = value.get(inner) if isinstance(value, dict) else None
         if value in values:
             yield f"distill.trainer.{place}: {value} {reason}"
-
-
-def engine_contradictions(record: Record, distill: Distill) -> Iterator[str]:
-    """The same of what runs the teacher in place of transformers, which both sections speak of."""
-    if record.backend == "transformers":
-        return
-    place = "record.backend: vllm"
-    if record.temperature != 1.0:
-        yield (
-            f"record.temperature: {place} tells the teacher's own log-probabilities, those at 1 (got "
-            f"{record.temperature:g}); set it to 1, or record by transformers"
-        )
-    if record.states:
-        yield f"record.states: {place} tells no state of a layer; leave them out, or record by transformers"
-    if distill.teacher.prefix:
-        yield f"distill.teacher.prefix: {place} tells no state of a layer; leave it out, or record by transformers"
 
 
 def _of_sources(distill: Distill) -> Iterator[str]:
@@ -132,18 +108,11 @@ def _of_images(distill: Distill) -> Iterator[str]:
     images = "and a source of distill.data has images; leave one of them out"
     if distill.on_policy is not None and distill.on_policy.share > 0:
         yield f"distill.on_policy: the student writes from text alone, {images}"
-    if distill.teacher.recorded is not None:
-        yield f"distill.teacher.recorded: what a teacher says of images is not recorded, {images}"
 
 
 def _of_written_text(distill: Distill) -> Iterator[str]:
     on_policy, writing = distill.on_policy, distill.writing
     if on_policy is not None and on_policy.share > 0:
-        if distill.teacher.recorded is not None:
-            yield (
-                "distill.on_policy: nothing was recorded of what the student will write; leave it or teacher.recorded "
-                "out"
-            )
         if on_policy.prompt_tokens + on_policy.new_tokens > distill.sequence_length:
             yield (
                 f"distill.on_policy: prompt_tokens {on_policy.prompt_tokens} + new_tokens {on_policy.new_tokens} do "

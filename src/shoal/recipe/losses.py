@@ -179,6 +179,16 @@ def reads_distributions(term: LossTerm) -> bool:
     return isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
 
 
+def from_top_k(term: LossTerm) -> bool:
+    """Whether the teacher's most probable tokens are enough, which is what is recorded of it."""
+    return not isinstance(term, AdaptiveKL | TAID | DKD)
+
+
+def temperatures(terms: Sequence[LossTerm]) -> set[float]:
+    """Those at which terms look at the teacher's distributions."""
+    return {term.temperature for term in terms if isinstance(term, Divergence)}
+
+
 def asked_sources(
     terms: Sequence[LossTerm], sources: Sequence[frozenset[int] | None], asks: Callable[[LossTerm], bool]
 ) -> frozenset[int] | None:

@@ -145,7 +145,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
         case "union_tag_not_found":
             kinds = [get_args(get_type_hints(section)["kind"])[0] for section in sections]
-            return place, f"needs a kind: one of {', '.join(kinds)}", ""
+            old = next((words for key in problem["input"] if (words := gone(f"{place}.{key}"))), None)
+            return place, old or f"needs a kind: one of {', '.join(kinds)}", ""
         case "union_tag_invalid" | "literal_error":
             is_kind = kind == "union_tag_invalid"
             context = problem["ctx"]
@@ -205,7 +206,7 @@ def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int 
             keys.append(part)
             continue
         hints = [get_type_hints(section, include_extras=True) for section in sections]
-        tagged = [section for section, hint in zip(sections, hints, strict=True) if part in get_args(hint.get("kind"))]
+        tagged = [section for section in sections if part in get_args(get_type_hints(section).get("kind"))]
         named = [section for section in sections if section.__name__ == part]  # the tag of a type without a kind
         if len(sections) > 1 and (tagged or named):
             sections = tagged or named

@@ -18,7 +18,7 @@ from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.model_names import name_of_model, names_model
 from shoal.recipe import distill_contradictions, measure, prune, remembered
-from shoal.recipe.distill import Distill, Record
+from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
@@ -87,7 +87,6 @@ class Recipe(Section):
     """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)
     prune: Prune = field(default_factory=Prune)
-    record: Record = field(default_factory=Record)
     distill: Distill = field(default_factory=Distill)
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
@@ -201,6 +200,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = {}
             node[int(name) if isinstance(node, list) else name] = child
+        if isinstance(child, str) and isinstance(node, dict):  # a kind by its name alone
+            child = node[name] = {"kind": child}
         if not isinstance(child, dict | list):
             raise UserError(f"{quoted(override)}: {name!r} is {redacted({name: child})[name]!r}, not a section")
         node = child
@@ -226,4 +227,3 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
     yield from distill_contradictions.contradictions(recipe.distill)
-    yield from distill_contradictions.engine_contradictions(recipe.record, recipe.distill)

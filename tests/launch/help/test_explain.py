@@ -98,7 +98,7 @@ def test_without_a_kind_all_that_have_the_key_are_told_and_an_entry_of_a_mapping
     [
         ("distill.num_token", "did you mean distill.num_tokens"),
         ("distill.loar.lora_alpha", "did you mean distill.lora.lora_alpha?"),
-        ("top_k", "did you mean record.top_k?"),
+        ("top_k", "did you mean distill.teacher.recorded.top_k?"),
         ("zzzzzz", "`shoal explain` lists the sections"),
     ],
 )

@@ -63,12 +63,12 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     file.write_text(
         f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [2, 4]}}\n"
         "distill: {sequence_length: 64, num_ranks: 3, batch_size: 6, lora: {r: 2}, trainable: near_gaps,\n"
-        "          teacher: {recorded: signals, prefix: true}}\n"
+        "          teacher: {kind: recorded, prefix: true}}\n"
     )
     assert run_verb("distill", str(file), [], dry_run=True) == 0
     told = capsys.readouterr().out
     assert "step:    3 rank(s) x 1 micro-batch(es) x 2 row(s) x 64 tokens" in told
-    assert "weights, recorded, not loaded, " in told
+    assert "weights, recorded before, and not loaded, " in told
     assert "the lowest 1 layer(s) are not run, the state above is recorded" in told
     assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
     assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err

@@ -101,7 +101,7 @@ IMAGES: dict[str, Any] = {"path": "rows.jsonl", "column": COLUMNS}
         ({"data": [{"path": "a", "column": {"image": "i", "prompt": "p"}}]}, r"column.completion: is required"),
         ({"data": [{"path": "a", "column": {**COLUMNS, "loss_on": "all"}}]}, r"column.loss_on: unknown key"),
         ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
-        ({"teacher": {"recorded": "signals"}}, r"distill.teacher.recorded: what a teacher says of images is not"),
+        ({"teacher": "recorded"}, r"distill.teacher: what a teacher says of images is not recorded"),
     ],
 )
 def test_what_does_not_go_with_images_is_refused_with_the_recipe(section: dict[str, Any], message: str) -> None:

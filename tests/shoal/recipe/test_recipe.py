@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import UserError
-from shoal.recipe.distill import TrainingSource, sources_of_terms
+from shoal.recipe.distill import Live, Recorded, TrainingSource, sources_of_terms
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
@@ -293,14 +293,36 @@ def test_losses_of_a_source_that_say_nothing_are_refused_in_one_line(losses: Any
     assert str(refused.value).count("\n") == 0
 
 
-def test_what_vllm_cannot_tell_is_refused(tmp_path: Path) -> None:
-    recorded = "record: {backend: vllm, temperature: 2, states: [1]}\ndistill: {teacher: {recorded: a, prefix: true}}"
-    told = refusal(tmp_path, recorded)
-    assert [line.split(": ")[0] for line in told] == ["record.temperature", "record.states", "distill.teacher.prefix"]
+TAID, WARM = "losses: [{kind: taid}]", "{kind: jsd, temperature: 2}"
+NO_RECORDING = {
+    f"teacher: recorded, {TAID}": "distill.losses: a recorded teacher tells its most probable tokens only",
+    f"teacher: recorded, losses: [{{kind: forward_kl}}, {WARM}]": "distill.losses: a teacher is recorded at one temp",
+    "teacher: recorded, on_policy: {}": "distill.on_policy: nothing is recorded of what the student will write",
+    "teacher: {kind: recorded, backend: vllm, prefix: true}": "distill.teacher.backend: vLLM tells",
+    "teacher: {kind: recorded, backend: vllm}, losses: [{kind: hidden_states}]": "distill.teacher.backend: vLLM tells",
+    f"teacher: {{kind: recorded, backend: vllm}}, losses: [{WARM}]": "distill.teacher.backend: vLLM tells",
+    "teacher: {kind: live, prefix: true}": "distill.teacher.prefix: unknown key",
+    "teacher: {kind: recorded, offload: true}": "distill.teacher.offload: unknown key",
+    "teacher: {recorded: runs/a/signals}": "distill.teacher: gone since 0.1; `teacher: {kind: recorded, path: FOLDER}`",
+    "teacher: spoken": "distill.teacher.kind: must be one of 'live', 'recorded' (got 'spoken')",
+}
 
 
-def test_a_watch_that_scores_nothing_is_none(tmp_path: Path) -> None:
-    assert load(tmp_path, "distill: {watch: {perplexity_tokens: 0}}").distill.watch is None
+@pytest.mark.parametrize("said", NO_RECORDING)
+def test_what_no_teacher_tells_is_refused(tmp_path: Path, said: str) -> None:
+    (told,) = refusal(tmp_path, f"distill: {{{said}}}")
+    assert told.startswith(NO_RECORDING[said])
+
+
+def test_what_a_recorded_teacher_tells_follows_from_the_losses(tmp_path: Path) -> None:
+    alike = f"losses: [{WARM}, {{kind: cross_entropy}}, {{kind: hidden_states}}]"
+    distill = load(tmp_path, f"distill: {{teacher: recorded, {alike}}}").distill
+    assert distill.teacher == Recorded()
+    assert load(tmp_path, "distill: {teacher: recorded}", "distill.teacher.top_k=8").distill.teacher == Recorded(
+        top_k=8
+    )
+    assert distill.recorded_temperature == 2.0
+    assert load(tmp_path, f"distill: {{{TAID}}}").distill.teacher == Live()
 
 
 def test_samples_and_their_prompts_fit_into_a_row(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shoal.errors import UserError
 from shoal.recipe.losses import (
     DKD,
     JSD,
@@ -33,7 +32,6 @@ from shoal.train.objective.chunked_loss import (
     TermInput,
     TopK,
     chunked_head_loss,
-    refuse_for_top_k,
 )
 from shoal.train.objective.divergences import softened, token_losses
 
@@ -265,25 +263,6 @@ def definition(term: LogitTerm, p: Tensor, q: Tensor) -> Tensor:
             return kl(q, (1 - alpha) * p + alpha * q)
         case _:
             return 0.5 * (p - q).abs().sum()
-
-
-def test_terms_that_need_the_whole_distribution_are_refused_for_top_k() -> None:
-    given = setting()
-    for term in (AdaptiveKL(), TAID(), DKD()):
-        with pytest.raises(UserError, match=rf"distill.losses: {term.kind} needs .* use the live teacher"):
-            refuse_for_top_k((ForwardKL(), term))
-        with pytest.raises(UserError, match=term.kind):
-            chunked(given, stored(given, 4), (term,))
-    refuse_for_top_k((*COARSE, CrossEntropy()))
-
-
-def test_stored_temperature_must_be_the_terms() -> None:
-    given = setting()
-    with pytest.raises(UserError, match=r"forward_kl_2 has temperature 2, the recorded signals have 1"):
-        chunked(given, stored(given, 4), (ForwardKL(), ForwardKL(temperature=2.0)))
-    with pytest.raises(UserError, match=r"forward_kl has temperature 1, the recorded signals have 2"):
-        chunked(given, stored(given, 4, 2.0), (ForwardKL(), CrossEntropy()))
-    chunked(given, stored(given, 4, 2.0), (ForwardKL(temperature=2.0), CrossEntropy()))
 
 
 def test_as_many_stored_tokens_as_words_are_refused() -> None:

@@ -11,7 +11,7 @@ from jobs import CUT, LENGTH, ONE_RANK, job_of
 
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Lora, Record
+from shoal.recipe.distill import Distill, Lora, Recorded
 from shoal.train.preflight import fit
 from shoal.train.preflight.fit import Free, check_control, check_fit, disk_bytes, overrides, proposals
 from shoal.train.preflight.memory import Job, Setting, job
@@ -65,7 +65,7 @@ def test_a_proposal_is_said_in_recipe_keys(tiny_job: Job) -> None:
         "distill.trainer.per_device_train_batch_size=1",
         "distill.trainer.gradient_accumulation_steps=4",
         "distill.trainer.gradient_checkpointing=true",
-        "distill.teacher.offload=true",
+        "distill.teacher={kind: live, offload: true}",
     ]
     assert overrides(tiny_job, replace(tiny_job.setting, stage=3)) == ["distill.deepspeed=deepspeed/zero3.json"]
 
@@ -81,6 +81,9 @@ def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
     trainer = {"max_steps": 1, "num_train_epochs": 3}
     shorter = replace(tiny_job, spec=replace(tiny_job.spec, settings=replace(tiny_job.spec.settings, trainer=trainer)))
     assert disk_bytes(shorter) == disk_bytes(tiny_job), "rows follow the budget of tokens"
+    own, elsewhere = (disk_bytes(job_of(teacher=Recorded(path=path))) for path in (None, "signals"))
+    assert own["signals"] == 132 * tokens + 8 * tokens // LENGTH
+    assert "signals" not in elsewhere
     settings = replace(tiny_job.spec.settings, trainer={"save_strategy": "no"})  # what a stop leaves
     unsaved = replace(tiny_job, spec=replace(tiny_job.spec, settings=settings))
     assert disk_bytes(unsaved)["checkpoints"] == 12 * weights
@@ -89,7 +92,7 @@ def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
 def refuse(folders: tuple[Path, Path], run_dir: Path, **changes: Any) -> None:
     settings = Distill(sequence_length=LENGTH, watch=None, **changes)
     teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in folders)
-    check_fit(train_spec(teacher, student, CUT, settings, Record(), ONE_RANK), run_dir)
+    check_fit(train_spec(teacher, student, CUT, settings, ONE_RANK), run_dir)
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def test_a_control_without_room_after_the_student_is_refused_and_its_cost_told_b
     caplog.set_level("INFO", logger="shoal")
     teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in folders)
     settings = Distill(sequence_length=LENGTH, watch=None)
-    spec = train_spec(teacher, student, CUT, settings, Record(), ONE_RANK)
+    spec = train_spec(teacher, student, CUT, settings, ONE_RANK)
     control = control_spec(spec)
     own, uncut = job(spec), job(control)
     assert disk_bytes(uncut).keys() == disk_bytes(own).keys() - {"text"}

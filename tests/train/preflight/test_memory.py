@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
-from shoal.recipe.distill import Distill, Lora, Teacher
+from shoal.recipe.distill import Distill, Live, Lora, Recorded
 from shoal.recipe.losses import CrossEntropy, HiddenStates
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight.fit import overrides
@@ -101,7 +101,6 @@ from shoal.artifacts.plan import Plan
 from shoal.machine import peak_memory
 from pathlib import Path
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Record
 from shoal.train.preflight import throughput as pace
 from shoal.train.preflight.memory import Job, Setting
 from shoal.train.student.sizes import student_size, teacher_size
@@ -116,7 +115,7 @@ pace.PROBE_S = float("1e9")
 checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
 plan, ranks = Plan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
 settings = Distill(sequence_length=256, head_chunk=256, precision="bf16-mixed", deepspeed="deepspeed/zero0.json")
-spec = train_spec(*checkpoints, plan, settings, Record(), ranks)
+spec = train_spec(*checkpoints, plan, settings, ranks)
 size = Job(spec, *sizes, Setting(8, 2, False, 0, False, False, "live"))
 pace.probe(replace(size, setting=replace(size.setting, rows=2)))
 gc.collect()  # models and their objectives hold each other
@@ -207,13 +206,13 @@ def test_a_teacher_is_where_the_recipe_says(tiny_job: Job) -> None:
         return job_of(**settings).setting.teacher
 
     assert place() == "live"
-    assert place(teacher=Teacher(offload=True)) == "offloaded"
-    assert place(teacher=Teacher(recorded="signals")) == "recorded"
+    assert place(teacher=Live(offload=True)) == "offloaded"
+    assert place(teacher=Recorded()) == "recorded"
     assert place(losses=(CrossEntropy(),)) == "none"
     alone = job_of(losses=(CrossEntropy(),), trainable="from_first_cut")
     assert (alone.setting.teacher, alone.spec.shared_layers) == ("none", 0)  # nobody to share the lowest layers with
     assert place(losses=(CrossEntropy(), HiddenStates())) == "live"
-    assert job_of(teacher=Teacher(dtype="float32")).memory.teacher == 2 * tiny_job.memory.teacher
+    assert job_of(teacher=Live(dtype="float32")).memory.teacher == 2 * tiny_job.memory.teacher
 
 
 @pytest.mark.slow

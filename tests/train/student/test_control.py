@@ -13,7 +13,7 @@ from tiny import tiny_config
 
 from shoal.artifacts.plan import Plan, PlannedChange
 from shoal.models.load import Checkpoint
-from shoal.recipe.distill import Distill, Record, Teacher
+from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import CrossEntropy, HiddenStates
 from shoal.train.objective.layer_losses import layer_pairs
 from shoal.train.student.control import control_identity, control_spec
@@ -30,7 +30,7 @@ def spec_of(changes: Plan, **settings: Any) -> TrainSpec:
         Checkpoint(Path(name), tiny_config("llama", num_hidden_layers=layers))
         for name, layers in (("teacher", changes.num_layers), ("student", len(changes.keep)))
     )
-    return train_spec(teacher, student, changes, Distill(**settings), Record(), Ranks(1, 1, torch.device("cpu")))
+    return train_spec(teacher, student, changes, Distill(**settings), Ranks(1, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_nothing_is_cut() -> None:
 
 
 def test_a_recording_of_the_state_below_serves_the_control() -> None:
-    recorded = Teacher(recorded="signals", prefix=True)
+    recorded = Recorded(prefix=True)
     spec = spec_of(plan(4), trainable="from_first_cut", teacher=recorded)
     assert control_spec(spec).shared_layers == spec.shared_layers == 4
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn import functional
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.ranks import free_port
-from shoal.recipe.distill import Record
+from shoal.recipe.distill import Recorded
 from shoal.runtime import leave_distributed, set_up_distributed
 from shoal.train import record as stage
 from shoal.train.record import record_signals, top_k_signals
@@ -31,15 +31,13 @@ from shoal.train.teacher.recording import (
     HEADER_BYTES,
     Layout,
     RecordingManifest,
+    Wanted,
     decode_log_probs,
     encode_log_probs,
-    recording_inputs,
-    recording_layout,
 )
 from shoal.train.teacher.signals import RecordingReader
 
 S = 12
-SETTINGS = Record(top_k=5, states=(1, 3), rows_per_shard=3, batch_size=2)
 LOAD = {"dtype": "float32", "attention": "sdpa"}
 ROWS_FROM = {"seed": 0, "distill.data": "text"}
 MAX_ERROR = 8e-4
@@ -63,16 +61,17 @@ def rows(num: int = 8, *, seed: int = 0) -> Rows:
     return Rows(ids[:num], positions[:num])
 
 
-def record(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any) -> None:
-    recorded, rest = loaded(teacher, changes)
-    values = {"model": "teacher", "rows_from": ROWS_FROM, **rest}
-    record_signals(recorded, rows() if data is None else data, folder, settings, **values)
+def wanted_of(teacher: Path, folder: Path, **changes: Any) -> Wanted:
+    """What is wanted of the teacher, to be kept in ``folder``, which is no run's own."""
+    load: Any = LOAD | {key: changes.pop(key) for key in LOAD if key in changes}
+    settings = Recorded(path=str(folder), top_k=changes.pop("top_k", 5), prefix="prefix" in changes)
+    checkpoint = Checkpoint.read(teacher, LoadSettings(**load))
+    return Wanted(checkpoint, changes.pop("model", "teacher"), S, settings, **{"states": (1, 3), **changes})
 
 
-def loaded(teacher: Path, changes: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
-    """The teacher loaded as ``changes`` say, and what else they say."""
-    load: Any = LOAD | {key: value for key, value in changes.items() if key in LOAD}
-    return Checkpoint.read(teacher, LoadSettings(**load)), {k: v for k, v in changes.items() if k not in LOAD}
+def record(teacher: Path, folder: Path, data: Rows | None = None, *, verify: bool = True, **changes: Any) -> None:
+    recorded, wanted = rows() if data is None else data, wanted_of(teacher, folder, **changes)
+    record_signals(wanted, recorded, folder, rows_from=ROWS_FROM, rows_per_shard=3, verify=verify)
 
 
 def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
@@ -80,16 +79,16 @@ def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
     return layout.num_bytes(num_rows) + math.ceil(num_rows / rows_per_shard) * HEADER_BYTES
 
 
-def opened(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any):
-    recorded, changes = loaded(teacher, changes)
-    shaping = ("model", "sequence_length", "prefix")
-    run = {"model": "teacher", "sequence_length": S, **{k: v for k, v in changes.items() if k in shaping}}
-    rest = {k: v for k, v in changes.items() if k not in run}
-    inputs = recording_inputs(settings, recorded, **run)
-    data = rows() if data is None else data
-    return RecordingReader(
-        folder, data, **{"inputs": inputs, "rows_from": ROWS_FROM, "states": settings.states, **rest}
-    )
+def opened(
+    teacher: Path, folder: Path, data: Rows | None = None, *, rows_from: Any = ROWS_FROM, **changes: Any
+) -> RecordingReader:
+    wanted = wanted_of(teacher, folder, **changes)
+    return RecordingReader(folder, rows() if data is None else data, wanted, rows_from=rows_from)
+
+
+@pytest.fixture(autouse=True)
+def two_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "ROWS_AT_ONCE", 2)
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -121,9 +120,9 @@ def bucket_kl(log_p_K: Tensor, tail: Tensor, log_q_K: Tensor) -> Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("top_k", [1, 5, VOCAB_SIZE - 1])
 def test_recorded_signals_are_the_teachers_within_the_stated_error(teacher, tmp_path, top_k, temperature):
-    settings = Record(top_k=top_k, temperature=temperature, rows_per_shard=3, batch_size=2)
-    record(teacher, tmp_path / "signals", settings=settings)
-    found = opened(teacher, tmp_path / "signals", settings=settings).rows(range(8))
+    settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "states": ()}
+    record(teacher, tmp_path / "signals", **settings)
+    found = opened(teacher, tmp_path / "signals", **settings).rows(range(8))
     expected = reference(teacher, rows(), temperature=temperature)
     best = expected.topk(top_k, dim=-1)
     assert torch.equal(found.ids_BSK[..., :1], best.indices[..., :1])
@@ -156,7 +155,7 @@ def test_states_are_the_raw_outputs_of_the_layers_asked_for(teacher, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, dtype):
-    run = {"dtype": dtype, "prefix": 2}
+    run: dict[str, Any] = {"dtype": dtype, "prefix": 2}
     record(teacher, tmp_path / "signals", **run)
     found = opened(teacher, tmp_path / "signals", **run).rows([4, 0, 3]).prefix_BSD
     model, data = load_model(teacher, dtype=dtype), rows()
@@ -171,11 +170,10 @@ def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, d
     assert found.dtype == getattr(torch, dtype)
     # the same two rows at one time as when it was recorded
     assert torch.equal(found[[2, 0]], states[2])
-    recorded, more = loaded(teacher, run)
-    layout = recording_layout(SETTINGS, recorded, sequence_length=S, **more)
+    layout = wanted_of(teacher, tmp_path, **run).layout
     written = sum(map(len, shards(tmp_path / "signals").values()))
-    assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
-    plain = recording_layout(SETTINGS, recorded, sequence_length=S)
+    assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, 3)
+    plain = wanted_of(teacher, tmp_path, dtype=dtype).layout
     assert layout.num_bytes(1) - plain.num_bytes(1) == S * states[2].shape[-1] * found.element_size()
 
 
@@ -191,9 +189,9 @@ def test_soft_capped_and_scaled_logits_are_recorded_as_the_model_gives_them(fami
             model,
             Rows(ids, torch.arange(S).repeat(2, 1)),
             range(2),
-            Record(top_k=4),
-            Layout(S, 4, 96, 32),
-            lambda n: None,
+            temperature=1.0,
+            layout=Layout(S, 4, 96, 32),
+            tell=lambda n: None,
         )
     log_probs = torch.from_numpy(decode_log_probs(planes["codes"].numpy()))
     assert (log_probs - expected.topk(4, dim=-1).values).abs().max() < MAX_ERROR
@@ -226,7 +224,7 @@ def test_bucket_kl_of_recorded_signals_is_off_by_no_more_than_stated(temperature
 def test_a_recording_serves_a_run_with_fewer_rows_and_refuses_one_with_more(teacher, tmp_path):
     record(teacher, tmp_path / "signals")
     assert opened(teacher, tmp_path / "signals", rows(4)).rows([3]).ids_BSK.shape == (1, S, 5)
-    with pytest.raises(UserError, match=r"holds 8 rows and this run needs 11; .* with record.num_tokens 132"):
+    with pytest.raises(UserError, match=r"holds 8 rows and this run needs 11; .* adds what is missing"):
         opened(teacher, tmp_path / "signals", rows(11))
 
 
@@ -325,13 +323,14 @@ def test_two_ranks_write_the_same_bytes_as_one(teacher, tmp_path):
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "model": {"model": "another"},
     "dtype": {"dtype": "bfloat16"},
     "attention": {"attention": "eager"},
-    "record.top_k": {"settings": Record(top_k=6, states=(1, 3), rows_per_shard=3)},
-    "record.temperature": {"settings": Record(top_k=5, states=(1, 3), rows_per_shard=3, temperature=2.0)},
-    "record.states": {"settings": Record(top_k=5, states=(1,), rows_per_shard=3)},
+    "distill.teacher.top_k": {"top_k": 6},
+    r"distill.losses \(temperature\)": {"temperature": 2.0},
+    r"distill.losses \(states\)": {"states": (1, 2)},
+    "distill.teacher.prefix": {"prefix": 2},
 }
 
 
@@ -343,6 +342,37 @@ def test_signals_of_another_run_are_refused_by_the_field_that_differs(teacher, t
         with pytest.raises(UserError, match=rf"belongs to another run: {field} is .* in this recipe but .* there"):
             act(teacher, tmp_path / "signals", **OTHERS[field])
     assert shards(tmp_path / "signals") == kept
+
+
+def test_what_holds_more_serves_and_is_gone_on_with(teacher, tmp_path):
+    record(teacher, tmp_path / "more", rows(4), prefix=2)
+    plain: dict[str, Any] = {"states": (3,)}
+    record(teacher, tmp_path / "more", **plain)
+    record(teacher, tmp_path / "plain", **plain)
+    more, alone = (opened(teacher, tmp_path / name, **plain).rows(range(8)) for name in ("more", "plain"))
+    assert torch.equal(more.log_probs_BSK, alone.log_probs_BSK)
+    assert more.prefix_BSD is None
+    assert more.states.keys() == alone.states.keys() == {3}
+    assert torch.equal(more.states[3], alone.states[3])
+
+
+@pytest.mark.parametrize("change", ["top_k", "rows", "neither"])
+def test_a_recording_of_the_runs_own_is_made_again_where_it_is_out_of_date(teacher, tmp_path, caplog, change):
+    """And nothing else that lies in its folder is touched."""
+    folder = tmp_path / "signals"
+    own = replace(wanted_of(teacher, folder), settings=Recorded(top_k=5))
+    record_signals(own, rows(), folder, rows_from=ROWS_FROM, rows_per_shard=3)
+    kept = {name: (folder / name).stat().st_mtime_ns for name in shards(folder)}
+    (folder / "notes.txt").write_text("mine")
+    if change == "top_k":
+        own = replace(own, settings=Recorded(top_k=6))
+    data = rows(5, seed=1) if change == "rows" else rows(5)
+    record_signals(own, data, folder, rows_from=ROWS_FROM, rows_per_shard=3, verify=False)
+    assert ("is made again: " in caplog.text) == (change != "neither")
+    made = {name: (folder / name).stat().st_mtime_ns for name in shards(folder)}
+    assert made == kept if change == "neither" else made.keys() == set(sorted(kept)[:2])
+    assert (folder / "notes.txt").read_text() == "mine"
+    RecordingReader(folder, data, own, rows_from=ROWS_FROM)
 
 
 def test_signals_of_other_rows_are_refused_with_what_shaped_them(teacher, tmp_path):
@@ -361,14 +391,7 @@ def test_signals_of_other_rows_are_refused_with_what_shaped_them(teacher, tmp_pa
         opened(teacher, tmp_path / "signals", moved)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (Record(top_k=VOCAB_SIZE), r"record.top_k: 272 leaves none of the 272 tokens .* record fewer"),
-        (Record(top_k=5, states=(6,)), r"record.states: 6 is no layer .* the last is 5"),
-    ],
-)
-def test_settings_that_the_teacher_cannot_meet_are_refused(teacher, tmp_path, settings, message):
-    with pytest.raises(UserError, match=message):
-        record(teacher, tmp_path / "signals", settings=settings)
+def test_as_many_tokens_as_the_vocabulary_has_are_refused(teacher, tmp_path):
+    with pytest.raises(UserError, match=r"distill.teacher.top_k: 272 leaves none of the 272 tokens .* record fewer"):
+        record(teacher, tmp_path / "signals", top_k=VOCAB_SIZE)
     assert not (tmp_path / "signals").exists()

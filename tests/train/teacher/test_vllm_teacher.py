@@ -16,15 +16,15 @@ from tiny import VOCAB_SIZE
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Record
+from shoal.recipe.distill import Recorded
 from shoal.train.record import record_signals
 from shoal.train.teacher import vllm_teacher
-from shoal.train.teacher.recording import RecordingManifest, recording_inputs
+from shoal.train.teacher.recording import RecordingManifest, Wanted
 from shoal.train.teacher.signals import RecordedRows, RecordingReader
 
 S, TOP_K, VERSION = 12, 5, "0.33.0"
 ROWS_FROM = {"seed": 0, "distill.data": "text"}
-BY_VLLM = Record(top_k=TOP_K, rows_per_shard=3, backend="vllm")
+BY_VLLM = Recorded(top_k=TOP_K, backend="vllm")
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +41,22 @@ def rows(num: int = 8) -> PackedRows:
     return packed([[7, S - 7]] * 16).first(num)
 
 
-def record(teacher: Path, folder: Path, how: Record = BY_VLLM, *, num_rows: int = 8) -> None:
-    checkpoint = Checkpoint.read(teacher, LoadSettings(dtype="float32"))
-    record_signals(checkpoint, rows(num_rows), folder, how, model="teacher", rows_from=ROWS_FROM)
+def wanted(teacher: Path, how: Recorded, dtype: Any = "float32") -> Wanted:
+    return Wanted(Checkpoint.read(teacher, LoadSettings(dtype=dtype)), "teacher", S, how)
 
 
-def read(teacher: Path, folder: Path, how: Record = BY_VLLM, *, dtype: Any = "float32") -> RecordedRows:
-    checkpoint = Checkpoint.read(teacher, LoadSettings(dtype=dtype))
-    inputs = recording_inputs(how, checkpoint, model="teacher", sequence_length=S)
-    return RecordingReader(folder, rows(), inputs=inputs, rows_from=ROWS_FROM).rows(range(8))
+def record(teacher: Path, folder: Path, how: Recorded = BY_VLLM) -> None:
+    record_signals(wanted(teacher, how), rows(), folder, rows_from=ROWS_FROM, rows_per_shard=3)
+
+
+def read(teacher: Path, folder: Path, how: Recorded = BY_VLLM, *, dtype: Any = "float32") -> RecordedRows:
+    return RecordingReader(folder, rows(), wanted(teacher, how, dtype), rows_from=ROWS_FROM).rows(range(8))
 
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("top_k", [VOCAB_SIZE - 1, 1])
 def test_vllm_records_what_transformers_does(teacher, vllm, tmp_path, top_k):
-    local, here = Record(top_k=top_k, rows_per_shard=3), Record(top_k=top_k, rows_per_shard=3, backend="vllm")
+    local, here = Recorded(top_k=top_k), Recorded(top_k=top_k, backend="vllm")
     record(teacher, tmp_path / "local", local)
     record(teacher, tmp_path / "here", here)
     ours, theirs = read(teacher, tmp_path / "here", here), read(teacher, tmp_path / "local", local)
@@ -75,8 +76,8 @@ def test_signals_of_vllm_are_its_own_and_a_whole_recording_starts_it_no_more(tea
     record(teacher, tmp_path / "signals")
     record(teacher, tmp_path / "signals")
     assert len(vllm.made) == 1
-    with pytest.raises(UserError, match=r"another run: .*record\.backend is 'absent' in this recipe but 'vllm' there"):
-        read(teacher, tmp_path / "signals", Record(top_k=TOP_K, rows_per_shard=3))
+    with pytest.raises(UserError, match=r"another run: .*backend is 'transformers' in this recipe but 'vllm' there"):
+        read(teacher, tmp_path / "signals", Recorded(top_k=TOP_K))
     with pytest.raises(UserError, match="another run: dtype is 'bfloat16' in this recipe but 'float32' there"):
         read(teacher, tmp_path / "signals", dtype="bfloat16")
 
@@ -120,6 +121,6 @@ def test_answers_that_are_none_are_refused_by_what_is_wrong(teacher, vllm, tmp_p
         return output
 
     monkeypatch.setattr(vllm, "_answer", wrong)
-    with pytest.raises(UserError, match=rf"^record\.backend: vllm: .*{message}"):
+    with pytest.raises(UserError, match=rf"^distill\.teacher\.backend: vllm: .*{message}"):
         record(teacher, tmp_path / "signals")
     assert not [*(tmp_path / "signals").glob("shard-*")]
