@@ -92,7 +92,7 @@ def as_data(comparison: RunComparison) -> dict[str, Any]:
     """compare.json: runs, tasks, models with one cell per task, where they stand, notes."""
     groups = task_groups(comparison)
     return {
-        "schema": 2,
+        "schema": "shoal/comparison/1",
         "runs": [
             {"letter": c.letter, "name": c.name, "folder": str(c.run.folder), "is_checkpoint": c.is_model}
             for c in comparison.contenders

@@ -49,6 +49,7 @@ SCORE_FIELDS = (
     *("num_fewshot", "version", "family", "level", "column"),
 )
 """What score_rows tells of a score."""
+SIZES = ("num_layers", "num_parameters", "num_bytes")
 K = TypeVar("K")
 Key = tuple[str, str, str]
 """Task, protocol and metric of a score."""
@@ -333,3 +334,35 @@ def _form_of(own: Mapping[str, TaskScore], twin: Mapping[str, TaskScore]) -> For
         },
         higher_is_better=next(iter(twin.values())).higher_is_better,
     )
+
+
+def results(run: Run, comparison: Comparison, headline: Sequence[str]) -> dict[str, Any]:
+    """results.json: what the first screen of the report says, for a script."""
+    evaluations = run.evaluations.items()
+    return {
+        "schema": "shoal/results/1",
+        "made": {file: {"fingerprint": made.provenance.fingerprint} for file, made in run.results.items()},
+        "model": run.model,
+        "drop": list(run.plan.drop) if run.plan else None,
+        "roles": {role: {size: getattr(own, size) for size in SIZES} for role, own in evaluations},
+        "headline": list(headline),
+        "tasks": [_result(row) for row in comparison.rows],
+    }
+
+
+def _result(row: Row) -> dict[str, Any]:
+    about = ("task", "ability", "protocol", "metric", "column", "n", "chance", "higher_is_better")
+    return {
+        **{field: getattr(row.any_score, field) for field in about},
+        "has_signal": row.has_signal,
+        "scores": {role: _limits(score.score, score) for role, score in row.scores.items()},
+        "changes": [
+            {"before": pair[0], "after": pair[1], **_limits(change.difference, change), "verdict": row.verdict(*pair)}
+            for pair, change in row.differences.items()
+        ],
+        "share_kept": {role: _limits(kept.value, kept) for role, kept in row.retained.items()},
+    }
+
+
+def _limits(value: float, limits: TaskScore | PairedDifference | Retention) -> dict[str, float | None]:
+    return {"value": value, "ci_low": limits.ci_low, "ci_high": limits.ci_high}

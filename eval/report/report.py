@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Scores
-from shoal.atomic_files import write_text
+from shoal.atomic_files import write_json, write_text
 from shoal.figures.atlas import atlas_figure
 from shoal.figures.layers import depth_figure, importance_figure
 from shoal.figures.scores import MAX_TASKS, Ladder, before_after_figure, ladders, level_figure
@@ -19,7 +19,7 @@ from shoal.stats.paired import SIGNIFICANT
 
 from .cautions import cautions, disjointness
 from .costs import costs_table, importance_table, size_table, sources_table, speed_table
-from .findings import SIGNAL_SIGMAS, Comparison, compare, with_comparable_scores
+from .findings import SIGNAL_SIGMAS, Comparison, compare, results, with_comparable_scores
 from .headline import board, facts, headline
 from .page import Picture, picture, render
 from .run import Run, read_run
@@ -45,7 +45,7 @@ TESTS = {"mcnemar-exact": "the exact McNemar test for right-or-wrong items", "pa
 
 
 def write_report(run_dir: Path) -> Path:
-    """The path of report.html, written with report.md and figures/ from whatever the run directory holds.
+    """The path of report.html, written with report.md, results.json and figures/ from whatever the run directory holds.
 
     Raises:
         UserError: there is nothing to report, an artifact cannot be read, or the disk is full.
@@ -53,6 +53,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     comparison = compare(run)
     told = contents(run, comparison, draw_figures(with_comparable_scores(run, comparison)))
+    write_json(run_dir / "results.json", results(run, comparison, told["headline"]))
     write_text(run_dir / "report.md", render("report", "md", **told))
     path = run_dir / "report.html"
     write_text(path, render("report", "html", **told))

@@ -258,7 +258,7 @@ def _begun_in(folder: Path, key: str, values: Sequence[str] = DTYPES) -> tuple[s
     checkpoints = folder.glob("checkpoints/checkpoint-*/manifest.json")
     results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
     for file in (*sorted(checkpoints, reverse=True), *results):
-        value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
+        value = (_mapping(file, "internal", "inputs") or _mapping(file, "inputs")).get(key)
         if value in values:
             how = "with" if values is ATTENTION else "in"
             return str(value), f"{file.relative_to(folder)} of this run directory was made {how} {value}"
@@ -354,6 +354,7 @@ def write_story(run: Run) -> None:
             provenance = kind.load(file).provenance
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
     story = {
+        "schema": "shoal/run/1",
         "recipe": redacted(as_dict(run.recipe)),
         "numerics": None if run.numerics is None else asdict(run.numerics),
         "environment": environment(),

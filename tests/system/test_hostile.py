@@ -336,7 +336,7 @@ def test_data(refused: Any, tmp_path: Path, name: str, content: bytes, more: str
     [
         ("plan.json", DEEP, "RUN/plan.json: is not valid JSON"),
         ("plan.json", "{", "RUN/plan.json: is not valid JSON"),
-        ("plan.json", "[]", "RUN/plan.json: has schema None"),
+        ("plan.json", "[]", "RUN/plan.json: is no shoal/plan/1, its schema is None"),
         ("plan.json", None, "RUN/plan.json: a folder is in the way"),
         ("importance.json", None, "RUN/importance.json: a folder is in the way"),
     ],

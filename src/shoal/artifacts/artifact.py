@@ -46,18 +46,41 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys."""
+    """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys.
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    What is not `internal` in the file is public: within a number of the schema fields are added, never taken out.
+    """
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)  # fields that nobody knows are passed over
     FILE: ClassVar[str] = ""
-    SCHEMA: ClassVar[int] = 1
+    NUMBER: ClassVar[int] = 1
+    """Of the schema; a new one where a public field is taken out or means something else."""
+    INTERNAL: ClassVar[tuple[str, ...]] = ()
+    """Fields that may change with every version: in the file they stand below `internal`."""
 
     provenance: Provenance
 
+    @classmethod
+    def schema(cls) -> str:
+        """Family and number of the file: `shoal/plan/1`."""
+        return f"shoal/{cls.__name__.lower()}/{cls.NUMBER}"
+
+    def follows(self) -> dict[str, Json]:
+        """What follows from the fields and stands in the file for its readers."""
+        return {}
+
     def save(self, path: str | Path) -> None:
         """Write the file at ``path``, or under its own name in a folder of that path, whole or not at all."""
-        body = adapter(type(self)).dump_python(self, mode="json")
-        body = {"schema": self.SCHEMA, **body}
+        body = adapter(type(self)).dump_python(self, mode="json") | self.follows()
+        origin = body.pop("provenance")
+        internal = {"inputs": origin["inputs"], "environment": origin["environment"]}
+        internal |= {name: body.pop(name) for name in self.INTERNAL}
+        made = {
+            "created": self.provenance.created,
+            "shoal": self.provenance.environment.get("shoal", ""),
+            "fingerprint": self.provenance.fingerprint,
+        }
+        body = {"schema": self.schema(), "made": made, **body, "internal": internal}
         write_text(self._file(path), json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
@@ -70,14 +93,17 @@ class Artifact:
         path = cls._file(path)
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-            schema = body.pop("schema", None) if isinstance(body, dict) else None
-            if schema != cls.SCHEMA:
-                raise ValueError(f"has schema {schema}, this version reads {cls.SCHEMA}")
-            artifact = adapter(cls).validate_python(body)
+            refuse_schema(body, cls.schema())
+            made, internal = (part if isinstance(part := body.get(key), dict) else {} for key in ("made", "internal"))
+            body |= {name: internal[name] for name in cls.INTERNAL if name in internal}
+            origin = {name: part[name] for part in (made, internal) for name in part if name != "shoal"}
+            artifact = adapter(cls).validate_python({**cls.completed(body, path), "provenance": origin})
             if (problem := next(artifact.contradictions(), None)) is not None:
                 raise ValueError(problem)
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; run the stage that makes it first") from error
+        except _Newer as error:
+            raise UserError(f"{path}: {error}; update shoal") from error
         except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path}: {_problem(error)}; delete it and run its stage again") from error
         return artifact
@@ -87,9 +113,35 @@ class Artifact:
         path = Path(path).expanduser()
         return path / cls.FILE if cls.FILE and path.is_dir() else path
 
+    @classmethod
+    def completed(cls, body: dict[str, Json], path: Path) -> dict[str, Json]:
+        """The content of the file at ``path`` with what lies beside it."""
+        return body
+
     def contradictions(self) -> Iterator[str]:
         """`place: what is wrong`, for everything that single fields cannot tell."""
         yield from ()
+
+
+class _Newer(ValueError):
+    """A file of a later number."""
+
+
+def refuse_schema(body: Any, expected: str) -> None:
+    """Refuse the content of a file that is of another family or number than ``expected``.
+
+    Raises:
+        ValueError: it is, in words.
+    """
+    said = body.get("schema") if isinstance(body, dict) else None
+    family, _, number = expected.rpartition("/")
+    found, _, own = said.rpartition("/") if isinstance(said, str) else ("", "", "")
+    if found == family and own.isdecimal() and int(own) > int(number):
+        made = body.get("made")
+        version = made.get("shoal", "") if isinstance(made, dict) else ""
+        raise _Newer(f"was written by a newer shoal {version} ({said}, this one reads {expected})")
+    if said != expected:
+        raise ValueError(f"is no {expected}, its schema is {said!r}")
 
 
 def _problem(error: Exception) -> str:

@@ -3,14 +3,18 @@ eval/speed.json: how fast they read and write."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from shoal.artifacts.artifact import Artifact, Tabular
+from shoal.artifacts.artifact import Artifact, Json, Tabular
+from shoal.atomic_files import write_text
+from shoal.recipe.section import adapter
 from shoal.task_words import Column
 
 CONTROL = "control"
@@ -23,6 +27,8 @@ NATS_PER_TOKEN = "nats_per_token"
 """Metric of running text, which models of unequal tokenizers do not share."""
 ROLES = ("teacher", "pruned", CONTROL, "distilled")
 """Roles that an evaluation may have, in the order in which they are shown."""
+KEY = ("task", "protocol", "metric")
+"""What tells the scores of one evaluation apart."""
 LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
 
 
@@ -74,7 +80,7 @@ class TaskScore:
     version: str
     """Version of the task: prompt and matching rules."""
     num_fewshot: int
-    items: tuple[ItemScore, ...]
+    items: Annotated[tuple[ItemScore, ...], Field(exclude=True)]
     family: str | None = None
     """Family of tasks that differ in nothing but their level; None = the task has no family."""
     level: float | None = None
@@ -110,9 +116,18 @@ class TaskScore:
             yield f"score: is {self.score}, and the mean over its items is {mean}"
 
 
+def items_file(path: Path) -> Path:
+    """The file of the items that belong to eval/<role>.json."""
+    return path.with_name(f"{path.stem}.items.jsonl")
+
+
+def _key(said: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(said.get(name) for name in KEY)
+
+
 @dataclass(frozen=True, repr=False)
 class Scores(Tabular, Artifact):
-    """eval/<role>.json: the abilities of one model."""
+    """eval/<role>.json: the abilities of one model; every item is a line of eval/<role>.items.jsonl beside it."""
 
     role: str
     """Role of the model: teacher, pruned, control, distilled or model."""
@@ -126,6 +141,26 @@ class Scores(Tabular, Artifact):
     """Requests that were asked of the model, each once; 0 = not recorded."""
     num_kept: int = 0
     """Requests whose answers were there before ``seconds`` began."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the file at ``path`` and its items beside it. It is there with all of them, or not at all."""
+        path = self._file(path)
+        path.unlink(missing_ok=True)
+        dump = adapter(ItemScore).dump_python
+        items = (dict(zip(KEY, task.key, strict=True)) | dump(item) for task in self.tasks for item in task.items)
+        lines = (json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items)
+        write_text(items_file(path), "".join(f"{line}\n" for line in lines))
+        super().save(path)
+
+    @classmethod
+    def completed(cls, body: dict[str, Json], path: Path) -> dict[str, Json]:
+        if not items_file(path).is_file():
+            raise ValueError(f"its items, {items_file(path).name}, are not beside it")
+        items: dict[tuple[Any, ...], list[Any]] = {}
+        for line in filter(None, items_file(path).read_text(encoding="utf-8").split("\n")):
+            item = json.loads(line)
+            items.setdefault(_key(item), []).append(item)
+        return {**body, "tasks": [{**task, "items": items.get(_key(task), [])} for task in body.get("tasks", [])]}
 
     @property
     def engine(self) -> str:
@@ -143,9 +178,10 @@ class Scores(Tabular, Artifact):
 
     def contradictions(self) -> Iterator[str]:
         keys = [task.key for task in self.tasks]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                yield f"tasks.{index}: {' '.join(key)} is there twice"
         for index, task in enumerate(self.tasks):
-            if task.key in keys[:index]:
-                yield f"tasks.{index}: {' '.join(task.key)} is there twice"
             yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
 
 
@@ -187,7 +223,6 @@ class Speed(Artifact):
     """eval/speed.json: the roles' speeds, measured interleaved in one process."""
 
     FILE: ClassVar[str] = "eval/speed.json"
-    SCHEMA: ClassVar[int] = 2
 
     roles: dict[str, SpeedScore]
     batch_size: int

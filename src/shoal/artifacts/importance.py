@@ -216,7 +216,7 @@ class Importance(Tabular, Artifact):
     """importance.json: what every layer is worth. Higher = keep."""
 
     FILE: ClassVar[str] = "importance.json"
-    SCHEMA: ClassVar[int] = 2
+    INTERNAL = ("errors", "atlas", "sweeps")
 
     num_layers: int
     num_tokens: int
@@ -238,6 +238,9 @@ class Importance(Tabular, Artifact):
     def title(self) -> str:
         """How many layers, and on how much text."""
         return f"importance of {self.num_layers} layers on {self.num_tokens:,} tokens; higher = keep"
+
+    def follows(self) -> dict[str, Any]:
+        return {"tasks": {of.task: list(of.importances) for of in self.atlas.columns} if self.atlas else {}}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error

@@ -113,7 +113,7 @@ class Plan(Tabular, Artifact):
     """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
 
     FILE: ClassVar[str] = "plan.json"
-    SCHEMA: ClassVar[int] = 2
+    INTERNAL = ("gaps", "width", "text", "student")
 
     num_layers: int
     """Layers of the teacher."""
@@ -166,6 +166,9 @@ class Plan(Tabular, Artifact):
                 yield f"gaps.{index}.factor: is {gap.factor}"
         if asked and set(asked) != set(drop):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
+
+    def follows(self) -> dict[str, Json]:
+        return {"changed": list(self.changed)}
 
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""

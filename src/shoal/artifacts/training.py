@@ -13,6 +13,7 @@ class Training(Tabular, Artifact):
     """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/."""
 
     FILE: ClassVar[str] = "distill.json"
+    INTERNAL = ("settings",)
 
     num_steps: int
     num_tokens: int

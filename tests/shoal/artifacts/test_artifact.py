@@ -18,6 +18,7 @@ import torch
 from results import evaluation
 from sweep_results import importance as swept_importance
 
+from shoal.artifacts import schemas
 from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.artifacts.evaluation import BatchSpeed, ItemScore, Scores, Speed, SpeedScore, TaskScore
 from shoal.artifacts.importance import Importance
@@ -66,8 +67,41 @@ def test_artifact_is_read_back_equal(tmp_path: Path, artifact: Artifact) -> None
     again = type(artifact).load(path)
     assert again == artifact
     assert again.provenance.fingerprint == artifact.provenance.fingerprint
-    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == artifact.SCHEMA
-    assert os.listdir(path.parent) == ["x.json"]
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == artifact.schema()
+    assert sorted(os.listdir(path.parent)) == sorted(["x.json", *["x.items.jsonl"] * isinstance(artifact, Scores)])
+
+
+@pytest.mark.parametrize("kind", schemas.PUBLIC, ids=lambda kind: kind.__name__)
+def test_a_public_file_follows_its_shipped_schema(tmp_path: Path, kind: type[Artifact]) -> None:
+    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    shipped = (schemas.FOLDER / schemas.file_name(kind)).read_text(encoding="utf-8")
+    assert shipped == schemas.text_of(kind), "run `python -m shoal.artifacts.schemas`"
+    for artifact in (each for each in ARTIFACTS if isinstance(each, kind)):
+        artifact.save(tmp_path / "x.json")
+        validator(json.loads(shipped)).validate(json.loads((tmp_path / "x.json").read_text()))
+        assert {*json.loads((tmp_path / "x.json").read_text())} - {"internal"} == {*json.loads(shipped)["properties"]}
+
+
+def test_a_field_of_a_later_version_is_passed_over_and_a_newer_number_refused(tmp_path: Path) -> None:
+    assert Plan.load(plan_with(tmp_path, more=1)) == Plan.load(plan_with(tmp_path))
+    newer = plan_with(tmp_path, schema="shoal/plan/2", made={"shoal": "0.9"})
+    with pytest.raises(UserError, match=r"written by a newer shoal 0\.9 .*update shoal$"):
+        Plan.load(newer)
+
+
+def test_scores_are_there_with_all_their_items_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "teacher.json"
+    EVALUATED.save(path)
+    assert json.loads((tmp_path / "teacher.items.jsonl").read_text().split("\n")[0]).keys() >= {"task", "id", "score"}
+    with monkeypatch.context() as patch:  # killed between the two files
+        patch.setattr(Artifact, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            EVALUATED.save(path)
+    assert not path.exists()
+    EVALUATED.save(path)
+    (tmp_path / "teacher.items.jsonl").unlink()
+    with pytest.raises(UserError, match=r"its items, teacher\.items\.jsonl, are not beside it; delete it"):
+        Scores.load(path)
 
 
 def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
@@ -114,11 +148,10 @@ def plan_with(tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "has schema 99, this version reads 2; delete it"),
-        ({"schema": None}, "has schema None, this version reads 2; delete it"),
+        ({"schema": 99}, "is no shoal/plan/1, its schema is 99; delete it"),
+        ({"schema": None}, "is no shoal/plan/1, its schema is None; delete it"),
         ({"drop": "x"}, r"plan.json: drop: .*; delete it and run its stage again"),
         ({"reason": None}, r"plan.json: reason: .*; delete it and run its stage again"),
-        ({"more": 1}, r"plan.json: more: .*; delete it and run its stage again"),
     ],
 )
 def test_artifact_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -138,7 +171,7 @@ def test_damaged_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_json_that_is_no_artifact_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="has schema None"):
+    with pytest.raises(UserError, match="its schema is None"):
         Plan.load(path)
 
 
@@ -180,9 +213,9 @@ def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact
     artifact.save(path)
     text = path.read_text()
     kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for place in numbers(json.loads(text)):
+    for place in numbers(json.loads(text) | dict.fromkeys(artifact.follows())):
         kinds.setdefault(tuple(key for key in place if isinstance(key, str)), place)
-    kinds.pop(("settings", "a"), None)
+    kinds.pop(("internal", "settings", "a"), None)
     for *parents, last in kinds.values():
         body = json.loads(text)
         node = body
