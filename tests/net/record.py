@@ -95,8 +95,14 @@ def conversation(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": f"It is {number + number % 7}."}]
 
 
+def opened(file: Path) -> dict[str, Any]:
+    """The content of an artifact's file, whether it is told to the public or not."""
+    body = json.loads(file.read_text())
+    return body | body["internal"]
+
+
 def importance(run: Path) -> Iterator[tuple[str, Any]]:
-    found = json.loads((run / "importance.json").read_text())
+    found = opened(run / "importance.json")
     for kind in ("layers", "runs"):
         yield from ((f"{kind}.{name}", values) for name, values in found[kind].items())
     for name, steps in found["orders"].items():
@@ -109,7 +115,7 @@ def importance(run: Path) -> Iterator[tuple[str, Any]]:
 
 
 def plan(run: Path) -> Iterator[tuple[str, Any]]:
-    found = json.loads((run / "plan.json").read_text())
+    found = opened(run / "plan.json")
     yield "plan.drop", found["drop"]
     yield "plan.reason.bits", found["reason"]
     changed = bool(found.get("gaps") or found.get("width"))
@@ -157,11 +163,14 @@ def signals(run: Path) -> Iterator[tuple[str, Any]]:
 def scores(run: Path) -> Iterator[tuple[str, Any]]:
     for file in sorted((run / "eval").glob("*.json")):
         found = json.loads(file.read_text())
+        items = file.with_suffix(".items.jsonl").read_text().split("\n")
+        kept = [json.loads(line) for line in filter(None, items)]
         for task in found["tasks"]:
             place = f"eval.{file.stem}.{task['task']}"
             yield place, [task["score"], task["chance"], task["n"]]
             yield f"{place}.interval.bits", [task["ci_low"], task["ci_high"]]
-            answers = [[item["id"], item["score"], item["prediction"]] for item in task["items"]]
+            own = [item for item in kept if all(item[key] == task[key] for key in ("task", "protocol", "metric"))]
+            answers = [[item["id"], item["score"], item["prediction"]] for item in own]
             yield f"{place}.items.bits", hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
         yield f"eval.{file.stem}.size", [found["num_parameters"], found["num_layers"], found["num_bytes"]]
 

@@ -119,7 +119,7 @@ def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(
 def made(tmp_path: Path, name: str, inputs: dict[str, Any], *, bare: bool = False) -> None:
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"inputs": inputs} if bare else {"provenance": {"inputs": inputs}}))
+    file.write_text(json.dumps({"inputs": inputs} if bare else {"internal": {"inputs": inputs}}))
 
 
 @pytest.mark.usefixtures("fast_half")

@@ -154,8 +154,6 @@ def test_the_installed_wheel_measures_cuts_heals_scores_and_reports(
         "eval/pruned.json",
         "eval/distilled.json",
     ]
-    stamps = [
-        json.loads((tmp_path / "run" / name).read_text())["provenance"]["environment"]["shoal"] for name in results
-    ]
+    stamps = [json.loads((tmp_path / "run" / name).read_text())["made"]["shoal"] for name in results]
     assert stamps == [VERSION] * len(results)
     assert "</html>" in (tmp_path / "run/report.html").read_text(encoding="utf-8")

@@ -65,13 +65,13 @@ class Artifact:
         """Family and number of the file: `shoal/plan/1`."""
         return f"shoal/{cls.__name__.lower()}/{cls.NUMBER}"
 
-    def follows(self) -> dict[str, Json]:
-        """What follows from the fields and stands in the file for its readers."""
-        return {}
+    def body(self) -> dict[str, Json]:
+        """The content of the file: all fields, and what follows from them and is told for its readers."""
+        return adapter(type(self)).dump_python(self, mode="json")
 
     def save(self, path: str | Path) -> None:
         """Write the file at ``path``, or under its own name in a folder of that path, whole or not at all."""
-        body = adapter(type(self)).dump_python(self, mode="json") | self.follows()
+        body = self.body()
         origin = body.pop("provenance")
         internal = {"inputs": origin["inputs"], "environment": origin["environment"]}
         internal |= {name: body.pop(name) for name in self.INTERNAL}

@@ -80,7 +80,7 @@ class TaskScore:
     version: str
     """Version of the task: prompt and matching rules."""
     num_fewshot: int
-    items: Annotated[tuple[ItemScore, ...], Field(exclude=True)]
+    items: tuple[ItemScore, ...]
     family: str | None = None
     """Family of tasks that differ in nothing but their level; None = the task has no family."""
     level: float | None = None
@@ -151,6 +151,12 @@ class Scores(Tabular, Artifact):
         lines = (json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items)
         write_text(items_file(path), "".join(f"{line}\n" for line in lines))
         super().save(path)
+
+    def body(self) -> dict[str, Json]:
+        body = super().body()
+        for task in body["tasks"]:
+            del task["items"]
+        return body
 
     @classmethod
     def completed(cls, body: dict[str, Json], path: Path) -> dict[str, Json]:

@@ -239,8 +239,9 @@ class Importance(Tabular, Artifact):
         """How many layers, and on how much text."""
         return f"importance of {self.num_layers} layers on {self.num_tokens:,} tokens; higher = keep"
 
-    def follows(self) -> dict[str, Any]:
-        return {"tasks": {of.task: list(of.importances) for of in self.atlas.columns} if self.atlas else {}}
+    def body(self) -> dict[str, Any]:
+        columns = self.atlas.columns if self.atlas else ()
+        return super().body() | {"tasks": {column.task: list(column.importances) for column in columns}}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error

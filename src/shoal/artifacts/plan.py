@@ -167,8 +167,8 @@ class Plan(Tabular, Artifact):
         if asked and set(asked) != set(drop):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
 
-    def follows(self) -> dict[str, Json]:
-        return {"changed": list(self.changed)}
+    def body(self) -> dict[str, Json]:
+        return super().body() | {"changed": list(self.changed)}
 
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""

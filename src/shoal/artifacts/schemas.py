@@ -19,7 +19,7 @@ from shoal.recipe.evaluate import CONFIGS_DIR
 
 FOLDER = CONFIGS_DIR / "schemas"
 PUBLIC: tuple[type[Artifact], ...] = (Plan, Importance, Training, Scores, Speed)
-PRIVATE = {"TaskScore": ("prompts", "matching"), "BatchSpeed": ("samples",), "SpeedScore": ("samples",)}
+PRIVATE = {"TaskScore": ("items", "prompts", "matching"), "BatchSpeed": ("samples",), "SpeedScore": ("samples",)}
 """Fields inside of others that may change with every version."""
 FOLLOWS: dict[type[Artifact], dict[str, Any]] = {
     Plan: {
@@ -37,7 +37,7 @@ FOLLOWS: dict[type[Artifact], dict[str, Any]] = {
         }
     },
 }
-"""What Artifact.follows adds to a file."""
+"""What Artifact.body adds to the fields."""
 MADE = {
     "type": "object",
     "description": "When and by what it was made.",
@@ -56,10 +56,11 @@ def schema_of(kind: type[Artifact]) -> dict[str, Any]:
     said = TypeAdapter(kind).json_schema(mode="serialization")
     own = {key: value for key, value in said["properties"].items() if key not in (*kind.INTERNAL, "provenance")}
     own |= FOLLOWS.get(kind, {})
-    parts = _named_in(own, said.get("$defs", {}))
+    parts = said.get("$defs", {})
     for name in PRIVATE.keys() & parts.keys():
         for key in PRIVATE[name]:
             parts[name]["properties"].pop(key)
+            parts[name]["required"] = [each for each in parts[name]["required"] if each != key]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": kind.schema(),
@@ -67,7 +68,7 @@ def schema_of(kind: type[Artifact]) -> dict[str, Any]:
         "type": "object",
         "properties": {"schema": {"const": kind.schema()}, "made": MADE, **own},
         "required": ["schema", "made", *(key for key in said["required"] if key in own)],
-        "$defs": parts,
+        "$defs": _named_in(own, parts),
     }
 
 

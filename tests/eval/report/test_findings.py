@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def test_results_of_another_run_are_refused(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:
     assert set(read_run(folder).evaluations) == {"teacher", "pruned", "distilled"}
     body = json.loads((folder / file).read_text())
-    body["provenance"]["inputs"] |= changes
+    body["internal"]["inputs"] |= changes
     (folder / file).write_text(json.dumps(body))
     with pytest.raises(UserError, match=message):
         read_run(folder)
@@ -71,7 +71,8 @@ def test_results_of_another_run_are_refused(folder: Path, file: str, changes: di
 
 def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None:
     (folder / "eval/distilled.json").unlink()
-    (folder / "eval/pruned.json").rename(folder / "eval/distilled.json")
+    for ending in ("json", "items.jsonl"):
+        (folder / f"eval/pruned.{ending}").rename(folder / f"eval/distilled.{ending}")
     with pytest.raises(UserError, match=r"distilled.json: role is 'pruned', but 'distilled' in the file's name; move"):
         read_run(folder)
 

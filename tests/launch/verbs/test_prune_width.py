@@ -68,7 +68,8 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     with pytest.raises(UserError, match=r"changes layers that stay .* which only the command does"):
         shoal.cut_model(load_model(teacher), plan)
     told = json.loads((run.dir / "plan.json").read_text())
-    told["width"]["groups"][0] = "1" if told["width"]["groups"][0] == "2" else "2"
+    groups = told["internal"]["width"]["groups"]
+    groups[0] = "1" if groups[0] == "2" else "2"
     (run.dir / "plan.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="one of them was changed after the cut"):
         pruning.read_plan(run)
