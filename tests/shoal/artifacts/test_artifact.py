@@ -1,6 +1,7 @@
 """Artifacts on disk: read back whole, refused when damaged or of another run.
 
-Covers: shoal.artifacts.evaluation, shoal.artifacts.importance, shoal.artifacts.plan, shoal.artifacts.training.
+Covers: shoal.artifacts.evaluation, shoal.artifacts.importance, shoal.artifacts.plan, shoal.artifacts.schemas,
+shoal.artifacts.training.
 """
 
 from __future__ import annotations
