@@ -38,7 +38,7 @@ LEAST_S = 12
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 GROUPS = {
     "speed": "Steps of training, beside TRL",
-    "attention": "Attention, by `attention`",
+    "attention": "Attention, by `attn_implementation`",
     "kernels": "Weights, fused kernels, compiled layers",
     "memory": "Peak memory beside the estimate of `--dry-run`",
     "losses": "Losses beside those of the CPU in float32",

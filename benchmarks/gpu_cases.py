@@ -149,7 +149,7 @@ CASES = (
     Case("losses, float32", **IN_FLOAT32, **LOSSES),
     Case("losses, bf16 autocast", **LOSSES),
     *(
-        Case(f"attention {kind}", "1.7B", "attention", recipe={"attention": kind})
+        Case(f"attention {kind}", "1.7B", "attention", recipe={"attn_implementation": kind})
         for kind in ("auto", "flash", "sdpa", "eager")
     ),
     Case("bf16-true", distill=BF16_WEIGHTS, **KERNELS),

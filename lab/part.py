@@ -35,7 +35,7 @@ def identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
     """What identifies the result of a part: the model, how it is run, the part's settings and the ``content`` it
     reads."""
     recipe = run.recipe
-    numerics = {"seed": recipe.seed, "dtype": recipe.dtype, "attention": recipe.attention}
+    numerics = {"seed": recipe.seed, "dtype": recipe.dtype, "attention": recipe.attn_implementation}
     return {"model": run.teacher_fingerprint, **numerics, **as_dict(settings), **content}
 
 

@@ -134,7 +134,7 @@ def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str,
 
     folder, asked = resolved(model, None), run.recipe
     name = f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"
-    shared = {key: getattr(asked, key) for key in ("seed", "dtype", "attention", "trust_remote_code", "eval")}
+    shared = {key: getattr(asked, key) for key in ("seed", "dtype", "attn_implementation", "trust_remote_code", "eval")}
     own = Run(Recipe(model=model, run_dir=str(out / MODELS / name), **shared), run.numerics)
     check_length(own, asked.eval.sequence_length, "eval.sequence_length")
     inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]

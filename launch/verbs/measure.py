@@ -223,7 +223,7 @@ def _scoring(run: Run, edited: Edited, donor: str | None = None) -> Callable[...
     from shoal.compress.sweeps.sweep import VariantsLM, sweep
 
     assert run.recipe.measure.sweep is not None
-    own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attention, donor]
+    own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attn_implementation, donor]
     writing = writing_settings(run.teacher)
     return partial(
         sweep,

@@ -124,11 +124,16 @@ class Run:
         return load_tokenizer(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
 
     def load_args(self) -> dict[str, Any]:
-        return {key: getattr(self.recipe, key) for key in ("dtype", "attention", "trust_remote_code")}
+        recipe = self.recipe
+        return {
+            "dtype": recipe.dtype,
+            "attention": recipe.attn_implementation,
+            "trust_remote_code": recipe.trust_remote_code,
+        }
 
 
 def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True) -> Run:
-    """The run of ``recipe`` in which no precision is `auto` any more, nor its attention. In a process group every rank
+    """The run of ``recipe`` in which no precision is `fast` or `auto` any more, nor its attention. In a process group every rank
     calls this, and all compute in what rank 0 finds. ``memory``: as in Run. ``computes``: False = results
     are read and no model runs, wherever that may be.
 
@@ -140,14 +145,14 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     """
     numerics = agreed(lambda: _numerics(recipe, computes=computes))
     log.info("precision: %s, training in %s (%s)", numerics.dtype, numerics.precision, numerics.reason)
-    if numerics.attention != recipe.attention:
+    if numerics.attention != recipe.attn_implementation:
         log.info("attention: %s (%s)", numerics.attention, numerics.attention_reason)
     teacher = recipe.distill.teacher
-    if isinstance(teacher, Live) and teacher.dtype == "auto":
+    if isinstance(teacher, Live) and teacher.dtype == "fast":
         teacher = replace(teacher, dtype=numerics.dtype)
     distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
     settled = replace(
-        recipe, dtype=numerics.dtype, attention=numerics.attention, distill=distill, full_size_gflops=None
+        recipe, dtype=numerics.dtype, attn_implementation=numerics.attention, distill=distill, full_size_gflops=None
     )
     if numerics.size < 1:
         log.info("sizes: %s", numerics.size_reason)
@@ -205,7 +210,7 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
     choice, name = fast_dtype(own_device), device_name(own_device)
     dtype, precision = recipe.dtype, recipe.distill.precision
     reasons = []
-    if dtype == "auto":
+    if dtype == "fast":
         dtype, source = _begun_in(folder, "dtype") or (choice.dtype, None)
         reasons.append(source or choice.reason)
     config = read_deepspeed(recipe.distill.deepspeed)
@@ -232,7 +237,7 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
 
 def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) -> Chosen:
     """The kernels of attention, for models that are run in ``dtype`` and trained in ``precision``."""
-    wanted, begun = recipe.attention, None
+    wanted, begun = recipe.attn_implementation, None
     if wanted == "auto" and (begun := _begun_in(Path(recipe.run_dir).expanduser(), "attention", ATTENTION)):
         wanted = begun[0]
     if wanted in ("sdpa", "eager") or (wanted != "auto" and not computes):
@@ -246,7 +251,7 @@ def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) ->
 def _halves(recipe: Recipe, config: PreTrainedConfig, dtype: str, precision: str) -> dict[str, str]:
     """By setting, the precision that attention is computed in: of trained models that of autocast."""
     teacher = recipe.distill.teacher
-    own = teacher.dtype if isinstance(teacher, Live) and teacher.dtype not in (None, "auto") else dtype
+    own = teacher.dtype if isinstance(teacher, Live) and teacher.dtype not in (None, "fast") else dtype
     named = {"dtype": dtype, "distill.precision": computed_in(precision), "distill.teacher.dtype": own}
     stored = str(loaded_dtype(config)).removeprefix("torch.")
     return {key: stored if name == "stored" else name for key, name in named.items()}

@@ -144,7 +144,7 @@ class Choice:
 
 
 def fast_dtype(device: torch.device) -> Choice:
-    """The precision that `auto` means on ``device``: bfloat16 where it has instructions for it; float16, which needs
+    """The precision that `fast` means on ``device``: bfloat16 where it has instructions for it; float16, which needs
     its losses scaled, on GPUs that have instructions for that alone."""
     name = device_name(device)
     if bfloat16_instructions(device):

@@ -78,7 +78,7 @@ def test_auto_is_no_float16_where_sharding_would_clip_scaled_gradients(
 @pytest.mark.usefixtures("fast_half")
 def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    run = open_run(recipe(tmp_path, distill={"teacher": {"kind": "live", "dtype": "auto"}}))
+    run = open_run(recipe(tmp_path, distill={"teacher": {"kind": "live", "dtype": "fast"}}))
     settled = run.recipe
     assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == (
         "bfloat16",
@@ -96,7 +96,7 @@ def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.Lo
     [
         (None, {}, ("sdpa", "flash needs a CUDA GPU, and this device is cpu")),
         ("eager", {}, ("eager", "importance.json of this run directory was made with eager")),
-        ("eager", {"attention": "sdpa"}, ("sdpa", "the recipe names it")),
+        ("eager", {"attn_implementation": "sdpa"}, ("sdpa", "the recipe names it")),
     ],
 )
 def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(
@@ -111,7 +111,7 @@ def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(
         made(tmp_path, "importance.json", {"attention": made_with})
     run = open_run(recipe(tmp_path, **said))
     assert run.numerics is not None
-    assert (run.recipe.attention, run.numerics.attention_reason) == chosen
+    assert (run.recipe.attn_implementation, run.numerics.attention_reason) == chosen
     assert run.load_args()["attention"] == chosen[0]
     assert (f"attention: {chosen[0]} ({chosen[1]})" in caplog.text) == (not said)
 

@@ -92,7 +92,12 @@ def test_a_word_that_no_case_has_is_refused(tmp_path: Path) -> None:
 def test_documents_of_a_row_stay_apart_on_a_gpu(attention: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
     folder = tiny_checkpoint(tmp_path / "model", "qwen3", **sizes)
-    settings = {"model": str(folder), "run_dir": str(tmp_path / "run"), "dtype": "bfloat16", "attention": attention}
+    settings = {
+        "model": str(folder),
+        "run_dir": str(tmp_path / "run"),
+        "dtype": "bfloat16",
+        "attn_implementation": attention,
+    }
     try:
         run = open_run(parse_recipe({**settings, "distill": {"precision": "bf16-mixed"}}))
     except UserError as error:

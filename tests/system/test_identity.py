@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "teacher",
         "run_dir": "run",
         "dtype": "float32",
-        "attention": "sdpa",
+        "attn_implementation": "sdpa",
         "measure": {"sweep": {"tasks": ["knowledge_continuation"]}},
         "prune": {"num_drop": 2},
         "distill": {"precision": "float32", "deepspeed": {"zero_optimization": {"stage": 1}}},
@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "run_dir": "run",
         "seed": 7,
         "dtype": "bfloat16",
-        "attention": "eager",
+        "attn_implementation": "eager",
         "full_size_gflops": 100,
         "measure": {
             "data": [DATA, "python_docs_heldout"],
@@ -143,7 +143,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "teacher",
         "run_dir": "run",
         "dtype": "float32",
-        "attention": "sdpa",
+        "attn_implementation": "sdpa",
         "prune": {"drop": [1, 2]},
         "distill": {
             "teacher": {"kind": "live", "dtype": "bfloat16", "offload": True},

@@ -67,7 +67,9 @@ def choose_attention(
         told = f"{flash_kernels(config)} is installed, and {config.model_type} can use it"
         return Chosen("flash", told if wanted == "auto" else "the recipe names it")
     if wanted != "auto":
-        raise UserError(f"attention: flash {why_not}; set attention: {other}, or auto, which takes what is possible")
+        raise UserError(
+            f"attn_implementation: flash {why_not}; set attn_implementation: {other}, or auto, which takes what is possible"
+        )
     lacks = "" if other == "sdpa" else f", and {config.model_type} has no SDPA"
     return Chosen(other, f"flash {why_not}{lacks}")
 
@@ -81,12 +83,12 @@ def implementation(attention: str | None, config: PreTrainedConfig) -> str | Non
     if attention != "flash":
         return attention
     if (kernels := flash_kernels(config)) is None:
-        raise UserError(f"attention: flash has no kernels here; {INSTALL_FLASH}, or set attention: sdpa")
+        raise UserError(f"attn_implementation: flash has no kernels here; {INSTALL_FLASH}, or set it to sdpa")
     return kernels
 
 
 def named(implementation: str) -> str:
-    """The setting ``attention`` by the name of transformers' implementation: the reverse of ``implementation``."""
+    """The setting ``attn_implementation`` by the name of transformers' implementation: the reverse of ``implementation``."""
     return "flash" if "flash" in implementation else implementation
 
 

@@ -8,10 +8,9 @@ _ROWS = {
     "revision": "model_revision",
     "seed": "random_seed data_seed",
     "num_processes": "num_ranks nproc nproc_per_node num_gpus n_gpus world_size",
-    "attn_implementation": "attention attention_type flash_attention flash_attn use_flash_attn use_flash_attention_2 "
+    "attn_implementation": "attention_type flash_attention flash_attn use_flash_attn use_flash_attention_2 "
     "sdp_attention xformers_attention",
     "dtype": "torch_dtype teacher_dtype",
-    "max_minutes": "max_time time_limit",
     "measure.data": "calibration_data calibration_dataset dataloader",
     "measure.num_tokens": "calibration_tokens num_calibration_samples nsamples",
     "measure.metrics": "importance importance_metric scoring",

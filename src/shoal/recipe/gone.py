@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 GONE: dict[str, str] = {
-    "attention.flex": "flash makes no masks either, and sdpa runs everywhere; leave it out",
+    "attention": "write attn_implementation: auto, flash, sdpa or eager",
     "distill.data.completion": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
     "distill.data.image": "set column: {image: NAME, prompt: NAME, completion: NAME}",
     "distill.data.loss_on": "set column: {messages: NAME, loss_on: all}",
     "distill.data.messages": "set column: {messages: NAME}, unless it is called `messages`",
     "distill.data.prompt": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
+    "attn_implementation.flash_attention_2": "write flash: shoal takes the version that is installed",
     "distill.data.teacher": "a student has one teacher; train it in turn on runs of each",
     "distill.data.tools": "set column: {messages: NAME, tools: NAME}, unless it is called `tools`",
     "distill.data_pilot": "sources share the tokens by their weights; set weight of each in distill.data",
@@ -36,6 +37,7 @@ GONE: dict[str, str] = {
     "distill.watch.best": "say metric_for_best_model",
     "distill.watch.every": "say eval_steps",
     "distill.weights": "say distill.precision: bf16-true for weights in bfloat16",
+    "dtype.auto": "write fast, what the device multiplies fast in, or stored, the checkpoint's own precision",
     "eval.draft": "the library that serves both models tells what its drafts are worth; leave it out",
     "eval.images": "`shoal lab vision RUN path=FILE` scores the answers of every model of a run",
     "eval.limits": "eval.limit takes single tasks too: {default: 200, gsm8k: 100}",

@@ -24,7 +24,7 @@ from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import Prune
-from shoal.recipe.section import Dtype, Section, Shapes, Text
+from shoal.recipe.section import Dtype, Named, Section, Shapes, Text
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
 
@@ -68,20 +68,23 @@ class Recipe(Section):
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
-    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "auto"
-    """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
-    fast in, or what this run directory was begun in; stored = that of the checkpoint."""
+    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "fast"
+    """Precision in which models are measured, evaluated and used as a frozen teacher; fast = what the device multiplies
+    fast in, or what this run directory was begun in; stored = that of the checkpoint, which other
+    libraries call auto."""
     full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
     """GFLOP/s of matrix products over all cores that the sizes of this recipe are meant for. On a slower device there
     are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
-    attention: Annotated[
+    attn_implementation: Annotated[
         Literal["auto", "flash", "sdpa", "eager"],
         Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED,
+        Named("attention"),
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
     was begun with, else flash where GPU, family, precision and installed packages allow it, else sdpa, and eager for
-    families without it. flash = FlashAttention, which makes no masks; sdpa = torch's own kernels with masks; eager =
+    families without it. flash = FlashAttention, in the version that is
+    installed, which makes no masks; sdpa = torch's own kernels with masks; eager =
     plain products and softmax."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Let code run that comes with the checkpoint; read it first."""

@@ -17,8 +17,8 @@ Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
-"""Precision of a model that is run: by name, as its checkpoint stores it, or, auto, what the device multiplies fast in
+Dtype = Literal["fast", "stored", "float32", "bfloat16", "float16"]
+"""Precision of a model that is run: by name, as its checkpoint stores it, or, fast, what the device multiplies fast in
 (see shoal.machine)."""
 
 

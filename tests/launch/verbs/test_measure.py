@@ -178,7 +178,9 @@ def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
     recurrent = tmp_path / "mamba"
     tiny_family("mamba", vocab_size=272).save_pretrained(recurrent)
     tiny_tokenizer().save_pretrained(recurrent)
-    run = make_run({"sweep": {**SWEEP, "operators": ["layer", "mlp"]}}, model=str(recurrent), attention="eager")
+    run = make_run(
+        {"sweep": {**SWEEP, "operators": ["layer", "mlp"]}}, model=str(recurrent), attn_implementation="eager"
+    )
     with pytest.raises(UserError, match="layer 0 of mamba"):
         measuring.measure(run)
 

@@ -26,7 +26,9 @@ BRIEF = Writing(num_tokens=40, prompt_tokens=6, new_tokens=4, backend="vllm")
 def written(folder: Path, stored: torch.dtype, dtype: str) -> str:
     """The precision that text is known by which vLLM has written with a model stored as ``stored``."""
     model = tiny_checkpoint(folder / "model", "llama", dtype=stored)
-    recipe = parse_recipe({"model": str(model), "run_dir": str(folder / "run"), "dtype": dtype, "attention": "sdpa"})
+    recipe = parse_recipe(
+        {"model": str(model), "run_dir": str(folder / "run"), "dtype": dtype, "attn_implementation": "sdpa"}
+    )
     teacher = Checkpoint.read(model, LoadSettings(dtype))
     settings = Distill(data=(TrainingSource("python_docs"), TrainingSource("teacher_text")), writing=BRIEF)
     inputs = {"model": "abc", **shaping(recipe, Shapes.TEXT)}
@@ -84,7 +86,7 @@ def test_an_engine_that_cannot_run_here_is_refused(
 
 def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_checkpoint(tmp_path / "model", "llama")
-    settings = {"model": str(model), "run_dir": str(tmp_path), "dtype": "float32", "attention": "sdpa"}
+    settings = {"model": str(model), "run_dir": str(tmp_path), "dtype": "float32", "attn_implementation": "sdpa"}
     run, asked = (open_run(parse_recipe({**settings, **other})) for other in ({}, {"eval": {"backend": "vllm"}}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     _refuse_early("eval", run.recipe)
