@@ -373,9 +373,8 @@ def _heads(model: PreTrainedModel, index: int, halves: Sublayers, silent: _Trace
     layer, place = decoder_layers(model)[index], where(model, index)
     num_heads, contexts = silent.num_heads.get(index, 0), silent.contexts.get(index, {})
     if not num_heads:
-        return {
-            "head_refusal": f"{place}: shows no heads of softmax attention (attn_implementation: sdpa or eager show them)"
-        }
+        how = "attn_implementation: sdpa or eager show them"
+        return {"head_refusal": f"{place}: shows no heads of softmax attention ({how})"}
     if not contexts:
         return {"head_refusal": f"{place}: has no linear output projection that shoal knows over its heads"}
     followed = [name for name in contexts if _followed(contexts[name], scaled.contexts[index][name], num_heads)]

@@ -133,8 +133,8 @@ class Run:
 
 
 def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True) -> Run:
-    """The run of ``recipe`` in which no precision is `fast` or `auto` any more, nor its attention. In a process group every rank
-    calls this, and all compute in what rank 0 finds. ``memory``: as in Run. ``computes``: False = results
+    """The run of ``recipe`` in which no precision is `fast` or `auto` any more, nor its attention. In a process group
+    every rank calls this, and all compute in what rank 0 finds. ``memory``: as in Run. ``computes``: False = results
     are read and no model runs, wherever that may be.
 
     A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is

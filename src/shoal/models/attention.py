@@ -67,9 +67,7 @@ def choose_attention(
         told = f"{flash_kernels(config)} is installed, and {config.model_type} can use it"
         return Chosen("flash", told if wanted == "auto" else "the recipe names it")
     if wanted != "auto":
-        raise UserError(
-            f"attn_implementation: flash {why_not}; set attn_implementation: {other}, or auto, which takes what is possible"
-        )
+        raise UserError(f"attn_implementation: flash {why_not}; set it to {other}, or auto, what is possible")
     lacks = "" if other == "sdpa" else f", and {config.model_type} has no SDPA"
     return Chosen(other, f"flash {why_not}{lacks}")
 
@@ -88,7 +86,7 @@ def implementation(attention: str | None, config: PreTrainedConfig) -> str | Non
 
 
 def named(implementation: str) -> str:
-    """The setting ``attn_implementation`` by the name of transformers' implementation: the reverse of ``implementation``."""
+    """What a recipe calls transformers' ``implementation``."""
     return "flash" if "flash" in implementation else implementation
 
 

@@ -6,12 +6,12 @@ import re
 
 GONE: dict[str, str] = {
     "attention": "write attn_implementation: auto, flash, sdpa or eager",
+    "attn_implementation.flash_attention_2": "write flash: shoal takes the version that is installed",
     "distill.data.completion": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
     "distill.data.image": "set column: {image: NAME, prompt: NAME, completion: NAME}",
     "distill.data.loss_on": "set column: {messages: NAME, loss_on: all}",
     "distill.data.messages": "set column: {messages: NAME}, unless it is called `messages`",
     "distill.data.prompt": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
-    "attn_implementation.flash_attention_2": "write flash: shoal takes the version that is installed",
     "distill.data.teacher": "a student has one teacher; train it in turn on runs of each",
     "distill.data.tools": "set column: {messages: NAME, tools: NAME}, unless it is called `tools`",
     "distill.data_pilot": "sources share the tokens by their weights; set weight of each in distill.data",
