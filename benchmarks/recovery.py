@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="most items of a task")
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
-    parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
+    parser.add_argument(
+        "--compensate", choices=("scale", "linear", "both"), help="method of compensate in prune.changes of every arm"
+    )
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
     if arguments.seconds and arguments.compensate:
@@ -121,11 +123,12 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         distill["data"] = [{"path": source["path"], "weight": source["weight"]} for source in distill["data"]]
     distill["trainer"]["save_strategy"] = "no"
     scored = {"limit": arguments.limit, "data_dir": arguments.data_dir, "control": arguments.control, "speed": False}
+    changes = [{"kind": "compensate", "method": arguments.compensate}] if arguments.compensate else []
     settings |= {
         "run_dir": str(run_dir),
         "seed": seed,
         "full_size_gflops": None,
-        "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
+        "prune": {"drop": list(arguments.drop), "changes": changes},
         "distill": distill,
         "eval": settings["eval"] | scored | ({"tasks": "transfer"} if arguments.data_dir else {}),
         "track": {"wandb": "off"},

@@ -8,10 +8,13 @@ made in memory. Both are proven in the same ways.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import Plan
@@ -21,12 +24,14 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import copy_beside, has_tokenizer
 from shoal.models.load import load_tokenizer, refuse_incomplete
 from shoal.progress import doing
-from shoal.recipe.prune import Prune
+from shoal.recipe.measure import Measure
+from shoal.recipe.prune import Compensate, Prune, Width
 
 from .changes.change import Change, NewTensors, Tensors
 from .changes.compensation import Compensation, as_stored
 from .changes.width import Narrowing
 from .edits.tensors import with_layers
+from .metrics.metric import Calibration
 from .surgery.copying import ChangedTensors, Copy, changed_tensors, planned_copy, write_copy
 from .surgery.cut_model import kept_layers, skipped
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
@@ -37,14 +42,23 @@ from .surgery.teacher import Teacher, read_teacher
 
 log = logging.getLogger(__name__)
 
+KINDS: dict[type, Callable[[Any], Change]] = {Width: Narrowing, Compensate: Compensation}
+"""Settings of a change -> the change."""
+MOST_TOKENS = 65_536
+"""Where a change needs no more: a correction of 14,336 features needs these, and the states of all are in memory."""
+
 
 def changes_of(prune: Prune) -> tuple[Change, ...]:
     """The changes besides dropping layers that the recipe's section ``prune`` asks for, in the order in which they
     act."""
-    return (
-        *([Narrowing(prune.width)] if prune.width is not None else []),
-        *([Compensation(prune.compensate)] if prune.compensate is not None else []),
-    )
+    return tuple(KINDS[type(settings)](settings) for settings in prune.changes)
+
+
+def num_tokens_of(changes: Sequence[Change], teacher: PreTrainedModel, plan: Plan, settings: Measure) -> int:
+    """Tokens of the text of ``settings`` that all of ``changes`` are decided on: as many as they need, and as a
+    measurement reads, as far as these are no more than MOST_TOKENS. ``teacher`` is without weights."""
+    needed = [change.num_tokens(teacher, plan, settings.sequence_length) for change in changes]
+    return max([min(settings.num_tokens, MOST_TOKENS), *needed])
 
 
 def apply_plan(
@@ -53,17 +67,17 @@ def apply_plan(
     out: Path,
     *,
     changes: Sequence[Change] = (),
-    seed: int = 0,
+    text: Calibration | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Write the student of ``plan``, with ``changes``, to the folder ``out``, which appears only when it is complete
     and proven. Returns ``plan`` with what the changes found.
 
-    A copy takes a few megabytes of memory and, interrupted, goes on where it stopped. ``seed`` is for calibration text.
-    It is proven by headers, samples of every tensor's bytes, and every layer's kind and settings. Where the model can
-    run here the saved folder is loaded, too, and gives, bit for bit, the logits and greedy text of the teacher with the
-    layers skipped and the changes in force; after changes that are rounded the same up to rounding in float32. One of
-    the two is in memory at a time.
+    A copy takes a few megabytes of memory and, interrupted, goes on where it stopped. ``text`` is what changes are
+    decided on, num_tokens_of tokens. It is proven by headers, samples of every tensor's bytes, and every layer's kind
+    and settings. Where the model can run here the saved folder is loaded, too, and gives, bit for bit, the logits and
+    greedy text of the teacher with the layers skipped and the changes in force; after changes that are rounded the same
+    up to rounding in float32. One of the two is in memory at a time.
 
     Raises:
         UserError: a plan for another model, ``out`` being the teacher's folder or being written by another process, an
@@ -77,7 +91,8 @@ def apply_plan(
     skeleton, copy = _route(sized, plan)
     new: list[NewTensors] = []
     for change in changes:
-        new.append(change.tensors(teacher, plan, seed=seed))
+        assert text is not None
+        new.append(change.tensors(teacher, plan, text, partial(_in_force, tuple(new)) if new else None))
         plan = new[-1].plan
     copy, changed = _with_tensors(sized, skeleton, copy, new)
     source = shards_fingerprint(copy.shards) if copy else str(teacher_folder.resolve())
@@ -94,7 +109,7 @@ def apply_plan(
         if runs:
             log.info("prune: running the teacher after %s, then the student", plan.in_words())
             with doing("prune: running the teacher as planned"):
-                expected = _planned_behaviour(teacher, plan, changes, new, in_float32=is_rounded)
+                expected = _planned_behaviour(teacher, plan, new, in_float32=is_rounded)
             with doing("prune: proving the student by running it"):
                 reference = f"the teacher after {plan.in_words()}"
                 prove_by_run(folder, expected, reference=reference, is_rounded=is_rounded)
@@ -154,10 +169,18 @@ def _with_tensors(
     teacher: Teacher, skeleton: PreTrainedModel, copy: Copy | None, new: Sequence[NewTensors]
 ) -> tuple[Copy | None, ChangedTensors]:
     """What there is to copy, and what stands in the places of copied tensors; None where these have no place."""
-    names = {layer: found for own in new for layer, found in own.names.items()}
+    names = dict[int, tuple[str, ...]]()
+    for own in new:
+        names |= {layer: tuple(dict.fromkeys((*names.get(layer, ()), *found))) for layer, found in own.names.items()}
 
     def load(layer: int) -> Tensors:
-        return {name: tensor for own in new if layer in own.names for name, tensor in own.load(layer).items()}
+        tensors = dict[str, Tensor]()
+        for index, own in enumerate(new):
+            found = own.load(layer) if layer in own.names else {}
+            for earlier in reversed(new[:index]):
+                found = earlier.of_later(layer, found)
+            tensors |= found
+        return tensors
 
     try:
         stored_names = copy.names if copy else {}
@@ -170,19 +193,23 @@ def _with_tensors(
 def _write_from_memory(teacher: Teacher, plan: Plan, folder: Path, new: Sequence[NewTensors]) -> None:
     model = teacher.load()
     with doing("prune: writing the student"):
-        layers = {layer: as_stored(model, layer, own) for own in new for layer in own.names}
+        layers = {layer: as_stored(model, layer, own.load(layer)) for own in new for layer in own.names}
         student = with_layers(model, plan.drop, layers, share=True)
         for own in new:
             student.config.update(dict(own.settings))
         student.save_pretrained(folder)
 
 
-def _planned_behaviour(
-    teacher: Teacher, plan: Plan, changes: Sequence[Change], new: Sequence[NewTensors], *, in_float32: bool
-) -> Behaviour:
+def _planned_behaviour(teacher: Teacher, plan: Plan, new: Sequence[NewTensors], *, in_float32: bool) -> Behaviour:
     model = teacher.load(dtype="float32" if in_float32 else "stored")
-    with ExitStack() as stack:
-        for change, own in zip(changes, new, strict=True):
-            stack.enter_context(change.in_force(model, own))
-        stack.enter_context(skipped(model, plan.drop))
+    with _in_force(new, model), skipped(model, plan.drop):
         return behaviour(model)
+
+
+@contextmanager
+def _in_force(new: Sequence[NewTensors], model: PreTrainedModel) -> Iterator[None]:
+    """A block in which the teacher ``model`` answers as it will with all of ``new``."""
+    with ExitStack() as stack:
+        for own in new:
+            stack.enter_context(own.in_force(model))
+        yield

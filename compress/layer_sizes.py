@@ -21,7 +21,7 @@ from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, active_parameters, decode_bytes, model_cost
 from shoal.models.load import load_config, loaded_dtype, without_data
-from shoal.recipe.prune import PlanTarget
+from shoal.recipe.prune import Target
 
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
@@ -219,7 +219,7 @@ class Goals:
         )
 
 
-def goals_of(target: PlanTarget, sizes: LayerSizes) -> Goals:
+def goals_of(target: Target, sizes: LayerSizes) -> Goals:
     """The targets for a model of these sizes.
 
     Raises:
@@ -234,36 +234,36 @@ def goals_of(target: PlanTarget, sizes: LayerSizes) -> Goals:
     return goals
 
 
-def _goals(target: PlanTarget, sizes: LayerSizes) -> Iterator[Goal]:
+def _goals(target: Target, sizes: LayerSizes) -> Iterator[Goal]:
     if target.params is not None:
         own, whole = sizes.layer_parameters, sizes.cost.num_parameters
         yield Goal("params", target.params, whole, math.floor(target.params), own, "{:,}".format)
-    if (memory := target.memory_gb) is not None:
+    batch, length = target.batch_size, target.sequence_length or sizes.length
+    conditions = f" for {batch} x {length:,} tokens"
+    if target.memory_gb is not None:
         if not sizes.cost.cache:
             raise UserError(
                 "prune.target.memory_gb: the cache of this family cannot be told without running it; use "
                 "prune.target.params, or drop layers by number (prune.num_drop)"
             )
-        batch, length = memory.batch, memory.length or sizes.length
         layers = range(sizes.num_layers)
         yield Goal(
             "memory_gb",
-            memory.limit,
+            target.memory_gb,
             sizes.stored.of(layers) + sizes.cache(batch, length),
-            math.floor(memory.limit * GIB),
+            math.floor(target.memory_gb * GIB),
             tuple(sizes.stored.layers[layer] + batch * sizes.layer_cache(layer, length) for layer in layers),
             lambda amount: f"{amount / GIB:.4g} GiB",
-            f" for {batch} x {length:,} tokens",
+            conditions,
         )
-    if (speedup := target.speedup) is not None:
-        batch, length = speedup.batch, speedup.length or sizes.length
+    if target.speedup is not None:
         whole = sizes.read(batch, length)
         yield Goal(
             "speedup",
-            speedup.factor,
+            target.speedup,
             whole,
-            math.floor(whole / speedup.factor),
+            math.floor(whole / target.speedup),
             tuple(sizes.layer_read(layer, batch, length) for layer in range(sizes.num_layers)),
             lambda amount: f"{whole / amount:.4g} x",
-            f" for {batch} x {length:,} tokens, if reading weights and cache takes all the time",
+            f"{conditions}, if reading weights and cache takes all the time",
         )

@@ -6,13 +6,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.errors import UserError
 from shoal.formatting import layers_text
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import CutByScore, CutThese, Prune
 
 from .layer_sizes import Goals
 from .metrics.greedy import TASK_ORDER
@@ -90,14 +90,11 @@ def choose_changes(
 
     ``goals``: what prune.target asks of it; given where that is set, and only there.
 
-    An explicit ``prune.drop`` is the user's wish and overrides the default of ``prune.protect``, which guards automatic
-    choices; it may not contradict a protect list that differs from the default, since then the user has said both.
-
     Raises:
-        UserError: a choice that is impossible or contradicts itself, or importance that is missing.
+        UserError: a choice that is impossible, or importance that is missing.
     """
-    if prune.drop is not None:
-        return _explicit(prune, prune.drop, num_layers)
+    if isinstance(prune, CutThese):
+        return _explicit(prune, num_layers)
     wanted = goals or _count(prune, num_layers)
     if importance is None:
         raise UserError(
@@ -122,8 +119,8 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     Raises:
         UserError: what no measurement could make possible.
     """
-    if prune.drop is not None:
-        return _explicit(prune, prune.drop, num_layers)
+    if isinstance(prune, CutThese):
+        return _explicit(prune, num_layers)
     free = free_layers(prune, num_layers)
     if goals is not None:
         count = _fewest(free[::-1], num_layers, goals)
@@ -140,7 +137,7 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     return Choice(tuple(free[-count:]), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured")
 
 
-def free_layers(prune: Prune, num_layers: int) -> list[int]:
+def free_layers(prune: CutByScore, num_layers: int) -> list[int]:
     """The layers that an automatic choice may take, as far as it needs no scores, increasing.
 
     Raises:
@@ -150,7 +147,7 @@ def free_layers(prune: Prune, num_layers: int) -> list[int]:
     return [layer for layer in range(num_layers) if layer not in taken]
 
 
-def _limits(prune: Prune, importance: Importance) -> _Limits:
+def _limits(prune: CutByScore, importance: Importance) -> _Limits:
     protected = _protected(prune.protect, importance.num_layers)
     if "cornerstone" in prune.protect:
         if importance.atlas is None:
@@ -188,21 +185,18 @@ def _fewest(
     return 1 + goals.first_reaching(prefixes, what)
 
 
-def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> Choice:
-    if not drop and prune.width is not None:
+def _explicit(prune: CutThese, num_layers: int) -> Choice:
+    drop = prune.drop
+    if not drop and prune.changes:
         return Choice((), "")
     outside = [layer for layer in drop if not 0 <= layer < num_layers]
     twice = sorted({layer for layer in drop if list(drop).count(layer) > 1})
-    guarded = sorted(_protected(prune.protect, num_layers) & set(drop))
+    guarded = sorted(_protected(CutByScore.protect, num_layers) & set(drop))
     problems = (
         (not drop, "is empty, so nothing would be dropped; name at least one layer"),
         (outside, f"{layers_text(outside)} is no layer of this model; its layers are 0..{num_layers - 1}"),
         (twice, f"names layer {layers_text(twice)} twice; name every layer once"),
         (len(drop) == num_layers, f"names all {num_layers} layers; keep at least one"),
-        (
-            guarded and prune.protect != Prune.protect,
-            f"names {_named(guarded)}, which prune.protect={list(prune.protect)} forbids; change one of them",
-        ),
     )
     if problem := next((sentence for found, sentence in problems if found), None):
         raise UserError(f"prune.drop: {problem}")
@@ -218,7 +212,7 @@ def default_count(num_layers: int) -> int:
     return max(1, num_layers // DEFAULT_PART)
 
 
-def _count(prune: Prune, num_layers: int) -> int:
+def _count(prune: CutByScore, num_layers: int) -> int:
     if prune.num_drop is not None:
         key, count = f"prune.num_drop={prune.num_drop}", prune.num_drop
     elif prune.ratio is None:
@@ -245,10 +239,11 @@ def _protected(protect: Sequence[int | str], num_layers: int) -> set[int]:
     return {layer % num_layers for layer in named}
 
 
-def _best_run(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
+def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
     """The cheapest run of ``wanted`` neighbours, or of as few as reach the goals, without a protected layer (Gromov et
     al. 2024, arXiv:2403.17887)."""
     metric, num_layers = prune.metric or DEFAULT_RUN_METRIC, importance.num_layers
+    assert isinstance(metric, str), "a mix is of scores of single layers"
     rows = _rows(metric, importance)
 
     def free(count: int) -> list[range]:
@@ -290,10 +285,10 @@ def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
     )
 
 
-def _first_of_order(prune: Prune, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
+def _first_of_order(prune: CutByScore, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
     """The first ``wanted`` layers of an order, or as few of them as reach the goals: by a score, equal ones by lower
     index, or in a greedy order, which may not hold all layers."""
-    metric, scores = _scores(prune, importance)
+    metric, scores = _scores(prune.metric or DEFAULT_METRIC, importance)
     greedy = () if metric in importance.layers else importance.orders.get(metric, ())
     order = sorted(range(importance.num_layers), key=lambda layer: (scores[layer], layer))
     order = order[: len(greedy) or None]  # what was never removed comes last there
@@ -323,18 +318,17 @@ def _first_of_order(prune: Prune, wanted: int | Goals, limits: _Limits, importan
     return drop, f"{first} ({greedy[count - 1].score:.4g} without them)", scores
 
 
-def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:
+def _scores(metric: str | Mapping[str, float], importance: Importance) -> tuple[str, tuple[float, ...]]:
     """Name of the scores in words, and one score per layer."""
-    if not prune.weights:
-        metric = prune.metric or DEFAULT_METRIC
+    if isinstance(metric, str):
         _warn_without_signal(metric, importance)
         return metric, layer_scores(metric, importance, setting=f"prune.metric={metric}")
-    total, mix = sum(prune.weights.values()), [0.0] * importance.num_layers
-    for name, weight in prune.weights.items():
+    total, mix = sum(metric.values()), [0.0] * importance.num_layers
+    for name, weight in metric.items():
         _warn_without_signal(name, importance)
-        for layer, rank in enumerate(ranks(layer_scores(name, importance, setting=f"prune.weights.{name}"))):
+        for layer, rank in enumerate(ranks(layer_scores(name, importance, setting=f"prune.metric.{name}"))):
             mix[layer] += weight / total * rank
-    parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in prune.weights.items())
+    parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in metric.items())
     # sums of equal ranks in another order must stay equal, or rounding would choose
     return f"mean rank of {parts}", tuple(round(value, 12) for value in mix)
 

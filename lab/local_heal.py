@@ -84,7 +84,7 @@ class Gap:
     target: int
     """Teacher layer whose output the trained layer shall give."""
     scale: float = 1.0
-    """How many times larger that output is than what the trained layer shall give: factors of prune.compensate."""
+    """How many times larger that output is than what the trained layer shall give: factors of compensation."""
 
 
 def work(run: Run, settings: Settings) -> str:

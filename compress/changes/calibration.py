@@ -22,13 +22,11 @@ from shoal.models.anatomy import text_config
 from shoal.models.load import (
     align_weights,
     load_model,
-    load_tokenizer,
     named_dtype,
     num_parameters,
     without_data,
 )
 from shoal.recipe.measure import Measure
-from shoal.recipe.prune import Calibration
 from shoal.runtime import device
 
 from ..surgery.quantised import without_quantization
@@ -67,36 +65,33 @@ def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple
 
 
 @contextmanager
-def calibrating(
-    teacher: Teacher, settings: Calibration, *, section: str, seed: int
-) -> Iterator[tuple[Source, PackedRows]]:
-    """The model of ``teacher`` and the rows that a ``section`` of the recipe decides by, in a block in which that is
-    done: in float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes.
+def calibrating(teacher: Teacher, num_tokens: int, *, section: str) -> Iterator[Source]:
+    """The model of ``teacher``, in a block in which a ``section`` of the recipe decides by it on so many tokens: in
+    float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes.
     """
     where, folder, trust_remote_code = device(), teacher.folder, teacher.trust_remote_code
-    if (needed := needed_bytes(without_data(teacher.config), settings)) > device_memory(where):
+    if (needed := needed_bytes(without_data(teacher.config), num_tokens)) > device_memory(where):
         log.warning("%s: %s", section, in_words(needed))
     fast = named_dtype(fast_dtype(where).dtype)
     model = load_model(folder, dtype="float32", attention=None, device=where, trust_remote_code=trust_remote_code)
     align_weights(model)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    rows = calibration_rows(settings, tokenizer, seed=seed, section=section)
     # its cache of cast weights would keep every tensor that is tried
     with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
-        yield Source(model), rows
+        yield Source(model)
 
 
 def calibration_rows(
-    settings: Calibration | Measure, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str
+    settings: Measure, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_tokens: int | None = None
 ) -> PackedRows:
-    """The text of a section of the recipe that decides by it, as rows of tokens."""
-    texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
-    rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
+    """The text of `measure` as rows of tokens, or ``num_tokens`` of it."""
+    num_tokens = num_tokens or settings.num_tokens
+    texts = [(source, load_texts(source, max_characters=16 * num_tokens)) for source in settings.data]
+    rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=num_tokens, seed=seed)
     if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
         log.warning(
-            "%s.num_tokens: is more than %s has, which is repeated: what is found rests on less text than it says, and "
-            "text that is held out was seen; lower it or name more text",
-            *(section, ", ".join(repeated)),
+            "measure.data: %s tokens are more than %s has, which is repeated: what is found rests on less text than it "
+            "says, and text that is held out was seen; name more text",
+            *(f"{num_tokens:,}", ", ".join(repeated)),
         )
     return rows
 
@@ -110,12 +105,12 @@ def refuse_quantised(folder: Path, config: PreTrainedConfig, *, section: str) ->
         )
 
 
-def needed_bytes(model: PreTrainedModel, settings: Calibration, *, num_features: int = 0) -> int:
-    """Memory that deciding on ``model``, which may be without weights, takes, about: weights and states in float32, and
-    sums over ``num_features`` features of an MLP."""
+def needed_bytes(model: PreTrainedModel, num_tokens: int, *, num_features: int = 0) -> int:
+    """Memory that deciding on ``model``, which may be without weights, takes, about: weights and the states of all
+    tokens in float32, and sums over ``num_features`` features of an MLP."""
     hidden = text_config(model.config).hidden_size
     sums = 8 * (4 * num_features**2 + 8 * num_features * hidden)
-    return 4 * num_parameters(model) + int(STATES * settings.num_tokens * hidden * 4) + sums
+    return 4 * num_parameters(model) + int(STATES * num_tokens * hidden * 4) + sums
 
 
 def in_words(needed: int) -> str:

@@ -1,13 +1,13 @@
 """A change of a model's layers: what every change knows of itself, so that nothing else has to know its kind.
 
-A recipe's changes are listed in apply.changes_of, in the order in which they act. Which two do not go together stands
-in one table, APART in src/shoal/recipe/prune.py.
+A recipe lists its changes in the order in which they act; apply.KINDS has the class of each. What does not go together
+stands in one table, src/shoal/recipe/not_together.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import Plan
-from shoal.recipe.prune import Calibration
 
+from ..metrics.metric import Calibration
 from ..surgery.teacher import Teacher
 
 Tensors = Mapping[str, Tensor]
 """New tensors of one layer, by their names in it."""
+InForce = Callable[[PreTrainedModel], AbstractContextManager[object]]
+"""A block in which a teacher answers as it will when it is changed."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class NewTensors:
     """The teacher's layers that stay and get new tensors -> which."""
     load: Callable[[int], Tensors] = lambda _: {}
     """The new tensors of one of these layers."""
+    in_force: InForce = lambda _: nullcontext()
+    """In which the teacher answers as it will with these."""
+    of_later: Callable[[int, Tensors], Tensors] = lambda _, tensors: tensors
+    """What is left of the tensors that a later change has made for a layer of the teacher."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the student's configuration says of it beside its sizes."""
 
@@ -45,9 +51,8 @@ class Change(Protocol):
     IS_ROUNDED: ClassVar[bool]
     """Whether the student's answers are the teacher's with the change in force up to rounding only."""
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """The text that it is decided on; None = none is read."""
+    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, sequence_length: int) -> int:
+        """Tokens of text, in rows of ``sequence_length``, that it needs at least; ``teacher`` is without weights."""
         ...
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
@@ -58,18 +63,15 @@ class Change(Protocol):
         """
         ...
 
-    def tensors(self, teacher: Teacher, plan: Plan, *, seed: int) -> NewTensors:
-        """The new tensors, made from ``teacher`` as it is.
+    def tensors(self, teacher: Teacher, plan: Plan, text: Calibration, before: InForce | None) -> NewTensors:
+        """The new tensors, made from ``teacher`` as it is and decided on ``text``; ``before`` are the changes that act
+        before it, None where there are none.
 
         Raises:
             UserError: what shows to be impossible when the model runs.
         """
         ...
 
-    def in_force(self, model: PreTrainedModel, new: NewTensors) -> AbstractContextManager[object]:
-        """A block in which the teacher ``model`` answers as it will when it is changed."""
-        ...
-
-    def words(self, teacher: PreTrainedModel, plan: Plan) -> str:
-        """What a dry run says of it; ``teacher`` is without weights."""
+    def words(self, teacher: PreTrainedModel, plan: Plan, num_tokens: int) -> str:
+        """What a dry run says of it, decided on so many tokens; ``teacher`` is without weights."""
         ...

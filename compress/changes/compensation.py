@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,24 +14,31 @@ from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS
+from shoal.models.load import loaded_dtype
 from shoal.recipe.prune import Compensate
 
 from ..edits.tensors import tensors_in_place
+from ..metrics.metric import Calibration
 from ..surgery.config_cut import uncut_layers
 from ..surgery.teacher import Teacher
 from .calibration import calibrating, in_words, needed_bytes, refuse_quantised
-from .change import NewTensors
-from .fit import compensate, needed_features
+from .change import InForce, NewTensors, Tensors
+from .fit import compensate, needed_features, needed_tokens
+from .fold import COMPENSATE
 
 
 @dataclass(frozen=True)
 class Compensation:
     """Factors and corrections for every gap, in the weights of layers that stay."""
 
-    SECTION: ClassVar[str] = "prune.compensate"
+    SECTION: ClassVar[str] = COMPENSATE
     IS_ROUNDED: ClassVar[bool] = False
 
-    calibration: Compensate
+    settings: Compensate
+
+    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, sequence_length: int) -> int:
+        """Enough for every feature that a correction is fitted to, and for rows that are held out."""
+        return needed_tokens(needed_features(teacher, plan.drop, self.settings), sequence_length)
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """The teacher as it is: no size changes."""
@@ -42,35 +50,42 @@ class Compensation:
             )
         return teacher
 
-    def tensors(self, teacher: Teacher, plan: Plan, *, seed: int) -> NewTensors:
+    def tensors(self, teacher: Teacher, plan: Plan, text: Calibration, before: InForce | None) -> NewTensors:
         """What is fitted, gap by gap."""
-        with calibrating(teacher, self.calibration, section=self.SECTION, seed=seed) as (source, rows):
-            found = compensate(source, plan.drop, self.calibration, rows)
+        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=self.SECTION) as source:
+            found = compensate(source, plan.drop, self.settings, text, before)
         uncut = uncut_layers(teacher.config, text_config(teacher.config).num_hidden_layers)
         closed = [
             asdict(replace(gap, first=uncut[gap.first], last=uncut[gap.last])) for gap in found.gaps if gap.is_closed
         ]
-        before = getattr(teacher.config, CLOSED_GAPS, None) or ()
+        already = getattr(teacher.config, CLOSED_GAPS, None) or ()
+        stored = loaded_dtype(teacher.config, "stored", teacher.shards)
+
+        def in_force(model: PreTrainedModel) -> AbstractContextManager[object]:
+            # a model in a wider precision than the files has the numbers of the files
+            rounded = {} if model.dtype == stored else {"rounded": stored}
+            layers = {layer: as_stored(model, layer, found.layers[layer], **rounded) for layer in found.layers}
+            return tensors_in_place(model, layers)
+
         return NewTensors(
             replace(plan, gaps=found.gaps),
             {layer: tuple(tensors) for layer, tensors in found.layers.items()},
             found.layers.__getitem__,
-            {CLOSED_GAPS: [*before, *closed]} if closed else {},
+            in_force,
+            settings={CLOSED_GAPS: [*already, *closed]} if closed else {},
         )
 
-    def in_force(self, model: PreTrainedModel, new: NewTensors) -> AbstractContextManager[object]:
-        """The new tensors in the places of the old."""
-        return tensors_in_place(model, {layer: as_stored(model, layer, new) for layer in new.names})
-
-    def words(self, teacher: PreTrainedModel, plan: Plan) -> str:
+    def words(self, teacher: PreTrainedModel, plan: Plan, num_tokens: int) -> str:
         """Method and memory."""
-        needed = needed_bytes(
-            teacher, self.calibration, num_features=needed_features(teacher, plan.drop, self.calibration)
-        )
-        return f"compensation: {self.calibration.method}, {self.calibration.num_tokens:,} tokens, {in_words(needed)}"
+        features = needed_features(teacher, plan.drop, self.settings)
+        needed = in_words(needed_bytes(teacher, num_tokens, num_features=features))
+        return f"compensation: {self.settings.method}, {num_tokens:,} tokens, {needed}"
 
 
-def as_stored(model: PreTrainedModel, layer: int, new: NewTensors) -> dict[str, Tensor]:
-    """The new tensors of a layer of ``model``, in the precision of those that they replace."""
+def as_stored(
+    model: PreTrainedModel, layer: int, tensors: Tensors, *, rounded: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """New ``tensors`` of a layer of ``model``, in the precision of those that they replace; ``rounded`` to another one
+    before."""
     own = dict(decoder_layers(model)[layer].named_parameters())
-    return {name: tensor.to("cpu", own[name].dtype) for name, tensor in new.load(layer).items()}
+    return {name: tensor.to("cpu", rounded or own[name].dtype).to(own[name].dtype) for name, tensor in tensors.items()}

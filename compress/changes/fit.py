@@ -26,8 +26,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -42,9 +43,11 @@ from shoal.progress import each
 from shoal.recipe.prune import Compensate
 
 from ..edits.tensors import tensors_in_place
+from ..metrics.metric import Calibration
 from ..variants.layerwise import Prepared
 from .calibration import Source, batches
-from .fold import LEAVE_OUT, Correction, Tensors, num_features, refuse_sized_end, scaled_layer
+from .change import InForce
+from .fold import COMPENSATE, LEAVE_OUT, Correction, Tensors, num_features, refuse_sized_end, scaled_layer
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +156,16 @@ class Fitted:
     """New tensors of kept layers in float32, by the teacher's index and the name within the layer."""
 
 
+def needed_tokens(num_features: int, sequence_length: int) -> int:
+    """Tokens, in whole rows, of which enough are fitted to for so many features, and some are held out."""
+    fitted = max(1, -(-TOKENS_PER_FEATURE * num_features // sequence_length))
+    return sequence_length * next(num for num in count(fitted + 1) if num - _held_out(num) >= fitted)
+
+
+def _held_out(num_rows: int) -> int:
+    return max(1, num_rows // HELD_OUT_SHARE)
+
+
 def needed_features(model: PreTrainedModel, drop: Sequence[int], settings: Compensate) -> int:
     """The most features of an MLP that a correction is fitted to; 0 where there is none."""
     below = [first - 1 for first, _ in gaps(drop) if settings.method != "scale"]
@@ -166,19 +179,21 @@ def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def compensate(source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Fitted:
+def compensate(
+    source: Source, drop: Sequence[int], settings: Compensate, text: Calibration, before: InForce | None = None
+) -> Fitted:
     """Factors and corrections for every gap that ``drop`` leaves in the model of ``source``, which stays as it is.
 
-    ``drop`` is without layer 0: nothing below it could make up for it.
+    ``drop`` is without layer 0: nothing below it could make up for it. The student has the changes ``before``, which
+    stand in the way of no gap; None = there are none. ``text`` has as many rows as needed_tokens says.
 
     A gap at which the divergence of the student's next-token distributions from the teacher's does not fall on held-out
     rows stays as it was.
 
     Raises:
-        UserError: a family into whose weights nothing can be folded exactly, too few tokens, states that are not
-            finite.
+        UserError: a family into whose weights nothing can be folded exactly, states that are not finite.
     """
-    return _Fitting(source, drop, settings, rows).run()
+    return _Fitting(source, drop, settings, text, before).run()
 
 
 @dataclass
@@ -194,54 +209,53 @@ class _Batch:
 
 
 class _Fitting:
-    def __init__(self, source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> None:
+    def __init__(
+        self,
+        source: Source,
+        drop: Sequence[int],
+        settings: Compensate,
+        text: Calibration,
+        before: InForce | None = None,
+    ) -> None:
         self.model, self.layerwise, self.decoder = source.model, source.layerwise, source.decoder
-        self.settings, self.num_layers = settings, self.layerwise.num_layers
+        self.num_layers, self.before = self.layerwise.num_layers, before
         self.dropped = set(drop)
         self.gap_above = {first - 1: (first, last) for first, last in gaps(drop)}
         self.with_correction, self.with_factor = settings.method != "scale", settings.method != "linear"
-        self.batches = list(self._batches(source, rows))
+        self.batches = list(self._batches(source, text))
         self.held_out = [batch for batch in self.batches if batch.held_out]
         self.folded: dict[int, Tensors] = {}
         self.product = 1.0
         """Product of the factors of all gaps below."""
 
     def run(self) -> Fitted:
-        if not self.held_out or len(self.held_out) == len(self.batches):
-            raise UserError(
-                "prune.compensate.num_tokens: makes less than two rows, but some are needed to fit to and some to test "
-                "on; raise it or lower sequence_length"
-            )
-        if self.with_correction:
-            self._refuse_few_tokens()
         self._see_teacher()
         top = max(last for _, last in self.gap_above.values())
         closed: list[ClosedGap] = []
         for layer in each(range(self.num_layers), "prune: compensating", unit="layers"):
             if layer in self.dropped:
                 continue  # passed with its gap
-            gap = self.gap_above.get(layer)
-            if gap is not None:
+            if (gap := self.gap_above.get(layer)) is not None:
                 closed.append(self._close(layer, *gap))
                 continue
             if self.product != 1:
-                self._fold_factor(layer, self.batches[-1].student)
+                with self._student():
+                    self._fold_factor(layer, self.batches[-1].student)
             for batch in self.batches if layer < top else self.held_out:
-                shared = batch.student is batch.teacher  # below the first gap
-                batch.student = self._run(layer, batch, batch.student)
+                # below the first gap
+                shared = self.before is None and batch.student is batch.teacher
+                with self._student():
+                    after = self._run(layer, batch, batch.student)
                 if layer < top:
-                    batch.teacher = batch.student if shared else self._run(layer, batch, batch.teacher)
-        self._refuse_wrong_fold()
+                    batch.teacher = after if shared else self._run(layer, batch, batch.teacher)
+                batch.student = after
+        with self._student():
+            self._refuse_wrong_fold()
         return Fitted(tuple(closed), self.folded)
 
-    def _refuse_few_tokens(self) -> None:
-        fitted = sum(batch.teacher.shape[:2].numel() for batch in self.batches if not batch.held_out)
-        most = max(num_features(self.model, layer) for layer in self.gap_above)
-        if fitted < (needed := TOKENS_PER_FEATURE * most):
-            raise UserError(
-                f"prune.compensate.num_tokens: leaves {fitted:,} tokens to fit {most:,} features of an MLP to, "
-                f"which needs at least {needed:,}; raise it, name more text, or set method: scale"
-            )
+    def _student(self) -> AbstractContextManager[object]:
+        """A block in which the model is the student but for its gaps."""
+        return nullcontext() if self.before is None else self.before(self.model)
 
     def _see_teacher(self) -> None:
         """Run the teacher over held-out rows; refuse on the way what the method cannot be folded into, before anything
@@ -259,11 +273,12 @@ class _Fitting:
         for batch, state in zip(self.held_out, states, strict=True):
             batch.end = self.layerwise.finish(state, batch.prepared)
 
-    def _batches(self, source: Source, rows: PackedRows) -> Iterator[_Batch]:
-        num_fitted = len(rows) - max(1, len(rows) // HELD_OUT_SHARE)
+    def _batches(self, source: Source, text: Calibration) -> Iterator[_Batch]:
+        rows = text.rows
+        num_fitted = len(rows) - _held_out(len(rows))
         for held_out, own in ((False, slice(num_fitted)), (True, slice(num_fitted, None))):
             some = PackedRows(rows.input_ids_NS[own], rows.position_ids_NS[own])
-            for prepared, state in batches(source, some, self.settings.batch_size):
+            for prepared, state in batches(source, some, text.batch_size):
                 yield _Batch(prepared, held_out, state, state)
 
     def _run(self, layer: int, batch: _Batch, state: Tensor) -> Tensor:
@@ -272,11 +287,16 @@ class _Fitting:
 
     def _close(self, below: int, first: int, last: int) -> ClosedGap:
         """Past ``below``, the last kept layer before the gap ``first`` to ``last``, and past the gap."""
-        where = layers_text([*range(first, last + 1)])
-        before = [batch.student for batch in self.batches]
         for layer in range(below, last + 1):
             for batch in self.batches:
                 batch.teacher = self._run(layer, batch, batch.teacher)
+        with self._student():
+            return self._close_students(below, first, last)
+
+    def _close_students(self, below: int, first: int, last: int) -> ClosedGap:
+        """The same for the student; the teacher is past the gap."""
+        where = layers_text([*range(first, last + 1)])
+        before = [batch.student for batch in self.batches]
         correction = Correction(self.layerwise, below) if self.with_correction else None
         train, test = self._sums(correction, below, where)
         fit = self._fit(train, test, is_last=last == self.num_layers - 1)
@@ -337,7 +357,7 @@ class _Fitting:
     def _refuse_not_finite(self, where: str, *states: Tensor) -> None:
         if not all(bool(state_BSD.isfinite().all()) for state_BSD in states):
             raise UserError(
-                f"prune.compensate: the states at {where} are not finite in {self.model.dtype}; look for damaged "
+                f"{COMPENSATE}: the states at {where} are not finite in {self.model.dtype}; look for damaged "
                 f"weights, or {LEAVE_OUT}"
             )
 
@@ -414,7 +434,7 @@ class _Fitting:
         folded = self._divergence(states)
         if not math.isclose(hooked, folded, rel_tol=TOLERANCE, abs_tol=1e-4):
             raise UserError(
-                f"prune.compensate: {self.model.config.model_type}: with the folded weights the divergence from the "
+                f"{COMPENSATE}: {self.model.config.model_type}: with the folded weights the divergence from the "
                 f"teacher is {folded:.5f} nats a token, and with factors in force {hooked:.5f}; shoal cannot fold into "
                 f"this family: {LEAVE_OUT}"
             )

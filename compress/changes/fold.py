@@ -38,8 +38,10 @@ Tensors = dict[str, Tensor]
 """New tensors of one layer, by name within it."""
 
 
-LEAVE_OUT = "leave prune.compensate out"
-REMEDY = f"set another prune.compensate.method, or {LEAVE_OUT}"
+COMPENSATE = "prune.changes.compensate"
+"""Place in the recipe."""
+LEAVE_OUT = f"leave {COMPENSATE} out"
+REMEDY = f"set another {COMPENSATE}.method, or {LEAVE_OUT}"
 PROBE_FACTOR = 2.0
 """Exact in every number format, and far enough from 1 that a wrong fold shows."""
 SAME_TOKENS = 0.9
@@ -64,7 +66,7 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
         if same_states(got_BSD, after_BSD, after_BSD - hidden_BSD):
             return scaled(factor)
     raise UserError(
-        f"prune.compensate: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
+        f"{COMPENSATE}: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
         f"in a way that shoal does not know, so that no factor can be folded into its weights; {REMEDY}"
     )
 
@@ -140,7 +142,7 @@ class Correction:
                 moved_BSD = got_BSD.float() - after_BSD.float()
                 scale = float((moved_BSD * change_BSD).sum() / change_BSD.square().sum()) or 1.0
         raise UserError(
-            f"prune.compensate: the MLP of {where(self._layerwise.model, self._layer)} does not write to the residual "
+            f"{COMPENSATE}: the MLP of {where(self._layerwise.model, self._layer)} does not write to the residual "
             f"stream by linear maps that shoal knows, so that no correction can be folded into them; {REMEDY}"
         )
 
@@ -187,7 +189,7 @@ def refuse_sized_end(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tenso
     end_BSD = layerwise.finish(hidden_BSD, prepared)
     if not same_states(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD):
         raise UserError(
-            f"prune.compensate: {layerwise.model.config.model_type} reads its last layer's state otherwise than "
+            f"{COMPENSATE}: {layerwise.model.config.model_type} reads its last layer's state otherwise than "
             f"through a norm, so that no factor can be folded into its weights; {REMEDY}"
         )
 

@@ -28,17 +28,15 @@ from shoal.models.load import without_data
 from ..edits.layer_edits import Half
 from ..edits.sublayers import named_halves, output_parameters, where
 from ..edits.tensors import refuse_shared_parameters
-from ..surgery.narrow_config import channels, heads, narrowed_config
+from ..surgery.narrow_config import NARROW, channels, heads, narrowed_config
 from .calibration import refuse_quantised
 
-NARROW = "prune.width"
-"""Section of the recipe."""
 GATE_UP, QKV = "gate_up_proj", "qkv_proj"
 """Modules that hold two or three maps in one tensor, one after the other."""
 Units = Mapping[Half, Sequence[int]]
 """Channels and groups of one layer, increasing."""
-SETTINGS: dict[Half, str] = {"mlp": "intermediate_size", "attention": "kv_groups"}
-"""Half of a layer -> the key of prune.width that narrows it."""
+SETTINGS: dict[Half, str] = {"mlp": "intermediate_size", "attention": "num_key_value_heads"}
+"""Half of a layer -> the key of the recipe that narrows it."""
 UNITS: dict[Half, str] = {"mlp": "channels", "attention": "key-value groups"}
 """Half of a layer -> what it consists of."""
 
@@ -112,8 +110,8 @@ def sizes_of(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Sizes:
     text, counts = text_config(config), dict[Half, tuple[int, int]]()
     if width.intermediate_size is not None:
         counts["mlp"] = channels(text)[1], width.intermediate_size
-    if width.kv_groups is not None:
-        counts["attention"] = heads(text)[1], width.kv_groups
+    if width.num_key_value_heads is not None:
+        counts["attention"] = heads(text)[1], width.num_key_value_heads
     narrow_config = narrowed_config(config, width)
     model, narrow = (without_data(own, dtype=torch.float32) for own in (config, narrow_config))
     maps, parts = dict[int, dict[Half, str]](), dict[int, dict[str, Part]]()
@@ -125,7 +123,7 @@ def sizes_of(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Sizes:
     for name, old in model.named_parameters():
         if not name.startswith(inside) and new[name].shape != old.shape:
             raise UserError(
-                f"prune.width: {name}, which is in no layer, would go from {list(old.shape)} to "
+                f"{NARROW}: {name}, which is in no layer, would go from {list(old.shape)} to "
                 f"{list(new[name].shape)}; shoal cannot narrow the {text.model_type} family"
             )
     return Sizes(narrow_config, narrow, counts, maps, parts)
@@ -138,7 +136,7 @@ def _map(
 
     ``modules``: the layer before and after.
     """
-    setting, place = f"prune.width.{SETTINGS[half]}", where(model, layer)
+    setting, place = f"{NARROW}.{SETTINGS[half]}", where(model, layer)
     names = {name.rpartition(".")[0] for name in output_parameters(model, layer, named_halves(modules[0]), half)}
     readers = [module.get_submodule(next(iter(names))) if len(names) == 1 else None for module in modules]
     sizes = [reader.nx if isinstance(reader, Conv1D) else getattr(reader, "in_features", 0) for reader in readers]
@@ -175,9 +173,9 @@ def _parts(
             ]
         if len(parts) != 1:
             raise UserError(
-                f"prune.width: {name} of {where(model, layer)} would go from {list(old.shape)} to "
+                f"{NARROW}: {name} of {where(model, layer)} would go from {list(old.shape)} to "
                 f"{list(new[name].shape)}, and shoal does not know what of it belongs to which channel or head; leave "
-                f"prune.width{'' if half is None else '.' + SETTINGS[half]} out"
+                f"{NARROW}{'' if half is None else '.' + SETTINGS[half]} out"
             )
         yield name, parts[0]
 

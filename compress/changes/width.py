@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.artifacts.plan import KeptWidth, Plan, indices_of, mask_of
-from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import StoredTensor
@@ -40,17 +39,18 @@ from shoal.recipe.prune import Width
 from ..edits.layer_edits import Half
 from ..edits.sublayers import where
 from ..edits.tensors import put_tensors
+from ..metrics.metric import Calibration
 from ..surgery.copying import stored_places
 from ..surgery.cut_model import kept_layers
-from ..surgery.narrow_config import kept_width
+from ..surgery.narrow_config import NARROW, kept_width
 from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, load_without_data
 from ..surgery.teacher import Teacher
 from ..variants.layerwise import Call
 from .calibration import Source, batches, calibrating, in_words, needed_bytes
-from .change import NewTensors, Tensors
+from .change import InForce, NewTensors, Tensors
 from .fold import same_states
-from .narrowing import NARROW, Part, Sizes, Units, sizes_of
+from .narrowing import Part, Sizes, Units, sizes_of
 
 Place = tuple[Path, StoredTensor, Part]
 """File and place of a tensor that becomes smaller, and what of it stays."""
@@ -63,7 +63,11 @@ class Narrowing:
     SECTION: ClassVar[str] = NARROW
     IS_ROUNDED: ClassVar[bool] = True  # sums over fewer terms are rounded otherwise
 
-    calibration: Width
+    settings: Width
+
+    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, sequence_length: int) -> int:
+        """One row: more make the choice surer, and none is too little."""
+        return sequence_length
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """Configuration and tensors as small as they will be: from their start on, where their bytes have a place."""
@@ -86,11 +90,11 @@ class Narrowing:
         ]
         return replace(teacher, config=own.config, shards=shards)
 
-    def tensors(self, teacher: Teacher, plan: Plan, *, seed: int) -> NewTensors:
+    def tensors(self, teacher: Teacher, plan: Plan, text: Calibration, before: InForce | None) -> NewTensors:
         """The slices that stay, read from the files one layer at a time."""
-        own, width = self._sizes(teacher), kept_width(teacher.config, self.calibration)
-        with calibrating(teacher, self.calibration, section=self.SECTION, seed=seed) as (source, rows):
-            units = measure_width(source, own, plan.drop, self.calibration, rows)
+        own, width = self._sizes(teacher), kept_width(teacher.config, self.settings)
+        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=self.SECTION) as source:
+            units = measure_width(source, own, plan.drop, text)
         places = self._places(teacher, own)
 
         def load(layer: int) -> Tensors:
@@ -99,27 +103,25 @@ class Narrowing:
                 for name, (file, tensor, part) in places[layer].items()
             }
 
+        def of_later(layer: int, tensors: Tensors) -> Tensors:
+            parts = own.parts[layer]
+            return {
+                name: own.narrowed(tensor, parts[name], units[layer]) if name in parts else tensor
+                for name, tensor in tensors.items()
+            }
+
         names = {layer: tuple(places[layer]) for layer in plan.keep}
-        return NewTensors(replace(plan, width=as_kept(width, units)), names, load)
+        kept = as_kept(width, units)
+        # zeros in the places of what goes by the plan, so that it is proven too
+        masked = partial(own.masked, units=units_of(kept, plan.keep))
+        return NewTensors(replace(plan, width=kept), names, load, masked, of_later)
 
-    def in_force(self, model: PreTrainedModel, new: NewTensors) -> AbstractContextManager[object]:
-        """Zeros in the places of what goes."""
-        width = new.plan.width
-        assert width is not None
-        masks = {"mlp": width.channels, "attention": width.groups}
-        units: dict[int, Units] = {
-            layer: {half: indices_of(kept[place]) for half, kept in masks.items() if kept}  # pyright: ignore[reportAssignmentType]
-            for place, layer in enumerate(new.plan.keep)
-        }
-        return sizes_of(Path(str(model.name_or_path)), model.config, width).masked(model, units)
-
-    def words(self, teacher: PreTrainedModel, plan: Plan) -> str:
+    def words(self, teacher: PreTrainedModel, plan: Plan, num_tokens: int) -> str:
         """Text and memory."""
-        asked = self.calibration
-        return f"width: chosen on {asked.num_tokens:,} tokens, {in_words(needed_bytes(teacher, asked))}"
+        return f"width: chosen on {num_tokens:,} tokens, {in_words(needed_bytes(teacher, num_tokens))}"
 
     def _sizes(self, teacher: Teacher) -> Sizes:
-        return sizes_of(teacher.folder, teacher.config, kept_width(teacher.config, self.calibration))
+        return sizes_of(teacher.folder, teacher.config, kept_width(teacher.config, self.settings))
 
     def _places(self, teacher: Teacher, own: Sizes) -> dict[int, dict[str, Place]]:
         """Layer -> name of a parameter in it -> where it is stored."""
@@ -150,9 +152,7 @@ def _read(file: Path, stored: StoredTensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_width(
-    source: Source, own: Sizes, drop: Sequence[int], settings: Width, rows: PackedRows
-) -> dict[int, Units]:
+def measure_width(source: Source, own: Sizes, drop: Sequence[int], text: Calibration) -> dict[int, Units]:
     """What stays of every layer of the model of ``source`` but those of ``drop``.
 
     Each layer is run narrowed, and compared with itself with zeros in the places of what goes.
@@ -161,7 +161,7 @@ def measure_width(
         UserError: states that are not finite, a family whose narrowed layers are other ones.
     """
     chosen: dict[int, Units] = {}
-    waiting = list(batches(source, rows, settings.batch_size))
+    waiting = list(batches(source, text.rows, text.batch_size))
     for layer in each(kept_layers(source.layerwise.num_layers, drop), "prune: measuring width", unit="layers"):
         (prepared, state), module = waiting[-1], decoder_layers(source.model)[layer]
         sums_UKK: dict[Half, Tensor] = {}
@@ -195,8 +195,8 @@ def _largest(source: Source, layer: int, reader: Any, sums_UKK: Tensor, count: i
         scores_U = ((columns_UKD @ columns_UKD.mT).double() * sums_UKK).sum((1, 2))
     if not scores_U.isfinite().all():
         raise UserError(
-            f"prune.width: the states of {where(source.model, layer)} are not finite in {source.model.dtype}; look for "
-            "damaged weights, or leave prune.width out"
+            f"{NARROW}: the states of {where(source.model, layer)} are not finite in {source.model.dtype}; look for "
+            f"damaged weights, or leave {NARROW} out"
         )
     return tuple(sorted(scores_U.argsort(descending=True, stable=True)[:count].tolist()))
 
@@ -217,7 +217,16 @@ def _refuse_another_layer(source: Source, own: Sizes, layer: int, units: Units, 
             return
     except RuntimeError as error:  # sizes that do not fit each other
         problem = f"cannot be run ({str(error).splitlines()[0]})"
-    raise UserError(f"prune.width: {where(source.model, layer)}, narrowed, {problem}; leave prune.width out")
+    raise UserError(f"{NARROW}: {where(source.model, layer)}, narrowed, {problem}; leave {NARROW} out")
+
+
+def units_of(width: KeptWidth, keep: Sequence[int]) -> dict[int, Units]:
+    """What ``width`` says to stay of every layer of ``keep``."""
+    masks: dict[Half, tuple[str, ...]] = {"mlp": width.channels, "attention": width.groups}
+    return {
+        layer: {half: indices_of(kept[place]) for half, kept in masks.items() if kept}
+        for place, layer in enumerate(keep)
+    }
 
 
 def as_kept(width: KeptWidth, chosen: Mapping[int, Units]) -> KeptWidth:

@@ -23,6 +23,8 @@ from shoal.recipe.prune import Width
 from .config_cut import cut_config
 from .quantised import without_quantization
 
+NARROW = "prune.changes.width"
+"""Place in the recipe."""
 MULTIPLE = 128
 """Channels that kernels work on at once."""
 BLOCK = 256
@@ -37,9 +39,9 @@ def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:
     """
     text = text_config(config)
     reason = "its layers have sizes of their own" if getattr(text, "is_heterogeneous", False) else ""
-    width = KeptWidth(None if reason else _channels(text, settings.intermediate_size), settings.kv_groups)
+    width = KeptWidth(None if reason else _channels(text, settings.intermediate_size), settings.num_key_value_heads)
     if reason := reason or _refusal(config, width):
-        raise UserError(f"prune.width: {text.model_type} does not allow {width.in_words()}: {reason}; leave it out")
+        raise UserError(f"{NARROW}: {text.model_type} does not allow {width.in_words()}: {reason}; leave it out")
     return width
 
 
@@ -59,12 +61,12 @@ def narrowed_config(config: PreTrainedConfig, width: KeptWidth | None) -> PreTra
     text, old = text_config(narrow), text_config(config)
     if width is not None and width.intermediate_size is not None:
         setattr(text, channels(old)[0], width.intermediate_size)
-    if width is not None and width.kv_groups is not None:
+    if width is not None and width.num_key_value_heads is not None:
         num_heads, groups, head_dim = heads(old)
         text.head_dim = head_dim
-        text.num_attention_heads = num_heads // groups * width.kv_groups
+        text.num_attention_heads = num_heads // groups * width.num_key_value_heads
         if getattr(old, "num_key_value_heads", None) is not None:
-            text.num_key_value_heads = width.kv_groups
+            text.num_key_value_heads = width.num_key_value_heads
     return narrow
 
 
@@ -83,7 +85,7 @@ def heads(text: Any) -> tuple[int, int, int]:
     Raises:
         UserError: it has no heads.
     """
-    _, num_heads = _number(text, ("num_attention_heads",), "kv_groups")
+    _, num_heads = _number(text, ("num_attention_heads",), "num_key_value_heads")
     groups = getattr(text, "num_key_value_heads", None) or num_heads
     return num_heads, groups, getattr(text, "head_dim", None) or text.hidden_size // num_heads
 
@@ -93,7 +95,7 @@ def _number(text: Any, fields: Sequence[str], setting: str) -> tuple[str, int]:
         if isinstance(value := getattr(text, field, None), int):
             return field, value
     raise UserError(
-        f"prune.width.{setting}: config.{fields[0]} of {text.model_type} is {getattr(text, fields[0], None)!r}, "
+        f"{NARROW}.{setting}: config.{fields[0]} of {text.model_type} is {getattr(text, fields[0], None)!r}, "
         "which is not one number for all layers; leave it out"
     )
 
@@ -107,7 +109,7 @@ def _channels(text: Any, asked: float | None) -> int | None:
     if not 0 < count <= whole or count % multiple:
         nearest = min(whole, max(multiple, round(asked * (whole if asked < 1 else 1) / multiple) * multiple))
         raise UserError(
-            f"prune.width.intermediate_size: {asked} of {whole:,} channels would leave {count:,}, and kernels that "
+            f"{NARROW}.intermediate_size: {asked} of {whole:,} channels would leave {count:,}, and kernels that "
             f"take this model need a multiple of {multiple} up to {whole:,}; give {nearest}"
         )
     return count
@@ -115,7 +117,7 @@ def _channels(text: Any, asked: float | None) -> int | None:
 
 def _refusal(config: PreTrainedConfig, width: KeptWidth) -> str:
     """Why a model of this configuration cannot be so wide; empty if it can."""
-    if width.kv_groups is not None and width.kv_groups > (groups := heads(text_config(config))[1]):
+    if width.num_key_value_heads is not None and width.num_key_value_heads > (groups := heads(text_config(config))[1]):
         return f"it has {groups}"
     try:
         text = text_config(narrowed_config(config, width))

@@ -33,7 +33,7 @@ def layer_scores(name: str, importance: Importance, *, setting: str) -> tuple[fl
     if len(columns) > 1:
         raise UserError(
             f"{setting}: {name} could be {' or '.join(column.task for column in columns)} (importance.json has them "
-            "all); name one, or mix them with prune.weights"
+            "all); name one, or mix them: a mapping of columns to weights"
         )
     if not columns:
         raise unknown(name, importance, setting)

@@ -26,10 +26,11 @@ from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import identity_of, left_as_it_was, require_positions, require_tokenizer, require_usable
-from shoal.recipe import measure, prune
+from shoal.recipe import measure
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
-from shoal.recipe.prune import Prune
+from shoal.recipe.not_together import not_together
+from shoal.recipe.prune import CutByScore
 from shoal.recipe.section import Shapes, shaping
 
 MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "sweep")
@@ -131,7 +132,7 @@ def choose_layers(
     ratio: float | None = None,
     metric: str | Mapping[str, float] | None = None,
     contiguous: bool = False,
-    protect: Sequence[int | Literal["cornerstone"]] = Prune.protect,
+    protect: Sequence[int | Literal["cornerstone"]] = CutByScore.protect,
     spare: Sequence[str] = (),
 ) -> Plan:
     """The layers to drop, the least important ones.
@@ -159,13 +160,14 @@ def choose_layers(
     named = {
         "num_drop": num_drop,
         "ratio": ratio,
-        "metric": None if isinstance(metric, Mapping) else metric,
-        "weights": dict(metric) if isinstance(metric, Mapping) else {},
+        "metric": metric,
         "contiguous": contiguous,
         "protect": protect,
         "spare": spare,
     }
-    settings = checked(Prune, named, source="shoal.choose_layers", contradictions=prune.contradictions)
+    settings = checked(
+        CutByScore, named, source="shoal.choose_layers", contradictions=lambda cut: not_together(prune=cut)
+    )
     choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
     inputs = {
         "model": importance.provenance.inputs.get("model"),

@@ -59,11 +59,14 @@ def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[
     for key, own in section["properties"].items():
         yield before + key, {**own, "is_required": key in section.get("required", ())}
         inner = _sections(own)
+        has_kinds, of_types = len(inner) > 1 and all(map(kind_of, inner)), dict[str, dict[str, Any]]()
         for part in inner:
-            kind = f".{kind_of(part)}" if len(inner) > 1 else ""
-            if kind:
-                yield before + key + kind, part
-            yield from places(part, f"{before}{key}{kind}.")
+            if has_kinds:
+                yield f"{before}{key}.{kind_of(part)}", part
+                yield from places(part, f"{before}{key}.{kind_of(part)}.")
+            else:
+                of_types |= places(part, f"{before}{key}.")
+        yield from of_types.items()
 
 
 def kind_of(part: dict[str, Any]) -> str:
@@ -121,10 +124,10 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
         said |= {} if is_section else {"values": values_text(own), "default": _default(own)}
         said |= {"entry": f"{entry} is an entry of this mapping"} if entry else {}
         inner = [own] if is_section else _sections(own)
-        if len(inner) > 1:
+        if len(inner) > 1 and all(map(kind_of, inner)):
             said["kinds"] = {kind_of(part): meaning(part) for part in inner}
         elif inner:
-            said["keys"] = _keys(inner[0])
+            said["keys"] = {key: words for part in inner for key, words in _keys(part).items()}
         told.append(said)
     return told
 

@@ -29,7 +29,9 @@ def add_keys(sub: argparse.ArgumentParser, sections: Sequence[str]) -> None:
     nested = {place.rpartition(".")[0] for place, _, _ in keys}
     for name in (*sections, ""):
         kind = next(alternatives(type_at(name))) if name else Recipe
-        group = sub.add_argument_group(f"{name}: {_words(kind.__doc__ or '')}" if name else "of every verb")
+        group = sub.add_argument_group(
+            f"{name}: {_words(documented(Recipe).get(name) or kind.__doc__ or '')}" if name else "of every verb"
+        )
         for place, section, field in keys:
             if place.rpartition(".")[0] == name and (name or place not in nested):
                 group.add_argument(

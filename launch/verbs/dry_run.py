@@ -22,6 +22,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.cost import Cost, decode_bytes, model_cost
 from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.progress import doing
+from shoal.recipe.measure import Measure
 from shoal.runtime import device
 
 from .distill import check_training_settings, training_spec, what_is_trained
@@ -175,7 +176,7 @@ def _cut(run: Run, plan: Plan) -> tuple[str, int]:
     refuse_impossible_changes(run, plan)
     recipe, out = run.recipe, run.dir / "student"
     told = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
-    return cut_estimate(run.teacher, plan, out, changes=changes_of(recipe.prune), **told)
+    return cut_estimate(run.teacher, plan, out, changes=changes_of(recipe.prune), text=recipe.measure, **told)
 
 
 def _distill(run: Run, *, cut: Stage) -> Stage:
@@ -220,14 +221,16 @@ def cut_estimate(
     *,
     dtype: str = "stored",
     changes: Sequence[Change] = (),
+    text: Measure | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[str, int]:
     """What apply_plan would make of the teacher in ``folder`` and write to ``out``, for a reader, and the bytes of it;
-    no weight is read.
+    no weight is read. ``text``: what changes are decided on.
 
     Raises:
         UserError: what apply_plan would refuse by configuration and headers.
     """
+    from shoal.compress.apply import num_tokens_of
     from shoal.compress.gguf import misreading
     from shoal.compress.layer_sizes import usual_length
     from shoal.compress.surgery.narrow_config import student_config
@@ -252,12 +255,13 @@ def cut_estimate(
         f"why:     {plan.reason}",
         *(f"changes: {change.words}" for change in plan.changes),
     ]
+    num_tokens = num_tokens_of(changes, models[0], plan, text or Measure())
     in_float32 = any(change.IS_ROUNDED for change in changes)
     not_run = why_not_run(teacher.config, teacher.shards) or memory_shortage(teacher.shards, in_float32=in_float32)
     further = [
         *([f"llama.cpp: would run another model: {problem}"] if (problem := misreading(config)) else []),
         disk_line(stored[1], out),
-        *(change.words(models[0], plan) for change in changes),
+        *(change.words(models[0], plan, num_tokens) for change in changes),
         f"proof: by its files, and the kind and settings of every layer; {not_run or 'and by running both models'}",
     ]
     width = stored[0] / costs[0].num_parameters if is_quantised else runs_in.itemsize

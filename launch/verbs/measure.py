@@ -160,7 +160,7 @@ def packed_rows(run: Run) -> PackedRows:
 
     settings = run.recipe.measure
     log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
-    return calibration_rows(settings, run.tokenizer(), seed=run.recipe.seed, section="measure")
+    return calibration_rows(settings, run.tokenizer(), seed=run.recipe.seed)
 
 
 def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:

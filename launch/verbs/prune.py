@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import LAB, KeptWidth, Plan
+from shoal.artifacts.plan import LAB, Plan
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import load_config
+from shoal.models.load import load_config, without_data
 from shoal.ranks import is_main
 from shoal.recipe.measure import METRICS
+from shoal.recipe.prune import CutThese, Width
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier
 
@@ -30,6 +31,8 @@ from .run import Run, check_length
 
 if TYPE_CHECKING:
     from shoal.compress.layer_sizes import Goals
+    from shoal.compress.metrics.metric import Calibration
+    from shoal.compress.plan import Choice
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ def prune(run: Run) -> None:
     if (student / "config.json").is_file() and plan_of(run).is_done():
         refuse_unfit_student(run, _plan_of_its_student(run))
         return
-    if run.recipe.prune.drop is None and not (run.dir / Importance.FILE).is_file():
+    if not _is_named(run) and not (run.dir / Importance.FILE).is_file():
         refuse_impossible_plan(run)
         log.info("prune: needs %s, measuring first", Importance.FILE)
         measure(run)
@@ -55,18 +58,17 @@ def prune(run: Run) -> None:
         from shoal.compress.apply import apply_plan, changes_of
         from shoal.compress.gguf import misreading
 
-        text = _calibration_text(run)
+        text, told = _calibration(run, plan)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         applied = apply_plan(
             run.teacher,
             plan,
             student,
-            seed=run.recipe.seed,
             changes=changes_of(run.recipe.prune),
+            text=text,
             trust_remote_code=run.recipe.trust_remote_code,
         )
-        plan = replace(applied, text=text)
-        replace(plan, student=plan.sealed(model_fingerprint(student))).save(path)
+        replace(applied, text=told, student=applied.sealed(model_fingerprint(student))).save(path)
         log.info("prune: %s", student)
         if (problem := misreading(load_config(student))) is not None:
             log.warning("prune: llama.cpp would run another model than this student: %s", problem)
@@ -120,17 +122,20 @@ def sacrifice(run: Run, importance: Importance | None, plan: Plan) -> Sequence[s
     return expected_sacrifice(importance, plan.drop)
 
 
-def _calibration_text(run: Run) -> dict[str, Any]:
-    """What prune.compensate is fitted to, or prune.width chosen on, and what of evaluation items stands in it."""
-    from shoal.compress.apply import changes_of
+def _calibration(run: Run, plan: Plan) -> tuple[Calibration | None, dict[str, Any]]:
+    """The text that prune.changes are decided on, and what of evaluation items stands in it; None and nothing where
+    there are none."""
+    from shoal.compress.apply import changes_of, num_tokens_of
     from shoal.compress.changes.calibration import calibration_rows
+    from shoal.compress.metrics.metric import Calibration
 
-    for change in changes_of(run.recipe.prune):
-        if (settings := change.calibration) is not None:
-            tokenizer = run.tokenizer()
-            rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, section=change.SECTION)
-            return {"sources": rows.counts, **search_of_rows(run, f"the text of {change.SECTION}")(rows, tokenizer)}
-    return {}
+    if not (changes := changes_of(run.recipe.prune)):
+        return None, {}
+    settings, tokenizer = run.recipe.measure, run.tokenizer()
+    num_tokens = num_tokens_of(changes, without_data(run.config()), plan, settings)
+    rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed, num_tokens=num_tokens)
+    told = {"sources": rows.counts, **search_of_rows(run, "the text of prune.changes")(rows, tokenizer)}
+    return Calibration(rows, settings.batch_size), told
 
 
 def plan_of(run: Run) -> Identity[Plan]:
@@ -147,13 +152,17 @@ def plan_inputs(run: Run) -> dict[str, Any]:
         return {**made, "model": run.teacher_fingerprint}
     prune = run.recipe.prune
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
-    if prune.drop is None:
+    if not _is_named(run):
         inputs["importance"] = importance_of(run).provenance.fingerprint
-    for name, settings in (("compensate", prune.compensate), ("width", prune.width)):
-        if settings is not None:
-            inputs |= shaping(settings, Shapes.PLAN, f"prune.{name}.") | shaping(run.recipe, Shapes.PLAN)
-            inputs[f"prune.{name}.data"] = sources_fingerprint(settings.data)
+    if prune.changes:
+        inputs |= shaping(run.recipe, Shapes.PLAN) | shaping(run.recipe.measure, Shapes.PLAN, "measure.")
+        inputs["data"] = sources_fingerprint(run.recipe.measure.data)
     return inputs
+
+
+def _is_named(run: Run) -> bool:
+    """Whether the recipe names the layers that go."""
+    return isinstance(run.recipe.prune, CutThese)
 
 
 def read_goals(run: Run) -> Goals | None:
@@ -164,19 +173,18 @@ def read_goals(run: Run) -> Goals | None:
     """
     from shoal.compress.layer_sizes import goals_of, layer_sizes
 
-    target = run.recipe.prune.target
+    target = getattr(run.recipe.prune, "target", None)
     if target is None:
         return None
-    for name in ("memory_gb", "speedup"):
-        if (serving := getattr(target, name)) is not None and serving.length is not None:
-            check_length(run, serving.length, f"prune.target.{name}.length")
+    if target.sequence_length is not None:
+        check_length(run, target.sequence_length, "prune.target.sequence_length")
     sizes = layer_sizes(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     return goals_of(target, sizes)
 
 
 def read_importance(run: Run) -> Importance | None:
     """importance.json, where layers are chosen by it and it is there."""
-    if run.recipe.prune.drop is not None or not (run.dir / Importance.FILE).is_file():
+    if _is_named(run) or not (run.dir / Importance.FILE).is_file():
         return None
     return importance_of(run).require()
 
@@ -191,14 +199,15 @@ def refuse_unmeasured(run: Run) -> None:
     from shoal.compress.plan import choose_changes, free_layers
     from shoal.compress.sweeps.placeholder import placeholder_importance
 
-    if run.recipe.prune.drop is not None or importance_of(run).is_there():
-        return
     prune, num_layers, goals = run.prune, run.num_layers, read_goals(run)
+    if isinstance(prune, CutThese) or importance_of(run).is_there():
+        return
     free = free_layers(prune, num_layers)
     if goals is not None and any(len({goal.layers[layer] for layer in free}) > 1 for goal in goals.goals):
         # which removals reach most is not known before they are ordered
         prune, goals = replace(prune, target=None, num_drop=1), None
-    tasks_choose = bool({prune.metric, *prune.weights} - {None, *METRICS, TASK_ORDER})
+    chosen_by = {prune.metric} if isinstance(prune.metric, str) else {*(prune.metric or ())}
+    tasks_choose = bool(chosen_by - {*METRICS, TASK_ORDER})
     with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
     to_come = placeholder_importance(run.recipe.measure, num_layers, go_first=free, with_tasks=with_tasks)
     choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
@@ -215,7 +224,7 @@ def refuse_impossible_plan(run: Run) -> None:
     stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     refuse_unmeasured(run)
     refuse_impossible_changes(run, Plan(Provenance({}), run.num_layers, (), "not chosen yet"))
-    if run.recipe.prune.drop is not None:
+    if _is_named(run):
         plan = choose_plan(run, None, {})
         refuse_impossible_changes(run, plan)
         refuse_unfit_student(run, plan)
@@ -227,13 +236,13 @@ def refuse_impossible_changes(run: Run, plan: Plan) -> None:
     from shoal.compress.surgery.teacher import read_teacher
 
     changes = changes_of(run.recipe.prune)
-    teacher = read_teacher(run.teacher, trust_remote_code=run.recipe.trust_remote_code) if changes else None
+    if not changes:
+        return
+    check_length(run, run.recipe.measure.sequence_length, "measure.sequence_length")
+    for source in run.recipe.measure.data:
+        load_texts(source, max_characters=1)
+    teacher = read_teacher(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     for change in changes:
-        if (settings := change.calibration) is not None:
-            check_length(run, settings.sequence_length, f"{change.SECTION}.sequence_length")
-            for source in settings.data:
-                load_texts(source, max_characters=1)
-        assert teacher is not None
         teacher = change.sizes(teacher, plan)
 
 
@@ -261,10 +270,7 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         refuse_unmeasured(run)
     prune = run.prune
     choice = choose_changes(prune, num_layers=run.num_layers, importance=importance, goals=read_goals(run))
-    told = [f"what stays of each layer writes most, on {prune.width.num_tokens:,} tokens"] if prune.width else []
-    reason = "; ".join(filter(None, [choice.reason, *told]))
-    chosen = replace(choice, reason=reason)
-    return Plan(Provenance(inputs), run.num_layers, **vars(chosen), width=width_of(run))
+    return _plan(run, choice, inputs)
 
 
 def expected_plan(run: Run) -> Plan:
@@ -275,14 +281,18 @@ def expected_plan(run: Run) -> Plan:
     """
     from shoal.compress.plan import stand_in
 
-    if run.recipe.prune.drop is not None or importance_of(run).is_there():
+    if _is_named(run) or importance_of(run).is_there():
         return choose_plan(run, read_importance(run), {})
-    choice = stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
-    return Plan(Provenance({}), run.num_layers, choice.drop, choice.reason, width=width_of(run))
+    return _plan(run, stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run)), {})
 
 
-def width_of(run: Run) -> KeptWidth | None:
-    """How wide the layers of the student are; what stays of each is chosen once it is cut."""
+def _plan(run: Run, choice: Choice, inputs: dict[str, Any]) -> Plan:
+    """The plan of ``choice``, with how wide the layers of the student are; what stays of each is chosen once it is
+    cut."""
     from shoal.compress.surgery.narrow_config import kept_width
 
-    return None if (settings := run.recipe.prune.width) is None else kept_width(run.config(), settings)
+    widths = [kept_width(run.config(), change) for change in run.recipe.prune.changes if isinstance(change, Width)]
+    told = ["what stays of each layer writes most"] if widths else []
+    reason = "; ".join(filter(None, [choice.reason, *told]))
+    width = widths[0] if widths else None
+    return Plan(Provenance(inputs), run.num_layers, **vars(replace(choice, reason=reason)), width=width)

@@ -37,7 +37,7 @@ from shoal.models.resolve import find_config, resolve_model
 from shoal.ranks import is_main
 from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.recipe.distill import Live, Precision
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import memory_in, remember
@@ -108,7 +108,7 @@ class Run:
         """What is cut: an automatic choice never takes a layer that reads the image, of which text says nothing."""
         prune, config = self.recipe.prune, self.config()
         fed = image_layers(config) if reads_images(config) else ()
-        return replace(prune, protect=(*prune.protect, *fed)) if fed and prune.drop is None else prune
+        return replace(prune, protect=(*prune.protect, *fed)) if isinstance(prune, CutByScore) else prune
 
     @property
     def num_layers(self) -> int:

@@ -27,7 +27,6 @@ from shoal.compress.plan import choose_changes, stand_in
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_model
-from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
 
 DROP = (1, 3)
@@ -79,13 +78,13 @@ def test_sizes_are_those_of_the_loaded_student(family: str, tmp_path: Path) -> N
 # --- targets ------------------------------------------------------------------------------------------------------
 
 
-def prune_to(target: dict[str, Any], **prune: Any) -> Prune:
-    return parse_recipe({"model": "m", "run_dir": "r", "prune": {"target": target, **prune}}).prune
+def prune_to(target: dict[str, Any], **prune: Any) -> Any:
+    return parse_recipe({"model": "m", "run_dir": "r", "prune": {"target": target} | prune}).prune
 
 
 def choose(target: dict[str, Any], scores: Importance | None = None, **prune: Any) -> tuple[tuple[int, ...], str]:
     settings = prune_to(target, **prune)
-    goals = goals_of(settings.target, sizes())  # pyright: ignore[reportArgumentType]
+    goals = goals_of(settings.target, sizes())
     choice = choose_changes(settings, num_layers=6, importance=scores or measured(), goals=goals)
     return choice.drop, choice.reason
 
@@ -104,22 +103,30 @@ def reached(target: dict[str, Any], drop: tuple[int, ...]) -> bool:
 
     def read(layers: Any) -> int:
         weights = sum(PARAMETERS[layer] // (5 if PARAMETERS[layer] > 100 else 1) for layer in layers)
-        return 2 * (OUTSIDE + weights) + cache(layers, 1, LENGTH)
+        return 2 * (OUTSIDE + weights) + cache(layers, *served)
 
+    served = target.get("batch_size", 1), target.get("sequence_length", LENGTH)
     memory = target.get("memory_gb")
     return (
         parameters <= target.get("params", parameters)
-        and (not memory or 2 * parameters + cache(keep, memory["batch"], memory["length"]) <= memory["limit"] * 2**30)
+        and (not memory or 2 * parameters + cache(keep, *served) <= memory * 2**30)
         and Fraction(read(range(6)), read(keep)) >= Fraction(target.get("speedup", 0))
     )
 
 
-MEMORY = {"limit": 2400 / 2**30, "batch": 3, "length": 50}
+MEMORY = {"memory_gb": 2400 / 2**30, "batch_size": 3, "sequence_length": 50}
 
 
 @pytest.mark.parametrize(
     "target",
-    [{"params": 1200}, {"params": 600}, {"speedup": 1.25}, {"memory_gb": MEMORY}, {"params": 1100, "speedup": 1.2}],
+    [
+        {"params": 1200},
+        {"params": 600},
+        {"speedup": 1.25},
+        MEMORY,
+        {**MEMORY, "speedup": 1.2},
+        {"params": 1100, "speedup": 1.2},
+    ],
     ids=lambda target: "+".join(target),
 )
 @pytest.mark.parametrize("protect", [(), (0, -1)])
@@ -152,7 +159,7 @@ def test_runs_and_orders_reach_a_target_too() -> None:
 
 def test_what_is_spared_is_passed_over() -> None:
     swept = swept_importance()
-    goals = goals_of(prune_to({"params": 1200}).target, sizes())  # pyright: ignore[reportArgumentType]
+    goals = goals_of(prune_to({"params": 1200}).target, sizes())
     assert swept.num_layers == 6
     settings = prune_to({"params": 1200}, metric="block_influence", spare=["retrieval"])
     scores = replace(swept, layers={"block_influence": SCORES})
@@ -163,7 +170,7 @@ def test_what_is_spared_is_passed_over() -> None:
 
 def test_a_stand_in_reaches_the_target_before_there_are_scores() -> None:
     settings = prune_to({"params": 800})
-    goals = goals_of(settings.target, sizes())  # pyright: ignore[reportArgumentType]
+    goals = goals_of(settings.target, sizes())
     assert stand_in(settings, num_layers=6, goals=goals).drop == (2, 3, 4)
 
 
@@ -185,11 +192,11 @@ def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], mess
 
 def test_what_no_choice_reaches_is_refused_before_anything_is_measured() -> None:
     settings = prune_to({"params": 200}, protect=[])
-    goals = goals_of(settings.target, sizes())  # pyright: ignore[reportArgumentType]
+    goals = goals_of(settings.target, sizes())
     with pytest.raises(UserError, match=r"is not reached by dropping every layer that is free to go; the nearest is"):
         stand_in(settings, num_layers=6, goals=goals)
     unknown = replace(sizes(), cost=replace(sizes().cost, cache=None))
-    memory: Any = prune_to({"memory_gb": 1}).target
+    memory = prune_to({"memory_gb": 1}).target
     with pytest.raises(UserError, match=r"memory_gb: the cache of this family cannot be told"):
         goals_of(memory, unknown)
 
@@ -197,11 +204,12 @@ def test_what_no_choice_reaches_is_refused_before_anything_is_measured() -> None
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ({"num_drop": 2}, r"prune.target: says how much goes, and so does prune.num_drop"),
-        ({"ratio": 0.5}, r"prune.target: says how much goes, and so does prune.ratio"),
-        ({"drop": [1]}, r"prune.target: has no effect beside prune.drop"),
+        ({"num_drop": 2}, r"prune: num_drop and target exclude each other; give one of them"),
+        ({"drop": [1]}, r"prune.target: has no place beside prune.drop; give one of them"),
     ],
 )
 def test_another_amount_beside_a_target_is_refused(prune: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prune_to({"params": 100}, **prune)
+    with pytest.raises(UserError, match=r"prune.target: batch_size and sequence_length are of memory_gb and speedup"):
+        prune_to({"params": 100, "batch_size": 2})

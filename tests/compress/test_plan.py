@@ -21,7 +21,7 @@ from shoal.compress.plan import Choice, choose_changes, default_count, stand_in
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import expected_sacrifice, joint_change
 from shoal.errors import UserError
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import CutByScore, CutThese
 from shoal.recipe.recipe import parse_recipe
 
 NUM_LAYERS = 6
@@ -42,7 +42,8 @@ def importance(num_layers: int = NUM_LAYERS, **runs: Any) -> Importance:
 
 
 def choose(scores: Importance | None = None, **prune: Any) -> tuple[tuple[int, ...], str]:
-    choice = choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores)
+    settings = CutThese(**prune) if "drop" in prune else CutByScore(**prune)
+    choice = choose_changes(settings, num_layers=NUM_LAYERS, importance=scores)
     return choice.drop, choice.reason
 
 
@@ -94,7 +95,6 @@ def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
         ({"drop": (6,)}, r"prune.drop: 6 is no layer of this model; its layers are 0..5"),
         ({"drop": (2, 2)}, r"prune.drop: names layer 2 twice"),
         ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
-        ({"drop": (1, 2), "protect": (2,)}, r"names layer 2, which prune.protect=\[2\] forbids"),
         ({"protect": (9,), "num_drop": 1}, r"prune.protect: 9 is no layer of this model"),
         ({"ratio": 0.1}, r"prune.ratio=0.1: is less than one of 6 layers; give at least 0.167"),
         ({"num_drop": 6}, r"prune.num_drop=6: would drop all 6 layers; drop at most 5"),
@@ -119,14 +119,14 @@ def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (Prune(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
+        (CutByScore(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
         (
-            Prune(num_drop=3, contiguous=True, protect=(0, 3, -1)),
+            CutByScore(num_drop=3, contiguous=True, protect=(0, 3, -1)),
             r"asks to drop 3 layers, but the longest run that is not protected has 2 \(\[0, 3, 5\]\)",
         ),
     ],
 )
-def test_more_layers_than_are_free_are_refused_before_anything_is_measured(prune: Prune, message: str) -> None:
+def test_more_layers_than_are_free_are_refused_before_anything_is_measured(prune: CutByScore, message: str) -> None:
     with pytest.raises(UserError, match=message):
         stand_in(prune, num_layers=NUM_LAYERS)
     stand_in(replace(prune, num_drop=2), num_layers=NUM_LAYERS)
@@ -141,7 +141,7 @@ def swept() -> Importance:
 
 
 def change(scores: Importance | None = None, **prune: Any) -> Choice:
-    return choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores or swept())
+    return choose_changes(CutByScore(**prune), num_layers=NUM_LAYERS, importance=scores or swept())
 
 
 @pytest.mark.parametrize("metric", ["knowledge_continuation", "knowledge/continuation", "knowledge"])
@@ -158,8 +158,8 @@ def test_lower_is_better_columns_choose_what_raises_them_least() -> None:
 def test_a_name_that_was_not_swept_is_refused_with_the_closest_one() -> None:
     with pytest.raises(UserError, match=r"prune.metric=knowledge/generation: .* did you mean knowledge/continuation"):
         change(num_drop=1, metric="knowledge/generation")
-    with pytest.raises(UserError, match=r"prune.weights.blok_influence: .* did you mean block_influence\?"):
-        change(num_drop=1, weights={"blok_influence": 1.0})
+    with pytest.raises(UserError, match=r"prune.metric.blok_influence: .* did you mean block_influence\?"):
+        change(num_drop=1, metric={"blok_influence": 1.0})
     with pytest.raises(UserError, match=r"a task: in measure.sweep.tasks\) and measure again"):
         change(num_drop=1, metric="zzz")
     with pytest.raises(UserError, match=r"prune.spare: retreival: .* did you mean retrieval\?"):
@@ -168,14 +168,14 @@ def test_a_name_that_was_not_swept_is_refused_with_the_closest_one() -> None:
         change(num_drop=1, spare=("block_influence",))
 
 
-def test_weights_mix_ranks() -> None:
+def test_a_metric_of_several_mixes_ranks() -> None:
     """block_influence ranks 1 2 5 4 3 from layer 1 on (0.2 apart with 0 for the lowest); knowledge ties 2, 3 and 4."""
     influence = {1: 0.0, 2: 0.2, 5: 0.4, 4: 0.6, 3: 0.8, 0: 1.0}
     knowledge = {2: 0.2, 3: 0.2, 4: 0.2, 1: 0.6, 5: 0.8, 0: 1.0}
     mixed = {layer: 0.75 * influence[layer] + 0.25 * knowledge[layer] for layer in range(1, 6)}
     expected = sorted(mixed, key=lambda layer: mixed[layer])
     for count in range(1, 5):
-        choice = change(num_drop=count, weights={"block_influence": 3.0, "knowledge": 1.0}, protect=(0,))
+        choice = change(num_drop=count, metric={"block_influence": 3.0, "knowledge": 1.0}, protect=(0,))
         assert choice.drop == tuple(sorted(expected[:count]))
         assert "lowest mean rank of 0.75 block_influence + 0.25 knowledge (" in choice.reason
 
@@ -249,15 +249,17 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ({"drop": [1], "weights": {"angular": 1}}, "prune.weights: has no effect beside prune.drop"),
-        ({"drop": [1], "spare": ["retrieval"]}, "prune.spare: has no effect beside prune.drop"),
-        ({"drop": [1], "protect": [0, "cornerstone"]}, "prune.protect: cornerstone has no effect beside prune.drop"),
+        ({"drop": [1], "metric": {"angular": 1}}, "prune.metric: has no place beside prune.drop; give one of them"),
+        ({"drop": [1], "protect": [0, "cornerstone"]}, "prune.protect: has no place beside prune.drop"),
+        ({"metric": {"angular": 1}, "contiguous": True}, "prune.metric: .* mixes scores of single layers"),
+        ({"metric": {"angular": 0}}, r"prune.metric: must be a string or must be greater than 0 \(got 0\)"),
+        ({"drop": [], "changes": ["compensate"]}, "prune.changes: .* no layer is dropped"),
         (
-            {"weights": {"angular": 1}, "metric": "angular"},
-            "prune.weights: prune.metric is given too; give one of them",
+            {"changes": [{"kind": "width", "intermediate_size": 0.5}], "target": {"params": 1}},
+            "prune.changes: .* leave",
         ),
-        ({"weights": {"angular": 1}, "contiguous": True}, "prune.weights: mixes scores of single layers"),
-        ({"weights": {"angular": 0}}, r"prune.weights: must be greater than 0 \(got 0\)"),
+        ({"changes": ["compensate", "compensate"]}, "prune.changes: .* once"),
+        ({"changes": ["compensate", {"kind": "width", "intermediate_size": 0.5}]}, "prune.changes: .* width first"),
         ({"protect": ["keystone"]}, r"prune.protect.0: must be .*'cornerstone' \(got 'keystone'"),
     ],
 )

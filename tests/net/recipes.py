@@ -37,7 +37,6 @@ DIVERGENCES = [
     *("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl"),
     *("taid", "dkd", "total_variation", "cross_entropy"),
 ]
-CALIBRATION = {"data": "python_docs", "num_tokens": 8192, "sequence_length": 64}
 SAVING = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CHAT = {"path": "chat.jsonl", "weight": 0.5}
 SAMPLES = {"share": 1.0, "start": 0.0, "prompt_tokens": 8, "new_tokens": 12}
@@ -77,6 +76,11 @@ def cut(*, after: str | None = None, **prune: Any) -> Case:
     return Case(("prune",), {"prune": {"drop": None, **prune} if after else prune}, after)
 
 
+def changed(*changes: Any, drop: list[int]) -> Case:
+    settings = {"measure": {"num_tokens": 8192}, "prune": {"drop": drop, "changes": changes}}
+    return Case(("prune",), settings)
+
+
 CASES: dict[str, Case] = {
     # importance
     "metrics": Case(("measure",), {"measure": {"metrics": GENERAL_METRICS}}),
@@ -103,15 +107,15 @@ CASES: dict[str, Case] = {
     "cut_by_metric": cut(after="metrics", metric="sleb", num_drop=1),
     "cut_by_ratio": cut(after="metrics", ratio=0.4, protect=[0, 1]),
     "cut_of_run": cut(after="metrics", contiguous=True, num_drop=2),
-    "cut_by_mix": cut(after="metrics", weights={"taylor": 1.0, "block_influence": 2.0}, num_drop=2),
+    "cut_by_mix": cut(after="metrics", metric={"taylor": 1.0, "block_influence": 2.0}, num_drop=2),
     "cut_by_task": cut(after="sweep", metric="retrieval/continuation", num_drop=2),
     "cut_by_order_of_tasks": cut(after="sweep_in_turn", metric="task_greedy", num_drop=2),
     "cut_to_params": cut(after="metrics", target={"params": 50_000}),
-    "compensated_by_scale": cut(drop=[2, 3], compensate={"method": "scale", **CALIBRATION}),
-    "compensated_by_map": cut(drop=[2, 3], compensate={"method": "linear", **CALIBRATION}),
-    "compensated": cut(drop=[2, 4], compensate={"method": "both", **CALIBRATION}),
-    "narrow": cut(drop=[], width={"intermediate_size": 0.5, "kv_groups": 1, **CALIBRATION}),
-    "cut_and_narrow": cut(drop=[2], width={"intermediate_size": 0.75, **CALIBRATION}),
+    "compensated_by_scale": changed({"kind": "compensate", "method": "scale"}, drop=[2, 3]),
+    "compensated_by_map": changed({"kind": "compensate", "method": "linear"}, drop=[2, 3]),
+    "compensated": changed("compensate", drop=[2, 4]),
+    "narrow": changed({"kind": "width", "intermediate_size": 0.5, "num_key_value_heads": 1}, drop=[]),
+    "cut_and_narrow": changed({"kind": "width", "intermediate_size": 0.75}, drop=[2]),
     # losses
     "forward_kl": distilled(losses=[FORWARD_KL | {"temperature": 2.0}], head_chunk=32),
     "divergences": distilled(losses=[{"kind": kind} for kind in DIVERGENCES]),

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tiny import tiny_tokenizer
 from transformers import PreTrainedModel
 
+from shoal.compress.changes.calibration import calibration_rows
 from shoal.compress.metrics.loss_metrics import loss_scores
 from shoal.compress.metrics.metric import Calibration, Estimates
 from shoal.compress.metrics.registry import METRICS
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import PackedRows
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe.measure import Measure
 
 
 def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:
@@ -31,6 +34,12 @@ DOCUMENT_LENGTHS = (20, 7, 13, 9, 10, 20, 19)
 
 def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any) -> Calibration:
     return Calibration(rows, batch_size, **settings)
+
+
+def text_of(settings: Measure, num_tokens: int | None = None) -> Calibration:
+    """The text of `measure` for a change, by the tiny tokenizer."""
+    rows = calibration_rows(settings, tiny_tokenizer(), seed=0, num_tokens=num_tokens)
+    return Calibration(rows, settings.batch_size)
 
 
 def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:

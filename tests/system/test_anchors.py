@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
+from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import load_recipe
 
 ANCHORS = {"anchor_qwen3_8b_drop4": ("qwen3", 36, 4), "anchor_qwen3_8b_drop8": ("qwen3", 36, 8)}
@@ -30,7 +31,8 @@ def test_the_budget_is_the_published_one(name: str) -> None:
         10,
     )
     assert (heal.trainable, [loss.kind for loss in heal.losses]) == ("all", ["forward_kl"])
-    assert (recipe.prune.num_drop or len(recipe.prune.drop or ())) == ANCHORS[name][2]
+    prune = recipe.prune
+    assert (len(prune.drop) if isinstance(prune, CutThese) else prune.num_drop) == ANCHORS[name][2]
     assert (recipe.eval.limit, recipe.eval.num_fewshot) == (None, 5), "200 items leave six points to chance"
 
 
@@ -52,8 +54,6 @@ def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) 
         *("eval.tasks=[knowledge_continuation]", "eval.num_fewshot=null", "eval.limit=2", "eval.speed=false"),
         *("eval.perplexity_data=python_docs_heldout", "eval.perplexity_tokens=100", "eval.sequence_length=64"),
     ]
-    if load_recipe(name).prune.compensate:
-        here.append("prune.compensate={method: scale, num_tokens: 512, sequence_length: 64}")
     for verb in ("run", "distill --dry-run"):
         words = [sys.executable, "-m", "shoal.launch.cli", *verb.split(), "--config", name, *here]
         done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -75,7 +75,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             },
         },
         "prune": {
-            "weights": {"angular": 1.0, "block_influence": 2.0},
+            "metric": {"angular": 1.0, "block_influence": 2.0},
             "num_drop": 2,
             "protect": [0, -1, "cornerstone"],
             "spare": ["knowledge"],
@@ -308,7 +308,9 @@ def variants(section: Any, place: str = "") -> Iterator[tuple[str, Shapes, Any]]
                 yield inner, shapes, dataclasses.replace(section, **{key: changed})
         else:
             assert results is not None
-            yield f"{place}{key}", results, dataclasses.replace(section, **{key: another(value, hints[key])})
+            excluded = {other: None for group in section.EXCLUSIVE if key in group for other in group}
+            changed = dataclasses.replace(section, **excluded | {key: another(value, hints[key])})
+            yield f"{place}{key}", results, changed
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

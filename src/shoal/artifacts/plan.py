@@ -24,7 +24,7 @@ class KeptWidth:
 
     intermediate_size: int | None = None
     """Channels of each MLP; None = all stay."""
-    kv_groups: int | None = None
+    num_key_value_heads: int | None = None
     """Key-value heads of each attention, with the query heads that read them; None = all stay."""
     channels: tuple[Mask, ...] = ()
     """Of each kept layer, in order, the channels that stay, see `mask_of`; empty = all, or not chosen yet."""
@@ -34,7 +34,7 @@ class KeptWidth:
     @property
     def parts(self) -> tuple[tuple[int, str], ...]:
         """How many stay of what, in words."""
-        counts = ((self.intermediate_size, "MLP channel"), (self.kv_groups, "key-value group"))
+        counts = ((self.intermediate_size, "MLP channel"), (self.num_key_value_heads, "key-value group"))
         return tuple((count, f"{part}{'' if count == 1 else 's'}") for count, part in counts if count is not None)
 
     def in_words(self) -> str:
@@ -54,7 +54,7 @@ def indices_of(mask: str) -> tuple[int, ...]:
 
 LAB = "lab"
 """Input of a plan that a part of the lab made: the part."""
-COMPENSATION, WIDTH = "compensation", "width"
+COMPENSATION, WIDTH = "compensate", "width"
 """Kinds of changes that training knows by their numbers."""
 
 
@@ -128,12 +128,12 @@ class Plan(Tabular, Artifact):
     changes: tuple[PlannedChange, ...] = ()
     """What else is done to layers that stay, in order; of ``gaps`` and ``width`` it is told by themselves."""
     gaps: tuple[ClosedGap, ...] = ()
-    """How prune.compensate closed the gaps that ``drop`` leaves, increasing; empty = they are open."""
+    """How compensation closed the gaps that ``drop`` leaves, increasing; empty = they are open."""
     width: KeptWidth | None = None
-    """What stays within the layers that prune.width narrows; None = they are as wide as they were."""
+    """What stays within layers that are narrowed; None = they are as wide as they were."""
     text: dict[str, Json] = field(default_factory=dict)
-    """What prune.compensate was fitted to, or prune.width chosen on, as Training.data: documents and tokens by source,
-    and what of evaluation items and forms stands in it."""
+    """What prune.changes were decided on, as Training.data: documents and tokens by source, and what of evaluation
+    items and forms stands in it."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
     scores: tuple[float | None, ...] = ()
@@ -146,7 +146,7 @@ class Plan(Tabular, Artifact):
         object.__setattr__(self, "keep", self.keep or own)
         others = (change for change in self.changes if change.kind not in (COMPENSATION, WIDTH))
         narrowed = () if self.width is None else (PlannedChange(WIDTH, f"keeping {self.width.in_words()}", self.keep),)
-        told = (*others, *_compensation(self.gaps, self.keep), *narrowed)
+        told = (*others, *narrowed, *_compensation(self.gaps, self.keep))
         object.__setattr__(self, "changes", told)
 
     def contradictions(self) -> Iterator[str]:

@@ -95,13 +95,11 @@ def _all_columns(importance: Importance, plan: Plan | None) -> Iterator[DepthCol
 def _chosen_by(plan: Plan | None) -> Iterator[str]:
     """Names of the metrics and tasks that the plan's settings choose by; none where the recipe names the layers."""
     settings = plan.provenance.inputs if plan else {}
-    if not plan or settings.get("prune.drop") is not None or "prune.metric" not in settings:
+    if "prune.metric" not in settings:
         return
-    yield from settings.get("prune.weights") or ()
-    if settings["prune.metric"] is not None:
-        yield settings["prune.metric"]
-    elif not settings.get("prune.weights"):
-        yield "angular" if settings.get("prune.contiguous") else "block_influence"
+    usual = "angular" if settings.get("prune.contiguous") else "block_influence"
+    metric = settings["prune.metric"] or usual
+    yield from metric if isinstance(metric, dict) else (metric,)
 
 
 def _is_run(plan: Plan, drop: Sequence[int]) -> bool:

@@ -62,8 +62,9 @@ def all_keys(section: Any = Recipe, before: str = "") -> Iterator[tuple[str, Any
     declares it, and the field."""
     for field in dataclasses.fields(section):
         yield before + field.name, section, field
-        for inner in filter(_is_section, alternatives(_types(section)[field.name])):
-            yield from all_keys(inner, f"{before}{field.name}.")
+        kinds = filter(_is_section, alternatives(_types(section)[field.name]))
+        # types of one section share keys
+        yield from {each[0]: each for kind in kinds for each in all_keys(kind, f"{before}{field.name}.")}.values()
 
 
 @cache

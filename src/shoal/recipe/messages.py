@@ -134,12 +134,18 @@ def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
 def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     """The place of a problem, what is wrong there, and the value that was given where that says something."""
     kind, last = problem["type"], (problem["loc"] or ("",))[-1]
-    keys, sections = _walk(problem["loc"], root)
+    keys, sections, others = _walk(problem["loc"], root)
     place = ".".join(map(str, keys))
     match kind:
         case "unexpected_keyword_argument":
-            place = ".".join(map(str, [*keys, last]))
-            known = list(dict.fromkeys(field.name for section in sections for field in dataclasses.fields(section)))
+            beside, place = place, ".".join(map(str, [*keys, last]))
+            if any(field.name == last for other in others for field in dataclasses.fields(other)):
+                [section] = sections
+                own = next(field.name for field in dataclasses.fields(section) if field.default is dataclasses.MISSING)
+                return place, f"has no place beside {beside}.{own}; give one of them", ""
+            known = list(
+                dict.fromkeys(field.name for section in (*sections, *others) for field in dataclasses.fields(section))
+            )
             return place, gone(place) or f"unknown key; {meant_key(str(last), known, root)}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
@@ -159,6 +165,9 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return f"{place}.kind" if is_kind else place, what, "; ".join(filter(None, [_shown(last, value), close]))
         case "value_error":  # what a section says of itself
             return place, str(problem["ctx"]["error"]), ""
+    inside = problem["input"] if isinstance(problem["input"], dict) else {}
+    if words := next(filter(None, (gone(f"{place}.{key}") for key in inside)), None):
+        return place, words, ""
     form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
     return place, demand(problem) + form, _shown(last, problem["input"])
 
@@ -197,9 +206,11 @@ def demand(problem: Any) -> str:
     return WORDS.get(problem["type"]) or re.sub(r" after validation, not \d+", "", message)
 
 
-def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int | str], list[Any]]:
-    """``location`` without the names of type branches that pydantic puts into it, and the sections it may end in."""
+def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int | str], list[Any], list[Any]]:
+    """``location`` without the names of type branches that pydantic puts into it, the sections it may end in, and those
+    that could stand in the place of the one it ends in, where their keys tell them apart."""
     sections: list[Any] = [root]
+    others: list[Any] = []
     keys: list[int | str] = []
     for part in location:
         if isinstance(part, int):
@@ -209,11 +220,13 @@ def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int 
         tagged = [section for section in sections if part in get_args(get_type_hints(section).get("kind"))]
         named = [section for section in sections if section.__name__ == part]  # the tag of a type without a kind
         if len(sections) > 1 and (tagged or named):
+            others = [section for section in sections if section not in named] if named else []
             sections = tagged or named
         elif values := [hint[part] for hint in hints if part in hint]:
             keys.append(part)
+            others = []
             sections = [section for hint in values for section in sections_in(hint)]
-    return keys, sections
+    return keys, sections, others
 
 
 def sections_in(hint: Any) -> list[Any]:

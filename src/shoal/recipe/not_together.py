@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import StateTerm, from_top_k, temperatures
+from shoal.recipe.prune import Compensate, CutByScore, CutThese, Prune, Width
 from shoal.recipe.section import Section
 
 
@@ -40,6 +41,34 @@ def _asks_too_much_of_vllm(distill: Distill) -> bool:
 
 
 NOT_TOGETHER: tuple[Row, ...] = (
+    Row(
+        "prune.metric",
+        "prune.contiguous",
+        lambda prune: isinstance(prune, CutByScore) and prune.contiguous and isinstance(prune.metric, dict),
+        "a mapping mixes scores of single layers, and no runs of them",
+        "name one metric of runs, or set prune.contiguous: false",
+    ),
+    Row(
+        "prune.changes",
+        "the same kind twice, or compensate before width",
+        lambda prune: (order := [ORDER.index(type(change)) for change in prune.changes]) != sorted({*order}),
+        "channels are chosen by the teacher's own weights, and what makes up for layers is fitted to what is left",
+        "give every kind once, width first",
+    ),
+    Row(
+        "prune.changes",
+        "compensate and an empty prune.drop",
+        lambda prune: isinstance(prune, CutThese) and not prune.drop and _has(prune, Compensate),
+        "compensate makes up for dropped layers, and no layer is dropped",
+        "name layers in prune.drop, or leave it out",
+    ),
+    Row(
+        "prune.changes",
+        "width and prune.target",
+        lambda prune: isinstance(prune, CutByScore) and prune.target is not None and _has(prune, Width),
+        "width changes what layers save, which prune.target counts by whole layers",
+        "leave one of them out, or narrow that student in a run of its own (model: RUN_DIR/student)",
+    ),
     Row(
         "distill.lora",
         "distill.trainable: norm_and_head",
@@ -84,6 +113,12 @@ NOT_TOGETHER: tuple[Row, ...] = (
     ),
 )
 """All of them, in the order of a recipe."""
+ORDER = (Width, Compensate)
+"""Kinds of changes, in the order in which they can act."""
+
+
+def _has(prune: Prune, kind: type) -> bool:
+    return any(isinstance(change, kind) for change in prune.changes)
 
 
 def not_together(**sections: Section) -> Iterator[str]:

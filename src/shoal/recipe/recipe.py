@@ -17,13 +17,13 @@ from yaml import YAMLError
 from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.model_names import name_of_model, names_model
-from shoal.recipe import distill_contradictions, measure, prune, remembered
+from shoal.recipe import distill_contradictions, measure, remembered
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.not_together import not_together
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.section import Dtype, Named, Section, Shapes, Text
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
@@ -89,7 +89,8 @@ class Recipe(Section):
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)
-    prune: Prune = field(default_factory=Prune)
+    prune: Prune = field(default_factory=CutByScore)
+    """Which layers go, by number (`drop`) or so many by a score, and what else is changed."""
     distill: Distill = field(default_factory=Distill)
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
@@ -228,5 +229,4 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
     yield from not_together(measure=recipe.measure, prune=recipe.prune, distill=recipe.distill, eval=recipe.eval)
     yield from measure.contradictions(recipe.measure)
-    yield from prune.contradictions(recipe.prune)
     yield from distill_contradictions.contradictions(recipe.distill)

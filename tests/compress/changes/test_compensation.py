@@ -23,6 +23,7 @@ from shoal.compress.changes.calibration import Source
 from shoal.compress.changes.fit import SHRINKAGES, Fitted, Sums, fit_correction, fit_factor
 from shoal.compress.changes.fold import REMEDY
 from shoal.compress.edits.tensors import tensors_in_place, with_layers
+from shoal.compress.metrics.metric import Calibration
 from shoal.compress.surgery.cut_model import skipped
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -74,7 +75,7 @@ def multiplied(teacher: PreTrainedModel, factors: dict[int, float]) -> Iterator[
 
 def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
     """(B, S, D) The teacher's final state of the first held-out batch."""
-    fitting = fit._Fitting(Source(teacher), DROP, Compensate("scale", batch_size=4), rows)
+    fitting = fit._Fitting(Source(teacher), DROP, Compensate(method="scale"), Calibration(rows, 4))
     fitting._see_teacher()
     end = fitting.held_out[0].end
     assert end is not None
@@ -82,7 +83,7 @@ def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
 
 
 def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Fitted:
-    return fit.compensate(Source(teacher), drop, settings, rows)
+    return fit.compensate(Source(teacher), drop, settings, Calibration(rows, 4))
 
 
 def assert_near(ours: Tensor, theirs: Tensor) -> None:
@@ -94,7 +95,7 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 def test_folded_factors_equal_a_hook_that_multiplies(name: str) -> None:
     teacher = tiny_model(name)
     before = logits(teacher)
-    found = compensate(teacher, DROP, Compensate("scale", batch_size=4), ROWS)
+    found = compensate(teacher, DROP, Compensate(method="scale"), ROWS)
     factors = {gap.last: gap.factor for gap in found.gaps}
     assert [(gap.first, gap.last) for gap in found.gaps] == [(2, 2), (4, 4)]
     assert all(factor != 1 for factor in factors.values())
@@ -114,7 +115,7 @@ def test_folded_factors_equal_a_hook_that_multiplies(name: str) -> None:
 def test_a_folded_correction_moves_the_state_towards_the_teachers(name: str, method: Any) -> None:
     """With the corrected weights in force, a factor's hook and the skips, the teacher gives what the student gives."""
     teacher = tiny_model(name)
-    found = compensate(teacher, DROP, Compensate(method, batch_size=4), ROWS)
+    found = compensate(teacher, DROP, Compensate(method=method), ROWS)
     factors = {gap.last: gap.factor for gap in found.gaps}
     assert all(gap.error_after < gap.error_before for gap in found.gaps)
     assert (method == "linear") == all(factor == 1 for factor in factors.values())
@@ -139,21 +140,34 @@ def test_what_cannot_be_folded_is_refused_before_anything_is_fitted(
     name: str, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit._Fitting, "_close", lambda *_: pytest.fail("fitted"))
-    monkeypatch.setattr(fit, "TOKENS_PER_FEATURE", 1)
     with pytest.raises(UserError, match=f"can be folded into (them|its weights); {REMEDY}"):
-        compensate(tiny_model(name), DROP, Compensate(method), ROWS)
+        compensate(tiny_model(name), DROP, Compensate(method=method), ROWS)
 
 
 def test_a_gap_where_the_divergence_does_not_fall_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_model("llama")
     told = iter([[10.0, 11.0], [8.0, 7.0]])
     monkeypatch.setattr(fit._Fitting, "_divergences", lambda *_: next(told))
-    found = compensate(teacher, DROP, Compensate("scale"), ROWS)
+    found = compensate(teacher, DROP, Compensate(method="scale"), ROWS)
     first, second = found.gaps
     assert not first.is_closed
     assert first.divergence_after == first.divergence_before == 10
     assert second.is_closed
     assert found.layers.keys() == {5}
+
+
+@pytest.mark.parametrize("num_features", [0, 1, 48, 1536])
+@pytest.mark.parametrize("length", [2, 64, 512])
+def test_text_is_as_long_as_a_correction_needs_and_a_row_more_is_held_out(num_features: int, length: int) -> None:
+    num_tokens = fit.needed_tokens(num_features, length)
+
+    def is_enough(num_rows: int) -> bool:
+        held_out = max(1, num_rows // 8)
+        return num_rows > held_out and (num_rows - held_out) * length >= 4 * num_features
+
+    assert num_tokens % length == 0
+    assert is_enough(num_tokens // length)
+    assert not is_enough(num_tokens // length - 1)
 
 
 def reference_correction(x: np.ndarray, f: np.ndarray, y: np.ndarray, shrinkage: float) -> tuple[float, np.ndarray]:
@@ -229,7 +243,7 @@ def test_it_costs_less_than_three_forwards_over_its_text() -> None:
     with ExitStack() as stack:
         for layer in decoder_layers(teacher):
             stack.enter_context(layer.get_submodule("mlp").register_forward_pre_hook(count_rows, with_kwargs=True))
-        compensate(teacher, DROP, Compensate("both", batch_size=4), rows)
+        compensate(teacher, DROP, Compensate(method="both"), rows)
     assert len(rows) * 6 < passed <= 2.2 * len(rows) * 6
 
 
@@ -257,7 +271,7 @@ def test_documents_of_a_row_do_not_see_each_other(name: str) -> None:
 def test_the_state_behind_a_gap_is_as_near_to_the_teachers_as_the_regression_says(name: str, method: Any) -> None:
     teacher, single = tiny_model(name), packed([[32]] * 24)
     rows = replace(single, input_ids_NS=single.input_ids_NS % 90)
-    found = compensate(teacher, DROP, Compensate(method, batch_size=4), rows)
+    found = compensate(teacher, DROP, Compensate(method=method), rows)
     held_out = rows.input_ids_NS[-3:]
 
     def after(layer: int) -> Tensor:

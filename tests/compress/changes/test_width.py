@@ -7,6 +7,7 @@ shoal.artifacts.plan.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,27 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
+from calibrations import text_of
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import Plan, indices_of, mask_of
+from shoal.artifacts.plan import KeptWidth, Plan, indices_of, mask_of
 from shoal.compress.apply import apply_plan
 from shoal.compress.changes import width as width_module
-from shoal.compress.changes.calibration import calibration_rows
+from shoal.compress.changes.change import Change
+from shoal.compress.changes.compensation import Compensation
 from shoal.compress.changes.width import Narrowing
 from shoal.compress.surgery.narrow_config import kept_width
 from shoal.errors import UserError
 from shoal.launch.verbs.dry_run import cut_estimate
-from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.anatomy import decoder_layers, state_of, text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, read_shards
 from shoal.models.load import load_config, load_model
-from shoal.recipe.prune import Width
+from shoal.recipe.measure import Measure
+from shoal.recipe.prune import Compensate, Width
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import TextSource
 
@@ -40,6 +44,7 @@ DROP = (2,)
 SIZE, GROUPS = 48, 2
 """Channels and key-value heads of the tiny models."""
 BOTH = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi3", "smollm3", "granite", "glm4")
+HEADS = "num_key_value_heads"
 CHANNELS_ONLY = ("olmo2", "gpt_neox", "falcon", "opt")
 FIELDS = {"falcon": "ffn_hidden_size", "opt": "ffn_dim"}
 OUTPUTS = {"gpt_neox": ("dense_4h_to_h", ""), "falcon": ("dense_4h_to_h", ""), "opt": ("fc2", "")}
@@ -54,8 +59,12 @@ def text(tmp_path: Path) -> TextSource:
     return TextSource(str(tmp_path / "text.jsonl"))
 
 
-def settings(text: TextSource, **changes: Any) -> Width:
-    return Width(**{"data": (text,), "num_tokens": 512, "sequence_length": 32, "intermediate_size": 32, **changes})
+def on(text: TextSource) -> Measure:
+    return Measure(data=(text,), num_tokens=512, sequence_length=32)
+
+
+def settings(**changes: Any) -> Width:
+    return Width(**{"intermediate_size": 32, **changes})
 
 
 def saved(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
@@ -69,11 +78,15 @@ def saved(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **over
     return folder / name
 
 
-def narrowed(folder: Path, width: Width, drop: tuple[int, ...] = DROP) -> tuple[Plan, Path]:
-    """The plan as it was carried out, and its student."""
+def narrowed(
+    folder: Path, text: TextSource, width: Width, drop: tuple[int, ...] = DROP, further: Sequence[Change] = ()
+) -> tuple[Plan, KeptWidth, Path]:
+    """The plan as it was carried out, what it says of width, and its student."""
     plan = Plan(Provenance({}), 6, drop, "named by the test", width=kept_width(load_config(folder), width))
     out = folder.parent / "student"
-    return apply_plan(folder, plan, out, changes=(Narrowing(width),)), out
+    done = apply_plan(folder, plan, out, changes=(Narrowing(width), *further), text=text_of(on(text)))
+    assert done.width is not None
+    return done, done.width, out
 
 
 def outputs(name: str, layer: Any) -> tuple[Any, Any]:
@@ -115,8 +128,7 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
     name: str, tmp_path: Path, text: TextSource
 ) -> None:
     folder = saved(tmp_path, name, dtype=torch.bfloat16)
-    plan, out = narrowed(folder, settings(text, kv_groups=1 if name in BOTH else None))
-    assert plan.width is not None
+    plan, width, out = narrowed(folder, text, settings(num_key_value_heads=1 if name in BOTH else None))
     teacher = load_model(folder, dtype="float32", attention="eager").double()
     student: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager").double()
     config = text_config(student.config)
@@ -125,11 +137,11 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
         cut(teacher, DROP, stack)
         for place, layer in enumerate(plan.keep):
             mlp, attention = outputs(name, decoder_layers(teacher)[layer])
-            gone = sorted({*range(SIZE)} - {*indices_of(plan.width.channels[place])})
+            gone = sorted({*range(SIZE)} - {*indices_of(width.channels[place])})
             assert len(gone) == SIZE - 32
             zeroed(mlp, torch.tensor(gone), stack)
-            if plan.width.groups:
-                kept = set(indices_of(plan.width.groups[place]))
+            if width.groups:
+                kept = set(indices_of(width.groups[place]))
                 size = 4 // GROUPS * config.head_dim
                 columns = [size * group + k for group in {*range(GROUPS)} - kept for k in range(size)]
                 zeroed(attention, torch.tensor(columns), stack)
@@ -138,17 +150,16 @@ def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
     if name in BOTH:
         assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
         assert config.head_dim == 8
-    assert len(set(plan.width.channels)) > 1, "all layers keep the same channels: the test shows little"
+    assert len(set(width.channels)) > 1, "all layers keep the same channels: the test shows little"
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("phi3", marks=pytest.mark.prove)])
 def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, text: TextSource) -> None:
     """In float64, token by token and unit by unit, from what the maps read inside the cut model."""
-    folder, asked = saved(tmp_path, name), settings(text, kv_groups=1)
-    plan, _ = narrowed(folder, asked)
-    assert plan.width is not None
+    folder, asked = saved(tmp_path, name), settings(num_key_value_heads=1)
+    plan, width, _ = narrowed(folder, text, asked)
     model = load_model(folder, dtype="float32").double()
-    rows = calibration_rows(asked, tiny_tokenizer(), seed=0, section="prune.width")
+    rows = text_of(on(text)).rows
     read: dict[Any, list[Tensor]] = {}
     with ExitStack() as stack, torch.no_grad():
         cut(model, DROP, stack)
@@ -161,7 +172,7 @@ def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, tex
         for module, units, masks in zip(
             outputs(name, decoder_layers(model)[layer]),
             (SIZE, GROUPS),
-            (plan.width.channels, plan.width.groups),
+            (width.channels, width.groups),
             strict=True,
         ):
             states = torch.cat(read[module]).flatten(0, -2)
@@ -176,7 +187,7 @@ def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, tex
 
 def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: TextSource) -> None:
     folder = saved(tmp_path, "qwen2")
-    plan, out = narrowed(folder, settings(text, intermediate_size=SIZE, kv_groups=GROUPS), ())
+    _, width, out = narrowed(folder, text, settings(intermediate_size=SIZE, num_key_value_heads=GROUPS), ())
     ours, theirs = (
         {name: tensor for shard in read_shards(own) for name, tensor in load_file(shard.file).items()}
         for own in (out, folder)
@@ -184,11 +195,40 @@ def test_keeping_everything_is_the_input_bit_for_bit(tmp_path: Path, text: TextS
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(logits(load_model(out)), logits(load_model(folder)))
-    assert plan.width is not None
-    assert {*plan.width.channels} == {mask_of(range(SIZE))}
+    assert {*width.channels} == {mask_of(range(SIZE))}
     before, after = (json.loads((own / "config.json").read_text()) for own in (folder, out))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed <= {"shoal_kept_layers", "head_dim"}, "qwen2 has no head_dim unless it is set"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compensation_after_width_is_fitted_to_the_narrow_student(
+    dtype: torch.dtype, tmp_path: Path, text: TextSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saved student's state at its gap is as far from the teacher's as the fit says."""
+    monkeypatch.setattr("shoal.compress.changes.fit._Fitting._divergences", lambda *_: [2.0, 1.0])
+    folder = saved(tmp_path, "llama", dtype=dtype)
+    compensation = Compensation(Compensate(method="linear"))
+    plan, width, out = narrowed(folder, text, settings(num_key_value_heads=1), further=[compensation])
+    (gap,) = plan.gaps
+    assert [change.kind for change in plan.changes] == ["width", "compensate"]
+    assert [len(indices_of(mask)) for mask in width.channels] == [32] * 5
+    assert gap.is_corrected
+    rows = text_of(on(text)).rows
+    held_out = slice(len(rows) - len(rows) // 8, None)
+
+    def state(folder: Path, layer: int) -> Tensor:
+        caught: list[Tensor] = []
+        model = load_model(folder, dtype="float32", attention="eager")
+        decoder_layers(model)[layer].register_forward_hook(lambda _, __, output: caught.append(state_of(output)))
+        ids, positions = rows.input_ids_NS[held_out].long(), rows.position_ids_NS[held_out].long()
+        with torch.no_grad():
+            model(ids, position_ids=positions, use_cache=False)
+        return caught[0]
+
+    ours, theirs = state(out, DROP[0] - 1), state(folder, DROP[0])
+    error = ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
+    assert float(error) == pytest.approx(gap.error_after, rel=1e-3 if dtype == torch.float32 else 2e-2)
 
 
 def test_channels_and_groups_that_write_nothing_are_found_and_missed_by_nobody(
@@ -205,20 +245,19 @@ def test_channels_and_groups_that_write_nothing_are_found_and_missed_by_nobody(
     folder = tmp_path / "llama"
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    plan, out = narrowed(folder, settings(text, kv_groups=1), ())
-    assert plan.width is not None
+    _, width, out = narrowed(folder, text, settings(num_key_value_heads=1), ())
     for layer, channels in silent.items():
-        assert {*indices_of(plan.width.channels[layer])} == {*range(SIZE)} - {*channels.tolist()}
-        assert indices_of(plan.width.groups[layer]) == (1 - layer % GROUPS,)
+        assert {*indices_of(width.channels[layer])} == {*range(SIZE)} - {*channels.tolist()}
+        assert indices_of(width.groups[layer]) == (1 - layer % GROUPS,)
     whole, narrow = (logits(load_model(own).double()) for own in (folder, out))
     assert torch.allclose(narrow, whole, rtol=0, atol=1e-12)
 
 
 def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: TextSource) -> None:
-    folder, width = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(text, kv_groups=1)
-    plan, out = narrowed(folder, width)
-    before = replace(plan, width=kept_width(load_config(folder), width))
-    told, num_bytes = cut_estimate(folder, before, out, changes=(Narrowing(width),))
+    folder, asked = saved(tmp_path, "llama", dtype=torch.bfloat16), settings(num_key_value_heads=1)
+    plan, _, out = narrowed(folder, text, asked)
+    before = replace(plan, width=kept_width(load_config(folder), asked))
+    told, num_bytes = cut_estimate(folder, before, out, changes=(Narrowing(asked),), text=on(text))
     stored = sum(t.end - t.start for shard in read_shards(out) for t in shard.tensors.values())
     assert num_bytes == stored
     assert checkpoint_bytes(out) < checkpoint_bytes(folder)
@@ -243,7 +282,7 @@ def test_a_student_that_lost_other_channels_is_not_let_through(
     monkeypatch.setattr(width_module, "as_kept", shifted)
     folder = saved(tmp_path, "llama")
     with pytest.raises(UserError, match=r"logits differ from .* cannot cut or narrow the llama family"):
-        narrowed(folder, settings(text))
+        narrowed(folder, text, settings())
     assert not (tmp_path / "student").exists()
 
 
@@ -256,7 +295,7 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
         "shoal.compress.changes.narrowing._sizes", lambda _, half, name: [(2,)] if "gate_up" in name else [(1,)]
     )
     with pytest.raises(UserError, match=r"layer 0 of phi3, narrowed, gives another state than itself"):
-        narrowed(saved(tmp_path, "phi3"), settings(text))
+        narrowed(saved(tmp_path, "phi3"), text, settings())
 
 
 @pytest.mark.parametrize(
@@ -265,13 +304,13 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
         ("llama", {"intermediate_size": 24}, "24 of 48 channels would leave 24.* a multiple of 16 up to 48; give 32"),
         ("llama", {"intermediate_size": 0.1}, "0.1 of 48 channels would leave 0, .* give 16"),
         ("llama", {"intermediate_size": 64}, "a multiple of 16 up to 48; give 48"),
-        ("llama", {"intermediate_size": None, "kv_groups": 3}, "does not allow 3 key-value groups .*: it has 2"),
-        ("mixtral", {}, "prune.width.intermediate_size: layer 0 of mixtral mixes experts"),
+        ("llama", {"intermediate_size": None, HEADS: 3}, "does not allow 3 key-value groups .*: it has 2"),
+        ("mixtral", {}, "prune.changes.width.intermediate_size: layer 0 of mixtral mixes experts"),
         ("gpt2", {}, "config.intermediate_size of gpt2 is None"),
-        ("olmo2", {"kv_groups": 1}, r"self_attn.q_norm.weight of layer 0 of olmo2 .* leave prune.width.kv_groups out"),
-        ("gpt_neox", {"kv_groups": 1}, "its configuration ties that size to others"),
-        ("falcon", {"kv_groups": 1}, "does not allow .* 1 key-value group .* no setter; leave it out"),
-        ("falcon_mamba", {"intermediate_size": None, "kv_groups": 1}, "num_attention_heads of falcon_mamba is None"),
+        ("olmo2", {HEADS: 1}, f"self_attn.q_norm.weight of layer 0 of olmo2 .* leave prune.changes.width.{HEADS} out"),
+        ("gpt_neox", {HEADS: 1}, "its configuration ties that size to others"),
+        ("falcon", {HEADS: 1}, "does not allow .* 1 key-value group .* no setter; leave it out"),
+        ("falcon_mamba", {"intermediate_size": None, HEADS: 1}, "num_attention_heads of falcon_mamba is None"),
         ("bitnet", {}, "mlp.ffn_sub_norm.weight of layer 0 of bitnet would go from"),
     ],
 )  # fmt: skip
@@ -279,19 +318,17 @@ def test_what_cannot_be_narrowed_is_refused_by_name(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path, text: TextSource
 ) -> None:
     with pytest.raises(UserError, match=message):
-        narrowed(saved(tmp_path, name), settings(text, **changes))
+        narrowed(saved(tmp_path, name), text, settings(**changes))
     assert not (tmp_path / "student").exists()
 
 
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ({"drop": [1], "width": {}}, "names nothing to narrow"),
-        ({"drop": [1], "width": {"intermediate_size": 7.5}}, "7.5 is no whole number"),
-        ({"drop": [1], "width": {"kv_groups": 1}, "compensate": "scale"}, "leave prune.compensate out"),
-        ({"width": {"kv_groups": 1}, "target": {"params": 1e6}}, "leave prune.target out"),
+        ({"drop": [1], "changes": "width"}, "prune.changes.0: names nothing to narrow"),
+        ({"drop": [1], "changes": [{"kind": "width", "intermediate_size": 7.5}]}, "7.5 is no whole number"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(prune: Any, message: str) -> None:
+def test_a_width_that_says_nothing_is_refused(prune: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_recipe({"model": "m", "prune": prune})

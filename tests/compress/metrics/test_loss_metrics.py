@@ -38,7 +38,7 @@ from shoal.compress.plan import choose_changes
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import CutByScore
 
 Half = tuple[str, int]
 
@@ -154,10 +154,10 @@ def test_a_plan_can_be_made_of_what_is_measured() -> None:
     assert scores.num_tokens == ROWS.input_ids_NS.numel()
     for name, metric in LOSS_METRICS.items():
         if name != "blockpruner":  # an order of halves
-            choice = choose_changes(Prune(metric=name, num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+            choice = choose_changes(CutByScore(metric=name, num_drop=2), num_layers=NUM_LAYERS, importance=importance)
             assert len(choice.drop) == 2
         assert (metric.yields == "order") == (name in scores.orders)
-    of_sleb = choose_changes(Prune(metric="sleb", num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+    of_sleb = choose_changes(CutByScore(metric="sleb", num_drop=2), num_layers=NUM_LAYERS, importance=importance)
     assert set(of_sleb.drop) == {removal.unit.layers[0] for removal in scores.orders["sleb"]}
 
 

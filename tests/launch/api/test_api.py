@@ -239,7 +239,7 @@ def plan_of(*, num_layers: int = 6) -> Plan:
         (lambda m, t: shoal.measure_importance(m, t, []), r"data 'texts': begins with NoneType .* give texts"),
         (
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
-            r"shoal.choose_layers: prune.ratio: prune.num_drop is given too; give one of them",
+            r"shoal.choose_layers: num_drop and ratio exclude each other; give one of them",
         ),
         (lambda m, t: shoal.cut_model(m, [7]), r"drop: 7 is no layer of this model; its layers are 0..5"),
         (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),

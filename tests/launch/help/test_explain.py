@@ -47,8 +47,8 @@ def test_a_default_written_down_is_the_default() -> None:
     [
         ("seed", "whole number >= 0 and < 4294967296"),
         ("prune.ratio", "number > 0 and < 1 or null"),
-        ("prune.drop", "[whole number, ...] or null"),
-        ("prune.weights", "{name: number > 0}"),
+        ("prune.drop", "[whole number, ...]"),
+        ("prune.metric", "text, {name: number > 0} or null"),
         ("track.wandb", "online, offline or 'off' or null"),
         ("distill.deepspeed", "text, {name: anything} or null"),
     ],

@@ -295,11 +295,11 @@ def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, cap
 
 # --- compensation -------------------------------------------------------------------------------------------------
 
-COMPENSATE = {"method": "both", "data": "python_docs", "num_tokens": 2048, "sequence_length": 64}
+COMPENSATE = {"prune": {"drop": [1, 3], "changes": ["compensate"]}}
 
 
 def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run: Any, monkeypatch: Any) -> None:
-    run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
+    run = make_run(**COMPENSATE)
     pruning.prune(run)
     plan = Plan.load(run.dir / Plan.FILE)
     assert [(gap.first, gap.last) for gap in plan.gaps] == [(1, 1), (3, 3)]
@@ -316,7 +316,7 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
     assert all(name.startswith("model.layers.") for name in changed), "embeddings, norms and head stay"
     before = contents(run.dir / "student")
     monkeypatch.setattr("shoal.compress.apply.apply_plan", lambda *_, **__: pytest.fail("made again"))
-    pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
+    pruning.prune(make_run(**COMPENSATE))
     assert contents(run.dir / "student") == before
 
 

@@ -38,7 +38,7 @@ def run_of(teacher: Path, folder: Path, target: dict[str, Any], **prune: Any) ->
 
 @pytest.mark.slow
 def test_a_student_has_the_size_that_was_asked_for_and_is_made_once(teacher: Path, tmp_path: Path) -> None:
-    target = {"params": WHOLE - 1.5 * LAYER, "memory_gb": {"limit": (4 * WHOLE + 50_000) / 2**30, "length": 100}}
+    target = {"params": WHOLE - 1.5 * LAYER, "memory_gb": (4 * WHOLE + 50_000) / 2**30, "sequence_length": 100}
     run = run_of(teacher, tmp_path, target)
     pruning.prune(run)
     plan, student = Plan.load(run.dir / "plan.json"), run.dir / "student"
@@ -60,6 +60,6 @@ def test_what_cannot_be_reached_is_refused_before_anything_is_measured(teacher: 
         UserError, match=rf"prune.target: is not reached .* the nearest is params {WHOLE - 4 * LAYER:,} "
     ):
         pruning.prune(run_of(teacher, tmp_path, {"params": 100}))
-    with pytest.raises(UserError, match=r"prune.target.speedup.length: 5000 is more than the 1024 positions"):
-        pruning.prune(run_of(teacher, tmp_path, {"speedup": {"factor": 1.1, "length": 5000}}))
+    with pytest.raises(UserError, match=r"prune.target.sequence_length: 5000 is more than the 1024 positions"):
+        pruning.prune(run_of(teacher, tmp_path, {"speedup": 1.1, "sequence_length": 5000}))
     assert not (tmp_path / "run").exists()

@@ -29,12 +29,13 @@ from shoal.train.student.spec import Ranks
 from shoal.train.student.trainable import recorded_layers
 
 pytestmark = pytest.mark.slow
-WIDTH = {"intermediate_size": 0.7, "kv_groups": 1, "data": "python_docs", "num_tokens": 1024, "sequence_length": 64}
+WIDTH = {"kind": "width", "intermediate_size": 0.7, "num_key_value_heads": 1}
+MEASURE = {"data": "python_docs", "num_tokens": 1024, "sequence_length": 64}
 
 
 def settings(teacher: Path, folder: Path, **sections: Any) -> dict[str, Any]:
-    prune = {"drop": [2], "width": WIDTH}
-    return {"model": str(teacher), "run_dir": str(folder / "run"), "dtype": "float32", "prune": prune, **sections}
+    own = {"measure": MEASURE, "prune": {"drop": [2], "changes": [WIDTH]}, **sections}
+    return {"model": str(teacher), "run_dir": str(folder / "run"), "dtype": "float32", **own}
 
 
 def run_of(teacher: Path, folder: Path, **sections: Any) -> Run:
@@ -50,20 +51,21 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     assert not (run.dir / "plan.json").exists()
     pruning.prune(run)
     plan = Plan.load(run.dir / "plan.json")
-    assert plan.width is not None
-    assert (plan.width.intermediate_size, plan.width.kv_groups) == (32, 1)
-    assert len(plan.width.channels) == len(plan.width.groups) == 5
+    width = plan.width
+    assert width is not None
+    assert (width.intermediate_size, width.num_key_value_heads) == (32, 1)
+    assert len(width.channels) == len(width.groups) == 5
     assert (plan.first_change, plan.changed) == (0, (0, 1, 3, 4, 5))
-    assert plan.provenance.inputs["prune.width.intermediate_size"] == 0.7
+    assert plan.provenance.inputs["prune.changes"] == [WIDTH]
     assert plan.text["sources"]["python_docs"]
-    assert "what stays of each layer writes most, on 1,024 tokens" in plan.reason
+    assert plan.reason.endswith("what stays of each layer writes most")
     config = json.loads((run.dir / "student/config.json").read_text())
     sizes = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers")
     assert [config[name] for name in sizes] == [32, 2, 1, 8, 5]
     with monkeypatch.context() as patch:
         patch.setattr("shoal.compress.apply.apply_plan", lambda *_, **__: pytest.fail("made again"))
-        pruning.prune(run_of(teacher, tmp_path, prune={"drop": [2], "width": {**WIDTH, "batch_size": 2}}))
-    with pytest.raises(UserError, match=r"prune.width.* is 'absent' in this recipe"):
+        pruning.prune(run_of(teacher, tmp_path, measure={**MEASURE, "batch_size": 2}))
+    with pytest.raises(UserError, match=r"prune.changes is 'absent' in this recipe"):
         pruning.read_plan(run_of(teacher, tmp_path, prune={"drop": [2]}))
     with pytest.raises(UserError, match=r"changes layers that stay .* which only the command does"):
         shoal.cut_model(load_model(teacher), plan)
@@ -102,10 +104,10 @@ def test_a_narrowed_student_heals_with_no_layer_shared(teacher: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"prune": {"num_drop": 1, "width": {**WIDTH, "data": "nowhere.jsonl"}}}, "nowhere.jsonl"),
-        ({"prune": {"num_drop": 1, "width": {**WIDTH, "sequence_length": 9999}}}, "prune.width.sequence_length: 9999"),
-        ({"prune": {"num_drop": 1, "width": {**WIDTH, "intermediate_size": 40}}}, "a multiple of 16 up to 48"),
-        ({"prune": {"num_drop": 1, "width": {**WIDTH, "kv_groups": 3}}}, "does not allow .* 3 key-value groups"),
+        ({"measure": {**MEASURE, "data": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"measure": {**MEASURE, "sequence_length": 9999}}, "measure.sequence_length: 9999"),
+        ({"prune": {"changes": [{**WIDTH, "intermediate_size": 40}]}}, "a multiple of 16 up to 48"),
+        ({"prune": {"changes": [{**WIDTH, "num_key_value_heads": 3}]}}, "does not allow .* 3 key-value groups"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(

@@ -70,17 +70,17 @@ def test_depth_figure_pulls_the_cut_layers_out_of_the_stack() -> None:
 
 
 def chosen_by(**settings: object) -> Plan:
-    inputs = {f"prune.{name}": value for name, value in {"drop": None, "metric": None, **settings}.items()}
+    inputs = {f"prune.{name}": value for name, value in settings.items()}
     return replace(plan(), provenance=Provenance(inputs))
 
 
 @pytest.mark.parametrize(
     ("made", "first", "decided"),
     [
-        (chosen_by(), "block_influence", ["block_influence"]),
-        (chosen_by(contiguous=True), "angular, 3 from here", ["angular, 3 from here"]),
+        (chosen_by(metric=None), "block_influence", ["block_influence"]),
+        (chosen_by(metric=None, contiguous=True), "angular, 3 from here", ["angular, 3 from here"]),
         (chosen_by(metric="angular"), "angular", ["angular"]),
-        (chosen_by(weights={"angular": 1, "block_influence": 2}), "block_influence", ["block_influence", "angular"]),
+        (chosen_by(metric={"angular": 1, "block_influence": 2}), "block_influence", ["block_influence", "angular"]),
         (chosen_by(drop=[3, 4, 5]), "block_influence", []),
     ],
 )

@@ -26,7 +26,7 @@ from shoal.train.student.trainable import (
 MERGE = PlannedChange("merge", "", (2,), runs=((2, 3),))
 SKIP = PlannedChange("skip", "", (1,))
 GROWN = plan(keep=(0, 1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 9))
-NARROWED = replace(plan(4, 7), width=KeptWidth(kv_groups=1))
+NARROWED = replace(plan(4, 7), width=KeptWidth(num_key_value_heads=1))
 SWAP = PlannedChange("swap", "", (0, 4))  # other embeddings than the teacher's
 
 
