@@ -41,8 +41,7 @@ from shoal.models.load import Checkpoint
 from shoal.progress import each
 from shoal.recipe.section import Above0, Positive, Section
 from shoal.runtime import device
-from shoal.train.dataset import rows_to_train_on, teacher_texts
-from shoal.train.distill import distill
+from shoal.train.distill import distill, rows_of
 from shoal.train.objective.host_batch import queued
 from shoal.train.objective.layer_losses import Tokens, capturing, distances
 from shoal.train.objective.objective import final_hidden
@@ -128,9 +127,7 @@ def heal(
     Raises:
         UserError: as heal_gaps does.
     """
-    tokenizer = spec.teacher.tokenizer()
-    texts = teacher_texts(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
-    rows = rows_to_train_on(tokenizer, spec.settings, texts, text, inputs=inputs)
+    rows = rows_of(spec, spec.teacher.tokenizer(), text, inputs)
     # no loss scaling here, without which float16 loses small gradients: what trains in it later heals in float32
     autocast = spec.deepspeed.product_dtype == torch.bfloat16
     autocast = autocast or spec.teacher.load.attention == "flash"  # whose kernels take no float32

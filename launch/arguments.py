@@ -83,9 +83,9 @@ VERBS = {
         "distill in two sittings: write down what the teacher says of the training rows, and train later: signals/",
         "launch.verbs.distill.record",
         (
-            "my.yaml distill.teacher=recorded  with the recipe's own settings",
-            "runs/mine --distill.teacher recorded --distill.num_tokens 1e6  of so many tokens",
-            "my.yaml --distill.teacher recorded --seed 1  of other rows",
+            "my.yaml --teacher recorded  with the recipe's own settings",
+            "runs/mine --teacher recorded --num-tokens 1e6  of so many tokens",
+            "my.yaml --teacher recorded --seed 1  of other rows",
         ),
         ("distill",),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from shoal.models.load import Checkpoint
 from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Live, Recorded, sources_that_ask
 from shoal.recipe.losses import StateTerm, needs_teacher, reads_distributions
+from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Dtype
 from shoal.runtime import device
 
@@ -91,8 +92,8 @@ class TrainSpec:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether recorded signals could take a live teacher's place: they tell nothing of images."""
-        return not self.settings.has_images
+        """Whether recorded signals could take a live teacher's place."""
+        return not any(not_together(distill=replace(self.settings, teacher=Recorded())))
 
     @property
     def live_dtype(self) -> Dtype | None:

@@ -12,6 +12,7 @@ from jobs import CUT, LENGTH, ONE_RANK, job_of
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Lora, Recorded
+from shoal.recipe.losses import TAID
 from shoal.train.preflight import fit
 from shoal.train.preflight.fit import Free, check_control, check_fit, disk_bytes, overrides, proposals
 from shoal.train.preflight.memory import Job, Setting, job
@@ -41,6 +42,7 @@ def test_proposals_leave_out_what_cannot_be_and_recorded_signals_come_last(tiny_
         return [*proposals(job_of(**settings) if settings else tiny_job)]
 
     assert [*dict.fromkeys(setting.teacher for setting in proposed())] == ["live", "offloaded", "recorded"]
+    assert "recorded" not in {setting.teacher for setting in proposed(losses=(TAID(),))}
     assert not [setting for setting in proposed() if setting.teacher == "offloaded" and setting.stage == 3]
     assert {setting.stage for setting in proposed(precision="bf16-true", deepspeed="deepspeed/zero2.json")} == {2, 3}
     assert {setting.stage for setting in proposed(lora=Lora(load_in_4bit=True))} == {0, 2}
