@@ -265,7 +265,7 @@ def all_frozen() -> PreTrainedModel:
         ({"drop": (1, 3)}, r"drop: is \[1, 3\], and by its configuration the student lacks \[2, 3\]; give the layers"),
         (
             {"trainable": "from_first_cut", "drop": (2, 3), "model": of_unknown_cut((1, 2))},
-            r"model: its layer 1 should be the teacher's, .* give drop=Plan.read",
+            r"model: its layer 1 should be the teacher's, .* give drop=Plan.load",
         ),
         (
             {"trainable": "from_first_cut", "model": with_other_embeddings()},
