@@ -165,8 +165,9 @@ def distill(
     teacher = recorded(spec, rows, home, inputs, verify=False)
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
-    callbacks = [progress, heartbeat, *curves]
-    trainer = make_trainer(spec, rows, arguments, known_by, teacher, stop=stop, callbacks=callbacks)
+    trainer = make_trainer(
+        spec, rows, arguments, known_by, teacher, stop=stop, callbacks=[progress, heartbeat, *curves]
+    )
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", known_by)

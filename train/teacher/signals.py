@@ -129,7 +129,7 @@ class RecordingReader:
                 "which adds what is missing"
             )
         warn_of_versions(path, manifest.provenance)
-        self._folder, self._manifest, self._wanted = folder, manifest, wanted
+        self._folder, self._manifest, self.wanted = folder, manifest, wanted
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         shaped_otherwise = differences(rows_from, manifest.rows_from)
         for index, shard in enumerate(shards_of(len(rows), manifest.rows_per_shard)):
@@ -146,13 +146,8 @@ class RecordingReader:
         def states(plane: str) -> Tensor:
             return torch.stack([file.state(plane, row) for file, row in places])
 
-        of_layers = {layer: states(f"state_{layer}") for layer in self._wanted.states}
-        return RecordedRows(ids, log_probs, tail, of_layers, None if self._wanted.prefix is None else states("prefix"))
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the teacher's softmax."""
-        return self._wanted.temperature
+        of_layers = {layer: states(f"state_{layer}") for layer in self.wanted.states}
+        return RecordedRows(ids, log_probs, tail, of_layers, None if self.wanted.prefix is None else states("prefix"))
 
     def _open(self, index: int) -> ShardFile:
         file = ShardFile(self._path(index), self._manifest.layout)
@@ -189,4 +184,4 @@ class RecordedTeacher:
         if not self.reads_logits:
             return Signals(captured=captured)
         planes = {name: queued(getattr(rows, name), device) for name in ("ids_BSK", "log_probs_BSK", "tail_BS")}
-        return Signals(**planes, temperature=self.reader.temperature, captured=captured)
+        return Signals(**planes, temperature=self.reader.wanted.temperature, captured=captured)

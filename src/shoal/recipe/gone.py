@@ -81,17 +81,11 @@ GONE: dict[str, str] = {
     "prune.width": "it is one of prune.changes: `changes: [{kind: width, num_key_value_heads: 4}]` (was kv_groups)",
     "quantize": "make a copy with its own library, and score it: `shoal compare RUN COPY` (docs/quantize.md)",
     "record": "what a recorded teacher says is set in distill.teacher: {kind: recorded, path, top_k, prefix, backend}",
-    "record.backend": "set distill.teacher: {kind: recorded, backend: ...}",
     "record.batch_size": "a teacher that is recorded reads 8 rows at one time; leave it out",
-    "record.check": "what vLLM says is always compared with transformers; leave it out",
-    "record.folder": "set distill.teacher: {kind: recorded, path: FOLDER}; without path it is RUN_DIR/signals",
     "record.num_tokens": "the rows of the training are recorded; set distill.num_tokens",
     "record.rows_per_shard": "files hold 64 rows; leave it out",
-    "record.server": "set distill.teacher: {kind: recorded, backend: vllm}, which runs the teacher in this process",
     "record.states": "states are recorded that hidden_states terms of distill.losses compare with; leave it out",
-    "record.teacher": "a student has one teacher; leave it out",
     "record.temperature": "the teacher is recorded at the temperature of the terms of distill.losses; leave it out",
-    "record.top_k": "set distill.teacher: {kind: recorded, top_k: ...}",
     "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
     "track.name": "a W&B run has the name of its run directory, or WANDB_NAME",
     "track.upload_weights": "push the checkpoint to the Hub by export.hub_repo",
@@ -101,6 +95,8 @@ GONE: dict[str, str] = {
 
 
 def gone(place: str) -> str | None:
-    """What is said of ``place``, a key, kind or value of an older recipe; None = it never was one."""
-    words = GONE.get(re.sub(r"\.\d+(?=\.|$)", "", place))
+    """What is said of ``place``, a key, kind or value of an older recipe, or else of its section; None = it never was
+    one."""
+    place = re.sub(r"\.\d+(?=\.|$)", "", place)
+    words = GONE.get(place) or GONE.get(place.partition(".")[0])
     return None if words is None else f"gone since 0.1; {words}"
