@@ -34,8 +34,6 @@ class Verb:
     """Words after the verb that its help shows, and after two blanks what they are for."""
     sections: tuple[str, ...] = ()
     """Sections of the recipe whose keys are options without their section, the first one that has the key."""
-    dry_run: tuple[str, str] | None = None
-    """Function of the run that returns the text of --dry-run, and words for it; None = there is no --dry-run."""
 
     @property
     def reads_recipe(self) -> bool:
@@ -53,10 +51,6 @@ VERBS = {
             "my.yaml --each prune.metric=taylor,angular --each seed=0,1  four runs and their comparison",
         ),
         ("distill", "prune", "eval", "measure"),
-        (
-            "launch.verbs.dry_run.run_dry_run",
-            "stage by stage what would be done, how long it takes here, how much disk",
-        ),
     ),
     "measure": Verb(
         "measure what every layer is worth: importance.json",
@@ -77,15 +71,14 @@ VERBS = {
             "my.yaml --num-drop 6 --dry-run  sizes, expected speed, targets",
         ),
         ("prune", "measure"),
-        ("launch.verbs.dry_run.prune_dry_run", "sizes, expected speed and targets before and after"),
     ),
     "record": Verb(
         "distill in two sittings: write down what the teacher says of the training rows, and train later: signals/",
         "launch.verbs.distill.record",
         (
-            "my.yaml --teacher recorded  with the recipe's own settings",
+            "my.yaml --teacher recorded  as the recipe's training needs it",
             "runs/mine --teacher recorded --num-tokens 1e6  of so many tokens",
-            "my.yaml --teacher recorded --seed 1  of other rows",
+            "runs/mine --teacher recorded --dry-run  only say what would be recorded",
         ),
         ("distill",),
     ),
@@ -99,10 +92,6 @@ VERBS = {
             "Qwen/Qwen3-0.6B --num-drop 4 --data corpus.jsonl  cut a model, then train it on text of yours",
         ),
         ("distill", "prune"),
-        (
-            "launch.verbs.dry_run.distill_dry_run",
-            "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
-        ),
     ),
     "eval": Verb(
         "score teacher, pruned, control and distilled, or any model: eval/*.json",
@@ -123,6 +112,16 @@ VERBS = {
             "runs/mine --hub-repo me/model-27l  and on the Hub",
         ),
         ("export", "track"),
+    ),
+    "push": Verb(
+        "push the healed model with its card and figures to the Hub; needs `hf auth login`",
+        "launch.verbs.report.push",
+        (
+            "runs/mine me/model-27l  a private repository, made where there is none",
+            "runs/mine me/model-27l --private false  a public one",
+            "runs/mine me/model-27l --dry-run  only say what would go where",
+        ),
+        ("export",),
     ),
     "compare": Verb(
         "runs, and any other models, side by side: what each kept, at which size, speed and cost, and where they "
@@ -173,6 +172,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("cut", "drop"), "prune"),
     **dict.fromkeys(("score", "importance"), "measure"),
     **dict.fromkeys(("sweep", "search"), "run RECIPE --each KEY=A,B"),
+    **dict.fromkeys(("upload", "export", "publish"), "push"),
 }
 """What other programs call a verb -> the words here."""
 LETTERS = {"m": "model", "t": "tasks", "L": "limit", "f": "num_fewshot", "b": "batch_size", "o": "output_path"}
@@ -199,9 +199,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-")]
-    if "--dry-run" in unknown:
-        able = " or ".join(f"`shoal {verb} --dry-run`" for verb, row in VERBS.items() if row.dry_run)
-        parser.error(f"`shoal {known.verb}` has no --dry-run; there is {able}")
     if unknown and VERBS[known.verb].reads_recipe:
         parser.error(_no_option(known.verb, unknown[0]))
     if unknown or (rest and "words" not in known):
@@ -263,6 +260,8 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
             parser.error(f"name a recipe, a run directory or a model, such as `shoal {known.verb} runs/mine`")
         known.config = (own + named)[0]
         known.words.remove(known.config if own else f"model={known.config}")
+    if known.verb == "push":
+        known.words = [word if "=" in word else f"export.hub_repo={word}" for word in known.words]
     for other in (word for word in redacted_arguments(known.words) if "=" not in word):
         parser.error(f"override {other!r}: must have the form section.key=value")
 
@@ -303,6 +302,8 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
             loudness.add_argument(
                 f"--{option}", dest="loudness", action="store_const", const=option, default="usual", help=said
             )
+        if verb not in ("init", "lab"):
+            sub.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
         if row.reads_recipe:
             _add_recipe(sub, row)
         else:
@@ -318,9 +319,12 @@ def _add_recipe(sub: argparse.ArgumentParser, row: Verb) -> None:
     """What a verb takes that reads a recipe."""
     sub.add_argument("--config", help=argparse.SUPPRESS)  # of launchers, and for a path that holds a `=`
     sub.add_argument("--local_rank", **LOCAL_RANK)
-    sub.set_defaults(dry_run=False, each=None)
-    if row.dry_run:
-        sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
+    sub.set_defaults(force=False, each=None)
+    told = "say what would be done and what it takes here: time, memory, disk; write nothing"
+    sub.add_argument("--dry-run", action="store_true", help=told)
+    if "distill" in row.sections and row is not VERBS["record"]:
+        told = "train although memory or disk will not do by the estimate"
+        sub.add_argument("--force", action="store_true", help=told)
     if row is VERBS["run"]:
         told = "a run for every value, in RUN_DIR/KEY=VALUE, and their comparison; may be said of several keys"
         sub.add_argument("--each", metavar="KEY=A,B", action="append", help=told)

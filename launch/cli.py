@@ -1,4 +1,4 @@
-"""`shoal measure | prune | record | distill | eval | report | run RECIPE_OR_RUN_DIR [key=value ...]`,
+"""`shoal run | measure | prune | record | distill | eval | report | push RECIPE_OR_RUN_DIR_OR_MODEL [--key value ...]`,
 `shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal lab NAME RECIPE_OR_RUN_DIR`, and `shoal init | list | explain`."""
 
 from __future__ import annotations
@@ -7,11 +7,13 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ from .verbs.launch import STARTED, LaunchEnded, LaunchRefused, launch_distill
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
+
+    from .verbs.run import Run
 
 log = logging.getLogger("shoal")
 
@@ -59,8 +63,10 @@ def _main(argv: list[str]) -> int:
     asked = parse(argv)
     if not VERBS[asked.verb].reads_recipe:
         return _exit_code(lambda: _print(_told(asked)), asked.loudness)
-    run = partial(run_verb, asked.verb, asked.config, dry_run=asked.dry_run, loudness=asked.loudness)
+    how = {name: getattr(asked, name) for name in ("dry_run", "force", "as_json", "loudness")}
+    run = partial(run_verb, asked.verb, asked.config, **how)
     if asked.each:
+        run = partial(run, as_json=asked.as_json and asked.dry_run)
         return _exit_code(lambda: _print(_function("launch.verbs.several.each")(asked, run)), asked.loudness)
     return run(asked.words)
 
@@ -71,9 +77,14 @@ def run_verb(
     overrides: Sequence[str],
     *,
     dry_run: bool = False,
+    force: bool = False,
+    as_json: bool = False,
     loudness: Loudness = "usual",
 ) -> int:
-    """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code."""
+    """Run one verb of a recipe, run directory or model, or only say what it would do; returns the exit code.
+
+    ``force``: it goes on although memory or disk will not do; ``as_json``: what it prints is for a program.
+    """
     from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
     from shoal.recipe.remembered import remembering
 
@@ -83,23 +94,27 @@ def run_verb(
         _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
-                text = _dry_run(verb, recipe)
-            _print(text)
+                told = _dry_run(verb, recipe, as_json=as_json)
+            _print(told)
             return
         run_dir = Path(recipe.run_dir).expanduser()
         # training and its launcher listen themselves
         with (
             on_stop(lambda number: stop_at_once(number, STOPPED)),
             doing(f"{verb}, in the ranks" if STARTED in os.environ else verb),
-            remembering(run_dir, said) as memory,
+            # a push is an act, and no setting of the run
+            contextlib.nullcontext() if verb == "push" else remembering(run_dir, said) as memory,
         ):
-            _dispatch(verb, recipe, memory, partial(launch_distill, config=config, overrides=overrides))
+            launch = partial(launch_distill, config=config, overrides=overrides)
+            run = _dispatch(verb, recipe, memory, launch, force=force)
+        if ranks.is_main() and STARTED not in os.environ:
+            _print(_made(verb, run, as_json=as_json))
 
     return _exit_code(work, loudness)
 
 
-def _told(asked: argparse.Namespace) -> str:
-    """What a verb says that reads no recipe."""
+def _told(asked: argparse.Namespace) -> Any:
+    """What a verb says that reads no recipe: text, or what is to be JSON."""
     with loading() if asked.verb == "init" else contextlib.nullcontext():
         tell = _function(VERBS[asked.verb].function)
     return tell(asked)
@@ -174,12 +189,15 @@ def _function(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"shoal.{module}"), function)
 
 
-def _print(text: str) -> None:
-    """Print a result. Whoever reads it may leave before its end, as `head` does; what is written to files goes on.
+def _print(told: Any) -> None:
+    """Print a result, as JSON what is no text.
+
+    Whoever reads it may leave before its end, as `head` does; what is written to files goes on.
 
     Raises:
         UserError: what is printed to takes no more.
     """
+    text = told if isinstance(told, str) else json.dumps(told, ensure_ascii=False, default=str)
     try:
         if text:
             print(text, flush=True)
@@ -189,17 +207,25 @@ def _print(text: str) -> None:
             raise UserError(f"standard output: takes no more ({error.strerror}); print to another place") from error
 
 
-def _dry_run(verb: str, recipe: Recipe) -> str:
-    table = VERBS[verb].dry_run
-    assert table is not None
+def _dry_run(verb: str, recipe: Recipe, *, as_json: bool) -> Any:
     with loading():
+        from .verbs.dry_run import dry_run, dry_run_text
         from .verbs.run import open_run
+    run = open_run(recipe)
+    stages = dry_run(verb, run)
+    if as_json:
+        return {"run_dir": str(run.dir), "dry_run": True, "stages": list(map(asdict, stages))}
+    return dry_run_text(stages, run.dir)
 
-        text_of = _function(table[0])
-    return text_of(open_run(recipe))
+
+def _made(verb: str, run: Run, *, as_json: bool) -> Any:
+    from .verbs.results import result, scores_text
+
+    return result(verb, run) if as_json else scores_text(run) if verb == "eval" else ""
 
 
-def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..., None]) -> None:
+def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..., None], *, force: bool) -> Run:
+    """Do what ``verb`` does; the run it was done in."""
     if STARTED in os.environ and ranks.is_main():
         Path(os.environ[STARTED]).touch()
     with loading():
@@ -217,21 +243,22 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
     if launched or verb == "record":
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.timeout_s)
-    run = open_run(recipe, memory=memory, computes=verb != "report")
+    run = replace(open_run(recipe, memory=memory, computes=verb not in ("report", "push")), force=force)
     if verb == "run":
         pipeline.run_all(run, launch)
-        return
+        return run
     if verb == "distill" and not launched:
         distill.check_distill(run)
         distill.refuse_other_checkpoints(run)
         launch(run)
-        return
+        return run
     if verb == "report":
         report.require_results(run)
     with locked(run) if ranks.is_main() else contextlib.nullcontext():
         stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)
+    return run
 
 
 if __name__ == "__main__":

@@ -132,12 +132,14 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
     return told
 
 
-def told(asked: argparse.Namespace) -> str:
+def told(asked: argparse.Namespace) -> Any:
     """What `shoal explain` prints.
 
     Raises:
         UserError: a recipe has no such key.
     """
+    if asked.as_json:
+        return explanation(asked.key)
     texts = []
     for said in explanation(asked.key):
         lines = [said["key"]] if said["key"] else []

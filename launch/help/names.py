@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from shoal.data.bundled import ABOUT
 from shoal.progress import loading
@@ -72,8 +73,10 @@ LISTS: dict[str, Callable[[], Names]] = {
 """Word after `shoal list` -> what gives the list."""
 
 
-def told(asked: argparse.Namespace) -> str:
+def told(asked: argparse.Namespace) -> Any:
     """What `shoal list` prints."""
+    if asked.as_json:
+        return LISTS[asked.what]() if asked.what else list(LISTS)
     if asked.what is None:
         return "\n".join(f"shoal list {what}" for what in LISTS)
     rest = ["", "every task that lm-eval ships can be named too"] if asked.what == "tasks" else []

@@ -9,6 +9,7 @@ launch    distill under the DeepSpeed launcher
 evaluate  eval
 report    report, and what the recipe exports: GGUF files, the Hub
 pipeline  run: all in order
-dry_run   what prune, distill or all in order would do, how long, how much disk
+dry_run   what a verb would do, how long, how much disk
+results   what a verb has made, to be printed
 several   compare, and a run for every combination of values
 """

@@ -122,7 +122,8 @@ def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
         student = Checkpoint.read(folder, teacher.load)
     else:
         student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)
-    return train_spec(teacher, student, plan, run.recipe.distill, ranks)
+    spec = train_spec(teacher, student, plan, run.recipe.distill, ranks)
+    return dataclasses.replace(spec, is_forced=run.force)
 
 
 def distill_is_done(run: Run) -> bool:

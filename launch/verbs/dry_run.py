@@ -1,5 +1,4 @@
-"""`--dry-run` of `shoal prune`, `shoal distill` and `shoal run`: what would be done, what would come of it, and what it
-takes here.
+"""`--dry-run` of every verb: what would be done, what would come of it, and what it takes here.
 
 Nothing is written and nothing is trained. Code of a stage is imported where it is used, so that a verb loads only what
 it runs.
@@ -7,7 +6,7 @@ it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +25,8 @@ from shoal.recipe.measure import Measure
 from shoal.runtime import device
 
 from .distill import check_training_settings, training_spec, what_is_trained
-from .evaluate import eval_inputs, roles, scores_of
-from .measure import importance_of
+from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
+from .measure import check_measure, importance_of
 from .pipeline import preflight
 from .prune import (
     expected_plan,
@@ -38,6 +37,7 @@ from .prune import (
     sacrifice,
     what_is_cut,
 )
+from .report import require_distilled, require_results
 from .run import Run, check_length
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from shoal.train.preflight.throughput import Pace
     from shoal.train.student.spec import TrainSpec
 
-NOTHING_WRITTEN = "dry run: nothing is written"
+NOTHING_WRITTEN = "dry run: nothing is written and nothing is trained"
 TEACHERS = {
     "none": "not loaded, these losses do not ask it",
     "live": "live",
@@ -88,58 +88,94 @@ class Stage:
         return self.name, self.state, time, disk, self.why
 
 
-def run_dry_run(run: Run) -> str:
-    """What `shoal run` would do, for a reader.
+def dry_run(verb: str, run: Run) -> list[Stage]:
+    """What ``verb`` would do, stage by stage.
 
     Raises:
-        UserError: what `shoal run` would refuse, before it begins or in a stage that is out of date.
+        UserError: what the verb would refuse, and for `distill` a family whose memory cannot be told without running
+            it.
     """
+    return {
+        "run": _all,
+        "measure": _checked_measure,
+        "prune": lambda run: [_prune(run)],
+        "record": _record,
+        "distill": _training,
+        "eval": _scores,
+        "report": _report,
+        "push": _push,
+    }[verb](run)
+
+
+def dry_run_text(stages: Sequence[Stage], folder: Path) -> str:
+    """The same for a reader; ``folder`` is the run directory."""
+    if len(stages) == 1:
+        (stage,) = stages
+        return f"{NOTHING_WRITTEN}\n\n{stage.told or '; '.join(filter(None, [stage.state, stage.why]))}"
+    rows = [("stage", "", "time here", "disk", ""), *(stage.row for stage in stages)]
+    disk = disk_line(sum(stage.num_bytes or 0 for stage in stages), folder)
+    told = [stage for stage in stages if stage.told and not stage.is_done]
+    parts = [[NOTHING_WRITTEN], aligned(rows, left=(0, 1, 4)), [disk]]
+    return _text([*parts, *([f"--- {stage.name} ---", stage.told] for stage in told)])
+
+
+def _all(run: Run) -> list[Stage]:
     preflight(run)
+    with doing("prune --dry-run"):
+        cut = _prune(run)
+    with doing("distill --dry-run"):
+        healed = _distill(run, cut=cut)
+    final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
+    wanted = [role for role in final if role != CONTROL or run.recipe.eval.control]
+    # the report is written whatever is there
+    return [_measure(run), cut, healed, _eval(run, wanted, final), Stage("report", "to do")]
+
+
+def _checked_measure(run: Run) -> list[Stage]:
+    check_measure(run)
+    return [_measure(run)]
+
+
+def _training(run: Run) -> list[Stage]:
+    check_training_settings(run.recipe)
+    check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
+    has_plan = (run.dir / Plan.FILE).is_file()
+    return [training_estimate(run, read_plan(run) if has_plan else expected_plan(run))]
+
+
+def _record(run: Run) -> list[Stage]:
+    settings = run.recipe.distill
+    check_training_settings(run.recipe)
+    check_length(run, settings.sequence_length, "distill.sequence_length")
+    return [Stage("record", "to do", f"{settings.num_tokens:,} tokens in rows of {settings.sequence_length:,}")]
+
+
+def _scores(run: Run) -> list[Stage]:
+    check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
+    require_models_of_this_run(run, there := roles(run))
+    return [_eval(run, list(there), dict.fromkeys(there, True))]
+
+
+def _report(run: Run) -> list[Stage]:
+    require_results(run)
+    settings = run.recipe.export
+    gguf = "one GGUF file" if settings.gguf else ""
+    pushed = f"a push to {settings.hub_repo}" if settings.hub_repo else ""
+    return [Stage("report", "to do", ", ".join(filter(None, ["report.html, report.md", gguf, pushed])))]
+
+
+def _push(run: Run) -> list[Stage]:
+    require_distilled(run)
+    return [Stage("push", "to do", f"{run.dir / 'distilled'} to {run.recipe.export.hub_repo}")]
+
+
+def _measure(run: Run) -> Stage:
     state, why = _state(importance_of(run).changed())
     settings = run.recipe.measure
     work = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
     if settings.sweep is not None:
         work += f", sweeps of {', '.join(settings.sweep.operators)}"
-    stages = [Stage("measure", state, "; ".join(filter(None, [why, work])))]
-    with doing("prune --dry-run"):
-        stages.append(cut := _prune(run))
-    with doing("distill --dry-run"):
-        stages.append(healed := _distill(run, cut=cut))
-    stages.append(_eval(run, cut=cut, healed=healed))
-    stages.append(Stage("report", "to do"))  # it is written whatever is there
-    rows = [("stage", "", "time here", "disk", ""), *(stage.row for stage in stages)]
-    disk = disk_line(sum(stage.num_bytes or 0 for stage in stages), run.dir)
-    parts = [[NOTHING_WRITTEN], aligned(rows, left=(0, 1, 4)), [disk]]
-    return _text([*parts, *([f"--- {stage.name} ---", stage.told] for stage in stages if stage.told)])
-
-
-def prune_dry_run(run: Run) -> str:
-    """What `shoal prune` would do and what would come of it, for a reader.
-
-    Raises:
-        UserError: what pruning would refuse.
-    """
-    if what_is_cut(run) == []:
-        plan = read_plan(run)
-    else:
-        refuse_impossible_plan(run)
-        plan = expected_plan(run)
-    told, _ = _cut(run, plan)
-    return "\n".join([NOTHING_WRITTEN, "", told, *sacrifice(run, read_importance(run), plan)])
-
-
-def distill_dry_run(run: Run) -> str:
-    """What `shoal distill` would take on this machine, for a reader.
-
-    Raises:
-        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
-            memory cannot be told without running it.
-    """
-    check_training_settings(run.recipe)
-    check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
-    has_plan = (run.dir / Plan.FILE).is_file()
-    told = training_estimate(run, read_plan(run) if has_plan else expected_plan(run)).told
-    return f"{NOTHING_WRITTEN} and nothing is trained\n\n{told}"
+    return Stage("measure", state, "; ".join(filter(None, [why, work])))
 
 
 def _text(parts: Sequence[Sequence[str]]) -> str:
@@ -162,11 +198,13 @@ def _state(changed: Sequence[str] | None) -> tuple[str, str]:
 
 def _prune(run: Run) -> Stage:
     state, why = _state(what_is_cut(run))
-    if state == "done":
-        return Stage("prune", state)
-    plan = expected_plan(run)
+    is_done = state == "done"
+    if not is_done:
+        refuse_impossible_plan(run)
+    plan = read_plan(run) if is_done else expected_plan(run)
     told, num_bytes = _cut(run, plan)
-    return Stage("prune", state, "; ".join(filter(None, [why, plan.reason])), None, num_bytes, told)
+    told = "\n".join([told, *sacrifice(run, read_importance(run), plan)])
+    return Stage("prune", state, "; ".join(filter(None, [why, plan.reason])), None, 0 if is_done else num_bytes, told)
 
 
 def _cut(run: Run, plan: Plan) -> tuple[str, int]:
@@ -194,14 +232,12 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
     return replace(found, state=state, why=why)
 
 
-def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
+def _eval(run: Run, wanted: Sequence[str], final: Mapping[str, bool]) -> Stage:
+    """Scores of the roles ``wanted``, as far as they are ``final`` and stay."""
     from shoal.eval.evaluate import num_items, work_of
     from shoal.eval.tasks.load import tasks_of
 
-    settings = run.recipe.eval
-    wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled"]
-    scored_roles = roles(run)
-    final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
+    settings, scored_roles = run.recipe.eval, roles(run)
     scored = {
         role for role in wanted if final[role] and scores_of(run, role, eval_inputs(run, scored_roles[role])).is_there()
     }

@@ -66,6 +66,8 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]
     command += ["distill", "--config", config, *overrides]
+    if run.force:
+        command.append("--force")
     if loudness() != "usual":
         command.append(f"--{loudness()}")
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)

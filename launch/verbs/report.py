@@ -77,17 +77,30 @@ def export_gguf(run: Run) -> None:
     log.info("gguf: %s: %s", path.parent / name, proof.in_words())
 
 
+def push(run: Run) -> None:
+    """Push distilled/ with its model card to the Hub, with the results of this recipe alone."""
+    require_distilled(run)
+    _require_this_run(run)
+    export(run)
+
+
+def require_distilled(run: Run) -> None:
+    """Refuse a push of nothing, or to nowhere."""
+    if run.recipe.export.hub_repo is None:
+        raise UserError(f"shoal push {run.dir}: says not where to; name the repository, owner/name, behind it")
+    if not (run.dir / "distilled" / "config.json").is_file():
+        raise UserError(f"{run.dir / 'distilled'}: nothing to export yet; run `shoal distill` first")
+
+
 def export(run: Run) -> None:
-    """Push distilled/ with its model card to the Hub."""
+    """Push distilled/ with its model card to the Hub, where export.hub_repo says."""
     from shoal.eval.report.card import model_card
     from shoal.eval.report.hub import push
 
-    distilled = run.dir / "distilled"
-    if not (distilled / "config.json").is_file():
-        raise UserError(f"{distilled}: nothing to export yet; run `shoal distill` first")
+    require_distilled(run)
     assert run.recipe.export.hub_repo is not None
     url = push(
-        distilled,
+        run.dir / "distilled",
         model_card(run.dir, base_folder=run.teacher),
         run.recipe.export.hub_repo,
         private=run.recipe.export.private,

@@ -88,6 +88,8 @@ class Run:
     """None = the recipe leaves nothing open, and nobody has asked why."""
     memory: str | None = None
     """Text of recipe.yaml that the run directory keeps from now on (shoal.recipe.remembered); None = nothing is."""
+    force: bool = False
+    """Go on although the estimate says that memory or disk will not do."""
 
     @property
     def dir(self) -> Path:

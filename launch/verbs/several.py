@@ -19,7 +19,7 @@ from yaml import YAMLError
 from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.eval.compare.compare import compare_runs
-from shoal.eval.compare.page import comparison_text, write_comparison
+from shoal.eval.compare.page import as_data, comparison_text, write_comparison
 from shoal.model_names import names_model
 from shoal.progress import loading
 from shoal.recipe.recipe import load_recipe
@@ -31,7 +31,7 @@ OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
 """Results that runs of one model may share; a run of other settings finds them out of date and makes its own."""
 
 
-def compare(asked: argparse.Namespace) -> str:
+def compare(asked: argparse.Namespace) -> Any:
     """The table of runs and models, which is written with its pages and figure too."""
     out, folders = Path(asked.out).expanduser(), [Path(run) for run in asked.words]
     if any(map(names_model, asked.words)):
@@ -40,10 +40,10 @@ def compare(asked: argparse.Namespace) -> str:
         folders = scored_beside_runs(asked.words, out, across_teachers=asked.across_teachers)
     comparison = compare_runs(folders, across_teachers=asked.across_teachers)
     write_comparison(comparison, out)
-    return comparison_text(comparison)
+    return as_data(comparison) if asked.as_json else comparison_text(comparison)
 
 
-def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> str:
+def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> Any:
     """The table of a run for every combination of the values of --each; ``run_one`` runs the recipe with overrides and
     returns the exit code, with which the process ends where a run fails."""
     run_dir = Path(load_recipe(asked.config, asked.words).run_dir).expanduser()
@@ -54,7 +54,7 @@ def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> 
         return ""
     comparison = compare_runs(list(runs))
     write_comparison(comparison, run_dir / "compare")
-    return comparison_text(comparison)
+    return as_data(comparison) if asked.as_json else comparison_text(comparison)
 
 
 def combinations(run_dir: Path, axes: Sequence[str]) -> dict[Path, list[str]]:

@@ -1,11 +1,12 @@
 """The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
 
 Covers: shoal.errors, shoal.launch.arguments, shoal.launch.help.options, shoal.launch.verbs.launch,
-shoal.recipe.keys.
+shoal.launch.verbs.results, shoal.recipe.keys.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ def test_the_recipe_is_the_first_word_that_is_no_override() -> None:
         ("eval --control m/x", ["eval.control=true"]),
         ("eval --model m/x --control=false", ["eval.control=false"]),
         ("eval m/x --model n/y", ["model=n/y"]),
+        ("push m/x me/model --private false", ["export.hub_repo=me/model", "export.private=false"]),
     ],
 )
 def test_every_key_is_an_option(argv: str, words: list[str]) -> None:
@@ -126,8 +128,7 @@ def test_help_names_every_verb_and_what_it_makes(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("verb", arguments.VERBS)
 def test_every_verb_names_functions_that_are_there(verb: str) -> None:
     row = arguments.VERBS[verb]
-    for name in filter(None, (row.function, row.dry_run and row.dry_run[0])):
-        assert cli._function(name).__module__ == f"shoal.{name.rpartition('.')[0]}"
+    assert cli._function(row.function).__module__ == f"shoal.{row.function.rpartition('.')[0]}"
 
 
 @pytest.mark.parametrize("verb", arguments.VERBS)
@@ -307,6 +308,75 @@ def test_quiet_leaves_results_warnings_and_errors(
     assert capsys.readouterr().err.startswith("shoal: error: override 'seed=x'")
     assert cli._main(["prune", recipe]) == 0
     assert "going on" in capsys.readouterr().err
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
+    """What a command prints as JSON."""
+    assert cli._main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_results_are_printed_as_json(capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path) -> None:
+    assert printed(capsys, "list", "losses")["forward_kl"]
+    assert printed(capsys, "explain", "seed")[0]["default"] == "0"
+    before = printed(capsys, "prune", recipe, "--dry-run")
+    assert [(stage["name"], stage["state"]) for stage in before["stages"]] == [("prune", "to do")]
+    made = printed(capsys, "prune", recipe)
+    assert made["run_dir"] == str(tmp_path / "run")
+    assert [row["layer"] for row in made["plan"] if row["dropped"]] == [1, 3]
+    assert printed(capsys, "prune", recipe, "--dry-run")["stages"][0]["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("measure", "to do; block_influence, angular over 20,000 tokens"),
+        ("eval", "to do; teacher, each: 5 items"),
+        ("record", "to do; 200,000 tokens in rows of 64"),
+    ],
+)
+def test_every_verb_says_before_what_it_would_do(
+    capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path, verb: str, words: str
+) -> None:
+    small = ["eval.tasks=knowledge_continuation", "eval.limit=5", "distill.teacher=recorded"]
+    small += [f"{section}.sequence_length=64" for section in ("measure", "distill", "eval")]
+    assert cli._main([verb, recipe, "--dry-run", *small]) == 0
+    assert words in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "says not where to; name the repository, owner/name, behind it"),
+        (["me/model"], "distilled: nothing to export yet; run `shoal distill` first"),
+    ],
+)
+def test_a_push_of_nothing_or_to_nowhere_is_refused(
+    capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path, words: list[str], message: str
+) -> None:
+    assert cli._main(["push", recipe, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_any_model_is_scored_without_a_recipe(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["eval", str(teacher), "--tasks", "knowledge_continuation", "--limit", "8", "--speed", "false"]
+    argv += ["--perplexity-tokens", "64", "--sequence-length", "64"]
+    assert cli._main(argv) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["task", "metric", "teacher"]
+    assert [line.split()[0] for line in lines] == ["knowledge_continuation", "perplexity"]
+    made = printed(capsys, *argv)
+    assert made["run_dir"] == f"runs/{teacher.name}"
+    assert [(row["role"], row["task"]) for row in made["scores"]] == [
+        ("teacher", "knowledge_continuation"),
+        ("teacher", "perplexity"),
+    ]
 
 
 @pytest.mark.slow

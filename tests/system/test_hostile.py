@@ -380,7 +380,7 @@ def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Pa
     [
         (["prun", "--config", "r"], "prun: no such verb; did you mean 'prune'?"),
         (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
-        (["eval", "--config", "r", "--dry-run"], "`shoal eval` has no --dry-run; there is `shoal prune --dry-run`"),
+        (["eval", "--config", "r", "--force"], "--force: `shoal eval` has no such option"),
         (["prune", "--config", "nothing.yaml"], "nothing.yaml: no such recipe file"),
         (["prune", "--config", "."], ".: is no run directory but a folder without recipe.yaml"),
         (["report", "runs/x", "runs/y"], "override 'runs/y': must have the form section.key=value"),

@@ -108,7 +108,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "stop_on_spike": None,
             "precision": "float32",
             "head_chunk": 16,
-            "check_memory": False,
             "trainer": {
                 "learning_rate": 0.001,
                 "save_steps": 3,

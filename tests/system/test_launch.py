@@ -289,7 +289,7 @@ def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, t
 
 @pytest.mark.prove
 def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
-    path = write_recipe(tmp_path, teacher, **KEEPING, check_memory=False)  # which would refuse it before it starts
+    path = write_recipe(tmp_path, teacher, **KEEPING)
     run_dir = path.parent / "run"
     run_dir.mkdir()
     mounted = subprocess.run(
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
     if mounted.returncode != 0:
         pytest.skip("cannot mount a small tmpfs here (needs root)")
     try:
-        result = distill(path)
+        result = distill(path, "--force")  # which would be refused before it starts
         assert result.returncode == 2, result.stderr[-2000:]
         assert "the disk is full" in result.stderr
         assert "run the same command again" in result.stderr

@@ -132,7 +132,7 @@ def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
     """Refuse a run that cannot fit into memory or onto the disk, before any weight is loaded; log what is close.
 
     ``beside`` are bytes that something else will have written on that disk by then. One rank asks for all: its device
-    stands for the others'. Where the recipe says `check_memory: false`, what would be refused is only logged. What
+    stands for the others'. Where the training is forced, what would be refused is only logged. What
     comes back is the size of the run; None for a family that cannot be run without data.
 
     Raises:
@@ -156,12 +156,12 @@ def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
             f"{bytes_text(there)} are free there; free some space, lower distill.trainer.save_total_limit, or set "
             "run_dir to another disk"
         )
-    if problems and not spec.settings.check_memory:
-        log.warning("%s will not fit, and starts because distill.check_memory is false: %s", called, problems[0])
+    if problems and spec.is_forced:
+        log.warning("%s will not fit, and starts because of --force: %s", called, problems[0])
     elif problems:
         raise UserError(
             f"{called} will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
-            "memory goes; distill.check_memory: false starts it all the same"
+            "memory goes; `--force` starts it all the same"
         )
     elif not free.fits(size):
         peak = bytes_text(size.memory.peak)

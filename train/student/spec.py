@@ -70,6 +70,8 @@ class TrainSpec:
     """Lowest student layers that the student does not run: a live teacher does for both, or their state is recorded."""
     state_losses: type[StateLosses] = StateLosses
     """What computes terms inside the layers; another one knows more of them."""
+    is_forced: bool = False
+    """Whether it starts although memory or disk will not do."""
 
     @property
     def is_control(self) -> bool:

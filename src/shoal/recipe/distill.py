@@ -233,8 +233,6 @@ class Distill(Section):
     says why."""
     head_chunk: Annotated[Positive, Shapes.TRAINING] = 256
     """Tokens whose full-vocabulary logits exist at one time."""
-    check_memory: Annotated[bool, Shapes.NOTHING] = True
-    """Refuse a run that does not fit into memory or on the disk before it starts; false = only say so."""
     trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT] = field(default_factory=dict)
     """Arguments handed to transformers.TrainingArguments untouched; all but those of saving, logging and loading data
     shape the training."""

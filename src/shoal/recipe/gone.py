@@ -7,6 +7,7 @@ import re
 GONE: dict[str, str] = {
     "attention": "write attn_implementation: auto, flash, sdpa or eager",
     "attn_implementation.flash_attention_2": "write flash: shoal takes the version that is installed",
+    "distill.check_memory": "`--force` starts what will not fit: `shoal distill RUN --force`",
     "distill.data.completion": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
     "distill.data.image": "set column: {image: NAME, prompt: NAME, completion: NAME}",
     "distill.data.loss_on": "set column: {messages: NAME, loss_on: all}",

@@ -15,7 +15,7 @@ from shoal.artifacts.plan import LAB, Plan
 from shoal.compress.apply import apply_plan
 from shoal.launch.cli import _main
 from shoal.launch.verbs import dry_run
-from shoal.launch.verbs.dry_run import Stage, prune_dry_run, run_dry_run
+from shoal.launch.verbs.dry_run import Stage, dry_run_text
 from shoal.launch.verbs.evaluate import eval_inputs
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.prune import prune
@@ -46,6 +46,10 @@ def make_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return make
 
 
+def told_of(verb: str, run: Run) -> str:
+    return dry_run_text(dry_run.dry_run(verb, run), run.dir)
+
+
 def rows(told: str) -> dict[str, str]:
     """The lines of the stages by name, without what aligns them."""
     lines = told.split("\n\n")[1].splitlines()[1:]
@@ -59,7 +63,7 @@ def states(told: str) -> list[str]:
 
 def test_before_anything_is_made_all_is_to_do_and_nothing_is_written(make_run: Any, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    told = run_dry_run(make_run())
+    told = told_of("run", make_run())
     assert list(rows(told)) == ["measure", "prune", "distill", "eval", "report"]
     assert states(told) == ["to do"] * 5
     assert "no estimate no estimate teacher, pruned, distilled" in rows(told)["eval"]
@@ -75,35 +79,35 @@ def test_states_follow_what_is_there_and_what_it_was_made_from(make_run: Any, mo
     run = make_run()
     measure(run)
     prune(run)
-    told = run_dry_run(run)
+    told = told_of("run", run)
     assert states(told) == ["done", "done", "to do", "to do", "to do"]
     assert "--- prune ---" not in told
 
-    stale = run_dry_run(make_run(measure={"batch_size": 1, "num_tokens": 96}))
+    stale = told_of("run", make_run(measure={"batch_size": 1, "num_tokens": 96}))
     assert rows(stale)["measure"].startswith("made again")
     assert "measure.num_tokens is 96 in this recipe but 64 there" in rows(stale)["measure"]
     assert rows(stale)["prune"].startswith("made again")
     assert "the student of the new cut" in rows(stale)["distill"]
-    other = run_dry_run(make_run(prune={"num_drop": None, "drop": [2]}))
+    other = told_of("run", make_run(prune={"num_drop": None, "drop": [2]}))
     assert states(other)[:2] == ["done", "made again"]
     assert "drops:   2\n" in other
 
     scored = replace(evaluation("teacher"), seconds=120.0, num_requests=20, num_kept=0)
     inputs = Provenance(eval_inputs(run, run.teacher))
     replace(scored, provenance=inputs).save(run.dir / "eval" / "teacher.json")
-    told = run_dry_run(run)
+    told = told_of("run", run)
     assert "pruned, distilled, each: " in rows(told)["eval"]
 
     monkeypatch.setattr(dry_run, "what_is_trained", lambda _: ["distill.seed is 1 in this recipe but 2 there"])
-    assert rows(run_dry_run(run))["distill"].startswith("made again")
+    assert rows(told_of("run", run))["distill"].startswith("made again")
     monkeypatch.setattr(dry_run, "what_is_trained", lambda _: [])
     monkeypatch.setattr(dry_run, "roles", lambda run: dict.fromkeys(("teacher", "pruned", "distilled"), run.teacher))
-    assert states(run_dry_run(run)) == ["done", "done", "done", "to do", "to do"]
+    assert states(told_of("run", run)) == ["done", "done", "done", "to do", "to do"]
 
 
 def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "free_disk", lambda _: 6000)
-    told = run_dry_run(make_run(prune={"num_drop": None, "drop": [1]}))
+    told = told_of("run", make_run(prune={"num_drop": None, "drop": [1]}))
     (student,) = re.findall(r"^prune +to do +no estimate +(\S+) kB", told, flags=re.MULTILINE)
     needed, _ = re.findall(r"^disk: (\S+) kB needed under .* 6 kB free there: NOT ENOUGH", told, flags=re.MULTILINE)
     assert float(needed) == pytest.approx(float(student) + 5, abs=1)
@@ -118,9 +122,9 @@ def test_what_a_part_of_the_lab_made_is_told_as_it_is(make_run: Any, monkeypatch
     apply_plan(run.teacher, plan, student)
     replace(plan, student=plan.sealed(model_fingerprint(student))).save(run.dir / Plan.FILE)
     monkeypatch.setattr(dry_run, "training_estimate", lambda _run, plan: seen.append(plan) or TRAINING)
-    assert states(run_dry_run(run)) == ["to do", "done", "to do", "to do", "to do"]
+    assert states(told_of("run", run)) == ["to do", "done", "to do", "to do", "to do"]
     assert [plan.drop for plan in seen] == [drop]
-    assert "drops:   1, 3, 4" in prune_dry_run(run)
+    assert "drops:   1, 3, 4" in told_of("prune", run)
 
 
 def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +132,7 @@ def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch:
         raise NotEstimated("strange: cannot be run without data")
 
     monkeypatch.setattr(dry_run, "training_estimate", refuse)
-    told = run_dry_run(make_run(eval={"control": True}))
+    told = told_of("run", make_run(eval={"control": True}))
     assert "to do no estimate no estimate the student of the new cut; the control too" in rows(told)["distill"]
     assert told.endswith("--- distill ---\nstrange: cannot be run without data")
 

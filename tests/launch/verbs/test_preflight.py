@@ -5,6 +5,7 @@ Covers: shoal.compress.sweeps.placeholder.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.distill import check_distill
-from shoal.launch.verbs.dry_run import prune_dry_run
+from shoal.launch.verbs.dry_run import dry_run
 from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import parse_recipe
@@ -95,7 +96,7 @@ def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
     raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": measure}
     run = open_run(parse_recipe({**raw, "prune": {"num_drop": 1, **prune}}))
     monkeypatch.setattr(pruning, "measure", lambda _: pytest.fail("measured"))
-    for stage in (preflight, pruning.prune, prune_dry_run):
+    for stage in (preflight, pruning.prune, partial(dry_run, "prune")):
         with pytest.raises(UserError, match=message):
             stage(run)
 

@@ -20,7 +20,7 @@ from shoal.artifacts.training import Training
 from shoal.errors import UserError
 from shoal.launch.verbs import distill
 from shoal.launch.verbs import prune as pruning
-from shoal.launch.verbs.dry_run import prune_dry_run
+from shoal.launch.verbs.dry_run import dry_run
 from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.load import load_model
@@ -46,7 +46,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(teacher, tmp_path)
-    told = prune_dry_run(run)
+    told = dry_run("prune", run)[0].told
     assert "32 MLP channels and 1 key-value group of every layer" in told
     assert not (run.dir / "plan.json").exists()
     pruning.prune(run)

@@ -91,10 +91,11 @@ def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
     assert disk_bytes(unsaved)["checkpoints"] == 12 * weights
 
 
-def refuse(folders: tuple[Path, Path], run_dir: Path, **changes: Any) -> None:
+def refuse(folders: tuple[Path, Path], run_dir: Path, *, is_forced: bool = False, **changes: Any) -> None:
     settings = Distill(sequence_length=LENGTH, watch=None, **changes)
     teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in folders)
-    check_fit(train_spec(teacher, student, CUT, settings, ONE_RANK), run_dir)
+    spec = train_spec(teacher, student, CUT, settings, ONE_RANK)
+    check_fit(replace(spec, is_forced=is_forced), run_dir)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_a_run_without_the_memory_is_refused_with_what_fits(
     machine["memory"] = 900_000_000
     with pytest.raises(UserError, match=r"rank\(s\) on this node need .* MB are free; this fits: distill\.") as caught:
         refuse(folders, tmp_path, trainer={"per_device_train_batch_size": 4096})
-    assert "distill.check_memory: false" in str(caught.value)
+    assert "`--force` starts it all the same" in str(caught.value)
 
 
 @pytest.mark.slow
@@ -158,5 +159,5 @@ def test_a_run_that_starts_all_the_same_says_what_is_short(
     folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     machine["disk"] = 1000
-    refuse(folders, tmp_path, check_memory=False)
-    assert "starts because distill.check_memory is false: run_dir" in caplog.text
+    refuse(folders, tmp_path, is_forced=True)
+    assert "starts because of --force: run_dir" in caplog.text
