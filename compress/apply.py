@@ -34,6 +34,7 @@ from .edits.tensors import with_layers
 from .metrics.metric import Calibration
 from .surgery.copying import ChangedTensors, Copy, changed_tensors, planned_copy, write_copy
 from .surgery.cut_model import kept_layers, skipped
+from .surgery.narrow_config import NARROW
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import without_quantization
 from .surgery.shards import shards_fingerprint
@@ -95,6 +96,8 @@ def apply_plan(
         new.append(change.tensors(teacher, plan, text, partial(_in_force, tuple(new)) if new else None))
         plan = new[-1].plan
     copy, changed = _with_tensors(sized, skeleton, copy, new)
+    if copy is None and sized is not teacher:
+        raise UserError(f"{teacher_folder}: cannot be narrowed file by file; leave {NARROW} out")
     source = shards_fingerprint(copy.shards) if copy else str(teacher_folder.resolve())
     with written_folder(out, key=fingerprint([source, plan.sealed("")])) as folder:
         if copy:

@@ -46,8 +46,6 @@ class NewTensors:
 class Change(Protocol):
     """One change, as a recipe asks for it."""
 
-    SECTION: ClassVar[str]
-    """Its place in the recipe."""
     IS_ROUNDED: ClassVar[bool]
     """Whether the student's answers are the teacher's with the change in force up to rounding only."""
 

@@ -24,14 +24,13 @@ from ..surgery.teacher import Teacher
 from .calibration import calibrating, in_words, needed_bytes, refuse_quantised
 from .change import InForce, NewTensors, Tensors
 from .fit import compensate, needed_features, needed_tokens
-from .fold import COMPENSATE
+from .fold import COMPENSATE, LEAVE_OUT
 
 
 @dataclass(frozen=True)
 class Compensation:
     """Factors and corrections for every gap, in the weights of layers that stay."""
 
-    SECTION: ClassVar[str] = COMPENSATE
     IS_ROUNDED: ClassVar[bool] = False
 
     settings: Compensate
@@ -42,17 +41,17 @@ class Compensation:
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """The teacher as it is: no size changes."""
-        refuse_quantised(teacher.folder, teacher.config, section=self.SECTION)
+        refuse_quantised(teacher.folder, teacher.config, section=COMPENSATE)
         if 0 in plan.drop:
             raise UserError(
-                f"{self.SECTION}: layer 0 is dropped, and no layer below it is left whose weights could make up for "
-                f"it; keep it, or leave {self.SECTION} out"
+                f"{COMPENSATE}: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
+                f"keep it, or {LEAVE_OUT}"
             )
         return teacher
 
     def tensors(self, teacher: Teacher, plan: Plan, text: Calibration, before: InForce | None) -> NewTensors:
         """What is fitted, gap by gap."""
-        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=self.SECTION) as source:
+        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=COMPENSATE) as source:
             found = compensate(source, plan.drop, self.settings, text, before)
         uncut = uncut_layers(teacher.config, text_config(teacher.config).num_hidden_layers)
         closed = [
@@ -63,9 +62,9 @@ class Compensation:
 
         def in_force(model: PreTrainedModel) -> AbstractContextManager[object]:
             # a model in a wider precision than the files has the numbers of the files
-            rounded = {} if model.dtype == stored else {"rounded": stored}
-            layers = {layer: as_stored(model, layer, found.layers[layer], **rounded) for layer in found.layers}
-            return tensors_in_place(model, layers)
+            rounded = None if model.dtype == stored else stored
+            new = {layer: as_stored(model, layer, own, rounded=rounded) for layer, own in found.layers.items()}
+            return tensors_in_place(model, new)
 
         return NewTensors(
             replace(plan, gaps=found.gaps),

@@ -60,7 +60,6 @@ Place = tuple[Path, StoredTensor, Part]
 class Narrowing:
     """As many channels and key-value groups in every layer as the section says, those that write most."""
 
-    SECTION: ClassVar[str] = NARROW
     IS_ROUNDED: ClassVar[bool] = True  # sums over fewer terms are rounded otherwise
 
     settings: Width
@@ -93,7 +92,7 @@ class Narrowing:
     def tensors(self, teacher: Teacher, plan: Plan, text: Calibration, before: InForce | None) -> NewTensors:
         """The slices that stay, read from the files one layer at a time."""
         own, width = self._sizes(teacher), kept_width(teacher.config, self.settings)
-        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=self.SECTION) as source:
+        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=NARROW) as source:
             units = measure_width(source, own, plan.drop, text)
         places = self._places(teacher, own)
 
@@ -138,7 +137,7 @@ class Narrowing:
                     places[layer][parameter] = files[names[0]], stored[names[0]], part
         except NotByCopy as reason:
             raise UserError(
-                f"{teacher.folder}: cannot be narrowed file by file: {reason}; leave {self.SECTION} out"
+                f"{teacher.folder}: cannot be narrowed file by file: {reason}; leave {NARROW} out"
             ) from reason
         return places
 

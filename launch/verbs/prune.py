@@ -173,8 +173,7 @@ def read_goals(run: Run) -> Goals | None:
     """
     from shoal.compress.layer_sizes import goals_of, layer_sizes
 
-    target = getattr(run.recipe.prune, "target", None)
-    if target is None:
+    if isinstance(prune := run.recipe.prune, CutThese) or (target := prune.target) is None:
         return None
     if target.sequence_length is not None:
         check_length(run, target.sequence_length, "prune.target.sequence_length")
@@ -207,8 +206,7 @@ def refuse_unmeasured(run: Run) -> None:
         # which removals reach most is not known before they are ordered
         prune, goals = replace(prune, target=None, num_drop=1), None
     chosen_by = {prune.metric} if isinstance(prune.metric, str) else {*(prune.metric or ())}
-    tasks_choose = bool(chosen_by - {*METRICS, TASK_ORDER})
-    with_tasks = tasks_choose or bool(prune.spare) or "cornerstone" in prune.protect
+    with_tasks = bool(chosen_by - {*METRICS, TASK_ORDER} or prune.spare) or "cornerstone" in prune.protect
     to_come = placeholder_importance(run.recipe.measure, num_layers, go_first=free, with_tasks=with_tasks)
     choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
 

@@ -108,10 +108,7 @@ class CutByScore(Cut):
     target: Annotated[Target | None, Shapes.PLAN, Field(exclude_if=lambda target: target is None)] = None
     """What the student must reach: parameters, memory, speed-up. As few layers go, in the order of the metric, as reach
     everything named."""
-    metric: Annotated[
-        str | Annotated[dict[str, Above0], Field(min_length=1)] | None,
-        Shapes.PLAN,
-    ] = None
+    metric: Annotated[str | Annotated[dict[str, Above0], Field(min_length=1)] | None, Shapes.PLAN] = None
     """Column of importance.json that chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
     block_influence, or angular when contiguous. A mapping of several to their weights is a mix: the weighted mean of
     each layer's rank under them, since shares, nats and cosines have only ranks in common."""
@@ -133,16 +130,10 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _type_of(value: Any) -> str:
-    return (
-        CutThese if isinstance(value, CutThese) or (isinstance(value, dict) and "drop" in value) else CutByScore
-    ).__name__
+    is_named = "drop" in value if isinstance(value, dict) else isinstance(value, CutThese)
+    return "CutThese" if is_named else "CutByScore"
 
 
-Prune = Annotated[
-    Annotated[
-        Annotated[CutThese, Tag(CutThese.__name__)] | Annotated[CutByScore, Tag(CutByScore.__name__)],
-        Discriminator(_type_of),
-    ],
-    BeforeValidator(_without_nulls),
-]
+_Either = Annotated[CutThese, Tag("CutThese")] | Annotated[CutByScore, Tag("CutByScore")]
+Prune = Annotated[Annotated[_Either, Discriminator(_type_of)], BeforeValidator(_without_nulls)]
 """The section, told apart by whether it has `drop`."""
