@@ -124,10 +124,12 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
     distill["trainer"]["save_strategy"] = "no"
     scored = {"limit": arguments.limit, "data_dir": arguments.data_dir, "control": arguments.control, "speed": False}
     changes = [{"kind": "compensate", "method": arguments.compensate}] if arguments.compensate else []
+    read = {"data": ["python_docs", "docstrings", "instructions", "ability_texts"], "num_tokens": 65_536}
     settings |= {
         "run_dir": str(run_dir),
         "seed": seed,
         "full_size_gflops": None,
+        "measure": settings.get("measure", {}) | read,
         "prune": {"drop": list(arguments.drop), "changes": changes},
         "distill": distill,
         "eval": settings["eval"] | scored | ({"tasks": "transfer"} if arguments.data_dir else {}),
