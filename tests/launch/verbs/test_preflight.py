@@ -55,9 +55,9 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
             r"laco_acceptance: was measured for runs of up to 1 layers, but 3 are to go; set measure\.num_drop: 3",
         ),
         (
-            {"weights": {"blockpruner": 1}},
+            {"metric": {"blockpruner": 1}},
             {"metrics": ["blockpruner"]},
-            r"prune\.weights\.blockpruner: blockpruner is an order of attention units, which has no scores of layers",
+            r"prune\.metric\.blockpruner: blockpruner is an order of attention units, which has no scores of layers",
         ),
         (
             {"metric": "sleb", "num_drop": None, "target": {"params": 35_000}},
@@ -82,7 +82,7 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
         ),
         ({"spare": ["retrieval"]}, {}, r"prune\.spare: retrieval: is not in importance\.json; it has none\."),
         ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone needs swept tasks, .* holds none"),
-        ({"weights": {"angular": 1, "taylr": 1}}, {}, r"weights\.taylr: is not in importance.json"),
+        ({"metric": {"angular": 1, "taylr": 1}}, {}, r"metric\.taylr: is not in importance.json"),
     ],
 )
 def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
