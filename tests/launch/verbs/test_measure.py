@@ -63,7 +63,7 @@ def test_text_that_is_repeated_is_told(make_run: Any, tmp_path: Path, caplog: py
     assert "which is repeated" not in caplog.text
     (tmp_path / "few.jsonl").write_text('{"text": "two and two are four."}\n')
     measuring.measure(make_run({"data": str(tmp_path / "few.jsonl")}, run_dir=str(tmp_path / "other")))
-    assert "measure.data: 10,000 tokens are more than" in caplog.text
+    assert "measure.data: 64 tokens are more than" in caplog.text
     assert "few.jsonl has, which is repeated: what is found rests on less text" in caplog.text
 
 

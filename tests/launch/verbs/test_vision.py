@@ -98,7 +98,10 @@ IMAGES: dict[str, Any] = {"path": "rows.jsonl", "column": COLUMNS}
     [
         ({"measure": {"data": [IMAGES]}}, r"measure.data.0.column: must be a string \(got \{"),
         ({"data": [{"path": "a", "column": {"image": "i", "prompt": "p"}}]}, r"column.completion: is required"),
-        ({"data": [{"path": "a", "column": {**COLUMNS, "loss_on": "all"}}]}, r"column.loss_on: has no place beside distill.data.0.column.image"),
+        (
+            {"data": [{"path": "a", "column": {**COLUMNS, "loss_on": "all"}}]},
+            r"column.loss_on: has no place beside distill.data.0.column.image",
+        ),
         ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
         ({"teacher": "recorded"}, r"distill.teacher: what a teacher says of images is not recorded"),
     ],
