@@ -94,9 +94,8 @@ def work(run: Run, settings: Settings) -> str:
         if isinstance(distill.teacher, Recorded):
             raise UserError("distill.teacher: recorded signals hold no attention; set it to live")
     spec, inputs = described(run, "relations", settings)
-    losses = (*spec.settings.losses, *settings.terms)
     spec = dataclasses.replace(
-        spec, settings=dataclasses.replace(spec.settings, losses=losses), state_losses=RelationLosses
+        spec, settings=spec.settings.with_losses(lambda losses: (*losses, *settings.terms)), state_losses=RelationLosses
     )
     return train(run, spec, inputs, run.dir / "lab" / "relations")
 

@@ -114,7 +114,11 @@ def check_distillable(spec: TrainSpec) -> None:
     if on_policy and any(isinstance(term, CrossEntropy) and term.weight for term in settings.losses):
         log.warning(
             "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
-            "wrong; train on it with divergences alone"
+            "wrong; give it to the sources that it is for"
+        )
+    if not set(settings.losses) & set(settings.terms) and settings.losses != Distill.losses:
+        log.warning(
+            "distill.losses: nothing is learnt by them, since every source of distill.data has losses of its own"
         )
     in_four_bits = settings.lora is not None and settings.lora.load_in_4bit
     if in_four_bits and importlib.util.find_spec("bitsandbytes") is None:

@@ -31,7 +31,6 @@ from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import LossTerm, StateTerm
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.not_together import not_together
-from shoal.recipe.section import Section
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
 from .engine.sharding import compile_no_collectives
@@ -287,15 +286,9 @@ def _rows(
     return rows
 
 
-def as_terms(losses: Losses) -> list[Any]:
-    """What a recipe's list of loss terms would be."""
-    terms: Any = [losses] if isinstance(losses, str | Mapping | Section) else losses
-    return [{"kind": term} if isinstance(term, str) else term for term in terms]
-
-
 def _section(args: TrainingArguments, *, losses: Losses, trainable: str, **given: Any) -> Distill:
     """The section of a recipe that says the same."""
-    named = {"losses": as_terms(losses), "trainable": trainable}
+    named = {"losses": losses, "trainable": trainable}
     section = of_arguments(
         Distill,
         {"stop_on_spike": None, **named, **given},
@@ -320,7 +313,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
     plan = known_plan(model, teacher or model, drop)
     if plan is None:
         kept, num_layers = len(decoder_layers(model)), len(decoder_layers(teacher or model))
-        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, StateTerm) for t in section.losses)
+        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, StateTerm) for t in section.terms)
         if reads_drop and kept != num_layers:
             raise UserError(
                 f"drop: trainable {section.trainable!r} or a loss on states has to know which of the teacher's "

@@ -114,7 +114,8 @@ def _contents(
         "smaller": _is_smaller(run),
         "guesses_ahead": bool(mtp_names(names, run.plan.num_layers)),
         "taught": _asked_teacher(run),
-        "distill": {"losses": (), **((run.recipe or {}).get("distill") or {})},
+        "distill": (run.recipe or {}).get("distill") or {},
+        "losses": _losses(run),
         "size": size_table(run),
         "speed": run.speed and speed_table(run.speed),
         "automatic": "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM",
@@ -160,10 +161,16 @@ def _is_smaller(run: Run) -> bool:
 
 def _asked_teacher(run: Run) -> bool:
     """Whether anything was learnt of the teacher: by a loss term, by layers healed before, or by text it wrote."""
-    distill = (run.recipe or {}).get("distill") or {}
-    kinds = {loss["kind"] for loss in distill.get("losses") or ()}
     sources = (run.training.data.get("sources") or {}) if run.training else {}
-    return kinds != {"cross_entropy"} or bool(distill.get("local")) or TEACHER_TEXT in sources
+    return _losses(run) != ["cross_entropy"] or TEACHER_TEXT in sources
+
+
+def _losses(run: Run) -> list[str]:
+    """The kinds of loss terms that some text was learnt by."""
+    distill = (run.recipe or {}).get("distill") or {}
+    of_all = distill.get("losses") or ()
+    own = [source.get("losses") or of_all for source in distill.get("data") or [{}]]
+    return list(dict.fromkeys(loss["kind"] for losses in [of_all if of_all in own else (), *own] for loss in losses))
 
 
 def _license_link(run: Run, terms: License, base: str | None) -> str | None:

@@ -27,7 +27,7 @@ from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
 from shoal.train.distill import training_of
-from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, as_terms, packed
+from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, packed
 from shoal.train.engine.arguments import num_rows, training_arguments
 from shoal.train.student.lora import remove_adapters
 
@@ -109,7 +109,7 @@ def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def _section(num_tokens: int | None, settings: dict[str, Any]) -> Distill:
-    named = {"losses": as_terms(settings.pop("losses", "forward_kl"))}
+    named = {"losses": settings.pop("losses", "forward_kl")}
     named |= {} if num_tokens is None else {"num_tokens": num_tokens}
     trainer, learning_rate = settings.get("trainer", {}), settings.pop("learning_rate", 1e-4)
     if isinstance(trainer, Mapping):

@@ -34,6 +34,10 @@ WORDS = {"integer": "whole number", "number": "number", "string": "text", "boole
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
+AGAIN = "distill.data.losses"
+"""Holds the sections of distill.losses, which are listed there."""
+
+
 @cache
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe; a key that a class inherits has the docstring of the class above."""
@@ -58,7 +62,7 @@ def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[
     section = section or schema()
     for key, own in section["properties"].items():
         yield before + key, {**own, "is_required": key in section.get("required", ())}
-        inner = _sections(own)
+        inner = [] if before + key == AGAIN else _sections(own)
         has_kinds, of_types = len(inner) > 1 and all(map(kind_of, inner)), dict[str, dict[str, Any]]()
         for part in inner:
             if has_kinds:

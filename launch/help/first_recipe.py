@@ -102,10 +102,10 @@ def _proposal(
         },
         "distill": {
             "data": [
-                {"path": "docstrings", "weight": 0.7, "losses": ["forward_kl"]},
-                {"path": "ability_texts", "weight": 0.3, "losses": ["cross_entropy"]},
+                {"path": "docstrings", "weight": 0.7},
+                {"path": "ability_texts", "weight": 0.3, "losses": "cross_entropy"},
             ],
-            "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
+            "losses": "forward_kl",
             "num_tokens": 80_000 if on_cpu else 10_000_000,
             "sequence_length": length,
             "batch_size": rows,

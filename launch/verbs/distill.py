@@ -53,7 +53,7 @@ def record(run: Run) -> None:
     assert isinstance(settings.teacher, Recorded)
     check_length(run, settings.sequence_length, "distill.sequence_length")
     # which layers' states are kept is known by the plan; else any as large will do
-    is_by_plan = settings.teacher.prefix or any(isinstance(term, StateTerm) for term in settings.losses)
+    is_by_plan = settings.teacher.prefix or any(isinstance(term, StateTerm) for term in settings.terms)
     spec = training_spec(run, read_plan(run) if is_by_plan else expected_plan(run), Ranks.here())
     training.check_distillable(spec)
     seed_everything(recipe.seed)

@@ -126,8 +126,7 @@ CASES: dict[str, Case] = {
         ]
     ),
     "by_source": distilled(
-        data=[{"path": "python_docs", "losses": ["forward_kl"]}, {**CHAT, "losses": ["cross_entropy"]}],
-        losses=[FORWARD_KL, CROSS_ENTROPY],
+        data=[{"path": "python_docs"}, {**CHAT, "losses": "cross_entropy"}],
         packing="bfd",
     ),
     # what is trained, and how

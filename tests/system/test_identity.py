@@ -27,8 +27,9 @@ from shoal.launch.verbs.run import Run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import OnPolicy, Recorded
 from shoal.recipe.evaluate import Eval
+from shoal.recipe.losses import JSD
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.section import Named, Positive, Section, Shapes, shaped, shaping, shaping_keys
+from shoal.recipe.section import Named, Positive, Section, Shapes, as_dict, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.teacher.recording import Wanted, rows_from
@@ -357,13 +358,19 @@ def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
 @pytest.mark.usefixtures("folder")
 def test_losses_of_a_source_shape_the_training_and_neither_rows_nor_recordings() -> None:
     raw = RECIPES["full"]
-    sources = [{"path": "python_docs", "losses": ["jsd"]}, {"path": "teacher_text", "weight": 0.5}]
+    sources = [
+        {"path": "python_docs", "losses": {"kind": "jsd", "temperature": 2.0}},
+        {"path": "teacher_text", "weight": 0.5},
+    ]
     by_source = {**raw, "distill": {**raw["distill"], "data": sources}}
     before, after = (identities(Run(parse_recipe(each))) for each in (raw, by_source))
     assert {result for result in after if after[result] != before[result]} == {"training", "control"}
     differing = {key for key, value in after["training"].items() if value != before["training"][key]}
     assert differing == {"distill.data"}
-    assert after["training"]["distill.data"][0] == {**before["training"]["distill.data"][0], "losses": ["jsd"]}
+    assert after["training"]["distill.data"][0] == {
+        **before["training"]["distill.data"][0],
+        "losses": [as_dict(JSD(temperature=2.0))],
+    }
 
 
 def test_a_key_that_is_called_anew_keeps_its_name_in_identities() -> None:

@@ -239,7 +239,7 @@ def rows_of(tmp_path):
 
 
 def test_sources_that_ask_no_teacher_have_rows_of_their_own_unless_it_is_recorded(rows_of):
-    each_its_own = (("forward_kl",), ("cross_entropy",))
+    each_its_own = ((ForwardKL(),), (CrossEntropy(),))
     mixed = rows_of(None, None)
     assert mixed.fingerprint == rows_of(*each_its_own, teacher=Recorded()).fingerprint
     apart = rows_of(*each_its_own)

@@ -57,7 +57,7 @@ def both_kinds(rows: Path) -> list[dict[str, Any]]:
     """Images, of which one term is learnt, and text, of which both are."""
     columns = {"image": "image", "prompt": "prompt", "completion": "answer"}
     texts = {"path": str(rows.with_name("texts.jsonl")), "weight": 2.0}  # image rows have padding
-    return [{"path": str(rows), "column": columns, "losses": ["forward_kl"]}, texts]
+    return [{"path": str(rows), "column": columns, "losses": "forward_kl"}, texts]
 
 
 @pytest.fixture(scope="module")

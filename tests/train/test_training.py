@@ -215,7 +215,7 @@ def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
     return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
 
 
-def by_source(folder: Path, *own: list[str] | None) -> list[dict[str, Any]]:
+def by_source(folder: Path, *own: str | None) -> list[dict[str, Any]]:
     """Two sources that learn from these loss terms."""
     return [{"path": alternating(folder, letter), "losses": names} for letter, names in zip("ab", own, strict=True)]
 
@@ -223,9 +223,8 @@ def by_source(folder: Path, *own: list[str] | None) -> list[dict[str, Any]]:
 @pytest.mark.prove
 @pytest.mark.parametrize("trainable", ["all", "from_first_cut"])
 def test_rows_that_ask_no_teacher_change_nothing_by_not_being_read(teacher, cut, tmp_path, trainable):
-    losses = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]
-    settings = {"losses": losses, "trainable": trainable, "deepspeed": "deepspeed/zero1.json"}
-    data, trials = by_source(tmp_path, ["forward_kl"], ["cross_entropy"]), []
+    settings = {"losses": "forward_kl", "trainable": trainable, "deepspeed": "deepspeed/zero1.json"}
+    data, trials = by_source(tmp_path, None, "cross_entropy"), []
     for hook in (None, ask_of_all_rows):
         path = recipe(tmp_path / f"{hook is None}", teacher, cut, **settings, data=data)
         trials.append(finished(run(path, ranks=2, before=hook)))
@@ -266,12 +265,13 @@ OWN = {"a": ["forward_kl", "hidden_states"], "b": ["cross_entropy", "taid"]}
 
 
 def of_two_sources(folder: Path) -> dict[str, Any]:
+    faster = {"momentum": TARGET.momentum, "step_size": TARGET.step_size}
+    own = {name: {"kind": name, "weight": weight} for name, weight in BY_SOURCE.items()}
+    own["taid"] |= faster
     return {
-        "data": [{"path": alternating(folder, letter), "losses": names} for letter, names in OWN.items()],
-        "losses": [
-            {"kind": kind, "weight": weight}
-            | ({"momentum": TARGET.momentum, "step_size": TARGET.step_size} if kind == "taid" else {})
-            for kind, weight in BY_SOURCE.items()
+        "data": [
+            {"path": alternating(folder, letter), "losses": [own[name] for name in names]}
+            for letter, names in OWN.items()
         ],
         "trainer": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4},
     }

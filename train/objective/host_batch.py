@@ -23,6 +23,7 @@ from shoal.data.image_rows import stacked_with_images
 from shoal.data.packing import IGNORED, IMAGES, ROW, SOURCES
 from shoal.models import document_masks
 from shoal.models.document_masks import document_borders, document_starts
+from shoal.recipe.distill import SAMPLES
 
 ON_HOST = "on_host"
 """Its place in a batch. It has no method `to`, so what moves a batch to the device leaves it where it is."""
@@ -41,13 +42,12 @@ class OnHost:
     """Number of every token's source; None where that does not matter, or for what the student has written."""
 
     def labels_from(self, sources: Collection[int] | None) -> Tensor:
-        """The labels of the tokens that are from these sources, IGNORED elsewhere, (B, S); None = from all.
-
-        What the student has written is from none, and is learnt whatever the sources.
-        """
-        if sources is None or (self.sources_BS is None and not self.rows):
+        """The labels of the tokens that are from these sources, IGNORED elsewhere, (B, S); None = from all. All of what
+        the student has written is from SAMPLES."""
+        is_written = self.sources_BS is None and not self.rows
+        if sources is None or (is_written and SAMPLES in sources):
             return self.labels_BS
-        if not sources:
+        if not sources or is_written:
             return torch.full_like(self.labels_BS, IGNORED)
         assert self.sources_BS is not None, "rows that are learnt by source were packed without their sources"
         theirs_BS = torch.zeros_like(self.sources_BS, dtype=torch.bool)

@@ -289,7 +289,7 @@ def _head(job: Job) -> int:
     student, settings, setting = job.student, job.spec.settings, job.setting
     tokens = min(settings.head_chunk, setting.rows * (settings.sequence_length - 1))
     width, beside = 2 if job.is_autocast else job.width, 0 if job.on_cpu else LOGIT_BYTES
-    if settings.compile and compiles(settings.losses):
+    if settings.compile and compiles([*settings.terms]):
         beside = COMPILED_LOGIT_BYTES
     logits = tokens * student.vocabulary * (RAW_LOGITS * width + beside)
     is_shared = not student.head_trained and job.shared_weights > 0

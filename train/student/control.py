@@ -33,12 +33,15 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     parts = replace(spec.trained, keys_from=keys_from(text_config(spec.teacher.config)))
     trained = _in_teacher(parts, settings.trainable, plan)
     frozen = shares_prefix(trained, plan)
-    losses = tuple(_of_equal_layers(term, plan, num_shared=spec.frozen_layers) for term in settings.losses)
+
+    def of_equal_layers(losses: tuple[LossTerm, ...]) -> tuple[LossTerm, ...]:
+        return tuple(_of_equal_layers(term, plan, num_shared=spec.frozen_layers) for term in losses)
+
     return replace(
         spec,
         student=spec.teacher,
         plan=Plan(plan.provenance, plan.num_layers, (), reason="the control is not cut"),
-        settings=replace(settings, losses=losses),
+        settings=settings.with_losses(of_equal_layers),
         trained=trained,
         frozen_layers=frozen,
         shared_layers=min(frozen, spec.shared_layers),
@@ -53,7 +56,7 @@ def control_identity(settings: Distill, plan: Plan) -> dict[str, Any]:
     """
     trained = _in_teacher(trained_parts(settings.trainable, plan), settings.trainable, plan)
     identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
-    if any(isinstance(term, StateTerm) for term in settings.losses):
+    if any(isinstance(term, StateTerm) for term in settings.terms):
         # which layers are compared, whatever they hold
         changed = [[change.kind, *change.layers, *change.runs] for change in plan.changes]
         identity |= {"plan.keep": list(plan.keep), "plan.changes": changed}

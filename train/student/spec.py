@@ -83,7 +83,7 @@ class TrainSpec:
         """Where the teacher's signals come from."""
         if isinstance(self.settings.teacher, Recorded):
             return "recorded"
-        if not needs_teacher(self.settings.losses):
+        if not needs_teacher(self.settings.terms):
             return "none"
         return "offloaded" if self.settings.teacher.offload else "live"
 
@@ -112,14 +112,14 @@ class TrainSpec:
         """Numbers of the sources of whose rows the teacher is asked; None = of all."""
         # states are compared row by row; under ZeRO 3 all ranks gather a layer, whatever rows they have; and what comes
         # over from the host does so for one row too
-        of_all = any(isinstance(term, StateTerm) for term in self.settings.losses)
+        of_all = any(isinstance(term, StateTerm) for term in self.settings.terms)
         of_all |= (self.deepspeed.stage == 3 and self.runs_teacher) or self.teacher_place in ("offloaded", "recorded")
         return None if of_all else sources_that_ask(self.settings)
 
     @property
     def reads_logits(self) -> bool:
         """Whether a loss term looks at the teacher's distributions."""
-        return any(map(reads_distributions, self.settings.losses))
+        return any(map(reads_distributions, self.settings.terms))
 
     @property
     def batch_split(self) -> tuple[int, int]:
@@ -160,7 +160,7 @@ def train_spec(teacher: Checkpoint, student: Checkpoint, plan: Plan, settings: D
     if isinstance(settings.teacher, Recorded):
         spared = recorded_layers(trained, plan, settings) if settings.teacher.prefix else 0
     else:
-        spared = frozen if needs_teacher(settings.losses) else 0  # else there is nobody to share them with
+        spared = frozen if needs_teacher(settings.terms) else 0  # else there is nobody to share them with
     return TrainSpec(teacher, student, plan, settings, ranks, deepspeed, trained, frozen, spared)
 
 

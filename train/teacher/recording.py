@@ -294,7 +294,7 @@ class Wanted:
         """
         settings = spec.settings
         assert isinstance(settings.teacher, Recorded)
-        terms = [term for term in settings.losses if isinstance(term, HiddenStates)]
+        terms = [term for term in settings.terms if isinstance(term, HiddenStates)]
         pairs = [pair for term in terms for pair in layer_pairs(term, spec.plan, num_shared=spec.frozen_layers)]
         return cls(
             spec.teacher,

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.distill import sources_of_terms
 from shoal.recipe.losses import StateTerm
 
 from ..engine.kernels import Fused, is_fused, why_not_fused
@@ -68,7 +67,7 @@ def wire(
     """
     shared, settings = spec.shared_layers, spec.settings
     prefix = SharedPrefix(student, live, first_change=shared) if shared else None
-    terms = [term for term in settings.losses if isinstance(term, StateTerm)]
+    terms = [term for term in settings.terms if isinstance(term, StateTerm)]
     states = spec.state_losses(terms, spec.plan, student, live, num_shared=spec.frozen_layers) if terms else None
     if live is not None:
         teacher = LiveTeacher(
@@ -80,10 +79,10 @@ def wire(
     objective = Objective(
         student,
         None if live is None else to_logits(live),
-        terms=settings.losses,
+        terms=tuple(settings.terms),
         chunk=settings.head_chunk,
         states=states,
-        sources=sources_of_terms(settings),
+        sources=tuple(settings.terms.values()),
         compiled_layers=_compiled_layers(spec, student, live) if settings.compile else None,
     )
     objective.fused = _fused(spec, student, live)
@@ -95,7 +94,7 @@ def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrained
     of a teacher that comes over layer by layer."""
     own = decoder_layers(student)[spec.shared_layers :]
     theirs = () if live is None or spec.teacher_place != "live" else decoder_layers(live)
-    at_head = compiles(spec.settings.losses)
+    at_head = compiles([*spec.settings.terms])
     log.info(
         "compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
         len(own),

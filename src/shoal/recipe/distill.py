@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from shoal.recipe.losses import ForwardKL, LossTerm, asked_sources, needs_teacher, temperatures, term_names
+from shoal.recipe.losses import ForwardKL, Losses, LossTerm, asked_sources, needs_teacher, temperatures
 from shoal.recipe.section import (
     DataSource,
     Dtype,
@@ -29,15 +30,10 @@ Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true", "fp16-mixed", 
 class TrainingSource(DataSource):
     """Where training text comes from, and which loss terms learn from it."""
 
-    losses: Annotated[
-        Annotated[tuple[Text, ...], Field(min_length=1)] | None, Field(exclude_if=lambda names: names is None)
-    ] = None
-    """Names of the terms of distill.losses that learn from the tokens of this source, as their curves have them
-    (`forward_kl`, of two of a kind `forward_kl_1`); None = all. To every other term these tokens are worth 0, while the
-    loss is still divided by all supervised tokens of the step: a term's weight means the same whichever sources it
-    learns from, and one that learns from few tokens adds little. Sources whose terms ask no teacher have rows of their
-    own, which it does not read. The student's own samples (distill.on_policy) are no source's, and all terms learn from
-    them."""
+    losses: Annotated[Losses | None, Field(exclude_if=lambda terms: terms is None)] = None
+    """What is learnt from the tokens of this source; None = distill.losses. A term's sum is divided by all supervised
+    tokens of the step, whichever source it is of: one that learns from few tokens adds little. Sources whose terms ask
+    no teacher have rows of their own, which it does not read."""
 
 
 TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
@@ -198,8 +194,9 @@ class Distill(Section):
     packing: Annotated[Packing, Shapes.ROWS | Shapes.TRAINING] = "wrapped"
     """wrapped: what does not fit a row goes on in the next as a document of its own. bfd: documents stay whole, what
     is longer than a row is cut, and rows are padded."""
-    losses: Annotated[tuple[LossTerm, ...], Shapes.TRAINING] = (ForwardKL(),)
-    """What the student is to match: the sum of these terms, each times its weight."""
+    losses: Annotated[Losses, Shapes.TRAINING] = (ForwardKL(),)
+    """What the student is to match: the sum of these terms, each times its weight; learnt from all sources without
+    losses of their own, and from the student's own samples."""
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
     """Weights that are trained: everything; all but embeddings and head; the layers from the first cut up, with the
     final norm (an edited layer counts as a cut); those next to a gap; or final norm and head. What lies below is still
@@ -255,14 +252,34 @@ class Distill(Section):
     @property
     def recorded_temperature(self) -> float:
         """Temperature at which a recorded teacher speaks: that of the terms that read its distributions."""
-        return min(temperatures(self.losses), default=1.0)
+        return min(temperatures(self.terms), default=1.0)
+
+    @property
+    def terms(self) -> dict[LossTerm, frozenset[int] | None]:
+        """All different loss terms of the training, and the numbers of the sources that each learns from, with SAMPLES
+        where it learns from the student's own; None = from everything."""
+        lists = {n: self.losses if source.losses is None else source.losses for n, source in enumerate(self.data)}
+        if self.on_policy is not None and self.on_policy.share > 0:
+            lists[SAMPLES] = self.losses
+        first = [self.losses] if self.losses in lists.values() else []
+        terms = dict.fromkeys(term for own in (*first, *lists.values()) for term in own)
+        learners = {term: frozenset(number for number, own in lists.items() if term in own) for term in terms}
+        return {term: None if len(numbers) == len(lists) else numbers for term, numbers in learners.items()}
+
+    def with_losses(self, changed: Callable[[tuple[LossTerm, ...]], tuple[Any, ...]]) -> Distill:
+        """The same with every list of loss terms ``changed``, those of sources too."""
+        own = ((source, source.losses) for source in self.data)
+        data = (source if losses is None else replace(source, losses=changed(losses)) for source, losses in own)
+        return replace(self, losses=changed(self.losses), data=tuple(data))
 
     @property
     def by_source(self) -> bool:
-        """Whether a source says which loss terms it is for, so that rows have to say what their tokens are from."""
-        return any(source.losses is not None for source in self.data)
+        """Whether a term does not learn from everything, so that rows have to say what their tokens are from."""
+        return any(numbers is not None for numbers in self.terms.values())
 
 
+SAMPLES = -1
+"""Number among those of sources for what the student writes itself."""
 NEUTRAL_TRAINER_KEYS = {
     *("save_steps", "save_strategy", "save_total_limit"),
     *("logging_steps", "disable_tqdm", "dataloader_num_workers"),
@@ -270,16 +287,7 @@ NEUTRAL_TRAINER_KEYS = {
 """Training arguments that change how the work is done and not its result: a run may go on with others."""
 
 
-def sources_of_terms(distill: Distill) -> tuple[frozenset[int] | None, ...]:
-    """For every loss term the numbers of the sources whose tokens it learns from; None = all."""
-    every = frozenset(range(len(distill.data)))
-    of_terms = (
-        frozenset(n for n, source in enumerate(distill.data) if source.losses is None or name in source.losses)
-        for name in term_names(distill.losses)
-    )
-    return tuple(None if numbers == every else numbers for numbers in of_terms)
-
-
 def sources_that_ask(distill: Distill) -> frozenset[int] | None:
     """Numbers of the sources of whose tokens a loss term asks the teacher; None = of all."""
-    return asked_sources(distill.losses, sources_of_terms(distill), lambda term: needs_teacher([term]))
+    terms = distill.terms
+    return asked_sources(tuple(terms), tuple(terms.values()), lambda term: needs_teacher([term]))

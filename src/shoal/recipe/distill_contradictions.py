@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shoal.recipe import losses as terms
-from shoal.recipe.distill import Distill, Writing, sources_of_terms
-from shoal.recipe.losses import term_names
+from shoal.recipe.distill import Distill, Writing
 from shoal.recipe.section import TEACHER_TEXT
 
 _REASONS: dict[str, str] = {
@@ -59,8 +58,9 @@ REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 def contradictions(distill: Distill) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
-    yield from terms.contradictions(distill.losses, sources=sources_of_terms(distill))
-    yield from _of_sources(distill)
+    yield from terms.contradictions(distill.losses)
+    for number, source in enumerate(distill.data):
+        yield from [] if source.losses is None else terms.contradictions(source.losses, f"distill.data.{number}.losses")
     yield from _of_images(distill)
     watch = distill.watch
     yield from _of_written_text(distill)
@@ -82,24 +82,6 @@ def _of_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
             value = value.get(inner) if isinstance(value, dict) else None
         if value in values:
             yield f"distill.trainer.{place}: {value} {reason}"
-
-
-def _of_sources(distill: Distill) -> Iterator[str]:
-    known = term_names(distill.losses)
-    strangers = [
-        f"distill.data.{number}.losses: there is no loss term {name!r}; distill.losses has {', '.join(known)}"
-        for number, source in enumerate(distill.data)
-        for name in source.losses or ()
-        if name not in known
-    ]
-    yield from strangers
-    samples = distill.on_policy is not None and distill.on_policy.share > 0
-    for number, sources in enumerate(sources_of_terms(distill)):
-        if sources is not None and not sources and not samples and not strangers:
-            yield (
-                f"distill.losses.{number}: no source of distill.data learns from {known[number]}; name it in the "
-                "losses of one, or take it out"
-            )
 
 
 def _of_images(distill: Distill) -> Iterator[str]:

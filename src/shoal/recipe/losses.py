@@ -8,11 +8,11 @@ by the token count of the whole optimizer step. divergences.py and layer_losses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from shoal.recipe.section import Section
 
@@ -164,12 +164,22 @@ LogitTerm = (
 )
 LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
+
+def as_terms(value: Any) -> Any:
+    """One term or a list of them as a list of mappings; a plain string is short for {kind: string}."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [{"kind": item} if isinstance(item, str) else item for item in listed]
+
+
+Losses = Annotated[tuple[LossTerm, ...], BeforeValidator(as_terms), Field(min_length=1)]
+"""One term or a list of them."""
+
 LOGIT_TERMS: tuple[type[LogitTerm], ...] = get_args(LogitTerm)
 """Terms of what the head gives."""
 KINDS: tuple[str, ...] = tuple(term().kind for term in (*LOGIT_TERMS, HiddenStates))
 
 
-def needs_teacher(terms: Sequence[LossTerm]) -> bool:
+def needs_teacher(terms: Iterable[LossTerm]) -> bool:
     """Whether any term looks at the teacher; one of weight 0 does too, its curve is logged."""
     return any(not isinstance(term, CrossEntropy) for term in terms)
 
@@ -184,7 +194,7 @@ def from_top_k(term: LossTerm) -> bool:
     return not isinstance(term, AdaptiveKL | TAID | DKD)
 
 
-def temperatures(terms: Sequence[LossTerm]) -> set[float]:
+def temperatures(terms: Iterable[LossTerm]) -> set[float]:
     """Those at which terms look at the teacher's distributions."""
     return {term.temperature for term in terms if isinstance(term, Divergence)}
 
@@ -207,15 +217,12 @@ def term_names(terms: Sequence[LossTerm]) -> list[str]:
     ]
 
 
-def contradictions(
-    terms: Sequence[LossTerm], place: str = "distill.losses", *, sources: Sequence[frozenset[int] | None] | None = None
-) -> list[str]:
-    """`place: what is wrong`, for everything that a single field cannot express. ``sources`` are those that every term
-    learns from, which tell equal terms apart; None = all learn from all."""
+def contradictions(terms: Sequence[LossTerm], place: str = "distill.losses") -> list[str]:
+    """`place: what is wrong`, for everything that a single field cannot express."""
     problems = [f"{place}.{index}.{problem}" for index, term in enumerate(terms) for problem in _own_problems(term)]
-    seen: dict[tuple[LossTerm, frozenset[int] | None], int] = {}
-    for index, (term, own) in enumerate(zip(terms, sources or [None] * len(terms), strict=True)):
-        first = seen.setdefault((dataclasses.replace(term, weight=0.0), own), index)
+    seen: dict[LossTerm, int] = {}
+    for index, term in enumerate(terms):
+        first = seen.setdefault(dataclasses.replace(term, weight=0.0), index)
         if first != index:
             problems.append(
                 f"{place}.{index}: is the {term.kind} at {first} again; give it once, with the sum of the weights"

@@ -34,7 +34,7 @@ def _is_recorded(distill: Distill) -> bool:
 
 
 def _asks_too_much_of_vllm(distill: Distill) -> bool:
-    teacher, states = distill.teacher, any(isinstance(term, StateTerm) for term in distill.losses)
+    teacher, states = distill.teacher, any(isinstance(term, StateTerm) for term in distill.terms)
     if not isinstance(teacher, Recorded) or teacher.backend != "vllm":
         return False
     return teacher.prefix or states or distill.recorded_temperature != 1
@@ -93,14 +93,14 @@ NOT_TOGETHER: tuple[Row, ...] = (
     Row(
         "distill.losses",
         "distill.teacher: recorded, and adaptive_kl, dkd or taid",
-        lambda distill: _is_recorded(distill) and not all(map(from_top_k, distill.losses)),
+        lambda distill: _is_recorded(distill) and not all(map(from_top_k, distill.terms)),
         "a recorded teacher tells its most probable tokens only, and adaptive_kl, dkd and taid need all",
         "take others, or set distill.teacher: live",
     ),
     Row(
         "distill.losses",
         "distill.teacher: recorded, and terms of several temperatures",
-        lambda distill: _is_recorded(distill) and len(temperatures(distill.losses)) > 1,
+        lambda distill: _is_recorded(distill) and len(temperatures(distill.terms)) > 1,
         "a teacher is recorded at one temperature, and the terms have several",
         "give all the same, or set distill.teacher: live",
     ),

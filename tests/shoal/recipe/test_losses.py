@@ -95,7 +95,6 @@ def test_wrong_term_is_refused_with_its_path_and_remedy(term: dict[str, Any], me
 def test_losses_that_train_nothing_are_refused() -> None:
     message = "losses: every weight is 0, nothing would be trained; give one a weight above 0"
     assert refusal({"kind": "jsd", "weight": 0}, {"kind": "cross_entropy", "weight": 0}) == [message]
-    assert refusal() == [message]
 
 
 def test_one_term_given_twice_is_refused_and_two_of_one_kind_are_not() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from shoal.errors import UserError
-from shoal.recipe.distill import Live, Recorded, TrainingSource, sources_of_terms
+from shoal.recipe.distill import SAMPLES, Distill, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import CONFIGS_DIR
-from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
+from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL, term_names
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import TextSource, as_dict
 
@@ -253,41 +253,34 @@ def test_data_may_be_a_name_a_mapping_or_a_list(tmp_path: Path, value: str, sour
     assert recipe.distill.data == tuple(TrainingSource(**source.text_settings) for source in sources)
 
 
-TWO_TERMS = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]
+def by_source(*losses: Any, **distill: Any) -> Distill:
+    """A section whose sources have these losses each."""
+    data = [{"path": f"{number}.jsonl", "losses": own} for number, own in enumerate(losses)]
+    return parse_recipe({"model": "m", "run_dir": "r", "distill": {"data": data, **distill}}).distill
 
 
-def by_source(*losses: Any, terms: Any = TWO_TERMS, **distill: Any) -> Recipe:
-    """A recipe whose sources learn from these terms each."""
-    data = [{"path": f"{number}.jsonl", "losses": names} for number, names in enumerate(losses)]
-    return parse_recipe({"model": "m", "run_dir": "r", "distill": {"data": data, "losses": terms, **distill}})
-
-
-def test_a_source_names_the_terms_that_learn_from_it_and_without_names_it_is_all() -> None:
-    recipe = by_source(["forward_kl"], ["cross_entropy"], None)
-    assert sources_of_terms(recipe.distill) == ({0, 2}, {1, 2})
-    assert sources_of_terms(by_source(None, None).distill) == (None, None)
-    assert sources_of_terms(by_source(["forward_kl"], terms=TWO_TERMS[:1]).distill) == (None,)
-    twice = [{"kind": "forward_kl"}, {"kind": "forward_kl", "temperature": 2.0}]
-    assert sources_of_terms(by_source(["forward_kl_2"], None, terms=twice).distill) == ({1}, None)
+def test_terms_are_those_of_distill_and_of_sources_each_once_with_whom_it_is_for() -> None:
+    kl, ce, soft = ForwardKL(), CrossEntropy(), ForwardKL(temperature=2.0)
+    assert by_source(None, None).terms == {kl: None}
+    assert by_source("cross_entropy", None, ["forward_kl", "cross_entropy"]).terms == {kl: {1, 2}, ce: {0, 2}}
+    assert by_source("forward_kl", "forward_kl", losses="jsd").terms == {kl: None}, "nobody learns jsd"
+    softer = by_source({"kind": "forward_kl", "temperature": 2}, None)
+    assert (list(softer.terms), term_names([*softer.terms])) == ([kl, soft], ["forward_kl_1", "forward_kl_2"])
+    sampled = by_source("cross_entropy", "cross_entropy", on_policy={})
+    assert sampled.terms == {kl: {SAMPLES}, ce: {0, 1}}
 
 
 @pytest.mark.parametrize(
     ("losses", "problem"),
     [
-        (
-            [["kl"], None],
-            "distill.data.0.losses: there is no loss term 'kl'; distill.losses has forward_kl, cross_entropy",
-        ),
-        ([[], None], r"distill.data.0.losses: must have at least 1 item \(got \[\]\)"),
-        (
-            [["cross_entropy"], ["cross_entropy"]],
-            "distill.losses.0: no source of distill.data learns from forward_kl; name it in the losses of one, or",
-        ),
+        ("kl", r"distill.data.0.losses.0.kind: must be one of .* \(got 'kl'"),
+        ([], r"distill.data.0.losses: must have at least 1 item \(got \[\]\)"),
+        (["jsd", "jsd"], r"distill.data.0.losses.1: is the jsd at 0 again; give it once"),
     ],
 )
 def test_losses_of_a_source_that_say_nothing_are_refused_in_one_line(losses: Any, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as refused:
-        by_source(*losses)
+        by_source(losses)
     assert str(refused.value).count("\n") == 0
 
 
