@@ -148,7 +148,7 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
                 check_vllm("distill.writing.backend")
         teacher = distill.teacher
         if verb == "record" and isinstance(teacher, Live):
-            raise UserError("distill.teacher: is live, which is not recorded; set it to recorded")
+            raise UserError("distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded")
         by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
         if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
             check_vllm("distill.teacher.backend")

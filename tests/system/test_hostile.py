@@ -151,7 +151,7 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
     ("distill", [f"distill.deepspeed={LONG}"], "aaa"),
     ("distill", ["prune.drop=[99]"], "prune.drop: 99 is no layer of this model"),
     ("distill", ["prune.drop=[1]", "distill.data=none.jsonl"], "data 'none.jsonl': no such file"),
-    ("record", [], "distill.teacher: is live, which is not recorded; set it to recorded"),
+    ("record", [], "distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded"),
     *(
         (
             "distill",
