@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict, Unpack
 
 import torch
+from peft import LoraConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler as RowSampler
@@ -19,19 +20,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
 from shoal.data.packing import PackedRows
-from shoal.data.sources import Dataset, documents_of
+from shoal.data.sources import Given, is_source, is_stream, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
-from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_positions, require_tokenizer
+from shoal.ranks import world_size
 from shoal.recipe.deepspeed_file import precisions_said
-from shoal.recipe.distill import Distill, Trainable
+from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.distill_contradictions import contradictions
-from shoal.recipe.losses import LossTerm, StateTerm
-from shoal.recipe.messages import of_arguments
+from shoal.recipe.losses import StateTerm
+from shoal.recipe.messages import checked
 from shoal.recipe.not_together import not_together
+from shoal.recipe.trainer_arguments import OURS
 
+from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, as_terms, setting
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
@@ -44,60 +48,38 @@ from .trainer import ObjectiveTrainer, Parts
 
 log = logging.getLogger(__name__)
 
-Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
-"""One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
-dataclass of shoal.recipe.losses; docs/training/losses.md has all kinds."""
-SAME_AS_IN_RECIPE = (
-    "sequence_length",
-    "packing",
-    "head_chunk",
-    "on_policy",
-    "lora",
-    "stop_on_spike",
-    "fused",
-    "compile",
-)
-"""Keys of the recipe's section `distill` that mean the same here."""
 ONLY_DEPTH = ("all", "layers")
 """Choices of ``trainable`` for which it does not matter which layers are gone."""
 
 
-@dataclass(frozen=True)
-class Given:
+class Further(TypedDict, total=False):
     """What else a DistillationTrainer takes by name."""
 
-    callbacks: list[TrainerCallback] | None = None
+    callbacks: list[TrainerCallback] | None
     """Callbacks besides the Trainer's own."""
-    optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None)
+    optimizers: tuple[Optimizer | None, LRScheduler | None]
     """Optimizer and schedule in place of those of ``args``."""
-    losses: Losses = "forward_kl"
-    """Terms of the loss, see Losses."""
-    drop: Drop | None = None
+    drop: Drop | None
     """Layers of the teacher that the student lacks (0-based), or the plan that says so, which losses on states and most
     choices of ``trainable`` have to know; None = as the student's configuration says, where shoal has cut it."""
-    trainable: Trainable | None = None
-    """Weights that are trained, as distill.trainable; None = those that ask for a gradient, and with lora all."""
-    loss_on: Literal["assistant", "all"] | None = None
-    """Tokens of conversations that are learnt; None = what the assistant says."""
 
 
 class DistillationTrainer(ObjectiveTrainer):
-    """Trains ``model`` on ``teacher`` by shoal's objective, and is used as the trainers of TRL are.
+    """Trains ``model`` on ``teacher_model`` by shoal's objective, and takes what TRL's trainer of this name takes.
 
     All settings of the work are those of ``args``, DeepSpeed (ZeRO 0 to 3) among them; checkpoints are the Trainer's
     own, and training goes on from them (`resume_from_checkpoint`). Before ``args`` with ZeRO 3 no model is loaded, so
-    that both are sharded as they load. Documents are packed into rows of ``sequence_length`` tokens in which they do
-    not see each other; a batch is so many rows. The curves have every loss term besides the sum, in nats per supervised
-    token. While it does not train or evaluate, ``model`` is an ordinary model.
+    that both are sharded as they load. Documents are packed into rows of ``args.sequence_length`` tokens in which they
+    do not see each other; a batch is so many rows. The curves have every loss term besides the sum, in nats per
+    supervised token. While it does not train or evaluate, ``model`` is an ordinary model.
 
     Example:
         >>> trainer = DistillationTrainer(
         ...     model=student,
-        ...     teacher=teacher,
-        ...     args=TrainingArguments("healed", learning_rate=1e-4, bf16=True),
+        ...     teacher_model=teacher,
+        ...     args=DistillationConfig("healed", bf16=True, losses=["forward_kl", "cross_entropy"]),
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,
-        ...     losses=[{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": 0.1}],
         ... )
         >>> trainer.train()
         >>> trainer.save_model()
@@ -105,57 +87,60 @@ class DistillationTrainer(ObjectiveTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        args: TrainingArguments | None = None,
-        train_dataset: Dataset | PackedRows | None = None,
-        eval_dataset: Dataset | PackedRows | Mapping[str, Dataset | PackedRows] | None = None,
+        model: Model,
+        teacher_model: Model | None = None,
+        args: DistillationConfig | TrainingArguments | None = None,
+        train_dataset: Given | PackedRows | None = None,
+        eval_dataset: Given | PackedRows | Mapping[str, Given | PackedRows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        **settings: Any,
+        peft_config: LoraConfig | Lora | None = None,
+        **further: Unpack[Further],
     ) -> None:
         """Freeze what is not trained, put the teacher on the device and pack the data.
 
         Args:
-            model: The student, trained in place. Weights in float32, with ``args.bf16`` or ``args.fp16`` for the speed:
-                steps at usual learning rates are lost in the rounding of plain bfloat16 weights.
-            teacher: The model it was cut from, in any precision; frozen. None = the losses ask no teacher.
-            args: Training arguments; None = transformers' own in a folder named after the model.
-            train_dataset: Texts, or rows with `messages`, `prompt` and `completion`, or `text`, read once per epoch;
+            model: The student, trained in place; one that is named is loaded in float32. Weights in float32, with
+                ``args.bf16`` for the speed: steps of usual size are lost in the rounding of plain bfloat16 weights.
+            teacher_model: The model it was cut from, in any precision, or its name; frozen. None = nothing asks it.
+            args: Settings; for loss and data plain TrainingArguments have the defaults of DistillationConfig.
+            train_dataset: Texts, rows or the name of a data set, see shoal.data.sources.Given, read once per epoch;
                 rows that shoal.data.streams.pack has made are taken in their order.
             eval_dataset: The same, or several by name; gives `eval_loss`, the objective per learnt token of an
                 evaluation batch, and its mean over these, which is not that over tokens where rows have unequal ones.
-            processing_class: The tokenizer of both models.
-            settings: What Given lists, and keys of the recipe's section `distill`, with its defaults: sequence_length
-                (tokens of one row), packing (how rows are filled), head_chunk, on_policy, and lora, whose adapters
-                merge_adapters() makes plain weights of. stop_on_spike is off by default.
+            processing_class: The tokenizer of both models; None = that of the name of ``model``.
+            peft_config: Adapters beside the weights that are trained, which merge_adapters() makes plain weights of.
+            further: What Further lists.
 
         Raises:
             UserError: models that do not belong together or share weights, unknown settings, arguments that would be
                 ignored, or data that cannot be read.
         """
-        given = Given(**{each.name: settings.pop(each.name) for each in fields(Given) if each.name in settings})
-        args = args or TrainingArguments(f"{Path(name_of(model)).name}-distilled")
-        section = _checked(model, teacher, args, given, settings)
-        spec = _spec(model, teacher, section, given.drop)
-        tokenizer = None if processing_class is None else require_tokenizer(processing_class)
-        _make_ready(model, teacher, spec, args, trains=given.trainable is not None or section.lora is not None)
-        is_named = isinstance(eval_dataset, Mapping)
+        _refuse_unknown(further)
+        model, teacher = _loaded(model, teacher_model, args)
+        args = args or DistillationConfig(f"{Path(name_of(model)).name}-distilled")
+        section = _checked(model, teacher, args, peft_config)
+        spec = _spec(model, teacher, section, further.get("drop"))
+        is_packed = all(isinstance(rows, PackedRows | None) for rows in (train_dataset, eval_dataset))
+        is_needed = section.on_policy is not None or not is_packed
+        tokenizer = require_tokenizer(processing_class, model) if is_needed or processing_class else None
+        trains = setting(args, "trainable") is not None or section.lora is not None
+        _make_ready(model, teacher, spec, args, trains=trains)
+        is_named = isinstance(eval_dataset, Mapping) and not is_source(eval_dataset)
         several: Any = eval_dataset if is_named else {"eval_dataset": eval_dataset}
-        how = args, section, tokenizer, given.loss_on
-        train_rows, rows = _rows({"train_dataset": train_dataset}, *how)["train_dataset"], _rows(several, *how)
+        train_rows = _rows("train_dataset", train_dataset, args, section, tokenizer)
+        rows = {name: _rows(name, dataset, args, section, tokenizer) for name, dataset in several.items()}
         self._in_order = isinstance(train_dataset, PackedRows)
         self._is_installed = False
         self._prepared_forward: Any = None
-        live = teacher if spec.runs_teacher else None
-        refused = Path(str(args.output_dir)) / "refused"
+        live, refused = teacher if spec.runs_teacher else None, Path(str(args.output_dir)) / "refused"
         super().__init__(
             Parts(spec, model, live, tokenizer, refused=refused),
             args=args,
             train_dataset=train_rows,
             eval_dataset=rows if is_named else rows["eval_dataset"],
             processing_class=tokenizer,
-            callbacks=given.callbacks,
-            optimizers=given.optimizers,
+            callbacks=further.get("callbacks"),
+            optimizers=further.get("optimizers", (None, None)),
         )
         if teacher is not None and train_rows is not None:
             planes, precision = (train_rows.input_ids_NS, train_rows.position_ids_NS), spec.deepspeed.autocast_dtype
@@ -209,23 +194,39 @@ class DistillationTrainer(ObjectiveTrainer):
             vars(student).pop("_original_forward", None)  # accelerate's, which would put the objective back
 
 
+def _refuse_unknown(further: Mapping[str, Any]) -> None:
+    if unknown := next((name for name in further if name not in Further.__annotations__), None):
+        raise UserError(
+            f"shoal.DistillationTrainer: {unknown}: is no argument besides {', '.join(Further.__annotations__)}; "
+            "settings of training, loss and data are those of args=shoal.DistillationConfig(...)"
+        )
+
+
+def _loaded(
+    model: Model, teacher: Model | None, args: TrainingArguments | None
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Both models, loaded where they are named."""
+    settings = None if args is None else setting(args, "teacher_model_init_kwargs")
+    if settings and not isinstance(teacher, str):
+        raise UserError("args.teacher_model_init_kwargs: is for a teacher that is named; leave it out")
+    student = as_model(model, dtype="float32", is_placed=False)
+    return student, None if teacher is None else as_model(teacher, "teacher_model", is_placed=False, **settings or {})
+
+
 def _checked(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
     args: TrainingArguments,
-    given: Given,
-    settings: Mapping[str, Any],
+    peft_config: LoraConfig | Lora | None,
 ) -> Distill:
     """The section of a recipe that says the same of these models; ``args`` are completed."""
-    models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
-    for name, own in models.items():
-        require_usable(own, name)
     _refuse_arguments(args)
     _complete_deepspeed(args)
     _refuse_replaced(model)
-    section = _section(args, losses=given.losses, trainable=given.trainable or "all", **settings)
-    for own in models.values():
-        require_positions(own, section.sequence_length)
+    section = _section(args, peft_config)
+    for own in (model, teacher):
+        if own is not None:
+            require_positions(own, section.sequence_length)
     return section
 
 
@@ -245,57 +246,46 @@ def _make_ready(
     _warn_of_half_precision(model, args)
 
 
-def packed(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+def _rows(
+    name: str,
+    dataset: Given | PackedRows | None,
+    args: TrainingArguments,
     section: Distill,
-    *,
-    seed: int,
-    name: str = "dataset",
-    loss_on: Literal["assistant", "all"] | None = None,
-    num_tokens: int | None = None,
-) -> PackedRows:
-    """The data as rows of ``section``: all of them once, or as many tokens."""
-    documents = documents_of(dataset, name=name, loss_on=loss_on)
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PackedRows | None:
+    """The data of the argument ``name`` in rows: all of them once, or of what may have no end as much as
+    ``args.max_steps`` take."""
+    if dataset is None or isinstance(dataset, PackedRows):
+        return dataset
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size() * section.sequence_length
+    is_endless = args.max_steps > 0 and (is_stream(dataset) or is_source(dataset))
+    budget = args.max_steps * step if is_endless else None
     return pack(
-        [(documents.source, documents)],
+        sources_of(dataset, name=name, loss_on=setting(args, "loss_on"), num_tokens=budget),
         tokenizer,
         sequence_length=section.sequence_length,
-        num_tokens=num_tokens,
-        seed=seed,
+        num_tokens=budget,
+        seed=args.seed if args.data_seed is None else args.data_seed,
         packing=section.packing,
     )
 
 
-def _rows(
-    datasets: Mapping[str, Dataset | PackedRows | None],
-    args: TrainingArguments,
-    section: Distill,
-    tokenizer: PreTrainedTokenizerBase | None,
-    loss_on: Literal["assistant", "all"] | None,
-) -> dict[str, PackedRows | None]:
-    seed, rows = args.seed if args.data_seed is None else args.data_seed, dict[str, PackedRows | None]()
-    is_needed = section.on_policy is not None or not all(isinstance(d, PackedRows | None) for d in datasets.values())
-    if tokenizer is None and is_needed:
-        raise UserError("processing_class: is missing; give the tokenizer of the models")
-    for name, dataset in datasets.items():
-        if dataset is None or isinstance(dataset, PackedRows):
-            rows[name] = dataset
-        elif tokenizer is not None:
-            rows[name] = packed(dataset, tokenizer, section, seed=seed, name=name, loss_on=loss_on)
-    return rows
-
-
-def _section(args: TrainingArguments, *, losses: Losses, trainable: str, **given: Any) -> Distill:
+def _section(args: TrainingArguments, peft_config: LoraConfig | Lora | None) -> Distill:
     """The section of a recipe that says the same."""
-    named = {"losses": losses, "trainable": trainable}
-    section = of_arguments(
+    section = checked(
         Distill,
-        {"stop_on_spike": None, **named, **given},
-        taken=(*named, *SAME_AS_IN_RECIPE),
-        source="shoal.DistillationTrainer",
+        {
+            "losses": as_terms(setting(args, "losses")),
+            "trainable": setting(args, "trainable") or "all",
+            "lora": as_lora(peft_config),
+            "fused": args.use_liger_kernel,
+            "compile": args.torch_compile,
+            **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
+        },
+        source="shoal.DistillationConfig",
         contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
+    vars(args).update(dict.fromkeys(OURS, False))
     config = resolved_deepspeed(args)
     if config is not None and precisions_said(config):
         precision = "auto"  # which leaves it to the configuration
@@ -324,10 +314,10 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
         plan = Plan(Provenance({}), num_layers, gone, reason="not known", width=width)
     spec = train_spec(original, student, plan, section, Ranks.here())
     if spec.runs_teacher and teacher is None:
-        raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")
+        raise UserError("teacher_model: is missing, and the losses compare the student with one; give the uncut model")
     if (lora := section.lora) is not None and (lora.load_in_4bit or spec.deepspeed.stage == 3):
         raise UserError(
-            "lora: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
+            "peft_config: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
             "load_in_4bit: false and ZeRO 0 to 2, or give a whole recipe to shoal.run"
         )
     return spec
@@ -338,8 +328,6 @@ def _refuse_arguments(args: TrainingArguments) -> None:
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     wrong = {
         "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is `losses`; leave it out"),
-        "use_liger_kernel": (args.use_liger_kernel, "would replace the forward that holds the loss; use `fused`"),
-        "torch_compile": (args.torch_compile, "would compile the loss with what surrounds it; use `compile`"),
         "average_tokens_across_devices": (
             not args.average_tokens_across_devices,
             "the loss is always averaged over the tokens of all ranks; leave it out",

@@ -127,10 +127,10 @@ def _contents(
 
 def base_model(run: Run) -> str | None:
     """The base model's Hub id; None where the run started from a local folder, whose path is nobody else's business."""
-    name = run.model
+    name = (run.recipe or {}).get("model") or "./"
     if name.startswith(DEMO_PREFIX):
         return DEMO_BASES.get(name.removeprefix(DEMO_PREFIX))
-    return name if run.recipe is not None and name.count("/") <= 1 and not _is_local(name) else None
+    return name if name.count("/") <= 1 and not _is_local(name) else None
 
 
 def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License, datasets: list[str]) -> ModelCardData:

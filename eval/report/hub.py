@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
@@ -25,37 +28,53 @@ REMEDIES = {
     403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",
     404: "no such account or organisation; check the spelling of export.hub_repo",
 }
+RETRY = "The local export is complete at {}; the same command pushes it again"
 LEFT_OUT = ["*.tmp"]
 REPLACED = ["model*.safetensors", "model.safetensors.index.json", "figures/*"]
 """Files of an earlier upload that go: weights in other files would be loaded in place of these, or beside them."""
 
 
-def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | None = None) -> str:
+def push(
+    folder: Path,
+    card: str,
+    repo: str,
+    *,
+    private: bool,
+    endpoint: str | None = None,
+    retry: str = RETRY,
+    **further: Any,
+) -> str:
     """The URL of the Hub repository that now holds checkpoint, card and figures.
 
     Card and figures, which a run keeps beside ``folder``, are written into it before anything is sent, so that a failed
-    push leaves a complete export. After a failure, what is already on the Hub is not sent a second time.
+    push leaves a complete export. After a failure, what is already on the Hub is not sent a second time. ``further``
+    are arguments of HfApi.create_repo and HfApi.upload_folder, ``retry`` says how it is tried again.
 
     Raises:
-        UserError: no token, a refusal, an unreachable Hub, a failed upload, or a public repository for a private model.
+        UserError: an argument of neither, no token, a refusal, an unreachable Hub, a failed upload, or a public
+            repository for a private model.
     """
+    of_repo, of_upload = (inspect.signature(call).parameters for call in (HfApi.create_repo, HfApi.upload_folder))
+    if unknown := next((name for name in further if name not in {**of_repo, **of_upload}), None):
+        raise UserError(f"{unknown}: is no argument of huggingface_hub's create_repo or upload_folder; leave it out")
     complete_export(folder, card, folder.parent / FIGURES_DIR)
-    token = get_token()
-    failed = f"export to {repo}: {{}}. The local export is complete at {folder}; the same command pushes it again"
+    token = further.pop("token", None) or get_token()
+    sent = {"commit_message": "Checkpoint, model card and figures from shoal", **further}
+    failed = f"export to {repo}: {{}}. {retry.format(folder)}"
     if token is None:
         raise UserError(failed.format("no Hugging Face token was found; run `hf auth login`"))
     api = HfApi(endpoint=endpoint, token=token)
     try:
         with doing(f"pushing to {repo}"):
-            url = str(api.create_repo(repo, private=private, exist_ok=True))
+            url = str(api.create_repo(repo, private=private, exist_ok=True, **_of(further, of_repo)))
             is_public = api.repo_info(repo).private is False  # the Hub does not hide a repository that is there
             if not (private and is_public):
                 api.upload_folder(
                     repo_id=repo,
                     folder_path=folder,
-                    commit_message="Checkpoint, model card and figures from shoal",
                     ignore_patterns=LEFT_OUT,
                     delete_patterns=REPLACED,
+                    **_of(sent, of_upload),
                 )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
@@ -66,6 +85,10 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
             "false, or name another export.hub_repo"
         )
     return url
+
+
+def _of(further: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    return {name: value for name, value in further.items() if name in known}
 
 
 def complete_export(folder: Path, card: str, figures: Path) -> None:

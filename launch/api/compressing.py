@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,12 +20,12 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep, task_names
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.data.sources import Dataset, documents_of
+from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import identity_of, left_as_it_was, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_positions, require_tokenizer
 from shoal.recipe import measure
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
@@ -33,51 +33,51 @@ from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import CutByScore
 from shoal.recipe.section import Shapes, shaping
 
-MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "sweep")
-"""Keys of the recipe's section `measure` that mean the same here."""
+from .settings import MeasureSettings
 
 
 def measure_importance(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, seed: int = 0, **settings: Any
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Given = Measure.data,
+    *,
+    metrics: str | Sequence[str] = Measure.metrics,
+    seed: int = 0,
+    **settings: Unpack[MeasureSettings],
 ) -> Importance:
-    """What every decoder layer of ``model`` is worth on ``texts``. Higher = keep.
+    """What every decoder layer of ``model`` is worth on ``data``. Higher = keep.
 
     The model computes where it is, in its own precision, and is left as it was.
 
     Args:
-        model: A causal language model of L layers.
-        tokenizer: Its tokenizer.
-        texts: Calibration texts, or rows as shoal.distill takes them; repeated where they hold fewer tokens than asked.
+        model: A causal language model of L layers, or the name of one, which is loaded.
+        tokenizer: Its tokenizer; None = that of the model's name.
+        data: Texts, rows, or the name of a data set (shoal.data.sources.Given), repeated where it is too small.
+        metrics: Names of docs/measuring.md, such as `block_influence`.
         seed: Seed of the order of the texts and of what metrics draw.
-        settings: Keys of the recipe's section `measure`, with its defaults: metrics (names of docs/measuring.md, such
-            as `block_influence`, a share of 0 to 2, or `angular`, 0 to 1), num_tokens (rounded up to whole rows),
-            sequence_length (tokens of one row), batch_size (rows per forward), num_drop (removals of greedy metrics;
-            None = a quarter of the layers), and sweep (a mapping: tasks, limit, ...), which scores the
-            model without each of its layers on tasks.
+        settings: Keys of the recipe's section `measure`, with its defaults; sweep is a mapping (tasks, limit, ...).
 
     Returns:
         Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
-        on; `atlas` of what was swept. `to_pandas()` has a row per layer.
+        on; `atlas` of what was swept.
 
     Raises:
-        UserError: an unknown metric or task, too few items, no text, rows longer than the model's positions, or scores
-            that are not finite.
+        UserError: an unknown name, too few items, no text, too long rows, or scores that are not finite.
 
     Example:
-        >>> importance = shoal.measure_importance(model, tokenizer, texts, num_tokens=100_000)
-        >>> importance.layers["block_influence"][3]
+        >>> shoal.measure_importance(model, tokenizer, texts).layers["block_influence"][3]
     """
-    require_usable(model)
+    model = as_model(model)
+    named = {"metrics": [metrics] if isinstance(metrics, str) else metrics}
+    taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
     section = of_arguments(
-        Measure, settings, taken=MEASURED, source="shoal.measure_importance", contradictions=measure.contradictions
+        Measure, {**named, **settings}, taken=taken, source=source, contradictions=measure.contradictions
     )
-    tokenizer = require_tokenizer(tokenizer)
+    tokenizer = require_tokenizer(tokenizer, model)
     require_positions(model, section.sequence_length)
-    if section.sweep is not None:
-        _refuse_sweep(section.sweep, model, tokenizer)
-    documents = documents_of(texts, name="texts", loss_on="all")
+    _refuse_sweep(section.sweep, model, tokenizer)
     rows = pack(
-        [(documents.source, documents)],
+        sources_of(data, loss_on=None if is_source(data) else "all", num_tokens=section.num_tokens),
         tokenizer,
         sequence_length=section.sequence_length,
         num_tokens=section.num_tokens,
@@ -95,11 +95,13 @@ def measure_importance(
         inputs = identity_of(model, seed=seed) | {"rows": rows.fingerprint}
         inputs |= shaping(section, Shapes.IMPORTANCE, "measure.")
         del inputs["measure.data"]  # `rows` says what it was
-        importance = Importance(Provenance(inputs), **vars(scores))
-        return importance if section.sweep is None else _swept(importance, model, tokenizer, section.sweep, seed=seed)
+        found = Importance(Provenance(inputs), **vars(scores))
+        return found if section.sweep is None else _swept(found, model, tokenizer, section.sweep, seed=seed)
 
 
-def _refuse_sweep(settings: Sweeps, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _refuse_sweep(settings: Sweeps | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if settings is None:
+        return
     if settings.operators != ("layer",) or settings.greedy is not None:
         raise UserError(
             "shoal.measure_importance: sweep: of a model in memory single layers are swept; leave operators and greedy "
@@ -127,8 +129,8 @@ def _swept(
 
 def choose_layers(
     importance: Importance,
-    *,
     num_drop: int | None = None,
+    *,
     ratio: float | None = None,
     metric: str | Mapping[str, float] | None = None,
     contiguous: bool = False,
@@ -177,14 +179,14 @@ def choose_layers(
     return Plan(Provenance(inputs), importance.num_layers, **vars(choice))
 
 
-def cut_model(model: PreTrainedModel, drop: Sequence[int] | Plan) -> PreTrainedModel:
+def cut_model(model: Model, drop: Plan | Sequence[int]) -> PreTrainedModel:
     """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
 
     ``model`` stays as it is, and nothing is shared with it. The new one computes to the bit what ``model`` computes
     when it passes by these layers, and save_pretrained makes a plain checkpoint of it.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or the name of one.
         drop: Layers (0-based, any order), or a plan of choose_layers.
 
     Raises:
@@ -195,7 +197,7 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | Plan) -> PreTrainedM
         >>> student = shoal.cut_model(model, plan)
         >>> student.save_pretrained("student")
     """
-    require_usable(model)
+    model = as_model(model)
     if not isinstance(drop, Plan):
         return surgery.cut_model(model, drop)
     if (num_layers := len(decoder_layers(model))) != drop.num_layers:

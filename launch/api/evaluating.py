@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact, Provenance, Tabular
 from shoal.artifacts.evaluation import Scores, TaskScore
@@ -14,25 +14,24 @@ from shoal.errors import UserError
 from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
-from shoal.models.in_memory import identity_of, left_as_it_was, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_positions, require_tokenizer
 from shoal.recipe.evaluate import Eval, Limit, Tasks
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.stats.paired import holm, paired, require_same_measurement, retention, verdict
 
-TAKEN = ("num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
-"""Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
+from .settings import EvalSettings
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tasks: str | Sequence[str] = Eval.tasks,
     *,
     limit: Limit = Eval.limit,
     role: str = "model",
     seed: int = 0,
-    **settings: Any,
+    **settings: Unpack[EvalSettings],
 ) -> Scores:
     """The scores of ``model`` on ``tasks``, each with its 95 % interval and its items.
 
@@ -40,8 +39,8 @@ def evaluate(
     compared item by item. The model computes where it is, in its own precision, and is left as it was.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
+        model: A causal language model, or the name of one, which is loaded.
+        tokenizer: Its tokenizer; None = that of the model's name.
         tasks: Names of docs/evaluating.md, or of any task of lm-eval.
         limit: Items per task, or {"default": 200, "gsm8k": 100}; None = all.
         role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
@@ -62,9 +61,11 @@ def evaluate(
         >>> evaluation = shoal.evaluate(model, tokenizer, ["retrieval_continuation"], limit=100)
         >>> evaluation.to_pandas()[["task", "score", "ci_low", "ci_high"]]
     """
-    require_usable(model)
-    named = {"tasks": [tasks] if isinstance(tasks, str) else tasks, "limit": limit}
-    section = of_arguments(Tasks, named | settings, taken=(*named, *TAKEN), source="shoal.evaluate")
+    model = as_model(model)
+    named = {"tasks": tasks, "limit": limit}
+    section = of_arguments(
+        Tasks, {**named, **settings}, taken=(*named, *EvalSettings.__annotations__), source="shoal.evaluate"
+    )
     refuse_unknown(section.tasks, section.include_path)
     if not section.tasks and not section.perplexity_tokens:
         raise UserError("shoal.evaluate: tasks: names none; name some of `shoal list tasks`, or set perplexity_tokens")
@@ -75,7 +76,12 @@ def evaluate(
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
         return model_evaluation(
-            role, model, require_tokenizer(tokenizer), Questions(section, seed), inputs=inputs, num_bytes=num_bytes
+            role,
+            model,
+            require_tokenizer(tokenizer, model),
+            Questions(section, seed),
+            inputs=inputs,
+            num_bytes=num_bytes,
         )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Tabular
 from shoal.artifacts.evaluation import CONTROL, Scores
@@ -65,13 +65,14 @@ class Run(Tabular):
             raise UserError(f"{self.folder}: has no model {role!r}; there is {', '.join(there) or 'none'}")
         return load_model(there[role])
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
-        """The URL of the Hub repository that now holds the distilled model, with its card.
+    def push_to_hub(self, repo_id: str, *, private: bool = True, **hub: Any) -> str:
+        """The URL of the Hub repository that now holds the distilled model, with its card; ``hub`` as push_to_hub has
+        it.
 
         Raises:
             UserError: nothing to push, or what the Hub refuses.
         """
-        return push(self.folder / "distilled", model_card(self.folder), repo_id, private=private)
+        return push(self.folder / "distilled", model_card(self.folder), repo_id, private=private, **hub)
 
     def title(self) -> str:
         """Where it is, and what was cut."""
@@ -119,3 +120,61 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
             reason = ended.text or "its message is on stderr, above"
             raise RuntimeError(f"distill: ended with exit code {ended.code}; {reason}") from ended
         return Run.load(folder)
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    repo_id: str,
+    *,
+    plan: Plan | None = None,
+    training: Training | None = None,
+    scores: Sequence[Scores] = (),
+    private: bool = True,
+    **hub: Any,
+) -> str:
+    """The URL of the Hub repository that now holds ``model``, its tokenizer and a card.
+
+    The card says what was cut and trained, and has a table of ``scores`` with its `model-index`.
+
+    Args:
+        model: The cut model, healed or not.
+        tokenizer: Its tokenizer.
+        repo_id: `owner/name`; made where it is not there.
+        plan: What was cut.
+        training: How it was healed.
+        scores: Scores of roles: teacher, pruned, distilled, control.
+        private: Whether others may not see it.
+        hub: Arguments of huggingface_hub's create_repo and upload_folder, such as commit_message.
+
+    Raises:
+        UserError: no plan, results that are not of one cut, or what the Hub refuses.
+
+    Example:
+        >>> shoal.push_to_hub(student, tokenizer, "me/shallow", plan=plan, training=training, scores=[before, after])
+    """
+    if plan is None:
+        raise UserError(
+            "shoal.push_to_hub: plan: is missing, and the card says what was cut; give it, or call model.push_to_hub, "
+            "which makes no card"
+        )
+    if len({one.role for one in scores}) < len(scores):
+        raise UserError("shoal.push_to_hub: scores: two of one role; give evaluate its role, such as role='pruned'")
+    healing = {} if training is None else {"losses": training.provenance.inputs["distill.losses"]}
+    sources = [] if training is None else [{"path": name} for name in training.data["sources"]]
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder / "distilled")
+        tokenizer.save_pretrained(folder / "distilled")
+        model.config.save_pretrained(folder / "student")
+        plan.save(folder / plan.FILE)
+        if training is not None:
+            training.save(folder / training.FILE)
+        for one in scores:
+            one.save(folder / "eval" / f"{one.role}.json")
+        name = plan.provenance.inputs.get("model") or ""  # of a model made in memory its family
+        told = {"model": name if "/" in name else None, "export": {"hub_repo": repo_id}}
+        told["distill"] = {**healing, "data": sources}
+        write_json(folder / "run.json", {"recipe": told})
+        card = model_card(folder)
+        return push(folder / "distilled", card, repo_id, private=private, retry="Call it again", **hub)

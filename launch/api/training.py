@@ -7,99 +7,106 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
-from shoal.data.sources import Dataset
+from shoal.data.sources import Given, is_source, sources_of
+from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
-from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
+from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
 from shoal.recipe.deepspeed_file import trained_in
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, Trainable
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
 from shoal.train.distill import training_of
-from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, packed
+from shoal.train.distillation_config import Losses, as_terms
+from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import num_rows, training_arguments
+from shoal.train.student.known_cut import Drop
 from shoal.train.student.lora import remove_adapters
 
-TAKEN = (*SAME_AS_IN_RECIPE, "batch_size", "trainable", "precision", "trainer")
-"""Keys of the recipe's section `distill` that mean the same here, besides those that are named."""
+from .settings import DistillSettings
+
+
+class HealSettings(DistillSettings, total=False):
+    """Those of the section, and what only models in memory have."""
+
+    drop: Drop | None
+    loss_on: Literal["assistant", "all"] | None
 
 
 def distill(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    dataset: Dataset,
+    teacher: Model,
+    data: Given,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    num_tokens: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    losses: Losses = "forward_kl",
+    trainable: Trainable = "all",
     seed: int = 0,
-    **settings: Any,
-) -> tuple[PreTrainedModel, Training]:
-    """``student``, trained in place to match ``teacher``, and how that went.
+    **settings: Unpack[HealSettings],
+) -> Training:
+    """How ``student``, trained in place to match ``teacher``, was trained; its `model` is the student itself.
 
-    Both models are moved to the accelerator if there is one. The student's weights are trained in float32 and come back
-    in their own precision, in eval mode. Nothing is written to the disk; who wants checkpoints, DeepSpeed or an
-    evaluation while training uses shoal.DistillationTrainer.
+    Both models go to the accelerator if there is one. Weights are trained in float32 and come back in their own
+    precision, in eval mode. Nothing is written; with checkpoints, DeepSpeed or evaluations it is DistillationTrainer.
 
     Args:
         student: The cut model.
-        teacher: The model it was cut from, in any precision; left as it was.
-        dataset: Texts, or rows (a list of mappings, a `datasets.Dataset`) with `messages`, `prompt` and `completion`,
-            or `text`. Of conversations the assistant's tokens are learnt.
-        tokenizer: The tokenizer of both.
-        num_tokens: Tokens to train on, rounded up to whole steps; a smaller data set is repeated. None = all data once.
+        teacher: The model it was cut from, in any precision, or its name; left as it was.
+        data: Texts, rows, or the name of a data set (shoal.data.sources.Given).
+        tokenizer: The tokenizer of both; None = that of the student's name.
+        losses: Terms of the loss, see shoal.train.distillation_config.Losses.
+        trainable: Weights that are trained, as distill.trainable.
         seed: Seed of the order of the data and of all else that is drawn.
-        settings: losses, drop and loss_on as shoal.DistillationTrainer takes them, learning_rate (peak of a cosine with
-            a tenth of warm-up, 1e-4), and keys of the recipe's section `distill`, with its defaults: sequence_length,
-            batch_size (rows of one optimizer step over all processes; None = 4 in each), packing, trainable, lora
-            (adapters that are merged in the end), on_policy, stop_on_spike, precision (auto = what the device
-            multiplies fast in), head_chunk, and trainer (further arguments of transformers.TrainingArguments).
-
-    Returns:
-        The student itself, and a Training: `history` has loss (nats per supervised token) and every term by step,
-        `to_pandas()` a row per step.
+        settings: Keys of the recipe's section `distill`, with its defaults: num_tokens (rounded up to whole steps, a
+            smaller data set is repeated; not given = all data once, or of a source the recipe's default), batch_size
+            (rows of one step over all processes), trainer (`{"learning_rate": 1e-4}`, with the defaults of
+            DistillationConfig), ...; and drop and loss_on as shoal.DistillationTrainer takes them.
 
     Raises:
-        UserError: models that do not belong together or share weights, unknown settings, data that hold nothing to
-            learn, or a step whose loss is no number.
+        UserError: models that do not belong together, unknown settings, nothing to learn, or a loss that is no number.
 
     Example:
-        >>> student, training = shoal.distill(student, model, texts, tokenizer=tokenizer, num_tokens=1_000_000)
-        >>> training.to_pandas().plot(x="step", y="loss")
+        >>> shoal.distill(student, model, texts, num_tokens=1_000_000).to_pandas().plot(x="num_tokens", y="loss")
     """
+    student, teacher = as_model(student, "student"), as_model(teacher, "teacher")
     _refuse_swapped(student, teacher)
-    tokenizer = require_tokenizer(tokenizer)
+    tokenizer = require_tokenizer(tokenizer, student)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
-    section = _section(num_tokens, settings)
-    budget = None if num_tokens is None else num_rows(section) * section.sequence_length
-    rows = packed(dataset, tokenizer, section, seed=seed, loss_on=loss_on, num_tokens=budget)
+    section = _section({"losses": as_terms(losses), "trainable": trainable}, settings)
+    has_budget = "num_tokens" in settings or is_source(data)
+    budget = num_rows(section) * section.sequence_length if has_budget else None
+    rows = pack(
+        sources_of(data, loss_on=loss_on, num_tokens=budget),
+        tokenizer,
+        sequence_length=section.sequence_length,
+        num_tokens=budget,
+        seed=seed,
+        packing=section.packing,
+    )
     with TemporaryDirectory() as folder, left_as_it_was(teacher), left_as_it_was(student), _in_float32(student):
-        arguments = training_arguments(section, None, output_dir=Path(folder), seed=seed)
-        same = {name: getattr(section, name) for name in ("losses", "trainable", *SAME_AS_IN_RECIPE)}
-        work = DistillationTrainer(student, teacher, arguments, rows, None, tokenizer, drop=drop, **same)
+        args = training_arguments(section, None, output_dir=Path(folder), seed=seed)
+        work = DistillationTrainer(student, teacher, args, rows, None, tokenizer, section.lora, drop=drop)
         work.remove_callback(PrinterCallback)
         work.refused = None  # its folder ends with this call
         work.train()
         work.merge_adapters()
-        has_budget = num_tokens is not None
         inputs = _inputs(student, teacher, section, seed=seed, rows=rows.fingerprint, has_budget=has_budget)
         training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
-    return student.eval(), training
+    return training.of(student.eval())
 
 
 def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    require_usable(student, "student")
-    require_usable(teacher, "teacher")
     is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
     if is_cut == [False, True] and len(decoder_layers(student)) > len(decoder_layers(teacher)):
         raise UserError(
@@ -108,18 +115,16 @@ def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
-def _section(num_tokens: int | None, settings: dict[str, Any]) -> Distill:
-    named = {"losses": settings.pop("losses", "forward_kl")}
-    named |= {} if num_tokens is None else {"num_tokens": num_tokens}
-    trainer, learning_rate = settings.get("trainer", {}), settings.pop("learning_rate", 1e-4)
+def _section(named: dict[str, Any], settings: Mapping[str, Any]) -> Distill:
+    trainer: Any = settings.get("trainer", {})
     if isinstance(trainer, Mapping):
         if lost := [name for name in trainer if name.startswith("save_")]:
             raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
-        trainer = {"learning_rate": learning_rate, **trainer, "save_strategy": "no"}
+        trainer = {**trainer, "save_strategy": "no"}
     section = of_arguments(
         Distill,
         {**named, **settings, "trainer": trainer},
-        taken=(*named, *TAKEN),
+        taken=(*named, *DistillSettings.__annotations__),
         source="shoal.distill",
         contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )

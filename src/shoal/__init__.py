@@ -1,7 +1,7 @@
 """shoal makes large language models shallower and gets their abilities back.
 
-In Python: measure_importance, choose_layers, cut_model, distill, evaluate, compare, run and DistillationTrainer
-(docs/api.md).
+In Python: measure_importance, choose_layers, cut_model, distill, evaluate, compare, push_to_hub, run and
+DistillationTrainer (docs/api.md).
 
 This folder is the ground: what several rooms stand on. compress/, train/ and eval/ at the top of the repository are the
 rooms; launch/ is the roof, which alone knows several of them; lab/ holds what papers need. Nothing imports what stands
@@ -51,19 +51,15 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "DistillationTrainer",
-    "UserError",
-    "choose_layers",
-    "compare",
-    "cut_model",
-    "distill",
-    "evaluate",
-    "measure_importance",
-    "run",
-]
 PLACES = {
+    "Comparison": "shoal.launch.api.evaluating",
+    "DistillationConfig": "shoal.train.distillation_config",
     "DistillationTrainer": "shoal.train.distillation_trainer",
+    "Importance": "shoal.artifacts.importance",
+    "Plan": "shoal.artifacts.plan",
+    "Run": "shoal.launch.api.running",
+    "Scores": "shoal.artifacts.evaluation",
+    "Training": "shoal.artifacts.training",
     "UserError": "shoal.errors",
     "choose_layers": "shoal.launch.api.compressing",
     "compare": "shoal.launch.api.evaluating",
@@ -71,9 +67,11 @@ PLACES = {
     "distill": "shoal.launch.api.training",
     "evaluate": "shoal.launch.api.evaluating",
     "measure_importance": "shoal.launch.api.compressing",
+    "push_to_hub": "shoal.launch.api.running",
     "run": "shoal.launch.api.running",
 }
 """Module of every name above, loaded when the name is first used: torch and transformers take seconds."""
+__all__ = [*PLACES]
 
 
 def __getattr__(name: str) -> Any:

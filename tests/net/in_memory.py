@@ -11,6 +11,20 @@ import shoal
 
 TEXTS = [f"The number {n} comes before {n + 1}, and twice {n} is {2 * n}. " * 4 for n in range(60)]
 TASKS = ["retrieval_continuation", "knowledge_generation"]
+CHANGES = (
+    "task",
+    "metric",
+    "reference",
+    "score",
+    "change",
+    "ci_low",
+    "ci_high",
+    "adjusted_p",
+    "verdict",
+    "won",
+    "lost",
+    "n",
+)
 
 
 def entries(checkpoint: Path) -> dict[str, Any]:
@@ -20,7 +34,7 @@ def entries(checkpoint: Path) -> dict[str, Any]:
     plan = shoal.choose_layers(importance, num_drop=2)
     student = shoal.cut_model(model, plan)
     teacher, pruned = (shoal.evaluate(one, tokenizer, TASKS, limit=8) for one in (model, student))
-    student, training = shoal.distill(
+    training = shoal.distill(
         student,
         model,
         TEXTS,
@@ -39,5 +53,5 @@ def entries(checkpoint: Path) -> dict[str, Any]:
         "losses": [row["loss"] for row in training.history if "loss" in row],
         "norm": sum(weight.double().square().sum().item() for weight in student.parameters()) ** 0.5,
         **{f"scores.{name}": [task.score for task in one.tasks] for name, one in named.items()},
-        "changes.bits": [list(map(str, row.values())) for row in shoal.compare(teacher, healed).rows()],
+        "changes.bits": [[str(row[name]) for name in CHANGES] for row in shoal.compare(teacher, healed).rows()],
     }

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset as HubDataset
+from peft import LoraConfig
 from ranks import call_on_ranks, environment
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
@@ -31,8 +32,12 @@ from shoal.data.packing import IGNORED, PackedRows
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.ranks import free_port
+from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import ForwardKL
+from shoal.recipe.trainer_arguments import DEFAULTS
+from shoal.train.distillation_config import DistillationConfig
 from shoal.train.distillation_trainer import DistillationTrainer
+from shoal.train.engine.arguments import training_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)
@@ -49,10 +54,16 @@ CHATS = [
 ]
 
 
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+def arguments(folder: Path, **settings: Any) -> DistillationConfig:
     given = {"learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "report_to": [], "disable_tqdm": True}
     given |= {"use_cpu": True, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
-    return TrainingArguments(str(folder / "out"), **(given | settings))
+    given |= {"warmup_steps": 0, "adam_beta2": 0.999, "num_train_epochs": 3, "sequence_length": LENGTH}
+    return DistillationConfig(str(folder / "out"), **(given | settings))
+
+
+def of_config(given: dict[str, Any]) -> dict[str, Any]:
+    """What of ``given``, which loses it, is a field of the configuration."""
+    return {name: given.pop(name) for name in [*given] if name in DistillationConfig.__dataclass_fields__}
 
 
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -64,8 +75,9 @@ def trainer_of(
     folder: Path, *pair: PreTrainedModel, data: Any = TEXTS, trained_by: dict[str, Any] | None = None, **given: Any
 ) -> DistillationTrainer:
     student, teacher = pair or models()
-    given = {"processing_class": tiny_tokenizer(), "sequence_length": LENGTH, "train_dataset": data} | given
-    return DistillationTrainer(student, teacher, arguments(folder, **(trained_by or {})), **given)
+    given = {"processing_class": tiny_tokenizer(), "train_dataset": data} | given
+    args = arguments(folder, **of_config(given), **(trained_by or {}))
+    return DistillationTrainer(student, teacher, args, **given)
 
 
 def curve(trainer: DistillationTrainer, name: str = "loss") -> list[float]:
@@ -164,7 +176,7 @@ def test_layers_below_the_cut_are_run_once_and_give_the_same_curve(tmp_path: Pat
     student, teacher = models()
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(".layers.2." in name or ".layers.3." in name or "model.norm" in name)
-    plain = trainer_of(tmp_path, student, teacher, trained_by={"max_steps": 3})
+    plain = trainer_of(tmp_path, student, teacher, trainable=None, trained_by={"max_steps": 3})
     assert plain.spec.shared_layers == 0
     for trainer in (shared, plain):
         trainer.train()
@@ -180,7 +192,7 @@ def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) ->
     from shoal.train.engine.sharding import join_deepspeed
 
     set_up_distributed(300)
-    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 3, "gradient_accumulation_steps": 1}
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 3, "losses": ForwardKL()}
     if stage is not None:
         join_deepspeed()
         zero = {"stage": stage, "reduce_bucket_size": 10_000}
@@ -191,9 +203,7 @@ def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) ->
         AutoModelForCausalLM.from_pretrained(Path(folder) / name, dtype=torch.float32)
         for name in ("student", "teacher")
     )
-    trainer = DistillationTrainer(
-        student, teacher, args, TEXTS, processing_class=tiny_tokenizer(), sequence_length=LENGTH, losses=ForwardKL()
-    )
+    trainer = DistillationTrainer(student, teacher, args, TEXTS, processing_class=tiny_tokenizer())
     trainer.train()
     if rank == 0:
         (Path(folder) / "curve.json").write_text(json.dumps([curve(trainer), curve(trainer, "grad_norm")]))
@@ -247,7 +257,7 @@ def all_frozen() -> PreTrainedModel:
     ("given", "message"),
     [
         ({"model": torch.nn.Linear(2, 2)}, r"model: is Linear; give a model of transformers"),
-        ({"teacher": None}, r"teacher: is missing, and the losses compare the student with one"),
+        ({"teacher_model": None}, r"teacher_model: is missing, and the losses compare the student with one"),
         (
             {"model": tiny_model("llama", vocab_size=300)},
             r"teacher llama has 272 vocabulary entries and student llama has 300",
@@ -271,12 +281,23 @@ def all_frozen() -> PreTrainedModel:
             {"trainable": "from_first_cut", "model": with_other_embeddings()},
             r"model: the embeddings should be the teacher's, .* set trainable to 'layers' or 'all'",
         ),
-        ({"sequence_lenght": 64}, r"shoal.DistillationTrainer: sequence_lenght: unknown key; did you mean 'sequence_l"),
-        ({"watch": None}, r"DistillationTrainer: watch: is for run directories, and has no use for a model in memory"),
-        ({"lora": {"load_in_4bit": True}}, r"lora: 4-bit weights and ZeRO 3 need the student's files"),
+        (
+            {"compute_metrics": print},
+            r"shoal.DistillationTrainer: compute_metrics: is no argument besides callbacks, optimizers, drop; settings",
+        ),
+        ({"peft_config": Lora(load_in_4bit=True)}, r"peft_config: 4-bit weights and ZeRO 3 need the student's files"),
+        ({"peft_config": LoraConfig(use_dora=True)}, r"peft_config.use_dora: is True; leave it out, adapters here are"),
+        (
+            {"peft_config": LoraConfig(target_modules=".*proj")},
+            r"peft_config.target_modules: is '.\*proj'; leave it out",
+        ),
+        (
+            {"teacher_model_init_kwargs": {"dtype": "float32"}},
+            r"teacher_model_init_kwargs: is for a teacher that is na",
+        ),
         (
             {"losses": "forwards_kl"},
-            r"shoal.DistillationTrainer: losses.0.kind: must be one of .*did you mean 'forward_kl'",
+            r"shoal.DistillationConfig: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         ({"losses": []}, r"losses: must have at least 1 item"),
         (
@@ -284,9 +305,9 @@ def all_frozen() -> PreTrainedModel:
             r"model: its attention is paged.sdpa, of which llama is not known",
         ),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
-        ({"model": all_frozen()}, r"model: none of its weights asks for a gradient; set trainable"),
+        ({"model": all_frozen(), "trainable": None}, r"model: none of its weights asks for a gradient; set trainable"),
         ({"sequence_length": 2048}, r"sequence_length: 2048 is more than the 1024 positions of the model; lower it"),
-        ({"processing_class": None}, r"processing_class: is missing; give the tokenizer"),
+        ({"processing_class": None}, r"tokenizer: is missing, and the model has no name that leads to one; give it"),
         ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),
         ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),
         (
@@ -297,8 +318,8 @@ def all_frozen() -> PreTrainedModel:
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     student, teacher = models()
-    given = {"model": student, "teacher": teacher, "processing_class": tiny_tokenizer()} | given
-    args = arguments(tmp_path, **given.pop("args", {}))
+    given = {"model": student, "teacher_model": teacher, "processing_class": tiny_tokenizer()} | given
+    args = arguments(tmp_path, **given.pop("args", {}), **of_config(given))
     with pytest.raises(UserError, match=message):
         DistillationTrainer(args=args, train_dataset=TEXTS, **given)
 
@@ -318,7 +339,8 @@ def test_adapters_become_plain_weights_and_training_with_them_goes_on_to_the_sam
     student, teacher = models()
     ids = torch.arange(20)[None]
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    given: dict[str, Any] = {"lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]}, "trainable": "near_gaps"}
+    adapters = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    given: dict[str, Any] = {"peft_config": adapters, "trainable": "near_gaps"}
     trainer = trainer_of(tmp_path, student, teacher, trained_by=steps, **given)
     trainer.train()
     with pytest.raises(UserError, match=r"save_model: the model has adapters; call merge_adapters\(\) first"):
@@ -355,11 +377,9 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     def trained(checkpoint: str | None = None) -> DistillationTrainer:
         trainer = Watching(
             *models(),
-            arguments(tmp_path, **steps),
+            arguments(tmp_path, **steps, on_policy=on_policy),
             TEXTS,
             processing_class=tiny_tokenizer(),
-            sequence_length=LENGTH,
-            on_policy=on_policy,
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
@@ -371,22 +391,46 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     assert curve(again, "on_policy/kept_tokens") == curve(whole, "on_policy/kept_tokens")
 
 
+def test_its_defaults_are_those_of_a_recipes_run(tmp_path: Path) -> None:
+    own, of_run = DistillationConfig(str(tmp_path)), training_arguments(Distill(), None, output_dir=tmp_path, seed=0)
+    names = (*DEFAULTS, "trainable", "sequence_length", "packing", "on_policy", "stop_on_spike")
+    assert [getattr(own, name) for name in names] == [getattr(of_run, name) for name in names]
+    assert {name: getattr(own, name) for name in DEFAULTS} == DEFAULTS
+    assert [term["kind"] for term in of_run.losses] == [own.losses] == ["forward_kl"]
+
+
+def test_models_by_name_and_plain_arguments_are_taken_as_by_trl(tmp_path: Path) -> None:
+    student, teacher = models()
+    student.save_pretrained(tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    args = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True)
+    stream = HubDataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    trainer = DistillationTrainer(str(tmp_path / "student"), str(tmp_path / "teacher"), args, stream)
+    assert (trainer.spec.settings.sequence_length, trainer.args.per_device_train_batch_size) == (512, 8)
+    assert len(trainer.train_dataset) == 8  # pyright: ignore[reportArgumentType]
+    assert {weight.dtype for weight in trainer.objective.student.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match=r"is a stream without an end; set num_tokens \(of a trainer max_steps\)"):
+        DistillationTrainer(*models(), None, stream, None, tiny_tokenizer())
+
+
 SCRIPT = """
 import json
 
 import shoal
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-args = TrainingArguments(
-    "healed", learning_rate=1e-3, lr_scheduler_type="constant", max_steps=3, per_device_train_batch_size=4,
+args = shoal.DistillationConfig(
+    "healed", sequence_length=32, warmup_steps=0, adam_beta2=0.999,
+    losses=[{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}],
+    learning_rate=1e-3, lr_scheduler_type="constant", max_steps=3, per_device_train_batch_size=4,
     logging_steps=1, save_strategy="no", report_to=[], max_grad_norm=0.1, use_cpu=True, deepspeed="zero2.json",
 )
 student, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype="float32") for name in ("student", "teacher"))
 trainer = shoal.DistillationTrainer(
     student, teacher, args, Dataset.from_list(json.load(open("chats.json"))),
-    processing_class=AutoTokenizer.from_pretrained("teacher"), sequence_length=32,
-    losses=[{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}],
+    processing_class=AutoTokenizer.from_pretrained("teacher"),
 )
 trainer.train()
 assert trainer.model_wrapped.gradient_clipping() == 0.1

@@ -24,24 +24,14 @@ from shoal.ranks import world_size
 from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
+from shoal.recipe.section import as_dict
+from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.runtime import device
+
+from ..distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
 
 log = logging.getLogger(__name__)
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "adam_beta2": 0.95,
-    "max_grad_norm": 1.0,
-    "num_train_epochs": 1,
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # asks the device in every micro-batch; a loss that is no number ends the training
-    "save_steps": 0.25,
-    "disable_tqdm": True,
-}
-"""What differs from transformers' own defaults; `distill.trainer` overrides each."""
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
 """DeepSpeed's own."""
 BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -115,7 +105,7 @@ def most_checkpoints(settings: Distill) -> int:
 
 def training_arguments(
     settings: Distill, deepspeed: DeepSpeed | None, *, output_dir: Path, seed: int, load_universal: bool = False
-) -> TrainingArguments:
+) -> DistillationConfig:
     """The Trainer's arguments; ``deepspeed`` None = it works without, and casts itself to distill.precision.
 
     ``load_universal`` = training goes on from a checkpoint that was made to fit any number of ranks.
@@ -124,7 +114,7 @@ def training_arguments(
         UserError: unknown or contradictory arguments.
     """
     check_names(settings)
-    values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
+    values: dict[str, Any] = settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
     if deepspeed is None:
         values |= {"bf16": settings.precision == "bf16-mixed", "fp16": settings.precision == "fp16-mixed"}
     else:
@@ -138,13 +128,16 @@ def training_arguments(
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
     try:
-        return TrainingArguments(
+        return DistillationConfig(
             output_dir=str(output_dir),
             seed=seed,
             use_cpu=not torch.accelerator.is_available(),
             remove_unused_columns=False,
             report_to=[],
             label_names=["labels"],
+            losses=as_dict(settings)["losses"],
+            trainable=settings.trainable,
+            **{name: as_dict(settings)[name] for name in SAME_AS_IN_RECIPE},
             **values,
         )
     except (ValueError, TypeError) as error:

@@ -14,6 +14,8 @@ class Training(Tabular, Artifact):
 
     FILE: ClassVar[str] = "distill.json"
     INTERNAL = ("settings",)
+    model: ClassVar[Any] = None
+    """The trained student, where it is in memory: of what shoal.distill gives."""
 
     num_steps: int
     num_tokens: int
@@ -27,6 +29,11 @@ class Training(Tabular, Artifact):
     """Documents, tokens, truncations and drops by source."""
     peak_memory_bytes: int
     """Bytes at the peak of the largest rank."""
+
+    def of(self, model: Any) -> Training:
+        """The same, which knows its model."""
+        object.__setattr__(self, "model", model)
+        return self
 
     def title(self) -> str:
         """How long it was."""

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +18,24 @@ from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.data.chat import Chat, ImageRow, chat_of, column_of
 from shoal.errors import UserError
 from shoal.formatting import meant
+from shoal.recipe.messages import checked
 from shoal.recipe.section import (
     TEACHER_TEXT,
     Column,
     Conversation,
+    Data,
     DataSource,
     Messages,
     PromptCompletion,
+    Section,
 )
 
-Dataset = Iterable[Any]
-"""Data that a caller has: texts; or rows (mappings, such as those of `datasets.Dataset`) with columns that column_in
-finds. It is gone through more than once, so it is no generator."""
+Given = str | Mapping[str, Any] | Iterable[Any]
+"""Data that a caller has: the name of a data set or of bundled text, or a source as a recipe has it, a mapping with
+`path`; texts; or rows (mappings, such as those of `datasets.Dataset`) with columns that column_in finds. Rows are gone
+through more than once, so they are no generator; a stream of `datasets` is one that has no length."""
+CHARACTERS_PER_TOKEN = 16
+"""Characters: more than any tokenizer puts into a token of prose on average."""
 Item = str | Chat | ImageRow
 """A document before it is tokenised."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -299,17 +305,70 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
 class Documents:
     """The texts or conversations of a data set in memory, in order, anew in every pass; None for an empty one."""
 
-    rows: Dataset
+    rows: Iterable[Any]
     source: DataSource
     """Columns that are read, and tokens that are learnt."""
+    characters: int | None = None
+    """Characters after which a stream is left; None = all are read."""
 
     def __iter__(self) -> Iterator[str | Chat | None]:
         rows = ({"text": row} if isinstance(row, str) else row for row in self.rows)
-        return documents_in(((self.source.path, row) for row in rows), self.source)
+        read = 0
+        for document in documents_in(((self.source.path, row) for row in rows), self.source):
+            if self.characters is not None and read >= self.characters:
+                return
+            read += size_of(document) if document is not None else 0
+            yield document
+
+
+def size_of(item: Item) -> int:
+    """Characters of a document."""
+    return len(item) if isinstance(item, str) else item.num_characters
+
+
+@dataclass(frozen=True)
+class _Sources(Section):
+    data: Data
+
+
+def is_source(data: Given) -> bool:
+    """Whether ``data`` names or describes a source, instead of being texts or rows."""
+    if isinstance(data, tuple):
+        return any(isinstance(one, DataSource) for one in data)
+    return isinstance(data, str) or (isinstance(data, Mapping) and "path" in data)
+
+
+def is_stream(data: Given) -> bool:
+    """Whether ``data`` are rows of which nobody knows how many there are."""
+    return not is_source(data) and not hasattr(data, "__len__")
+
+
+def sources_of(
+    data: Given,
+    *,
+    name: str = "data",
+    loss_on: Literal["assistant", "all"] | None = None,
+    num_tokens: int | None = None,
+) -> list[tuple[DataSource, Documents | None]]:
+    """The sources that ``data`` is, as shoal.data.streams.pack takes them; of a stream as much as ``num_tokens`` need.
+
+    Raises:
+        UserError: as documents_of does, or a source that is none.
+    """
+    if is_source(data):
+        if loss_on is not None:
+            raise UserError(f"data {name!r}: is a source, which says itself what is learnt of it; leave loss_on out")
+        return [(source, None) for source in checked(_Sources, {"data": data}, source=name).data]
+    documents = documents_of(data, name=name, loss_on=loss_on)
+    if is_stream(data):
+        if num_tokens is None:
+            raise UserError(f"data {name!r}: is a stream without an end; set num_tokens (of a trainer max_steps)")
+        documents = replace(documents, characters=CHARACTERS_PER_TOKEN * num_tokens)
+    return [(documents.source, documents)]
 
 
 def documents_of(
-    dataset: Dataset, *, name: str = "dataset", loss_on: Literal["assistant", "all"] | None = None
+    dataset: Given, *, name: str = "dataset", loss_on: Literal["assistant", "all"] | None = None
 ) -> Documents:
     """The documents of ``dataset``, which is called ``name`` in messages; its first row tells the columns.
 
@@ -319,8 +378,12 @@ def documents_of(
         UserError: it is empty, can be gone through only once, or its rows have none of the known columns.
         ValueError: ``loss_on`` says something of conversations, and there are none.
     """
-    if isinstance(dataset, str | Mapping | Iterator) or not isinstance(dataset, Iterable):
-        raise UserError(f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set of rows")
+    is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "iloc")
+    if is_table or isinstance(dataset, str | Mapping | Iterator | Set) or not isinstance(dataset, Iterable):
+        remedy = "datasets.Dataset.from_pandas makes one of a frame" if is_table else "of several splits give one"
+        raise UserError(
+            f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set of rows ({remedy})"
+        )
     source = with_column(DataSource(name), next(iter(dataset), None))
     if isinstance(source.column, Conversation):
         source = replace(source, column=replace(source.column, loss_on=loss_on or "assistant"))

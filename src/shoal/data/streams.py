@@ -36,7 +36,7 @@ from shoal.data.packing import (
     teaching_rows,
     write_rows,
 )
-from shoal.data.sources import Item, documents, nothing_in, opened, source_names
+from shoal.data.sources import CHARACTERS_PER_TOKEN, Item, documents, nothing_in, opened, size_of, source_names
 from shoal.errors import UserError
 from shoal.progress import progress
 from shoal.recipe.section import DataSource, Packing
@@ -46,8 +46,6 @@ Encode = Callable[[ImageRow], tuple[list[int], np.ndarray]]
 """Token ids of a row of images, and which of them are learnt."""
 HELD_CHARACTERS = 32_000_000
 """Characters up to which a source is shuffled as a whole; a larger one streams through a buffer of this size."""
-CHARACTERS_PER_TOKEN = 16
-"""Characters: more than any tokenizer puts into a token of prose on average."""
 BORDER_TOKENS = 64
 """Tokens at the end of a beginning that may be others where the text goes on."""
 JOINED_ROWS = 16
@@ -274,12 +272,8 @@ def _take(items: Iterator[Item], characters: int, *, most: int | None = None) ->
     taken, size = [], 0
     while size < characters and len(taken) != most and (item := next(items, None)) is not None:
         taken.append(item)
-        size += _size(item)
+        size += size_of(item)
     return taken, size
-
-
-def _size(item: Item) -> int:
-    return len(item) if isinstance(item, str) else item.num_characters
 
 
 def _mixed(items: Iterator[Item], order: random.Random) -> Iterator[Item]:
@@ -289,9 +283,9 @@ def _mixed(items: Iterator[Item], order: random.Random) -> Iterator[Item]:
         place = order.randrange(len(held))
         held[place], held[-1] = held[-1], held[place]
         item = held.pop()
-        more, added = _take(items, HELD_CHARACTERS - size + _size(item))
+        more, added = _take(items, HELD_CHARACTERS - size + size_of(item))
         held += more
-        size += added - _size(item)
+        size += added - size_of(item)
         yield item
 
 
@@ -320,12 +314,12 @@ def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterato
     most = None if enough is None else CHARACTERS_PER_TOKEN * (enough + BORDER_TOKENS)
     items = iter(items)
     while batch := _take(items, CHARACTERS_AT_ONCE, most=AT_ONCE)[0]:
-        short = [text for text in batch if most is None or _size(text) <= most]
+        short = [text for text in batch if most is None or size_of(text) <= most]
         tokenised_short = iter(tokenizer(short)["input_ids"] if short else ())
         for text in batch:
             ids = (
                 next(tokenised_short)
-                if most is None or _size(text) <= most
+                if most is None or size_of(text) <= most
                 else first_tokens(str(text), lambda part: tokenizer(part)["input_ids"], enough or 0)
             )
             yield ids if not ids or ids[-1:] == end or isinstance(text, CutOff) else ids + end

@@ -8,13 +8,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
+from shoal.machine import fast_dtype
+from shoal.model_names import DEMO_PREFIX
 from shoal.models.anatomy import text_config
 from shoal.models.attention import named
 from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
+from shoal.models.resolve import resolve_model
+from shoal.runtime import device
+
+Model = PreTrainedModel | str
+"""A model in memory, or the name of one: a folder, an id of the Hub, `demo:smollm2-135m`."""
+
+
+def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **settings: Any) -> PreTrainedModel:
+    """``model``, called ``name`` in messages; one that is named is loaded as from_pretrained does with ``settings``, in
+    the precision that this machine multiplies fast in, and put on the accelerator where ``is_placed``.
+
+    Raises:
+        UserError: there is none of that name, it cannot be loaded, or as require_usable.
+    """
+    if isinstance(model, str):
+        given = {"dtype": fast_dtype(device()).dtype, **settings}
+        folder = resolve_model(model, revision=given.pop("revision", None))
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **given)
+        except (TypeError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{name}: {model} cannot be loaded ({reason}); give another, or the model itself"
+            ) from error
+        loaded.config.name_or_path = model
+        return as_model((loaded.to(device()) if is_placed else loaded).eval(), name)
+    require_usable(model, name)
+    return model
 
 
 def require_usable(model: PreTrainedModel, name: str = "model") -> None:
@@ -50,12 +80,20 @@ def require_positions(model: PreTrainedModel, sequence_length: int) -> None:
         )
 
 
-def require_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or where it has no pad token a copy that pads with its end token.
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer, None = that of the name of ``model``; where it has no pad token a copy that pads with its end
+    token.
 
     Raises:
-        UserError: it is no tokenizer of transformers, or has neither of these tokens.
+        UserError: it is no tokenizer of transformers, there is none of that name, or it has neither of these tokens.
     """
+    if tokenizer is None:
+        if not (source := model.config.name_or_path):
+            raise UserError("tokenizer: is missing, and the model has no name that leads to one; give it")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model(source) if DEMO_PREFIX in source else source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer: the name of the model, {source!r}, leads to none; give one") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer: is {type(tokenizer).__name__}; give a tokenizer of transformers")
     if tokenizer.pad_token_id is None:

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, constants
 from results import evaluation, write_run
+from tiny import tiny_model, tiny_tokenizer
 
+import shoal
+from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
 from shoal.eval.report.card import model_card
 from shoal.eval.report.hub import push
@@ -210,6 +213,31 @@ def test_the_card_of_a_run_arrives_so_that_its_results_can_be_read(tmp_path: Pat
     arrived: Any = ModelCard.load(checkpoint / "README.md").data
     assert {result.dataset_name for result in arrived.eval_results} == {t.task for t in evaluation("distilled").tasks}
     assert set(hub.validated) == {hub.small["README.md"].decode()}
+
+
+def test_a_model_in_memory_arrives_with_a_card_of_its_results(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plan = shoal.Plan(Provenance({"model": "llama"}), 6, (2, 3), "named")
+    student = shoal.cut_model(model, plan)
+    scores = [
+        shoal.evaluate(own, tokenizer, "knowledge_continuation", limit=8, role=role)
+        for own, role in ((model, "teacher"), (student, "pruned"))
+    ]
+    with pytest.raises(UserError, match=r"push_to_hub: plan: is missing"):
+        shoal.push_to_hub(student, tokenizer, REPO)
+    with pytest.raises(UserError, match=r"scores: two of one role"):
+        shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=[scores[0], scores[0]])
+    with pytest.raises(UserError, match=r"commit_massage: is no argument of huggingface_hub's create_repo"):
+        shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, commit_massage="x")
+    assert not hub.created
+    url = shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, endpoint=hub.url)
+    assert url == f"{hub.url}/{REPO}"
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
+    card = hub.small["README.md"].decode()
+    assert "Dropped layers (of the base model, counted from 0): 2" in card
+    assert "recipe makes it again" not in card
+    assert "base_model:" not in card
+    assert "knowledge_continuation" in card
 
 
 def test_nothing_goes_into_a_public_repository_that_was_to_be_private(folder: Path, hub: Hub) -> None:

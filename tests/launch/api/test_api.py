@@ -10,6 +10,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import IterableDataset
+from pandas import DataFrame
 from results import evaluation, write_run
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
@@ -32,7 +35,7 @@ from shoal.data.sources import load_texts
 from shoal.launch.api import running
 from shoal.launch.api.evaluating import Comparison
 from shoal.launch.api.running import Run
-from shoal.launch.api.training import TAKEN
+from shoal.launch.api.training import HealSettings
 from shoal.launch.verbs.evaluate import evaluate as eval_stage
 from shoal.launch.verbs.launch import LaunchEnded
 from shoal.launch.verbs.measure import measure as measure_stage
@@ -44,6 +47,8 @@ from shoal.recipe.section import DataSource
 from shoal.stats.paired import retention
 
 TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
+UNKNOWN: Any = {"teacher_text": 1}
+NO_MAPPING: Any = {"trainer": 5}
 METRICS = ["block_influence", "angular", "present_absent", "blockpruner"]
 TASKS = ["knowledge_continuation", "retrieval_generation"]
 
@@ -79,7 +84,7 @@ def test_import_loads_no_library_and_every_name_is_there() -> None:
 
 def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Path) -> None:
     sweep = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 8}
-    settings = {"num_tokens": 512, "sequence_length": 64, "metrics": METRICS, "sweep": sweep}
+    settings: Any = {"num_tokens": 512, "sequence_length": 64, "metrics": METRICS, "sweep": sweep}
     own = run_of(tmp_path, teacher, measure=settings, prune={"num_drop": 2, "metric": "angular", "contiguous": True})
     measure_stage(own)
     prune_stage(own)
@@ -116,17 +121,18 @@ def test_healing_is_that_of_the_stage(tmp_path: Path, teacher: Path, docs: list[
     given = {"losses": losses, "batch_size": 4, "trainable": "from_first_cut", "precision": precision}
     told = finished(run(recipe(tmp_path / "trial", teacher, prepare(tmp_path / "cut", teacher), **given)))
     model, tokenizer = loaded(teacher)
-    student, training = shoal.distill(
+    training = shoal.distill(
         shoal.cut_model(model, DROP),
         model,
         docs,
         tokenizer=tokenizer,
         num_tokens=told.training.num_tokens,
         sequence_length=LENGTH,
-        learning_rate=1e-3,
+        trainer={"learning_rate": 1e-3},
         drop=DROP,
         **given,
     )
+    student = training.model
     near = 1e-5 if precision == "float32" else 1e-3
     for name in ("loss", "forward_kl", "hidden_states", "grad_norm"):
         assert [row[name] for row in training.history if name in row] == pytest.approx(told.curve(name), rel=near), name
@@ -170,11 +176,12 @@ def test_healing_changes_the_student_alone_and_keeps_what_it_is_in() -> None:
     student = shoal.cut_model(teacher, DROP)
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
     untrained = {name: weight.clone() for name, weight in student.state_dict().items()}
-    healed, training = shoal.distill(
-        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, learning_rate=1e-2, drop=DROP,
-        trainable="near_gaps", trainer={"max_steps": 2},
+    training = shoal.distill(
+        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, drop=DROP,
+        trainable="near_gaps", trainer={"max_steps": 2, "learning_rate": 1e-2},
     )  # fmt: skip
-    assert healed is student
+    assert training.model is student
+    assert [row["num_tokens"] for row in training.rows() if "loss" in row] == [256, 512]
     assert training.num_steps == 2
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
     moved = {name for name, weight in student.state_dict().items() if not torch.equal(weight, untrained[name])}
@@ -193,9 +200,9 @@ def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
     student = shoal.cut_model(teacher, DROP)
     names = [name for name, _ in student.named_parameters()]
     untrained = {name: weight.clone() for name, weight in student.state_dict().items()}
-    _, training = shoal.distill(
-        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, learning_rate=1e-2,
-        trainable="near_gaps", lora={"r": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3},
+    training = shoal.distill(
+        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, trainable="near_gaps",
+        lora={"r": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3, "learning_rate": 1e-2},
         on_policy={"share": 1, "start": 0.3, "prompt_tokens": 8, "new_tokens": 8},
     )  # fmt: skip
     assert ["on_policy/kept_tokens" in row for row in training.history] == [False, True, True]
@@ -210,13 +217,45 @@ def test_models_are_measured_as_evaluated_and_left_as_they_were() -> None:
     """Dropout, which a model in training mode has, would change every score."""
     model = tiny_model("llama", attention_dropout=0.5).train()
     model.model.norm.requires_grad_(False)
-    settings = {"num_tokens": 256, "sequence_length": 64, "metrics": ["block_influence", "taylor"]}
+    settings: Any = {"num_tokens": 256, "sequence_length": 64, "metrics": ["block_influence", "taylor"]}
     importance = shoal.measure_importance(model, tiny_tokenizer(pad_token=False), TEXTS, **settings)
     again = shoal.measure_importance(tiny_model("llama"), tiny_tokenizer(), TEXTS, **settings)
     assert importance.layers == again.layers
     assert model.training
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["model.norm.weight"]
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def stream_of(texts: list[str], read: list[str] | None = None) -> IterableDataset:
+    """Texts of which nobody knows how many there are; ``read`` gets those that were read."""
+
+    def rows() -> Iterator[dict[str, str]]:
+        for text in texts:
+            if read is not None:
+                read.append(text)
+            yield {"text": text}
+
+    return IterableDataset.from_generator(rows)
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed() -> None:
+    read: list[str] = []
+    rows = [f"{number} is one of very many numbers." for number in range(20_000)]
+    settings: Any = {"num_tokens": 64, "sequence_length": 32}
+    importance = shoal.measure_importance(tiny_model("llama"), tiny_tokenizer(), stream_of(rows, read), **settings)
+    assert 16 * 64 <= sum(map(len, read)) < 2 * 16 * 64 + 200
+    begin = list(dict.fromkeys(read))
+    again = shoal.measure_importance(tiny_model("llama"), tiny_tokenizer(), begin[:-1], **settings)
+    assert importance.layers == again.layers
+
+
+def test_models_tokenizers_and_data_may_be_named(teacher: Path, docs: list[str]) -> None:
+    settings: Any = {"num_tokens": 256, "sequence_length": 64}
+    named = shoal.measure_importance(str(teacher), data="python_docs", **settings)
+    model, tokenizer = loaded(teacher)
+    assert named.layers == shoal.measure_importance(model, tokenizer, docs, **settings).layers
+    assert named.layers == shoal.measure_importance(model, data={"path": "python_docs"}, **settings).layers
+    assert named.provenance.inputs["model"] == str(teacher)
 
 
 def plan_of(*, num_layers: int = 6) -> Plan:
@@ -236,7 +275,7 @@ def plan_of(*, num_layers: int = 6) -> Plan:
             lambda m, t: shoal.measure_importance(m, m, TEXTS),
             r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf",
         ),
-        (lambda m, t: shoal.measure_importance(m, t, []), r"data 'texts': begins with NoneType .* give texts"),
+        (lambda m, t: shoal.measure_importance(m, t, []), r"data 'data': begins with NoneType .* give texts"),
         (
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
             r"shoal.choose_layers: num_drop and ratio exclude each other; give one of them",
@@ -258,11 +297,11 @@ def plan_of(*, num_layers: int = 6) -> Plan:
             r"shoal.distill: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, teacher_text=1),
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, **UNKNOWN),
             r"shoal.distill: teacher_text: unknown key; did you mean 'teacher'",
         ),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer=5),
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, **NO_MAPPING),
             r"trainer: must be a m",
         ),
         (
@@ -291,6 +330,27 @@ def plan_of(*, num_layers: int = 6) -> Plan:
             r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",
         ),
         (lambda m, t: shoal.run({"run_dir": "y"}), r"recipe: model: is required"),
+        (
+            lambda m, t: shoal.evaluate(m, None, "brackets"),
+            r"tokenizer: is missing, and the model has no name",
+        ),
+        (lambda m, t: shoal.measure_importance(m, t, DataFrame()), r"'data': is DataFrame; .*from_pandas makes one"),
+        (lambda m, t: shoal.measure_importance(m, t, {"a"}), r"'data': is set; give a list of texts, or a data set"),
+        (lambda m, t: shoal.measure_importance(m, t, iter(TEXTS)), r"'data': is list_iterator; give a list of texts"),
+        (
+            lambda m, t: shoal.measure_importance(m, t, {"train": TEXTS}),
+            r"'data': is dict; .*of several splits",
+        ),
+        (lambda m, t: shoal.measure_importance(m, t, {"path": "no/such.txt"}), r"no/such.txt': no such file or folder"),
+        (lambda m, t: shoal.measure_importance("no/such", t, TEXTS), r"model 'no/such': no such folder"),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, stream_of(TEXTS), tokenizer=t),
+            r"data 'data': is a stream without an end; set num_tokens",
+        ),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, "python_docs", tokenizer=t, loss_on="all"),
+            r"data 'data': is a source, which says itself what is learnt of it; leave loss_on out",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
@@ -301,8 +361,9 @@ def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
 def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> None:
     """Every key of the section is taken, or refused: none is read and forgotten."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    useless = {field.name for field in fields(Distill)} - {*TAKEN, "losses", "num_tokens", "teacher"}
-    assert {"data", "writing", "deepspeed", "watch", "num_ranks"} < useless
+    named = {"losses", "trainable", "teacher", "data"}
+    useless = {field.name for field in fields(Distill)} - {*HealSettings.__annotations__, *named}
+    assert {"writing", "deepspeed", "watch", "num_ranks"} < useless
     heal: Any = shoal.distill
     for key in useless:
         with pytest.raises(shoal.UserError) as refused:

@@ -1,0 +1,90 @@
+"""The settings of a distillation as a Trainer script takes them, and what of peft's settings means the same here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import LoraConfig
+from transformers import SchedulerType, TrainingArguments
+
+from shoal.errors import UserError
+from shoal.recipe.distill import Distill, Lora, Trainable
+from shoal.recipe.losses import LossTerm
+from shoal.recipe.section import Packing, Section
+from shoal.recipe.trainer_arguments import DEFAULTS
+
+Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
+"""One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
+dataclass of shoal.recipe.losses; docs/training/losses.md has all kinds."""
+SAME_AS_IN_RECIPE = ("sequence_length", "packing", "on_policy", "stop_on_spike")
+"""Keys of the recipe's section `distill` that mean the same here, with the same defaults."""
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """transformers' TrainingArguments, some with other defaults, and the settings of the loss and the data.
+
+    A recipe's run makes one too, so that both train alike.
+    """
+
+    per_device_train_batch_size: int = DEFAULTS["per_device_train_batch_size"]
+    learning_rate: float = DEFAULTS["learning_rate"]
+    lr_scheduler_type: SchedulerType | str = DEFAULTS["lr_scheduler_type"]
+    warmup_steps: float = DEFAULTS["warmup_steps"]
+    """Steps, or below 1 their share of all steps."""
+    adam_beta2: float = DEFAULTS["adam_beta2"]
+    num_train_epochs: float = DEFAULTS["num_train_epochs"]
+    logging_steps: float = DEFAULTS["logging_steps"]
+    logging_nan_inf_filter: bool = DEFAULTS["logging_nan_inf_filter"]
+    save_steps: float = DEFAULTS["save_steps"]
+    disable_tqdm: bool | None = DEFAULTS["disable_tqdm"]
+    losses: Any = "forward_kl"
+    """Terms of the loss, see Losses."""
+    trainable: Trainable | None = "all"
+    """Weights that are trained, as distill.trainable; None = those that ask for a gradient."""
+    sequence_length: int = Distill.sequence_length
+    """Tokens of one row."""
+    packing: Packing = Distill.packing
+    """How rows are filled, as distill.packing."""
+    on_policy: dict[str, Any] | None = None
+    """Steps in which the student learns from what it writes itself, as distill.on_policy; None = none."""
+    loss_on: Literal["assistant", "all"] | None = None
+    """Tokens of conversations that are learnt; None = what the assistant says."""
+    stop_on_spike: float | None = Distill.stop_on_spike
+    """A step whose loss is so many times the median of those before ends the training; None = none does."""
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    """What from_pretrained is given for a teacher that is named: `dtype`, `revision`, ..."""
+
+
+def setting(args: TrainingArguments, name: str) -> Any:
+    """What ``args`` say of a field of DistillationConfig; where they are plain TrainingArguments its default."""
+    return getattr(args, name, getattr(DistillationConfig, name))
+
+
+def as_terms(losses: Losses) -> list[Any]:
+    """What a recipe's list of loss terms would be."""
+    terms: Any = [losses] if isinstance(losses, str | Mapping | Section) else losses
+    return [{"kind": term} if isinstance(term, str) else term for term in terms]
+
+
+def as_lora(config: LoraConfig | Lora | None) -> Any:
+    """What distill.lora would say.
+
+    Raises:
+        UserError: a setting of peft's that adapters of a cut model have no use for.
+    """
+    if not isinstance(config, LoraConfig):
+        return config
+    plain, told, known = LoraConfig(), vars(config), ("r", "lora_alpha", "lora_dropout", "target_modules")
+    passed = (*known, "task_type", "inference_mode", "base_model_name_or_path", "revision")
+    others = [name for name in told if name not in passed and told[name] != getattr(plain, name, None)]
+    targets = None if told["target_modules"] == "all-linear" else told["target_modules"]
+    others += ["target_modules"] if isinstance(targets, str) else []
+    if others:
+        raise UserError(
+            f"peft_config.{others[0]}: is {told[others[0]]!r}; leave it out, adapters here are {', '.join(known)}, the "
+            "last of them a list of names"
+        )
+    return {**{name: told[name] for name in known}, "target_modules": sorted(targets) if targets else None}
