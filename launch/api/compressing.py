@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, Unpack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
+from shoal.compress.apply import apply_plan, changes_of, num_tokens_of
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of
+from shoal.compress.metrics.metric import Calibration
 from shoal.compress.plan import choose_changes
 from shoal.compress.surgery import cut_model as surgery
 from shoal.compress.sweeps.atlas import build_atlas
@@ -26,11 +30,12 @@ from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_positions, require_tokenizer
+from shoal.models.load import load_model, without_data
 from shoal.recipe import measure
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.not_together import not_together
-from shoal.recipe.prune import CutByScore
+from shoal.recipe.prune import CutByScore, CutThese
 from shoal.recipe.section import Shapes, shaping
 
 from .settings import MeasureSettings
@@ -50,10 +55,9 @@ def measure_importance(
     The model computes where it is, in its own precision, and is left as it was.
 
     Args:
-        model: A causal language model of L layers, or the name of one, which is loaded.
+        model: A causal language model of L layers, or the name of one.
         tokenizer: Its tokenizer; None = that of the model's name.
         data: Texts, rows, or the name of a data set (shoal.data.sources.Given), repeated where it is too small.
-        metrics: Names of docs/measuring.md, such as `block_influence`.
         seed: Seed of the order of the texts and of what metrics draw.
         settings: Keys of the recipe's section `measure`, with its defaults; sweep is a mapping (tasks, limit, ...).
 
@@ -179,15 +183,26 @@ def choose_layers(
     return Plan(Provenance(inputs), importance.num_layers, **vars(choice))
 
 
-def cut_model(model: Model, drop: Plan | Sequence[int]) -> PreTrainedModel:
+def cut_model(
+    model: Model,
+    drop: Plan | Sequence[int],
+    *,
+    changes: str | Sequence[str | Mapping[str, Any]] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Given = Measure.data,
+) -> PreTrainedModel:
     """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
 
-    ``model`` stays as it is, and nothing is shared with it. The new one computes to the bit what ``model`` computes
-    when it passes by these layers, and save_pretrained makes a plain checkpoint of it.
+    ``model`` stays as it is, and nothing is shared with it. Without ``changes`` the new one computes to the bit what
+    ``model`` computes when it passes by these layers. save_pretrained makes a plain checkpoint of it.
 
     Args:
         model: A causal language model, or the name of one.
         drop: Layers (0-based, any order), or a plan of choose_layers.
+        changes: What else is done to layers that stay, as prune.changes: `["compensate"]`. They are made in files of a
+            temporary folder.
+        tokenizer: For changes: the tokenizer; None = that of the model's name.
+        data: For changes: the text that they are decided on (shoal.data.sources.Given).
 
     Raises:
         UserError: an index that is no layer, all layers, a cut that the architecture cannot express, or a plan of
@@ -198,13 +213,44 @@ def cut_model(model: Model, drop: Plan | Sequence[int]) -> PreTrainedModel:
         >>> student.save_pretrained("student")
     """
     model = as_model(model)
-    if not isinstance(drop, Plan):
-        return surgery.cut_model(model, drop)
-    if (num_layers := len(decoder_layers(model))) != drop.num_layers:
-        raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
-    if drop.changes:
-        raise UserError(
-            f"drop: changes layers that stay ({drop.changes[0].words}), which only the command does; load the student "
-            "that it wrote, or give drop=plan.drop"
-        )
-    return surgery.cut_model(model, drop.drop)
+    if isinstance(drop, Plan):
+        if (num_layers := len(decoder_layers(model))) != drop.num_layers:
+            raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
+        if drop.changes:
+            raise UserError(
+                f"drop: changes layers that stay ({drop.changes[0].words}); load the student that was written, or give "
+                "drop=plan.drop and changes"
+            )
+        drop = drop.drop
+    return _changed(model, drop, changes, tokenizer, data) if changes else surgery.cut_model(model, drop)
+
+
+def _changed(
+    model: PreTrainedModel,
+    drop: Sequence[int],
+    changes: str | Sequence[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Given,
+) -> PreTrainedModel:
+    """The model that the command writes of a checkpoint of ``model``."""
+    named = {"drop": sorted(drop), "changes": changes}
+    settings = checked(CutThese, named, source="shoal.cut_model", contradictions=lambda cut: not_together(prune=cut))
+    tokenizer, made, measured = require_tokenizer(tokenizer, model), changes_of(settings), Measure()
+    plan = Plan(Provenance({}), len(decoder_layers(model)), settings.drop, reason="given by the caller")
+    num_tokens = num_tokens_of(made, without_data(model.config), plan, measured)
+    rows = pack(
+        sources_of(data, loss_on=None if is_source(data) else "all", num_tokens=num_tokens),
+        tokenizer,
+        sequence_length=measured.sequence_length,
+        num_tokens=num_tokens,
+        seed=0,
+    )
+    with TemporaryDirectory() as temporary:
+        teacher, student = Path(temporary) / "teacher", Path(temporary) / "student"
+        model.save_pretrained(teacher)
+        tokenizer.save_pretrained(teacher)
+        apply_plan(teacher, plan, student, changes=made, text=Calibration(rows, measured.batch_size))
+        changed = load_model(student, device=model.device)
+    changed.config.name_or_path = model.config.name_or_path
+    changed.set_attn_implementation(model.config._attn_implementation or "sdpa")
+    return changed
