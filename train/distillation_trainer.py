@@ -35,8 +35,8 @@ from shoal.recipe.messages import checked
 from shoal.recipe.not_together import not_together
 from shoal.recipe.trainer_arguments import OURS
 
-from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, as_terms, setting
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
+from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, as_terms, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers

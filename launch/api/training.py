@@ -28,9 +28,9 @@ from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
 from shoal.train.distill import training_of
-from shoal.train.distillation_config import Losses, as_terms
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import num_rows, training_arguments
+from shoal.train.engine.distillation_config import Losses, as_terms
 from shoal.train.student.known_cut import Drop
 from shoal.train.student.lora import remove_adapters
 
@@ -65,7 +65,7 @@ def distill(
         teacher: The model it was cut from, in any precision, or its name; left as it was.
         data: Texts, rows, or the name of a data set (shoal.data.sources.Given).
         tokenizer: The tokenizer of both; None = that of the student's name.
-        losses: Terms of the loss, see shoal.train.distillation_config.Losses.
+        losses: Terms of the loss, see shoal.train.engine.distillation_config.Losses.
         trainable: Weights that are trained, as distill.trainable.
         seed: Seed of the order of the data and of all else that is drawn.
         settings: Keys of the recipe's section `distill`, with its defaults: num_tokens (rounded up to whole steps, a

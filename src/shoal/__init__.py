@@ -53,7 +53,7 @@ from typing import Any
 __version__ = "0.1.0"
 PLACES = {
     "Comparison": "shoal.launch.api.evaluating",
-    "DistillationConfig": "shoal.train.distillation_config",
+    "DistillationConfig": "shoal.train.engine.distillation_config",
     "DistillationTrainer": "shoal.train.distillation_trainer",
     "Importance": "shoal.artifacts.importance",
     "Plan": "shoal.artifacts.plan",

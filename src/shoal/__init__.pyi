@@ -13,8 +13,8 @@ from shoal.launch.api.running import Run as Run
 from shoal.launch.api.running import push_to_hub as push_to_hub
 from shoal.launch.api.running import run as run
 from shoal.launch.api.training import distill as distill
-from shoal.train.distillation_config import DistillationConfig as DistillationConfig
 from shoal.train.distillation_trainer import DistillationTrainer as DistillationTrainer
+from shoal.train.engine.distillation_config import DistillationConfig as DistillationConfig
 
 __version__: str
 __all__: list[str]

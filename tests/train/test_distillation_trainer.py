@@ -35,9 +35,9 @@ from shoal.ranks import free_port
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import ForwardKL
 from shoal.recipe.trainer_arguments import DEFAULTS
-from shoal.train.distillation_config import DistillationConfig
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import training_arguments
+from shoal.train.engine.distillation_config import DistillationConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)

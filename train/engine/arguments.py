@@ -28,7 +28,7 @@ from shoal.recipe.section import as_dict
 from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.runtime import device
 
-from ..distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
+from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
 
 log = logging.getLogger(__name__)
 
