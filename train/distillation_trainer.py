@@ -36,7 +36,7 @@ from shoal.recipe.not_together import not_together
 from shoal.recipe.trainer_arguments import OURS
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
-from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, as_terms, setting
+from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
@@ -275,7 +275,7 @@ def _section(args: TrainingArguments, peft_config: LoraConfig | Lora | None) -> 
     section = checked(
         Distill,
         {
-            "losses": as_terms(setting(args, "losses")),
+            "losses": setting(args, "losses"),
             "trainable": setting(args, "trainable") or "all",
             "lora": as_lora(peft_config),
             "fused": args.use_liger_kernel,

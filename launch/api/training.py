@@ -30,7 +30,7 @@ from shoal.runtime import device
 from shoal.train.distill import training_of
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import num_rows, training_arguments
-from shoal.train.engine.distillation_config import Losses, as_terms
+from shoal.train.engine.distillation_config import Losses
 from shoal.train.student.known_cut import Drop
 from shoal.train.student.lora import remove_adapters
 
@@ -83,7 +83,7 @@ def distill(
     _refuse_swapped(student, teacher)
     tokenizer = require_tokenizer(tokenizer, student)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
-    section = _section({"losses": as_terms(losses), "trainable": trainable}, settings)
+    section = _section({"losses": losses, "trainable": trainable}, settings)
     has_budget = "num_tokens" in settings or is_source(data)
     budget = num_rows(section) * section.sequence_length if has_budget else None
     rows = pack(

@@ -12,7 +12,7 @@ from transformers import SchedulerType, TrainingArguments
 from shoal.errors import UserError
 from shoal.recipe.distill import Distill, Lora, Trainable
 from shoal.recipe.losses import LossTerm
-from shoal.recipe.section import Packing, Section
+from shoal.recipe.section import Packing
 from shoal.recipe.trainer_arguments import DEFAULTS
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
@@ -61,12 +61,6 @@ class DistillationConfig(TrainingArguments):
 def setting(args: TrainingArguments, name: str) -> Any:
     """What ``args`` say of a field of DistillationConfig; where they are plain TrainingArguments its default."""
     return getattr(args, name, getattr(DistillationConfig, name))
-
-
-def as_terms(losses: Losses) -> list[Any]:
-    """What a recipe's list of loss terms would be."""
-    terms: Any = [losses] if isinstance(losses, str | Mapping | Section) else losses
-    return [{"kind": term} if isinstance(term, str) else term for term in terms]
 
 
 def as_lora(config: LoraConfig | Lora | None) -> Any:
