@@ -3,5 +3,6 @@
 compressing  what layers are worth, which go, and the model without them
 training     the cut model trained on the full one
 evaluating   scores of a model, and what changed between two
-running      a whole recipe
+running      a whole recipe, and what goes to the Hub
+settings     types of further arguments, written from the recipe's sections
 """

@@ -1,6 +1,6 @@
 """The trainer for models and data sets in memory: its loss, its checkpoints, several processes, what it refuses.
 
-Covers: shoal.train.student.known_cut.
+Covers: shoal.train.engine.distillation_config, shoal.train.student.known_cut, shoal.recipe.trainer_arguments.
 """
 
 from __future__ import annotations
