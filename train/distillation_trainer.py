@@ -33,10 +33,9 @@ from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import StateTerm
 from shoal.recipe.messages import checked
 from shoal.recipe.not_together import not_together
-from shoal.recipe.trainer_arguments import OURS
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
-from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
+from .engine.distillation_config import OURS, SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers

@@ -1,6 +1,6 @@
 """The trainer for models and data sets in memory: its loss, its checkpoints, several processes, what it refuses.
 
-Covers: shoal.train.engine.distillation_config, shoal.train.student.known_cut, shoal.recipe.trainer_arguments.
+Covers: shoal.train.engine.distillation_config, shoal.train.student.known_cut.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.ranks import free_port
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import ForwardKL
-from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import training_arguments
-from shoal.train.engine.distillation_config import DistillationConfig
+from shoal.train.engine.distillation_config import DEFAULTS, DistillationConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)

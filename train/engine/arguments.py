@@ -25,10 +25,9 @@ from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deeps
 from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
 from shoal.recipe.section import as_dict
-from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.runtime import device
 
-from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
+from .distillation_config import DEFAULTS, SAME_AS_IN_RECIPE, DistillationConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.recipe.trainer_arguments import DEFAULTS
 
+from ..engine.distillation_config import DEFAULTS
 from ..engine.kernels import is_fused
 from ..engine.sharding import REDUCED_AT_ONCE
 from ..objective.chunked_loss import compiles

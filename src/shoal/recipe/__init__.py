@@ -10,7 +10,6 @@ section                 what sections are made of; what each key shapes, and ide
 measure                 `measure`, with `measure.sweep`
 prune                   `prune`
 distill                 `distill` and `record`
-trainer_arguments       what `distill.trainer` is where nothing is said
 distill_contradictions  what these two must not say
 losses                  `distill.losses`
 deepspeed_file          `distill.deepspeed`
