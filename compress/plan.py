@@ -187,21 +187,15 @@ def _fewest(
 
 def _explicit(prune: CutThese, num_layers: int) -> Choice:
     drop = prune.drop
-    if not drop and prune.changes:
+    if not drop:
         return Choice((), "")
-    outside = [layer for layer in drop if not 0 <= layer < num_layers]
-    twice = sorted({layer for layer in drop if list(drop).count(layer) > 1})
-    guarded = sorted(_protected(CutByScore.protect, num_layers) & set(drop))
-    problems = (
-        (not drop, "is empty, so nothing would be dropped; name at least one layer"),
-        (outside, f"{layers_text(outside)} is no layer of this model; its layers are 0..{num_layers - 1}"),
-        (twice, f"names layer {layers_text(twice)} twice; name every layer once"),
-        (len(drop) == num_layers, f"names all {num_layers} layers; keep at least one"),
-    )
-    if problem := next((sentence for found, sentence in problems if found), None):
-        raise UserError(f"prune.drop: {problem}")
+    if outside := [layer for layer in drop if not 0 <= layer < num_layers]:
+        last = num_layers - 1
+        raise UserError(f"prune.drop: {layers_text(outside)} is no layer of this model; its layers are 0..{last}")
+    if len(drop) == num_layers:
+        raise UserError(f"prune.drop: names all {num_layers} layers; keep at least one")
     reason = f"{layers_of(len(drop), num_layers)} named in the recipe"
-    if guarded:
+    if guarded := sorted(_protected(CutByScore.protect, num_layers) & set(drop)):
         log.warning("prune.drop names %s, which an automatic choice would protect", _named(guarded))
         reason += f", among them {_named(guarded)}, which an automatic choice would protect"
     return Choice(tuple(sorted(drop)), reason)

@@ -90,10 +90,8 @@ def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ({"drop": ()}, r"prune.drop: is empty"),
         ({"drop": (-1,)}, r"prune.drop: -1 is no layer of this model"),
         ({"drop": (6,)}, r"prune.drop: 6 is no layer of this model; its layers are 0..5"),
-        ({"drop": (2, 2)}, r"prune.drop: names layer 2 twice"),
         ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
         ({"protect": (9,), "num_drop": 1}, r"prune.protect: 9 is no layer of this model"),
         ({"ratio": 0.1}, r"prune.ratio=0.1: is less than one of 6 layers; give at least 0.167"),
@@ -253,6 +251,8 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
         ({"drop": [1], "protect": [0, "cornerstone"]}, "prune.protect: has no place beside prune.drop"),
         ({"metric": {"angular": 1}, "contiguous": True}, "prune.metric: .* mixes scores of single layers"),
         ({"metric": {"angular": 0}}, r"prune.metric: must be a string or must be greater than 0 \(got 0\)"),
+        ({"drop": []}, "prune: drop is empty, so nothing would be dropped"),
+        ({"drop": [2, 1, 2]}, "prune: drop names layer 2 twice; name every layer once"),
         ({"drop": [], "changes": ["compensate"]}, "prune.changes: .* no layer is dropped"),
         (
             {"changes": [{"kind": "width", "intermediate_size": 0.5}], "target": {"params": 1}},

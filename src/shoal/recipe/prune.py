@@ -96,6 +96,12 @@ class CutThese(Cut):
     drop: Annotated[tuple[int, ...], Shapes.PLAN]
     """0-based layers of the teacher; none of them goes where it is empty, and layers are only changed."""
 
+    def __post_init__(self) -> None:
+        if not (self.drop or self.changes):
+            raise ValueError("drop is empty, so nothing would be dropped; name at least one layer")
+        if twice := sorted({layer for layer in self.drop if self.drop.count(layer) > 1}):
+            raise ValueError(f"drop names layer {twice[0]} twice; name every layer once")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CutByScore(Cut):
