@@ -19,7 +19,7 @@ from shoal.recipe.section import (
     Section,
     Shapes,
     Text,
-    as_sources,
+    listed_as,
 )
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_head"]
@@ -36,7 +36,7 @@ class TrainingSource(DataSource):
     no teacher have rows of their own, which it does not read."""
 
 
-TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
+TrainingData = Annotated[tuple[TrainingSource, ...], listed_as("path"), Field(min_length=1)]
 """One source or a list of them."""
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from shoal.recipe.section import Section
+from shoal.recipe.section import Section, listed_as
 
 FACTOR = "Factor of the term in the loss; with 0 it is computed for its curve and trains nothing."
 SOFTENS = "Softens teacher and student alike; the term is scaled by its square."
@@ -165,13 +165,7 @@ LogitTerm = (
 LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
 
-def as_terms(value: Any) -> Any:
-    """One term or a list of them as a list of mappings; a plain string is short for {kind: string}."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    return [{"kind": item} if isinstance(item, str) else item for item in listed]
-
-
-Losses = Annotated[tuple[LossTerm, ...], BeforeValidator(as_terms), Field(min_length=1)]
+Losses = Annotated[tuple[LossTerm, ...], listed_as("kind"), Field(min_length=1)]
 """One term or a list of them."""
 
 LOGIT_TERMS: tuple[type[LogitTerm], ...] = get_args(LogitTerm)

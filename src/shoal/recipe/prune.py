@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from shoal.recipe.section import Above0, Positive, RowLength, Section, Shapes, Text
+from shoal.recipe.section import Above0, Positive, RowLength, Section, Shapes, Text, listed_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,6 @@ class Compensate(Section):
     correction of what the MLP below the gap writes (after ReplaceMe, arXiv:2505.02819); both: fitted jointly."""
 
 
-def _as_changes(value: Any) -> Any:
-    """A change or a list of them as a list of mappings; a bare word is short for {kind: word}."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    return [{"kind": item} if isinstance(item, str) else item for item in listed]
-
-
 Change = Annotated[Width | Compensate, Field(discriminator="kind")]
 
 
@@ -81,7 +75,7 @@ class Cut(Section):
     """What becomes of layers."""
 
     changes: Annotated[
-        Annotated[tuple[Change, ...], BeforeValidator(_as_changes)],
+        Annotated[tuple[Change, ...], listed_as("kind")],
         Shapes.PLAN,
         Field(exclude_if=lambda changes: not changes),
     ] = ()

@@ -280,13 +280,17 @@ class TextSource(DataSource):
     """The column that holds the text; None = `text`, where rows hold no conversations."""
 
 
-def as_sources(value: Any) -> Any:
-    """One source or a list of them as a list of mappings; a plain string is short for {path: string}."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in listed]
+def listed_as(key: str) -> BeforeValidator:
+    """One section or a list of them as a list of mappings; a plain string is short for {key: string}."""
+
+    def mappings(value: Any) -> Any:
+        given = value if isinstance(value, list | tuple) else [value]
+        return [{key: item} if isinstance(item, str) else item for item in given]
+
+    return BeforeValidator(mappings)
 
 
-Data = Annotated[tuple[TextSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
+Data = Annotated[tuple[TextSource, ...], listed_as("path"), Field(min_length=1)]
 """One source or a list of them."""
 
 
