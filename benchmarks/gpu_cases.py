@@ -114,13 +114,13 @@ FROM_THE_CUT = {"trainable": "from_first_cut"}
 CHECKPOINTING = {"trainer": {"gradient_checkpointing": True}}
 LORA = {"lora": {"r": 16}}
 NF4 = {"lora": {"r": 16, "load_in_4bit": True}}
-BF16_WEIGHTS, FUSED, COMPILED = {"precision": "bf16-true"}, {"fused": True}, {"compile": True}
+BF16_WEIGHTS, FUSED, COMPILED = {"precision": "bf16-true"}, "use_liger_kernel", "torch_compile"
 LIGER = {"liger": True}
 
 
 def zero(stage: str) -> dict[str, str]:
     """The shipped DeepSpeed configuration of a stage."""
-    return {"deepspeed": f"deepspeed/zero{stage}.json"}
+    return {"deepspeed": f"zero{stage}"}
 
 
 IN_FLOAT32: dict[str, Any] = {"distill": {"precision": "float32"} | zero("0"), "recipe": {"dtype": "float32"}}
@@ -153,9 +153,9 @@ CASES = (
         for kind in ("auto", "flash", "sdpa", "eager")
     ),
     Case("bf16-true", distill=BF16_WEIGHTS, **KERNELS),
-    Case("fused", distill=FUSED, **KERNELS),
-    Case("compile", distill=COMPILED, **KERNELS),
-    Case("all of these", distill=BF16_WEIGHTS | FUSED | COMPILED, **KERNELS),
+    Case("fused", distill={"trainer": {FUSED: True}}, **KERNELS),
+    Case("compile", distill={"trainer": {COMPILED: True}}, **KERNELS),
+    Case("all of these", distill=BF16_WEIGHTS | {"trainer": {FUSED: True, COMPILED: True}}, **KERNELS),
     *(Case(f"ZeRO {stage}", distill=zero(stage)) for stage in "0123"),
     Case("ZeRO 0, checkpointing", distill=zero("0") | CHECKPOINTING),
     Case("ZeRO 0, LoRA", distill=zero("0") | LORA),

@@ -259,7 +259,7 @@ def _learner(
 def described(run: Run, part: str, settings: Any) -> tuple[TrainSpec, dict[str, Any]]:
     """The training of the run's student, on this process alone, and its identity with the ``settings`` of ``part``."""
     plan = read_plan(run)
-    runtime.set_up_distributed(run.recipe.distill.timeout_s)
+    runtime.set_up_distributed(run.recipe.distill.ddp_timeout)
     spec = training_spec(run, plan, Ranks.here())
     spec = dataclasses.replace(spec, settings=dataclasses.replace(spec.settings, watch=None))
     return spec, {**training_inputs(run, plan), f"lab.{part}": dataclasses.asdict(settings)}

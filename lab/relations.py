@@ -89,8 +89,8 @@ def work(run: Run, settings: Settings) -> str:
     """
     distill = run.recipe.distill
     if any(isinstance(term, Relation) for term in settings.terms):
-        if distill.compile:
-            raise UserError("distill.compile: compiled layers do not show their attention; set it to false")
+        if distill.trainer.get("torch_compile"):
+            raise UserError("distill.trainer.torch_compile: compiled layers show no attention; set it to false")
         if isinstance(distill.teacher, Recorded):
             raise UserError("distill.teacher: recorded signals hold no attention; set it to live")
     spec, inputs = described(run, "relations", settings)

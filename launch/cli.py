@@ -242,7 +242,7 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
     if launched or verb == "record":
         with doing("joining the other ranks"):
-            runtime.set_up_distributed(recipe.distill.timeout_s)
+            runtime.set_up_distributed(recipe.distill.ddp_timeout)
     run = replace(open_run(recipe, memory=memory, computes=verb not in ("report", "push")), force=force)
     if verb == "run":
         pipeline.run_all(run, launch)

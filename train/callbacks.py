@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -20,7 +21,7 @@ from transformers.integrations.integration_utils import WandbCallback
 from shoal.artifacts.artifact import differences
 from shoal.atomic_files import write_json, written_folder
 from shoal.progress import doing, progress
-from shoal.ranks import is_main
+from shoal.ranks import is_main, rank
 from shoal.recipe.distill import Watch
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier
@@ -45,6 +46,30 @@ class Score(Protocol):
 
 Scorer = Callable[[PreTrainedModel], Mapping[str, Score]]
 """All ranks call it and all get the same scores."""
+
+
+class Profiler(TrainerCallback):
+    """Traces the optimizer ``steps`` from first to last, counted from 1, into a file of every rank in ``folder``."""
+
+    def __init__(self, steps: tuple[int, int], folder: Path) -> None:
+        (self._first, self._last), self._folder = steps, folder
+        self._trace: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._first - 1:
+            self._trace = torch.profiler.profile()
+            self._trace.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self._last:
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trace is not None:
+            self._trace.stop()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._trace.export_chrome_trace(str(self._folder / f"rank-{rank()}.json"))
+            self._trace = None
 
 
 class Watcher(TrainerCallback):

@@ -26,15 +26,16 @@ from shoal.machine import peak_memory
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
-from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Recorded
+from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.trainer_arguments import NEUTRAL
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device, free_memory
 from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
-from .callbacks import Curves, Progress, Scorer, Watcher
+from .callbacks import Curves, Profiler, Progress, Scorer, Watcher
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
 from .engine.arguments import (
     BATCH_SPLIT,
@@ -45,7 +46,7 @@ from .engine.arguments import (
     training_arguments,
 )
 from .engine.checkpoint import last_complete, needs_universal
-from .engine.kernels import is_fused
+from .engine.kernels import require_liger
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
 from .preflight.fit import check_fit, explained_memory
@@ -76,7 +77,7 @@ def distill_inputs(
         section["distill.writing.prompts"] = sources_fingerprint((settings.writing.prompts,))
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
     section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
-    neutral = {*NEUTRAL_TRAINER_KEYS, *(BATCH_SPLIT if settings.batch_size is not None else ())}
+    neutral = {*NEUTRAL, *(BATCH_SPLIT if settings.batch_size is not None else ())}
     if settings.has_images:
         section["distill.data (images)"] = images_fingerprint(settings.data)
     trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
@@ -125,7 +126,8 @@ def check_distillable(spec: TrainSpec) -> None:
         raise UserError(
             "distill.lora.load_in_4bit: needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, or set it to false"
         )
-    is_fused(settings.fused, student.config.model_type, spec.ranks.device)  # refuses
+    if settings.trainer.get("use_liger_kernel"):
+        require_liger(student.config.model_type, spec.ranks.device)
 
 
 def distill(
@@ -152,7 +154,7 @@ def distill(
     """
     check_names(spec.settings, ranks=spec.ranks.count)
     check_distillable(spec)
-    heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.timeout_s)
+    heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.ddp_timeout)
     heartbeat.start()
     known_by = checkpoint_inputs(spec.settings, inputs)
     resume = agreed(lambda: last_complete(run_dir / "checkpoints", known_by))
@@ -169,9 +171,9 @@ def distill(
     teacher = recorded(spec, rows, home, inputs, verify=False)
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
-    trainer = make_trainer(
-        spec, rows, arguments, known_by, teacher, stop=stop, callbacks=[progress, heartbeat, *curves]
-    )
+    traced = spec.settings.profile
+    callbacks = [progress, heartbeat, *curves, *([] if traced is None else [Profiler(traced, run_dir / "profile")])]
+    trainer = make_trainer(spec, rows, arguments, known_by, teacher, stop=stop, callbacks=callbacks)
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", known_by)

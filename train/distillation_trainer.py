@@ -33,9 +33,10 @@ from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import StateTerm
 from shoal.recipe.messages import checked
 from shoal.recipe.not_together import not_together
+from shoal.recipe.trainer_arguments import OURS
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
-from .engine.distillation_config import OURS, SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
+from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
@@ -277,21 +278,18 @@ def _section(args: TrainingArguments, peft_config: LoraConfig | Lora | None) -> 
             "losses": setting(args, "losses"),
             "trainable": setting(args, "trainable") or "all",
             "lora": as_lora(peft_config),
-            "fused": args.use_liger_kernel,
-            "compile": args.torch_compile,
+            "trainer": {name: getattr(args, name) for name in (*BATCH_SPLIT, *OURS)},
             **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
         },
         source="shoal.DistillationConfig",
         contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
-    vars(args).update(dict.fromkeys(OURS, False))
     config = resolved_deepspeed(args)
     if config is not None and precisions_said(config):
         precision = "auto"  # which leaves it to the configuration
     else:
         precision = "bf16-mixed" if args.bf16 else "fp16-mixed" if args.fp16 else "float32"
-    trainer = {name: getattr(args, name) for name in BATCH_SPLIT}
-    return replace(section, precision=precision, deepspeed=config, watch=None, trainer=trainer)
+    return replace(section, precision=precision, deepspeed=config, watch=None)
 
 
 def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Distill, drop: Drop | None) -> TrainSpec:

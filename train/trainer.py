@@ -34,6 +34,7 @@ from shoal.errors import UserError, explained_disk_errors
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
 from shoal.recipe.losses import term_names
+from shoal.recipe.trainer_arguments import OURS
 from shoal.runtime import barrier, seed_everything
 from shoal.runtime import device as own_device
 
@@ -100,6 +101,8 @@ class ObjectiveTrainer(Trainer):
         """
         spec, student, live = parts.spec, parts.student, parts.teacher
         wiring = wire(spec, student, live, parts.recorded)
+        kwargs["args"] = copy.copy(kwargs["args"])  # the Trainer would do both around the loss, not within
+        vars(kwargs["args"]).update({**dict.fromkeys(OURS, False), "torch_compile_backend": None})
         super().__init__(model=student, data_collator=stacked, **kwargs)
         objective = wiring.objective
         # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over

@@ -110,7 +110,7 @@ def _proposal(
             "sequence_length": length,
             "batch_size": rows,
             "trainable": "from_first_cut",
-            "deepspeed": "deepspeed/zero0.json" if machine.ranks == 1 else "deepspeed/zero2.json",
+            "deepspeed": "zero0" if machine.ranks == 1 else "zero2",
             "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
         },
         "eval": {"tasks": "quick"},

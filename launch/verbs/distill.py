@@ -195,7 +195,7 @@ def refuse_other_checkpoints(run: Run) -> None:
             continue  # trained already, whatever number of ranks would train it now
         identity = checkpoint_inputs(settings, asked.inputs)
         if settings.batch_size is None:
-            identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
+            identity["distill.batch_size"] *= ranks_to_start(run.recipe.num_processes)
         last_complete(folder / "checkpoints", identity, by_manifest=True)
 
 
@@ -255,12 +255,13 @@ def check_distill(run: Run) -> None:
     from shoal.eval.evaluate import WATCHED, checked_items, num_items
     from shoal.eval.tasks.load import tasks_of
     from shoal.eval.tasks.names import named_in
-    from shoal.train.engine.kernels import is_fused
+    from shoal.train.engine.kernels import require_liger
 
     recipe = run.recipe
     refuse_both_directions(run.config())
     check_training_settings(recipe)
-    is_fused(recipe.distill.fused, run.config().model_type, device())
+    if recipe.distill.trainer.get("use_liger_kernel"):
+        require_liger(run.config().model_type, device())
     _refuse_other_recording(run)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / Plan.FILE).is_file():
@@ -275,7 +276,7 @@ def check_distill(run: Run) -> None:
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
     num_items(tasks_of(recipe.eval), recipe.eval)
     if (watched := _watched(run)) is not None and watched.tasks:
-        num_ranks = max(world_size(), ranks_to_start(distill.num_ranks))
+        num_ranks = max(world_size(), ranks_to_start(recipe.num_processes))
         with named_in("distill.watch", *WATCHED):
             tasks = tasks_of(watched)
             checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)

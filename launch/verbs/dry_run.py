@@ -359,7 +359,7 @@ def training_estimate(run: Run, plan: Plan) -> Stage:
     from shoal.train.student.control import control_spec
     from shoal.train.student.spec import Ranks
 
-    count = ranks_to_start(run.recipe.distill.num_ranks)
+    count = ranks_to_start(run.recipe.num_processes)
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
     spec = training_spec(run, plan, ranks)
     return estimate(spec, run.dir, control=control_spec(spec) if run.recipe.eval.control else None)
@@ -483,8 +483,8 @@ def _proposal(job: Job, free: Free) -> list[str]:
         setting = free.cheapest(job)
     if setting is None:
         return [
-            "no setting fits with a margin of a tenth: more ranks, shorter rows (distill.sequence_length), a smaller "
-            "distill.head_chunk, or distill.trainable: from_first_cut take less"
+            "no setting fits with a margin of a tenth: more ranks, shorter rows (distill.sequence_length), or "
+            "distill.trainable: from_first_cut take less"
         ]
     if not (lines := overrides(job, setting)):
         return ["cheapest setting that fits: this recipe's"]

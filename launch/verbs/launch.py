@@ -56,7 +56,7 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
 
     recipe = run.recipe
     on_gpu = torch.accelerator.is_available()
-    ranks = ranks_to_start(recipe.distill.num_ranks)
+    ranks = ranks_to_start(recipe.num_processes)
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -222,7 +222,7 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
     elif precision == "auto":
         fastest, why = trained_in(config, choice.dtype), choice.reason
         if computed_in(fastest) != choice.dtype:
-            why = f"{why}; {choice.dtype} trains rightly under ZeRO 0 alone, distill.deepspeed=deepspeed/zero0.json"
+            why = f"{why}; {choice.dtype} trains rightly under ZeRO 0 alone, distill.deepspeed=zero0"
         precision, source = _begun_in(folder, "distill.precision", get_args(Precision)) or (fastest, None)
         reasons.append(source or why)
     slow = [

@@ -144,7 +144,7 @@ def agreed(decide: Callable[[], T]) -> T:
 
 
 def _meet_rank_0() -> None:
-    """Return on every rank once rank 0 is here. A collective that waited for it would end after `timeout_s`.
+    """Return on every rank once rank 0 is here. A collective that waited for it would end after `ddp_timeout`.
 
     Raises:
         torch.distributed.DistNetworkError: rank 0 is gone.

@@ -238,11 +238,11 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
 ) -> None:
     launcher = Launcher(2)
     monkeypatch.setattr(launch, "run_launcher", launcher)
-    assert run_verb("distill", recipe, ["distill.num_ranks=2"]) == 2
+    assert run_verb("distill", recipe, ["num_processes=2"]) == 2
     assert "error" not in capsys.readouterr().err
     (command,) = launcher.commands
     assert command[command.index("--num_gpus") + 1] == "2"
-    assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
+    assert command[-4:] == ["distill", "--config", recipe, "num_processes=2"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ COMMON: dict[str, Any] = {
         "num_tokens": 6 * 4 * 64,
         "sequence_length": 64,
         "precision": "float32",
-        "deepspeed": "deepspeed/zero0.json",
+        "deepspeed": "zero0",
         "batch_size": 4,
         "watch": None,
         "trainer": {"learning_rate": 1e-3, "save_strategy": "no"},
@@ -117,7 +117,7 @@ CASES: dict[str, Case] = {
     "narrow": changed({"kind": "width", "intermediate_size": 0.5, "num_key_value_heads": 1}, drop=[]),
     "cut_and_narrow": changed({"kind": "width", "intermediate_size": 0.75}, drop=[2]),
     # losses
-    "forward_kl": distilled(losses=[FORWARD_KL | {"temperature": 2.0}], head_chunk=32),
+    "forward_kl": distilled(losses=[FORWARD_KL | {"temperature": 2.0}]),
     "divergences": distilled(losses=[{"kind": kind} for kind in DIVERGENCES]),
     "states": distilled(
         losses=[
@@ -145,7 +145,7 @@ CASES: dict[str, Case] = {
     ),
     "watched": distilled(watch=WATCH, trainer=SAVING),
     "offloaded_teacher": distilled(teacher={"kind": "live", "offload": True}),
-    "two_bytes": distilled(precision="bf16-true", deepspeed="deepspeed/zero2.json"),
+    "two_bytes": distilled(precision="bf16-true", deepspeed="zero2"),
     "on_policy": distilled(sampled=True, on_policy=SAMPLES),
     "teacher_text": distilled(
         sampled=True,
@@ -154,8 +154,8 @@ CASES: dict[str, Case] = {
     ),
     "killed": distilled(trainer=SAVING, killed=True),
     "zero0_two_ranks": distilled(ranks=2),
-    "zero2_two_ranks": distilled(ranks=2, deepspeed="deepspeed/zero2.json", trainable="from_first_cut"),
-    "zero3_two_ranks": distilled(ranks=2, deepspeed="deepspeed/zero3.json"),
+    "zero2_two_ranks": distilled(ranks=2, deepspeed="zero2", trainable="from_first_cut"),
+    "zero3_two_ranks": distilled(ranks=2, deepspeed="zero3"),
     # a recorded teacher
     "recorded": Case(("record", "distill"), {"distill": {"teacher": {"kind": "recorded", "top_k": 8}}}, "cut"),
     "recorded_prefix": Case(

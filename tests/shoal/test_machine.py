@@ -69,7 +69,7 @@ def test_auto_is_no_float16_where_sharding_would_clip_scaled_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, expected: str
 ) -> None:
     monkeypatch.setattr(runs, "fast_dtype", lambda _: Choice("float16", "Volta multiplies fast in it"))
-    run = open_run(recipe(tmp_path, distill={"deepspeed": f"deepspeed/zero{stage}.json"}))
+    run = open_run(recipe(tmp_path, distill={"deepspeed": f"zero{stage}"}))
     assert (run.recipe.dtype, run.recipe.distill.precision) == ("float16", expected)
     assert run.numerics is not None
     assert ("float16 trains rightly under ZeRO 0 alone" in run.numerics.reason) == (stage == 2)

@@ -98,7 +98,7 @@ def test_a_stop_of_shoal_saves_on_its_ranks(pruned: Any, tmp_path: Path, number:
     path = pruned(tmp_path, steps=MANY_STEPS)
     (tmp_path / "shoal").mkdir()
     (tmp_path / "psutil.py").write_text("open('imported', 'w')")
-    shoal = Shoal(tmp_path, "distill", "--config", str(path), f"distill.num_ranks={ranks}")
+    shoal = Shoal(tmp_path, "distill", "--config", str(path), f"num_processes={ranks}")
     checkpoints = tmp_path / "run/checkpoints"
     wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
     said = without_progress(shoal.stop(number))

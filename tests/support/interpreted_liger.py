@@ -17,11 +17,11 @@ def compare(kind: str, dtype: str, file: str) -> None:
     from tiny import tiny_model
 
     from shoal.models.anatomy import decoder_body, decoder_layers
-    from shoal.train.engine.kernels import Fused, why_not_fused
+    from shoal.train.engine.kernels import Fused, require_liger
 
     _let_triton_interpret_liger()
     model = tiny_model(kind, dtype=getattr(torch, dtype)).train()
-    assert why_not_fused(model.config.model_type, torch.device("cpu")) is None
+    require_liger(model.config.model_type, torch.device("cpu"))
     module = sys.modules[type(model).__module__]
     names, shared = list(model.state_dict()), dict(vars(module))
     ids = torch.arange(24).reshape(2, 12)

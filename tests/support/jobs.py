@@ -45,7 +45,7 @@ def job_of(**settings: Any) -> Job:
     """On a GPU of which only the name is needed; four ranks."""
     given = {
         "sequence_length": LENGTH,
-        "deepspeed": "deepspeed/zero0.json",
+        "deepspeed": "zero0",
         "num_tokens": 100_000,
         "watch": None,
         "precision": "bf16-mixed",

@@ -88,7 +88,7 @@ def small_training(*, steps: int = STEPS, **distill: Any) -> dict[str, Any]:
         "num_tokens": LENGTH * BATCH * steps,
         "sequence_length": LENGTH,
         "precision": "float32",
-        "deepspeed": "deepspeed/zero0.json",
+        "deepspeed": "zero0",
         "batch_size": BATCH,
         "watch": None,
         **distill,
@@ -252,6 +252,13 @@ def compile_graphs_only() -> None:
     from shoal.train.engine import kernels
 
     kernels.BACKEND = "aot_eager"
+
+
+def take_chunks(tokens: int) -> None:
+    """Let the head see so many tokens at a time."""
+    from shoal.train.teacher import wiring
+
+    wiring.CHUNK = tokens
 
 
 def compile_nothing() -> None:

@@ -50,7 +50,7 @@ def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) 
         f"run_dir={run_dir}",
         *(f"measure.{setting}" for setting in ("data=python_docs", *small)),
         *(f"distill.{setting}" for setting in ("data=python_docs", *small)),
-        *("distill.deepspeed=deepspeed/zero0.json", "distill.trainer.warmup_steps=1", "track.wandb=off"),
+        *("distill.deepspeed=zero0", "distill.trainer.warmup_steps=1", "track.wandb=off"),
         *("eval.tasks=[knowledge_continuation]", "eval.num_fewshot=null", "eval.limit=2", "eval.speed=false"),
         *("eval.perplexity_data=python_docs_heldout", "eval.perplexity_tokens=100", "eval.sequence_length=64"),
     ]

@@ -52,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "seed": 7,
         "dtype": "bfloat16",
         "attn_implementation": "eager",
+        "num_processes": 2,
         "full_size_gflops": 100,
         "measure": {
             "data": [DATA, "python_docs_heldout"],
@@ -108,7 +109,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "watch": {"eval_steps": 3, "perplexity_tokens": 100, "metric_for_best_model": "perplexity"},
             "stop_on_spike": None,
             "precision": "float32",
-            "head_chunk": 16,
             "trainer": {
                 "learning_rate": 0.001,
                 "save_steps": 3,
@@ -119,10 +119,9 @@ RECIPES: dict[str, dict[str, Any]] = {
                 "dataloader_num_workers": 1,
                 "per_device_train_batch_size": 4,
                 "optim": "adamw_torch",
+                "ddp_timeout": 60,
             },
             "deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0},
-            "num_ranks": 2,
-            "timeout_s": 60,
         },
         "eval": {
             "tasks": ["quick", "knowledge_loglikelihood"],

@@ -115,7 +115,7 @@ def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
     reference, pruned, tmp_path, zero, ranks, ranks_later
 ):
     """Also where the second half is trained under another number of ranks."""
-    path = pruned(tmp_path, deepspeed=f"deepspeed/{zero}.json")
+    path = pruned(tmp_path, deepspeed=zero)
     half = "distill.trainer.save_steps=0.5"
     finished(distill(path, half, ranks=ranks))
     same_as(reference, path)
@@ -150,7 +150,7 @@ def unfinish(run_dir: Path, *, keep: int) -> None:
 @pytest.mark.prove
 def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(pruned, tmp_path):
     """DeepSpeed gives every group the first one's settings there, and one step counter to all."""
-    path = pruned(tmp_path, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
+    path = pruned(tmp_path, deepspeed="zero3", trainable="from_first_cut")
     settings = ["distill.trainer.weight_decay=5", "distill.trainer.save_steps=0.5"]
     finished(distill(path, *settings))
     whole = load_file(path.parent / "run" / "distilled" / "model.safetensors")
@@ -169,7 +169,7 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, pruned
     finished(
         distill(
             path,
-            f"distill.deepspeed=deepspeed/zero{stage}.json",
+            f"distill.deepspeed=zero{stage}",
             "distill.trainer.save_strategy=no",
             "distill.precision=bf16-mixed",
             ranks=ranks,
@@ -183,8 +183,8 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, pruned
 def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(pruned, tmp_path):
     curves = []
     for name, ranks, overrides in [
-        ("plain", 1, ["distill.deepspeed=deepspeed/zero0.json"]),
-        ("sharded", 2, ["distill.deepspeed=deepspeed/zero3.json", "distill.trainer.gradient_checkpointing=true"]),
+        ("plain", 1, ["distill.deepspeed=zero0"]),
+        ("sharded", 2, ["distill.deepspeed=zero3", "distill.trainer.gradient_checkpointing=true"]),
     ]:
         path = pruned(tmp_path / name, trainable="from_first_cut")
         finished(distill(path, *overrides, "distill.trainer.save_strategy=no", ranks=ranks))
@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, pruned, tmp_pa
 @pytest.mark.prove
 def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, pruned, tmp_path):
     path = pruned(tmp_path, steps=MANY_STEPS)
-    arguments = ["distill", "--config", str(path), "distill.timeout_s=8"]
+    arguments = ["distill", "--config", str(path), "distill.trainer.ddp_timeout=8"]
     with TemporaryFile("w+") as said:
         waiting, late = start_ranks(arguments, ranks=2, env=environment(), cwd=tmp_path, log=said)
         checkpoints = path.parent / "run" / "checkpoints"
@@ -400,5 +400,5 @@ def test_a_gpu_gives_the_curve_of_the_cpu(reference, pruned, tmp_path, zero):
     path = pruned(tmp_path)
     env = environment()
     del env["DS_ACCELERATOR"]
-    finished(launch("distill.py", path, f"distill.deepspeed=deepspeed/zero{zero}.json", ranks=1, env=env))
+    finished(launch("distill.py", path, f"distill.deepspeed=zero{zero}", ranks=1, env=env))
     assert curve(path) == pytest.approx(curve(reference), abs=1e-3)

@@ -69,7 +69,7 @@ def recipe(folder: Path, teacher: Path) -> Path:
             "sequence_length": 64,
             "batch_size": 4,
             "precision": "float32",
-            "deepspeed": "deepspeed/zero2.json",
+            "deepspeed": "zero2",
             "watch": None,
             "trainer": {"learning_rate": 1e-3, "save_strategy": "no"},
         },

@@ -80,11 +80,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_micro_batch_of_training_waits_for_nothing(name: str, paper_gpu: PaperGpu, tmp_path: Path) -> None:
+def test_a_micro_batch_of_training_waits_for_nothing(
+    name: str, paper_gpu: PaperGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.train.teacher.wiring.CHUNK", 32)
     teacher = tiny_model("qwen3", dtype=torch.bfloat16)
     student = cut_model(teacher, (2, 4)).float()
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    settings = {"trainable": "all", "head_chunk": 32, "sequence_length": 64, **TRAININGS[name]}
+    settings = {"trainable": "all", "sequence_length": 64, **TRAININGS[name]}
     section = replace(_section(args, **settings), precision="bf16-mixed")
     spec = _spec(student, teacher, section, (2, 4))
     make_trainable(student, spec, seed=0)

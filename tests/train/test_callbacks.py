@@ -1,5 +1,6 @@
 """Scores while training: when, under which names, and which state is kept as the best."""
 
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from shoal.errors import UserError
 from shoal.eval.evaluate import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
-from shoal.train.callbacks import Watcher
+from shoal.train.callbacks import Profiler, Watcher
 
 
 class Training:
@@ -34,6 +35,18 @@ class Training:
         for step in steps:
             self.step = state.global_step = step + 1
             self.watcher.on_step_end(None, state, None)
+
+
+@pytest.mark.parametrize(("steps", "last"), [((2, 3), 3), ((4, 9), 4)])
+def test_steps_are_traced_from_the_first_to_the_last_or_to_the_end(tmp_path, steps, last):
+    traced = Profiler(steps, tmp_path / "profile")
+    for step in range(4):
+        traced.on_step_begin(None, SimpleNamespace(global_step=step), None)
+        torch.ones(step + 1).exp()
+        traced.on_step_end(None, SimpleNamespace(global_step=step + 1), None)
+    traced.on_train_end(None, None, None)
+    events = json.loads((tmp_path / "profile/rank-0.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "aten::exp" for event in events) == last - steps[0] + 1
 
 
 BEST: dict[str, Any] = {"tasks": ("knowledge",), "metric_for_best_model": "knowledge"}

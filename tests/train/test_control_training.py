@@ -137,7 +137,7 @@ def note_what_is_left(file: Path) -> None:
 def test_the_control_follows_the_student_in_one_process_and_finds_its_memory_free(
     student: Trial, both: Trial, teacher: Path, cut: Path, tmp_path, zero, ranks
 ) -> None:
-    path = recipe(tmp_path, teacher, cut, **SETTINGS, deepspeed=f"deepspeed/{zero}.json")
+    path = recipe(tmp_path, teacher, cut, **SETTINGS, deepspeed=zero)
     trial = finished(run(path, CONTROL, ranks=ranks, before=partial(note_what_is_left, tmp_path / "left")))
     assert (tmp_path / "left").read_text() == "0"
     assert "the uncut teacher is trained on the same rows, which takes 1." in trial.log

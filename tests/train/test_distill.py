@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_checkpoint, tiny_tokenizer
+from transformers import TrainingArguments
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
@@ -19,7 +20,6 @@ from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.dataset import rows_to_train_on
 from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import (
-    DeepSpeed,
     batch_split,
     check_names,
     deepspeed_config,
@@ -45,16 +45,12 @@ def test_different_vocabularies_are_refused(teacher, tmp_path):
         check(teacher, student)
 
 
-def arguments(tmp_path, **trainer):
-    settings = Distill(trainer=trainer)
-    return training_arguments(settings, DeepSpeed(deepspeed_config(settings)), output_dir=tmp_path, seed=0)
-
-
-def test_an_unknown_training_argument_gets_a_suggestion(tmp_path):
-    with pytest.raises(
-        UserError, match=r"distill\.trainer\.learning_rat: no such training argument; did you mean 'lear"
-    ):
-        arguments(tmp_path, learning_rat=1e-3)
+def test_what_shoal_does_itself_is_told_to_transformers_only_afterwards(tmp_path, monkeypatch):
+    """As it reads torch_compile it lets all of torch compute in TF32."""
+    told = []
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: told.append(self.torch_compile))
+    args = training_arguments(Distill(trainer={"torch_compile": True}), None, output_dir=tmp_path, seed=0)
+    assert (told, args.torch_compile, args.use_liger_kernel) == ([False], True, False)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +108,7 @@ def test_float16_is_not_autocast_where_gradients_are_clipped_with_their_scale(mo
     monkeypatch.setattr("shoal.train.engine.arguments.device", lambda: torch.device("cuda"))
     monkeypatch.setattr("shoal.train.engine.arguments.fast_dtype", lambda _: Choice("float16", "a V100"))
     assert "torch_autocast" not in deepspeed_config(Distill(deepspeed=config))
-    without_zero = deepspeed_config(Distill(deepspeed="deepspeed/zero0.json"))
+    without_zero = deepspeed_config(Distill(deepspeed="zero0"))
     assert without_zero["torch_autocast"] == {"enabled": True, "dtype": "float16"}
 
 
@@ -135,7 +131,7 @@ def test_sections_that_say_nothing_leave_the_choice_to_the_recipe(config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are deepspeed/zero0\.json"),
+        ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are zero0, zero1"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"stage must be 0, 1, 2 or 3 \(got 4\)"),
         ({"deepspeed": {"bf16": True}}, r"bf16 must be a mapping \(got True\), as DeepSpeed's documentation"),
         ({"deepspeed": {"zero_optimization": 2}}, r"zero_optimization must be a mapping \(got 2\)"),

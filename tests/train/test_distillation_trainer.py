@@ -36,7 +36,8 @@ from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import ForwardKL
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import training_arguments
-from shoal.train.engine.distillation_config import DEFAULTS, DistillationConfig
+from shoal.recipe.trainer_arguments import DEFAULTS
+from shoal.train.engine.distillation_config import DistillationConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)
@@ -139,7 +140,7 @@ def test_the_curve_does_not_depend_on_how_a_batch_is_split(tmp_path: Path) -> No
 
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    losses = [{"kind": "taid", "step_size": 0.1, "momentum": 0.5}]  # which keeps a state of its own
+    losses = ["taid"]  # which keeps a state of its own
     whole = trainer_of(tmp_path, losses=losses, trained_by=steps)
     whole.train()
     again = trainer_of(tmp_path, losses=losses, trained_by=steps)

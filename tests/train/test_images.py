@@ -118,7 +118,7 @@ def test_the_first_step_is_the_mean_over_the_answers_tokens_of_its_rows(mixed: T
 def test_two_ranks_under_zero_3_give_the_curves_of_one(
     mixed: Trial, llava: Path, cut: Path, rows: Path, tmp_path: Path
 ) -> None:
-    path = recipe(tmp_path, llava, cut, data=both_kinds(rows), losses=TERMS, deepspeed="deepspeed/zero3.json")
+    path = recipe(tmp_path, llava, cut, data=both_kinds(rows), losses=TERMS, deepspeed="zero3")
     for ours, theirs in zip(curves(finished(run(path, ranks=2))), curves(mixed), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 

@@ -33,6 +33,7 @@ from training_runs import (
     share_nothing,
     spoil_gradient,
     spoil_loss,
+    take_chunks,
     terminate,
     unfinished,
 )
@@ -58,7 +59,7 @@ LOGIT_LOSSES: list[dict[str, Any]] = [
 ALL_LOSSES = [
     *LOGIT_LOSSES,
     {"kind": "adaptive_kl", "weight": 0.4},
-    {"kind": "taid", "weight": 0.5, "momentum": 0.5, "step_size": 0.1},
+    {"kind": "taid", "weight": 0.5},
     {"kind": "dkd", "weight": 0.2},
     {"kind": "hidden_states", "weight": 0.5},
     {"kind": "hidden_states", "weight": 0.3, "map": "own", "distance": "cosine"},
@@ -135,7 +136,7 @@ def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_mic
         teacher,
         cut,
         losses=ALL_LOSSES,
-        deepspeed="deepspeed/zero3.json",
+        deepspeed="zero3",
         trainer={"per_device_train_batch_size": 1},
     )
     sharded = finished(run(path, ranks=2, before=partial(mask_labels_of_rows, *EMPTY)))
@@ -153,8 +154,10 @@ def test_ranks_under_zero_3_whose_heads_need_different_numbers_of_chunks_give_th
     data = {"path": str(chats)}
     trials = []
     for zero, ranks in [("zero0", 1), ("zero3", 2)]:
-        path = recipe(tmp_path / zero, teacher, cut, data=data, head_chunk=chunk, deepspeed=f"deepspeed/{zero}.json")
-        trials.append(finished(run(path, "distill.timeout_s=60", ranks=ranks)))
+        path = recipe(tmp_path / zero, teacher, cut, data=data, deepspeed=zero)
+        trials.append(
+            finished(run(path, "distill.trainer.ddp_timeout=60", ranks=ranks, before=partial(take_chunks, chunk)))
+        )
     whole, sharded = trials
     (folder,) = (sharded.dir / "text").glob("rows-*")
     rows = read_rows(folder)
@@ -194,7 +197,7 @@ def test_a_stopped_run_keeps_its_best_state_and_the_share_of_taid_and_draws_on(e
 )
 def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, tmp_path, stage, hook, problem):
     trainer = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
-    path = recipe(tmp_path, teacher, cut, deepspeed=f"deepspeed/zero{stage}.json", trainer=trainer)
+    path = recipe(tmp_path, teacher, cut, deepspeed=f"zero{stage}", trainer=trainer)
     refused = run(path, ranks=2, before=hook)
     assert refused.result is not None
     assert refused.result.returncode == 2, refused.log[-3000:]
@@ -223,7 +226,7 @@ def by_source(folder: Path, *own: str | None) -> list[dict[str, Any]]:
 @pytest.mark.prove
 @pytest.mark.parametrize("trainable", ["all", "from_first_cut"])
 def test_rows_that_ask_no_teacher_change_nothing_by_not_being_read(teacher, cut, tmp_path, trainable):
-    settings = {"losses": "forward_kl", "trainable": trainable, "deepspeed": "deepspeed/zero1.json"}
+    settings = {"losses": "forward_kl", "trainable": trainable, "deepspeed": "zero1"}
     data, trials = by_source(tmp_path, None, "cross_entropy"), []
     for hook in (None, ask_of_all_rows):
         path = recipe(tmp_path / f"{hook is None}", teacher, cut, **settings, data=data)
@@ -259,15 +262,11 @@ def alternating(folder: Path, letter: str) -> str:
 
 
 BY_SOURCE: dict[str, float] = {"forward_kl": 1.0, "cross_entropy": 0.3, "hidden_states": 0.5, "taid": 0.5}
-TARGET = TAID(momentum=0.5, step_size=0.5)
-"""Fast enough that t leaves its straight line."""
 OWN = {"a": ["forward_kl", "hidden_states"], "b": ["cross_entropy", "taid"]}
 
 
 def of_two_sources(folder: Path) -> dict[str, Any]:
-    faster = {"momentum": TARGET.momentum, "step_size": TARGET.step_size}
     own = {name: {"kind": name, "weight": weight} for name, weight in BY_SOURCE.items()}
-    own["taid"] |= faster
     return {
         "data": [
             {"path": alternating(folder, letter), "losses": [own[name] for name in names]}
@@ -294,7 +293,7 @@ def test_a_curve_is_the_mean_over_the_tokens_that_its_term_learns_from(two_sourc
     (folder,) = (two_sources.dir / "text").glob("rows-*")
     rows = read_rows(folder)
     assert rows.sources_NS is not None
-    alone, target = 0, TaidState(TARGET)
+    alone, target = 0, TaidState(TAID())
     for step, values in enumerate(curves(two_sources)):
         of_step = slice(step * BATCH, (step + 1) * BATCH)
         learnt = labels_of(rows)[of_step] != IGNORED
@@ -334,7 +333,7 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
         teacher,
         cut,
         **SERVED,
-        deepspeed=f"deepspeed/zero{zero}.json",
+        deepspeed=f"zero{zero}",
         teacher={"kind": "recorded", "top_k": 271, "prefix": True},  # all words but one
     )
     recorded = finished(run(path, ranks=ranks))
@@ -448,7 +447,7 @@ def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_p
 
 @pytest.mark.prove
 def test_two_ranks_under_zero_3_sample_the_same_text_as_one(on_policy, teacher, cut, tmp_path):
-    settings = {**WRITING, "deepspeed": "deepspeed/zero3.json"}
+    settings = {**WRITING, "deepspeed": "zero3"}
     settings["trainer"] = {**WRITING["trainer"], "per_device_train_batch_size": 1}
     sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2, before=go_along_with_loops))
     same(sharded, on_policy, ["jsd", "hidden_states"])

@@ -33,7 +33,7 @@ def autocast(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     """Bfloat16 weights under ZeRO 1 on one rank, never interrupted."""
-    return trained(tmp_path_factory.mktemp("whole"), teacher, cut, **BFLOAT16, deepspeed="deepspeed/zero1.json")
+    return trained(tmp_path_factory.mktemp("whole"), teacher, cut, **BFLOAT16, deepspeed="zero1")
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_bfloat16_weights_keep_near_autocast_at_every_stage_and_split(
 ) -> None:
     trial = whole
     if ranks > 1:
-        sharded = {"deepspeed": f"deepspeed/zero{stage}.json", "trainer": {"per_device_train_batch_size": rows}}
+        sharded = {"deepspeed": f"zero{stage}", "trainer": {"per_device_train_batch_size": rows}}
         trial = trained(tmp_path, teacher, cut, precision="bf16-true", **sharded, ranks=ranks)
     assert trial.curve() == pytest.approx(autocast.curve(), abs=1e-2)
     assert trial.curve() != pytest.approx(autocast.curve(), abs=1e-6)
@@ -60,7 +60,7 @@ def test_a_training_in_bfloat16_weights_goes_on_bit_for_bit(
     whole: Trial, teacher: Path, cut: Path, tmp_path: Path, stage: int
 ) -> None:
     if stage > 1:
-        whole = trained(tmp_path / "whole", teacher, cut, **BFLOAT16, deepspeed=f"deepspeed/zero{stage}.json")
+        whole = trained(tmp_path / "whole", teacher, cut, **BFLOAT16, deepspeed=f"zero{stage}")
     on = finished(run(unfinished(whole, tmp_path / "on", step=4)))
     assert "going on from" in on.log
     assert on.curve() == whole.curve()
@@ -77,7 +77,7 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
         teacher,
         cut,
         precision="bf16-true",
-        deepspeed="deepspeed/zero1.json",
+        deepspeed="zero1",
         num_tokens=4 * STEPS * BATCH * LENGTH,
         trainer=trainer,
     )
@@ -89,7 +89,7 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"deepspeed": "deepspeed/zero0.json"}, r"bf16-true with ZeRO stage 0 starts Adam one step late"),
+        ({"deepspeed": "zero0"}, r"bf16-true with ZeRO stage 0 starts Adam one step late"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, r"say bf16-true and fp16-true, and what both say must be equal"),
         (
             {"deepspeed": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}},

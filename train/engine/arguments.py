@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import math
@@ -25,9 +24,10 @@ from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deeps
 from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
 from shoal.recipe.section import as_dict
+from shoal.recipe.trainer_arguments import DEFAULTS, OURS
 from shoal.runtime import device
 
-from .distillation_config import DEFAULTS, SAME_AS_IN_RECIPE, DistillationConfig
+from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +124,11 @@ def training_arguments(
             values["deepspeed"]["checkpoint"] = {**deepspeed.config.get("checkpoint", {}), "load_universal": True}
     if torch.accelerator.is_available():  # rows are pinned there, and the host need not wait for their copies
         values.setdefault("accelerator_config", {"non_blocking": True})
+    own = {name: values.pop(name) for name in OURS if name in values}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
     try:
-        return DistillationConfig(
+        args = DistillationConfig(
             output_dir=str(output_dir),
             seed=seed,
             use_cpu=not torch.accelerator.is_available(),
@@ -141,6 +142,8 @@ def training_arguments(
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"distill.trainer: {str(error).strip()}") from error
+    vars(args).update(own)  # only now: transformers would let all of torch compute in TF32 as it reads torch_compile
+    return args
 
 
 def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
@@ -150,18 +153,14 @@ def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
 
 
 def check_names(settings: Distill, *, ranks: int | None = None) -> None:
-    """Refuse a training argument that transformers does not have, a value that is none, what its schedule or optimizer
-    lacks, or another number than in the DeepSpeed configuration, before anything is built. Those of a batch are
-    compared where it is known how many ``ranks`` there are.
+    """Refuse a value that is none of its training argument, what its schedule or optimizer lacks, or another number
+    than in the DeepSpeed configuration, before anything is built. Those of a batch are compared where it is known how
+    many ``ranks`` there are.
 
     Raises:
-        UserError: naming it and the closest one there is, or the value.
+        UserError: naming the argument and the value.
     """
     trainer, known = settings.trainer, inspect.signature(TrainingArguments.__init__).parameters
-    if unknown := next((name for name in trainer if name not in known), None):
-        close = difflib.get_close_matches(unknown, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
-        raise UserError(f"distill.trainer.{unknown}: no such training argument; {hint}")
     if settings.batch_size is not None and "gradient_accumulation_steps" in trainer:
         raise UserError(
             f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
@@ -358,7 +357,7 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     yield (
         precision == "bf16-true" and stage == 0,
         "distill.precision: bf16-true with ZeRO stage 0 starts Adam one step late; set distill.deepspeed: "
-        "deepspeed/zero1.json or higher, or distill.precision: bf16-mixed, which is exact at every stage",
+        "zero1 or higher, or distill.precision: bf16-mixed, which is exact at every stage",
     )
     yield (
         computed_in(precision) == "float16" and not torch.accelerator.is_available(),
@@ -367,12 +366,12 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     yield (
         precision == "fp16-mixed" and stage > 0,
         f"distill.precision: fp16-mixed is autocast with scaled losses, by which ZeRO {stage} clips gradients wrongly; "
-        "set distill.deepspeed: deepspeed/zero0.json, or precision: float32 or fp16-true",
+        "set distill.deepspeed: zero0, or precision: float32 or fp16-true",
     )
     yield (
-        settings.compile and stage == 3,
-        "distill.compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot wait for; set "
-        "distill.deepspeed: deepspeed/zero2.json, or compile: false",
+        settings.trainer.get("torch_compile") and stage == 3,
+        "distill.trainer.torch_compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot "
+        "wait for; set distill.deepspeed: zero2, or torch_compile: false",
     )
     yield (
         settings.lora is not None and settings.lora.load_in_4bit and stage == 3,

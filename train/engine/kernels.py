@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +94,7 @@ class Compiled:
                 self._is_on, self._failed = False, True
                 reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
                 log.warning(
-                    "distill.compile: %s cannot be compiled; training goes on without compiling: %s",
+                    "distill.trainer.torch_compile: %s cannot be compiled; training goes on without compiling: %s",
                     getattr(function, "__qualname__", function),
                     reason,
                 )
@@ -132,29 +132,21 @@ def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     return forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else forward
 
 
-def why_not_fused(family: str, device: torch.device) -> str | None:
-    """Why Liger's kernels cannot run models of ``family`` on ``device``; None where they can."""
-    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
-        return "liger-kernel is not installed; `pip install liger-kernel`"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Liger's kernels run on GPUs, and this is a CPU"
-    if family not in _families():
-        return f"Liger has no kernels for {family}"
-    return None
-
-
-def is_fused(wanted: bool | Literal["auto"], family: str, device: torch.device) -> bool:
-    """Whether distill.fused, ``wanted``, comes to Liger's kernels.
+def require_liger(family: str, device: torch.device) -> None:
+    """Refuse what Liger's kernels cannot run.
 
     Raises:
-        UserError: they are asked for and cannot be had.
+        UserError: they are not installed, not for ``device``, or not for models of ``family``.
     """
-    if wanted is False:
-        return False
-    reason = why_not_fused(family, device)
-    if reason is not None and wanted is True:
-        raise UserError(f"distill.fused: {reason}; or set fused: false")
-    return reason is None
+    reason = ""
+    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
+        reason = "liger-kernel is not installed; `pip install liger-kernel`"
+    elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "Liger's kernels run on GPUs, and this is a CPU"
+    elif family not in _families():
+        reason = f"Liger has no kernels for {family}"
+    if reason:
+        raise UserError(f"distill.trainer.use_liger_kernel: {reason}; or set it to false")
 
 
 class Fused:

@@ -133,7 +133,7 @@ class Heartbeat(TrainerCallback):
             for number, reason in late.items():
                 log.error(
                     "no rank got further for %.0f s: rank %d %s. Ending; the same command goes on from the last "
-                    "checkpoint (distill.timeout_s sets the patience)",
+                    "checkpoint (distill.trainer.ddp_timeout sets the patience)",
                     waited_s,
                     number,
                     reason,

@@ -40,8 +40,10 @@ from .host_batch import queued
 BLOCK = 2**17
 """Logits of one block on CPU for every thread: half a megabyte of fp32 per copy. Smaller ones would have threads wait
 for each other at every operation."""
-LOGITS = 2**24
-"""A chunk on CPU has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow."""
+CHUNK = 256
+"""Tokens whose logits exist at one time, unless they would be more than LOGITS."""
+LOGITS = {"cpu": 2**24, "gpu": 2**26}
+"""Most logits of a chunk: of a larger vocabulary fewer tokens, so that memory does not grow."""
 SMALLEST_TAIL = 1e-8
 """Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
 
@@ -101,6 +103,11 @@ class How(TypedDict, total=False):
     token of a chunk (on CPU, of a block), it is not computed."""
     compiled: Callable[..., tuple[Tensor, Tensor | None]] | None
     """Runs ``block_loss``; None = nothing is compiled."""
+
+
+def most_tokens(vocabulary: int, *, on_cpu: bool) -> int:
+    """Most tokens of a chunk whose logits are of so many words."""
+    return max(1, LOGITS["cpu" if on_cpu else "gpu"] // vocabulary)
 
 
 def chunked_head_loss(
@@ -376,8 +383,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
         # cast once for all chunks, and gradients are taken with respect to the cast ones
         leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
-        if parameters and hidden_ND.device.type == "cpu":
-            chunk = min(chunk, max(1, LOGITS // len(parameters[0])))
+        if parameters:
+            chunk = min(chunk, most_tokens(len(parameters[0]), on_cpu=hidden_ND.device.type == "cpu"))
         for part in objective.parts(chunk):
             hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
             # the only graph there is: from this chunk's hidden states to its logits, gone with the next chunk

@@ -199,6 +199,11 @@ def token_losses(term: LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tenso
             return total_variation(p, q)
 
 
+TAID_MOMENTUM, TAID_STEP = 0.99, 5e-4
+"""The paper's: the share of its last value that stays in the mean of how fast the loss falls, and the most that t grows
+in one step beyond its straight line."""
+
+
 class TaidState:
     """t of one TAID term: how far its target has moved from the student to the teacher. Every rank holds the same.
 
@@ -218,8 +223,8 @@ class TaidState:
         term, t = self._term, self.t
         if self._previous is not None and step_mean_loss is not None:
             fall = (self._previous - step_mean_loss) / (self._previous + 1e-15)
-            self._momentum = term.momentum * self._momentum + (1 - term.momentum) * fall
-            t += term.step_size * (1 - t) * (1 + math.tanh(self._momentum / 2)) / 2  # the logistic, which overflows
+            self._momentum = TAID_MOMENTUM * self._momentum + (1 - TAID_MOMENTUM) * fall
+            t += TAID_STEP * (1 - t) * (1 + math.tanh(self._momentum / 2)) / 2  # the logistic, which overflows
         self._previous = self._previous if step_mean_loss is None else step_mean_loss
         # never behind the straight line, never beyond the end, never back
         line = term.start + (term.end - term.start) * step / total

@@ -213,7 +213,7 @@ def _is_possible(job: Job, setting: Setting) -> bool:
     offloads = setting.offload_optimizer or setting.offload_parameters
     return not (
         (job.width == 2 and setting.stage == 0)  # refused: Adam would start a step late
-        or (setting.stage == 3 and (job.in_four_bits or job.spec.settings.compile))
+        or (setting.stage == 3 and (job.in_four_bits or job.spec.settings.trainer.get("torch_compile")))
         or (setting.teacher == "offloaded" and setting.stage == 3)
         or (job.on_cpu and offloads)
     )
@@ -227,7 +227,7 @@ def overrides(job: Job, setting: Setting) -> list[str]:
         zero = [f"stage: {setting.stage}"]
         zero += ["offload_optimizer: {device: cpu}"] * setting.offload_optimizer
         zero += ["offload_param: {device: cpu}"] * setting.offload_parameters
-        named = f"deepspeed/zero{setting.stage}.json"
+        named = f"zero{setting.stage}"
         mapping = "{zero_optimization: {" + ", ".join(zero) + "}}"
         lines.append(f"distill.deepspeed={named if len(zero) == 1 else mapping}")
     if now.rows != setting.rows:

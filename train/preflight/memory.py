@@ -14,11 +14,10 @@ from transformers import TrainingArguments
 
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
+from shoal.recipe.trainer_arguments import DEFAULTS
 
-from ..engine.distillation_config import DEFAULTS
-from ..engine.kernels import is_fused
 from ..engine.sharding import REDUCED_AT_ONCE
-from ..objective.chunked_loss import compiles
+from ..objective.chunked_loss import CHUNK, compiles, most_tokens
 from ..student.sizes import ModelSize, student_size, teacher_size
 from ..student.spec import TeacherPlace, TrainSpec
 from ..teacher.wiring import make_trainable_alike
@@ -278,8 +277,13 @@ def _activations(job: Job) -> tuple[int, int]:
     if setting.teacher in ("live", "offloaded"):
         handed += 2 * state * job.spec.teacher_dtype.itemsize // student.state_bytes
     always = handed + _copies(job) + student.outside.of(rows)
-    fused = is_fused(settings.fused, job.spec.student.config.model_type, job.spec.ranks.device)
-    share = FUSED_SHARE if fused else COMPILED_SHARE if settings.compile else 1
+    share = (
+        FUSED_SHARE
+        if settings.trainer.get("use_liger_kernel")
+        else COMPILED_SHARE
+        if settings.trainer.get("torch_compile")
+        else 1
+    )
     of_layers = [int(share * layer.kept.per_row) * rows for layer in student.layers]
     kept = sum(layer > 0 for layer in of_layers) * state if setting.checkpointing else sum(of_layers)
     return always + kept, max(of_layers)
@@ -287,9 +291,11 @@ def _activations(job: Job) -> tuple[int, int]:
 
 def _head(job: Job) -> int:
     student, settings, setting = job.student, job.spec.settings, job.setting
-    tokens = min(settings.head_chunk, setting.rows * (settings.sequence_length - 1))
+    tokens = min(
+        CHUNK, most_tokens(student.vocabulary, on_cpu=job.on_cpu), setting.rows * (settings.sequence_length - 1)
+    )
     width, beside = 2 if job.is_autocast else job.width, 0 if job.on_cpu else LOGIT_BYTES
-    if settings.compile and compiles([*settings.terms]):
+    if settings.trainer.get("torch_compile") and compiles([*settings.terms]):
         beside = COMPILED_LOGIT_BYTES
     logits = tokens * student.vocabulary * (RAW_LOGITS * width + beside)
     is_shared = not student.head_trained and job.shared_weights > 0

@@ -88,7 +88,7 @@ def probe(job: Job) -> Pace:
     if job.setting.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     # to compile takes longer than what is timed here
-    spec = replace(spec, settings=replace(spec.settings, compile=False))
+    spec = replace(spec, settings=replace(spec.settings, trainer={**spec.settings.trainer, "torch_compile": False}))
     wiring = wire(spec, student, live)
     wiring.objective.install()
     try:

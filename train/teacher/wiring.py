@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import StateTerm
 
-from ..engine.kernels import Fused, is_fused, why_not_fused
-from ..objective.chunked_loss import compiles
+from ..engine.kernels import Fused
+from ..objective.chunked_loss import CHUNK, compiles
 from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
 from ..student.lora import add_adapters
 from ..student.spec import TrainSpec
@@ -80,10 +80,10 @@ def wire(
         student,
         None if live is None else to_logits(live),
         terms=tuple(settings.terms),
-        chunk=settings.head_chunk,
+        chunk=CHUNK,
         states=states,
         sources=tuple(settings.terms.values()),
-        compiled_layers=_compiled_layers(spec, student, live) if settings.compile else None,
+        compiled_layers=_compiled_layers(spec, student, live) if settings.trainer.get("torch_compile") else None,
     )
     objective.fused = _fused(spec, student, live)
     return Wiring(objective, teacher, None if live is None else output_head(live), prefix)
@@ -96,7 +96,7 @@ def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrained
     theirs = () if live is None or spec.teacher_place != "live" else decoder_layers(live)
     at_head = compiles([*spec.settings.terms])
     log.info(
-        "compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
+        "torch_compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
         len(own),
         len(theirs),
         " and the loss at the head" if at_head else "; the loss at the head is not, adaptive_kl cannot be",
@@ -105,13 +105,10 @@ def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrained
 
 
 def _fused(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None) -> Fused | None:
-    """Liger's kernels where distill.fused asks for them and they can be had. A teacher that comes over layer by layer
+    """Liger's kernels where distill.trainer.use_liger_kernel asks for them. A teacher that comes over layer by layer
     keeps its own."""
-    wanted, family = spec.settings.fused, student.config.model_type
-    if not is_fused(wanted, family, spec.ranks.device):
-        if wanted == "auto":
-            log.info("fused: no, %s", why_not_fused(family, spec.ranks.device))
+    if not spec.settings.trainer.get("use_liger_kernel"):
         return None
     models = [student, *([] if live is None or spec.teacher_place != "live" else [live])]
-    log.info("fused: norms, MLPs and rotary embedding of %d model(s) of %s by Liger's kernels", len(models), family)
+    log.info("use_liger_kernel: norms, MLPs and rotary embedding of %d model(s)", len(models))
     return Fused(models)

@@ -19,7 +19,7 @@ COMPUTED_IN = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of the configuration: a mapping, the JSON file at a path, or that of a name under configs/.
+    """A copy of the configuration: a mapping, the JSON file at a path, or that of a name in configs/deepspeed.
 
     Raises:
         UserError: there is no such file, it holds no JSON mapping, or a section of it is none.
@@ -28,14 +28,14 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
         return {}
     if isinstance(source, dict):
         return _with_sections(json.loads(json.dumps(source)))
-    for file in (Path(source), CONFIGS_DIR / source, CONFIGS_DIR / source.removeprefix("configs/")):
+    for file in (Path(source), CONFIGS_DIR / f"deepspeed/{source}.json"):
         if file.is_file():
             try:
                 config = dict(json.loads(file.read_bytes()))
             except (ValueError, TypeError) as error:
                 raise UserError(f"{file}: holds no JSON mapping ({error}); mend it, or name a shipped one") from error
             return _with_sections(config)
-    shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
+    shipped = ", ".join(sorted(file.stem for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
 
 

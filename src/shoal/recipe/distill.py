@@ -21,6 +21,7 @@ from shoal.recipe.section import (
     Text,
     listed_as,
 )
+from shoal.recipe.trainer_arguments import DEFAULTS, HALVES
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_head"]
 Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true"]
@@ -221,28 +222,38 @@ class Distill(Section):
     norms are rounded too: bf16-true, whose gradients add up in float32, under ZeRO 1 to 3, and fp16-true. auto = what
     the DeepSpeed configuration says, else float32 weights and what the device multiplies fast in, or what this training
     was begun in."""
-    fused: Annotated[bool | Literal["auto"], Shapes.TRAINING, Field(exclude_if=lambda fused: fused is False)] = False
-    """Run RMS norms, gated MLPs and rotary embedding of both models by Liger's kernels, on GPUs. auto = where
-    liger-kernel is installed and knows the family, which the log says."""
-    compile: Annotated[bool, Shapes.TRAINING, Field(exclude_if=lambda compiled: not compiled)] = False
-    """Compile the decoder layers of both models, the loss at the head and, on a GPU, the step that writes on-policy
-    samples (torch.compile); the first steps take minutes. What cannot be compiled runs as it is, after a warning that
-    says why."""
-    head_chunk: Annotated[Positive, Shapes.TRAINING] = 256
-    """Tokens whose full-vocabulary logits exist at one time."""
-    trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT] = field(default_factory=dict)
-    """Arguments handed to transformers.TrainingArguments untouched; all but those of saving, logging and loading data
-    shape the training."""
-    deepspeed: Annotated[str | dict[str, Any] | None, Shapes.BY_CONTENT] = "deepspeed/zero2.json"
-    """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
-    num_ranks: Annotated[Positive | None, Shapes.NOTHING] = None
-    """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
-    timeout_s: Annotated[Positive, Shapes.NOTHING] = 1800
-    """Seconds a collective may wait for a late rank before the job ends."""
+    profile: Annotated[tuple[Positive, Positive] | None, Shapes.NOTHING] = None
+    """First and last optimizer step that torch.profiler traces, counted from 1, into RUN_DIR/profile: a file of every
+    rank, for chrome://tracing or Perfetto. The first steps of a run are slower than others. None = none."""
+    trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT, Field(json_schema_extra={"default": DEFAULTS})] = field(
+        default_factory=dict
+    )
+    """Arguments of transformers.TrainingArguments; these defaults are shoal's, what is not said stays as they are. All
+    but those of saving, logging and loading data shape the training. use_liger_kernel runs RMS norms, gated MLPs and
+    rotary embedding of both models by Liger's kernels, on GPUs. torch_compile compiles the decoder layers of both
+    models, the loss at the head and, on a GPU, the step that writes on-policy samples; what cannot be compiled runs as
+    it is, after a warning. ddp_timeout is how long a collective waits for a late rank. bf16 and fp16 are precision's
+    bf16-mixed and fp16-mixed."""
+    deepspeed: Annotated[str | dict[str, Any] | None, Shapes.BY_CONTENT] = "zero2"
+    """DeepSpeed configuration: a name in configs/deepspeed (zero0 to zero3, zero2_offload, zero3_offload), a path, or
+    the mapping itself; None = ZeRO 0."""
 
     def __post_init__(self) -> None:
         if self.watch is not None and not self.watch.scores and self.watch.metric_for_best_model is None:
             object.__setattr__(self, "watch", None)
+        # transformers' words for precision: said where nothing else is, or said twice
+        said = {word: self.trainer[name] for name, word in HALVES.items() if name in self.trainer}
+        words = [word for word, flag in said.items() if flag] or ["float32"]
+        is_clear = said and len(words) == 1 and all(isinstance(flag, bool) for flag in said.values())
+        if is_clear and self.precision in ("auto", *words):
+            object.__setattr__(self, "precision", words[0])
+            others = {name: value for name, value in self.trainer.items() if name not in HALVES}
+            object.__setattr__(self, "trainer", others)
+
+    @property
+    def ddp_timeout(self) -> int:
+        """Seconds that a collective may wait for a late rank before the job ends."""
+        return self.trainer.get("ddp_timeout", 1800)
 
     @property
     def has_images(self) -> bool:
@@ -280,11 +291,6 @@ class Distill(Section):
 
 SAMPLES = -1
 """Number among those of sources for what the student writes itself."""
-NEUTRAL_TRAINER_KEYS = {
-    *("save_steps", "save_strategy", "save_total_limit"),
-    *("logging_steps", "disable_tqdm", "dataloader_num_workers"),
-}
-"""Training arguments that change how the work is done and not its result: a run may go on with others."""
 
 
 def sources_that_ask(distill: Distill) -> frozenset[int] | None:

@@ -96,10 +96,6 @@ class TAID(Divergence):
     """The teacher's share t in the mixed logits at the first step."""
     end: Share = 1.0
     """The teacher's share t at the last step."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Share of its last value that stays in the mean of how fast the loss falls, by which t grows."""
-    step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    """Growth of t in one step beyond its straight line, at most; 0 = keep to the line."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import StateTerm, from_top_k, temperatures
 from shoal.recipe.prune import Compensate, CutByScore, CutThese, Prune, Width
 from shoal.recipe.section import Section
+from shoal.recipe.trainer_arguments import HALVES
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,20 @@ NOT_TOGETHER: tuple[Row, ...] = (
         _asks_too_much_of_vllm,
         "vLLM tells log-probabilities at temperature 1 and no state of a layer, which prefix and hidden_states need",
         "leave these out, or set it to transformers",
+    ),
+    Row(
+        "distill.watch.metric_for_best_model",
+        "other distill.watch.tasks",
+        lambda distill: distill.watch and distill.watch.metric_for_best_model not in (None, *distill.watch.scores),
+        "is not scored",
+        "choose one of distill.watch.tasks, or perplexity, with perplexity_tokens above 0",
+    ),
+    Row(
+        "distill.trainer",
+        "another distill.precision",
+        lambda distill: not HALVES.keys().isdisjoint(distill.trainer),
+        "bf16 and fp16 say another precision than distill.precision, or both are true",
+        "leave them out",
     ),
 )
 """All of them, in the order of a recipe."""

@@ -24,7 +24,7 @@ from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import CutByScore, Prune
-from shoal.recipe.section import Dtype, Named, Section, Shapes, Text
+from shoal.recipe.section import Dtype, Named, Positive, Section, Shapes, Text
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
 
@@ -86,6 +86,8 @@ class Recipe(Section):
     families without it. flash = FlashAttention, in the version that is
     installed, which makes no masks; sdpa = torch's own kernels with masks; eager =
     plain products and softmax."""
+    num_processes: Annotated[Positive | None, Shapes.NOTHING] = None
+    """Processes that a stage which uses several starts on this machine; None = one per GPU, one on CPU."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)

@@ -377,7 +377,7 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     named = {"losses", "trainable", "teacher", "data"}
     useless = {field.name for field in fields(Distill)} - {*HealSettings.__annotations__, *named}
-    assert {"writing", "deepspeed", "watch", "num_ranks"} < useless
+    assert {"writing", "deepspeed", "watch"} < useless
     heal: Any = shoal.distill
     for key in useless:
         with pytest.raises(shoal.UserError) as refused:

@@ -11,6 +11,7 @@ from shoal.launch.cli import main
 from shoal.launch.help.explain import explanation, first_sentence, places
 from shoal.recipe import losses
 from shoal.recipe.recipe import Recipe, parse_recipe
+from shoal.recipe.trainer_arguments import DEFAULTS
 
 KEYS = [place for place, own in places() if "properties" not in own]
 
@@ -39,6 +40,7 @@ def test_a_default_written_down_is_the_default() -> None:
     for section in ("distill", "eval"):
         own = {place: own for place, own in places() if place.startswith(f"{section}.") and place.count(".") == 1}
         raw = {place.rpartition(".")[2]: each["default"] for place, each in own.items() if "default" in each}
+        assert raw.pop("trainer", DEFAULTS) == DEFAULTS, "what it adds to"
         assert parse_recipe({"model": "m", section: raw}) == parse_recipe({"model": "m", section: {}}), expected
 
 
@@ -82,7 +84,7 @@ def test_a_list_of_kinds_names_them_and_a_kind_its_keys() -> None:
     (told,) = explanation("distill.losses")
     assert tuple(told["kinds"]) == losses.KINDS
     (kind,) = explanation("distill.losses.taid")
-    assert kind["keys"]["momentum"].endswith("[0.99]")
+    assert kind["keys"]["start"].endswith("[0.4]")
 
 
 def test_without_a_kind_all_that_have_the_key_are_told_and_an_entry_of_a_mapping_is() -> None:

@@ -62,7 +62,7 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [2, 4]}}\n"
-        "distill: {sequence_length: 64, num_ranks: 3, batch_size: 6, lora: {r: 2}, trainable: near_gaps,\n"
+        "num_processes: 3\ndistill: {sequence_length: 64, batch_size: 6, lora: {r: 2}, trainable: near_gaps,\n"
         "          teacher: {kind: recorded, prefix: true}}\n"
     )
     assert run_verb("distill", str(file), [], dry_run=True) == 0

@@ -128,6 +128,6 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: P
         check_distill(
             open_run(parse_recipe({**raw, "distill": watched, "eval": {**own, "tasks": ["knowledge_continuation"]}}))
         )
-    few = {**distill, "num_ranks": 8, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
+    few = {**distill, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
     with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
-        check_distill(open_run(parse_recipe({**raw, "distill": few})))
+        check_distill(open_run(parse_recipe({**raw, "num_processes": 8, "distill": few})))

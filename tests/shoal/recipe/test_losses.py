@@ -73,7 +73,6 @@ ONE_OF = ", ".join(map(repr, KINDS))
         ({"kind": "forward_kl", "temperature": 0}, "losses.0.temperature: must be greater than 0 (got 0)"),
         ({"kind": "forward_kl", "weight": -1}, "losses.0.weight: must be greater than or equal to 0 (got -1)"),
         ({"kind": "forward_kl", "weight": float("nan")}, "losses.0.weight: must be a finite number (got nan)"),
-        ({"kind": "taid", "momentum": 1}, "losses.0.momentum: must be less than 1 (got 1)"),
         ({"kind": "taid", "start": 0.5, "end": 0.2}, "losses.0.start: must not be above end, 0.2 (got 0.5)"),
         (
             {"kind": "taid", "start": 0, "end": 0},

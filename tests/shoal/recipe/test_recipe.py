@@ -1,7 +1,7 @@
 """How recipes are read, and how every wrong one is refused.
 
 Covers: shoal.recipe.distill, shoal.recipe.distill_contradictions, shoal.recipe.evaluate, shoal.recipe.measure,
-shoal.recipe.messages, shoal.recipe.prune, shoal.yaml_text.
+shoal.recipe.messages, shoal.recipe.prune, shoal.recipe.trainer_arguments, shoal.yaml_text.
 """
 
 from __future__ import annotations
@@ -67,7 +67,25 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ),
         (
             "distill: {watch: {perplexity_tokens: 0, tasks: [a], metric_for_best_model: b}}",
-            "distill.watch.metric_for_best_model: 'b' is not scored, but a; choose one of these",
+            "distill.watch.metric_for_best_model: is not scored; choose one of distill.watch.tasks, or perplexity, "
+            "with perplexity_tokens above 0",
+        ),
+        (
+            "distill: {trainer: {learning_rat: 1}}",
+            "distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'?",
+        ),
+        (
+            "distill: {trainer: {lr: 1}}",
+            "distill.trainer.lr: no such training argument; here it is distill.trainer.learning_rate",
+        ),
+        (
+            "distill: {trainer: {ddp_timeout: 0}}",
+            "distill.trainer.ddp_timeout: must be a whole number of seconds above 0 (got 0)",
+        ),
+        (
+            "distill: {precision: float32, trainer: {bf16: true}}",
+            "distill.trainer: bf16 and fp16 say another precision than distill.precision, or both are true; leave them "
+            "out",
         ),
         ("distill: {lora: {rank: 2}}", "distill.lora.rank: gone since 0.1; say r"),
         ("distill: {packing: split}", "distill.packing.split: gone since 0.1; say wrapped"),
@@ -118,7 +136,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         (
             "distill: {trainer: {accelerator_config: {split_batches: true}}}",
             "distill.trainer.accelerator_config.split_batches: True would share one rank's rows out to all; set "
-            "distill.batch_size, which counts the rows of all ranks",
+            "distill.batch_size",
         ),
         (
             "distill: {trainer: {lr_scheduler_type: reduce_lr_on_plateau}}",
@@ -233,8 +251,8 @@ def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> No
     ],
 )
 def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
-    assert load(tmp_path, f"distill: {{trainer: {{x: {text}}}}}").distill.trainer == {"x": value}
-    assert load(tmp_path, "", f"distill.trainer.x={text}").distill.trainer == {"x": value}
+    assert load(tmp_path, f"distill: {{trainer: {{optim_args: {text}}}}}").distill.trainer == {"optim_args": value}
+    assert load(tmp_path, "", f"distill.trainer.optim_args={text}").distill.trainer == {"optim_args": value}
 
 
 @pytest.mark.parametrize(
@@ -314,6 +332,23 @@ def test_what_a_recorded_teacher_tells_follows_from_the_losses(tmp_path: Path) -
     )
     assert distill.recorded_temperature == 2.0
     assert load(tmp_path, f"distill: {{{TAID}}}").distill.teacher == Live()
+
+
+@pytest.mark.parametrize(
+    ("said", "precision"),
+    [
+        ("trainer: {bf16: true}", "bf16-mixed"),
+        ("precision: fp16-mixed, trainer: {fp16: true, bf16: false}", "fp16-mixed"),
+        ("trainer: {bf16: false}", "float32"),
+    ],
+)
+def test_precision_may_be_said_in_the_words_of_transformers(tmp_path: Path, said: str, precision: str) -> None:
+    distill = load(tmp_path, f"distill: {{{said}}}").distill
+    assert (distill.precision, distill.trainer) == (precision, {})
+
+
+def test_a_watch_that_scores_nothing_is_none(tmp_path: Path) -> None:
+    assert load(tmp_path, "distill: {watch: {perplexity_tokens: 0}}").distill.watch is None
 
 
 def test_samples_and_their_prompts_fit_into_a_row(tmp_path: Path) -> None:

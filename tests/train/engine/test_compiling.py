@@ -156,7 +156,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_after_one_warning(
     with caplog.at_level(logging.WARNING, logger="shoal"):
         again, gradients_again, _ = step("llama", compiled=True)
     (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("shoal")]
-    assert warning.startswith("distill.compile: LlamaDecoderLayer.forward cannot be compiled; training goes on without")
+    assert warning.startswith("distill.trainer.torch_compile: LlamaDecoderLayer.forward cannot be compiled; training")
     assert "no instructions for this" in warning
     assert torch.equal(loss, again)
     assert all(torch.equal(gradient, gradients_again[name]) for name, gradient in gradients.items())

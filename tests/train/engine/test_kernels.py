@@ -14,7 +14,7 @@ import torch
 
 from shoal.errors import UserError
 from shoal.train.engine import kernels
-from shoal.train.engine.kernels import is_fused, why_not_fused
+from shoal.train.engine.kernels import require_liger
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HAS_LIGER = all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton"))
@@ -51,15 +51,12 @@ def test_interpreted_kernels_give_states_and_gradients_of_the_model(
         ("gpt2", CUDA, "Liger has no kernels for gpt2"),
     ],
 )
-def test_kernels_that_cannot_be_had_are_refused_or_done_without(
+def test_kernels_that_cannot_be_had_are_refused(
     family: str, device: torch.device, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(kernels, "_families", lambda: {"llama": None})
-    assert why_not_fused(family, device) == reason
-    assert not is_fused("auto", family, device)
-    assert not is_fused(False, family, device)
-    with pytest.raises(UserError, match=f"^distill.fused: {reason}; or set fused: false$"):
-        is_fused(True, family, device)
-    assert is_fused(True, "llama", CUDA)
+    with pytest.raises(UserError, match=f"^distill.trainer.use_liger_kernel: {reason}; or set it to false$"):
+        require_liger(family, device)
+    require_liger("llama", CUDA)

@@ -261,8 +261,9 @@ def test_dkd_with_the_teachers_own_weights_is_forward_kl() -> None:
     torch.testing.assert_close(split.gradient_NV, whole.gradient_NV)
 
 
-def test_taid_moves_up_from_start_and_is_capped_at_its_end() -> None:
-    term = TAID(start=0.2, end=0.9, momentum=0.5, step_size=0.05)
+def test_taid_moves_up_from_start_and_is_capped_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergences, "TAID_STEP", 0.05)
+    term = TAID(start=0.2, end=0.9)
     state, seen = TaidState(term), [0.2]
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 101):
@@ -275,20 +276,20 @@ def test_taid_moves_up_from_start_and_is_capped_at_its_end() -> None:
 
 
 def test_taid_update_follows_its_formula() -> None:
-    state = TaidState(TAID(start=0.4, end=1.0, momentum=0.9, step_size=0.1))
-    state.update(2.0, 1, 1000)
-    assert state.t == pytest.approx(0.4 + 0.6 / 1000)
-    state.update(1.0, 2, 1000)
-    momentum = 0.1 * (2.0 - 1.0) / 2.0
-    t = 0.4006 + 0.1 / (1 + math.exp(-momentum)) * (1 - 0.4006)
-    assert state.t == pytest.approx(t)
-    state.update(1.5, 3, 1000)
-    momentum = 0.9 * momentum + 0.1 * (1.0 - 1.5) / 1.0
-    assert state.t == pytest.approx(t + 0.1 / (1 + math.exp(-momentum)) * (1 - t))
+    state = TaidState(TAID(start=0.4, end=1.0))
+    state.update(2.0, 1, 10_000)
+    assert state.t == pytest.approx(0.4 + 0.6 / 10_000)
+    state.update(1.0, 2, 10_000)
+    momentum = 0.01 * (2.0 - 1.0) / 2.0
+    t = 0.40006 + 5e-4 / (1 + math.exp(-momentum)) * (1 - 0.40006)
+    assert state.t == pytest.approx(t, abs=1e-12)
+    state.update(1.5, 3, 10_000)
+    momentum = 0.99 * momentum + 0.01 * (1.0 - 1.5) / 1.0
+    assert state.t == pytest.approx(t + 5e-4 / (1 + math.exp(-momentum)) * (1 - t), abs=1e-12)
 
 
 def test_taid_goes_on_from_a_checkpoint() -> None:
-    term = TAID(momentum=0.5, step_size=0.1)
+    term = TAID()
     whole, first, second = TaidState(term), TaidState(term), TaidState(term)
     for step, loss in enumerate([3.0, 2.0, 2.5, 1.0], 1):
         whole.update(loss, step, 50)

@@ -44,9 +44,9 @@ def test_proposals_leave_out_what_cannot_be_and_recorded_signals_come_last(tiny_
     assert [*dict.fromkeys(setting.teacher for setting in proposed())] == ["live", "offloaded", "recorded"]
     assert "recorded" not in {setting.teacher for setting in proposed(losses=(TAID(),))}
     assert not [setting for setting in proposed() if setting.teacher == "offloaded" and setting.stage == 3]
-    assert {setting.stage for setting in proposed(precision="bf16-true", deepspeed="deepspeed/zero2.json")} == {2, 3}
+    assert {setting.stage for setting in proposed(precision="bf16-true", deepspeed="zero2")} == {2, 3}
     assert {setting.stage for setting in proposed(lora=Lora(load_in_4bit=True))} == {0, 2}
-    assert {setting.stage for setting in proposed(compile=True)} == {0, 2}
+    assert {setting.stage for setting in proposed(trainer={"torch_compile": True})} == {0, 2}
     cpu = replace(tiny_job, spec=replace(tiny_job.spec, ranks=ONE_RANK))
     assert not any(setting.offload_optimizer or setting.offload_parameters for setting in proposals(cpu))
 
@@ -69,7 +69,7 @@ def test_a_proposal_is_said_in_recipe_keys(tiny_job: Job) -> None:
         "distill.trainer.gradient_checkpointing=true",
         "distill.teacher={kind: live, offload: true}",
     ]
-    assert overrides(tiny_job, replace(tiny_job.setting, stage=3)) == ["distill.deepspeed=deepspeed/zero3.json"]
+    assert overrides(tiny_job, replace(tiny_job.setting, stage=3)) == ["distill.deepspeed=zero3"]
 
 
 def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:

@@ -114,7 +114,7 @@ pace.PROBE_S = float("1e9")
 
 checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
 plan, ranks = Plan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
-settings = Distill(sequence_length=256, head_chunk=256, precision="bf16-mixed", deepspeed="deepspeed/zero0.json")
+settings = Distill(sequence_length=256, precision="bf16-mixed", deepspeed="zero0")
 spec = train_spec(*checkpoints, plan, settings, ranks)
 size = Job(spec, *sizes, Setting(8, 2, False, 0, False, False, "live"))
 pace.probe(replace(size, setting=replace(size.setting, rows=2)))
