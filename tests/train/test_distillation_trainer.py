@@ -138,6 +138,13 @@ def test_the_curve_does_not_depend_on_how_a_batch_is_split(tmp_path: Path) -> No
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
+def test_layers_are_compiled_by_the_objective_and_not_once_more_around_it(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, trained_by={"torch_compile": True})
+    assert trainer.spec.settings.trainer["torch_compile"]
+    assert (trainer.args.torch_compile, trainer.args.torch_compile_backend) == (False, None)
+    assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
+
+
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
     steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     losses = ["taid"]  # which keeps a state of its own
