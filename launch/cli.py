@@ -129,9 +129,9 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     from shoal.eval.tasks.names import refuse_unknown
     from shoal.inference.vllm import check_vllm
     from shoal.model_names import refuse_no_model
-    from shoal.recipe.deepspeed_file import read_deepspeed
     from shoal.recipe.distill import Live, Recorded
     from shoal.recipe.section import TEACHER_TEXT
+    from shoal.recipe.trainer_arguments import read_deepspeed
 
     sweep, distill = recipe.measure.sweep, recipe.distill
     if verb != "report":

@@ -27,13 +27,12 @@ from shoal.models.anatomy import decoder_layers
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_positions, require_tokenizer
 from shoal.ranks import world_size
-from shoal.recipe.deepspeed_file import precisions_said
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import StateTerm
 from shoal.recipe.messages import checked
 from shoal.recipe.not_together import not_together
-from shoal.recipe.trainer_arguments import OURS
+from shoal.recipe.trainer_arguments import OURS, precisions_said
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
 from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting

@@ -20,12 +20,12 @@ from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
-from shoal.recipe.deepspeed_file import trained_in
 from shoal.recipe.distill import Distill, Trainable
 from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.trainer_arguments import trained_in
 from shoal.runtime import device
 from shoal.train.distill import training_of
 from shoal.train.distillation_trainer import DistillationTrainer

@@ -35,13 +35,13 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
 from shoal.models.resolve import find_config, resolve_model
 from shoal.ranks import is_main
-from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.recipe.distill import Live, Precision
 from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import memory_in, remember
 from shoal.recipe.section import as_dict
+from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device, environment
 

@@ -98,7 +98,7 @@ def alone() -> dict[str, str]:
 FIND = """
 import json, shoal, shoal.compress, sys
 from shoal.launch.help.names import LISTS
-from shoal.recipe.deepspeed_file import read_deepspeed
+from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.evaluate import CONFIGS_DIR
 names = {kind: [*LISTS[kind]()] for kind in ("recipes", "tasks", "suites", "cluster")}

@@ -1,6 +1,6 @@
 """What the distill stage refuses before it loads weights: arguments, DeepSpeed settings, models that do not match.
 
-Covers: shoal.recipe.deepspeed_file, shoal.train.engine.arguments.
+Covers: shoal.train.engine.arguments.
 """
 
 from typing import Any

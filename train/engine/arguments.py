@@ -20,11 +20,10 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.ranks import world_size
-from shoal.recipe.deepspeed_file import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
 from shoal.recipe.section import as_dict
-from shoal.recipe.trainer_arguments import DEFAULTS, OURS
+from shoal.recipe.trainer_arguments import DEFAULTS, OURS, computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.runtime import device
 
 from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig

@@ -12,8 +12,7 @@ prune                   `prune`
 distill                 `distill` and `record`
 distill_contradictions  what these two must not say
 losses                  `distill.losses`
-deepspeed_file          `distill.deepspeed`
-trainer_arguments       `distill.trainer`
+trainer_arguments       `distill.trainer` and `distill.deepspeed`
 evaluate                `eval`, its suites, and what `measure.sweep` shares with it
 remembered              recipe.yaml of a run directory: what it was made with
 """
