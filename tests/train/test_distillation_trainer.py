@@ -34,9 +34,9 @@ from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.ranks import free_port
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import ForwardKL
+from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import training_arguments
-from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.train.engine.distillation_config import DistillationConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
