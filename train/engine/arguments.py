@@ -368,7 +368,7 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
         "set distill.deepspeed: zero0, or precision: float32 or fp16-true",
     )
     yield (
-        settings.trainer.get("torch_compile") and stage == 3,
+        bool(settings.trainer.get("torch_compile")) and stage == 3,
         "distill.trainer.torch_compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot "
         "wait for; set distill.deepspeed: zero2, or torch_compile: false",
     )
