@@ -167,7 +167,7 @@ VERBS = {
     ),
 }
 OTHER_WORDS = {
-    **dict.fromkeys(("train", "finetune", "heal"), "distill"),
+    **dict.fromkeys(("train", "finetune", "heal", "sft", "gkd", "distillation"), "distill"),
     **dict.fromkeys(("evaluate", "test"), "eval"),
     **dict.fromkeys(("cut", "drop"), "prune"),
     **dict.fromkeys(("score", "importance"), "measure"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _ROWS = {
-    "model": "base_model model_id model_name model_name_or_path pretrained pretrained_model_name_or_path",
+    "model": "base_model model_args model_id model_name model_name_or_path pretrained pretrained_model_name_or_path",
     "run_dir": "output_dir output_path out_dir save_dir run_name wandb_name",
     "revision": "model_revision",
     "seed": "random_seed data_seed",
