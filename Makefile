@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: quickstart check test prove lint size types fast-tests format docs wheel bench gpu
 
 quickstart: $(INSTALLED)
-	$(BIN)/shoal run --config configs/quickstart.yaml
+	$(BIN)/shoal run configs/quickstart.yaml
 
 # what a developer runs after every edit: types on one core, beside them the first case of every test that is quick
 check: $(INSTALLED)

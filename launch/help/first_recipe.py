@@ -57,7 +57,7 @@ def init(asked: argparse.Namespace) -> str:
         here = Machine(device(), device_name(device()), ranks_to_start(None), fast_dtype(device()).dtype)
         text = first_recipe(asked.model, here, revision=asked.revision)
     write_text(file, text, setting="--out")
-    return f"{file} is written; read it, then: shoal run --config {shlex.quote(str(file))}"
+    return f"{file} is written; read it, then: shoal run {shlex.quote(str(file))}"
 
 
 def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -> str:

@@ -21,7 +21,7 @@ Names = dict[str, str]
 
 
 def recipes() -> Names:
-    """The shipped recipes, which `--config NAME` finds from any folder."""
+    """The shipped recipes, which are found by their names from any folder."""
     return {file.stem: f"{_first_comment(file)} [{file}]" for file in sorted(CONFIGS_DIR.glob("*.yaml"))}
 
 

@@ -95,16 +95,7 @@ def dry_run(verb: str, run: Run) -> list[Stage]:
         UserError: what the verb would refuse, and for `distill` a family whose memory cannot be told without running
             it.
     """
-    return {
-        "run": _all,
-        "measure": _checked_measure,
-        "prune": lambda run: [_prune(run)],
-        "record": _record,
-        "distill": _training,
-        "eval": _scores,
-        "report": _report,
-        "push": _push,
-    }[verb](run)
+    return DRY_RUNS[verb](run)
 
 
 def dry_run_text(stages: Sequence[Stage], folder: Path) -> str:
@@ -167,6 +158,19 @@ def _report(run: Run) -> list[Stage]:
 def _push(run: Run) -> list[Stage]:
     require_distilled(run)
     return [Stage("push", "to do", f"{run.dir / 'distilled'} to {run.recipe.export.hub_repo}")]
+
+
+DRY_RUNS: dict[str, Callable[[Run], list[Stage]]] = {
+    "run": _all,
+    "measure": _checked_measure,
+    "prune": lambda run: [_prune(run)],
+    "record": _record,
+    "distill": _training,
+    "eval": _scores,
+    "report": _report,
+    "push": _push,
+}
+"""Verb -> what it would do, stage by stage."""
 
 
 def _measure(run: Run) -> Stage:

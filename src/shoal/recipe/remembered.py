@@ -54,7 +54,7 @@ def recipe_in(run_dir: Path) -> Path:
     if not _is_signed(text) and not is_trusted(run_dir):
         raise UserError(
             f"{file}: has no signature of yours, and a recipe of somebody else can run code; read it, then name the "
-            f"file itself with --config {file} run_dir={run_dir}, or set the environment variable {CONSENT}={run_dir}"
+            f"file itself: {file} run_dir={run_dir}, or set the environment variable {CONSENT}={run_dir}"
         )
     return file
 

@@ -13,6 +13,7 @@ from results import evaluation
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import LAB, Plan
 from shoal.compress.apply import apply_plan
+from shoal.launch.arguments import VERBS
 from shoal.launch.cli import _main
 from shoal.launch.verbs import dry_run
 from shoal.launch.verbs.dry_run import Stage, dry_run_text
@@ -135,6 +136,10 @@ def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch:
     told = told_of("run", make_run(eval={"control": True}))
     assert "to do no estimate no estimate the student of the new cut; the control too" in rows(told)["distill"]
     assert told.endswith("--- distill ---\nstrange: cannot be run without data")
+
+
+def test_every_verb_has_one() -> None:
+    assert set(dry_run.DRY_RUNS) == {verb for verb, row in VERBS.items() if row.reads_recipe}
 
 
 def test_the_verb_refuses_what_run_refuses(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
