@@ -14,12 +14,13 @@ from functools import cache
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.recipe.field_words import field_word
 from shoal.recipe.gone import gone
+from shoal.recipe.keys import documented
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TOO_LARGE, Section
 
@@ -40,18 +41,21 @@ AGAIN = "distill.data.losses"
 
 @cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe; a key that a class inherits has the docstring of the class above."""
-    Section.__pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # too slow for every recipe
+    """The JSON schema of a recipe, described by the docstrings of its keys."""
     whole = TypeAdapter(Recipe).json_schema()
-    parts = whole["$defs"]
-    below = [(base, each) for base in Section.__subclasses__() for each in base.__subclasses__()]
-    below = [(base, parts[each.__name__]["properties"]) for base, each in below if each.__name__ in parts]
-    for base in dict.fromkeys(base for base, _ in below):
-        said = TypeAdapter(base).json_schema()["properties"]
-        for part in (part for above, part in below if above is base):
-            for key in filter(said.__contains__, part):
-                part[key] = {"description": said[key].get("description", ""), **part[key]}
+    for section in (Recipe, *_below(Section)):
+        keys = (whole if section is Recipe else whole["$defs"].get(section.__name__, {})).get("properties", {})
+        for key, said in documented(section).items():
+            if key in keys:
+                keys[key]["description"] = said
     return whole
+
+
+def _below(section: type) -> Iterator[type]:
+    """Every class that is made of ``section``."""
+    for each in section.__subclasses__():
+        yield each
+        yield from _below(each)
 
 
 def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -170,6 +174,11 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
 def meaning(own: dict[str, Any]) -> str:
     """What the docstring of a key or a section says, in one line and in the words of YAML."""
     said = own.get("description") or next((part["description"] for part in _sections(own)), "")
+    return plain(said)
+
+
+def plain(said: str) -> str:
+    """A docstring in one line and in the words of YAML."""
     return re.sub(r"\bNone\b", "null", " ".join(said.split())).replace("``", "`")
 
 

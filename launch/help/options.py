@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,7 +11,7 @@ from shoal.recipe.keys import all_keys, alternatives, documented, short_name, ty
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Section
 
-from .explain import as_yaml, first_sentence
+from .explain import as_yaml, first_sentence, plain
 
 NAMES = {int: "N", float: "X", str: "TEXT", bool: "true|false", dict: "{...}"}
 """Type -> what stands for a value of it."""
@@ -30,7 +29,9 @@ def add_keys(sub: argparse.ArgumentParser, sections: Sequence[str]) -> None:
     for name in (*sections, ""):
         kind = next(alternatives(type_at(name))) if name else Recipe
         group = sub.add_argument_group(
-            f"{name}: {_words(documented(Recipe).get(name) or kind.__doc__ or '')}" if name else "of every verb"
+            f"{name}: {first_sentence(plain(documented(Recipe).get(name) or kind.__doc__ or ''))}"
+            if name
+            else "of every verb"
         )
         for place, section, field in keys:
             if place.rpartition(".")[0] == name and (name or place not in nested):
@@ -45,18 +46,13 @@ def add_keys(sub: argparse.ArgumentParser, sections: Sequence[str]) -> None:
 
 def _help(said: str, field: dataclasses.Field[Any]) -> str:
     """The first sentence of a key, and its default."""
-    told = _words(said)
+    told = first_sentence(plain(said))
     default = field.default_factory() if callable(field.default_factory) else field.default
     if default is dataclasses.MISSING or isinstance(default, Section) or default in ("", ()):
         return told
     if isinstance(default, tuple):
         return f"{told} [{','.join(str(getattr(each, 'path', getattr(each, 'kind', each))) for each in default)}]"
     return f"{told} [{as_yaml(default)}]"
-
-
-def _words(said: str) -> str:
-    """The first sentence of a docstring, in the words of YAML."""
-    return first_sentence(re.sub(r"\bNone\b", "null", " ".join(said.split())).replace("``", "`"))
 
 
 def value_name(hint: Any) -> str:
