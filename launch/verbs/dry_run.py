@@ -127,6 +127,11 @@ def _checked_measure(run: Run) -> list[Stage]:
     return [_measure(run)]
 
 
+def _pruning(run: Run) -> list[Stage]:
+    read_importance(run)  # refuses another run's
+    return [_prune(run)]
+
+
 def _training(run: Run) -> list[Stage]:
     check_training_settings(run.recipe)
     check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
@@ -163,7 +168,7 @@ def _push(run: Run) -> list[Stage]:
 DRY_RUNS: dict[str, Callable[[Run], list[Stage]]] = {
     "run": _all,
     "measure": _checked_measure,
-    "prune": lambda run: [_prune(run)],
+    "prune": _pruning,
     "record": _record,
     "distill": _training,
     "eval": _scores,
@@ -207,7 +212,7 @@ def _prune(run: Run) -> Stage:
         refuse_impossible_plan(run)
     plan = read_plan(run) if is_done else expected_plan(run)
     told, num_bytes = _cut(run, plan)
-    told = "\n".join([told, *sacrifice(run, read_importance(run), plan)])
+    told = "\n".join([told, *sacrifice(run, None, plan)])
     return Stage("prune", state, "; ".join(filter(None, [why, plan.reason])), None, 0 if is_done else num_bytes, told)
 
 
