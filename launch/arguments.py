@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shoal import __version__
@@ -220,7 +219,7 @@ def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], se
         name, equals, value = word.partition("=")
         is_option = name.startswith("--")
         place = place_of(name.removeprefix("--").replace("-", "_") if is_option else name, sections)
-        if place is None or not (is_option or equals) or Path(word).is_dir():
+        if place is None or not (is_option or equals) or os.path.isdir(word):
             yield word
             continue
         kind = type_at(place)
@@ -255,7 +254,7 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
     """Tell the recipe from the overrides: the first word that is none, unless --config or `model` names it."""
     if known.config is None:
         named = [word.removeprefix("model=") for word in reversed(known.words) if word.startswith("model=")]
-        own = [word for word in known.words if "=" not in word or Path(word).is_dir()]
+        own = [word for word in known.words if "=" not in word or os.path.isdir(word)]
         if not own + named:
             parser.error(f"name a recipe, a run directory or a model, such as `shoal {known.verb} runs/mine`")
         known.config = (own + named)[0]

@@ -379,7 +379,7 @@ def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Pa
     ("argv", "words"),
     [
         (["prun", "--config", "r"], "prun: no such verb; did you mean 'prune'?"),
-        (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
+        (["prune"], "name a recipe, a run directory or a model, such as `shoal prune runs/mine`"),
         (["eval", "--config", "r", "--force"], "--force: `shoal eval` has no such option"),
         (["prune", "--config", "nothing.yaml"], "nothing.yaml: no such recipe file"),
         (["prune", "--config", "."], ".: is no run directory but a folder without recipe.yaml"),
