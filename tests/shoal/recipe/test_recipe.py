@@ -389,7 +389,7 @@ def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
         words = shlex.split(command, comments=True)
         if words[1] == "lab":
             continue
-        assert words[words.index("--config") + 1] == f"configs/{file.name}"
+        assert f"configs/{file.name}" in words
         load_recipe(file, [word for word in words if "=" in word])
 
 
