@@ -1,7 +1,4 @@
-"""What users of lm_eval, trl and axolotl type by habit is understood, or answered with the word that it is here.
-
-Covers: shoal.recipe.field_words.
-"""
+"""What users of lm_eval, trl and axolotl type by habit is understood, or answered with the word that it is here."""
 
 from __future__ import annotations
 
