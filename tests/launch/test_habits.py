@@ -35,7 +35,7 @@ TRL = {
 }
 AXOLOTL = {
     "distill quickstart --trainer.learning-rate 1e-4 --lora.r 8": "",
-    "run quickstart --seed 8 --num-tokens 1e6": "",
+    "run quickstart --num-processes 8": "",
     "train config.yml": "did you mean `shoal distill`?",
     "distill config.yml --learning-rate 1e-4": "here it is distill.trainer.learning_rate",
     "distill --base-model Qwen/Qwen3-0.6B": "here it is model",
