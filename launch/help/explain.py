@@ -202,7 +202,8 @@ def values_text(own: dict[str, Any]) -> str:
     if "enum" in own or "const" in own:
         return listed(map(as_yaml, own.get("enum", [own.get("const")])), "or")
     if own.get("type") == "array":
-        return f"[{values_text(own.get('items', {}))}, ...]"
+        entries = ", ".join(map(values_text, own.get("prefixItems", ())))  # of a list of so many
+        return f"[{entries or values_text(own.get('items', {})) + ', ...'}]"
     if own.get("type") == "object":
         inner = own.get("additionalProperties")
         return f"{{name: {values_text(inner) if isinstance(inner, dict) else 'anything'}}}"

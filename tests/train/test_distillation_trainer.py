@@ -142,7 +142,8 @@ def test_layers_are_compiled_by_the_objective_and_not_once_more_around_it(tmp_pa
     trainer = trainer_of(tmp_path, trained_by={"torch_compile": True})
     assert trainer.spec.settings.trainer["torch_compile"]
     assert (trainer.args.torch_compile, trainer.args.torch_compile_backend) == (False, None)
-    assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
+    around: Any = trainer.accelerator.state.dynamo_plugin
+    assert around.backend == "NO"
 
 
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:

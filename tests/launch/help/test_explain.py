@@ -53,6 +53,7 @@ def test_a_default_written_down_is_the_default() -> None:
         ("prune.metric", "text, {name: number > 0} or null"),
         ("track.wandb", "online, offline or 'off' or null"),
         ("distill.deepspeed", "text, {name: anything} or null"),
+        ("distill.profile", "[whole number > 0, whole number > 0] or null"),
     ],
 )
 def test_what_a_key_may_be(place: str, values: str) -> None:
