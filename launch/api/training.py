@@ -57,8 +57,8 @@ def distill(
 ) -> Training:
     """How ``student``, trained in place to match ``teacher``, was trained; its `model` is the student itself.
 
-    Both models go to the accelerator if there is one. Weights are trained in float32 and come back in their own
-    precision, in eval mode. Nothing is written; with checkpoints, DeepSpeed or evaluations it is DistillationTrainer.
+    Both models go to the accelerator if there is one, and back. Weights are trained in float32 and come back in their
+    own precision, in eval mode. Nothing is written; DistillationTrainer has checkpoints, DeepSpeed and evaluations.
 
     Args:
         student: The cut model.
@@ -79,7 +79,7 @@ def distill(
     Example:
         >>> shoal.distill(student, model, texts, num_tokens=1_000_000).to_pandas().plot(x="num_tokens", y="loss")
     """
-    student, teacher = as_model(student, "student"), as_model(teacher, "teacher")
+    student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
     _refuse_swapped(student, teacher)
     tokenizer = require_tokenizer(tokenizer, student)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)

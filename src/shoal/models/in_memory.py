@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
@@ -19,6 +21,8 @@ from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
 from shoal.models.resolve import resolve_model
 from shoal.runtime import device
+
+log = logging.getLogger(__name__)
 
 Model = PreTrainedModel | str
 """A model in memory, or the name of one: a folder, an id of the Hub, `demo:smollm2-135m`."""
@@ -44,6 +48,8 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
         loaded.config.name_or_path = model
         return as_model((loaded.to(device()) if is_placed else loaded).eval(), name)
     require_usable(model, name)
+    if is_placed and model.device.type == "cpu" and torch.accelerator.is_available():
+        log.warning("%s: is on the CPU, where it will compute; %s is idle: call .to(%r)", name, *[device().type] * 2)
     return model
 
 
@@ -104,16 +110,18 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrain
 
 @contextmanager
 def left_as_it_was(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """``model`` in eval mode; after the block its mode, trained parameters and use of a cache are what they were.
+    """``model`` in eval mode; after the block its mode, place, trained parameters and use of a cache are as before.
 
     Its values are not looked at: a model that was trained meanwhile stays so.
     """
-    mode, cache = model.training, model.config.use_cache
+    mode, cache, place = model.training, model.config.use_cache, model.device
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield model.eval()
     finally:
         model.train(mode)
+        if model.device != place:
+            model.to(place)  # pyright: ignore[reportArgumentType]
         model.config.use_cache = cache
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])

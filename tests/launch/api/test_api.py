@@ -41,6 +41,7 @@ from shoal.launch.verbs.launch import LaunchEnded
 from shoal.launch.verbs.measure import measure as measure_stage
 from shoal.launch.verbs.prune import prune as prune_stage
 from shoal.launch.verbs.run import open_run
+from shoal.models.in_memory import as_model
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
@@ -270,6 +271,15 @@ def test_models_tokenizers_and_data_may_be_named(teacher: Path, docs: list[str])
     assert named.layers == shoal.measure_importance(model, tokenizer, docs, **settings).layers
     assert named.layers == shoal.measure_importance(model, data={"path": "python_docs"}, **settings).layers
     assert named.provenance.inputs["model"] == str(teacher)
+
+
+def test_a_model_beside_an_idle_accelerator_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("shoal.models.in_memory.device", lambda: torch.device("cuda"))
+    as_model(tiny_model("llama"))
+    assert "model: is on the CPU, where it will compute; cuda is idle: call .to('cuda')" in caplog.text
 
 
 def plan_of(*, num_layers: int = 6) -> Plan:
