@@ -236,8 +236,8 @@ def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], se
 def _no_option(verb: str, option: str) -> str:
     """That ``verb`` has no such option, and which one is meant."""
     from shoal.recipe.gone import gone
-    from shoal.recipe.keys import all_keys, short_name
-    from shoal.recipe.messages import meant_key
+    from shoal.recipe.keys import short_name
+    from shoal.recipe.messages import all_places, meant_key
     from shoal.recipe.recipe import Recipe
 
     sections, name = VERBS[verb].sections, option.lstrip("-").partition("=")[0]
@@ -245,7 +245,7 @@ def _no_option(verb: str, option: str) -> str:
     for place in (word, *(f"{section}.{word}" for section in sections)):
         if words := gone(place):
             return f"{place}: {words}"
-    keys = [short_name(place, sections) for place, _, _ in all_keys()]
+    keys = [short_name(place, sections) for place in all_places(Recipe)]
     hint = f"`shoal {verb} --{word} VALUE`" if word in keys else meant_key(word.rpartition(".")[2], keys, Recipe)
     return f"{redacted_arguments([option])[0]}: `shoal {verb}` has no such option; {hint}"
 

@@ -66,7 +66,7 @@ def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[
     section = section or schema()
     for key, own in section["properties"].items():
         yield before + key, {**own, "is_required": key in section.get("required", ())}
-        inner = [] if before + key == AGAIN else _sections(own)
+        inner = [] if before + key == AGAIN else sections_of(own)
         has_kinds, of_types = len(inner) > 1 and all(map(kind_of, inner)), dict[str, dict[str, Any]]()
         for part in inner:
             if has_kinds:
@@ -129,9 +129,9 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
     for name, own in several.items():
         is_section = "properties" in own
         said: dict[str, Any] = {"key": name, "meaning": meaning(own)}
-        said |= {} if is_section else {"values": values_text(own), "default": _default(own)}
+        said |= {} if is_section else {"values": values_text(own), "default": default_text(own)}
         said |= {"entry": f"{entry} is an entry of this mapping"} if entry else {}
-        inner = [own] if is_section else _sections(own)
+        inner = [own] if is_section else sections_of(own)
         if len(inner) > 1 and all(map(kind_of, inner)):
             said["kinds"] = {kind_of(part): meaning(part) for part in inner}
         elif inner:
@@ -173,12 +173,7 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def meaning(own: dict[str, Any]) -> str:
     """What the docstring of a key or a section says, in one line and in the words of YAML."""
-    said = own.get("description") or next((part["description"] for part in _sections(own)), "")
-    return plain(said)
-
-
-def plain(said: str) -> str:
-    """A docstring in one line and in the words of YAML."""
+    said = own.get("description") or next((part["description"] for part in sections_of(own)), "")
     return re.sub(r"\bNone\b", "null", " ".join(said.split())).replace("``", "`")
 
 
@@ -215,23 +210,24 @@ def _keys(section: dict[str, Any]) -> dict[str, str]:
     """Key -> its meaning in a line or two, and its default."""
     told = {}
     for key, own in section["properties"].items():
-        default = _default({**own, "is_required": key in section.get("required", ())})
+        default = default_text({**own, "is_required": key in section.get("required", ())})
         told[key] = first_sentence(meaning(own)) + ("" if "$ref" in own else f" [{default}]")
     return told
 
 
-def _default(own: dict[str, Any]) -> str:
+def default_text(own: dict[str, Any]) -> str:
+    """The default of a key, in a line of YAML."""
     if own.get("is_required"):
         return "must be given"
     return as_yaml(own["default"]) if own.get("default", "") != "" else "left out"
 
 
-def _sections(own: Any) -> list[dict[str, Any]]:
+def sections_of(own: Any) -> list[dict[str, Any]]:
     """Schemas of the sections that a key holds; none where it is a plain value."""
     if not isinstance(own, dict | list):
         return []
     if isinstance(own, dict) and "$ref" in own:
         return [schema()["$defs"][own["$ref"].rpartition("/")[2]]]
     inner = own if isinstance(own, list) else [each for name, each in own.items() if name != "properties"]
-    found = [part for each in inner for part in _sections(each)]
+    found = [part for each in inner for part in sections_of(each)]
     return [part for index, part in enumerate(found) if part not in found[:index]]

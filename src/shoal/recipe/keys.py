@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -55,41 +50,6 @@ def type_at(place: str) -> Any:
             return None
         hint = Union[tuple(found)]  # noqa: UP007
     return hint
-
-
-def all_keys(section: Any = Recipe, before: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    """Every key of a class of sections that is in no list, those of a section after it: its place, the class that
-    declares it, and the field."""
-    for field in dataclasses.fields(section):
-        yield before + field.name, section, field
-        kinds = filter(_is_section, alternatives(_types(section)[field.name]))
-        # types of one section share keys
-        yield from {each[0]: each for kind in kinds for each in all_keys(kind, f"{before}{field.name}.")}.values()
-
-
-@cache
-def documented(section: Any) -> dict[str, str]:
-    """Key of a class of sections -> its docstring, or that of the class above."""
-    told: dict[str, str] = {}
-    for kind in filter(_is_section, reversed(section.__mro__)):
-        told |= _docstrings(kind.__module__).get(kind.__name__, {})
-    return told
-
-
-@cache
-def _docstrings(module: str) -> dict[str, dict[str, str]]:
-    """Class of a module -> its fields -> what the string below each says."""
-    told: dict[str, dict[str, str]] = {}
-    for part in ast.parse(inspect.getsource(sys.modules[module])).body:
-        if isinstance(part, ast.ClassDef):
-            told[part.name] = {
-                field.target.id: inspect.cleandoc(below.value.value)
-                for field, below in pairwise(part.body)
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-                if isinstance(below.value.value, str)
-            }
-    return told
 
 
 def _is_section(kind: Any) -> bool:

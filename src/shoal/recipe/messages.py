@@ -179,7 +179,7 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
         return meant(word, known, "")
     if here := field_word(word):
         return f"here it is {here}"
-    elsewhere = [] if "kind" in known else [place for place in _places(root) if place.endswith(f".{word}")]
+    elsewhere = [] if "kind" in known else [place for place in all_places(root) if place.endswith(f".{word}")]
     if elsewhere:
         return f"it is a key elsewhere: {listed(sorted(elsewhere, key=lambda place: place.count('.'))[:3], 'or')}"
     nearest = known if len(known) <= MOST_NAMED else [*get_close_matches(word, known, n=MOST_NAMED, cutoff=0.0), "..."]
@@ -187,11 +187,11 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
 
 
 @cache
-def _places(section: Any, before: str = "") -> tuple[str, ...]:
+def all_places(section: Any, before: str = "") -> tuple[str, ...]:
     """Every key of a class of sections, with those of the sections in it."""
     hints = get_type_hints(section, include_extras=True)
     keys = [(before + field.name, sections_in(hints[field.name])) for field in dataclasses.fields(section)]
-    inner = (place for key, sections in keys for each in sections for place in _places(each, f"{key}."))
+    inner = (place for key, sections in keys for each in sections for place in all_places(each, f"{key}."))
     return tuple(dict.fromkeys([*(key for key, _ in keys), *inner]))
 
 
