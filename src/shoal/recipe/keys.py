@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -50,6 +54,31 @@ def type_at(place: str) -> Any:
             return None
         hint = Union[tuple(found)]  # noqa: UP007
     return hint
+
+
+@cache
+def documented(section: Any) -> dict[str, str]:
+    """Key of a class of sections -> its docstring, or that of the class above."""
+    told: dict[str, str] = {}
+    for kind in filter(_is_section, reversed(section.__mro__)):
+        told |= _docstrings(kind.__module__).get(kind.__name__, {})
+    return told
+
+
+@cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Class of a module -> its fields -> what the string below each says."""
+    told: dict[str, dict[str, str]] = {}
+    for part in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(part, ast.ClassDef):
+            told[part.name] = {
+                field.target.id: inspect.cleandoc(below.value.value)
+                for field, below in pairwise(part.body)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                if isinstance(below.value.value, str)
+            }
+    return told
 
 
 def _is_section(kind: Any) -> bool:
