@@ -53,9 +53,8 @@ def value_name(own: dict[str, Any]) -> str:
         if "enum" in kind or "const" in kind:
             names += map(str, kind.get("enum", [kind.get("const")]))
         elif kind.get("type") == "array":
-            names.append(
-                f"{value_name(kind.get('items') or kind['prefixItems'][0]).partition('|')[0].replace('{...}', 'NAME')},..."
-            )
+            entry = value_name(kind.get("items") or kind["prefixItems"][0]).partition("|")[0]
+            names.append(f"{entry.replace('{...}', 'NAME')},...")
         elif kind.get("type") != "null":
             names.append(NAMES.get(kind.get("type", "object"), "{...}"))
     text = "|".join(dict.fromkeys(names))
