@@ -130,7 +130,6 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     from shoal.inference.vllm import check_vllm
     from shoal.model_names import refuse_no_model
     from shoal.recipe.distill import Live, Recorded
-    from shoal.recipe.section import TEACHER_TEXT
     from shoal.recipe.trainer_arguments import read_deepspeed
 
     sweep, distill = recipe.measure.sweep, recipe.distill
@@ -142,10 +141,9 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
         read_deepspeed(distill.deepspeed)
         if distill.watch is not None:
             refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
-        if distill.writing.backend == "vllm" and any(source.path == TEACHER_TEXT for source in distill.data):
-            texts = Path(distill.writing.folder or f"{recipe.run_dir}/text").expanduser()
-            if not any(texts.glob("written-*")):  # which are read without it, if they are the recipe's
-                check_vllm("distill.writing.backend")
+        by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")
+        if (number := next(by_vllm, None)) is not None and not any(Path(recipe.run_dir, "text").glob("written-*")):
+            check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
         teacher = distill.teacher
         if verb == "record" and isinstance(teacher, Live):
             raise UserError("distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded")

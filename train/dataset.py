@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
-from shoal.data.sources import texts_fingerprint
-from shoal.data.streams import Layout, pack
-from shoal.inference.vllm import check_vllm, vllm_dtype
+from shoal.data.sources import opened, texts_fingerprint
+from shoal.data.streams import Layout, Written, pack
+from shoal.inference.vllm import check_vllm, vllm_dtype, vllm_engine
 from shoal.models.load import Checkpoint
 from shoal.ranks import is_main
-from shoal.recipe.distill import Distill, Recorded, sources_that_ask
+from shoal.recipe.distill import Distill, Generate, Recorded, sources_that_ask
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
+from shoal.recipe.section import Shapes, shaping_keys
 from shoal.runtime import agreed, device
 
 from .engine.arguments import num_rows, rows_per_step
@@ -39,33 +40,30 @@ def teacher_texts(
     folder: Path,
     *,
     inputs: dict[str, Any],
-) -> Sequence[str]:
-    """What the teacher writes for the source `teacher_text`, kept in ``folder``; none where the recipe has no such."""
+) -> dict[int, list[Written]]:
+    """What the teacher writes in place of the sources with `generate`, by their numbers, kept in ``folder``."""
     seed = inputs["seed"]
-    if all(source.path != TEACHER_TEXT for source in settings.data):
-        return ()
-    known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
-    by_vllm = settings.writing.backend == "vllm"
-    if by_vllm and teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
-        known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16
+    # a copy of the teacher of its own, freed before training
+    model = cache(lambda: teacher.model(device=device()))
+    engine = cache(lambda: vllm_engine(teacher, seed=seed))
 
-    def load_writer() -> Writer:
-        if by_vllm:
-            check_vllm("distill.writing.backend")  # what is written already is read without it, and by all ranks
-            return vllm_writer(teacher, tokenizer, settings.writing, seed=seed)
-        # a copy of the teacher of its own, freed before training
-        writer = teacher.model(device=device())
-        return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
+    def written(number: int, how: Generate) -> list[Written]:
+        known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
+        by_vllm = how.backend == "vllm"
+        if by_vllm and teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
+            known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16
 
-    return write_texts(
-        settings.writing,
-        tokenizer,
-        data=settings.data,
-        folder=folder,
-        inputs=known_by,
-        seed=seed,
-        load_writer=load_writer,
-    )
+        def load_writer() -> Writer:
+            if by_vllm:
+                check_vllm(f"distill.data.{number}.generate.backend")  # what is written already is read without it
+                return vllm_writer(engine(), teacher, tokenizer, how, seed=seed)
+            return transformers_writer(model(), tokenizer, how, seed=seed)
+
+        return write_texts(
+            settings, number, tokenizer, folder=folder, inputs=known_by, seed=seed, load_writer=load_writer
+        )
+
+    return {n: written(n, source.generate) for n, source in enumerate(settings.data) if source.generate is not None}
 
 
 def sources_apart(settings: Distill) -> list[bool] | None:
@@ -78,14 +76,14 @@ def sources_apart(settings: Distill) -> list[bool] | None:
 def rows_to_train_on(
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
-    texts: Sequence[str],
+    texts: Mapping[int, Sequence[str]],
     folder: Path,
     *,
     inputs: dict[str, Any],
     images: ImageReader | None = None,
 ) -> PackedRows:
-    """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`, and what
-    ``images`` has read for the sources of images.
+    """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the sources of these numbers, and
+    what ``images`` has read for the sources of images.
 
     Sources of which no loss term asks the teacher have rows of their own, which it need not read. Not so those of a
     recorded teacher: what is recorded serves other loss terms too.
@@ -94,7 +92,7 @@ def rows_to_train_on(
     later, so that a large budget costs no rank memory or a second tokenisation.
     """
     shaped, rows = {"model": inputs["model"], **rows_from(inputs)}, num_rows(settings)
-    identity = [shaped, rows, settings.packing, texts_fingerprint(texts)]
+    identity = [shaped, rows, settings.packing, {number: texts_fingerprint(own) for number, own in texts.items()}]
     if images is not None:
         identity.append(rows_per_step(settings))
     if (apart := sources_apart(settings)) is not None:
@@ -113,16 +111,20 @@ def rows_to_train_on(
 def _pack(
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
-    texts: Sequence[str],
+    texts: Mapping[int, Sequence[str]],
     path: Path,
     seed: int,
     images: ImageReader | None,
     apart: Sequence[bool] | None,
 ) -> None:
-    given = {} if images is None else images.rows
+    shown = {} if images is None else images.rows
+    sources = [
+        (opened(source), texts[number]) if number in texts else (source, shown.get(source))
+        for number, source in enumerate(settings.data)
+    ]
     with written_folder(path) as unfinished:
         rows = pack(
-            [(source, texts if source.path == TEACHER_TEXT else given.get(source)) for source in settings.data],
+            sources,
             tokenizer,
             sequence_length=settings.sequence_length,
             num_tokens=num_rows(settings) * settings.sequence_length,

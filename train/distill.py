@@ -73,8 +73,6 @@ def distill_inputs(
     section = shaping(settings, Shapes.TRAINING, "distill.")
     if settings.watch is None or settings.watch.metric_for_best_model is None:
         del section["distill.watch"]  # it only looks on
-    if settings.writing.prompts is not None:
-        section["distill.writing.prompts"] = sources_fingerprint((settings.writing.prompts,))
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
     section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
     neutral = {*NEUTRAL, *(BATCH_SPLIT if settings.batch_size is not None else ())}
@@ -111,8 +109,9 @@ def check_distillable(spec: TrainSpec) -> None:
     require_same_vocabulary(teacher, student)
     if spec.teacher_place == "recorded":
         _ = Wanted.of(spec, "").layout  # refuses
-    on_policy = settings.on_policy is not None and settings.on_policy.share > 0
-    if on_policy and any(isinstance(term, CrossEntropy) and term.weight for term in settings.losses):
+    if settings.on_policy is not None and any(
+        isinstance(term, CrossEntropy) and term.weight for term in settings.losses
+    ):
         log.warning(
             "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
             "wrong; give it to the sources that it is for"

@@ -72,7 +72,7 @@ class Sampler:
         cls, settings: Distill, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
     ) -> Sampler | None:
         """That of a training; None = it has no on-policy step."""
-        if settings.on_policy is None or settings.on_policy.share == 0:
+        if settings.on_policy is None:
             return None
         ends = end_tokens(student.generation_config, tokenizer.eos_token_id)
         special: Any = tokenizer
@@ -128,7 +128,7 @@ class Sampler:
         for row, number in enumerate(host.rows):
             chance = np.random.default_rng([self.seed, step, number])
             prompts.append(self._prompts(*(plane[row] for plane in planes), chance=chance))
-            uniforms.append(chance.random((len(prompts[-1]), self.settings.new_tokens)))
+            uniforms.append(chance.random((len(prompts[-1]), self.settings.max_new_tokens)))
         written = iter(
             sample(
                 student,
@@ -165,17 +165,17 @@ class Sampler:
         chosen: list[list[int]] = []
         room = self.sequence_length
         for place in chance.permutation(len(candidates)):
-            needed = len(candidates[place]) + self.settings.new_tokens
+            needed = len(candidates[place]) + self.settings.max_new_tokens
             if needed <= room or not chosen:  # a sample that is longer than a row is cut at the row's end
                 chosen.append(candidates[place])
                 room -= needed
         return chosen or [ids[:1].tolist()]
 
     def _openings(self, document: list[int]) -> list[list[int]]:
-        prompt_tokens = min(self.settings.prompt_tokens, self.sequence_length - 1)
+        prompt_tokens = min(self.settings.prompt_tokens, max(1, self.sequence_length - self.settings.max_new_tokens))
         start_token = [] if document[0] != self.bos_id else document[:1]
         openings = [document[: min(prompt_tokens, len(document) - 1)]]  # without the end token
-        apart = prompt_tokens + self.settings.new_tokens
+        apart = prompt_tokens + self.settings.max_new_tokens
         for start in range(apart, len(document) - prompt_tokens, apart):
             openings.append((start_token + document[start : start + prompt_tokens])[:prompt_tokens])
         return [opening for opening in openings if opening]

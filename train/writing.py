@@ -26,25 +26,25 @@ from transformers import GenerationConfig, PreTrainedModel
 from shoal.abilities.knowledge import stated_facts
 from shoal.abilities.matching import AMOUNT, MATCHING, amounts, number, plain
 from shoal.atomic_files import fingerprint, write_json, write_text
-from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat, check_template
 from shoal.data.repetition import ends_in_loop
 from shoal.data.sources import documents, load_texts, opened
-from shoal.data.streams import CutOff
+from shoal.data.streams import Written
 from shoal.errors import UserError
 from shoal.inference.generation import end_tokens, sample
-from shoal.inference.vllm import vllm_engine
 from shoal.models.load import Checkpoint
 from shoal.progress import each
 from shoal.ranks import is_main, rank, world_size
-from shoal.recipe.distill import Writing
-from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shaping
+from shoal.recipe.distill import Distill, Generate, TrainingSource
+from shoal.recipe.section import as_dict
 from shoal.runtime import barrier
 
 log = logging.getLogger(__name__)
 
 Writer = Callable[[Sequence[list[int]], Sequence[int]], list[list[int]]]
 """Prompts and the texts' numbers in, the tokens written after each prompt out."""
+BATCH_SIZE = 16
+"""Texts per rank and forward, written and kept together: what a kill costs at most."""
 TEXTS = "texts.jsonl"
 COUNTS = "counts.json"
 BATCHES = "batches"
@@ -65,16 +65,16 @@ class Prompt:
 
 
 def write_texts(
-    settings: Writing,
+    settings: Distill,
+    number: int,
     tokenizer: Any,
     *,
-    data: Sequence[DataSource],
     folder: Path,
     inputs: dict[str, Any],
     seed: int,
     load_writer: Callable[[], Writer],
-) -> list[str]:
-    """The documents that the teacher has written and that are kept; every rank calls this.
+) -> list[Written]:
+    """What the teacher has written in place of the source ``number`` and what is kept of it; every rank calls this.
 
     ``inputs`` names the writer (model, precision, kernels). With prompts, settings and seed it makes the name of the
     folder within ``folder``: whoever asks for the same finds it there, and ``load_writer`` is not called.
@@ -82,55 +82,68 @@ def write_texts(
     Raises:
         UserError: no prompts, or nothing that was written can be kept.
     """
-    place, chosen, identity = _planned(settings, tokenizer, data=data, folder=folder, inputs=inputs, seed=seed)
+    source = to_write(settings.data[number])
+    how = source.generate
+    assert how is not None
+    chosen = _chosen(settings, source, tokenizer, seed=seed)
+    identity = _identity(how, chosen, inputs=inputs, seed=seed)
+    place = folder / f"written-{fingerprint(identity)}"
     if not (place / TEXTS).exists():
-        _write_batches(settings, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
+        _write_batches(how, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
     barrier()
     if is_main():
         if not (place / TEXTS).exists():
             records = each(_batches(place / BATCHES), "teacher text: choosing what to keep", unit="texts")
-            kept, counts = sifted(records, keep=settings.keep)
+            kept, counts = sifted(records, keep=how.keep)
             write_json(place / "inputs.json", identity)
             write_json(place / COUNTS, counts)
             write_text(place / TEXTS, _lines(kept))  # last: once it is there, nothing else is needed
         shutil.rmtree(place / BATCHES, ignore_errors=True)
     barrier()
-    return _kept(place)
+    return _kept(place, assistant_only=source.assistant_only)
 
 
-def _planned(
-    settings: Writing,
-    tokenizer: Any,
-    *,
-    data: Sequence[DataSource],
-    folder: Path,
-    inputs: dict[str, Any],
-    seed: int,
-) -> tuple[Path, list[Prompt], dict[str, Any]]:
-    """Where the texts will be, what they go on from, and everything that they follow from."""
-    chosen = _chosen(list(_prompts(settings, tokenizer, data=data, seed=seed)), settings, seed=seed)
-    identity = {
+def to_write(source: TrainingSource) -> TrainingSource:
+    """A source that the teacher writes, with its columns.
+
+    Raises:
+        UserError: as opened does; texts, of which no answer can be told to be correct.
+    """
+    found = opened(source)
+    if source.generate is not None and source.generate.keep == "correct" and not found.is_chat:
+        raise UserError(
+            f"data {source.path!r}: holds texts, and generate.keep: correct compares answers; name conversations "
+            "(`messages`, or `prompt` and `completion`), or set it to all"
+        )
+    return found
+
+
+def _identity(how: Generate, chosen: Sequence[Prompt], *, inputs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Everything that texts follow from."""
+    return {
         **inputs,
-        **shaping(settings, Shapes.TEXT, "writing."),
+        **{f"generate.{key}": value for key, value in as_dict(how).items()},
         "prompts": fingerprint([asdict(prompt) for prompt in chosen]),
         "seed": seed,
-        **({"matching": MATCHING} if settings.keep == "correct" else {}),
+        **({"matching": MATCHING} if how.keep == "correct" else {}),
     }
-    shared = folder if settings.folder is None else Path(settings.folder).expanduser()
-    return shared / f"written-{fingerprint(identity)}", chosen, identity
 
 
-def _kept(place: Path) -> list[str]:
+def _kept(place: Path, *, assistant_only: bool) -> list[Written]:
     records = _read(place / TEXTS)
     counts = json.loads((place / COUNTS).read_text(encoding="utf-8"))
     log.info("teacher text: %s; in %s", ", ".join(f"{count:,} {reason}" for reason, count in counts.items()), place)
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         raise UserError(
-            f"distill.writing: nothing that the teacher wrote can be kept ({reasons}); give other prompts or another "
-            "temperature"
+            f"distill.data: nothing that the teacher wrote can be kept ({reasons}); give other prompts or another "
+            "generate.temperature"
         )
-    return [CutOff(record["text"]) if record.get("cut_off") else record["text"] for record in records]
+    texts = [Written(record["text"]) for record in records]
+    for text, record in zip(texts, records, strict=True):
+        text.cut_off = record.get("cut_off", False)
+        text.num_asked = record["num_asked"] if assistant_only else 0
+    return texts
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:
@@ -143,7 +156,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _write_batches(
-    settings: Writing,
+    settings: Generate,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
@@ -152,17 +165,17 @@ def _write_batches(
 ) -> None:
     """Write this rank's batches that are not there yet; prompts of like length go together, to pad little."""
     by_length = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
-    batches = [by_length[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
+    batches = [by_length[start : start + BATCH_SIZE] for start in range(0, len(prompts), BATCH_SIZE)]
     files = {folder / f"{index:08d}.jsonl": batches[index] for index in range(rank(), len(batches), world_size())}
     missing = {file: batch for file, batch in files.items() if not file.exists()}
     if not missing:
         return
-    log.info("the teacher writes %d texts of up to %d new tokens", len(prompts), settings.new_tokens)
+    log.info("the teacher writes %d texts of up to %d new tokens", len(prompts), settings.max_new_tokens)
     writer = load_writer()
     for file, numbers in each([*missing.items()], "teacher text", unit="batches"):
         written = writer([prompts[number].ids for number in numbers], numbers)
         records = [
-            _record(number, prompts[number], ids, tokenizer, most=settings.new_tokens)
+            _record(number, prompts[number], ids, tokenizer, most=settings.max_new_tokens)
             for number, ids in zip(numbers, written, strict=True)
         ]
         write_text(file, _lines(records))
@@ -176,13 +189,12 @@ def _record(number: int, prompt: Prompt, ids: list[int], tokenizer: Any, *, most
         text = tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
         return {"number": number, "text": text, "written": written, **cut_off}
     # turns and their borders are special tokens: what tokenising adds by itself stays out
-    whole = [*prompt.ids, *ids]
-    whole = whole[1:] if whole[0] == tokenizer.bos_token_id else whole
-    whole = whole[:-1] if whole[-1] == tokenizer.eos_token_id else whole
+    asked = prompt.ids[1:] if prompt.ids[0] == tokenizer.bos_token_id else prompt.ids
     return {
         "number": number,
-        "text": tokenizer.decode(whole),
+        "text": tokenizer.decode([*asked, *_without_end(ids, tokenizer)]),
         "written": written,
+        "num_asked": len(tokenizer.decode(asked)),
         **cut_off,
         "messages": [*prompt.messages, {"role": "assistant", "content": written.strip()}],
         "answer": prompt.answer,
@@ -194,13 +206,13 @@ def _batches(folder: Path) -> Iterator[dict[str, Any]]:
     yield from sorted(records, key=lambda record: record["number"])
 
 
-def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int) -> Writer:
+def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Generate, *, seed: int) -> Writer:
     """Writes with ``teacher`` as it stands in memory."""
     ends = end_tokens(teacher.generation_config, tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
 
     def write(prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[list[int]]:
-        uniforms = [np.random.default_rng([seed, number]).random(settings.new_tokens) for number in numbers]
+        uniforms = [np.random.default_rng([seed, number]).random(settings.max_new_tokens) for number in numbers]
         return sample(
             teacher,
             prompts,
@@ -214,11 +226,10 @@ def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Writ
     return write
 
 
-def vllm_writer(teacher: Checkpoint, tokenizer: Any, settings: Writing, *, seed: int) -> Writer:
+def vllm_writer(engine: Any, teacher: Checkpoint, tokenizer: Any, settings: Generate, *, seed: int) -> Writer:
     """Writes with vLLM. Its texts are its own: other numbers are drawn than by transformers."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    engine = vllm_engine(teacher, seed=seed)
     configured = (teacher.folder / "generation_config.json").is_file()
     own = GenerationConfig.from_pretrained(teacher.folder) if configured else None
     stops = end_tokens(own, tokenizer.eos_token_id)
@@ -228,7 +239,7 @@ def vllm_writer(teacher: Checkpoint, tokenizer: Any, settings: Writing, *, seed:
             SamplingParams(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                max_tokens=settings.new_tokens,
+                max_tokens=settings.max_new_tokens,
                 stop_token_ids=list(stops),
                 seed=int(np.random.default_rng([seed, number]).integers(2**31)),
             )
@@ -240,24 +251,16 @@ def vllm_writer(teacher: Checkpoint, tokenizer: Any, settings: Writing, *, seed:
     return write
 
 
-def _prompts(settings: Writing, tokenizer: Any, *, data: Sequence[DataSource], seed: int) -> Iterator[Prompt]:
-    prompts = None if settings.prompts is None else opened(settings.prompts)
-    if settings.keep == "correct" and not (prompts and prompts.is_chat):
-        raise UserError(
-            "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"
-        )
-    if prompts is None:
-        openings = _openings(data, tokenizer, length=settings.prompt_tokens)
-        random.Random(seed).shuffle(openings)
-        yield from (Prompt(opening) for opening in openings)
-    elif prompts.is_chat:
-        yield from _asked(settings, prompts, tokenizer)
-    else:
-        texts = load_texts(prompts, max_characters=16 * settings.num_tokens + 1_000_000)
-        yield from (Prompt(_without_end(ids, tokenizer)) for ids in tokenizer(texts)["input_ids"])
+def _prompts(source: TrainingSource, how: Generate, tokenizer: Any, *, num_tokens: int, seed: int) -> Iterator[Prompt]:
+    if source.is_chat:
+        yield from _asked(source, how, tokenizer, num_tokens=num_tokens)
+        return
+    openings = _openings(source, tokenizer, length=how.prompt_tokens)
+    random.Random(seed).shuffle(openings)
+    yield from map(Prompt, openings)
 
 
-def _asked(settings: Writing, source: DataSource, tokenizer: Any) -> Iterator[Prompt]:
+def _asked(source: TrainingSource, how: Generate, tokenizer: Any, *, num_tokens: int) -> Iterator[Prompt]:
     """Conversations up to their last assistant's turn, as the chat template asks for it."""
     check_template(tokenizer, source.path)
     characters = 0
@@ -268,15 +271,15 @@ def _asked(settings: Writing, source: DataSource, tokenizer: Any) -> Iterator[Pr
         said = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         before = turns[: said[-1]] if said else turns
         answer = turns[said[-1]].get("content") if said else None
-        if settings.keep == "correct" and not (answer and isinstance(answer, str)):
+        if how.keep == "correct" and not (answer and isinstance(answer, str)):
             raise UserError(
                 f"data {chat.where}: the last assistant turn is no text to compare with (got {answer!r}); write its "
-                "content as one string, or set distill.writing.keep: all"
+                "content as one string, or set generate.keep: all"
             )
         ids = tokenizer.apply_chat_template(before, tools=chat.tools, add_generation_prompt=True, return_dict=True)
         yield Prompt(list(ids["input_ids"]), before, answer)  # pyright: ignore[reportCallIssue, reportArgumentType]
         characters += chat.num_characters
-        if characters > 16 * settings.num_tokens + 1_000_000:
+        if characters > 16 * num_tokens + 1_000_000:
             return
 
 
@@ -284,36 +287,37 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
-def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> list[list[int]]:
-    # ability prompts make it state facts of the kinds that evaluation asks for
-    unfit = (TEACHER_TEXT, *(name for name in BUNDLED if name.startswith(MIXED)))
-    others = [source for source in map(opened, data) if source.path not in unfit and source.is_text]
-    openings = []
-    for source in others:
-        starts = [text[: max(1000, 16 * length)] for text in load_texts(source, max_characters=1_000_000)]
-        bare = [_without_end(ids, tokenizer) for ids in tokenizer(starts)["input_ids"]]
-        openings += [ids[:length] for ids in bare if len(ids) >= length]
+def _openings(source: TrainingSource, tokenizer: Any, *, length: int) -> list[list[int]]:
+    starts = [text[: max(1000, 16 * length)] for text in load_texts(source, max_characters=1_000_000)]
+    bare = [_without_end(ids, tokenizer) for ids in tokenizer(starts)["input_ids"]]
+    openings = [ids[:length] for ids in bare if len(ids) >= length]
     if not openings:
         raise UserError(
-            f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it, with {length} tokens in a document, to "
-            "take openings from; add one, lower distill.writing.prompt_tokens, or set distill.writing.prompts"
+            f"data {source.path!r}: no text has {length} tokens for the teacher to go on from; lower "
+            "generate.prompt_tokens, or name other texts"
         )
     return openings
 
 
-def _chosen(prompts: list[Prompt], settings: Writing, *, seed: int) -> list[Prompt]:
-    """As many prompts as make about the wanted number of tokens, every one before any comes a second time."""
-    fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= settings.max_prompt_tokens]
+def _chosen(settings: Distill, source: TrainingSource, tokenizer: Any, *, seed: int) -> list[Prompt]:
+    """As many prompts as make about the source's share of the tokens, every one before any comes a second time."""
+    how = source.generate
+    assert how is not None
+    num_tokens = settings.num_tokens_of(source)
+    prompts = list(_prompts(source, how, tokenizer, num_tokens=num_tokens, seed=seed))
+    room = settings.sequence_length - how.max_new_tokens
+    fitting = [prompt for prompt in prompts if prompt.messages is None or 0 < len(prompt.ids) <= room]
     if not fitting:
         raise UserError(
-            f"distill.writing.prompts: none of {len(prompts)} prompts has 1 to {settings.max_prompt_tokens} tokens; "
-            "name another source or raise distill.writing.max_prompt_tokens"
+            f"data {source.path!r}: none of {len(prompts)} conversations leaves room for max_new_tokens "
+            f"{how.max_new_tokens} in a row; lower that, or raise distill.sequence_length (now "
+            f"{settings.sequence_length})"
         )
     if len(fitting) < len(prompts):
         log.info("teacher text: %d prompts are empty or too long and were left out", len(prompts) - len(fitting))
     prompts = fitting
-    mean_tokens = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + settings.new_tokens
-    num_texts = math.ceil(settings.num_tokens / mean_tokens)
+    mean_tokens = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + how.max_new_tokens
+    num_texts = math.ceil(num_tokens / mean_tokens)
     chosen: list[Prompt] = []
     while len(chosen) < num_texts:
         order = list(prompts)

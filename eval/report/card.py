@@ -17,7 +17,6 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.model_names import DEMO_PREFIX
 from shoal.models.checkpoint_files import json_or_empty, mtp_names, read_shards
-from shoal.recipe.section import TEACHER_TEXT
 from shoal.redaction import redacted
 
 from .cautions import cautions
@@ -161,8 +160,8 @@ def _is_smaller(run: Run) -> bool:
 
 def _asked_teacher(run: Run) -> bool:
     """Whether anything was learnt of the teacher: by a loss term, by layers healed before, or by text it wrote."""
-    sources = (run.training.data.get("sources") or {}) if run.training else {}
-    return _losses(run) != ["cross_entropy"] or TEACHER_TEXT in sources
+    sources = ((run.recipe or {}).get("distill") or {}).get("data") or ()
+    return _losses(run) != ["cross_entropy"] or any(source.get("generate") for source in sources)
 
 
 def _losses(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
 from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
-from shoal.recipe.section import MIXED, TEACHER_TEXT
+from shoal.recipe.section import MIXED
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
@@ -140,8 +140,9 @@ def _not_searched(run: Run, text: _Text, searched: Collection[str]) -> list[str]
     tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
-    own = (*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT, HELD_OUT)
-    foreign = [name for name in text.data.get("sources") or {} if name not in own]
+    own = (*BUNDLED, *BUNDLED_ROWS, HELD_OUT)
+    # several sources of one name are numbered
+    foreign = [name for name in text.data.get("sources") or {} if name.partition(" (")[0] not in own]
     described, _ = described_tasks(task_folders(None))
     bundled = {name for name, (data, _) in described.items() if data.bundled}
     apart = {"perplexity", *bundled} if held_out else bundled

@@ -30,7 +30,7 @@ from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.losses import StateTerm
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
+from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
@@ -256,6 +256,7 @@ def check_distill(run: Run) -> None:
     from shoal.eval.tasks.load import tasks_of
     from shoal.eval.tasks.names import named_in
     from shoal.train.engine.kernels import require_liger
+    from shoal.train.writing import to_write
 
     recipe = run.recipe
     refuse_both_directions(run.config())
@@ -270,9 +271,11 @@ def check_distill(run: Run) -> None:
     distill = recipe.distill
     images = ImageReader.of(distill.data, _teacher(run)) if distill.has_images else None
     for source in distill.data:
+        if source.generate is not None:
+            to_write(source)
         if images is not None and source.has_images:
             images.check(source, sequence_length=distill.sequence_length)
-        elif source.path != TEACHER_TEXT:
+        else:
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
     num_items(tasks_of(recipe.eval), recipe.eval)
     if (watched := _watched(run)) is not None and watched.tasks:

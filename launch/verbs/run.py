@@ -175,7 +175,6 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
         distill=replace(
             distill,
             num_tokens=fewer(distill.num_tokens),
-            writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
             watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
         ),
         eval=replace(

@@ -39,7 +39,7 @@ DIVERGENCES = [
 ]
 SAVING = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CHAT = {"path": "chat.jsonl", "weight": 0.5}
-SAMPLES = {"share": 1.0, "start": 0.0, "prompt_tokens": 8, "new_tokens": 12}
+SAMPLES = {"share": 1.0, "start": 0.0, "prompt_tokens": 8, "max_new_tokens": 12}
 FORWARD_KL = {"kind": "forward_kl"}
 CROSS_ENTROPY = {"kind": "cross_entropy"}
 WATCH = {
@@ -149,8 +149,7 @@ CASES: dict[str, Case] = {
     "on_policy": distilled(sampled=True, on_policy=SAMPLES),
     "teacher_text": distilled(
         sampled=True,
-        data=[{"path": "python_docs"}, {"path": "teacher_text"}],
-        writing={"num_tokens": 512, "prompt_tokens": 8, "new_tokens": 24},
+        data=["python_docs", {"path": "python_docs", "generate": {"prompt_tokens": 8, "max_new_tokens": 24}}],
     ),
     "killed": distilled(trainer=SAVING, killed=True),
     "zero0_two_ranks": distilled(ranks=2),

@@ -147,9 +147,7 @@ SIZES = {
     "full_size_gflops": 400,
     "measure": {"num_tokens": 8192},
     "distill": {
-        "data": ["python_docs", "teacher_text"],
         "num_tokens": 81_920,
-        "writing": {"num_tokens": 4001},
         "watch": {"perplexity_tokens": 4096},
     },
     "eval": {"limit": {"default": 100, "reasoning_continuation": 7}, "perplexity_tokens": 8192},
@@ -160,7 +158,7 @@ def sizes(run: Run) -> list[int | None]:
     distill, scores = run.recipe.distill, run.recipe.eval
     assert distill.watch is not None
     assert isinstance(scores.limit, dict)
-    trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.writing.num_tokens]
+    trained = [run.recipe.measure.num_tokens, distill.num_tokens]
     return [
         *(*trained, distill.watch.perplexity_tokens),
         *(*scores.limit.values(), scores.perplexity_tokens),
@@ -170,9 +168,9 @@ def sizes(run: Run) -> list[int | None]:
 @pytest.mark.parametrize(
     ("rate", "share", "expected"),
     [
-        (200, 1.0, [8192, 81_920, 4001, 4096, 100, 7, 8192]),
-        (75, 0.4, [3277, 32_768, 1601, 1639, 40, 3, 3277]),
-        (10, 0.2, [1639, 16_384, 801, 820, 20, 2, 1639]),
+        (200, 1.0, [8192, 81_920, 4096, 100, 7, 8192]),
+        (75, 0.4, [3277, 32_768, 1639, 40, 3, 3277]),
+        (10, 0.2, [1639, 16_384, 820, 20, 2, 1639]),
     ],
 )
 def test_sizes_follow_the_speed_of_all_cores(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "lm_eval", "numpy")
-TEXT = "distill.data=[python_docs,teacher_text]"
+TEXT = 'distill.data=[python_docs,{"path":"python_docs","generate":{"backend":"vllm"}}]'
 REFUSED = (
     ("prune prune.num_dorp=1", "prune.num_dorp: unknown key; did you mean 'num_drop'?"),
     ("prune model=/nowhere", "model '/nowhere': no such folder"),
@@ -19,7 +19,7 @@ REFUSED = (
     ("run measure.sweep.tasks=[knowledge_writen]", "measure.sweep.tasks: 'knowledge_writen' is no task, neither"),
     ("distill distill.deepspeed=nothing.json", "distill.deepspeed: no file 'nothing.json'; shipped ones are"),
     ("distill distill.watch.tasks=[knowlege]", "distill.watch.tasks: 'knowlege' is no task, neither of shoal nor of"),
-    (f"run {TEXT} distill.writing.backend=vllm", "distill.writing.backend: vllm is not installed here"),
+    (f"run {TEXT}", "distill.data.1.generate.backend: vllm is not installed here"),
     ("eval eval.tasks=[knowlege]", "eval.tasks: 'knowlege' is no task, neither of shoal nor of lm-eval; did you mean"),
     ("eval eval.backend=vllm", "eval.backend: vllm is not installed here; install it, or use backend: transformers"),
     (

@@ -135,10 +135,6 @@ def trainer(argument: str) -> list[str]:
     return ["distill.sequence_length=64", "prune.drop=[1]", f"distill.trainer.{argument}"]
 
 
-QUICKSTART = (
-    "eval: {tasks: retrieval_continuation, limit: {retrieval_continuation: 9}}\n"
-    "distill: {data: [teacher_text], writing: {num_tokens: 9}}"
-)
 OVERRIDES: list[tuple[str, list[str], str]] = [
     ("prune", ["nonsense"], "override 'nonsense': must have the form section.key=value"),
     ("prune", ["prune.drop=[1,"], "override 'prune.drop=[1,': the value is not valid YAML"),
@@ -195,12 +191,6 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
 @pytest.mark.parametrize(("verb", "overrides", "words"), OVERRIDES)
 def test_overrides(refused: Any, verb: str, overrides: list[str], words: str) -> None:
     assert refused(verb, "", overrides).startswith(words)
-
-
-def test_what_a_shorter_quickstart_leaves_without_effect_is_told_at_once(refused: Any) -> None:
-    overrides = ["prune.drop=[1]", "eval.tasks=[knowledge_continuation]", "distill.data=[python_docs]"]
-    said = refused("run", QUICKSTART, overrides)
-    assert "distill.writing={}" in said
 
 
 def test_dry_run_checks_the_trainer_too(capsys: pytest.CaptureFixture[str], teacher: Path, tmp_path: Path) -> None:

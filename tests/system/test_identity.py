@@ -33,9 +33,10 @@ from shoal.recipe.section import Named, Positive, Section, Shapes, as_dict, shap
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.teacher.recording import Wanted, rows_from
-from shoal.train.writing import _planned
+from shoal.train.writing import _chosen, _identity, to_write
 
 DATA = {"path": "python_docs", "weight": 2.5}
+GENERATE = {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "keep": "correct", "backend": "vllm"}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {
         "model": "teacher",
@@ -83,7 +84,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "spare": ["knowledge"],
         },
         "distill": {
-            "data": ["python_docs", {"path": "teacher_text", "weight": 0.5}],
+            "data": ["python_docs", {"path": "prompts.jsonl", "weight": 0.5, "generate": GENERATE}],
             "num_tokens": 4000,
             "sequence_length": 64,
             "batch_size": 8,
@@ -95,17 +96,6 @@ RECIPES: dict[str, dict[str, Any]] = {
             "trainable": "layers",
             "lora": {"r": 2, "target_modules": ["q_proj"]},
             "teacher": {"kind": "recorded", "path": "s", "top_k": 5, "prefix": True},
-            "writing": {
-                "prompts": {"path": "prompts.jsonl", "column": {"messages": "messages"}},
-                "num_tokens": 100,
-                "new_tokens": 9,
-                "temperature": 0.5,
-                "top_p": 0.9,
-                "keep": "correct",
-                "batch_size": 3,
-                "folder": "texts",
-                "backend": "vllm",
-            },
             "watch": {"eval_steps": 3, "perplexity_tokens": 100, "metric_for_best_model": "perplexity"},
             "stop_on_spike": None,
             "precision": "float32",
@@ -146,12 +136,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "prune": {"drop": [1, 2]},
         "distill": {
             "teacher": {"kind": "live", "dtype": "bfloat16", "offload": True},
-            "on_policy": {"share": 0.25, "new_tokens": 8},
+            "on_policy": {"share": 0.25, "max_new_tokens": 8},
             "watch": None,
             "precision": "float32",
             "deepspeed": {"zero_optimization": {"stage": 1}},
             "trainer": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4},
-            "writing": {},
         },
     },
 }
@@ -160,7 +149,7 @@ IDENTITIES: dict[str, dict[str, dict[str, Any]]] = json.loads(
 )
 """By recipe and result what run directories that exist hold. Where these differ, such a directory is made again or
 refused. What depends on the content of files is `...`."""
-OF_CONTENT = ("model", "data", "tokenizer", "tasks", "importance", "prompts", "distill.writing.prompts")
+OF_CONTENT = ("model", "data", "tokenizer", "tasks", "importance", "prompts")
 
 
 def identities(run: Run) -> dict[str, dict[str, Any]]:
@@ -216,14 +205,10 @@ def test_identities_are_those_that_run_directories_hold(name: str) -> None:
     run = Run(parse_recipe(RECIPES[name]))
     distill, results = run.recipe.distill, identities(run)
     results["checkpoints"] = checkpoint_inputs(distill, results["training"])
-    _, _, results["written"] = _planned(
-        distill.writing,
-        tiny_tokenizer(),
-        data=distill.data,
-        folder=Path(),
-        inputs={"model": "m"},
-        seed=run.recipe.seed,
-    )
+    for source in map(to_write, distill.data):
+        if source.generate is not None:
+            chosen = _chosen(distill, source, tiny_tokenizer(), seed=run.recipe.seed)
+            results["written"] = _identity(source.generate, chosen, inputs={"model": "m"}, seed=run.recipe.seed)
     for result, inputs in json.loads(json.dumps(results)).items():
         values = {key: "..." if is_of_content(key) else value for key, value in inputs.items()}
         assert values == IDENTITIES[name].get(result, {}), result
@@ -357,10 +342,7 @@ def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
 @pytest.mark.usefixtures("folder")
 def test_losses_of_a_source_shape_the_training_and_neither_rows_nor_recordings() -> None:
     raw = RECIPES["full"]
-    sources = [
-        {"path": "python_docs", "losses": {"kind": "jsd", "temperature": 2.0}},
-        {"path": "teacher_text", "weight": 0.5},
-    ]
+    sources = [{"path": "python_docs", "losses": {"kind": "jsd", "temperature": 2.0}}, raw["distill"]["data"][1]]
     by_source = {**raw, "distill": {**raw["distill"], "data": sources}}
     before, after = (identities(Run(parse_recipe(each))) for each in (raw, by_source))
     assert {result for result in after if after[result] != before[result]} == {"training", "control"}

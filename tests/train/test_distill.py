@@ -206,7 +206,7 @@ def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
     settings = Distill(num_tokens=640, sequence_length=64, batch_size=10)
 
     def rows():
-        return rows_to_train_on(tiny_tokenizer(), settings, [], tmp_path, inputs=INPUTS)
+        return rows_to_train_on(tiny_tokenizer(), settings, {}, tmp_path, inputs=INPUTS)
 
     first = rows()
     monkeypatch.setattr("shoal.train.dataset.pack", None)  # a second packing would fail
@@ -229,7 +229,7 @@ def rows_of(tmp_path):
         settings = Distill(
             data=data, num_tokens=640, sequence_length=64, batch_size=10, losses=terms, teacher=teacher or Live()
         )
-        return rows_to_train_on(tiny_tokenizer(), settings, [], tmp_path, inputs=INPUTS)
+        return rows_to_train_on(tiny_tokenizer(), settings, {}, tmp_path, inputs=INPUTS)
 
     return rows
 

@@ -373,7 +373,7 @@ def test_adapters_become_plain_weights_and_training_with_them_goes_on_to_the_sam
 
 def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
     """Whose rows are judged: with every step on-policy the data only give prompts, and training goes on from a save."""
-    on_policy = {"share": 1, "start": 0.5, "prompt_tokens": 4, "new_tokens": 8}
+    on_policy = {"share": 1, "start": 0.5, "prompt_tokens": 4, "max_new_tokens": 8}
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
     learnt: list[int] = []
 

@@ -43,7 +43,7 @@ def student():
 
 
 def sampler(**settings: Any) -> Sampler:
-    chosen = OnPolicy(**{"share": 1.0, "start": 0.0, "prompt_tokens": 5, "new_tokens": 8} | settings)
+    chosen = OnPolicy(**{"share": 1.0, "start": 0.0, "prompt_tokens": 5, "max_new_tokens": 8} | settings)
     return Sampler(chosen, seed=3, sequence_length=ROW, end_ids=(END,), pad_id=PAD)
 
 
@@ -164,6 +164,12 @@ def test_of_a_conversation_the_prompt_is_all_before_an_assistants_turn(student):
         assert batch["input_ids"][0, :start].tolist() == ids[:start]
         found.add(start)
     assert found == {10, 25}
+
+
+@pytest.mark.parametrize(("asked", "written", "prompt"), [(5, 8, 5), (30, ROW - 7, 7), (5, 2 * ROW, 1)])
+def test_a_prompt_is_cut_where_it_leaves_a_row_no_room_for_its_sample(asked, written, prompt):
+    openings = sampler(prompt_tokens=asked, max_new_tokens=written)._openings([*range(ROW)])
+    assert {len(opening) for opening in openings} == {prompt}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

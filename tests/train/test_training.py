@@ -412,18 +412,18 @@ WRITING: dict[str, Any] = {
         "share": 0.6,
         "start": 0.0,
         "prompt_tokens": 8,
-        "new_tokens": 40,
+        "max_new_tokens": 40,
         "temperature": 0.2,
     },
     "trainer": {"save_strategy": "steps", "save_steps": 4, "gradient_checkpointing": True},
 }
 
 
-def test_a_share_of_0_is_no_sampling_and_0_6_mixes_both_kinds_of_steps(teacher, on_policy):
+def test_no_section_is_no_sampling_and_a_share_of_0_6_mixes_both_kinds_of_steps(teacher, on_policy):
     drawn = [Sampler(OnPolicy(share=0.6, start=0), 0, LENGTH, (), 0).replaces(step, STEPS) for step in range(STEPS)]
     assert set(drawn[:4]) == set(drawn[4:]) == {True, False}
     student, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    assert Sampler.of(Distill(on_policy=OnPolicy(share=0)), student, tokenizer, seed=0) is None
+    assert Sampler.of(Distill(), student, tokenizer, seed=0) is None
     assert Sampler.of(Distill(on_policy=OnPolicy(share=0.1)), student, tokenizer, seed=0) is not None
     assert on_policy.curve("jsd")[-1] < on_policy.curve("jsd")[0]
 

@@ -10,10 +10,10 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities.knowledge import stated_facts
-from shoal.data.streams import pack
+from shoal.data.streams import Written, pack
 from shoal.errors import UserError
-from shoal.recipe.distill import Writing
-from shoal.recipe.section import DataSource, Messages, PromptCompletion
+from shoal.recipe.distill import Distill, Generate, TrainingSource
+from shoal.recipe.section import Column, DataSource, PromptCompletion
 from shoal.train import writing
 from shoal.train.writing import (
     answers_alike,
@@ -23,15 +23,15 @@ from shoal.train.writing import (
     write_texts,
 )
 
-PROSE = (DataSource("python_docs"), DataSource("teacher_text"))
-BRIEF: dict[str, Any] = {"num_tokens": 200, "prompt_tokens": 6, "new_tokens": 10, "batch_size": 4}
+QA = PromptCompletion(prompt="q", completion="a")
+BRIEF: dict[str, Any] = {"prompt_tokens": 6, "max_new_tokens": 10}
 INPUTS = {"model": "abc"}
 
 
 class Teacher:
     """A writer that counts what it is asked for, and dies where told to."""
 
-    def __init__(self, settings: Writing, *, seed: int = 0, batches: int | None = None) -> None:
+    def __init__(self, settings: Generate, *, seed: int = 0, batches: int | None = None) -> None:
         self._write = transformers_writer(tiny_model("llama", seed=1), tiny_tokenizer(), settings, seed=seed)
         self._left = batches
         self.asked: list[int] = []
@@ -44,12 +44,25 @@ class Teacher:
 
 
 def write(
-    folder: Path, settings: Writing, writer: Any = None, *, data: Any = PROSE, seed=0, inputs: Any = INPUTS
-) -> list[str]:
+    folder: Path, how: Generate, writer: Any = None, *, seed=0, inputs: Any = INPUTS, **other: Any
+) -> list[Written]:
     def load():
-        return Teacher(settings, seed=seed) if writer is None else writer
+        return Teacher(how, seed=seed) if writer is None else writer
 
-    return write_texts(settings, tiny_tokenizer(), data=data, folder=folder, inputs=inputs, seed=seed, load_writer=load)
+    settings = distill(how, **other)
+    return write_texts(settings, 0, tiny_tokenizer(), folder=folder, inputs=inputs, seed=seed, load_writer=load)
+
+
+def distill(how: Generate, *, path: str = "python_docs", column: Column = None, num_tokens: int = 200) -> Distill:
+    source = TrainingSource(path, column=column, generate=how)
+    return Distill(data=(source,), num_tokens=num_tokens, sequence_length=64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def batches_of_four():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "BATCH_SIZE", 4)
+        yield
 
 
 def unexpected(prompts, numbers):
@@ -57,8 +70,8 @@ def unexpected(prompts, numbers):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> list[str]:
-    return write(tmp_path_factory.mktemp("whole"), Writing(**BRIEF))
+def texts(tmp_path_factory) -> list[Written]:
+    return write(tmp_path_factory.mktemp("whole"), Generate(**BRIEF))
 
 
 def source(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
@@ -69,7 +82,7 @@ def source(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.slow
 def test_texts_are_read_back_without_the_teacher_while_nothing_changes(tmp_path, texts):
-    settings = Writing(**BRIEF)
+    settings = Generate(**BRIEF)
     assert write(tmp_path, settings) == texts
     assert write(tmp_path, settings, unexpected) == texts
     (place,) = tmp_path.iterdir()
@@ -83,21 +96,22 @@ def test_anything_that_shapes_the_text_makes_it_anew(tmp_path):
     def echo(prompts, numbers):
         return prompts
 
-    few = {**BRIEF, "num_tokens": 20}
-    other_prose = (DataSource(source(tmp_path, [{"text": "Of men and mice"}])), PROSE[1])
-    write(tmp_path, Writing(**few), echo)
-    write(tmp_path, Writing(**few), unexpected)
-    write(tmp_path, Writing(**few), echo, inputs={"model": "other"})
-    write(tmp_path, Writing(**few), echo, seed=1)
-    write(tmp_path, Writing(**few), echo, data=other_prose)
-    for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"new_tokens": 9}, {"backend": "vllm"}):
-        write(tmp_path, Writing(**{**few, **change}), echo)
+    def few(writer=echo, change: Any = (), **other: Any):
+        write(tmp_path, Generate(**BRIEF | dict(change)), writer, num_tokens=20, **other)
+
+    few()
+    few(unexpected)
+    few(inputs={"model": "other"})
+    few(seed=1)
+    few(path=source(tmp_path, [{"text": "Of men and mice"}]))
+    for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 9}, {"backend": "vllm"}):
+        few(change=change)
     assert len(list(tmp_path.glob("written-*"))) == 8
 
 
 @pytest.mark.slow
 def test_a_kill_costs_no_finished_batch_and_changes_no_text(tmp_path, texts):
-    settings = Writing(**BRIEF)
+    settings = Generate(**BRIEF)
     first = Teacher(settings, batches=2)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, settings, first)
@@ -111,7 +125,7 @@ def test_a_kill_costs_no_finished_batch_and_changes_no_text(tmp_path, texts):
 @pytest.mark.slow
 def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
     """Rank 1 first, up to where it would wait for rank 0."""
-    settings = Writing(**BRIEF)
+    settings = Generate(**BRIEF)
     monkeypatch.setattr(writing, "world_size", lambda: 2)
     monkeypatch.setattr(writing, "rank", lambda: 1)
     monkeypatch.setattr(writing, "is_main", lambda: False)
@@ -128,9 +142,7 @@ def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
 
 def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp_path):
     rows = [{"q": "Two and two?", "a": "4"}, {"q": "Two and three?", "a": "5"}]
-    asked = DataSource(source(tmp_path, rows), column=PromptCompletion(prompt="q", completion="a"))
-    settings = Writing(**{**BRIEF, "prompts": asked, "num_tokens": 60})
-    found = write(tmp_path / "run", settings, data=PROSE[1:])
+    found = write(tmp_path / "run", Generate(**BRIEF), path=source(tmp_path, rows), column=QA, num_tokens=60)
     assert found
     assert all(
         text.startswith(("user: Two and two?\nassistant: ", "user: Two and three?\nassistant: ")) for text in found
@@ -146,20 +158,19 @@ def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp
 @pytest.mark.slow
 def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
     rows = [{"q": f"{number} and 1?", "a": f"#### {number + 1}"} for number in range(6)]
-    asked = DataSource(source(tmp_path, rows), column=PromptCompletion(prompt="q", completion="a"))
-    settings = Writing(**{**BRIEF, "prompts": asked, "keep": "correct"})
+    settings, asked = Generate(**BRIEF, keep="correct"), {"path": source(tmp_path, rows), "column": QA}
 
     def answer_three(prompts, numbers):
         return [tiny_tokenizer()("I say 3,")["input_ids"] for _ in numbers]
 
-    found = write(tmp_path / "run", settings, answer_three, data=PROSE[1:])
+    found = write(tmp_path / "run", settings, answer_three, **asked)
     assert found == ["user: 2 and 1?\nassistant: I say 3,"]
 
     def never_right(prompts, numbers):
         return [tiny_tokenizer()("I do not know")["input_ids"] for _ in numbers]
 
     with pytest.raises(UserError, match=r"nothing that the teacher wrote can be kept \(.* written, .* wrong\)"):
-        write(tmp_path / "other", settings, never_right, data=PROSE[1:])
+        write(tmp_path / "other", settings, never_right, **asked)
 
 
 @pytest.mark.parametrize("content", [[{"type": "text", "text": "4"}], 4])
@@ -169,18 +180,41 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_pat
     (tmp_path / "rows").mkdir()
     for number, row in enumerate(rows):  # a column of one file has values of one kind
         (tmp_path / f"rows/{number}.jsonl").write_text(json.dumps(row))
-    asked = DataSource(str(tmp_path / "rows"), column=Messages(messages="messages"))
-    settings = Writing(**{**BRIEF, "prompts": asked, "keep": "correct"})
-    message = r"rows/1\.jsonl' row 1: the last assistant turn is no text .*distill.writing.keep: all"
+    message = r"rows/1\.jsonl' row 1: the last assistant turn is no text .*generate.keep: all"
     with pytest.raises(UserError, match=message):
-        write(tmp_path / "run", settings, unexpected, data=PROSE[1:])
+        write(tmp_path / "run", Generate(**BRIEF, keep="correct"), unexpected, path=str(tmp_path / "rows"))
 
 
-def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
-    chats = DataSource("chats.jsonl", column=Messages(messages="messages"))
-    for data in ((DataSource("teacher_text"),), (DataSource("teacher_text"), DataSource("ability_texts"), chats)):
-        with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
-            write(tmp_path, Writing(), unexpected, data=data)
+@pytest.mark.parametrize(
+    ("rows", "how", "message"),
+    [
+        ([{"text": "too short"}], {"prompt_tokens": 30}, r"no text has 30 tokens for the teacher to go on from; lower"),
+        ([{"text": "a text"}], {"keep": "correct"}, r"holds texts, and generate.keep: correct compares answers; name"),
+        (
+            [{"prompt": "Why?" * 20, "completion": "So."}],
+            {"max_new_tokens": 60},
+            r"none of 1 conversations leaves room for max_new_tokens 60 in a row; lower that, or raise",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_written_is_refused(tmp_path, rows, how, message):
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "run", Generate(**{**BRIEF, **how}), unexpected, path=source(tmp_path, rows))
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_of_a_conversation_what_was_written_is_learnt_or_all_of_it(tmp_path, loss_on):
+    def answer(prompts, numbers):
+        return [[*tiny_tokenizer()("I see")["input_ids"], tiny_tokenizer().eos_token_id] for _ in numbers]
+
+    path = source(tmp_path, [{"q": "Why, and what for?", "a": "So."}])
+    column = PromptCompletion(prompt="q", completion="a", loss_on=loss_on)
+    texts = write(tmp_path / "run", Generate(**BRIEF), answer, path=path, column=column, num_tokens=20)
+    found = [(DataSource(path, column=column), texts)]
+    rows = pack(found, tiny_tokenizer(), sequence_length=64, num_tokens=None, seed=0)
+    learnt = rows[0]["labels"]
+    text = tiny_tokenizer().decode([label for label in learnt.tolist() if label >= 0], skip_special_tokens=True)
+    assert text == ("I see" if loss_on == "assistant" else "user: Why, and what for?\nassistant: I see"[1:])
 
 
 @pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "go on"}]])
@@ -195,8 +229,8 @@ def test_a_text_that_had_more_to_say_teaches_no_end(tmp_path, messages):
     (tmp_path / writing.TEXTS).write_text(writing._lines(records))
     (tmp_path / writing.COUNTS).write_text("{}")
     lengths = []
-    for text in writing._kept(tmp_path):
-        rows = pack([(DataSource("teacher_text"), [text])], tokenizer, sequence_length=64, num_tokens=None, seed=0)
+    for text in writing._kept(tmp_path, assistant_only=False):
+        rows = pack([(DataSource("written"), [text])], tokenizer, sequence_length=64, num_tokens=None, seed=0)
         ids = rows.input_ids_NS[0].tolist()
         real = len(tokenizer(text)["input_ids"])
         lengths.append(ids[real] == end and rows.position_ids_NS[0, real] == real)

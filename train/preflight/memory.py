@@ -161,7 +161,7 @@ class Job:
         whole = self.width * student.parameters
         settings = spec.settings
         # outside of training, for which ZeRO 3 gathers it whole on every rank
-        runs = settings.watch is not None or (settings.on_policy is not None and settings.on_policy.share > 0)
+        runs = settings.watch is not None or settings.on_policy is not None
         peaks = (
             always + communication + gathered + max(forward, backward),
             fixed + (_own_weights(self, shared=0) + on_device) * (setting.stage < 3),  # they are loaded

@@ -10,7 +10,7 @@ from shoal.abilities import training_texts
 from shoal.abilities.knowledge import RELATIONS, facts_in
 from shoal.abilities.texts import FORMS
 from shoal.data.general_text import docstrings, instructions, python_docs, readmes
-from shoal.recipe.section import MIXED, TEACHER_TEXT
+from shoal.recipe.section import MIXED
 from shoal.task_words import ABILITIES
 
 ABOUT = {
@@ -22,8 +22,7 @@ ABOUT = {
     "ability_texts": "prompts with answers of the three abilities in all trained forms, from items of no evaluation",
     "ability_texts_one_form": "the same in the forms that the `in` tasks ask alone: to see how much of a score is form",
     **{f"{name}_{ability}": f"those of `{name}` that are {ability}" for name in MIXED for ability in ABILITIES},
-    "ability_prompts": "such questions with final answers (`prompt`, `completion`), for distill.writing.prompts",
-    TEACHER_TEXT: "documents that the teacher writes itself, see distill.writing (distill.data only)",
+    "ability_prompts": "such questions with final answers, as conversations: for the teacher to answer (generate)",
 }
 """Name -> what it holds."""
 
@@ -36,7 +35,7 @@ def ability_texts(*abilities: str, one_form: bool) -> list[str]:
 def ability_prompts() -> list[dict[str, str]]:
     """Questions of the three abilities in their trained forms with the final answer, no item of which evaluation sees.
 
-    A short answer is what a teacher's own words can be compared with (distill.writing.keep).
+    A short answer is what a teacher's own words can be compared with (generate.keep).
     """
     all_facts = sum(len(facts_in("train", relation)) for relation in RELATIONS)
     asked = (

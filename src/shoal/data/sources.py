@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import HfApi, constants
 
@@ -20,7 +20,6 @@ from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.recipe.messages import checked
 from shoal.recipe.section import (
-    TEACHER_TEXT,
     Column,
     Conversation,
     Data,
@@ -36,6 +35,7 @@ Given = str | Mapping[str, Any] | Iterable[Any]
 through more than once, so they are no generator; a stream of `datasets` is one that has no length."""
 CHARACTERS_PER_TOKEN = 16
 """Characters: more than any tokenizer puts into a token of prose on average."""
+Source = TypeVar("Source", bound=DataSource)
 Item = str | Chat | ImageRow
 """A document before it is tokenised."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -84,7 +84,7 @@ def column_in(row: Any) -> Column:
     return "text" if "text" in names else None
 
 
-def with_column(source: DataSource, row: Any) -> DataSource:
+def with_column(source: Source, row: Any) -> Source:
     """``source`` with the columns that it names, or that ``row``, its first one, has.
 
     Raises:
@@ -101,13 +101,13 @@ def with_column(source: DataSource, row: Any) -> DataSource:
     return replace(source, column=column)
 
 
-def opened(source: DataSource) -> DataSource:
-    """``source`` with its columns; without any where it is bundled text, or what the teacher writes.
+def opened(source: Source) -> Source:
+    """``source`` with its columns; without any where it is bundled text.
 
     Raises:
         UserError: as records and with_column do; columns of what has none.
     """
-    if source.path in BUNDLED or source.path == TEACHER_TEXT:
+    if source.path in BUNDLED:
         if source.column is not None:
             raise UserError(f"data {source.path!r}: holds texts without columns; leave column out")
         return source
@@ -125,10 +125,6 @@ def documents(source: DataSource, *, text_only: bool = False) -> Iterator[str | 
     Raises:
         UserError: nothing there, no such column, a column of another kind, or of anything but text with ``text_only``.
     """
-    if source.path == TEACHER_TEXT:
-        raise UserError(
-            f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
-        )
     if source.path in BUNDLED:
         opened(source)
         yield from (text if text.strip() else None for text in _bundled(source.path))
@@ -261,7 +257,7 @@ def _text(row: Any, column: str, where: str) -> str:
 
 
 def _known_sources(name: str) -> str:
-    known = [*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT]
+    known = [*BUNDLED, *BUNDLED_ROWS]
     return meant(name, known, f"bundled sources are {', '.join(known)}", cutoff=0.6)
 
 
@@ -295,7 +291,7 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
             content = texts_fingerprint(_bundled(source.path))
         elif source.path in BUNDLED_ROWS:
             content = fingerprint(_bundled(source.path))
-        elif source.path != TEACHER_TEXT:
+        else:
             content = [[file.name, known_hash(file)] for file in _local_files(source) or ()]
         parts.append([*source.text_settings.values(), content])
     return fingerprint(parts)

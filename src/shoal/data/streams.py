@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from shoal.atomic_files import write_json
-from shoal.data.chat import ImageRow, check_template, tokenised
+from shoal.data.chat import Chat, ImageRow, check_template, tokenised
 from shoal.data.packing import (
     COUNTS,
     FIELDS,
@@ -232,10 +232,14 @@ class _Reading:
         if self.encode_image is not None:
             yield from ((*self.encode_image(item), item.number) for item in items)
         elif self.source.is_chat:
-            learnt = self.source.assistant_only
-            yield from ((*tokenised(chat, self.tokenizer, assistant_only=learnt), NO_IMAGE) for chat in items)
+            yield from ((*self._of_chat(item), NO_IMAGE) for item in items)
         else:
             yield from ((ids, np.ones(len(ids), bool), NO_IMAGE) for ids in _texts(items, self.tokenizer, self.enough))
+
+    def _of_chat(self, item: Chat | Written) -> tuple[list[int], np.ndarray]:
+        if isinstance(item, Written):
+            return item.tokens(self.tokenizer)
+        return tokenised(item, self.tokenizer, assistant_only=self.source.assistant_only)
 
 
 def _epochs(
@@ -304,8 +308,21 @@ def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> lis
     return encode(text)[:count]
 
 
-class CutOff(str):
-    """A text that stops where its writer had to, in the middle: nobody is to learn that it ends there."""
+class Written(str):
+    """A text that the teacher has written."""
+
+    cut_off = False
+    """It stops where its writer had to, in the middle: nobody is to learn that it ends there."""
+    num_asked = 0
+    """Characters at its beginning that are not learnt: what was asked."""
+
+    def tokens(self, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+        """Token ids with those that begin and end a text, and which of them are learnt."""
+        encoded = tokenizer(str(self), return_offsets_mapping=True)
+        ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+        if not self.cut_off and tokenizer.eos_token_id not in (None, *ids[-1:]):
+            ids, ends = [*ids, tokenizer.eos_token_id], [*ends, len(self) + 1]
+        return ids, np.array([end > self.num_asked for end in ends], bool)
 
 
 def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterator[list[int]]:
@@ -322,7 +339,7 @@ def _texts(items: Iterable[Item], tokenizer: Any, enough: int | None) -> Iterato
                 if most is None or size_of(text) <= most
                 else first_tokens(str(text), lambda part: tokenizer(part)["input_ids"], enough or 0)
             )
-            yield ids if not ids or ids[-1:] == end or isinstance(text, CutOff) else ids + end
+            yield ids if not ids or ids[-1:] == end or (isinstance(text, Written) and text.cut_off) else ids + end
 
 
 def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,25 @@ Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_he
 Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Generate(Section):
+    """How the teacher writes a source: it goes on from openings of its texts, or writes the last assistant's turn of
+    its conversations anew."""
+
+    prompt_tokens: Positive = 24
+    """Tokens of an opening; of a conversation all before the turn."""
+    max_new_tokens: Positive = 232
+    """Most tokens that the teacher writes; conversations that leave a row no room for so many are left out."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Temperature of sampling: 1 = the teacher's own distribution; 0 = always the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability whose likeliest tokens are drawn from; 1 = all tokens."""
+    keep: Literal["all", "correct"] = "all"
+    """correct = only turns whose final answer is that of the turn in the data."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """Library that runs the teacher; vllm has to be installed, and writes on one rank."""
+
+
 @dataclass(frozen=True)
 class TrainingSource(DataSource):
     """Where training text comes from, and which loss terms learn from it."""
@@ -35,6 +55,9 @@ class TrainingSource(DataSource):
     """What is learnt from the tokens of this source; None = distill.losses. A term's sum is divided by all supervised
     tokens of the step, whichever source it is of: one that learns from few tokens adds little. Sources whose terms ask
     no teacher have rows of their own, which it does not read."""
+    generate: Annotated[Generate | None, Field(exclude_if=lambda generate: generate is None)] = None
+    """The teacher writes the text before training, as many tokens as the source's share by weight; None = the text as
+    it is."""
 
 
 TrainingData = Annotated[tuple[TrainingSource, ...], listed_as("path"), Field(min_length=1)]
@@ -137,46 +160,17 @@ class OnPolicy(Section):
     the teacher goes along: its mean log-probability of these tokens is above log 0.5.
     """
 
-    share: Annotated[float, Field(ge=0, le=1), Shapes.TRAINING] = 0.5
-    """Probability that a step trains on samples, GKD's lambda; 0 = never, 1 = in every step."""
+    share: Annotated[float, Field(gt=0, le=1), Shapes.TRAINING] = 0.5
+    """Probability that a step trains on samples, GKD's lambda; 1 = in every step."""
     start: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.3
     """Share of all steps that come before the first on-policy one: a student that cannot write yet wastes its time."""
     prompt_tokens: Annotated[Positive, Shapes.TRAINING] = 24
-    """Tokens of running text that the student goes on from; of a conversation it gets all up to an assistant's turn."""
-    new_tokens: Annotated[Positive, Shapes.TRAINING] = 128
+    """Tokens of running text that the student goes on from, or as many as max_new_tokens leave of a row; of a
+    conversation it gets all up to an assistant's turn."""
+    max_new_tokens: Annotated[Positive, Shapes.TRAINING] = 128
     """Most tokens that the student writes after a prompt."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1.0
     """Temperature of sampling, not of the loss; 0 = always the likeliest token."""
-
-
-@dataclass(frozen=True)
-class Writing(Section):
-    """What stands behind the source `teacher_text`."""
-
-    prompts: Annotated[DataSource | None, Shapes.BY_CONTENT] = None
-    """Texts that the teacher goes on from, or conversations (`messages`, or `prompt` and `completion`) of which it
-    writes the last assistant's turn anew. None = openings of the prose sources beside it."""
-    num_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 10_000
-    """Tokens of prompts and written text together, about, before any text is rejected."""
-    prompt_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 24
-    """Tokens of an opening; without effect where there are prompts."""
-    max_prompt_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 1024
-    """Most tokens of a prompt; longer ones are left out."""
-    new_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 232
-    """Most tokens that the teacher writes after a prompt."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TEXT | Shapes.TRAINING] = 1.0
-    """Temperature of sampling: 1 = the teacher's own distribution; 0 = always the likeliest token."""
-    top_p: Annotated[float, Field(gt=0, le=1), Shapes.TEXT | Shapes.TRAINING] = 1.0
-    """Share of the probability whose likeliest tokens are drawn from; 1 = all tokens."""
-    keep: Annotated[Literal["all", "correct"], Shapes.TEXT | Shapes.TRAINING] = "all"
-    """correct = only answers whose final answer is that of the prompt's own `completion` or last assistant's turn."""
-    batch_size: Annotated[Positive, Shapes.TEXT] = 16
-    """Texts per rank and forward, written and kept together: what a kill costs at most."""
-    folder: Annotated[Text | None, Shapes.NOTHING] = None
-    """Folder in which written text is kept, to be shared between runs: the same model, prompts and settings find it
-    there. None = RUN_DIR/text."""
-    backend: Annotated[Literal["transformers", "vllm"], Shapes.TEXT | Shapes.TRAINING] = "transformers"
-    """Library that runs the teacher; vllm has to be installed, and writes on one rank."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +200,6 @@ class Distill(Section):
     """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
     teacher: Annotated[TeacherSource, Shapes.TRAINING] = Live()
     """Where the teacher's signals come from: `live`, it runs in training; or `recorded`, it has spoken before."""
-    writing: Annotated[Writing, Shapes.TRAINING] = Writing()
-    """Text that the teacher writes where data names the source `teacher_text`."""
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
     """Steps in which the student learns from what it writes itself; None = none."""
     watch: Annotated[Watch | None, Shapes.TRAINING] = Watch()
@@ -270,7 +262,7 @@ class Distill(Section):
         """All different loss terms of the training, and the numbers of the sources that each learns from, with SAMPLES
         where it learns from the student's own; None = from everything."""
         lists = {n: self.losses if source.losses is None else source.losses for n, source in enumerate(self.data)}
-        if self.on_policy is not None and self.on_policy.share > 0:
+        if self.on_policy is not None:
             lists[SAMPLES] = self.losses
         first = [self.losses] if self.losses in lists.values() else []
         terms = dict.fromkeys(term for own in (*first, *lists.values()) for term in own)
@@ -282,6 +274,10 @@ class Distill(Section):
         own = ((source, source.losses) for source in self.data)
         data = (source if losses is None else replace(source, losses=changed(losses)) for source, losses in own)
         return replace(self, losses=changed(self.losses), data=tuple(data))
+
+    def num_tokens_of(self, source: TrainingSource) -> int:
+        """Tokens of the budget that are ``source``'s by weight."""
+        return math.ceil(self.num_tokens * source.weight / sum(other.weight for other in self.data))
 
     @property
     def by_source(self) -> bool:

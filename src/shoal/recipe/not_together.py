@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.recipe.distill import Distill, Recorded
-from shoal.recipe.losses import StateTerm, from_top_k, temperatures
+from shoal.recipe.losses import StateTerm, from_top_k, reads_distributions, temperatures
 from shoal.recipe.prune import Compensate, CutByScore, CutThese, Prune, Width
 from shoal.recipe.section import Section
 from shoal.recipe.trainer_arguments import HALVES
@@ -80,9 +80,30 @@ NOT_TOGETHER: tuple[Row, ...] = (
     Row(
         "distill.on_policy",
         "distill.teacher: recorded",
-        lambda distill: _is_recorded(distill) and distill.on_policy is not None and distill.on_policy.share > 0,
+        lambda distill: _is_recorded(distill) and distill.on_policy is not None,
         "nothing is recorded of what the student will write",
         "set distill.teacher: live, or leave it out",
+    ),
+    Row(
+        "distill.on_policy",
+        "distill.losses without one that reads the teacher's distributions",
+        lambda distill: distill.on_policy is not None and not any(map(reads_distributions, distill.losses)),
+        "without a teacher's judgement a student only repeats itself",
+        "add forward_kl or another divergence to distill.losses",
+    ),
+    Row(
+        "distill.on_policy",
+        "distill.data: a source of images",
+        lambda distill: distill.on_policy is not None and distill.has_images,
+        "the student writes from text alone, and a source of distill.data has images",
+        "leave one of them out",
+    ),
+    Row(
+        "distill.data",
+        "generate, of a source of images",
+        lambda distill: any(source.generate is not None and source.has_images for source in distill.data),
+        "the teacher writes from text alone, and a source with generate has images",
+        "leave generate out there",
     ),
     Row(
         "distill.teacher",

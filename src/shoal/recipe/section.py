@@ -24,8 +24,6 @@ Dtype = Literal["fast", "stored", "float32", "bfloat16", "float16"]
 (see shoal.machine)."""
 
 
-TEACHER_TEXT = "teacher_text"
-"""Name of the source that the teacher writes itself before training starts."""
 MIXED = ("ability_texts", "ability_texts_one_form")
 """Bundled sources that mix the abilities; the part of each is a source too, named NAME_ABILITY."""
 Packing = Literal["wrapped", "bfd"]

@@ -204,7 +204,7 @@ def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
     training = shoal.distill(
         student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, trainable="near_gaps",
         lora={"r": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3, "learning_rate": 1e-2},
-        on_policy={"share": 1, "start": 0.3, "prompt_tokens": 8, "new_tokens": 8},
+        on_policy={"share": 1, "start": 0.3, "prompt_tokens": 8, "max_new_tokens": 8},
     )  # fmt: skip
     assert ["on_policy/kept_tokens" in row for row in training.history] == [False, True, True]
     assert [name for name, _ in student.named_parameters()] == names
@@ -387,7 +387,7 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     named = {"losses", "trainable", "teacher", "data"}
     useless = {field.name for field in fields(Distill)} - {*HealSettings.__annotations__, *named}
-    assert {"writing", "deepspeed", "watch"} < useless
+    assert {"deepspeed", "watch"} < useless
     heal: Any = shoal.distill
     for key in useless:
         with pytest.raises(shoal.UserError) as refused:

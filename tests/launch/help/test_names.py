@@ -18,7 +18,6 @@ from shoal.launch.cli import main
 from shoal.launch.help import names
 from shoal.recipe.losses import KINDS
 from shoal.recipe.recipe import load_recipe
-from shoal.recipe.section import TEACHER_TEXT
 
 GUIDE = Path(__file__).parents[3] / "docs/guide.md"
 
@@ -56,7 +55,7 @@ def test_a_listed_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
 def test_lists_are_those_of_the_code() -> None:
     assert list(names.losses()) == list(KINDS)
     assert list(names.metrics()) == list(METRICS)
-    assert set(ABOUT) == {*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT}
+    assert set(ABOUT) == {*BUNDLED, *BUNDLED_ROWS}
 
 
 def test_the_guide_has_a_row_for_every_bundled_source() -> None:

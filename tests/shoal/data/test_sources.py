@@ -71,11 +71,6 @@ def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
     assert load_texts(DataSource(str(tmp_path), split="test")) == ["test"]
 
 
-def test_teacher_text_outside_of_distilling_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data 'teacher_text': is written while distilling, for distill.data only"):
-        load_texts(DataSource("teacher_text"))
-
-
 @pytest.mark.parametrize(("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
 def test_unreachable_hub_is_explained_within_seconds(monkeypatch: pytest.MonkeyPatch, setting: str, value: Any) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", setting == "HF_HUB_OFFLINE")
@@ -189,8 +184,6 @@ def test_fingerprint_of_sources_sees_settings_and_content(tmp_path: Path) -> Non
         sources_fingerprint([DataSource(str(file), weight=2)]),
         sources_fingerprint([DataSource(str(file.parent))]),
         sources_fingerprint([DataSource("python_docs")]),
-        sources_fingerprint([DataSource("teacher_text")]),
-        sources_fingerprint([DataSource("python_docs"), DataSource("teacher_text")]),
     ]
     write_rows(file, [{"text": "b"}])
     seen += [sources_fingerprint([DataSource(str(path))]) for path in (file, file.parent)]

@@ -15,12 +15,13 @@ from shoal.inference.vllm import check_vllm
 from shoal.launch.cli import _refuse_early
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, TrainingSource, Writing
+from shoal.recipe.distill import Distill, Generate, TrainingSource
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import Shapes, shaping
 from shoal.train.dataset import teacher_texts
 
-BRIEF = Writing(num_tokens=40, prompt_tokens=6, new_tokens=4, backend="vllm")
+WRITTEN = TrainingSource("python_docs", generate=Generate(prompt_tokens=6, max_new_tokens=4, backend="vllm"))
+SETTINGS = Distill(data=(TrainingSource("python_docs"), WRITTEN), num_tokens=80, sequence_length=64)
 
 
 def written(folder: Path, stored: torch.dtype, dtype: str) -> str:
@@ -30,9 +31,8 @@ def written(folder: Path, stored: torch.dtype, dtype: str) -> str:
         {"model": str(model), "run_dir": str(folder / "run"), "dtype": dtype, "attn_implementation": "sdpa"}
     )
     teacher = Checkpoint.read(model, LoadSettings(dtype))
-    settings = Distill(data=(TrainingSource("python_docs"), TrainingSource("teacher_text")), writing=BRIEF)
     inputs = {"model": "abc", **shaping(recipe, Shapes.TEXT)}
-    assert teacher_texts(teacher, teacher.tokenizer(), settings, folder / "text", inputs=inputs)
+    assert teacher_texts(teacher, teacher.tokenizer(), SETTINGS, folder / "text", inputs=inputs)
     (file,) = folder.glob("text/written-*/inputs.json")
     return json.loads(file.read_text())["dtype"]
 
@@ -61,10 +61,10 @@ def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 2)
     written(tmp_path, torch.float32, "bfloat16")
-    distill = {"data": ["python_docs", "teacher_text"], "writing": {"backend": "vllm"}}
+    distill = {"data": ["python_docs", {"path": "python_docs", "generate": {"backend": "vllm"}}]}
     settings = {"model": str(tmp_path / "model"), "distill": distill}
     _refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path)}))
-    with pytest.raises(UserError, match=r"^distill\.writing\.backend: vllm is not installed here"):
+    with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
         _refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path / "run")}))
 
 
@@ -93,12 +93,11 @@ def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, mo
     with pytest.raises(UserError, match=r"^eval\.backend: vllm is not installed here"):
         _refuse_early("eval", asked.recipe)
     monkeypatch.setattr(Checkpoint, "model", None)
-    data = (TrainingSource("python_docs"), TrainingSource("teacher_text"))
-    with pytest.raises(UserError, match=r"^distill\.writing\.backend: vllm is not installed here"):
+    with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
         teacher_texts(
             Checkpoint.read(model, LoadSettings()),
             run.tokenizer(),
-            Distill(data=data, writing=BRIEF),
+            SETTINGS,
             tmp_path / "text",
             inputs={"model": "abc", **shaping(run.recipe, Shapes.TEXT)},
         )

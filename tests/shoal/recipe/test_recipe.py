@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,9 @@ def test_data_may_be_a_name_a_mapping_or_a_list(tmp_path: Path, value: str, sour
     assert recipe.distill.data == tuple(TrainingSource(**source.text_settings) for source in sources)
 
 
+ASKED = {"path": "a", "column": {"image": "i", "prompt": "p", "completion": "c"}}
+
+
 def by_source(*losses: Any, **distill: Any) -> Distill:
     """A section whose sources have these losses each."""
     data = [{"path": f"{number}.jsonl", "losses": own} for number, own in enumerate(losses)]
@@ -351,12 +355,23 @@ def test_a_watch_that_scores_nothing_is_none(tmp_path: Path) -> None:
     assert load(tmp_path, "distill: {watch: {perplexity_tokens: 0}}").distill.watch is None
 
 
-def test_samples_and_their_prompts_fit_into_a_row(tmp_path: Path) -> None:
-    assert load(tmp_path, "distill: {on_policy: {new_tokens: 488}}").distill.on_policy is not None
-    assert refusal(tmp_path, "distill: {on_policy: {new_tokens: 489}}") == [
-        "distill.on_policy: prompt_tokens 24 + new_tokens 489 do not fit into a row; lower them, or raise "
-        "distill.sequence_length (now 512)"
-    ]
+def test_a_source_that_the_teacher_writes_has_its_share_of_the_tokens() -> None:
+    distill = by_source(None, None, num_tokens=1000)
+    weighed = replace(distill, data=(replace(distill.data[0], weight=3.0), distill.data[1]))
+    assert [weighed.num_tokens_of(source) for source in weighed.data] == [750, 250]
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"on_policy": {}, "losses": "cross_entropy"}, "distill.on_policy: without a teacher's judgement a student"),
+        ({"data": {**ASKED, "generate": {}}}, "distill.data: the teacher writes from text alone, and a source"),
+        ({"data": ASKED, "on_policy": {}}, "distill.on_policy: the student writes from text alone, and a source"),
+    ],
+)
+def test_what_a_model_cannot_write_of_is_refused(section: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        parse_recipe({"model": "m", "distill": section})
 
 
 def test_shipped_recipe_is_found_by_its_name_and_a_local_one_first(
