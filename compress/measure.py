@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
@@ -28,7 +27,7 @@ class LayerScores:
 
     num_layers: int
     num_tokens: int
-    """Real (unpadded) tokens over all ranks."""
+    """Tokens over all ranks."""
     layers: dict[str, Layers] = field(default_factory=dict)
     runs: dict[str, Runs] = field(default_factory=dict)
     errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
@@ -42,15 +41,14 @@ def measure_importance(
     *,
     metrics: Sequence[str],
     batch_size: int,
-    attention_mask_NS: Tensor | None = None,
     num_drop: int | None = None,
     seed: int = 0,
 ) -> LayerScores:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
-    the same scores. Padding (0 in ``attention_mask_NS``) counts nowhere and no real token sees it. ``num_drop`` is how
-    many removals greedy metrics make; None = as many as there can be. ``seed`` is of what is drawn at random.
+    the same scores. ``num_drop`` is how many removals greedy metrics make; None = as many as there can be. ``seed`` is
+    of what is drawn at random.
 
     Raises:
         UserError: a model with layers that text passes by, no rows, numbers that are not finite, and
@@ -60,9 +58,9 @@ def measure_importance(
     by_need: dict[Need, list[str]] = {}  # both in the order of first mention
     for name in dict.fromkeys(metrics):
         by_need.setdefault(METRICS[name].needs, []).append(name)
-    calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed)
-    counted = calibration.follows_NS if {"gradients", "loss"} & by_need.keys() else calibration.mask_NS
-    if not counted.any():
+    calibration = Calibration(rows, batch_size, num_drop, seed)
+    needs_next = bool({"gradients", "loss"} & by_need.keys())
+    if not (calibration.follows_NS.any() if needs_next else len(rows)):
         raise UserError("measure: there is no token to measure on; name a data source that holds (longer) text")
     for name in metrics:
         METRICS[name].refuse(model, name)
@@ -71,7 +69,7 @@ def measure_importance(
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
         results |= PASSES[need](model, calibration, names)
-    scores = LayerScores(len(decoder_layers(model)), int(calibration.mask_NS.sum()))
+    scores = LayerScores(len(decoder_layers(model)), rows.input_ids_NS.numel())
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
         result = results[name]

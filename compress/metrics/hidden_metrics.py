@@ -77,12 +77,12 @@ class _TokenMean(HiddenMetric):
         return (self.num_layers,)
 
     def add(self, seen: Observation) -> None:
-        self.sums += self.of_tokens_LT(seen)[:, seen.batch.real_T].sum(1)
-        self.count += int(seen.batch.real_T.sum())
+        self.sums += self.of_tokens_LT(seen).sum(1)
+        self.count += seen.batch.num_tokens
 
     @abstractmethod
     def of_tokens_LT(self, seen: Observation) -> Tensor:
-        """The number of every layer at every token, padding included."""
+        """The number of every layer at every token."""
 
     def scores(self) -> Layers:
         return tuple(self._mean().tolist())
@@ -153,9 +153,9 @@ class StreamlineCosine(_Pairs):
     reads: ClassVar[frozenset[Reading]] = frozenset({"cosines"})
 
     def add(self, seen: Observation) -> None:
-        count = int(seen.batch.real_T.sum())
-        self.sums += 0.5 * (count - seen.cosine_sums_LL())  # the sum over tokens of 1 - (0.5 + 0.5 cos)
-        self.count += count
+        # the sum over tokens of 1 - (0.5 + 0.5 cos)
+        self.sums += 0.5 * (seen.batch.num_tokens - seen.cosine_sums_LL())
+        self.count += seen.batch.num_tokens
 
     def _mean(self) -> Tensor:
         return super()._mean().clamp(0, 1)  # float32 cosines of equal states round to a little above 1
@@ -181,7 +181,7 @@ class AvssOutput(HiddenMetric):
 
     def add(self, seen: Observation) -> None:
         self.sums[:-1] += seen.of_layers(self.spread)
-        self.sums[-1] += torch.tensor([len(seen.batch.last_M), int(seen.batch.real_T.sum())])
+        self.sums[-1] += torch.tensor([len(seen.batch.last_M), seen.batch.num_tokens])
 
     def scores(self) -> Layers:
         documents, tokens = self.sums[-1].tolist()

@@ -33,7 +33,7 @@ def hidden_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
     """Scores by the named HIDDEN_METRICS, from one pass that stops before the output head.
 
     Hidden states come from hooks on the decoder layers, so they are raw: the last state that transformers returns is
-    behind the final norm. Padding counts nowhere and no real token sees it.
+    behind the final norm.
 
     Raises:
         UserError: states that are not finite, or that are not (B, S, D).
@@ -105,12 +105,12 @@ class HiddenPass:
 
 
 def sampled_tokens(calibration: Calibration) -> Tensor:
-    """Row and column (K, 2) of evenly spaced real tokens, no document's first one among them if possible.
+    """Row and column (K, 2) of evenly spaced tokens, no document's first one among them if possible.
 
-    They depend on the order of the documents only, not on batches, ranks, padding or the rows' length.
+    They depend on the order of the documents only, not on batches, ranks or the rows' length.
     """
     follows_NS = calibration.follows_NS
-    eligible_E2 = (follows_NS if follows_NS.any() else calibration.mask_NS).nonzero()
+    eligible_E2 = (follows_NS if follows_NS.any() else ~follows_NS).nonzero()
     size = min(SAMPLE_SIZE, len(eligible_E2))
     # the middles of `size` equal parts: neither end of the data is preferred
     return eligible_E2[(2 * torch.arange(size) + 1) * len(eligible_E2) // (2 * max(size, 1))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from shoal.artifacts.importance import Removal
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
+from shoal.models.document_masks import document_starts
 from shoal.runtime import together
 
 Need = Literal["hidden", "gradients", "weights", "merges", "loss"]
@@ -78,42 +80,22 @@ class Calibration:
     rows: PackedRows
     batch_size: int
     """Rows per rank and forward."""
-    attention_mask_NS: Tensor | None = None
-    """0 where a token is padding; None = nowhere."""
     num_drop: int | None = None
     """Removals that greedy metrics make; None = as many as there can be."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
 
     @cached_property
-    def mask_NS(self) -> Tensor:
-        """Mask (N, S) of real tokens."""
-        if self.attention_mask_NS is None:
-            return torch.ones_like(self.rows.input_ids_NS, dtype=torch.bool)
-        return self.attention_mask_NS.bool()
-
-    @cached_property
     def follows_NS(self) -> Tensor:
-        """Mask (N, S) of real tokens that come next in the document of the token before them: those with a loss."""
-        positions_NS, mask_NS = self.rows.position_ids_NS, self.mask_NS
-        # packed documents start again at position 0, so a step of 1 means the same document; column 0 follows nothing
-        follows_NS = torch.zeros_like(mask_NS)
-        follows_NS[:, 1:] = (positions_NS[:, 1:] == positions_NS[:, :-1] + 1) & mask_NS[:, 1:] & mask_NS[:, :-1]
-        return follows_NS
+        """Mask (N, S) of tokens that come next in the document of the token before them: those with a loss."""
+        return ~document_starts(self.rows.position_ids_NS)
 
     def documents(self, rows: Iterable[int]) -> Iterator[Document]:
-        """The documents of ``rows`` in order; what a row's end cuts off is a document of its own, padding of none."""
+        """The documents of ``rows`` in order; what a row's end cuts off is a document of its own."""
         for row in rows:
-            ids_S, real_S = self.rows.input_ids_NS[row].tolist(), self.mask_NS[row].tolist()
-            tokens: list[int] = []
-            for token, real, follows in zip(ids_S, real_S, self.follows_NS[row].tolist(), strict=True):
-                if real and not follows and tokens:
-                    yield Document(row, tuple(tokens))
-                    tokens = []
-                if real:
-                    tokens.append(token)
-            if tokens:
-                yield Document(row, tuple(tokens))
+            ids, starts = self.rows.input_ids_NS[row].tolist(), (~self.follows_NS[row]).nonzero().flatten().tolist()
+            for start, end in itertools.pairwise([*starts, len(ids)]):
+                yield Document(row, tuple(ids[start:end]))
 
     def batches(self) -> list[Tensor]:
         """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal.models.document_masks import padding_apart
+from shoal.models.document_masks import document_starts
 
 from .metric import Calibration
 
@@ -40,21 +40,18 @@ SPARSE_BELOW = 1e-3
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run together, and which of their tokens count. On the model's device, but for indices of all data,
-    ``real_T`` and ``slots_K``."""
+    """Rows that run together. On the model's device, but for indices of all data and ``slots_K``."""
 
     rows_B: Tensor
     """Indices in the calibration data."""
     input_ids_BS: Tensor
     position_ids_BS: Tensor
-    real_T: Tensor
-    """Mask of tokens that are no padding."""
     document_T: Tensor
-    """Index of every token's document; that of padding is the number of documents."""
+    """Index of every token's document."""
     lengths_M: Tensor
     """Tokens per document."""
     last_M: Tensor
-    """Flat indices of every document's last real token."""
+    """Flat indices of every document's last token."""
     sample_K: Tensor
     """Flat indices of the tokens of this batch that are in the sample of the whole pass."""
     slots_K: Tensor
@@ -63,29 +60,28 @@ class Batch:
     @classmethod
     def of(cls, calibration: Calibration, rows_B: Tensor, sample_K2: Tensor, device: torch.device) -> Batch:
         """The rows ``rows_B``; ``sample_K2`` is the whole pass's sample, of which some tokens may lie in them."""
-        mask_BS = calibration.mask_NS[rows_B]
-        position_ids_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS)
-        # tokens that end a document: the next position does not follow, or the row ends
-        ends_BS = torch.ones_like(mask_BS)
-        ends_BS[:, :-1] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
-        ends_T = (ends_BS & mask_BS).flatten()
-        real_T = mask_BS.flatten()
-        # ends before a token = its document's number; padding shares one number behind the last, which is cut off below
-        document_T = torch.where(real_T, ends_T.cumsum(0) - ends_T.long(), int(ends_T.sum()))
+        position_ids_BS = calibration.rows.position_ids_NS[rows_B].long()
+        starts_BS = document_starts(position_ids_BS)
+        document_T = starts_BS.flatten().cumsum(0) - 1
+        ends_T = starts_BS.roll(-1, dims=1).flatten()  # the next token starts a document, or the row ends
         # of the pass's sample: which row of this batch, and which entry of the sample
         place_K, slots_K = (rows_B[:, None] == sample_K2[:, 0]).nonzero(as_tuple=True)
-        sample_K = place_K * mask_BS.shape[1] + sample_K2[slots_K, 1]
+        sample_K = place_K * starts_BS.shape[1] + sample_K2[slots_K, 1]
         return cls(
             rows_B,
             calibration.rows.input_ids_NS[rows_B].to(device),
             position_ids_BS.to(device),
-            real_T=real_T,
             document_T=document_T.to(device),
-            lengths_M=document_T.bincount(minlength=int(ends_T.sum()) + 1)[:-1].to(device),
+            lengths_M=document_T.bincount().to(device),
             last_M=ends_T.nonzero().flatten().to(device),
             sample_K=sample_K.to(device),
             slots_K=slots_K,
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """T"""
+        return self.input_ids_BS.numel()
 
 
 class Observation:
@@ -95,7 +91,6 @@ class Observation:
         self.batch = batch
         self.num_layers = num_layers
         self._reads = frozenset(reads)
-        self._real_T = batch.real_T.to(batch.last_M.device)
         self._found: defaultdict[str, list[Tensor]] = defaultdict(list)
         """By quantity what was found of every layer, or of all L+1 states."""
 
@@ -129,11 +124,11 @@ class Observation:
     def _spread_2(self, states_TD: Tensor, squares_T: Tensor) -> Tensor:
         """Variances of documents' mean states over hidden units, and silent units, both added up."""
         lengths_M, width = self.batch.lengths_M, states_TD.shape[1]
-        pooled_MD = torch.zeros(len(lengths_M) + 1, width, device=states_TD.device)  # the last row is padding's
+        pooled_MD = torch.zeros(len(lengths_M), width, device=states_TD.device)
         pooled_MD.index_add_(0, self.batch.document_T, states_TD)
-        means_MD = pooled_MD[:-1] / lengths_M[:, None]
+        means_MD = pooled_MD / lengths_M[:, None]
         silent_T = (states_TD.abs() < (SPARSE_BELOW * (squares_T / width).sqrt())[:, None]).sum(1)
-        return torch.stack([means_MD.var(dim=1, correction=0).double().sum(), silent_T[self._real_T].double().sum()])
+        return torch.stack([means_MD.var(dim=1, correction=0).double().sum(), silent_T.double().sum()])
 
     def of_layers(self, quantity: Quantity) -> Tensor:
         """What was found of every layer: (L, T) for each token, or of a spread (L, 2), the variance of the document's
@@ -156,7 +151,7 @@ class Observation:
         The sum over tokens and units is one matrix product of all normalised states, laid out as L+1 long rows.
         """
         squares_LT, states = self._state_squares(), self._found["states"]  # L + 1 rows
-        inverse_LT = torch.where(self._real_T & (squares_LT > 0), squares_LT.rsqrt(), 0)  # padding adds nothing
+        inverse_LT = torch.where(squares_LT > 0, squares_LT.rsqrt(), 0)
         padded = -(-len(squares_LT) // ROWS_MULTIPLE) * ROWS_MULTIPLE
         tokens, width = states[0].shape
         elements = PIECE_ELEMENTS.get(squares_LT.device.type, DEFAULT_PIECE_ELEMENTS)
@@ -173,7 +168,7 @@ class Observation:
             rows_LN = rows_LPD.flatten(1)  # N = P * D
             sums_LL += rows_LN @ rows_LN.mT  # float32 within a piece, float64 over pieces
         # two zero states count as equal, as in cosine()
-        zero_LT = (self._real_T & (squares_LT == 0)).double()
+        zero_LT = (squares_LT == 0).double()
         return (sums_LL[: len(squares_LT), : len(squares_LT)] + zero_LT @ zero_LT.mT).cpu()
 
     def _state_squares(self) -> Tensor:
@@ -185,7 +180,7 @@ class Observation:
 
         The state comes first: attention carries a NaN to tokens before it, because 0 times NaN is NaN.
         """
-        bad_LT = ~self._state_squares().isfinite() & self._real_T
+        bad_LT = ~self._state_squares().isfinite()
         if not bad_LT.any():
             return None
         state = int(bad_LT.any(dim=1).nonzero()[0])

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import anatomy, decoder_body, decoder_layers
-from shoal.models.document_masks import documents_apart, padding_apart
+from shoal.models.document_masks import documents_apart
 from shoal.models.load import logits_from_hidden
 from shoal.progress import each
 
@@ -228,16 +228,15 @@ def _gradients_into(
 def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Tensor:
     """The batch's mean loss, after its gradients are computed. Logits are there for some positions at a time only."""
     device = decoder.device
-    mask_BS, follows_BS = calibration.mask_NS[rows_B], calibration.follows_NS[rows_B]
     ids_BS = calibration.rows.input_ids_NS[rows_B].long().to(device)
-    positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS).long().to(device)
+    positions_BS = calibration.rows.position_ids_NS[rows_B].long().to(device)
     arguments = decoder.arguments(ids_BS, position_ids_BS=positions_BS)
     body: Any = decoder_body(decoder.model)
     with documents_apart(body, positions_BS):
         hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
     # two steps: the head runs backwards piece by piece into the leaf's gradient, then the body once
     leaf_TD = hidden_TD.detach().requires_grad_()
-    predicted_P = follows_BS.flatten().nonzero().flatten().to(device)  # never a row's first token
+    predicted_P = calibration.follows_NS[rows_B].flatten().nonzero().flatten().to(device)  # never a row's first token
     head: Any = decoder.model.get_output_embeddings()
     to_logits = logits_from_hidden(decoder.model)
     loss = torch.zeros((), device=device)

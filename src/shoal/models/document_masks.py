@@ -27,16 +27,6 @@ MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chun
 """Functions of transformers that read from positions where documents begin."""
 
 
-def padding_apart(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Position ids in which every stretch of padding (0 in the mask) is a document of its own.
-
-    An attention mask would not do: given one, transformers no longer looks for the borders between packed documents.
-    """
-    index_S = torch.arange(mask_BS.shape[1])
-    last_real_BS = torch.where(mask_BS, index_S, -1).cummax(dim=1).values
-    return torch.where(mask_BS, position_ids_BS, index_S - last_real_BS - 1)
-
-
 def document_starts(position_ids_BS: Tensor) -> Tensor:
     """Whether a token is the first of its document or row, (B, S)."""
     first_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from shoal.compress import measure as measuring
 from shoal.compress.measure import LayerScores, measure_importance
-from shoal.compress.metrics import observation
 from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.compress.metrics.registry import METRICS
 from shoal.data.packing import PackedRows
@@ -174,22 +173,6 @@ def test_layers_that_do_nothing_score_lowest_under_every_metric() -> None:
 def test_no_score_depends_on_the_batch_size(batch_size: int) -> None:
     model = tiny_model("gemma3")
     assert_close(measure(model), measure(model, batch_size=batch_size))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_score(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observation, "SPARSE_BELOW", 0.1)  # so that padding has silent units too
-    model, padding = tiny_model("gemma3"), 5
-    shape = (len(ROWS), ROWS.input_ids_NS.shape[1] + padding)
-    ids, positions, mask = torch.full(shape, 5), torch.full(shape, 17), torch.zeros(shape, dtype=torch.long)
-    for row, amount in enumerate([0, 2, 5, 3, 1]):
-        start = amount if side == "left" else 0
-        real = slice(start, start + shape[1] - padding)
-        ids[row, real], positions[row, real] = ROWS.input_ids_NS[row], ROWS.position_ids_NS[row]
-        if side == "right":  # the padding looks like more of the last document
-            positions[row, real.stop :] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(shape[1] - real.stop)
-        mask[row, real] = 1
-    assert_close(measure(model), measure(model, PackedRows(ids, positions), attention_mask_NS=mask))
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:

@@ -38,24 +38,6 @@ def test_losses_are_those_of_really_cut_models_document_by_document(kind: str) -
     assert losses.num_tokens == sum(length - 1 for length in DOCUMENT_LENGTHS)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_loss(side: str) -> None:
-    model, variants = tiny_model("llama"), [INTACT, without([2])]
-    width, padding = ROWS.input_ids_NS.shape[1], 4
-    ids = torch.full((len(ROWS), width + padding), 5)
-    positions = torch.full_like(ids, 17)
-    mask = torch.zeros_like(ids)
-    start = padding if side == "left" else 0
-    for tensor, filling in ((ids, ROWS.input_ids_NS), (positions, ROWS.position_ids_NS), (mask, 1)):
-        tensor[:, start : start + width] = filling
-    if side == "right":  # looks like more of the last document
-        positions[:, width:] = ROWS.position_ids_NS[:, -1:] + 1 + torch.arange(padding)
-    padded = VariantLosses(model, calibration(PackedRows(ids, positions), attention_mask_NS=mask))
-    plain = VariantLosses(model, calibration())
-    assert padded.num_tokens == plain.num_tokens
-    assert padded(variants) == pytest.approx(plain(variants), abs=1e-6)
-
-
 def test_an_architecture_that_runs_as_a_whole_gives_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     model, variants = tiny_model("gemma3"), [INTACT, without([2]), without([1, 4])]
     layer_by_layer = VariantLosses(model, calibration())(variants)

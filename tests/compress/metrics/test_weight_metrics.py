@@ -76,22 +76,6 @@ def test_taylor_plus_lifts_the_first_four_and_last_two_layers_above_all_others()
     assert sorted(guarded, key=lambda layer: plus[layer]) == sorted(guarded, key=lambda layer: taylor[layer])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_taylor_score(side: str) -> None:
-    model, padding = tiny_model("gemma3"), 5
-    shape = (len(ROWS), ROWS.input_ids_NS.shape[1] + padding)
-    ids, positions, mask = torch.full(shape, 5), torch.full(shape, 17), torch.zeros(shape, dtype=torch.long)
-    for row, amount in enumerate([0, 2, 5, 3, 1]):
-        start = amount if side == "left" else 0
-        real = slice(start, start + shape[1] - padding)
-        ids[row, real], positions[row, real] = ROWS.input_ids_NS[row], ROWS.position_ids_NS[row]
-        if side == "right":  # the padding looks like more of the last document
-            positions[row, real.stop :] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(shape[1] - real.stop)
-        mask[row, real] = 1
-    found = measure(model, PackedRows(ids, positions), attention_mask_NS=mask).layers["taylor"]
-    assert found == pytest.approx(measure(model).layers["taylor"], rel=1e-5)
-
-
 def test_only_layer_matrices_get_gradients_and_nothing_stays_changed() -> None:
     model = tiny_model("llama_tied")
     frozen = model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad_(False)

@@ -22,7 +22,7 @@ from shoal.inference.scoring import score
 from shoal.models import attention
 from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.attention import choose_attention, implementation, named, without_kernels
-from shoal.models.document_masks import documents_apart, padding_apart
+from shoal.models.document_masks import documents_apart
 from shoal.models.families import family
 from shoal.models.load import load_model
 
@@ -112,17 +112,11 @@ def test_a_checkpoint_is_loaded_with_the_kernels_of_its_setting(teacher: Any, mo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_documents_and_padding_give_the_states_of_masked_attention(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_documents_give_the_states_of_masked_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
     model = architectures.tiny_model(name)
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    mask[0, 14:] = False
-    for positions in (POSITIONS, padding_apart(POSITIONS, mask)):
-        expected = hidden(switched(model, without_kernels("flash", model.config)), positions=positions)
-        found = hidden(switched(model, "flash"), positions=positions)
-        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    expected = hidden(switched(model, without_kernels("flash", model.config)))
+    torch.testing.assert_close(hidden(switched(model, "flash")), expected, rtol=2e-4, atol=2e-4)
     alone = hidden(model, IDS[:1, 12:], POSITIONS[:1, 12:])
     torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
 
