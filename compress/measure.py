@@ -44,7 +44,8 @@ def measure_importance(
     num_drop: int | None = None,
     seed: int = 0,
 ) -> LayerScores:
-    """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
+    """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together. Those
+    that need tasks are left to a sweep.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
     the same scores. ``num_drop`` is how many removals greedy metrics make; None = as many as there can be. ``seed`` is
@@ -55,6 +56,7 @@ def measure_importance(
             what the passes refuse.
     """
     refuse_text_alone(model.config)
+    metrics = [name for name in metrics if METRICS[name].needs != "tasks"]
     by_need: dict[Need, list[str]] = {}  # both in the order of first mention
     for name in dict.fromkeys(metrics):
         by_need.setdefault(METRICS[name].needs, []).append(name)

@@ -15,7 +15,6 @@ from shoal.formatting import layers_text
 from shoal.recipe.prune import CutByScore, CutThese, Prune
 
 from .layer_sizes import Goals
-from .metrics.greedy import TASK_ORDER
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import is_loss, joint_change, layer_scores, ranks, swept_columns, unknown
 
@@ -252,8 +251,8 @@ def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importanc
         count, runs = len(first), [run for run in every if len(run) == len(first) and wanted.reached(run)]
     elif (count := wanted) > len(rows):
         raise UserError(
-            f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; set "
-            f"measure.num_drop: {count} and measure again"
+            f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; "
+            "drop fewer, or choose by a metric that scores longer ones"
         )
     elif not (runs := free(count)):
         raise UserError(
@@ -287,10 +286,9 @@ def _first_of_order(prune: CutByScore, wanted: int | Goals, limits: _Limits, imp
     order = sorted(range(importance.num_layers), key=lambda layer: (scores[layer], layer))
     order = order[: len(greedy) or None]  # what was never removed comes last there
     free = [layer for layer in order if layer not in limits.protected]
-    longer = f"raise {'measure.sweep.greedy' if metric == TASK_ORDER else 'measure.num_drop'}"
     if isinstance(wanted, Goals):
         layers = limits.affordable(free, len(free))
-        what = [f"the {len(layers)} removals of the order of {metric} ({longer} for more)"] if greedy else []
+        what = [f"the {len(layers)} removals of the order of {metric}"] if greedy else []
         count = _fewest(layers, importance.num_layers, wanted, *what)
     else:
         count = wanted
@@ -301,7 +299,7 @@ def _first_of_order(prune: CutByScore, wanted: int | Goals, limits: _Limits, imp
         left = protected if len(free) < count else f"{len(drop)} can go without {limits.loss}"
         raise UserError(
             f"prune: asks to drop {count} layers, but only {left}; {limits.remedy}"
-            + (f", or {longer} before it is measured" if greedy else "")
+            + (", or choose by a metric that scores all layers" if greedy else "")
         )
     first = f"the first {layers_of(count, importance.num_layers)} of the order of {metric}"
     if not greedy:

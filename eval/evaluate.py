@@ -31,7 +31,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.ranks import rank, world_size
-from shoal.recipe.evaluate import DEFAULT, Eval, Tasks, limit_of
+from shoal.recipe.evaluate import DEFAULT, Eval, limit_of
 from shoal.runtime import agreed, device, environment, seed_everything
 
 from .harness.engine import NEW_TOKENS, CausalLM, connect_ranks, prompt_room
@@ -55,7 +55,7 @@ WATCHED = ("tasks", "limit")
 class Questions:
     """What every model is asked."""
 
-    settings: Tasks
+    settings: Eval
     seed: int
     """Decides only what lm-eval draws at random, such as few-shot examples."""
     tasks: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ def role_evaluation(
         UserError: as evaluate does, or a checkpoint that cannot be loaded.
     """
     num_bytes, settings = checkpoint_bytes(checkpoint.folder), questions.settings
-    if isinstance(settings, Eval) and settings.backend == "vllm":
+    if settings.backend == "vllm":
         started = time.monotonic()
         with vllm_lm(checkpoint, seed=questions.seed) as lm:
             scores = scored(lm, questions)
@@ -112,7 +112,7 @@ def model_evaluation(
         if len(cache):
             log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
     connect_ranks(model.device)
-    lm = CausalLM(model, tokenizer, questions.settings.batch_size, items=cache, called=f"eval {role}")
+    lm = CausalLM(model, tokenizer, questions.settings.at_once(), items=cache, called=f"eval {role}")
     scores = scored(lm, questions)
     counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
     if dist.is_initialized():
@@ -155,13 +155,14 @@ def scored(lm: CausalLM, questions: Questions) -> tuple[TaskScore, ...]:
     return scores
 
 
-def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int) -> tuple[TaskScore, ...]:
+def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int) -> tuple[TaskScore, ...]:
     """The scores of ``tasks`` on every rank; twice on the same tasks gives the same requests."""
     if not tasks:
         return ()
     seed_everything(seed)
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
+    _refuse_no_template(settings, lm.tokenizer)
     check_runnable(tasks, max_length=lm.max_length, num_ranks=lm.world_size)
     counts = num_items(tasks, settings, num_ranks=lm.world_size)
     lm.endings.clear()
@@ -172,7 +173,14 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
     theirs.tqdm = partial(each, label="eval: making prompts", unit="items")
     try:
         # its bootstrap is left out: intervals are ours, paired over the kept items
-        results: Any = lm_eval.evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
+        results: Any = lm_eval.evaluator.evaluate(
+            lm=lm,
+            task_dict={"tasks": tasks},
+            samples=first,
+            bootstrap_iters=0,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template,
+        )
     finally:
         theirs.tqdm = bar
     endings = {key: ending for part in lm.gather_object(lm.endings) or () for key, ending in part.items()}
@@ -190,14 +198,14 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
     return agreed(lambda: scores)
 
 
-def in_words(tasks: dict[str, Any], settings: Tasks) -> str:
+def in_words(tasks: dict[str, Any], settings: Eval) -> str:
     """Which tasks, with how many items each."""
     return ", ".join(f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()) or "perplexity"
 
 
 def checked_items(
     tasks: dict[str, Any],
-    settings: Tasks,
+    settings: Eval,
     *,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,8 +216,17 @@ def checked_items(
     Raises:
         UserError: what scoring would refuse of the tasks.
     """
+    _refuse_no_template(settings, tokenizer)
     check_runnable(tasks, max_length=resolve_max_length(config, tokenizer), num_ranks=num_ranks)
     return num_items(tasks, settings, num_ranks=num_ranks)
+
+
+def _refuse_no_template(settings: Eval, tokenizer: Any) -> None:
+    if settings.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "eval.apply_chat_template: the tokenizer has no chat template; leave it out, or name a model that is tuned "
+            "to follow instructions"
+        )
 
 
 def check_runnable(tasks: dict[str, Any], *, max_length: int, num_ranks: int) -> None:
@@ -231,7 +248,7 @@ def check_runnable(tasks: dict[str, Any], *, max_length: int, num_ranks: int) ->
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
 
 
-def num_items(tasks: dict[str, Any], settings: Tasks, *, num_ranks: int = 1) -> dict[str, int]:
+def num_items(tasks: dict[str, Any], settings: Eval, *, num_ranks: int = 1) -> dict[str, int]:
     """Number of items that are scored, by task.
 
     Raises:
@@ -266,13 +283,16 @@ class QuickScore:
 class QuickScores:
     """Scores the same items every time, so that what moves is the model. All ranks take part and all get the scores.
 
-    Held-out text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`.
+    Held-out text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`. ``config``: of
+    every model that is scored.
 
     Raises:
         UserError: as tasks_of, or a task with fewer items than ranks.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tasks, *, seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: Eval, *, config: PreTrainedConfig, seed: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
         self._seed = seed
@@ -281,7 +301,9 @@ class QuickScores:
         with named_in("distill.watch", *WATCHED):
             num_items(self._tasks, settings, num_ranks=world_size())
         # and once: a Hub that does not answer must not end a training
-        self._windows = agreed(lambda: windows(tokenizer, settings)) if settings.perplexity_tokens else ()
+        longest = resolve_max_length(config, tokenizer)
+        own = settings.perplexity_tokens > 0
+        self._windows = agreed(lambda: windows(tokenizer, settings, max_length=longest)) if own else ()
 
     def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
         """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
@@ -291,7 +313,7 @@ class QuickScores:
         model.eval()
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-                lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
+                lm = CausalLM(model, self._tokenizer, self._settings.at_once(), called="watch")
                 scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
                 if self._settings.perplexity_tokens:
                     scores.insert(0, perplexity(lm, self._settings, all_windows=self._windows))

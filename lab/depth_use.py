@@ -179,7 +179,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
     """What is measured by role, and the teacher's numbers of its layers: the teacher as always, every other model over
     its sweep of layers alone, as a run of its own."""
     sweep, every = run.recipe.measure.sweep, tuple(range(run.num_layers))
-    if sweep is None or not sweep.tasks or "layer" not in sweep.operators:
+    if sweep is None or "layer" not in sweep.operators:
         raise UserError("shoal lab depth_use: needs layers swept over tasks; name some in measure.sweep.tasks")
     found = made_from_teacher(run)
     require_models_of_this_run(run, {"teacher": run.teacher, **found})
@@ -191,7 +191,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
         raise UserError(
             f"shoal lab depth_use: {run.dir} holds no cut model yet; run `shoal prune`, or name one as beside"
         )
-    layers_alone = replace(sweep, operators=("layer",), greedy=None)
+    layers_alone = replace(sweep, operators=("layer",))
     runs = {"teacher": (run, every)}
     for role, folder in found.items():
         recipe = replace(

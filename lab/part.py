@@ -56,7 +56,7 @@ def by_role(run: Run, part: str, ask: Callable[[str, CausalLM], Answers]) -> dic
         checkpoint = Checkpoint.read(folder, load)
         model = checkpoint.model(device=device())
         kept = ItemCache(run.dir / "eval" / "items", identity_of(model_fingerprint(folder), model))
-        lm = CausalLM(model, checkpoint.tokenizer(), run.recipe.eval.batch_size, items=kept, called=f"{part} {role}")
+        lm = CausalLM(model, checkpoint.tokenizer(), run.recipe.eval.at_once(), items=kept, called=f"{part} {role}")
         found[role] = ask(role, lm)
         del model, lm
         free_memory()

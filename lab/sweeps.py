@@ -134,7 +134,7 @@ def tables_of(
 
 def sweeps_identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
     """What identifies what is made of sweeps."""
-    swept = run.recipe.measure.sweep
+    swept = run.swept
     return identity(run, settings, **({} if swept is None else sweep_inputs(run, swept)), **content)
 
 

@@ -135,8 +135,8 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     sweep, distill = recipe.measure.sweep, recipe.distill
     if verb != "report":
         refuse_no_model(recipe.model)
-    if verb in ("measure", "run") and sweep is not None and not sweep.protocols:  # with which names lack their ending
-        refuse_unknown(sweep.tasks, sweep.include_path, setting="measure.sweep.tasks")
+    if verb in ("measure", "run") and sweep is not None:
+        refuse_unknown(sweep.tasks, recipe.eval.include_path, setting="measure.sweep.tasks")
     if verb in ("record", "distill", "run"):
         read_deepspeed(distill.deepspeed)
         if distill.watch is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from typing import ClassVar
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Removal
@@ -16,7 +17,7 @@ from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
 from shoal.errors import UserError
 
 from ..variants.variants import Variant, variant
-from .metric import Order
+from .metric import Metric, Need, Order, Yields
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,14 @@ TASK_ORDER = "task_greedy"
 """Name of the order by the mean score of swept tasks."""
 Objective = Callable[[Sequence[Variant]], Sequence[float]]
 """One number for every variant. All candidates of a round come at once, so that what they share is computed once."""
+
+
+class TaskGreedy(Metric):
+    """Every time the layer goes without which the mean score of the tasks of measure.sweep is best (TALE,
+    arXiv:2510.22767); a step costs as much as a sweep of what is left."""
+
+    needs: ClassVar[Need] = "tasks"
+    yields: ClassVar[Yields] = "order"
 
 
 def greedy_order(

@@ -80,7 +80,7 @@ class Sleb(LossMetric):
 
     yields: ClassVar[Yields] = "order"
     PER_LAYER: ClassVar[int] = 1
-    """Removals for every layer that measure.num_drop names."""
+    """Removals for every layer that is to go."""
 
     @classmethod
     def units(cls, model: PreTrainedModel) -> tuple[Component, ...]:

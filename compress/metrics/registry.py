@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .greedy import TASK_ORDER, TaskGreedy
 from .hidden_metrics import HIDDEN_METRICS
 from .hidden_pass import hidden_scores
 from .loss_metrics import LOSS_METRICS, loss_scores
@@ -23,6 +24,7 @@ METRICS: dict[str, type[Metric]] = {
     "taylor_plus": TaylorPlus,
     "laco_acceptance": LacoAcceptance,
     **LOSS_METRICS,
+    TASK_ORDER: TaskGreedy,
 }
 """Name in recipes and in importance.json -> what it needs, what it yields, its formula and source."""
 
@@ -33,4 +35,4 @@ PASSES: dict[Need, Pass] = {
     "merges": merge_scores,
     "loss": loss_scores,
 }
-"""What is needed -> the pass that measures all asked metrics which need it."""
+"""What is needed -> the pass that measures all asked metrics which need it; tasks are scored by a sweep."""

@@ -7,38 +7,38 @@ so it can be refused before one is made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Agreement, Atlas, Effect, Estimate, Importance, Removal, Sweep, SweepColumn
 from shoal.components import Component
-from shoal.recipe.measure import Measure, Sweeps
+from shoal.recipe.evaluate import Eval
+from shoal.recipe.measure import Measure
 
 from ...eval.harness.samples import protocol_of
 from ...eval.tasks.load import tasks_of
-from ...eval.tasks.names import named_in
-from ..metrics.greedy import HALVES, TASK_ORDER
+from ..metrics.greedy import HALVES
 from ..metrics.loss_metrics import BlockPruner
 from ..metrics.registry import METRICS
 from ..metrics.weight_metrics import LacoAcceptance
-from .sweep import SECTION, task_names
+from .sweep import sweeping
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
 NO_EFFECT = Effect(NOTHING, NOTHING, None, None, 1.0, 1.0, critical=False)
 
 
 def placeholder_importance(
-    measure: Measure, num_layers: int, *, go_first: Sequence[int] = (), with_tasks: bool = True
+    measure: Measure, num_layers: int, *, removals: int, go_first: Sequence[int] = (), scored: Eval | None = None
 ) -> Importance:
-    """What ``measure`` will write of a model of ``num_layers``, all scores 0. ``go_first``: the layers that orders take
-    first, where they may go at all. ``with_tasks``: columns of swept tasks too, whose data is loaded for it.
+    """What ``measure`` will write of a model of ``num_layers``, all scores 0. ``removals``: how many greedy metrics
+    make. ``go_first``: the layers that orders take first, where they may go at all. ``scored``: columns of these tasks
+    too, whose data is loaded for it.
 
     Raises:
         UserError: unknown tasks.
     """
     inner = range(1, num_layers - 1)  # no order takes the first or the last layer
     going = [*(layer for layer in go_first if layer in inner), *(layer for layer in inner if layer not in go_first)]
-    removals, zeros = measure.removals(num_layers), (0.0,) * num_layers
+    zeros = (0.0,) * num_layers
     layers: dict[str, tuple[float, ...]] = {}
     runs: dict[str, tuple[tuple[float, ...], ...]] = {}
     orders: dict[str, tuple[Removal, ...]] = {}
@@ -51,13 +51,10 @@ def placeholder_importance(
             runs[name] = tuple(zeros[length:] for length in range(longest))
         else:
             orders[name] = _order(going[:removals], halves=metric is BlockPruner)
-    sweep = measure.sweep
-    if sweep is not None and sweep.greedy is not None:
-        orders[TASK_ORDER] = _order(going[: sweep.greedy], halves=False)
     atlas = None
-    if sweep is not None and with_tasks and "layer" in sweep.operators:
+    if scored is not None and measure.sweep is not None and "layer" in measure.sweep.operators:
         units = tuple(Component((layer,)) for layer in range(num_layers))
-        columns = tuple(_columns(sweep, num_layers))
+        columns = tuple(_columns(scored, num_layers))
         atlas = Atlas(Sweep("layer", units, columns), (), (), Agreement((), (), (), (), 0, {}))
     return Importance(Provenance({}), num_layers, 0, layers, runs, orders=orders, atlas=atlas)
 
@@ -67,16 +64,14 @@ def _order(layers: Sequence[int], *, halves: bool) -> tuple[Removal, ...]:
     return tuple(Removal(Component((layer,), part), 0.0) for layer in layers for part in parts)
 
 
-def _columns(sweep: Sweeps, num_layers: int) -> Iterator[SweepColumn]:
-    with named_in(SECTION):
-        tasks = tasks_of(replace(sweep, tasks=task_names(sweep)))
+def _columns(scored: Eval, num_layers: int) -> Iterator[SweepColumn]:
+    with sweeping():
+        tasks = tasks_of(scored)
     for name, task in tasks.items():
         told = task.config.metadata or {}
         ability = str(told.get("ability") or name)
         protocol = str(told.get("protocol") or protocol_of(task, [{"doc": task.eval_docs[0]}]))
         yield _column(name, ability, protocol, num_layers)
-    if sweep.perplexity_tokens:
-        yield _column("perplexity", "language", "rolling", num_layers)
 
 
 def _column(task: str, ability: str, protocol: str, num_layers: int) -> SweepColumn:

@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,12 @@ from shoal.inference.prefix_sharing import Tokens, batches
 from shoal.inference.scoring import Score
 from shoal.progress import Work, each
 from shoal.ranks import world_size
-from shoal.recipe.measure import Protocol, Sweeps
-from shoal.runtime import agreed
+from shoal.recipe.evaluate import Eval
 
 from ...eval.evaluate import checked_items, in_words, scores_of
 from ...eval.harness.engine import CausalLM, Writing, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of, versions
-from ...eval.harness.perplexity import perplexity, windows
-from ...eval.tasks.load import known_tasks, tasks_of
+from ...eval.tasks.load import tasks_of
 from ...eval.tasks.names import named_in
 from ..edits.layer_edits import stored_name
 from ..variants.variant_generation import Limits, generate_variants
@@ -41,21 +39,14 @@ from .table import require_items
 
 log = logging.getLogger(__name__)
 
-SECTION = "measure.sweep"
 REQUESTS_AT_ONCE = 64
 """Times the batch size: how many likelihoods are answered before they are written to disk."""
-TASK_NAMES: dict[Protocol, tuple[str, ...]] = {
-    "loglikelihood": ("{}_loglikelihood", "{}"),
-    "continuation": ("{}_continuation",),
-    "generation": ("{}_generation", "{}_generative"),
-}
-"""What a task is called under a protocol: shoal's own way, then lm-eval's (mmlu, mmlu_continuation, ...)."""
 
 
 def sweep(
     make_lm: Callable[[Sequence[Variant], int], VariantsLM],
     variants: Sequence[Variant],
-    settings: Sweeps,
+    settings: Eval,
     *,
     seed: int,
     folder: Path | None = None,
@@ -67,12 +58,11 @@ def sweep(
     are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which model they are.
 
     Raises:
-        UserError: an unknown task, a task without the asked protocol, data that cannot be had.
+        UserError: an unknown task, data that cannot be had.
     """
     everything = [INTACT, *(variant for variant in variants if variant.edits)]
-    lm = make_lm(everything, settings.batch_size)
+    lm = make_lm(everything, settings.at_once())
     connect_ranks(lm.device)
-    settings = replace(settings, tasks=task_names(settings), protocols=())
     tasks = tasks_of(settings, seed=seed)
     lm.seed = seed
     made_by = [ENGINE, lm.device.type, versions()]
@@ -82,45 +72,16 @@ def sweep(
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, settings))
     scores_of_all: list[tuple[TaskScore, ...]] = []
-    pieces = agreed(lambda: windows(lm.tokenizer, settings)) if settings.perplexity_tokens else ()
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
         lm.current = number  # after the first one all answers are known
-        scores = scores_of(lm, tasks, settings, seed=seed)
-        if settings.perplexity_tokens:
-            scores = (*scores, perplexity(lm, settings, all_windows=pieces))
-        scores_of_all.append(scores)
+        scores_of_all.append(scores_of(lm, tasks, settings, seed=seed))
     intact = scores_of_all[0]
     by_name = dict(zip((variant.name for variant in everything), scores_of_all, strict=True))
     return intact, [by_name.get(variant.name, intact) for variant in variants]
 
 
-def task_names(settings: Sweeps) -> tuple[str, ...]:
-    """The tasks to run: with protocols, every task under each of them.
-
-    Raises:
-        UserError: a task that has no form under a protocol.
-    """
-    if not settings.protocols:
-        return settings.tasks
-    known = known_tasks(settings.include_path, ours_only=True)
-    if any(_under(protocol, task, known) is None for task in settings.tasks for protocol in settings.protocols):
-        known = known_tasks(settings.include_path)
-    names = []
-    for task in settings.tasks:
-        for protocol in settings.protocols:
-            name = _under(protocol, task, known)
-            if name is None:
-                forms = " or ".join(pattern.format(task) for pattern in TASK_NAMES[protocol])
-                raise UserError(
-                    f"measure.sweep.protocols: task {task!r} has no protocol {protocol} (there is no {forms}); name "
-                    "tasks in full and leave protocols out"
-                )
-            names.append(name)
-    return tuple(names)
-
-
 def checked_tasks(
-    settings: Sweeps, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, num_removals: int
+    settings: Eval, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, num_removals: int
 ) -> dict[str, Any]:
     """The tasks of a sweep, with no model at hand.
 
@@ -128,36 +89,17 @@ def checked_tasks(
         UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it; columns on which
             none of so many removals could be seen.
     """
-    names = task_names(settings)
-    with named_in(SECTION):
-        tasks = tasks_of(replace(settings, tasks=names))
+    with sweeping():
+        tasks = tasks_of(settings)
         counts = checked_items(tasks, settings, config=config, tokenizer=tokenizer, num_ranks=world_size())
-        weights = [window.weight for window in windows(tokenizer, settings)] if settings.perplexity_tokens else None
-    _refuse_written_text(settings, tasks)
     for task, count in counts.items():
         require_items(task, count, num_removals)
-    if weights is not None:
-        require_items("perplexity", len(weights), num_removals, weights=weights)
     return tasks
 
 
-def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:
-    """A task that only writes text goes by its plain name, which may be that of another's lettered options."""
-    others = tuple(protocol for protocol in settings.protocols if protocol != "generation")
-    if not others:
-        return
-    chosen = tasks if others == settings.protocols else task_names(replace(settings, protocols=others))
-    for name in chosen:
-        if name in tasks and tasks[name].OUTPUT_TYPE == "generate_until":
-            raise UserError(
-                f"measure.sweep.protocols: task {name!r} has no protocol {others[0]}, it writes text; name tasks in "
-                "full and leave protocols out"
-            )
-
-
-def _under(protocol: Protocol, task: str, known: set[str]) -> str | None:
-    """What ``task`` is called under ``protocol``."""
-    return next((name for pattern in TASK_NAMES[protocol] if (name := pattern.format(task)) in known), None)
+def sweeping() -> AbstractContextManager[None]:
+    """Refusals name the settings that measure.sweep says itself as its own."""
+    return named_in("measure.sweep", "tasks", "limit")
 
 
 class VariantsLM(CausalLM):

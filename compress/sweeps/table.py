@@ -76,12 +76,12 @@ def require_items(task: str, n: int, num_components: int, *, weights: Sequence[f
     if n < need:
         problem = (
             f"has {n} items, but over {num_components} removals no interval and no test can show an effect with fewer "
-            f"than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts)"
+            f"than {need}; raise measure.sweep.limit"
         )
     elif effective < LEAST_ITEMS:
         problem = (
             f"its {n} items are of so unequal weight that they are worth {effective:.1f} equal ones, of which an "
-            f"interval needs {LEAST_ITEMS}; raise measure.sweep.perplexity_tokens, lower measure.sweep.sequence_length"
+            f"interval needs {LEAST_ITEMS}; raise measure.sweep.limit"
         )
     else:
         return

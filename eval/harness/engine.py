@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -161,6 +162,25 @@ class CausalLM(TemplateLM):
             add_special_tokens = False
         chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **chosen)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """lm-eval names caches of rendered requests by it, of which none is kept here."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The turns as the tokenizer's template renders them; without what the system says where it refuses that, as
+        HFLM does it."""
+        render: Any = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        try:
+            return render(chat_history)
+        except TemplateError:
+            return render([turn for turn in chat_history if turn["role"] != "system"])
 
     def count_tokens(self, context: str, continuation: str) -> int:
         """How many tokens of (context, continuation) are scored."""

@@ -15,7 +15,7 @@ from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
 from shoal.data.sources import load_texts
 from shoal.data.streams import first_tokens
 from shoal.errors import UserError
-from shoal.recipe.evaluate import Tasks
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import DataSource
 from shoal.runtime import together
 
@@ -24,6 +24,11 @@ from .samples import with_interval
 
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer puts into a token on average; how much text is read to have enough of it."""
+
+
+WINDOW = 512
+"""Tokens of a window. All that is published of shoal was measured with it, and a longer one gives fewer windows, so
+wider intervals, of the same text."""
 
 
 class Window(NamedTuple):
@@ -36,7 +41,7 @@ class Window(NamedTuple):
     """Number of scored tokens."""
 
 
-def perplexity(lm: CausalLM, settings: Tasks, *, all_windows: Sequence[Window] = ()) -> TaskScore:
+def perplexity(lm: CausalLM, settings: Eval, *, all_windows: Sequence[Window] = ()) -> TaskScore:
     """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
 
     A window never reaches over a document's end; every token is scored once, a window's first one after the start token
@@ -44,14 +49,10 @@ def perplexity(lm: CausalLM, settings: Tasks, *, all_windows: Sequence[Window] =
     gives ``all_windows``, so that the text is read once.
 
     Raises:
-        UserError: a window longer than the model's positions, or text that cannot be read.
+        UserError: text that cannot be read.
     """
-    if settings.sequence_length > lm.max_length:
-        raise UserError(
-            f"eval.sequence_length: {settings.sequence_length} is more than the model's {lm.max_length} positions; "
-            "lower it"
-        )
-    all_windows = all_windows or windows(lm.tokenizer, settings)
+    length = min(WINDOW, lm.max_length)
+    all_windows = all_windows or windows(lm.tokenizer, settings, max_length=lm.max_length)
     own_windows = all_windows[lm.rank :: lm.world_size]
     scores = lm.log_likelihoods([(window.context, window.scored) for window in own_windows])
     own = {window.id: -log_prob for window, (log_prob, _) in zip(own_windows, scores, strict=True)}
@@ -70,20 +71,21 @@ def perplexity(lm: CausalLM, settings: Tasks, *, all_windows: Sequence[Window] =
             n=len(all_windows),
             chance=0.0,
             higher_is_better=False,
-            version=f"1.0, windows of {settings.sequence_length} tokens",
+            version=f"1.0, windows of {length} tokens",
             num_fewshot=0,
             items=items,
         )
     )
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, settings: Tasks) -> list[Window]:
-    """The first ``perplexity_tokens`` tokens, each source its share. Ids tell other text or tokens apart."""
+def windows(tokenizer: PreTrainedTokenizerBase, settings: Eval, *, max_length: int) -> list[Window]:
+    """The first ``perplexity_tokens`` tokens, each source its share, for a model of ``max_length`` positions. Ids tell
+    other text or tokens apart."""
     total_weight = sum(source.weight for source in settings.perplexity_data)
     all_windows: list[Window] = []
     for source in settings.perplexity_data:
         budget = round(settings.perplexity_tokens * source.weight / total_weight)
-        all_windows += _source_windows(tokenizer, source, budget, settings.sequence_length)
+        all_windows += _source_windows(tokenizer, source, budget, min(WINDOW, max_length))
     if not all_windows:
         raise UserError("eval.perplexity_data: the text tokenises to nothing; name a source that holds text")
     return all_windows

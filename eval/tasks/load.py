@@ -20,7 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from shoal.errors import UserError
 from shoal.formatting import listed
-from shoal.recipe.evaluate import Tasks
+from shoal.recipe.evaluate import Eval
 from shoal.task_words import Column
 
 from .data_sets import DataSet, Stamps, share, yaml_files
@@ -36,7 +36,7 @@ CHECKED_ITEMS = 20
 """Items of a task whose answers are looked at before a model is loaded."""
 
 
-def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
+def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
     """Task name -> lm-eval task that evaluating by ``settings`` asks, groups expanded, in the order asked for.
 
     With a ``data_dir``, data sets that are described come from there, whoever's task reads them. lm-eval's whole

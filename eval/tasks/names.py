@@ -107,7 +107,7 @@ def described_tasks(
         of_data: dict[str, tuple[DataSet, TaskProtocol]]
         of_data = {f"{data.dataset}_{protocol}": (data, protocol) for protocol in data.protocols}
         tasks |= of_data
-        for tag in data.tags:
+        for tag in (*data.tags, *([data.dataset] if data.bundled else [])):
             tags[tag] = (*tags.get(tag, ()), *of_data)
     for data, protocol in tasks.values():
         if (other := data.twin_under(protocol)) and (other not in tasks or tasks[other][0].column != "in"):

@@ -17,12 +17,13 @@ from shoal.artifacts.plan import Plan
 from shoal.compress.apply import apply_plan, changes_of, num_tokens_of
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of
+from shoal.compress.metrics.greedy import TASK_ORDER
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.plan import choose_changes
 from shoal.compress.surgery import cut_model as surgery
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
-from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep, task_names
+from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
@@ -31,8 +32,8 @@ from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_positions, require_tokenizer
 from shoal.models.load import load_model, without_data
-from shoal.recipe import measure
-from shoal.recipe.measure import Measure, Sweeps
+from shoal.recipe.evaluate import Eval
+from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
 from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import CutByScore, CutThese
@@ -59,7 +60,8 @@ def measure_importance(
         tokenizer: Its tokenizer; None = that of the model's name.
         data: Texts, rows, or the name of a data set (shoal.data.sources.Given), repeated where it is too small.
         seed: Seed of the order of the texts and of what metrics draw.
-        settings: Keys of the recipe's section `measure`, with its defaults; sweep is a mapping (tasks, limit, ...).
+        settings: Keys of the recipe's section `measure`, with its defaults; sweep is a mapping (tasks, limit).
+            Greedy metrics remove a quarter of the layers.
 
     Returns:
         Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
@@ -74,9 +76,9 @@ def measure_importance(
     model = as_model(model)
     named = {"metrics": [metrics] if isinstance(metrics, str) else metrics}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
-    section = of_arguments(
-        Measure, {**named, **settings}, taken=taken, source=source, contradictions=measure.contradictions
-    )
+    section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
+    if TASK_ORDER in section.metrics:
+        raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
     tokenizer = require_tokenizer(tokenizer, model)
     require_positions(model, section.sequence_length)
     _refuse_sweep(section.sweep, model, tokenizer)
@@ -93,7 +95,7 @@ def measure_importance(
             rows,
             metrics=section.metrics,
             batch_size=section.batch_size,
-            num_drop=section.removals(len(decoder_layers(model))),
+            num_drop=num_removals(CutByScore(), len(decoder_layers(model))),
             seed=seed,
         )
         inputs = identity_of(model, seed=seed) | {"rows": rows.fingerprint}
@@ -106,14 +108,12 @@ def measure_importance(
 def _refuse_sweep(settings: Sweeps | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if settings is None:
         return
-    if settings.operators != ("layer",) or settings.greedy is not None:
+    if settings.operators != ("layer",):
         raise UserError(
-            "shoal.measure_importance: sweep: of a model in memory single layers are swept; leave operators and greedy "
-            "out, or give a whole recipe to shoal.run"
+            "shoal.measure_importance: sweep: of a model in memory single layers are swept; leave operators out, or "
+            "give a whole recipe to shoal.run"
         )
-    if settings.perplexity_tokens:
-        require_positions(model, settings.sequence_length)
-    checked_tasks(settings, model.config, tokenizer, num_removals=len(decoder_layers(model)))
+    checked_tasks(scored_by(settings, Eval()), model.config, tokenizer, num_removals=len(decoder_layers(model)))
 
 
 def _swept(
@@ -121,11 +121,13 @@ def _swept(
 ) -> Importance:
     """``importance`` with the atlas of single layers."""
     variants = [variant_of(component, model) for component in components_of("layer", model)]
-    intact, removed = sweep(partial(VariantsLM, Edited(model), tokenizer), variants, settings, seed=seed)
+    intact, removed = sweep(
+        partial(VariantsLM, Edited(model), tokenizer), variants, scored_by(settings, Eval()), seed=seed
+    )
     inputs = {
         **importance.provenance.inputs,
         **shaping(settings, Shapes.SCORES, "measure.sweep."),
-        "measure.sweep.tasks (files)": tasks_fingerprint(task_names(settings), settings.include_path),
+        "measure.sweep.tasks (files)": tasks_fingerprint(settings.tasks, None),
     }
     atlas = build_atlas(intact, removed, metrics=rankings(importance))
     return replace(importance, provenance=Provenance(inputs), atlas=atlas)

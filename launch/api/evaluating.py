@@ -14,8 +14,8 @@ from shoal.errors import UserError
 from shoal.eval.compare.standings import by_task
 from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
-from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_positions, require_tokenizer
-from shoal.recipe.evaluate import Eval, Limit, Tasks
+from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_tokenizer
+from shoal.recipe.evaluate import Eval, Limit
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.stats.paired import holm, paired, require_same_measurement, retention, verdict
@@ -45,11 +45,11 @@ def evaluate(
         limit: Items per task, or {"default": 200, "gsm8k": 100}; None = all.
         role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
         seed: Seed of what lm-eval draws at random.
-        settings: Keys of the recipe's section `eval`: num_fewshot (examples before each
-            item; each task's own number if not given), batch_size (prompts at one time, 16), include_path (a further
-            folder of task YAMLs), data_dir (a folder of data sets in place of the Hub), perplexity_tokens (tokens of
-            held-out Python documentation whose nats per token are scored too; none if not given) and sequence_length
-            (their window, 512).
+        settings: Keys of the recipe's section `eval`: num_fewshot (examples before each item; each task's own number
+            if not given), apply_chat_template (ask in the tokenizer's chat template), batch_size (prompts at one time,
+            16), include_path (a further folder of task YAMLs), data_dir (a folder of data sets in place of the Hub) and
+            perplexity_tokens (tokens of held-out Python documentation whose nats per token are scored too; none if not
+            given).
 
     Returns:
         `tasks`, a score each; `to_pandas()` has a row per task.
@@ -62,15 +62,10 @@ def evaluate(
         >>> evaluation.to_pandas()[["task", "score", "ci_low", "ci_high"]]
     """
     model = as_model(model)
-    named = {"tasks": tasks, "limit": limit}
-    section = of_arguments(
-        Tasks, {**named, **settings}, taken=(*named, *EvalSettings.__annotations__), source="shoal.evaluate"
-    )
+    given: dict[str, Any] = {"tasks": tasks, "limit": limit, "perplexity_tokens": 0, **settings}
+    taken = ("tasks", "limit", *EvalSettings.__annotations__)
+    section = of_arguments(Eval, given, taken=taken, source="shoal.evaluate")
     refuse_unknown(section.tasks, section.include_path)
-    if not section.tasks and not section.perplexity_tokens:
-        raise UserError("shoal.evaluate: tasks: names none; name some of `shoal list tasks`, or set perplexity_tokens")
-    if section.perplexity_tokens:
-        require_positions(model, section.sequence_length)
     inputs = identity_of(model, seed=seed) | {"tasks": tasks_fingerprint(section.tasks, section.include_path)}
     inputs |= shaping(section, Shapes.SCORES, "eval.")
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

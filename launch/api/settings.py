@@ -13,7 +13,6 @@ class MeasureSettings(TypedDict, total=False):
     num_tokens: int
     sequence_length: int
     batch_size: int
-    num_drop: int | None
     sweep: Mapping[str, Any] | None
 
 
@@ -34,9 +33,9 @@ class DistillSettings(TypedDict, total=False):
 class EvalSettings(TypedDict, total=False):
     """Of the section `eval`."""
 
-    batch_size: int
+    batch_size: int | Literal["auto"]
     num_fewshot: int | None
+    apply_chat_template: bool
     include_path: str | None
     data_dir: str | None
     perplexity_tokens: int
-    sequence_length: int

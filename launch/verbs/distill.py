@@ -27,7 +27,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.ranks import world_size
 from shoal.recipe.distill import Recorded
-from shoal.recipe.evaluate import Tasks
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import StateTerm
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, as_dict, shaping
@@ -87,7 +87,7 @@ def distill(run: Run) -> None:
     from shoal.eval.evaluate import QuickScores  # takes seconds, and nobody needs it where nothing is due
 
     watched = _watched(run)
-    scorer = watched and partial(QuickScores, settings=watched, seed=recipe.seed)
+    scorer = watched and partial(QuickScores, settings=watched, config=run.config(), seed=recipe.seed)
     train = partial(training.distill, home=run.dir, make_scorer=scorer)
     if run.dir in due:
         if control is not None and control_dir in due:
@@ -233,12 +233,13 @@ def _chosen_by(run: Run) -> dict[str, Any]:
     from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
     if watch.metric_for_best_model == PERPLEXITY:
-        chosen_by = {"data": sources_fingerprint(scored.perplexity_data), "sequence_length": scored.sequence_length}
+        chosen_by = {"data": sources_fingerprint(scored.perplexity_data)}
     else:
         folder = scored.data_dir
         chosen_by = {
             "tasks": tasks_fingerprint(scored.tasks, scored.include_path),
             "num_fewshot": scored.num_fewshot,
+            "apply_chat_template": scored.apply_chat_template,
             "data": None if folder is None else local_data_fingerprint(folder, scored.include_path),
         }
     return {"distill.watch.metric_for_best_model (files)": fingerprint(chosen_by)}
@@ -311,7 +312,7 @@ def check_training_settings(recipe: Recipe) -> None:
     wandb_run.wandb_mode(recipe.track)
 
 
-def _watched(run: Run) -> Tasks | None:
+def _watched(run: Run) -> Eval | None:
     """Section `eval` as distill.watch scores by it; None where nothing is watched."""
     watch, settings = run.recipe.distill.watch, run.recipe.eval
     return watch and dataclasses.replace(
@@ -319,5 +320,4 @@ def _watched(run: Run) -> Tasks | None:
         tasks=watch.tasks,
         limit=watch.limit,
         perplexity_tokens=watch.perplexity_tokens,
-        sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
     )

@@ -147,7 +147,6 @@ def _record(run: Run) -> list[Stage]:
 
 
 def _scores(run: Run) -> list[Stage]:
-    check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     require_models_of_this_run(run, there := roles(run))
     return [_eval(run, list(there), dict.fromkeys(there, True))]
 

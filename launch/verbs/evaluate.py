@@ -29,7 +29,7 @@ from shoal.runtime import barrier, environment, free_memory, seed_everything
 
 from .distill import trainings
 from .prune import read_plan
-from .run import Run, check_length, locked, open_run, resolved, write_story
+from .run import Run, locked, open_run, resolved, write_story
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,6 @@ def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
     from shoal.eval.compare.comparable import require_same_tokenizer
 
-    check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     folders = roles(run)
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
@@ -136,7 +135,6 @@ def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str,
     name = f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"
     shared = {key: getattr(asked, key) for key in ("seed", "dtype", "attn_implementation", "trust_remote_code", "eval")}
     own = Run(Recipe(model=model, run_dir=str(out / MODELS / name), **shared), run.numerics)
-    check_length(own, asked.eval.sequence_length, "eval.sequence_length")
     inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]
     if asked.dtype == "stored":  # so that the comparison can tell in what
         inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")

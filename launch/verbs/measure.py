@@ -26,7 +26,8 @@ from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_se
 from shoal.models.load import load_model, reads_images, rooms_to_share
 from shoal.progress import doing
 from shoal.ranks import is_main
-from shoal.recipe.measure import Sweeps
+from shoal.recipe.evaluate import Eval
+from shoal.recipe.measure import GREEDY
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, seed_everything
 
@@ -53,20 +54,21 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     """What identifies importance.json."""
     inputs: dict[str, Any] = {"model": run.teacher_fingerprint, "data": sources_fingerprint(run.recipe.measure.data)}
     inputs |= shaping(run.recipe, Shapes.IMPORTANCE) | shaping(run.recipe.measure, Shapes.IMPORTANCE, "measure.")
-    return inputs if run.recipe.measure.sweep is None else inputs | sweep_inputs(run, run.recipe.measure.sweep)
+    if {*GREEDY} & {*run.recipe.measure.metrics}:
+        inputs["measure.num_removals"] = run.num_removals
+    return inputs if run.swept is None else inputs | sweep_inputs(run, run.swept)
 
 
-def sweep_inputs(run: Run, settings: Sweeps) -> dict[str, Any]:
-    """What identifies the scores of variants."""
+def sweep_inputs(run: Run, settings: Eval) -> dict[str, Any]:
+    """What identifies the scores of variants, which ``settings`` score."""
     from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
 
-    inputs = shaping(settings, Shapes.SCORES, "measure.sweep.")
-    forms = [f"{task}_{protocol}" for task in settings.tasks for protocol in settings.protocols]
-    inputs["measure.sweep.tasks (files)"] = tasks_fingerprint(forms or settings.tasks, settings.include_path)
+    assert run.recipe.measure.sweep is not None
+    inputs = shaping(run.recipe.measure.sweep, Shapes.SCORES, "measure.sweep.")
+    inputs |= shaping(settings, Shapes.IMPORTANCE, "eval.")
+    inputs["measure.sweep.tasks (files)"] = tasks_fingerprint(settings.tasks, settings.include_path)
     if settings.data_dir is not None:
-        inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
-    if settings.perplexity_tokens:
-        inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
+        inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir, settings.include_path)
     if writing := writing_settings(run.teacher):
         inputs[WRITING] = writing
     return inputs
@@ -111,30 +113,20 @@ def check_measure(run: Run) -> None:
     _check_metrics(run)
     for source in settings.data:
         load_texts(source, max_characters=1)
-    if settings.sweep is not None:
+    if run.swept is not None:
+        from shoal.compress.metrics.greedy import TASK_ORDER
         from shoal.compress.sweeps.sweep import checked_tasks
 
-        if settings.sweep.perplexity_tokens:
-            check_length(run, settings.sweep.sequence_length, "measure.sweep.sequence_length")
-        tasks = checked_tasks(settings.sweep, run.config(), run.tokenizer(), num_removals=run.num_layers)
-        if settings.sweep.greedy is not None:
-            _check_mean(settings.sweep, tasks)
+        tasks = checked_tasks(run.swept, run.config(), run.tokenizer(), num_removals=run.num_layers)
+        if TASK_ORDER in settings.metrics:
+            _check_mean(tasks)
 
 
 def _check_metrics(run: Run) -> None:
-    """Refuse greedy orders of more removals than the model has layers for, and metrics that change or take apart
-    weights which are not all in memory."""
+    """Refuse metrics that change or take apart weights which are not all in memory."""
     from shoal.compress.metrics.registry import METRICS
 
     measure = run.recipe.measure
-    orders = [name for name in measure.metrics if name in METRICS and METRICS[name].yields == "order"]
-    greedy = None if measure.sweep is None else measure.sweep.greedy
-    for setting, count in (("num_drop", measure.num_drop if orders else None), ("sweep.greedy", greedy)):
-        if count is not None and count > run.num_layers - 2:
-            raise UserError(
-                f"measure.{setting}: {count} removals are more than the model allows, which has {run.num_layers} "
-                f"layers of which the first and the last stay; set at most {run.num_layers - 2}"
-            )
     needy = [name for name in measure.metrics if METRICS[name].needs in ("gradients", "weights", "merges")]
     if needy and rooms_to_share(run.teacher, run.config(), run.recipe.dtype, device()):
         raise UserError(
@@ -143,15 +135,17 @@ def _check_metrics(run: Run) -> None:
         )
 
 
-def _check_mean(settings: Sweeps, tasks: dict[str, Any]) -> None:
+def _check_mean(tasks: dict[str, Any]) -> None:
     """Refuse a greedy order by scores that have no mean, before the first round of it is scored."""
     from shoal.eval.harness.samples import metric_of, rises
 
     rising = {name: rises(task, metric_of(task, list(task.higher_is_better()))) for name, task in tasks.items()}
-    rising |= {"perplexity": False} if settings.perplexity_tokens else {}
     if len(set(rising.values())) > 1:
         in_nats = ", ".join(name for name, is_share in rising.items() if not is_share)
-        raise UserError(f"measure.sweep.greedy: {in_nats} is in nats, all else a share; leave one kind out")
+        raise UserError(
+            f"measure.metrics: task_greedy takes the mean of scores, and {in_nats} is in nats, all else a share; "
+            "leave one kind out of measure.sweep.tasks"
+        )
 
 
 def packed_rows(run: Run) -> PackedRows:
@@ -179,7 +173,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
         rows,
         metrics=settings.metrics,
         batch_size=settings.batch_size,
-        num_drop=settings.removals(run.num_layers),
+        num_drop=run.num_removals,
         seed=run.recipe.seed,
     )
     importance = Importance(Provenance(inputs), **vars(scores))
@@ -190,8 +184,8 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
                 importance = replace(importance, atlas=atlas_of(*table, metrics=rankings(importance)))
         else:
             importance = replace(importance, sweeps={**importance.sweeps, operator: table[0]})
-    if swept is not None and swept.greedy is not None:
-        order = _task_order(run, _scoring(run, edited), swept)
+    if TASK_ORDER in settings.metrics:
+        order = _task_order(run, _scoring(run, edited))
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
 
@@ -222,19 +216,19 @@ def _scoring(run: Run, edited: Edited, donor: str | None = None) -> Callable[...
     """What scores variants of ``edited`` on the tasks of measure.sweep, given these and a folder for their answers."""
     from shoal.compress.sweeps.sweep import VariantsLM, sweep
 
-    assert run.recipe.measure.sweep is not None
+    assert run.swept is not None
     own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attn_implementation, donor]
     writing = writing_settings(run.teacher)
     return partial(
         sweep,
         partial(VariantsLM, edited, run.tokenizer()),
-        settings=run.recipe.measure.sweep,
+        settings=run.swept,
         seed=run.recipe.seed,
         identity=fingerprint([*own, writing] if writing else own),
     )
 
 
-def _task_order(run: Run, score: Callable[..., Any], settings: Sweeps) -> tuple[Removal, ...]:
+def _task_order(run: Run, score: Callable[..., Any]) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
     from shoal.compress.metrics.greedy import TASK_ORDER, greedy_order, layer_components, task_objective
 
@@ -246,7 +240,7 @@ def _task_order(run: Run, score: Callable[..., Any], settings: Sweeps) -> tuple[
     return greedy_order(
         layer_components(run.num_layers, protected=(0, -1)),
         task_objective(evaluate),
-        num_removals=settings.greedy,
+        num_removals=run.num_removals,
         higher_is_better=True,
         name=TASK_ORDER,
     )

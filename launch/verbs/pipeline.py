@@ -16,7 +16,7 @@ from .evaluate import evaluate
 from .measure import check_measure, measure
 from .prune import prune, refuse_impossible_plan
 from .report import report
-from .run import Run, check_length, locked, write_story
+from .run import Run, locked, write_story
 
 
 def run_all(run: Run, launch: Callable[[Run], None]) -> None:
@@ -66,7 +66,6 @@ def preflight(run: Run) -> None:
     check_distill(run)
     if recipe.eval.backend == "vllm":
         check_vllm("eval.backend")
-    check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)
     checked_items(tasks_of(recipe.eval), recipe.eval, config=run.config(), tokenizer=run.tokenizer())

@@ -194,7 +194,6 @@ def refuse_unmeasured(run: Run) -> None:
     The choice is made among columns without scores, whose names and lengths are known beforehand. Where importance.json
     is there and belongs to this run, it tells.
     """
-    from shoal.compress.metrics.greedy import TASK_ORDER
     from shoal.compress.plan import choose_changes, free_layers
     from shoal.compress.sweeps.placeholder import placeholder_importance
 
@@ -205,9 +204,11 @@ def refuse_unmeasured(run: Run) -> None:
     if goals is not None and any(len({goal.layers[layer] for layer in free}) > 1 for goal in goals.goals):
         # which removals reach most is not known before they are ordered
         prune, goals = replace(prune, target=None, num_drop=1), None
-    chosen_by = {prune.metric} if isinstance(prune.metric, str) else {*(prune.metric or ())}
-    with_tasks = bool(chosen_by - {*METRICS, TASK_ORDER} or prune.spare) or "cornerstone" in prune.protect
-    to_come = placeholder_importance(run.recipe.measure, num_layers, go_first=free, with_tasks=with_tasks)
+    with_tasks = bool(prune.chosen_by - {*METRICS} or prune.spare) or "cornerstone" in prune.protect
+    scored = run.swept if with_tasks else None
+    to_come = placeholder_importance(
+        run.recipe.measure, num_layers, removals=run.num_removals, go_first=free, scored=scored
+    )
     choose_changes(prune, num_layers=num_layers, importance=to_come, goals=goals)
 
 

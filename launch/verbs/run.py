@@ -36,6 +36,8 @@ from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_i
 from shoal.models.resolve import find_config, resolve_model
 from shoal.ranks import is_main
 from shoal.recipe.distill import Live, Precision
+from shoal.recipe.evaluate import Eval
+from shoal.recipe.measure import num_removals, scored_by
 from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
@@ -111,6 +113,17 @@ class Run:
         prune, config = self.recipe.prune, self.config()
         fed = image_layers(config) if reads_images(config) else ()
         return replace(prune, protect=(*prune.protect, *fed)) if isinstance(prune, CutByScore) else prune
+
+    @property
+    def swept(self) -> Eval | None:
+        """How variants of the teacher are scored; None where no task is swept."""
+        sweep = self.recipe.measure.sweep
+        return sweep and scored_by(sweep, self.recipe.eval)
+
+    @property
+    def num_removals(self) -> int:
+        """Layers that greedy metrics remove."""
+        return num_removals(self.recipe.prune, self.num_layers)
 
     @property
     def num_layers(self) -> int:

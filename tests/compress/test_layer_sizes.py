@@ -153,7 +153,7 @@ def test_runs_and_orders_reach_a_target_too() -> None:
     removals = tuple(Removal(Component((layer,)), 0.1 * layer) for layer in (3, 0, 2, 1))
     scores = measured(orders={"sleb": removals})
     assert choose({"params": 920}, scores, metric="sleb", protect=[0])[0] == (2, 3)
-    with pytest.raises(UserError, match=r"the 3 removals of the order of sleb .raise measure.num_drop for more"):
+    with pytest.raises(UserError, match=r"the 3 removals of the order of sleb"):
         choose({"params": 500}, scores, metric="sleb", protect=[0])
 
 

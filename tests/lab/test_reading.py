@@ -17,7 +17,7 @@ from shoal.compress.sweeps.table import table_of
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.figures.style import save_figure
 from shoal.lab.reading import OF_LAYERS, ColumnReadWrite, ReadWrite, read_write_figure, read_write_of
-from shoal.recipe.measure import Sweeps
+from shoal.recipe.evaluate import Eval
 
 
 @cache
@@ -112,9 +112,12 @@ def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def planted_parts(tmp_path_factory: pytest.TempPathFactory) -> ReadWrite:
-    settings = Sweeps(
-        tasks=("planted_retrieval", "planted_knowledge"),
-        protocols=("continuation", "generation"),
+    settings = Eval(
+        tasks=(
+            *("planted_retrieval_continuation", "planted_retrieval_generation"),
+            *("planted_knowledge_continuation", "planted_knowledge_generation"),
+        ),
+        limit=100,
         include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
     )
     model, tables = planted_model(), {}

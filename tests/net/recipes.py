@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
         "watch": None,
         "trainer": {"learning_rate": 1e-3, "save_strategy": "no"},
     },
-    "eval": {"tasks": SHORT, "limit": 12, "speed": False, "perplexity_tokens": 512, "sequence_length": 64},
+    "eval": {"tasks": SHORT, "limit": 12, "speed": False, "perplexity_tokens": 512},
     "track": {"wandb": "off"},
 }
 """Every recipe; the settings of a case replace those of the same name, section by section."""
@@ -93,14 +93,16 @@ CASES: dict[str, Case] = {
                     "tasks": [*SHORT, *WRITTEN],
                     "limit": 10,
                     "operators": ["layer", "attention", "mlp"],
-                    "perplexity_tokens": 512,
-                    "sequence_length": 64,
                 }
             }
         },
     ),
     "sweep_in_turn": Case(
-        ("measure",), {"measure": {"sweep": {"tasks": SHORT, "limit": 10, "operators": [], "greedy": 2}}}
+        ("measure",),
+        {
+            "measure": {"metrics": ["task_greedy"], "sweep": {"tasks": SHORT, "limit": 10}},
+            "prune": {"drop": None, "metric": "task_greedy", "num_drop": 2},
+        },
     ),
     # plans and changes
     "cut": cut(drop=[2, 3]),

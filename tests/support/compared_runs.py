@@ -29,7 +29,6 @@ INPUTS: dict[str, Any] = {
     "eval.batch_size": 16,
     "eval.perplexity_data": [{"path": "python_docs_heldout", "name": None}],
     "eval.perplexity_tokens": 4000,
-    "eval.sequence_length": 512,
 }
 
 

@@ -14,24 +14,24 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.evaluate import Questions, scored
 from shoal.eval.harness.engine import CausalLM, connect_ranks
 from shoal.eval.tasks.load import tasks_of
-from shoal.recipe.evaluate import Eval, Tasks
+from shoal.recipe.evaluate import Eval
 
 TASKS = ("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked")
 
 
-SETTINGS = Eval(tasks=TASKS, limit=6, batch_size=5, perplexity_tokens=1500, sequence_length=256)
+SETTINGS = Eval(tasks=TASKS, limit=6, batch_size=5, perplexity_tokens=1500)
 
 
 def load_tasks(names: Iterable[str], **settings: Any) -> dict[str, Any]:
     """The tasks of these names; folders may be paths."""
     told: dict[str, Any] = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    return tasks_of(Tasks(tuple(names), **told))
+    return tasks_of(Eval(tuple(names), **told))
 
 
-def evaluate(model: Any, tokenizer: Any, settings: Tasks, *, seed: int) -> tuple[TaskScore, ...]:
+def evaluate(model: Any, tokenizer: Any, settings: Eval, *, seed: int) -> tuple[TaskScore, ...]:
     """The scores of a model in memory, on every rank."""
     connect_ranks(model.device)
-    return scored(CausalLM(model, tokenizer, settings.batch_size), Questions(settings, seed))
+    return scored(CausalLM(model, tokenizer, settings.at_once()), Questions(settings, seed))
 
 
 def run(kind: str = "llama", seed: int = 0, **changes: Any) -> tuple[TaskScore, ...]:

@@ -52,7 +52,7 @@ def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) 
         *(f"distill.{setting}" for setting in ("data=python_docs", *small)),
         *("distill.deepspeed=zero0", "distill.trainer.warmup_steps=1", "track.wandb=off"),
         *("eval.tasks=[knowledge_continuation]", "eval.num_fewshot=null", "eval.limit=2", "eval.speed=false"),
-        *("eval.perplexity_data=python_docs_heldout", "eval.perplexity_tokens=100", "eval.sequence_length=64"),
+        *("eval.perplexity_data=python_docs_heldout", "eval.perplexity_tokens=100"),
     ]
     for verb in ("run", "distill --dry-run"):
         words = [sys.executable, "-m", "shoal.launch.cli", *verb.split(), "--config", name, *here]

@@ -315,8 +315,8 @@ def stage(verb: str, path: Path, *overrides: str, ranks: int) -> None:
 @pytest.mark.prove
 def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path):
     few = ["measure.num_tokens=700", "measure.sequence_length=100"]
-    tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
-    few.append(f"measure.sweep={{{tasks}, perplexity_tokens: 700, sequence_length: 64}}")
+    tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25"
+    few += [f"measure.sweep={{{tasks}}}", "eval.batch_size=1"]
     paths = [write_recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
     stage("measure", paths[0], *few, ranks=1)
     interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
@@ -357,7 +357,7 @@ def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
 @pytest.mark.prove
 def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
     found = []
-    small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.sequence_length=256", "eval.batch_size=4"]
+    small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.batch_size=4"]
     tasks = "eval.tasks=[knowledge_continuation, retrieval_generation]"
     for ranks in (1, 2):
         path = write_recipe(tmp_path / str(ranks), teacher)
@@ -376,7 +376,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
 def test_the_control_is_trained_after_the_student_and_scored_beside_it(pruned, tmp_path):
     path = pruned(tmp_path, trainable="from_first_cut", losses=[{"kind": "cross_entropy"}])
     tasks = ["eval.tasks=[knowledge_continuation]", "eval.limit=4", "eval.perplexity_tokens=200"]
-    control = [*tasks, "eval.sequence_length=64", "eval.control=true"]
+    control = [*tasks, "eval.control=true"]
     log = finished(launch("distill.py", path, *control, ranks=1))
     assert "after the student the uncut teacher is trained on the same rows" in log
     stage("eval", path, *control, ranks=1)

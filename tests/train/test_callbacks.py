@@ -99,15 +99,17 @@ def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_ru
 
 def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    settings, config = Eval(tasks=("knowledge_continuation",), limit=1), tiny_model("llama").config
     with pytest.raises(
         UserError, match=r"^distill\.watch\.limit: 'knowledge_continuation' has 1 item\(s\) for 2 ranks"
     ):
-        QuickScores(tiny_tokenizer(), Eval(tasks=("knowledge_continuation",), limit=1), seed=0)
+        QuickScores(tiny_tokenizer(), settings, config=config, seed=0)
 
 
 def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():
     model = tiny_model("llama").train()
-    scorer = QuickScores(tiny_tokenizer(), Eval(tasks=(), perplexity_tokens=64, sequence_length=32), seed=3)
+    settings = Eval(tasks=(), perplexity_tokens=64)
+    scorer = QuickScores(tiny_tokenizer(), settings, config=model.config, seed=3)
 
     def drawn() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), torch.rand(()).item()

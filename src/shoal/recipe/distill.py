@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from shoal.recipe.evaluate import Names
 from shoal.recipe.losses import ForwardKL, Losses, LossTerm, asked_sources, needs_teacher, temperatures
 from shoal.recipe.section import (
     DataSource,
@@ -118,7 +119,7 @@ class Watch(Section):
     step and after the last one too."""
     perplexity_tokens: Annotated[int, Field(ge=0), Shapes.TRAINING] = 4096
     """Tokens of eval.perplexity_data; 0 = none."""
-    tasks: Annotated[tuple[str, ...], Shapes.TRAINING] = ()
+    tasks: Annotated[Names, Shapes.TRAINING] = ()
     """lm-eval tasks, one or two per ability; few items, since every scoring costs what they cost."""
     limit: Annotated[Positive, Shapes.TRAINING] = 32
     """Items per task: the first ones that eval.limit would take."""

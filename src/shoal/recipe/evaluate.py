@@ -1,4 +1,4 @@
-"""Tasks that models are scored on: the recipe's section `eval`, and what `measure.sweep` shares with it.
+"""Tasks that models are scored on: the recipe's section `eval`.
 
 A suite is tasks, limits and a stated cost under one name, so that runs of different people ask the same.
 """
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function
 
-from shoal.recipe.section import Data, Positive, RowLength, Section, Shapes, Text, TextSource, adapter
+from shoal.recipe.section import Data, Positive, Section, Shapes, Text, TextSource, adapter
 from shoal.yaml_text import read_yaml
 
 SUITES = ("quick", "transfer", "standard", "full")
@@ -26,8 +26,8 @@ if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
 SUITES_DIR = CONFIGS_DIR / "suites"
 DEFAULT = "default"
 """What stands in a limit for all tasks that it does not name."""
-Names = Annotated[tuple[Text, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""One name or a list of them."""
+Names = Annotated[tuple[Text, ...], BeforeValidator(lambda names: in_suites(names))]
+"""One name of a task, group or suite, or a list of them."""
 Limit = Positive | dict[str, Positive | None] | None
 """Items per task: the same for all, {default: 200, gsm8k: 100}, or all there are (None)."""
 
@@ -38,50 +38,46 @@ def limit_of(limit: Limit, task: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Tasks(Section):
-    """Tasks and running text that models are scored on, and on how much of them."""
+class Limited(Section):
+    """A section whose limit names tasks, or whose tasks may name suites."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         strict = super().__get_pydantic_core_schema__(source, handler)
         return no_info_before_validator_function(partial(spelled_out, cls), strict)
 
-    tasks: Annotated[Names, Shapes.SCORES] = ()
-    """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name."""
-    limit: Annotated[Limit, Shapes.SCORES] = None
-    """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps the suite's limits of
-    single tasks too."""
-    batch_size: Annotated[Positive, Shapes.SCORES] = 16
-    """Prompts or questions per rank at one time."""
-    num_fewshot: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.SCORES] = None
-    """Examples shown before each item; None = each task's own default."""
-    include_path: Annotated[str | None, Shapes.SCORES] = None
-    """A further folder of task YAMLs."""
-    data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
-    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
-    perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (TextSource("python_docs_heldout"),)
-    """Running text that is scored token by token."""
-    perplexity_tokens: Annotated[int, Field(ge=0), Shapes.PERPLEXITY | Shapes.SCORES] = 0
-    """Tokens of running text; 0 = none is scored."""
-    sequence_length: Annotated[RowLength, Shapes.PERPLEXITY | Shapes.SCORES] = 512
-    """Window of the perplexity measurement, in tokens."""
-
 
 @dataclass(frozen=True)
-class Eval(Tasks):
+class Eval(Limited):
     """What the models are scored on."""
 
-    tasks: Annotated[Names, Shapes.SCORES] = (
+    tasks: Annotated[Annotated[Names, Field(min_length=1)], Shapes.SCORES] = (
         *("retrieval_continuation", "knowledge_continuation", "reasoning_continuation"),
         *("retrieval_twin_continuation", "knowledge_twin_continuation", "reasoning_twin_continuation"),
     )
     """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name; and suites, which bring
-    their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, what a healed model is
-    judged by), standard or full. Of several suites the first one's numbers count. By default every ability in a form
-    that training text may have, and as a twin: without one a form that was learnt passes for an ability that came
-    back."""
+    their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, what a healed model is judged
+    by), standard or full. Of several suites the first one's numbers count. By default every ability in a form that
+    training text may have, and as a twin: without one a form that was learnt passes for an ability that came back."""
     limit: Annotated[Limit, Shapes.SCORES] = 200
-    perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
+    """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps a suite's limits of
+    single tasks too."""
+    batch_size: Annotated[Positive | Literal["auto"], Shapes.SCORES] = "auto"
+    """Prompts or questions per rank at one time, in measure.sweep each under all variants; auto = 16, and 8 there."""
+    num_fewshot: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.SCORES | Shapes.IMPORTANCE] = None
+    """Examples shown before each item, in measure.sweep too; None = each task's own default."""
+    apply_chat_template: Annotated[bool, Shapes.SCORES | Shapes.IMPORTANCE] = False
+    """Ask as lm-eval does with its setting of this name, in measure.sweep too: every item is what the user says, in the
+    tokenizer's chat template, and examples are turns before it. For models that are tuned to follow instructions."""
+    include_path: Annotated[str | None, Shapes.SCORES | Shapes.IMPORTANCE] = None
+    """A further folder of task YAMLs."""
+    data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
+    perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (TextSource("python_docs_heldout"),)
+    """Running text that is scored token by token, in windows of 512 tokens, or of all positions of a model that has
+    fewer."""
+    perplexity_tokens: Annotated[int, Field(ge=0), Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
+    """Tokens of running text; 0 = none is scored."""
     backend: Annotated[
         Literal["transformers", "vllm"], Shapes.SCORES, Field(exclude_if=lambda backend: backend == "transformers")
     ] = "transformers"
@@ -94,6 +90,10 @@ class Eval(Tasks):
     """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
     distilled, interleaved; a list names the sequences at once. true = 1 and 4 on a CPU, 1, 8 and 32 on an
     accelerator."""
+
+    def at_once(self, auto: int = 16) -> int:
+        """Prompts or questions per rank at one time."""
+        return auto if self.batch_size == "auto" else self.batch_size
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,17 @@ def read_suite(name: str) -> Suite:
     return adapter(Suite).validate_python(read_yaml(text))
 
 
-def spelled_out(section: type[Tasks], said: Any) -> Any:
-    """What is said of a section whose ``tasks`` may name suites, with their tasks and numbers in place of their names,
-    and a limit by tasks with its default; a second time changes nothing.
+def in_suites(names: Any) -> Any:
+    """One name or a list of them, with a suite's tasks in place of its name; what is none is left to be refused."""
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return names
+    parts = (read_suite(name).tasks if name in SUITES else (name,) for name in names)
+    return list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+
+
+def spelled_out(section: Any, said: Any) -> Any:
+    """What is said of a section, with the numbers of suites among its ``tasks`` and the default of a limit by tasks.
 
     What is said wins over a suite, and its limit caps the suite's limits of single tasks. What is wrong in some other
     way is left to be refused.
@@ -137,21 +145,16 @@ def spelled_out(section: type[Tasks], said: Any) -> Any:
         return said
     names, limit = said.get("tasks", ()), said.get("limit", {})
     names = [names] if isinstance(names, str) else names
-    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    suites = {name: read_suite(name) for name in names if name in SUITES} if is_list else {}
+    is_eval = section is Eval and isinstance(names, list | tuple)
+    suites = [read_suite(name) for name in names if name in SUITES] if is_eval else []
     asked = limit if isinstance(limit, Mapping) else {DEFAULT: limit}
     if not suites and asked is not said.get("limit"):
         return said
-    first, cap = next(iter(suites.values()), None), asked.get(DEFAULT)
-    given: dict[str, Any] = {DEFAULT: section.limit if first is None else limit_of(first.limit, DEFAULT)}
-    for suite in suites.values():
+    given: dict[str, Any] = {DEFAULT: limit_of(suites[0].limit, DEFAULT) if suites else section.limit}
+    for suite in suites:
         given = {**(suite.limit if isinstance(suite.limit, dict) else {}), **given}
-    if isinstance(cap, int):
+    if isinstance(cap := asked.get(DEFAULT), int):
         given = {task: min(number, cap) if number else number for task, number in given.items()}
     limits = {**given, **asked}
-    spelled = {**said, "limit": limits if len(limits) > 1 else limits[DEFAULT]}
-    if first is not None:
-        spelled.setdefault("perplexity_tokens", first.perplexity_tokens)
-        parts = (suites[name].tasks if name in suites else (name,) for name in names)
-        spelled["tasks"] = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
-    return spelled
+    numbers = {"perplexity_tokens": suites[0].perplexity_tokens} if suites else {}
+    return {**numbers, **said, "limit": limits if len(limits) > 1 else limits[DEFAULT]}

@@ -1,46 +1,41 @@
-"""How layer importance is measured: the recipe's section `measure`, and what it must not say."""
+"""How layer importance is measured: the recipe's section `measure`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from shoal.recipe.evaluate import Tasks
+from shoal.recipe.evaluate import Eval, Limited, Names
+from shoal.recipe.prune import Cut, CutByScore
 from shoal.recipe.section import LEAST_ITEMS, Data, Positive, RowLength, Section, Shapes, TextSource
 
-Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal["layer", "attention", "mlp"]
 Metric = Literal[
     "block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity",
     "magnitude", "taylor", "taylor_plus", "laco_acceptance",
     "single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley",
+    "task_greedy",
 ]  # fmt: skip
-AtLeast = Annotated[int, Field(ge=LEAST_ITEMS)]
+Least = Annotated[int, Field(ge=LEAST_ITEMS)]
+GREEDY = ("laco_acceptance", "sleb", "blockpruner", "task_greedy")
+"""Metrics that are measured as far as layers are removed."""
 METRICS: tuple[str, ...] = get_args(Metric)
 """Names of shoal.compress.metrics.registry, which takes seconds to load."""
 
 
 @dataclass(frozen=True)
-class Sweeps(Tasks):
-    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of.
+class Sweeps(Limited):
+    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of. What
+    else there is to say of scores, section `eval` says."""
 
-    Tasks are named in full, or with ``protocols`` without their protocol's ending.
-    """
-
-    limit: Annotated[AtLeast | dict[str, AtLeast | None] | None, Shapes.SCORES] = 100
+    tasks: Annotated[Annotated[Names, Field(min_length=1)], Shapes.SCORES]
+    """Tasks, groups and suites by name. The name of a bundled data set stands for all its protocols: `retrieval`."""
+    limit: Annotated[Least | dict[str, Least | None] | None, Shapes.SCORES] = 100
     """Items per task, or of single tasks by name: {default: 100, gsm8k: 50}; None = all."""
-    batch_size: Annotated[Positive, Shapes.NOTHING] = 8
-    """Prompts or questions per rank at one time, each under all variants."""
-    protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
-    """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
-    operators: Annotated[tuple[Operator, ...], Shapes.SCORES] = ("layer",)
+    operators: Annotated[Annotated[tuple[Operator, ...], Field(min_length=1)], Shapes.SCORES] = ("layer",)
     """What is taken out of the intact model, one at a time: a layer, or a half of one; `shoal lab sweeps` has more."""
-    greedy: Annotated[Positive | None, Shapes.SCORES] = None
-    """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
-    beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +55,27 @@ class Measure(Section):
         "block_influence",
         "angular",
     )
-    """Metrics and orders of removals, by name; `shoal list metrics` has all."""
-    num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
-    """Removals that greedy metrics make; None = a quarter of the layers."""
+    """Metrics and orders of removals, by name; `shoal list metrics` has all. Greedy ones remove a quarter of the
+    layers, or as many as a prune that goes by one of them asks for where that is more."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
 
-    def removals(self, num_layers: int) -> int:
-        """Layers that greedy metrics remove of ``num_layers``."""
-        return self.num_drop or max(1, num_layers // 4)
+
+def scored_by(sweep: Sweeps, scores: Eval) -> Eval:
+    """How variants are scored: as section `eval` says, on the tasks of ``sweep`` and no running text."""
+    at_once = scores.at_once(auto=8)
+    return replace(scores, tasks=sweep.tasks, limit=sweep.limit, perplexity_tokens=0, batch_size=at_once)
 
 
-def contradictions(measure: Measure) -> Iterator[str]:
-    """`place: what is wrong`, for everything that single fields cannot express."""
-    sweep = measure.sweep
-    if sweep is None:
-        return
-    if not sweep.tasks and not sweep.perplexity_tokens:
-        yield "measure.sweep: scores nothing; name tasks, or set perplexity_tokens"
-    if not sweep.operators and sweep.greedy is None:
-        yield "measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy"
+def num_removals(prune: Cut, num_layers: int) -> int:
+    """Layers that greedy metrics remove of ``num_layers``: a quarter, or as many as a ``prune`` that goes by one of
+    them takes, where that is more; the first and the last one stay."""
+    most = max(1, num_layers - 2)
+    quarter = min(most, max(1, num_layers // 4))
+    if not isinstance(prune, CutByScore) or not prune.chosen_by & {*GREEDY}:
+        return quarter
+    if prune.target is not None:
+        return most
+    kept = {layer % num_layers for layer in prune.protect if isinstance(layer, int)} - {0, num_layers - 1}
+    asked = prune.num_drop or int((prune.ratio or 0) * num_layers)
+    return min(most, max(quarter, asked + len(kept) if asked else 0))

@@ -43,6 +43,13 @@ def _asks_too_much_of_vllm(distill: Distill) -> bool:
 
 NOT_TOGETHER: tuple[Row, ...] = (
     Row(
+        "measure.metrics",
+        "measure.sweep: null",
+        lambda measure: "task_greedy" in measure.metrics and measure.sweep is None,
+        "task_greedy removes layers by the scores of tasks, and none is swept",
+        "name some in measure.sweep.tasks",
+    ),
+    Row(
         "prune.metric",
         "prune.contiguous",
         lambda prune: isinstance(prune, CutByScore) and prune.contiguous and isinstance(prune.metric, dict),

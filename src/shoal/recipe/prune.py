@@ -123,6 +123,11 @@ class CutByScore(Cut):
 
     EXCLUSIVE = (("num_drop", "ratio", "target"),)
 
+    @property
+    def chosen_by(self) -> set[str]:
+        """Names of the columns that choose, as far as they are said."""
+        return {self.metric} if isinstance(self.metric, str) else {*(self.metric or ())}
+
 
 def _without_nulls(value: Any) -> Any:
     """Null takes back what a recipe says, so that an override may choose the other type."""

@@ -17,7 +17,7 @@ from yaml import YAMLError
 from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.model_names import name_of_model, names_model
-from shoal.recipe import distill_contradictions, measure, remembered
+from shoal.recipe import distill_contradictions, remembered
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
@@ -230,5 +230,4 @@ def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
     yield from not_together(measure=recipe.measure, prune=recipe.prune, distill=recipe.distill, eval=recipe.eval)
-    yield from measure.contradictions(recipe.measure)
     yield from distill_contradictions.contradictions(recipe.distill)

@@ -12,14 +12,17 @@ from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.sweep import VariantsLM, sweep
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.recipe.measure import Sweeps
+from shoal.recipe.evaluate import Eval
 
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
-    settings = Sweeps(
-        tasks=("planted_retrieval", "planted_knowledge"),
-        protocols=("continuation", "generation"),
+    settings = Eval(
+        tasks=(
+            *("planted_retrieval_continuation", "planted_retrieval_generation"),
+            *("planted_knowledge_continuation", "planted_knowledge_generation"),
+        ),
+        limit=100,
         include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
     )
     model = planted_model()

@@ -17,17 +17,15 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import VariantsLM, sweep, task_names
+from shoal.compress.sweeps.sweep import VariantsLM, sweep
 from shoal.compress.variants.variants import Edited, Variant, variant_of, without
-from shoal.errors import UserError
-from shoal.recipe.measure import Sweeps
+from shoal.recipe.evaluate import Eval
 
-SETTINGS = Sweeps(
+SETTINGS = Eval(
     tasks=("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked"),
     limit=5,
     batch_size=3,
-    perplexity_tokens=600,
-    sequence_length=128,
+    perplexity_tokens=0,
 )
 
 
@@ -36,7 +34,7 @@ def model(**changes: Any) -> PreTrainedModel:
 
 
 def run(
-    variants: list[Variant], settings: Sweeps = SETTINGS, **arguments: Any
+    variants: list[Variant], settings: Eval = SETTINGS, **arguments: Any
 ) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
     return sweep(partial(VariantsLM, Edited(model()), tiny_tokenizer()), variants, settings, seed=0, **arguments)
 
@@ -130,30 +128,12 @@ def test_units_of_an_operator_cover_the_model(operator: str, count: int) -> None
         assert [one.edits for one in variants] == [without(drop).edits for drop in ([3], [1, 3], [1, 3, 4])]
 
 
-def test_tasks_under_protocols_are_found_by_name() -> None:
-    settings = Sweeps(tasks=("retrieval", "knowledge"), protocols=("continuation", "generation"))
-    assert task_names(settings) == (
-        "retrieval_continuation",
-        "retrieval_generation",
-        "knowledge_continuation",
-        "knowledge_generation",
-    )
-
-
-def test_a_task_without_the_asked_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = module.known_tasks(ours_only=True)
-    monkeypatch.setattr(module, "known_tasks", lambda *_, **__: ours)  # lm-eval's collection takes ten seconds to read
-    settings = Sweeps(tasks=("reasoning_1step",), protocols=("generation",))
-    with pytest.raises(UserError, match=r"'reasoning_1step' has no protocol generation .*name tasks in full"):
-        task_names(settings)
-
-
 @pytest.mark.slow
 def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
     from architectures import tiny_model as tiny_family
 
     made = tiny_family("mamba2", vocab_size=272, num_hidden_layers=3)
-    settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), limit=2, perplexity_tokens=0)
+    settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), limit=2)
     intact, removed = sweep(partial(VariantsLM, Edited(made), tiny_tokenizer()), [without([1])], settings, seed=0)
     expected = evaluate(cut_model(made, [1]), tiny_tokenizer(), settings, seed=0)
     assert_same(removed[0], expected)

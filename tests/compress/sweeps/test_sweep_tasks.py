@@ -20,7 +20,7 @@ from shoal.compress.sweeps import sweep as module
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
-from shoal.recipe.measure import Sweeps
+from shoal.recipe.evaluate import Eval
 
 TASK: dict[str, Any] = {
     "dataset_path": "json",
@@ -69,15 +69,15 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(folder: Path, *names: str, **changes: Any) -> Sweeps:
-    return Sweeps(tasks=names, include_path=str(folder), limit=4, batch_size=3, **changes)
+def settings(folder: Path, *names: str, **changes: Any) -> Eval:
+    return Eval(tasks=names, include_path=str(folder), limit=4, batch_size=3, perplexity_tokens=0, **changes)
 
 
 def model() -> Any:
     return tiny_model("llama", max_position_embeddings=4096, initializer_range=0.3)
 
 
-def run(asked: Sweeps, drops: list[int], **arguments: Any) -> Any:
+def run(asked: Eval, drops: list[int], **arguments: Any) -> Any:
     return sweep(
         partial(VariantsLM, Edited(model()), tiny_tokenizer()),
         [without([drop]) for drop in drops],
@@ -112,7 +112,7 @@ class Broken(Edited):
 @pytest.mark.slow
 def test_a_variant_that_gives_no_numbers_is_named() -> None:
     variants = [variant(f"mlp {layer}", [(layer, LayerEdit("mlp"))]) for layer in (2, 3)]
-    asked = Sweeps(tasks=("knowledge_continuation",), limit=2)
+    asked = Eval(tasks=("knowledge_continuation",), limit=2)
     with pytest.raises(UserError, match=r"mlp 3: .* no numbers then, in torch.float32; set dtype"):
         sweep(partial(VariantsLM, Broken(model()), tiny_tokenizer()), variants, asked, seed=0)
 
@@ -125,12 +125,12 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
         (
             ("knowledge_generation",),
             {"include_path": "/nowhere"},
-            "measure.sweep.include_path: '/nowhere' is no folder",
+            "eval.include_path: '/nowhere' is no folder",
         ),
         (
             ("knowledge_generation",),
             {"data_dir": "/nowhere"},
-            "measure.sweep.data_dir: '/nowhere' is no folder",
+            "eval.data_dir: '/nowhere' is no folder",
         ),
     ],
 )

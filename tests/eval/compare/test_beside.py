@@ -19,7 +19,6 @@ EVAL: dict[str, Any] = {
     "tasks": ["knowledge_continuation", "reasoning_worked"],
     "limit": 5,
     "perplexity_tokens": 900,
-    "sequence_length": 128,
     "speed": [1],
 }
 
@@ -101,5 +100,3 @@ def test_what_cannot_stand_beside_is_refused_before_anything_is_scored(
     moved = shutil.copytree(run_dir, tmp_path / "moved")
     (moved / "recipe.yaml").unlink()
     assert "moved: is no run directory but a folder without recipe.yaml" in refusal(capsys, "moved", teacher)
-    short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=64)
-    assert "eval.sequence_length: 128 is more than the 64 positions" in refusal(capsys, run_dir, short)

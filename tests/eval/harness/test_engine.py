@@ -5,8 +5,12 @@ Covers: shoal.inference.scoring.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -14,8 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model, tiny_tokenizer, tokens_fed
 
 from shoal.errors import UserError
+from shoal.eval import evaluate as evaluating
 from shoal.eval.harness.engine import CausalLM
+from shoal.eval.tasks.load import tasks_of
 from shoal.inference.decoder import Decoder
+from shoal.recipe.evaluate import Eval
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 CONTEXTS = [
@@ -63,6 +70,66 @@ def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, boo
 def test_loglikelihood_equals_lm_evals_own(kind: str, batch_size: int) -> None:
     found = CausalLM(tiny_model(kind), tiny_tokenizer(), batch_size).loglikelihood(choices())
     assert_same(found, reference(kind).loglikelihood(choices(), disable_tqdm=True))
+
+
+CHAT = Eval(("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation"), 3, apply_chat_template=True)
+TURNS = """\
+task: turns
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS, train: ROWS}}
+test_split: test
+training_split: train
+fewshot_split: train
+num_fewshot: 2
+description: Count.
+output_type: multiple_choice
+doc_to_text: q
+doc_to_choice: ["0", "1", "2", "3"]
+doc_to_target: a
+metadata: {version: 1}
+"""
+
+
+def test_items_are_asked_in_the_chat_template_as_lm_eval_asks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"q": f"Say {n}", "a": n}) for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "turns.yaml").write_text(TURNS.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    settings = replace(CHAT, tasks=(*CHAT.tasks, "turns"), include_path=str(tmp_path))
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(evaluating, "task_score", lambda name, _, samples, **__: found.update({name: samples}))
+    model = tiny_model("llama", max_position_embeddings=4096)
+    evaluating.scores_of(CausalLM(model, tiny_tokenizer(), 2), tasks_of(settings), settings, seed=0)
+    theirs: Any = lm_eval.evaluator.evaluate(
+        lm=hflm(model),
+        task_dict={"tasks": tasks_of(settings)},
+        samples={name: [0, 1, 2] for name in settings.tasks},
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    assert found.keys() == {*settings.tasks}
+    for name, samples in found.items():
+        assert len(samples) == 3
+        for own, other in zip(samples, theirs["samples"][name], strict=True):
+            assert own["arguments"] == other["arguments"]
+            assert own["arguments"][0][0].endswith("\nassistant: ")
+            if name == "retrieval_generation":
+                assert own["filtered_resps"] == other["filtered_resps"]
+            else:
+                assert_same(own["filtered_resps"], other["filtered_resps"])
+    prompt = found["turns"][0]["arguments"][0][0]
+    assert [line.partition(": ")[0] for line in prompt.splitlines()] == [
+        *("system", "user", "assistant", "user", "assistant", "user", "assistant"),
+    ]
+
+
+def test_a_tokenizer_without_chat_template_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"eval.apply_chat_template: the tokenizer has no chat template; leave it out"):
+        evaluating.scores_of(CausalLM(tiny_model("llama"), tokenizer, 2), tasks_of(CHAT), CHAT, seed=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -145,7 +145,7 @@ def test_a_role_asks_only_what_it_has_not_answered(
     tasks = ("knowledge_continuation", "retrieval_generation")
 
     def run(**changes: Any) -> Any:
-        settings = Eval(**{"tasks": tasks, "limit": 3, "perplexity_tokens": 300, "sequence_length": 128, **changes})
+        settings = Eval(**{"tasks": tasks, "limit": 3, "perplexity_tokens": 300, **changes})
         return role_evaluation(
             "teacher",
             Checkpoint.read(folder, LoadSettings()),

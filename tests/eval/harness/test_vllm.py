@@ -16,9 +16,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
 from shoal.stats.paired import paired
 
-SETTINGS = Eval(
-    tasks=("knowledge_continuation", "retrieval_generation"), limit=4, perplexity_tokens=300, sequence_length=64
-)
+SETTINGS = Eval(tasks=("knowledge_continuation", "retrieval_generation"), limit=4, perplexity_tokens=300)
 
 
 @pytest.mark.slow

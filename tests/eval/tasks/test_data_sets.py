@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from evaluations import evaluate, load_tasks
+from lm_eval.tasks import TaskManager
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities import GENERATORS
 from shoal.errors import UserError
 from shoal.eval.tasks.data_sets import TaskProtocol, read_data_sets
+from shoal.eval.tasks.load import tasks_of
 from shoal.eval.tasks.names import TASKS_DIR
 from shoal.eval.tasks.protocols import task_config
 from shoal.recipe.evaluate import Eval
@@ -159,6 +161,15 @@ def test_a_twin_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_the_name_of_a_bundled_data_set_stands_for_all_its_protocols() -> None:
+    named = tasks_of(Eval(tasks=("knowledge", "reasoning_1step")))
+    protocols = (*DATA_SETS["knowledge"].protocols, *DATA_SETS["reasoning_1step"].protocols)
+    assert [name.rpartition("_")[2] for name in named] == list(protocols)
+    bundled = {name for name, data in DATA_SETS.items() if data.bundled}
+    assert not bundled & {*TaskManager().task_index}, "lm-eval's own task of that name could no longer be named"
+
+
 def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -> None:
     first_parts = {data.about: data for data in reversed(DATA_SETS.values()) if data.bundled and data.page is None}
     loaded = load_tasks(f"{data.dataset}_{protocol}" for data in first_parts.values() for protocol in data.protocols)
@@ -284,7 +295,7 @@ def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
         "triviaqa_worked",
         "nested_arithmetic_k2_generation",
     )
-    settings = Eval(tasks=names, data_dir=str(data_dir), limit=2, perplexity_tokens=64, sequence_length=64)
+    settings = Eval(tasks=names, data_dir=str(data_dir), limit=2, perplexity_tokens=64)
     scores = evaluate(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), settings, seed=0)
     found = {score.task: (score.protocol, score.metric, score.chance, score.n) for score in scores[:-1]}
     assert found == {

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shoal.recipe.distill import Distill
-from shoal.recipe.evaluate import Tasks
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.section import Section
 
 FILE = Path(__file__).parents[3] / "launch/api/settings.py"
 FUNCTIONS: dict[str, tuple[type, str, str]] = {
-    "MeasureSettings": (Measure, "measure", "num_tokens sequence_length batch_size num_drop sweep"),
+    "MeasureSettings": (Measure, "measure", "num_tokens sequence_length batch_size sweep"),
     "DistillSettings": (
         Distill,
         "distill",
         "num_tokens sequence_length batch_size packing lora on_policy stop_on_spike precision trainer",
     ),
     "EvalSettings": (
-        Tasks,
+        Eval,
         "eval",
-        "batch_size num_fewshot include_path data_dir perplexity_tokens sequence_length",
+        "batch_size num_fewshot apply_chat_template include_path data_dir perplexity_tokens",
     ),
 }
 HEAD = '''"""Keys of a recipe's sections that functions of the Python API take too. Written from the sections by

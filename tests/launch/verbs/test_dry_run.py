@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "measure": {"num_tokens": 64, "sequence_length": 32, "batch_size": 2},
     "prune": {"num_drop": 2},
     "distill": {"data": "python_docs", "num_tokens": 64, "sequence_length": 32, "precision": "float32"},
-    "eval": {"tasks": ["knowledge_continuation"], "limit": 4, "perplexity_tokens": 64, "sequence_length": 64},
+    "eval": {"tasks": ["knowledge_continuation"], "limit": 4, "perplexity_tokens": 64},
 }
 TRAINING = Stage("distill", "to do", "", 90.0, 5000, "as distill tells it")
 

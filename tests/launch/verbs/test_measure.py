@@ -20,22 +20,10 @@ from shoal.launch.verbs import measure as measuring
 from shoal.launch.verbs import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models import load as loading
+from shoal.recipe.measure import num_removals
 from shoal.recipe.recipe import parse_recipe
 
-SWEEP: dict[str, Any] = {
-    "tasks": ["knowledge"],
-    "protocols": ["continuation", "generation"],
-    "limit": 10,
-    "batch_size": 5,
-    "perplexity_tokens": 800,
-    "sequence_length": 64,
-}
-NATS_AND_SHARES = {
-    **SWEEP,
-    "tasks": ["reasoning_worked", "knowledge_continuation"],
-    "protocols": [],
-    "perplexity_tokens": 0,
-}
+SWEEP: dict[str, Any] = {"tasks": ["knowledge_continuation", "knowledge_generation"], "limit": 10}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +69,6 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     assert [column.label for column in importance.atlas.columns] == [
         "knowledge/continuation",
         "knowledge/generation",
-        "language/rolling",
     ]
     assert all(len(column.effects) == NUM_LAYERS for column in importance.atlas.columns)
     assert set(importance.atlas.agreement.columns) >= {"block_influence", "angular", "knowledge_continuation"}
@@ -105,20 +92,39 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
 def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring.measure(make_run({"sweep": SWEEP}))
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    measuring.measure(make_run({"sweep": {**SWEEP, "batch_size": 2}}))
+    measuring.measure(make_run({"sweep": SWEEP}, eval={"batch_size": 2, "perplexity_tokens": 7}))
+
+
+def test_greedy_metrics_remove_what_the_plan_needs_and_a_quarter_at_least(make_run: Any) -> None:
+    def removals(num_layers: int, **prune: Any) -> int:
+        return num_removals(parse_recipe({"model": "m", "prune": prune}).prune, num_layers)
+
+    assert [removals(layers) for layers in (2, 3, 6, 36)] == [1, 1, 1, 9]
+    greedy = {"metric": "sleb"}
+    assert [removals(36, **greedy, num_drop=count) for count in (4, 9, 12, 35)] == [9, 9, 12, 34]
+    protect = [0, 1, -1, -3]
+    assert removals(36, **greedy, num_drop=12, protect=protect) == 14, "an order may begin with those that stay"
+    assert [removals(36, **greedy, ratio=share) for share in (0.1, 0.5)] == [9, 18]
+    assert removals(36, **greedy, target={"params": 1e9}) == 34
+    assert removals(36, metric="angular", num_drop=12) == 9
+    inputs = [
+        measuring.measure_inputs(make_run({"metrics": ["sleb", *more]}, prune={"metric": "sleb", "num_drop": count}))
+        for count in (2, 3)
+        for more in ([], ["angular"])
+    ]
+    assert [own["measure.num_removals"] for own in inputs] == [2, 2, 3, 3]
+    assert "measure.num_removals" not in measuring.measure_inputs(make_run({"metrics": ["angular"]}))
 
 
 @pytest.mark.slow
 def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
-    sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
-    run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
+    asked = {"metrics": ["task_greedy"], "sweep": {**SWEEP, "tasks": "knowledge_continuation"}}
+    run = make_run(asked, prune={"metric": "task_greedy", "num_drop": 2})
     prune.prune(run)
     order = Importance.load(run.dir / "importance.json").orders["task_greedy"]
     assert sorted(removal.unit.layers[0] for removal in order) == list(Plan.load(run.dir / "plan.json").drop)
     assert not {0, NUM_LAYERS - 1} & {removal.unit.layers[0] for removal in order}
-    single = {**sweep, "operators": ["layer"], "greedy": None}
-    measuring.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))
-    atlas = Importance.load(other.dir / "importance.json").atlas
+    atlas = Importance.load(run.dir / "importance.json").atlas
     assert atlas is not None
     inner = {layer: atlas.columns[0].effects[layer].score.value for layer in range(1, NUM_LAYERS - 1)}
     assert order[0].score == max(inner.values()) == inner[order[0].unit.layers[0]]
@@ -136,18 +142,16 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
 @pytest.mark.parametrize(
     ("measure", "message"),
     [
-        ({"sweep": {}}, "measure.sweep: scores nothing; name tasks"),
-        ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
+        ({"sweep": {}}, "measure.sweep.tasks: is required"),
+        ({"metrics": ["task_greedy"]}, "measure.metrics: .* none is swept; name some in measure.sweep.tasks"),
+        ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: must have at least 1 item"),
         ({"sweep": {**SWEEP, "limit": 4}}, r"measure.sweep.limit: must be greater than or equal to 8 .*\(got 4\)"),
-        ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
-        ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),
-        ({"sweep": {**SWEEP, "perplexity_tokens": 300}}, "task 'perplexity': has [4-7] items, but over 6 removals"),
         ({"sweep": {**SWEEP, "limit": {"x": 9}}}, "measure.sweep.limit: 'x' is not among"),
+        (
+            {"metrics": ["task_greedy"], "sweep": {"tasks": ["reasoning_worked", "knowledge_continuation"]}},
+            "measure.metrics: .* reasoning_worked is in nats, all else a share; leave one kind out of measure.sweep",
+        ),
         ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
-        ({"sweep": {**SWEEP, "greedy": 5}}, "sweep.greedy: 5 removals are more than the model allows, which has 6"),
-        ({"metrics": ["sleb"], "num_drop": 5}, "measure.num_drop: 5 removals are more than the model allows"),
-        ({"sweep": {**SWEEP, "greedy": 2}}, "measure.sweep.greedy: perplexity is in nats, all else a share"),
-        ({"sweep": {**NATS_AND_SHARES, "greedy": 2}}, "measure.sweep.greedy: reasoning_worked is in nats"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
@@ -156,18 +160,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         measuring.measure(make_run(measure))
-
-
-def test_windows_too_unequal_for_an_interval_are_refused_before_anything_is_loaded(
-    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    texts = ["some text as long as a window, or longer: " * 9, *["short"] * 20]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    sweep = {**SWEEP, "perplexity_data": {"path": str(tmp_path / "texts.jsonl")}, "sequence_length": 512}
-    message = r"its 21 items are of so unequal weight that they are worth 1\.\d equal ones, .* raise measure.sweep."
-    with pytest.raises(UserError, match=message):
-        measuring.measure(make_run({"sweep": sweep}))
 
 
 @pytest.mark.slow
@@ -190,7 +182,7 @@ def test_how_a_model_writes_by_itself_identifies_what_is_swept(
     teacher: Path, make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(teacher, tmp_path / "model"))
-    runs = [make_run(measure, model=str(folder)) for measure in ({"sweep": {**SWEEP, "perplexity_tokens": 0}}, {})]
+    runs = [make_run(measure, model=str(folder)) for measure in ({"sweep": SWEEP}, {})]
     before = [measuring.measure_inputs(run) for run in runs]
     assert "generation_config.json" not in before[0]
     measuring.measure(runs[0])
@@ -209,13 +201,13 @@ def test_how_a_model_writes_by_itself_identifies_what_is_swept(
 def test_a_model_that_does_not_fit_waits_on_disk_and_has_the_same_numbers(
     make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = {**SWEEP, "protocols": ["generation"], "perplexity_tokens": 0, "operators": ["layer", "attention"]}
-    settings = {"metrics": ["angular", "sleb"], "num_drop": 2, "sweep": sweep}
+    sweep = {**SWEEP, "tasks": "knowledge_generation", "operators": ["layer", "attention"]}
+    settings, plan = {"metrics": ["angular", "sleb"], "sweep": sweep}, {"metric": "sleb", "num_drop": 2}
     found = []
     for name in ("whole", "offloaded"):
         if name == "offloaded":
             monkeypatch.setattr(loading, "rooms_to_share", lambda *_: {"cpu": 200_000})
-        run = make_run(settings, run_dir=str(tmp_path / name), dtype="bfloat16")
+        run = make_run(settings, run_dir=str(tmp_path / name), dtype="bfloat16", prune=plan)
         measuring.measure(run)
         found.append(Importance.load(run.dir / "importance.json"))
         assert not list(run.dir.glob("offloaded-*"))

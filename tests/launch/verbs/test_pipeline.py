@@ -324,8 +324,8 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
 @pytest.mark.parametrize(
     ("best", "changes"),
     [
-        ("perplexity", [{"perplexity_data": "python_docs"}, {"sequence_length": 64}]),
-        ("retrieval_continuation", [{"num_fewshot": 2}]),
+        ("perplexity", [{"perplexity_data": "python_docs"}]),
+        ("retrieval_continuation", [{"num_fewshot": 2}, {"apply_chat_template": True}]),
     ],
 )
 def test_what_chooses_the_best_state_is_part_of_the_training(
@@ -333,7 +333,7 @@ def test_what_chooses_the_best_state_is_part_of_the_training(
 ) -> None:
     def trained_by(evaluation: dict[str, Any], best: str | None) -> dict[str, Any]:
         watch = {"tasks": ["retrieval_continuation"], "metric_for_best_model": best}
-        run = make_run(distill={"watch": watch}, eval={"sequence_length": 128, **evaluation})
+        run = make_run(distill={"watch": watch}, eval=evaluation)
         return distill.training_inputs(run, pruning.read_plan(run))
 
     pruning.prune(make_run())

@@ -35,11 +35,6 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
         ({}, {"metrics": ["sleb"]}, r"prune\.metric=block_influence: is not in importance.json; it has sleb\."),
         ({"contiguous": True}, {"metrics": ["sleb"]}, r"prune\.metric=angular: is not in importance.json"),
         (
-            {"metric": "sleb", "num_drop": 2},
-            {"metrics": ["sleb"]},
-            r"drop 2 layers, but only 1 of the 1 removals of sleb are not .*, or raise measure\.num_drop",
-        ),
-        (
             {"metric": "blockpruner"},
             HALVES,
             r"blockpruner is an order of attention units, which has no scores of layers",
@@ -50,19 +45,9 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
             r"prune\.metric=block_influence: scores single layers, but .*contiguous needs .* of runs; use angular",
         ),
         (
-            {"metric": "laco_acceptance", "contiguous": True, "num_drop": 3},
-            {"metrics": ["laco_acceptance"]},
-            r"laco_acceptance: was measured for runs of up to 1 layers, but 3 are to go; set measure\.num_drop: 3",
-        ),
-        (
             {"metric": {"blockpruner": 1}},
             {"metrics": ["blockpruner"]},
             r"prune\.metric\.blockpruner: blockpruner is an order of attention units, which has no scores of layers",
-        ),
-        (
-            {"metric": "sleb", "num_drop": None, "target": {"params": 35_000}},
-            {"metrics": ["sleb"]},
-            r"prune\.target: is not reached by the 1 removals of the order of sleb .raise measure\.num_drop for",
         ),
         (
             {"contiguous": True, "num_drop": None, "protect": [0, 2, -1], "target": {"params": 45_000}},
@@ -75,11 +60,6 @@ HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
             r"prune\.metric=retreival/generation: is not in importance\.json; did you mean retrieval/generation\?",
         ),
         ({"spare": ["knowledge"]}, {"sweep": SWEEP}, r"prune\.spare: knowledge: is not in importance\.json"),
-        (
-            {"metric": "task_greedy", "num_drop": 3},
-            {"sweep": {**SWEEP, "greedy": 2}},
-            r"drop 3 layers, but only 2 of the 2 removals of task_greedy .*, or raise measure\.sweep\.greedy before",
-        ),
         ({"spare": ["retrieval"]}, {}, r"prune\.spare: retrieval: is not in importance\.json; it has none\."),
         ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone needs swept tasks, .* holds none"),
         ({"metric": {"angular": 1, "taylr": 1}}, {}, r"metric\.taylr: is not in importance.json"),
