@@ -64,6 +64,7 @@ class Identity(Generic[A]):
         """
         result = self.kind.load(self.path)
         if changed := differences(self.inputs, result.provenance.inputs):
-            remedy = f"Run `shoal {self.stage}` again, or set run_dir to another folder"
+            # which knows its settings: a model named once more does not
+            remedy = f"Name the run directory itself, run `shoal {self.stage}` again, or set run_dir to another folder"
             raise UserError(f"{self.path}: belongs to another run: {'; '.join(changed)}. {remedy}")
         return result

@@ -111,7 +111,7 @@ def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path
     here, there = other.teacher_fingerprint, make_run().teacher_fingerprint
     assert str(refused.value) == (
         f"{other.dir}/plan.json: belongs to another run: model is {here!r} in this recipe but {there!r} there. "
-        "Run `shoal prune` again, or set run_dir to another folder"
+        "Name the run directory itself, run `shoal prune` again, or set run_dir to another folder"
     )
 
 
