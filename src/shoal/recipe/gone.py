@@ -3,121 +3,36 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-GONE: dict[str, str] = {
-    "attention": "write attn_implementation: auto, flash, sdpa or eager",
-    "attn_implementation.flash_attention_2": "write flash: shoal takes the version that is installed",
-    "distill.check_memory": "`--force` starts what will not fit: `shoal distill RUN --force`",
-    "distill.compile": "say distill.trainer.torch_compile",
-    "distill.data.completion": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
-    "distill.data.image": "set column: {image: NAME, prompt: NAME, completion: NAME}",
-    "distill.data.loss_on": "set column: {messages: NAME, loss_on: all}",
-    "distill.data.messages": "set column: {messages: NAME}, unless it is called `messages`",
-    "distill.data.prompt": "set column: {prompt: NAME, completion: NAME}, unless they have these names",
-    "distill.data.teacher": "a student has one teacher; train it in turn on runs of each",
-    "distill.data.tools": "set column: {messages: NAME, tools: NAME}, unless it is called `tools`",
-    "distill.data_pilot": "sources share the tokens by their weights; set weight of each in distill.data",
-    "distill.data_policy": "sources share the tokens by their weights; set weight of each in distill.data",
-    "distill.fused": "say distill.trainer.use_liger_kernel",
-    "distill.head_chunk": "it follows from the vocabulary; leave it out",
-    "distill.local": "the lab has it: `shoal lab local_heal RUN_DIR`",
-    "distill.lora.alpha": "say lora_alpha",
-    "distill.lora.dropout": "say lora_dropout",
-    "distill.lora.quantization": "say load_in_4bit: true or false",
-    "distill.lora.rank": "say r",
-    "distill.losses.attention_relation": "the lab has it: `shoal lab relations RUN_DIR`",
-    "distill.losses.multi_scale": "the lab has it: `shoal lab relations RUN_DIR`",
-    "distill.losses.taid.momentum": "it is the paper's .99; leave it out",
-    "distill.losses.taid.step_size": "it is the paper's 5e-4; leave it out",
-    "distill.losses.value_relation": "the lab has it: `shoal lab relations RUN_DIR`",
-    "distill.num_ranks": "say num_processes, beside model",
-    "distill.on_policy.horizon": "samples have at most on_policy.max_new_tokens tokens; set those",
-    "distill.on_policy.loops": "what repeats itself is never learnt; leave it out",
-    "distill.on_policy.new_tokens": "set on_policy.max_new_tokens",
-    "distill.overlap": "training text is always searched for evaluation items; leave it out",
-    "distill.packing.best_fit": "say bfd",
-    "distill.packing.split": "say wrapped",
-    "distill.precision.bfloat16": "say bf16-mixed",
-    "distill.precision.float16": "say fp16-mixed",
-    "distill.teacher.recorded": "`teacher: {kind: recorded, path: FOLDER}`, or `teacher: recorded` for RUN_DIR/signals",
-    "distill.teacher.server": "record by vLLM: `teacher: {kind: recorded, backend: vllm}`",
-    "distill.timeout_s": "say distill.trainer.ddp_timeout",
-    "distill.trainable.replacement": "choose near_gaps",
-    "distill.watch.best": "say metric_for_best_model",
-    "distill.watch.every": "say eval_steps",
-    "distill.weights": "say distill.precision: bf16-true for weights in bfloat16",
-    "distill.writing": "set generate on a source of distill.data: {path: NAME, generate: {max_new_tokens: 232}}",
-    "dtype.auto": "write fast, what the device multiplies fast in, or stored, the checkpoint's own precision",
-    "eval.draft": "the library that serves both models tells what its drafts are worth; leave it out",
-    "eval.images": "`shoal lab vision RUN path=FILE` scores the answers of every model of a run",
-    "eval.limits": "eval.limit takes single tasks too: {default: 200, gsm8k: 100}",
-    "eval.samples": "lm-eval draws several texts of a prompt where a task file says `repeats`; leave it out",
-    "eval.sequence_length": "windows of running text have 512 tokens, or all positions of a model; leave it out",
-    "eval.speed_batch_sizes": "name the sequences at once in eval.speed: [1, 8, 32]",
-    "eval.suite": "a suite is a name in eval.tasks: [quick, hellaswag]",
-    "measure.beside": "`shoal lab depth_use RUN beside=MODEL`",
-    "measure.diagnostics": "`shoal lab diagnostics RUN`",
-    "measure.gradient_prompts": "`shoal lab diagnostics RUN gradient_prompts=10`",
-    "measure.heads": "`shoal lab heads RUN`, and `shoal lab patching RUN` for its twins",
-    "measure.images": "`shoal lab vision RUN path=FILE`",
-    "measure.memory_gb": "weights that memory has no room for wait on disk by themselves; leave it out",
-    "measure.num_drop": "greedy metrics remove a quarter of the layers, or what prune asks for; leave it out",
-    "measure.probes": "`shoal lab probes RUN sets='[{path: FILE}]'`",
-    "measure.scale_removals": "a layer that an order has removed just hands on its input; leave it out",
-    "measure.sweep.batch_size": "set eval.batch_size, which counts for sweeps too",
-    "measure.sweep.data_dir": "set eval.data_dir, which counts for sweeps too",
-    "measure.sweep.donor": "`shoal lab sweeps RUN operators=[donor] donor=MODEL`",
-    "measure.sweep.donor_revision": "`shoal lab sweeps RUN operators=[donor] donor=MODEL donor_revision=...`",
-    "measure.sweep.greedy": "name the metric: measure.metrics: [task_greedy]",
-    "measure.sweep.greedy_weights": "all tasks of the order count the same; leave it out",
-    "measure.sweep.include_path": "set eval.include_path, which counts for sweeps too",
-    "measure.sweep.limits": "measure.sweep.limit takes single tasks too: {default: 100, gsm8k: 50}",
-    "measure.sweep.max_removed": "`shoal lab sweeps RUN operators=[cumulative] max_removed=...`",
-    "measure.sweep.num_fewshot": "set eval.num_fewshot, which counts for sweeps too",
-    "measure.sweep.operators.cumulative": "`shoal lab sweeps RUN operators=[cumulative]`",
-    "measure.sweep.operators.donor": "`shoal lab sweeps RUN operators=[donor] donor=MODEL`",
-    "measure.sweep.operators.head": "`shoal lab sweeps RUN operators=[head]`",
-    "measure.sweep.operators.kv_group": "`shoal lab sweeps RUN operators=[kv_group]`",
-    "measure.sweep.operators.skip_prompt": "`shoal lab reading RUN`",
-    "measure.sweep.operators.skip_written": "`shoal lab reading RUN`",
-    "measure.sweep.order": "`shoal lab sweeps RUN operators=[cumulative] order=...`",
-    "measure.sweep.perplexity_data": "name a task of running text in measure.sweep.tasks: python_docs_rolling",
-    "measure.sweep.perplexity_tokens": "name a task of running text in measure.sweep.tasks: python_docs_rolling",
-    "measure.sweep.protocols": "in measure.sweep.tasks retrieval stands for all its protocols; or name tasks in full",
-    "measure.sweep.sequence_length": "name a task of running text in measure.sweep.tasks: python_docs_rolling",
-    "measure.sweep.spare_heads": "sweeps of heads are `shoal lab sweeps RUN operators=[head]`",
-    "measure.vision_states": "`shoal lab vision RUN path=FILE`",
-    "prune.compensate": "it is one of prune.changes: `changes: [compensate]`, fitted on the text of `measure`",
-    "prune.edits": "`shoal lab merge RUN_DIR layers=[4,5,6]` writes plan.json and student/; `shoal distill` heals it",
-    "prune.mtp": "modules that guess further tokens are always left out; leave it out",
-    "prune.proof": "a student is run wherever it fits and can run, else proven by its files; leave it out",
-    "prune.protect_heads": "`shoal lab heads RUN` prints the layers to name in prune.protect",
-    "prune.rounds": "cut once; to cut again, start a run from RUN_DIR/distilled (model: RUN_DIR/distilled)",
-    "prune.target.memory_gb.limit": "memory_gb is a number; set target.batch_size and target.sequence_length beside it",
-    "prune.target.ms_per_token": "set prune.target.speedup, a factor over the teacher",
-    "prune.target.speedup.factor": "speedup is a number; set target.batch_size and target.sequence_length beside it",
-    "prune.targets": "what llama.cpp would misread is always told, and refused with export.gguf; leave it out",
-    "prune.vision_tower": "the tower stays whole; leave it out",
-    "prune.weights": "give them as prune.metric: `metric: {taylor: 1, sleb: 2}`",
-    "prune.width": "it is one of prune.changes: `changes: [{kind: width, num_key_value_heads: 4}]` (was kv_groups)",
-    "quantize": "make a copy with its own library, and score it: `shoal compare RUN COPY` (docs/quantize.md)",
-    "record": "what a recorded teacher says is set in distill.teacher: {kind: recorded, path, top_k, prefix, backend}",
-    "record.batch_size": "a teacher that is recorded reads 8 rows at one time; leave it out",
-    "record.num_tokens": "the rows of the training are recorded; set distill.num_tokens",
-    "record.rows_per_shard": "files hold 64 rows; leave it out",
-    "record.states": "states are recorded that hidden_states terms of distill.losses compare with; leave it out",
-    "record.temperature": "the teacher is recorded at the temperature of the terms of distill.losses; leave it out",
-    "search": "several runs and their comparison: `shoal run RECIPE --each prune.metric=a,b --each seed=0,1`",
-    "track.name": "a W&B run has the name of its run directory, or WANDB_NAME",
-    "track.upload_weights": "push the checkpoint to the Hub by export.hub_repo",
-}
-"""Key without positions in lists (`distill.data.teacher`), kind (`distill.losses.value_relation`) or value
-(`distill.trainable.replacement`) -> the end of the sentence `KEY: gone since 0.1; ...`, one line each, sorted."""
+from shoal.yaml_text import read_yaml
+
+GONE: dict[str, str] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+"""Key without positions in lists, kind (`distill.losses.value_relation`) or value (`distill.trainable.replacement`) ->
+the end of the sentence `KEY: gone since 0.1; ...`, or `-> KEY` or `-> KEY = VALUE` where nothing but a word changes."""
+MOVES = "-> "
 
 
 def gone(place: str) -> str | None:
     """What is said of ``place``, a key, kind or value of an older recipe, or else of its section; None = it never was
     one."""
-    place = re.sub(r"\.\d+(?=\.|$)", "", place)
+    place = without_positions(place)
     words = GONE.get(place) or GONE.get(place.partition(".")[0])
-    return None if words is None else f"gone since 0.1; {words}"
+    if words is None:
+        return None
+    return "gone since 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
+
+
+def moved(place: str, value: object) -> tuple[str, object] | None:
+    """Key and value of now that mean what ``value`` meant at ``place`` of an older recipe; None = not by a word."""
+    for told, keeps in ((GONE.get(f"{place}.{value}", ""), False), (GONE.get(place, ""), True)):
+        if told.startswith(MOVES):
+            key, has_value, new = told[3:].partition(" = ")
+            if has_value or keeps:
+                return key, read_yaml(new) if has_value else value
+    return None
+
+
+def without_positions(place: str) -> str:
+    """``place`` without positions in lists."""
+    return re.sub(r"\.\d+(?=\.|$)", "", place)

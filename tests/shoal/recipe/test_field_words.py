@@ -60,5 +60,11 @@ def test_the_names_of_training_arguments_are_those_of_the_installed_library() ->
     assert {field.name for field in dataclasses.fields(TrainingArguments)} == TRAINING_ARGUMENTS
 
 
+def test_every_word_is_a_key_that_can_be_explained() -> None:
+    for key in {*FIELD_WORDS.values()}:
+        if not key.startswith("distill.trainer."):
+            assert explanation(key), key
+
+
 def test_no_word_is_a_key_of_its_own_place() -> None:
     assert not [word for word, key in FIELD_WORDS.items() if key.rpartition(".")[2] == word]

@@ -29,8 +29,9 @@ def test_a_removed_key_kind_or_value_says_since_when_and_what_instead(
 def test_a_row_is_one_sentence_that_names_a_remedy() -> None:
     assert list(gone.GONE) == sorted(gone.GONE)
     for place, words in gone.GONE.items():
-        with pytest.raises(UserError):
-            parse_recipe({"model": "demo:smollm2-135m", **_said(place)})
+        if "/" not in place:  # a file's name, which is looked for later
+            with pytest.raises(UserError):
+                parse_recipe({"model": "demo:smollm2-135m", **_said(place)})
         assert not words.endswith("."), place
 
 
