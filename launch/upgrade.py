@@ -45,18 +45,16 @@ def settings(said: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 
 
 def main(words: list[str]) -> int:
-    """Print the new recipe; the exit code is 2 where there is none, 1 where something was left out."""
-    if len(words) != 1 or not Path(words[0]).is_file():
-        print(f"shoal: error: name one recipe file, of before (got {' '.join(words) or 'none'})", file=sys.stderr)
-        return EXIT_USER_ERROR
+    """Write the new recipe to stdout; the exit code is 2 where there is none, 1 where something was left out."""
     try:
+        if len(words) != 1 or not Path(words[0]).is_file():
+            raise UserError(f"name one recipe file, of before (got {' '.join(words) or 'none'})")
         new, told = upgraded(read_settings(words[0])[0])
     except UserError as error:
-        print(f"shoal: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"shoal: error: {error}\n")
         return EXIT_USER_ERROR
-    print(yaml.safe_dump(new, sort_keys=False, allow_unicode=True), end="")
-    for line in told:
-        print(line, file=sys.stderr)
+    sys.stdout.write(yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+    sys.stderr.writelines(f"{line}\n" for line in told)
     return int(bool(told))
 
 
