@@ -69,9 +69,9 @@ class TopK:
     """Log-probabilities of these tokens, in nats."""
     temperature: float
     """Temperature that logits were divided by when they were recorded."""
-    tail_N: Tensor | None = None
-    """Probability of all other tokens together; None = what the log-probabilities leave, which has no digits where the
-    teacher is sure."""
+    tail_N: Tensor
+    """Probability of all other tokens together; what the log-probabilities leave has no digits where the teacher is
+    sure."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,6 @@ class TermInput:
     """t of TAID's terms."""
     learns_N: Tensor | None = None
     """Mask, on the host, of the tokens that the term learns from; None = all. To it the others are worth 0."""
-
-
-class HeadLoss(NamedTuple):
-    """What the head gives in training."""
-
-    loss: Tensor
-    """Weighted sum of all terms over all tokens, scalar, differentiable."""
-    term_sums: Tensor
-    """Each term's own unweighted sum over tokens, (number of terms,), float64."""
 
 
 class How(TypedDict, total=False):
@@ -119,8 +110,9 @@ def chunked_head_loss(
     student_parameters: Sequence[Tensor],
     terms: Sequence[LogitTerm],
     **how: Unpack[How],
-) -> HeadLoss:
-    """The terms' loss over all tokens, in nats.
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of all terms over all tokens, in nats, a differentiable scalar; and each term's own unweighted
+    sum over tokens, (number of terms,), float64.
 
     ``targets`` stand for the first tokens, one for each; no term asks the teacher about those behind them, or with
     None about any. Of `TopK` every divergence is that of the distributions over K words and `another`, a lower bound of
@@ -142,7 +134,7 @@ def chunked_head_loss(
     compiled = how.get("compiled")
     own = block_loss if compiled is None else compiled
     objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
-    return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, how["chunk"], *student_parameters))
+    return _ChunkedHeadLoss.apply(hidden_ND, objective, student_head, how["chunk"], *student_parameters)
 
 
 @dataclass(frozen=True)
@@ -178,13 +170,13 @@ class _Objective:
         """The terms' sums over the chunk ``part``, (number of terms,), and the weighted gradient of its logits, (C, V),
         if wanted."""
         targets, labels_C = self.targets if part.start < self.num_asked else None, self.labels_N[part]
-        teacher_logits_CV = kept = None
+        said: Tensor | Coarse | None = None
         if isinstance(targets, Dense):
-            teacher_logits_CV = targets.to_logits(targets.hidden_ND[part])
+            said = targets.to_logits(targets.hidden_ND[part])
         elif targets is not None:
             if (num_stored := targets.ids_NK.shape[-1]) >= logits_CV.shape[-1]:
                 raise ValueError(f"{num_stored} stored tokens of a vocabulary of {logits_CV.shape[-1]}; store fewer")
-            kept = _with_tail(targets, part)
+            said = _with_tail(targets, part)
         values_TC = logits_CV.new_zeros(len(self.terms), len(logits_CV), dtype=torch.float64)
         gradient_CV = torch.empty_like(logits_CV) if wanted else None
         # compiled, nothing of a block but its gradient reaches memory
@@ -193,12 +185,7 @@ class _Objective:
             place = slice(start, start + rows)
             logits_RV, labels_R = logits_CV[place], labels_C[place]
             learns = self._learning(part, place, labels_C.device)
-            if kept is None:
-                teacher = None if teacher_logits_CV is None else teacher_logits_CV[place]
-            else:
-                assert isinstance(targets, TopK)
-                ids_CK, p = kept
-                teacher = Coarse(ids_CK[place], p.log_NV[place], p.prob_NV[place], targets.temperature)
+            teacher = said.of_rows(place) if isinstance(said, Coarse) else None if said is None else said[place]
             shares: list[float | Tensor] = [each.share for each in self.inputs]
             if self.is_compiled:
                 _of_any_length(logits_RV, labels_R, teacher, learns.values())
@@ -230,6 +217,10 @@ class Coarse(NamedTuple):
     log_RK: Tensor
     prob_RK: Tensor
     temperature: float
+
+    def of_rows(self, rows: slice) -> Coarse:
+        """That of these rows alone."""
+        return Coarse(self.ids_RK[rows], self.log_RK[rows], self.prob_RK[rows], self.temperature)
 
 
 def block_loss(
@@ -359,18 +350,14 @@ def _of_any_length(*values: Any) -> None:
             _of_any_length(*value)
 
 
-def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
-    """The stored words of a chunk, and the teacher's distribution over them and, last, all others."""
-    log_CK = targets.log_probs_NK[part].double()
-    if targets.tail_N is None:
-        tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
-    else:
-        # 0 where vLLM's rounded log-probabilities leave nothing, which says as little as above
-        tail_C1 = targets.tail_N[part, None].double()
-        tail_C1 = torch.where(tail_C1 > 0, tail_C1, SMALLEST_TAIL)
+def _with_tail(targets: TopK, part: slice) -> Coarse:
+    """The teacher's distribution over the stored words of a chunk and, last, all others."""
+    log_CK, tail_C1 = targets.log_probs_NK[part].double(), targets.tail_N[part, None].double()
+    # 0 where vLLM's rounded log-probabilities leave nothing
+    tail_C1 = torch.where(tail_C1 > 0, tail_C1, SMALLEST_TAIL)
     exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)
     log_C = torch.cat([log_CK, tail_C1.log()], -1).to(exact)
-    return targets.ids_NK[part].long(), Softmax(log_C, log_C.exp())
+    return Coarse(targets.ids_NK[part].long(), log_C, log_C.exp(), targets.temperature)
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):

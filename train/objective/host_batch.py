@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -125,14 +126,9 @@ def documents_known(host: OnHost, device: torch.device) -> Iterator[None]:
     documents_BS = queued(first_BS.cumsum(1), device) if first_BS[:, 1:].any() else None
     borders = cache(lambda: document_borders(host.position_ids_BS, device))
     # both functions are looked up in their modules at every call, so that replacing them there is enough
-    asked, cut = masking_utils.find_packed_sequence_indices, document_masks.document_borders
-    masking_utils.find_packed_sequence_indices = lambda position_ids: documents_BS
-    document_masks.document_borders = lambda position_ids_BS, device: borders()
-    try:
+    asked = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: documents_BS)
+    with asked, patch.object(document_masks, "document_borders", lambda position_ids_BS, device: borders()):
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asked
-        document_masks.document_borders = cut
 
 
 def queued(values: Tensor, device: torch.device) -> Tensor:

@@ -196,9 +196,11 @@ class Objective:
         if signals.hidden_BSD is not None:
             assert self._teacher_to_logits is not None
             targets = Dense(asked(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
-        elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
-            tail_N = None if signals.tail_BS is None else asked(signals.tail_BS)
-            targets = TopK(asked(signals.ids_BSK), asked(signals.log_probs_BSK), signals.temperature, tail_N)
+        elif signals.ids_BSK is not None:
+            assert signals.log_probs_BSK is not None
+            assert signals.tail_BS is not None
+            planes = asked(signals.ids_BSK), asked(signals.log_probs_BSK)
+            targets = TopK(*planes, signals.temperature, asked(signals.tail_BS))
         if not len(places_N) or not self._at_head:  # of a micro-batch; the step as a whole has some
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()

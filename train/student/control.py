@@ -34,14 +34,16 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     trained = _in_teacher(parts, settings.trainable, plan)
     frozen = shares_prefix(trained, plan)
 
-    def of_equal_layers(losses: tuple[LossTerm, ...]) -> tuple[LossTerm, ...]:
-        return tuple(_of_equal_layers(term, plan, num_shared=spec.frozen_layers) for term in losses)
+    def of_equal_layers(term: LossTerm) -> LossTerm:
+        if not isinstance(term, HiddenStates):
+            return term
+        return replace(term, layers=tuple(t for _, t in layer_pairs(term, plan, num_shared=spec.frozen_layers)))
 
     return replace(
         spec,
         student=spec.teacher,
         plan=Plan(plan.provenance, plan.num_layers, (), reason="the control is not cut"),
-        settings=settings.with_losses(of_equal_layers),
+        settings=settings.with_losses(lambda losses: tuple(map(of_equal_layers, losses))),
         trained=trained,
         frozen_layers=frozen,
         shared_layers=min(frozen, spec.shared_layers),
@@ -69,10 +71,3 @@ def _in_teacher(trained: Trained, trainable: str, plan: Plan) -> Trained:
         return replace(trained, layers=tuple(sorted({plan.keep[layer] for layer in trained.layers})))
     # all others are one run up to the last layer, or none; below it the student's numbers are the teacher's
     return replace(trained, layers=tuple(range(trained.layers[0], plan.num_layers)) if trained.layers else ())
-
-
-def _of_equal_layers(term: LossTerm, plan: Plan, *, num_shared: int) -> LossTerm:
-    if not isinstance(term, HiddenStates):
-        return term
-    targets = tuple(target for _, target in layer_pairs(term, plan, num_shared=num_shared))
-    return replace(term, layers=targets)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +91,9 @@ def shapes_only() -> Iterator[None]:
 
     Modules are not moved: there is nothing to move, and torch cannot where something looks at a tensor without data.
     """
-    move = nn.Module.to
-    nn.Module.to = lambda module, *_args, **_kwargs: module  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
-            yield
-    finally:
-        nn.Module.to = move
+    unmoved = patch.object(nn.Module, "to", lambda module, *_args, **_kwargs: module)
+    with unmoved, FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+        yield
 
 
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -133,28 +130,18 @@ def student_size(
     Raises:
         RuntimeError: the family looks at numbers while it runs, as mixtures of experts may.
     """
+    one_document = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with shapes_only():
         model = built(config, dtype=dtype, attention=without_kernels(attention, config))
         prepare(model)
         model.train()
-        with _one_document() if attention == "flash" else contextlib.nullcontext():
+        with one_document if attention == "flash" else contextlib.nullcontext():
             of_one_row, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
             of_two_rows, _ = _kept(model, 2, sequence_length, autocast=autocast)
         *layers, outside = (Kept(2 * a - b, b - a) for a, b in zip(of_one_row, of_two_rows, strict=True))
         sizes = _sizes(model, changed)
     counted = tuple(replace(layer, kept=kept) for layer, kept in zip(sizes.layers, layers, strict=True))
     return replace(sizes, layers=counted, outside=outside, state_bytes=state_bytes)
-
-
-@contextlib.contextmanager
-def _one_document() -> Iterator[None]:
-    """Rows are one document each; transformers, which has no data to look at, would make masks of borders."""
-    asked = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asked
 
 
 def _kept(model: PreTrainedModel, rows: int, length: int, *, autocast: bool) -> tuple[list[int], int]:

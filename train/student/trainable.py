@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import Plan
@@ -176,8 +175,4 @@ def keep_zeros(student: PreTrainedModel) -> None:
         if not kept.any():
             parameter.requires_grad_(False)
         elif parameter.requires_grad:
-            parameter.register_hook(partial(_masked, kept))
-
-
-def _masked(kept: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * kept.to(gradient.device)
+            parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))

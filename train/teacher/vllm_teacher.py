@@ -165,7 +165,7 @@ def _computed(teacher: Checkpoint, ids_NS: Tensor, positions_NS: Tensor) -> tupl
 def _bucket_kl(said: TopTokens, hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor]) -> float:
     """Mean KL(vLLM || teacher) in nats per token, of the K tokens that vLLM tells of and all others as one."""
     ids_NK, log_probs_NK, tail_N = (plane.flatten(0, 1) for plane in said)
-    found = chunked_head_loss(
+    loss, _ = chunked_head_loss(
         hidden_ND,
         ids_NK[:, 0],
         TopK(ids_NK, log_probs_NK, 1.0, tail_N),
@@ -174,4 +174,4 @@ def _bucket_kl(said: TopTokens, hidden_ND: Tensor, to_logits: Callable[[Tensor],
         terms=(ForwardKL(),),
         chunk=HEAD_CHUNK,
     )
-    return float(found.loss)
+    return float(loss)

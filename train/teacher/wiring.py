@@ -76,6 +76,8 @@ def wire(
     else:
         of_recording = None if recorded is None else RecordedTeacher(recorded, spec.reads_logits, states, prefix)
         teacher = of_recording or (lambda _batch: Signals())
+    # a teacher that comes over layer by layer keeps its own kernels
+    here = [student] if live is None or spec.teacher_place != "live" else [student, live]
     objective = Objective(
         student,
         None if live is None else to_logits(live),
@@ -83,17 +85,21 @@ def wire(
         chunk=CHUNK,
         states=states,
         sources=tuple(settings.terms.values()),
-        compiled_layers=_compiled_layers(spec, student, live) if settings.trainer.get("torch_compile") else None,
+        compiled_layers=_compiled_layers(spec, *here) if settings.trainer.get("torch_compile") else None,
     )
-    objective.fused = _fused(spec, student, live)
+    if settings.trainer.get("use_liger_kernel"):
+        log.info("use_liger_kernel: norms, MLPs and rotary embedding of %d model(s)", len(here))
+        objective.fused = Fused(here)
     return Wiring(objective, teacher, None if live is None else output_head(live), prefix)
 
 
-def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None) -> list[nn.Module]:
+def _compiled_layers(
+    spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel | None = None
+) -> list[nn.Module]:
     """The layers that training runs, and whose weights stay where they are: not those that the student is spared, nor
     of a teacher that comes over layer by layer."""
     own = decoder_layers(student)[spec.shared_layers :]
-    theirs = () if live is None or spec.teacher_place != "live" else decoder_layers(live)
+    theirs = () if teacher is None else decoder_layers(teacher)
     at_head = compiles([*spec.settings.terms])
     log.info(
         "torch_compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
@@ -102,13 +108,3 @@ def _compiled_layers(spec: TrainSpec, student: PreTrainedModel, live: PreTrained
         " and the loss at the head" if at_head else "; the loss at the head is not, adaptive_kl cannot be",
     )
     return [*own, *theirs]
-
-
-def _fused(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None) -> Fused | None:
-    """Liger's kernels where distill.trainer.use_liger_kernel asks for them. A teacher that comes over layer by layer
-    keeps its own."""
-    if not spec.settings.trainer.get("use_liger_kernel"):
-        return None
-    models = [student, *([] if live is None or spec.teacher_place != "live" else [live])]
-    log.info("use_liger_kernel: norms, MLPs and rotary embedding of %d model(s)", len(models))
-    return Fused(models)

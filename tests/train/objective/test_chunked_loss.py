@@ -28,7 +28,6 @@ from shoal.recipe.losses import (
 from shoal.train.objective import chunked_loss as head_module
 from shoal.train.objective.chunked_loss import (
     Dense,
-    HeadLoss,
     TermInput,
     TopK,
     chunked_head_loss,
@@ -72,12 +71,20 @@ def live(given: dict[str, Tensor], way: Callable[..., Tensor] = head) -> Dense:
 def stored(given: dict[str, Tensor], k: int, temperature: float = 1.0) -> TopK:
     logits = head(given["teacher_hidden"], given["teacher_weight"])
     found = torch.log_softmax(logits / temperature, -1).topk(k, dim=-1)
-    return TopK(found.indices, found.values, temperature)
+    return top_k_of(found.indices, found.values, temperature)
 
 
-def chunked(given: dict[str, Tensor], targets: Dense | TopK | None, terms: Any = TERMS, **settings: Any) -> HeadLoss:
+def top_k_of(ids: Tensor, log_probs: Tensor, temperature: float) -> TopK:
+    """These words, and what they leave to all others."""
+    tail = (1 - log_probs.double().exp().sum(-1)).clamp(min=head_module.SMALLEST_TAIL)
+    return TopK(ids, log_probs, temperature, tail)
+
+
+def chunked(
+    given: dict[str, Tensor], targets: Dense | TopK | None, terms: Any = TERMS, **settings: Any
+) -> tuple[Tensor, Tensor]:
     settings = {"student_head": head, "student_parameters": (given["weight"],), "chunk": 4} | settings
-    return chunked_head_loss(given["hidden"], LABELS, targets, terms=terms, **settings)
+    return chunked_head_loss(given["hidden"], settings.pop("labels", LABELS), targets, terms=terms, **settings)
 
 
 def whole(terms: Any, student: Tensor, teacher: Tensor, shares: Any) -> tuple[Tensor, Tensor]:
@@ -130,10 +137,10 @@ def test_gradient_through_scale_and_soft_cap_is_that_of_the_loss_itself(terms: A
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
         changed = given | {"hidden": hidden, "weight": weight}
-        sums = chunked(changed, targets, terms, student_head=capped, student_parameters=(weight,)).term_sums
+        sums = chunked(changed, targets, terms, student_head=capped, student_parameters=(weight,))[1]
         return sum((term.weight * one for term, one in zip(terms, sums, strict=True)), sums.new_zeros(()))
 
-    chunked(given, targets, terms, student_head=capped).loss.backward()
+    chunked(given, targets, terms, student_head=capped)[0].backward()
     generator = torch.Generator().manual_seed(1)
     for name in ("hidden", "weight"):
         step = 1e-6 * torch.randn(given[name].shape, generator=generator, dtype=torch.float64)
@@ -147,9 +154,9 @@ def test_gradient_through_scale_and_soft_cap_is_that_of_the_loss_itself(terms: A
 def test_frozen_head_and_frozen_hidden_states_are_left_alone() -> None:
     for trained in ("hidden", "weight"):
         given = leaves(setting(), trained)
-        chunked(given, live(given)).loss.backward()
+        chunked(given, live(given))[0].backward()
         both = leaves(setting(), "hidden", "weight")
-        chunked(both, live(both)).loss.backward()
+        chunked(both, live(both))[0].backward()
         torch.testing.assert_close(given[trained].grad, both[trained].grad)
         assert given["weight" if trained == "hidden" else "hidden"].grad is None
 
@@ -177,9 +184,9 @@ def test_a_large_vocabulary_has_fewer_tokens_in_a_chunk(
         return head(hidden, weight)
 
     given = setting()
-    expected = chunked(given, live(given)).term_sums
+    _, expected = chunked(given, live(given))
     monkeypatch.setitem(head_module.LOGITS, "cpu", int(vocabularies * V))
-    found = chunked(given, live(given), student_head=watching, chunk=5).term_sums
+    _, found = chunked(given, live(given), student_head=watching, chunk=5)
     assert max(seen) == most
     torch.testing.assert_close(found, expected)
 
@@ -189,15 +196,8 @@ def test_bf16_weights_get_gradients_added_up_in_fp32() -> None:
     hidden = torch.full((N, 1), 0.5, dtype=torch.bfloat16)
     hidden[0] = 256.0
     weight = torch.zeros(V, 1, dtype=torch.bfloat16, requires_grad=True)
-    chunked_head_loss(
-        hidden,
-        torch.zeros(N, dtype=torch.long),
-        None,
-        student_head=head,
-        student_parameters=(weight,),
-        terms=(CrossEntropy(),),
-        chunk=1,
-    ).loss.backward()
+    loss, _ = chunked({"hidden": hidden, "weight": weight}, None, (CrossEntropy(),), chunk=1, labels=0 * LABELS)
+    loss.backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad[0].item() == pytest.approx((1 / V - 1) * (256.0 + 0.5 * (N - 1)), rel=0.005)
@@ -303,7 +303,7 @@ def test_no_divergence_pulls_a_perfect_student(term: LogitTerm, dtype: torch.dty
     if top_k is not None:
         temperature = getattr(term, "temperature", 1.0)
         words = softened(whole.to_logits(whole.hidden_ND), temperature).log_NV.topk(top_k, dim=-1)
-        targets = TopK(words.indices, words.values, temperature)
+        targets = top_k_of(words.indices, words.values, temperature)
     usual = run(CrossEntropy(), None)[1]
     value, norm = run(replace(term, weight=1.0), targets)
     assert abs(value) <= 1e-4
@@ -331,21 +331,14 @@ def test_each_term_learns_from_its_own_tokens(k: int | None, chunk: int, monkeyp
         learning = [index for index in range(4) if MASKS[index][token]]
         at = slice(token, token + 1)
         if isinstance(targets, TopK):
-            target = TopK(targets.ids_NK[at], targets.log_probs_NK[at], targets.temperature)
+            target = TopK(targets.ids_NK[at], targets.log_probs_NK[at], targets.temperature, targets.tail_N[at])
         else:
             target = replace(targets, hidden_ND=targets.hidden_ND[at])
-        one = chunked_head_loss(
-            single["hidden"][at],
-            LABELS[at],
-            target,
-            student_head=head,
-            student_parameters=(single["weight"],),
-            terms=[terms[index] for index in learning],
-            chunk=1,
-            inputs=[TermInput(shares[index]) for index in learning],
-        )
-        one.loss.backward()
-        expected[learning] += one.term_sums
+        inputs = [TermInput(shares[index]) for index in learning]
+        of_token = single | {"hidden": single["hidden"][at]}
+        loss, own = chunked(of_token, target, [terms[index] for index in learning], inputs=inputs, labels=LABELS[at])
+        loss.backward()
+        expected[learning] += own
     torch.testing.assert_close(sums, expected)
     assert sums[2] == 0
     for name in ("hidden", "weight"):
