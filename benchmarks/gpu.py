@@ -20,57 +20,42 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import CASES, SIZES, TINY, Case
-from benchmarks.gpu_work import ROOT, measured
+from benchmarks.gpu_cases import CASES, SIZES, Case
+from benchmarks.gpu_work import measured
 from shoal.atomic_files import write_json
 from shoal.ranks import set_up_logging
 
-BUDGET_S = 600
 LEAST_S = 12
 """Seconds below which no further case is begun."""
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-GROUPS = {
-    "speed": "Steps of training, beside TRL",
-    "attention": "Attention, by `attn_implementation`",
-    "kernels": "Weights, fused kernels, compiled layers",
-    "memory": "Peak memory beside the estimate of `--dry-run`",
-    "losses": "Losses beside those of the CPU in float32",
-    "cpu": "Steps of training on a CPU, beside TRL",
-}
 LONGEST = 160
 """Characters of a reason that the page shows; gpu.json has all of it."""
-COLUMNS = ("", "tokens/s", "share of a product's rate", "peak, GB", "estimate, GB", "off by", "attention", "first loss")
-COLUMNS += ("losses off by",)
+COLUMNS = ("case", "tokens/s", "share of a product's rate", "peak, GB", "estimate, GB", "attention", "first loss")
+COLUMNS += ("losses off those of the CPU",)
 Row = Mapping[str, Any]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds of all cases together ({BUDGET_S})")
+    parser.add_argument("--budget", type=float, default=600, help="seconds of all cases together (600)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose group, size or name holds one of these")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
-    parser.add_argument(
-        "--tiny", action="store_true", help="models of a few thousand weights, to try the command itself"
-    )
+    parser.add_argument("--device", choices=["cpu"], help="measure there; default: on a GPU")
+    parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights, to try the command")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.case is not None:
         return measure_one(CASES[arguments.case], arguments)
-    sees_gpu = torch.cuda.is_available()
-    if arguments.device == "cuda" and not sees_gpu:
-        parser.error("--device cuda: torch sees no GPU here; leave it out to see what would be done")
     chosen = [case for case in CASES if is_wanted(case, arguments)]
     if all(case.kind == "card" for case in chosen):
         parser.error(f"--only: no case has {' or '.join(map(repr, arguments.only))} in its group, size or name")
-    if arguments.device is None and not sees_gpu:
+    if arguments.device is None and not torch.cuda.is_available():
         print("No GPU is seen here: nothing is measured. On one, these cases would be, each in a process of its own:\n")
         print("\n".join(f"{case.group:9}  {case.size:5}  {case.name}" for case in chosen))
         return 0
@@ -95,11 +80,18 @@ def measure(chosen: Sequence[Case], arguments: argparse.Namespace) -> dict[str, 
     """Every figure of ``chosen``; written after each of them, so that what was measured survives what comes after."""
     begun, out = time.monotonic(), arguments.out
     (out / "logs").mkdir(parents=True, exist_ok=True)
+    # the commit, and whether files differ from it; empty outside of a repository
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     result: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]),
         "tiny": arguments.tiny,
         "budget_s": arguments.budget,
-        "commit": commit(),
+        "commit": described.stdout.strip(),
         "results": [],
     }
     for case in chosen:
@@ -119,22 +111,17 @@ def measure(chosen: Sequence[Case], arguments: argparse.Namespace) -> dict[str, 
 def measured_apart(case: Case, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """The figures of ``case``, measured by a process of its own; why there are none if it died, or was ended after so
     many seconds."""
-    number = CASES.index(case)
-    found, log = (arguments.out / "logs" / f"{number:02d}.{ending}" for ending in ("json", "txt"))
+    found = found_of(case, arguments)
+    log = found.with_suffix(".txt")
     found.unlink(missing_ok=True)
     # of several GPUs the first: trainers would split a batch over all that they see
     gpus = "" if case.on_cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.out), "--case", str(number)]
+    command = [sys.executable, "-m", "benchmarks.gpu", str(arguments.out), "--case", str(CASES.index(case))]
+    command += ["--tiny"] * arguments.tiny
     environment = {**QUIET, **os.environ, "CUDA_VISIBLE_DEVICES": gpus}
     with log.open("w") as file:
         try:
-            done = subprocess.run(
-                [*command, *["--tiny"] * arguments.tiny],
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-            )
+            done = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=seconds)
         except subprocess.TimeoutExpired:
             return {"without": f"not measured: was not done after {seconds:.0f} s"}
     if found.is_file():
@@ -145,36 +132,47 @@ def measured_apart(case: Case, arguments: argparse.Namespace, seconds: float) ->
 def measure_one(case: Case, arguments: argparse.Namespace) -> int:
     """Measure a case in this process, and write what was found."""
     set_up_logging()
-    sizes = TINY if arguments.tiny else SIZES
-    with TemporaryDirectory() as folder:
-        write_json(
-            arguments.out / "logs" / f"{CASES.index(case):02d}.json", measured(case, sizes[case.size], Path(folder))
-        )
+    write_json(found_of(case, arguments), measured(case, SIZES["tiny" if arguments.tiny else case.size]))
     return 0
 
 
-def commit() -> str | None:
-    """The commit that is measured, and whether files differ from it; None outside of a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return described.stdout.strip() or None
+def found_of(case: Case, arguments: argparse.Namespace) -> Path:
+    """Where its process writes the figures of ``case``."""
+    return arguments.out / "logs" / f"{CASES.index(case):02d}.json"
 
 
 def markdown(result: Row) -> str:
-    """All of ``result`` as sections of a page."""
+    """All of ``result`` as a page."""
     rows: Sequence[Row] = result["results"]
     card = next((row for row in rows if row["kind"] == "card" and "without" not in row), {})
+    reference = next((row["losses"] for row in rows if row["name"] == "losses, CPU, float32" and "losses" in row), ())
     parts = ["TINY MODELS: the command was tried, and no figure says anything."] if result["tiny"] else []
-    parts.append(_about(card, result))
-    for group, title in GROUPS.items():
-        cells = [_cells(row, rows, card) for row in rows if row["group"] == group and "without" not in row]
-        if cells:
-            lines = [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
-            parts.append("\n".join([f"**{title}**", "", *lines]))
-    if missing := [f"- {row['size']} {row['name']}: {outcome(row)}" for row in rows if "without" in row]:
-        parts.append("**Without figures**\n\n" + "\n".join(missing))
-    return "\n\n".join(parts)
+    facts = ", ".join(
+        f"{name} {value}" for name, value in card.items() if name not in ("name", "group", "size", "kind")
+    )
+    parts.append(f"{facts or 'unknown device'}; commit {result['commit']}; {result.get('seconds', 0):.0f} s in all.")
+    lines = [cells(row, card, reference) for row in rows if "tokens_per_s" in row]
+    parts.append("\n".join(f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *lines)))
+    parts.append("\n".join(f"- {row['size']} {row['name']}: {outcome(row)}" for row in rows if "without" in row))
+    return "\n\n".join(filter(None, parts))
+
+
+def cells(row: Row, card: Row, reference: Sequence[float]) -> list[str]:
+    """A line of the table, by COLUMNS; a step's operations are those of whole rows."""
+    tokens_per_s, peak, estimate, flops = (
+        row.get(name, 0) for name in ("tokens_per_s", "peak", "estimate", "flops_per_token")
+    )
+    pairs = zip(row["losses"], reference, strict=True) if row["group"] == "losses" and reference else ()
+    return [
+        f"{row['group']}: {row['size']} {row['name']}",
+        f"{tokens_per_s:,.0f}",
+        f"{tokens_per_s * flops / card['product_flops_per_s']:.1%}" if flops and card else "",
+        f"{peak / 1e9:.2f}",
+        f"{estimate / 1e9:.2f} ({estimate / peak - 1:+.0%})" if estimate else "",
+        row["attention"],
+        f"{row['losses'][0]:.5f}",
+        max((f"{abs(own / other - 1):.1e}" for own, other in pairs), key=float, default=""),
+    ]
 
 
 def outcome(row: Row) -> str:
@@ -182,46 +180,6 @@ def outcome(row: Row) -> str:
     if "tokens_per_s" in row:
         return f"{row['tokens_per_s']:,.0f} tokens/s, {row['peak'] / 1e9:.2f} GB"
     return str(row.get("without") or row["card"]).partition("\n")[0][:LONGEST]
-
-
-def _about(card: Row, result: Row) -> str:
-    packages = ("torch", "transformers", "deepspeed", "trl", "triton", "flash_attn", "liger_kernel", "bitsandbytes")
-    versions = ", ".join(f"{name} {card[name]}" for name in packages if card.get(name))
-    memory, rate = card.get("memory", 0) / 1e9, card.get("product_flops_per_s", 0) / 1e12
-    return (
-        f"{card.get('card', 'unknown device')}, {memory:.0f} GB, driver {card.get('driver')}, CUDA {card.get('cuda')}; "
-        f"{versions}; commit {result['commit']}; {result.get('seconds', 0):.0f} s in all.\n"
-        f"A bf16 matrix product reaches {rate:.3g} TFLOP/s here, and a step's operations are those of whole rows."
-    )
-
-
-def _cells(row: Row, rows: Sequence[Row], card: Row) -> list[str]:
-    """A line of a table, by COLUMNS."""
-    counted = card and "flops_per_token" in row
-    share = row["tokens_per_s"] * row["flops_per_token"] / card["product_flops_per_s"] if counted else None
-    return [
-        f"{row['size']} {row['name']}",
-        f"{row['tokens_per_s']:,.0f}",
-        _number(share, ".1%"),
-        f"{row['peak'] / 1e9:.2f}",
-        _number(row.get("estimate", 0) / 1e9 or None, ".2f"),
-        _number(row["estimate"] / row["peak"] - 1 if "estimate" in row else None, "+.0%"),
-        str(row["attention"]),
-        f"{row['losses'][0]:.5f}",
-        _number(loss_difference(row, rows) if row["group"] == "losses" else None, ".1e"),
-    ]
-
-
-def loss_difference(row: Row, rows: Iterable[Row]) -> float | None:
-    """Largest relative difference of a step's loss to that of the CPU; None without that one."""
-    reference = next((r for r in rows if r["name"] == "losses, CPU, float32" and "losses" in r), None)
-    if reference is None:
-        return None
-    return max(abs(own / other - 1) for own, other in zip(row["losses"], reference["losses"], strict=True))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,17 @@ import statistics
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
 from transformers.initialization import no_init_weights
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.distillation_config import DistillationConfig
@@ -52,7 +51,6 @@ from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.student.sizes import built
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = 512
 """Mean length of a document in rows that hold several, in tokens."""
 OPTIONAL = ("triton", "flash_attn", "flash_attn_3", "kernels", "liger_kernel", "bitsandbytes", "vllm")
@@ -78,8 +76,11 @@ class RandomCheckpoint(Checkpoint):
     @torch.no_grad()
     def _fill(self, model: PreTrainedModel) -> None:
         """Every weight is drawn in bfloat16 from a seed that is its name in the teacher."""
+        import deepspeed
+
         for name, module in model.named_modules():
-            with writable(module):
+            # in full where ZeRO 3 has sharded them
+            with deepspeed.zero.GatheredParameters(module.parameters(recurse=False), modifier_rank=0):
                 for leaf, weight in module.named_parameters(recurse=False):
                     if weight.ndim == 1:
                         weight.fill_(1)
@@ -93,35 +94,16 @@ class RandomCheckpoint(Checkpoint):
                     weight.copy_(drawn.mul_(0.02))
 
 
-@contextmanager
-def writable(module: nn.Module) -> Iterator[None]:
-    """The module's own parameters in full where ZeRO 3 has sharded them; what is written there stays."""
-    sharded = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
-        yield
-
-
 def write_config(config: PreTrainedConfig, folder: Path) -> Path:
     """A folder with configuration and tokenizer, and a file that names the weights and holds none of them."""
     config.save_pretrained(folder)
-    write_byte_tokenizer(folder)
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    of_bytes = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    of_bytes.add_special_tokens(["</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="</s>").save_pretrained(folder)
     names = without_data(config).state_dict()
     save_file({name: torch.empty(0) for name in names}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    words.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    words.add_special_tokens(["</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
 
 
 class Clock(TrainerCallback):
@@ -137,13 +119,15 @@ class Clock(TrainerCallback):
         if len(self.ends) >= 3 and self.ends[-1][0] - self.ends[0][0] > self._seconds:
             control.should_training_stop = True
 
-    def figures(self, tokens: int) -> dict[str, Any]:
-        """Of the steps but the first, each of so many tokens: medians, and seconds of all."""
+    def figures(self, trainer: Trainer, tokens: int) -> dict[str, Any]:
+        """Of the steps but the first, each of so many tokens: medians, and seconds of all. Losses and peak of all."""
         steps, busy = ([b - a for a, b in itertools.pairwise(ends)] for ends in zip(*self.ends, strict=True))
         return {
             "tokens_per_s": tokens / statistics.median(steps),
             "cpu_seconds": statistics.median(busy),
             "steps": [round(seconds, 4) for seconds in steps],
+            "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+            "peak": peak(),
         }
 
 
@@ -156,12 +140,12 @@ def spec_of(case: Case, size: Size, folder: Path) -> TrainSpec:
     config = size.config
     run = open_run(parse_recipe(recipe_of(case, size, write_config(config, folder / "teacher"))))
     load = LoadSettings(**run.load_args())
-    plan = Plan(Provenance({}), size.layers, size.drop, "the benchmark's")
+    plan = Plan(Provenance({}), config.num_hidden_layers, tuple(size.drop), "the benchmark's")
     student = student_config(config, plan.keep)
     own = {"on_host": size.same_everywhere}
     spec = train_spec(
-        RandomCheckpoint(folder / "teacher", config, load, tuple(range(size.layers)), **own),
-        RandomCheckpoint(write_config(student, folder / "student"), student, load, size.keep, **own),
+        RandomCheckpoint(folder / "teacher", config, load, tuple(range(plan.num_layers)), **own),
+        RandomCheckpoint(write_config(student, folder / "student"), student, load, tuple(plan.keep), **own),
         plan,
         run.recipe.distill,
         Ranks.here(),
@@ -174,7 +158,7 @@ def rows_of(case: Case, size: Size) -> PackedRows:
     """Random tokens; the same for every case of a size. Documents are of 64 to 960 tokens, or a row each."""
     generator = torch.Generator().manual_seed(0)
     count = case.steps * size.rows * size.accumulation
-    ids_NS = torch.randint(257, size.vocabulary, (count, size.length), generator=generator, dtype=torch.int32)
+    ids_NS = torch.randint(257, size.config.vocab_size, (count, size.length), generator=generator, dtype=torch.int32)
     positions_NS = torch.arange(size.length, dtype=torch.int32).repeat(count, 1)
     if not case.whole_rows:
         mean = min(DOCUMENT, size.length // 2)
@@ -204,12 +188,10 @@ def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     trainer.train()
     student: Any = trainer.objective.student
     figures = {
-        **clock.figures(spec.tokens_per_step),
-        "peak": peak(),
+        **clock.figures(trainer, spec.tokens_per_step),
         "estimate": told.memory.peak,
         "attention": student.config._attn_implementation,
         "flops_per_token": flops_per_token(told),
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
     leave_deepspeed(trainer)
     leave_distributed()
@@ -255,10 +237,8 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return {
-        **clock.figures(spec.tokens_per_step),
-        "peak": peak(),
+        **clock.figures(trainer, spec.tokens_per_step),
         "attention": spec.teacher.load.attention,
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
 
 
@@ -275,40 +255,30 @@ def card(_case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
     """What is measured on."""
     where = here()
     there = [package for package in OPTIONAL if importlib.util.find_spec(package) is not None]
+    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    has_driver = shutil.which(driver[0]) is not None
     return {
         **environment(),
         **{package: importlib.metadata.version(package.replace("_", "-")) for package in there},
         "card": device_name(where),
         "cuda": torch.version.cuda,
-        "driver": driver(),
+        "driver": subprocess.run(driver, capture_output=True, text=True).stdout.split("\n")[0] if has_driver else None,
         "system": platform.platform(),
         "memory": torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else available_memory(),
         "product_flops_per_s": flops_per_second(where, torch.bfloat16),
     }
 
 
-def driver() -> str | None:
-    """Version of NVIDIA's driver; None where its tool is not there."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip().partition("\n")[0] or None
+KINDS: dict[str, Callable[[Case, Size, Path], dict[str, Any]]] = {"card": card, "shoal": shoal_step, "trl": trl_step}
 
 
-KINDS: dict[str, Callable[[Case, Size, Path], dict[str, Any]]] = {
-    "card": card,
-    "shoal": shoal_step,
-    "trl": trl_step,
-}
-
-
-def measured(case: Case, size: Size, folder: Path) -> dict[str, Any]:
+def measured(case: Case, size: Size) -> dict[str, Any]:
     """The figures of ``case``; where there are none, why, as `without`."""
     turn_down_libraries()
-    try:
-        return KINDS[case.kind](case, size, folder)
-    except UserError as error:
-        return {"without": f"not here: {error}"}
-    except torch.OutOfMemoryError as error:
-        return {"without": f"out of memory: {str(error).partition('. ')[0]}"}
+    with TemporaryDirectory() as folder:
+        try:
+            return KINDS[case.kind](case, size, Path(folder))
+        except UserError as error:
+            return {"without": f"not here: {error}"}
+        except torch.OutOfMemoryError as error:
+            return {"without": f"out of memory: {str(error).partition('. ')[0]}"}

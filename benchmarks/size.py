@@ -10,7 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -43,23 +43,22 @@ def tracked(pattern: str) -> list[Path]:
     return sorted(file for file in files if file.is_relative_to(ROOT.resolve()))
 
 
-def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function of a module, inner ones and methods too."""
-    return (node for node in ast.walk(tree) if isinstance(node, FUNCTION))
-
-
-def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Parameters by name, without self and cls, *args and **kwargs."""
-    given = function.args.posonlyargs + function.args.args
-    return len(given) + len(function.args.kwonlyargs) - bool(given and given[0].arg in ("self", "cls"))
+def functions(trees: Mapping[Path, ast.AST]) -> list[tuple[int, int, str]]:
+    """Lines, parameters by name (without self and cls, *args and **kwargs) and place of every function, inner ones and
+    methods too."""
+    found = []
+    for file, tree in trees.items():
+        for own in (node for node in ast.walk(tree) if isinstance(node, FUNCTION)):
+            given = own.args.posonlyargs + own.args.args
+            named = len(given) + len(own.args.kwonlyargs) - bool(given and given[0].arg in ("self", "cls"))
+            found.append(((own.end_lineno or 0) - own.lineno + 1, named, f"{file}:{own.lineno} {own.name}"))
+    return found
 
 
 def num_late_imports(tree: ast.AST) -> int:
     """Imports inside functions."""
-    late = {
-        id(node) for own in functions(tree) for node in ast.walk(own) if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    return len(late)
+    inside = [node for own in ast.walk(tree) if isinstance(own, FUNCTION) for node in ast.walk(own)]
+    return len({id(node) for node in inside if isinstance(node, ast.Import | ast.ImportFrom)})
 
 
 def declaring(section: Any) -> set[Any]:
@@ -70,8 +69,8 @@ def declaring(section: Any) -> set[Any]:
     return {own for own in section.__mro__ if is_dataclass(own)}.union(*map(declaring, inner))
 
 
-def measured() -> dict[str, float]:
-    """Every figure of LIMITS as it is now."""
+def measured() -> tuple[dict[str, float], list[tuple[int, int, str]]]:
+    """Every figure of LIMITS as it is now, and what functions gives."""
     from shoal.launch.help.explain import places
     from shoal.recipe.not_together import NOT_TOGETHER
     from shoal.recipe.recipe import Recipe
@@ -80,13 +79,13 @@ def measured() -> dict[str, float]:
     files = [file for file in everything if file.relative_to(ROOT.resolve()).parts[0] != "tests"]
     texts = {file.relative_to(ROOT.resolve()): file.read_text(encoding="utf-8") for file in files}
     trees = {file: ast.parse(text) for file, text in texts.items()}
-    own = [function for tree in trees.values() for function in functions(tree)]
-    lengths = sorted((function.end_lineno or 0) - function.lineno + 1 for function in own)
+    own = functions(trees)
+    lengths = sorted(length for length, *_ in own)
     lines = {file: len(text.splitlines()) for file, text in texts.items()}
     rooms = [tree for file, tree in trees.items() if file.parts[0] not in ("launch", "lab", "benchmarks")]
     pages = [file for file in tracked("*.md") if not file.is_symlink()]
     tests = [file for file in everything if file not in files]
-    return {
+    figures = {
         "lines of Python outside tests": sum(lines.values()),
         "of them in lab/": sum(count for file, count in lines.items() if file.parts[0] == "lab"),
         "files of Python outside tests": len(files),
@@ -99,33 +98,20 @@ def measured() -> dict[str, float]:
         "lines of a function, median": statistics.median(lengths),
         "lines of a function, 90 of 100": lengths[int(0.9 * len(lengths))],
         "lines of a function, most": lengths[-1],
-        "parameters of a function, most": max(map(num_parameters, own)),
+        "parameters of a function, most": max(many for _, many, _ in own),
         "words of Markdown": sum(len(file.read_text(encoding="utf-8").split()) for file in pages),
     }
-
-
-def longest(count: int = 5) -> str:
-    """The longest functions and the longest lists of parameters, with their places."""
-    places = []
-    for file in tracked("*.py"):
-        name = str(file.relative_to(ROOT.resolve()))
-        if not name.startswith("tests/"):
-            for own in functions(ast.parse(file.read_text(encoding="utf-8"))):
-                length = (own.end_lineno or 0) - own.lineno + 1
-                places.append((length, num_parameters(own), f"{name}:{own.lineno} {own.name}"))
-    by_length = [f"{place} {length}" for length, _, place in sorted(places, reverse=True)[:count]]
-    by_parameters = [
-        f"{place} {many}" for _, many, place in sorted(places, key=lambda row: row[1:], reverse=True)[:count]
-    ]
-    return f"longest functions: {', '.join(by_length)}\nmost parameters: {', '.join(by_parameters)}"
+    return figures, own
 
 
 def main() -> None:
     """Print every figure beside its limit, and end with 1 where one is passed."""
-    figures = measured()
+    figures, own = measured()
     for name, limit in LIMITS.items():
         print(f"{figures[name]:>8,.0f} of {limit:>7,}  {name}{'  TOO LARGE' if figures[name] > limit else ''}")
-    print(longest())
+    for name, column in (("longest functions", 0), ("most parameters", 1)):
+        most = sorted(own, key=lambda row: row[column:], reverse=True)[:5]
+        print(f"{name}: {', '.join(f'{row[2]} {row[column]}' for row in most)}")
     sys.exit(any(figures[name] > limit for name, limit in LIMITS.items()))
 
 
