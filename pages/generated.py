@@ -29,8 +29,8 @@ def keys() -> Iterator[str]:
         for said in explanation(place):
             if "keys" in said:
                 yield from _section(said)
-    yield "## what does not go together\n\n| setting | beside | why | instead |\n| --- | --- | --- | --- |"
-    yield from (f"| `{row.place}` | `{row.beside}` | {row.reason} | {row.remedy} |" for row in NOT_TOGETHER)
+    yield "## what does not go together\n\n| setting | why, and what to set instead |\n| --- | --- |"
+    yield from (f"| `{row.place}` | {row.words} |" for row in NOT_TOGETHER)
 
 
 def _section(said: dict[str, Any]) -> Iterator[str]:

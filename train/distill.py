@@ -187,10 +187,8 @@ def distill(
     heartbeat.stop()
     wandb_run.finish(run_dir)
     if not is_finished:
-        raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
-            stop.number,
-        )
+        steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise Stopped(f"stopped at {steps} ({stop.reason}), saved", stop.number)
 
 
 def make_trainer(

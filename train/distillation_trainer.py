@@ -28,10 +28,8 @@ from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_positions, require_tokenizer
 from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Lora
-from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.losses import StateTerm
 from shoal.recipe.messages import checked
-from shoal.recipe.not_together import not_together
 from shoal.recipe.trainer_arguments import OURS, precisions_said
 
 from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
@@ -281,7 +279,6 @@ def _section(args: TrainingArguments, peft_config: LoraConfig | Lora | None) -> 
             **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
         },
         source="shoal.DistillationConfig",
-        contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
     config = resolved_deepspeed(args)
     if config is not None and precisions_said(config):

@@ -35,7 +35,6 @@ from shoal.models.load import load_model, without_data
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
 from shoal.recipe.messages import checked, of_arguments
-from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import CutByScore, CutThese
 from shoal.recipe.section import Shapes, shaping
 
@@ -76,9 +75,9 @@ def measure_importance(
     model = as_model(model)
     named = {"metrics": [metrics] if isinstance(metrics, str) else metrics}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
-    section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
-    if TASK_ORDER in section.metrics:
+    if TASK_ORDER in named["metrics"]:
         raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
+    section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
     tokenizer = require_tokenizer(tokenizer, model)
     require_positions(model, section.sequence_length)
     _refuse_sweep(section.sweep, model, tokenizer)
@@ -173,9 +172,7 @@ def choose_layers(
         "protect": protect,
         "spare": spare,
     }
-    settings = checked(
-        CutByScore, named, source="shoal.choose_layers", contradictions=lambda cut: not_together(prune=cut)
-    )
+    settings = checked(CutByScore, named, source="shoal.choose_layers")
     choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
     inputs = {
         "model": importance.provenance.inputs.get("model"),
@@ -236,7 +233,7 @@ def _changed(
 ) -> PreTrainedModel:
     """The model that the command writes of a checkpoint of ``model``."""
     named = {"drop": sorted(drop), "changes": changes}
-    settings = checked(CutThese, named, source="shoal.cut_model", contradictions=lambda cut: not_together(prune=cut))
+    settings = checked(CutThese, named, source="shoal.cut_model")
     tokenizer, made, measured = require_tokenizer(tokenizer, model), changes_of(settings), Measure()
     plan = Plan(Provenance({}), len(decoder_layers(model)), settings.drop, reason="given by the caller")
     num_tokens = num_tokens_of(made, without_data(model.config), plan, measured)

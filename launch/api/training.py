@@ -21,9 +21,7 @@ from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
 from shoal.recipe.distill import Distill, Trainable
-from shoal.recipe.distill_contradictions import contradictions
 from shoal.recipe.messages import of_arguments
-from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Shapes, shaping
 from shoal.recipe.trainer_arguments import trained_in
 from shoal.runtime import device
@@ -126,7 +124,6 @@ def _section(named: dict[str, Any], settings: Mapping[str, Any]) -> Distill:
         {**named, **settings, "trainer": trainer},
         taken=(*named, *DistillSettings.__annotations__),
         source="shoal.distill",
-        contradictions=lambda section: [*contradictions(section), *not_together(distill=section)],
     )
     precision = trained_in({}, fast_dtype(device()).dtype) if section.precision == "auto" else section.precision
     return replace(section, precision=precision, deepspeed=None, watch=None)

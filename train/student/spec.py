@@ -96,7 +96,7 @@ class TrainSpec:
     @property
     def is_recordable(self) -> bool:
         """Whether recorded signals could take a live teacher's place."""
-        return not any(not_together(distill=replace(self.settings, teacher=Recorded())))
+        return not any(not_together(replace(self.settings, teacher=Recorded())))
 
     @property
     def live_dtype(self) -> Dtype | None:

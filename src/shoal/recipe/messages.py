@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -16,6 +16,7 @@ from shoal.errors import UserError
 from shoal.formatting import listed, meant
 from shoal.recipe.field_words import field_word
 from shoal.recipe.gone import gone
+from shoal.recipe.not_together import contradictions
 from shoal.recipe.section import Section, adapter
 from shoal.redaction import redacted, redacted_arguments
 
@@ -45,12 +46,8 @@ def checked(
     *,
     source: str,
     overrides: Sequence[str] = (),
-    contradictions: Callable[[S], Iterable[str]] = lambda section: (),
 ) -> S:
-    """The section ``kind`` that a plain mapping describes.
-
-    ``contradictions`` gives `place: what is wrong` of what single fields cannot express; ``overrides`` are already in
-    ``values``.
+    """The section ``kind`` that a plain mapping describes; ``overrides`` are already in it.
 
     Raises:
         UserError: naming every problem, each after ``source`` or the override that has set its place.
@@ -64,14 +61,7 @@ def checked(
     return section
 
 
-def of_arguments(
-    kind: type[S],
-    given: Mapping[str, Any],
-    *,
-    taken: Collection[str],
-    source: str,
-    contradictions: Callable[[S], Iterable[str]] = lambda section: (),
-) -> S:
+def of_arguments(kind: type[S], given: Mapping[str, Any], *, taken: Collection[str], source: str) -> S:
     """The section ``kind`` that the arguments ``given`` of the function ``source`` describe, which has a use for the
     keys ``taken``.
 
@@ -85,7 +75,7 @@ def of_arguments(
             f"{source}: {useless[0]}: is for run directories, and has no use for a model in memory; leave it out, or "
             "give a whole recipe to shoal.run"
         )
-    return checked(kind, given, source=source, contradictions=contradictions)
+    return checked(kind, given, source=source)
 
 
 def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Settings of a recipe that contradict each other: what no type can keep from being said, as one table.
+"""What settings of a recipe must not say together: what no type can keep from being said.
 
 Everything else is kept apart by the types themselves: a section of two kinds has the keys of one.
 """
@@ -6,28 +6,26 @@ Everything else is kept apart by the types themselves: a section of two kinds ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from shoal.recipe import losses
 from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import StateTerm, from_top_k, reads_distributions, temperatures
-from shoal.recipe.prune import Compensate, CutByScore, CutThese, Prune, Width
+from shoal.recipe.measure import Measure
+from shoal.recipe.prune import Compensate, Cut, CutByScore, CutThese, Width
 from shoal.recipe.section import Section
-from shoal.recipe.trainer_arguments import HALVES
+from shoal.recipe.trainer_arguments import HALVES, wrong_arguments
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One contradiction."""
 
     place: str
     """The setting that is refused; what stands before its first stop is the section that is looked at."""
-    beside: str
-    """What it contradicts, in the words of YAML."""
     is_so: Callable[[Any], bool]
-    """Whether a section says both."""
-    reason: str
-    remedy: str
+    """Whether the section says it."""
+    words: str
+    """Why it is refused, and what to set instead."""
 
 
 def _is_recorded(distill: Distill) -> bool:
@@ -41,132 +39,118 @@ def _asks_too_much_of_vllm(distill: Distill) -> bool:
     return teacher.prefix or states or distill.recorded_temperature != 1
 
 
-NOT_TOGETHER: tuple[Row, ...] = (
-    Row(
-        "measure.metrics",
-        "measure.sweep: null",
-        lambda measure: "task_greedy" in measure.metrics and measure.sweep is None,
-        "task_greedy removes layers by the scores of tasks, and none is swept",
-        "name some in measure.sweep.tasks",
-    ),
-    Row(
-        "prune.metric",
-        "prune.contiguous",
-        lambda prune: isinstance(prune, CutByScore) and prune.contiguous and isinstance(prune.metric, dict),
-        "a mapping mixes scores of single layers, and no runs of them",
-        "name one metric of runs, or set prune.contiguous: false",
-    ),
-    Row(
-        "prune.changes",
-        "the same kind twice, or compensate before width",
-        lambda prune: (order := [ORDER.index(type(change)) for change in prune.changes]) != sorted({*order}),
-        "channels are chosen by the teacher's own weights, and what makes up for layers is fitted to what is left",
-        "give every kind once, width first",
-    ),
-    Row(
-        "prune.changes",
-        "compensate and an empty prune.drop",
-        lambda prune: isinstance(prune, CutThese) and not prune.drop and _has(prune, Compensate),
-        "compensate makes up for dropped layers, and no layer is dropped",
-        "name layers in prune.drop, or leave it out",
-    ),
-    Row(
-        "prune.changes",
-        "width and prune.target",
-        lambda prune: isinstance(prune, CutByScore) and prune.target is not None and _has(prune, Width),
-        "width changes what layers save, which prune.target counts by whole layers",
-        "leave one of them out, or narrow that student in a run of its own (model: RUN_DIR/student)",
-    ),
-    Row(
-        "distill.lora",
-        "distill.trainable: norm_and_head",
-        lambda distill: distill.lora is not None and distill.trainable == "norm_and_head",
-        "norm_and_head trains no layer that could have an adapter",
-        "choose another distill.trainable",
-    ),
-    Row(
-        "distill.on_policy",
-        "distill.teacher: recorded",
-        lambda distill: _is_recorded(distill) and distill.on_policy is not None,
-        "nothing is recorded of what the student will write",
-        "set distill.teacher: live, or leave it out",
-    ),
-    Row(
-        "distill.on_policy",
-        "distill.losses without one that reads the teacher's distributions",
-        lambda distill: distill.on_policy is not None and not any(map(reads_distributions, distill.losses)),
-        "without a teacher's judgement a student only repeats itself",
-        "add forward_kl or another divergence to distill.losses",
-    ),
-    Row(
-        "distill.on_policy",
-        "distill.data: a source of images",
-        lambda distill: distill.on_policy is not None and distill.has_images,
-        "the student writes from text alone, and a source of distill.data has images",
-        "leave one of them out",
-    ),
-    Row(
-        "distill.data",
-        "generate, of a source of images",
-        lambda distill: any(source.generate is not None and source.has_images for source in distill.data),
-        "the teacher writes from text alone, and a source with generate has images",
-        "leave generate out there",
-    ),
-    Row(
-        "distill.teacher",
-        "distill.data: a source of images",
-        lambda distill: _is_recorded(distill) and distill.has_images,
-        "what a teacher says of images is not recorded",
-        "set it to live, or leave the source out",
-    ),
-    Row(
-        "distill.losses",
-        "distill.teacher: recorded, and adaptive_kl, dkd or taid",
-        lambda distill: _is_recorded(distill) and not all(map(from_top_k, distill.terms)),
-        "a recorded teacher tells its most probable tokens only, and adaptive_kl, dkd and taid need all",
-        "take others, or set distill.teacher: live",
-    ),
-    Row(
-        "distill.losses",
-        "distill.teacher: recorded, and terms of several temperatures",
-        lambda distill: _is_recorded(distill) and len(temperatures(distill.terms)) > 1,
-        "a teacher is recorded at one temperature, and the terms have several",
-        "give all the same, or set distill.teacher: live",
-    ),
-    Row(
-        "distill.teacher.backend",
-        "distill.teacher.prefix, hidden_states, or a temperature other than 1",
-        _asks_too_much_of_vllm,
-        "vLLM tells log-probabilities at temperature 1 and no state of a layer, which prefix and hidden_states need",
-        "leave these out, or set it to transformers",
-    ),
-    Row(
-        "distill.watch.metric_for_best_model",
-        "other distill.watch.tasks",
-        lambda distill: distill.watch and distill.watch.metric_for_best_model not in (None, *distill.watch.scores),
-        "is not scored",
-        "choose one of distill.watch.tasks, or perplexity, with perplexity_tokens above 0",
-    ),
-    Row(
-        "distill.trainer",
-        "another distill.precision",
-        lambda distill: not HALVES.keys().isdisjoint(distill.trainer),
-        "bf16 and fp16 say another precision than distill.precision, or both are true",
-        "leave them out",
-    ),
-)
-"""All of them, in the order of a recipe."""
-ORDER = (Width, Compensate)
-"""Kinds of changes, in the order in which they can act."""
-
-
-def _has(prune: Prune, kind: type) -> bool:
+def _has(prune: Cut, kind: type) -> bool:
     return any(isinstance(change, kind) for change in prune.changes)
 
 
-def not_together(**sections: Section) -> Iterator[str]:
-    """`place: what is wrong` of every row that one of ``sections``, by name, says."""
-    for row in NOT_TOGETHER:
-        section = sections.get(row.place.partition(".")[0])
-        if section is not None and row.is_so(section):
-            yield f"{row.place}: {row.reason}; {row.remedy}"
+ORDER = (Width, Compensate)
+"""Kinds of changes, in the order in which they can act."""
+NOT_TOGETHER: tuple[Row, ...] = (
+    Row(
+        "measure.metrics",
+        lambda measure: "task_greedy" in measure.metrics and measure.sweep is None,
+        "task_greedy removes layers by the scores of tasks, and none is swept; name some in measure.sweep.tasks",
+    ),
+    Row(
+        "prune.metric",
+        lambda prune: isinstance(prune, CutByScore) and prune.contiguous and isinstance(prune.metric, dict),
+        "a mapping mixes scores of single layers, and no runs of them; name one metric of runs, or set "
+        "prune.contiguous: false",
+    ),
+    Row(
+        "prune.changes",
+        lambda prune: (order := [ORDER.index(type(change)) for change in prune.changes]) != sorted({*order}),
+        "channels are chosen by the teacher's own weights, and what makes up for layers is fitted to what is "
+        "left; give every kind once, width first",
+    ),
+    Row(
+        "prune.changes",
+        lambda prune: isinstance(prune, CutThese) and not prune.drop and _has(prune, Compensate),
+        "compensate makes up for dropped layers, and no layer is dropped; name layers in prune.drop, or leave it out",
+    ),
+    Row(
+        "prune.changes",
+        lambda prune: isinstance(prune, CutByScore) and prune.target is not None and _has(prune, Width),
+        "width changes what layers save, which prune.target counts by whole layers; leave one of them out, or "
+        "narrow that student in a run of its own (model: RUN_DIR/student)",
+    ),
+    Row(
+        "distill.lora",
+        lambda distill: distill.lora is not None and distill.trainable == "norm_and_head",
+        "norm_and_head trains no layer that could have an adapter; choose another distill.trainable",
+    ),
+    Row(
+        "distill.on_policy",
+        lambda distill: _is_recorded(distill) and distill.on_policy is not None,
+        "nothing is recorded of what the student will write; set distill.teacher: live, or leave it out",
+    ),
+    Row(
+        "distill.on_policy",
+        lambda distill: distill.on_policy is not None and not any(map(reads_distributions, distill.losses)),
+        "without a teacher's judgement a student only repeats itself; add forward_kl or another divergence to "
+        "distill.losses",
+    ),
+    Row(
+        "distill.on_policy",
+        lambda distill: distill.on_policy is not None and distill.has_images,
+        "the student writes from text alone, and a source of distill.data has images; leave one of them out",
+    ),
+    Row(
+        "distill.data",
+        lambda distill: any(source.generate is not None and source.has_images for source in distill.data),
+        "the teacher writes from text alone, and a source with generate has images; leave generate out there",
+    ),
+    Row(
+        "distill.teacher",
+        lambda distill: _is_recorded(distill) and distill.has_images,
+        "what a teacher says of images is not recorded; set it to live, or leave the source out",
+    ),
+    Row(
+        "distill.losses",
+        lambda distill: _is_recorded(distill) and not all(map(from_top_k, distill.terms)),
+        "a recorded teacher tells its most probable tokens only, and adaptive_kl, dkd and taid need all; take "
+        "others, or set distill.teacher: live",
+    ),
+    Row(
+        "distill.losses",
+        lambda distill: _is_recorded(distill) and len(temperatures(distill.terms)) > 1,
+        "a teacher is recorded at one temperature, and the terms have several; give all the same, or set "
+        "distill.teacher: live",
+    ),
+    Row(
+        "distill.teacher.backend",
+        _asks_too_much_of_vllm,
+        "vLLM tells log-probabilities at temperature 1 and no state of a layer, which prefix and hidden_states "
+        "need; leave these out, or set it to transformers",
+    ),
+    Row(
+        "distill.watch.metric_for_best_model",
+        lambda distill: distill.watch and distill.watch.metric_for_best_model not in (None, *distill.watch.scores),
+        "is not scored; choose one of distill.watch.tasks, or perplexity, with perplexity_tokens above 0",
+    ),
+    Row(
+        "distill.trainer",
+        lambda distill: not HALVES.keys().isdisjoint(distill.trainer),
+        "bf16 and fp16 say another precision than distill.precision, or both are true; leave them out",
+    ),
+)
+"""All pairs, in the order of a recipe."""
+SECTIONS: dict[str, type[Section]] = {"measure": Measure, "prune": Cut, "distill": Distill}
+
+
+def not_together(section: Section) -> Iterator[str]:
+    """`place: what is wrong` of every row that ``section`` says."""
+    rows = (row for row in NOT_TOGETHER if isinstance(section, SECTIONS[row.place.partition(".")[0]]))
+    return (f"{row.place}: {row.words}" for row in rows if row.is_so(section))
+
+
+def contradictions(said: Section) -> Iterator[str]:
+    """`place: what is wrong`, for everything that single fields of a section, or of a whole recipe, cannot express."""
+    for section in (said, *(own for own in vars(said).values() if isinstance(own, Section))):
+        yield from not_together(section)
+        if isinstance(section, Distill):
+            yield from losses.contradictions(section.losses)
+            for number, source in enumerate(section.data):
+                own = source.losses
+                yield from () if own is None else losses.contradictions(own, f"distill.data.{number}.losses")
+            yield from wrong_arguments(section.trainer)

@@ -6,7 +6,7 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,12 +17,11 @@ from yaml import YAMLError
 from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.model_names import name_of_model, names_model
-from shoal.recipe import distill_contradictions, remembered
+from shoal.recipe import remembered
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
-from shoal.recipe.not_together import not_together
 from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.section import Dtype, Named, Positive, Section, Shapes, Text
 from shoal.redaction import redacted
@@ -162,7 +161,7 @@ def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> 
 def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
-    return checked(Recipe, raw, source=source, overrides=overrides, contradictions=_contradictions)
+    return checked(Recipe, raw, source=source, overrides=overrides)
 
 
 def _find_recipe(name: str) -> Path | None:
@@ -225,9 +224,3 @@ def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
             "give the whole list instead"
         )
     return node[int(name)]
-
-
-def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Rules between settings that single fields cannot express."""
-    yield from not_together(measure=recipe.measure, prune=recipe.prune, distill=recipe.distill, eval=recipe.eval)
-    yield from distill_contradictions.contradictions(recipe.distill)

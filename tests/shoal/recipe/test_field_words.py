@@ -12,11 +12,11 @@ from transformers import TrainingArguments
 
 from shoal.errors import UserError
 from shoal.launch.help.explain import explanation
-from shoal.recipe import not_together
+from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.field_words import FIELD_WORDS, TRAINING_ARGUMENTS
-from shoal.recipe.not_together import NOT_TOGETHER, Row
-from shoal.recipe.recipe import Track, parse_recipe
+from shoal.recipe.not_together import NOT_TOGETHER, contradictions, not_together
+from shoal.recipe.recipe import parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,9 @@ def test_explain_knows_them_too() -> None:
 
 
 def test_a_row_of_the_table_is_refused_with_reason_and_remedy() -> None:
-    row = Row("track.tags", "track.project: x", lambda track: "x" in track.tags, "x is no tag", "leave it out")
-    assert len({each.place + each.beside for each in NOT_TOGETHER}) == len(NOT_TOGETHER)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(not_together, "NOT_TOGETHER", (row,))
-        assert list(not_together.not_together(track=Track(tags=("x",)))) == ["track.tags: x is no tag; leave it out"]
-        assert not list(not_together.not_together(track=Track(), eval=Eval()))
+    halves = Distill(trainer={"bf16": True, "fp16": True})
+    assert [*not_together(halves)] == [*contradictions(halves)] == [f"distill.trainer: {NOT_TOGETHER[-1].words}"]
+    assert not [*not_together(Distill()), *not_together(Eval())]
 
 
 def test_the_names_of_training_arguments_are_those_of_the_installed_library() -> None:

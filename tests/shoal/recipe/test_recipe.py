@@ -1,6 +1,6 @@
 """How recipes are read, and how every wrong one is refused.
 
-Covers: shoal.recipe.distill, shoal.recipe.distill_contradictions, shoal.recipe.evaluate, shoal.recipe.measure,
+Covers: shoal.recipe.distill, shoal.recipe.evaluate, shoal.recipe.measure,
 shoal.recipe.messages, shoal.recipe.prune, shoal.recipe.trainer_arguments, shoal.yaml_text.
 """
 
