@@ -364,5 +364,5 @@ def _result(row: Row) -> dict[str, Any]:
     }
 
 
-def _limits(value: float, limits: TaskScore | PairedDifference | Retention) -> dict[str, float | None]:
+def _limits(value: float | None, limits: TaskScore | PairedDifference | Retention) -> dict[str, float | None]:
     return {"value": value, "ci_low": limits.ci_low, "ci_high": limits.ci_high}

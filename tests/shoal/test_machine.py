@@ -13,6 +13,7 @@ from shoal import machine
 from shoal.launch.verbs import run as runs
 from shoal.launch.verbs.run import Run, open_run
 from shoal.machine import Choice, bfloat16_instructions, fast_dtype
+from shoal.recipe.distill import Live
 from shoal.recipe.recipe import parse_recipe
 
 CPU = torch.device("cpu")
@@ -80,6 +81,7 @@ def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.Lo
     caplog.set_level(logging.INFO)
     run = open_run(recipe(tmp_path, distill={"teacher": {"kind": "live", "dtype": "fast"}}))
     settled = run.recipe
+    assert isinstance(settled.distill.teacher, Live)
     assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == (
         "bfloat16",
         "bf16-mixed",

@@ -14,6 +14,7 @@ from shoal.launch.cli import main
 from shoal.launch.help.explain import first_sentence, meaning, places
 from shoal.launch.help.first_recipe import Machine, first_recipe
 from shoal.models import resolve
+from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.yaml_text import read_yaml
 
@@ -32,6 +33,7 @@ def test_a_recipe_from_a_configuration_alone(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model", num_hidden_layers=17)
     text = first_recipe(model, LAPTOP)
     recipe = parse_recipe(read_yaml(text))
+    assert isinstance(recipe.prune, CutByScore)
     assert (recipe.model, recipe.run_dir, recipe.prune.num_drop) == (model, "runs/model", 2)
     assert text.startswith(f"# {model}: 17 layers, ")
     assert "# Written for 1 x a laptop, computes in float32.\n" in text
@@ -62,6 +64,7 @@ def test_on_a_node_batch_and_rows_follow_ranks_and_positions(tmp_path: Path) -> 
     recipe = parse_recipe(read_yaml(first_recipe(model, NODE)))
     assert recipe.distill.batch_size is not None
     assert recipe.distill.batch_size % 8 == 0
+    assert isinstance(recipe.prune, CutByScore)
     assert (recipe.prune.num_drop, recipe.distill.trainer["learning_rate"]) == (4, 1e-4)
     assert recipe.distill.sequence_length == 1024, "as long as the model's positions, and no longer"
 

@@ -18,6 +18,7 @@ from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.load import load_config
+from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import parse_recipe
 
 WORDS: dict[str, Any] = {"vocab_size": VOCAB_SIZE}
@@ -53,6 +54,7 @@ def test_layers_behind_which_the_image_is_added_are_never_chosen(
 ) -> None:
     measured = {"data": [{"path": "readmes"}], "num_tokens": 256, "sequence_length": 64}
     run = run_of(models / "qwen3_vl", tmp_path, measure=measured, prune={"num_drop": 3, "protect": []})
+    assert isinstance(run.prune, CutByScore)
     assert run.prune.protect == (0, 1)
     with caplog.at_level(logging.WARNING, logger="shoal"):
         prune(run)
@@ -80,6 +82,7 @@ def test_a_family_that_reads_in_both_directions_is_cut_and_no_more(models: Path,
 
 def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp_path: Path) -> None:
     run = run_of(models / "mllama", tmp_path, prune={"num_drop": 2})
+    assert isinstance(run.prune, CutByScore)
     assert run.prune.protect == (0, -1, 1, 4)
     for stage in (preflight, measure):
         with pytest.raises(UserError, match=r"mllama passes its layers \[1, 4\] by where there is no image"):

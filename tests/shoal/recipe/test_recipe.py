@@ -18,6 +18,7 @@ from shoal.errors import UserError
 from shoal.recipe.distill import SAMPLES, Distill, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL, term_names
+from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import TextSource, as_dict
 
@@ -213,7 +214,7 @@ def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> No
         "eval.limit=null",
     )
     assert recipe.seed == 4
-    assert recipe.prune.drop == (1, 3)
+    assert recipe.prune == CutThese(drop=(1, 3))
     assert recipe.measure.data == (TextSource("docs.txt"),)
     assert recipe.distill.losses == (ForwardKL(), CrossEntropy(weight=0.5))
     assert recipe.distill.trainer == {"learning_rate": 2e-5}

@@ -14,6 +14,7 @@ from shoal.errors import UserError
 from shoal.launch.cli import _main
 from shoal.launch.verbs import prune, report
 from shoal.launch.verbs.run import Run
+from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import read_settings
 from shoal.recipe.remembered import FILE, memory_in
 
@@ -61,7 +62,7 @@ def test_a_run_directory_alone_is_enough_and_later_overrides_are_added(
     assert _main(["prune", str(run_dir), "eval.limit=6", "distill.trainer.learning_rate=1e-3"]) == 0
     assert _main(["report", "--config", str(run_dir)]) == 0
     assert [(run.recipe.seed, run.recipe.eval.limit) for run in seen] == [(7, 5), (7, 5), (7, 6), (7, 6)]
-    assert all(run.recipe.prune.drop == (1, 3) and run.dir == run_dir for run in seen)
+    assert all(run.recipe.prune == CutThese(drop=(1, 3)) and run.dir == run_dir for run in seen)
     assert seen[-1].recipe.distill.trainer == {"learning_rate": 1e-3}
     said, _ = read_settings(run_dir)
     assert said["eval"] == {"limit": 6}, "what was said, and no defaults"
@@ -99,7 +100,7 @@ def test_strangers_are_not_believed(
     file.write_text(signed.replace("- 3", "- 2"))
     monkeypatch.setenv("SHOAL_TRUSTED_RUNS", str(run_dir.parent))
     assert _main(["report", str(run_dir)]) == 0
-    assert seen[-1].recipe.prune.drop == (1, 2)
+    assert seen[-1].recipe.prune == CutThese(drop=(1, 2))
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "plan.json").write_text("{}")])
