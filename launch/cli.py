@@ -108,7 +108,9 @@ def run_verb(
             launch = partial(launch_distill, config=config, overrides=overrides)
             run = _dispatch(verb, recipe, memory, launch, force=force)
         if ranks.is_main() and STARTED not in os.environ:
-            _print(_made(verb, run, as_json=as_json))
+            from .verbs.results import result, scores_text
+
+            _print(result(verb, run) if as_json else scores_text(run) if verb == "eval" else "")
 
     return _exit_code(work, loudness)
 
@@ -214,12 +216,6 @@ def _dry_run(verb: str, recipe: Recipe, *, as_json: bool) -> Any:
     if as_json:
         return {"run_dir": str(run.dir), "dry_run": True, "stages": list(map(asdict, stages))}
     return dry_run_text(stages, run.dir)
-
-
-def _made(verb: str, run: Run, *, as_json: bool) -> Any:
-    from .verbs.results import result, scores_text
-
-    return result(verb, run) if as_json else scores_text(run) if verb == "eval" else ""
 
 
 def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..., None], *, force: bool) -> Run:

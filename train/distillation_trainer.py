@@ -23,9 +23,9 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import Given, is_source, is_stream, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
+from shoal.models.anatomy import decoder_layers, require_positions
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
-from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_positions, require_tokenizer
+from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_tokenizer
 from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import StateTerm
@@ -223,7 +223,7 @@ def _checked(
     section = _section(args, peft_config)
     for own in (model, teacher):
         if own is not None:
-            require_positions(own, section.sequence_length)
+            require_positions(own.config, section.sequence_length)
     return section
 
 

@@ -25,12 +25,13 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant_of
+from shoal.data.packing import PackedRows
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
-from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_positions, require_tokenizer
+from shoal.models.anatomy import decoder_layers, require_positions
+from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_tokenizer
 from shoal.models.load import load_model, without_data
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
@@ -79,15 +80,9 @@ def measure_importance(
         raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
     section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
     tokenizer = require_tokenizer(tokenizer, model)
-    require_positions(model, section.sequence_length)
+    require_positions(model.config, section.sequence_length)
     _refuse_sweep(section.sweep, model, tokenizer)
-    rows = pack(
-        sources_of(data, loss_on=None if is_source(data) else "all", num_tokens=section.num_tokens),
-        tokenizer,
-        sequence_length=section.sequence_length,
-        num_tokens=section.num_tokens,
-        seed=seed,
-    )
+    rows = _rows(data, tokenizer, section, section.num_tokens, seed=seed)
     with left_as_it_was(model):
         scores = scores_of(
             model,
@@ -102,6 +97,14 @@ def measure_importance(
         del inputs["measure.data"]  # `rows` says what it was
         found = Importance(Provenance(inputs), **vars(scores))
         return found if section.sweep is None else _swept(found, model, tokenizer, section.sweep, seed=seed)
+
+
+def _rows(
+    data: Given, tokenizer: PreTrainedTokenizerBase, settings: Measure, num_tokens: int, *, seed: int
+) -> PackedRows:
+    """So many tokens of ``data`` in rows as long as ``settings`` say."""
+    texts = sources_of(data, loss_on=None if is_source(data) else "all", num_tokens=num_tokens)
+    return pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=num_tokens, seed=seed)
 
 
 def _refuse_sweep(settings: Sweeps | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -237,13 +240,7 @@ def _changed(
     tokenizer, made, measured = require_tokenizer(tokenizer, model), changes_of(settings), Measure()
     plan = Plan(Provenance({}), len(decoder_layers(model)), settings.drop, reason="given by the caller")
     num_tokens = num_tokens_of(made, without_data(model.config), plan, measured)
-    rows = pack(
-        sources_of(data, loss_on=None if is_source(data) else "all", num_tokens=num_tokens),
-        tokenizer,
-        sequence_length=measured.sequence_length,
-        num_tokens=num_tokens,
-        seed=0,
-    )
+    rows = _rows(data, tokenizer, measured, num_tokens, seed=0)
     with TemporaryDirectory() as temporary:
         teacher, student = Path(temporary) / "teacher", Path(temporary) / "student"
         model.save_pretrained(teacher)

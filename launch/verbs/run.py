@@ -29,7 +29,7 @@ from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.errors import UserError
 from shoal.machine import DTYPES, device_name, fast_dtype, flops_per_second
 from shoal.model_names import DEMO_PREFIX
-from shoal.models.anatomy import image_layers, text_config
+from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
@@ -348,11 +348,7 @@ def _leave_nothing(run: Run, *, is_new: bool) -> None:
 
 def check_length(run: Run, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:
     """Refuse rows longer than the model's positions, before any weight is loaded."""
-    longest = getattr(text_config(run.config()), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise UserError(
-            f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; {remedy}"
-        )
+    require_positions(run.config(), sequence_length, setting, run.recipe.model, remedy)
 
 
 def write_story(run: Run) -> None:

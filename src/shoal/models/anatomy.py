@@ -128,6 +128,18 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def require_positions(config: Any, sequence_length: int, *words: str) -> None:
+    """Refuse rows longer than the positions that a model has; ``words`` are the setting, the model and a remedy.
+
+    Raises:
+        UserError: they are.
+    """
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        setting, model, remedy = words or ("sequence_length", "the model", "lower it")
+        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of {model}; {remedy}")
+
+
 def deepstack_layers(config: Any) -> tuple[int, ...]:
     """Layers of the text decoder behind which features of the image are added to the states, by place.
 

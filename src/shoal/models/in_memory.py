@@ -73,19 +73,6 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
         )
 
 
-def require_positions(model: PreTrainedModel, sequence_length: int) -> None:
-    """Refuse rows longer than the positions that ``model`` has.
-
-    Raises:
-        UserError: they are.
-    """
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise UserError(
-            f"sequence_length: {sequence_length} is more than the {longest} positions of the model; lower it"
-        )
-
-
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer, None = that of the name of ``model``; where it has no pad token a copy that pads with its end
     token.

@@ -121,19 +121,21 @@ class Named:
 
 
 @cache
+def _marks(section: Any, kind: type) -> dict[str, Any]:
+    """What of this ``kind`` every key of a class of sections says beside its type; None = nothing."""
+    hints = get_type_hints(section, include_extras=True)
+    said = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
+    return {key: next((mark for mark in marks if isinstance(mark, kind)), None) for key, marks in said.items()}
+
+
 def identity_names(section: Any) -> dict[str, str]:
     """What every key of a class of sections is called in identities."""
-    hints = get_type_hints(section, include_extras=True)
-    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
-    return {key: next((mark.name for mark in said if isinstance(mark, Named)), key) for key, said in marks.items()}
+    return {key: mark.name if mark else key for key, mark in _marks(section, Named).items()}
 
 
-@cache
 def shaped(section: Any) -> dict[str, Shapes | None]:
     """What every key of a class of sections says that it shapes; None = nothing is said."""
-    hints = get_type_hints(section, include_extras=True)
-    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
-    return {key: next((mark for mark in said if isinstance(mark, Shapes)), None) for key, said in marks.items()}
+    return _marks(section, Shapes)
 
 
 def shaping_keys(section: Any, result: Shapes, place: str = "") -> list[str]:
