@@ -5,34 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.importance import Importance
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, refuse_text_alone
 from shoal.models.document_masks import WHILE_MEASURED, warn_of_mixed_documents
 
-from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Runs
+from .metrics.metric import Calibration, Estimates, Need
 from .metrics.registry import METRICS, PASSES
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerScores:
-    """The measured part of shoal.artifacts.importance.Importance; a lower score means: remove first."""
-
-    num_layers: int
-    num_tokens: int
-    """Tokens over all ranks."""
-    layers: dict[str, Layers] = field(default_factory=dict)
-    runs: dict[str, Runs] = field(default_factory=dict)
-    errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
-    """Standard errors of layer scores that are estimated from samples; None where one draw tells nothing of its own."""
-    orders: dict[str, Order] = field(default_factory=dict)
 
 
 def measure_importance(
@@ -43,9 +30,9 @@ def measure_importance(
     batch_size: int,
     num_drop: int | None = None,
     seed: int = 0,
-) -> LayerScores:
+) -> Importance:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together. Those
-    that need tasks are left to a sweep.
+    that need tasks are left to a sweep. What the scores were made from is still to be said.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
     the same scores. ``num_drop`` is how many removals greedy metrics make; None = as many as there can be. ``seed`` is
@@ -71,7 +58,7 @@ def measure_importance(
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
         results |= PASSES[need](model, calibration, names)
-    scores = LayerScores(len(decoder_layers(model)), rows.input_ids_NS.numel())
+    scores = Importance(Provenance({}), len(decoder_layers(model)), rows.input_ids_NS.numel(), layers={}, runs={})
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
         result = results[name]

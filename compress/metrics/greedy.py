@@ -76,12 +76,6 @@ def layer_components(num_layers: int, *, protected: Collection[int] = ()) -> tup
     return tuple(Component((layer,)) for layer in free)
 
 
-def half_components(num_layers: int, *, protected: Collection[int] = ()) -> tuple[Component, ...]:
-    """Attention and MLP of every layer that is not ``protected``; negative numbers count from the end."""
-    layers = layer_components(num_layers, protected=protected)
-    return tuple(Component(layer.layers, part) for layer in layers for part in HALVES)
-
-
 def without_components(components: Sequence[Component]) -> Variant:
     """The variant without ``components``; a layer both of whose halves are gone is gone, as a plan of them has it."""
     parts: dict[int, set[ComponentPart]] = defaultdict(set)

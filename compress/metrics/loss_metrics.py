@@ -27,7 +27,7 @@ from shoal.models.anatomy import decoder_layers, text_config
 
 from ..edits.sublayers import sublayers
 from ..variants.variants import INTACT, Variant, without
-from .greedy import greedy_order, half_components, layer_components
+from .greedy import HALVES, greedy_order, layer_components
 from .metric import Calibration, Estimates, Layers, Metric, Need, Order, Result, Yields
 from .variant_losses import VariantLosses
 
@@ -106,7 +106,7 @@ class BlockPruner(Sleb):
 
     @classmethod
     def units(cls, model: PreTrainedModel) -> tuple[Component, ...]:
-        return half_components(len(decoder_layers(model)), protected=PROTECTED)
+        return tuple(Component(layer.layers, half) for layer in super().units(model) for half in HALVES)
 
 
 class _OfSubnetworks(LossMetric):

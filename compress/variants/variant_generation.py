@@ -9,19 +9,16 @@ B batch, S sequence, D hidden, H key-value heads, d size of a head.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.components import LayerEdit
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.generation import Texts, write, write_after
-from shoal.inference.prefix_sharing import batches
+from shoal.inference.prefix_sharing import batches, in_common, right_aligned
 from shoal.inference.scoring import Pass
 
 from ..edits.layer_edits import KINDS, RowsOfBatch, in_force
@@ -175,7 +172,15 @@ class _Reading:
         kept = self._states.kept
         assert kept is not None
         for layer, slots in enumerate(kept):
-            keys_BHSd, values_BHSd = (_right_aligned(slots, layer, sources, lengths, which) for which in (0, 1))
+            # a removed layer has left nothing behind; what stands in its place is never read
+            left = [
+                (slots.get(tuple(edit for edit in variant.edits if edit[0] <= layer)), prompt)
+                for variant, prompt in sources
+            ]
+            keys_BHSd, values_BHSd = (
+                right_aligned([slot and slot[which][prompt] for slot, prompt in left], lengths, like=of_any[0])
+                for which, of_any in enumerate(next(iter(slots.values())))
+            )
             cache.update(keys_BHSd, values_BHSd, layer)
             slots.clear()  # layer by layer, so that not all of them are there twice
         lengths_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
@@ -186,31 +191,8 @@ class _Reading:
 
 def _common_beginning(prompts: Sequence[Tokens]) -> int:
     """Tokens with which all prompts begin, if it is worth reading them only once; every prompt keeps one of its own."""
-    longest = min(map(len, prompts)) - 1
-    columns = zip(*prompts, strict=False)
-    shared = min(longest, sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns)))
-    return shared if len(prompts) > 1 and shared >= WORTH_SHARING else 0
-
-
-def _right_aligned(
-    slots: dict[Any, tuple[Tensor, Tensor]],
-    layer: int,
-    sources: Sequence[tuple[Variant, int]],
-    lengths: Sequence[int],
-    which: int,
-) -> Tensor:
-    """(B, H, S, d) keys (0) or values (1) of the first ``lengths`` tokens, ending together; 0 before them.
-
-    A removed layer has left nothing behind; what stands in its place is never read.
-    """
-    of_any = next(iter(slots.values()))[which]
-    _, num_heads, _, size = of_any.shape
-    aligned_BHSd = of_any.new_zeros(len(sources), num_heads, max(lengths), size)
-    for row, ((variant, prompt), length) in enumerate(zip(sources, lengths, strict=True)):
-        so_far = tuple(edit for edit in variant.edits if edit[0] <= layer)
-        if so_far in slots:
-            aligned_BHSd[row, :, max(lengths) - length :] = slots[so_far][which][prompt, :, :length]
-    return aligned_BHSd
+    shared = min((in_common(prompts[0], other) for other in prompts[1:]), default=0)
+    return shared if shared >= WORTH_SHARING else 0
 
 
 class RowEdits:

@@ -95,7 +95,7 @@ def measure_importance(
         inputs = identity_of(model, seed=seed) | {"rows": rows.fingerprint}
         inputs |= shaping(section, Shapes.IMPORTANCE, "measure.")
         del inputs["measure.data"]  # `rows` says what it was
-        found = Importance(Provenance(inputs), **vars(scores))
+        found = replace(scores, provenance=Provenance(inputs))
         return found if section.sweep is None else _swept(found, model, tokenizer, section.sweep, seed=seed)
 
 

@@ -105,13 +105,13 @@ class Reader:
             slots = [self._slots[beginning][number] if beginning else None for beginning in beginnings]
             some = next((slot for slot in slots if slot is not None), None)
             if some is not None:
-                keys = _right_aligned([slot and slot[0] for slot in slots], cached, like=some[0])
-                values = _right_aligned([slot and slot[1] for slot in slots], cached, like=some[1])
+                keys = right_aligned([slot and slot[0] for slot in slots], cached, like=some[0])
+                values = right_aligned([slot and slot[1] for slot in slots], cached, like=some[1])
                 cache.update(keys, values, number)
         return cache
 
 
-def _right_aligned(states: Sequence[Tensor | None], counts: Sequence[int], *, like: Tensor) -> Tensor:
+def right_aligned(states: Sequence[Tensor | None], counts: Sequence[int], *, like: Tensor) -> Tensor:
     """(B, H, P, d): the first ``counts`` positions of each of ``states`` (H, P, d), zeros before them."""
     heads, _, size = like.shape
     longest = max(counts)
@@ -135,7 +135,7 @@ def common_beginnings(prompts: Sequence[Tokens]) -> list[int]:
     # every pair of neighbours builds the whole tree.
     path = [_Node(0, 0)]
     for end in range(1, len(order) + 1):
-        common = _in_common(prompts[order[end - 1]], prompts[order[end]]) if end < len(order) else 0
+        common = in_common(prompts[order[end - 1]], prompts[order[end]]) if end < len(order) else 0
         branch = _Node(common, end - 1)
         while path[-1].length > common:  # the next prompt lies outside of these
             closed = path.pop()
@@ -225,7 +225,7 @@ class _Node:
         self.chosen += part.chosen
 
 
-def _in_common(first: Tokens, second: Tokens) -> int:
+def in_common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common beginning; at least one token of each is left, whose state is asked for."""
     longest = min(len(first), len(second)) - 1
     return next((index for index in range(longest) if first[index] != second[index]), longest)

@@ -24,8 +24,9 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.artifacts.importance import Importance
 from shoal.compress import measure as measuring
-from shoal.compress.measure import LayerScores, measure_importance
+from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.hidden_metrics import HIDDEN_METRICS
 from shoal.compress.metrics.registry import METRICS
 from shoal.data.packing import PackedRows
@@ -42,11 +43,11 @@ def test_a_recipe_knows_the_names_of_all_metrics() -> None:
     assert {*section.GREEDY} == {"laco_acceptance", *orders}
 
 
-def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> LayerScores:
+def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Importance:
     return measure_importance(model, rows, metrics=list(HIDDEN_METRICS), batch_size=batch_size, **arguments)
 
 
-def assert_close(one: LayerScores, other: LayerScores) -> None:
+def assert_close(one: Importance, other: Importance) -> None:
     assert one.num_tokens == other.num_tokens
     for name in HIDDEN_METRICS:
         # a token whose rank changes by rounding may fall into another cell of MKA's maps
@@ -180,7 +181,7 @@ def test_no_score_depends_on_the_batch_size(batch_size: int) -> None:
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
     with in_group(rank, world_size, folder):
         rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
-        torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
+        measure(tiny_model("llama"), rows).save(Path(folder, f"{rank}.json"))
         broken = tiny_model("llama")
         broken.get_parameter("model.embed_tokens.weight").data[rows.input_ids_NS[num_rows // 2 - 1, 0]] = torch.nan
         with pytest.raises(UserError) as refusal:  # both ranks, though one of them has the row
@@ -192,7 +193,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
-    first, second = (LayerScores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    first, second = (Importance.load(tmp_path / f"{rank}.json") for rank in (0, 1))
     assert first == second
     refusals = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
     assert len(refusals) == 1

@@ -14,8 +14,9 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from shoal.artifacts.importance import Importance
 from shoal.compress import measure as measuring
-from shoal.compress.measure import LayerScores, measure_importance
+from shoal.compress.measure import measure_importance
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
@@ -24,9 +25,7 @@ ALL = ("magnitude", "taylor", "taylor_plus")
 ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
 
 
-def measure(
-    model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: object
-) -> LayerScores:
+def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: object) -> Importance:
     return measure_importance(model, rows, metrics=ALL, batch_size=batch_size, **arguments)  # pyright: ignore[reportArgumentType]
 
 
@@ -93,14 +92,14 @@ def test_only_layer_matrices_get_gradients_and_nothing_stays_changed() -> None:
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
     with in_group(rank, world_size, folder):
         rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
-        torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
+        measure(tiny_model("llama"), rows).save(Path(folder, f"{rank}.json"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
-    first, second = (LayerScores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    first, second = (Importance.load(tmp_path / f"{rank}.json") for rank in (0, 1))
     assert first == second
     rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
     expected = measure(tiny_model("llama"), rows)
