@@ -341,10 +341,14 @@ def training_of(
     """What ``trainer`` has done on ``rows``, so far."""
     history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
     seconds = [row["seconds"] for row in history if "seconds" in row]
+    # where no budget is set, the last step of an epoch has fewer rows
+    num_rows, rows_of_step = len(rows), spec.tokens_per_step // spec.settings.sequence_length
+    epochs, begun = divmod(trainer.state.global_step, max(1, math.ceil(num_rows / rows_of_step)))
+    rows_read = epochs * num_rows + min(begun * rows_of_step, num_rows)
     return Training(
         provenance=Provenance(inputs),
         num_steps=trainer.state.global_step,
-        num_tokens=_tokens_trained_on(trainer, spec),
+        num_tokens=rows_read * spec.settings.sequence_length,
         seconds=seconds[-1] if seconds else trainer.row.seconds,
         history=tuple({key: float(value) for key, value in row.items()} for row in history),
         settings={
@@ -358,12 +362,3 @@ def training_of(
         data={"sources": rows.counts},
         peak_memory_bytes=peak_memory_bytes,
     )
-
-
-def _tokens_trained_on(trainer: ObjectiveTrainer, spec: TrainSpec) -> int:
-    """Tokens of all steps; where no budget is set, the last step of an epoch has fewer rows."""
-    steps, dataset = trainer.state.global_step, trainer.train_dataset
-    assert dataset is not None
-    num_rows, rows_per_step = len(dataset), spec.tokens_per_step // spec.settings.sequence_length  # pyright: ignore[reportArgumentType]
-    epochs, begun = divmod(steps, max(1, math.ceil(num_rows / rows_per_step)))
-    return (epochs * num_rows + min(begun * rows_per_step, num_rows)) * spec.settings.sequence_length

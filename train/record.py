@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,21 +20,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance, differences
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.load import logits_from_hidden
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
 from shoal.runtime import agreed, barrier, device, together
 
+from .objective.chunked_loss import CHUNK
+from .objective.layer_losses import raw_states
 from .objective.objective import final_hidden
 from .teacher.recording import (
     HEADER_BYTES,
     Layout,
     RecordingManifest,
     ShardFile,
-    TokenRows,
     Wanted,
     of_another_run,
     other_rows,
@@ -46,7 +46,7 @@ from .teacher.recording import (
     warn_of_versions,
     write_shard,
 )
-from .teacher.vllm_teacher import HEAD_CHUNK, VllmTeacher, agreeing
+from .teacher.vllm_teacher import VllmTeacher, agreeing
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ ROWS_AT_ONCE = 8
 
 def record_signals(
     wanted: Wanted,
-    rows: TokenRows,
+    rows: PackedRows,
     folder: Path,
     *,
     rows_from: dict[str, Any],
@@ -107,7 +107,7 @@ def record_signals(
     barrier()
 
 
-def _pending(rows: TokenRows, folder: Path, asked: RecordingManifest, wanted: Wanted, *, verify: bool) -> list[range]:
+def _pending(rows: PackedRows, folder: Path, asked: RecordingManifest, wanted: Wanted, *, verify: bool) -> list[range]:
     """The rows of every shard that is still to be written into ``folder``.
 
     Finished shards are read and compared with their checksums by all ranks together; damaged ones are named in the log
@@ -123,7 +123,7 @@ def _pending(rows: TokenRows, folder: Path, asked: RecordingManifest, wanted: Wa
     return pending
 
 
-def _claim(rows: TokenRows, folder: Path, asked: RecordingManifest, wanted: Wanted) -> None:
+def _claim(rows: PackedRows, folder: Path, asked: RecordingManifest, wanted: Wanted) -> None:
     """Make ``folder`` this recording's. Of another recording the run's own is cleared, and any other refused."""
     path = folder / RecordingManifest.FILE
     if not path.is_file():
@@ -145,7 +145,7 @@ def _claim(rows: TokenRows, folder: Path, asked: RecordingManifest, wanted: Want
         leftover.unlink(missing_ok=True)
 
 
-def _other_rows(rows: TokenRows, folder: Path, on_disk: RecordingManifest, asked: RecordingManifest) -> str | None:
+def _other_rows(rows: PackedRows, folder: Path, on_disk: RecordingManifest, asked: RecordingManifest) -> str | None:
     """In words, what of the recorded rows are others than these; None = nothing."""
     shaped_otherwise = differences(asked.rows_from, on_disk.rows_from)
     for shard in shards_of(len(rows), on_disk.rows_per_shard):
@@ -220,8 +220,8 @@ def top_k_signals(
     digits where the teacher is sure.
     """
     parts = []
-    for start in range(0, len(hidden_ND), HEAD_CHUNK):
-        logits_CV = to_logits(hidden_ND[start : start + HEAD_CHUNK]).float() / temperature
+    for hidden_CD in hidden_ND.split(CHUNK):
+        logits_CV = to_logits(hidden_CD).float() / temperature
         values_CK, ids_CK = logits_CV.topk(top_k, dim=-1)
         rest_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(-1)
         total_C = torch.logaddexp(values_CK.logsumexp(-1), rest_C)
@@ -233,7 +233,7 @@ def top_k_signals(
 @torch.inference_mode()
 def _record_shard(
     teacher: PreTrainedModel,
-    rows: TokenRows,
+    rows: PackedRows,
     shard: range,
     *,
     temperature: float,
@@ -243,11 +243,18 @@ def _record_shard(
     scaled, head = logits_from_hidden(teacher, prepared=True), teacher.get_output_embeddings()
     assert head is not None
     batches: list[tuple[Tensor, Tensor, Tensor]] = []
-    kept: dict[str, list[Tensor]] = {plane: [] for plane in layout.state_planes}
+    planes = layout.state_planes
+    kept: dict[str, list[Tensor]] = {plane: [] for plane in planes}
+
+    def keep(layer: int, state: Tensor) -> None:
+        for plane, (of_layer, dtype) in planes.items():
+            if of_layer == layer:  # as it goes to disk
+                kept[plane].append(state.to("cpu", dtype, copy=True))
+
     for start in range(shard.start, shard.stop, ROWS_AT_ONCE):
         part = slice(start, min(start + ROWS_AT_ONCE, shard.stop))
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
-        with _keeping(teacher, layout, kept):
+        with raw_states(teacher, {layer for layer, _ in planes.values()}, keep):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
         signals = top_k_signals(
             hidden_BSD.flatten(0, 1),
@@ -258,51 +265,23 @@ def _record_shard(
         batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in signals))  # pyright: ignore[reportArgumentType]
         tell(len(ids_BS))
     ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
-    _refuse_non_finite(log_probs, tail, shard.start)
+    bad = log_probs.isnan().any(-1) | tail.isnan()
+    if bad.any():
+        row, position = (int(index) for index in bad.nonzero()[0])
+        raise UserError(
+            f"record: the teacher's logits at position {position} of row {shard.start + row} are not finite; "
+            "set dtype: float32, or check its weights"
+        )
     states = {plane: torch.cat(parts) for plane, parts in kept.items()}
     return shard_planes(layout, (ids, log_probs, tail), row_hashes(rows, shard.start, shard.stop), states)
 
 
 def _ask_of_shard(
-    engine: VllmTeacher, rows: TokenRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
+    engine: VllmTeacher, rows: PackedRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
 ) -> dict[str, Tensor]:
     ids_NS, positions_NS = (x[shard.start : shard.stop] for x in (rows.input_ids_NS, rows.position_ids_NS))
     said = engine.says(ids_NS, positions_NS, tell=tell)
     return shard_planes(layout, said, row_hashes(rows, shard.start, shard.stop), {})
-
-
-@contextmanager
-def _keeping(teacher: PreTrainedModel, layout: Layout, kept: dict[str, list[Tensor]]) -> Iterator[None]:
-    """While the teacher runs: append the outputs of layers, as they go to disk, to what is ``kept`` of each plane.
-
-    Raises:
-        UserError: one is not one (B, S, D) stream.
-    """
-
-    def keep(plane: str, dtype: torch.dtype, _module: Any, _args: Any, output: Any) -> None:
-        state = state_of(output)
-        if not isinstance(state, Tensor) or state.ndim != 3:
-            raise UserError(
-                f"{teacher.config.model_type}: a layer does not return one stream of hidden states; leave "
-                "distill.teacher.prefix and hidden_states in distill.losses out"
-            )
-        kept[plane].append(state.to("cpu", dtype, copy=True))
-
-    layers = decoder_layers(teacher)
-    with ExitStack() as stack:
-        for plane, (layer, dtype) in layout.state_planes.items():
-            stack.callback(layers[layer].register_forward_hook(partial(keep, plane, dtype)).remove)
-        yield
-
-
-def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:
-    bad = log_probs.isnan().any(-1) | tail.isnan()
-    if bad.any():
-        row, position = (int(index) for index in bad.nonzero()[0])
-        raise UserError(
-            f"record: the teacher's logits at position {position} of row {first_row + row} are not finite; "
-            "set dtype: float32, or check its weights"
-        )
 
 
 def _listed(folder: Path, manifest: RecordingManifest, num_shards: int) -> tuple[dict[str, Any], ...]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,6 @@ import yaml
 from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.artifacts.training import Training
 from shoal.launch.verbs.prune import prune
@@ -35,8 +31,6 @@ KEEPING: dict[str, Any] = {"trainer": {"save_strategy": "steps", "save_steps": 2
 """A checkpoint after every second step."""
 MANY_STEPS = 60
 """Long enough to be interrupted in the middle."""
-HOST_PLANES = ("labels", "position_ids", "input_ids", "sources")
-"""Planes of a micro-batch of which the host has a copy."""
 
 
 @dataclass(frozen=True)
@@ -283,88 +277,6 @@ def run_out_of_memory(step: int, message: str) -> None:
         return compute(trainer, *args, **kwargs)
 
     DistillTrainer.compute_loss = full  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class OnHost(Tensor):
-    """A tensor of which the host may ask anything, also where training runs on a GPU; what is moved there is none."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().to(*args, **kwargs).as_subclass(Tensor)
-
-
-class Waits(TorchDispatchMode):
-    """Notes who asks a tensor for what a GPU would have to be waited for: a number, or the shape of a selection."""
-
-    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = [one for one in args[1] if one is not None] if name in ("index", "index_put_", "index_put") else ()
-        if name.startswith(self.OPERATIONS) or any(mask.dtype == torch.bool for mask in masks):
-            self.note(name, masks[0] if masks else args[0])
-        return func(*args, **(kwargs or {}))
-
-    def note(self, name: str, tensor: Tensor) -> None:
-        if isinstance(tensor, OnHost):
-            return
-        for frame in reversed(traceback.extract_stack()):
-            whose = re.search(r"/(transformers|accelerate|deepspeed)/|(?<!tests)/(train)/", frame.filename)
-            if whose:
-                self.seen.append(f"{whose[1] or 'shoal'}: {frame.name}: {name}")
-                return
-
-
-def note_waits(file: Path) -> None:
-    """Write to ``file`` who waits for the device, by step; everything that only the host knows is marked as such."""
-    from shoal.train.objective import host_batch
-    from shoal.train.trainer import DistillTrainer
-
-    waits, steps, end_step = Waits(), [], DistillTrainer.end_step
-
-    def copied(batch: dict[str, Tensor]) -> dict[str, Any]:
-        planes = {f"{name}_BS": batch[name].as_subclass(OnHost) for name in HOST_PLANES if name in batch}
-        return {**batch, host_batch.ON_HOST: host_batch.OnHost(**planes, rows=originals["tolist"](batch["row"]))}
-
-    def asked(name: str, tensor: Tensor) -> Any:
-        waits.note(name, tensor)
-        return originals[name](tensor)
-
-    def ended(trainer: DistillTrainer) -> bool:
-        stopped = end_step(trainer)
-        steps.append(waits.seen.copy())
-        waits.seen.clear()
-        file.write_text(json.dumps(steps))
-        return stopped
-
-    train = DistillTrainer.train
-
-    def watched(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
-        waits.seen.clear()
-        with waits:
-            return train(trainer, *args, **kwargs)
-
-    # a CPU's tensor is read without an operation there
-    originals = {name: getattr(Tensor, name) for name in ("tolist", "cpu", "numpy")}
-    for name in originals:
-        setattr(Tensor, name, lambda tensor, name=name: asked(name, tensor))
-    host_batch.with_host_copy = copied
-    DistillTrainer.train, DistillTrainer.end_step = watched, ended  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def note_rates(file: Path) -> None:
-    """Write to ``file`` the learning rate of every step that the optimizer makes."""
-    rates, step = [], torch.optim.AdamW.step
-
-    def noted(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-        rates.append(optimizer.param_groups[0]["lr"])
-        file.write_text(json.dumps(rates))
-        return step(optimizer, *args, **kwargs)
-
-    torch.optim.AdamW.step = noted  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def spoil_gradient(step: int) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from training_runs import BATCH, LENGTH, STEPS, Trial, finished, recipe, run, unfinished
 
-from shoal.errors import UserError
 from shoal.recipe.distill import Distill
 from shoal.train.engine.arguments import deepspeed_config
 
@@ -84,22 +83,6 @@ def test_small_steps_are_not_lost_in_the_rounding_of_weights(teacher: Path, cut:
     name = "model.layers.0.self_attn.q_proj.weight"
     moved = trial.weights()[name].bfloat16() != trial.weights("student")[name].bfloat16()
     assert 0.04 < moved.float().mean() < 0.9
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"deepspeed": "zero0"}, r"bf16-true with ZeRO stage 0 starts Adam one step late"),
-        ({"deepspeed": {"fp16": {"enabled": True}}}, r"say bf16-true and fp16-true, and what both say must be equal"),
-        (
-            {"deepspeed": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}},
-            r"say bf16-mixed and bf16-true, and what both say must be equal",
-        ),
-    ],
-)
-def test_weights_that_the_configuration_contradicts_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        deepspeed_config(Distill(**{"precision": "bf16-true", **settings}))
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16-true"])

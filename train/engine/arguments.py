@@ -165,7 +165,11 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
             f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
             "leave one of them out"
         )
-    _check_values(trainer)
+    hints = get_type_hints(TrainingArguments)
+    for name, value in trainer.items():
+        # transformers would pass them on or refuse them only when the training begins
+        if (problem := _problem(name, value, hints[name])) is not None:
+            raise UserError(f"distill.trainer.{name}: {problem} (got {value!r})")
     given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | trainer
     _check_makers(given)
     config = read_deepspeed(settings.deepspeed)
@@ -188,15 +192,6 @@ def refuse_mismatches(asked: HfTrainerDeepSpeedConfig, place: str) -> None:
     if asked.mismatches:
         told = "; ".join(mismatch.removeprefix("- ") for mismatch in asked.mismatches)
         raise UserError(f'{place}: {told}; set the former to "auto", or change the latter')
-
-
-def _check_values(trainer: Mapping[str, Any]) -> None:
-    """Refuse values that are none of their argument's: transformers would pass them on or refuse them only when the
-    training begins."""
-    hints = get_type_hints(TrainingArguments)
-    for name, value in trainer.items():
-        if (problem := _problem(name, value, hints[name])) is not None:
-            raise UserError(f"distill.trainer.{name}: {problem} (got {value!r})")
 
 
 def _problem(name: str, value: Any, hint: Any) -> str | None:

@@ -52,9 +52,13 @@ class Compiled:
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = tuple(layers)
+        self._forwards: dict[type[nn.Module], tuple[Callable[..., Any], Callable[..., Any]]] = {}
         # by class and not by layer: weights are inputs of a graph, so that one serves all layers of a kind
-        owns = {kind: _own_forward(kind) for kind in {type(layer) for layer in self._layers}}
-        self._forwards = {kind: (own, _graphs(own)) for kind, own in owns.items()}
+        for kind in {type(layer) for layer in self._layers}:
+            own: Any = kind.forward
+            if issubclass(kind, GradientCheckpointingLayer):  # without what transformers wraps around it
+                own = own.__wrapped__
+            self._forwards[kind] = (own, _graphs(own))
         self._is_on = self._failed = False
         self._strict = contextlib.ExitStack()
 
@@ -124,12 +128,6 @@ class Compiled:
 
 def _graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, backend=BACKEND, recompile_limit=VARIANTS)  # pyright: ignore[reportCallIssue]
-
-
-def _own_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a class of layers without the checkpointing that transformers wraps around it."""
-    forward: Any = kind.forward
-    return forward.__wrapped__ if issubclass(kind, GradientCheckpointingLayer) else forward
 
 
 def require_liger(family: str, device: torch.device) -> None:

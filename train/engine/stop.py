@@ -145,11 +145,8 @@ class Heartbeat(TrainerCallback):
 
 def read_signs(folder: Path) -> dict[int, dict[str, Any]]:
     """What every rank has last said about itself; an empty mapping for one that has said nothing."""
-    signs = {}
-    for number in range(world_size()):
-        file = folder / f"{number}.json"
-        signs[number] = json.loads(file.read_bytes()) if file.is_file() else {}
-    return signs
+    files = {number: folder / f"{number}.json" for number in range(world_size())}
+    return {number: json.loads(file.read_bytes()) if file.is_file() else {} for number, file in files.items()}
 
 
 def late_ranks(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]) -> dict[int, str]:

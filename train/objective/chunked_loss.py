@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
@@ -240,48 +239,36 @@ def block_loss(
     compiled: then the gradient is ``rounded`` to the precision of the logits, and no other one reaches memory.
     """
     values_TR = logits_RV.new_zeros(len(terms), len(logits_RV), dtype=torch.float64)
-    sum_up = partial(_sum, _Block(terms, shares, labels_R, learns, values_TR))
+    block = _Block(terms, shares, labels_R, learns, values_TR)
     if isinstance(teacher, Coarse):
-        total_RV = _coarsened(terms, logits_RV, teacher, learns, sum_up)
+        total_RV = _coarsened(block, logits_RV, teacher)
     else:
-        total_RV = _whole(terms, logits_RV, teacher, learns, sum_up)
+        total_RV = _whole(block, logits_RV, teacher)
     return values_TR, total_RV.to(logits_RV.dtype) if rounded and total_RV is not None else total_RV
 
 
-def _whole(
-    terms: Sequence[LogitTerm],
-    logits_RV: Tensor,
-    teacher: Tensor | None,
-    learns: Mapping[int, Tensor | None],
-    sum_up: Callable[..., Tensor],
-) -> Tensor | None:
+def _whole(block: _Block, logits_RV: Tensor, teacher: Tensor | None) -> Tensor | None:
     """The gradient against whole distributions."""
-    total_RV = None
+    terms, total_RV = block.terms, None
     # terms of one temperature share its softmaxes, which are most of a block's work
-    for temperature in dict.fromkeys(temperature_of(terms[index]) for index in learns):
-        members = [index for index in learns if temperature_of(terms[index]) == temperature]
+    for temperature in dict.fromkeys(temperature_of(terms[index]) for index in block.learns):
+        members = [index for index in block.learns if temperature_of(terms[index]) == temperature]
         q, p = softened(logits_RV, temperature), None
         if teacher is not None and needs_teacher([terms[index] for index in members]):
             p = softened(teacher, temperature)
-        total_RV = sum_up(members, p, q, total_RV)
+        total_RV = _sum(block, members, p, q, total_RV)
     return total_RV
 
 
-def _coarsened(
-    terms: Sequence[LogitTerm],
-    logits_RV: Tensor,
-    teacher: Coarse,
-    learns: Mapping[int, Tensor | None],
-    sum_up: Callable[..., Tensor],
-) -> Tensor | None:
+def _coarsened(block: _Block, logits_RV: Tensor, teacher: Coarse) -> Tensor | None:
     """The gradient against stored words and `another`.
 
     The student's coarsened distribution is a softmax too, of the kept logits and the log-sum-exp of all others. So
     its gradient goes to the kept words as it is, and that of `another` is spread over the others by their share.
     """
-    coarse = [index for index in learns if not isinstance(terms[index], CrossEntropy)]
-    text = [index for index in learns if isinstance(terms[index], CrossEntropy)]
-    total_RV = sum_up(text, None, softened(logits_RV, 1.0), None) if text else None
+    text = [index for index in block.learns if isinstance(block.terms[index], CrossEntropy)]
+    coarse = [index for index in block.learns if index not in text]
+    total_RV = _sum(block, text, None, softened(logits_RV, 1.0), None) if text else None
     if not coarse:
         return total_RV
     p, ids_RK = Softmax(teacher.log_RK, teacher.prob_RK), teacher.ids_RK
@@ -295,7 +282,7 @@ def _coarsened(
     sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
     # `another` is the last of K + 1 outcomes
     q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
-    coarse_RK = sum_up(coarse, p, q, None)
+    coarse_RK = _sum(block, coarse, p, q, None)
     # a word's share of `another` is exp(its logit - peak) / sum, which others_RV holds already but for the sum
     spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
     return spread_RV if total_RV is None else total_RV.add_(spread_RV)

@@ -28,7 +28,7 @@ from shoal.recipe.losses import HiddenStates, StateTerm
 
 from .host_batch import learnt_places, queued
 
-NO_STATES = "take hidden_states out of distill.losses"
+NO_STATES = "leave hidden_states out of distill.losses, and distill.teacher.prefix out"
 
 
 @dataclass
@@ -37,6 +37,28 @@ class Captured:
 
     states: dict[int, Tensor] = field(default_factory=dict)
     """(B, S, D) after a layer, before any final norm."""
+
+
+@contextmanager
+def raw_states(model: PreTrainedModel, layers: Collection[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While ``model`` runs: tell ``keep`` every one of ``layers`` as it is run, with its raw state (B, S, D).
+
+    Raises:
+        UserError: a layer whose output is not one such stream.
+    """
+
+    def seen(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        state = state_of(output)
+        if not isinstance(state, Tensor) or state.ndim != 3:
+            family = model.config.model_type
+            raise UserError(f"{family}: layer {layer} does not return one stream of hidden states; {NO_STATES}")
+        keep(layer, state)
+
+    decoder = decoder_layers(model)
+    with ExitStack() as stack:
+        for layer in sorted(layers):
+            stack.callback(decoder[layer].register_forward_hook(partial(seen, layer)).remove)
+        yield
 
 
 @contextmanager
@@ -51,23 +73,17 @@ def capturing(model: PreTrainedModel, layers: Collection[int]) -> Iterator[Captu
     """
     seen = Captured()
     versions: dict[int, int] = {}
-    decoder = decoder_layers(model)
-    family = model.config.model_type
 
-    def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        state = state_of(output)
-        if not isinstance(state, Tensor) or state.ndim != 3:
-            raise UserError(f"{family}: layer {layer} does not return one stream of hidden states; {NO_STATES}")
+    def keep(layer: int, state: Tensor) -> None:
         if layer not in seen.states:  # else checkpointing runs the layer a second time
             seen.states[layer] = state
             versions[layer] = _version(state)
 
-    with ExitStack() as stack:
-        for layer in sorted(layers):
-            stack.callback(decoder[layer].register_forward_hook(partial(keep, layer)).remove)
+    with raw_states(model, layers, keep):
         yield seen
     for layer, state in seen.states.items():
         if _version(state) != versions[layer]:
+            family = model.config.model_type
             raise UserError(f"{family}: what layer {layer} returns is overwritten by the layer after it; {NO_STATES}")
 
 

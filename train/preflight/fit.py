@@ -205,18 +205,13 @@ def proposals(job: Job) -> Iterator[Setting]:
     for teacher, checkpointing, place, micro in itertools.product(teachers, (False, True), PLACES, micros):
         changes = {"rows": micro, "accumulation": rows // micro, "checkpointing": checkpointing, "teacher": teacher}
         setting = replace(plain, **changes, **place)
-        if _is_possible(job, setting):
+        if not (
+            (job.width == 2 and setting.stage == 0)  # refused: Adam would start a step late
+            or (setting.stage == 3 and (job.in_four_bits or job.spec.settings.trainer.get("torch_compile")))
+            or (setting.teacher == "offloaded" and setting.stage == 3)
+            or (job.on_cpu and (setting.offload_optimizer or setting.offload_parameters))
+        ):
             yield setting
-
-
-def _is_possible(job: Job, setting: Setting) -> bool:
-    offloads = setting.offload_optimizer or setting.offload_parameters
-    return not (
-        (job.width == 2 and setting.stage == 0)  # refused: Adam would start a step late
-        or (setting.stage == 3 and (job.in_four_bits or job.spec.settings.trainer.get("torch_compile")))
-        or (setting.teacher == "offloaded" and setting.stage == 3)
-        or (job.on_cpu and offloads)
-    )
 
 
 def overrides(job: Job, setting: Setting) -> list[str]:

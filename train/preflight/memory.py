@@ -277,13 +277,8 @@ def _activations(job: Job) -> tuple[int, int]:
     if setting.teacher in ("live", "offloaded"):
         handed += 2 * state * job.spec.teacher_dtype.itemsize // student.state_bytes
     always = handed + _copies(job) + student.outside.of(rows)
-    share = (
-        FUSED_SHARE
-        if settings.trainer.get("use_liger_kernel")
-        else COMPILED_SHARE
-        if settings.trainer.get("torch_compile")
-        else 1
-    )
+    trainer = settings.trainer
+    share = FUSED_SHARE if trainer.get("use_liger_kernel") else COMPILED_SHARE if trainer.get("torch_compile") else 1
     of_layers = [int(share * layer.kept.per_row) * rows for layer in student.layers]
     kept = sum(layer > 0 for layer in of_layers) * state if setting.checkpointing else sum(of_layers)
     return always + kept, max(of_layers)

@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.atomic_files import written_file
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import tokenizer_fingerprint
@@ -62,16 +63,6 @@ ROW_HASH_BYTES = 8
 RECORD_AGAIN = "run `shoal record` again, which writes it anew"
 HEADER_BYTES = 4096
 """Room for a shard's header in estimates."""
-
-
-class TokenRows(Protocol):
-    """Training rows, as far as a teacher reads them: what is supervised in them is no business of its own."""
-
-    @property
-    def input_ids_NS(self) -> Tensor: ...
-    @property
-    def position_ids_NS(self) -> Tensor: ...
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -150,7 +141,7 @@ def unpack_high_bits(packed: NDArray[np.uint8], bits: int, *, top_k: int) -> NDA
     return single.reshape(*packed.shape[:-1], top_k, bits) @ weights
 
 
-def row_hashes(rows: TokenRows, start: int, stop: int) -> NDArray[np.uint8]:
+def row_hashes(rows: PackedRows, start: int, stop: int) -> NDArray[np.uint8]:
     """(stop - start, 8): a hash of every row's tokens and document borders."""
     ids, positions = rows.input_ids_NS[start:stop].numpy(), rows.position_ids_NS[start:stop].numpy()
     digests = [
@@ -391,7 +382,7 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.safetensors"
 
 
-def other_rows(hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise: Sequence[str]) -> str | None:
+def other_rows(hashes: np.ndarray, rows: PackedRows, start: int, shaped_otherwise: Sequence[str]) -> str | None:
     """In words, what of a shard's rows, as far as both go, are not those of this run from ``start`` on; None = nothing.
     ``hashes`` (N, 8) are those of the shard, ``shaped_otherwise`` says which settings shaped its rows in another way.
     """
@@ -405,12 +396,7 @@ def other_rows(hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise
 
 def warn_of_versions(path: Path, before: Provenance) -> None:
     """Log what of the libraries has changed since the recording at ``path`` was begun."""
-    now = environment()
-    for name in (name for name in ("torch", "transformers") if now[name] != before.environment.get(name)):
-        log.warning(
-            "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ",
-            path,
-            name,
-            before.environment.get(name),
-            now[name],
-        )
+    now, words = environment(), "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ"
+    for name in ("torch", "transformers"):
+        if (then := before.environment.get(name)) != now[name]:
+            log.warning(words, path, name, then, now[name])

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import differences
-from shoal.data.packing import IMAGES
+from shoal.data.packing import IMAGES, PackedRows
 from shoal.errors import UserError
 
 from ..objective.host_batch import asking_rows, documents_known, on_host, queued, rows_of, scattered
@@ -28,7 +28,6 @@ from .recording import (
     RECORD_AGAIN,
     RecordingManifest,
     ShardFile,
-    TokenRows,
     Wanted,
     of_another_run,
     other_rows,
@@ -121,7 +120,7 @@ class RecordingReader:
             that is missing or torn.
     """
 
-    def __init__(self, folder: Path, rows: TokenRows, wanted: Wanted, *, rows_from: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, rows: PackedRows, wanted: Wanted, *, rows_from: dict[str, Any]) -> None:
         path, manifest = folder / RecordingManifest.FILE, wanted.require(folder)
         if manifest.num_rows < len(rows):
             raise UserError(

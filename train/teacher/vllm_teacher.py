@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm, vllm_dtype, vllm_engine, vllm_version
 from shoal.models.anatomy import text_config
@@ -30,9 +31,8 @@ from shoal.progress import doing
 from shoal.recipe.losses import ForwardKL
 from shoal.runtime import device, free_memory
 
-from ..objective.chunked_loss import TopK, chunked_head_loss
+from ..objective.chunked_loss import CHUNK, TopK, chunked_head_loss
 from ..objective.objective import final_hidden
-from .recording import TokenRows
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ COMPARED_TOKENS = 4096
 """Tokens of the first rows that vLLM and transformers both read, rounded up to whole rows."""
 MAX_KL = 1e-3
 """Mean bucket KL in nats per token above which vLLM is refused."""
-HEAD_CHUNK = 256
-"""Tokens whose full-vocabulary logits exist at one time."""
 PLACE = "distill.teacher.backend: vllm"
 TopTokens = tuple[Tensor, Tensor, Tensor]
 """Ids (B, S, K), most probable first, their log-probabilities (B, S, K) under the full softmax in fp32, and the
@@ -124,7 +122,7 @@ class VllmTeacher:
         return np.array(best), np.array(log_probs)
 
 
-def agreeing(teacher: Checkpoint, rows: TokenRows, *, top_k: int) -> VllmTeacher:
+def agreeing(teacher: Checkpoint, rows: PackedRows, *, top_k: int) -> VllmTeacher:
     """The teacher in vLLM, which says of the first of ``rows`` what transformers computes.
 
     Raises:
@@ -172,6 +170,6 @@ def _bucket_kl(said: TopTokens, hidden_ND: Tensor, to_logits: Callable[[Tensor],
         student_head=to_logits,
         student_parameters=(),
         terms=(ForwardKL(),),
-        chunk=HEAD_CHUNK,
+        chunk=CHUNK,
     )
     return float(loss)

@@ -22,22 +22,17 @@ HAS_LIGER = all(importlib.util.find_spec(name) for name in ("liger_kernel", "tri
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel and triton are not installed")
-@pytest.mark.parametrize(
-    ("kind", "dtype", "states", "gradients"),
-    [("llama", "float32", 1e-5, 1e-4), ("qwen3", "float32", 1e-5, 1e-4), ("gemma3", "float32", 1e-5, 1e-4)],
-)
-def test_interpreted_kernels_give_states_and_gradients_of_the_model(
-    kind: str, dtype: str, states: float, gradients: float, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_interpreted_kernels_give_states_and_gradients_of_the_model(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "story.json"
     # triton asks when it is imported whether it is to interpret
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "interpreted_liger", kind, dtype, str(file)]
+    command = [sys.executable, "-m", "interpreted_liger", kind, "float32", str(file)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     story = json.loads(file.read_text())
-    assert 0 < story["states"] < states
-    assert 0 < story["gradients"] < gradients
+    assert 0 < story["states"] < 1e-5
+    assert 0 < story["gradients"] < 1e-4
     assert story["replaced"] >= 3, "two norms and an MLP"
     assert story["same_parameters"]
     assert story["same_names"]

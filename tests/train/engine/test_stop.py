@@ -12,22 +12,19 @@ def sign(beat, progress, pid=1):
     return {"beat": beat, "progress": progress, "host": "node-a", "pid": pid}
 
 
-def test_a_silent_rank_is_late_whatever_its_progress():
-    before = {0: sign(5, 7), 1: sign(5, 7, pid=42), 2: sign(5, 3)}
-    now = {0: sign(9, 7), 1: sign(5, 7, pid=42), 2: sign(9, 3)}
-    assert late_ranks(before, now) == {
-        1: "(host node-a, process 42) gives no sign of life: it is stopped, or its node is gone"
-    }
-
-
-def test_a_rank_that_lives_without_getting_further_is_late():
-    before = {0: sign(5, 7), 1: sign(5, 6)}
-    assert list(late_ranks(before, {0: sign(9, 7), 1: sign(9, 6)})) == [1]
-
-
-def test_nobody_is_late_where_all_live_and_are_equally_far():
-    before = {0: sign(5, 7), 1: sign(5, 7)}
-    assert late_ranks(before, {0: sign(9, 7), 1: sign(9, 7)}) == {}
+@pytest.mark.parametrize(
+    ("before", "now", "late"),
+    [
+        ([(5, 7), (5, 7, 42), (5, 3)], [(9, 7), (5, 7, 42), (9, 3)], {1: "process 42) gives no sign of life"}),
+        ([(5, 7), (5, 6)], [(9, 7), (9, 6)], {1: "lives, but is behind the others"}),
+        ([(5, 7), (5, 7)], [(9, 7), (9, 7)], {}),
+    ],
+    ids=["silent, whatever its progress", "alive and behind", "all alive and equally far"],
+)
+def test_a_rank_is_late_that_is_silent_or_else_behind(before, now, late):
+    found = late_ranks(*({rank: sign(*one) for rank, one in enumerate(signs)} for signs in (before, now)))
+    assert found.keys() == late.keys()
+    assert all(words in found[rank] for rank, words in late.items())
 
 
 @pytest.mark.parametrize("other", ["silent", "alive"])

@@ -49,14 +49,6 @@ def counted_tokens(labels_BS: Tensor, positions_BS: Tensor) -> list[tuple[int, i
     ]
 
 
-def documents(positions_S: Tensor) -> list[int]:
-    found, number = [], -1
-    for position in positions_S.tolist():
-        number += position == 0
-        found.append(number)
-    return found
-
-
 def cut(teacher: PreTrainedModel, drop: tuple[int, ...]) -> PreTrainedModel:
     student = copy.deepcopy(teacher)
     kept = [layer for index, layer in enumerate(decoder_layers(student)) if index not in drop]
@@ -136,13 +128,6 @@ def test_pairs_below_the_shared_prefix_are_left_out_and_none_left_is_refused() -
     assert layer_pairs(HiddenStates(layers=(0, 3)), dropped, num_shared=2) == ((3, 5),)
     with pytest.raises(UserError, match=r"all below the first cut.*\(got \[0, 1\]\); name layers from 2 to 3"):
         layer_pairs(HiddenStates(layers=(0, 1)), dropped, num_shared=2)
-
-
-def test_what_must_be_captured_is_the_union_over_terms() -> None:
-    teacher = tiny_model("llama")
-    terms = (HiddenStates(layers=(1,)), HiddenStates(map="own", layers=(1, 3)))
-    losses = StateLosses(terms, plan((2, 3)), cut(teacher, (2, 3)), teacher)
-    assert (losses.student_layers, losses.teacher_layers) == ((1, 3), (1, 3, 5))
 
 
 def reference_hidden(term: HiddenStates, ours: dict[int, Tensor], theirs: dict[int, Tensor], pairs) -> Tensor:

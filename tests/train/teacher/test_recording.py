@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tiny import VOCAB_SIZE
 from torch import Tensor
 from torch.nn import functional
 
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.ranks import free_port
@@ -45,20 +46,11 @@ MAX_ERROR = 8e-4
 brings the sum back to one."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    input_ids_NS: Tensor
-    position_ids_NS: Tensor
-
-    def __len__(self) -> int:
-        return len(self.input_ids_NS)
-
-
-def rows(num: int = 8, *, seed: int = 0) -> Rows:
+def rows(num: int = 8, *, seed: int = 0) -> PackedRows:
     """The first ``num`` of an endless supply, two documents in each."""
     ids = torch.randint(0, 250, (64, S), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     positions = torch.cat([torch.arange(7), torch.arange(S - 7)]).int().repeat(64, 1)
-    return Rows(ids[:num], positions[:num])
+    return PackedRows(ids[:num], positions[:num])
 
 
 def wanted_of(teacher: Path, folder: Path, **changes: Any) -> Wanted:
@@ -69,7 +61,7 @@ def wanted_of(teacher: Path, folder: Path, **changes: Any) -> Wanted:
     return Wanted(checkpoint, changes.pop("model", "teacher"), S, settings, **{"states": (1, 3), **changes})
 
 
-def record(teacher: Path, folder: Path, data: Rows | None = None, *, verify: bool = True, **changes: Any) -> None:
+def record(teacher: Path, folder: Path, data: PackedRows | None = None, *, verify: bool = True, **changes: Any) -> None:
     recorded, wanted = rows() if data is None else data, wanted_of(teacher, folder, **changes)
     record_signals(wanted, recorded, folder, rows_from=ROWS_FROM, rows_per_shard=3, verify=verify)
 
@@ -80,7 +72,7 @@ def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
 
 
 def opened(
-    teacher: Path, folder: Path, data: Rows | None = None, *, rows_from: Any = ROWS_FROM, **changes: Any
+    teacher: Path, folder: Path, data: PackedRows | None = None, *, rows_from: Any = ROWS_FROM, **changes: Any
 ) -> RecordingReader:
     wanted = wanted_of(teacher, folder, **changes)
     return RecordingReader(folder, rows() if data is None else data, wanted, rows_from=rows_from)
@@ -95,7 +87,7 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("shard-*"))}
 
 
-def reference(teacher: Path, data: Rows, *, temperature: float = 1.0) -> Tensor:
+def reference(teacher: Path, data: PackedRows, *, temperature: float = 1.0) -> Tensor:
     """log softmax of the model's own logits, in float64."""
     model = load_model(teacher, dtype="float32")
     with torch.no_grad():
@@ -187,7 +179,7 @@ def test_soft_capped_and_scaled_logits_are_recorded_as_the_model_gives_them(fami
         expected = functional.log_softmax(model(input_ids=ids, use_cache=False).logits.double(), dim=-1)
         planes = stage._record_shard(
             model,
-            Rows(ids, torch.arange(S).repeat(2, 1)),
+            PackedRows(ids, torch.arange(S).repeat(2, 1)),
             range(2),
             temperature=1.0,
             layout=Layout(S, 4, 96, 32),
