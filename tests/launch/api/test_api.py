@@ -31,6 +31,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, Plan
+from shoal.artifacts.training import Training
 from shoal.data.sources import load_texts
 from shoal.launch.api import running
 from shoal.launch.api.evaluating import Comparison
@@ -48,8 +49,6 @@ from shoal.recipe.section import DataSource
 from shoal.stats.paired import retention
 
 TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
-UNKNOWN: Any = {"teacher_text": 1}
-NO_MAPPING: Any = {"trainer": 5}
 METRICS = ["block_influence", "angular", "present_absent", "blockpruner"]
 TASKS = ["knowledge_continuation", "retrieval_generation"]
 
@@ -286,20 +285,22 @@ def plan_of(*, num_layers: int = 6) -> Plan:
     return Plan(Provenance({}), num_layers, (2, 3), "")
 
 
+def measured(model: Any, tokenizer: Any, data: Any = TEXTS, **settings: Any) -> Importance:
+    return shoal.measure_importance(model, tokenizer, data, **settings)
+
+
+def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings: Any) -> Training:
+    return shoal.distill(shoal.cut_model(model, [1]), model, data, tokenizer=tokenizer, **settings)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, t: shoal.measure_importance(m, t, TEXTS, metrics=["block"]), r"metrics.0: must be .*got 'block'"),
-        (
-            lambda m, t: shoal.measure_importance(m, t, TEXTS, num_tokens=0),
-            r"shoal.measure_importance: num_tokens: must",
-        ),
-        (lambda m, t: shoal.measure_importance(m, t, TEXTS, sequence_length=4096), r"4096 is more than the 1024 posit"),
-        (
-            lambda m, t: shoal.measure_importance(m, m, TEXTS),
-            r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf",
-        ),
-        (lambda m, t: shoal.measure_importance(m, t, []), r"data 'data': begins with NoneType .* give texts"),
+        (lambda m, t: measured(m, t, metrics=["block"]), r"metrics.0: must be .*got 'block'"),
+        (lambda m, t: measured(m, t, num_tokens=0), r"shoal.measure_importance: num_tokens: must"),
+        (lambda m, t: measured(m, t, sequence_length=4096), r"4096 is more than the 1024 posit"),
+        (lambda m, t: measured(m, m), r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf"),
+        (lambda m, t: measured(m, t, []), r"data 'data': begins with NoneType .* give texts"),
         (
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
             r"shoal.choose_layers: num_drop and ratio exclude each other; give one of them",
@@ -313,35 +314,32 @@ def plan_of(*, num_layers: int = 6) -> Plan:
         (lambda m, t: shoal.evaluate(m, t, "knowlege_continuation"), r"knowlege_continuation.*knowledge_continuation"),
         (lambda m, t: shoal.evaluate(m, t, limit=0), r"shoal.evaluate: limit: must be greater than 0 or .* \(got 0\)"),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer={"save_steps": 5}),
+            lambda m, t: healed(m, t, trainer={"save_steps": 5}),
             r"trainer.save_steps: nothing is saved here; use shoal.DistillationTrainer",
         ),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, losses=["forwardkl"]),
+            lambda m, t: healed(m, t, losses=["forwardkl"]),
             r"shoal.distill: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, **UNKNOWN),
+            lambda m, t: healed(m, t, teacher_text=1),
             r"shoal.distill: teacher_text: unknown key; did you mean 'teacher'",
         ),
+        (lambda m, t: healed(m, t, trainer=5), r"trainer: must be a m"),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, **NO_MAPPING),
-            r"trainer: must be a m",
-        ),
-        (
-            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
+            lambda m, t: measured(m, t, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
             r"sweep: of a model in memory single layers are swept; leave operators out",
         ),
         (
-            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["knowlege_continuation"]}),
+            lambda m, t: measured(m, t, sweep={"tasks": ["knowlege_continuation"]}),
             r"measure.sweep.tasks: .*knowlege_continuation.*knowledge_continuation",
         ),
         (
-            lambda m, t: shoal.measure_importance(m, t, TEXTS, metrics=["task_greedy"]),
+            lambda m, t: measured(m, t, metrics=["task_greedy"]),
             r"measure_importance: task_greedy needs a run directory; give a recipe to shoal.run",
         ),
         (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer={"learning_rat": 5}),
+            lambda m, t: healed(m, t, trainer={"learning_rat": 5}),
             r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
         ),
         (lambda m, t: shoal.evaluate(m, t, []), r"shoal.evaluate: tasks: must have at least 1 item"),
@@ -350,25 +348,16 @@ def plan_of(*, num_layers: int = 6) -> Plan:
             r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",
         ),
         (lambda m, t: shoal.run({"run_dir": "y"}), r"recipe: model: is required"),
+        (lambda m, t: shoal.evaluate(m, None, "brackets"), r"tokenizer: is missing, and the model has no name"),
+        (lambda m, t: measured(m, t, DataFrame()), r"'data': is DataFrame; .*from_pandas makes one"),
+        (lambda m, t: measured(m, t, {"a"}), r"'data': is set; give a list of texts, or a data set"),
+        (lambda m, t: measured(m, t, iter(TEXTS)), r"'data': is list_iterator; give a list of texts"),
+        (lambda m, t: measured(m, t, {"train": TEXTS}), r"'data': is dict; .*of several splits"),
+        (lambda m, t: measured(m, t, {"path": "no/such.txt"}), r"no/such.txt': no such file or folder"),
+        (lambda m, t: measured("no/such", t), r"model 'no/such': no such folder"),
+        (lambda m, t: healed(m, t, stream_of(TEXTS)), r"data 'data': is a stream without an end; set num_tokens"),
         (
-            lambda m, t: shoal.evaluate(m, None, "brackets"),
-            r"tokenizer: is missing, and the model has no name",
-        ),
-        (lambda m, t: shoal.measure_importance(m, t, DataFrame()), r"'data': is DataFrame; .*from_pandas makes one"),
-        (lambda m, t: shoal.measure_importance(m, t, {"a"}), r"'data': is set; give a list of texts, or a data set"),
-        (lambda m, t: shoal.measure_importance(m, t, iter(TEXTS)), r"'data': is list_iterator; give a list of texts"),
-        (
-            lambda m, t: shoal.measure_importance(m, t, {"train": TEXTS}),
-            r"'data': is dict; .*of several splits",
-        ),
-        (lambda m, t: shoal.measure_importance(m, t, {"path": "no/such.txt"}), r"no/such.txt': no such file or folder"),
-        (lambda m, t: shoal.measure_importance("no/such", t, TEXTS), r"model 'no/such': no such folder"),
-        (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, stream_of(TEXTS), tokenizer=t),
-            r"data 'data': is a stream without an end; set num_tokens",
-        ),
-        (
-            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, "python_docs", tokenizer=t, loss_on="all"),
+            lambda m, t: healed(m, t, "python_docs", loss_on="all"),
             r"data 'data': is a source, which says itself what is learnt of it; leave loss_on out",
         ),
     ],
