@@ -30,7 +30,7 @@ def keys() -> Iterator[str]:
             if "keys" in said:
                 yield from _section(said)
     yield "## what does not go together\n\n| setting | why, and what to set instead |\n| --- | --- |"
-    yield from (f"| `{row.place}` | {row.words} |" for row in NOT_TOGETHER)
+    yield from (f"| `{place}` | {why} |" for place, _, why in (row.words.partition(": ") for row in NOT_TOGETHER))
 
 
 def _section(said: dict[str, Any]) -> Iterator[str]:

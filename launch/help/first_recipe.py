@@ -32,8 +32,6 @@ WIDTH = 110
 """Columns of the file."""
 SMALL = 500_000_000
 """Parameters below which a model is trained with ten times the default learning rate, as the demo model is."""
-ROWS_OF_A_STEP = {"cpu": 2}
-"""Rows of an optimizer step by device type; on accelerators at least 32, a multiple of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def _proposal(
     text, on_cpu = text_config(config), machine.device.type == "cpu"
     longest = getattr(text, "max_position_embeddings", None) or 512
     length = min(512 if on_cpu else 2048, longest)
-    rows = ROWS_OF_A_STEP.get(machine.device.type) or machine.ranks * max(1, 32 // machine.ranks)
+    rows = 2 if on_cpu else machine.ranks * max(1, 32 // machine.ranks)
     return {
         "model": model,
         **({} if revision is None else {"revision": revision}),

@@ -20,12 +20,10 @@ from shoal.recipe.trainer_arguments import HALVES, wrong_arguments
 class Row(NamedTuple):
     """One contradiction."""
 
-    place: str
-    """The setting that is refused; what stands before its first stop is the section that is looked at."""
+    words: str
+    """`place: why it is refused; what to set instead`; before the first stop stands the section that is looked at."""
     is_so: Callable[[Any], bool]
     """Whether the section says it."""
-    words: str
-    """Why it is refused, and what to set instead."""
 
 
 def _is_recorded(distill: Distill) -> bool:
@@ -47,91 +45,81 @@ ORDER = (Width, Compensate)
 """Kinds of changes, in the order in which they can act."""
 NOT_TOGETHER: tuple[Row, ...] = (
     Row(
-        "measure.metrics",
+        "measure.metrics: task_greedy removes layers by the scores of tasks, and none is swept; name some in "
+        "measure.sweep.tasks",
         lambda measure: "task_greedy" in measure.metrics and measure.sweep is None,
-        "task_greedy removes layers by the scores of tasks, and none is swept; name some in measure.sweep.tasks",
     ),
     Row(
-        "prune.metric",
+        "prune.metric: a mapping mixes scores of single layers, and no runs of them; name one metric of runs, or "
+        "set prune.contiguous: false",
         lambda prune: isinstance(prune, CutByScore) and prune.contiguous and isinstance(prune.metric, dict),
-        "a mapping mixes scores of single layers, and no runs of them; name one metric of runs, or set "
-        "prune.contiguous: false",
     ),
     Row(
-        "prune.changes",
+        "prune.changes: channels are chosen by the teacher's own weights, and what makes up for layers is fitted to "
+        "what is left; give every kind once, width first",
         lambda prune: (order := [ORDER.index(type(change)) for change in prune.changes]) != sorted({*order}),
-        "channels are chosen by the teacher's own weights, and what makes up for layers is fitted to what is "
-        "left; give every kind once, width first",
     ),
     Row(
-        "prune.changes",
+        "prune.changes: compensate makes up for dropped layers, and no layer is dropped; name layers in prune.drop, "
+        "or leave it out",
         lambda prune: isinstance(prune, CutThese) and not prune.drop and _has(prune, Compensate),
-        "compensate makes up for dropped layers, and no layer is dropped; name layers in prune.drop, or leave it out",
     ),
     Row(
-        "prune.changes",
+        "prune.changes: width changes what layers save, which prune.target counts by whole layers; leave one of "
+        "them out, or narrow that student in a run of its own (model: RUN_DIR/student)",
         lambda prune: isinstance(prune, CutByScore) and prune.target is not None and _has(prune, Width),
-        "width changes what layers save, which prune.target counts by whole layers; leave one of them out, or "
-        "narrow that student in a run of its own (model: RUN_DIR/student)",
     ),
     Row(
-        "distill.lora",
+        "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable",
         lambda distill: distill.lora is not None and distill.trainable == "norm_and_head",
-        "norm_and_head trains no layer that could have an adapter; choose another distill.trainable",
     ),
     Row(
-        "distill.on_policy",
+        "distill.on_policy: nothing is recorded of what the student will write; set distill.teacher: live, or leave "
+        "it out",
         lambda distill: _is_recorded(distill) and distill.on_policy is not None,
-        "nothing is recorded of what the student will write; set distill.teacher: live, or leave it out",
     ),
     Row(
-        "distill.on_policy",
+        "distill.on_policy: without a teacher's judgement a student only repeats itself; add forward_kl or another "
+        "divergence to distill.losses",
         lambda distill: distill.on_policy is not None and not any(map(reads_distributions, distill.losses)),
-        "without a teacher's judgement a student only repeats itself; add forward_kl or another divergence to "
-        "distill.losses",
     ),
     Row(
-        "distill.on_policy",
+        "distill.on_policy: the student writes from text alone, and a source of distill.data has images; leave one "
+        "of them out",
         lambda distill: distill.on_policy is not None and distill.has_images,
-        "the student writes from text alone, and a source of distill.data has images; leave one of them out",
     ),
     Row(
-        "distill.data",
+        "distill.data: the teacher writes from text alone, and a source with generate has images; leave generate "
+        "out there",
         lambda distill: any(source.generate is not None and source.has_images for source in distill.data),
-        "the teacher writes from text alone, and a source with generate has images; leave generate out there",
     ),
     Row(
-        "distill.teacher",
+        "distill.teacher: what a teacher says of images is not recorded; set it to live, or leave the source out",
         lambda distill: _is_recorded(distill) and distill.has_images,
-        "what a teacher says of images is not recorded; set it to live, or leave the source out",
     ),
     Row(
-        "distill.losses",
+        "distill.losses: a recorded teacher tells its most probable tokens only, and adaptive_kl, dkd and taid need "
+        "all; take others, or set distill.teacher: live",
         lambda distill: _is_recorded(distill) and not all(map(from_top_k, distill.terms)),
-        "a recorded teacher tells its most probable tokens only, and adaptive_kl, dkd and taid need all; take "
-        "others, or set distill.teacher: live",
     ),
     Row(
-        "distill.losses",
+        "distill.losses: a teacher is recorded at one temperature, and the terms have several; give all the same, "
+        "or set distill.teacher: live",
         lambda distill: _is_recorded(distill) and len(temperatures(distill.terms)) > 1,
-        "a teacher is recorded at one temperature, and the terms have several; give all the same, or set "
-        "distill.teacher: live",
     ),
     Row(
-        "distill.teacher.backend",
+        "distill.teacher.backend: vLLM tells log-probabilities at temperature 1 and no state of a layer, which "
+        "prefix and hidden_states need; leave these out, or set it to transformers",
         _asks_too_much_of_vllm,
-        "vLLM tells log-probabilities at temperature 1 and no state of a layer, which prefix and hidden_states "
-        "need; leave these out, or set it to transformers",
     ),
     Row(
-        "distill.watch.metric_for_best_model",
+        "distill.watch.metric_for_best_model: is not scored; choose one of distill.watch.tasks, or perplexity, with "
+        "perplexity_tokens above 0",
         lambda distill: distill.watch and distill.watch.metric_for_best_model not in (None, *distill.watch.scores),
-        "is not scored; choose one of distill.watch.tasks, or perplexity, with perplexity_tokens above 0",
     ),
     Row(
-        "distill.trainer",
+        "distill.trainer: bf16 and fp16 say another precision than distill.precision, or both are true; leave them out",
         lambda distill: not HALVES.keys().isdisjoint(distill.trainer),
-        "bf16 and fp16 say another precision than distill.precision, or both are true; leave them out",
     ),
 )
 """All pairs, in the order of a recipe."""
@@ -140,8 +128,8 @@ SECTIONS: dict[str, type[Section]] = {"measure": Measure, "prune": Cut, "distill
 
 def not_together(section: Section) -> Iterator[str]:
     """`place: what is wrong` of every row that ``section`` says."""
-    rows = (row for row in NOT_TOGETHER if isinstance(section, SECTIONS[row.place.partition(".")[0]]))
-    return (f"{row.place}: {row.words}" for row in rows if row.is_so(section))
+    rows = (row for row in NOT_TOGETHER if isinstance(section, SECTIONS[row.words.partition(".")[0]]))
+    return (row.words for row in rows if row.is_so(section))
 
 
 def contradictions(said: Section) -> Iterator[str]:

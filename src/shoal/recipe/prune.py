@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from shoal.formatting import listed
 from shoal.recipe.section import Above0, Positive, RowLength, Section, Shapes, Text, listed_as
 
 
@@ -121,7 +122,9 @@ class CutByScore(Cut):
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""
 
-    EXCLUSIVE = (("num_drop", "ratio", "target"),)
+    def __post_init__(self) -> None:
+        if len(given := [key for key in ("num_drop", "ratio", "target") if getattr(self, key) is not None]) > 1:
+            raise ValueError(f"{listed(given)} exclude each other; give one of them")
 
     @property
     def chosen_by(self) -> set[str]:

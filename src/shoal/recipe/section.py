@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag, TypeAdapter
 from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
-
-from shoal.formatting import listed
 
 Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
@@ -43,13 +41,6 @@ class Section:
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    EXCLUSIVE: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Groups of keys of which one at most is given."""
-
-    def __post_init__(self) -> None:
-        for group in self.EXCLUSIVE:
-            if len(given := [key for key in group if getattr(self, key) is not None]) > 1:
-                raise ValueError(f"{listed(given)} exclude each other; give one of them")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
