@@ -162,9 +162,7 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int)
     seed_everything(seed)
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    _refuse_no_template(settings, lm.tokenizer)
-    check_runnable(tasks, max_length=lm.max_length, num_ranks=lm.world_size)
-    counts = num_items(tasks, settings, num_ranks=lm.world_size)
+    counts = _checked(tasks, settings, lm.tokenizer, max_length=lm.max_length, num_ranks=lm.world_size)
     lm.endings.clear()
     first: dict[str, Any] = {name: range(count) for name, count in counts.items()}
     theirs: Any = lm_eval.api.task
@@ -216,25 +214,20 @@ def checked_items(
     Raises:
         UserError: what scoring would refuse of the tasks.
     """
-    _refuse_no_template(settings, tokenizer)
-    check_runnable(tasks, max_length=resolve_max_length(config, tokenizer), num_ranks=num_ranks)
-    return num_items(tasks, settings, num_ranks=num_ranks)
+    return _checked(tasks, settings, tokenizer, max_length=resolve_max_length(config, tokenizer), num_ranks=num_ranks)
 
 
-def _refuse_no_template(settings: Eval, tokenizer: Any) -> None:
+def _checked(
+    tasks: dict[str, Any], settings: Eval, tokenizer: Any, *, max_length: int, num_ranks: int
+) -> dict[str, int]:
+    """Number of items that are scored, by task; refused is what lm-eval would meet with a traceback, or silently do in
+    another way on several ranks."""
     if settings.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
             "eval.apply_chat_template: the tokenizer has no chat template; leave it out, or name a model that is tuned "
             "to follow instructions"
         )
 
-
-def check_runnable(tasks: dict[str, Any], *, max_length: int, num_ranks: int) -> None:
-    """What lm-eval would refuse with a traceback, or silently do in another way on several ranks.
-
-    Raises:
-        UserError: a task that runs code, needs images, or asks for more new tokens than ``max_length`` positions hold.
-    """
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(
@@ -246,6 +239,7 @@ def check_runnable(tasks: dict[str, Any], *, max_length: int, num_ranks: int) ->
         sampler = type(getattr(task, "sampler", None)).__name__
         if num_ranks > 1 and task.get_config("num_fewshot") and sampler == "ContextSampler":
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
+    return num_items(tasks, settings, num_ranks=num_ranks)
 
 
 def num_items(tasks: dict[str, Any], settings: Eval, *, num_ranks: int = 1) -> dict[str, int]:
@@ -270,14 +264,6 @@ def num_items(tasks: dict[str, Any], settings: Eval, *, num_ranks: int = 1) -> d
             "limit, use fewer ranks, or leave the task out"
         )
     return counts
-
-
-@dataclass(frozen=True)
-class QuickScore:
-    """One number of a curve."""
-
-    value: float
-    higher_is_better: bool
 
 
 class QuickScores:
@@ -305,7 +291,7 @@ class QuickScores:
         own = settings.perplexity_tokens > 0
         self._windows = agreed(lambda: windows(tokenizer, settings, max_length=longest)) if own else ()
 
-    def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
+    def __call__(self, model: PreTrainedModel) -> dict[str, TaskScore]:
         """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
         connect_ranks(model.device)
         # training must draw the same numbers whether or not it is watched
@@ -321,7 +307,7 @@ class QuickScores:
             model.train(was_training)
             random.setstate(python)
             np.random.set_state(numpy)
-        return {score.task: QuickScore(score.score, score.higher_is_better) for score in scores}
+        return {score.task: score for score in scores}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.integration_utils import WandbCallback
 
 from shoal.artifacts.artifact import differences
+from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import write_json, written_folder
 from shoal.progress import doing, progress
 from shoal.ranks import is_main, rank
@@ -35,16 +36,7 @@ BEST = "best"
 UNITS = {"perplexity": " nats per token"}
 
 
-class Score(Protocol):
-    """One number about a model."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def higher_is_better(self) -> bool: ...
-
-
-Scorer = Callable[[PreTrainedModel], Mapping[str, Score]]
+Scorer = Callable[[PreTrainedModel], Mapping[str, TaskScore]]
 """All ranks call it and all get the same scores."""
 
 
@@ -83,7 +75,7 @@ class Watcher(TrainerCallback):
         self._settings = settings
         self._folder = folder / BEST
         self._inputs = inputs
-        self.score: Callable[[], Mapping[str, Score]]
+        self.score: Callable[[], Mapping[str, TaskScore]]
         self.log: Callable[[dict[str, float]], None]
         self.state: Callable[[], dict[str, Tensor] | None]
 
@@ -99,17 +91,17 @@ class Watcher(TrainerCallback):
 
     def _watch(self, step: int) -> None:
         scores = self.score()
-        self.log({PREFIX + name: score.value for name, score in scores.items()})
+        self.log({PREFIX + name: score.score for name, score in scores.items()})
         if is_main():
-            in_words = ", ".join(f"{name} {score.value:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
+            in_words = ", ".join(f"{name} {score.score:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
             log.info("step %d: %s", step, in_words)
         if self._settings.metric_for_best_model is not None:
             self._keep(step, scores[self._settings.metric_for_best_model])
 
-    def _keep(self, step: int, score: Score) -> None:
+    def _keep(self, step: int, score: TaskScore) -> None:
         best = self.best()
         if best is not None and best["step"] != step and not math.isnan(best["score"]):
-            better = score.value > best["score"] if score.higher_is_better else score.value < best["score"]
+            better = score.score > best["score"] if score.higher_is_better else score.score < best["score"]
             if not better:
                 return
         weights = self.state()  # every rank: ZeRO-3 gathers
@@ -120,7 +112,7 @@ class Watcher(TrainerCallback):
                 story = {
                     "step": step,
                     "metric": self._settings.metric_for_best_model,
-                    "score": score.value,
+                    "score": score.score,
                     "inputs": self._inputs,
                 }
                 write_json(folder / "best.json", story)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import write_json
 from shoal.data.packing import IMAGES
 from shoal.errors import UserError, explained_disk_errors
@@ -38,7 +39,7 @@ from shoal.recipe.trainer_arguments import OURS
 from shoal.runtime import barrier, seed_everything
 from shoal.runtime import device as own_device
 
-from .callbacks import Score, Scorer, Watcher
+from .callbacks import Scorer, Watcher
 from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
 from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
@@ -365,7 +366,7 @@ class DistillTrainer(ObjectiveTrainer):
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""
 
-        def scored() -> Mapping[str, Score]:
+        def scored() -> Mapping[str, TaskScore]:
             with doing("scoring the student"), self.plain_student() as student:
                 return score(student)
 

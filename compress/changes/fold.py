@@ -18,7 +18,7 @@ B batch, S sequence, D hidden, F features.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 
 from ..edits.layer_edits import in_force, with_halves
-from ..edits.sublayers import named_halves, output_parameters, sublayers, where
+from ..edits.sublayers import output_parameters, sublayers, where
 from ..edits.tensors import refuse_shared_parameters, tensors_in_place
 from ..variants.layerwise import Call, Layerwise, Prepared
 
@@ -73,8 +73,7 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
 
 def num_features(model: PreTrainedModel, layer: int) -> int:
     """F of the layer's MLP, by the names of its modules: the inputs of its one output map, else the hidden size."""
-    named = named_halves(decoder_layers(model)[layer])
-    output_map = _output_map(model, layer, output_parameters(model, layer, named, "mlp"))
+    output_map = _output_map(model, layer)
     if output_map is None:
         return text_config(model.config).hidden_size
     return output_map.in_features if isinstance(output_map, nn.Linear) else output_map.nx
@@ -89,8 +88,8 @@ class Correction:
         refuse_shared_parameters(model, layer)
         self._layerwise, self._layer = layerwise, layer
         self._own = dict(decoder_layers(model)[layer].named_parameters())
-        self._outputs = output_parameters(model, layer, sublayers(model)[layer], "mlp")
-        self._map = _output_map(model, layer, self._outputs)
+        self._outputs = output_parameters(decoder_layers(model)[layer], "mlp")
+        self._map = _output_map(model, layer)
 
     def features(self, hidden_BSD: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """(B, S, D) The state after the layer, and (B, S, F) the features by which what its MLP writes is corrected."""
@@ -167,16 +166,11 @@ class Correction:
         return tensors or None
 
 
-def output_names(model: PreTrainedModel, layer: int) -> list[str]:
-    """Tensors of a layer that write to the residual stream, by their names alone."""
-    named = named_halves(decoder_layers(model)[layer])
-    return [name for half in ("attention", "mlp") for name in output_parameters(model, layer, named, half)]
-
-
-def _output_map(model: PreTrainedModel, layer: int, outputs: Sequence[str]) -> nn.Linear | Conv1D | None:
-    """The one linear map that the parameters ``outputs`` of the layer belong to; None where there are several."""
-    owners = {name.rpartition(".")[0] for name in outputs}
-    only = decoder_layers(model)[layer].get_submodule(owners.pop()) if len(owners) == 1 else None
+def _output_map(model: PreTrainedModel, layer: int) -> nn.Linear | Conv1D | None:
+    """The one linear map by which the layer's MLP writes; None where there are several."""
+    module = decoder_layers(model)[layer]
+    owners = {name.rpartition(".")[0] for name in output_parameters(module, "mlp")}
+    only = module.get_submodule(owners.pop()) if len(owners) == 1 else None
     return only if isinstance(only, nn.Linear | Conv1D) else None
 
 
@@ -204,10 +198,10 @@ def same_states(got_BSD: Tensor, expected_BSD: Tensor, change_BSD: Tensor) -> bo
 
 def _scalings(model: PreTrainedModel, layer: int) -> Iterator[Callable[[float], Tensors]]:
     """Ways to let a layer write less, the likeliest first."""
-    own = dict(decoder_layers(model)[layer].named_parameters())
-    halves = sublayers(model)[layer]
-    if not halves.refusal:
-        names = output_names(model, layer)
+    module = decoder_layers(model)[layer]
+    own = dict(module.named_parameters())
+    if not sublayers(model)[layer].refusal:
+        names = [name for half in ("attention", "mlp") for name in output_parameters(module, half)]
         yield lambda factor: {name: _times(own[name], factor) for name in names}
     norms = [name for name in own if name.count(".") == 1 and "norm" in name and name.endswith(".weight")]
     for pair in itertools.combinations(norms, 2):  # those behind attention and MLP have no common names

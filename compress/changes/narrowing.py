@@ -137,7 +137,7 @@ def _map(
     ``modules``: the layer before and after.
     """
     setting, place = f"{NARROW}.{SETTINGS[half]}", where(model, layer)
-    names = {name.rpartition(".")[0] for name in output_parameters(model, layer, named_halves(modules[0]), half)}
+    names = {name.rpartition(".")[0] for name in output_parameters(modules[0], half)}
     readers = [module.get_submodule(next(iter(names))) if len(names) == 1 else None for module in modules]
     sizes = [reader.nx if isinstance(reader, Conv1D) else getattr(reader, "in_features", 0) for reader in readers]
     if not all(isinstance(reader, nn.Linear | Conv1D) for reader in readers):

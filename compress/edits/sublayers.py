@@ -115,14 +115,11 @@ def named_halves(layer: nn.Module) -> Sublayers:
     return Sublayers(tuple(halves["attention"]), tuple(halves["mlp"]))
 
 
-def output_parameters(
-    model: PreTrainedModel, layer: int, halves: Sublayers, half: Literal["attention", "mlp"]
-) -> list[str]:
+def output_parameters(layer: nn.Module, half: Literal["attention", "mlp"]) -> list[str]:
     """Names within the layer of the parameters that write the half's result, by their names alone."""
     names = []
-    for path in getattr(halves, half):
-        module = decoder_layers(model)[layer].get_submodule(path)
-        for name, _ in module.named_parameters():
+    for path in getattr(named_halves(layer), half):
+        for name, _ in layer.get_submodule(path).named_parameters():
             parts = {part.removesuffix("_bias") for part in (path.rpartition(".")[2], *name.split("."))}
             if parts & OUTPUT_MAPS or name in OUTPUT_BIASES:
                 names.append(f"{path}.{name}")

@@ -81,8 +81,11 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise UserError(f"compare: {folders[index]} is given twice; give every run once")
-    named_folders = zip(folders, distinct_names(resolved), strict=True)
-    contenders = tuple(_contender(i, name, read_scored(folder)) for i, (folder, name) in enumerate(named_folders))
+    runs = zip(map(read_scored, folders), distinct_names(resolved), strict=True)
+    contenders = tuple(
+        Contender(_letter(index), run.model if MODEL in run.evaluations else name, run)
+        for index, (run, name) in enumerate(runs)
+    )
     if all(contender.is_model for contender in contenders):
         raise UserError("compare: there is no run among these; a checkpoint is scored with the settings of one")
     return contenders
@@ -149,10 +152,6 @@ def read_scored(folder: Path) -> Run:
     return run
 
 
-def _contender(index: int, name: str, run: Run) -> Contender:
-    return Contender(_letter(index), run.model if MODEL in run.evaluations else name, run)
-
-
 def _letter(index: int) -> str:
     """A to Z, then AA, AB, ..."""
     head, tail = divmod(index, 26)
@@ -169,17 +168,15 @@ def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
                 "plan.json; evaluate it, or say --across-teachers"
             )
         elif first.teacher is not None and contender.teacher != first.teacher:
-            files = [_teacher_file(side) for side in (contender, first)]
+            files = [
+                side.file("teacher") if "teacher" in side.run.evaluations else side.run.folder / "plan.json"
+                for side in (contender, first)
+            ]
             names = [f" ({side.run.model})" if side.run.recipe else "" for side in (contender, first)]
             yield (
                 f"{files[0]}: model is {contender.teacher!r}{names[0]}, but {first.teacher!r}{names[1]} in {files[1]}: "
                 "another teacher; say --across-teachers to compare all the same"
             )
-
-
-def _teacher_file(contender: Contender) -> Path:
-    has_scores = "teacher" in contender.run.evaluations
-    return contender.file("teacher") if has_scores else contender.run.folder / "plan.json"
 
 
 def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]]:

@@ -111,11 +111,9 @@ class CausalLM(TemplateLM):
         batch_size: int = 16,
         *,
         items: ItemCache | None = None,
-        branch: bool = True,
         called: str = "eval",
     ) -> None:
-        """``branch`` False scores every continuation by a forward of its own: same values, slower. ``called`` is what
-        is being done, for the log."""
+        """``called`` is what is being done, for the log."""
         super().__init__()
         self.items = ItemCache() if items is None else items
         """Answers so far; who hands them in has them kept on disk."""
@@ -124,7 +122,6 @@ class CausalLM(TemplateLM):
         self.endings: dict[tuple[str, str], Ending] = {}
         """By prompt and settings (as JSON) of every text that was written."""
         self._model = model
-        self._branch = branch
         self._called = called
         self._device: torch.device = model.device  # pyright: ignore[reportIncompatibleVariableOverride]
         together = dist.is_available() and dist.is_initialized()
@@ -134,10 +131,6 @@ class CausalLM(TemplateLM):
     @cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self._model)
-
-    @property
-    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._device
 
     @property
     def eot_token_id(self) -> int:
@@ -210,7 +203,7 @@ class CausalLM(TemplateLM):
         step.known(len(pairs) - len(missing))
         if missing:
             asked = [pairs[index] for index in missing]
-            for scores in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
+            for scores in scored(self._decoder, asked, batch_size=self.batch_size):
                 # among options that are all NaN lm-eval would choose the first and go on
                 if any(math.isnan(log_prob) for log_prob, _ in scores.values()):
                     raise UserError(

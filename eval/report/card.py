@@ -234,8 +234,7 @@ def _is_local(path: str) -> bool:
 
 
 def _repo(run: Run) -> str | None:
-    repo = ((run.recipe or {}).get("export") or {}).get("hub_repo")
-    return repo if isinstance(repo, str) else None
+    return ((run.recipe or {}).get("export") or {}).get("hub_repo")
 
 
 def _name(run: Run, base: str | None) -> str:

@@ -55,17 +55,18 @@ def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
     evaluation = run.evaluations.get(role)
     teacher = run.evaluations.get("teacher") or (run.speed.roles.get("teacher") if run.speed else None)
 
-    def known(field: str, source: Any) -> float | None:
-        return next((value for holder in (source, score) if (value := getattr(holder, field, None)) is not None), None)
+    def known(field: str) -> float | None:
+        values = (getattr(holder, field, None) for holder in (evaluation, score))
+        return next((value for value in values if value is not None), None)
 
-    parameters, stored = known("num_parameters", evaluation), known("num_bytes", evaluation)
+    parameters = known("num_parameters")
     whole = teacher.num_parameters if teacher else None
     return (
         role,
-        str(known("num_layers", evaluation) or DASH),
+        str(known("num_layers") or DASH),
         _told(parameters, count_text),
         DASH if parameters is None or not whole else f"{100 * parameters / whole:.1f} %",
-        _told(stored, bytes_text),
+        _told(known("num_bytes"), bytes_text),
         _told(score.kv_bytes_per_token if score else None, bytes_text),
         duration_text(evaluation.seconds) if evaluation else DASH,
     )

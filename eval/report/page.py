@@ -127,7 +127,7 @@ def environment(layout: Layout) -> Environment:
         "duration": duration_text,
         "layers": layers_text,
         "listed": lambda words: listed(map(str, words)),
-        "yaml": yaml_text,
+        "yaml": lambda content: yaml.safe_dump(redacted(content), sort_keys=False, allow_unicode=True, width=100),
         "clean": clean,
         "sentence": lambda text: f"{text[0].upper()}{text[1:]}.",
         "one_line": lambda text: " ".join(text.split()),
@@ -138,7 +138,10 @@ def environment(layout: Layout) -> Environment:
         "figure": with_interval,
         "verdict": lambda text: {"▲": " good", "▼": " bad"}.get(text[:1], ""),
         "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
-        "sections": _sections,
+        # anchor and title of every section of a page's body
+        "sections": lambda body: [
+            (anchor, Markup(title)) for anchor, title in re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)
+        ],
         "inline": inline,
         "prose": prose,
         "row": lambda cells: "| " + " | ".join(inline(cell) or " " for cell in cells) + " |",
@@ -147,11 +150,6 @@ def environment(layout: Layout) -> Environment:
         "aligned": _aligned,
     }
     return made
-
-
-def yaml_text(content: Any) -> str:
-    """As YAML, secrets hidden."""
-    return yaml.safe_dump(redacted(content), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _style_and_policy() -> dict[str, Any]:
@@ -163,11 +161,6 @@ def _style_and_policy() -> dict[str, Any]:
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
     )
     return {"style": style, "policy": policy}
-
-
-def _sections(body: str) -> list[tuple[str, Markup]]:
-    """Anchor and title of every section of a page's body."""
-    return [(anchor, Markup(title)) for anchor, title in re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)]
 
 
 def with_interval(text: str) -> Markup:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Scores
 from shoal.atomic_files import write_json, write_text
 from shoal.figures.atlas import atlas_figure
@@ -94,12 +93,11 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
         "speed": run.speed and speed_table(run.speed),
         "costs": costs_table(run),
         "identifiers": identifier_table(run),
-        "made": {name: _made(artifact.provenance) for name, artifact in run.results.items()},
+        "made": {
+            name: {"made": made.created, "fingerprint": made.fingerprint, **made.environment}
+            for name, made in ((name, artifact.provenance) for name, artifact in run.results.items())
+        },
     }
-
-
-def _made(provenance: Provenance) -> dict[str, Any]:
-    return {"made": provenance.created, "fingerprint": provenance.fingerprint, **provenance.environment}
 
 
 def draw_figures(run: Run) -> dict[str, Picture]:

@@ -37,8 +37,7 @@ class Run:
     @property
     def model(self) -> str:
         """Name of the model in the recipe, else `the model`."""
-        name = (self.recipe or {}).get("model")
-        return name if isinstance(name, str) else "the model"
+        return (self.recipe or {}).get("model") or "the model"
 
     @property
     def results(self) -> dict[str, Artifact]:

@@ -11,6 +11,7 @@ from shoal.figures.scores import Ladder
 from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import z_above_chance
+from shoal.task_words import PROTOCOLS
 
 from .findings import SIGNAL_SIGMAS, Comparison, Row, flipped, is_share, protocol_gaps, shares_items, writing
 from .page import DASH, Table
@@ -24,7 +25,6 @@ from .wording import (
     limits_text,
     p_text,
     points_text,
-    protocol_text,
     retention_text,
     score_text,
     score_words,
@@ -209,7 +209,7 @@ def level_tables(families: Sequence[Ladder]) -> list[Table]:
         scores = zip(*ladder.scores.values(), strict=True)
         rows = tuple((f"{level:g}", *map(score_text, own)) for level, own in zip(ladder.levels, scores, strict=True))
         columns = ("Level", *(role.capitalize() for role in ladder.scores))
-        caption = f"{heading(ladder.family)} by level, {protocol_text(ladder.protocol)}"
+        caption = f"{heading(ladder.family)} by level, {PROTOCOLS.get(ladder.protocol, ladder.protocol)}"
         tables.append(Table(caption, columns, rows, folded=True))
     return tables
 
@@ -224,10 +224,10 @@ def reach(ladder: Ladder) -> str:
             told.append(f"{role} up to {levels[-1]:g}")
         else:
             at_none.append(role)
-    asked = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
     far = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
     others = f"; {listed(at_none)} at no level" if told and at_none else ""
-    return f"{heading(ladder.family)}, {protocol_text(ladder.protocol)}, {asked}: {far}{others}."
+    asked = f"{PROTOCOLS.get(ladder.protocol, ladder.protocol)}, levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
+    return f"{heading(ladder.family)}, {asked}: {far}{others}."
 
 
 def flips(comparison: Comparison) -> list[Flips]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.formatting import interval_text, listed
 from shoal.stats.paired import PairedDifference, Retention
-from shoal.task_words import COLUMNS, PROTOCOLS, task_words
+from shoal.task_words import COLUMNS, task_words
 
 from .findings import Row, is_share, measured_in_nats
 from .page import DASH
@@ -80,11 +80,6 @@ def unit_text(score: TaskScore) -> str:
     if is_share(score):
         return ""
     return f", {score.metric.replace('_', ' ')}{'' if score.higher_is_better else ' (lower is better)'}"
-
-
-def protocol_text(protocol: str) -> str:
-    """How a protocol asks, in words."""
-    return PROTOCOLS.get(protocol, protocol)
 
 
 def identifier_text(score: TaskScore) -> str:

@@ -124,7 +124,8 @@ def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> li
     """
     names: list[str] = []
     for layer in layers:
-        outputs = output_parameters(model, layer, with_halves(model, layer), half)
+        with_halves(model, layer)  # refuses
+        outputs = output_parameters(decoder_layers(model)[layer], half)
         if not outputs:
             raise UserError(
                 f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
+from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.training import Training
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import open_run
@@ -171,15 +172,15 @@ def mask_labels_of_rows(*places: int) -> None:
 
 def script_scores(scores: list[float], *places: int) -> None:
     """Let the watched perplexity be these numbers, look after look, once it has really been scored."""
-    from shoal.eval.evaluate import QuickScore, QuickScores
+    from shoal.eval.evaluate import QuickScores
 
     mask_labels_of_rows(*places)
     score, order = QuickScores.__call__, iter(scores)
 
-    def scripted(quick: QuickScores, model: Any) -> dict[str, QuickScore]:
+    def scripted(quick: QuickScores, model: Any) -> dict[str, TaskScore]:
         found = score(quick, model)
-        assert found["perplexity"].value > 0
-        return {**found, "perplexity": QuickScore(next(order), found["perplexity"].higher_is_better)}
+        assert found["perplexity"].score > 0
+        return {**found, "perplexity": replace(found["perplexity"], score=next(order))}
 
     QuickScores.__call__ = scripted  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -3,16 +3,19 @@
 import json
 import math
 import random
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compared_runs import nats
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
-from shoal.eval.evaluate import QuickScore, QuickScores
+from shoal.eval.evaluate import QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
 from shoal.train.callbacks import Profiler, Watcher
@@ -23,7 +26,8 @@ class Training:
 
     def __init__(self, watcher: Watcher, scores: dict[int, float], *, higher_is_better: bool = True) -> None:
         self.step, self.logged = 0, {}
-        watcher.score = lambda: {"knowledge": QuickScore(scores.get(self.step, 0.0), higher_is_better)}
+        score = partial(replace, nats(1.0), higher_is_better=higher_is_better)
+        watcher.score = lambda: {"knowledge": score(score=scores.get(self.step, 0.0))}
         watcher.log = lambda logs: self.logged.setdefault(self.step, logs)
         watcher.state = lambda: {"weight": torch.tensor([float(self.step)])}
         self.watcher = watcher
@@ -126,5 +130,5 @@ def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():
     assert drawn() == expected
     assert model.training
     assert scores.keys() == {"perplexity"}
-    assert scores["perplexity"].value == pytest.approx(np.log(model.config.vocab_size), abs=0.5)
+    assert scores["perplexity"].score == pytest.approx(np.log(model.config.vocab_size), abs=0.5)
     assert not scores["perplexity"].higher_is_better

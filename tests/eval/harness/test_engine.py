@@ -132,14 +132,6 @@ def test_a_tokenizer_without_chat_template_is_refused() -> None:
         evaluating.scores_of(CausalLM(tiny_model("llama"), tokenizer, 2), tasks_of(CHAT), CHAT, seed=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_branching_changes_no_value(kind: str) -> None:
-    branching = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
-    assert branching._decoder.can_branch
-    whole = CausalLM(tiny_model(kind), tiny_tokenizer(), 5, branch=False)
-    assert_same(branching.loglikelihood(choices()), whole.loglikelihood(choices()))
-
-
 def test_greedy_continuation_is_recognised() -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
     (text,) = lm.generate_until(instances("generate_until", [("abcdefgh", {"until": [], "max_gen_toks": 1})]))

@@ -167,7 +167,7 @@ def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
 
 def test_card_gives_no_secret_away(tmp_path: Path) -> None:
     secret = "hf_" + "q" * 34
-    folder = write_run(tmp_path, recipe={"distill": {"trainer": {"api_token": secret, "run": secret}}})
+    folder = write_run(tmp_path, recipe={"distill": {"trainer": {"optim_args": secret}}})
     assert secret not in model_card(folder)
 
 

@@ -81,7 +81,7 @@ def test_no_secret_of_settings_or_environment_is_told(tmp_path: Path, monkeypatc
     secret = "hf_" + "s" * 34
     monkeypatch.setenv("HF_TOKEN", secret)
     monkeypatch.setenv("SOME_PASSWORD", "pass-in-environment")
-    trainer = {"api_token": secret, "note": f"use {secret}", "per_device_train_batch_size": 2}
+    trainer = {"optim_args": f"use {secret}", "per_device_train_batch_size": 2}
     write_run(tmp_path, recipe={"distill": {"num_tokens": 4321, "trainer": trainer}})
     write_report(tmp_path)
     for name in ("report.html", "report.md"):

@@ -400,7 +400,7 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
         (("options: choices\nanswer: gold\n", ""), r"needs options and answer, or answers of an open question"),
         (("items: test.jsonl\n", ""), r"needs either bundled, or items"),
         (("about: mine", "abuot: mine"), r"own.yaml: abuot: unknown key; did you mean 'about'\?"),
-        (("about: mine", "zzz: 1\nabout: mine"), r"own.yaml: zzz: unknown key; known keys are dataset, about, "),
+        (("about: mine", "zzz: 1\nabout: mine"), r"own.yaml: zzz: unknown key; known keys are "),
         (("about: mine", "hub: {pth: x, items: y}\nabout: mine"), r"hub.pth: unknown key; did you mean 'path'\?"),
         (
             ("about: mine", "chance: 1/0\nabout: mine"),
