@@ -373,12 +373,12 @@ def training_estimate(run: Run, plan: Plan) -> Stage:
     return estimate(spec, run.dir, control=control_spec(spec) if run.recipe.eval.control else None)
 
 
-def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None, try_it: bool = True) -> Stage:
+def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None) -> Stage:
     """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
 
-    ``control`` is the training of the uncut teacher that comes after it; None = there is none. ``try_it`` runs a
-    micro-batch of the real objective where one rank's models fit here; else, and where they do not, the time is
-    worked out from operations and a measured matrix product.
+    ``control`` is the training of the uncut teacher that comes after it; None = there is none. A micro-batch of the
+    real objective is run where one rank's models fit here; else the time is worked out from operations and a measured
+    matrix product.
 
     Raises:
         UserError: what the configuration contradicts; NotEstimated, a family whose memory cannot be told so.
@@ -391,7 +391,7 @@ def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None
         size = job(spec)
         uncut = None if control is None else job(control)
     free = Free.here(spec.ranks.device)
-    can_be_tried = try_it and size.setting.teacher != "recorded" and MARGIN * probe_bytes(size) <= free.device
+    can_be_tried = size.setting.teacher != "recorded" and MARGIN * probe_bytes(size) <= free.device
     time, seconds = _time(size, probe(size) if can_be_tried else None)
     needed, beside = missing_bytes(size, run_dir), []
     if uncut is not None:

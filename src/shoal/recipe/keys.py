@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from yaml import YAMLError
 
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import Section, adapter
+from shoal.recipe.section import Section, adapter, types_of
 from shoal.yaml_text import read_yaml
 
 
@@ -31,12 +31,6 @@ def alternatives(hint: Any) -> Iterator[Any]:
 
 
 @cache
-def _types(section: Any) -> dict[str, Any]:
-    """Key of a class of sections -> its type."""
-    return get_type_hints(section, include_extras=True)
-
-
-@cache
 def type_at(place: str) -> Any:
     """The type of what stands at a place, such as `distill.losses.0.weight`: Any within a free mapping, None where a
     recipe has no such key."""
@@ -48,7 +42,7 @@ def type_at(place: str) -> Any:
         if part.isdecimal():
             found = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
         else:
-            hints = (_types(kind) for kind in kinds if _is_section(kind))
+            hints = (types_of(kind) for kind in kinds if _is_section(kind))
             found = [known[part] for known in hints if part in known]
         if not found:
             return None

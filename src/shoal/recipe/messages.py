@@ -17,7 +17,7 @@ from shoal.formatting import listed, meant
 from shoal.recipe.field_words import field_word
 from shoal.recipe.gone import gone
 from shoal.recipe.not_together import contradictions
-from shoal.recipe.section import Section, adapter
+from shoal.recipe.section import Section, adapter, types_of
 from shoal.redaction import redacted, redacted_arguments
 
 S = TypeVar("S", bound=Section)
@@ -68,9 +68,7 @@ def of_arguments(kind: type[S], given: Mapping[str, Any], *, taken: Collection[s
     Raises:
         UserError: as checked does; a key that only a run directory has a use for.
     """
-    section: Any = kind
-    known = {field.name for field in dataclasses.fields(section)}
-    if useless := [name for name in given if name in known and name not in taken]:
+    if useless := [name for name in given if name in types_of(kind) and name not in taken]:
         raise UserError(
             f"{source}: {useless[0]}: is for run directories, and has no use for a model in memory; leave it out, or "
             "give a whole recipe to shoal.run"
@@ -129,13 +127,11 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     match kind:
         case "unexpected_keyword_argument":
             beside, place = place, ".".join(map(str, [*keys, last]))
-            if any(field.name == last for other in others for field in dataclasses.fields(other)):
+            if any(last in types_of(other) for other in others):
                 [section] = sections
                 own = next(field.name for field in dataclasses.fields(section) if field.default is dataclasses.MISSING)
                 return place, f"has no place beside {beside}.{own}; give one of them", ""
-            known = list(
-                dict.fromkeys(field.name for section in (*sections, *others) for field in dataclasses.fields(section))
-            )
+            known = list(dict.fromkeys(key for section in (*sections, *others) for key in types_of(section)))
             return place, gone(place) or f"unknown key; {meant_key(str(last), known, root)}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
@@ -179,8 +175,7 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
 @cache
 def all_places(section: Any, before: str = "") -> tuple[str, ...]:
     """Every key of a class of sections, with those of the sections in it."""
-    hints = get_type_hints(section, include_extras=True)
-    keys = [(before + field.name, sections_in(hints[field.name])) for field in dataclasses.fields(section)]
+    keys = [(before + key, sections_in(hint)) for key, hint in types_of(section).items()]
     inner = (place for key, sections in keys for each in sections for place in all_places(each, f"{key}."))
     return tuple(dict.fromkeys([*(key for key, _ in keys), *inner]))
 
@@ -206,13 +201,12 @@ def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int 
         if isinstance(part, int):
             keys.append(part)
             continue
-        hints = [get_type_hints(section, include_extras=True) for section in sections]
         tagged = [section for section in sections if part in get_args(get_type_hints(section).get("kind"))]
         named = [section for section in sections if section.__name__ == part]  # the tag of a type without a kind
         if len(sections) > 1 and (tagged or named):
             others = [section for section in sections if section not in named] if named else []
             sections = tagged or named
-        elif values := [hint[part] for hint in hints if part in hint]:
+        elif values := [types[part] for types in map(types_of, sections) if part in types]:
             keys.append(part)
             others = []
             sections = [section for hint in values for section in sections_in(hint)]

@@ -112,10 +112,16 @@ class Named:
 
 
 @cache
+def types_of(section: Any) -> dict[str, Any]:
+    """Key of a class of sections -> its type, with what is said beside it."""
+    hints = get_type_hints(section, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+@cache
 def _marks(section: Any, kind: type) -> dict[str, Any]:
     """What of this ``kind`` every key of a class of sections says beside its type; None = nothing."""
-    hints = get_type_hints(section, include_extras=True)
-    said = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
+    said = {key: getattr(hint, "__metadata__", ()) for key, hint in types_of(section).items()}
     return {key: next((mark for mark in marks if isinstance(mark, kind)), None) for key, marks in said.items()}
 
 

@@ -17,7 +17,7 @@ import pytest
 from shoal.errors import UserError
 from shoal.recipe.distill import SAMPLES, Distill, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import CONFIGS_DIR
-from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL, term_names
+from shoal.recipe.losses import CrossEntropy, ForwardKL, term_names
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import TextSource, as_dict
@@ -106,17 +106,9 @@ def test_wrong_setting_is_refused_with_its_path_and_remedy(tmp_path: Path, text:
         ),
         ("lora: {rank: 2}", "lora.rank: gone since 0.1; say r"),
         ("packing: split", "packing.split: gone since 0.1; say wrapped"),
-        ("losses: [{kind: kl}]", f"losses.0.kind: must be one of {', '.join(map(repr, KINDS))} (got 'kl')"),
-        ("losses: [{weight: 2}]", f"losses.0: needs a kind: one of {', '.join(KINDS)}"),
-        ("losses: [{kind: jsd, beta: 1}]", "losses.0.beta: must be less than 1 (got 1)"),
-        ("losses: [{kind: taid, strat: 1}]", "losses.0.strat: unknown key; did you mean 'start'?"),
         ("losses: [{kind: hidden_states, layers: [3, x]}]", "losses.0.layers.1: must be a whole number (got 'x')"),
         ("deepspeed: 3", "deepspeed: must be a string or must be a mapping of settings (got 3)"),
         ("trainer: [1]", "trainer: must be a mapping of settings (got [1])"),
-        (
-            "losses: [{kind: cross_entropy, temperature: 2}]",
-            "losses.0.temperature: unknown key; known keys are kind, weight",
-        ),
         ("trainer: {seed: 1}", "trainer.seed: is set by shoal; use seed instead"),
         (
             "trainer: {accelerator_config: {split_batches: true}}",
@@ -372,13 +364,9 @@ def test_shipped_recipe_is_found_by_its_name_and_a_local_one_first(
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
-def test_shipped_recipe_loads(file: Path) -> None:
+def test_a_shipped_recipe_loads_and_commands_in_it_can_be_given(file: Path) -> None:
     recipe = load_recipe(file)
     assert parse_recipe(as_dict(recipe)) == recipe
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
-def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
     commented = "\n".join(line[1:] for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
     commands = re.findall(r"^ +((?:deepspeed|shoal) .*)$", commented.replace("\\\n", " "), flags=re.MULTILINE)
     assert commands or "make quickstart" in commented, "says nowhere how it is run"
