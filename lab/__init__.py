@@ -5,7 +5,7 @@ A part is a module with `Settings`, a section of keys, and `work`, a function of
 what is to be printed. What it writes goes to lab/ in the run directory.
 
     command      `shoal lab`: the parts, and what runs one
-    part         what parts share: a result that is made once, models in turn
+    part         what parts share: a result that is made once
     delta        how far a donor's layers are from the model's
     depth_use    what models that descend from each other use their layers for
     diagnostics  who writes, erases and decides along the depth

@@ -27,8 +27,8 @@ from shoal.compress.sweeps.atlas import spearman
 from shoal.compress.sweeps.table import read_items
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
+from shoal.figures.atlas import band
 from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading, legend_above, panels
-from shoal.formatting import interval_text
 from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
@@ -38,7 +38,7 @@ from shoal.task_words import task_words
 
 from .diagnostics import EffectiveDepth, diagnostics
 from .diagnostics import Settings as Diagnosing
-from .part import FOLDER, estimates, identity, made, made_from_teacher, told
+from .part import FOLDER, estimates, identity, in_interval, made, made_from_teacher, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,21 +127,17 @@ class DepthUse(Artifact):
         lines = [f"{len(self.tasks)} tasks over {', '.join(self.kept)}, by the teacher's {self.num_layers} layers"]
         for task in self.tasks:
             for role, own in task.roles.items():
-                centroid = "no centroid" if own.centroid is None else f"centroid {_told(own.centroid)}"
+                centroid = "no centroid" if own.centroid is None else f"centroid {in_interval(own.centroid, '.2f')}"
                 lines.append(f"  {task.task}: {role}: {own.reason or centroid}, {own.num_critical} critical layers")
             for moved in task.moved:
                 clear = [layer for layer, change in zip(moved.layers, moved.left, strict=True) if change.is_clear]
-                centroid = "" if moved.centroid is None else f"centroid {_told(moved.centroid, '+')}, "
+                centroid = "" if moved.centroid is None else f"centroid {in_interval(moved.centroid, '+.2f')}, "
                 told = f"{centroid}{len(clear)} of {len(moved.layers)} layers with an interval off 0"
                 lines.append(f"  {task.task}: {moved.before} to {moved.after}: {told}")
         for role, rules in self.effective_depth.items():
             told = ", ".join(f"{rule}: {self.depth_in_words(role, rule)}" for rule in rules)
             lines.append(f"  effective depth of {role}: {told}")
         return "\n".join(lines)
-
-
-def _told(estimate: Estimate, sign: str = "") -> str:
-    return interval_text((estimate.value, estimate.low, estimate.high), f"{sign}.2f")
 
 
 @dataclass(frozen=True)
@@ -378,12 +374,11 @@ def _draw(ax: Axes, use: DepthUse, task: TaskUse) -> None:
         if not own.left:
             continue
         colour, marker = ROLE_STYLE.get(role, OTHER)
-        layers, (low, value, high) = use.kept[role], zip(*((e.low, e.value, e.high) for e in own.left), strict=True)
-        ax.plot(layers, value, color=colour, marker=marker, ms=4, lw=1.3, label=clean(role))
-        ax.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
+        band(ax, use.kept[role], own.left, colour, ("-", marker), label=clean(role))
         if own.centroid is not None:
             place = own.centroid.value * (use.num_layers - 1)
             ax.plot([place], [1.04], marker, color=colour, ms=7, transform=ax.get_xaxis_transform(), clip_on=False)
+    ax.set_xlim(-0.5, use.num_layers - 0.5)
     ax.axhline(1.0 if task.higher_is_better else 0.0, color=FAINT, lw=1)
     quantity = "share left" if task.higher_is_better else f"{task.metric} added"
     words = task_words(task.task, ability=task.ability, protocol=task.protocol, metric=task.metric)

@@ -49,6 +49,7 @@ from .depth.runs import (
     documents,
     lens_terms,
     readout_refusal,
+    require_finite,
     require_one_path,
     run_body,
     states_at,
@@ -218,8 +219,8 @@ def diagnose(
         readout = None if lens_refusal else Readout(model)
         study = _Study(model, effort or Effort(), batch_size, seed, *layer_flows(model), readout, lens_refusal)
         sums, lens_LT2 = study.one_pass(rows)
-        study.require_finite(*sums.cosines.values(), *sums.sizes.values(), lens_LT2)
-        effects, attributions, num_cuts, refusal = study.interventions(study.prompts(rows), sums.state_means)
+        require_finite(model, "diagnostics", *sums.cosines.values(), *sums.sizes.values(), lens_LT2)
+        effects, attributions, num_cuts, refusal = study.interventions(rows, sums.state_means)
     cosines = sums.mean(sums.cosines)
     kl, overlap = (tuple(part.mean(1).tolist()) if readout else () for part in lens_LT2.unbind(-1))
     return Diagnostics(
@@ -287,17 +288,6 @@ class _Study:
     readout: Readout | None
     lens_refusal: str
 
-    def prompts(self, rows: PackedRows) -> list[Prompt]:
-        """Those that effects and gradients look at."""
-        effort = self.effort
-        return documents(
-            rows,
-            num_prompts=effort.num_prompts,
-            max_tokens=effort.prompt_tokens,
-            min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
-            num_answer=effort.answer_tokens,
-        )
-
     @torch.no_grad()
     def one_pass(self, rows: PackedRows) -> tuple[ResidualSums, Tensor]:
         """Sums over all tokens, and (L, T, 2) divergence and overlap of the tokens that the lens looks at."""
@@ -310,33 +300,44 @@ class _Study:
             # every n-th token of all batches, so that batches of another size choose the same ones
             chosen_T2 = places_T2[(seen + torch.arange(len(places_T2))) % every == 0].to(model.device)
             seen += len(places_T2)
-            with states_at(model, *chosen_T2.unbind(1)) as states, add_batch(model, self.flows, batch, sums):
+            with (
+                states_at(decoder_layers(model), chosen_T2.unbind(1)) as states,
+                add_batch(model, self.flows, batch, sums),
+            ):
                 run_body(model, batch)
             if self.readout is not None and len(chosen_T2):
                 lens.append(torch.stack(lens_terms(self.readout, states), dim=-1))
         return sums, torch.cat(lens, dim=1)
 
     def interventions(
-        self, prompts: list[Prompt], means_LD: Tensor
+        self, rows: PackedRows, means_LD: Tensor
     ) -> tuple[DepthEffects | None, tuple[Attribution, ...], int, str]:
         """Effects, attributions, number of cuts, and why there are none."""
-        if self.effort.num_prompts == 0:
+        effort = self.effort
+        if effort.num_prompts == 0:
             return None, (), 0, "not asked for"
         try:
             runs = DepthRuns(self.model)
         except UserError as error:
             return None, (), 0, str(error)
+        prompts = documents(
+            rows,
+            num_prompts=effort.num_prompts,
+            max_tokens=effort.prompt_tokens,
+            min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
+            num_answer=effort.answer_tokens,
+        )
         if not prompts:
             raise UserError(
                 f"diagnostics: no document has {MIN_TOKENS} tokens, so nothing can be skipped before a later token; "
                 "name a data source with longer texts, or a longer measure.sequence_length"
             )
-        cuts, readout = cut_positions(prompts, self.effort.num_positions, seed=self.seed), self.readout
+        cuts, readout = cut_positions(prompts, effort.num_positions, seed=self.seed), self.readout
         # per batch L - 1 skips, and with a readout L erasures
         num_runs = math.ceil(len(cuts) / self.batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
         with progress("diagnostics: skips", total=num_runs, unit="runs") as step:
             effects = measure_effects(runs, readout, cuts, means_LD, batch_size=self.batch_size, progress=step)
-        self.require_finite(effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
+        require_finite(self.model, "diagnostics", effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
         return effects, self._attributions(runs, readout, prompts) if readout else (), len(cuts), ""
 
     def _attributions(self, runs: DepthRuns, readout: Readout, prompts: Sequence[Prompt]) -> tuple[Attribution, ...]:
@@ -364,14 +365,6 @@ class _Study:
                     progress=step,
                 )
                 for prompt, site in pairs
-            )
-
-    def require_finite(self, *values: Tensor) -> None:
-        """Refuse numbers that have overflowed."""
-        if not all(bool(value.isfinite().all()) for value in values):
-            raise UserError(
-                f"diagnostics: the model's states overflow in {self.model.dtype}; set dtype: bfloat16 or dtype: "
-                "float32 in the recipe"
             )
 
 

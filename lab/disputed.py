@@ -21,14 +21,17 @@ from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.atomic_files import fingerprint, read_text
 from shoal.errors import UserError
 from shoal.eval.harness.engine import CausalLM
+from shoal.eval.harness.item_cache import ItemCache, identity_of
 from shoal.formatting import aligned, interval_text
 from shoal.launch.verbs.evaluate import roles
 from shoal.launch.verbs.run import Run
 from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.section import Positive, Section, Text
+from shoal.runtime import device, free_memory
 from shoal.stats.paired import bootstrap_mean
 
-from .part import by_role, identity, made, told
+from .part import identity, made, told
 
 AGREED = 0.6
 """Share of the people asked who give the most frequent answer, from which on an item counts as agreed upon."""
@@ -89,10 +92,20 @@ def work(run: Run, settings: Settings) -> str:
         UserError: rows that are missing or cannot be read.
     """
     rows = _rows(settings)
-    models = {role: model_fingerprint(folder) for role, folder in roles(run).items()}
+    folders, load = roles(run), LoadSettings(**run.load_args())
+    models = {role: model_fingerprint(folder) for role, folder in folders.items()}
 
     def answered(provenance: Provenance) -> Disputed:
-        return Disputed(provenance, by_role(run, "disputed", lambda _, lm: tuple(_asked(lm, rows))))
+        found = {}
+        for role, folder in folders.items():  # one at a time is in memory
+            checkpoint = Checkpoint.read(folder, load)
+            model = checkpoint.model(device=device())
+            kept, size = ItemCache(run.dir / "eval/items", identity_of(models[role], model)), run.recipe.eval.at_once()
+            lm = CausalLM(model, checkpoint.tokenizer(), size, items=kept, called=f"disputed {role}")
+            found[role] = tuple(_asked(lm, rows))
+            del model, lm
+            free_memory()
+        return Disputed(provenance, found)
 
     return told(run, made(run, Disputed, identity(run, settings, rows=fingerprint(rows), **models), answered))
 

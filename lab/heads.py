@@ -12,9 +12,9 @@ B batch, S sequence, T tokens to copy, H query heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -85,17 +85,11 @@ class Heads(Artifact):
         return tuple(tuple(math.fsum(scores) / len(scores) for scores in zip(*rows, strict=True)) for rows in by_layer)
 
     @property
-    def ranked(self) -> tuple[tuple[int, int], ...]:
-        """(layer, head) of all heads, the highest score first."""
-        scores = self.scores
-        heads = [(layer, head) for layer, row in enumerate(scores) for head in range(len(row))]
-        return tuple(sorted(heads, key=lambda place: (-scores[place[0]][place[1]], place)))
-
-    @property
     def retrieval_heads(self) -> tuple[tuple[int, int], ...]:
         """(layer, head) of the heads that copy, the highest score first."""
-        scores = self.scores
-        return tuple((layer, head) for layer, head in self.ranked if scores[layer][head] >= RETRIEVAL)
+        rows = enumerate(self.scores)
+        found = [(-score, layer, head) for layer, row in rows for head, score in enumerate(row) if score >= RETRIEVAL]
+        return tuple((layer, head) for _, layer, head in sorted(found))
 
     @property
     def layer_scores(self) -> tuple[float, ...]:
@@ -117,7 +111,7 @@ class Heads(Artifact):
         best = ", ".join(f"{layer}.{head} ({scores[layer][head]:.2f})" for layer, head in retrieval[:5])
         right = ", ".join(f"{task.num_right} of {task.num_prompts} {task.task}" for task in self.tasks)
         asked = f"what is asked for ({right} right)"
-        lines = [f"{len(retrieval)} of {len(self.ranked)} heads copy {RETRIEVAL:.0%} or more of {asked}"]
+        lines = [f"{len(retrieval)} of {sum(map(len, scores))} heads copy {RETRIEVAL:.0%} or more of {asked}"]
         if retrieval:
             lines.append(f"  the most: {best} (layer.head)")
             lines.append(f"  layers that hold {HELD:.0%} of it: prune.protect: {list(self.layers_holding(HELD))}")
@@ -143,8 +137,6 @@ def work(run: Run, settings: Settings) -> str:
 
 def heads_figure(heads: Heads) -> Figure:
     """Retrieval scores by layer and by head."""
-    from matplotlib.patches import Rectangle
-
     most = max(len(row) for row in heads.scores)
     figure, (bars, cells) = panels([2.1, 1.0 + 0.13 * heads.num_layers], width=max(WIDTH_INCHES, 1.6 + 0.2 * most))
     with figure_style():
@@ -153,17 +145,27 @@ def heads_figure(heads: Heads) -> Figure:
         bars.set_xlabel("layer")
         bars.grid(axis="y")
         bars.set_axisbelow(True)
-        draw_by_head(figure, cells, heads.scores, "Retrieval score of every head; framed: retrieval heads")
-        for layer, head in heads.retrieval_heads:
-            cells.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, ec=INK, lw=1.2))
+        title = "Retrieval score of every head; framed: retrieval heads"
+        draw_by_head(figure, cells, heads.scores, title, heads.retrieval_heads)
     return figure
 
 
-def draw_by_head(figure: Figure, ax: Axes, values: Sequence[Sequence[float]], title: str) -> None:
-    """A map of one number for every layer and head."""
+def draw_by_head(
+    figure: Figure,
+    ax: Axes,
+    values: Sequence[Sequence[float]],
+    title: str,
+    framed: Iterable[tuple[int, int]] = (),
+    **colours: Any,
+) -> None:
+    """A map of one number for every layer and head, with frames around some (layer, head)."""
+    from matplotlib.patches import Rectangle
+
     width = max(len(row) for row in values)
     grid = [[*row, *[math.nan] * (width - len(row))] for row in values]
-    image = ax.imshow(grid, cmap="cividis_r", aspect="auto", interpolation="none")
+    image = ax.imshow(grid, **{"cmap": "cividis_r", **colours}, aspect="auto", interpolation="none")
+    for layer, head in framed:
+        ax.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, ec=INK, lw=1.4))
     figure.colorbar(image, ax=ax, pad=0.02).outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     ax.set_title(title)
     ax.set_xlabel("head")

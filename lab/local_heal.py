@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -231,29 +232,23 @@ def _learning(
     student: PreTrainedModel, places: Sequence[Gap], targets: dict[int, Tensor], tokens: Tokens, sums: Tensor
 ) -> Iterator[None]:
     """While the student runs, forward and backward of every trained layer happen where it is called."""
-    layers = decoder_layers(student)
-    with ExitStack() as stack:
-        for index, place in enumerate(places):
-            layer = layers[place.layer]
-            layer.forward = _learner(layer.forward, place, targets[place.target], tokens, sums[index])
-            stack.callback(delattr, layer, "forward")
-        yield
 
-
-def _learner(
-    forward: Callable[..., Any], place: Gap, target_BSD: Tensor, tokens: Tokens, total: Tensor
-) -> Callable[..., Any]:
-    def learn(*args: Any, **kwargs: Any) -> Any:
+    def learn(forward: Callable[..., Any], place: Gap, total: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.enable_grad():
             output = forward(*args, **kwargs)
             state_BSD = state_of(output)
-            ours_ND, theirs_ND = tokens.of_states(state_BSD).float() * place.scale, tokens.of_states(target_BSD).float()
-            error = distances(ours_ND, theirs_ND, "mse").sum()
+            ours_ND, theirs_ND = (tokens.of_states(state).float() for state in (state_BSD, targets[place.target]))
+            error = distances(ours_ND * place.scale, theirs_ND, "mse").sum()
         error.backward()
         total.add_(error.detach())
         return with_state(output, state_BSD.detach())
 
-    return learn
+    with ExitStack() as stack:
+        for index, place in enumerate(places):
+            layer = decoder_layers(student)[place.layer]
+            layer.forward = partial(learn, layer.forward, place, sums[index])
+            stack.callback(delattr, layer, "forward")
+        yield
 
 
 def described(run: Run, part: str, settings: Any) -> tuple[TrainSpec, dict[str, Any]]:

@@ -1,5 +1,4 @@
-"""What parts share: what identifies a result, one that is made once, with its figure, in lab/ of the run directory, and
-the models of a run in turn.
+"""What parts share: what identifies a result, and one that is made once, with its figure, in lab/ of the run directory.
 
 A part runs in one process.
 """
@@ -13,14 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Estimate
-from shoal.eval.harness.engine import CausalLM
-from shoal.eval.harness.item_cache import ItemCache, identity_of
+from shoal.formatting import interval_text
 from shoal.launch.verbs.evaluate import roles
 from shoal.launch.verbs.run import Run
-from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import Checkpoint, LoadSettings, load_model
+from shoal.models.load import load_model
 from shoal.recipe.section import Section, as_dict
-from shoal.runtime import device, free_memory, seed_everything
+from shoal.runtime import device, seed_everything
 from shoal.stats.intervals import Array, expanded_percentiles
 
 if TYPE_CHECKING:
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 
 FOLDER = "lab"
 Result = TypeVar("Result", bound=Artifact)
-Answers = TypeVar("Answers")
 
 
 def identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
@@ -47,20 +43,6 @@ def model_of(run: Run) -> Any:
 def made_from_teacher(run: Run) -> dict[str, Path]:
     """The folders of the cut and of the healed model, as far as they are there, by role."""
     return {role: folder for role, folder in roles(run).items() if role in ("pruned", "distilled")}
-
-
-def by_role(run: Run, part: str, ask: Callable[[str, CausalLM], Answers]) -> dict[str, Answers]:
-    """What ``ask`` makes of every model of the run that is there; one at a time is in memory."""
-    load, found = LoadSettings(**run.load_args()), dict[str, Answers]()
-    for role, folder in roles(run).items():
-        checkpoint = Checkpoint.read(folder, load)
-        model = checkpoint.model(device=device())
-        kept = ItemCache(run.dir / "eval" / "items", identity_of(model_fingerprint(folder), model))
-        lm = CausalLM(model, checkpoint.tokenizer(), run.recipe.eval.at_once(), items=kept, called=f"{part} {role}")
-        found[role] = ask(role, lm)
-        del model, lm
-        free_memory()
-    return found
 
 
 def made(
@@ -89,6 +71,11 @@ def estimates(resampled_RK: Array, value_K: Array, n: float) -> tuple[Estimate, 
     """``value_K`` with 95 % intervals from its resamples over ``n`` items."""
     limits = expanded_percentiles(resampled_RK, value_K, n)
     return tuple(Estimate(*row) for row in zip(*(values.tolist() for values in (value_K, *limits)), strict=True))
+
+
+def in_interval(estimate: Estimate, spec: str) -> str:
+    """The estimate with the ends of its interval."""
+    return interval_text((estimate.value, estimate.low, estimate.high), spec)
 
 
 def told(run: Run, result: Any) -> str:

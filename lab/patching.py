@@ -32,7 +32,7 @@ from shoal.errors import UserError
 from shoal.figures.style import SERIES_COLOURS, SERIES_STYLE, WIDTH_INCHES, figure_style, legend_above, panels
 from shoal.inference.decoder import Decoder
 from shoal.launch.verbs.run import Run
-from shoal.models.anatomy import state_of, watched, with_state
+from shoal.models.anatomy import given_state, state_of, watched, with_state
 from shoal.progress import each
 from shoal.recipe.section import Positive, Section
 
@@ -228,7 +228,7 @@ class Patcher:
         ids_2S = torch.tensor([twins.clean_ids, twins.corrupted_ids], device=self._decoder.device)
 
         def enter(_: int, args: Any, kwargs: Any) -> None:
-            runs.states.append((args[0] if args else kwargs["hidden_states"]).clone())
+            runs.states.append(given_state(args, kwargs).clone())
 
         def wrote(layer: int, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             state_2SD = state_of(output) - silent_output(module, args, kwargs, output)

@@ -24,11 +24,12 @@ from shoal.data.sources import load_labelled, sources_fingerprint
 from shoal.errors import UserError
 from shoal.figures.style import FAINT, INK, SERIES_COLOURS, clean, figure_style, panels
 from shoal.launch.verbs.run import Run
+from shoal.models.anatomy import decoder_layers
 from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.stats.intervals import wilson
 
-from .depth.runs import Prompt, batch_of_prompts, require_one_path, run_body, states_at
+from .depth.runs import Prompt, batch_of_prompts, require_finite, require_one_path, run_body, states_at
 from .diagnostics import layer_axis, mark
 from .part import identity, made, model_of, told
 
@@ -269,16 +270,13 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
             chosen = by_length[start : start + batch_size]
             batch = batch_of_prompts([prompts[index] for index in chosen])
             last_B = batch.real_BS.sum(1).to(model.device) - 1
-            with states_at(model, torch.arange(len(last_B), device=model.device), last_B) as states:
+            places = torch.arange(len(last_B), device=model.device), last_B
+            with states_at(decoder_layers(model), places) as states:
                 run_body(model, batch)
             for index, state_LD in zip(chosen, torch.stack(states, dim=1).float().cpu(), strict=True):
                 states_NLD[index] = state_LD
     stacked_NLD = torch.stack(states_NLD)
-    if not bool(stacked_NLD.isfinite().all()):
-        raise UserError(
-            f"probe {path!r}: the model's states overflow in {model.dtype}; set dtype: bfloat16 or dtype: float32 in "
-            "the recipe"
-        )
+    require_finite(model, f"probe {path!r}", stacked_NLD)
     return stacked_NLD.numpy()
 
 

@@ -18,13 +18,13 @@ from shoal.compress.sweeps.atlas import protocol_gaps
 from shoal.compress.sweeps.table import ALPHA, Measured
 from shoal.figures.atlas import band, fitting
 from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
-from shoal.formatting import interval_text, layers_text
+from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
 from shoal.recipe.section import Section
 from shoal.stats.intervals import Array, bootstrap_p, resampled_means
 from shoal.stats.paired import holm
 
-from .part import estimates, made, model_of, told
+from .part import estimates, in_interval, made, model_of, told
 from .sweeps import sweeps_identity, tables_of
 
 if TYPE_CHECKING:
@@ -93,16 +93,12 @@ class ReadWrite(Artifact):
             lines.append(line)
         for gap, reading in zip(self.hidden_writing, self.hidden_reading, strict=True):
             most = max(range(len(gap.gaps)), key=lambda layer: gap.gaps[layer].value)
+            mean, largest, read = (in_interval(share, "+.2f") for share in (gap.mean, gap.gaps[most], reading.mean))
             lines.append(
-                f"hidden writing, {gap.likelihood} against {gap.generation}: {_share(gap.mean)} of the score above "
-                f"chance in the mean of all layers, most in layer {most}: {_share(gap.gaps[most])}; hidden reading "
-                f"{_share(reading.mean)}"
+                f"hidden writing, {gap.likelihood} against {gap.generation}: {mean} of the score above chance in the "
+                f"mean of all layers, most in layer {most}: {largest}; hidden reading {read}"
             )
         return "\n".join(lines)
-
-
-def _share(estimate: Estimate) -> str:
-    return interval_text((estimate.value, estimate.low, estimate.high), "+.2f")
 
 
 def work(run: Run, settings: Settings) -> str:

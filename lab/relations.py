@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -142,10 +142,8 @@ class RelationLosses(StateLosses):
         return {layer for layer, _ in pairs}, {target for _, target in pairs}
 
     def pairs(self, term: StateTerm) -> tuple[tuple[int, int], ...]:
-        if isinstance(term, MultiScale):
-            return super().pairs(term.plain)
         if not isinstance(term, Relation):
-            return super().pairs(term)
+            return super().pairs(term.plain if isinstance(term, MultiScale) else term)
         own = [layer for layer in range(len(self.plan.keep)) if layer not in self.plan.new_layers]
         return pairs_with(term, self.plan.keep, own[-1:], num_shared=self.num_shared)
 
@@ -175,8 +173,10 @@ class RelationLosses(StateLosses):
             return super().pair_sum(term, pair, student, teacher, tokens)
         assert isinstance(student, Attended)
         assert isinstance(teacher, Attended)
-        between = _queries_keys if isinstance(term, AttentionRelation) else _values
-        return _relation_sum(student.attention[pair[0]], teacher.attention[pair[1]], tokens, between)
+        ours, theirs = student.attention[pair[0]], teacher.attention[pair[1]]
+        if isinstance(term, ValueRelation):
+            ours, theirs = _of_values(ours), _of_values(theirs)
+        return _relation_sum(ours, theirs, tokens)
 
 
 @contextmanager
@@ -213,53 +213,30 @@ def _pooled_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Neighbours, di
     return (distances(ours_WD, theirs_WD, distance) * tokens.per_window_W).sum()
 
 
-@dataclass(frozen=True)
-class _Relation:
-    """Between tokens: scores are scale * x y^T, then the softcap."""
-
-    x_BGRSd: Tensor
-    """Vectors of the reading side; the R heads of a group read the same y."""
-    y_BGSd: Tensor
-    """Vectors of the side that is read."""
-    scale: float
-    """Factor of the scores."""
-    softcap: float | None
-    """Bound that scores are bent to; None = they are not."""
-
-
-def _queries_keys(inputs: AttentionInputs) -> _Relation:
-    """The layer's own attention, before any sink takes its share."""
-    x_BGRSd = inputs.query_BHSd.unflatten(1, (inputs.key_BGSd.shape[1], -1))
-    return _Relation(x_BGRSd, inputs.key_BGSd, inputs.scale, inputs.softcap)
-
-
-def _values(inputs: AttentionInputs) -> _Relation:
-    """Scaled products of the values themselves (MiniLM, Wang et al. 2020, arXiv:2002.10957, equation 5)."""
+def _of_values(inputs: AttentionInputs) -> AttentionInputs:
+    """Attention of the values themselves (MiniLM, Wang et al. 2020, arXiv:2002.10957, equation 5)."""
     value_BGSd = inputs.value_BGSd
-    return _Relation(value_BGSd.unsqueeze(2), value_BGSd, value_BGSd.shape[-1] ** -0.5, None)
+    scale = value_BGSd.shape[-1] ** -0.5
+    return dataclasses.replace(inputs, query_BHSd=value_BGSd, key_BGSd=value_BGSd, scale=scale, softcap=None)
 
 
-def _relation_sum(
-    student: AttentionInputs,
-    teacher: AttentionInputs,
-    tokens: Neighbours,
-    relation: Callable[[AttentionInputs], _Relation],
-) -> Tensor:
+def _relation_sum(student: AttentionInputs, teacher: AttentionInputs, tokens: Neighbours) -> Tensor:
     """KL(teacher || student) of every counted token's distribution over the tokens it sees, mean over heads, in nats.
 
-    What it sees is what the teacher's layer sees. Queries come in chunks whose scores are not kept, so that memory does
-    not grow with S squared.
+    What it sees is what the teacher's layer sees; no sink takes its share. Queries come in chunks whose scores are not
+    kept, so that memory does not grow with S squared.
     """
-    ours, theirs = relation(student), relation(teacher)
-    if ours.x_BGRSd.shape[:4] != theirs.x_BGRSd.shape[:4]:
+    # the R heads of a group read the same keys
+    ours_BGRSd, theirs_BGRSd = (own.query_BHSd.unflatten(1, (own.key_BGSd.shape[1], -1)) for own in (student, teacher))
+    if ours_BGRSd.shape[:4] != theirs_BGRSd.shape[:4]:
         raise UserError(
-            f"attention: the student's heads {tuple(ours.x_BGRSd.shape[1:3])} are not the teacher's "
-            f"{tuple(theirs.x_BGRSd.shape[1:3])}; {REMEDY}"
+            f"attention: the student's heads {tuple(ours_BGRSd.shape[1:3])} are not the teacher's "
+            f"{tuple(theirs_BGRSd.shape[1:3])}; {REMEDY}"
         )
-    batch, num_groups, num_readers, length, _ = ours.x_BGRSd.shape
+    batch, num_groups, num_readers, length, _ = ours_BGRSd.shape
     step = max(1, SCORES // (num_groups * num_readers * length))
     seen_BSS = None if teacher.seen_B1SS is None else teacher.seen_B1SS.squeeze(1).expand(batch, -1, -1)
-    total = widened(ours.x_BGRSd)[..., :0, :].sum()
+    total = widened(ours_BGRSd)[..., :0, :].sum()
     for row in range(batch):
         for start in range(0, length, step):
             end = min(start + step, length)
@@ -268,13 +245,13 @@ def _relation_sum(
                 continue
             total = total + again(
                 _chunk_sum,
-                ours.x_BGRSd[row, :, :, start:end],
-                ours.y_BGSd[row, :, :end],
-                theirs.x_BGRSd[row, :, :, start:end].detach(),
-                theirs.y_BGSd[row, :, :end].detach(),
+                ours_BGRSd[row, :, :, start:end],
+                student.key_BGSd[row, :, :end],
+                theirs_BGRSd[row, :, :, start:end].detach(),
+                teacher.key_BGSd[row, :, :end].detach(),
                 (tokens.document_BS[row, :end], None if seen_BSS is None else seen_BSS[row, start:end, :end]),
                 counted,
-                (ours, theirs),
+                (student, teacher),
             )
     return total
 
@@ -286,7 +263,7 @@ def _chunk_sum(
     teacher_y_GKd: Tensor,
     visible: tuple[Tensor, Tensor | None],
     counted_N: Tensor,
-    relations: tuple[_Relation, _Relation],
+    relations: tuple[AttentionInputs, AttentionInputs],
 ) -> Tensor:
     ours, theirs = relations  # for scale and softcap alone: their vectors are cut to the chunk above
     document_K, seen_CK = visible
@@ -300,7 +277,7 @@ def _chunk_sum(
     return kl_GRCK.sum(-1).mean((0, 1))[counted_N].sum()
 
 
-def _log_relation(x_GRCd: Tensor, y_GKd: Tensor, seen_CK: Tensor, how: _Relation) -> Tensor:
+def _log_relation(x_GRCd: Tensor, y_GKd: Tensor, seen_CK: Tensor, how: AttentionInputs) -> Tensor:
     scores_GRCK = x_GRCd @ y_GKd.unsqueeze(1).mT * how.scale
     if how.softcap is not None:
         scores_GRCK = how.softcap * torch.tanh(scores_GRCK / how.softcap)

@@ -41,10 +41,10 @@ from shoal.recipe.section import Positive, Section, Text
 from shoal.runtime import device
 
 from .edits.swap import swapped
+from .heads import draw_by_head
 from .part import FOLDER, identity, made, model_of, told
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Operator = Literal["head", "kv_group", "cumulative", "donor", "skip_prompt", "skip_written"]
@@ -182,9 +182,18 @@ def head_map_figure(sweep: Sweep) -> Figure:
     places = 1 + max(component.index or 0 for component in sweep.units)
     width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
     figure, axes = panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
+    corners = [(component.layers[0], component.index or 0) for component in sweep.units]
     with figure_style():
         for ax, column in zip(axes, sweep.columns, strict=True):
-            _draw_head_map(figure, ax, sweep, column, (layers, places))
+            grid = [[math.nan] * places for _ in range(layers)]
+            for (layer, place), score in zip(corners, column.importances, strict=True):
+                grid[layer][place] = score
+            reach = max(abs(score) for score in column.importances) or 1.0
+            title = _titled(column, f"{column.metric} lost without it; framed: critical")
+            framed = [corners[position] for position in column.critical]
+            # white in the middle: both ends of this map differ in lightness and hue for every kind of colour blindness
+            draw_by_head(figure, ax, grid, title, framed, cmap="PuOr_r", vmin=-reach, vmax=reach)
+            ax.set_xlabel({"kv_group": "key-value group"}.get(sweep.operator, sweep.operator))
     return figure
 
 
@@ -206,28 +215,6 @@ def cumulative_figure(sweep: Sweep) -> Figure:
             ax.grid(axis="y")
         axes[-1].set_xlabel("layers removed")
     return figure
-
-
-def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, shape: tuple[int, int]) -> None:
-    from matplotlib.patches import Rectangle
-
-    layers, places = shape
-    grid = [[math.nan] * places for _ in range(layers)]
-    scores = column.importances
-    for component, score in zip(sweep.units, scores, strict=True):
-        grid[component.layers[0]][component.index or 0] = score
-    reach = max(abs(score) for score in scores) or 1.0
-    # white in the middle: both ends of this map differ in lightness and hue for every kind of colour blindness
-    image = ax.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="none")
-    for position in column.critical:
-        component = sweep.units[position]
-        corner = ((component.index or 0) - 0.5, component.layers[0] - 0.5)
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=INK, lw=1.6))
-    bar = figure.colorbar(image, ax=ax, pad=0.02, label="worse without it")
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    ax.set_xlabel({"kv_group": "key-value group"}.get(sweep.operator, sweep.operator))
-    ax.set_ylabel("layer")
-    ax.set_title(_titled(column, f"{column.metric} lost; framed: critical"))
 
 
 def _titled(column: SweepColumn, quantity: str) -> str:

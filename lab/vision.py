@@ -10,8 +10,7 @@ L layers, N rows, V states (state n is the one after n blocks of the tower), P p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +31,7 @@ from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.figures.style import DROPPED, FAINT, INK, KEPT, figure_style, panels
 from shoal.launch.verbs.run import Run
-from shoal.models.anatomy import decoder_layers, given_state, state_of, watched
+from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import each
@@ -40,6 +39,7 @@ from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.runtime import device
 from shoal.stats.intervals import resampled_means
 
+from .depth.runs import states_at
 from .part import estimates, identity, made, made_from_teacher, told
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def state_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[
     num_states, deepest, num_places, losses = len(blocks) + 1, max(entries), 0, []
     cosines_VV = torch.zeros(num_states, num_states, dtype=torch.float64, device=model.device)
     for item in each(items, "vision: states of the tower", unit="rows"):
-        with _states_of(blocks) as states:
+        with states_at(blocks) as states:
             read = _loss(model, item)
         flat = [state.flatten(0, -2) for state in states]
         for parts in zip(*(state_PD.split(PLACES_AT_ONCE) for state_PD in flat), strict=True):
@@ -236,21 +236,6 @@ def _finite(numbers: Tensor, what: str) -> Tensor:
     return numbers
 
 
-@contextmanager
-def _states_of(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """What the first of ``blocks`` is given and what each of them returns, in one forward inside the block."""
-    states: list[Tensor] = []
-
-    def before(_: int, args: Any, kwargs: Any) -> None:
-        states.append(given_state(args, kwargs))
-
-    def after(_: int, args: Any, kwargs: Any, output: Any) -> None:
-        states.append(state_of(output))
-
-    with watched(blocks[:1], before=before), watched(blocks, after=after):
-        yield states
-
-
 def vision_figure(vision: Vision) -> Figure:
     """Losses by skipped layer and by state that is read, and the cosines of all pairs of states."""
     from matplotlib.patches import Rectangle
@@ -276,8 +261,7 @@ def vision_figure(vision: Vision) -> Figure:
 
 def _draw_losses(ax: Axes, losses: Sequence[Estimate], read: int | None) -> None:
     values = [loss.value for loss in losses]
-    limits = [[value - e.low for value, e in zip(values, losses, strict=True)]]
-    limits.append([e.high - value for value, e in zip(values, losses, strict=True)])
+    limits = [[loss.value - loss.low for loss in losses], [loss.high - loss.value for loss in losses]]
     ax.errorbar(range(len(losses)), values, limits, fmt="o", ms=4, lw=1.2, color=KEPT)
     if read is not None:
         ax.plot([read], [0.0], "s", ms=6, color=DROPPED)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -55,24 +55,17 @@ def copy_prompts(
     for task in tasks:
         key, sizes = SIZES[task]
         cells = [(size, depth) for size in sizes for depth in DEPTHS]
-        asked = [
-            item
-            for size, depth in cells
-            for item in items(
-                task, split="eval", num_items=num_each, seed=seed, **{key: size}, **_at(task, size, depth)
-            )
-        ]
-        prompts[task] = [prompt for item in asked if (prompt := copy_prompt(item, tokenizer)) is not None]
+        prompts[task] = []
+        for size, depth in cells:
+            at = {"depth": depth} if task == "needle" else {"gold_position": round(depth / 100 * (size - 1))}
+            asked = items(task, split="eval", num_items=num_each, seed=seed, **{key: size}, **at)
+            prompts[task] += [prompt for item in asked if (prompt := copy_prompt(item, tokenizer)) is not None]
         if not prompts[task]:
             raise UserError(
                 f"shoal lab heads: {task}: this tokenizer writes no answer in the tokens that it has in the text, "
                 "so no head can copy them one by one; name another task"
             )
     return prompts
-
-
-def _at(task: HeadTask, size: int, depth: int) -> dict[str, int]:
-    return {"depth": depth} if task == "needle" else {"gold_position": round(depth / 100 * (size - 1))}
 
 
 def copy_prompt(item: Item, tokenizer: PreTrainedTokenizerBase) -> CopyPrompt | None:
@@ -120,16 +113,11 @@ TWIN_PAIRS = 4
 Corruption = Literal["value", "key", "question"]
 """How the twin of a look-up differs: another value at the key that is asked for, two keys exchanged in the data, or
 another key asked for."""
-CORRUPTIONS: tuple[Corruption, ...] = ("value", "key", "question")
 
 
 @dataclass(frozen=True)
 class Twins:
-    """Two prompts of one length with different answers, which are left out.
-
-    They differ in the `value` at the key that is asked for, in that two keys of the data are exchanged (`key`), or in
-    the key that is asked for (`question`).
-    """
+    """Two prompts of one length with different answers, which are left out."""
 
     clean_ids: tuple[int, ...]
     corrupted_ids: tuple[int, ...]
@@ -149,7 +137,7 @@ def copy_twins(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> 
     Raises:
         UserError: as copy_prompts does, or where no twin has as many tokens.
     """
-    twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in CORRUPTIONS}
+    twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in get_args(Corruption)}
     for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=TWIN_PAIRS):
         for kind, twins in twins_by_kind.items():
             candidates = (_twins(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))

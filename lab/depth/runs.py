@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.compress.edits.sublayers import probe_ids, probing
@@ -235,18 +235,19 @@ def run_body(model: PreTrainedModel, batch: TokenBatch) -> None:
 
 
 @contextmanager
-def states_at(model: PreTrainedModel, rows_T: Tensor, columns_T: Tensor) -> Iterator[list[Tensor]]:
-    """Raw states (T, D) of the tokens at these places of (B, S), before every layer and last behind the last one.
+def states_at(layers: nn.ModuleList, places: Any = ...) -> Iterator[list[Tensor]]:
+    """Raw states before every one of ``layers`` and last behind the last one; ``places`` are rows and columns, (T,)
+    each, of the tokens in (B, S) whose (T, D) they are, by default all.
 
     The list holds its L + 1 entries once a forward has run inside the block.
     """
-    layers, states = decoder_layers(model), list[Tensor]()
+    states = list[Tensor]()
 
     def before(_: int, args: Any, kwargs: Any) -> None:
-        states.append(given_state(args, kwargs)[rows_T, columns_T])
+        states.append(given_state(args, kwargs)[places])
 
     def after(_: int, __: Any, ___: Any, output: Any) -> None:
-        states.append(state_of(output)[rows_T, columns_T])
+        states.append(state_of(output)[places])
 
     with watched(layers, before=before), watched(layers[-1:], after=after):
         yield states
@@ -273,4 +274,12 @@ def require_one_path(model: PreTrainedModel) -> None:
         raise UserError(
             f"diagnostics: {family} runs its layers in the order {order}, with states of shape {shapes[0]}, not one "
             f"per token through every layer; {remedy}"
+        )
+
+
+def require_finite(model: PreTrainedModel, what: str, *values: Tensor) -> None:
+    """Refuse numbers of ``what`` that have overflowed."""
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise UserError(
+            f"{what}: the model's states overflow in {model.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
         )

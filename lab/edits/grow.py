@@ -156,17 +156,28 @@ def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *
     wanted: dict[tuple[str, torch.Size], list[int]] = defaultdict(list)
     for number, (below, above) in enumerate(pairs):
         _refuse_different_shapes(model, (below, above))
-        _refuse_without_examples(stored, below)
         for name, tensor in layer_tensors(model, below).items():
-            if _is_matrix(tensor):
+            if tensor.is_floating_point() and tensor.ndim > 1:
                 wanted[name, tensor.shape].append(number)
             else:
                 where = f"lesa: {name} of layers {below} and {above}"
                 predicted[number][name] = combined([tensor, stored[above][name]], (0.5, 0.5), where=where)
+    examples = {
+        (name, shape): {
+            place: own[name] for place, own in enumerate(stored) if name in own and own[name].shape == shape
+        }
+        for name, shape in wanted
+    }
+    for (name, shape), alike in examples.items():
+        if not _middles([*alike]):
+            below, _ = pairs[wanted[name, shape][0]]
+            raise UserError(
+                f"lesa: no three neighbouring layers have {name} of layer {below} in its shape {tuple(shape)}, so that "
+                "there is nothing to learn from; choose another init"
+            )
     generator = torch.Generator().manual_seed(seed)
     for (name, shape), numbers in each(list(wanted.items()), "lesa: learning from the layers", unit="matrix types"):
-        alike = {layer: own[name] for layer, own in enumerate(stored) if _has(own, name, shape)}
-        matrices = _predicted(name, alike, [pairs[number] for number in numbers], generator)
+        matrices = _predicted(name, examples[name, shape], [pairs[number] for number in numbers], generator)
         for number, matrix in zip(numbers, matrices, strict=True):
             predicted[number][name] = matrix
     return predicted
@@ -204,25 +215,6 @@ def _refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> N
                 f"layers {first} and {layer} hold different tensors: the shape of {name} is {shapes}, so that no "
                 "weights can be calculated from both; choose another init"
             )
-
-
-def _refuse_without_examples(stored: Sequence[Mapping[str, Tensor]], layer: int) -> None:
-    """Refuse a layer that holds a matrix of a type which no three neighbours have."""
-    for name, tensor in stored[layer].items():
-        alike = [place for place, own in enumerate(stored) if _has(own, name, tensor.shape)]
-        if _is_matrix(tensor) and not _middles(alike):
-            raise UserError(
-                f"lesa: no three neighbouring layers have {name} of layer {layer} in its shape {tuple(tensor.shape)}, "
-                "so that there is nothing to learn from; choose another init"
-            )
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim > 1
-
-
-def _has(stored: Mapping[str, Tensor], name: str, shape: torch.Size) -> bool:
-    return name in stored and stored[name].shape == shape
 
 
 def _middles(layers: Sequence[int]) -> list[int]:

@@ -20,27 +20,26 @@ from shoal.recipe.section import Section
 
 from .student import Edited, loaded_teacher, write_student
 
-Run_ = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)]
 
+@dataclass(frozen=True)
+class OfARun(Section):
+    """What a part asks for that makes one layer of several."""
 
-def refuse_gaps(layers: tuple[int, ...]) -> None:
-    """Raises ValueError: they are not neighbours, increasing."""
-    if list(layers) != list(range(layers[0], layers[0] + len(layers))):
-        raise ValueError(f"layers: must be neighbours in increasing order, as [4, 5, 6] (got {list(layers)})")
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)]
+    """Neighbouring layers, increasing, counted from 0."""
+
+    def __post_init__(self) -> None:
+        if list(self.layers) != list(range(self.layers[0], self.layers[0] + len(self.layers))):
+            raise ValueError(f"layers: must be neighbours in increasing order, as [4, 5, 6] (got {list(self.layers)})")
 
 
 @dataclass(frozen=True)
-class Settings(Section):
+class Settings(OfARun):
     """Which layers become one, and how."""
 
-    layers: Run_
-    """Neighbouring layers, increasing, counted from 0."""
     method: Literal["laco", "mean"] = "laco"
     """laco: the first plus the differences of all others to it, which grows where layers are far from each other, and
     is then often worse than dropping them; mean: the mean of all."""
-
-    def __post_init__(self) -> None:
-        refuse_gaps(self.layers)
 
     @property
     def factors(self) -> tuple[float, ...]:

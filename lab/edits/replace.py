@@ -27,11 +27,11 @@ from shoal.launch.verbs.run import Run, check_length
 from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of, watched
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
-from shoal.recipe.section import Data, Positive, RowLength, Section, Shapes, TextSource, shaping
+from shoal.recipe.section import Data, Positive, RowLength, Shapes, TextSource, shaping
 from shoal.runtime import device
 
 from .grow import mean_of_layers, predicted_layers
-from .merge import Run_, one_for_a_run, refuse_gaps
+from .merge import OfARun, one_for_a_run
 from .student import loaded_teacher, write_student
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,9 @@ MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Settings(Section):
+class Settings(OfARun):
     """Which layers become one, and how that one is trained; its target is the state after the run."""
 
-    layers: Run_
-    """Neighbouring layers, increasing, counted from 0."""
     data: Data = field(default_factory=lambda: (TextSource("python_docs"),))
     """Text that it is trained on."""
     num_tokens: Positive = 50_000
@@ -64,9 +62,6 @@ class Settings(Section):
     init: Literal["first", "mean", "lesa"] = "first"
     """What training starts from: the run's first layer, the mean of its layers, or what LESA (arXiv:2502.13794)
     predicts from the layers right below and right above the run."""
-
-    def __post_init__(self) -> None:
-        refuse_gaps(self.layers)
 
 
 def work(run: Run, settings: Settings) -> str:

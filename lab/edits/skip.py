@@ -9,7 +9,7 @@ H query heads, d size of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import PlannedChange
-from shoal.components import Component, LayerEdit, LayerEdits
+from shoal.components import Component, LayerEdits
 from shoal.compress.edits.layer_edits import Half, checked, in_force, layer_edits, with_halves, with_heads
 from shoal.compress.edits.sublayers import output_parameters, where
 from shoal.compress.edits.tensors import put_tensors
@@ -70,7 +70,13 @@ def work(run: Run, settings: Settings) -> str:
     edits: LayerEdits = layer_edits(components, teacher)
     student = cut_model(teacher, drop, share=True)
     place = {layer: place for place, layer in enumerate(kept_layers(run.num_layers, drop))}
-    zeroed = zero_for_good(student, [(place[layer], edit) for layer, edit in edits])
+    zeroed: list[str] = []
+    for layer, edit in edits:
+        if edit.part == "head":
+            zeroed += zero_heads(student, {place[layer]: edit.indices})
+        else:
+            assert edit.part in ("attention", "mlp"), f"{edit.part} is not taken out by zeros"
+            zeroed += zero_half(edit.part, student, [place[layer]])
     log.warning("skip: what is silent stays in the file and is still computed, which saves neither memory nor time")
 
     @contextmanager
@@ -160,19 +166,3 @@ def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> li
         masked[name] = weight
     put_tensors(model, masked)
     return list(masked)
-
-
-def zero_for_good(student: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> list[str]:
-    """Let ``student`` do without what ``edits`` take out; returns the names of the parameters that became zero.
-
-    Raises:
-        UserError: as the two above.
-    """
-    zeroed: list[str] = []
-    for layer, edit in edits:
-        if edit.part == "head":
-            zeroed += zero_heads(student, {layer: edit.indices})
-        else:
-            assert edit.part in ("attention", "mlp"), f"{edit.part} is not taken out by zeros"
-            zeroed += zero_half(edit.part, student, [layer])
-    return zeroed

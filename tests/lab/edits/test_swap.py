@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -138,16 +138,11 @@ def test_models_that_do_not_fit_are_refused(name: str, settings: dict[str, Any],
         swap(model, donor, [2])
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: tiny("qwen3"), "class is 'Qwen3ForCausalLM' in the donor, but 'LlamaForCausalLM'"),
-        (lambda: tiny("llama").bfloat16(), r"is torch\.bfloat16 \(32.* in the donor, but torch\.float32"),
-    ],
-)
-def test_donors_of_another_class_or_dtype_are_refused(make: Callable[[], PreTrainedModel], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        swap(tiny("llama"), make(), [2])
+def test_donors_of_another_class_or_dtype_are_refused() -> None:
+    with pytest.raises(UserError, match="class is 'Qwen3ForCausalLM' in the donor, but 'LlamaForCausalLM'"):
+        swap(tiny("llama"), tiny("qwen3"), [2])
+    with pytest.raises(UserError, match=r"is torch\.bfloat16 \(32.* in the donor, but torch\.float32"):
+        swap(tiny("llama"), tiny("llama").bfloat16(), [2])
 
 
 def test_a_donors_layers_are_scored_as_the_model_into_which_they_are_put_is() -> None:
