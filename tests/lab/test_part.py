@@ -25,7 +25,7 @@ from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import load_recipe
 
-SWEEP = {"tasks": ["knowledge_continuation"], "limit": 10}
+SWEEP = {"tasks": ["knowledge_continuation", "reasoning_worked"], "limit": 10}
 
 
 @pytest.fixture
