@@ -28,7 +28,6 @@ PARTS: dict[str, str] = {
     "probes": "at which depth a concept of labelled texts can be read off",
     "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
     "relations": "train on the teacher's attention, values or pooled states beside the recipe's losses",
-    "replace": "neighbouring layers replaced by one trained layer (LLM-Streamline)",
     "skip": "attention, MLP or heads of layers silent for good",
     "swap": "layers of a donor in the place of the model's own",
     "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",
@@ -37,7 +36,7 @@ PARTS: dict[str, str] = {
 """Name of every part, which is also its module here -> what it says, in a line."""
 
 
-EDITS = ("grow", "merge", "replace", "skip", "swap")
+EDITS = ("grow", "merge", "skip", "swap")
 """Parts that are modules of edits/."""
 
 

@@ -50,10 +50,9 @@ from shoal.train.student.frozen import write_student
 from shoal.train.student.spec import Ranks, TrainSpec
 from shoal.train.student.trainable import keep_zeros
 
-from .edits.replace import warmup_cosine
-
 log = logging.getLogger(__name__)
 
+WARMUP_SHARE = 0.05
 FINAL_RATE = 0.1
 """Share of the peak learning rate that is left at the end."""
 MAX_GRADIENT_NORM = 1.0
@@ -273,3 +272,12 @@ def train(run: Run, spec: TrainSpec, inputs: dict[str, Any], folder: Path) -> st
         f"{folder / 'distilled'}: trained on {training.num_tokens:,} tokens, loss {losses[0]:.4f} to {losses[-1]:.4f}; "
         f"`shoal compare {run.dir} {folder / 'distilled'}` scores it beside the run"
     )
+
+
+def warmup_cosine(step: int, num_steps: int, *, final: float) -> float:
+    """Share of the peak rate at ``step``, from 0: a linear warm-up, then half a cosine down to the share ``final``."""
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -19,8 +19,7 @@ from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.lab.edits.replace import warmup_cosine
-from shoal.lab.local_heal import Gap, Settings, gaps, heal_gaps
+from shoal.lab.local_heal import Gap, Settings, gaps, heal_gaps, warmup_cosine
 from shoal.models.anatomy import decoder_layers
 
 
