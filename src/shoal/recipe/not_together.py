@@ -14,7 +14,7 @@ from shoal.recipe.losses import StateTerm, from_top_k, reads_distributions, temp
 from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate, Cut, CutByScore, CutThese, Width
 from shoal.recipe.section import Section
-from shoal.recipe.trainer_arguments import HALVES, wrong_arguments
+from shoal.recipe.trainer_arguments import wrong_arguments
 
 
 class Row(NamedTuple):
@@ -116,10 +116,6 @@ NOT_TOGETHER: tuple[Row, ...] = (
         "distill.watch.metric_for_best_model: is not scored; choose one of distill.watch.tasks, or perplexity, with "
         "perplexity_tokens above 0",
         lambda distill: distill.watch and distill.watch.metric_for_best_model not in (None, *distill.watch.scores),
-    ),
-    Row(
-        "distill.trainer: bf16 and fp16 say another precision than distill.precision, or both are true; leave them out",
-        lambda distill: not HALVES.keys().isdisjoint(distill.trainer),
     ),
 )
 """All pairs, in the order of a recipe."""

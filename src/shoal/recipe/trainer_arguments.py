@@ -73,7 +73,13 @@ COMPUTED_IN = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
-    """`place: what is wrong`, for what ``trainer`` must not say; the values of most are looked at with transformers."""
+    """`place: what is wrong`, for what ``trainer`` must not say; the values of most are looked at with transformers.
+
+    bf16 and fp16 are there no more where they say the section's precision.
+    """
+    if not HALVES.keys().isdisjoint(trainer):
+        reason = "say another precision than distill.precision, or both are true; leave them out"
+        yield f"distill.trainer: bf16 and fp16 {reason}"
     for name in trainer:
         known = f"here it is {word}" if (word := field_word(name)) else "see transformers.TrainingArguments"
         if name in REFUSED_ARGUMENTS:
