@@ -72,13 +72,6 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
     return tasks
 
 
-def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
-    """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
-    folders = task_folders(include_path)
-    described, tags = described_tasks(folders)
-    return {*_manager(folders, with_all=not ours_only).task_index, *described, *tags}
-
-
 def _rows_read(
     members: Sequence[str], manager: Any, folders: tuple[Path, ...], num_fewshot: int | None
 ) -> dict[str, DataSet]:
@@ -204,24 +197,21 @@ def _check_metadata(name: str, task: Any) -> None:
         raise UserError(f"eval.tasks: {name!r}: metadata: {error}; correct it, or leave it out") from error
 
 
-def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
-    """lm-eval's index of task files; reading its whole collection takes ten seconds."""
-    return _manager_of(folders, tuple(map(yaml_files, folders)), with_all=with_all)
-
-
 @cache
-def _manager_of(folders: tuple[Path, ...], _files: tuple[Stamps, ...], *, with_all: bool) -> Any:
+def _manager(folders: tuple[Path, ...], _files: tuple[Stamps, ...], *, with_all: bool) -> Any:
+    """lm-eval's index of task files; reading its whole collection takes ten seconds."""
     return lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=with_all)
 
 
 def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...]) -> Any:
     """lm-eval's index with these names in it."""
-    of_folders = _manager(folders, with_all=False)
+    files = tuple(map(yaml_files, folders))
+    of_folders = _manager(folders, files, with_all=False)
     outside = [name for name in names if name not in of_folders.task_index]
     if not outside:
         return of_folders
     log.info("reading lm-eval's task collection (about 10 s the first time)")
-    with_collection = _manager(folders, with_all=True)
+    with_collection = _manager(folders, files, with_all=True)
     for name in outside:
         if name not in with_collection.task_index:
             raise unknown(name, folders)

@@ -111,11 +111,11 @@ def test_perplexity_equals_a_plain_forward_over_each_window(positions: int, leng
     assert sum(item.weight for item in found.items) == 1500
 
 
-def own_task(folder: Path, text: str, rows: list[dict[str, Any]]) -> Eval:
+def own_task(folder: Path, text: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
     (folder / "own.yaml").write_text(f"task: own\n{data}{text}")
-    return dataclasses.replace(SETTINGS, tasks=("own",), include_path=str(folder), perplexity_tokens=100)
+    return {"tasks": ("own",), "include_path": str(folder), "perplexity_tokens": 100}
 
 
 MULTIPLE = "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: options\ndoc_to_target: answer\n"
@@ -123,32 +123,25 @@ MULTIPLE = "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: options
 
 def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
     rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
-    (score, _) = run(
-        **dataclasses.asdict(own_task(tmp_path, MULTIPLE + "metadata: {column: out}\n", rows)) | unchanged()
-    )
+    (score, _) = run(**own_task(tmp_path, MULTIPLE + "metadata: {column: out}\n", rows))
     assert score.column == "out"
     wrong = own_task(tmp_path, MULTIPLE + "metadata: {column: outside}\n", rows)
     with pytest.raises(UserError, match=r"'own': metadata: column is 'outside', which is one of in, twin, out, public"):
-        run(**dataclasses.asdict(wrong) | unchanged())
+        run(**wrong)
 
 
 @pytest.mark.parametrize("wrong", ["chance: 25", "chance: quarter", "level: high", "chance: 1/0"])
 def test_a_chance_or_level_that_is_none_is_refused_before_anything_is_scored(wrong: str, tmp_path: Path) -> None:
     rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
+    own_task(tmp_path, f"{MULTIPLE}metadata: {{{wrong}}}\n", rows)
     with pytest.raises(UserError, match=r"'own': metadata: .*; correct it, or leave it out"):
-        load_tasks(["own"], include_path=own_task(tmp_path, f"{MULTIPLE}metadata: {{{wrong}}}\n", rows).include_path)
-
-
-def unchanged() -> dict[str, Any]:
-    """asdict turns the data sources into mappings; runs keep the default ones."""
-    return {"perplexity_data": SETTINGS.perplexity_data}
+        load_tasks(["own"], include_path=tmp_path)
 
 
 def test_rolling_tasks_count_bytes(tmp_path: Path) -> None:
     text = 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: q\n'
     text += "metric_list: [{metric: bits_per_byte}]\n"
-    settings = own_task(tmp_path, text, [{"q": "a text"}, {"q": "another, longer text"}])
-    (score, _) = run(**dataclasses.asdict(settings) | unchanged())
+    (score, _) = run(**own_task(tmp_path, text, [{"q": "a text"}, {"q": "another, longer text"}]))
     assert (score.metric, score.protocol, score.higher_is_better) == ("bits_per_byte", "rolling", False)
     assert [item.weight for item in score.items] == [6.0, 20.0]
     assert 4 < score.score < 25

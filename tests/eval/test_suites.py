@@ -16,8 +16,17 @@ from tiny import tiny_checkpoint
 from shoal.errors import UserError
 from shoal.eval.evaluate import Work, num_items, work_of
 from shoal.eval.tasks.data_sets import read_data_sets
-from shoal.eval.tasks.load import known_tasks, tasks_of
-from shoal.eval.tasks.names import TASKS_DIR, described_tasks, refuse_unknown, task_folders
+from shoal.eval.tasks.load import tasks_of
+from shoal.eval.tasks.names import (
+    HUB_TASKS_DIR,
+    NAMES,
+    TASKS_DIR,
+    _collection,
+    described_tasks,
+    refuse_unknown,
+    task_folders,
+    tasks_in_files,
+)
 from shoal.launch.verbs import evaluate
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.evaluate import DEFAULT, SUITES, SUITES_DIR, Cost, Eval, limit_of, read_suite
@@ -31,14 +40,15 @@ def evaluation(**settings: Any) -> Eval:
 
 def test_there_is_a_file_for_every_name_and_it_asks_only_tasks_that_exist() -> None:
     assert {file.stem for file in SUITES_DIR.glob("*.yaml")} == set(SUITES)
-    known = known_tasks(ours_only=True)
+    described, tags = described_tasks(task_folders(None))
+    known = {*described, *tags, *tasks_in_files(HUB_TASKS_DIR)}
     for name in SUITES:
         suite = read_suite(name)
         assert not set(suite.tasks) - known
         assert len(set(suite.tasks)) == len(suite.tasks)
         assert not isinstance(suite.limit, dict) or suite.limit.keys() <= {DEFAULT, *suite.tasks}
     # what lm-eval calls so could no longer be named
-    assert not known_tasks() & set(SUITES)
+    assert not {name for text in _collection() for name in NAMES.findall(text)} & set(SUITES)
 
 
 def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
@@ -75,7 +85,7 @@ def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
         evaluation(tasks="quick", limit="a")
     with pytest.raises(UserError, match=r"eval.tasks.1: must be a string \(got 3\)"):
         evaluation(tasks=["quick", 3])
-    with pytest.raises(UserError, match=r"eval.suite: gone since 0.1; a suite is a name in eval.tasks"):
+    with pytest.raises(UserError, match=r"eval.suite: gone since 0.1; write eval.tasks"):
         evaluation(suite="quick")
 
 

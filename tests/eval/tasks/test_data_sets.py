@@ -278,8 +278,6 @@ def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> No
     assert trivia.process_results(trivia.eval_docs[0], [" Edward IV"]) == {"match": 0.0}
 
 
-# --- as lm-eval asks ----------------------------------------------------------------------------------------------
-
 # --- through a model ----------------------------------------------------------------------------------------------
 
 
