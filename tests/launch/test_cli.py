@@ -321,7 +321,7 @@ def test_any_model_is_scored_without_a_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     argv = ["eval", str(teacher), "--tasks", "knowledge_continuation", "--limit", "8", "--speed", "false"]
-    argv += ["--perplexity-tokens", "64", "--sequence-length", "64"]
+    argv += ["--perplexity-tokens", "64"]
     assert cli._main(argv) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["task", "metric", "teacher"]
