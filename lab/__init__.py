@@ -12,10 +12,10 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     disputed     questions that people answer in different ways
     heads        which heads copy what is asked for
     local_heal   gaps healed on hidden states before the student is trained
+    multi_scale  losses on pooled states
     patching     through which states the answer reaches the last token
     probes       where a concept can be read off
     reading      reading against writing
-    relations    losses on attention, values and pooled states
     sweeps       tasks without heads, with ever fewer layers, with a donor's layers
     vision       layers, states of the tower and models over rows of images
 
