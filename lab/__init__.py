@@ -23,5 +23,5 @@ Folders:
 
     attention  what is seen of attention, and prompts for it
     depth      what is seen and changed along the depth
-    edits      parts that change layers: grow, merge, skip, swap
+    edits      parts that change layers: grow, merge, swap
 """

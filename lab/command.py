@@ -28,7 +28,6 @@ PARTS: dict[str, str] = {
     "patching": "through which states an answer reaches the last token, by patching activations",
     "probes": "at which depth a concept of labelled texts can be read off",
     "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
-    "skip": "attention, MLP or heads of layers silent for good",
     "swap": "layers of a donor in the place of the model's own",
     "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",
     "vision": "what images say of layers, of states of the vision tower and of every model of the run",
@@ -36,7 +35,7 @@ PARTS: dict[str, str] = {
 """Name of every part, which is also its module here -> what it says, in a line."""
 
 
-EDITS = ("grow", "merge", "skip", "swap")
+EDITS = ("grow", "merge", "swap")
 """Parts that are modules of edits/."""
 
 

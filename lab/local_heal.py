@@ -48,7 +48,6 @@ from shoal.train.objective.layer_losses import Tokens, capturing, distances
 from shoal.train.objective.objective import final_hidden
 from shoal.train.student.frozen import write_student
 from shoal.train.student.spec import Ranks, TrainSpec
-from shoal.train.student.trainable import keep_zeros
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +163,6 @@ def heal_gaps(
     layers = decoder_layers(student)
     student.requires_grad_(False)
     trained = [layers[place.layer].requires_grad_(True) for place in places]
-    keep_zeros(student)
     optimizer = torch.optim.AdamW(
         [parameter for layer in trained for parameter in layer.parameters()],
         lr=settings.learning_rate,

@@ -53,7 +53,6 @@ from .preflight.fit import check_fit, explained_memory
 from .record import record_signals
 from .student.frozen import stored_names, write_student
 from .student.spec import TrainSpec, require_same_vocabulary
-from .student.trainable import keep_zeros
 from .teacher.recording import Wanted, rows_from
 from .teacher.signals import RecordingReader
 from .teacher.wiring import make_trainable
@@ -218,7 +217,6 @@ def make_trainer(
     student, teacher = spec.student.model(dtype=str(held).removeprefix("torch.")), None
     stored = stored_names(spec.student.folder)
     make_trainable(student, spec, seed=arguments.seed, stored=stored)
-    keep_zeros(student)
     if spec.runs_teacher:
         with loaded_in(spec.teacher_dtype, arguments):
             teacher = spec.teacher.model(dtype=spec.live_dtype).requires_grad_(False)

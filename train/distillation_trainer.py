@@ -39,7 +39,6 @@ from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
 from .student.lora import adapted_modules, merge_adapters
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
-from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable
 from .trainer import ObjectiveTrainer, Parts
 
@@ -239,7 +238,6 @@ def _make_ready(
         make_trainable(model, spec, seed=args.seed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
-    keep_zeros(model)
     _warn_of_half_precision(model, args)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
 from shoal.models.anatomy import deepstack_layers
-from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
 from shoal.models.families import family
 from shoal.models.load import NOT_CAUSAL
 
@@ -286,7 +285,7 @@ WITHOUT_KV_CACHE = {"linear_attention", "conv", "mamba", "mlp", "moe", "dense", 
 NOT_PER_LAYER = {
     *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "keys_to_ignore_at_inference", "id2label"),
     *("mtp_layers_block_type", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_local_layer_ids"),
-    *(CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS),
+    *(CLOSED_GAPS, KEPT_LAYERS),
 }
 """Lists that are not about the decoder layers, whatever their length and name."""
 
@@ -323,8 +322,6 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
         setattr(student, part, rebuilt)
     setattr(student, KEPT_LAYERS, [uncut_layers(config, num_layers)[layer] for layer in keep])
     vars(student).pop("auto_map", None)  # names code that lies beside the teacher only
-    if zeroed := getattr(config, ZEROED_WEIGHTS, None):
-        setattr(student, ZEROED_WEIGHTS, _renumbered_names(zeroed, keep))
     # no rule of the class may overwrite a list that was cut
     reloaded = type(student).from_dict(student.to_diff_dict())  # what save_pretrained writes
     refuse_wrong_entries(config.get_text_config(decoder=True), reloaded.get_text_config(decoder=True), keep)
@@ -379,16 +376,6 @@ def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str
 def uncut_layers(config: PreTrainedConfig, num_layers: int) -> list[int]:
     """The uncut model's index of every layer, so that a second cut still names the first teacher's layers."""
     return list(getattr(config, KEPT_LAYERS, None) or range(num_layers))
-
-
-def _renumbered_names(names: Sequence[str], keep: Sequence[int]) -> list[str]:
-    """Parameter names of kept layers under their new numbers; the first number in a name is the layer's."""
-    renamed = []
-    for name in names:
-        before, layer, after = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
-        if int(layer) in keep:
-            renamed.append(f"{before}{list(keep).index(int(layer))}{after}")
-    return renamed
 
 
 def _refuse_unknown_lists(config: PreTrainedConfig, values: dict[str, Any], num_layers: int) -> None:

@@ -17,7 +17,7 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS, Shard, read_shards
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, Shard, read_shards
 from shoal.models.load import align_weights, load_config, load_model
 
 from .config_cut import GROUP_RULES, RULES, SPELT_OUT_BY, refuse_wrong_entries
@@ -38,7 +38,7 @@ RUNNABLE = {"F64", "F32", "F16", "BF16"}
 
 NOT_COMPARED = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"),
-    *(CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS),
+    *(CLOSED_GAPS, KEPT_LAYERS),
 }
 """Settings that change no number, or that a cut or an edit writes."""
 

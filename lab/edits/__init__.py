@@ -3,6 +3,5 @@
 student  writes student/ and plan.json, proven by running it
 grow     new layers between others, also as LESA predicts them
 merge    neighbours into one
-skip     attention, MLP or heads silent for good
 swap     a donor's layers
 """

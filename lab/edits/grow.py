@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,17 +39,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PlannedChange
+from shoal.compress.edits.layer_edits import Half, with_halves
+from shoal.compress.edits.sublayers import output_parameters, where
 from shoal.compress.edits.tensors import check_run, combined, layer_tensors, put_tensors, shapes_of
 from shoal.compress.surgery.cut_model import cut_model, kept_layers
 from shoal.errors import UserError
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
-from shoal.models.anatomy import called_on, decoder_layers, state_of
+from shoal.models.anatomy import anatomy, called_on, decoder_layers, state_of
 from shoal.progress import each
 from shoal.recipe.section import Section
 from shoal.runtime import device
 
-from .skip import zero_half
 from .student import Edited, loaded_teacher, write_student
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def work(run: Run, settings: Settings) -> str:
     for layer, tensors in new.items():
         put_tensors(decoder_layers(student)[keep.index(layer) + 1], tensors)
     writes = settings.init != "zero"
-    if not writes:  # training starts from these zeros, so it is not told to keep them
+    if not writes:
         places = [keep.index(layer) + 1 for layer in after]
         for half in ("attention", "mlp"):
             zero_half(half, student, places)
@@ -140,6 +141,29 @@ def inserted_in_place(model: PreTrainedModel, layers: Mapping[int, Mapping[str, 
 
 def _run_after(new: nn.Module, _: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
     return called_on(new, args, kwargs, state_of(output))
+
+
+@torch.no_grad()
+def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> None:
+    """Let the attention or MLP of ``layers`` add nothing .
+
+    They are new tensors: what ``model`` shares with its teacher stays as it is there. A context or expert that is not
+    finite gives NaN (0 * inf), where half_silenced gives zero; what a half writes for all that, or another layer lacks
+    that uses the same weights, shows in the proof.
+
+    Raises:
+        UserError: as half_silenced does; a half whose output weights shoal does not know. The model is then as it was.
+    """
+    names: list[str] = []
+    for layer in layers:
+        with_halves(model, layer)  # refuses
+        outputs = output_parameters(decoder_layers(model)[layer], half)
+        if not outputs:
+            raise UserError(
+                f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
+            )
+        names += [f"{anatomy(model).layers_name}.{layer}.{name}" for name in outputs]
+    put_tensors(model, {name: torch.zeros_like(model.get_parameter(name)) for name in names})
 
 
 def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *, seed: int) -> list[dict[str, Tensor]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from shoal.compress.surgery.proof import behaviour, prove_by_files, prove_by_run
 from shoal.compress.surgery.quantised import without_quantization
 from shoal.errors import UserError
 from shoal.launch.verbs.run import Run
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS, copy_beside, model_fingerprint
+from shoal.models.checkpoint_files import copy_beside, model_fingerprint
 from shoal.models.load import load_model
 from shoal.progress import doing
 from shoal.recipe.section import Section, as_dict
@@ -38,8 +38,6 @@ class Edited:
     """The teacher's layers that the student lacks."""
     keep: tuple[int, ...] = ()
     """For every layer of the student the teacher's, where that is not all that ``drop`` leaves."""
-    zeroed: Sequence[str] = ()
-    """Parameters of the student that stay zero in training."""
     use_cache: bool = True
     """Whether the teacher in that block can write with a KV cache."""
 
@@ -74,7 +72,6 @@ def write_student(
     plan = Plan(
         Provenance(inputs), num_layers, edited.drop, f"shoal lab {part}: {words}", edited.keep, (edited.change,)
     )
-    _name_zeros(edited)
     out, path = run.dir / "student", run.dir / Plan.FILE
     path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
     with written_folder(out, key=fingerprint(inputs)) as folder:
@@ -89,13 +86,3 @@ def write_student(
     replace(plan, student=plan.sealed(model_fingerprint(out))).save(path)
     told = f"{plan.in_words()}: {out} and {path} are written"
     return f"{told}\n`shoal distill {run.dir}` heals it, `shoal eval` scores it"
-
-
-def _name_zeros(edited: Edited) -> None:
-    """Let the student's configuration name the parameters that stay zero, the teacher's among them that still are."""
-    student = edited.student
-    before = [
-        name for name in getattr(student.config, ZEROED_WEIGHTS, None) or () if not student.get_parameter(name).all()
-    ]
-    if edited.zeroed or hasattr(student.config, ZEROED_WEIGHTS):
-        setattr(student.config, ZEROED_WEIGHTS, sorted({*before, *edited.zeroed}))

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.recipe.distill import Lora
 
 from .trainable import Trained
@@ -63,16 +62,14 @@ def add_adapters(
 
 
 def linear_modules(student: PreTrainedModel, layers: Collection[int]) -> list[str]:
-    """The names of the linear modules in ``layers``, without those that an edit of the plan zeroed weights of."""
+    """The names of the linear modules in ``layers``."""
     parts = anatomy(student)
-    zeroed = {name.rpartition(".")[0] for name in getattr(student.config, ZEROED_WEIGHTS, None) or []}
-    names = [
+    return [
         f"{parts.layers_name}.{layer}.{name}"
         for layer in sorted(layers)
         for name, module in parts.layers[layer].named_modules()
         if isinstance(module, LINEAR)
     ]
-    return [name for name in names if name not in zeroed]
 
 
 def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]:

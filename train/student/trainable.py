@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, text_config
-from shoal.models.checkpoint_files import ZEROED_WEIGHTS
 from shoal.models.load import reads_images
 from shoal.recipe.distill import Distill
 
@@ -156,23 +155,3 @@ def train_only(student: PreTrainedModel, trained: Trained) -> None:
     # with gradient checkpointing transformers makes what the embeddings return require a gradient, which only the
     # reentrant kind needs (refused here): all frozen layers would be run again, and differentiated, for nobody
     student.enable_input_require_grads = lambda: None
-
-
-def keep_zeros(student: PreTrainedModel) -> None:
-    """Let what an edit of the plan zeroed (a skipped sublayer, masked heads) stay exactly zero in training.
-
-    Their gradients are zeroed; moments and weight decay of nothing but zeros move nothing.
-    """
-    names = getattr(student.config, ZEROED_WEIGHTS, None)
-    if not names:
-        return
-    from deepspeed import zero  # which takes seconds to load
-
-    for name in names:
-        parameter = student.get_parameter(name)
-        with zero.GatheredParameters(parameter):
-            kept = parameter.detach() != 0
-        if not kept.any():
-            parameter.requires_grad_(False)
-        elif parameter.requires_grad:
-            parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))

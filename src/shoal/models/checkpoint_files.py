@@ -9,7 +9,7 @@ import re
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,6 @@ layer that below it."""
 CLOSED_GAPS = "shoal_closed_gaps"
 """Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
 model."""
-ZEROED_WEIGHTS = "shoal_zeroed_weights"
-"""Configuration key that names the student's parameters in which an edit zeroed entries."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -164,8 +162,8 @@ def model_fingerprint(folder: Path) -> str:
     """Content hash of configuration, tokenizer, weights and what makes images into inputs, whatever the folder and
     however the weights are split.
 
-    A tensor of up to 256 KiB is hashed whole, and so is one in which an edit zeroed entries; any other by four evenly
-    spaced blocks of 64 KiB: seconds for any size, and a training step, a requantisation or other weights show.
+    A tensor of up to 256 KiB is hashed whole, any other by four evenly spaced blocks of 64 KiB: seconds for any size,
+    and a training step, a requantisation or other weights show.
     """
     digest = hashlib.sha256()
     config = json_or_empty(folder / "config.json")
@@ -178,8 +176,7 @@ def model_fingerprint(folder: Path) -> str:
     if "auto_map" in config or "auto_map" in json_or_empty(folder / "tokenizer_config.json"):  # code of its own
         for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
-    zeroed = config.get(ZEROED_WEIGHTS) or ()
-    samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file, zeroed)}
+    samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file)}
     for name in sorted(samples):
         digest.update(name.encode() + samples[name])
     return digest.hexdigest()[:16]
@@ -194,13 +191,12 @@ def writing_settings(folder: Path) -> dict[str, Any]:
     return {key: settings[key] for key in sorted(own)}
 
 
-def _samples(file: Path, whole: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and hash of every tensor in a safetensors file; of those named in ``whole`` all bytes count."""
+def _samples(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and hash of every tensor in a safetensors file."""
     with file.open("rb") as handle:
         for name, tensor in read_header(file).tensors.items():
             digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            all_bytes = [(tensor.start, tensor.end - tensor.start)]
-            for offset, size in all_bytes if name in whole else sampled_ranges(tensor.start, tensor.end):
+            for offset, size in sampled_ranges(tensor.start, tensor.end):
                 handle.seek(offset)
                 digest.update(handle.read(size))
             yield name, digest.digest()
