@@ -28,6 +28,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import OnPolicy, Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import JSD
+from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Named, Positive, Section, Shapes, as_dict, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
@@ -282,7 +283,8 @@ def variants(section: Any, place: str = "") -> Iterator[tuple[str, Shapes, Any]]
                 yield inner, shapes, dataclasses.replace(section, **{key: changed})
         else:
             assert results is not None
-            excluded = {other: None for group in section.EXCLUSIVE if key in group for other in group}
+            group = ("num_drop", "ratio", "target") if isinstance(section, CutByScore) else ()
+            excluded: dict[str, Any] = dict.fromkeys(group) if key in group else {}
             changed = dataclasses.replace(section, **excluded | {key: another(value, hints[key])})
             yield f"{place}{key}", results, changed
 
