@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shoal import __version__
 from shoal.errors import not_encoded
 from shoal.formatting import meant
 from shoal.redaction import redacted_arguments
+from shoal.yaml_text import read_yaml
 
 LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
 """Lists of shoal.launch.help.names."""
@@ -41,129 +43,8 @@ class Verb:
 
 
 VERBS = {
-    "run": Verb(
-        "all of it, skipping what is done and unchanged",
-        "launch.verbs.pipeline.run_all",
-        (
-            "quickstart --run-dir runs/mine  a shipped recipe, in a folder of yours",
-            "Qwen/Qwen3-0.6B --num-drop 4 --dry-run  a model; only say what would be done, and how long it takes here",
-            "my.yaml --each prune.metric=taylor,angular --each seed=0,1  four runs and their comparison",
-        ),
-        ("distill", "prune", "eval", "measure"),
-    ),
-    "measure": Verb(
-        "measure what every layer is worth: importance.json",
-        "launch.verbs.measure.measure",
-        (
-            "Qwen/Qwen3-0.6B --metrics block_influence,taylor  any model",
-            "my.yaml --num-tokens 1e6 --data corpus.jsonl  on text of yours",
-            "runs/mine --sweep.tasks arc_easy,copying_offset1_continuation  what each layer is worth for tasks, too",
-        ),
-        ("measure",),
-    ),
-    "prune": Verb(
-        "choose layers and cut them out: plan.json, student/",
-        "launch.verbs.prune.prune",
-        (
-            "Qwen/Qwen3-0.6B --num-drop 4  the four least important layers",
-            "Qwen/Qwen3-0.6B --drop 13,14,26  these layers, counted from 0",
-            "my.yaml --num-drop 6 --dry-run  sizes, expected speed, targets",
-        ),
-        ("prune", "measure"),
-    ),
-    "record": Verb(
-        "distill in two sittings: write down what the teacher says of the training rows, and train later: signals/",
-        "launch.verbs.distill.record",
-        (
-            "my.yaml --teacher recorded  as the recipe's training needs it",
-            "runs/mine --teacher recorded --num-tokens 1e6  of so many tokens",
-            "runs/mine --teacher recorded --dry-run  only say what would be recorded",
-        ),
-        ("distill",),
-    ),
-    "distill": Verb(
-        "train the cut model, made first where there is none, on the full one: distilled/; with eval.control the full "
-        "one too: control/",
-        "launch.verbs.distill.distill",
-        (
-            "runs/mine --dry-run  memory, time, disk, and what fits this machine",
-            "runs/mine --num-tokens 1e6 --trainer.learning_rate 1e-4  train a cut model",
-            "Qwen/Qwen3-0.6B --num-drop 4 --data corpus.jsonl  cut a model, then train it on text of yours",
-        ),
-        ("distill", "prune"),
-    ),
-    "eval": Verb(
-        "score teacher, pruned, control and distilled, or any model: eval/*.json",
-        "launch.verbs.evaluate.evaluate",
-        (
-            "Qwen/Qwen3-0.6B --tasks hellaswag,gsm8k --limit 200  any model",
-            "runs/mine  the models of a run",
-            "runs/mine --tasks arc_easy --num-fewshot 5  other tasks, same models",
-        ),
-        ("eval",),
-    ),
-    "report": Verb(
-        "report.html, report.md, and the Hub push where the recipe asks for it",
-        "launch.verbs.report.report",
-        (
-            "runs/mine  what there is of a run",
-            "runs/mine --gguf  and the healed model as one file for llama.cpp",
-            "runs/mine --hub-repo me/model-27l  and on the Hub",
-        ),
-        ("export", "track"),
-    ),
-    "push": Verb(
-        "push the healed model with its card and figures to the Hub; needs `hf auth login`",
-        "launch.verbs.report.push",
-        (
-            "runs/mine me/model-27l  a private repository, made where there is none",
-            "runs/mine me/model-27l --private false  a public one",
-            "runs/mine me/model-27l --dry-run  only say what would go where",
-        ),
-        ("export",),
-    ),
-    "compare": Verb(
-        "runs, and any other models, side by side: what each kept, at which size, speed and cost, and where they "
-        "differ; needs no recipe",
-        "launch.verbs.several.compare",
-        (
-            "runs/a runs/b  two runs",
-            "runs/a Qwen/Qwen2.5-0.5B  a run and a model, which is scored as the run was",
-            "runs/*/ --out results/all  all runs, pages elsewhere",
-        ),
-    ),
-    "init": Verb(
-        "write a commented recipe for a model and this machine, from the model's configuration alone",
-        "launch.help.first_recipe.init",
-        (
-            "Qwen/Qwen3-8B  Qwen3-8B.yaml",
-            "Qwen/Qwen3-8B --revision main --out qwen.yaml  of a revision, to a file of your choice",
-            "demo:smollm2-135m  the bundled model, without network",
-        ),
-    ),
-    "list": Verb(
-        "names that a recipe can use, and example files for a cluster",
-        "launch.help.names.told",
-        ("tasks  what eval.tasks can name", "recipes  those that are shipped", "metrics  what prune.metric can name"),
-    ),
-    "explain": Verb(
-        "what a key of a recipe means, its default and what it may be; without KEY all sections",
-        "launch.help.explain.told",
-        (
-            "distill  all keys of a section",
-            "distill.losses.forward_kl.temperature  one key",
-            "learning_rate  a word of another tool",
-        ),
-    ),
-    "lab": Verb(
-        "what a paper needs and a pruner does not: one part of the lab, on the model of a run",
-        "lab.command.command",
-        (
-            "  the parts",
-            "heads runs/mine  one of them",
-            "sweeps runs/mine operators=[head]  with a setting of its own",
-        ),
-    ),
+    name: Verb(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+    for name, row in read_yaml(Path(__file__).with_name("verbs.yaml").read_text(encoding="utf-8")).items()
 }
 OTHER_WORDS = {
     **dict.fromkeys(("train", "finetune", "heal", "sft", "gkd", "distillation"), "distill"),
