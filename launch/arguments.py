@@ -43,7 +43,7 @@ class Verb:
 
 
 VERBS = {
-    name: Verb(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+    name: Verb(row["help"], row["function"], tuple(row["examples"]), tuple(row.get("sections", ())))
     for name, row in read_yaml(Path(__file__).with_name("verbs.yaml").read_text(encoding="utf-8")).items()
 }
 OTHER_WORDS = {
