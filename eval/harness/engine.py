@@ -128,6 +128,11 @@ class CausalLM(TemplateLM):
         self._rank = dist.get_rank() if together else 0
         self._world_size = dist.get_world_size() if together else 1
 
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Where the model computes."""
+        return self._device
+
     @cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self._model)

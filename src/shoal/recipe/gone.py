@@ -9,7 +9,8 @@ from shoal.yaml_text import read_yaml
 
 GONE: dict[str, str] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 """Key without positions in lists, kind (`distill.losses.value_relation`) or value (`distill.trainable.replacement`) ->
-the end of the sentence `KEY: gone since 0.1; ...`, or `-> KEY` or `-> KEY = VALUE` where nothing but a word changes."""
+the end of the sentence `KEY: gone since 0.1; ...`, or `-> KEY` or `-> KEY = VALUE` where a word changes. What else is
+to be said stands behind a semicolon."""
 MOVES = "-> "
 
 
@@ -27,7 +28,7 @@ def moved(place: str, value: object) -> tuple[str, object] | None:
     """Key and value of now that mean what ``value`` meant at ``place`` of an older recipe; None = not by a word."""
     for told, keeps in ((GONE.get(f"{place}.{value}", ""), False), (GONE.get(place, ""), True)):
         if told.startswith(MOVES):
-            key, has_value, new = told[3:].partition(" = ")
+            key, has_value, new = told[3:].partition(";")[0].partition(" = ")
             if has_value or keeps:
                 return key, read_yaml(new) if has_value else value
     return None
