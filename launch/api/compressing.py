@@ -76,9 +76,9 @@ def measure_importance(
     model = as_model(model)
     named = {"metrics": [metrics] if isinstance(metrics, str) else metrics}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
-    section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
-    if TASK_ORDER in section.metrics:
+    if isinstance(metrics, str | Sequence) and TASK_ORDER in metrics:
         raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
+    section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
     tokenizer = require_tokenizer(tokenizer, model)
     require_positions(model.config, section.sequence_length)
     _refuse_sweep(section.sweep, model, tokenizer)
