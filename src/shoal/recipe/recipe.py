@@ -86,7 +86,8 @@ class Recipe(Section):
     installed, which makes no masks; sdpa = torch's own kernels with masks; eager =
     plain products and softmax."""
     num_processes: Annotated[Positive | None, Shapes.NOTHING] = None
-    """Processes that a stage which uses several starts on this machine; None = one per GPU, one on CPU."""
+    """Processes that training starts on this machine, in `run` and `distill`; None = one per GPU, one on CPU. Other
+    stages run in one, unless a launcher starts them in several."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)
