@@ -160,15 +160,17 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
 
 def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
     """Do ``work``; the exit code, after the message of what a user can fix."""
-    ranks.set_up_logging(loudness)
+    follows = False
     try:
+        follows = not ranks.is_main()
+        ranks.set_up_logging(loudness)
         with explained_paths():
             work()
     except LaunchRefused:
         return EXIT_USER_ERROR
     except UserError as error:
         log.debug("refused here:", exc_info=error)
-        if not ranks.is_main():
+        if follows:
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
             print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from shoal.inference.generation import Finish, end_tokens, write_after
 from shoal.inference.prefix_sharing import Reader, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
+from shoal.ranks import world_size
 
 from .item_cache import ItemCache, key_of
 
@@ -411,7 +411,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def connect_ranks(device: torch.device) -> None:
     """Let the ranks that a launcher started talk to each other, unless they already do."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -20,7 +20,7 @@ from shoal.data.image_rows import ImageReader
 from shoal.data.sources import sources_fingerprint
 from shoal.data.streams import check_source
 from shoal.errors import UserError
-from shoal.machine import ranks_to_start
+from shoal.machine import ranks_to_start, refuse_crowd
 from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
@@ -249,8 +249,8 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: impossible layers, unknown tasks, kernels that cannot be had, bundled text with a twin's
-            wording, a recording of something else, and what check_training_settings refuses.
+        UserError: more ranks than cores or devices, impossible layers, unknown tasks, kernels that cannot be had,
+            bundled text with a twin's wording, a recording of something else, and what check_training_settings refuses.
     """
     from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import WATCHED, checked_items, num_items
@@ -261,6 +261,7 @@ def check_distill(run: Run) -> None:
 
     recipe = run.recipe
     refuse_both_directions(run.config())
+    refuse_crowd(ranks_to_start(recipe.num_processes))
     check_training_settings(recipe)
     if recipe.distill.trainer.get("use_liger_kernel"):
         require_liger(run.config().model_type, device())
@@ -303,11 +304,12 @@ def check_training_settings(recipe: Recipe) -> None:
     """Refuse training settings that cannot work, without loading anything.
 
     Raises:
-        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
+        UserError: an unknown training argument, rows that do not divide over the ranks, a wrong DeepSpeed
+            configuration, tracking without a key.
     """
     from shoal.train.engine.arguments import check_names, deepspeed_config
 
-    check_names(recipe.distill)
+    check_names(recipe.distill, ranks=max(world_size(), ranks_to_start(recipe.num_processes)))
     deepspeed_config(recipe.distill)
     wandb_run.wandb_mode(recipe.track)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.plan import Plan
 from shoal.formatting import aligned, bytes_text, count_text, duration_text, layers_text
-from shoal.machine import flops_per_second, free_disk, ranks_to_start
+from shoal.machine import flops_per_second, free_disk, ranks_to_start, refuse_crowd
 from shoal.models.anatomy import text_config
 from shoal.models.cost import Cost, decode_bytes, model_cost
 from shoal.models.load import loaded_dtype, num_parameters, without_data
@@ -133,6 +133,7 @@ def _pruning(run: Run) -> list[Stage]:
 
 
 def _training(run: Run) -> list[Stage]:
+    refuse_crowd(ranks_to_start(run.recipe.num_processes))
     check_training_settings(run.recipe)
     check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / Plan.FILE).is_file()

@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from shoal.errors import UserError
+
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Folder in which Linux tells a container its limits."""
 STATUS = Path("/proc/self/status")
@@ -72,8 +74,12 @@ def peak_memory() -> int:
 
 def num_cores() -> int:
     """Physical cores that this process may use: what a matrix product is spread over."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+    return min(_allowed_cores(), psutil.cpu_count(logical=False) or _allowed_cores())
+
+
+def _allowed_cores() -> int:
+    """Cores that this process may use, those that share a physical one too."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ranks_on_this_node() -> int:
@@ -85,6 +91,19 @@ def ranks_on_this_node() -> int:
 def ranks_to_start(wanted: int | None) -> int:
     """Processes of a training that is started on this machine: ``wanted``, else one per GPU, one on a CPU."""
     return wanted or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
+
+
+def refuse_crowd(ranks: int) -> None:
+    """Refuse more ``ranks`` on this machine than have a device of their own, or on a CPU a core.
+
+    Raises:
+        UserError: naming both numbers; ranks that share a core wait for each other, and a device takes one.
+    """
+    on_gpu = torch.accelerator.is_available()
+    places = torch.accelerator.device_count() if on_gpu else _allowed_cores()
+    if ranks > places:
+        kind = "devices" if on_gpu else "cores"
+        raise UserError(f"num_processes: {ranks} ranks, and {places} {kind} for them here; set it to {places} or fewer")
 
 
 def device_name(device: torch.device) -> str:

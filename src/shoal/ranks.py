@@ -8,6 +8,7 @@ import socket
 import sys
 from typing import Literal
 
+from shoal.errors import UserError
 from shoal.progress import Lines
 from shoal.redaction import redacted
 
@@ -15,14 +16,43 @@ Loudness = Literal["quiet", "usual", "verbose"]
 """What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
 
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables that every launcher gives each of its ranks."""
+
+
 def rank() -> int:
-    """This process's rank over all nodes; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank over all nodes; 0 without a launcher. Raises as _place does."""
+    return _place()[0]
+
+
+def local_rank() -> int:
+    """This process's rank on its node; 0 without a launcher. Raises as _place does."""
+    return _place()[1]
 
 
 def world_size() -> int:
-    """Processes over all nodes; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes over all nodes; 1 without a launcher. Raises as _place does."""
+    return _place()[2]
+
+
+def _place() -> tuple[int, int, int]:
+    """What the launcher says of this process, in the order of LAUNCHED.
+
+    Raises:
+        UserError: it says half of that, or what cannot be: left over from something else, it would make this a rank
+            that writes nothing, or one that waits for ranks that nobody has started.
+    """
+    said = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
+    if not said:
+        return 0, 0, 1
+    there = [int(value) if value.isdecimal() else -1 for value in said.values()]
+    if len(there) == len(LAUNCHED) and min(there) >= 0 and max(there[:2]) < there[2]:
+        return there[0], there[1], there[2]
+    told = " ".join(f"{name}={value}" for name, value in said.items())
+    raise UserError(
+        f"{told}: in the environment, and no launcher says so: it sets {', '.join(LAUNCHED)} together, the first two "
+        f"below the last; `unset {' '.join(said)}`, or start this under deepspeed or torchrun"
+    )
 
 
 def is_main() -> bool:

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from transformers.utils import logging as transformers_logging
 
 from shoal.errors import UserError
-from shoal.ranks import free_port, is_main, loudness, rank, world_size
+from shoal.ranks import free_port, is_main, local_rank, loudness, rank, world_size
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def device() -> torch.device:
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
-        return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device(kind.type, local_rank())
     return torch.device("cpu")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import as_rank
 
 from shoal.launch import arguments, cli
 from shoal.launch.cli import main, run_verb
@@ -146,11 +147,23 @@ def test_every_verb_has_its_function_and_help_with_examples_that_can_be_given(
 def test_run_inside_a_launcher_is_refused(
     capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in as_rank(0, 1).items():
+        monkeypatch.setenv(name, value)
     assert run_verb("run", recipe, []) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("error") == err.count("shoal: error: `shoal run` starts its own launcher") == 1
+
+
+@pytest.mark.parametrize("verb", ["measure", "prune", "eval", "distill", "run", "report"])
+def test_half_of_a_launcher_in_the_environment_is_refused(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Rank 1 of nobody would end with code 0, and have written and said nothing."""
+    monkeypatch.setenv("RANK", "1")
+    assert run_verb(verb, recipe, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("shoal: error: RANK=1: in the environment, and no launcher says so")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -15,6 +15,7 @@ from ranks import call_on_ranks
 
 from shoal import runtime
 from shoal.errors import UserError
+from shoal.ranks import LAUNCHED, local_rank, rank, world_size
 from shoal.runtime import agreed, together
 
 PATIENCE_S = 1.0
@@ -46,3 +47,28 @@ def _decide_on_rank(rank: int, world_size: int, folder: str) -> None:
 def test_ranks_wait_for_the_first_ones_decision_however_long_it_takes(tmp_path: Path) -> None:
     """A collective that waits for it ends with the group's timeout, and the work of hours with it."""
     call_on_ranks(_decide_on_rank, str(tmp_path), ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("said", "unset"),
+    [
+        ({"RANK": "1"}, "RANK"),
+        ({"RANK": "x"}, "RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK WORLD_SIZE"),
+        ({"RANK": "0", "LOCAL_RANK": "x", "WORLD_SIZE": "2"}, "RANK LOCAL_RANK WORLD_SIZE"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK LOCAL_RANK WORLD_SIZE"),
+    ],
+)
+def test_what_no_launcher_says_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], unset: str
+) -> None:
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    assert (rank(), local_rank(), world_size()) == (0, 0, 1)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    told = " ".join(f"{name}={value}" for name, value in said.items())
+    for ask in (rank, local_rank, world_size):
+        with pytest.raises(UserError, match=rf"^{told}: in the environment, .*`unset {unset}`"):
+            ask()

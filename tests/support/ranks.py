@@ -42,6 +42,11 @@ PRELOADED = [
 """What a rank of a training imports; a name that is wrong here only costs time."""
 
 
+def as_rank(rank: int, world_size: int) -> dict[str, str]:
+    """What a launcher tells a rank of the only node."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+
+
 def environment(**more: str) -> dict[str, str]:
     """This process's, for ranks that share its processors."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
@@ -116,8 +121,7 @@ def start_ranks(
     port = env.get("MASTER_PORT", str(free_port()))
     processes = []
     for rank in range(ranks):
-        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-        own = {**env, "MASTER_ADDR": "127.0.0.1", **world}
+        own = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **as_rank(rank, ranks)}
         processes.append(_preload().Process(target=_run, args=(list(arguments), own, str(cwd), _path_of(log), before)))
         processes[-1].start()
     return processes

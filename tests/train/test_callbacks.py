@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from compared_runs import nats
+from ranks import as_rank
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
@@ -102,7 +103,8 @@ def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_ru
 
 
 def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in as_rank(0, 2).items():
+        monkeypatch.setenv(name, value)
     settings, config = Eval(tasks=("knowledge_continuation",), limit=1), tiny_model("llama").config
     with pytest.raises(
         UserError, match=r"^distill\.watch\.limit: 'knowledge_continuation' has 1 item\(s\) for 2 ranks"

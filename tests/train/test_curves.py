@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import as_rank
 from safetensors.torch import load_file
 
 from shoal.train.curves import REMEMBERED_STEPS, LossGuard, judged_norm, refuse_step
@@ -71,7 +72,8 @@ def test_the_first_steps_and_a_guard_that_is_off_say_nothing():
 
 def test_the_batch_of_a_refused_step_is_kept_by_rank(tmp_path, monkeypatch):
     batches = [{"input_ids": torch.arange(10).view(2, 5) + number, "row": 3} for number in range(2)]
-    monkeypatch.setenv("RANK", "1")
+    for name, value in as_rank(1, 2).items():
+        monkeypatch.setenv(name, value)
     told = str(refuse_step("loss is nan", 7, batches, tmp_path))
     assert "step 7: loss is nan" in told
     assert str(tmp_path / "step-7") in told

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import as_rank
 from tiny import tiny_checkpoint, tiny_tokenizer
 from transformers import TrainingArguments
 
@@ -85,7 +86,8 @@ def test_rows_fill_whole_optimizer_steps():
     [(16, 1, None, (4, 4)), (16, 8, None, (2, 1)), (12, 2, None, (3, 2)), (12, 2, 2, (2, 3)), (14, 2, None, (1, 7))],
 )
 def test_accumulation_follows_from_the_batch_of_all_ranks(monkeypatch, batch, ranks, given, split):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for name, value in as_rank(0, ranks).items():
+        monkeypatch.setenv(name, value)
     settings = Distill(batch_size=batch, trainer={} if given is None else {"per_device_train_batch_size": given})
     assert batch_split(settings) == split
     assert rows_per_step(settings) == batch

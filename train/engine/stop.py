@@ -23,7 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from shoal.ranks import rank, world_size
-from shoal.stopping import die_of, on_stop
+from shoal.stopping import LAUNCHED_BY, die_of, on_stop
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class StopRequest:
         return on_stop(self._on_signal)
 
     def _on_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
+        # what has started this rank says SIGTERM on Ctrl-C too
+        name = "as asked" if LAUNCHED_BY in os.environ else signal.Signals(number).name
         if self.reason == name == "SIGINT":
             die_of(number)
         if self.reason is None:

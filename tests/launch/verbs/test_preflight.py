@@ -94,7 +94,9 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: Path, tmp_path: Path) -> None:
+def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scored after hours of healing, or watched while it goes on, they would end the run then."""
     (tmp_path / "rows.jsonl").write_text('{"question": "When?", "answer": "Now"}\n' * 3)
     (tmp_path / "long.yaml").write_text(LONG.format(rows=tmp_path / "rows.jsonl"))
@@ -108,6 +110,26 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(teacher: P
         check_distill(
             open_run(parse_recipe({**raw, "distill": watched, "eval": {**own, "tasks": ["knowledge_continuation"]}}))
         )
+    monkeypatch.setattr("shoal.machine._allowed_cores", lambda: 8)
     few = {**distill, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
     with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
         check_distill(open_run(parse_recipe({**raw, "num_processes": 8, "distill": few})))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (3, r"^distill\.batch_size: 4 rows do not divide over 3 ranks .*or another number of ranks"),
+        (64, r"^num_processes: 64 ranks, and 8 cores for them here; set it to 8 or fewer"),
+    ],
+)
+def test_ranks_that_cannot_train_are_refused_before_any_starts(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, message: str
+) -> None:
+    monkeypatch.setattr("shoal.machine._allowed_cores", lambda: 8)
+    distill = {"sequence_length": 64, "data": ["python_docs"], "batch_size": 4}
+    raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}, "distill": distill}
+    run = open_run(parse_recipe({**raw, "num_processes": ranks}))
+    for check in (check_distill, preflight, partial(dry_run, "distill")):
+        with pytest.raises(UserError, match=message):
+            check(run)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import as_rank
 
 from shoal.errors import UserError
 from shoal.train.engine import checkpoint as checkpoint_module
@@ -169,7 +170,8 @@ def test_a_conversion_is_made_for_other_ranks_and_takes_nothing_from_the_checkpo
     folder = checkpoint(tmp_path, 1)
     (folder / "latest").write_text("shards")
     commit(folder, INPUTS, zero_stage=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in as_rank(0, 2).items():
+        monkeypatch.setenv(name, value)
     made = []
 
     def convert(request):

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from ranks import as_rank
 
 from shoal.train.engine.stop import FOLDER, Heartbeat, late_ranks
 
@@ -29,7 +30,8 @@ def test_a_rank_is_late_that_is_silent_or_else_behind(before, now, late):
 
 @pytest.mark.parametrize("other", ["silent", "alive"])
 def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, caplog, other):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in as_rank(0, 2).items():
+        monkeypatch.setenv(name, value)
     ended = []
     monkeypatch.setattr("shoal.train.engine.stop.os._exit", ended.append)
     heartbeat = Heartbeat(tmp_path, timeout_s=0.4)
