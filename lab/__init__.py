@@ -12,7 +12,6 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     disputed     questions that people answer in different ways
     heads        which heads copy what is asked for
     local_heal   gaps healed on hidden states before the student is trained
-    multi_scale  losses on pooled states
     patching     through which states the answer reaches the last token
     probes       where a concept can be read off
     reading      reading against writing
@@ -23,5 +22,5 @@ Folders:
 
     attention  what is seen of attention, and prompts for it
     depth      what is seen and changed along the depth
-    edits      parts that change layers: grow, merge, swap
+    edits      parts that change layers: merge, swap
 """

@@ -20,11 +20,9 @@ PARTS: dict[str, str] = {
     "depth_use": "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved",
     "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects, integrated gradients",
     "disputed": "how far models answer as people do, where these do not agree",
-    "grow": "new layers between others, zero, copied, mean or predicted (LESA)",
     "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
     "local_heal": "heal every gap on hidden states, layer by layer, and train the student from there",
     "merge": "neighbouring layers merged into one (LaCo)",
-    "multi_scale": "train on pooled states of late layers beside the recipe's losses",
     "patching": "through which states an answer reaches the last token, by patching activations",
     "probes": "at which depth a concept of labelled texts can be read off",
     "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
@@ -35,7 +33,7 @@ PARTS: dict[str, str] = {
 """Name of every part, which is also its module here -> what it says, in a line."""
 
 
-EDITS = ("grow", "merge", "swap")
+EDITS = ("merge", "swap")
 """Parts that are modules of edits/."""
 
 

@@ -28,7 +28,7 @@ from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_tokenizer
 from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Lora
-from shoal.recipe.losses import StateTerm
+from shoal.recipe.losses import HiddenStates
 from shoal.recipe.messages import checked
 from shoal.recipe.trainer_arguments import OURS, precisions_said
 
@@ -294,7 +294,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
     plan = known_plan(model, teacher or model, drop)
     if plan is None:
         kept, num_layers = len(decoder_layers(model)), len(decoder_layers(teacher or model))
-        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, StateTerm) for t in section.terms)
+        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, HiddenStates) for t in section.terms)
         if reads_drop and kept != num_layers:
             raise UserError(
                 f"drop: trainable {section.trainable!r} or a loss on states has to know which of the teacher's "

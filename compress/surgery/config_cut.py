@@ -1,5 +1,4 @@
-"""The student's configuration, made from the teacher's. ``keep`` is everywhere the kept teacher indices, in order; a
-new layer, which is of the kind of the one below it, repeats that one's.
+"""The student's configuration, made from the teacher's. ``keep`` is everywhere the kept teacher indices, in order.
 
 A depth cut touches more of a configuration than `num_hidden_layers`: lists with one entry per layer, thresholds, lists
 of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.24 uses. What a cut
@@ -209,9 +208,9 @@ def _keep_indexers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any
 def _refuse_lost_sources(field: str, what: str, sources: dict[int, int], keep: Sequence[int]) -> None:
     """Refuse layers without the one layer that they read from; ``sources``: layer -> that one."""
     for layer, source in sources.items():
-        if keep.count(source) != 1:
+        if source not in keep:
             raise UserError(
-                f"config.{field}: layer {layer} {what} of layer {source}, which these cuts drop or repeat; keep layer "
+                f"config.{field}: layer {layer} {what} of layer {source}, which these cuts drop; keep layer "
                 f"{source}, or drop all that read from it"
             )
 

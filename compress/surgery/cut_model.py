@@ -1,4 +1,4 @@
-"""Cut decoder layers out of a model in memory, really or by skipping them; let copies of layers follow them.
+"""Cut decoder layers out of a model in memory, really or by skipping them.
 
 The student is never the teacher edited in place. Its configuration is built first, a fresh model is made from it, and
 tensors are copied by an old-to-new index map: whatever a family derives from a layer's index (attention kind, RoPE,
@@ -31,18 +31,16 @@ _ADAPTER = re.compile(r"(?<=_adapter_list\.)\d+(?=\.)")
 """Zamba 2 keeps in every shared block one adapter for each hybrid layer that runs it, numbered among hybrid layers."""
 
 
-def cut_model(
-    model: PreTrainedModel, drop: Sequence[int], *, insert: Collection[int] = (), share: bool = False
-) -> PreTrainedModel:
+def cut_model(model: PreTrainedModel, drop: Sequence[int], *, share: bool = False) -> PreTrainedModel:
     """A new model in eval mode without the layers ``drop`` (any order), in the teacher's dtypes and on its device.
 
-    Every layer of ``insert`` is followed by a copy of itself. The teacher stays as it is. With ``share`` the two use
-    the same storage, which halves the memory where neither will be trained.
+    The teacher stays as it is. With ``share`` the two use the same storage, which halves the memory where neither will
+    be trained.
 
     Raises:
         UserError: an index that is no layer, all layers, or a cut the architecture cannot express.
     """
-    keep = kept_layers(len(decoder_layers(model)), drop, insert)
+    keep = kept_layers(len(decoder_layers(model)), drop)
     config = cut_config(model.config, keep)
     with init_empty_weights(include_buffers=False), no_init_weights():
         student = type(model)._from_config(config, dtype=model.dtype)
@@ -76,20 +74,18 @@ def skipped(model: PreTrainedModel, drop: Collection[int]) -> Iterator[PreTraine
         yield model
 
 
-def kept_layers(num_layers: int, drop: Collection[int], insert: Collection[int] = ()) -> tuple[int, ...]:
-    """The layers that stay, in order; those of ``insert`` twice, the second time as a new layer of their kind.
+def kept_layers(num_layers: int, drop: Collection[int]) -> tuple[int, ...]:
+    """The layers that stay, in order.
 
     Raises:
         UserError: an index that is no layer, or all layers dropped.
     """
     dropped = set(drop)
-    if outside := sorted(layer for layer in {*dropped, *insert} if not 0 <= layer < num_layers):
+    if outside := sorted(layer for layer in dropped if not 0 <= layer < num_layers):
         raise UserError(f"drop: {outside[0]} is no layer of this model; its layers are 0..{num_layers - 1}")
     if len(dropped) == num_layers:
         raise UserError(f"drop: names all {num_layers} layers; keep at least one")
-    return tuple(
-        layer for layer in range(num_layers) if layer not in dropped for _ in range(2 if layer in insert else 1)
-    )
+    return tuple(layer for layer in range(num_layers) if layer not in dropped)
 
 
 def _teacher_names(teacher: PreTrainedModel, names: Sequence[str], keep: Sequence[int]) -> dict[str, str]:

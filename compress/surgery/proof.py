@@ -53,9 +53,8 @@ class Behaviour:
 
 
 @torch.inference_mode()
-def behaviour(model: PreTrainedModel, *, use_cache: bool = True) -> Behaviour:
-    """The answers of ``model``; compare them with another's by prove_by_run. Without ``use_cache`` its text is written
-    without one, which a model that runs more layers than its cache has slots cannot use."""
+def behaviour(model: PreTrainedModel) -> Behaviour:
+    """The answers of ``model``; compare them with another's by prove_by_run."""
     align_weights(model)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)
@@ -66,7 +65,7 @@ def behaviour(model: PreTrainedModel, *, use_cache: bool = True) -> Behaviour:
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         do_sample=False,
-        use_cache=use_cache,
+        use_cache=True,
         max_new_tokens=PROOF_NEW_TOKENS,
     )
     return Behaviour(logits, text)

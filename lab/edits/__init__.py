@@ -1,7 +1,6 @@
 """Parts that change layers of a run's model.
 
 student  writes student/ and plan.json, proven by running it
-grow     new layers between others, also as LESA predicts them
 merge    neighbours into one
 swap     a donor's layers
 """

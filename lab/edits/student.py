@@ -36,10 +36,6 @@ class Edited:
     """A block in which the teacher answers as the student must."""
     drop: tuple[int, ...] = ()
     """The teacher's layers that the student lacks."""
-    keep: tuple[int, ...] = ()
-    """For every layer of the student the teacher's, where that is not all that ``drop`` leaves."""
-    use_cache: bool = True
-    """Whether the teacher in that block can write with a KV cache."""
 
 
 def loaded_teacher(run: Run) -> PreTrainedModel:
@@ -69,9 +65,8 @@ def write_student(
     asked = {f"{LAB}.{key}": value for key, value in as_dict(settings).items()}
     inputs = {"model": run.teacher_fingerprint, LAB: part, **asked, "seed": run.recipe.seed, **read}
     words, num_layers = edited.change.words, run.num_layers
-    plan = Plan(
-        Provenance(inputs), num_layers, edited.drop, f"shoal lab {part}: {words}", edited.keep, (edited.change,)
-    )
+    reason = f"shoal lab {part}: {words}"
+    plan = Plan(Provenance(inputs), num_layers, edited.drop, reason, changes=(edited.change,))
     out, path = run.dir / "student", run.dir / Plan.FILE
     path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
     with written_folder(out, key=fingerprint(inputs)) as folder:
@@ -81,7 +76,7 @@ def write_student(
             prove_by_files(folder, teacher, plan.keep)
         with doing(f"{part}: proving the student by running it"):
             with edited.in_force():
-                expected = behaviour(teacher, use_cache=edited.use_cache)
+                expected = behaviour(teacher)
             prove_by_run(folder, expected, reference=f"the teacher with {words}")
     replace(plan, student=plan.sealed(model_fingerprint(out))).save(path)
     told = f"{plan.in_words()}: {out} and {path} are written"

@@ -28,7 +28,7 @@ from shoal.progress import doing
 from shoal.ranks import world_size
 from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Eval
-from shoal.recipe.losses import StateTerm
+from shoal.recipe.losses import HiddenStates
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
@@ -53,7 +53,7 @@ def record(run: Run) -> None:
     assert isinstance(settings.teacher, Recorded)
     check_length(run, settings.sequence_length, "distill.sequence_length")
     # which layers' states are kept is known by the plan; else any as large will do
-    is_by_plan = settings.teacher.prefix or any(isinstance(term, StateTerm) for term in settings.terms)
+    is_by_plan = settings.teacher.prefix or any(isinstance(term, HiddenStates) for term in settings.terms)
     spec = training_spec(run, read_plan(run) if is_by_plan else expected_plan(run), Ranks.here())
     training.check_distillable(spec)
     seed_everything(recipe.seed)

@@ -8,8 +8,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan, PlannedChange
 
 
-def plan(*drop: int, num_layers: int = 10, keep: tuple[int, ...] = (), changes: tuple[PlannedChange, ...] = ()) -> Plan:
-    return Plan(Provenance({}), num_layers, drop, "", keep, changes)
+def plan(*drop: int, num_layers: int = 10, changes: tuple[PlannedChange, ...] = ()) -> Plan:
+    return Plan(Provenance({}), num_layers, drop, "", changes=changes)
 
 
 def names(student: Any) -> set[str]:

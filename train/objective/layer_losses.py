@@ -24,7 +24,7 @@ from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.document_masks import document_starts
-from shoal.recipe.losses import HiddenStates, StateTerm
+from shoal.recipe.losses import HiddenStates
 
 from .host_batch import learnt_places, queued
 
@@ -100,9 +100,7 @@ def layer_map(plan: Plan, kind: Literal["gap_closing", "own"]) -> tuple[int, ...
     LLM-Streamline's target (arXiv:2403.19135) for every gap.
     """
     if kind == "gap_closing":
-        ends = (*(after - 1 for after in plan.keep[1:]), plan.num_layers - 1)
-        # a layer below a new one has its own state: what comes after is the new one's work
-        return tuple(map(max, plan.keep, ends))
+        return (*(after - 1 for after in plan.keep[1:]), plan.num_layers - 1)
     ends = dict(run for change in plan.changes for run in change.runs)
     return tuple(ends.get(layer, layer) for layer in plan.keep)
 
@@ -110,27 +108,15 @@ def layer_map(plan: Plan, kind: Literal["gap_closing", "own"]) -> tuple[int, ...
 def layer_pairs(term: HiddenStates, plan: Plan, *, num_shared: int = 0) -> tuple[tuple[int, int], ...]:
     """(student layer, teacher layer) of every comparison that ``term`` makes.
 
-    Layers that it does not name are all from the first whose pair is not equal from the start. New layers stand for
-    none of the teacher's and are passed over, unless they are named. Below ``num_shared`` the student is the teacher
-    and frozen: nothing there could be learnt.
+    Where it names no layers they are all from the first whose pair is not equal from the start. Below ``num_shared``
+    the student is the teacher and frozen: nothing there could be learnt.
 
     Raises:
         UserError: a layer that the student does not have, or no layer left.
     """
     targets = layer_map(plan, term.map)
     changed = plan.first_change if plan.changes_layers else 0
-    own = (layer for layer in range(len(plan.keep)) if layer not in plan.new_layers)
-    return pairs_with(term, targets, [s for s in own if s != targets[s] or s >= changed], num_shared=num_shared)
-
-
-def pairs_with(
-    term: StateTerm, targets: Sequence[int], unnamed: Sequence[int], *, num_shared: int
-) -> tuple[tuple[int, int], ...]:
-    """The layers that ``term`` names, or ``unnamed`` where it names none, each with its teacher layer in ``targets``.
-
-    Raises:
-        UserError: as layer_pairs does.
-    """
+    unnamed = [layer for layer, target in enumerate(targets) if layer != target or layer >= changed]
     num_layers = len(targets)
     if term.layers and max(term.layers) >= num_layers:
         raise UserError(
@@ -159,7 +145,7 @@ class StateLosses:
 
     def __init__(
         self,
-        terms: Sequence[StateTerm],
+        terms: Sequence[HiddenStates],
         plan: Plan,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
@@ -167,17 +153,12 @@ class StateLosses:
         num_shared: int = 0,
     ) -> None:
         self.terms = tuple(terms)
-        self.student, self.teacher, self.plan, self.num_shared = student, teacher, plan, num_shared
-        self._pairs = tuple(map(self.pairs, terms))
+        self.student, self.teacher, self.plan = student, teacher, plan
+        self._pairs = [layer_pairs(term, plan, num_shared=num_shared) for term in terms]
         # one capture serves all terms: the union of what they compare, side 0 the student's and side 1 the teacher's
         pairs = [pair for own in self._pairs for pair in own]
         self.student_layers, self.teacher_layers = (tuple(sorted({pair[side] for pair in pairs})) for side in (0, 1))
         """Layers whose raw states are compared."""
-
-    def pairs(self, term: StateTerm) -> tuple[tuple[int, int], ...]:
-        """(student layer, teacher layer) of every comparison of ``term``."""
-        assert isinstance(term, HiddenStates)
-        return layer_pairs(term, self.plan, num_shared=self.num_shared)
 
     def capturing_student(self) -> AbstractContextManager[Captured]:
         """What the terms need of one forward pass of the student, with its graph."""
@@ -187,10 +168,6 @@ class StateLosses:
         """What the terms need of one forward pass of the teacher."""
         assert self.teacher is not None
         return capturing(self.teacher, self.teacher_layers)
-
-    def tokens(self, labels_BS: Tensor, position_ids_BS: Tensor, device: torch.device) -> Tokens:
-        """The tokens that count where these labels are learnt."""
-        return Tokens.of(labels_BS, position_ids_BS, device)
 
     def __call__(
         self,
@@ -215,14 +192,16 @@ class StateLosses:
         device = device or position_ids_BS.device
         labels = [labels] * len(self.terms) if isinstance(labels, Tensor) else labels
         # by identity: terms that learn from the same tokens are given the same tensor
-        tokens_by_labels = {id(each_BS): self.tokens(each_BS, position_ids_BS, device) for each_BS in labels}
+        tokens_by_labels = {id(each_BS): Tokens.of(each_BS, position_ids_BS, device) for each_BS in labels}
         loss = torch.zeros((), device=device)
         sums: list[Tensor] = []
         for term, pairs, labels_BS in zip(self.terms, self._pairs, labels, strict=True):
             tokens = tokens_by_labels[id(labels_BS)]
             # a term of weight 0 is computed for its curve alone
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
-                total = torch.stack([self.pair_sum(term, pair, student, teacher, tokens) for pair in pairs]).mean()
+                total = torch.stack(
+                    [again(_token_sum, *self._states(pair, student, teacher), tokens, term.distance) for pair in pairs]
+                ).mean()
             if torch.is_grad_enabled() and term.weight > 0 and not total.requires_grad:
                 raise UserError(
                     f"{term.kind}: no gradient reaches the student: all it looks at is frozen; train these layers, or "
@@ -232,14 +211,7 @@ class StateLosses:
             sums.append(total.detach().double())  # added up over a whole step, where fp32 would lose digits
         return loss, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
 
-    def pair_sum(
-        self, term: StateTerm, pair: tuple[int, int], student: Captured, teacher: Captured, tokens: Tokens
-    ) -> Tensor:
-        """The loss of one comparison, as a sum over tokens."""
-        assert isinstance(term, HiddenStates)
-        return again(_token_sum, *self.states(pair, student, teacher), tokens, term.distance)
-
-    def states(self, pair: tuple[int, int], student: Captured, teacher: Captured) -> tuple[Tensor, Tensor]:
+    def _states(self, pair: tuple[int, int], student: Captured, teacher: Captured) -> tuple[Tensor, Tensor]:
         """The two states of a comparison (B, S, D)."""
         layer, target = pair
         ours_BSD, scale = student.states[layer], self.plan.state_scale(target)

@@ -210,7 +210,7 @@ def job(spec: TrainSpec) -> Job:
             dtype=torch.float32 if deepspeed.weight_dtype.itemsize == 4 else torch.bfloat16,
             autocast=deepspeed.autocast_dtype is not None,
             attention=spec.student.load.attention,
-            changed={*map(plan.keep.index, plan.reweighted), *plan.new_layers},
+            changed={*map(plan.keep.index, plan.reweighted)},
         )
         teacher = teacher_size(spec.teacher.config, attention=spec.teacher.load.attention)
     except RuntimeError as error:  # torch's, of operations that need numbers

@@ -12,7 +12,7 @@ from typing import Any
 from shoal.artifacts.plan import Plan
 from shoal.models.anatomy import text_config
 from shoal.recipe.distill import Distill
-from shoal.recipe.losses import HiddenStates, LossTerm, StateTerm
+from shoal.recipe.losses import HiddenStates, LossTerm
 
 from ..objective.layer_losses import layer_pairs
 from .spec import TrainSpec
@@ -58,7 +58,7 @@ def control_identity(settings: Distill, plan: Plan) -> dict[str, Any]:
     """
     trained = _in_teacher(trained_parts(settings.trainable, plan), settings.trainable, plan)
     identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
-    if any(isinstance(term, StateTerm) for term in settings.terms):
+    if any(isinstance(term, HiddenStates) for term in settings.terms):
         # which layers are compared, whatever they hold
         changed = [[change.kind, *change.layers, *change.runs] for change in plan.changes]
         identity |= {"plan.keep": list(plan.keep), "plan.changes": changed}

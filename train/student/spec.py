@@ -16,14 +16,13 @@ from shoal.models.attention import without_kernels
 from shoal.models.load import Checkpoint
 from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Live, Recorded, sources_that_ask
-from shoal.recipe.losses import StateTerm, needs_teacher, reads_distributions
+from shoal.recipe.losses import HiddenStates, needs_teacher, reads_distributions
 from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Dtype
 from shoal.recipe.trainer_arguments import DEFAULTS
 from shoal.runtime import device
 
 from ..engine.arguments import DeepSpeed, batch_split, deepspeed_config
-from ..objective.layer_losses import StateLosses
 from .sizes import built, shapes_only
 from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts
 
@@ -69,8 +68,6 @@ class TrainSpec:
     """Lowest student layers that are the teacher's when training begins, and frozen."""
     shared_layers: int
     """Lowest student layers that the student does not run: a live teacher does for both, or their state is recorded."""
-    state_losses: type[StateLosses] = StateLosses
-    """What computes terms inside the layers; another one knows more of them."""
     is_forced: bool = False
     """Whether it starts although memory or disk will not do."""
 
@@ -113,7 +110,7 @@ class TrainSpec:
         """Numbers of the sources of whose rows the teacher is asked; None = of all."""
         # states are compared row by row; under ZeRO 3 all ranks gather a layer, whatever rows they have; and what comes
         # over from the host does so for one row too
-        of_all = any(isinstance(term, StateTerm) for term in self.settings.terms)
+        of_all = any(isinstance(term, HiddenStates) for term in self.settings.terms)
         of_all |= (self.deepspeed.stage == 3 and self.runs_teacher) or self.teacher_place in ("offloaded", "recorded")
         return None if of_all else sources_that_ask(self.settings)
 

@@ -87,8 +87,7 @@ def trained_parts(trainable: str, plan: Plan, *, tied: bool = False, keys_from: 
 
 def _near_gaps(plan: Plan) -> tuple[int, ...]:
     kept = list(enumerate(plan.keep))
-    near = {layer for layer, index in kept if index in plan.changed} - {*plan.new_layers}
-    near |= {place for new in plan.new_layers for place in (new - 1, new, new + 1) if place < len(kept)}
+    near = {layer for layer, index in kept if index in plan.changed}
     for (below, lower), (above, upper) in itertools.pairwise(kept):
         if upper > lower + 1:
             near |= {below, above}

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.losses import StateTerm
+from shoal.recipe.losses import HiddenStates
 
 from ..engine.kernels import Fused
 from ..objective.chunked_loss import CHUNK, compiles
+from ..objective.layer_losses import StateLosses
 from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
 from ..student.lora import add_adapters
 from ..student.spec import TrainSpec
@@ -67,8 +68,8 @@ def wire(
     """
     shared, settings = spec.shared_layers, spec.settings
     prefix = SharedPrefix(student, live, first_change=shared) if shared else None
-    terms = [term for term in settings.terms if isinstance(term, StateTerm)]
-    states = spec.state_losses(terms, spec.plan, student, live, num_shared=spec.frozen_layers) if terms else None
+    terms = [term for term in settings.terms if isinstance(term, HiddenStates)]
+    states = StateLosses(terms, spec.plan, student, live, num_shared=spec.frozen_layers) if terms else None
     if live is not None:
         teacher = LiveTeacher(
             live, reads_logits=spec.reads_logits, states=states, prefix=prefix, asked=spec.asked_sources

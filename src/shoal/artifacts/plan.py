@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -101,7 +100,7 @@ class PlannedChange:
     words: str
     """What it does, for a reader."""
     layers: tuple[int, ...] = ()
-    """Kept layers that do something else, increasing; of a layer that is inserted none."""
+    """Kept layers that do something else, increasing."""
     rescaled: tuple[int, ...] = ()
     """Kept layers that do what they did to states of another size, with other weights."""
     runs: tuple[tuple[int, int], ...] = ()
@@ -157,7 +156,7 @@ class Plan(Tabular, Artifact):
             yield f"drop: names layer {wrong[0]} of a model of {self.num_layers} layers"
         if len(drop) >= self.num_layers:
             yield "drop: leaves no layer"
-        if list(self.keep) != sorted(self.keep) or {*self.keep} != {*range(self.num_layers)} - {*drop}:
+        if list(self.keep) != sorted({*range(self.num_layers)} - {*drop}):
             yield f"keep: is {list(self.keep)}; layers are increasing, and all but those of drop"
         for index, gap in enumerate(self.gaps):
             if not set(range(gap.first, gap.last + 1)) <= set(drop):
@@ -210,7 +209,7 @@ class Plan(Tabular, Artifact):
 
     @property
     def changed(self) -> tuple[int, ...]:
-        """The teacher's layers that stay and do something else, increasing; new ones are beside them."""
+        """The teacher's layers that stay and do something else, increasing."""
         return tuple(sorted({layer for change in self.changes for layer in change.layers}))
 
     @property
@@ -223,13 +222,6 @@ class Plan(Tabular, Artifact):
         """The lowest layer at which the student is not the teacher any more; behind its last where it is in none."""
         other = (place for place, layer in enumerate(self.keep) if layer != place or layer in self.changed)
         return next(other, len(self.keep))
-
-    @property
-    def new_layers(self) -> tuple[int, ...]:
-        """The student's layers that are inserted, by their numbers in it."""
-        return tuple(
-            place for place, (lower, upper) in enumerate(itertools.pairwise(self.keep), start=1) if lower == upper
-        )
 
 
 def _compensation(gaps: Sequence[ClosedGap], keep: Sequence[int]) -> tuple[PlannedChange, ...]:

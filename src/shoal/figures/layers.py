@@ -109,7 +109,7 @@ def _is_run(plan: Plan, drop: Sequence[int]) -> bool:
 def _draw_stack(ax: Axes, plan: Plan) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    edited, followed = plan.changed, {plan.keep[place] for place in plan.new_layers}
+    edited = plan.changed
     for layer in range(plan.num_layers):
         out = layer in plan.drop
         brick = FancyBboxPatch(
@@ -126,8 +126,6 @@ def _draw_stack(ax: Axes, plan: Plan) -> None:
         ax.add_patch(brick)
         if layer in edited:
             ax.text(1.08, layer, "◆", color=INK, fontsize=8, va="center")
-        if layer in followed:
-            ax.text(1.08, layer + 0.5, "+", color=INK, fontsize=8, va="center")
     every = 1 if plan.num_layers <= 40 else 5
     ax.set_yticks(range(0, plan.num_layers, every))
     ax.tick_params(axis="y", length=0, labelsize=8, pad=2)
@@ -140,7 +138,6 @@ def _draw_stack(ax: Axes, plan: Plan) -> None:
         "■ kept",
         *(["▨ cut"] if plan.drop else []),
         *(["◆ edited"] if edited else []),
-        *(["+ new"] if followed else []),
     ]
     ax.set_xlabel("\n".join(["↓ next word out", "  ".join(legend)]), fontsize=8)
 

@@ -125,20 +125,13 @@ class CrossEntropy(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateTerm(Section):
-    """A term of what happens inside the layers."""
-
-    kind: str
-    weight: Weight = 1.0
-    layers: Layers | None = None
-    """Student layers; None = those where student and teacher differ from the start."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HiddenStates(StateTerm):
+class HiddenStates(Section):
     """The states after student layers against the teacher's."""
 
     kind: Literal["hidden_states"] = "hidden_states"
+    weight: Weight = 1.0
+    layers: Layers | None = None
+    """Student layers; None = those where student and teacher differ from the start."""
     map: Literal["gap_closing", "own"] = "gap_closing"
     """Teacher state that a student layer is to give: the one its next kept layer was used to read (so that the layer
     before a gap learns the gap), or the one the same layer gives in the teacher."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from shoal.recipe import losses
 from shoal.recipe.distill import Distill, Recorded
-from shoal.recipe.losses import StateTerm, from_top_k, reads_distributions, temperatures
+from shoal.recipe.losses import HiddenStates, from_top_k, reads_distributions, temperatures
 from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate, Cut, CutByScore, CutThese, Width
 from shoal.recipe.section import Section
@@ -31,7 +31,7 @@ def _is_recorded(distill: Distill) -> bool:
 
 
 def _asks_too_much_of_vllm(distill: Distill) -> bool:
-    teacher, states = distill.teacher, any(isinstance(term, StateTerm) for term in distill.terms)
+    teacher, states = distill.teacher, any(isinstance(term, HiddenStates) for term in distill.terms)
     if not isinstance(teacher, Recorded) or teacher.backend != "vllm":
         return False
     return teacher.prefix or states or distill.recorded_temperature != 1

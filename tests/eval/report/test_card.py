@@ -181,8 +181,8 @@ def test_card_tells_changes(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-def test_a_model_that_grew_is_called_no_smaller_one(tmp_path: Path) -> None:
-    replace(plan((), (PlannedChange("grow", "new"),)), keep=(0, 1, 2, 2, 3, 4, 5, 6, 7)).save(tmp_path / "plan.json")
+def test_a_model_of_as_many_layers_is_called_no_smaller_one(tmp_path: Path) -> None:
+    plan((), (PlannedChange("swap", "layer 5 swapped", (5,)),)).save(tmp_path / "plan.json")
     card = model_card(tmp_path)
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card

@@ -5,7 +5,7 @@ Covers: shoal.lab.edits.merge.
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
-from shoal.lab.edits import grow, merge, swap
+from shoal.lab.edits import merge, swap
 from shoal.launch.verbs.prune import read_plan
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.anatomy import decoder_layers
-from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.recipe.recipe import parse_recipe
 
 
@@ -35,12 +33,6 @@ def made(part: Any, run: Run, **settings: Any) -> tuple[Plan, Any]:
     told = part.work(run, part.Settings(**settings))
     assert f"shoal distill {run.dir}" in told
     return read_plan(run), AutoModelForCausalLM.from_pretrained(run.dir / "student", dtype="auto")
-
-
-def logits(model: Any) -> Tensor:
-    ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
 
 
 def checkpoint(kind: str, path: Path) -> Path:
@@ -80,27 +72,6 @@ def test_layers_of_a_donor_stand_in_their_places(tmp_path: Path) -> None:
     assert plan.first_change == 4
 
 
-def test_new_layers_that_write_nothing_change_no_bit(tmp_path: Path) -> None:
-    run = run_of(tiny_checkpoint(tmp_path, "gemma3"), tmp_path / "run")
-    plan, student = made(grow, run, after=(1, 3))
-    assert (plan.keep, plan.new_layers, plan.changed, plan.first_change) == ((0, 1, 1, 2, 3, 3, 4, 5), (2, 5), (), 2)
-    assert torch.equal(logits(student), logits(AutoModelForCausalLM.from_pretrained(run.teacher)))
-    config = json.loads((run.dir / "student/config.json").read_text())
-    assert config[KEPT_LAYERS] == list(plan.keep)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("init", ["zero", "copy", "mean", "lesa"])
-@pytest.mark.parametrize("kind", ["llama_tied", "qwen2", "gemma3", "gpt2", "qwen3_next", "gpt_oss", "deepseek_v3"])
-def test_grown_models_are_proven_in_all_families(kind: str, init: str, tmp_path: Path) -> None:
-    run = run_of(checkpoint(kind, tmp_path), tmp_path / "run")
-    if kind == "qwen3_next" and init in ("mean", "lesa"):  # one of its neighbours has linear attention
-        with pytest.raises(UserError, match="layers 3 and 4 hold different tensors"):
-            made(grow, run, after=(3,), init=init)
-        return
-    made(grow, run, after=(3, 4) if init in ("zero", "copy") else (3,), init=init)
-
-
 @pytest.mark.prove
 @pytest.mark.parametrize("kind", ["llama_tied", "gemma3", "gpt2", "mixtral", "falcon"])
 def test_merged_models_are_proven_in_all_families(kind: str, tmp_path: Path) -> None:
@@ -113,8 +84,6 @@ def test_merged_models_are_proven_in_all_families(kind: str, tmp_path: Path) -> 
     [
         (merge, {"layers": (1, 3)}, r"layers: must be neighbours in increasing order"),
         (merge, {"layers": (5, 6)}, r"layers 5..6: this model's layers are 0..5"),
-        (grow, {"after": (5,), "init": "mean"}, r"there is no layer 6 to calculate"),
-        (grow, {"after": (6,)}, r"layers 6..6: this model's layers are 0..5"),
     ],
 )
 def test_what_cannot_be_is_refused(part: Any, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -128,13 +97,13 @@ def test_a_training_of_another_student_is_not_written_over(tmp_path: Path) -> No
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
     (run.dir / "checkpoints/checkpoint-3").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a training of another student"):
-        made(grow, run, after=(1,))
+        made(merge, run, layers=(1, 2))
 
 
 def test_a_student_that_is_not_the_teacher_as_changed_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
-    monkeypatch.setattr(grow, "zero_half", lambda *_: [])
-    with pytest.raises(UserError, match=r"logits differ from those of the teacher with 1 new layer after 2 \(zero\)"):
-        made(grow, run, after=(2,))
+    monkeypatch.setattr(merge, "tensors_in_place", lambda *_: nullcontext())
+    with pytest.raises(UserError, match=r"logits differ from those of the teacher with layers 2, 3 merged into one"):
+        made(merge, run, layers=(2, 3))
     assert not (run.dir / "student").exists()
     assert not (run.dir / "plan.json").exists()

@@ -28,8 +28,8 @@ KINDS = tuple(
 )
 
 
-def plan(drop: tuple[int, ...], *changes: PlannedChange, keep: tuple[int, ...] = (), num_layers: int = 6) -> Plan:
-    return Plan(Provenance({}), num_layers, drop, "", keep, changes)
+def plan(drop: tuple[int, ...], *changes: PlannedChange, num_layers: int = 6) -> Plan:
+    return Plan(Provenance({}), num_layers, drop, "", changes=changes)
 
 
 def labels(positions: Tensor = POSITIONS) -> Tensor:
@@ -96,8 +96,6 @@ SILENT = PlannedChange("skip", "", (3,))
         (plan((4, 5)), (0, 1, 2, 3), (0, 1, 2, 5)),
         (plan((0,)), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
         (plan((2, 3), MERGED), (0, 3, 4, 5), (0, 3, 4, 5)),
-        (plan((), keep=(0, 1, 1, 2, 3, 3, 4, 5)), (0, 1, 1, 2, 3, 3, 4, 5), (0, 1, 1, 2, 3, 3, 4, 5)),
-        (plan((2, 4), keep=(0, 1, 1, 3, 3, 5)), (0, 1, 1, 3, 3, 5), (0, 1, 2, 3, 4, 5)),
     ],
 )
 def test_layer_map_is_that_of_the_hand_written_table(cut_plan, own, gap_closing) -> None:
@@ -114,12 +112,6 @@ def test_layers_that_are_not_named_are_those_that_differ() -> None:
     assert layer_pairs(HiddenStates(layers=(3, 0)), dropped) == ((0, 0), (3, 5))
     with pytest.raises(UserError, match=r"hidden_states: layers: the student has 4 layers, 0 to 3 \(got 4\)"):
         layer_pairs(HiddenStates(layers=(1, 4)), dropped)
-
-
-def test_new_layers_stand_for_none_of_the_teachers_unless_they_are_named() -> None:
-    grown = plan((), keep=(0, 1, 1, 2, 3, 3, 4, 5))
-    assert layer_pairs(HiddenStates(), grown) == ((3, 2), (4, 3), (6, 4), (7, 5))
-    assert layer_pairs(HiddenStates(layers=(2, 3)), grown) == ((2, 1), (3, 2))
 
 
 def test_pairs_below_the_shared_prefix_are_left_out_and_none_left_is_refused() -> None:

@@ -25,7 +25,6 @@ from shoal.train.student.trainable import (
 
 MERGE = PlannedChange("merge", "", (2,), runs=((2, 3),))
 SKIP = PlannedChange("skip", "", (1,))
-GROWN = plan(keep=(0, 1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 9))
 NARROWED = replace(plan(4, 7), width=KeptWidth(num_key_value_heads=1))
 SWAP = PlannedChange("swap", "", (0, 4))  # other embeddings than the teacher's
 
@@ -48,11 +47,6 @@ SWAP = PlannedChange("swap", "", (0, 4))  # other embeddings than the teacher's
         ("from_first_cut", NARROWED, range(8), True, 0),
         ("near_gaps", NARROWED, range(8), False, 0),
         ("norm_and_head", NARROWED, (), True, 0),
-        ("near_gaps", GROWN, (3, 4, 5, 6, 7, 8), False, 3),
-        ("near_gaps", plan(8, keep=(0, 1, 2, 3, 4, 5, 6, 7, 9, 9)), (7, 8, 9), False, 7),
-        ("from_first_cut", GROWN, range(4, 12), True, 4),
-        ("from_first_cut", plan(keep=(*range(10), 9)), (10,), True, 10),
-        ("norm_and_head", GROWN, (), True, 4),
         ("norm_and_head", plan(4), (), True, 4),
     ],
 )
