@@ -344,7 +344,7 @@ def training_of(
     epochs, begun = divmod(trainer.state.global_step, max(1, math.ceil(num_rows / rows_of_step)))
     rows_read = epochs * num_rows + min(begun * rows_of_step, num_rows)
     return Training(
-        provenance=Provenance(inputs),
+        provenance=Provenance(inputs, model=spec.model),
         num_steps=trainer.state.global_step,
         num_tokens=rows_read * spec.settings.sequence_length,
         seconds=seconds[-1] if seconds else trainer.row.seconds,

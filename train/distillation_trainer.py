@@ -303,7 +303,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
         # nobody reads more of them than how many there are
         gone, width = tuple(range(kept, num_layers)), known_width(model, teacher or model)
         plan = Plan(Provenance({}), num_layers, gone, reason="not known", width=width)
-    spec = train_spec(original, student, plan, section, Ranks.here())
+    spec = replace(train_spec(original, student, plan, section, Ranks.here()), model=name_of(teacher or model))
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher_model: is missing, and the losses compare the student with one; give the uncut model")
     if (lora := section.lora) is not None and (lora.load_in_4bit or spec.deepspeed.stage == 3):

@@ -15,7 +15,7 @@ from shoal.figures.style import clean
 from shoal.formatting import bytes_text, count_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
-from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
+from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, Row, is_share, task_result
 from ..report.page import DASH, Picture, Table, render
 from ..report.wording import (
     difference_text,
@@ -35,7 +35,6 @@ from .standings import CONTROLLED, Groups, Standing, controls, standings, task_g
 log = logging.getLogger(__name__)
 
 NAME = "compare"
-TASK_FIELDS = ("task", "ability", "protocol", "metric", "version", "num_fewshot", "n", "chance", "column")
 COSTS = ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
 
 
@@ -89,7 +88,7 @@ def comparison_text(comparison: RunComparison) -> str:
 
 
 def as_data(comparison: RunComparison) -> dict[str, Any]:
-    """compare.json: runs, tasks, models with one cell per task, where they stand, notes."""
+    """compare.json: runs, models, tasks as results.json has them but of all these models, where they stand, notes."""
     groups = task_groups(comparison)
     return {
         "schema": "shoal/comparison/1",
@@ -97,10 +96,7 @@ def as_data(comparison: RunComparison) -> dict[str, Any]:
             {"letter": c.letter, "name": c.name, "folder": str(c.run.folder), "is_checkpoint": c.is_model}
             for c in comparison.contenders
         ],
-        "tasks": [
-            _fields(task, TASK_FIELDS) | {"teacher_above_chance": task.task not in comparison.silent}
-            for task in comparison.tasks
-        ],
+        "tasks": [_task_data(comparison, index) for index in range(len(comparison.tasks))],
         "models": [_model_data(model) for model in comparison.models],
         "ranked_by": list(groups.that_rank),
         "standings": [
@@ -125,21 +121,29 @@ def _model_data(model: Model) -> dict[str, Any]:
     return {
         "run": model.contender.letter,
         "role": model.role,
+        "name": f"{model.contender.letter} {model.role}",
         "dtype": dtype_of(model.contender, model.role),
         **_fields(model.evaluation, ("num_layers", "num_parameters", "num_bytes")),
         "decode_ratio": ratio and ratio.value,
         "decode_ratio_of_rounds": ratio and ratio.limits,
-        "compared_with": model.rival,
-        "cells": [
-            {
-                **_fields(cell.score, ("task", "score", "ci_low", "ci_high")),
-                "kept": _fields(cell.kept),
-                "difference": cell.difference
-                and {**_fields(cell.difference), "adjusted_p": cell.adjusted_p, "verdict": cell.verdict},
-            }
-            for cell in model.cells
-        ],
     }
+
+
+def _task_data(comparison: RunComparison, index: int) -> dict[str, Any]:
+    task, first = comparison.tasks[index], comparison.contenders[0].letter
+    cells = [
+        (f"{own.contender.letter} {own.role}", f"{first} {own.rival}", own.cells[index]) for own in comparison.models
+    ]
+    row = Row(
+        task.key,
+        task.ability,
+        scores={name: cell.score for name, _, cell in cells},
+        differences={(rival, name): cell.difference for name, rival, cell in cells if cell.difference},
+        retained={name: cell.kept for name, _, cell in cells if cell.kept},
+        teacher_sigmas=None,
+        adjusted_p={(rival, name): cell.adjusted_p for name, rival, cell in cells if cell.adjusted_p is not None},
+    )
+    return task_result(row, has_signal=task.task not in comparison.silent)
 
 
 def _fields(value: Any, names: Sequence[str] | None = None) -> Any:

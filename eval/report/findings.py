@@ -5,6 +5,7 @@ Only numbers here; how they are worded and shown is for wording.py, tables.py an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ SCORE_FIELDS = (
     *("num_fewshot", "version", "family", "level", "column"),
 )
 """What score_rows tells of a score."""
+ABOUT = ("task", "ability", "protocol", "metric", "version", "num_fewshot", "column", "n", "chance", "higher_is_better")
+"""What results.json says of a task."""
 SIZES = ("num_layers", "num_parameters", "num_bytes")
 K = TypeVar("K")
 Key = tuple[str, str, str]
@@ -346,23 +349,27 @@ def results(run: Run, comparison: Comparison, headline: Sequence[str]) -> dict[s
         "drop": list(run.plan.drop) if run.plan else None,
         "roles": {role: {size: getattr(own, size) for size in SIZES} for role, own in evaluations},
         "headline": list(headline),
-        "tasks": [_result(row) for row in comparison.rows],
+        "tasks": [task_result(row, has_signal=row.has_signal) for row in comparison.rows],
     }
 
 
-def _result(row: Row) -> dict[str, Any]:
-    about = ("task", "ability", "protocol", "metric", "column", "n", "chance", "higher_is_better")
+def task_result(row: Row, *, has_signal: bool) -> dict[str, Any]:
+    """A task of results.json, and of compare.json, where the roles of ``row`` are models of runs (`A pruned`)."""
     return {
-        **{field: getattr(row.any_score, field) for field in about},
-        "has_signal": row.has_signal,
+        **{field: getattr(row.any_score, field) for field in ABOUT},
+        "has_signal": has_signal,
         "scores": {role: _limits(score.score, score) for role, score in row.scores.items()},
         "changes": [
-            {"before": pair[0], "after": pair[1], **_limits(change.difference, change), "verdict": row.verdict(*pair)}
+            {"before": pair[0], "after": pair[1]}
+            | _limits(change.difference, change)
+            | {"adjusted_p": row.adjusted_p.get(pair), "verdict": row.verdict(*pair)}
             for pair, change in row.differences.items()
         ],
-        "share_kept": {role: _limits(kept.value, kept) for role, kept in row.retained.items()},
+        "share_kept": {role: _limits(own.value, own) | {"reason": own.reason} for role, own in row.retained.items()},
     }
 
 
-def _limits(value: float | None, limits: TaskScore | PairedDifference | Retention) -> dict[str, float | None]:
-    return {"value": value, "ci_low": limits.ci_low, "ci_high": limits.ci_high}
+def _limits(value: float | None, limits: TaskScore | PairedDifference | Retention) -> dict[str, Any]:
+    """The three numbers as JSON can hold them."""
+    told = {"value": value, "ci_low": limits.ci_low, "ci_high": limits.ci_high}
+    return {name: own if own is not None and math.isfinite(own) else None for name, own in told.items()}

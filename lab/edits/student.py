@@ -66,7 +66,8 @@ def write_student(
     inputs = {"model": run.teacher_fingerprint, LAB: part, **asked, "seed": run.recipe.seed, **read}
     words, num_layers = edited.change.words, run.num_layers
     reason = f"shoal lab {part}: {words}"
-    plan = Plan(Provenance(inputs), num_layers, edited.drop, reason, changes=(edited.change,))
+    origin = Provenance(inputs, model=run.recipe.model)
+    plan = Plan(origin, num_layers, edited.drop, reason, changes=(edited.change,))
     out, path = run.dir / "student", run.dir / Plan.FILE
     path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
     with written_folder(out, key=fingerprint(inputs)) as folder:

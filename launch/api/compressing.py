@@ -95,7 +95,7 @@ def measure_importance(
         inputs = identity_of(model, seed=seed) | {"rows": rows.fingerprint}
         inputs |= shaping(section, Shapes.IMPORTANCE, "measure.")
         del inputs["measure.data"]  # `rows` says what it was
-        found = replace(scores, provenance=Provenance(inputs))
+        found = replace(scores, provenance=Provenance(inputs, model=inputs["model"]))
         return found if section.sweep is None else _swept(found, model, tokenizer, section.sweep, seed=seed)
 
 
@@ -132,7 +132,7 @@ def _swept(
         "measure.sweep.tasks (files)": tasks_fingerprint(settings.tasks, None),
     }
     atlas = build_atlas(intact, removed, metrics=rankings(importance))
-    return replace(importance, provenance=Provenance(inputs), atlas=atlas)
+    return replace(importance, provenance=Provenance(inputs, model=importance.provenance.model), atlas=atlas)
 
 
 def choose_layers(
@@ -182,7 +182,8 @@ def choose_layers(
         "importance": importance.provenance.fingerprint,
         **shaping(settings, Shapes.PLAN, "prune."),
     }
-    return Plan(Provenance(inputs), importance.num_layers, **vars(choice))
+    origin = Provenance(inputs, model=importance.provenance.model)
+    return Plan(origin, importance.num_layers, **vars(choice))
 
 
 def cut_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def evaluate(
     inputs |= shaping(section, Shapes.SCORES, "eval.")
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
-        return model_evaluation(
+        scores = model_evaluation(
             role,
             model,
             require_tokenizer(tokenizer, model),
@@ -78,6 +78,7 @@ def evaluate(
             inputs=inputs,
             num_bytes=num_bytes,
         )
+    return replace(scores, provenance=replace(scores.provenance, model=inputs["model"]))
 
 
 @dataclass(frozen=True, repr=False)

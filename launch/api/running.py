@@ -17,7 +17,7 @@ from shoal.artifacts.evaluation import CONTROL, Scores
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
-from shoal.atomic_files import write_json
+from shoal.atomic_files import make_folder, write_json, write_text
 from shoal.errors import UserError, explained_paths
 from shoal.eval.report.card import model_card
 from shoal.eval.report.hub import push
@@ -64,6 +64,21 @@ class Run(Tabular):
         if role not in there:
             raise UserError(f"{self.folder}: has no model {role!r}; there is {', '.join(there) or 'none'}")
         return load_model(there[role])
+
+    def save(self, path: str | Path) -> None:
+        """Write all results and their run.json, without models, to the folder ``path``, where Run.load reads them.
+
+        Raises:
+            UserError: what this place does not take.
+        """
+        folder = Path(path).expanduser()
+        make_folder(folder / "eval", setting="path")
+        for part in filter(None, (self.importance, self.plan, self.training)):
+            part.save(folder / part.FILE)
+        for role, own in self.scores.items():
+            own.save(folder / "eval" / f"{role}.json")
+        if (told := self.folder / "run.json").is_file():
+            write_text(folder / told.name, told.read_text(encoding="utf-8"))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, **hub: Any) -> str:
         """The URL of the Hub repository that now holds the distilled model, with its card; ``hub`` as push_to_hub has
@@ -167,12 +182,8 @@ def push_to_hub(
         model.save_pretrained(folder / "distilled")
         tokenizer.save_pretrained(folder / "distilled")
         model.config.save_pretrained(folder / "student")
-        plan.save(folder / plan.FILE)
-        if training is not None:
-            training.save(folder / training.FILE)
-        for one in scores:
-            one.save(folder / "eval" / f"{one.role}.json")
-        name = plan.provenance.inputs.get("model") or ""  # of a model made in memory its family
+        Run(folder, None, plan, training, {one.role: one for one in scores}).save(folder)
+        name = plan.provenance.model  # of a model made in memory its family
         told = {"model": name if "/" in name else None, "export": {"hub_repo": repo_id}}
         told["distill"] = {**healing, "data": sources}
         write_json(folder / "run.json", {"recipe": told})

@@ -123,7 +123,7 @@ def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
     else:
         student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)
     spec = train_spec(teacher, student, plan, run.recipe.distill, ranks)
-    return dataclasses.replace(spec, is_forced=run.force)
+    return dataclasses.replace(spec, is_forced=run.force, model=run.recipe.model)
 
 
 def distill_is_done(run: Run) -> bool:

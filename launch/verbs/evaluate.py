@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def _score(run: Run, checkpoints: dict[str, Checkpoint], due: dict[str, dict[str
         seed_everything(run.recipe.seed)
         result = role_evaluation(role, checkpoints[role], questions, inputs=inputs, items=folder / "items")
         if is_main():
-            result.save(folder / f"{role}.json")
+            origin = replace(result.provenance, model=run.recipe.model)
+            replace(result, provenance=origin).save(folder / f"{role}.json")
         barrier()
 
 
@@ -223,7 +225,7 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
     sizes = None if isinstance(run.recipe.eval.speed, bool) else run.recipe.eval.speed
     free_memory()  # of the models that were scored one after another
     try:
-        speed = measure_speed(measured, provenance=Provenance(inputs), batch_sizes=sizes)
+        speed = measure_speed(measured, provenance=Provenance(inputs, model=run.recipe.model), batch_sizes=sizes)
     except UserError as reason:  # the report of a run that has healed for hours is worth more than its speed
         log.warning("eval: the speed is not measured. %s", reason)
         path.unlink(missing_ok=True)  # one of other models, which the report would refuse beside these scores

@@ -176,7 +176,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
         num_drop=run.num_removals,
         seed=run.recipe.seed,
     )
-    importance = replace(scores, provenance=Provenance(inputs))
+    importance = replace(scores, provenance=Provenance(inputs, model=run.recipe.model))
     edited = Edited(model)
     for operator, table in sweep_tables(run, edited, units).items():
         if operator == "layer":

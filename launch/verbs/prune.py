@@ -294,4 +294,5 @@ def _plan(run: Run, choice: Choice, inputs: dict[str, Any]) -> Plan:
     told = ["what stays of each layer writes most"] if widths else []
     reason = "; ".join(filter(None, [choice.reason, *told]))
     width = widths[0] if widths else None
-    return Plan(Provenance(inputs), run.num_layers, **vars(replace(choice, reason=reason)), width=width)
+    origin = Provenance(inputs, model=run.recipe.model)
+    return Plan(origin, run.num_layers, **vars(replace(choice, reason=reason)), width=width)

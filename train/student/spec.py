@@ -68,6 +68,8 @@ class TrainSpec:
     """Lowest student layers that are the teacher's when training begins, and frozen."""
     shared_layers: int
     """Lowest student layers that the student does not run: a live teacher does for both, or their state is recorded."""
+    model: str = ""
+    """What the recipe calls the teacher."""
     is_forced: bool = False
     """Whether it starts although memory or disk will not do."""
 

@@ -37,6 +37,8 @@ class Provenance:
     """Fingerprints and settings by name: `model`, `data`, `prune.drop`, ..."""
     environment: dict[str, Json] = field(default_factory=environment)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    model: str = ""
+    """The recipe's `model`, or what one in memory was loaded as; empty where nobody has said."""
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +80,7 @@ class Artifact:
         made = {
             "created": self.provenance.created,
             "shoal": self.provenance.environment.get("shoal", ""),
+            "model": self.provenance.model,
             "fingerprint": self.provenance.fingerprint,
         }
         body = {"schema": self.schema(), "made": made, **body, "internal": internal}

@@ -44,9 +44,10 @@ MADE = {
     "properties": {
         "created": {"type": "string", "description": "Time, ISO 8601."},
         "shoal": {"type": "string", "description": "Version of shoal."},
+        "model": {"type": "string", "description": "The full model, as the recipe names it; empty where it had none."},
         "fingerprint": {"type": "string", "description": "Equal = made of the same things with the same settings."},
     },
-    "required": ["created", "shoal", "fingerprint"],
+    "required": ["created", "shoal", "model", "fingerprint"],
 }
 
 

@@ -17,6 +17,7 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.figure import frontier, pareto_figure
 from shoal.eval.compare.page import as_data, comparison_text, write_comparison
+from shoal.eval.report.report import write_report
 from shoal.figures.style import save_figure
 
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>"
@@ -34,10 +35,15 @@ def test_page_markdown_json_and_figure_tell_the_same(two: list[Path], tmp_path: 
     data = json.loads((path.parent / "compare.json").read_text())
     cell = cell_of(comparison, "B", "distilled", "retrieval_continuation")
     assert cell.difference is not None
-    found = data["models"][4]["cells"][0]
-    assert (data["models"][4]["run"], data["models"][4]["role"]) == ("B", "distilled")
-    assert (found["score"], found["ci_low"]) == (cell.score.score, cell.score.ci_low)
-    assert found["difference"]["adjusted_p"] == cell.adjusted_p
+    found, name = data["tasks"][0], data["models"][4]["name"]
+    assert name == "B distilled"
+    assert found["scores"][name]["ci_low"] == cell.score.ci_low
+    (change,) = [own for own in found["changes"] if own["after"] == name]
+    assert (change["before"], change["value"], change["adjusted_p"]) == (
+        "A distilled",
+        cell.difference.difference,
+        cell.adjusted_p,
+    )
     score, change = f"{100 * cell.score.score:.1f} %", f"{100 * abs(cell.difference.difference):.1f} points"
     for text in (score, change, "82,000", "0.50", "30.0 (1.50 × ", "1.35, 1.88", "5.0 million", "10 MB"):
         assert text in page.words
@@ -45,6 +51,18 @@ def test_page_markdown_json_and_figure_tell_the_same(two: list[Path], tmp_path: 
     assert "(pareto.png)" in markdown
     assert not [tag for tag, attributes in page.tags for name in attributes if name in ("src", "srcset")]
     assert [attributes["role"] for tag, attributes in page.tags if tag == "svg"] == ["img"]
+
+
+def test_a_run_and_a_comparison_tell_a_task_in_the_same_words(two: list[Path], tmp_path: Path) -> None:
+    write_report(two[0])
+    of_run = json.loads((two[0] / "results.json").read_text())["tasks"]
+    of_all = as_data(compare_runs(two))["tasks"]
+    assert [own["task"] for own in of_run] == [own["task"] for own in of_all]
+    for own, other in zip(of_run, of_all, strict=True):
+        assert own.keys() == other.keys()
+        assert own["scores"]["distilled"] == other["scores"]["A distilled"]
+        assert own["share_kept"]["distilled"] == other["share_kept"]["A distilled"]
+        assert own["changes"][0].keys() == other["changes"][0].keys()
 
 
 @pytest.mark.slow
@@ -73,7 +91,7 @@ def test_infinite_ends_are_null_in_json(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, scores=one_window, distilled=d) for name, d in (("one", 0.7), ("other", 0.5))]
     comparison = compare_runs(runs)
     data = json.dumps(as_data(comparison), allow_nan=False)
-    assert json.loads(data)["models"][4]["cells"][0]["difference"]["ci_low"] is None
+    assert json.loads(data)["tasks"][0]["changes"][0]["ci_low"] is None
     assert "too few items" in comparison_text(comparison)
 
 

@@ -33,6 +33,7 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.artifacts.training import Training
 from shoal.data.sources import load_texts
+from shoal.eval.report.run import read_run
 from shoal.launch.api import running
 from shoal.launch.api.evaluating import Comparison
 from shoal.launch.api.running import Run
@@ -96,6 +97,8 @@ def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Pat
         assert getattr(importance, field) == getattr(expected, field), field
     plan = shoal.choose_layers(importance, num_drop=2, metric="angular", contiguous=True)
     assert plan.drop == Plan.load(own.dir / "plan.json").drop
+    for made in (importance, plan):
+        assert made.provenance.model == type(made).load(own.dir).provenance.model == str(teacher)
     student = shoal.cut_model(model, plan)
     written = load_file(own.dir / "student/model.safetensors")
     assert written.keys() == student.state_dict().keys()
@@ -109,6 +112,7 @@ def test_scores_are_those_of_the_stage(tmp_path: Path, teacher: Path) -> None:
     evaluation = shoal.evaluate(model, tokenizer, TASKS, limit=3, perplexity_tokens=512)
     expected = Scores.load(own.dir / "eval/teacher.json")
     assert evaluation.tasks == expected.tasks
+    assert evaluation.provenance.model == expected.provenance.model == str(teacher)
     assert (evaluation.num_parameters, evaluation.num_layers) == (expected.num_parameters, 6)
 
 
@@ -137,6 +141,7 @@ def test_healing_is_that_of_the_stage(tmp_path: Path, teacher: Path, docs: list[
     for name in ("loss", "forward_kl", "hidden_states", "grad_norm"):
         assert [row[name] for row in training.history if name in row] == pytest.approx(told.curve(name), rel=near), name
     assert (training.num_steps, training.num_tokens) == (STEPS, told.training.num_tokens)
+    assert training.provenance.model == told.training.provenance.model == str(teacher)
     for name, weight in told.weights().items():
         assert torch.allclose(weight, student.state_dict()[name], rtol=near, atol=0.1 * near), name
 
@@ -467,5 +472,9 @@ def test_a_run_directory_is_read_as_it_is(tmp_path: Path) -> None:
     assert run.plan == Plan.load(tmp_path / "run")
     assert list(run.scores) == ["teacher", "pruned", "distilled"]
     assert {row["role"] for row in run.rows()} == {*run.scores}
+    run.save(tmp_path / "copy")
+    again = Run.load(tmp_path / "copy")
+    assert replace(again, folder=run.folder) == run
+    assert read_run(again.folder).model == read_run(run.folder).model, "the recipe is kept beside them"
     with pytest.raises(shoal.UserError, match=r"has no model 'distilled'; there is none"):
         run.model()
