@@ -5,21 +5,18 @@ inference it goes on from them. So with probability lambda the rows of a step ar
 student samples with its present weights; the objective is the same, over the sampled tokens only, and no gradient flows
 through the sampling.
 
-A sample that has fallen into a loop teaches nothing there. Given two copies of a piece a teacher mostly expects the
-third, and then agrees with all that follows. Where it does not, it teaches the way out. So it is asked, and before the
-loss: every micro-batch's loss is divided by the learnt tokens of the whole step, of which none can be taken away once
-the loss of the first is made. For that the teacher reads the rows that hold a loop a second time, without gradients:
-little beside the sampling, which is a forward for every written token, and nothing where no text loops.
+A sample that has fallen into a loop teaches nothing there: given two copies of a piece a teacher mostly expects the
+third, and then agrees with all that follows. So what stands behind the second copy is not learnt; in the second copy
+the teacher still tells the way out.
 
-B rows, S sequence, P prompts, T new tokens, N tokens of loops.
+B rows, S sequence, P prompts, T new tokens.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,11 +39,6 @@ from .objective.host_batch import ON_HOST, OnHost, on_host, queued
 
 LONGEST_PERIOD = 64
 """Most tokens of a piece whose copies make a loop."""
-GOES_ALONG = math.log(0.5)
-"""Mean log-probability of a loop's tokens, in nats, above which the teacher itself would go on with it."""
-LogProbs = Callable[[Mapping[str, Any], Tensor], Tensor]
-"""A micro-batch and N places in its flattened rows, on the host; the teacher's log-probabilities, in nats, of the
-tokens there, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -95,29 +87,16 @@ class Sampler:
     def batches(
         self, student: PreTrainedModel, batches: Sequence[Mapping[str, Any]], *, step: int
     ) -> list[dict[str, Any]]:
-        """The micro-batches with as many rows of samples in place of their rows: labels on sampled tokens only.
+        """The micro-batches with as many rows of samples in place of their rows: labels on sampled tokens only, up to
+        the end of a loop's second copy; ``counts`` learns of them.
 
         ``student`` is an ordinary model here, with its own forward, whole on every rank and under the precision that
         training computes in; every rank calls this with as many micro-batches.
         """
-        return [self._sampled(student, batch, step=step) for batch in batches]
-
-    def judged(self, batches: Sequence[dict[str, Any]], log_probs: LogProbs) -> list[dict[str, Any]]:
-        """The samples of a step without labels that teach nothing (see ``confirmed``); ``counts`` learns of them.
-
-        ``log_probs`` runs the teacher, which does not compute under the precision that ``batches`` is called in. Every
-        rank calls this with as many micro-batches, and asks the teacher of one if any rank has to: a teacher in pieces
-        is run by all ranks together.
-        """
-        samples = [samples_in(on_host(batch)) for batch in batches]
-        looping = together(lambda: [any(sample.loop is not None for sample in of_batch) for of_batch in samples])
-        learnt, told = [], list[Sample]()
-        for batch, of_batch, on_ranks in zip(batches, samples, zip(*looping, strict=True), strict=True):
-            repeats = confirmed(batch, of_batch, log_probs) if any(on_ranks) else of_batch
-            learnt.append(without_repeats(batch, repeats))
-            told += repeats
-        self.counts.observe(told, end_ids=self.end_ids)
-        return learnt
+        written = [self._sampled(student, batch, step=step) for batch in batches]
+        samples = [samples_in(on_host(batch)) for batch in written]
+        self.counts.observe([sample for of_batch in samples for sample in of_batch], end_ids=self.end_ids)
+        return [without_repeats(batch, own) for batch, own in zip(written, samples, strict=True)]
 
     def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Any], *, step: int) -> dict[str, Any]:
         host = on_host(batch)
@@ -233,24 +212,6 @@ def samples_in(host: OnHost) -> list[Sample]:
             tokens = labels_S[start:stop].tolist()
             samples.append(Sample(row, start, tokens, loop_at_end(tokens, longest_period=LONGEST_PERIOD)))
     return samples
-
-
-def confirmed(batch: Mapping[str, Any], samples: Sequence[Sample], log_probs: LogProbs) -> list[Sample]:
-    """The samples, those loops left out that the teacher would not go on with. ``log_probs`` is called once, for the
-    rows that hold a loop, or for any row where none does."""
-    looping = [sample for sample in samples if sample.loop is not None]
-    rows = sorted({sample.row for sample in looping}) or [0]
-    host = on_host(batch)
-    assert host.input_ids_BS is not None
-    planes = {"input_ids": host.input_ids_BS, "position_ids": host.position_ids_BS, "labels": host.labels_BS}
-    part = {name: plane[rows] for name, plane in planes.items()}
-    device, width = batch["input_ids"].device, host.labels_BS.shape[1]
-    places = [torch.arange(width)[sample.repeats] + width * rows.index(sample.row) for sample in looping]
-    of_part = {**{name: queued(plane, device) for name, plane in part.items()}, ON_HOST: on_host(part)}
-    log_probs_N = log_probs(of_part, torch.cat([torch.arange(0), *places])).cpu()
-    means = [of_loop.mean().item() for of_loop in log_probs_N.split([len(of_loop) for of_loop in places])]
-    refused = {id(sample) for sample, mean in zip(looping, means, strict=True) if mean <= GOES_ALONG}
-    return [replace(sample, loop=None) if id(sample) in refused else sample for sample in samples]
 
 
 def without_repeats(batch: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
 from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
 from .engine.stop import StopRequest
-from .objective.host_batch import documents_known, on_host, queued, stacked
+from .objective.host_batch import documents_known, on_host, stacked
 from .objective.objective import Signals
 from .on_policy import Sampler as OnPolicySampler
 from .on_policy import checkpointing_kept, own_forwards
@@ -163,17 +163,11 @@ class ObjectiveTrainer(Trainer):
         if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
             with self.plain_student() as student:
                 batches = self._on_policy.batches(student, batches, step=step)
-            batches = self._on_policy.judged(batches, self._teacher_log_probs)
             num_items = self._get_num_items_in_batch(batches, device)
         self._batches, self._num_items = batches, 0 if num_items is None else num_items
         counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
         self._term_tokens = [sum(of_term) for of_term in zip(*counts, strict=True)]
         return batches, num_items
-
-    def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
-        """As train.on_policy.LogProbs says."""
-        with self.taught(batch) as signals:
-            return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
 
     @contextlib.contextmanager
     def plain_student(self) -> Iterator[PreTrainedModel]:

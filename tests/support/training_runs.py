@@ -219,13 +219,6 @@ def ask_of_all_rows() -> None:
     TrainSpec.asked_sources = property(lambda _: None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def go_along_with_loops() -> None:
-    """Let every loop count, whatever the teacher says of it, which here is a random one and sure of nothing."""
-    from shoal.train import on_policy
-
-    on_policy.GOES_ALONG = -float("inf")
-
-
 def spoil_loss(step: int, factor: float, rank: int) -> None:
     """From step number ``step`` on, counted from 1, one rank's loss is ``factor`` times what it is."""
     from shoal.train.trainer import DistillTrainer

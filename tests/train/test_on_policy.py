@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from shoal.train.on_policy import (
     Sample,
     Sampler,
     checkpointing_kept,
-    confirmed,
     lay_out,
     own_forwards,
     samples_in,
@@ -259,14 +257,6 @@ def rows(*texts, length: int = 40):
     return {**planes, ON_HOST: on_host(planes)}
 
 
-def told(log_probs: float, asked: list):
-    def answer(batch, places_N):
-        asked.append((batch, places_N))
-        return torch.full((len(places_N),), log_probs)
-
-    return answer
-
-
 def test_texts_are_told_apart_and_their_loops_found():
     batch = rows([CLEAN, ONES], [PAIRS])
     assert samples_in(on_host(batch)) == [
@@ -290,39 +280,3 @@ def test_labels_behind_the_second_copy_are_not_learnt_and_all_others_are():
     assert torch.equal(on_host(kept).labels_BS, expected)
     assert torch.equal(kept["input_ids"], batch["input_ids"]), "the student still reads them"
     assert not torch.equal(batch["labels"], expected), "the batch itself is left as it is"
-
-
-@pytest.mark.parametrize(("log_probs", "stays"), [(math.log(0.51), True), (math.log(0.49), False)])
-def test_a_loop_counts_where_the_teacher_goes_along_above_one_half(log_probs, stays):
-    batch = rows([CLEAN], [PAIRS], [ONES])
-    samples = samples_in(on_host(batch))
-    found = confirmed(batch, samples, told(log_probs, []))
-    assert [sample.loop is not None for sample in found] == [False, stays, stays]
-    assert [sample.tokens for sample in found] == [sample.tokens for sample in samples]
-
-
-def test_the_teacher_is_asked_for_the_tokens_behind_the_second_copy_in_rows_that_loop():
-    batch, asked = rows([CLEAN], [PAIRS, CLEAN], [CLEAN, ONES]), []
-    confirmed(batch, samples_in(on_host(batch)), told(0.0, asked))
-    ((part, places),) = asked
-    assert torch.equal(part["input_ids"], batch["input_ids"][1:])
-    assert torch.equal(part["position_ids"], batch["position_ids"][1:])
-    assert torch.equal(on_host(part).position_ids_BS, batch["position_ids"][1:])
-    assert part["input_ids"].flatten()[places].tolist() == [2, 3, 2, 1, 1, 1, 1]
-
-
-def test_every_loop_is_judged_by_the_mean_over_its_own_tokens():
-    batch = rows([PAIRS], [ONES])
-    answers = torch.tensor([-0.1, -0.2, -0.3, 0.0, 0.0, 0.0, -2.8])  # means -0.2 and -0.7; log 0.5 is -0.69
-    pairs, ones = confirmed(batch, samples_in(on_host(batch)), lambda _batch, _places: answers)
-    assert pairs.loop is not None
-    assert ones.loop is None
-
-
-def test_a_rank_without_a_loop_runs_the_teacher_on_one_row():
-    """Where the teacher is in pieces, another rank that has one would wait for it."""
-    batch, asked = rows([CLEAN], [CLEAN]), []
-    samples = samples_in(on_host(batch))
-    assert confirmed(batch, samples, told(0.0, asked)) == samples
-    ((part, places),) = asked
-    assert (len(part["input_ids"]), len(places)) == (1, 0)

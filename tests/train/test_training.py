@@ -25,7 +25,6 @@ from training_runs import (
     ask_of_all_rows,
     checkpointed_weights,
     finished,
-    go_along_with_loops,
     mask_labels_of_rows,
     recipe,
     run,
@@ -402,7 +401,7 @@ def test_adapters_above_a_shared_prefix_give_the_curve_without_sharing_and_a_pla
 @pytest.fixture(scope="module")
 def on_policy(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     path = recipe(tmp_path_factory.mktemp("on_policy"), teacher, cut, **WRITING)
-    return finished(run(path, before=go_along_with_loops))
+    return finished(run(path))
 
 
 WRITING: dict[str, Any] = {
@@ -438,7 +437,7 @@ def samples_of(trial: Trial) -> list[dict[str, float]]:
 
 def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_path):
     path = unfinished(on_policy, tmp_path / "copy", step=4)
-    resumed = finished(run(path, before=go_along_with_loops))
+    resumed = finished(run(path))
     assert "checkpoint-4" in resumed.log
     assert resumed.curve() == on_policy.curve()
     assert samples_of(resumed) == samples_of(on_policy)
@@ -449,6 +448,6 @@ def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_p
 def test_two_ranks_under_zero_3_sample_the_same_text_as_one(on_policy, teacher, cut, tmp_path):
     settings = {**WRITING, "deepspeed": "zero3"}
     settings["trainer"] = {**WRITING["trainer"], "per_device_train_batch_size": 1}
-    sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2, before=go_along_with_loops))
+    sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2))
     same(sharded, on_policy, ["jsd", "hidden_states"])
     assert samples_of(sharded) == samples_of(on_policy)

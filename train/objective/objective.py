@@ -218,19 +218,6 @@ class Objective:
             compiled=self._compiled_loss,
         )
 
-    @torch.no_grad()
-    def teacher_log_probs(self, signals: Signals, input_ids_BS: Tensor, places_N: Tensor) -> Tensor:
-        """A teacher's log-probabilities, in nats, of the tokens at these places of the flattened rows, (N,).
-
-        None of them is a row's first. Terms that read distributions have made a live teacher give its hidden states.
-        """
-        assert signals.hidden_BSD is not None
-        assert self._teacher_to_logits is not None
-        to_logits = _in_own_precision(self._teacher_to_logits)
-        hidden_ND, tokens_N = signals.hidden_BSD.flatten(0, 1)[places_N - 1], input_ids_BS.flatten()[places_N]
-        chunks = zip(hidden_ND.split(self._chunk), tokens_N.split(self._chunk), strict=True)
-        return torch.cat([-functional.cross_entropy(to_logits(h).float(), t, reduction="none") for h, t in chunks])
-
     def end_step(self, means: Sequence[float | None], *, step: int, num_steps: int) -> None:
         """What a term learns from a step: TAID moves its target on. ``means`` are the terms' means over the tokens of
         all ranks that they learn from; None = there were none."""
