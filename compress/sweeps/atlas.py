@@ -7,7 +7,6 @@ N items, L layers, C columns, R resamples.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +21,6 @@ from shoal.artifacts.importance import (
     DepthProfile,
     Estimate,
     ProtocolGap,
-    Stability,
     Sweep,
     SweepColumn,
 )
@@ -34,10 +32,8 @@ from .columns import summed
 from .table import Measured, needed_items, resampled_retentions, restricted, retentions, table_of
 
 CORNERSTONE_RETENTION = 0.1
-SHARE_REMOVED = 0.2
-"""Share of the layers whose sets are compared by Jaccard."""
 NUM_DIVISIONS = 20
-"""Random divisions of the items into three over which a column's stability is averaged."""
+"""Random divisions of the items into three over which a column's reliability is averaged."""
 DIVISION_SEED = 7
 
 
@@ -144,29 +140,20 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
         summed([a, Estimate(-b.value, -b.high, -b.low)], np.array([[1.0, -r], [-r, 1.0]]))
         for a, b, r in zip(kept_likely, kept_written, correlations, strict=True)
     ]
-    edges = [0, *(round(num_layers * third / 3) for third in (1, 2, 3))]
-    spans = [slice(min(a, num_layers - 1), max(a, b - 1) + 1) for a, b in itertools.pairwise(edges)]
-    effective = min(likely.effective_n, written.effective_n)
-    mean, *thirds = (_mean_gap(gaps_RL, value_L, span, effective) for span in (slice(None), *spans))
+    mean = value_L.mean()
+    low, high = expanded_percentiles(gaps_RL.mean(axis=1), mean, min(likely.effective_n, written.effective_n))
     return ProtocolGap(
         ability=likely.task.ability,
         likelihood=likely.task.task,
         generation=written.task.task,
         n=len(shared),
         gaps=tuple(gaps),
-        mean=mean,
-        thirds=(thirds[0], thirds[1], thirds[2]),
+        mean=Estimate(float(mean), float(low), float(high)),
     )
 
 
 def _correlation(one_R: Array, other_R: Array) -> float:
     return float(np.corrcoef(one_R, other_R)[0, 1]) if one_R.std() > 0 and other_R.std() > 0 else 0.0
-
-
-def _mean_gap(gaps_RL: Array, value_L: Array, span: slice, n: float) -> Estimate:
-    value = value_L[span].mean()
-    low, high = expanded_percentiles(gaps_RL[:, span].mean(axis=1), value, n)
-    return Estimate(float(value), float(low), float(high))
 
 
 def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
@@ -177,9 +164,9 @@ def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
     """
     losses = layer_losses(swept)
     if losses is None:
-        return DepthProfile(swept.task, None, None, None, swept.no_retention)
+        return DepthProfile(swept.task, None, swept.no_retention)
     if len(losses) < 2 or sum(losses) == 0:
-        return DepthProfile(swept.task, None, None, None, "no layer's removal makes it worse")
+        return DepthProfile(swept.task, None, "no layer's removal makes it worse")
     if swept.higher_is_better:
         (kept_RL,) = resampled_retentions(column)
         losses_RL = np.maximum(0.0, 1 - kept_RL)
@@ -189,41 +176,24 @@ def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
     centroid = float(loss_L @ depth_L / loss_L.sum())
     losses_RL = losses_RL[losses_RL.sum(axis=1) > 0]
     limits = bias_corrected(losses_RL @ depth_L / losses_RL.sum(axis=1), centroid)
-    return DepthProfile(swept.task, Estimate(centroid, *limits), normalised_entropy(loss_L), gini(loss_L))
-
-
-def normalised_entropy(loss_L: Array) -> float:
-    """Entropy of the shares of ``loss_L`` as a share of that of equal shares; 0 where one layer has all."""
-    shares = loss_L[loss_L > 0] / loss_L.sum()
-    return float(max(0.0, -(shares * np.log(shares)).sum() / np.log(len(loss_L))))
-
-
-def gini(loss_L: Array) -> float:
-    """Mean absolute difference of all pairs over twice the mean: 0 = equal, 1 - 1/L = one layer has all."""
-    ordered, count = np.sort(loss_L), len(loss_L)
-    return float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * ordered.sum()))
+    return DepthProfile(swept.task, Estimate(centroid, *limits))
 
 
 def agreement(columns: Sequence[Measured], metrics: Mapping[str, Sequence[float]]) -> Agreement:
-    """Rank correlations and shared removals of all task columns and metrics.
+    """Rank correlations of all task columns and metrics.
 
     Two columns that rank alike still correlate below 1, because each is measured on finite items: that bound is
     `ceiling`, and only a correlation well below it says that the columns mean different things.
     """
     scores = {name: tuple(values) for name, values in metrics.items()}
     scores |= {column.task.task: importances(column) for column in columns}
-    num_layers = len(next(iter(scores.values())))
-    k = max(1, round(SHARE_REMOVED * num_layers))
-    stability = {column.task.task: column_stability(column) for column in columns}
-    known = [stability[name].reliability if name in stability else None for name in scores]
+    reliabilities = {column.task.task: reliability(column) for column in columns}
+    known = [reliabilities.get(name) for name in scores]
     rows = list(scores.values())
     return Agreement(
         columns=tuple(scores),
         spearman=tuple(tuple(spearman(row, other) for other in rows) for row in rows),
         ceiling=tuple(tuple(_ceiling(row, other) for other in known) for row in known),
-        jaccard=tuple(tuple(jaccard(row, other, k) for other in rows) for row in rows),
-        k=k,
-        stability=stability,
     )
 
 
@@ -240,24 +210,19 @@ def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) ->
     return float(np.corrcoef(*ranks)[0, 1].clip(-1, 1))
 
 
-def jaccard(first: Sequence[float], second: Sequence[float], k: int) -> float:
-    """Shared part of the two sets of ``k`` layers of lowest score; equal scores go by lower index, as in plans."""
-    lowest, others = (set(sorted(range(len(values)), key=lambda i: (values[i], i))[:k]) for values in (first, second))
-    return len(lowest & others) / len(lowest | others)
-
-
-def column_stability(column: Measured) -> Stability:
-    """Rank correlation between disjoint thirds of the items, averaged over random divisions, and what it implies."""
+def reliability(column: Measured) -> float | None:
+    """Rank correlation that is expected of a column with itself on as many other items: by that between disjoint thirds
+    of its items, averaged over random divisions; None where a third tells no layers apart."""
     rng, correlations = np.random.default_rng(DIVISION_SEED), []
     for _ in range(NUM_DIVISIONS):
         thirds = [_importances(column, rows) for rows in np.array_split(rng.permutation(len(column.ids)), 3)]
         correlations += [spearman(thirds[a], thirds[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
     known = [value for value in correlations if value is not None]
     if not known:
-        return Stability(None, None)
+        return None
     mean = float(np.mean(known))
     # from a third of the items to all of them (Spearman 1910, Brown 1910); nothing is reliable below 0
-    return Stability(mean, 3 * mean / (1 + 2 * mean) if mean > 0 else 0.0)
+    return 3 * mean / (1 + 2 * mean) if mean > 0 else 0.0
 
 
 def _importances(column: Measured, rows: NDArray[np.intp]) -> Array:

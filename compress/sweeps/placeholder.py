@@ -55,7 +55,7 @@ def placeholder_importance(
     if scored is not None and measure.sweep is not None and "layer" in measure.sweep.operators:
         units = tuple(Component((layer,)) for layer in range(num_layers))
         columns = tuple(_columns(scored, num_layers))
-        atlas = Atlas(Sweep("layer", units, columns), (), (), Agreement((), (), (), (), 0, {}))
+        atlas = Atlas(Sweep("layer", units, columns), (), (), Agreement((), (), ()))
     return Importance(Provenance({}), num_layers, 0, layers, runs, orders=orders, atlas=atlas)
 
 

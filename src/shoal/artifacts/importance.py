@@ -140,8 +140,6 @@ class ProtocolGap:
     """One per layer. Above 0: likelihood hides damage that generated text shows."""
     mean: Estimate
     """Over all layers."""
-    thirds: tuple[Estimate, Estimate, Estimate]
-    """Over the first, the middle and the last third of the layers."""
 
 
 @dataclass(frozen=True)
@@ -154,21 +152,7 @@ class DepthProfile:
     task: str
     centroid: Estimate | None
     """Mean relative depth l / (L - 1), weighted with w; None where no layer costs anything or w is undefined."""
-    entropy: float | None
-    """Of w, as a share of that of equal weights: 1 = spread evenly, 0 = one layer."""
-    gini: float | None
-    """Of w: 0 = spread evenly, near 1 = a few isolated layers."""
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Stability:
-    """How far a column's ranking of the layers agrees with itself on other items."""
-
-    thirds: float | None
-    """Mean rank correlation between disjoint thirds of the items; None where a third tells no layers apart."""
-    reliability: float | None
-    """The same expected of two sets as large as the whole (Spearman-Brown)."""
 
 
 @dataclass(frozen=True)
@@ -182,11 +166,6 @@ class Agreement:
     ceiling: tuple[tuple[float | None, ...], ...]
     """sqrt(reliability * reliability): what rank correlation two columns can be expected to reach if they mean the same
     and only differ by the noise of their items. None where a reliability is not known."""
-    jaccard: tuple[tuple[float, ...], ...]
-    """Shared part of the ``k`` layers that either would remove first."""
-    k: int
-    stability: dict[str, Stability]
-    """Task columns only."""
 
 
 @dataclass(frozen=True)
