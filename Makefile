@@ -50,7 +50,6 @@ wheel: $(INSTALLED)
 	$(BIN)/twine check --strict dist/*
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python -m benchmarks.gpu runs/steps --device cpu --budget 3600
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
