@@ -11,7 +11,6 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     diagnostics  who writes, erases and decides along the depth
     disputed     questions that people answer in different ways
     heads        which heads copy what is asked for
-    local_heal   gaps healed on hidden states before the student is trained
     patching     through which states the answer reaches the last token
     probes       where a concept can be read off
     reading      reading against writing

@@ -21,7 +21,6 @@ PARTS: dict[str, str] = {
     "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects, integrated gradients",
     "disputed": "how far models answer as people do, where these do not agree",
     "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
-    "local_heal": "heal every gap on hidden states, layer by layer, and train the student from there",
     "merge": "neighbouring layers merged into one (LaCo)",
     "patching": "through which states an answer reaches the last token, by patching activations",
     "probes": "at which depth a concept of labelled texts can be read off",
