@@ -26,7 +26,7 @@ from shoal.redaction import redacted
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
-from .verbs.launch import STARTED, LaunchEnded, LaunchRefused, launch_distill
+from .verbs.launch import STARTED, LaunchEnded, LaunchRefused, launch_ranks, see_devices
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal")
 
+RANKED = ("measure", "record", "distill", "eval")
+"""Verbs whose work several ranks share."""
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 
 
@@ -60,6 +62,9 @@ def _accept_streams() -> None:
 def _main(argv: list[str]) -> int:
     # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # models of a stage come and go in sizes that would leave blocks of a GPU's memory that nobody can use
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    see_devices()
     asked = parse(argv)
     if not VERBS[asked.verb].reads_recipe:
         return _exit_code(lambda: _print(_told(asked)), asked.loudness)
@@ -105,7 +110,7 @@ def run_verb(
             # a push is an act, and no setting of the run
             contextlib.nullcontext() if verb == "push" else remembering(run_dir, said) as memory,
         ):
-            launch = partial(launch_distill, config=config, overrides=overrides)
+            launch = partial(launch_ranks, config=config, overrides=overrides)
             run = _dispatch(verb, recipe, memory, launch, force=force)
         if ranks.is_main() and STARTED not in os.environ:
             from .verbs.results import result, scores_text
@@ -226,6 +231,7 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         Path(os.environ[STARTED]).touch()
     with loading():
         from shoal import runtime
+        from shoal.machine import ranks_to_start
         from shoal.tracking.wandb_run import wandb_mode
 
         from .verbs import distill, pipeline, report
@@ -235,18 +241,21 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
     launched = "LOCAL_RANK" in os.environ
     wandb_mode(recipe.track)  # refuses now, not after hours
     if verb == "run" and launched:
-        raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
-    if launched or verb == "record":
+        raise UserError("`shoal run` starts its own launchers; under one, call measure, prune, distill and eval")
+    if launched or (verb == "record" and ranks_to_start(recipe.num_processes) == 1):
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.ddp_timeout)
     run = replace(open_run(recipe, memory=memory, computes=verb not in ("report", "push")), force=force)
+    if launched:
+        log.debug("teacher: %s", run.teacher)  # every rank meets the others here, and none within a decision of rank 0
     if verb == "run":
         pipeline.run_all(run, launch)
         return run
-    if verb == "distill" and not launched:
-        distill.check_distill(run)
-        distill.refuse_other_checkpoints(run)
-        launch(run)
+    if not launched and (verb == "distill" or (verb in RANKED and ranks_to_start(recipe.num_processes) > 1)):
+        if verb == "distill":
+            distill.check_distill(run)
+            distill.refuse_other_checkpoints(run)
+        launch(verb, run)
         return run
     if verb == "report":
         report.require_results(run)

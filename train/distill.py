@@ -214,12 +214,15 @@ def make_trainer(
             "the student's weights are stored in %s and held in %s: training begins with them rounded to that",
             *(str(dtype).removeprefix("torch.") for dtype in (spec.student.stored_dtype, held)),
         )
-    student, teacher = spec.student.model(dtype=str(held).removeprefix("torch.")), None
+    # where it computes from the start, but for what DeepSpeed deals out or keeps on the host
+    place = "cpu" if spec.deepspeed.stage == 3 or spec.deepspeed.offloads("offload_param") else device()
+    student, teacher = spec.student.model(dtype=str(held).removeprefix("torch."), device=place), None
     stored = stored_names(spec.student.folder)
     make_trainable(student, spec, seed=arguments.seed, stored=stored)
     if spec.runs_teacher:
         with loaded_in(spec.teacher_dtype, arguments):
-            teacher = spec.teacher.model(dtype=spec.live_dtype).requires_grad_(False)
+            place = place if spec.teacher_place == "live" else "cpu"
+            teacher = spec.teacher.model(dtype=spec.live_dtype, device=place).requires_grad_(False)
     parts = Parts(
         spec,
         student,

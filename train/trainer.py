@@ -36,7 +36,7 @@ from shoal.progress import doing
 from shoal.ranks import is_main, world_size
 from shoal.recipe.losses import term_names
 from shoal.recipe.trainer_arguments import OURS
-from shoal.runtime import barrier, seed_everything
+from shoal.runtime import barrier, free_memory, seed_everything
 from shoal.runtime import device as own_device
 
 from .callbacks import Scorer, Watcher
@@ -362,7 +362,9 @@ class DistillTrainer(ObjectiveTrainer):
 
         def scored() -> Mapping[str, TaskScore]:
             with doing("scoring the student"), self.plain_student() as student:
-                return score(student)
+                scores = score(student)
+            free_memory()  # of other sizes than what training takes, so it would lie there in pieces
+            return scores
 
         def logged(values: dict[str, float]) -> None:
             wanted = self.control.should_log

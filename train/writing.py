@@ -37,7 +37,7 @@ from shoal.progress import each
 from shoal.ranks import is_main, rank, world_size
 from shoal.recipe.distill import Distill, Generate, TrainingSource
 from shoal.recipe.section import as_dict
-from shoal.runtime import barrier
+from shoal.runtime import barrier, everyone_sees
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def write_texts(
     chosen = _chosen(settings, source, tokenizer, seed=seed)
     identity = _identity(how, chosen, inputs=inputs, seed=seed)
     place = folder / f"written-{fingerprint(identity)}"
-    if not (place / TEXTS).exists():
+    if not everyone_sees(place / TEXTS):
         _write_batches(how, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
     barrier()
     if is_main():
@@ -99,7 +99,7 @@ def write_texts(
             write_json(place / COUNTS, counts)
             write_text(place / TEXTS, _lines(kept))  # last: once it is there, nothing else is needed
         shutil.rmtree(place / BATCHES, ignore_errors=True)
-    barrier()
+    everyone_sees(place / TEXTS)
     return _kept(place, assistant_only=source.assistant_only)
 
 

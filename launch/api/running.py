@@ -27,7 +27,7 @@ from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
 from ..verbs import run as verbs
-from ..verbs.launch import LaunchEnded, launch_distill
+from ..verbs.launch import LaunchEnded, launch_ranks
 from ..verbs.pipeline import run_all
 
 
@@ -101,7 +101,8 @@ class Run(Tabular):
 def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
     """Everything that `shoal run` does: measure, prune, distill, evaluate, report, skipping what is done and unchanged.
 
-    Training runs in processes of its own under the DeepSpeed launcher, one per GPU.
+    Training, and where there are GPUs every stage, runs in processes of its own under the DeepSpeed launcher, one per
+    GPU.
 
     Args:
         recipe: A recipe file, the name of a shipped one, a run directory, or a recipe as a mapping.
@@ -127,13 +128,13 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         try:
             with remembering(folder, said) as memory:
                 run_all(
-                    verbs.open_run(settings, memory=memory), partial(launch_distill, config=config, overrides=overrides)
+                    verbs.open_run(settings, memory=memory), partial(launch_ranks, config=config, overrides=overrides)
                 )
         except LaunchEnded as ended:
             if ended.code == 128 + signal.SIGINT:
                 raise KeyboardInterrupt(ended.text) from ended
             reason = ended.text or "its message is on stderr, above"
-            raise RuntimeError(f"distill: ended with exit code {ended.code}; {reason}") from ended
+            raise RuntimeError(f"shoal.run: ended with exit code {ended.code}; {reason}") from ended
         return Run.load(folder)
 
 

@@ -31,7 +31,7 @@ from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, as_dict, shaping
-from shoal.runtime import agreed, device, free_memory, seed_everything
+from shoal.runtime import agreed, device, everyone_sees, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
 from .overlap import search_of_rows
@@ -77,10 +77,10 @@ def distill(run: Run) -> None:
     recipe, control_dir = run.recipe, run.dir / CONTROL
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     plan = read_plan(run)
-    due = _due(run, plan)
+    due = agreed(lambda: _due(run, plan))
     if not due:
         return
-    if run.dir in due and not _has_model(run.dir / "student"):
+    if run.dir in due and not everyone_sees(run.dir / "student" / "config.json"):
         raise _student_is_gone(run)
     spec = training_spec(run, plan, Ranks.here())
     control = control_spec(spec) if recipe.eval.control else None
@@ -103,7 +103,7 @@ def distill(run: Run) -> None:
         )
         log.info("distill: %s", run.dir / "distilled")
         free_memory()
-        due = _due(run, plan)  # which rows the control reads may be known only now
+        due = agreed(lambda: _due(run, plan))  # which rows the control reads may be known only now
     if control is not None and control_dir in due:
         log.info("distill: the control, which is the uncut teacher, on the same rows")
         seed_everything(recipe.seed)
@@ -118,7 +118,7 @@ def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
     from shoal.train.student.spec import train_spec
 
     folder, teacher = run.dir / "student", _teacher(run)
-    if (folder / "config.json").is_file():
+    if everyone_sees(folder / "config.json"):
         student = Checkpoint.read(folder, teacher.load)
     else:
         student = Checkpoint(folder, student_config(teacher.config, plan.keep, plan.width), teacher.load)

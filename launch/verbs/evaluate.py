@@ -26,7 +26,7 @@ from shoal.progress import doing
 from shoal.ranks import is_main, world_size
 from shoal.recipe.recipe import Recipe, load_recipe
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import barrier, environment, free_memory, seed_everything
+from shoal.runtime import agreed, barrier, environment, free_memory, seed_everything
 
 from .distill import trainings
 from .prune import read_plan
@@ -80,7 +80,7 @@ def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
     from shoal.eval.compare.comparable import require_same_tokenizer
 
-    folders = roles(run)
+    folders = agreed(lambda: roles(run))
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     if list(folders) == ["teacher"]:
@@ -88,7 +88,8 @@ def evaluate(run: Run) -> None:
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
         log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
     checkpoints = _checkpoints(run, folders)
-    _score(run, checkpoints, _due(run, {role: eval_inputs(run, folder) for role, folder in folders.items()}))
+    due = agreed(lambda: _due(run, {role: eval_inputs(run, folder) for role, folder in folders.items()}))
+    _score(run, checkpoints, due)
     if run.recipe.eval.speed and is_main():
         _speed(run, checkpoints)
     barrier()

@@ -1,4 +1,4 @@
-"""The distill stage under the DeepSpeed launcher, started from here. Nothing is imported that takes long."""
+"""A stage under the DeepSpeed launcher, started from here. Nothing is imported that takes long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ STARTED = "SHOAL_STARTED"
 """Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
 
 
-GOES_ON = "the same command goes on from the last checkpoint, or begins this training again if there is none yet"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+SET_VISIBLE = "SHOAL_VISIBLE_DEVICES"
+"""Holds in the environment of ranks the CUDA_VISIBLE_DEVICES of the command: DeepSpeed's launcher ignores and replaces
+it where a number of ranks is asked for, and reads no names of devices (GPU-..., MIG-...)."""
+GOES_ON = "the same command goes on from the last checkpoint, or begins this stage again if there is none yet"
 
 
 class LaunchEnded(Exception):
@@ -40,9 +44,8 @@ class LaunchRefused(UserError):
     """The launched ranks have refused the recipe, and said why."""
 
 
-def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
-    """Run the distill verb of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait
-    for it.
+def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str]) -> None:
+    """Run ``verb`` of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait for it.
 
     ``run`` is that of the recipe with these overrides.
 
@@ -50,50 +53,68 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
         LaunchEnded: the ranks have not come to their end.
         LaunchRefused: they have refused what they were told.
     """
-    import torch
+    from shoal.machine import ranks_to_start
+    from shoal.runtime import free_memory
 
-    from shoal.machine import num_cores, ranks_to_start
-
-    recipe = run.recipe
-    on_gpu = torch.accelerator.is_available()
-    ranks = ranks_to_start(recipe.num_processes)
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
-    if not on_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
-        # the cores that this process may use: threads that share one wait for each other
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
+    ranks = ranks_to_start(run.recipe.num_processes)
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]
-    command += ["distill", "--config", config, *overrides]
-    if run.force:
+    command += [verb, "--config", config, *overrides]
+    if run.force and verb == "distill":
         command.append("--force")
     if loudness() != "usual":
         command.append(f"--{loudness()}")
-    log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
+    log.info("%s: starting %d rank(s) under the DeepSpeed launcher", verb, ranks)
+    free_memory()  # what this process has cached on a device is not free to the ranks
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started"
-        with doing("distill, launcher and ranks"):
+        with doing(f"{verb}, launcher and ranks"):
             with SPEAKER.still(started.exists):
-                code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.launch.cli")
+                environment = rank_environment(ranks) | {STARTED: str(started)}
+                code, asked = run_launcher(command, environment, ranks="shoal.launch.cli")
             if code != 0 or asked is not None:
-                raise _unfinished(code, asked)  # in here: nothing is called done
+                raise _unfinished(verb, code, asked)  # in here: nothing is called done
 
 
-def _unfinished(code: int, asked: int | None) -> LaunchEnded | LaunchRefused:
+def rank_environment(ranks: int) -> dict[str, str]:
+    """Variables of a launcher that starts so many ``ranks`` on this machine."""
+    import torch
+
+    from shoal.machine import num_cores
+
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
+    # the cores that this process may use: threads that share one wait for each other
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // ranks)))
+    if not torch.accelerator.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    elif VISIBLE in environment:
+        environment[SET_VISIBLE] = environment.pop(VISIBLE)
+    return environment
+
+
+def see_devices() -> None:
+    """Let a rank see the devices that its command was told to use. Before torch looks for any."""
+    if SET_VISIBLE in os.environ:
+        os.environ[VISIBLE] = os.environ.pop(SET_VISIBLE)
+
+
+def _unfinished(verb: str, code: int, asked: int | None) -> LaunchEnded | LaunchRefused:
     """The end of ranks that have not come to theirs, told unless they have said it; ``asked`` is the signal that
     stopped them."""
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
     if code == EXIT_USER_ERROR:
-        return LaunchRefused("distill: was refused; the message is on stderr, above")
+        return LaunchRefused(f"{verb}: was refused; the message is on stderr, above")
     if code in (128 + number for number in STOPS):
         pass  # the rank has said that it has saved
     elif asked is not None:
-        done = "the training had just ended, and the same command goes on from there"
+        done = "the stage had just ended, and the same command goes on from there"
         return LaunchEnded(128 + asked, f"stopped; {done if code == 0 else GOES_ON}")
     elif number:
         reason = ", most often because memory ran out" if number == signal.SIGKILL else ""
-        log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, GOES_ON)
+        log.error(
+            "%s: a rank was ended by signal %d, %s%s; %s", verb, number, signal.strsignal(number), reason, GOES_ON
+        )
     else:
-        log.error("distill ended with exit code %d; its message is above, and %s", code, GOES_ON)
+        log.error("%s ended with exit code %d; its message is above, and %s", verb, code, GOES_ON)
     return LaunchEnded(128 + (asked or number) if asked or number else code)

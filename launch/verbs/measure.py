@@ -29,7 +29,7 @@ from shoal.ranks import is_main
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import GREEDY
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import barrier, device, seed_everything
+from shoal.runtime import agreed, device, everyone_sees, seed_everything
 
 from .run import Run, check_length
 
@@ -77,7 +77,7 @@ def sweep_inputs(run: Run, settings: Eval) -> dict[str, Any]:
 def measure(run: Run) -> None:
     """importance.json and its figures. All ranks take part."""
     asked = importance_of(run)
-    if asked.is_done():
+    if agreed(asked.is_done):
         return
     check_measure(run)
     if reads_images(run.config()):
@@ -93,7 +93,7 @@ def measure(run: Run) -> None:
         importance = _measured(run, model, rows, asked.inputs)
     if is_main():
         _write(run, importance)
-    barrier()
+    everyone_sees(run.dir / Importance.FILE)
 
 
 def check_measure(run: Run) -> None:

@@ -7,34 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from shoal.data.sources import load_texts
 from shoal.inference.vllm import check_vllm
+from shoal.machine import ranks_to_start
 from shoal.recipe.section import as_dict
 
 from .distill import check_distill, distill_is_done
 from .evaluate import evaluate
-from .measure import check_measure, measure
+from .measure import check_measure, importance_of, measure
 from .prune import prune, refuse_impossible_plan
 from .report import report
 from .run import Run, locked, write_story
 
 
-def run_all(run: Run, launch: Callable[[Run], None]) -> None:
-    """Every stage that is not done; ``launch`` runs the distill stage under the DeepSpeed launcher.
+def run_all(run: Run, launch: Callable[[str, Run], None]) -> None:
+    """Every stage that is not done; ``launch`` runs a stage by its verb under the DeepSpeed launcher.
 
-    The run directory is let go while the launched ranks hold it.
+    Training has processes of its own. Where there are GPUs, or several ranks are asked for, so has every stage: what
+    this process held of a GPU would be missing there. The run directory is let go while launched ranks hold it.
     """
+    apart = torch.accelerator.is_available() or ranks_to_start(run.recipe.num_processes) > 1
+
+    def stage(verb: str, work: Callable[[Run], None]) -> None:
+        if apart:
+            launch(verb, run)
+        else:
+            with locked(run):
+                work(run)
+
     with locked(run):
         preflight(run)
         write_story(run)
-        measure(run)
-        prune(run)
-        track(run)
-        is_done = distill_is_done(run)
-    if not is_done:
-        launch(run)
+        is_measured = importance_of(run).is_done()
+    if not is_measured:
+        stage("measure", measure)
+    stage("prune", prune)
     with locked(run):
-        evaluate(run)
+        track(run)
+        is_trained = distill_is_done(run)
+    if not is_trained:
+        launch("distill", run)
+    stage("eval", evaluate)
+    with locked(run):
         report(run)
         track(run)
 

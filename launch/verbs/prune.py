@@ -23,7 +23,7 @@ from shoal.ranks import is_main
 from shoal.recipe.measure import METRICS
 from shoal.recipe.prune import CutThese, Width
 from shoal.recipe.section import Shapes, shaping
-from shoal.runtime import barrier
+from shoal.runtime import agreed, barrier, everyone_sees
 
 from .measure import importance_of, measure
 from .overlap import search_of_rows
@@ -40,10 +40,10 @@ log = logging.getLogger(__name__)
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
     student = run.dir / "student"
-    if (student / "config.json").is_file() and plan_of(run).is_done():
+    if agreed(lambda: (student / "config.json").is_file() and plan_of(run).is_done()):
         refuse_unfit_student(run, _plan_of_its_student(run))
         return
-    if not _is_named(run) and not (run.dir / Importance.FILE).is_file():
+    if not _is_named(run) and not everyone_sees(run.dir / Importance.FILE):
         refuse_impossible_plan(run)
         log.info("prune: needs %s, measuring first", Importance.FILE)
         measure(run)
@@ -86,9 +86,10 @@ def read_plan(run: Run) -> Plan:
     Raises:
         UserError: it belongs to another model, to other settings, or to another student.
     """
-    if not (run.dir / Plan.FILE).is_file():
+    if not everyone_sees(run.dir / Plan.FILE):
         log.info("needs %s, pruning first", Plan.FILE)
         prune(run)
+        everyone_sees(run.dir / Plan.FILE)
     else:
         plan_of(run).require()
     return _plan_of_its_student(run)
@@ -183,7 +184,7 @@ def read_goals(run: Run) -> Goals | None:
 
 def read_importance(run: Run) -> Importance | None:
     """importance.json, where layers are chosen by it and it is there."""
-    if _is_named(run) or not (run.dir / Importance.FILE).is_file():
+    if _is_named(run) or not everyone_sees(run.dir / Importance.FILE):
         return None
     return importance_of(run).require()
 

@@ -47,8 +47,11 @@ def _cached_files() -> int:
 
 def device_memory(device: torch.device) -> int:
     """Bytes free on ``device``; where it shares the machine's memory what available_memory says."""
-    told = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
-    return available_memory() if told is None else told(device)[0]
+    own = torch.get_device_module(device)
+    if device.type == "cpu" or not hasattr(own, "mem_get_info"):
+        return available_memory()
+    # what this process has given back and torch keeps for it is free here, whatever the driver says
+    return own.mem_get_info(device)[0] + own.memory_reserved(device) - own.memory_allocated(device)
 
 
 def free_disk(path: Path) -> int:

@@ -13,18 +13,21 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import distributed_c10d
 from transformers.utils import logging as transformers_logging
 
 from shoal.errors import UserError
 from shoal.ranks import free_port, is_main, local_rank, loudness, rank, world_size
 
 T = TypeVar("T")
+SEEN_S = 120
+"""Seconds after which a disk is not shared that does not show a file."""
 
 NOISY = (
     *("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "fsspec", "matplotlib", "datasets"),
@@ -103,8 +106,11 @@ def set_up_distributed(timeout_s: int) -> None:
         torch.accelerator.set_device_index(own_device.index)
     backend = "gloo" if own_device.type == "cpu" else "nccl"
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # DeepSpeed's own groups are made without a timeout, and torch's default is 10 minutes under NCCL
+    limit = timedelta(seconds=timeout_s)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=limit)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         if "EADDRINUSE" in str(error) or "in use" in str(error):
@@ -116,10 +122,27 @@ def set_up_distributed(timeout_s: int) -> None:
 
 
 def barrier() -> None:
-    """Wait for all ranks, where they have joined."""
+    """Wait for all ranks, where they have joined, for as long as it takes.
 
-    if dist.is_initialized():
-        dist.barrier()
+    A collective that waited for work of one rank alone, a download or a proof, would end after its timeout. A rank that
+    is gone is not waited for: its launcher ends the others.
+
+    Raises:
+        torch.distributed.DistNetworkError: rank 0 is gone.
+    """
+
+    if not dist.is_initialized():
+        return
+    store, key, pause_s = distributed_c10d._get_default_store(), f"shoal/met/{next(_meetings)}", 0.01
+    if store.add(f"{key}/ranks", 1) == dist.get_world_size():
+        store.set(key, "")
+    while not store.check([key]):
+        time.sleep(pause_s)
+        pause_s = min(1.0, 2 * pause_s)
+
+
+_meetings = itertools.count()
+"""Ranks meet in the same order, so they count alike."""
 
 
 def agreed(decide: Callable[[], T]) -> T:
@@ -136,30 +159,32 @@ def agreed(decide: Callable[[], T]) -> T:
             answer[0] = decide()
         except UserError as error:
             answer[1] = str(error)
-    _meet_rank_0()
+    barrier()
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
 
 
-def _meet_rank_0() -> None:
-    """Return on every rank once rank 0 is here. A collective that waited for it would end after `ddp_timeout`.
+def everyone_sees(path: Path) -> bool:
+    """Whether rank 0 finds ``path``. Every rank calls this, and where it is there all return once they see it too:
+    a shared disk shows another node what was just made up to a minute late, if that has looked for it before.
 
     Raises:
-        torch.distributed.DistNetworkError: rank 0 is gone.
+        UserError: another node does not see it.
     """
 
-    store, key, pause_s = _get_default_store(), f"shoal/met/{next(_meetings)}", 0.01
-    if is_main():
-        store.set(key, "")
-    while not store.check([key]):
-        time.sleep(pause_s)
-        pause_s = min(1.0, 2 * pause_s)
-
-
-_meetings = itertools.count()
-"""Ranks meet in the same order, so they count alike."""
+    if not agreed(path.exists):
+        return False
+    begun = time.monotonic()
+    while not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
+        if time.monotonic() - begun > SEEN_S:
+            raise UserError(
+                f"{path}: rank 0 has it, and rank {rank()} does not see it after {SEEN_S} s; "
+                "choose a run_dir on a disk that all nodes share"
+            )
+        time.sleep(0.5)
+    return True
 
 
 def together(decide: Callable[[], T]) -> list[T]:
@@ -192,5 +217,6 @@ def leave_distributed() -> None:
     """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
 
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
+        dist.barrier()  # rank 0 holds what barrier() asks
         dist.destroy_process_group()

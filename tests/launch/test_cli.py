@@ -222,6 +222,19 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
 
 
 @pytest.mark.parametrize(
+    ("verb", "stages"),
+    [("run", ["measure", "prune", "distill", "eval"]), ("measure", ["measure"]), ("eval", ["eval"])],
+)
+def test_several_ranks_share_every_stage(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, verb: str, stages: list[str]
+) -> None:
+    launcher = Launcher(0)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    assert run_verb(verb, recipe, ["num_processes=2"]) == (2 if verb == "run" else 0), "the report finds no scores"
+    assert [command[command.index("shoal.launch.cli") + 1] for command in launcher.commands] == stages
+
+
+@pytest.mark.parametrize(
     ("launcher", "exit_code", "said"),
     [
         (Launcher(1), 1, f"distill ended with exit code 1; its message is above, and {GOES_ON}"),
@@ -231,7 +244,7 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
         (Launcher(143), 143, ""),
         (Launcher(130, signal.SIGINT), 130, ""),
         (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {GOES_ON}"),
-        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the training had just ended, and the same command goes on"),
+        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the stage had just ended, and the same command goes on"),
     ],
 )
 def test_failed_distill_says_how_and_passes_its_exit_code_on(

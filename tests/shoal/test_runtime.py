@@ -5,6 +5,7 @@ Covers: shoal.ranks.
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from ranks import call_on_ranks
 from shoal import runtime
 from shoal.errors import UserError
 from shoal.ranks import LAUNCHED, local_rank, rank, world_size
-from shoal.runtime import agreed, together
+from shoal.runtime import agreed, barrier, everyone_sees, together
 
 PATIENCE_S = 1.0
 
@@ -40,6 +41,24 @@ def _decide_on_rank(rank: int, world_size: int, folder: str) -> None:
     with pytest.raises(UserError, match="nothing to decide"):
         agreed(never)
     assert together(lambda: rank) == [0, 1]
+    if rank == 0:
+        time.sleep(2.5 * PATIENCE_S)
+    barrier()
+    late_file = Path(folder) / "made" / "late"
+    if rank == 0:
+        late_file.parent.mkdir()
+        late_file.touch()
+    else:  # a shared disk that shows a new file late
+        seen, sees_from = os.listdir, time.monotonic() + PATIENCE_S
+        runtime.os.listdir = lambda path: seen(path) if time.monotonic() > sees_from else []
+    assert everyone_sees(late_file)
+    assert not everyone_sees(late_file.with_name("none"))
+    runtime.SEEN_S, runtime.os.listdir = 0, lambda path: []
+    if rank == 1:
+        with pytest.raises(UserError, match="does not see it after 0 s; choose a run_dir on a disk"):
+            everyone_sees(late_file)
+    else:
+        agreed(late_file.exists)
     dist.destroy_process_group()
 
 

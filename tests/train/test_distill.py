@@ -3,10 +3,13 @@
 Covers: shoal.train.engine.arguments.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from jobs import dropping, spec_of
 from ranks import as_rank
 from tiny import tiny_checkpoint, tiny_tokenizer
 from transformers import TrainingArguments
@@ -19,7 +22,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Live, Recorded, TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.dataset import rows_to_train_on
-from shoal.train.distill import check_distillable
+from shoal.train.distill import check_distillable, make_trainer
 from shoal.train.engine.arguments import (
     batch_split,
     check_names,
@@ -243,3 +246,37 @@ def test_sources_that_ask_no_teacher_have_rows_of_their_own_unless_it_is_recorde
     apart = rows_of(*each_its_own)
     of_rows = [set(row.tolist()) for row in apart.sources_NS]
     assert sorted(map(sorted, of_rows)) == [[0]] * 5 + [[1]] * 5
+
+
+class Loaded(Exception):
+    """No model need be loaded any further."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({"deepspeed": "zero2"}, ["cuda:1", "cuda:1"]),
+        ({"deepspeed": "zero2", "teacher": Recorded()}, ["cuda:1"]),
+        ({"deepspeed": "zero0", "teacher": Live(offload=True)}, ["cuda:1", "cpu"]),
+        ({"deepspeed": "zero3"}, ["cpu", "cpu"]),
+    ],
+)
+def test_models_are_loaded_where_they_compute(monkeypatch, tmp_path, settings, places):
+    """Through host memory eight ranks would hold eight copies there, and kernels of a GPU meet a student on the CPU
+    where no teacher moves it."""
+    spec = spec_of(Distill(**settings), dropping(2, 4), student_layers=4)
+    found = []
+
+    def load(self, *, dtype, device="cpu"):
+        found.append(str(device))
+        if len(found) == len(places):
+            raise Loaded
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr("shoal.train.distill.device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(Checkpoint, "model", load)
+    for name in ("make_trainable", "stored_names", "loaded_in"):
+        monkeypatch.setattr(f"shoal.train.distill.{name}", lambda *_, **__: nullcontext())
+    with pytest.raises(Loaded):
+        make_trainer(spec, None, SimpleNamespace(seed=0), {}, None, stop=None, callbacks=[])
+    assert found == places

@@ -36,7 +36,8 @@ LIBRARY_BYTES = 600_000_000
 """Bytes of torch, transformers and DeepSpeed in a process on a CPU."""
 FIXED_BYTES = {"cpu": LIBRARY_BYTES + 500_000_000, "cuda": 1_500_000_000}
 """Bytes of a process beside what it trains: on a CPU the libraries, and what the allocator keeps of freed memory (seen
-in runs); on a GPU the context, cuBLAS' and NCCL's buffers (a usual figure, not measured here)."""
+in runs); on a GPU the context and cuBLAS' buffers, and as much again for NCCL's where there are several ranks (usual
+figures, not measured here)."""
 QUARTER_BYTES = 4.13 / 8
 """Bytes of a weight in 4 bits, with its share of the scales (QLoRA, arXiv:2305.14314, section 3)."""
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
@@ -149,9 +150,10 @@ class Job:
         on_device, host = _teacher(self)
         communication, gathered = _buffers(self)
         kept = not setting.offload_optimizer
-        host += spec.ranks.per_node * ((not kept) * (optimizer + gradients) + setting.offload_parameters * weights)
+        offloaded = 0 if kept else optimizer + gradients + _pinned(self)
+        host += spec.ranks.per_node * (offloaded + setting.offload_parameters * weights)
         optimizer, weights = optimizer * kept, weights * (not setting.offload_parameters)
-        fixed = FIXED_BYTES["cpu" if self.on_cpu else "cuda"]
+        fixed = FIXED_BYTES["cpu"] if self.on_cpu else FIXED_BYTES["cuda"] * (1 + (spec.ranks.count > 1))
         always = weights + optimizer + on_device + fixed
         # gradients of an earlier micro-batch wait; ZeRO 3 has their place from the beginning
         waiting = gradients * kept * (setting.accumulation > 1 or setting.stage == 3)
@@ -167,8 +169,9 @@ class Job:
             fixed + (_own_weights(self, shared=0) + on_device) * (setting.stage < 3),  # they are loaded
             always + gradients * kept + communication + whole if runs and setting.stage == 3 else 0,
         )
-        loading = whole
-        if setting.teacher in ("live", "offloaded"):
+        # read into the memory of a CPU first, but by GPUs that hold models whole
+        loading = whole * (self.on_cpu or setting.stage == 3 or setting.offload_parameters)
+        if setting.teacher == "offloaded" or (setting.teacher == "live" and (self.on_cpu or setting.stage == 3)):
             loading += spec.teacher_dtype.itemsize * teacher.parameters
         return Memory(
             weights=weights,
@@ -254,6 +257,14 @@ def _states(job: Job) -> tuple[int, int, int, int]:
     if stage == 2:
         return weights, optimizer, shard, shard  # flattened once more for the step
     return weights // shards, optimizer, shard, 0
+
+
+def _pinned(job: Job) -> int:
+    """What an offloaded optimizer of ZeRO 1 and 2 keeps on the host beside states and gradients: a rank's part of the
+    weights on their way back, and the sum of its gradients where a step has several micro-batches."""
+    if job.setting.stage not in (1, 2):
+        return 0
+    return job.width * job.student.trained // job.spec.ranks.count * (1 + (job.setting.accumulation > 1))
 
 
 def _copies(job: Job) -> int:

@@ -191,6 +191,8 @@ def load_model(
     placed: dict[str, Any] = {}
     if offload is not None and (rooms := rooms_to_share(folder, config, dtype, torch.device(device))):
         placed = {"device_map": "auto", "max_memory": rooms, "offload_folder": offload}
+    elif torch.device(device).type != "cpu":
+        placed = {"device_map": {"": str(device)}}  # straight there: eight ranks would need eight copies on the host
     remedy = f"transformers cannot load it as a causal language model ({{}}); give another model, or {DOWNLOAD_AGAIN}"
     with _explained(folder, remedy), doing(f"loading {folder}"):
         loaded: Any = automatic_class(config).from_pretrained(

@@ -86,8 +86,8 @@ class Recipe(Section):
     installed, which makes no masks; sdpa = torch's own kernels with masks; eager =
     plain products and softmax."""
     num_processes: Annotated[Positive | None, Shapes.NOTHING] = None
-    """Processes that training starts on this machine, in `run` and `distill`; None = one per GPU, one on CPU. Other
-    stages run in one, unless a launcher starts them in several."""
+    """Processes that share the work of a stage on this machine; None = one per GPU that CUDA_VISIBLE_DEVICES shows, one
+    on CPU."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)

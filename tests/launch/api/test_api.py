@@ -392,7 +392,7 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
     ("ended", "kind", "message"),
     [
         (LaunchEnded(128 + signal.SIGINT, "stopped; x"), KeyboardInterrupt, "stopped; x"),
-        (LaunchEnded(137, ""), RuntimeError, "distill: ended with exit code 137; its message is on stderr, above"),
+        (LaunchEnded(137, ""), RuntimeError, "shoal.run: ended with exit code 137; its message is on stderr, above"),
     ],
 )
 def test_launched_ranks_that_end_early_are_an_exception(

@@ -169,17 +169,27 @@ def test_offload_moves_states_to_the_host_of_a_node(tiny_job: Job) -> None:
     assert there.peak < here.peak
 
 
+def test_an_offloaded_optimizer_of_zero_2_keeps_weights_and_sums_of_gradients_on_the_host_too(tiny_job: Job) -> None:
+    part = 4 * tiny_job.student.trained // 4
+    plain = with_(tiny_job, stage=2, teacher="none")
+    kept = plain.gradients + plain.optimizer
+    hosts = [with_(tiny_job, stage=2, teacher="none", offload_optimizer=True, accumulation=n).host // 2 for n in (1, 2)]
+    assert hosts == [kept + part, kept + 2 * part]
+
+
 def test_a_teacher_is_whole_sharded_on_the_host_or_not_there(tiny_job: Job) -> None:
     def found(**changes: Any) -> tuple[int, int]:
         result = with_(tiny_job, **changes)
         return result.teacher, result.host
 
     whole = 2 * tiny_job.teacher.parameters
-    own = 2 * 4 * tiny_job.student.parameters  # a node's two ranks load whole models there first
-    assert found() == (whole, own + 2 * whole)
+    own = 2 * 4 * tiny_job.student.parameters
+    assert found() == (whole, 0)
     assert found(stage=3)[0] < whole
-    assert found(teacher="recorded") == (0, own)
-    assert found(teacher="none") == (0, own)  # no loss asks it anything
+    assert found(teacher="recorded") == (0, 0)
+    assert found(teacher="none") == (0, 0)  # no loss asks it anything
+    assert found(teacher="offloaded")[1] == 2 * whole
+    assert found(teacher="none", offload_parameters=True)[1] == own
 
 
 def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: Job) -> None:
