@@ -277,6 +277,7 @@ def test_models_are_loaded_where_they_compute(monkeypatch, tmp_path, settings, p
     monkeypatch.setattr(Checkpoint, "model", load)
     for name in ("make_trainable", "stored_names", "loaded_in"):
         monkeypatch.setattr(f"shoal.train.distill.{name}", lambda *_, **__: nullcontext())
+    unused: Any = SimpleNamespace(seed=0)
     with pytest.raises(Loaded):
-        make_trainer(spec, None, SimpleNamespace(seed=0), {}, None, stop=None, callbacks=[])
+        make_trainer(spec, unused, unused, {}, None, stop=unused, callbacks=[])
     assert found == places
