@@ -52,11 +52,13 @@ def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str]) 
     Raises:
         LaunchEnded: the ranks have not come to their end.
         LaunchRefused: they have refused what they were told.
+        UserError: more ranks than this machine has devices or cores.
     """
-    from shoal.machine import ranks_to_start
+    from shoal.machine import ranks_to_start, refuse_crowd
     from shoal.runtime import free_memory
 
     ranks = ranks_to_start(run.recipe.num_processes)
+    refuse_crowd(ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]

@@ -1,7 +1,4 @@
-"""What ranks find in their environment that are started from here.
-
-Covers: shoal.launch.verbs.launch.
-"""
+"""What ranks find in their environment that are started from here."""
 
 from __future__ import annotations
 
