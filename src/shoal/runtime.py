@@ -108,7 +108,8 @@ def set_up_distributed(timeout_s: int) -> None:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     # DeepSpeed's own groups are made without a timeout, and torch's default is 10 minutes under NCCL
     limit = timedelta(seconds=timeout_s)
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit  # pyright: ignore[reportPrivateImportUsage]
     try:
         dist.init_process_group(backend, timeout=limit)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import call_on_ranks
 
@@ -91,3 +92,15 @@ def test_what_no_launcher_says_is_refused_by_name(
     for ask in (rank, local_rank, world_size):
         with pytest.raises(UserError, match=rf"^{told}: in the environment, .*`unset {unset}`"):
             ask()
+
+
+def _make_a_group(rank: int, world_size: int) -> None:
+    runtime.set_up_distributed(77)
+    group = dist.new_group([rank])
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
+
+
+@pytest.mark.slow
+def test_groups_that_libraries_make_have_the_timeout_of_training() -> None:
+    """Under NCCL torch's own is 10 minutes, and DeepSpeed's reductions are in such a group."""
+    call_on_ranks(_make_a_group, ranks=1)
