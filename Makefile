@@ -51,7 +51,6 @@ wheel: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu runs/steps --device cpu --budget 3600
-	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
 # ten minutes on one GPU; without one it says what it would do
 gpu: $(INSTALLED)

@@ -178,19 +178,6 @@ def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(t
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, logits)
 
 
-def test_layers_below_the_cut_are_run_once_and_give_the_same_curve(tmp_path: Path) -> None:
-    shared = trainer_of(tmp_path, trainable="from_first_cut", drop=DROP, trained_by={"max_steps": 3})
-    assert shared.spec.shared_layers == 2
-    student, teacher = models()
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(".layers.2." in name or ".layers.3." in name or "model.norm" in name)
-    plain = trainer_of(tmp_path, student, teacher, trainable=None, trained_by={"max_steps": 3})
-    assert plain.spec.shared_layers == 0
-    for trainer in (shared, plain):
-        trainer.train()
-    assert curve(shared) == pytest.approx(curve(plain), rel=1e-5)
-
-
 def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) -> None:
     """Train here under DistributedDataParallel, or under DeepSpeed's ``stage``; rank 0 writes its curve."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny import tiny_model, tiny_tokenizer
-from torch.nn import functional
 from transformers.generation import utils
 from trl.models.utils import unwrap_model_for_generation
 
@@ -19,9 +17,7 @@ from shoal.data.repetition import Loop
 from shoal.inference.generation import draw, sample
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import OnPolicy
-from shoal.recipe.losses import ForwardKL
 from shoal.train.objective.host_batch import ON_HOST, on_host
-from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 from shoal.train.on_policy import (
     Sample,
     Sampler,
@@ -195,30 +191,6 @@ def test_samples_follow_from_seed_step_and_weights(student):
     torch.manual_seed(99)
     assert equal(sampler().batches(student, [rows], step=7)[0], first)
     assert not equal(sampler().batches(student, [rows], step=8)[0], first)
-
-
-def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
-    teacher = tiny_model("llama", seed=2)
-    batch = sampler().batches(student, [text_rows(3)], step=0)[0]
-    expected, count = 0.0, 0
-    double_student, double_teacher = (copy.deepcopy(model).double() for model in (student, teacher))
-    for row in range(3):
-        for ids, labels in documents(batch, row):
-            with torch.no_grad():
-                logits = [m(input_ids=torch.tensor([ids])).logits[0] for m in (double_student, double_teacher)]
-            log_q, log_p = (functional.log_softmax(one, -1) for one in logits)
-            for at in range(1, len(ids)):
-                if labels[at] != IGNORED:
-                    expected += (log_p[at - 1].exp() * (log_p[at - 1] - log_q[at - 1])).sum().item()
-                    count += 1
-    objective = Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=16)
-    objective.install()
-    with torch.no_grad():
-        hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
-    loss, _ = student(**batch, signals=Signals(hidden))
-    objective.uninstall()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert count == (batch["labels"] != IGNORED).sum()
 
 
 def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):

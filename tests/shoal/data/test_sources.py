@@ -317,34 +317,6 @@ def test_documents_in_a_row_cannot_see_each_other(kind: str) -> None:
     torch.testing.assert_close(before[0, first:last], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
-def test_a_document_gives_the_same_logits_and_loss_wherever_it_stands(kind: str) -> None:
-    model = mixture_of_experts() if kind == "mixtral" else tiny_model(kind)
-    texts = ["x" * 6, "second of them", "z" * 9]
-    orders = [
-        packed((1, texts), length=32, num_tokens=32 * 3, seed=seed, packing=packing)
-        for seed in range(3)
-        for packing in ("wrapped", "bfd")
-    ]
-    document = torch.tensor([*tiny_tokenizer()(texts[1])["input_ids"], EOS])
-    seen = []
-    for rows in orders:
-        with torch.inference_mode():
-            logits = model(
-                input_ids=rows.input_ids_NS.long(), position_ids=rows.position_ids_NS.long(), use_cache=False
-            ).logits
-        for row, start in rows.position_ids_NS.eq(0).nonzero().tolist():
-            place = (row, slice(start, start + len(document)))
-            if torch.equal(rows.input_ids_NS[place].long(), document):
-                found = logits[place]
-                loss = torch.nn.functional.cross_entropy(found[:-1], labels_of(rows)[place][1:], ignore_index=IGNORED)
-                seen.append((row, start, found, loss))
-    assert len({start for _, start, _, _ in seen}) > 3, "it never moved"
-    for _, _, found, loss in seen[1:]:
-        torch.testing.assert_close(found, seen[0][2], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(loss, seen[0][3], rtol=1e-5, atol=1e-6)
-
-
 # --- whole documents
 
 

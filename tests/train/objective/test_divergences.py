@@ -215,25 +215,6 @@ def test_adaptive_head_is_found_whatever_its_length(
     assert ((share >= 0) & (share <= 1)).all()
 
 
-def test_taid_is_forward_kl_at_its_end_and_nothing_at_zero() -> None:
-    student, teacher = logits(15, 23, 2.0), logits(16, 23, 2.0)
-    for a, b in zip(found(TAID(), student, teacher, share=1.0), found(ForwardKL(), student, teacher), strict=True):
-        torch.testing.assert_close(a, b)
-    values, gradient = found(TAID(), student, teacher, share=0.0)
-    assert max(values.abs().max(), gradient.abs().max()) < 1e-12
-
-
-def test_dkd_with_the_teachers_own_weights_is_forward_kl() -> None:
-    """Zhao et al., equation 7: KL = KL of (label, rest) + (1 - p(label)) KL within the rest."""
-    student, teacher = logits(17, 23, 2.0)[:1], logits(18, 23, 2.0)[:1]
-    p, q = softened(teacher, 1.0), softened(student, 1.0)
-    label = torch.tensor([4])
-    split = divergences.dkd(p, q, label, alpha=1.0, beta=1 - p.prob_NV[0, 4].item())
-    whole = divergences.forward_kl(p, q)
-    torch.testing.assert_close(split.values_N, whole.values_N)
-    torch.testing.assert_close(split.gradient_NV, whole.gradient_NV)
-
-
 def test_taid_moves_up_from_start_and_is_capped_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergences, "TAID_STEP", 0.05)
     term = TAID(start=0.2, end=0.9)
