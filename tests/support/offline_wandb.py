@@ -19,7 +19,6 @@ class Tracked:
     """All offline sessions of a run directory, in the order in which they were made."""
 
     ids: list[str] = field(default_factory=list)
-    resumed: list[bool] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -35,16 +34,10 @@ class Tracked:
         body = json.loads(self.files[path].read_text())
         return [dict(zip(body["columns"], row, strict=True)) for row in body["data"]]
 
-    def made_from(self, artifact: str) -> list[str]:
-        return json.loads(self.artifacts[artifact].metadata)["made_from"]
-
     def content(self, artifact: str) -> dict[str, str]:
         """The texts in an artifact, by path."""
         entries = self.artifacts[artifact].manifest.contents
         return {entry.path: Path(entry.local_path).read_text() for entry in entries if entry.local_path}
-
-    def references(self, artifact: str) -> list[str]:
-        return [entry.ref for entry in self.artifacts[artifact].manifest.contents if entry.ref]
 
 
 def read_tracked(run_dir: Path) -> Tracked:
@@ -79,7 +72,6 @@ def _add(found: Tracked, record: Any) -> None:
     match record.WhichOneof("record_type"):
         case "run":
             found.ids.append(record.run.run_id)
-            found.resumed.append(record.run.resume)
             found.config |= _values(record.run.config.update)
         case "config":
             found.config |= _values(record.config.update)

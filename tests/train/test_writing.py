@@ -259,14 +259,6 @@ def test_what_is_not_worth_training_on_is_left_out_and_counted():
     assert without_evaluation_facts([fact, "a text"]) == ["a text"]
 
 
-def test_a_wrong_answer_is_counted_and_left_out():
-    records = [record_of("6 * 7 = 42", answer="#### 42"), record_of("6 * 7 = 41", answer="#### 42")]
-    kept, counts = sifted(records, keep="correct")
-    assert [one["written"] for one in kept] == ["6 * 7 = 42"]
-    assert counts["wrong"] == 1
-    assert len(sifted(records, keep="all")[0]) == 2
-
-
 @pytest.mark.parametrize(
     ("written", "answer", "alike"),
     [

@@ -161,7 +161,6 @@ def test_a_twin_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_name_of_a_bundled_data_set_stands_for_all_its_protocols() -> None:
     named = tasks_of(Eval(tasks=("knowledge", "reasoning_1step")))
     protocols = (*DATA_SETS["knowledge"].protocols, *DATA_SETS["reasoning_1step"].protocols)

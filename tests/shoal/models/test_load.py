@@ -89,14 +89,6 @@ def test_precision_is_as_stored_or_as_asked(tmp_path: Path, dtype: str, expected
     assert load_model(folder, dtype=dtype).dtype == expected
 
 
-def test_saved_checkpoint_appears_whole_and_loads_without_us(whole: Path, tmp_path: Path) -> None:
-    load_model(whole).save_pretrained(tmp_path / "again")
-    load_tokenizer(whole).save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(again.lm_head.weight, load_model(whole).lm_head.weight)
-    assert [file.name for file in tmp_path.iterdir()] == ["again"]
-
-
 def test_unknown_place_of_the_layers_is_refused() -> None:
     model = tiny_model("llama")
     del model.model.layers[0]

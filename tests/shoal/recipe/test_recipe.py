@@ -376,17 +376,3 @@ def test_a_shipped_recipe_loads_and_commands_in_it_can_be_given(file: Path) -> N
             continue
         assert f"configs/{file.name}" in words
         load_recipe(file, [word for word in words if "=" in word])
-
-
-def test_recipe_survives_the_round_trip_through_plain_values(tmp_path: Path) -> None:
-    recipe = load(
-        tmp_path,
-        "measure: {data: [python_docs, {path: a, weight: 2}]}\nprune: {num_drop: 2, protect: []}\n"
-        "distill: {losses: [{kind: forward_kl, temperature: 2}], trainer: {learning_rate: 1e-4, optim: adamw_torch},"
-        " deepspeed: {zero_optimization: {stage: 3}}}\ntrack: {tags: [x]}\n",
-    )
-    plain = as_dict(recipe)
-    source = plain["measure"]["data"][1]
-    assert (source["path"], source["column"], source["split"], source["weight"]) == ("a", None, "train", 2.0)
-    assert parse_recipe(plain) == recipe
-    assert as_dict(recipe.prune) == plain["prune"]

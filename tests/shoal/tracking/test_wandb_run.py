@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from offline_wandb import read_tracked
 from results import evaluation, importance, training
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from wandb_server import WandbServer
 
 from shoal.errors import UserError
 from shoal.eval.report.findings import score_rows
@@ -110,24 +108,6 @@ def test_stages_are_one_run_with_curves_scores_and_files_and_no_secret(
     for file in filter(Path.is_file, tmp_path.rglob("*")):
         assert KEY.encode() not in file.read_bytes(), file
         assert HUB_TOKEN.encode() not in file.read_bytes(), file
-
-
-@pytest.mark.prove
-def test_online_stages_arrive_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = WandbServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    importance().save(tmp_path / "importance.json")
-    wandb_run.log_results(Track(wandb="online"), tmp_path, RECIPE, score_rows)
-    train(tmp_path, Track(wandb="online"))
-    end_service()
-    server.shutdown()
-    server.server_close()
-    assert server.run == (tmp_path / "wandb_run_id").read_text().strip()
-    assert [row["train/loss"] for row in server.history if "train/loss" in row] == [1.0, 0.5]
-    arrived = json.loads(server.uploads[f"results-{server.run}/importance.json"])
-    assert arrived == json.loads((tmp_path / "importance.json").read_text())
-    assert not [body for body in server.seen if HUB_TOKEN.encode() in body]
 
 
 @pytest.mark.prove

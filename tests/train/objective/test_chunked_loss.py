@@ -197,14 +197,6 @@ def test_bf16_weights_get_gradients_added_up_in_fp32() -> None:
     assert weight.grad[0].item() == pytest.approx((1 / V - 1) * (256.0 + 0.5 * (N - 1)), rel=0.005)
 
 
-def test_text_alone_needs_no_teacher() -> None:
-    given = leaves(setting(), "hidden")
-    loss, sums = chunked(given, None, (CrossEntropy(),))
-    expected = functional.cross_entropy(head(given["hidden"], given["weight"]), LABELS, reduction="sum")
-    torch.testing.assert_close(loss, expected.detach())
-    assert sums.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("term", COARSE, ids=kind)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_top_k_form_equals_the_divergence_of_the_coarsened_distributions(term: LogitTerm, temperature: float) -> None:
