@@ -35,6 +35,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal")
 
+UNLESS_SET = {
+    # idle OpenMP threads that spin make every other process on the machine several times slower
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # models of a stage come and go in sizes that would leave blocks of a GPU's memory that nobody can use
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # what every rank waited for last goes to a file where a collective ends after its timeout
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+"""Variables that torch reads as it loads."""
 RANKED = ("measure", "record", "distill", "eval")
 """Verbs whose work several ranks share."""
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
@@ -60,10 +70,8 @@ def _accept_streams() -> None:
 
 
 def _main(argv: list[str]) -> int:
-    # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # models of a stage come and go in sizes that would leave blocks of a GPU's memory that nobody can use
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    for name, value in UNLESS_SET.items():
+        os.environ.setdefault(name, value)
     see_devices()
     asked = parse(argv)
     if not VERBS[asked.verb].reads_recipe:

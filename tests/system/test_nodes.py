@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -147,3 +148,43 @@ def test_the_scripts_for_clusters_are_valid_and_use_flags_that_exist(name):
     assert parse(options.training_script_args).verb == "distill"
     assert options.nnodes == "2"
     assert options.nproc_per_node == "2"
+
+
+PDSH = """#!/bin/bash
+# as pdsh does it over ssh: every host runs the command in an environment of its own
+while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && hosts=$2; [ "$1" = -S ] && shift || shift 2; done
+node=0
+for host in ${hosts//,/ }; do
+    env -i PATH="$PATH" HOME="$HOME" DS_ACCELERATOR=cpu bash -c "${*//%n/$node}" || exit 1
+    node=$((node + 1))
+done
+"""
+ARRIVED = """import json, os
+json.dump(dict(os.environ), open("rank" + os.environ["RANK"], "w"))
+"""
+
+
+@pytest.mark.prove
+def test_a_hostfiles_ranks_have_what_the_example_keeps_for_them_and_no_secrets(tmp_path: Path) -> None:
+    (tmp_path / "pdsh").write_text(PDSH)
+    (tmp_path / "pdsh").chmod(0o755)
+    (tmp_path / "arrived.py").write_text(ARRIVED)
+    told = (CLUSTER / "hostfile").read_text()
+    (tmp_path / "hostfile").write_text(told.replace("slots=8", "slots=1"))
+    kept = {"HF_HOME": "/big/hf", "SHOAL_CACHE": "/big/shoal", "GLOO_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "4"}
+    env = {
+        **environment(),
+        **kept,
+        "HF_TOKEN": "hf_x",
+        "WANDB_API_KEY": "y",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    save = next(line.lstrip("# ") for line in told.splitlines() if "grep" in line)
+    subprocess.run(["bash", "-c", save], env=env, cwd=tmp_path, check=True)
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "hostfile", "--no_ssh_check"]
+    command += ["--master_addr", "127.0.0.1", "--no_local_rank", "arrived.py"]
+    subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    for rank in range(2):
+        arrived = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert kept.items() <= arrived.items()
+        assert not {"HF_TOKEN", "WANDB_API_KEY"} & arrived.keys()
