@@ -16,7 +16,7 @@ from typing import Any
 from shoal import __version__
 from shoal.errors import not_encoded
 from shoal.formatting import meant
-from shoal.redaction import redacted_arguments
+from shoal.redaction import printable, redacted_arguments
 from shoal.yaml_text import read_yaml
 
 LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
@@ -148,9 +148,7 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
 
 def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
     """The parser of the command; the help and completion of the verbs ``with_keys`` know the keys of the recipe."""
-    parser = argparse.ArgumentParser(
-        prog="shoal", description="Make large language models shallower and get their abilities back."
-    )
+    parser = _Parser(prog="shoal", description="Make large language models shallower and get their abilities back.")
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     parser.add_argument("--local_rank", **LOCAL_RANK)
     parser.add_argument(
@@ -241,6 +239,11 @@ def _add_words(sub: argparse.ArgumentParser, verb: str) -> None:
             sub.add_argument("what", nargs="?", metavar="WHAT", choices=LISTS, help=kinds)
         case _:
             sub.add_argument("key", nargs="?", metavar="KEY", help="section, section.key, or one below a kind")
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message), file)
 
 
 class _PrintCompletion(argparse.Action):

@@ -22,7 +22,7 @@ from shoal import ranks
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.progress import doing, loading
 from shoal.ranks import Loudness
-from shoal.redaction import redacted
+from shoal.redaction import printable, redacted
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
@@ -186,7 +186,7 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         if follows:
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
-            print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
+            print(f"shoal: error: {printable(redacted(str(error)))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except Stopped as stopped:
         log.warning("%s; the same command goes on from there", stopped)
@@ -212,7 +212,7 @@ def _print(told: Any) -> None:
     Raises:
         UserError: what is printed to takes no more.
     """
-    text = told if isinstance(told, str) else json.dumps(told, ensure_ascii=False, default=str)
+    text = printable(told) if isinstance(told, str) else json.dumps(told, ensure_ascii=False, default=str)
     try:
         if text:
             print(text, flush=True)

@@ -15,6 +15,7 @@ import yaml
 from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.recipe.gone import gone, moved
 from shoal.recipe.recipe import apply_override, parse_recipe, read_settings
+from shoal.redaction import printable
 
 
 def upgraded(old: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -51,10 +52,10 @@ def main(words: list[str]) -> int:
             raise UserError(f"name one recipe file, of before (got {' '.join(words) or 'none'})")
         new, told = upgraded(read_settings(words[0])[0])
     except UserError as error:
-        sys.stderr.write(f"shoal: error: {error}\n")
+        sys.stderr.write(printable(f"shoal: error: {error}\n"))
         return EXIT_USER_ERROR
     sys.stdout.write(yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
-    sys.stderr.writelines(f"{line}\n" for line in told)
+    sys.stderr.writelines(printable(f"{line}\n") for line in told)
     return int(bool(told))
 
 

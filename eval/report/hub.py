@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from shoal.atomic_files import write_text, written_file
-from shoal.errors import UserError
+from shoal.errors import NO_ANSWER, NO_HUB, UserError
 from shoal.progress import doing
 
 from .report import FIGURES_DIR
@@ -76,7 +76,7 @@ def push(
                     delete_patterns=REPLACED,
                     **_of(sent, of_upload),
                 )
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError, *NO_ANSWER) as error:
         # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
         raise UserError(failed.format(_reason(error).replace(token, "(hidden)"))) from error
     if private and is_public:
@@ -117,5 +117,7 @@ def _reason(error: BaseException) -> str:
             status = cause.response.status_code
             return REMEDIES.get(status, f"the Hub answered with HTTP status {status}")
         last, cause = cause, cause.__cause__
+    if isinstance(last, NO_ANSWER):
+        return NO_HUB.format(repr(last))
     text = str(last).strip().split("\n")[0][:300] or type(last).__name__
     return f"the Hub cannot be reached ({text})" if isinstance(error, HTTPError) else text

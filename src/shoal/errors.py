@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ _FULL_TEXTS = (
 )
 
 
+NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError, AttributeError)
+"""What huggingface_hub raises where something else than a Hub has answered."""
+NO_HUB = "what answers is no Hub ({}); check the network, and HF_ENDPOINT"
+
+
 def not_encoded(what: str) -> str:
     """The message for a name or an argument that is no text in the encoding of the locale."""
     return (
@@ -50,6 +56,8 @@ def explained_paths() -> Iterator[None]:
             raise
         raise UserError(f"{error.filename}: cannot be a path ({error.strerror}); choose another name") from error
     except RuntimeError as error:
+        if "Symlink loop" in str(error):  # pathlib's, too
+            raise UserError(f"{error}: a link leads to itself; remove it, or choose another name") from error
         if "home directory" not in str(error):  # pathlib's, of a path that begins with ~
             raise
         raise UserError("~: this user has no home folder; set HOME, or name the whole path") from error

@@ -10,7 +10,7 @@ from typing import Literal
 
 from shoal.errors import UserError
 from shoal.progress import Lines
-from shoal.redaction import redacted
+from shoal.redaction import printable, redacted
 
 Loudness = Literal["quiet", "usual", "verbose"]
 """What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
@@ -60,9 +60,9 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class _WithoutSecrets(logging.Formatter):
+class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return printable(redacted(super().format(record)))
 
 
 _loudness: Loudness = "usual"
@@ -79,7 +79,7 @@ def set_up_logging(chosen: Loudness = "usual") -> None:
     _loudness = chosen
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     handler = Lines(sys.stderr)
-    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     level = logging.WARNING if chosen == "quiet" else logging.INFO
     is_told = is_main() or chosen == "verbose"
     logging.basicConfig(level=level if is_told else logging.ERROR, handlers=[handler], force=True)

@@ -29,8 +29,12 @@ KEY_BYTES = 32
 
 def is_trusted(path: Path) -> bool:
     """Whether the user vouches for ``path`` or a folder that it lies in."""
-    named = (Path(entry).expanduser().resolve() for entry in os.environ.get(CONSENT, "").split(os.pathsep) if entry)
-    return any(path.resolve().is_relative_to(folder) for folder in named)
+    named = (
+        Path(os.path.realpath(Path(entry).expanduser()))
+        for entry in os.environ.get(CONSENT, "").split(os.pathsep)
+        if entry
+    )
+    return any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in named)
 
 
 def signed(document: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from shoal import atomic_files
-from shoal.atomic_files import write_text, written_folder
+from shoal.atomic_files import only_process, write_text, written_folder
 from shoal.errors import UserError
 
 
@@ -180,3 +180,15 @@ def test_full_disk_is_explained_and_leaves_the_old_files(tmp_path: Path) -> None
             torch.save(tensors, folder / "optimizer.pt")
         assert sorted(os.listdir(disk)) == ["student", "x.json"]
         assert (disk / "x.json").read_text() == (path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_lock_that_is_another_file_is_refused_and_the_file_left(tmp_path: Path, link: Any) -> None:
+    (tmp_path / "mine").write_text("precious")
+    link(tmp_path / "mine", tmp_path / ".lock")
+    with (
+        pytest.raises(UserError, match=r"\.lock: is a link to another file"),
+        only_process(tmp_path / ".lock", "x", wait_s=0),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"

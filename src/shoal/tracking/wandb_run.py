@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
+from pydantic import ValidationError
 
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
@@ -224,5 +225,8 @@ def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recip
 
 def _reason(error: Exception) -> str:
     """The first line of what went wrong, without secrets."""
-    line = redacted(str(error)).strip().split("\n")[0]
+    text = str(error)
+    if isinstance(error, ValidationError):  # whose first line does not say of what
+        text = "; ".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors())
+    line = redacted(text).strip().split("\n")[0]
     return line[:300] or type(error).__name__

@@ -21,6 +21,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.errors import UserError
 from shoal.eval.report.card import model_card
 from shoal.eval.report.hub import push
+from shoal.models.resolve import resolve_model
 
 TOKEN = "hf_" + "t" * 34
 REPO = "someone/shallow"
@@ -41,8 +42,8 @@ class Hub(ThreadingHTTPServer):
         self.created: list[dict[str, Any]] = []
         self.validated: list[str] = []
         self.commits = 0
-        self.fail: dict[str, int] = {}
-        """Part of a path -> status with which it is answered."""
+        self.fail: dict[str, int | bytes] = {}
+        """Part of a path -> status with which it is answered, or the answer."""
         self.private = True
         """What the repository is, whatever it was asked to be."""
         self.fault_budget = 10**6
@@ -140,12 +141,13 @@ class Answer(BaseHTTPRequestHandler):
         for part, status in self.server.fail.items():
             if part in self.path and self.server.fault_budget > 0:
                 self.server.fault_budget -= 1
-                self.answer({"error": "broken on purpose"}, status)
+                is_body = isinstance(status, bytes)
+                self.answer(status if is_body else {"error": "broken on purpose"}, 200 if is_body else status)
                 return True
         return False
 
     def answer(self, body: Any, status: int = 200) -> None:
-        content = json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -283,6 +285,20 @@ def test_a_refused_token_is_explained(folder: Path, hub: Hub, status: int, said:
     with pytest.raises(UserError, match=said):
         send(folder, hub)
     assert is_whole(folder)
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b"<html>log in here</html>"])
+def test_what_answers_and_is_no_hub_is_explained(
+    folder: Path, hub: Hub, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.fail = {"/api/": answer}
+    with pytest.raises(UserError, match=r"what answers is no Hub .*check the network, and HF_ENDPOINT"):
+        send(folder, hub)
+    assert is_whole(folder)
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.endpoint", hub.url, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    with pytest.raises(UserError, match="model 'some/one': what answers is no Hub"):
+        resolve_model("some/one")
 
 
 def test_no_token_says_how_to_log_in(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

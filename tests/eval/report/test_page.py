@@ -30,7 +30,6 @@ from shoal.eval.report.page import Table, environment, inline, prose, with_inter
 from shoal.eval.report.report import write_report
 from shoal.eval.report.run import read_run
 from shoal.formatting import layers_text, signed
-from shoal.redaction import redacted
 from shoal.stats.paired import paired
 
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
@@ -207,16 +206,3 @@ def test_a_cell_of_the_page_has_its_figure_on_a_line_of_its_own() -> None:
 def test_wording_of_numbers_and_layers() -> None:
     assert layers_text((3, 13, 14, 20, 21, 22)) == "3, 13, 14, 20 to 22"
     assert [signed(value, 1) for value in (0.04, -0.04, 1.26, -1.26)] == ["0.0", "0.0", "+1.3", "−1.3"]
-    assert redacted({"num_tokens": 5, "API_KEY": "x", "a": [{"password": "y"}], "url": "https://u:p@h/"}) == {
-        "num_tokens": 5,
-        "API_KEY": "(hidden)",
-        "a": [{"password": "(hidden)"}],
-        "url": "https://(hidden)@h/",
-    }
-    kept = {"data": "s3://bucket/part@3", "keys": "a", "mail": "me@host"}
-    assert redacted({"aws_secret_access_key": "x", "api-key": "y", "git": "https://just-a-token@h/x", **kept}) == {
-        "aws_secret_access_key": "(hidden)",
-        "api-key": "(hidden)",
-        "git": "https://(hidden)@h/x",
-        **kept,
-    }

@@ -1,6 +1,6 @@
 """The report says what the results allow and no more, works after any stage, and is safe to pass on.
 
-Covers: shoal.eval.report.tables, shoal.eval.report.wording, shoal.redaction.
+Covers: shoal.eval.report.tables, shoal.eval.report.wording.
 """
 
 from __future__ import annotations
