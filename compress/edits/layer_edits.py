@@ -258,34 +258,17 @@ class Kind:
     """(model, layer, rows), and of heads which, -> what puts it in force, in all rows where ``rows`` is None.
 
     None where it takes more than the model: a donor."""
-    stored: str = ""
-    """How stored answers of sweeps name its edit, with its indices at {}."""
 
 
 KINDS: dict[ComponentPart, Kind] = {
-    "layer": Kind(hooks=layer_skipped, stored="Removed()"),
-    "skip_prompt": Kind(hooks=partial(positions_skipped, "skip_prompt"), stored="Skipped(at='prompt')"),
-    "skip_written": Kind(hooks=partial(positions_skipped, "skip_written"), stored="Skipped(at='written')"),
-    "attention": Kind(
-        _half,
-        hooks=partial(half_silenced, "attention"),
-        stored="Silenced(half='attention')",
-    ),
-    "mlp": Kind(
-        _half,
-        hooks=partial(half_silenced, "mlp"),
-        stored="Silenced(half='mlp')",
-    ),
-    "head": Kind(
-        lambda model, layer: range(with_heads(model, layer).num_heads),
-        hooks=heads_masked,
-        stored="Masked(heads={})",
-    ),
-    "kv_group": Kind(
-        lambda model, layer: range(with_heads(model, layer).num_kv_heads),
-        heads=heads_of_groups,
-    ),
-    "donor": Kind(stored="Swapped()"),
+    "layer": Kind(hooks=layer_skipped),
+    "skip_prompt": Kind(hooks=partial(positions_skipped, "skip_prompt")),
+    "skip_written": Kind(hooks=partial(positions_skipped, "skip_written")),
+    "attention": Kind(_half, hooks=partial(half_silenced, "attention")),
+    "mlp": Kind(_half, hooks=partial(half_silenced, "mlp")),
+    "head": Kind(lambda model, layer: range(with_heads(model, layer).num_heads), hooks=heads_masked),
+    "kv_group": Kind(lambda model, layer: range(with_heads(model, layer).num_kv_heads), heads=heads_of_groups),
+    "donor": Kind(),
 }
 
 
@@ -344,9 +327,3 @@ def in_force(
                 for hook in hooks(model, layer, None if rows is None else rows[layer, edit], *heads):
                     stack.enter_context(hook)
         yield model
-
-
-def stored_name(edits: LayerEdits) -> str:
-    """How stored answers of sweeps name ``edits``. They are found again by this text, so it stays as it always was."""
-    named = [f"({layer}, {KINDS[edit.part].stored.format(edit.indices)})" for layer, edit in edits]
-    return f"({', '.join(named)}{',' if len(named) == 1 else ''})"

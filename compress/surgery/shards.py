@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 from shoal.atomic_files import fingerprint, flush, write_json
@@ -95,10 +94,7 @@ class Changed(Protocol):
     def __getitem__(self, name: str, /) -> memoryview: ...
 
 
-UNCHANGED: Changed = MappingProxyType[str, memoryview]({})
-
-
-def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UNCHANGED) -> None:
+def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed) -> None:
     """Write ``shards`` and their index to ``folder``; files that an interrupted call completed there are kept.
 
     A file gets its name when its bytes are on the disk, so that a name means a complete file even after a power cut.
@@ -130,7 +126,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UN
         write_json(folder / INDEX_FILE, {"metadata": size, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UNCHANGED) -> None:
+def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed) -> None:
     """Read the written files back: headers whole, and of every tensor the bytes that a fingerprint samples.
 
     Raises:

@@ -32,7 +32,6 @@ from ...eval.harness.engine import CausalLM, Writing, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of, versions
 from ...eval.tasks.load import tasks_of
 from ...eval.tasks.names import named_in
-from ..edits.layer_edits import stored_name
 from ..variants.variant_generation import Limits, generate_variants
 from ..variants.variants import INTACT, Edited, Variant, score_variants
 from .table import require_items
@@ -66,7 +65,7 @@ def sweep(
     tasks = tasks_of(settings, seed=seed)
     lm.seed = seed
     made_by = [ENGINE, lm.device.type, versions()]
-    answered_by = fingerprint([identity, *made_by, [stored_name(variant.edits) for variant in everything]])
+    answered_by = fingerprint([identity, *made_by, [repr(variant.edits) for variant in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))

@@ -279,7 +279,7 @@ def write_items(
 
 
 def read_items(folder: Path, task: str, *, num_units: int) -> dict[str, Array]:
-    """Item -> (2 + U,): its weight, its score with everything, and without each unit. Weights of old files are 1.
+    """Item -> (2 + U,): its weight, its score with everything, and without each unit.
 
     Raises:
         UserError: the file is missing, or of another number of units.
@@ -287,7 +287,7 @@ def read_items(folder: Path, task: str, *, num_units: int) -> dict[str, Array]:
     file = _file(folder, task)
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        rows = [table.get("weights") or [1.0] * len(table["ids"]), table["intact"], *table["without"].values()]
+        rows = [table["weights"], table["intact"], *table["without"].values()]
         rows_KN = np.array(rows, dtype=np.float64)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: cannot be read ({error}); delete importance.json and measure again") from error

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PlannedChange
 from shoal.compress.edits.tensors import laco_factors, merged_layer, tensors_in_place, with_layers
@@ -22,24 +20,18 @@ from .student import Edited, loaded_teacher, write_student
 
 
 @dataclass(frozen=True)
-class OfARun(Section):
-    """What a part asks for that makes one layer of several."""
+class Settings(Section):
+    """Which layers become one, and how."""
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)]
     """Neighbouring layers, increasing, counted from 0."""
+    method: Literal["laco", "mean"] = "laco"
+    """laco: the first plus the differences of all others to it, which grows where layers are far from each other, and
+    is then often worse than dropping them; mean: the mean of all."""
 
     def __post_init__(self) -> None:
         if list(self.layers) != list(range(self.layers[0], self.layers[0] + len(self.layers))):
             raise ValueError(f"layers: must be neighbours in increasing order, as [4, 5, 6] (got {list(self.layers)})")
-
-
-@dataclass(frozen=True)
-class Settings(OfARun):
-    """Which layers become one, and how."""
-
-    method: Literal["laco", "mean"] = "laco"
-    """laco: the first plus the differences of all others to it, which grows where layers are far from each other, and
-    is then often worse than dropping them; mean: the mean of all."""
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -50,24 +42,16 @@ class Settings(OfARun):
 
 def work(run: Run, settings: Settings) -> str:
     """student/ and plan.json: the run's model with the layers merged."""
-    teacher, first = loaded_teacher(run), settings.layers[0]
-    merged = merged_layer(teacher, first, settings.factors)
-    words = f"layers {layers_text(settings.layers)} merged into one ({settings.method})"
-    edited = one_for_a_run(teacher, settings.layers, merged, "merge", words)
-    return write_student(run, "merge", settings, edited, teacher, {})
-
-
-def one_for_a_run(
-    teacher: PreTrainedModel, layers: tuple[int, ...], tensors: Mapping[str, Tensor], kind: str, words: str
-) -> Edited:
-    """The student in which a layer of ``tensors`` in the place of the first of ``layers`` stands for all of them."""
-    first, *others = layers
+    teacher, (first, *others) = loaded_teacher(run), settings.layers
+    merged = {first: merged_layer(teacher, first, settings.factors)}
 
     @contextmanager
     def in_force() -> Iterator[None]:
-        with tensors_in_place(teacher, {first: tensors}), skipped(teacher, others):
+        with tensors_in_place(teacher, merged), skipped(teacher, others):
             yield
 
-    student = with_layers(teacher, others, {first: tensors}, share=True)
-    change = PlannedChange(kind, words, (first,), runs=((first, layers[-1]),))
-    return Edited(student, change, in_force, drop=tuple(others))
+    student = with_layers(teacher, others, merged, share=True)
+    words = f"layers {layers_text(settings.layers)} merged into one ({settings.method})"
+    change = PlannedChange("merge", words, (first,), runs=((first, others[-1]),))
+    edited = Edited(student, change, in_force, drop=tuple(others))
+    return write_student(run, "merge", settings, edited, teacher, {})

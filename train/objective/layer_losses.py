@@ -192,16 +192,15 @@ class StateLosses:
         device = device or position_ids_BS.device
         labels = [labels] * len(self.terms) if isinstance(labels, Tensor) else labels
         # by identity: terms that learn from the same tokens are given the same tensor
-        tokens_by_labels = {id(each_BS): Tokens.of(each_BS, position_ids_BS, device) for each_BS in labels}
+        counted_by_labels = {id(each_BS): counted_places(each_BS, position_ids_BS, device) for each_BS in labels}
         loss = torch.zeros((), device=device)
         sums: list[Tensor] = []
         for term, pairs, labels_BS in zip(self.terms, self._pairs, labels, strict=True):
-            tokens = tokens_by_labels[id(labels_BS)]
+            counted_N = counted_by_labels[id(labels_BS)]
             # a term of weight 0 is computed for its curve alone
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
-                total = torch.stack(
-                    [again(_token_sum, *self._states(pair, student, teacher), tokens, term.distance) for pair in pairs]
-                ).mean()
+                sums_P = [self._sum(term, pair, student, teacher, counted_N) for pair in pairs]
+                total = torch.stack(sums_P).mean()
             if torch.is_grad_enabled() and term.weight > 0 and not total.requires_grad:
                 raise UserError(
                     f"{term.kind}: no gradient reaches the student: all it looks at is frozen; train these layers, or "
@@ -211,63 +210,40 @@ class StateLosses:
             sums.append(total.detach().double())  # added up over a whole step, where fp32 would lose digits
         return loss, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
 
-    def _states(self, pair: tuple[int, int], student: Captured, teacher: Captured) -> tuple[Tensor, Tensor]:
-        """The two states of a comparison (B, S, D)."""
+    def _sum(
+        self, term: HiddenStates, pair: tuple[int, int], student: Captured, teacher: Captured, counted_N: Tensor
+    ) -> Tensor:
+        """The loss of one comparison, as a sum over tokens."""
         layer, target = pair
         ours_BSD, scale = student.states[layer], self.plan.state_scale(target)
         # where factors make up for dropped layers, the student's states are smaller than those they stand for
-        return ours_BSD if scale == 1 else ours_BSD * scale, teacher.states[target].detach()
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which tokens count."""
-
-    counted_N: Tensor
-    """Places of counted tokens in the flattened (B x S), rising."""
-    counted: list[int]
-    """counted_N, for decisions that must not wait for the device."""
-
-    @classmethod
-    def of(cls, labels_BS: Tensor, position_ids_BS: Tensor, device: torch.device) -> Tokens:
-        """For use on ``device``, where it need not be asked anything if labels and positions are on the host."""
-        first_BS = document_starts(position_ids_BS)
-        learnt_N = learnt_places(labels_BS)
-        counted_N = learnt_N[~first_BS.flatten()[learnt_N]]
-        return cls(queued(counted_N, device), counted=counted_N.tolist())
-
-    def of_states(self, states_BSD: Tensor) -> Tensor:
-        """The states of the tokens that count, (N, D)."""
-        return states_BSD.flatten(0, 1)[self.counted_N]
-
-
-def again(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """The function's value; nothing of what it computes is kept for backward, which computes it again."""
-    return checkpoint(_in_full_precision, function, *arguments, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
-
-
-def _in_full_precision(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    with torch.autocast(device.type, enabled=False):
-        return function(
-            *(widened(each) if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments)
+        states = ours_BSD if scale == 1 else ours_BSD * scale, teacher.states[target].detach()
+        summed = checkpoint(
+            _sum_of_distances, *states, counted_N, term.distance, use_reentrant=False, preserve_rng_state=False
         )
+        assert isinstance(summed, Tensor)
+        return summed
 
 
-def widened(values: Tensor) -> Tensor:
-    """``values`` in at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def counted_places(labels_BS: Tensor, position_ids_BS: Tensor, device: torch.device) -> Tensor:
+    """Places (N,) of the tokens that count in the flattened (B x S), rising, on ``device``, which need not be asked
+    anything if labels and positions are on the host."""
+    first_BS, learnt_N = document_starts(position_ids_BS), learnt_places(labels_BS)
+    return queued(learnt_N[~first_BS.flatten()[learnt_N]], device)
 
 
-def _token_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distance: str) -> Tensor:
-    return distances(tokens.of_states(student_BSD), tokens.of_states(teacher_BSD), distance).sum()
-
-
-def distances(student_ND: Tensor, teacher_ND: Tensor, distance: str) -> Tensor:
-    """Distances (N,) of pairs of states (N, D): squared error relative to the teacher's squared norm (`mse`), or 1 -
-    cosine."""
-    if distance == "mse":
-        smallest = torch.finfo(teacher_ND.dtype).tiny
-        return (student_ND - teacher_ND).square().sum(-1) / teacher_ND.square().sum(-1).clamp_min(smallest)
-    # half the squared distance on the unit sphere is 1 - cosine, and exactly 0 for equal states
-    return (functional.normalize(student_ND, dim=-1) - functional.normalize(teacher_ND, dim=-1)).square().sum(-1) / 2
+def _sum_of_distances(student_BSD: Tensor, teacher_BSD: Tensor, counted_N: Tensor, distance: str) -> Tensor:
+    """Sum over the tokens that count, in at least float32: of the squared error relative to the teacher's squared norm
+    (`mse`), or of 1 - cosine."""
+    with torch.autocast(student_BSD.device.type, enabled=False):
+        student_ND, teacher_ND = (
+            state_BSD.to(torch.promote_types(state_BSD.dtype, torch.float32)).flatten(0, 1)[counted_N]
+            for state_BSD in (student_BSD, teacher_BSD)
+        )
+        if distance == "mse":
+            smallest = torch.finfo(teacher_ND.dtype).tiny
+            errors_N = (student_ND - teacher_ND).square().sum(-1) / teacher_ND.square().sum(-1).clamp_min(smallest)
+            return errors_N.sum()
+        student_ND, teacher_ND = (functional.normalize(state_ND, dim=-1) for state_ND in (student_ND, teacher_ND))
+        # half the squared distance on the unit sphere is 1 - cosine, and exactly 0 for equal states
+        return ((student_ND - teacher_ND).square().sum(-1) / 2).sum()

@@ -30,8 +30,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.components import REMOVED, Component, ComponentPart, LayerEdit
-from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits, stored_name
+from shoal.components import Component, ComponentPart, LayerEdit
+from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits
 from shoal.compress.edits.sublayers import sublayers
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
@@ -229,19 +229,3 @@ def test_a_donor_is_left_to_whoever_has_it() -> None:
     model: Any = tiny_model("llama")
     with in_force(model, [(1, LayerEdit("donor"))]):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_answers_of_sweeps_are_found_by_the_names_they_were_stored_under() -> None:
-    model = tiny_model("llama", num_key_value_heads=2)
-    for taken, name in (
-        ((), "()"),
-        ((Component((5, 3)),), "((3, Removed()), (5, Removed()))"),
-        ((Component((2,), "attention"),), "((2, Silenced(half='attention')),)"),
-        ((Component((2,), "mlp"), Component((2,), "head", 1)), "((2, Masked(heads=(1,))), (2, Silenced(half='mlp')))"),
-        ((Component((0,), "kv_group", 1),), "((0, Masked(heads=(2, 3))),)"),
-        ((Component((4,), "donor"),), "((4, Swapped()),)"),
-        ((Component((1,), "skip_prompt"),), "((1, Skipped(at='prompt')),)"),
-        ((Component((1,), "skip_written"),), "((1, Skipped(at='written')),)"),
-    ):
-        assert stored_name(layer_edits(taken, model)) == name
-    assert LayerEdit("layer") == REMOVED

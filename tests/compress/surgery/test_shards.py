@@ -79,8 +79,8 @@ def without(folder: Path, *layers: int) -> dict[str, str]:
 def copied(source: Path, target: Path, names: dict[str, str]) -> Path:
     target.mkdir(exist_ok=True)
     planned = new_shards(read_shards(source), names)
-    write_shards(planned, target)
-    compare_shards(planned, target)
+    write_shards(planned, target, {})
+    compare_shards(planned, target, {})
     return target
 
 
@@ -153,13 +153,13 @@ original: Callable[..., None] = shards._write
 @pytest.mark.parametrize("place", [-1, 0], ids=["last byte", "first byte"])
 def test_lost_bytes_are_found(source: Path, tmp_path: Path, place: int) -> None:
     planned = new_shards(read_shards(source), without(source, 1))
-    write_shards(planned, tmp_path)
+    write_shards(planned, tmp_path, {})
     file = tmp_path / planned[1].name
     content = bytearray(file.read_bytes())
     content[place if place else len(planned[1].header)] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"new\.layers\.\d\.[ab] is not what layers"):
-        compare_shards(planned, tmp_path)
+        compare_shards(planned, tmp_path, {})
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(
@@ -167,7 +167,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shards, "_room", lambda _: 1000)
     with pytest.raises(UserError, match=r"needs [\d.]+ kB and there is room for 1 kB"):
-        write_shards(new_shards(read_shards(source), without(source, 1)), tmp_path)
+        write_shards(new_shards(read_shards(source), without(source, 1)), tmp_path, {})
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
