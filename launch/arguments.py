@@ -234,6 +234,9 @@ def _add_words(sub: argparse.ArgumentParser, verb: str) -> None:
             sub.add_argument(
                 "--out", metavar="FILE", help="where the recipe goes (default: NAME.yaml, after the model)"
             )
+        case "doctor":
+            told = "a folder that all nodes share, in which a file is written (default: this one)"
+            sub.add_argument("--run-dir", metavar="DIR", default=".", help=told)
         case "list":
             kinds = f"kind of names: {', '.join(LISTS)}; without it these"
             sub.add_argument("what", nargs="?", metavar="WHAT", choices=LISTS, help=kinds)

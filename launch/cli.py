@@ -75,7 +75,8 @@ def _main(argv: list[str]) -> int:
     see_devices()
     asked = parse(argv)
     if not VERBS[asked.verb].reads_recipe:
-        return _exit_code(lambda: _print(_told(asked)), asked.loudness)
+        code = _exit_code(lambda: _print(_told(asked)), asked.loudness)
+        return code or getattr(asked, "exit_code", 0)
     how = {name: getattr(asked, name) for name in ("dry_run", "force", "as_json", "loudness")}
     run = partial(run_verb, asked.verb, asked.config, **how)
     if asked.each:

@@ -5,11 +5,12 @@ measure   measure
 prune     which layers go, prune, what no measurement could make possible
 distill   record, distill
 overlap   evaluation items in text that a student learns from
-launch    distill under the DeepSpeed launcher
+launch    a stage under the DeepSpeed launcher
 evaluate  eval
 report    report, and what the recipe exports: GGUF files, the Hub
 pipeline  run: all in order
 dry_run   what a verb would do, how long, how much disk
 results   what a verb has made, to be printed
+doctor    what machines have for a training
 several   compare, and a run for every combination of values
 """

@@ -54,17 +54,23 @@ def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str]) 
         LaunchRefused: they have refused what they were told.
         UserError: more ranks than this machine has devices or cores.
     """
-    from shoal.machine import ranks_to_start, refuse_crowd
+    from shoal.machine import ranks_to_start
+
+    words = [verb, "--config", config, *overrides]
+    if run.force and verb == "distill":
+        words.append("--force")
+    start_ranks(verb, ranks_to_start(run.recipe.num_processes), words)
+
+
+def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
+    """Run the command of ``words`` in so many ``ranks`` under the DeepSpeed launcher; raises as launch_ranks does."""
+    from shoal.machine import refuse_crowd
     from shoal.runtime import free_memory
 
-    ranks = ranks_to_start(run.recipe.num_processes)
     refuse_crowd(ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
-    command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli"]
-    command += [verb, "--config", config, *overrides]
-    if run.force and verb == "distill":
-        command.append("--force")
+    command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli", *words]
     if loudness() != "usual":
         command.append(f"--{loudness()}")
     log.info("%s: starting %d rank(s) under the DeepSpeed launcher", verb, ranks)

@@ -263,7 +263,7 @@ def test_failed_distill_says_how_and_passes_its_exit_code_on(
 
 @pytest.mark.parametrize("verb", arguments.VERBS)
 def test_every_verb_can_be_quiet_or_verbose_and_not_both(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    words = {"compare": ["a", "b"], "list": ["tasks"]}.get(verb, ["r"])
+    words = {"compare": ["a", "b"], "list": ["tasks"], "doctor": []}.get(verb, ["r"])
     assert arguments.parse([verb, *words]).loudness == "usual"
     assert arguments.parse([verb, "--quiet", *words]).loudness == "quiet"
     assert arguments.parse([verb, *words, "--verbose"]).loudness == "verbose"
