@@ -41,11 +41,24 @@ Scorer = Callable[[PreTrainedModel], Mapping[str, TaskScore]]
 
 
 class Profiler(TrainerCallback):
-    """Traces the optimizer ``steps`` from first to last, counted from 1, into a file of every rank in ``folder``."""
+    """Traces the optimizer ``steps`` from first to last, counted from 1, into a file of every rank in ``folder``; with
+    None nothing. Within its block it also writes there who holds a GPU's memory, where that runs out."""
 
-    def __init__(self, steps: tuple[int, int], folder: Path) -> None:
-        (self._first, self._last), self._folder = steps, folder
+    def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
+        self._first, self._last = steps or (math.inf, math.inf)
+        self._folder, self._is_asked = folder, steps is not None
         self._trace: torch.profiler.profile | None = None
+
+    def __enter__(self) -> None:
+        if self._is_asked and torch.cuda.is_available():
+            torch.cuda.memory._record_memory_history()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._is_asked and torch.cuda.is_available():
+            if kind is not None and issubclass(kind, torch.OutOfMemoryError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(self._folder / f"memory-rank-{rank()}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self._first - 1:

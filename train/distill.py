@@ -169,15 +169,15 @@ def distill(
     teacher = recorded(spec, rows, home, inputs, verify=False)
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
-    traced = spec.settings.profile
-    callbacks = [progress, heartbeat, *curves, *([] if traced is None else [Profiler(traced, run_dir / "profile")])]
+    profiler = Profiler(spec.settings.profile, run_dir / "profile")
+    callbacks = [progress, heartbeat, *curves, profiler]
     trainer = make_trainer(spec, rows, arguments, known_by, teacher, stop=stop, callbacks=callbacks)
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", known_by)
         trainer.watch_with(watcher, make_scorer(tokenizer))
     _announce(trainer, rows, spec, resume)
-    with progress, stop.listening(), explained_memory(spec):
+    with progress, stop.listening(), explained_memory(spec), profiler:
         trainer.train_on_objective(resume)
     is_finished = trainer.state.global_step >= trainer.state.max_steps
     if is_finished:

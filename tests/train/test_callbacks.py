@@ -1,10 +1,12 @@
 """Scores while training: when, under which names, and which state is kept as the best."""
 
+import contextlib
 import json
 import math
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,3 +136,18 @@ def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():
     assert scores.keys() == {"perplexity"}
     assert scores["perplexity"].score == pytest.approx(np.log(model.config.vocab_size), abs=0.5)
     assert not scores["perplexity"].higher_is_better
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "dumped"), [((2, 3), True, True), ((2, 3), False, False), (None, True, False)]
+)
+def test_who_holds_a_gpus_memory_is_written_where_it_runs_out(monkeypatch, tmp_path, steps, error, dumped):
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all": recorded.append(enabled))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda name: Path(name).touch())
+    with contextlib.suppress(torch.OutOfMemoryError), Profiler(steps, tmp_path / "profile"):
+        if error:
+            raise torch.OutOfMemoryError
+    assert recorded == ([] if steps is None else ["all", None])
+    assert (tmp_path / "profile" / "memory-rank-0.pickle").exists() == dumped
