@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
 from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
-from shoal.recipe.section import MIXED
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
@@ -158,7 +157,7 @@ def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
         return
     sources = (run.training.data.get("sources") or {}) if run.training else {}
     bundled = all(row.column == "in" or (not row.column and row.ability in ABILITIES) for row in better)
-    seen = any(name.startswith(MIXED) for name in sources) and bundled
+    seen = any(name.startswith("ability_texts") for name in sources) and bundled
     count = "one score" if len(better) == 1 else f"{len(better)} scores"
     yield Caution(
         "Better than its teacher",

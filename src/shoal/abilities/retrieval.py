@@ -85,31 +85,27 @@ def retrieval_items(
     kind: Value = "word",
     num_pairs: Value = 8,
     gold_position: Value = None,
-    num_options: Value = 4,
     form: Value = None,
 ) -> list[Item]:
-    """Lookup items; `gold_position` None walks evenly over all positions, `num_options` "all" offers every value.
+    """Lookup items; `gold_position` None walks evenly over all positions.
 
     Raises:
         ValueError: for a kind, count, position or form outside its range.
     """
     check_choice("retrieval kind", kind, KINDS)
-    num_pairs = check_range("retrieval num_pairs", num_pairs, 2, MAX_PAIRS[str(kind)])
+    num_pairs = check_range("retrieval num_pairs", num_pairs, NUM_OPTIONS, MAX_PAIRS[str(kind)])
     if gold_position is not None:
         check_range("retrieval gold_position", gold_position, 0, num_pairs - 1)
-    num_wrong = num_pairs - 1
-    if num_options != "all":
-        num_wrong = check_range("retrieval num_options", num_options, 2, num_pairs) - 1
     forms = assigned_forms(FORMS, form, "retrieval", wanted.num_items)
     rng = wanted.generator(
-        "retrieval", kind=kind, num_pairs=num_pairs, gold_position=gold_position, num_options=num_options
+        "retrieval", kind=kind, num_pairs=num_pairs, gold_position=gold_position, num_options=NUM_OPTIONS
     )
     items = []
     for index, in_form in enumerate(forms):
         position = index % num_pairs if gold_position is None else int(gold_position)
         pairs = draw_pairs(rng, wanted.split, str(kind), num_pairs)
-        wrong = rng.sample([value for other, (_, value) in enumerate(pairs) if other != position], num_wrong)
-        items.append(_lookup(in_form, pairs, position, wrong, rng.randrange(num_wrong + 1), kind=str(kind)))
+        wrong = rng.sample([value for other, (_, value) in enumerate(pairs) if other != position], NUM_OPTIONS - 1)
+        items.append(_lookup(in_form, pairs, position, wrong, rng.randrange(NUM_OPTIONS), kind=str(kind)))
     return items
 
 

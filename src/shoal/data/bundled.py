@@ -10,7 +10,6 @@ from shoal.abilities import training_texts
 from shoal.abilities.knowledge import RELATIONS, facts_in
 from shoal.abilities.texts import FORMS
 from shoal.data.general_text import docstrings, instructions, python_docs, readmes
-from shoal.recipe.section import MIXED
 from shoal.task_words import ABILITIES
 
 ABOUT = {
@@ -20,16 +19,10 @@ ABOUT = {
     "readmes": "introductions of these libraries and of what they need, and their licences",
     "instructions": "questions about functions and classes of Python and these libraries, answered by their docstrings",
     "ability_texts": "prompts with answers of the three abilities in all trained forms, from items of no evaluation",
-    "ability_texts_one_form": "the same in the forms that the `in` tasks ask alone: to see how much of a score is form",
-    **{f"{name}_{ability}": f"those of `{name}` that are {ability}" for name in MIXED for ability in ABILITIES},
+    **{f"ability_texts_{ability}": f"those of `ability_texts` that are {ability}" for ability in ABILITIES},
     "ability_prompts": "such questions with final answers, as conversations: for the teacher to answer (generate)",
 }
 """Name -> what it holds."""
-
-
-def ability_texts(*abilities: str, one_form: bool) -> list[str]:
-    """Prompts with answers of these abilities in equal parts, from the items that evaluation never sees."""
-    return training_texts(num_texts=4000, seed=0, mix=dict.fromkeys(abilities, 1.0), one_form=one_form)
 
 
 def ability_prompts() -> list[dict[str, str]]:
@@ -63,10 +56,11 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
     "docstrings": docstrings,
     "readmes": readmes,
     "instructions": instructions,
+    "ability_texts": lambda: training_texts(num_texts=4000, seed=0),
+    **{
+        f"ability_texts_{ability}": functools.partial(training_texts, (ability,), num_texts=4000, seed=0)
+        for ability in ABILITIES
+    },
 }
-for _name, _one_form in zip(MIXED, (False, True), strict=True):
-    BUNDLED[_name] = functools.partial(ability_texts, *ABILITIES, one_form=_one_form)
-    for _ability in ABILITIES:
-        BUNDLED[f"{_name}_{_ability}"] = functools.partial(ability_texts, _ability, one_form=_one_form)
 BUNDLED_ROWS: dict[str, Callable[[], list[dict[str, str]]]] = {"ability_prompts": ability_prompts}
 """Bundled sources of rows with columns, which are read as those of a file are."""

@@ -22,8 +22,6 @@ Dtype = Literal["fast", "stored", "float32", "bfloat16", "float16"]
 (see shoal.machine)."""
 
 
-MIXED = ("ability_texts", "ability_texts_one_form")
-"""Bundled sources that mix the abilities; the part of each is a source too, named NAME_ABILITY."""
 Packing = Literal["wrapped", "bfd"]
 """wrapped: rows are filled to the last token; a document that does not fit goes on in the next row as one of its own.
 bfd (best fit): documents stay whole, and what is longer than a row is cut off; the rest of a row is padding that is not

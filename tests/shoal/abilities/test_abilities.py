@@ -18,7 +18,7 @@ from shoal.abilities.texts import FORMS
 SETTINGS = [
     ("retrieval", {}),
     ("retrieval", {"kind": "uuid", "num_pairs": 5}),
-    ("retrieval", {"num_pairs": 6, "num_options": "all", "gold_position": 2}),
+    ("retrieval", {"num_pairs": 6, "gold_position": 2}),
     ("knowledge", {}),
     ("knowledge", {"relation": "capital"}),
     *[
@@ -212,10 +212,9 @@ def test_training_texts_hold_only_content_of_the_training_split() -> None:
     [
         ("poetry", {}, "unknown ability task 'poetry'; choose one of retrieval, needle, knowledge, reasoning"),
         ("retrieval", {"kind": "colour"}, "retrieval kind is 'colour'; choose one of word, uuid"),
-        ("retrieval", {"num_pairs": 1}, "retrieval num_pairs is 1; it must be a whole number from 2 to"),
+        ("retrieval", {"num_pairs": 1}, "retrieval num_pairs is 1; it must be a whole number from 4 to"),
         ("retrieval", {"num_pairs": 5000}, "retrieval num_pairs is 5000"),
         ("retrieval", {"num_pairs": 4, "gold_position": 4}, "retrieval gold_position is 4; .* from 0 to 3"),
-        ("retrieval", {"num_pairs": 4, "num_options": 5}, "retrieval num_options is 5; .* from 2 to 4"),
         ("knowledge", {"relation": "rivers"}, "knowledge relation is 'rivers'; choose one of capital"),
         ("knowledge_out", {"relation": "capital"}, "knowledge_out relation is 'capital'; choose one of animal_sound"),
         ("knowledge_out", {"split": "train"}, "knowledge_out has no items of the split train, because all are scored"),
