@@ -32,11 +32,12 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import write_json
 from shoal.data.packing import IMAGES
 from shoal.errors import UserError, explained_disk_errors
+from shoal.models.load import refuse_broken_weights
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
 from shoal.recipe.losses import term_names
 from shoal.recipe.trainer_arguments import OURS
-from shoal.runtime import barrier, free_memory, seed_everything
+from shoal.runtime import barrier, free_memory, seed_everything, together
 from shoal.runtime import device as own_device
 
 from .callbacks import Scorer, Watcher
@@ -98,9 +99,10 @@ class ObjectiveTrainer(Trainer):
         """Join ``parts``; ``kwargs`` are the Trainer's. Then the teacher is in its place.
 
         Raises:
-            UserError: loss terms that contradict the plan, the models or a recording.
+            UserError: weights that are no numbers, or loss terms that contradict the plan, the models or a recording.
         """
         spec, student, live = parts.spec, parts.student, parts.teacher
+        together(lambda: refuse_broken_weights({"student": student, "teacher": live}))
         wiring = wire(spec, student, live, parts.recorded)
         kwargs["args"] = copy.copy(kwargs["args"])  # the Trainer would do both around the loss, not within
         vars(kwargs["args"]).update({**dict.fromkeys(OURS, False), "torch_compile_backend": None})
@@ -126,6 +128,8 @@ class ObjectiveTrainer(Trainer):
         self._gradient_norm: Tensor | float | None = None
         self._scaler: torch.amp.GradScaler | None = None
         """What scales losses in float16 without ZeRO."""
+        self._judged: tuple[list[float], list[float], bool] = [], [], False
+        """Of the step that ends: what its terms come to, their shares of its tokens, and whether it is the last."""
         self.row = CurveRow(2 * len(objective.terms), self._guard)
         self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
         self.add_callback(_StepEnds(self))
@@ -234,9 +238,10 @@ class ObjectiveTrainer(Trainer):
         return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Kept for ``end_step``: to log it the Trainer would wait for the device here."""
+        """Kept for ``judge_step``: to log it the Trainer would wait for the device here."""
         if not self.is_deepspeed_enabled:
             self._gradient_norm = super()._get_grad_norm(model, grad_norm)
+            self._scaler = self.accelerator.scaler  # pyright: ignore[reportAttributeAccessIssue]
             return
         engine: Any = model
         # float16 finds its scale by steps that overflow: those are skipped, and the next one is tried with another
@@ -244,22 +249,20 @@ class ObjectiveTrainer(Trainer):
         self._gradient_norm = None if skipped else engine.get_global_grad_norm()
         self._scaler = engine.torch_autocast_z0_gradscaler
 
-    def end_step(self) -> bool:
-        """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved; whether
-        any rank was asked to stop.
+    def judge_step(self, step: int) -> None:
+        """Sum the curves of step number ``step`` over ranks, and refuse one that is not sound: before it is applied,
+        or under DeepSpeed, which applies it in its backward, before anything of it is saved.
 
         Here the host waits for the device, once per optimizer step: a later look would let a step that is no number
-        into a checkpoint, and what the device could have begun meanwhile is the beginning of the next step. Sums, norm
-        and the wish to stop come over together. DeepSpeed and, where it logs, the Trainer have waits of their own.
+        into a model or a checkpoint. Sums, norm and the wish to stop come over together. DeepSpeed and, where it logs,
+        the Trainer have waits of their own.
         """
-        step, terms = self.state.global_step, self.objective.terms
+        terms = self.objective.terms
         # the last number is, after the sum over ranks, whether anyone was asked to stop
         of_rank = [*self._term_tokens, float(self._parts.stop.reason is not None)]
         sums = torch.cat([self._step_sums, *(self._step_sums.new_full((1,), number) for number in of_rank)])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        if not self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
-            self._gradient_norm = None
         gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
         *counts, stopped, num_items, norm = numbers(sums, self._num_items, gradient_norm)
         self._step_sums = self._zero_sums()
@@ -275,13 +278,19 @@ class ObjectiveTrainer(Trainer):
             if self._gradient_norm is not None:
                 values["the norm of the gradient"] = self._gradient_norm
         if problem := self._guard.problem(values):
+            self.objective.student.zero_grad()
             raise refuse_step(problem, step, self._batches, self.refused)
+        self._judged = means, shares, stopped > 0
+
+    def end_step(self) -> bool:
+        """Add the step that was judged to the curves; whether any rank was asked to stop."""
+        means, shares, stopped = self._judged
         own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
-        self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
+        self.objective.end_step(own_means, step=self.state.global_step, num_steps=self.state.max_steps)
         self.row.add([*means, *shares])
         if stopped:
             self._parts.stop.ask("another rank was asked to stop")
-        return stopped > 0
+        return stopped
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
@@ -440,7 +449,13 @@ class _StepEnds(TrainerCallback):
         if not state.global_step:
             self._trainer.begin()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._trainer.is_deepspeed_enabled:
+            self._trainer.judge_step(state.global_step + 1)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.is_deepspeed_enabled:
+            self._trainer.judge_step(state.global_step)
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True  # the last row of the curves may be of fewer steps
         if self._trainer.end_step() and state.global_step < state.max_steps:

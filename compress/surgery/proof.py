@@ -18,7 +18,7 @@ from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, Shard, read_shards
-from shoal.models.load import align_weights, load_config, load_model
+from shoal.models.load import align_weights, load_config, load_model, refuse_broken_weights
 
 from .config_cut import GROUP_RULES, RULES, SPELT_OUT_BY, refuse_wrong_entries
 from .cut_model import refuse_changed_layers
@@ -92,6 +92,7 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
     elif not torch.equal(expected.text_1S, actual.text_1S):
         problem = f"the saved student writes other text with a KV cache than {reference}"
     if problem:
+        refuse_broken_weights({"the cut model": student})
         raise UserError(f"{problem}; shoal cannot cut or narrow the {student.config.model_type} family exactly")
 
 

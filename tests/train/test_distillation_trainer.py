@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
+import shoal
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.compress.surgery.cut_model import cut_model
@@ -460,3 +462,44 @@ def test_conversations_in_a_script_under_the_deepspeed_program(tmp_path: Path) -
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "healed").state_dict()
     for name, weight in student.state_dict().items():
         assert torch.allclose(saved[name], weight, atol=1e-4), name
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_before_anything_is_trained(
+    tmp_path: Path, broken: str, value: float
+) -> None:
+    student, teacher = models()
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        {"student": student, "teacher": teacher}[broken].get_parameter(name)[3, 5] = value
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    for heal in (
+        partial(trainer_of, tmp_path, student, teacher),
+        partial(shoal.distill, student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=LENGTH),
+    ):
+        with pytest.raises(UserError, match=rf"^{broken}: {re.escape(name)} holds NaN or infinite numbers"):
+            heal()
+    for name, weight in student.state_dict().items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_step_that_is_no_number_is_not_applied(tmp_path: Path) -> None:
+    """The student is the caller's: what was learnt before stays, and nothing of that step."""
+
+    class Spoilt(DistillationTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            if self.state.global_step == 1:
+                self._step_sums *= torch.nan
+            return loss
+
+    teacher = tiny_model("llama")
+    whole, spoilt = cut_model(teacher, DROP), cut_model(teacher, DROP)
+    settings: dict[str, Any] = {"train_dataset": TEXTS, "processing_class": tiny_tokenizer()}
+    DistillationTrainer(whole, teacher, arguments(tmp_path, max_steps=1), **settings).train()
+    with pytest.raises(UserError, match=r"^step 2: loss is nan"):
+        Spoilt(spoilt, teacher, arguments(tmp_path, max_steps=3), **settings).train()
+    for (name, weight), other in zip(spoilt.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+        assert weight.grad is None

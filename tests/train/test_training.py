@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from offline_wandb import read_tracked
 from packed_rows import labels_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import (
     BATCH,
     LENGTH,
@@ -35,6 +36,7 @@ from training_runs import (
     take_chunks,
     terminate,
     unfinished,
+    write_recipe,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,6 +206,29 @@ def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, 
     assert "Traceback" not in refused.log
     assert kept_batches(refused, 3) == dealt_rows(refused, 3)
     assert sorted(folder.name for folder in (refused.dir / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "told", "stage", "ranks"),
+    [
+        (5, "the cut model: model.layers.3", 0, 1),
+        (2, "teacher: model.layers.2", 0, 1),
+        pytest.param(2, "teacher: model.layers.2", 3, 2, marks=pytest.mark.prove),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_on_whichever_rank_they_lie(
+    teacher, tmp_path, layer, told, stage, ranks
+):
+    """Also where they lie in a layer that is cut away."""
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights[f"model.layers.{layer}.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    refused = run(write_recipe(tmp_path, broken, deepspeed=f"zero{stage}"), ranks=ranks)
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert f"error: {told}.mlp.down_proj.weight holds NaN or infinite numbers" in refused.log
+    assert "Traceback" not in refused.log
 
 
 def kept_batches(trial: Trial, step: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from shoal.models.checkpoint_files import (
 )
 from shoal.models.families import family
 from shoal.progress import doing
+from shoal.ranks import rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -339,6 +340,33 @@ def refuse_incomplete(folder: Path, family: str, missing: Collection[str], misma
         )
     if mismatched:
         raise UserError(f"{folder}: {WRONG_SHAPES}")
+
+
+def refuse_broken_weights(models: Mapping[str, nn.Module | None]) -> None:
+    """Refuse models, by what they are called, whose weights are no numbers. Every rank looks at what it holds.
+
+    Raises:
+        UserError: naming the first such weight.
+    """
+    for called, model in models.items():
+        for name, parameter in () if model is None else model.named_parameters():
+            held = _held(parameter)
+            if not held.numel() or not held.is_floating_point() or held.itemsize == 1:
+                continue
+            # which makes no copy, and gives a NaN for both where there is one
+            if not torch.stack(held.aminmax()).isfinite().all():
+                raise UserError(f"{called}: {name} holds NaN or infinite numbers; {DOWNLOAD_AGAIN}")
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of ``parameter``: under ZeRO 3 its share, whose end may be padding of any bits, and nothing
+    of one that lies on a disk or is shared in another way."""
+    share = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return parameter.detach()
+    whole: int = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+    is_plain = share.numel() * world_size() >= whole
+    return share.flatten()[: max(0, whole - rank() * share.numel()) if is_plain else 0]
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
