@@ -23,6 +23,7 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import peak_memory
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
@@ -328,6 +329,7 @@ def _write_results(
         student.config.use_cache = True  # the Trainer turned it off
         with doing("writing distilled/"):
             write_student(student, state, spec.student, run_dir / "distilled")
+        settings["distilled"] = model_fingerprint(run_dir / "distilled")
         training = training_of(trainer, spec, inputs=inputs, rows=rows, peak_memory_bytes=int(peak.item()))
         training = replace(training, settings={**training.settings, **settings}, data={**training.data, **overlap})
         training.save(run_dir / Training.FILE)

@@ -205,12 +205,16 @@ def _other_code(scored: Scores) -> str:
 
 
 def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
-    """Refuse a student/, distilled/, or control/ that other settings made: scores of different runs would share a
-    table."""
+    """Refuse a student/, distilled/, or control/ that other settings made, or that was put there afterwards: scores of
+    different runs would share a table, or have another model's name."""
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
         for folder, asked in trainings(run, read_plan(run)).items():
-            if folder / "distilled" in folders.values():
-                asked.require()
+            model = folder / "distilled"
+            if model in folders.values() and asked.require().settings.get("distilled") != model_fingerprint(model):
+                raise UserError(
+                    f"{model}: is not the model that {asked.path.name} beside it tells of: its weights, configuration "
+                    "or tokenizer are others; delete it, and `shoal distill` makes it again from the last checkpoint"
+                )
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:

@@ -27,10 +27,10 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
-from shoal.launch.verbs import distill, evaluate, measure
+from shoal.launch.verbs import distill, evaluate, measure, report
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
-from shoal.models.checkpoint_files import CLOSED_GAPS
+from shoal.models.checkpoint_files import CLOSED_GAPS, model_fingerprint
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.engine.checkpoint import commit
@@ -266,7 +266,21 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
 def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
     """What a training with these inputs leaves, with the weights of ``model``."""
     shutil.copytree(model, folder / "distilled")
-    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).save(folder / Training.FILE)
+    settings = {"distilled": model_fingerprint(folder / "distilled")}
+    Training(Provenance(inputs), 1, 64, 1.0, (), settings, {}, 1).save(folder / Training.FILE)
+
+
+@pytest.mark.slow
+def test_a_model_in_place_of_the_trained_one_is_not_scored_under_its_name(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    as_trained(run.dir, distill.training_inputs(run, pruning.read_plan(run)), run.teacher)
+    evaluate.require_models_of_this_run(run, evaluate.roles(run))
+    shutil.rmtree(run.dir / "distilled")
+    shutil.copytree(run.dir / "student", run.dir / "distilled")
+    for verb in (evaluate.evaluate, report.report):
+        with pytest.raises(UserError, match=r"distilled: is not the model that distill\.json beside it tells of"):
+            verb(run)
 
 
 @pytest.mark.slow
