@@ -80,6 +80,7 @@ def measure(run: Run) -> None:
     if agreed(asked.is_done):
         return
     check_measure(run)
+    _check_metrics(run)
     if reads_images(run.config()):
         log.warning(
             "measure: %s reads images and is measured with text alone, which says nothing of what layers do for images",
@@ -110,7 +111,8 @@ def check_measure(run: Run) -> None:
             f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
             f"{bytes_text(available_memory())} are free; lower it"
         )
-    _check_metrics(run)
+    if device().type == "cpu":  # of a GPU only the process asks that computes on it: whoever asks holds memory there
+        _check_metrics(run)
     for source in settings.data:
         load_texts(source, max_characters=1)
     if run.swept is not None:
