@@ -100,7 +100,7 @@ class Calibration:
 
     def batches(self) -> list[Tensor]:
         """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""
-        own_rows = torch.arange(rank(), len(self.rows), world_size())
+        own_rows = torch.arange(len(self.rows))[rank() :: world_size()]
         return list(own_rows.split(self.batch_size)) if len(own_rows) else []
 
 
