@@ -21,9 +21,10 @@ fast-tests: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not prove" --numprocesses 2 --dist worksteal
 
-# before a release, beside `make test`: every family, launch and peak, and the numbers of tests/net
+# before a release, beside `make test`: every family, launch and peak, and the numbers of tests/net; torch compares what
+# ranks ask of each other
 prove: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m prove --numprocesses 2 --dist worksteal
+	TORCH_DISTRIBUTED_DEBUG=DETAIL $(BIN)/python -m pytest -q -m prove --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ import pytest
 import torch
 from ranks import environment, run_ranks, start_ranks
 from safetensors.torch import load_file
-from training_runs import KEEPING, MANY_STEPS, STEPS, Trial, unfinished, wait_for, write_recipe
+from training_runs import KEEPING, LENGTH, MANY_STEPS, STEPS, Trial, unfinished, wait_for, write_recipe
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.evaluation import Scores, Speed
@@ -126,6 +126,16 @@ def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
         assert f"going on from {run_dir}/checkpoints/checkpoint-{STEPS // 2}" in log
         assert ("made to fit" in log) == (zero != "zero0")
         same_as(reference, path)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_eight_ranks_train_the_curve_and_weights_of_one(once, pruned, tmp_path, zero):
+    batch = ["distill.batch_size=8", f"distill.num_tokens={LENGTH * 8 * STEPS}"]
+    alone = once("batch-of-8", lambda folder: finished(distill(pruned(folder), *batch))) / "recipe.yaml"
+    path = pruned(tmp_path, deepspeed=zero)
+    finished(distill(path, *batch, ranks=8))
+    same_as(alone, path)
 
 
 def same_as(reference: Path, path: Path) -> None:
@@ -313,14 +323,15 @@ def stage(verb: str, path: Path, *overrides: str, ranks: int) -> None:
 
 
 @pytest.mark.prove
-def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path, ranks):
     few = ["measure.num_tokens=700", "measure.sequence_length=100"]
     tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25"
     few += [f"measure.sweep={{{tasks}}}", "eval.batch_size=1"]
-    paths = [write_recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
+    paths = [write_recipe(tmp_path / name, teacher) for name in ("one", "all")]
     stage("measure", paths[0], *few, ranks=1)
     interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
-    stage("measure", paths[1], *few, ranks=2)
+    stage("measure", paths[1], *few, ranks=ranks)
     one, two = (Importance.load(path.parent / "run" / Importance.FILE) for path in paths)
     assert one.num_tokens == two.num_tokens
     for name, scores in one.layers.items():
@@ -328,15 +339,17 @@ def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(tea
     for name, rows in one.runs.items():
         for row, other in zip(rows, two.runs[name], strict=True):
             assert other == pytest.approx(row, abs=1e-9)
-    for file in ("knowledge_generation", "knowledge_continuation", "perplexity"):
-        scores, others = (json.loads((tmp_path / rank / f"run/sweep/layer/{file}.json").read_text()) for rank in "12")
+    for file in ("knowledge_generation", "knowledge_continuation"):
+        scores, others = (
+            json.loads((tmp_path / rank / f"run/sweep/layer/{file}.json").read_text()) for rank in ("one", "all")
+        )
         assert others["ids"] == scores["ids"]
         assert others["intact"] == pytest.approx(scores["intact"], abs=1e-5)
         for unit, items in scores["without"].items():
             assert others["without"][unit] == pytest.approx(items, abs=1e-5)
-    answers = [(tmp_path / f"2/run/sweep/layer/answers-{rank}.jsonl").read_text() for rank in (0, 1)]
+    answers = [(tmp_path / f"all/run/sweep/layer/answers-{rank}.jsonl").read_text() for rank in range(ranks)]
     assert answers[0].startswith(interrupted)  # nothing was begun anew
-    assert all(len(text.splitlines()) > 2 for text in answers)
+    assert all(len(text.splitlines()) > 4 / ranks for text in answers)
 
 
 def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
@@ -355,16 +368,17 @@ def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
 
 
 @pytest.mark.prove
-def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
+@pytest.mark.parametrize("many", [2, 8])
+def test_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path, many):
     found = []
-    small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.batch_size=4"]
+    small = ["eval.limit=9", "eval.perplexity_tokens=700", "eval.batch_size=4"]
     tasks = "eval.tasks=[knowledge_continuation, retrieval_generation]"
-    for ranks in (1, 2):
+    for ranks in (1, many):
         path = write_recipe(tmp_path / str(ranks), teacher)
-        if ranks == 1:
-            stage("eval", path, *small, tasks, "eval.speed=false", ranks=1)
-        else:
+        if ranks == 2:
             finished(launch("eval.py", path, *small, tasks, "eval.speed=false", ranks=2))
+        else:
+            stage("eval", path, *small, tasks, "eval.speed=false", ranks=ranks)
         found.append(Scores.load(path.parent / "run" / "eval" / "teacher.json"))
     for one, two in zip(found[0].tasks, found[1].tasks, strict=True):
         assert (one.task, one.n) == (two.task, two.n)
