@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.artifacts.importance import Importance, SweepColumn
+from shoal.components import require_layers
 from shoal.errors import UserError
-from shoal.formatting import layers_text
 from shoal.recipe.prune import CutByScore, CutThese, Prune
 
 from .layer_sizes import Goals
@@ -188,11 +188,7 @@ def _explicit(prune: CutThese, num_layers: int) -> Choice:
     drop = prune.drop
     if not drop:
         return Choice((), "")
-    if outside := [layer for layer in drop if not 0 <= layer < num_layers]:
-        last = num_layers - 1
-        raise UserError(f"prune.drop: {layers_text(outside)} is no layer of this model; its layers are 0..{last}")
-    if len(drop) == num_layers:
-        raise UserError(f"prune.drop: names all {num_layers} layers; keep at least one")
+    require_layers(drop, num_layers, "prune.drop")
     reason = f"{layers_of(len(drop), num_layers)} named in the recipe"
     if guarded := sorted(_protected(CutByScore.protect, num_layers) & set(drop)):
         log.warning("prune.drop names %s, which an automatic choice would protect", _named(guarded))

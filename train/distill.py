@@ -30,7 +30,7 @@ from shoal.ranks import is_main, world_size
 from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import Shapes, shaping
-from shoal.recipe.trainer_arguments import NEUTRAL
+from shoal.recipe.trainer_arguments import BATCH_SPLIT, NEUTRAL
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device, free_memory
 from shoal.stopping import Stopped
@@ -39,7 +39,6 @@ from shoal.tracking import wandb_run
 from .callbacks import Curves, Profiler, Progress, Scorer, Watcher
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
 from .engine.arguments import (
-    BATCH_SPLIT,
     check_names,
     deepspeed_config,
     resolved_deepspeed,

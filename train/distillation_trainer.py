@@ -30,9 +30,9 @@ from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.messages import checked
-from shoal.recipe.trainer_arguments import OURS, precisions_said
+from shoal.recipe.trainer_arguments import OURS, RANGES, precisions_said
 
-from .engine.arguments import BATCH_SPLIT, refuse_mismatches, resolved_deepspeed
+from .engine.arguments import refuse_mismatches, resolved_deepspeed
 from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
@@ -222,7 +222,7 @@ def _checked(
     section = _section(args, peft_config)
     for own in (model, teacher):
         if own is not None:
-            require_positions(own.config, section.sequence_length)
+            require_positions(own.config, section.sequence_length, "distill.sequence_length")
     return section
 
 
@@ -273,7 +273,7 @@ def _section(args: TrainingArguments, peft_config: LoraConfig | Lora | None) -> 
             "losses": setting(args, "losses"),
             "trainable": setting(args, "trainable") or "all",
             "lora": as_lora(peft_config),
-            "trainer": {name: getattr(args, name) for name in (*BATCH_SPLIT, *OURS)},
+            "trainer": {name: getattr(args, name) for name in (*RANGES, *OURS)},
             **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
         },
         source="shoal.DistillationConfig",

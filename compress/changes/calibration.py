@@ -15,9 +15,9 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts
 from shoal.data.streams import pack
 from shoal.errors import UserError
-from shoal.formatting import bytes_text
+from shoal.formatting import bytes_text, duration_text
 from shoal.inference.decoder import Decoder
-from shoal.machine import device_memory, fast_dtype
+from shoal.machine import device_memory, fast_dtype, flops_per_second
 from shoal.models.anatomy import text_config
 from shoal.models.load import (
     align_weights,
@@ -65,13 +65,16 @@ def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple
 
 
 @contextmanager
-def calibrating(teacher: Teacher, num_tokens: int, *, section: str) -> Iterator[Source]:
+def calibrating(teacher: Teacher, num_tokens: int, *, section: str, flop: float | None = None) -> Iterator[Source]:
     """The model of ``teacher``, in a block in which a ``section`` of the recipe decides by it on so many tokens: in
-    float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes.
+    float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes. What that
+    takes is logged before; ``flop``: its floating-point operations, None = one_pass.
     """
     where, folder, trust_remote_code = device(), teacher.folder, teacher.trust_remote_code
-    if (needed := needed_bytes(without_data(teacher.config), num_tokens)) > device_memory(where):
-        log.warning("%s: %s", section, in_words(needed))
+    bare = without_data(teacher.config)
+    needed, flop = needed_bytes(bare, num_tokens), flop or one_pass(bare, num_tokens)
+    level = logging.WARNING if needed > device_memory(where) else logging.INFO
+    log.log(level, "%s: %s tokens, %s", section, f"{num_tokens:,}", in_words(needed, flop))
     fast = named_dtype(fast_dtype(where).dtype)
     model = load_model(folder, dtype="float32", attention=None, device=where, trust_remote_code=trust_remote_code)
     align_weights(model)
@@ -113,9 +116,14 @@ def needed_bytes(model: PreTrainedModel, num_tokens: int, *, num_features: int =
     return 4 * num_parameters(model) + int(STATES * num_tokens * hidden * 4) + sums
 
 
-def in_words(needed: int) -> str:
-    """What needed_bytes found, and whether it is there."""
-    free = device_memory(device())
-    return f"takes about {bytes_text(needed)} of memory" + (
-        "" if needed <= free else f", and {bytes_text(free)} are free"
-    )
+def one_pass(model: PreTrainedModel, num_tokens: int) -> float:
+    """Floating-point operations of so many tokens through ``model``, about."""
+    return 2.0 * num_parameters(model) * num_tokens
+
+
+def in_words(needed: int, flop: float) -> str:
+    """What needed_bytes found, whether it is there, and how long the products alone take on this device."""
+    where = device()
+    free, rate = device_memory(where), flops_per_second(where, named_dtype(fast_dtype(where).dtype) or torch.float32)
+    missing = "" if needed <= free else f", of which {bytes_text(free)} are free"
+    return f"takes about {bytes_text(needed)} of memory{missing}, and at least {duration_text(flop / rate)}"

@@ -14,7 +14,7 @@ from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS
-from shoal.models.load import loaded_dtype
+from shoal.models.load import loaded_dtype, without_data
 from shoal.recipe.prune import Compensate
 
 from ..edits.tensors import tensors_in_place
@@ -23,7 +23,7 @@ from ..surgery.config_cut import uncut_layers
 from ..surgery.teacher import Teacher
 from .calibration import calibrating, in_words, needed_bytes, refuse_quantised
 from .change import InForce, NewTensors, Tensors
-from .fit import compensate, needed_features, needed_tokens
+from .fit import compensate, needed_features, needed_tokens, operations
 from .fold import COMPENSATE, LEAVE_OUT
 
 
@@ -51,7 +51,9 @@ class Compensation:
 
     def tensors(self, teacher: Teacher, plan: Plan, text: Calibration, before: InForce | None) -> NewTensors:
         """What is fitted, gap by gap."""
-        with calibrating(teacher, text.rows.input_ids_NS.numel(), section=COMPENSATE) as source:
+        num_tokens = text.rows.input_ids_NS.numel()
+        flop = operations(without_data(teacher.config), plan.drop, self.settings, num_tokens)
+        with calibrating(teacher, num_tokens, section=COMPENSATE, flop=flop) as source:
             found = compensate(source, plan.drop, self.settings, text, before)
         uncut = uncut_layers(teacher.config, text_config(teacher.config).num_hidden_layers)
         closed = [
@@ -75,9 +77,10 @@ class Compensation:
         )
 
     def words(self, teacher: PreTrainedModel, plan: Plan, num_tokens: int) -> str:
-        """Method and memory."""
+        """Method, memory and time."""
         features = needed_features(teacher, plan.drop, self.settings)
-        needed = in_words(needed_bytes(teacher, num_tokens, num_features=features))
+        flop = operations(teacher, plan.drop, self.settings, num_tokens)
+        needed = in_words(needed_bytes(teacher, num_tokens, num_features=features), flop)
         return f"compensation: {self.settings.method}, {num_tokens:,} tokens, {needed}"
 
 

@@ -39,6 +39,8 @@ from shoal.artifacts.plan import ClosedGap
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.formatting import layers_text
+from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.load import num_parameters
 from shoal.progress import each
 from shoal.recipe.prune import Compensate
 
@@ -170,6 +172,16 @@ def needed_features(model: PreTrainedModel, drop: Sequence[int], settings: Compe
     """The most features of an MLP that a correction is fitted to; 0 where there is none."""
     below = [first - 1 for first, _ in gaps(drop) if settings.method != "scale"]
     return max((num_features(model, layer) for layer in below), default=0)
+
+
+def operations(model: PreTrainedModel, drop: Sequence[int], settings: Compensate, num_tokens: int) -> float:
+    """Floating-point operations that compensate takes, as the first lines here count them, about."""
+    num_layers, held_out = len(decoder_layers(model)), 1 / HELD_OUT_SHARE
+    above = sum((num_layers - 1 - last) / num_layers for _, last in gaps(drop))
+    passes = 2 + held_out * (4 + 2 * above)
+    features, hidden = needed_features(model, drop, settings), text_config(model.config).hidden_size
+    products = len(gaps(drop)) * features * (features + 2 * hidden)
+    return 2 * num_tokens * (passes * num_parameters(model) + products)
 
 
 def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:

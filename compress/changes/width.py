@@ -47,7 +47,7 @@ from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, load_without_data
 from ..surgery.teacher import Teacher
 from ..variants.layerwise import Call
-from .calibration import Source, batches, calibrating, in_words, needed_bytes
+from .calibration import Source, batches, calibrating, in_words, needed_bytes, one_pass
 from .change import InForce, NewTensors, Tensors
 from .fold import same_states
 from .narrowing import Part, Sizes, Units, sizes_of
@@ -116,8 +116,9 @@ class Narrowing:
         return NewTensors(replace(plan, width=kept), names, load, masked, of_later)
 
     def words(self, teacher: PreTrainedModel, plan: Plan, num_tokens: int) -> str:
-        """Text and memory."""
-        return f"width: chosen on {num_tokens:,} tokens, {in_words(needed_bytes(teacher, num_tokens))}"
+        """Text, memory and time."""
+        needed = in_words(needed_bytes(teacher, num_tokens), one_pass(teacher, num_tokens))
+        return f"width: chosen on {num_tokens:,} tokens, {needed}"
 
     def _sizes(self, teacher: Teacher) -> Sizes:
         return sizes_of(teacher.folder, teacher.config, kept_width(teacher.config, self.settings))

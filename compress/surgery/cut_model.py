@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from shoal.components import require_layers
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, given_state, text_config, with_state
 from shoal.models.families import family
@@ -81,10 +82,7 @@ def kept_layers(num_layers: int, drop: Collection[int]) -> tuple[int, ...]:
         UserError: an index that is no layer, or all layers dropped.
     """
     dropped = set(drop)
-    if outside := sorted(layer for layer in dropped if not 0 <= layer < num_layers):
-        raise UserError(f"drop: {outside[0]} is no layer of this model; its layers are 0..{num_layers - 1}")
-    if len(dropped) == num_layers:
-        raise UserError(f"drop: names all {num_layers} layers; keep at least one")
+    require_layers(dropped, num_layers)
     return tuple(layer for layer in range(num_layers) if layer not in dropped)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from shoal.artifacts.evaluation import MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
+from shoal.atomic_files import read_json
 from shoal.errors import UserError
 
 OF_THE_STUDENT = ("student", "prune.", "control.")
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> Run:
         for role in (*ROLES, MODEL)
         if (evaluation := read_result(Scores, folder / "eval" / f"{role}.json")) is not None
     }
-    run_file = _read_json(folder / "run.json")
+    run_file = read_json(folder / "run.json")
     run = Run(
         folder=folder,
         recipe=run_file.get("recipe"),
@@ -152,13 +152,3 @@ def _identities(run: Run) -> dict[str, list[tuple[str, str, Any]]]:
         dropped = list(run.training.provenance.inputs["prune.drop"])
         told["the cut"] = [(Plan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
     return told
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
-    return body if isinstance(body, dict) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
+from shoal.components import require_layers
 from shoal.compress.apply import apply_plan, changes_of, num_tokens_of
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of
@@ -25,7 +26,7 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.data.packing import PackedRows
+from shoal.data.packing import PackedRows, require_room
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
@@ -35,9 +36,10 @@ from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was,
 from shoal.models.load import load_model, without_data
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
-from shoal.recipe.messages import checked, of_arguments
+from shoal.recipe.messages import checked
 from shoal.recipe.prune import CutByScore, CutThese
-from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.recipe import of_arguments
+from shoal.recipe.section import Section, Shapes, shaping
 
 from .settings import MeasureSettings
 
@@ -74,15 +76,16 @@ def measure_importance(
         >>> shoal.measure_importance(model, tokenizer, texts).layers["block_influence"][3]
     """
     model = as_model(model)
-    named = {"metrics": [metrics] if isinstance(metrics, str) else metrics}
+    named: dict[str, Any] = {"metrics": metrics, **({"data": data} if is_source(data) else {})}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
     if isinstance(metrics, str | Sequence) and TASK_ORDER in metrics:
         raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
-    section = of_arguments(Measure, {**named, **settings}, taken=taken, source=source)
+    section: Measure = of_arguments("measure", {**named, **settings}, taken=taken, source=source, seed=seed)
     tokenizer = require_tokenizer(tokenizer, model)
-    require_positions(model.config, section.sequence_length)
+    require_positions(model.config, section.sequence_length, "measure.sequence_length")
+    require_room(section.num_tokens, "measure.num_tokens")
     _refuse_sweep(section.sweep, model, tokenizer)
-    rows = _rows(data, tokenizer, section, section.num_tokens, seed=seed)
+    rows = _rows(section.data if is_source(data) else data, tokenizer, section, section.num_tokens, seed=seed)
     with left_as_it_was(model):
         scores = scores_of(
             model,
@@ -175,7 +178,8 @@ def choose_layers(
         "protect": protect,
         "spare": spare,
     }
-    settings = checked(CutByScore, named, source="shoal.choose_layers")
+    settings: CutByScore = of_arguments("prune", named, source="shoal.choose_layers")
+    Importance.require(importance, "importance")
     choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
     inputs = {
         "model": importance.provenance.inputs.get("model"),
@@ -225,21 +229,23 @@ def cut_model(
                 "drop=plan.drop and changes"
             )
         drop = drop.drop
-    return _changed(model, drop, changes, tokenizer, data) if changes else surgery.cut_model(model, drop)
+    settings = checked(_Cut, {"prune": {"drop": drop, "changes": changes}}, source="shoal.cut_model").prune
+    require_layers(settings.drop, len(decoder_layers(model)), "prune.drop")
+    return _changed(model, settings, tokenizer, data) if settings.changes else surgery.cut_model(model, settings.drop)
+
+
+@dataclass(frozen=True)
+class _Cut(Section):
+    prune: CutThese
 
 
 def _changed(
-    model: PreTrainedModel,
-    drop: Sequence[int],
-    changes: str | Sequence[str | Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: Given,
+    model: PreTrainedModel, settings: CutThese, tokenizer: PreTrainedTokenizerBase | None, data: Given
 ) -> PreTrainedModel:
     """The model that the command writes of a checkpoint of ``model``."""
-    named = {"drop": sorted(drop), "changes": changes}
-    settings = checked(CutThese, named, source="shoal.cut_model")
     tokenizer, made, measured = require_tokenizer(tokenizer, model), changes_of(settings), Measure()
-    plan = Plan(Provenance({}), len(decoder_layers(model)), settings.drop, reason="given by the caller")
+    drop = tuple(sorted(settings.drop))
+    plan = Plan(Provenance({}), len(decoder_layers(model)), drop, reason="given by the caller")
     num_tokens = num_tokens_of(made, without_data(model.config), plan, measured)
     rows = _rows(data, tokenizer, measured, num_tokens, seed=0)
     with TemporaryDirectory() as temporary:

@@ -16,7 +16,7 @@ from shoal.eval.evaluate import Questions, model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
 from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_tokenizer
 from shoal.recipe.evaluate import Eval, Limit
-from shoal.recipe.messages import of_arguments
+from shoal.recipe.recipe import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.stats.paired import holm, paired, require_same_measurement, retention, verdict
 
@@ -64,7 +64,7 @@ def evaluate(
     model = as_model(model)
     given: dict[str, Any] = {"tasks": tasks, "limit": limit, "perplexity_tokens": 0, **settings}
     taken = ("tasks", "limit", *EvalSettings.__annotations__)
-    section = of_arguments(Eval, given, taken=taken, source="shoal.evaluate")
+    section: Eval = of_arguments("eval", given, taken=taken, source="shoal.evaluate", seed=seed)
     refuse_unknown(section.tasks, section.include_path)
     inputs = identity_of(model, seed=seed) | {"tasks": tasks_fingerprint(section.tasks, section.include_path)}
     inputs |= shaping(section, Shapes.SCORES, "eval.")
@@ -148,6 +148,8 @@ def compare(reference: Scores, *others: Scores) -> Comparison:
     """
     if not others:
         raise UserError("compare: has nothing to compare with; give the scores of another model too")
+    for scores in (reference, *others):
+        Scores.require(scores, "compare")
     for other in others:
         for before, after in shared_tasks(reference, other):
             require_same_measurement(before, after)

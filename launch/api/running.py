@@ -117,6 +117,8 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         >>> run = shoal.run("quickstart.yaml", "run_dir=runs/quickstart")
         >>> run.scores["distilled"]
     """
+    if not isinstance(recipe, str | Path | Mapping):
+        raise UserError(f"shoal.run: recipe: is {type(recipe).__name__}; give a file, a folder, a name or a mapping")
     with TemporaryDirectory() as temporary, explained_paths():
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
+from shoal.data.packing import require_room
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
@@ -21,7 +22,7 @@ from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
 from shoal.recipe.distill import Distill, Trainable
-from shoal.recipe.messages import of_arguments
+from shoal.recipe.recipe import of_arguments
 from shoal.recipe.section import Shapes, shaping
 from shoal.recipe.trainer_arguments import trained_in
 from shoal.runtime import device
@@ -81,7 +82,7 @@ def distill(
     _refuse_swapped(student, teacher)
     tokenizer = require_tokenizer(tokenizer, student)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
-    section = _section({"losses": losses, "trainable": trainable}, settings)
+    section = _section({"losses": losses, "trainable": trainable}, settings, seed)
     has_budget = "num_tokens" in settings or is_source(data)
     budget = num_rows(section) * section.sequence_length if has_budget else None
     rows = pack(
@@ -113,18 +114,20 @@ def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
-def _section(named: dict[str, Any], settings: Mapping[str, Any]) -> Distill:
+def _section(named: dict[str, Any], settings: Mapping[str, Any], seed: int) -> Distill:
     trainer: Any = settings.get("trainer", {})
     if isinstance(trainer, Mapping):
-        if lost := [name for name in trainer if name.startswith("save_")]:
+        if lost := [name for name in trainer if str(name).startswith("save_")]:
             raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
         trainer = {**trainer, "save_strategy": "no"}
-    section = of_arguments(
-        Distill,
+    section: Distill = of_arguments(
+        "distill",
         {**named, **settings, "trainer": trainer},
         taken=(*named, *DistillSettings.__annotations__),
         source="shoal.distill",
+        seed=seed,
     )
+    require_room(section.num_tokens, "distill.num_tokens")
     precision = trained_in({}, fast_dtype(device()).dtype) if section.precision == "auto" else section.precision
     return replace(section, precision=precision, deepspeed=None, watch=None)
 

@@ -20,7 +20,7 @@ from shoal.machine import device_name, fast_dtype, ranks_to_start
 from shoal.model_names import name_of_model
 from shoal.models.anatomy import text_config
 from shoal.models.load import loaded_dtype, num_parameters, without_data
-from shoal.models.resolve import find_config
+from shoal.models.resolve import find_config, refuse_revision
 from shoal.progress import doing
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device
@@ -48,6 +48,9 @@ class Machine:
 
 def init(asked: argparse.Namespace) -> str:
     """Write a first recipe, and say where."""
+    refuse_revision(asked.model, asked.revision)
+    if asked.out == "":
+        raise UserError("--out: is empty; name a file, or leave it out")
     file = Path(asked.out or f"{name_of_model(asked.model)}.yaml").expanduser()
     if file.exists():
         raise UserError(f"{file}: is there already; name another file with --out, or remove it")

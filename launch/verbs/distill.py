@@ -271,7 +271,7 @@ def check_distill(run: Run) -> None:
         stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
     distill = recipe.distill
-    images = ImageReader.of(distill.data, _teacher(run)) if distill.has_images else None
+    images = images_of(run)
     for source in distill.data:
         if source.generate is not None:
             to_write(source)
@@ -285,6 +285,12 @@ def check_distill(run: Run) -> None:
         with named_in("distill.watch", *WATCHED):
             tasks = tasks_of(watched)
             checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
+
+
+def images_of(run: Run) -> ImageReader | None:
+    """What reads the images of distill.data; None where there are none. Raises as ImageReader.of does."""
+    data = run.recipe.distill.data
+    return ImageReader.of(data, _teacher(run)) if run.recipe.distill.has_images else None
 
 
 def _refuse_other_recording(run: Run) -> None:

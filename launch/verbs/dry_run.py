@@ -24,7 +24,7 @@ from shoal.progress import doing
 from shoal.recipe.measure import Measure
 from shoal.runtime import device
 
-from .distill import check_training_settings, training_spec, what_is_trained
+from .distill import check_training_settings, images_of, training_spec, what_is_trained
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import check_measure, importance_of
 from .pipeline import preflight
@@ -136,6 +136,7 @@ def _training(run: Run) -> list[Stage]:
     refuse_crowd(ranks_to_start(run.recipe.num_processes))
     check_training_settings(run.recipe)
     check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
+    images_of(run)
     has_plan = (run.dir / Plan.FILE).is_file()
     return [training_estimate(run, read_plan(run) if has_plan else expected_plan(run))]
 

@@ -16,11 +16,9 @@ from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance, Removal
 from shoal.atomic_files import fingerprint
 from shoal.components import Component
-from shoal.data.packing import PackedRows
+from shoal.data.packing import PackedRows, require_room
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
-from shoal.formatting import bytes_text
-from shoal.machine import available_memory
 from shoal.models.anatomy import refuse_text_alone
 from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
 from shoal.models.load import load_model, reads_images, rooms_to_share
@@ -40,9 +38,6 @@ if TYPE_CHECKING:
     from shoal.compress.variants.variants import Edited
 
 log = logging.getLogger(__name__)
-
-TOKEN_BYTES = 8
-"""Bytes of one packed token: id and position."""
 
 
 def importance_of(run: Run) -> Identity[Importance]:
@@ -106,11 +101,7 @@ def check_measure(run: Run) -> None:
     settings = run.recipe.measure
     refuse_text_alone(run.config())
     check_length(run, settings.sequence_length, "measure.sequence_length")
-    if (needed := TOKEN_BYTES * settings.num_tokens) > available_memory():
-        raise UserError(
-            f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
-            f"{bytes_text(available_memory())} are free; lower it"
-        )
+    require_room(settings.num_tokens, "measure.num_tokens")
     if device().type == "cpu":  # of a GPU only the process asks that computes on it: whoever asks holds memory there
         _check_metrics(run)
     for source in settings.data:

@@ -239,11 +239,11 @@ def refuse_impossible_changes(run: Run, plan: Plan) -> None:
     if not changes:
         return
     check_length(run, run.recipe.measure.sequence_length, "measure.sequence_length")
-    for source in run.recipe.measure.data:
-        load_texts(source, max_characters=1)
     teacher = read_teacher(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     for change in changes:
         teacher = change.sizes(teacher, plan)
+    for source in run.recipe.measure.data:  # last, since some take seconds to read
+        load_texts(source, max_characters=1)
 
 
 def refuse_unfit_student(run: Run, plan: Plan) -> None:

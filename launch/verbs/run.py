@@ -25,15 +25,13 @@ from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
-from shoal.atomic_files import make_folder, only_process, write_json
-from shoal.errors import UserError
+from shoal.atomic_files import make_folder, only_process, read_json, write_json
 from shoal.machine import DTYPES, device_name, fast_dtype, flops_per_second
-from shoal.model_names import DEMO_PREFIX
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
-from shoal.models.resolve import find_config, resolve_model
+from shoal.models.resolve import find_config, refuse_revision, resolve_model
 from shoal.ranks import is_main
 from shoal.recipe.distill import Live, Precision
 from shoal.recipe.evaluate import Eval
@@ -202,10 +200,11 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
 
 def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
     """What this device, or the one that began the run directory, takes of the recipe's sizes, and why."""
+    story = read_json(Path(recipe.run_dir).expanduser() / "run.json")  # refuses a damaged one, whoever asks
     if recipe.full_size_gflops is None:
         return 1.0, ""
     own_device, full_gflops = device(), recipe.full_size_gflops
-    begun = _mapping(Path(recipe.run_dir).expanduser() / "run.json", "numerics")
+    begun = story.get("numerics") or {}
     if begun.get("full_size_gflops") == full_gflops and "size" in begun:
         return float(begun["size"]), str(begun.get("size_reason", ""))
     rate = flops_per_second(own_device, getattr(torch, dtype)) / 1e9
@@ -302,8 +301,7 @@ def resolved(model: str, revision: str | None) -> Path:
     Raises:
         UserError: as resolve_model, and a revision of what has none.
     """
-    if revision is not None and (model.startswith(DEMO_PREFIX) or Path(model).expanduser().exists()):
-        raise UserError(f"model {model!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")
+    refuse_revision(model, revision)
     if not is_main():
         barrier()
     folder = resolve_model(model, revision=revision)
@@ -348,7 +346,7 @@ def _leave_nothing(run: Run, *, is_new: bool) -> None:
 
 def check_length(run: Run, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:
     """Refuse rows longer than the model's positions, before any weight is loaded."""
-    require_positions(run.config(), sequence_length, setting, run.recipe.model, remedy)
+    require_positions(run.config(), sequence_length, setting, remedy=remedy)
 
 
 def write_story(run: Run) -> None:

@@ -35,7 +35,10 @@ def write_json(path: Path, value: Any, *, setting: str = "run_dir") -> None:
 def write_text(path: Path, text: str, *, setting: str = "run_dir") -> None:
     """Write a text file as written_file does."""
     with written_file(path, setting=setting) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except FileNotFoundError as error:  # the folder is there, so it takes no files: /proc
+            raise _not_made(path, error, setting) from error
 
 
 def make_folder(path: Path, *, setting: str = "run_dir") -> None:
@@ -48,9 +51,11 @@ def make_folder(path: Path, *, setting: str = "run_dir") -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # those above are made first, so it is this place that has none: /proc
-            raise UserError(
-                f"{path}: cannot be made ({error.strerror}); set {setting} to a folder you may write to"
-            ) from error
+            raise _not_made(path, error, setting) from error
+
+
+def _not_made(path: Path, error: OSError, setting: str) -> UserError:
+    return UserError(f"{path}: cannot be made ({error.strerror}); set {setting} to a folder you may write to")
 
 
 @contextmanager
@@ -198,6 +203,21 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file holds; empty where there is no file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: holds {type(body).__name__}, and no mapping; delete it and run a stage again")
+    return body
 
 
 def file_hash(path: Path) -> str:

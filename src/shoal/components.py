@@ -6,10 +6,14 @@ compress/edits/layer_edits.py has the table of what is done then. Indices are 0-
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import ConfigDict
+
+from shoal.errors import UserError
+from shoal.formatting import layers_text
 
 ComponentPart = Literal["layer", "skip_prompt", "skip_written", "attention", "mlp", "head", "kv_group", "donor"]
 """How much of a layer a component is: what it writes at prompt positions, or from the prompt's last token on where the
@@ -59,3 +63,16 @@ REMOVED = LayerEdit("layer")
 """The layer passes its input on."""
 LayerEdits = tuple[tuple[int, LayerEdit], ...]
 """(layer, what is done to it), in the order of the layers."""
+
+
+def require_layers(drop: Collection[int], num_layers: int, setting: str = "drop") -> None:
+    """Refuse to drop what is no layer of a model of so many, or all of them.
+
+    Raises:
+        UserError: naming ``setting``.
+    """
+    if outside := sorted(layer for layer in drop if not 0 <= layer < num_layers):
+        last = num_layers - 1
+        raise UserError(f"{setting}: {layers_text(outside)} is no layer of this model; its layers are 0..{last}")
+    if len(drop) == num_layers:
+        raise UserError(f"{setting}: names all {num_layers} layers; keep at least one")

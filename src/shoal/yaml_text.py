@@ -8,13 +8,20 @@ from typing import Any
 import yaml
 from yaml import YAMLError
 
+MOST_CHARACTERS = 100_000
+"""A recipe has some thousand; more takes seconds to read."""
+MOST_VALUES = 100_000
+"""With every alias written out: nine levels of nine aliases each are half a billion."""
+
 
 def read_yaml(text: str) -> Any:
     """What the YAML ``text`` says, as plain Python values.
 
     Raises:
-        YAMLError: it is not YAML, a mapping holds a key twice, or a text holds the character NUL.
+        YAMLError: it is not YAML, a mapping holds a key twice, a text holds the character NUL, or it is too long.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise YAMLError(f"{len(text):,} characters are more than the {MOST_CHARACTERS:,} that are read; shorten it")
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:  # `!!int x`, ten thousand brackets, ...
@@ -27,6 +34,22 @@ class _Loader(yaml.SafeLoader):
     PyYAML alone speaks YAML 1.1: 2e-5 is a string to it, `off` and `no` are false, 010 is 8, 1:30 is 90, and 2024-01-31
     is a date.
     """
+
+    def get_single_node(self) -> Any:
+        """The whole text as nodes, of which aliases are shared; what goes through its values meets them every time."""
+        node = super().get_single_node()
+        if (count := _num_values(node, {})) > MOST_VALUES:
+            raise YAMLError(f"aliases stand for {count:,} values; write out what is meant")
+        return node
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """Values of ``node`` with every alias written out; those of ``known`` nodes, by id, are counted already."""
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = isinstance(node, yaml.MappingNode)
+        known[id(node)] = 1 + sum(_num_values(part[1] if pairs else part, known) for part in parts)
+    return known[id(node)]
 
 
 _SCALARS = {

@@ -252,7 +252,7 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
         ({"metric": {"angular": 1}, "contiguous": True}, "prune.metric: .* mixes scores of single layers"),
         ({"metric": {"angular": 0}}, r"prune.metric: must be a string or must be greater than 0 \(got 0\)"),
         ({"drop": []}, "prune: drop is empty, so nothing would be dropped"),
-        ({"drop": [2, 1, 2]}, "prune: drop names layer 2 twice; name every layer once"),
+        ({"drop": [2, 1, 2]}, "prune.drop: names 2 twice; name each once"),
         ({"drop": [], "changes": ["compensate"]}, "prune.changes: .* no layer is dropped"),
         (
             {"changes": [{"kind": "width", "intermediate_size": 0.5}], "target": {"params": 1}},

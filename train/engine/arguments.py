@@ -23,7 +23,16 @@ from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
 from shoal.recipe.section import as_dict
-from shoal.recipe.trainer_arguments import DEFAULTS, OURS, computed_in, precisions_said, read_deepspeed, trained_in
+from shoal.recipe.trainer_arguments import (
+    BATCH_SPLIT,
+    DEFAULTS,
+    OURS,
+    computed_in,
+    out_of_range,
+    precisions_said,
+    read_deepspeed,
+    trained_in,
+)
 from shoal.runtime import device
 
 from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
@@ -32,19 +41,6 @@ log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
 """DeepSpeed's own."""
-BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-"""How ranks and micro-batches share the rows of one optimizer step."""
-MOST = 1e12
-"""No training argument is as large."""
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("learning_rate", "weight_decay"), (0, 100)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (0, 1)),
-    **dict.fromkeys(("max_grad_norm", "warmup_steps", "dataloader_num_workers"), (0, MOST)),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), (1e-9, MOST)),
-    **dict.fromkeys(("save_total_limit", *BATCH_SPLIT), (1, MOST)),
-    "max_steps": (-1, MOST),
-}
-"""Training arguments that are at least the first and below the second number; transformers looks at few of them."""
 DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 """What a DeepSpeed configuration says of the batch, which depends on the number of ranks."""
 
@@ -202,10 +198,7 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
         TypeAdapter(choices[0] if choices else hint).validate_python(value, strict=not choices)
     except ValidationError as error:
         return demand(error.errors()[0])
-    least, end = RANGES.get(name, (-MOST, MOST))
-    if isinstance(value, int | float) and not least <= value < end:
-        return f"must be from {least:g} to below {end:g}"
-    return None
+    return out_of_range(name, value)
 
 
 def _check_makers(given: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,15 @@ from shoal.artifacts.plan import ClosedGap, KeptWidth, Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import CHANNELS, anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
+from shoal.recipe.messages import checked
+from shoal.recipe.section import Layers, Section
 
 Drop = Collection[int] | Plan
+
+
+@dataclass(frozen=True)
+class _Given(Section):
+    drop: Layers
 
 
 def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | None) -> Plan | None:
@@ -35,7 +42,8 @@ def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | 
         return None
     plan = cut
     if not isinstance(plan, Plan):
-        plan = Plan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
+        layers = checked(_Given, {"drop": plan}, source="shoal.DistillationTrainer").drop
+        plan = Plan(Provenance({}), num_layers, tuple(sorted(layers)), reason="given by the caller")
     wrong = [*plan.contradictions()]
     if plan.num_layers != num_layers or len(plan.keep) != kept:
         wrong.append(

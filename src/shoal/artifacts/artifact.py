@@ -100,15 +100,34 @@ class Artifact:
             made, internal = (part if isinstance(part := body.get(key), dict) else {} for key in ("made", "internal"))
             body |= {name: internal[name] for name in cls.INTERNAL if name in internal}
             origin = {name: part[name] for part in (made, internal) for name in part if name != "shoal"}
-            artifact = adapter(cls).validate_python({**cls.completed(body, path), "provenance": origin})
-            if (problem := next(artifact.contradictions(), None)) is not None:
-                raise ValueError(problem)
+            artifact = cls._whole({**cls.completed(body, path), "provenance": origin})
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; run the stage that makes it first") from error
         except _Newer as error:
             raise UserError(f"{path}: {error}; update shoal") from error
         except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path}: {_problem(error)}; delete it and run its stage again") from error
+        return artifact
+
+    @classmethod
+    def require(cls, given: Any, name: str) -> None:
+        """Refuse what is no such artifact in memory, called ``name`` in messages, or one that load would refuse.
+
+        Raises:
+            UserError: it is one.
+        """
+        if not isinstance(given, cls):
+            raise UserError(f"{name}: is {type(given).__name__}; give {cls.__name__}, or {cls.__name__}.load(...)")
+        try:
+            cls._whole(vars(given))
+        except ValueError as error:
+            raise UserError(f"{name}: {_problem(error)}; make it again") from error
+
+    @classmethod
+    def _whole(cls, fields: dict[str, Json]) -> Self:
+        artifact = adapter(cls).validate_python(fields)
+        if (problem := next(artifact.contradictions(), None)) is not None:
+            raise ValueError(problem)
         return artifact
 
     @classmethod

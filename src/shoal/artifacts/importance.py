@@ -214,6 +214,13 @@ class Importance(Tabular, Artifact):
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
 
+    def contradictions(self) -> Iterator[str]:
+        layers = [("layers", name, len(scores), 0) for name, scores in self.layers.items()]
+        runs = [("runs", name, len(row), n) for name, rows in self.runs.items() for n, row in enumerate(rows)]
+        for field_name, metric, count, shorter in (*layers, *runs):
+            if count != (expected := self.num_layers - shorter):
+                yield f"{field_name}.{metric}: has {count} scores, and not {expected}"
+
     def title(self) -> str:
         """How many layers, and on how much text."""
         return f"importance of {self.num_layers} layers on {self.num_tokens:,} tokens; higher = keep"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from shoal.abilities import items as ability_items
 from shoal.abilities import training_texts
 from shoal.abilities.knowledge import RELATIONS, facts_in
 from shoal.abilities.texts import FORMS
-from shoal.data.general_text import docstrings, instructions, python_docs, readmes
+from shoal.atomic_files import file_hash, fingerprint
+from shoal.data.general_text import PACKAGES, docstrings, instructions, python_docs, readmes
 from shoal.task_words import ABILITIES
 
 ABOUT = {
@@ -50,6 +54,20 @@ def ability_prompts() -> list[dict[str, str]]:
 
 PROMPTS_OF_FORM = 500
 """Prompts of one form of retrieval or reasoning in `ability_prompts`; facts are as many as there are."""
+SLOW = ("docstrings", "instructions", "ability")
+"""Beginnings of the names of sources that take seconds to make."""
+
+
+@functools.cache
+def origin() -> str:
+    """Hash of what these are made from: the code here, and versions of Python and of the packages that are read."""
+    here = Path(__file__).parent
+    code = (file for folder in (here, here.parent / "abilities") for file in sorted(folder.iterdir()))
+    installed = {part.metadata["Name"].lower(): part.version for part in importlib.metadata.distributions()}
+    versions = [installed.get(name) for name in PACKAGES]
+    return fingerprint([sys.version, versions, [file_hash(file) for file in code if file.is_file()]])
+
+
 BUNDLED: dict[str, Callable[[], list[str]]] = {
     "python_docs": lambda: python_docs(held_out=False),
     "python_docs_heldout": lambda: python_docs(held_out=True),

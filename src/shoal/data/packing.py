@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from shoal.errors import UserError
+from shoal.formatting import bytes_text
+from shoal.machine import available_memory
 
 Drawn = TypeVar("Drawn", bound=Sized)
 IGNORED = -100
@@ -41,6 +43,21 @@ MOST_DISCARDED = 1000
 FIELDS: tuple[str, ...] = ("documents", "tokens", "supervised", "split", "truncated", "padding", "repeats")
 PLANES = {"input_ids": "<i4", "position_ids": "<i4", "supervised": "|b1", SOURCES: "<i2"}
 COUNTS = "counts.json"
+TOKEN_BYTES = 8
+"""Bytes of one token in memory: id and position."""
+
+
+def require_room(num_tokens: int, setting: str) -> None:
+    """Refuse more tokens than fit into memory.
+
+    Raises:
+        UserError: they are.
+    """
+    if (needed := TOKEN_BYTES * num_tokens) > available_memory():
+        raise UserError(
+            f"{setting}: {num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
+            f"{bytes_text(available_memory())} are free; lower it"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
+import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -13,8 +16,8 @@ from typing import Any, Literal, TypeVar
 
 from huggingface_hub import HfApi, constants
 
-from shoal.atomic_files import fingerprint, known_hash
-from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
+from shoal.atomic_files import cache_dir, fingerprint, known_hash, write_json
+from shoal.data.bundled import BUNDLED, BUNDLED_ROWS, SLOW, origin
 from shoal.data.chat import Chat, ImageRow, chat_of, column_of
 from shoal.errors import UserError
 from shoal.formatting import meant
@@ -28,6 +31,8 @@ from shoal.recipe.section import (
     PromptCompletion,
     Section,
 )
+
+log = logging.getLogger(__name__)
 
 Given = str | Mapping[str, Any] | Iterable[Any]
 """Data that a caller has: the name of a data set or of bundled text, or a source as a recipe has it, a mapping with
@@ -201,7 +206,18 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @functools.cache
 def _bundled(name: str) -> tuple[Any, ...]:
-    return tuple({**BUNDLED, **BUNDLED_ROWS}[name]())
+    """All texts or rows of a bundled source; those that take seconds to make are kept for the next process."""
+    make, file = {**BUNDLED, **BUNDLED_ROWS}[name], cache_dir() / "text" / f"{name}-{origin()}.json"
+    if not name.startswith(SLOW):
+        return tuple(make())
+    with contextlib.suppress(OSError, ValueError):  # not there, or torn
+        return tuple(json.loads(file.read_text(encoding="utf-8")))
+    texts = make()
+    try:
+        write_json(file, texts, setting="SHOAL_CACHE")
+    except UserError as error:
+        log.info("data %r: is made anew every time: %s", name, error)
+    return tuple(texts)
 
 
 def _local_files(source: DataSource) -> list[Path] | None:
@@ -371,8 +387,8 @@ def documents_of(
     Of conversations the assistant's tokens are learnt, or all of them with ``loss_on="all"``.
 
     Raises:
-        UserError: it is empty, can be gone through only once, or its rows have none of the known columns.
-        ValueError: ``loss_on`` says something of conversations, and there are none.
+        UserError: it is empty, can be gone through only once, or its rows have none of the known columns; ``loss_on``
+            is no such word, or says something of conversations, and there are none.
     """
     is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "iloc")
     if is_table or isinstance(dataset, str | Mapping | Iterator | Set) or not isinstance(dataset, Iterable):
@@ -380,9 +396,10 @@ def documents_of(
         raise UserError(
             f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set of rows ({remedy})"
         )
-    source = with_column(DataSource(name), next(iter(dataset), None))
+    source, given = with_column(DataSource(name), next(iter(dataset), None)), {"loss_on": loss_on or "assistant"}
+    learnt = checked(Messages, {"messages": "messages", **given}, source=f"data {name!r}").loss_on
     if isinstance(source.column, Conversation):
-        source = replace(source, column=replace(source.column, loss_on=loss_on or "assistant"))
+        source = replace(source, column=replace(source.column, loss_on=learnt))
     elif loss_on == "assistant":
-        raise ValueError("loss_on: assistant needs conversations; give rows with messages, or prompt and completion")
+        raise UserError("loss_on: assistant needs conversations; give rows with messages, or prompt and completion")
     return Documents(dataset, source)

@@ -128,16 +128,15 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def require_positions(config: Any, sequence_length: int, *words: str) -> None:
-    """Refuse rows longer than the positions that a model has; ``words`` are the setting, the model and a remedy.
+def require_positions(config: Any, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:
+    """Refuse rows longer than the positions that a model has.
 
     Raises:
         UserError: they are.
     """
     longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
-        setting, model, remedy = words or ("sequence_length", "the model", "lower it")
-        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of {model}; {remedy}")
+        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of the model; {remedy}")
 
 
 def deepstack_layers(config: Any) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
@@ -18,8 +19,8 @@ from shoal.model_names import DEMO_PREFIX
 from shoal.models.anatomy import text_config
 from shoal.models.attention import named
 from shoal.models.families import family
-from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
-from shoal.models.resolve import resolve_model
+from shoal.models.load import Checkpoint, LoadSettings, pad_with_end, refuse_ids_beyond
+from shoal.models.resolve import refuse_revision, resolve_model
 from shoal.runtime import device
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
     """
     if isinstance(model, str):
         given = {"dtype": fast_dtype(device()).dtype, **settings}
-        folder = resolve_model(model, revision=given.pop("revision", None))
+        refuse_revision(model, revision := given.pop("revision", None))
+        folder = resolve_model(model, revision=revision)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **given)
         except (TypeError, ValueError, OSError) as error:
@@ -57,12 +59,15 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
     """Refuse a model, called ``name`` in messages, that nothing here could be done with.
 
     Raises:
-        UserError: it is no PreTrainedModel, or its attention is none that keeps documents of one row apart.
+        UserError: it is no PreTrainedModel, it has no weights, or its attention is none that keeps documents of one row
+            apart.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
         )
+    if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{name}: has no weights, it is on the meta device; load it with from_pretrained")
     attention, kind = named(getattr(model.config, "_attn_implementation", None) or "sdpa"), text_config(model.config)
     exception = family(kind.model_type).no_flash if attention == "flash" else ""
     if attention not in ("flash", "sdpa", "eager") or exception:
@@ -89,7 +94,11 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrain
             raise UserError(f"tokenizer: the name of the model, {source!r}, leads to none; give one") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer: is {type(tokenizer).__name__}; give a tokenizer of transformers")
-    if tokenizer.pad_token_id is None:
+    embeddings = model.get_input_embeddings()
+    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None  # its weight may be sharded
+    if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
+        refuse_ids_beyond(rows, tokenizer, "tokenizer")
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer = copy.deepcopy(tokenizer)
         pad_with_end(tokenizer, "tokenizer")
     return tokenizer

@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     rows = _embedding_rows(folder, tokenizer, trust_remote_code=trust_remote_code)
     if rows is not None:
-        _refuse_ids_beyond(rows, tokenizer, folder)
+        refuse_ids_beyond(rows, tokenizer, str(folder))
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         pad_with_end(tokenizer, str(folder))
     return tokenizer
@@ -147,8 +147,8 @@ def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_r
     return rows if largest >= rows else None
 
 
-def _refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer that makes ids from ``rows`` on out of text.
+def refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer, called ``name`` in messages, that makes ids from ``rows`` on out of text.
 
     Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
     """
@@ -161,9 +161,8 @@ def _refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, folder: Pa
     if beyond:
         worst = max(beyond, key=lambda token: ids[token])
         raise UserError(
-            f"{folder}: the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings "
-            f"for the ids 0 to {rows - 1:,} only; copy the tokenizer files that it was trained with there, or resize "
-            "its embeddings and save it again"
+            f"{name}: the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings "
+            f"for the ids 0 to {rows - 1:,} only; give the tokenizer that it was trained with, or resize its embeddings"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from shoal.recipe.section import Section, listed_as
+from shoal.recipe.section import Index, Once, Section, listed_as
 
 FACTOR = "Factor of the term in the loss; with 0 it is computed for its curve and trains nothing."
 SOFTENS = "Softens teacher and student alike; the term is scaled by its square."
@@ -22,7 +22,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, description=FACTOR)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description=SOFTENS)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Layers = Annotated[tuple[Annotated[Index, Field(ge=0)], ...], Field(min_length=1), Once]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,3 @@ def _own_problems(term: LossTerm) -> Iterator[str]:
             yield "end: the target would stay the student itself, which trains nothing; set it above 0"
         case DKD(alpha=0, beta=0):
             yield "alpha: is 0 and so is beta, the term would always be 0; give one of them a value above 0"
-        case HiddenStates():
-            layers = term.layers or ()
-            if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
-                yield f"layers: names layer {twice[0]} twice; name it once"

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from shoal.recipe.evaluate import Eval, Limited, Names
 from shoal.recipe.prune import Cut, CutByScore
-from shoal.recipe.section import LEAST_ITEMS, Data, Positive, RowLength, Section, Shapes, TextSource
+from shoal.recipe.section import LEAST_ITEMS, Data, Once, Positive, RowLength, Section, Shapes, TextSource, one_or_more
 
 Operator = Literal["layer", "attention", "mlp"]
 Metric = Literal[
@@ -34,7 +34,7 @@ class Sweeps(Limited):
     """Tasks, groups and suites by name. The name of a bundled data set stands for all its protocols: `retrieval`."""
     limit: Annotated[Least | dict[str, Least | None] | None, Shapes.SCORES] = 100
     """Items per task, or of single tasks by name: {default: 100, gsm8k: 50}; None = all."""
-    operators: Annotated[Annotated[tuple[Operator, ...], Field(min_length=1)], Shapes.SCORES] = ("layer",)
+    operators: Annotated[Annotated[tuple[Operator, ...], Field(min_length=1), Once], Shapes.SCORES] = ("layer",)
     """What is taken out of the intact model, one at a time: a layer, or a half of one; `shoal lab sweeps` has more."""
 
 
@@ -51,7 +51,7 @@ class Measure(Section):
     """Tokens of one row."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Sequences per rank and forward."""
-    metrics: Annotated[Annotated[tuple[Metric, ...], Field(min_length=1)], Shapes.IMPORTANCE] = (
+    metrics: Annotated[Annotated[tuple[Metric, ...], one_or_more, Field(min_length=1), Once], Shapes.IMPORTANCE] = (
         "block_influence",
         "angular",
     )

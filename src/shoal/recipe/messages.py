@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -24,6 +25,8 @@ S = TypeVar("S", bound=Section)
 
 MOST_NAMED = 10
 """Known keys that are named, at most, where an unknown one is like none of them."""
+MOST_TOLD = 10
+"""Problems that are told at once."""
 WORDS = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -55,25 +58,10 @@ def checked(
     try:
         section = adapter(kind).validate_python(values)
     except ValidationError as error:
-        raise UserError(blamed(explained(error.errors(), kind), source, overrides)) from error
-    if problems := list(contradictions(section)):
+        raise UserError(blamed(explained(error.errors(include_url=False), kind), source, overrides)) from error
+    if problems := list(itertools.islice(contradictions(section), MOST_TOLD)):
         raise UserError(blamed(problems, source, overrides))
     return section
-
-
-def of_arguments(kind: type[S], given: Mapping[str, Any], *, taken: Collection[str], source: str) -> S:
-    """The section ``kind`` that the arguments ``given`` of the function ``source`` describe, which has a use for the
-    keys ``taken``.
-
-    Raises:
-        UserError: as checked does; a key that only a run directory has a use for.
-    """
-    if useless := [name for name in given if name in types_of(kind) and name not in taken]:
-        raise UserError(
-            f"{source}: {useless[0]}: is for run directories, and has no use for a model in memory; leave it out, or "
-            "give a whole recipe to shoal.run"
-        )
-    return checked(kind, given, source=source)
 
 
 def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:
@@ -99,24 +87,29 @@ def quoted(override: str) -> str:
 
 
 def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
-    """`place: what is wrong (got value)` of pydantic's problems with a section ``root``, one line per place.
+    """`place: what is wrong (got value)` of pydantic's problems with a section ``root``, one line per place; of the
+    first MOST_TOLD places, and how many more.
 
     The branches of a choice between types are joined with `or`.
     """
     places: dict[str, list[str]] = {}
     got: dict[str, str] = {}
-    for problem in problems:
+    more: list[str] = []
+    for number, problem in enumerate(problems):
         within = len(problem["loc"])
         if problem["type"] == "too_short" and any(
             len(other["loc"]) > within and other["loc"][:within] == problem["loc"] for other in problems
         ):
             continue  # wrong entries are not counted, so that a list of them alone seems to be empty
         place, message, got_value = _told(problem, root)
+        if place not in places and len(places) == MOST_TOLD:
+            more = [f"and {len(problems) - number:,} more problems"]
+            break
         places.setdefault(place, []).append(message)
         if got_value:
             got[place] = f" (got {got_value})"
     told = {place: f"{' or '.join(dict.fromkeys(messages))}{got.get(place, '')}" for place, messages in places.items()}
-    return [f"{place}: {words}" if place else words for place, words in told.items()]
+    return [*(f"{place}: {words}" if place else words for place, words in told.items()), *more]
 
 
 def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
@@ -124,6 +117,7 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
     kind, last = problem["type"], (problem["loc"] or ("",))[-1]
     keys, sections, others = _walk(problem["loc"], root)
     place = ".".join(map(str, keys))
+    inside = problem["input"] if isinstance(problem["input"], dict) else {}
     match kind:
         case "unexpected_keyword_argument":
             beside, place = place, ".".join(map(str, [*keys, last]))
@@ -135,10 +129,10 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             written = "" if str(last).isascii() else f", written {ascii(last)[1:-1]}"  # another o looks like an o
             return place, gone(place) or f"unknown key{written}; {meant_key(str(last), known, root)}", ""
         case "missing" | "missing_argument":
-            return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
+            return place, "is required; give it a value", ""
         case "union_tag_not_found":
             kinds = [get_args(get_type_hints(section)["kind"])[0] for section in sections]
-            old = next((words for key in problem["input"] if (words := gone(f"{place}.{key}"))), None)
+            old = next((words for key in inside if (words := gone(f"{place}.{key}"))), None)
             return place, old or f"needs a kind: one of {', '.join(kinds)}", ""
         case "union_tag_invalid" | "literal_error":
             is_kind = kind == "union_tag_invalid"
@@ -152,7 +146,6 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return f"{place}.kind" if is_kind else place, what, "; ".join(filter(None, [_shown(last, value), close]))
         case "value_error":  # what a section says of itself
             return place, str(problem["ctx"]["error"]), ""
-    inside = problem["input"] if isinstance(problem["input"], dict) else {}
     if words := next(filter(None, (gone(f"{place}.{key}") for key in inside)), None):
         return place, words, ""
     form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from shoal.formatting import listed
-from shoal.recipe.section import Above0, Positive, RowLength, Section, Shapes, Text, listed_as
+from shoal.recipe.section import Above0, Index, Layers, Positive, RowLength, Section, Shapes, Text, listed_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +88,12 @@ class Cut(Section):
 class CutThese(Cut):
     """The layers that go, by number."""
 
-    drop: Annotated[tuple[int, ...], Shapes.PLAN]
+    drop: Annotated[Layers, Shapes.PLAN]
     """0-based layers of the teacher; none of them goes where it is empty, and layers are only changed."""
 
     def __post_init__(self) -> None:
         if not (self.drop or self.changes):
             raise ValueError("drop is empty, so nothing would be dropped; name at least one layer")
-        if twice := sorted({layer for layer in self.drop if self.drop.count(layer) > 1}):
-            raise ValueError(f"drop names layer {twice[0]} twice; name every layer once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +113,7 @@ class CutByScore(Cut):
     each layer's rank under them, since shares, nats and cosines have only ranks in common."""
     contiguous: Annotated[bool, Shapes.PLAN] = False
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
-    protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
+    protect: Annotated[tuple[Index | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
     """Layers never dropped; negative counts from the end. `cornerstone` = those whose removal alone takes a swept task
     to chance (less than 0.1 of its score above chance is kept)."""
     spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()

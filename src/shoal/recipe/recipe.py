@@ -6,7 +6,7 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import CutByScore, Prune
-from shoal.recipe.section import Dtype, Named, Positive, Section, Shapes, Text
+from shoal.recipe.section import Dtype, Named, Positive, Section, Seed, Shapes, Text, types_of
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
 
@@ -63,7 +63,7 @@ class Recipe(Section):
     run_dir: Annotated[Text, Shapes.NOTHING] = ""
     """Folder of all that the run makes; left out = runs/NAME, where NAME is the model's: runs/Qwen3-8B for
     Qwen/Qwen3-8B."""
-    seed: Annotated[int, Field(ge=0, lt=2**32), Shapes.NUMBERS | Shapes.ROWS] = 0
+    seed: Annotated[Seed, Shapes.NUMBERS | Shapes.ROWS] = 0
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
@@ -163,6 +163,24 @@ def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequ
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
     return checked(Recipe, raw, source=source, overrides=overrides)
+
+
+def of_arguments(
+    section: str, given: Mapping[str, Any], *, source: str, taken: Collection[str] | None = None, seed: Any = 0
+) -> Any:
+    """The ``section`` of a recipe that says what the arguments ``given`` of the function ``source`` say, and is refused
+    in the same words; the function has a use for the keys ``taken``, None = for all.
+
+    Raises:
+        UserError: as parse_recipe does; a key that only a run directory has a use for.
+    """
+    known = types_of(types_of(Recipe)[section]) if taken is not None else ()
+    if useless := [name for name in given if name in known and name not in (taken or ())]:
+        raise UserError(
+            f"{source}: {useless[0]}: is for run directories, and has no use for a model in memory; leave it out, or "
+            "give a whole recipe to shoal.run"
+        )
+    return getattr(parse_recipe({"model": "in memory", "seed": seed, section: given}, source=source), section)
 
 
 def _find_recipe(name: str) -> Path | None:

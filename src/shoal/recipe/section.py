@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cache
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, Tag, TypeAdapter
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    Tag,
+    TypeAdapter,
+)
 from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
 
@@ -17,6 +27,32 @@ Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy and torch take for a seed."""
+
+
+def _index(value: Any) -> int:
+    try:
+        return operator.index("" if isinstance(value, bool) else value)
+    except TypeError:
+        raise PydanticKnownError("int_type") from None
+
+
+Index = Annotated[int, BeforeValidator(_index)]
+"""The number of a layer, which 1.0 is not."""
+
+
+def _once(values: Any) -> Any:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"names {twice[0]} twice; name each once")
+    return values
+
+
+Once = AfterValidator(_once)
+"""No entry of a list is there twice."""
+Layers = Annotated[tuple[Index, ...], Once]
+one_or_more = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+"""A word is short for a list of it."""
 Dtype = Literal["fast", "stored", "float32", "bfloat16", "float16"]
 """Precision of a model that is run: by name, as its checkpoint stores it, or, fast, what the device multiplies fast in
 (see shoal.machine)."""

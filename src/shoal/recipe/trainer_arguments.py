@@ -52,13 +52,28 @@ _REASONS: dict[str, str] = {
 REFUSED_ARGUMENTS = {name: reason for names, reason in _REASONS.items() for name in names.split()}
 """Training arguments that would be wrong, ignored or leaked here."""
 REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("fsdp", (...,), "would shard the head away from the loss; use distill.deepspeed instead"),
+    ("max_steps", (0,), "is no step; leave it out for as many as distill.num_tokens takes"),
     ("lr_scheduler_type", ("reduce_lr_on_plateau", "greedy"), "needs an eval set; choose another, such as cosine"),
     ("save_strategy", ("best",), "needs an eval set; choose steps, and set distill.watch.metric_for_best_model"),
     ("accelerator_config.split_batches", (True,), "would share one rank's rows out to all; set distill.batch_size"),
     ("gradient_checkpointing_kwargs.use_reentrant", (True,), "loses gradients above frozen layers; set it to false"),
     ("activation_checkpointing_kwargs.use_reentrant", (True,), "loses gradients above frozen layers; set it to false"),
 )
-"""Values of training arguments, or of a key of one, that a training here cannot have."""
+"""Values of training arguments, or of a key of one, that a training here cannot have; ... = any."""
+BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""How ranks and micro-batches share the rows of one optimizer step."""
+MOST = 1e12
+"""No training argument is as large."""
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("learning_rate", "weight_decay"), (0, 100)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (0, 1)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps", "dataloader_num_workers"), (0, MOST)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), (1e-9, MOST)),
+    **dict.fromkeys(("save_total_limit", *BATCH_SPLIT), (1, MOST)),
+    "max_steps": (-1, MOST),
+}
+"""Training arguments that are at least the first and below the second number; transformers looks at few of them."""
 NEUTRAL = {
     *("save_steps", "save_strategy", "save_total_limit"),
     *("logging_steps", "disable_tqdm", "dataloader_num_workers", "ddp_timeout"),
@@ -87,6 +102,8 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
         elif name not in TRAINING_ARGUMENTS:
             hint = meant(name, TRAINING_ARGUMENTS, known, cutoff=0.7)
             yield f"distill.trainer.{name}: no such training argument; {hint}"
+        elif name in RANGES and (problem := out_of_range(name, trainer[name])) is not None:
+            yield f"distill.trainer.{name}: {problem} (got {trainer[name]!r})"
     seconds = trainer.get("ddp_timeout", 1)
     if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1:
         yield f"distill.trainer.ddp_timeout: must be a whole number of seconds above 0 (got {seconds!r})"
@@ -95,8 +112,17 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
         value = trainer.get(name)
         if inner:
             value = value.get(inner) if isinstance(value, dict) else None
-        if value in values:
+        if value in values or (value and ... in values):
             yield f"distill.trainer.{place}: {value} {reason}"
+
+
+def out_of_range(name: str, value: Any) -> str | None:
+    """What is wrong with ``value`` of the training argument ``name``, where that is a number that is too small or too
+    large."""
+    least, end = RANGES.get(name, (-MOST, MOST))
+    if isinstance(value, int | float) and not least <= value < end:
+        return f"must be from {least:g} to below {end:g}"
+    return None
 
 
 def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:

@@ -119,9 +119,10 @@ def test_report_refuses_a_folder_without_results(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no result to report"):
         write_report(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: is not valid JSON"):
-        write_report(tmp_path)
+    for text, message in (("{", "is not valid JSON"), ("[]", "holds list, and no mapping")):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=rf"run\.json: {message}"):
+            write_report(tmp_path)
 
 
 @pytest.mark.slow

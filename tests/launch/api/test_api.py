@@ -264,7 +264,7 @@ def test_a_cut_may_change_layers_that_stay() -> None:
     assert student(torch.arange(9)[None]).logits.isfinite().all()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     shoal.distill(student, model, TEXTS, tokenizer=tiny_tokenizer(), trainer={"max_steps": 1}, sequence_length=64)
-    with pytest.raises(shoal.UserError, match=r"shoal.cut_model: changes.0.kind: must be one of"):
+    with pytest.raises(shoal.UserError, match=r"shoal.cut_model: prune.changes.0.kind: must be one of"):
         shoal.cut_model(model, [2], changes="merge", tokenizer=tiny_tokenizer(), data=TEXTS)
 
 
@@ -302,13 +302,13 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
     ("call", "message"),
     [
         (lambda m, t: measured(m, t, metrics=["block"]), r"metrics.0: must be .*got 'block'"),
-        (lambda m, t: measured(m, t, num_tokens=0), r"shoal.measure_importance: num_tokens: must"),
+        (lambda m, t: measured(m, t, num_tokens=0), r"shoal.measure_importance: measure.num_tokens: must"),
         (lambda m, t: measured(m, t, sequence_length=4096), r"4096 is more than the 1024 posit"),
         (lambda m, t: measured(m, m), r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf"),
         (lambda m, t: measured(m, t, []), r"data 'data': begins with NoneType .* give texts"),
         (
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
-            r"shoal.choose_layers: num_drop and ratio exclude each other; give one of them",
+            r"shoal.choose_layers: prune: num_drop and ratio exclude each other; give one of them",
         ),
         (lambda m, t: shoal.cut_model(m, [7]), r"drop: 7 is no layer of this model; its layers are 0..5"),
         (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),
@@ -317,18 +317,21 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             r"drop: changes layers that stay \(a factor of 1.500 for layers 2 to 3\); load the student that was wr",
         ),
         (lambda m, t: shoal.evaluate(m, t, "knowlege_continuation"), r"knowlege_continuation.*knowledge_continuation"),
-        (lambda m, t: shoal.evaluate(m, t, limit=0), r"shoal.evaluate: limit: must be greater than 0 or .* \(got 0\)"),
+        (
+            lambda m, t: shoal.evaluate(m, t, limit=0),
+            r"shoal.evaluate: eval.limit: must be greater than 0 or .* \(got 0\)",
+        ),
         (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
             r"trainer.save_steps: nothing is saved here; use shoal.DistillationTrainer",
         ),
         (
             lambda m, t: healed(m, t, losses=["forwardkl"]),
-            r"shoal.distill: losses.0.kind: must be one of .*did you mean 'forward_kl'",
+            r"shoal.distill: distill.losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         (
             lambda m, t: healed(m, t, teacher_text=1),
-            r"shoal.distill: teacher_text: unknown key; did you mean 'teacher'",
+            r"shoal.distill: distill.teacher_text: unknown key; did you mean 'teacher'",
         ),
         (lambda m, t: healed(m, t, trainer=5), r"trainer: must be a m"),
         (
@@ -347,7 +350,7 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             lambda m, t: healed(m, t, trainer={"learning_rat": 5}),
             r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
         ),
-        (lambda m, t: shoal.evaluate(m, t, []), r"shoal.evaluate: tasks: must have at least 1 item"),
+        (lambda m, t: shoal.evaluate(m, t, []), r"shoal.evaluate: eval.tasks: must have at least 1 item"),
         (
             lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
             r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",

@@ -42,6 +42,22 @@ def run_of(teacher: Path, folder: Path, **sections: Any) -> Run:
     return open_run(parse_recipe(settings(teacher, folder, **sections)))
 
 
+def test_an_impossible_width_is_refused_before_any_text_is_read(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("text is read")
+
+    monkeypatch.setattr(pruning, "load_texts", read)
+    run = run_of(teacher, tmp_path, prune={"drop": [2], "changes": [{"kind": "width", "intermediate_size": 4096}]})
+    with pytest.raises(UserError, match="intermediate_size"):
+        pruning.prune(run)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run.json: holds list, and no mapping"):
+        run_of(teacher, tmp_path)
+
+
 def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from packed_rows import labels_of
 from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from shoal.data import sources
 from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat
 from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
@@ -41,6 +42,30 @@ def test_bundled_source_is_the_same_every_time(name: str) -> None:
     texts = load_texts(DataSource(name))
     assert len(texts) > 5
     assert texts == BUNDLED[name]()
+
+
+def test_text_that_takes_seconds_to_make_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    made = []
+
+    def make() -> list[str]:
+        made.append(1)
+        return TEXTS
+
+    monkeypatch.setitem(BUNDLED, "docstrings", make)
+    for _ in range(3):
+        sources._bundled.cache_clear()
+        assert load_texts(DataSource("docstrings")) == TEXTS
+    assert len(made) == 1
+    (file,) = (tmp_path / "text").iterdir()
+    file.write_text('["torn')
+    sources._bundled.cache_clear()
+    assert load_texts(DataSource("docstrings")) == TEXTS
+    monkeypatch.setattr(sources, "origin", lambda: "other versions")
+    sources._bundled.cache_clear()
+    assert load_texts(DataSource("docstrings")) == TEXTS
+    assert len(made) == 3
+    sources._bundled.cache_clear()
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

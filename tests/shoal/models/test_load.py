@@ -117,7 +117,7 @@ def delete_tokenizer(folder: Path) -> None:
 
 def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    message = r"largest token id is 257 \('</s>'\), but the model has embeddings for the ids 0 to 99 only; copy the"
+    message = r"largest token id is 257 \('</s>'\), but the model has embeddings for the ids 0 to 99 only; give the"
     with pytest.raises(UserError, match=message):
         load_tokenizer(folder)
 

@@ -83,7 +83,7 @@ ONE_OF = ", ".join(map(repr, KINDS))
             "losses.0.alpha: is 0 and so is beta, the term would always be 0; give one of them a value above 0",
         ),
         ({"kind": "hidden_states", "layers": []}, "losses.0.layers: must have at least 1 item (got [])"),
-        ({"kind": "hidden_states", "layers": [1, 1]}, "losses.0.layers: names layer 1 twice; name it once"),
+        ({"kind": "hidden_states", "layers": [1, 1]}, "losses.0.layers: names 1 twice; name each once"),
         ({"kind": "hidden_states", "layers": [-1]}, "losses.0.layers.0: must be greater than or equal to 0 (got -1)"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from shoal.errors import UserError
 from shoal.recipe.distill import SAMPLES, Distill, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.losses import CrossEntropy, ForwardKL, term_names
+from shoal.recipe.messages import MOST_TOLD
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import TextSource, as_dict
+from shoal.yaml_text import read_yaml
 
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
 
@@ -67,7 +70,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("measure: {sequence_length: 1}", "measure.sequence_length: must be greater than or equal to 2 (got 1)"),
         (
             "measure: {data: {column: a}}",
-            "measure.data.0.path: is required; add it to the file, or to the command as measure.data.0.path=VALUE",
+            "measure.data.0.path: is required; give it a value",
         ),
         ("prune: {drop: [1], num_drop: 2}", "prune.num_drop: has no place beside prune.drop; give one of them"),
         ("prune: {drop: [1], drpo: 2}", "prune.drpo: unknown key; did you mean 'drop'?"),
@@ -170,6 +173,43 @@ def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None
         "distill.losses.1.wieght",
         "distill.num_tokens",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "lines"),
+    [
+        ("\n".join(f"key{n}: 1" for n in range(9000)), "and 8,990 more problems", MOST_TOLD + 1),
+        ("\n".join(f"key{n}: 1" for n in range(60_000)), "characters are more than the 100,000 that are read", 1),
+        (
+            "distill: {trainer: {" + ", ".join(f"key{n}: 1" for n in range(4000)) + "}}",
+            "no such training arg",
+            MOST_TOLD,
+        ),
+        (f"measure: {{metrics: [{', '.join('x' for _ in range(9000))}]}}", "and 8,990 more problems", MOST_TOLD + 1),
+        (
+            "\n".join(
+                [f"b0: &b0 {['x'] * 9}", *(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 9))]
+            ),
+            "aliases stand for 490,329,057 values; write out what is meant",
+            1,
+        ),
+    ],
+    ids=["keys", "long", "arguments", "entries", "aliases"],
+)
+@pytest.mark.every_case
+def test_however_much_is_wrong_it_is_told_in_a_few_lines_and_soon(
+    tmp_path: Path, text: str, message: str, lines: int
+) -> None:
+    started = time.process_time()
+    with pytest.raises(UserError, match=message) as refused:
+        load(tmp_path, text)
+    assert len(str(refused.value).splitlines()) <= lines
+    assert time.process_time() - started < 3
+
+
+def test_aliases_of_what_is_said_twice_are_read() -> None:
+    text = "measure: &read {num_tokens: 64}\ndistill: {<<: *read, batch_size: 4}"
+    assert read_yaml(text)["distill"] == {"num_tokens": 64, "batch_size": 4}
 
 
 def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> None:
