@@ -50,6 +50,10 @@ RANKED = ("measure", "record", "distill", "eval")
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 
 
+PEER_IS_GONE = ("closed by peer", "reset by peer", "remote process exited")
+"""What gloo and NCCL call the end of another rank."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 130 on Ctrl-C, 143 on
     SIGTERM."""
@@ -189,6 +193,13 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
             print(f"shoal: error: {printable(redacted(str(error)))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except RuntimeError as error:
+        if not any(words in str(error) for words in PEER_IS_GONE):
+            raise
+        log.debug("another rank was lost here:", exc_info=error)
+        time.sleep(3)  # it says why, and the launcher then ends this one
+        print(f"shoal: rank {ranks.rank()}: another rank has ended, so this one does", file=sys.stderr, flush=True)
+        return 1
     except Stopped as stopped:
         log.warning("%s; the same command goes on from there", stopped)
         return 128 + stopped.number

@@ -110,8 +110,13 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, rank
                 with contextlib.suppress(OSError):
                     os.write(2, b"shoal: waiting for the ranks to save and end; Ctrl-C again ends them now\n")
             time.sleep(0.1)
-        if asked:
-            with contextlib.suppress(ProcessLookupError):
+        if asked or code:
+            # ranks whose launcher was killed end by themselves (watch_launcher), unless they are only starting
+            deadline = time.monotonic() + (0 if asked else ORPHAN_S + 2)
+            with contextlib.suppress(ProcessLookupError):  # all are gone
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.1)
                 os.killpg(process.pid, signal.SIGKILL)
         return process.wait(), asked[0] if asked else None
 

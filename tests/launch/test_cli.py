@@ -166,6 +166,20 @@ def test_half_of_a_launcher_in_the_environment_is_refused(
     assert line.startswith("shoal: error: RANK=1: in the environment, and no launcher says so")
 
 
+def test_a_rank_that_has_lost_another_says_so_in_a_line(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its traceback would stand below the reason, which the other one has said."""
+
+    def lose(_: Run) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21429")
+
+    monkeypatch.setattr(prune, "prune", lose)
+    monkeypatch.setattr("shoal.launch.cli.time.sleep", lambda _: None)
+    assert run_verb("prune", recipe, []) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "shoal: rank 0: another rank has ended, so this one does"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_said_in_one_line(
     capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch, number: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,66 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-from ranks import environment
-from training_runs import MANY_STEPS, wait_for, write_recipe
+from ranks import Shoal, all_gone, wait_for
+from training_runs import MANY_STEPS, write_recipe
 
 from shoal.stopping import _alive, on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
-GONE_S = 10
-
-
-class Shoal:
-    """`shoal ARGUMENTS` in a session of its own, as a terminal starts it, in ``folder``."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self._file = folder / "stderr.txt"
-        with self._file.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("shoal")), *arguments],
-                env=environment(PYTHONPATH=os.environ.get("PYTHONPATH", "")),
-                stderr=stderr,
-                cwd=folder,
-                start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-
-    @property
-    def said(self) -> str:
-        return self._file.read_text()
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def ranks(self) -> list[psutil.Process]:
-        return [
-            child
-            for child in self.children()
-            if "shoal.launch.cli" in (w := words(child)) and "deepspeed" not in str(w)
-        ]
-
-    def stop(self, number: int) -> list[str]:
-        """Send a signal as a terminal does, to the whole process group; what is said from then on."""
-        before, started = len(self.said), self.children()
-        os.killpg(self.process.pid, number)
-        self.process.wait(timeout=60)
-        all_gone(started)
-        return [line for line in self.said[before:].splitlines() if line]
-
-
-def words(process: psutil.Process) -> list[str]:
-    """The beginning of its command; nothing of one that ends meanwhile."""
-    try:
-        return process.cmdline()[:5]
-    except psutil.NoSuchProcess:  # a zombie among them
-        return []
-
-
-def all_gone(started: list[psutil.Process]) -> None:
-    def gone() -> bool:
-        return not any(map(_alive, started))
-
-    wait_for(gone, "the processes that were started to end", GONE_S)
 
 
 def test_ctrl_c_ends_a_stage_at_once(teacher: Path, tmp_path: Path) -> None:
@@ -141,6 +86,23 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -
     later(0, twice)
     assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, signal.SIGINT)
     assert 1 < time.monotonic() - begun < 30
+
+
+def test_ranks_that_outlive_their_launcher_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were only starting when it was killed do not notice."""
+    monkeypatch.setattr("shoal.stopping.ORPHAN_S", -1.5)
+    rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    launcher = (
+        "import os, subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]])\n"
+        "while not os.path.exists(sys.argv[2]) or not open(sys.argv[2]).read(): time.sleep(0.01)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    number = tmp_path / "number"
+    command = [sys.executable, "-c", launcher, rank, str(number)]
+    assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, None)
+    pid = int(number.read_text())
+    wait_for(lambda: not psutil.pid_exists(pid) or not _alive(psutil.Process(pid)), "the rank to end", 5)
 
 
 def test_signals_are_left_alone_off_the_main_thread() -> None:

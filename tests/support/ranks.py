@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,13 +18,15 @@ from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from shoal.ranks import free_port
+from shoal.stopping import _alive
 
 PRELOADED = [
     "shoal.launch.cli",
@@ -165,3 +168,69 @@ def _run(
         before()
     sys.argv = ["distill.py", *arguments]
     main(arguments)
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
+    """What ``condition`` gives as soon as that is something."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return found
+
+
+GONE_S = 10
+"""Seconds in which nothing that was started runs any more."""
+
+
+class Shoal:
+    """`shoal ARGUMENTS` in a session of its own, as a terminal starts it, in ``folder``."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._file = folder / "stderr.txt"
+        with self._file.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("shoal")), *arguments],
+                env=environment(PYTHONPATH=os.environ.get("PYTHONPATH", "")),
+                stderr=stderr,
+                cwd=folder,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    @property
+    def said(self) -> str:
+        return self._file.read_text()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        return [
+            child
+            for child in self.children()
+            if "shoal.launch.cli" in (w := words(child)) and "deepspeed" not in str(w)
+        ]
+
+    def stop(self, number: int) -> list[str]:
+        """Send a signal as a terminal does, to the whole process group; what is said from then on."""
+        before, started = len(self.said), self.children()
+        os.killpg(self.process.pid, number)
+        self.process.wait(timeout=60)
+        all_gone(started)
+        return [line for line in self.said[before:].splitlines() if line]
+
+
+def words(process: psutil.Process) -> list[str]:
+    """The beginning of its command; nothing of one that ends meanwhile."""
+    try:
+        return process.cmdline()[:5]
+    except psutil.NoSuchProcess:  # a zombie among them
+        return []
+
+
+def all_gone(started: list[psutil.Process]) -> None:
+    def gone() -> bool:
+        return not any(map(_alive, started))
+
+    wait_for(gone, "the processes that were started to end", GONE_S)

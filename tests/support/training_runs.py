@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,15 +88,6 @@ def small_training(*, steps: int = STEPS, **distill: Any) -> dict[str, Any]:
         **distill,
         "trainer": {"learning_rate": 1e-3, "save_strategy": "no", **distill.get("trainer", {})},
     }
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
-    """What ``condition`` gives as soon as that is something."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return found
 
 
 def write_recipe(folder: Path, model: Path, /, *, track: str = "off", **distill: Any) -> Path:

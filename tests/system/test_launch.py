@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ranks import environment, run_ranks, start_ranks
+from ranks import environment, run_ranks, start_ranks, wait_for
 from safetensors.torch import load_file
-from training_runs import KEEPING, LENGTH, MANY_STEPS, STEPS, Trial, unfinished, wait_for, write_recipe
+from training_runs import KEEPING, LENGTH, MANY_STEPS, STEPS, Trial, unfinished, write_recipe
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.evaluation import Scores, Speed

@@ -82,8 +82,8 @@ def remembering(run_dir: Path, said: dict[str, Any]) -> Iterator[str | None]:
     """The text that ``run_dir`` is to remember of what recipe and overrides have ``said``; None on ranks that write
     nothing.
 
-    It is kept from when the run directory is locked, so that a run that is killed is remembered, too; what is refused,
-    here or by launched ranks, is forgotten again.
+    It is kept from when the run directory is locked, so that a run that is killed or finds its disk full is remembered,
+    too; what was refused in place of another is forgotten again, here and by launched ranks.
     """
     if not is_main():
         yield None
@@ -92,11 +92,8 @@ def remembering(run_dir: Path, said: dict[str, Any]) -> Iterator[str | None]:
     try:
         yield memory
     except UserError:
-        if memory_in(run_dir) == memory != before:
-            if before is None:
-                (run_dir / FILE).unlink()
-            else:
-                write_text(run_dir / FILE, before)
+        if before is not None and memory_in(run_dir) == memory != before:
+            write_text(run_dir / FILE, before)
         raise
 
 

@@ -78,6 +78,21 @@ def test_what_is_refused_is_not_remembered(recipe: str, run_dir: Path, seen: lis
     assert len(seen) == 3
 
 
+def test_what_has_made_something_before_it_is_refused_is_remembered(
+    recipe: str, run_dir: Path, seen: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, for one: the run directory goes on by its name."""
+
+    def fill(run: Run) -> None:
+        (run.dir / "half").touch()
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(prune, "prune", fill)
+    assert _main(["prune", recipe, "seed=7"]) == 2
+    assert _main(["report", str(run_dir)]) == 0
+    assert seen[-1].recipe.seed == 7
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     capsys.readouterr()
     assert _main(list(argv)) == 2
