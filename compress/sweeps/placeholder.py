@@ -23,7 +23,7 @@ from ..metrics.weight_metrics import LacoAcceptance
 from .sweep import sweeping
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
-NO_EFFECT = Effect(NOTHING, NOTHING, None, None, 1.0, 1.0, critical=False)
+NO_EFFECT = Effect(NOTHING, NOTHING, None, 1.0, 1.0, critical=False)
 
 
 def placeholder_importance(

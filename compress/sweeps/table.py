@@ -136,7 +136,6 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
         Effect(
             score=scores[position],
             change=changes[position],
-            relative=changes[position].value / task.score if task.score else None,
             retention=None if isinstance(kept, str) else kept[position],
             p_value=p_values[position],
             adjusted_p=adjusted[position],

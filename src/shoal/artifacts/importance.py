@@ -45,8 +45,6 @@ class Effect:
     score: Estimate
     change: Estimate
     """Score without the component - intact score, over the same items."""
-    relative: float | None
-    """change / intact score; None where that is 0."""
     retention: Estimate | None
     """(score - chance) / (intact score - chance); None where the column says why."""
     p_value: float
