@@ -98,7 +98,8 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrain
     rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None  # its weight may be sharded
     if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
         refuse_ids_beyond(rows, tokenizer, "tokenizer")
-    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
+    pad: Any = tokenizer.pad_token_id
+    if pad is None or (rows is not None and pad >= rows):
         tokenizer = copy.deepcopy(tokenizer)
         pad_with_end(tokenizer, "tokenizer")
     return tokenizer

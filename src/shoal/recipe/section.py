@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -32,8 +33,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _index(value: Any) -> int:
+    number: Any = None if isinstance(value, bool) else value
     try:
-        return operator.index("" if isinstance(value, bool) else value)
+        return operator.index(number)
     except TypeError:
         raise PydanticKnownError("int_type") from None
 
@@ -43,7 +45,7 @@ Index = Annotated[int, BeforeValidator(_index)]
 
 
 def _once(values: Any) -> Any:
-    if twice := [value for value in values if values.count(value) > 1]:
+    if twice := [value for value, times in Counter(values).items() if times > 1]:
         raise ValueError(f"names {twice[0]} twice; name each once")
     return values
 

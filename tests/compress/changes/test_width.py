@@ -7,6 +7,7 @@ shoal.artifacts.plan.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -262,7 +263,7 @@ def test_a_dry_run_tells_the_size_of_the_files(tmp_path: Path, text: TextSource)
     assert num_bytes == stored
     assert checkpoint_bytes(out) < checkpoint_bytes(folder)
     assert "changes: keeping 32 MLP channels and 1 key-value group of every layer" in told
-    assert "width: chosen on 512 tokens, takes about" in told
+    assert re.search(r"width: chosen on 512 tokens, takes about [\d.]+ [kM]B of memory.*, and at least \d+ s", told)
     parameters = sum(parameter.numel() for parameter in load_model(out).parameters())
     assert f"{parameters:,}" in told
 

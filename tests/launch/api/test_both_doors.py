@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from pandas import DataFrame, Series
-from tiny import tiny_config, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import shoal
@@ -35,7 +35,8 @@ SMALL: Any = {"num_tokens": 64, "sequence_length": 32}
 
 def on_meta() -> PreTrainedModel:
     """A model without weights."""
-    return type(tiny_model("llama"))(tiny_config("llama")).to("meta")
+    model: Any = tiny_model("llama")
+    return model.to("meta")
 
 
 def large_tokenizer() -> Any:
@@ -66,10 +67,11 @@ class _Loader(yaml.SafeLoader):
     """`!python` is an expression."""
 
 
-_Loader.add_constructor(
-    "!python",
-    lambda loader, node: eval(loader.construct_scalar(node), NAMES),
-)
+def _evaluated(loader: Any, node: Any) -> Any:
+    return eval(loader.construct_scalar(node), NAMES)
+
+
+_Loader.add_constructor("!python", _evaluated)
 TABLE = yaml.load(Path(__file__).with_name("wrong_values.yaml").read_text(), Loader=_Loader)
 BOTH = [(place, *row) for place, rows in TABLE["both"].items() for row in rows]
 TAKEN = [(place, value) for place, values in TABLE["taken"].items() for value in values]
@@ -174,6 +176,12 @@ def test_what_only_python_can_be_given_is_refused(python: Callable[[str, Any], o
 @pytest.mark.parametrize(("place", "value"), TAKEN)
 def test_what_only_looks_odd_is_taken(python: Callable[[str, Any], object], place: str, value: Any) -> None:
     assert python(place, value)
+
+
+def test_what_is_compared_must_be_scores() -> None:
+    for given in (None, 0.5):
+        with pytest.raises(shoal.UserError, match=rf"compare: is {type(given).__name__}; give Scores, or Scores.load"):
+            shoal.compare(*[given] * 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_table_is_long_enough_and_covers_every_function() -> None:
