@@ -9,6 +9,7 @@ launch    a stage under the DeepSpeed launcher
 evaluate  eval
 report    report, and what the recipe exports: GGUF files, the Hub
 pipeline  run: all in order
+pace      how long the stages of a run take
 dry_run   what a verb would do, how long, how much disk
 results   what a verb has made, to be printed
 doctor    what machines have for a training

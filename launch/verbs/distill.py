@@ -62,7 +62,8 @@ def record(run: Run) -> None:
     training.recorded(spec, rows, run.dir, inputs, verify=True)
 
 
-def _teacher(run: Run) -> Checkpoint:
+def checkpoint_of(run: Run) -> Checkpoint:
+    """The full model, as the recipe loads it."""
     return Checkpoint.read(run.teacher, LoadSettings(**run.load_args()))
 
 
@@ -117,7 +118,7 @@ def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
     from shoal.compress.surgery.narrow_config import student_config
     from shoal.train.student.spec import train_spec
 
-    folder, teacher = run.dir / "student", _teacher(run)
+    folder, teacher = run.dir / "student", checkpoint_of(run)
     if everyone_sees(folder / "config.json"):
         student = Checkpoint.read(folder, teacher.load)
     else:
@@ -290,7 +291,7 @@ def check_distill(run: Run) -> None:
 def images_of(run: Run) -> ImageReader | None:
     """What reads the images of distill.data; None where there are none. Raises as ImageReader.of does."""
     data = run.recipe.distill.data
-    return ImageReader.of(data, _teacher(run)) if run.recipe.distill.has_images else None
+    return ImageReader.of(data, checkpoint_of(run)) if run.recipe.distill.has_images else None
 
 
 def _refuse_other_recording(run: Run) -> None:
@@ -303,7 +304,7 @@ def _refuse_other_recording(run: Run) -> None:
     folder = settings.teacher.folder(run.dir)
     if (folder / RecordingManifest.FILE).is_file():
         told = run.teacher_fingerprint, settings.sequence_length, settings.teacher, settings.recorded_temperature
-        Wanted(_teacher(run), *told).require(folder)
+        Wanted(checkpoint_of(run), *told).require(folder)
 
 
 def check_training_settings(recipe: Recipe) -> None:

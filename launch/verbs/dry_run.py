@@ -22,11 +22,11 @@ from shoal.models.cost import Cost, decode_bytes, model_cost
 from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.progress import doing
 from shoal.recipe.measure import Measure
-from shoal.runtime import device
 
-from .distill import check_training_settings, images_of, training_spec, what_is_trained
+from .distill import check_training_settings, images_of, what_is_trained
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import check_measure, importance_of
+from .pace import eval_seconds, eval_work, measure_seconds, training_specs
 from .pipeline import preflight
 from .prune import (
     expected_plan,
@@ -185,7 +185,9 @@ def _measure(run: Run) -> Stage:
     work = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
     if settings.sweep is not None:
         work += f", sweeps of {', '.join(settings.sweep.operators)}"
-    return Stage("measure", state, "; ".join(filter(None, [why, work])))
+    return Stage(
+        "measure", state, "; ".join(filter(None, [why, work])), None if state == "done" else measure_seconds(run)
+    )
 
 
 def _text(parts: Sequence[Sequence[str]]) -> str:
@@ -244,9 +246,6 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
 
 def _eval(run: Run, wanted: Sequence[str], final: Mapping[str, bool]) -> Stage:
     """Scores of the roles ``wanted``, as far as they are ``final`` and stay."""
-    from shoal.eval.evaluate import num_items, work_of
-    from shoal.eval.tasks.load import tasks_of
-
     settings, scored_roles = run.recipe.eval, roles(run)
     scored = {
         role for role in wanted if final[role] and scores_of(run, role, eval_inputs(run, scored_roles[role])).is_there()
@@ -254,10 +253,10 @@ def _eval(run: Run, wanted: Sequence[str], final: Mapping[str, bool]) -> Stage:
     due = [role for role in wanted if role not in scored]
     if not due:
         return Stage("eval", "done")
-    tasks = tasks_of(settings, seed=run.recipe.seed)
-    work = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
+    work = eval_work(run)
     speed = "; how fast they are is measured on top" if settings.speed else ""
-    return Stage("eval", "to do", f"{', '.join(due)}, each: {work}{speed}")
+    seconds = eval_seconds(run, work, len(due))
+    return Stage("eval", "to do", f"{', '.join(due)}, each: {work}{speed}", seconds)
 
 
 def cut_estimate(
@@ -366,13 +365,8 @@ def training_estimate(run: Run, plan: Plan) -> Stage:
     Raises:
         UserError: what training would refuse; NotEstimated, as job.
     """
-    from shoal.train.student.control import control_spec
-    from shoal.train.student.spec import Ranks
-
-    count = ranks_to_start(run.recipe.num_processes)
-    ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
-    spec = training_spec(run, plan, ranks)
-    return estimate(spec, run.dir, control=control_spec(spec) if run.recipe.eval.control else None)
+    spec, *control = training_specs(run, plan)
+    return estimate(spec, run.dir, control=control[0] if control else None)
 
 
 def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None) -> Stage:
@@ -459,14 +453,15 @@ def _memory_table(job: Job, free: Free) -> list[str]:
 
 def _time(job: Job, pace: Pace | None) -> tuple[list[str], float]:
     """Lines on the time of all steps, and its seconds."""
-    from shoal.train.preflight.throughput import ASSUMED_SHARE, flops_per_token
+    from shoal.train.preflight.throughput import assumed_rate, flops_per_token
 
     setting, spec, flops = job.setting, job.spec, flops_per_token(job)
     with doing("timing a matrix product"):
         peak = flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype)
     if pace is None:
-        rate, optimizer_s = ASSUMED_SHARE * peak / flops, 0.0
-        how = f"assuming {ASSUMED_SHARE:.0%} of the {peak / 1e12:.3g} TFLOP/s of a matrix product measured here"
+        assumed, optimizer_s = assumed_rate(spec.ranks.device, spec.deepspeed.product_dtype), 0.0
+        rate = assumed / flops
+        how = f"assuming {assumed / peak:.0%} of the {peak / 1e12:.3g} TFLOP/s of a matrix product measured here"
     else:
         rate, optimizer_s = pace.tokens_per_s, pace.optimizer_s
         how = (

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Artifact
@@ -26,12 +25,14 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, read_json, write_json
-from shoal.machine import DTYPES, device_name, fast_dtype, flops_per_second
+from shoal.formatting import duration_text
+from shoal.machine import DTYPES, device_name, fast_dtype
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
 from shoal.models.resolve import find_config, refuse_revision, resolve_model
+from shoal.progress import doing
 from shoal.ranks import is_main
 from shoal.recipe.distill import Live, Precision
 from shoal.recipe.evaluate import Eval
@@ -49,10 +50,11 @@ log = logging.getLogger(__name__)
 
 ATTENTION = ("flash", "sdpa", "eager")
 LOCK = ".lock"
+STORY = "run.json"
 LOCK_WAIT_S = 30
-SHARES = 5
-"""Steps in which a recipe's sizes follow the device: one is the smallest share, with less there would be nothing to
-see, and a rate that is measured again comes to the same."""
+SHARES = 10
+"""Steps in which a recipe's sizes follow the machine: two are the smallest share, with less there would be nothing
+to see, and a time that is worked out again comes to the same."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Numerics:
     """Reason for these precisions, in a sentence."""
     device: str
     """Name that the manufacturer gives the device."""
-    full_size_gflops: float | None = None
-    """GFLOP/s that the recipe's sizes are meant for."""
+    max_minutes: float | None = None
+    """Minutes that the recipe gives the run."""
     size: float = 1.0
     """Share of the recipe's sizes that is left."""
     size_reason: str = ""
@@ -165,11 +167,15 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
         teacher = replace(teacher, dtype=numerics.dtype)
     distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
     settled = replace(
-        recipe, dtype=numerics.dtype, attn_implementation=numerics.attention, distill=distill, full_size_gflops=None
+        recipe, dtype=numerics.dtype, attn_implementation=numerics.attention, distill=distill, max_minutes=None
     )
-    if numerics.size < 1:
-        log.info("sizes: %s", numerics.size_reason)
-        settled = scaled(settled, numerics.size)
+    story = agreed(lambda: read_json(Path(recipe.run_dir).expanduser() / STORY))  # refuses a damaged one, whoever asks
+    if (minutes := recipe.max_minutes) is not None:
+        size, reason = _size(Run(settled), minutes, story.get("numerics") or {}, computes=computes)
+        numerics = replace(numerics, max_minutes=minutes, size=size, size_reason=reason)
+        if reason:
+            log.info("sizes: %s", reason)
+        settled = scaled(settled, size)
     return Run(settled, numerics, memory)
 
 
@@ -198,24 +204,30 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
     )
 
 
-def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
-    """What this device, or the one that began the run directory, takes of the recipe's sizes, and why."""
-    story = read_json(Path(recipe.run_dir).expanduser() / "run.json")  # refuses a damaged one, whoever asks
-    if recipe.full_size_gflops is None:
-        return 1.0, ""
-    own_device, full_gflops = device(), recipe.full_size_gflops
-    begun = story.get("numerics") or {}
-    if begun.get("full_size_gflops") == full_gflops and "size" in begun:
+def _size(run: Run, max_minutes: float, begun: dict[str, Any], *, computes: bool) -> tuple[float, str]:
+    """The share of the recipe's sizes for which there is time on this machine, or was on the one that began the run
+    directory, and why. Every rank calls this, as stages ask each other what is there."""
+    if begun.get("max_minutes") == max_minutes and "size" in begun:
         return float(begun["size"]), str(begun.get("size_reason", ""))
-    rate = flops_per_second(own_device, getattr(torch, dtype)) / 1e9
-    share = min(SHARES, math.ceil(SHARES * rate / full_gflops)) / SHARES
-    if share == 1:
-        return share, ""
+    if not computes:
+        return 1.0, ""
+    from shoal.train.preflight.memory import NotEstimated
+
+    from .pace import run_seconds
+
+    try:
+        with doing("working out how long the run takes"):
+            own = run_seconds(run)
+        seconds = agreed(lambda: own)
+    except NotEstimated as error:
+        return 1.0, f"max_minutes has no effect: {error}"
+    share = min(SHARES, max(2, round(SHARES * 60 * max_minutes / seconds))) / SHARES
     reason = (
-        f"{share:.0%} of this recipe's tokens and items, which are meant for {full_gflops:g} GFLOP/s: "
-        f"{device_name(own_device)} multiplies at {rate:,.0f} in {dtype}; full_size_gflops=null takes them all"
+        f"{share:.0%} of this recipe's tokens and items, which take about {duration_text(share * seconds)}: all would "
+        f"take {duration_text(seconds)} on {device_name(device())}, and max_minutes is {max_minutes:g}; "
+        "max_minutes=null takes them all"
     )
-    return share, reason
+    return share, reason if share < 1 else ""
 
 
 def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
@@ -244,8 +256,8 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
     if slow and choice.dtype == "float32":
         log.warning("%s: %s; leave dtype and distill.precision out of the recipe", " and ".join(slow), choice.reason)
     reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
-    size, chosen = _size(recipe, choice.dtype), _attention(recipe, dtype, precision, computes=computes)
-    return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *size, chosen.attention, chosen.reason)
+    chosen = _attention(recipe, dtype, precision, computes=computes)
+    return Numerics(dtype, precision, reason, name, attention=chosen.attention, attention_reason=chosen.reason)
 
 
 def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) -> Chosen:
@@ -326,6 +338,8 @@ def locked(run: Run) -> Iterator[None]:
             if run.memory is not None:
                 remember(run.dir, run.memory)
             yield
+            if run.numerics is not None and run.numerics.size < 1:
+                write_story(run)  # other stages go on with these sizes
         finally:
             _leave_nothing(run, is_new=is_new)
 
@@ -373,4 +387,4 @@ def write_story(run: Run) -> None:
         "environment": environment(),
         "stages": stages,
     }
-    write_json(run.dir / "run.json", story)
+    write_json(run.dir / STORY, story)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,13 @@ import pytest
 import torch
 
 from shoal import machine
+from shoal.launch.verbs import pace
 from shoal.launch.verbs import run as runs
-from shoal.launch.verbs.run import Run, open_run
+from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.machine import Choice, bfloat16_instructions, fast_dtype
 from shoal.recipe.distill import Live
 from shoal.recipe.recipe import parse_recipe
+from shoal.train.preflight.memory import NotEstimated
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda")
@@ -146,7 +147,7 @@ def test_a_training_goes_on_in_what_its_checkpoint_was_made_in(tmp_path: Path) -
 # --- sizes that follow the machine's speed -------------------------------------------------------------------------
 
 SIZES = {
-    "full_size_gflops": 400,
+    "max_minutes": 10,
     "measure": {"num_tokens": 8192},
     "distill": {
         "num_tokens": 81_920,
@@ -167,36 +168,54 @@ def sizes(run: Run) -> list[int | None]:
     ]
 
 
+def takes(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:
+    monkeypatch.setattr(pace, "run_seconds", lambda run: 60 * minutes)
+
+
 @pytest.mark.parametrize(
-    ("rate", "share", "expected"),
+    ("minutes", "share", "expected"),
     [
-        (200, 1.0, [8192, 81_920, 4096, 100, 7, 8192]),
-        (75, 0.4, [3277, 32_768, 1639, 40, 3, 3277]),
-        (10, 0.2, [1639, 16_384, 820, 20, 2, 1639]),
+        (10.2, 1.0, [8192, 81_920, 4096, 100, 7, 8192]),
+        (26, 0.4, [3277, 32_768, 1639, 40, 3, 3277]),
+        (90, 0.2, [1639, 16_384, 820, 20, 2, 1639]),
     ],
 )
-def test_sizes_follow_the_speed_of_all_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, share: float, expected: list[int]
+def test_sizes_follow_the_time_that_the_run_would_take(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, share: float, expected: list[int]
 ) -> None:
-    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e9 * rate)
-    run = open_run(recipe(tmp_path, **SIZES))
+    takes(monkeypatch, minutes)
+    run = open_run(recipe(tmp_path, model=str(teacher), **SIZES))
     assert sizes(run) == expected
-    assert run.recipe.full_size_gflops is None, "settled sizes are not settled again"
+    assert run.recipe.max_minutes is None, "settled sizes are not settled again"
     assert run.numerics is not None
     assert run.numerics.size == share
-    assert (f"multiplies at {2 * rate} in float32" in run.numerics.size_reason) == (share < 1)
+    told = f"take about {share * minutes:.0f} min: all would take {minutes:.0f} min on "
+    assert (told in run.numerics.size_reason) == (share < 1)
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize(("first", "then"), [(10, 1000), (1000, 10)])
+@pytest.mark.parametrize(("first", "then"), [(100, 1), (1, 100)])
 def test_a_run_directory_keeps_its_sizes_on_another_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float
 ) -> None:
-    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e9 * first)
-    begun = open_run(recipe(tmp_path, **SIZES))
-    begun.dir.mkdir()
-    (begun.dir / "run.json").write_text(json.dumps({"numerics": asdict(begun.numerics)}))  # pyright: ignore
-    monkeypatch.setattr(runs, "flops_per_second", lambda device, dtype: 2e9 * then)
-    assert open_run(recipe(tmp_path, **SIZES)).recipe == begun.recipe
-    other = {**SIZES, "full_size_gflops": 500 if then > first else 300}
-    assert sizes(open_run(recipe(tmp_path, **other))) != sizes(begun), "is another recipe"
+    takes(monkeypatch, first)
+    begun = open_run(recipe(tmp_path, model=str(teacher), **SIZES))
+    with locked(begun):
+        if begun.numerics is not None and begun.numerics.size == 1:  # else any stage writes it
+            write_story(begun)
+    takes(monkeypatch, then)
+    assert open_run(recipe(tmp_path, model=str(teacher), **SIZES)).recipe == begun.recipe
+    other = {**SIZES, "max_minutes": 11}
+    assert sizes(open_run(recipe(tmp_path, model=str(teacher), **other))) != sizes(begun), "is another recipe"
+
+
+def test_a_family_whose_time_is_not_known_keeps_its_sizes_and_says_so(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run: Run) -> float:
+        raise NotEstimated("cannot be run without data")
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(pace, "run_seconds", refuse)
+    assert sizes(open_run(recipe(tmp_path, model=str(teacher), **SIZES)))[0] == 8192
+    assert "sizes: max_minutes has no effect: cannot be run without data" in caplog.text

@@ -55,7 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "attn_implementation": "eager",
         "num_processes": 2,
-        "full_size_gflops": 100,
+        "max_minutes": 30,
         "measure": {
             "data": [DATA, "python_docs_heldout"],
             "num_tokens": 3000,

@@ -71,10 +71,11 @@ class Recipe(Section):
     """Precision in which models are measured, evaluated and used as a frozen teacher; fast = what the device multiplies
     fast in, or what this run directory was begun in; stored = that of the checkpoint, which other
     libraries call auto."""
-    full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
-    """GFLOP/s of matrix products over all cores that the sizes of this recipe are meant for. On a slower device there
-    are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
-    the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
+    max_minutes: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
+    """Minutes that the run may take. Where measuring, training and scoring would take longer here, as the dry run works
+    it out from their operations, there are fewer tokens (to measure, train and score) and fewer items, in proportion
+    but a fifth at least; log, run.json and report say so, and a run directory keeps the share that it was begun with.
+    None = sizes are what they say, on every machine."""
     attn_implementation: Annotated[
         Literal["auto", "flash", "sdpa", "eager"],
         Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED,

@@ -1,4 +1,7 @@
-"""`shoal run --dry-run`: every stage with its state, and figures of the stages' own dry runs; nothing is written."""
+"""`shoal run --dry-run`: every stage with its state, and figures of the stages' own dry runs; nothing is written.
+
+Covers: shoal.launch.verbs.pace.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from shoal.artifacts.plan import LAB, Plan
 from shoal.compress.apply import apply_plan
 from shoal.launch.arguments import VERBS
 from shoal.launch.cli import _main
-from shoal.launch.verbs import dry_run
+from shoal.launch.verbs import dry_run, pace
 from shoal.launch.verbs.dry_run import Stage, dry_run_text
 from shoal.launch.verbs.evaluate import eval_inputs
 from shoal.launch.verbs.measure import measure
@@ -23,6 +26,7 @@ from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.recipe.recipe import parse_recipe
+from shoal.train.preflight import throughput
 from shoal.train.preflight.memory import NotEstimated
 
 SMALL: dict[str, Any] = {
@@ -67,7 +71,7 @@ def test_before_anything_is_made_all_is_to_do_and_nothing_is_written(make_run: A
     told = told_of("run", make_run())
     assert list(rows(told)) == ["measure", "prune", "distill", "eval", "report"]
     assert states(told) == ["to do"] * 5
-    assert "no estimate no estimate teacher, pruned, distilled" in rows(told)["eval"]
+    assert re.match(r"to do about \S+ s no estimate teacher, pruned, distilled", rows(told)["eval"])
     assert rows(told)["prune"].endswith("a stand-in: 2 of 6 layers, chosen once they are measured")
     assert "drops:   3, 4" in told, "the last that are not protected"
     assert "about 90 s 5 kB" in rows(told)["distill"]
@@ -104,6 +108,23 @@ def test_states_follow_what_is_there_and_what_it_was_made_from(make_run: Any, mo
     monkeypatch.setattr(dry_run, "what_is_trained", lambda _: [])
     monkeypatch.setattr(dry_run, "roles", lambda run: dict.fromkeys(("teacher", "pruned", "distilled"), run.teacher))
     assert states(told_of("run", run)) == ["done", "done", "done", "to do", "to do"]
+
+
+def test_the_time_of_a_run_is_that_of_its_operations(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an independent count: a training of all layers goes once through the teacher and three times through the
+    student, and attention over so few tokens is nearly nothing."""
+    monkeypatch.setattr(throughput, "flops_per_second", lambda *_: 1e9)
+    run = make_run(prune={"num_drop": None, "drop": [1, 3]}, distill={"trainable": "layers", "batch_size": 2})
+    work, config = pace.eval_work(run), run.config()
+    width, head = config.hidden_size, config.vocab_size * config.hidden_size
+    kv = width * config.num_key_value_heads // config.num_attention_heads
+    layer = 2 * width * (width + kv) + 3 * width * config.intermediate_size
+    token = 2 * (6 * layer + head)
+    read = 64 * token + 3 * (work.read + pace.WRITTEN * work.written) * token
+    trained = 64 * (token + 3 * 2 * 4 * layer + 2 * 2 * head)
+    assert pace.run_seconds(run) == pytest.approx((read + trained) / 0.48e9, rel=0.1)
+    stages = {stage.name: stage for stage in dry_run.dry_run("run", run)}
+    assert stages["measure"].seconds == pytest.approx(64 * token / 0.48e9, rel=0.02)
 
 
 def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

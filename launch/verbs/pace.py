@@ -1,0 +1,85 @@
+"""How long the stages of a run take here: their operations over the rate of a matrix product, which is measured.
+
+Nothing is tried, so that a busy machine comes to the same. Left out are the cut, sweeps, removals one by one, texts
+that the teacher writes, recording, watching, the speed, and loading models and libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shoal.artifacts.plan import Plan
+from shoal.machine import ranks_to_start
+from shoal.models.cost import model_cost
+from shoal.models.load import without_data
+from shoal.runtime import device
+
+from .distill import checkpoint_of, training_spec
+from .prune import expected_plan
+from .run import Run
+
+if TYPE_CHECKING:
+    from shoal.eval.evaluate import Work
+    from shoal.train.student.spec import TrainSpec
+
+WRITTEN = 4
+"""Tokens that are read in the time of one that is written, in batches of 16 on two cores (3.5 measured)."""
+
+
+def run_seconds(run: Run) -> float:
+    """Seconds of measuring, training and scoring, whatever of it is done.
+
+    Raises:
+        UserError: what these stages would refuse; NotEstimated, a family that cannot be told without running it.
+    """
+    from shoal.train.preflight.memory import job
+    from shoal.train.preflight.throughput import expected_seconds
+
+    trainings = [expected_seconds(job(spec)) for spec in training_specs(run, expected_plan(run))]
+    return measure_seconds(run) + sum(trainings) + eval_seconds(run, eval_work(run), 2 + len(trainings))
+
+
+def training_specs(run: Run, plan: Plan) -> list[TrainSpec]:
+    """The training of the student of ``plan`` on this machine, and that of its control where the recipe has one."""
+    from shoal.train.student.control import control_spec
+    from shoal.train.student.spec import Ranks
+
+    count = ranks_to_start(run.recipe.num_processes)
+    ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
+    spec = training_spec(run, plan, ranks)
+    return [spec, control_spec(spec)] if run.recipe.eval.control else [spec]
+
+
+def measure_seconds(run: Run) -> float:
+    """Seconds of the passes over the text: one, and one back and forth where a metric reads gradients."""
+    from shoal.compress.metrics.registry import METRICS
+
+    settings = run.recipe.measure
+    needs = {METRICS[name].needs for name in settings.metrics}
+    passes = len(needs & {"hidden"}) + 3 * len(needs & {"gradients"})
+    return passes * settings.num_tokens * _token_seconds(run)
+
+
+def eval_work(run: Run) -> Work:
+    """What scoring asks of one model."""
+    from shoal.eval.evaluate import num_items, work_of
+    from shoal.eval.tasks.load import tasks_of
+
+    settings = run.recipe.eval
+    tasks = tasks_of(settings, seed=run.recipe.seed)
+    return work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
+
+
+def eval_seconds(run: Run, work: Work, num_models: int) -> float:
+    """Seconds of scoring so many models, each as if nothing were cut from it."""
+    return num_models * (work.read + WRITTEN * work.written) * _token_seconds(run)
+
+
+def _token_seconds(run: Run) -> float:
+    """Seconds in which the full model reads a token: two operations per weight that it goes through."""
+    from shoal.compress.surgery.quantised import without_quantization
+    from shoal.train.preflight.throughput import assumed_rate
+
+    model = checkpoint_of(run)
+    weights = model_cost(without_data(without_quantization(model.config)[0])).active_parameters
+    return 2 * weights / assumed_rate(device(), model.loaded_dtype())
