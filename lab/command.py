@@ -11,6 +11,7 @@ from typing import Any
 from shoal.errors import UserError
 from shoal.launch.verbs.run import locked, open_run
 from shoal.progress import loading
+from shoal.recipe.asked import ALLOW
 from shoal.recipe.messages import checked
 from shoal.recipe.recipe import apply_override, read_settings, settled
 from shoal.recipe.remembered import remembering
@@ -56,8 +57,10 @@ def lab(words: Sequence[str]) -> str:
         raise UserError(f"shoal lab {name}: there is no such part; there are {', '.join(PARTS)}")
     if not rest or "=" in rest[0]:
         raise UserError(f"shoal lab {name}: name a recipe or a run directory, such as `shoal lab {name} runs/mine`")
-    said_of_run, file = read_settings(rest[0], ())
-    recipe = settled(said_of_run, file, ())
+    allow = [word for word in rest if word.startswith(f"{ALLOW}=")]
+    rest = [word for word in rest if word not in allow]
+    said_of_run, file = read_settings(rest[0], allow)
+    recipe = settled(said_of_run, file, allow)
     with loading():
         part = importlib.import_module(f"shoal.lab.{'edits.' if name in EDITS else ''}{name}")
     said: dict[str, Any] = {}

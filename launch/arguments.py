@@ -16,6 +16,7 @@ from typing import Any
 from shoal import __version__
 from shoal.errors import not_encoded
 from shoal.formatting import meant
+from shoal.recipe.asked import ALLOW
 from shoal.redaction import printable, redacted_arguments
 from shoal.yaml_text import read_yaml
 
@@ -142,6 +143,7 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
         known.words.remove(known.config if own else f"model={known.config}")
     if known.verb == "push":
         known.words = [word if "=" in word else f"export.hub_repo={word}" for word in known.words]
+    known.words += [f"{ALLOW}={kinds}" for kinds in known.allow]
     for other in (word for word in redacted_arguments(known.words) if "=" not in word):
         parser.error(f"override {other!r}: must have the form section.key=value")
 
@@ -198,6 +200,8 @@ def _add_recipe(sub: argparse.ArgumentParser, row: Verb) -> None:
     sub.add_argument("--config", help=argparse.SUPPRESS)  # of launchers, and for a path that holds a `=`
     sub.add_argument("--local_rank", **LOCAL_RANK)
     sub.set_defaults(force=False, each=None)
+    told = "let a recipe file send results away, write outside the run directory, or run code"
+    sub.add_argument("--allow", metavar="send,write,code", action="append", default=[], help=told)
     told = "say what would be done and what it takes here: time, memory, disk; write nothing"
     sub.add_argument("--dry-run", action="store_true", help=told)
     if "distill" in row.sections and row is not VERBS["record"]:

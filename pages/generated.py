@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import textwrap
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 import shoal
 from shoal.launch.help.explain import explanation, places
+from shoal.recipe.asked import ROWS
 from shoal.recipe.not_together import NOT_TOGETHER
 
 
@@ -31,6 +33,11 @@ def keys() -> Iterator[str]:
                 yield from _section(said)
     yield "## what does not go together\n\n| setting | why, and what to set instead |\n| --- | --- |"
     yield from (f"| `{place}` | {why} |" for place, _, why in (row.words.partition(": ") for row in NOT_TOGETHER))
+    yield "\n## what a recipe file alone may not say\n\n| setting | can | why, or what to set instead |\n| --- | --- | --- |"
+    for row in ROWS:
+        value = "" if row.value is None else f": {json.dumps(row.value)}"
+        can = f"--allow {row.can}" if row.answer == "asked" else f"{row.can}, refused"
+        yield f"| `{row.place}{value}` | {can} | {row.why} |"
 
 
 def _section(said: dict[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 """One document with what lm-eval asked of it, was answered, and made of the answers."""
+RUNS_CODE = "HF_ALLOW_CODE_EVAL"
+"""Environment variable by which libraries are told that they may."""
 CHECKED_ITEMS = 20
 """Items of a task whose answers are looked at before a model is loaded."""
 
@@ -66,6 +69,11 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
             else:
                 tasks |= _load(manager, member)
     for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) and os.environ.get(RUNS_CODE) != "1":
+            raise UserError(
+                f"eval.tasks: {name!r} runs code that the model writes; in a container of its own set the environment "
+                f"variable {RUNS_CODE}=1, or leave it out"
+            )
         _set_fewshot(name, task, num_fewshot, seed)
         _set_ability(task, data_sets)
         _check_metadata(name, task)

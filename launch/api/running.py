@@ -106,7 +106,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
 
     Args:
         recipe: A recipe file, the name of a shipped one, a run directory, or a recipe as a mapping.
-        overrides: `section.key=value`, as on the command line.
+        overrides: `section.key=value`, as on the command line, and `allow=send,write,code` as --allow there.
 
     Raises:
         UserError: wrong settings, models or data; what launched processes refuse they have said on stderr.
@@ -122,6 +122,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
     with TemporaryDirectory() as temporary, explained_paths():
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):
+            overrides = (*overrides, "allow=send,write,code")  # Python is the user's own word
             parse_recipe(dict(recipe))  # whose messages say `recipe`, and not a file that nobody has written
             write_json(Path(config), dict(recipe))  # JSON is YAML
         said, file = read_settings(config, overrides)

@@ -32,7 +32,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(cli, "launch_distill", refuse)
+    monkeypatch.setattr(cli, "launch_ranks", refuse)
     monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [])  # one of them writes to an earlier test's stream
     monkeypatch.chdir(tmp_path)
 

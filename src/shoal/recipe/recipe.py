@@ -6,6 +6,9 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
+import logging
+import os
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +21,18 @@ from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.model_names import name_of_model, names_model
 from shoal.recipe import remembered
+from shoal.recipe.asked import ALLOW, allowed, asked, at
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
-from shoal.recipe.messages import checked, quoted
+from shoal.recipe.messages import blamed, checked, quoted
 from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.section import Dtype, Named, Positive, Section, Seed, Shapes, Text, types_of
+from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
         if Path(path).is_dir():
             raw["run_dir"] = str(path)
     for override in overrides:
-        apply_override(raw, override)
+        if not override.startswith(f"{ALLOW}="):
+            apply_override(raw, override)
     return raw, file
 
 
@@ -153,11 +161,29 @@ def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> 
     """The recipe of what read_settings gives.
 
     Raises:
-        UserError: as load_recipe; a secret that a run directory has not kept.
+        UserError: as load_recipe; a secret that a run directory has not kept; what acts beyond the run directory and is
+            not the user's own word; a run directory that is somebody else's folder.
     """
     if hidden := list(remembered.hidden_settings(said)):
         raise UserError(f"{file}: {hidden[0]} was a secret and is not kept; say it again: {hidden[0]}=...")
-    return parse_recipe(said, source=str(file), overrides=overrides)
+    recipe = parse_recipe(said, source=str(file), overrides=overrides)
+    run_dir = Path(recipe.run_dir).expanduser()
+    remembered.refuse_other_folder(run_dir)
+    if isinstance(config := recipe.distill.deepspeed, str):  # what a file says that a recipe names, the recipe says
+        said = {**said, "distill": {**said.get("distill", {}), "deepspeed": read_deepspeed(config)}}
+    rows = list(asked(said, [override.partition("=")[0] for override in overrides]))
+    kinds, kept, is_own = allowed(overrides), remembered.own_words(run_dir), remembered.is_own(file)
+    problems = [
+        f"{row.place}: {row.why} (got {reprlib.repr(at(said, row.place))}), and a recipe may come from anybody; add "
+        f"--allow {row.can} to the command, or leave it out"
+        for row in rows
+        if not (is_own or row.can in kinds or at(kept, row.place) == at(said, row.place))
+    ]
+    if problems:
+        raise UserError(blamed(problems, str(file), overrides))
+    for row in rows if "LOCAL_RANK" not in os.environ else ():
+        log.info("%s: %s (%s)", row.place, row.why, at(said, row.place))
+    return recipe
 
 
 def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:

@@ -6,6 +6,7 @@ It holds what was said and no defaults, as one recipe file with all overrides wo
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ from shoal.trust import CONSENT, is_signed, is_trusted, signed
 from shoal.yaml_text import read_yaml
 
 FILE = "recipe.yaml"
+RESULTS = (FILE, "run.json", "importance.json", "plan.json", "distill.json", "eval/*.json", "*/config.json")
+"""What a run leaves, whichever stages it had."""
+FOLDERS = ("checkpoints", "control", "distilled", "eval", "figures", "gguf", "signals", "student", "text")
+"""What stages write into or replace."""
 _HEAD = "# kept by shoal: what this run is made with, overrides included; `shoal VERB RUN_DIR` reads it\n"
 _OURS = re.compile(re.escape(_HEAD) + r"(# signature (?P<signature>\w+)\n)?")
 
@@ -57,6 +62,32 @@ def recipe_in(run_dir: Path) -> Path:
             f"file itself: {file} run_dir={run_dir}, or set the environment variable {CONSENT}={run_dir}"
         )
     return file
+
+
+def own_words(run_dir: Path) -> Any:
+    """What this user's shoal has kept there; None = nothing."""
+    text = memory_in(run_dir)
+    return read_yaml(text) if text is not None and _is_signed(text) else None
+
+
+def is_own(file: Path) -> bool:
+    """Whether the user vouches for a recipe file, or shoal has kept it for this user."""
+    return is_trusted(file) or (file.is_file() and _is_signed(file.read_text(encoding="utf-8")))
+
+
+def refuse_other_folder(run_dir: Path) -> None:
+    """Refuse a run directory that would replace what no run has made.
+
+    Raises:
+        UserError: it is no folder, or holds something under a name of ours and nothing that a run leaves beside it.
+    """
+    if os.path.lexists(run_dir) and not run_dir.is_dir():
+        raise UserError(f"run_dir {run_dir}: is no folder; choose another")
+    taken = [name for name in FOLDERS if (run_dir / name).exists()]
+    if taken and not any(any(run_dir.glob(name)) for name in RESULTS):
+        raise UserError(
+            f"run_dir {run_dir}: is no run directory, and its {taken[0]}/ would be replaced; choose another folder"
+        )
 
 
 def remember(run_dir: Path, memory: str) -> None:

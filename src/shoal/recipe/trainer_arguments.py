@@ -9,6 +9,7 @@ from typing import Any
 
 from shoal.errors import UserError
 from shoal.formatting import meant
+from shoal.recipe.asked import refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
 
@@ -31,11 +32,8 @@ HALVES = {"bf16": "bf16-mixed", "fp16": "fp16-mixed"}
 OURS = ("use_liger_kernel", "torch_compile")
 """Arguments by which shoal does the work itself: its loss takes the place of a model's forward."""
 _REASONS: dict[str, str] = {
-    "output_dir run_name": "is set by shoal; use run_dir instead",
     "deepspeed": "is set by shoal; use distill.deepspeed instead",
     "seed": "is set by shoal; use seed instead",
-    "resume_from_checkpoint": "is set by shoal; use the same command again instead",
-    "report_to": "is set by shoal; use track.wandb instead",
     "use_cpu remove_unused_columns label_names": "is set by shoal; leave it out",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
     "neftune_noise_alpha label_smoothing_factor": "would have no effect on the loss here; leave it out",
@@ -45,11 +43,11 @@ _REASONS: dict[str, str] = {
     "load_best_model_at_end": "is done by distill.watch.metric_for_best_model; use that",
     "eval_strategy do_eval eval_on_start": "is done by distill.watch; use that",
     "train_sampling_strategy data_seed": "would have no effect, packing has drawn the order; use seed",
-    "push_to_hub": "is done by export.hub_repo; use that",
-    "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
     "torch_compile_backend torch_compile_mode": "would have no effect, layers are compiled by inductor; leave it out",
 }
-REFUSED_ARGUMENTS = {name: reason for names, reason in _REASONS.items() for name in names.split()}
+REFUSED_ARGUMENTS = {name: why for names, why in _REASONS.items() for name in names.split()} | refused(
+    "distill.trainer"
+)
 """Training arguments that would be wrong, ignored or leaked here."""
 REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("fsdp", (...,), "would shard the head away from the loss; use distill.deepspeed instead"),

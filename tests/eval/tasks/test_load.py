@@ -230,3 +230,17 @@ def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
     assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
     with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has 0 examples"):
         load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
+
+
+def test_a_task_that_runs_what_a_model_writes_is_asked_for_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n'
+    (tmp_path / "data.jsonl").write_text(row)
+    task = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl")
+    (tmp_path / "own.yaml").write_text(f"{task}unsafe_code: true\n")
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(UserError, match=r"eval\.tasks: 'own' runs code that the model writes; .* HF_ALLOW_CODE_EVAL=1"):
+        load_tasks(["own"], include_path=tmp_path)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert "own" in load_tasks(["own"], include_path=tmp_path)
