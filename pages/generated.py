@@ -33,7 +33,8 @@ def keys() -> Iterator[str]:
                 yield from _section(said)
     yield "## what does not go together\n\n| setting | why, and what to set instead |\n| --- | --- |"
     yield from (f"| `{place}` | {why} |" for place, _, why in (row.words.partition(": ") for row in NOT_TOGETHER))
-    yield "\n## what a recipe file alone may not say\n\n| setting | can | why, or what to set instead |\n| --- | --- | --- |"
+    yield "\n## what a recipe file alone may not say\n"
+    yield "| setting | can | why, or what to set instead |\n| --- | --- | --- |"
     for row in ROWS:
         value = "" if row.value is None else f": {json.dumps(row.value)}"
         can = f"--allow {row.can}" if row.answer == "asked" else f"{row.can}, refused"
