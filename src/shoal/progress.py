@@ -18,6 +18,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from shoal.redaction import printable
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -105,7 +107,7 @@ class Speaker:
     @contextmanager
     def telling(self, label: str, total: int | None, unit: str) -> Iterator[Work]:
         """Speak of this piece of work while it is done; once it took long, also of its end."""
-        work = Work(label, total, unit, self._clock())
+        work = Work(printable(label), total, unit, self._clock())
         if not log.isEnabledFor(logging.INFO):
             yield work
             return

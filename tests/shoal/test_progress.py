@@ -90,11 +90,11 @@ def test_the_first_five_minutes_have_no_five_silent_seconds_and_hours_do_not_fil
 
 
 def test_of_nested_work_the_innermost_is_told(speaker, clock, caplog):
-    with speaker.telling("search", 3, "plans"):
+    with speaker.telling("search\x1b", 3, "plans"):
         with speaker.telling("measure", 10, "rows"):
             clock.run(speaker, 4.0)
         clock.run(speaker, 4.0)
-    assert [line.split(":")[0] for line in caplog.messages] == ["measure", "measure", "search", "search"]
+    assert [line.split(":")[0] for line in caplog.messages] == ["measure", "measure", r"search\x1b", r"search\x1b"]
 
 
 def test_a_failure_leaves_nothing_behind_that_would_go_on_talking(speaker, clock, caplog):

@@ -82,11 +82,11 @@ def refuse_other_folder(run_dir: Path) -> None:
         UserError: it is no folder, or holds something under a name of ours and nothing that a run leaves beside it.
     """
     if os.path.lexists(run_dir) and not run_dir.is_dir():
-        raise UserError(f"run_dir {run_dir}: is no folder; choose another")
+        raise UserError(f"{run_dir}: a file or broken link is in the way; set run_dir to another folder")
     taken = [name for name in FOLDERS if (run_dir / name).exists()]
     if taken and not any(any(run_dir.glob(name)) for name in RESULTS):
         raise UserError(
-            f"run_dir {run_dir}: is no run directory, and its {taken[0]}/ would be replaced; choose another folder"
+            f"{run_dir}: is no run directory, and its {taken[0]}/ would be replaced; set run_dir to another folder"
         )
 
 

@@ -170,7 +170,7 @@ def test_a_run_directory_replaces_nothing_that_no_run_has_made(tmp_path: Path) -
     load_recipe("got.yaml")
     for name in FOLDERS:
         (folder / name).mkdir()
-        with pytest.raises(UserError, match=rf"run_dir mine: is no run directory, and its {name}/ would be replaced"):
+        with pytest.raises(UserError, match=rf"mine: is no run directory, and its {name}/ would be replaced"):
             load_recipe("got.yaml")
         (folder / "run.json").touch()
         load_recipe("got.yaml")
@@ -181,5 +181,5 @@ def test_a_run_directory_replaces_nothing_that_no_run_has_made(tmp_path: Path) -
 def test_a_run_directory_that_is_a_link_to_itself_is_refused_before_ranks_start() -> None:
     Path("mine").symlink_to("mine")
     Path("got.yaml").write_text("{model: a/b, run_dir: mine}")
-    with pytest.raises(UserError, match="run_dir mine: is no folder; choose another"):
+    with pytest.raises(UserError, match="mine: a file or broken link is in the way"):
         load_recipe("got.yaml")
