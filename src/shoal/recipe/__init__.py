@@ -5,6 +5,7 @@ keys               every key by its place, type and docstring; keys as options
 messages           why a recipe is refused, in the words of YAML
 gone               keys that recipes once knew, and what to write instead
 field_words        what users of other tools type, and what it is here
+asked              what acts beyond the run directory, and who has to say it, one list
 not_together       settings that contradict each other, one table; what else sections must not say
 section            what sections are made of; what each key shapes, and identities from it
 measure            `measure`, with `measure.sweep`
