@@ -138,6 +138,16 @@ def test_eight_ranks_train_the_curve_and_weights_of_one(once, pruned, tmp_path, 
     same_as(alone, path)
 
 
+@pytest.mark.prove
+def test_weights_kept_whole_on_every_node_give_the_same_curve(reference, pruned, tmp_path):
+    """zero3_nodes, of two nodes of two ranks."""
+    config = json.loads((ROOT / "configs/deepspeed/zero3_nodes.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    path = pruned(tmp_path, deepspeed=config)
+    finished(distill(path, ranks=4))
+    same_as(reference, path)
+
+
 def same_as(reference: Path, path: Path) -> None:
     """The curve and the weights of the uninterrupted run under one rank."""
     assert curve(path) == pytest.approx(curve(reference), abs=1e-5)

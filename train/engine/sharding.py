@@ -78,6 +78,7 @@ def _in_precision(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
     named = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     own = copy.deepcopy({key: value for key, value in config.items() if key not in OF_STUDENT})
     own["zero_optimization"].pop("offload_optimizer", None)
+    own["zero_optimization"].pop("zero_hpz_partition_size", None)  # DeepSpeed can make the groups for one model alone
     return own | ({} if named is None else {named: {"enabled": True}})
 
 

@@ -343,4 +343,6 @@ def _buffers(job: Job) -> tuple[int, int]:
     # allocated whole; but a CPU gives memory only for what is filled
     filled = min(allocated, student.trained) if job.on_cpu else allocated
     gathered = job.width * min(LIVE_ELEMENTS, student.parameters) if stage == 3 else 0
+    if stage == 3 and (of_node := zero.get("zero_hpz_partition_size", 1)) > 1:
+        gathered += job.width * student.parameters // of_node  # the node's own copy, dealt out over its ranks
     return filled * job.width, gathered
