@@ -228,7 +228,8 @@ class Distill(Section):
     it is, after a warning. ddp_timeout is how long a collective waits for a late rank. bf16 and fp16 are precision's
     bf16-mixed and fp16-mixed."""
     deepspeed: Annotated[str | dict[str, Any] | None, Shapes.BY_CONTENT] = "zero2"
-    """DeepSpeed configuration: a name in configs/deepspeed (zero0 to zero3, zero3_nodes, zero2_offload, zero3_offload), a path, or
+    """DeepSpeed configuration: a name in configs/deepspeed (zero0 to zero3, zero2_offload, zero3_offload,
+    zero3_nodes), a path, or
     the mapping itself; None = ZeRO 0."""
 
     def __post_init__(self) -> None:
