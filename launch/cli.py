@@ -26,7 +26,7 @@ from shoal.redaction import printable, redacted
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
-from .verbs.launch import STARTED, LaunchEnded, LaunchRefused, launch_ranks, see_devices
+from .verbs.launch import DONE, STARTED, LaunchEnded, LaunchRefused, launch_ranks, see_devices
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
@@ -207,6 +207,8 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         if ended.text:
             print(f"\nshoal: {ended.text}", file=sys.stderr, flush=True)
         return ended.code
+    if STARTED in os.environ and ranks.is_main():
+        Path(os.environ[STARTED]).write_text(DONE)
     return 0
 
 

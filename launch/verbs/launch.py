@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 STARTED = "SHOAL_STARTED"
 """Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
+DONE = "done"
+"""Content of that file once rank 0 has done all that it was started for."""
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -80,7 +82,12 @@ def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
         with doing(f"{verb}, launcher and ranks"):
             with SPEAKER.still(started.exists):
                 environment = rank_environment(ranks) | {STARTED: str(started)}
-                code, asked = run_launcher(command, environment, ranks="shoal.launch.cli")
+                code, asked = run_launcher(
+                    command,
+                    environment,
+                    ranks="shoal.launch.cli",
+                    is_done=lambda: started.exists() and started.read_text() == DONE,
+                )
             if code != 0 or asked is not None:
                 raise _unfinished(verb, code, asked)  # in here: nothing is called done
 

@@ -89,8 +89,12 @@ def stop_at_once(number: int, text: str) -> None:
     os._exit(128 + number)
 
 
-def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, ranks: str) -> tuple[int, int | None]:
+def run_launcher(
+    command: Sequence[str], environment: Mapping[str, str], *, ranks: str, is_done: Callable[[], bool]
+) -> tuple[int, int | None]:
     """The exit code of a launcher of ranks, and the signal that this process was sent meanwhile, if any.
+
+    DeepSpeed's ends with 0 where the launcher of its node was killed; unless ``is_done`` that is 1 here.
 
     The launcher has a session of its own, so that a terminal's Ctrl-C reaches this process alone. The
     ranks, whose command line holds the word ``ranks``, are then asked to stop; when they have saved, or at a second
@@ -110,6 +114,8 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, rank
                 with contextlib.suppress(OSError):
                     os.write(2, b"shoal: waiting for the ranks to save and end; Ctrl-C again ends them now\n")
             time.sleep(0.1)
+        if (code := process.poll()) == 0 and not is_done():
+            code = 1
         if asked or code:
             # ranks whose launcher was killed end by themselves (watch_launcher), unless they are only starting
             deadline = time.monotonic() + (0 if asked else ORPHAN_S + 2)
@@ -118,7 +124,7 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, rank
                     os.killpg(process.pid, 0)
                     time.sleep(0.1)
                 os.killpg(process.pid, signal.SIGKILL)
-        return process.wait(), asked[0] if asked else None
+        return code or process.wait(), asked[0] if asked else None
 
 
 def _ask_to_stop(launcher: int, ranks: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from ranks import Shoal, all_gone, wait_for
+from ranks import Shoal, wait_for
 from training_runs import MANY_STEPS, write_recipe
 
 from shoal.stopping import _alive, on_stop, run_launcher
@@ -53,16 +53,6 @@ def test_a_stop_of_shoal_saves_on_its_ranks(pruned: Any, tmp_path: Path, number:
     assert not (tmp_path / "imported").exists()
 
 
-@pytest.mark.prove
-def test_ranks_do_not_outlive_a_killed_shoal(pruned: Any, tmp_path: Path) -> None:
-    shoal = Shoal(tmp_path, "distill", "--config", str(pruned(tmp_path, steps=MANY_STEPS)))
-    wait_for(shoal.ranks, "a rank")
-    started = shoal.children()
-    shoal.process.kill()
-    shoal.process.wait()
-    all_gone(started)
-
-
 def later(delay_s: float, act: Callable[[], None]) -> None:
     threading.Timer(delay_s, act).start()
 
@@ -84,23 +74,27 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -
         later(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
 
     later(0, twice)
-    assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, signal.SIGINT)
+    assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (-signal.SIGKILL, signal.SIGINT)
     assert 1 < time.monotonic() - begun < 30
 
 
-def test_ranks_that_outlive_their_launcher_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were only starting when it was killed do not notice."""
+@pytest.mark.parametrize("code", [-signal.SIGKILL, 0])
+def test_ranks_that_outlive_their_launcher_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Those that were only starting when it was killed do not notice. DeepSpeed's ends with 0 where that of its node
+    was killed, and nothing is done then."""
     monkeypatch.setattr("shoal.stopping.ORPHAN_S", -1.5)
     rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     launcher = (
         "import os, subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-c', *sys.argv[1:]])\n"
         "while not os.path.exists(sys.argv[2]) or not open(sys.argv[2]).read(): time.sleep(0.01)\n"
-        "os.kill(os.getpid(), 9)\n"
+        f"os.kill(os.getpid(), {-code})\n"
     )
     number = tmp_path / "number"
     command = [sys.executable, "-c", launcher, rank, str(number)]
-    assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, None)
+    assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (code or 1, None)
     pid = int(number.read_text())
     wait_for(lambda: not psutil.pid_exists(pid) or not _alive(psutil.Process(pid)), "the rank to end", 5)
 

@@ -229,8 +229,8 @@ def words(process: psutil.Process) -> list[str]:
         return []
 
 
-def all_gone(started: list[psutil.Process]) -> None:
+def all_gone(started: list[psutil.Process], timeout_s: float = GONE_S) -> None:
     def gone() -> bool:
         return not any(map(_alive, started))
 
-    wait_for(gone, "the processes that were started to end", GONE_S)
+    wait_for(gone, "the processes that were started to end", timeout_s)
