@@ -184,7 +184,8 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "seconds" in logs:
             rate = state.global_step * self._tokens_per_step / max(logs["seconds"], 1e-9)
-            self._work.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s"
+            share = f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
+            self._work.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s{share}"
 
 
 class Curves(WandbCallback):

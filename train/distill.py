@@ -49,6 +49,7 @@ from .engine.checkpoint import last_complete, needs_universal
 from .engine.kernels import require_liger
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
+from .preflight import throughput
 from .preflight.fit import check_fit, explained_memory
 from .record import record_signals
 from .student.frozen import stored_names, write_student
@@ -157,7 +158,7 @@ def distill(
     known_by = checkpoint_inputs(spec.settings, inputs)
     resume = agreed(lambda: last_complete(run_dir / "checkpoints", known_by))
     with doing("working out what training takes"):
-        agreed(lambda: check_fit(spec, run_dir))
+        mfu_per_rate = agreed(lambda: (size := check_fit(spec, run_dir)) and throughput.mfu_per_rate(size))
     tokenizer = spec.teacher.tokenizer()
     rows = rows_of(spec, tokenizer, home / "text", inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
@@ -172,6 +173,7 @@ def distill(
     profiler = Profiler(spec.settings.profile, run_dir / "profile")
     callbacks = [progress, heartbeat, *curves, profiler]
     trainer = make_trainer(spec, rows, arguments, known_by, teacher, stop=stop, callbacks=callbacks)
+    trainer.mfu_per_rate = mfu_per_rate
     watcher = None
     if spec.settings.watch is not None and make_scorer is not None:
         watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", known_by)
@@ -179,8 +181,7 @@ def distill(
     _announce(trainer, rows, spec, resume)
     with progress, stop.listening(), explained_memory(spec), profiler:
         trainer.train_on_objective(resume)
-    is_finished = trainer.state.global_step >= trainer.state.max_steps
-    if is_finished:
+    if is_finished := trainer.state.global_step >= trainer.state.max_steps:
         _write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
     leave_deepspeed(trainer)
     heartbeat.stop()

@@ -94,6 +94,8 @@ class ObjectiveTrainer(Trainer):
 
     # the loss below is already divided by the token count of the whole optimizer step
     loss_is_scaled_for_ga = True
+    mfu_per_rate: float | None = None
+    """Share of the GPUs' rates by data sheet that a token per second is; None = they are not known."""
 
     def __init__(self, parts: Parts, **kwargs: Any) -> None:
         """Join ``parts``; ``kwargs`` are the Trainer's. Then the teacher is in its place.
@@ -307,6 +309,8 @@ class ObjectiveTrainer(Trainer):
                 logs |= self._on_policy.counts.read_curves()
             logs["seconds"] = self.row.seconds
             logs["tokens_per_s"] = steps * self.spec.tokens_per_step / max(self.row.row_seconds, 1e-9)
+            if self.mfu_per_rate is not None:
+                logs["mfu"] = self.mfu_per_rate * logs["tokens_per_s"]
             if self._gradient_norm is not None:
                 logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
             self.row.begin()

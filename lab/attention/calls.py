@@ -21,6 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.models.packed_attention import Documents
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def attention_weights(inputs: AttentionInputs, places_BT: Tensor) -> Tensor:
 
 
 def _inputs(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None, settings: dict[str, Any]
 ) -> AttentionInputs:
     scale = settings.get("scaling")
     return AttentionInputs(
@@ -124,13 +125,17 @@ def _inputs(
     )
 
 
-def _seen(mask: Tensor | None, settings: dict[str, Any], query_BHSd: Tensor, num_keys: int) -> Tensor | None:
+def _seen(
+    mask: Tensor | Documents | None, settings: dict[str, Any], query_BHSd: Tensor, num_keys: int
+) -> Tensor | None:
     """(B, 1, S, keys) What queries see, in whatever form the layer's kernels are told."""
     rows, _, num_queries, _ = query_BHSd.shape
-    if mask is not None and mask.dim() == 4:
+    if isinstance(mask, Tensor) and mask.dim() == 4:
         # eager attention adds its mask to the scores: 0 to what is seen
         return mask if mask.dtype == torch.bool else mask == 0
     borders, window = settings.get("cu_seq_lens_q"), settings.get("sliding_window") or num_keys
+    if isinstance(mask, Documents):
+        borders, window, mask = mask.borders, mask.window or num_keys, None
     if mask is None and borders is None and window >= num_keys:
         return None
     key_S = torch.arange(num_keys, device=query_BHSd.device)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.plan import Plan
 from shoal.formatting import aligned, bytes_text, count_text, duration_text, layers_text
-from shoal.machine import flops_per_second, free_disk, ranks_to_start, refuse_crowd
+from shoal.machine import data_sheet, flops_per_second, free_disk, ranks_to_start, refuse_crowd
 from shoal.models.anatomy import text_config
 from shoal.models.cost import Cost, decode_bytes, model_cost
 from shoal.models.load import loaded_dtype, num_parameters, without_data
@@ -453,30 +453,32 @@ def _memory_table(job: Job, free: Free) -> list[str]:
 
 def _time(job: Job, pace: Pace | None) -> tuple[list[str], float]:
     """Lines on the time of all steps, and its seconds."""
-    from shoal.train.preflight.throughput import assumed_rate, flops_per_token
+    from shoal.train.preflight.throughput import assumed_rate, expected, flops_per_token
 
     setting, spec, flops = job.setting, job.spec, flops_per_token(job)
     with doing("timing a matrix product"):
         peak = flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype)
-    if pace is None:
-        assumed, optimizer_s = assumed_rate(spec.ranks.device, spec.deepspeed.product_dtype), 0.0
-        rate = assumed / flops
-        how = f"assuming {assumed / peak:.0%} of the {peak / 1e12:.3g} TFLOP/s of a matrix product measured here"
+    source = "of its data sheet" if data_sheet(spec.ranks.device) else "of a matrix product measured here"
+    peak_text, left = f"{peak / 1e12:.3g} TFLOP/s {source}", "communication between ranks, "
+    own_tokens = spec.tokens_per_step // spec.ranks.machines
+    if pace is None and (told := expected(job)):
+        (step, how), left = told, "what moves to the host and back, " if setting.offload_optimizer else ""
+    elif pace is None:
+        assumed = assumed_rate(spec.ranks.device, spec.deepspeed.product_dtype)
+        step, how = own_tokens * flops / assumed, f"assuming {assumed / peak:.0%} of {peak_text}"
     else:
-        rate, optimizer_s = pace.tokens_per_s, pace.optimizer_s
+        # ranks on one CPU share its cores, which a probe has had to itself
+        step = own_tokens / pace.tokens_per_s + pace.optimizer_s
         how = (
             f"measured here on {pace.num_tokens:,} of the {setting.rows * spec.settings.sequence_length:,} tokens of a "
-            f"micro-batch of the real objective: {rate * flops / peak:.0%} of the {peak / 1e12:.3g} TFLOP/s of a "
-            "matrix product"
+            f"micro-batch of the real objective: {pace.tokens_per_s * flops / peak:.0%} of {peak_text}"
         )
-    # ranks on one CPU share its cores, which a probe has had to itself
-    step = spec.tokens_per_step // spec.ranks.machines / rate + optimizer_s
     lines = [
         f"time: {spec.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, "
         f"{duration_text(spec.num_steps * step)} for {spec.num_steps * spec.tokens_per_step:,} tokens "
         f"({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
-        "  communication between ranks, recording, scoring, sampling and checkpoints come on top",
+        f"  {left}recording, scoring, sampling and checkpoints come on top",
     ]
     return lines, spec.num_steps * step
 

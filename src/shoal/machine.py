@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import psutil
 import torch
 
 from shoal.errors import UserError
+from shoal.yaml_text import read_yaml
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Folder in which Linux tells a container its limits."""
@@ -176,9 +178,40 @@ def fast_dtype(device: torch.device) -> Choice:
     return Choice("float32", f"{name} does not multiply fast in bfloat16")
 
 
+LESS = re.compile(r" MIG |Laptop|Max-Q|-\d+[ABCQ]$")
+"""Parts of the names of slices of GPUs, and of GPUs that are slower than others of the same name."""
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """What a maker says of a GPU."""
+
+    name: str
+    half: float
+    """FLOP/s of dense products in bfloat16 or float16."""
+    float32: float
+    """FLOP/s in float32, without TF32."""
+    memory: float
+    """Bytes per second of its memory."""
+    link: float
+    """Bytes per second to a GPU of the same node, one way."""
+
+
+def data_sheet(device: torch.device) -> DataSheet | None:
+    """The row of devices.yaml for ``device``; None = there is none, or it is less than its name says."""
+    if device.type != "cuda" or LESS.search(name := device_name(device)):
+        return None
+    rows = (DataSheet(**row) for row in read_yaml(Path(__file__).with_name("devices.yaml").read_text()))
+    found = next((row for row in rows if re.search(rf"\b{re.escape(row.name)}\b", name)), None)
+    units = {"half": 1e12, "float32": 1e12, "memory": 1e12, "link": 1e9}
+    return found and replace(found, **{key: unit * getattr(found, key) for key, unit in units.items()})
+
+
 def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products in ``dtype`` on the whole device, all cores of a CPU: what a training is measured
-    against."""
+    against. Of a GPU that is known the data sheet's, which asks nothing of the GPU; of others measured."""
+    if sheet := data_sheet(device):
+        return sheet.float32 if dtype == torch.float32 else sheet.half
     return _product_rate(device.type, dtype) * (num_cores() if device.type == "cpu" else 1)
 
 

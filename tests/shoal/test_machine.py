@@ -11,6 +11,7 @@ import torch
 from shoal import machine
 from shoal.launch.verbs import pace
 from shoal.launch.verbs import run as runs
+from shoal.launch.verbs.launch import STARTED
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.machine import Choice, bfloat16_instructions, fast_dtype
 from shoal.recipe.distill import Live
@@ -119,6 +120,27 @@ def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(
     assert (f"attention: {chosen[0]} ({chosen[1]})" in caplog.text) == (not said)
 
 
+@pytest.mark.usefixtures("fast_half")
+@pytest.mark.parametrize(("kind", "begun", "warned"), [("cuda", "", 1), ("cuda", "by a command", 0), ("cpu", "", 0)])
+def test_masks_on_a_gpu_are_warned_of_by_who_starts_the_ranks(
+    kind: str,
+    begun: str,
+    warned: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "device", lambda: torch.device(kind))
+    monkeypatch.setattr(runs, "device_name", lambda _: "a card")
+    monkeypatch.setattr(machine, "device_name", lambda _: "a card")
+    if begun:
+        monkeypatch.setenv(STARTED, begun)
+    open_run(recipe(tmp_path, attn_implementation="sdpa"))
+    open_run(recipe(tmp_path), computes=False)
+    told = "attention: sdpa makes masks of packed rows, a step of training takes about 1.8 times that with flash"
+    assert caplog.text.count(told) == warned
+
+
 def made(tmp_path: Path, name: str, inputs: dict[str, Any], *, bare: bool = False) -> None:
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +177,31 @@ SIZES = {
     },
     "eval": {"limit": {"default": 100, "reasoning_continuation": 7}, "perplexity_tokens": 8192},
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops", "terabytes"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 3.35),
+        ("NVIDIA H100 PCIe", 756, 2.0),
+        ("NVIDIA A100-SXM4-40GB", 312, 1.555),
+        ("NVIDIA A10G", 70, 0.6),
+        ("NVIDIA L4", 121, 0.3),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA A10-4Q", None, None),
+        ("NVIDIA RTX A4000", None, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_and_then_not_measured(
+    name: str, tflops: float | None, terabytes: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "device_name", lambda _: name)
+    monkeypatch.setattr(machine, "_product_rate", lambda kind, dtype: 1.0)
+    sheet = machine.data_sheet(torch.device("cuda", 0))
+    assert (sheet and (sheet.half, sheet.memory)) == (tflops and (tflops * 1e12, terabytes and terabytes * 1e12))
+    rate = machine.flops_per_second(torch.device("cuda", 0), torch.bfloat16)
+    assert rate == (1.0 if tflops is None else tflops * 1e12)
 
 
 def sizes(run: Run) -> list[int | None]:

@@ -169,9 +169,10 @@ def test_training_tells_loss_and_rate_and_the_time_left_by_the_clock(
         )
         state.global_step = 6
         line.on_step_end(None, state, None)
-    assert caplog.messages[-1] == "training: 6 of 6 steps, 01:40, loss 1.5000, 70 tokens/s"
+        line.on_log(None, state, None, {"loss": 1.5, "seconds": 12.0, "mfu": 0.25})  # on a GPU with a data sheet
+    assert caplog.messages[-1] == "training: 6 of 6 steps, 01:40, loss 1.5000, 70 tokens/s, MFU 25%"
     clock.run(speaker, 100.0)
-    assert caplog.messages[-1] == "training: 6 of 6 steps, 01:40, loss 1.5000, 70 tokens/s"
+    assert caplog.messages[-1] == "training: 6 of 6 steps, 01:40, loss 1.5000, 70 tokens/s, MFU 25%"
 
 
 @pytest.mark.parametrize(

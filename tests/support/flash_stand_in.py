@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
 from shoal.models import attention
+from shoal.models.packed_attention import VARLEN
 
 Window = tuple[int, int]
 
@@ -71,6 +73,34 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
     return out.view(q.shape[0], q.shape[1], *out.shape[1:])
 
 
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: Window = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """(T, H, d) torch's own kernels, with its signature."""
+    assert {return_aux, seqused_k, block_table, num_splits} == {None}, "nothing of this is asked for"
+    assert cu_seq_k is not None
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert {query.dtype, key.dtype, value.dtype} == {query.dtype}, "one precision"
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1], "one size of heads"
+    given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    causal = window_size[1] == 0  # nothing behind the query; (-1, -1) would see all
+    return flash_attn_varlen_func(*given, softmax_scale=scale, causal=causal, window_size=window_size)
+
+
 def in_halves(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The kernel, refusing what the real ones refuse: any precision but two, or several at once."""
 
@@ -80,6 +110,21 @@ def in_halves(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return kernel(q, k, v, *args, **settings)
 
     return refusing
+
+
+def install_torchs_own(monkeypatch: pytest.MonkeyPatch, *, halves_only: bool = False) -> list[Window]:
+    """From now on torch's own kernels are the only flash attention, on a CPU too; the windows of all calls to come."""
+    kernel, windows = in_halves(varlen_attn) if halves_only else varlen_attn, list[Window]()
+
+    @wraps(kernel)
+    def counted(*args: Any, **settings: Any) -> Tensor:
+        windows.append(settings["window_size"])
+        return kernel(*args, **settings)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    monkeypatch.setattr(attention, "_is_installed", lambda name: name == VARLEN)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return windows
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, halves_only: bool = False) -> None:
@@ -96,4 +141,4 @@ def install(monkeypatch: pytest.MonkeyPatch, *, halves_only: bool = False) -> No
     for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_process_flash_kwargs_fn"):
         monkeypatch.setattr(utils, name, None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
-    monkeypatch.setattr(attention, "_is_installed", lambda name: name != "flash_attention_3")
+    monkeypatch.setattr(attention, "_is_installed", lambda name: name not in ("flash_attention_3", VARLEN))

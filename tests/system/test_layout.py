@@ -305,3 +305,12 @@ def test_no_file_names_a_folder_of_one_machine() -> None:
         if path.is_file() and not path.is_symlink():
             found += [f"{name}:{n}" for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if pattern.search(line)]
     assert not found
+
+
+@pytest.mark.parametrize("extra", ["gguf", "gpu"])
+def test_extras_are_pinned(extra: str) -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()
+    }
+    assert {re.split(r"[<>=]", each)[0].replace("_", "-") for each in wanted} <= pinned

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shoal.machine import flops_per_second, now
+from shoal.machine import data_sheet, flops_per_second, now
 from shoal.models.anatomy import text_config
 from shoal.progress import doing
 
@@ -19,8 +19,25 @@ from ..teacher.wiring import Wiring, make_trainable_alike, wire
 from .memory import Job
 
 ASSUMED_SHARE, ON_CPU = 0.4, 0.48
-"""Share of the measured rate of matrix products that is assumed before anything is tried; on a CPU what training and
+"""Share of the measured rate of matrix products that is assumed without a data sheet; on a CPU what training and
 scoring a model of 135 million weights had."""
+PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.79, 0.8
+"""Shares of a data sheet's rates that large products, element-wise kernels and collectives reach."""
+ATTENTION_SHARES = {"flash": (0.35, 0.3), "sdpa": (0.1, 0.06), "eager": (0.05, 0.04)}
+"""Shares of the rate of products, forward and backward; flash kernels compute half of the pairs."""
+STREAM_BYTES = 68
+"""Bytes that norms, rotary embedding, residual sums and casts of one layer read and write for every byte of a hidden
+state, forward."""
+FUSED = 0.55
+"""Share of these with Liger's kernels or compiled layers."""
+LOGIT_BYTES = 100
+"""Bytes that the loss reads and writes for every logit, both models."""
+CAST_BYTES = 18
+"""Bytes of casts of one weight under autocast in a micro-batch: 6 in each of three passes."""
+STEP_BYTES = 32
+"""Bytes that AdamW reads and writes for every weight."""
+NODE_LINK = 50e9
+"""Bytes per second between nodes: one card of 400 Gb/s a node."""
 FEWEST_TOKENS = 16
 """Tokens of the shortest row that is tried."""
 PROBE_S = 15.0
@@ -40,27 +57,92 @@ class Pace:
 
 
 def flops_per_token(job: Job) -> float:
-    """Floating point operations of one token of a micro-batch: teacher, student, both directions.
+    """Floating point operations of one token of a micro-batch."""
+    return sum(_work(job)[:3])
 
-    Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. Element
-    by element work is left out, and so are the optimizer and that of some rows no term may ask the teacher. Its lowest
-    frozen layers a student does not run if they are shared; a live teacher runs them for both.
+
+def mfu_per_rate(job: Job) -> float | None:
+    """Share of what all GPUs of the job could compute by their data sheet that a token per second is: operations of
+    teacher and student, without what checkpointing computes again. None without a data sheet."""
+    if (sheet := data_sheet(job.spec.ranks.device)) is None:
+        return None
+    once = replace(job, setting=replace(job.setting, checkpointing=False))
+    return flops_per_token(once) / (sheet.half * job.spec.ranks.count)
+
+
+def _work(job: Job) -> tuple[float, float, float, float]:
+    """What one token of a micro-batch takes in teacher and student: floating point operations with weights, of
+    attention, of its gradients, and bytes of hidden states that layers read, once a pass.
+
+    Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. The
+    optimizer is left out, and so is the work of some rows no term may ask the teacher. Its lowest frozen layers a
+    student does not run if they are shared; a live teacher runs them for both.
     """
     student, teacher = job.student, job.teacher
     length = job.spec.settings.sequence_length
-    is_shared, total = job.spec.shared_layers > 0, 0.0
+    is_shared, state = job.spec.shared_layers > 0, student.hidden * student.state_bytes
+    pairs, products = student.pair_flops * length, 2.0 * student.head * (2 + student.head_trained)
+    forward = backward = states = 0.0
     for layer in student.layers:
-        forward = 2 * layer.matrices + student.pair_flops * length
-        if layer.kept.per_row > 0:
-            # the gradient of what attention reads takes twice its forward, whatever is trained
-            backward = forward + student.pair_flops * length + 2 * layer.trained_matrices
-            total += forward * (1 + job.setting.checkpointing) + backward
-        elif not is_shared:
-            total += forward
-    total += 2 * student.head * (2 + student.head_trained)
+        if is_trained := layer.kept.per_row > 0:
+            products += 2 * (layer.matrices + layer.trained_matrices)
+            backward += 2 * pairs  # the gradient of what attention reads takes twice its forward, whatever is trained
+            states += 2 * state
+        if is_trained or not is_shared:
+            times = 1 + job.setting.checkpointing * is_trained
+            products += times * 2 * layer.matrices
+            forward += times * pairs
+            states += times * state
     if job.setting.teacher in ("live", "offloaded"):
-        total += sum(2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers) + 2 * teacher.head
-    return total
+        products += 2 * (sum(layer.matrices for layer in teacher.layers) + teacher.head)
+        forward += len(teacher.layers) * teacher.pair_flops * length
+        states += len(teacher.layers) * teacher.hidden * job.spec.teacher_dtype.itemsize
+    return products, forward, backward, states
+
+
+def expected(job: Job) -> tuple[float, str] | None:
+    """Seconds of an optimizer step by a model of products, attention, element-wise traffic and the network, and what
+    they are made of in words; None for a device without a data sheet, or products in float32."""
+    spec, setting, student = job.spec, job.setting, job.student
+    sheet, (products, forward, backward, states) = data_sheet(spec.ranks.device), _work(job)
+    if sheet is None or spec.deepspeed.product_dtype == torch.float32:
+        return None
+    tokens, memory = setting.rows * spec.settings.sequence_length, MEMORY_SHARE * sheet.memory
+    attention = spec.student.load.attention
+    rates = [share * sheet.half for share in ATTENTION_SHARES[attention]]
+    is_fused = any(spec.settings.trainer.get(key) for key in ("use_liger_kernel", "torch_compile"))
+    seen = 0.5 if attention == "flash" else 1.0
+    parts = {
+        "products": tokens * products / (PRODUCT_SHARE * sheet.half),
+        "attention": tokens * seen * (forward / rates[0] + backward / rates[1]),
+        "element by element": tokens * STREAM_BYTES * (FUSED if is_fused else 1) * states / memory,
+        "loss": tokens * LOGIT_BYTES * student.vocabulary / memory,
+        "casts": CAST_BYTES * job.is_autocast * student.trained / memory,
+    }
+    each, once = _sent(job)
+    is_one_node = spec.ranks.count <= spec.ranks.per_node
+    link = LINK_SHARE * (sheet.link if is_one_node else min(sheet.link, NODE_LINK))
+    shards = spec.ranks.count if setting.stage else 1
+    stepped = STEP_BYTES * student.trained / shards / memory + once / link
+    told = ", ".join(f"{name} {seconds:.2g}" for name, seconds in parts.items())
+    return setting.accumulation * max(sum(parts.values()), each / link) + stepped, (
+        f"computed from {sheet.name}'s data sheet ({sheet.half / 1e12:,.0f} TFLOP/s, {sheet.memory / 1e12:.3g} TB/s), "
+        f"not measured: a micro-batch takes {sum(parts.values()):.3g} s ({told}), beside it {each / link:.2g} s on the "
+        "network"
+    )
+
+
+def _sent(job: Job) -> tuple[float, float]:
+    """Bytes that a rank, or a node's network card, sends for a micro-batch and once more for an optimizer step."""
+    trained, stage, width = job.student.trained, job.setting.stage, 2 if job.is_autocast else job.width
+    if job.spec.ranks.count == 1:
+        return 0.0, 0.0
+    if stage < 2:
+        return 0.0, 2.0 * width * trained + (job.width * trained if stage else 0)
+    if stage == 2:
+        return float(width * trained), float(job.width * trained)
+    live = job.spec.teacher_dtype.itemsize * job.teacher.parameters * (job.setting.teacher == "live")
+    return float(width * (2 * job.student.parameters + trained) + live), 0.0
 
 
 def assumed_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -69,8 +151,10 @@ def assumed_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def expected_seconds(job: Job) -> float:
-    """Seconds of a training, from operations alone."""
+    """Seconds of a training, before anything is tried."""
     spec = job.spec
+    if told := expected(job):
+        return spec.num_steps * told[0]
     rate = assumed_rate(spec.ranks.device, spec.deepspeed.product_dtype) * spec.ranks.machines
     return spec.num_steps * spec.tokens_per_step * flops_per_token(job) / rate
 

@@ -10,4 +10,5 @@ checkpoint_files  folders of files: whole or damaged, and what identifies them
 cost              what a model takes to keep and to run, told from its configuration
 adapters          LoRA adapters merged into their base
 document_masks    documents of a row stay apart, and where they cannot
+packed_attention  torch's own flash kernels for them
 """

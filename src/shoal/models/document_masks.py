@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
 from shoal.models.anatomy import decoder_body
+from shoal.models.packed_attention import Documents, replaces
 from shoal.runtime import device
 
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
@@ -52,7 +53,17 @@ def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Itera
     patched = {name: original for name, original in theirs.items() if getattr(module, name, None) is original}
     config: Any = getattr(decoder, "config", None)
 
+    @cache
+    def documents(rows: int, device: torch.device, window: int | None) -> Documents:
+        assert position_ids_BS is not None
+        # by its name in this module: who knows the borders on the host puts them there
+        told = document_borders(position_ids_BS.expand(rows, -1), device)
+        return Documents(told["cu_seq_lens_q"], told["max_length_q"], window)
+
     def with_positions(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if position_ids_BS is not None and not args and replaces(make, kwargs):
+            tokens, is_sliding = kwargs["inputs_embeds"], "sliding" in make.__name__
+            return documents(len(tokens), tokens.device, kwargs["config"].sliding_window if is_sliding else None)
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = position_ids_BS
         return make(*args, **kwargs)
@@ -79,7 +90,6 @@ def _borders_handed(decoder: nn.Module, position_ids_BS: Tensor) -> RemovableHan
             return args, kwargs
         inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         tokens = next(each for each in inputs if each is not None)
-        # by its name in this module: who knows the borders on the host puts them there
         return args, {**kwargs, **document_borders(position_ids_BS.expand(len(tokens), -1), tokens.device)}
 
     return decoder.register_forward_pre_hook(hand, with_kwargs=True)

@@ -24,7 +24,8 @@ class Family:
     no_branch: str = ""
     """Reason why rows of a cache that looks as if they could be copied would then give other values."""
     no_flash: str = ""
-    """What it does that keeps flash kernels from packed rows, though transformers offers them for it."""
+    """What it does that keeps flash kernels from packed rows, though transformers offers them for it; not from torch's,
+    which are told of documents in the place of a mask."""
     no_cut: str = ""
     """Reason why no cut equals skipping the layers."""
     measured_by_first: bool = False

@@ -20,6 +20,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import named
 from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end, refuse_ids_beyond
+from shoal.models.packed_attention import VARLEN
 from shoal.models.resolve import refuse_revision, resolve_model
 from shoal.runtime import device
 
@@ -68,8 +69,9 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
         )
     if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{name}: has no weights, it is on the meta device; load it with from_pretrained")
-    attention, kind = named(getattr(model.config, "_attn_implementation", None) or "sdpa"), text_config(model.config)
-    exception = family(kind.model_type).no_flash if attention == "flash" else ""
+    kernels, kind = getattr(model.config, "_attn_implementation", None) or "sdpa", text_config(model.config)
+    attention = named(kernels)
+    exception = family(kind.model_type).no_flash if attention == "flash" and kernels != VARLEN else ""
     if attention not in ("flash", "sdpa", "eager") or exception:
         raise UserError(
             f"{name}: its attention is {attention}, of which {kind.model_type} {exception or 'is not known'} to keep "

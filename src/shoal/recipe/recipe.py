@@ -89,10 +89,9 @@ class Recipe(Section):
         Named("attention"),
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
-    was begun with, else flash where GPU, family, precision and installed packages allow it, else sdpa, and eager for
-    families without it. flash = FlashAttention, in the version that is
-    installed, which makes no masks; sdpa = torch's own kernels with masks; eager =
-    plain products and softmax."""
+    was begun with, else flash where GPU, family and precision allow it, else sdpa, and eager for
+    families without it. flash = FlashAttention without masks, by an installed package or else by torch itself; sdpa =
+    torch's kernels with masks; eager = plain products and softmax."""
     num_processes: Annotated[Positive | None, Shapes.NOTHING] = None
     """Processes that share the work of a stage on this machine; None = one per GPU that CUDA_VISIBLE_DEVICES shows, one
     on CPU."""

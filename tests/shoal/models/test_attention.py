@@ -1,10 +1,13 @@
 """Which kernels compute attention, and that documents of a row, padding and caches are the same under all of them.
 
 Flash kernels are a stand-in by loops in float64 (flash_stand_in.py).
+
+Covers: shoal.models.packed_attention.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import architectures
@@ -13,6 +16,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, census
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, StableLmConfig
 
 from shoal.errors import UserError
@@ -25,11 +30,13 @@ from shoal.models.attention import choose_attention, implementation, named, with
 from shoal.models.document_masks import documents_apart
 from shoal.models.families import family
 from shoal.models.load import load_model
+from shoal.models.packed_attention import VARLEN, Documents, varlen_attention
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 IDS = torch.randint(5, 90, (2, 16), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.tensor([[*range(12), *range(4)], [7, 8, 9, *range(13)]])
 """Two documents a row, one of them longer than a window; the second row begins within a document."""
+INSTALL = {"installed": flash_stand_in.install, "torch's own": flash_stand_in.install_torchs_own}
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss", "granite_swa", "phi3")
 """Plain, normed, capped, sliding, sliding, sinks and experts, sinks, fused; all but phi3 with grouped heads."""
 
@@ -92,6 +99,51 @@ def test_flash_is_taken_where_it_is_possible_and_the_reason_names_the_kernels() 
     assert choose_attention("auto", Gemma2Config(), GPU, HALF).attention == "flash"
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("config", "capability", "reason"),
+    [
+        (LlamaConfig(), (8, 0), ""),
+        (StableLmConfig(), (8, 0), ""),  # hands on no borders, but its mask
+        (
+            architectures.tiny_config("gemma4_text"),
+            (8, 0),
+            "for gemma4_text, which does otherwise where SDPA has its name",
+        ),
+        (architectures.tiny_config("falcon"), (8, 0), "for falcon, which does otherwise where SDPA has its name"),
+        (Gemma2Config(), (9, 0), "by torch's own kernels is not possible for gemma2, which has no SDPA"),
+        (
+            LlamaConfig(attention_dropout=0.1),
+            (9, 0),
+            "has no dropout_p in varlen, and config.json says attention_dropout",
+        ),
+        (LlamaConfig(head_dim=256), (8, 9), ""),
+        (LlamaConfig(head_dim=224), (9, 0), ""),
+        (LlamaConfig(head_dim=224), (8, 9), "has no gradients for heads of 224 numbers on this GPU"),
+    ],
+)
+def test_torchs_own_kernels_are_taken_before_masks_where_they_serve(
+    config: PreTrainedConfig, capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install_torchs_own(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    chosen = choose_attention("auto", config, GPU, HALF)
+    assert (chosen.attention == "flash") == (not reason)
+    assert (reason or f"torch has its own kernels, and {config.model_type} can use them") in chosen.reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_that_cannot_be_loaded_leave_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_is_installed", lambda name: name in (VARLEN, "flash_attention_2"))
+    assert implementation("flash", LlamaConfig()) == "flash_attention_2"
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(attention, "lazy_import_flash_attention", broken)
+    assert (implementation("flash", LlamaConfig()), named(VARLEN)) == (VARLEN, "flash")
+
+
 def test_a_cpu_has_no_flash_and_auto_is_what_the_family_has() -> None:
     with pytest.raises(UserError, match="attn_implementation: flash needs a CUDA GPU, and this device is cpu; set it"):
         choose_attention("flash", LlamaConfig(), CPU, HALF)
@@ -111,6 +163,45 @@ def test_a_checkpoint_is_loaded_with_the_kernels_of_its_setting(teacher: Any, mo
 # --- documents, padding and caches --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "windows"), [("llama", {-1}), ("qwen3", {-1, 7}), ("mistral", {7}), ("phi3", {-1})])
+def test_torchs_own_kernels_get_documents_and_windows_in_place_of_masks(
+    name: str, windows: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = flash_stand_in.install_torchs_own(monkeypatch)
+    model = architectures.tiny_model(name)
+    expected = hidden(switched(model, "sdpa"))
+    assert not asked
+    torch.testing.assert_close(hidden(switched(model, "flash")), expected, rtol=2e-4, atol=2e-4)
+    assert (len(asked), {left for left, _ in asked}) == (model.config.num_hidden_layers, windows)
+    alone = hidden(model, IDS[:1, 12:], POSITIONS[:1, 12:])
+    torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
+
+
+def test_the_stand_in_has_the_parameters_of_torchs_own_kernels() -> None:
+    real, own = (inspect.signature(each).parameters for each in (varlen.varlen_attn, flash_stand_in.varlen_attn))
+    assert [(p.name, p.kind, p.default) for p in own.values()] == [(p.name, p.kind, p.default) for p in real.values()]
+
+
+def test_torchs_own_kernels_take_what_they_are_called_with() -> None:
+    """Shapes and gradients alone: their values need a GPU."""
+    with FakeTensorMode():
+        query, key, value = (
+            torch.randn(2, heads, 16, width, requires_grad=True) for heads, width in ((4, 8), (2, 8), (2, 4))
+        )
+        documents = Documents(torch.zeros(5, dtype=torch.int32), 12, 7)
+        out, _ = varlen_attention(torch.nn.Identity(), query, key, value, documents, scaling=0.5)
+        out.sum().backward()
+    assert out.shape == (2, 16, 4, 4)
+    assert [each.grad is not None and each.grad.shape == each.shape for each in (query, key, value)] == [True] * 3
+
+
+@pytest.mark.parametrize("setting", ["s_aux", "softcap", "position_bias"])
+def test_torchs_own_kernels_refuse_scores_that_they_do_not_know(setting: str) -> None:
+    heads, documents = torch.zeros(1, 2, 4, 8), Documents(torch.tensor([0, 4], dtype=torch.int32), 4, None)
+    with pytest.raises(ValueError, match=f"does not know {setting}"):
+        varlen_attention(torch.nn.Identity(), heads, heads, heads, documents, **{setting: torch.ones(2)})
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_give_the_states_of_masked_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_stand_in.install(monkeypatch)
@@ -121,9 +212,14 @@ def test_packed_documents_give_the_states_of_masked_attention(name: str, monkeyp
     torch.testing.assert_close(hidden(model)[:1, 12:], alone, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
-def test_scores_and_text_are_those_of_masked_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_stand_in.install(monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [("llama", "installed"), ("gemma3_text", "installed"), ("gpt_oss", "installed"), ("gemma3_text", "torch's own")],
+)
+def test_scores_and_text_are_those_of_masked_attention(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    INSTALL[kernels](monkeypatch)
     model = architectures.tiny_model(name)
     beginning = tuple(range(5, 18))  # read once for two questions; longer than a window
     requests = [

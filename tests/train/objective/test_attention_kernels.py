@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import architectures
 import flash_stand_in
 import pytest
@@ -21,11 +23,6 @@ from shoal.train.student.sizes import student_size
 CPU = torch.device("cpu")
 IDS = torch.randint(5, 90, (2, 14), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.tensor([[*range(10), *range(4)], [*range(3), *range(11)]])
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_stand_in.install(monkeypatch)
 
 
 def step(student: PreTrainedModel, teacher: PreTrainedModel, kernels: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,8 +46,17 @@ def step(student: PreTrainedModel, teacher: PreTrainedModel, kernels: str) -> tu
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss"])
-def test_loss_and_gradients_are_those_under_masks(name: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        *((name, flash_stand_in.install) for name in ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss")),
+        *((name, flash_stand_in.install_torchs_own) for name in ("llama", "qwen3", "gemma3_text", "mistral")),
+    ],
+)
+def test_loss_and_gradients_are_those_under_masks(
+    name: str, install: Callable[..., object], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
     student, teacher = architectures.tiny_model(name).train(), architectures.tiny_model(name, num_hidden_layers=8)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -63,8 +69,11 @@ def test_loss_and_gradients_are_those_under_masks(name: str, checkpointing: bool
         torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-3 * scale + 1e-6, msg=key)
 
 
-def test_kernels_get_half_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_stand_in.install(monkeypatch, halves_only=True)
+@pytest.mark.parametrize("install", [flash_stand_in.install, flash_stand_in.install_torchs_own])
+def test_kernels_get_half_precision_under_autocast(
+    install: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, halves_only=True)
     student, teacher = architectures.tiny_model("llama").train(), architectures.tiny_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = step(student, teacher, "sdpa")
