@@ -109,6 +109,7 @@ def run_verb(
     def work() -> None:
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides)
+        see_devices(recipe.device)
         _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):

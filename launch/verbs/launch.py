@@ -108,10 +108,13 @@ def rank_environment(ranks: int) -> dict[str, str]:
     return environment
 
 
-def see_devices() -> None:
-    """Let a rank see the devices that its command was told to use. Before torch looks for any."""
+def see_devices(wanted: str = "auto") -> None:
+    """Let a rank see the devices that its command was told to use, and none where the recipe's device, ``wanted``, is
+    cpu. Before torch looks for any."""
     if SET_VISIBLE in os.environ:
         os.environ[VISIBLE] = os.environ.pop(SET_VISIBLE)
+    if wanted == "cpu":
+        os.environ[VISIBLE] = ""
 
 
 def _unfinished(verb: str, code: int, asked: int | None) -> LaunchEnded | LaunchRefused:

@@ -45,7 +45,9 @@ from shoal.recipe.remembered import memory_in, remember
 from shoal.recipe.section import as_dict
 from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.redaction import redacted
-from shoal.runtime import agreed, barrier, device, environment
+from shoal.runtime import agreed, barrier, check_device, device, environment
+
+from .launch import see_devices
 
 from .launch import STARTED
 
@@ -159,8 +161,11 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
 
     Raises:
-        UserError: attention that is not possible here, or as find_config.
+        UserError: a device or attention that is not possible here, or as find_config.
     """
+    see_devices(recipe.device)
+    if computes:
+        check_device(recipe.device)
     numerics = agreed(lambda: _numerics(recipe, computes=computes))
     log.info("precision: %s, training in %s (%s)", numerics.dtype, numerics.precision, numerics.reason)
     if numerics.attention != recipe.attn_implementation:

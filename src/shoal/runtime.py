@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from shoal.errors import UserError
 from shoal.ranks import free_port, is_main, local_rank, loudness, rank, world_size
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 SEEN_S = 120
 """Seconds after which a disk is not shared that does not show a file."""
 
@@ -34,6 +36,8 @@ NOISY = (
     *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate"),
 )
 """Loggers that say errors only."""
+GPU, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
+"""Files by which Linux tells of an NVIDIA GPU, and of its driver."""
 STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
 
 
@@ -45,6 +49,42 @@ def device() -> torch.device:
         assert kind is not None
         return torch.device(kind.type, local_rank())
     return torch.device("cpu")
+
+
+def check_device(wanted: str) -> None:
+    """Warn of a GPU that is here and that torch does not see.
+
+    Raises:
+        UserError: ``wanted`` is cuda and torch sees none, or cpu and it sees one.
+    """
+
+    seen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted == "cpu" and seen is not None:
+        raise UserError(
+            f"device: is cpu, and torch uses {seen.type} here already; start the process with CUDA_VISIBLE_DEVICES="
+        )
+    if wanted == "cpu" or (seen is not None and (wanted == "auto" or seen.type == "cuda")):
+        return
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    reason = "CUDA_VISIBLE_DEVICES hides all" if is_hidden else _why_unseen()
+    if wanted == "cuda":
+        raise UserError(f"device: is cuda, and torch sees no such GPU: {reason}; mend that, or set device: cpu")
+    if GPU.exists() and not is_hidden:
+        log.warning("device: all runs on the CPU, though a GPU is here: %s; set device: cpu if that is meant", reason)
+
+
+def _why_unseen() -> str:
+    if not GPU.exists():
+        return "this machine has none of NVIDIA"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is made without CUDA; install one that is made for it"
+    told = DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""
+    version = re.search(r"\d+\.\d+(\.\d+)?", told)
+    driver = f"driver {version[0]}" if version else "a driver whose version cannot be read"
+    return (
+        f"{driver}, and torch {torch.__version__} is made for CUDA {torch.version.cuda}; update the driver, or install "
+        "a torch for an older CUDA"
+    )
 
 
 def turn_down_libraries() -> None:

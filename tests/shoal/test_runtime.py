@@ -5,7 +5,9 @@ Covers: shoal.ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ from ranks import call_on_ranks
 from shoal import runtime
 from shoal.errors import UserError
 from shoal.ranks import LAUNCHED, local_rank, rank, world_size
-from shoal.runtime import agreed, barrier, everyone_sees, together
+from shoal.runtime import agreed, barrier, check_device, everyone_sees, together
 
 PATIENCE_S = 1.0
 
@@ -104,3 +106,63 @@ def _make_a_group(rank: int, world_size: int) -> None:
 def test_groups_that_libraries_make_have_the_timeout_of_training() -> None:
     """Under NCCL torch's own is 10 minutes, and DeepSpeed's reductions are in such a group."""
     call_on_ranks(_make_a_group, ranks=1)
+
+
+OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\n"
+UNSEEN = "driver 470.57.02, and torch .* is made for CUDA 13.0; update the driver, or install a torch for an older CUDA"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that stands for /dev and /proc: an NVIDIA GPU with an old driver, which torch does not see."""
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "version").write_text(OLD)
+    monkeypatch.setattr(runtime, "GPU", tmp_path / "nvidia0")
+    monkeypatch.setattr(runtime, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_device("cpu")
+    assert not caplog.text
+    check_device("auto")
+    assert re.search(f"device: all runs on the CPU, though a GPU is here: {UNSEEN}; set device: cpu", caplog.text)
+    with pytest.raises(UserError, match=f"^device: is cuda, and torch sees no such GPU: {UNSEEN}; mend that"):
+        check_device("cuda")
+    (machine / "version").unlink()
+    with pytest.raises(UserError, match="a driver whose version cannot be read"):
+        check_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="is made without CUDA"):
+        check_device("cuda")
+
+
+def test_without_a_gpu_nothing_is_said_unless_the_recipe_insists(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_device("auto")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES hides all"):
+        check_device("cuda")
+    (machine / "nvidia0").unlink()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    check_device("auto")
+    assert not caplog.text
+    with pytest.raises(UserError, match="this machine has none of NVIDIA"):
+        check_device("cuda")
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("cuda", ("cpu",)), ("mps", ("cpu", "cuda"))])
+def test_a_device_is_what_the_recipe_says_or_nothing_is_begun(
+    monkeypatch: pytest.MonkeyPatch, kind: str, refused: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    for wanted in ("auto", "cpu", "cuda"):
+        with pytest.raises(UserError, match=r"^device: ") if wanted in refused else contextlib.nullcontext():
+            check_device(wanted)

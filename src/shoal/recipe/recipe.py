@@ -92,6 +92,9 @@ class Recipe(Section):
     was begun with, else flash where GPU, family and precision allow it, else sdpa, and eager for
     families without it. flash = FlashAttention without masks, by an installed package or else by torch itself; sdpa =
     torch's kernels with masks; eager = plain products and softmax."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Shapes.NOTHING] = "auto"
+    """What models run on: auto = a GPU where there is one, and a warning where torch does not see one that the machine
+    has; cuda = a GPU of NVIDIA or AMD, or nothing is begun; cpu = no GPU, in all processes."""
     num_processes: Annotated[Positive | None, Shapes.NOTHING] = None
     """Processes that share the work of a stage on this machine; None = one per GPU that CUDA_VISIBLE_DEVICES shows, one
     on CPU."""

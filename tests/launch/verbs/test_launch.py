@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shoal.launch.cli import run_verb
 from shoal.launch.verbs.launch import rank_environment
 from shoal.ranks import free_port
 
@@ -45,3 +47,13 @@ def test_ranks_see_the_devices_that_the_command_was_told_to_use(
     del environment["PYTHONSAFEPATH"]
     subprocess.run([sys.executable, *command.split()], env=environment, cwd=tmp_path, check=True, capture_output=True)
     assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(ranks)] == [visible] * ranks
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("auto", "1")])
+def test_a_recipe_for_the_cpu_hides_every_gpu_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, device: str, seen: str
+) -> None:
+    """Of ranks too, which read the same recipe: DeepSpeed's launcher lets them see GPUs again."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert run_verb("measure", "demo:nonsense", [f"device={device}"]) == 2, "there is no such model"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
