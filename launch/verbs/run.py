@@ -47,9 +47,7 @@ from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_de
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, check_device, device, environment
 
-from .launch import see_devices
-
-from .launch import STARTED
+from .launch import STARTED, see_devices
 
 log = logging.getLogger(__name__)
 
