@@ -5,7 +5,7 @@ depth_use.json.
 models, so both are swept over the same items, and what moved is told with intervals over these. Layers are aligned by
 the teacher's numbers. That study's formulae are not public: every quantity here is INFERRED.
 
-N items, L layers, R resamples.
+N items, L layers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.artifacts.plan import Plan
-from shoal.compress.sweeps.atlas import spearman
-from shoal.compress.sweeps.table import read_items
+from shoal.compress.sweeps.atlas import centroid, spearman
+from shoal.compress.sweeps.table import estimates, read_items
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.figures.atlas import band
@@ -33,12 +33,12 @@ from shoal.launch.verbs.evaluate import require_models_of_this_run
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
 from shoal.recipe.section import Section, Text
-from shoal.stats.intervals import Array, bias_corrected, effective_n, resampled_means
+from shoal.stats.intervals import Array, effective_n, left_out_means
 from shoal.task_words import task_words
 
 from .diagnostics import EffectiveDepth, diagnostics
 from .diagnostics import Settings as Diagnosing
-from .part import FOLDER, estimates, identity, in_interval, made, made_from_teacher, told
+from .part import FOLDER, identity, in_interval, made, made_from_teacher, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -254,20 +254,17 @@ class _Left:
     """What is left of one task without each layer of one model."""
 
     value_L: Array
-    resampled_RL: Array
+    left_out_NL: Array
+    """The same without each of the items."""
     whole: float
     """Value of no loss: 1 for shares, 0 for nats, which count with a minus."""
     depth_L: Array
     """Relative depths in the teacher."""
 
     def centroids(self) -> tuple[float, Array] | None:
-        """Mean depth of what is lost, and the same in every resample (NaN where nothing is); None = nothing is lost."""
-        losses = [np.maximum(0.0, self.whole - of) for of in (self.value_L, self.resampled_RL)]
-        if losses[0].sum() == 0:
-            return None
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value, resampled_R = (loss @ self.depth_L / loss.sum(axis=-1) for loss in losses)
-        return float(value), resampled_R
+        """Mean depth of what is lost, and the same without each of the items; None = nothing is lost."""
+        loss_L, losses_NL = (np.maximum(0.0, self.whole - of) for of in (self.value_L, self.left_out_NL))
+        return None if loss_L.sum() == 0 else centroid(loss_L, losses_NL, self.depth_L)
 
 
 def _task(task: str, models: Sequence[SweptRole], num_layers: int) -> TaskUse:
@@ -288,7 +285,7 @@ def _task(task: str, models: Sequence[SweptRole], num_layers: int) -> TaskUse:
 def _left(
     task: str, models: Sequence[SweptRole], columns: Mapping[str, SweepColumn], num_layers: int
 ) -> tuple[dict[str, _Left], float]:
-    """By role, of those of which there is a share or nats, in the same resamples of the same items."""
+    """By role, of those of which there is a share or nats, over the same items."""
     items = {model.role: model.items(task) for model in models}
     stacked = {role: np.array([own[item] for item in items[models[0].role]]) for role, own in items.items()}
     weights_N = next(iter(stacked.values()))[:, 0]
@@ -299,18 +296,13 @@ def _left(
         if column.higher_is_better and column.no_retention:
             continue
         scores_NK = stacked[model.role][:, 1:]
-        value_K, means_RK = np.average(scores_NK, axis=0, weights=weights_N), resampled_means(scores_NK, weights_N)
+        means = np.average(scores_NK, axis=0, weights=weights_N), left_out_means(scores_NK, weights_N)
         depth_L = np.array(model.kept) / max(1, num_layers - 1)
         if column.higher_is_better:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                value_L, resampled_RL = (
-                    (of[..., 1:] - column.chance) / (of[..., :1] - column.chance) for of in (value_K, means_RK)
-                )
-            # a resample in which the intact model is at chance has no share
-            resampled_RL = np.where(means_RK[:, :1] > column.chance, resampled_RL, np.nan)
+            value_L, left_out_NL = ((of[..., 1:] - column.chance) / (of[..., :1] - column.chance) for of in means)
         else:
-            value_L, resampled_RL = (of[..., :1] - of[..., 1:] for of in (value_K, means_RK))
-        left[model.role] = _Left(value_L, resampled_RL, float(column.higher_is_better), depth_L)
+            value_L, left_out_NL = (of[..., :1] - of[..., 1:] for of in means)
+        left[model.role] = _Left(value_L, left_out_NL, float(column.higher_is_better), depth_L)
     return left, n
 
 
@@ -318,12 +310,11 @@ def _role(column: SweepColumn, left: _Left | None, n: float) -> RoleUse:
     if left is None:
         return RoleUse(column.intact, (), None, len(column.critical), column.no_retention)
     sign = 1.0 if column.higher_is_better else -1.0
-    usable = ~np.isnan(left.resampled_RL).any(axis=1)
-    centroid = left.centroids()
+    found = left.centroids()
     return RoleUse(
         intact=column.intact,
-        left=estimates(sign * left.resampled_RL[usable], sign * left.value_L, n),
-        centroid=None if centroid is None else _clipped(*centroid),
+        left=estimates(sign * left.left_out_NL, sign * left.value_L, n),
+        centroid=None if found is None else _centre(*found, n),
         num_critical=len(column.critical),
     )
 
@@ -336,26 +327,24 @@ def _moved(
     places = [[kept[role].index(layer) for layer in layers] for role in pair]
     sign = 1.0 if higher else -1.0
     values = [sign * of.value_L[own] for of, own in zip((before, after), places, strict=True)]
-    change_RL = sign * (after.resampled_RL[:, places[1]] - before.resampled_RL[:, places[0]])
-    change_RL = change_RL[~np.isnan(change_RL).any(axis=1)]
+    change_NL = sign * (after.left_out_NL[:, places[1]] - before.left_out_NL[:, places[0]])
     centroids = [of.centroids() for of in (before, after)]
     moved = None
     if centroids[0] is not None and centroids[1] is not None:
-        (first, first_R), (second, second_R) = centroids[0], centroids[1]
-        moved = _clipped(second - first, second_R - first_R)
+        (first, first_N), (second, second_N) = centroids[0], centroids[1]
+        moved = _centre(second - first, second_N - first_N, n)
     return Moved(
         before=pair[0],
         after=pair[1],
         layers=tuple(layers),
-        left=estimates(change_RL, values[1] - values[0], n),
+        left=estimates(change_NL, values[1] - values[0], n),
         centroid=moved,
         rank_correlation=spearman(*values),
     )
 
 
-def _clipped(value: float, resampled_R: Array) -> Estimate:
-    """An estimate of what rests on losses clipped at zero, see bias_corrected; resamples without a loss have none."""
-    return Estimate(value, *bias_corrected(resampled_R[~np.isnan(resampled_R)], value))
+def _centre(value: float, left_out_N: Array, n: float) -> Estimate:
+    return estimates(left_out_N[:, None], np.array([value]), n)[0]
 
 
 def depth_use_figure(use: DepthUse) -> Figure:

@@ -29,7 +29,7 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.section import Positive, Section, Text
 from shoal.runtime import device, free_memory
-from shoal.stats.paired import bootstrap_mean
+from shoal.stats.paired import mean_limits
 
 from .part import identity, made, told
 
@@ -147,4 +147,4 @@ def _asked(lm: CausalLM, rows: Sequence[tuple[str, list[str], list[float]]]) -> 
 
 def _mean(items: Sequence[Asked], of: Callable[[Asked], float]) -> str:
     values = [of(item) for item in items]
-    return interval_text((math.fsum(values) / len(values), *bootstrap_mean(values)), ".3f")
+    return interval_text((math.fsum(values) / len(values), *mean_limits(values)), ".3f")

@@ -18,7 +18,6 @@ from shoal.launch.verbs.run import Run
 from shoal.models.load import load_model
 from shoal.recipe.section import Section, as_dict
 from shoal.runtime import device, seed_everything
-from shoal.stats.intervals import Array, expanded_percentiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,12 +64,6 @@ def made(
     if draw is not None:
         save_figure(draw(result), path.with_suffix(".svg"))
     return result
-
-
-def estimates(resampled_RK: Array, value_K: Array, n: float) -> tuple[Estimate, ...]:
-    """``value_K`` with 95 % intervals from its resamples over ``n`` items."""
-    limits = expanded_percentiles(resampled_RK, value_K, n)
-    return tuple(Estimate(*row) for row in zip(*(values.tolist() for values in (value_K, *limits)), strict=True))
 
 
 def in_interval(estimate: Estimate, spec: str) -> str:

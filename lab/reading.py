@@ -15,16 +15,16 @@ import numpy as np
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.compress.sweeps.atlas import protocol_gaps
-from shoal.compress.sweeps.table import ALPHA, Measured
+from shoal.compress.sweeps.table import ALPHA, Measured, estimates
 from shoal.figures.atlas import band, fitting
 from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
 from shoal.recipe.section import Section
-from shoal.stats.intervals import Array, bootstrap_p, resampled_means
+from shoal.stats.intervals import Array, left_out_means, t_test
 from shoal.stats.paired import holm
 
-from .part import estimates, in_interval, made, model_of, told
+from .part import in_interval, made, model_of, told
 from .sweeps import sweeps_identity, tables_of
 
 if TYPE_CHECKING:
@@ -137,13 +137,13 @@ def _column(
     assert layers.ids == prompt.ids == written.ids, "operators were swept over different items"
     interaction_NL = _losses(layers) - _losses(prompt) - _losses(written)
     value_L = np.average(interaction_NL, axis=0, weights=layers.weights_N)
-    means_RL = resampled_means(interaction_NL, layers.weights_N)
-    p_values = bootstrap_p(means_RL, value_L, layers.effective_n).tolist()
+    left_out_NL = left_out_means(interaction_NL, layers.weights_N)
+    p_values = t_test(left_out_NL, value_L, layers.effective_n).tolist()
     return ColumnReadWrite(
         layers.task.task,
         reading=read.losses,
         writing=wrote.losses,
-        interaction=estimates(means_RL, value_L, layers.effective_n),
+        interaction=estimates(left_out_NL, value_L, layers.effective_n),
         reads=read.critical,
         writes=wrote.critical,
         interacts=tuple(layer for layer, p in enumerate(holm(p_values)) if p < ALPHA),

@@ -26,6 +26,7 @@ from shoal.compress.metrics.hidden_pass import HiddenPass
 from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.observation import Batch
 from shoal.compress.surgery.cut_model import skipped
+from shoal.compress.sweeps.table import estimates
 from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows, on_device
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -37,10 +38,10 @@ from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
 from shoal.runtime import device
-from shoal.stats.intervals import resampled_means
+from shoal.stats.intervals import left_out_means
 
 from .depth.runs import states_at
-from .part import estimates, identity, made, made_from_teacher, told
+from .part import identity, made, made_from_teacher, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,7 +215,9 @@ def means(values_NK: Tensor) -> tuple[Estimate, ...]:
     if not values_NK.shape[1]:
         return ()
     values, num_rows = values_NK.double().numpy(), len(values_NK)
-    return estimates(resampled_means(values, np.ones(num_rows)), values.mean(0), num_rows)
+    if num_rows == 1:
+        return tuple(Estimate(value, value, value) for value in values[0].tolist())
+    return estimates(left_out_means(values, np.ones(num_rows)), values.mean(0), num_rows)
 
 
 def _row(input_ids_1S: Tensor) -> Calibration:

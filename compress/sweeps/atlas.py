@@ -2,7 +2,7 @@
 and how far columns rank the layers alike, beside how far each of them agrees with itself on other items.
 
 Every quantity is INFERRED from the questions of arXiv 2510.02091; that study's own formulae and numbers are not public.
-N items, L layers, C columns, R resamples.
+N items, L layers, C columns.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from shoal.artifacts.importance import (
 )
 from shoal.components import Component
 from shoal.errors import UserError
-from shoal.stats.intervals import Array, bias_corrected, expanded_percentiles
+from shoal.stats.intervals import Array, correlation
 
 from .columns import summed
-from .table import Measured, needed_items, resampled_retentions, restricted, retentions, table_of
+from .table import Measured, estimates, left_out_retentions, needed_items, restricted, retentions, table_of
 
 CORNERSTONE_RETENTION = 0.1
 NUM_DIVISIONS = 20
@@ -68,7 +68,7 @@ def atlas_of(
     return Atlas(
         sweep=sweep,
         gaps=gaps,
-        depth=tuple(_depth(swept, column) for swept, column in zip(sweep.columns, columns, strict=True)),
+        depth=tuple(depth_profile(swept, column) for swept, column in zip(sweep.columns, columns, strict=True)),
         agreement=agreement(columns, metrics or {}),
         notes=tuple(notes),
     )
@@ -119,7 +119,7 @@ def protocol_gaps(columns: Sequence[Measured]) -> tuple[tuple[ProtocolGap, ...],
 
 
 def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
-    """Per layer by square-and-add of both retentions' limits, with their correlation over jointly resampled items."""
+    """Per layer by square-and-add of both retentions' limits, with their correlation over the items."""
     names = f"protocol gap of {likely.task.task} and {written.task.task}"
     others = set(written.ids)
     shared = [identity for identity in likely.ids if identity in others]
@@ -132,32 +132,33 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
         return f"{names}: {likely.task.task}: {kept_likely}"
     if isinstance(kept_written, str):
         return f"{names}: {written.task.task}: {kept_written}"
-    one_RL, other_RL = resampled_retentions(likely, written)
-    gaps_RL = one_RL - other_RL
+    one_NL, other_NL = left_out_retentions(likely), left_out_retentions(written)
     value_L = np.array([a.value - b.value for a, b in zip(kept_likely, kept_written, strict=True)])
-    correlations = [_correlation(one_RL[:, i], other_RL[:, i]) for i in range(num_layers)]
+    moves = [kept_NL - kept_NL.mean(axis=0) for kept_NL in (one_NL, other_NL)]
+    correlations = [correlation(one_N, other_N) for one_N, other_N in zip(*(own.T for own in moves), strict=True)]
     gaps = [
         summed([a, Estimate(-b.value, -b.high, -b.low)], np.array([[1.0, -r], [-r, 1.0]]))
         for a, b, r in zip(kept_likely, kept_written, correlations, strict=True)
     ]
-    mean = value_L.mean()
-    low, high = expanded_percentiles(gaps_RL.mean(axis=1), mean, min(likely.effective_n, written.effective_n))
+    (mean,) = estimates(
+        (one_NL - other_NL).mean(axis=1)[:, None],
+        value_L.mean(keepdims=True),
+        min(likely.effective_n, written.effective_n),
+    )
     return ProtocolGap(
         ability=likely.task.ability,
         likelihood=likely.task.task,
         generation=written.task.task,
         n=len(shared),
         gaps=tuple(gaps),
-        mean=Estimate(float(mean), float(low), float(high)),
+        mean=mean,
     )
 
 
-def _correlation(one_R: Array, other_R: Array) -> float:
-    return float(np.corrcoef(one_R, other_R)[0, 1]) if one_R.std() > 0 and other_R.std() > 0 else 0.0
+def depth_profile(swept: SweepColumn, column: Measured) -> DepthProfile:
+    """Where in the depth of the model the importance of a column lies.
 
-
-def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
-    """Noise in single layers adds to w wherever it lies, which draws a centroid towards the middle of the model.
+    Noise in single layers adds to w wherever it lies, which draws a centroid towards the middle of the model.
 
     The interval tells the luck of the items, not this: with 200 items it covers 93 to 94 % where losses are spread over
     layers, but too little where one end of the model has all of them and the others are pure noise.
@@ -168,15 +169,20 @@ def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
     if len(losses) < 2 or sum(losses) == 0:
         return DepthProfile(swept.task, None, "no layer's removal makes it worse")
     if swept.higher_is_better:
-        (kept_RL,) = resampled_retentions(column)
-        losses_RL = np.maximum(0.0, 1 - kept_RL)
+        losses_NL = np.maximum(0.0, 1 - left_out_retentions(column))
     else:
-        losses_RL = np.maximum(0.0, column.means_RK[:, 1:] - column.means_RK[:, :1])
-    loss_L, depth_L = np.array(losses), np.linspace(0.0, 1.0, len(losses))
-    centroid = float(loss_L @ depth_L / loss_L.sum())
-    losses_RL = losses_RL[losses_RL.sum(axis=1) > 0]
-    limits = bias_corrected(losses_RL @ depth_L / losses_RL.sum(axis=1), centroid)
-    return DepthProfile(swept.task, Estimate(centroid, *limits))
+        losses_NL = np.maximum(0.0, column.left_out_NK[:, 1:] - column.left_out_NK[:, :1])
+    loss_L = np.array(losses)
+    value, left_out_N = centroid(loss_L, losses_NL, np.linspace(0.0, 1.0, len(losses)))
+    (centre,) = estimates(left_out_N[:, None], np.array([value]), column.effective_n)
+    return DepthProfile(swept.task, centre)
+
+
+def centroid(loss_L: Array, losses_NL: Array, depth_L: Array) -> tuple[float, Array]:
+    """The mean of ``depth_L`` weighted with ``loss_L``, and the same without each of the items; where these leave no
+    loss, the former."""
+    value, total_N = float(loss_L @ depth_L / loss_L.sum()), losses_NL.sum(axis=1)
+    return value, np.divide(losses_NL @ depth_L, total_N, out=np.full_like(total_N, value), where=total_N > 0)
 
 
 def agreement(columns: Sequence[Measured], metrics: Mapping[str, Sequence[float]]) -> Agreement:

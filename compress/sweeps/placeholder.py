@@ -86,7 +86,7 @@ def _column(task: str, ability: str, protocol: str, num_layers: int) -> SweepCol
         version="",
         num_fewshot=0,
         intact=NOTHING,
-        test="paired-bootstrap",
+        test="paired-t",
         effects=(NO_EFFECT,) * num_layers,
         correlation=tuple((0.0,) * layer + (1.0,) for layer in range(num_layers)),
     )

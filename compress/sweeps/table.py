@@ -1,7 +1,7 @@
 """From scores per item, with every component of an operator taken out in turn, to a table with intervals and tests; and
 these scores on disk: <task>.json in the sweep's folder.
 
-N items, U components, K = 1 + U columns of which the first is the intact model, R resamples.
+N items, U components, K = 1 + U columns of which the first is the intact model.
 """
 
 from __future__ import annotations
@@ -23,15 +23,25 @@ from shoal.errors import UserError
 from shoal.recipe.section import LEAST_ITEMS
 from shoal.stats.intervals import (
     Array,
-    bootstrap_p,
+    correlation,
     effective_n,
-    expanded_percentiles,
+    left_out_means,
     newcombe_paired,
-    paired_ratio,
-    resampled_means,
+    paired_correlation,
+    ratio,
+    skewed_limits,
+    t_test,
     wilson,
 )
-from shoal.stats.paired import holm, is_binary, mcnemar, paired_table, require_same_measurement, z_above_chance
+from shoal.stats.paired import (
+    holm,
+    interval,
+    is_binary,
+    mcnemar,
+    paired_table,
+    require_same_measurement,
+    z_above_chance,
+)
 
 ALPHA = 0.05
 SIGNAL_SIGMAS = 3.0
@@ -48,8 +58,16 @@ class Measured:
     scores_NK: Array
     weights_N: Array
     is_binary: bool
-    means_RK: Array
-    """Resampled means."""
+
+    @property
+    def mean_K(self) -> Array:
+        """The score of every column."""
+        return np.average(self.scores_NK, axis=0, weights=self.weights_N)
+
+    @property
+    def left_out_NK(self) -> Array:
+        """The same without each of the items."""
+        return left_out_means(self.scores_NK, self.weights_N)
 
     @property
     def effective_n(self) -> float:
@@ -123,12 +141,12 @@ def _measured(task: TaskScore, variants: Sequence[TaskScore]) -> Measured:
         )
     weights_N = np.array([item.weight for item in task.items], dtype=np.float64)
     binary = is_binary(task) and all(is_binary(variant) for variant in variants)
-    return Measured(task, ids, scores_NK, weights_N, binary, resampled_means(scores_NK, weights_N))
+    return Measured(task, ids, scores_NK, weights_N, binary)
 
 
 def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> SweepColumn:
     task = column.task
-    scores, changes, p_values = _binary_effects(column) if column.is_binary else _mean_effects(column)
+    scores, changes, p_values = _effects(column)
     kept = retentions(column)
     adjusted = holm(p_values)
     sign = 1.0 if task.higher_is_better else -1.0
@@ -155,7 +173,7 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
         version=task.version,
         num_fewshot=task.num_fewshot,
         intact=Estimate(task.score, task.ci_low, task.ci_high),
-        test="mcnemar-exact" if column.is_binary else "paired-bootstrap",
+        test="mcnemar-exact" if column.is_binary else "paired-t",
         effects=effects,
         no_retention=kept if isinstance(kept, str) else "",
         correlation=_correlation_rows(column) if keep else (),
@@ -163,7 +181,10 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
     )
 
 
-def _binary_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
+def _effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estimate], list[float]]:
+    """Scores, changes and their p-values by component."""
+    if not column.is_binary:
+        return _mean_effects(column)
     scores, changes, p_values = [], [], []
     for table in _tables(column):
         n, right, won, lost = sum(table.values()), table["both"] + table["won"], table["won"], table["lost"]
@@ -174,34 +195,33 @@ def _binary_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], l
     return scores, changes, p_values
 
 
-def _mean_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
-    n = column.effective_n
-    mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N)
-    change_U, changes_RU = mean_K[1:] - mean_K[0], column.means_RK[:, 1:] - column.means_RK[:, :1]
-    scores = _estimates(mean_K[1:], *expanded_percentiles(column.means_RK[:, 1:], mean_K[1:], n))
-    changes = _estimates(change_U, *expanded_percentiles(changes_RU, change_U, n))
-    return scores, changes, bootstrap_p(changes_RU, change_U, n).tolist()
+def _mean_effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estimate], list[float]]:
+    n, mean_K, left_out_NK = column.effective_n, column.mean_K, column.left_out_NK
+    change_U, changes_NU = mean_K[1:] - mean_K[0], left_out_NK[:, 1:] - left_out_NK[:, :1]
+    scores = estimates(left_out_NK[:, 1:], mean_K[1:], n)
+    return scores, estimates(changes_NU, change_U, n), t_test(changes_NU, change_U, n).tolist()
 
 
 def _retentions(column: Measured) -> list[Estimate | None]:
     """Of a task whose intact score stands clear of chance."""
-    chance = column.task.chance
-    mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N) - chance
-    kept_U = mean_K[1:] / mean_K[0]
+    task, moves_NK = column.task, column.mean_K - column.left_out_NK
+    value, low, high = (limit - task.chance for limit in (task.score, task.ci_low, task.ci_high))
     if column.is_binary:
-        limits = [paired_ratio(**table, chance=chance) for table in _tables(column)]
-        return [
-            None if pair is None else Estimate(float(kept), *pair) for kept, pair in zip(kept_U, limits, strict=True)
-        ]
-    (kept_RU,) = resampled_retentions(column)
-    return list(_estimates(kept_U, *expanded_percentiles(kept_RU, kept_U, column.effective_n)))
+        together = [paired_correlation(**table) for table in _tables(column)]
+    else:
+        together = [correlation(moves_NK[:, 0], moves_N) for moves_N in moves_NK[:, 1:].T]
+    kept = []
+    for score, shared in zip(_effects(column)[0], together, strict=True):
+        part = (score.value - task.chance, score.low - task.chance, score.high - task.chance)
+        limits = ratio(part, (value, low, high), shared)
+        kept.append(None if limits is None else Estimate(part[0] / value, *limits))
+    return kept
 
 
-def resampled_retentions(*columns: Measured) -> list[Array]:
-    """(R, U) of each: retention in the same resamples, those in which every intact score lies above chance."""
-    above = [column.means_RK - column.task.chance for column in columns]
-    usable = np.logical_and.reduce([above_RK[:, 0] > 0 for above_RK in above])
-    return [above_RK[usable, 1:] / above_RK[usable, :1] for above_RK in above]
+def left_out_retentions(column: Measured) -> Array:
+    """(N, U): retention without each of the items."""
+    above_NK = column.left_out_NK - column.task.chance
+    return above_NK[:, 1:] / above_NK[:, :1]
 
 
 def _tables(column: Measured) -> list[dict[str, int]]:
@@ -226,9 +246,10 @@ def _text_shares(score: TaskScore) -> dict[str, float]:
     return {name: score.rates[name] for name in ("malformed", "repetition") if name in score.rates}
 
 
-def _estimates(value_U: Array, low_U: Array, high_U: Array) -> list[Estimate]:
-    rows = zip(value_U.tolist(), low_U.tolist(), high_U.tolist(), strict=True)
-    return [Estimate(value, low, high) for value, low, high in rows]
+def estimates(left_out_NK: Array, value_K: Array, n: float) -> tuple[Estimate, ...]:
+    """``value_K`` with 95 % intervals, from what they are without each of the items, worth ``n`` equal ones."""
+    limits = skewed_limits(left_out_NK, value_K, n)
+    return tuple(Estimate(*row) for row in zip(*(values.tolist() for values in (value_K, *limits)), strict=True))
 
 
 def restricted(column: Measured, ids: Sequence[str]) -> Measured:
@@ -242,8 +263,9 @@ def restricted(column: Measured, ids: Sequence[str]) -> Measured:
     kept = tuple(items[identity] for identity in ids)
     score = float(np.average(scores_NK[:, 0], weights=weights_N))
     task = replace(column.task, items=kept, n=len(kept), score=score)
-    means_RK = resampled_means(scores_NK, weights_N)
-    return Measured(task, tuple(ids), scores_NK, weights_N, column.is_binary, means_RK)
+    low, high = interval(task)
+    task = replace(task, ci_low=low, ci_high=high)
+    return Measured(task, tuple(ids), scores_NK, weights_N, column.is_binary)
 
 
 def retentions(column: Measured) -> list[Estimate] | str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.evaluation import MODEL, ROLES, Scores, Speed, SpeedScore, TaskScore
 from shoal.formatting import listed
 from shoal.models.checkpoint_files import WRITING
-from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
+from shoal.stats.paired import (
+    PairedDifference,
+    Retention,
+    holm,
+    kept_influences,
+    paired,
+    retention,
+    verdict,
+    z_above_chance,
+)
 
 from ..report.costs import SpeedRatio, speed_ratio
 from ..report.findings import SIGNAL_SIGMAS
@@ -38,6 +47,8 @@ class Cell:
     """Difference to the first one's model (see rival_of); None = there is no other such model."""
     adjusted_p: float | None = None
     """p-value of the difference after Holm's correction over all differences of the table."""
+    influences: Mapping[str, float] = field(default_factory=dict)
+    """Item -> how far it moves `kept`; empty where there is no share."""
 
     @property
     def verdict(self) -> str | None:
@@ -129,8 +140,10 @@ def _model(
     cells = []
     for task in common.tasks:
         score = score_of(evaluation, task)
-        kept = retention(score_of(teacher, task), score) if teacher else None
-        cells.append(Cell(score, kept, *tested.get(_question(contender, role, task), (None, None))))
+        own = score_of(teacher, task) if teacher else None
+        kept = retention(own, score) if own else None
+        influences = kept_influences(own, score) if own and kept and kept.value is not None else {}
+        cells.append(Cell(score, kept, *tested.get(_question(contender, role, task), (None, None)), influences))
     speeds = contender.run.speed.roles if contender.run.speed and contender.letter in timed else {}
     ratio = speed_ratio(speeds[role], speeds["teacher"], "decode") if {role, "teacher"} <= speeds.keys() else None
     rival = rival_of(contender, role, contenders[0])

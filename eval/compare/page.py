@@ -15,7 +15,15 @@ from shoal.figures.style import clean
 from shoal.formatting import bytes_text, count_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
-from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, Row, is_share, task_result
+from ..report.findings import (
+    FEW_CHANGED_MEAN,
+    FEW_ITEMS,
+    FEW_ITEMS_MEAN,
+    SIGNAL_SIGMAS,
+    Row,
+    is_share,
+    task_result,
+)
 from ..report.page import DASH, Picture, Table, render
 from ..report.wording import (
     difference_text,
@@ -170,7 +178,8 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
     if comparison.num_differences:
         yield (
             f"“Better” and “worse” are said where p is below {SIGNIFICANT:g} after Holm's correction over all "
-            f"{comparison.num_differences} differences of the table."
+            f"{comparison.num_differences} differences of the table. An interval says how large its own difference may "
+            "be, and can leave out 0 where the corrected test shows none."
         )
 
 
@@ -320,12 +329,14 @@ def _known(comparison: RunComparison) -> list[str]:
         letters = listed(model.contender.letter for model in group)
         lines.append(f"The {group[0].role} models of {letters} are one and the same: their weights are equal.")
     if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
-        lines.append(f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {tasks_text(few)}.")
+        lines.append(f"Too few items: fewer than {FEW_ITEMS}, so {FEW_ITEMS_MEAN}: {tasks_text(few)}.")
     if silent := [task for task in comparison.tasks if task.task in comparison.silent]:
         lines.append(
             f"No signal on {tasks_text(silent)}: the intact teacher is not more than "
             f"{SIGNAL_SIGMAS:.0f} standard errors above guessing there, so no sentence and no figure rests on it."
         )
+    if any(cell.difference and cell.difference.few_changed for model in comparison.models for cell in model.cells):
+        lines.append(FEW_CHANGED_MEAN)
     return [*lines, *comparison.notes]
 
 

@@ -8,6 +8,7 @@ of that, everything ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,15 @@ import numpy as np
 
 from shoal.artifacts.evaluation import Interval, Scores, TaskScore
 from shoal.stats.intervals import Array, combined
-from shoal.stats.paired import form_gap, kept_change, kept_influences, no_retention, share_items
+from shoal.stats.paired import (
+    form_gap,
+    form_influences,
+    kept_change,
+    kept_influences,
+    no_retention,
+    share_items,
+    shared_luck,
+)
 from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
@@ -105,7 +114,7 @@ def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str],
         for effect, (before, after) in CONTROLLED.items():
             if {"control", "teacher", before, after} <= scores.keys():
                 told[contender.letter, effect] = {
-                    title: _change(scores["teacher"], scores[before], scores[after], even_weights(tasks))
+                    title: mean_change(scores["teacher"], scores[before], scores[after], even_weights(tasks))
                     for title, tasks in groups.tasks.items()
                 }
     return told
@@ -114,7 +123,8 @@ def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str],
 def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval | None:
     """The mean retention by ``weights`` of tasks, with the interval that theirs add up to; None where one has none.
 
-    Tasks that share items share their luck: their limits are added as if they erred together, others' as squares.
+    Limits are added as squares. Tasks that ask the same items in another way err together; their correlation is taken
+    from the items' own influences.
     """
     cells = [cell for cell in cells if cell.score.task in weights]
     kept = [cell.kept for cell in cells if cell.kept is not None and cell.kept.value is not None]
@@ -123,7 +133,8 @@ def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval |
     limits = np.array(
         [(retention.value, retention.ci_low, retention.ci_high) for retention in kept], dtype=np.float64
     ).tolist()
-    return weighted_sum([weights[cell.score.task] for cell in cells], limits, _together([cell.score for cell in cells]))
+    correlations = _correlations([cell.score for cell in cells], [cell.influences for cell in cells])
+    return weighted_sum([weights[cell.score.task] for cell in cells], limits, correlations)
 
 
 def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standing:
@@ -132,43 +143,49 @@ def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standi
     same = teacher and of_first and teacher.provenance.inputs.get("model") == of_first.provenance.inputs.get("model")
     if teacher and same and model.rival and any(cell.difference for cell in model.cells):
         before = by_task(first.run.evaluations[model.rival])
-        against = _change(by_task(teacher), before, scores, groups.weights)
+        against = mean_change(by_task(teacher), before, scores, groups.weights)
     kept = {title: mean_kept(model.cells, even_weights(tasks)) for title, tasks in groups.tasks.items()}
-    return Standing(model, mean_kept(model.cells, groups.weights), against, kept, _form(scores, groups))
+    return Standing(model, mean_kept(model.cells, groups.weights), against, kept, mean_form_gap(scores, groups))
 
 
-def _change(
+def mean_change(
     teacher: TaskScores, before: TaskScores, after: TaskScores, weights: Mapping[str, float]
 ) -> Interval | None:
     """The weighted change of the share kept of ``teacher``; None where there is no share to keep.
 
     Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
-    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that ask the same items in
-    another way err together; their correlation is taken from the items' own differences.
+    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that share items: see
+    mean_kept.
     """
     if not weights or any(no_retention(teacher[task]) for task in weights):
         return None
     changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
-    influences = {task: kept_influences(teacher[task], before[task], after[task]) for task in weights}
-    correlations = np.array([[_correlation(before, influences, task, other) for other in weights] for task in weights])
-    return weighted_sum(list(weights.values()), changes, correlations)
+    influences = [kept_influences(teacher[task], after[task], before[task]) for task in weights]
+    return weighted_sum(list(weights.values()), changes, _correlations([before[task] for task in weights], influences))
 
 
-def _form(scores: TaskScores, groups: Groups) -> Interval | None:
+def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
+    """The mean form gap over the twins of ``groups``; None where there are none."""
     usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
     twins = [scores[name] for name, task in usable.items() if task.twin_of in usable]
     twins = [twin for twin in twins if share_items(scores[twin.twin_of], twin)]
-    gaps = [form_gap(scores[twin.twin_of], twin) for twin in twins]
+    pairs = [(scores[twin.twin_of], twin) for twin in twins]
+    gaps = [form_gap(*pair) for pair in pairs]
     if not gaps:
         return None
     limits = [(gap.difference, gap.ci_low, gap.ci_high) for gap in gaps]
-    return weighted_sum([1 / len(gaps)] * len(gaps), limits, _together(twins))
+    correlations = _correlations(twins, [form_influences(*pair) for pair in pairs])
+    return weighted_sum([1 / len(gaps)] * len(gaps), limits, correlations)
 
 
-def _together(scores: Sequence[TaskScore]) -> Array:
-    """1 for tasks that share items, as if they erred together; else 0."""
-    items = [{item.id for item in score.items} for score in scores]
-    return np.array([[float(bool(own & other)) for other in items] for own in items])
+def _correlations(scores: Sequence[TaskScore], influences: Sequence[Mapping[str, float]]) -> Array:
+    """How far estimates on several tasks err together, by how their items move them; 0 between abilities, where equal
+    ids mean nothing."""
+    found = np.eye(len(scores))
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        if scores[i].ability == scores[j].ability:
+            found[i, j] = found[j, i] = shared_luck(influences[i], influences[j])
+    return found
 
 
 def by_task(evaluation: Scores) -> TaskScores:
@@ -188,16 +205,3 @@ def weighted_sum(scales: Sequence[float], limits: Sequence[tuple[float, float, f
     low, value, high = combined(values, lows, highs, correlation).tolist()
     # sums of equal shares in another order must stay equal, or rounding would rank
     return Interval(round(value, 12), round(low, 12), round(high, 12))
-
-
-def _correlation(scores: TaskScores, moves: Mapping[str, Mapping[str, float]], first: str, other: str) -> float:
-    """How far two tasks err together, by how each item moves them; 0 where they share no items."""
-    if first == other:
-        return 1.0
-    if scores[first].ability != scores[other].ability:
-        return 0.0
-    shared = sorted(moves[first].keys() & moves[other].keys())
-    pairs = np.array([[moves[task][item] for item in shared] for task in (first, other)])
-    if len(shared) < 3 or np.ptp(pairs, axis=1).min() == 0:
-        return 0.0
-    return float(np.corrcoef(pairs)[0, 1])

@@ -15,7 +15,7 @@ from shoal.abilities.matching import letter_pattern
 from shoal.artifacts.evaluation import Interval, TaskScore
 from shoal.data.repetition import ends_in_loop
 from shoal.stats.intervals import Array, wilson
-from shoal.stats.paired import PairedDifference, bootstrap_mean, paired_values
+from shoal.stats.paired import PairedDifference, mean_limits, paired_values
 
 UNREADABLE = "[invalid]"
 """What lm-eval's filters hand on where they find no answer."""
@@ -67,16 +67,16 @@ def values_of(score: TaskScore, name: str) -> Array:
 
 
 def rate(score: TaskScore, name: str) -> Interval:
-    """One of NAMES over the texts of ``score``, which has rates; Wilson's interval, of the length the bootstrap's."""
+    """One of NAMES over the texts of ``score``, which has rates; Wilson's interval, of the length that of a mean."""
     values_N = values_of(score, name)
-    low, high = bootstrap_mean(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
+    low, high = mean_limits(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
     return Interval(float(values_N.mean()), max(low, 0.0), high)  # no text is shorter than nothing
 
 
 def rate_difference(before: TaskScore, after: TaskScore, name: str) -> PairedDifference:
     """The change of one of NAMES from ``before`` to ``after``, item by item; an item is won where the value falls.
 
-    Exact McNemar test and Newcombe's interval for shares, paired bootstrap for the length.
+    Exact McNemar test and Newcombe's interval for shares, the paired t-test for the length.
     """
     later = dict(zip((item.id for item in after.items), values_of(after, name), strict=True))
     before_N, after_N = values_of(before, name), np.array([later[item.id] for item in before.items])

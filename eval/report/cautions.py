@@ -13,7 +13,7 @@ from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
 from ..tasks.names import described_tasks, task_folders
-from .findings import FEW_ITEMS, PAIRS, SIGNAL_SIGMAS, Comparison, Row, is_share, protocol_gaps
+from .findings import FEW_ITEMS, FEW_ITEMS_MEAN, PAIRS, SIGNAL_SIGMAS, Comparison, Row, is_share, protocol_gaps
 from .run import Run
 from .wording import MAX_NAMES, named_or_counted, score_words, task_names
 
@@ -216,7 +216,7 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
         lead = f"{told}{named_or_counted(unknown)}, but with so few items it may be well above it."
         yield Caution("Not shown to be above chance", lead, ends)
     if few := [row for row in rows if row.any_score.n < FEW_ITEMS]:
-        lead = f"Fewer than {FEW_ITEMS} items, so the intervals are wide: {named_or_counted(few)}."
+        lead = f"Fewer than {FEW_ITEMS} items, so {FEW_ITEMS_MEAN}: {named_or_counted(few)}."
         yield Caution("Too few items", lead)
     if hidden := [told for pair in PAIRS if (told := _hidden(rows, *pair))]:
         yield Caution(

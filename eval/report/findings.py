@@ -15,6 +15,7 @@ from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, Interval, ItemScore
 from shoal.errors import UserError
 from shoal.stats.intervals import Limits
 from shoal.stats.paired import (
+    FEW_CHANGED,
     SIGNIFICANT,
     PairedDifference,
     Retention,
@@ -44,7 +45,12 @@ PAIRS = (
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
-"""Number of items below which the report says that intervals are wide."""
+"""Number of items below which report and comparison say so."""
+FEW_ITEMS_MEAN = "the intervals are wide and hold the truth in 92 to 100 of 100 cases, not in 95"
+FEW_CHANGED_MEAN = (
+    f"“Few changed”: fewer than {FEW_CHANGED} answers did, and the interval, like that of what is kept, is wider than "
+    "it has to be: it holds the truth in 97 to 100 of 100 cases."
+)
 SCORE_FIELDS = (
     *("task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance", "higher_is_better"),
     *("num_fewshot", "version", "family", "level", "column"),

@@ -18,7 +18,7 @@ from shoal.stats.paired import SIGNIFICANT
 
 from .cautions import cautions, disjointness
 from .costs import costs_table, importance_table, size_table, sources_table, speed_table
-from .findings import SIGNAL_SIGMAS, Comparison, compare, results, with_comparable_scores
+from .findings import FEW_CHANGED_MEAN, SIGNAL_SIGMAS, Comparison, compare, results, with_comparable_scores
 from .headline import board, facts, headline
 from .page import Picture, picture, render
 from .run import Run, read_run
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 FIGURES_DIR = "figures"
 FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "training"}
-TESTS = {"mcnemar-exact": "the exact McNemar test for right-or-wrong items", "paired-bootstrap": "a paired bootstrap"}
+TESTS = {
+    "mcnemar-exact": "the exact McNemar test for right-or-wrong items",
+    "paired-t": "a paired t-test that allows for skew",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -76,6 +79,7 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
         "differences": difference_tables(rows),
         "tests": listed(TESTS[test] for test in sorted(tests)),
         "significant": f"{SIGNIFICANT:g}",
+        "few_changed": FEW_CHANGED_MEAN if any(c.few_changed for row in rows for c in row.differences.values()) else "",
         "above": any(row.verdict("teacher", "distilled") == "better" for row in rows),
         "most_drawn": MAX_TASKS,
         "drawn_tasks": len({task.key for own in _outside(families, comparable) for task in own.tasks}),

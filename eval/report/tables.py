@@ -29,6 +29,7 @@ from .wording import (
     score_text,
     score_words,
     task_name,
+    unclear_text,
     unit_text,
 )
 
@@ -39,7 +40,7 @@ RATES = {
     "mean_tokens": "Tokens, mean",
 }
 """Rate of generated text -> its label."""
-VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse", "unclear": "○ no clear change", None: DASH}
+VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse"}
 DIFFERENCES = {
     ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
     ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
@@ -111,7 +112,8 @@ def _difference_table(rows: Sequence[Row], before: str, after: str) -> Table:
     body = []
     for row in shown:
         change = row.differences[before, after]
-        cells = [task_name(row), difference_text(change, row.any_score), VERDICT_WORDS[row.verdict(before, after)]]
+        told = VERDICT_WORDS.get(row.verdict(before, after) or "", f"○ {unclear_text(change)}")
+        cells = [task_name(row), difference_text(change, row.any_score), told]
         cells += [p_text(change.p_value), p_text(row.adjusted_p.get((before, after)))]
         body.append((*cells, f"{change.won} / {change.lost}"))
     columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")

@@ -50,13 +50,19 @@ def glance_unit(score: TaskScore) -> str:
 
 
 def change_text(row: Row, before: str, after: str) -> str:
-    """`▼ −42 points [−53, −30]`, or `no clear change [−3, +24]`: what the corrected test allows to say."""
+    """`▼ −42 points [−53, −30]`, or `no clear change [−3, +24]`: what the corrected test allows to say. The interval
+    is of this change alone, and may leave 0 out where the test of all of them does not."""
     change = row.differences.get((before, after))
     if change is None:
         return DASH
     sign = {"better": "▲ ", "worse": "▼ "}.get(row.verdict(before, after) or "")
     told = difference_text(change, row.any_score, glance=True)
-    return f"{sign}{told}" if sign else f"no clear change {told[told.index('[') :]}"
+    return f"{sign}{told}" if sign else f"{unclear_text(change)} {told[told.index('[') :]}"
+
+
+def unclear_text(change: PairedDifference) -> str:
+    """`no clear change`, or that the corrected test does not show what the interval alone leaves open."""
+    return "not clear by the corrected test" if change.leaves_out_zero else "no clear change"
 
 
 def difference_text(change: PairedDifference | Interval | None, score: TaskScore, *, glance: bool = False) -> str:
@@ -66,7 +72,8 @@ def difference_text(change: PairedDifference | Interval | None, score: TaskScore
     value = change.value if isinstance(change, Interval) else change.difference
     limits = (value, change.ci_low, change.ci_high)
     if is_share(score):
-        return points_text(limits, 0 if glance else 1)
+        few = isinstance(change, PairedDifference) and change.few_changed and not glance
+        return points_text(limits, 0 if glance else 1) + ", few changed" * few
     return interval_text(limits, "+.2f" if glance else "+.3f", " nats" if glance and measured_in_nats(score) else "")
 
 

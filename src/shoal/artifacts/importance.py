@@ -72,7 +72,7 @@ class SweepColumn:
     version: str
     num_fewshot: int
     intact: Estimate
-    test: Literal["mcnemar-exact", "paired-bootstrap"]
+    test: Literal["mcnemar-exact", "paired-t"]
     effects: tuple[Effect, ...]
     """One per component, in the order of the sweep's units."""
     no_retention: str = ""

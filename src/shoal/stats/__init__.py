@@ -1,5 +1,5 @@
 """Intervals and paired tests.
 
-intervals  in closed form, and by bootstrap for many variants at once
+intervals  in closed form
 paired     intervals, paired tests, retention
 """

@@ -1,15 +1,14 @@
-"""95 % intervals: of shares, of their paired differences and ratios, and of sums of estimates in closed form; of what
-else there is by bootstrap over items, for many variants of one model at once.
+"""95 % intervals: of shares, of their paired differences and ratios, of sums of estimates, and of means and what else
+is smooth in the items, for many variants of one model at once.
 
 A table of paired 0/1 items is four counts: right both times, won (right only after), lost (only before), neither.
-N items, U units (variants of the model), K = 1 + U columns of which the first is the intact model, R resamples.
+N items, U units (variants of the model), K = 1 + U columns of which the first is the intact model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,34 +54,20 @@ def newcombe_paired(*, both: int, won: int, lost: int, neither: int) -> tuple[fl
     return low, high
 
 
-def paired_ratio(both: int, won: int, lost: int, neither: int, chance: float) -> tuple[float, float] | None:
-    """95 % limits of (after - chance) / (before - chance) for paired 0/1 scores; None where they are not finite.
-
-    From the Wilson limits of both shares and their correlation. At a ratio of 1 this is Newcombe's limit of the
-    difference, so that retention holds 1 exactly where the change holds 0. Resampling would give [1, 1] where no item
-    happened to change.
-    """
-    n = both + won + lost + neither
-
-    def above(right: int) -> Limits:
-        low, high = wilson(right, n)
-        return right / n - chance, low - chance, high - chance
-
-    return ratio(above(both + won), above(both + lost), paired_correlation(both, won, lost, neither))
-
-
-def ratio(part: Limits, whole: Limits, correlation: float) -> tuple[float, float] | None:
+def ratio(part: Limits, whole: Limits, together: float) -> tuple[float, float] | None:
     """95 % limits of ``part`` / ``whole``, each a value with its limits; None where they are not finite.
 
     INFERRED for shares kept: the r at which the square-and-add limit of part - r * whole reaches zero (MOVER for
-    ratios, Donner and Zou 2012, Stat. Methods Med. Res. 21:347). ``correlation`` of the two estimates.
+    ratios, Donner and Zou 2012, Stat. Methods Med. Res. 21:347). ``together`` is the correlation of the two. With
+    Wilson's limits of paired shares and their paired_correlation the limit at a ratio of 1 is Newcombe's of the
+    difference: the share kept holds 1 exactly where the change holds 0.
     """
     (part_value, part_low, part_high), (value, low, high) = part, whole
 
     def root(part_reach: float, reach: float, sign: int) -> float | None:
         # (part - r whole)**2 = part_reach**2 - 2 phi r part_reach reach + r**2 reach**2, solved for r
         square = value**2 - reach**2
-        middle = part_value * value - correlation * part_reach * reach
+        middle = part_value * value - together * part_reach * reach
         inside = middle**2 - square * (part_value**2 - part_reach**2)
         return (middle + sign * math.sqrt(max(inside, 0.0))) / square if value > 0 and square > 0 else None
 
@@ -117,60 +102,28 @@ def combined(values: Sequence[float], lows: Sequence[float], highs: Sequence[flo
     return np.array([total - reach[0], total, total + reach[1]])
 
 
-NUM_RESAMPLES = 4000
-RESAMPLE_SEED = 20251002
-COUNT_ELEMENTS = 1 << 22
-"""Resample counts held at one time: with thousands of items all of them together would be half a gigabyte."""
-
-
-def resampled_means(scores_NK: Array, weights_N: Array) -> Array:
-    """(R, K): the weighted mean of every column in each resample of the items.
-
-    The resamples depend on the number of items only: every column over the same items sees the same ones, and figures
-    repeat.
-    """
+def left_out_means(scores_NK: Array, weights_N: Array) -> Array:
+    """(N, K): the weighted mean of every column without each of the items, two or more."""
     weighted_NK = scores_NK * weights_N[:, None]
-    # counts (R, N) @ (N, K): every resample of every column in one matrix product
-    blocks = [counts @ weighted_NK / (counts @ weights_N)[:, None] for counts in _counts(len(weights_N))]
-    return np.concatenate(blocks)
+    return (weighted_NK.sum(axis=0) - weighted_NK) / (weights_N.sum() - weights_N)[:, None]
 
 
-def _counts(n: int) -> Iterator[Array]:
-    """How often each item is drawn, (some R, N) at a time; how many at a time changes no draw."""
-    size = max(1, COUNT_ELEMENTS // n)
-    if size >= NUM_RESAMPLES:
-        yield _all_counts(n)
-        return
-    rng = np.random.default_rng(RESAMPLE_SEED)  # one generator for all blocks: the draws are those of one large call
-    for start in range(0, NUM_RESAMPLES, size):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(size, NUM_RESAMPLES - start)).astype(np.float64)
+def skewed_limits(left_out_NK: Array, value_K: Array, n: float) -> tuple[Array, Array]:
+    """95 % limits of smooth statistics, from what each is without every one of the items.
 
-
-@lru_cache(maxsize=4)
-def _all_counts(n: int) -> Array:
-    """Kept, because drawing takes longer than what is computed from it, and most tasks have as many items as others."""
-    return np.random.default_rng(RESAMPLE_SEED).multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES).astype(np.float64)
-
-
-def expanded_percentiles(means_RK: Array, value_K: Array, n: float) -> tuple[Array, Array]:
-    """95 % limits from resamples of a smooth statistic, widened as Student's t is wider than the normal.
-
-    Plain percentiles cover too little with few items, first because resampling divides by n instead of n - 1 and then
-    because the spread is itself estimated (Hesterberg 2015, The American Statistician 69:371, "expanded percentile").
+    The standard error is the jackknife's, which for equal weights is the usual one of a mean. At each end stands the
+    wider of Student's t limit, which is right for symmetric scores and too narrow on the long side of skewed ones, and
+    of Hall's (1992, J. R. Statist. Soc. B 54:221), which corrects for skew but strays where a few items are far out.
     ``n`` of weighted items is their effective_n.
     """
-    low_K, high_K = np.percentile(means_RK, (2.5, 97.5), axis=0)
-    factor = expansion(n)
-    return value_K + (low_K - value_K) * factor, value_K + (high_K - value_K) * factor
-
-
-def expansion(n: float) -> float:
-    """By how much the spread over resamples of ``n`` items understates what 95 % limits need.
-
-    Below 2, which unequal weights can bring about, the factor of 2 is taken: there it is 9 already.
-    """
-    n = max(n, 2.0)
-    return math.sqrt(n / (n - 1)) * float(stats.t.ppf(0.975, n - 1)) / Z95
+    moves_NK, t = value_K - left_out_NK, float(stats.t.ppf(0.975, max(n, 2.0) - 1))
+    square_K, cube_K = (moves_NK**2).sum(axis=0), (moves_NK**3).sum(axis=0)
+    error_K = np.sqrt(square_K * (1 - 1 / len(moves_NK)))
+    skew_K = np.divide(cube_K, square_K**1.5, out=np.zeros_like(square_K), where=square_K > 0)  # of the mean
+    skew_K = np.where(np.abs(skew_K) > 1e-9, skew_K, 1e-9)  # below, Hall's is Student's
+    # where Hall's transformation, t + skew / 6 + skew t**2 / 3 + skew**2 t**3 / 27, reaches the quantiles t and -t
+    down_K, up_K = (3 * (np.cbrt(1 + skew_K * (y - skew_K / 6)) - 1) / skew_K for y in (t, -t))
+    return value_K - error_K * np.maximum(t, down_K), value_K + error_K * np.maximum(t, -up_K)
 
 
 def effective_n(weights_N: Array) -> float:
@@ -178,30 +131,23 @@ def effective_n(weights_N: Array) -> float:
     return float(weights_N.sum() ** 2 / (weights_N**2).sum())
 
 
-def bias_corrected(values_R: Array, value: float) -> tuple[float, float]:
-    """95 % percentile limits, shifted by how far the resamples' median lies from ``value`` (Efron 1987, BC).
+def t_test(left_out_NU: Array, change_U: Array, n: float) -> Array:
+    """Two-sided p-values that the change is 0; 1 where no item has moved.
 
-    For statistics that clip at zero, whose resamples lie to one side of the value itself.
+    Student's t has this probability beyond zero, its scale being the reach of skewed_limits towards zero: so p is 0.05
+    exactly where the interval ends at zero. Where all items move alike there is no spread to go by, only their ``n``
+    equal signs.
     """
-    # share of resamples below the value, ties half; kept off 0 and 1, whose normal quantiles are infinite
-    below = (np.sum(values_R < value) + 0.5 * np.sum(values_R == value)) / len(values_R)
-    shift = float(stats.norm.ppf(min(max(below, 1 / len(values_R)), 1 - 1 / len(values_R))))
-    low, high = np.percentile(values_R, 100 * stats.norm.cdf([2 * shift - Z95, 2 * shift + Z95]))
-    return min(float(low), value), max(float(high), value)
-
-
-def bootstrap_p(means_RU: Array, change_U: Array, n: float) -> Array:
-    """Two-sided p-values that the mean change is 0; 1 where no item has moved.
-
-    Student's t has this probability beyond zero, its scale being the expanded interval's reach towards zero: so p is
-    0.05 exactly where the interval ends at zero, and three items with little spread do not make it tiny, as counting
-    resamples beyond zero would. Where all items move alike there is no spread to go by, only their ``n`` equal signs.
-    The number of resamples sets no least p, so none is lost to Holm's correction over hundreds of tasks.
-    """
-    low_U, high_U = expanded_percentiles(means_RU, change_U, n)
+    low_U, high_U = skewed_limits(left_out_NU, change_U, n)
     reach_U = np.where(change_U > 0, change_U - low_U, high_U - change_U)
     n, size_U = max(n, 2.0), np.abs(change_U)
     spread_U = reach_U > 1e-9 * size_U  # rounding leaves a little
     # the interval reaches t(.975) standard errors, so this many of them lie between the change and zero
     t_U = stats.t.ppf(0.975, n - 1) * size_U / np.where(spread_U, reach_U, 1.0)
     return np.where(spread_U, 2 * stats.t.sf(t_U, n - 1), np.where(change_U == 0, 1.0, 2 ** (1 - n)))
+
+
+def correlation(first_N: Array, other_N: Array) -> float:
+    """Of two estimates, by how far each item moves them from their values; 0 where nothing moves one of them."""
+    scale = math.sqrt(float(first_N @ first_N) * float(other_N @ other_N))
+    return float(first_N @ other_N) / scale if scale > 0 else 0.0

@@ -2,14 +2,15 @@
 
 Two roles answer the same items, so every comparison is per item: the noise of which items were drawn cancels.
 
-N items, R bootstrap resamples.
+N items.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -21,14 +22,15 @@ from shoal.stats.intervals import (
     Z95,
     Array,
     Limits,
-    bootstrap_p,
     combined,
+    correlation,
     effective_n,
-    expanded_percentiles,
+    left_out_means,
     newcombe_paired,
-    paired_ratio,
+    paired_correlation,
     ratio,
-    resampled_means,
+    skewed_limits,
+    t_test,
     wilson,
 )
 
@@ -43,6 +45,8 @@ SAME_ASKING = ("protocol", "metric", "chance", "higher_is_better", "num_fewshot"
 
 SIGNIFICANT = 0.05
 """Below it, after Holm's correction, a difference is called better or worse, in every table and sentence."""
+FEW_CHANGED = 5
+"""Below it an interval of a change of right-or-wrong answers holds the truth in 97 to 100 of 100 cases."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,23 @@ class PairedDifference:
     difference: float
     ci_low: float
     ci_high: float
-    """95 %: Newcombe's score interval for 0/1 scores, bootstrap otherwise."""
+    """95 %: Newcombe's score interval for 0/1 scores, skewed_limits otherwise."""
     p_value: float
-    test: Literal["mcnemar-exact", "paired-bootstrap"]
+    test: Literal["mcnemar-exact", "paired-t"]
     won: int
     """Items on which `after` is better; better means lower for lower-is-better metrics."""
     lost: int
+
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether the interval does."""
+        return self.ci_low > 0 or self.ci_high < 0
+
+    @property
+    def few_changed(self) -> bool:
+        """Whether fewer than FEW_CHANGED answers changed from right to wrong or back, so that the interval is wider
+        than 95 % needs."""
+        return self.test == "mcnemar-exact" and self.won + self.lost < FEW_CHANGED
 
 
 @dataclass(frozen=True)
@@ -71,25 +86,26 @@ class Retention:
     reason: str = ""
 
 
-def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
-    """95 % interval of the (weighted) mean by resampling items, seeded.
+def mean_limits(values: Sequence[float] | Array, weights: Sequence[float] | Array | None = None) -> tuple[float, float]:
+    """95 % interval of the (weighted) mean, see skewed_limits.
 
-    One item has no spread to resample: both ends are its value, and whoever shows them says that n is 1.
+    One item has no spread: both ends are its value, and whoever shows them says that n is 1.
     """
     values_N = np.asarray(values, dtype=np.float64)
     weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=np.float64)
-    mean = float(np.average(values_N, weights=weights_N))
+    mean_1 = np.average(values_N[:, None], axis=0, weights=weights_N)
     if len(values_N) == 1:
-        return mean, mean
-    return _limits(resampled_means(values_N[:, None], weights_N)[:, 0], mean, weights_N)
+        return float(mean_1[0]), float(mean_1[0])
+    low_1, high_1 = skewed_limits(left_out_means(values_N[:, None], weights_N), mean_1, effective_n(weights_N))
+    return float(low_1[0]), float(high_1[0])
 
 
 def interval(task: TaskScore) -> tuple[float, float]:
-    """The 95 % interval of a task's score from its items: Wilson for 0/1 scores, bootstrap otherwise."""
+    """The 95 % interval of a task's score from its items: Wilson for 0/1 scores, mean_limits otherwise."""
     scores = [item.score for item in task.items]
     if is_binary(task):
         return wilson(sum(scores), len(scores))
-    return bootstrap_mean(scores, [item.weight for item in task.items])
+    return mean_limits(scores, [item.weight for item in task.items])
 
 
 def is_binary(task: TaskScore) -> bool:
@@ -101,7 +117,8 @@ def paired(before: TaskScore, after: TaskScore) -> PairedDifference:
     """The change from ``before`` to ``after``, item by item.
 
     0/1 scores: exact McNemar test, and Newcombe's interval for paired proportions (1998, Stat. in Medicine 17:2635,
-    method 10), whose coverage holds near 0 and 1 and with few discordant items. Others: paired bootstrap.
+    method 10), whose coverage holds near 0 and 1 and with few discordant items. Others: mean_limits of the changes, and
+    t_test.
 
     Raises:
         UserError: the scores were measured with different settings or over different items; names the field.
@@ -126,11 +143,11 @@ def paired_values(
         low, high = newcombe_paired(**paired_table(before_N, after_N))
         return PairedDifference(n, difference, low, high, mcnemar(won, lost), "mcnemar-exact", won, lost)
     if n == 1:
-        return PairedDifference(n, difference, -math.inf, math.inf, 1.0, "paired-bootstrap", won, lost)
-    means_R = resampled_means(change_N[:, None], weights_N)[:, 0]
-    low, high = _limits(means_R, difference, weights_N)
-    p_value = float(bootstrap_p(means_R[:, None], np.array([difference]), effective_n(weights_N))[0])
-    return PairedDifference(n, difference, low, high, p_value if won or lost else 1.0, "paired-bootstrap", won, lost)
+        return PairedDifference(n, difference, -math.inf, math.inf, 1.0, "paired-t", won, lost)
+    left_out_N1, effective = left_out_means(change_N[:, None], weights_N), effective_n(weights_N)
+    p_value = float(t_test(left_out_N1, np.array([difference]), effective)[0])
+    low, high = mean_limits(change_N, weights_N)
+    return PairedDifference(n, difference, low, high, p_value if won or lost else 1.0, "paired-t", won, lost)
 
 
 def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
@@ -168,6 +185,7 @@ def _unequal(first: object, second: object, fields: Sequence[str], *, of: str = 
             yield f"{field}{of} is {one!r} in one evaluation and {other!r} in the other"
 
 
+@lru_cache(maxsize=4096)
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p-value that wins and losses are equally likely (binomial test over the discordant items)."""
     if won + lost == 0:
@@ -198,24 +216,21 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
     """Which share of the teacher's score above chance is kept, with a paired 95 % interval.
 
     Defined for higher-is-better metrics whose teacher lies above chance with its whole interval. Nats per token have no
-    chance level, and a ratio over a teacher that is at chance is noise over noise. 0/1 scores: see paired_ratio; others
-    are resampled.
+    chance level, and a ratio over a teacher that is at chance is noise over noise.
     """
     require_same_measurement(before, after)
     if reason := no_retention(before):
         return Retention(None, None, None, reason)
     before_N, after_N, weights_N = _aligned(before, after)
-    value = (after.score - before.chance) / (before.score - before.chance)
     if is_binary(before) and is_binary(after):
-        limits = paired_ratio(**paired_table(before_N, after_N), chance=before.chance)
+        together = paired_correlation(**paired_table(before_N, after_N))
     else:
-        # both roles in the same resamples; those in which the teacher is at chance have no ratio
-        above_R2 = resampled_means(np.stack([before_N, after_N], axis=1), weights_N) - before.chance
-        ratios_R = above_R2[above_R2[:, 0] > 0, 1] / above_R2[above_R2[:, 0] > 0, 0]
-        limits = _limits(ratios_R, value, weights_N)
+        together = correlation(_moves(before_N, weights_N), _moves(after_N, weights_N))
+    part, whole = _above_chance(after), _above_chance(before)
+    limits = ratio(part, whole, together)
     if limits is None:
         return Retention(None, None, None, f"the teacher's score is too uncertain for a ratio to it (n = {before.n})")
-    return Retention(float(value), *limits)
+    return Retention(part[0] / whole[0], *limits)
 
 
 def kept_change(teacher: TaskScore, before: TaskScore, after: TaskScore) -> Limits:
@@ -225,29 +240,27 @@ def kept_change(teacher: TaskScore, before: TaskScore, after: TaskScore) -> Limi
     The ratio of the paired change to the teacher's distance to chance, whose own luck counts too: with it taken as
     known, intervals held the truth in 88 to 93 % of cases where there is a change.
     """
-    change, above = paired(before, after), teacher.score - teacher.chance
-    change_N, teacher_N = _aligned_change(teacher, before, after)
-    varies = np.ptp(change_N) > 0 and np.ptp(teacher_N) > 0
-    limits = ratio(
-        (change.difference, change.ci_low, change.ci_high),
-        (above, teacher.ci_low - teacher.chance, teacher.ci_high - teacher.chance),
-        float(np.corrcoef(change_N, teacher_N)[0, 1]) if varies else 0.0,
-    )
-    return change.difference / above, *(limits or (-math.inf, math.inf))
+    change, whole = paired(before, after), _above_chance(teacher)
+    teacher_N, before_N, after_N, weights_N = _aligned(teacher, before, after)
+    together = correlation(_moves(after_N - before_N, weights_N), _moves(teacher_N, weights_N))
+    limits = ratio((change.difference, change.ci_low, change.ci_high), whole, together)
+    return change.difference / whole[0], *(limits or (-math.inf, math.inf))
 
 
-def kept_influences(teacher: TaskScore, before: TaskScore, after: TaskScore) -> dict[str, float]:
-    """How much each item, by id, moves kept_change, to first order."""
-    above = teacher.score - teacher.chance
-    change_N, teacher_N = _aligned_change(teacher, before, after)
-    moves_N = change_N - (after.score - before.score) / above * teacher_N
-    shared = {item.id for item in before.items} & {item.id for item in after.items}
-    return dict(zip((item.id for item in teacher.items if item.id in shared), moves_N.tolist(), strict=True))
+def kept_influences(teacher: TaskScore, after: TaskScore, before: TaskScore | None = None) -> dict[str, float]:
+    """How far each item, by id, moves the share of ``teacher`` that ``after`` keeps, to first order; of two models how
+    far it moves the second one's share less the first one's."""
+    teacher_N, after_N, before_N, weights_N = _aligned(teacher, after, before or teacher)
+    kept_N = after_N - before_N if before else after_N
+    kept = (after.score - (before.score if before else teacher.chance)) / (teacher.score - teacher.chance)
+    moves_N = (_moves(kept_N, weights_N) - kept * _moves(teacher_N, weights_N)) / (teacher.score - teacher.chance)
+    return dict(zip(_shared_ids(teacher, after, before or teacher), moves_N.tolist(), strict=True))
 
 
-def _aligned_change(teacher: TaskScore, before: TaskScore, after: TaskScore) -> tuple[Array, Array]:
-    teacher_N, before_N, after_N, _ = _aligned(teacher, before, after)
-    return after_N - before_N, teacher_N
+def shared_luck(first: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Correlation of two estimates over items that may be the same, by how far each item, by id, moves them."""
+    items = sorted(first.keys() | other.keys())
+    return correlation(*(np.array([moves.get(item, 0.0) for item in items]) for moves in (first, other)))
 
 
 def retention_gap(
@@ -264,31 +277,10 @@ def retention_gap(
         return None
     # a - b is the sum of a and -b, whose limits change places
     (a, a_low, a_high), (b, b_low, b_high) = np.array(limits, dtype=np.float64).tolist()
-    shared = -_shared_luck(first, second)  # the second part is negated
+    shared = -shared_luck(kept_influences(*first), kept_influences(*second))  # the second part is negated
     correlation_22 = np.array([[1.0, shared], [shared, 1.0]])
     low, gap, high = combined([a, -b], [a_low, -b_high], [a_high, -b_low], correlation_22).tolist()
     return gap, low, high
-
-
-def _shared_luck(first: tuple[TaskScore, TaskScore], second: tuple[TaskScore, TaskScore]) -> float:
-    """Correlation of two retentions through their items; 0 where the items are not the same."""
-    influences = []
-    for before, after in (first, second):
-        later = {item.id: item.score for item in after.items}
-        above = before.score - before.chance
-        kept = (after.score - before.chance) / above
-        # how much each item moves the ratio (after - chance) / (before - chance), to first order
-        influences.append(
-            {
-                i.id: i.weight * (later[i.id] - after.score - kept * (i.score - before.score)) / above
-                for i in before.items
-            }
-        )
-    if influences[0].keys() != influences[1].keys():
-        return 0.0
-    first_N, second_N = (np.array([part[key] for key in influences[0]]) for part in influences)
-    scale = math.sqrt(float(first_N @ first_N) * float(second_N @ second_N))
-    return float(first_N @ second_N) / scale if scale > 0 else 0.0
 
 
 def no_retention(teacher: TaskScore) -> str:
@@ -321,14 +313,20 @@ def form_gap(own: TaskScore, twin: TaskScore) -> PairedDifference:
     return paired_values(*_aligned(twin, own), binary=binary, higher_is_better=own.higher_is_better)
 
 
+def form_influences(own: TaskScore, twin: TaskScore) -> dict[str, float]:
+    """How far each item, by id, moves the form gap."""
+    own_N, twin_N, weights_N = _aligned(own, twin)
+    return dict(zip(_shared_ids(own, twin), _moves(own_N - twin_N, weights_N).tolist(), strict=True))
+
+
 def form_gap_change(
     before: tuple[TaskScore, TaskScore], after: tuple[TaskScore, TaskScore]
 ) -> tuple[float, float, float]:
     """The form gap of ``after`` minus that of ``before`` with its 95 % interval; each is (own, twin).
 
     Over the items that all four have. 0/1 scores: the limits of both gaps added as squares, with the correlation of the
-    items' gaps. (Resampling covers 78 % instead of 95 % with 40 items of which nearly all are right.) Others: bootstrap
-    over (own - twin) after minus before.
+    items' gaps. (Resampling covers 78 % instead of 95 % with 40 items of which nearly all are right.) Others:
+    mean_limits of (own - twin) after minus before.
 
     Raises:
         UserError: as form_gap does, or a task was measured with different settings before and after.
@@ -407,16 +405,25 @@ def paired_table(before_N: Array, after_N: Array) -> dict[str, int]:
     }
 
 
-def _limits(means_R: Array, value: float, weights_N: Array) -> tuple[float, float]:
-    low, high = expanded_percentiles(means_R, np.asarray(value), effective_n(weights_N))
-    return float(low), float(high)
+def _above_chance(task: TaskScore) -> Limits:
+    return task.score - task.chance, task.ci_low - task.chance, task.ci_high - task.chance
+
+
+def _moves(values_N: Array, weights_N: Array) -> Array:
+    """How far each item moves the mean of ``values_N``."""
+    return (values_N - np.average(values_N, weights=weights_N)) * weights_N / weights_N.sum()
+
+
+def _shared_ids(*scores: TaskScore) -> list[str]:
+    """Ids of the items that all of them have, in the order of the first one's items."""
+    others = [{item.id for item in score.items} for score in scores[1:]]
+    return [item.id for item in scores[0].items if all(item.id in own for own in others)]
 
 
 def _aligned(*scores: TaskScore) -> tuple[Array, ...]:
-    """Scores of each and the weights, over the items that all of them have, in the order of the first one's items."""
-    by_id = [{item.id: item.score for item in score.items} for score in scores]
-    shared = [item for item in scores[0].items if all(item.id in own for own in by_id)]
-    aligned = (*([own[item.id] for item in shared] for own in by_id), [item.weight for item in shared])
+    """Scores of each and the weights, over _shared_ids."""
+    by_id, shared = [{item.id: item for item in score.items} for score in scores], _shared_ids(*scores)
+    aligned = (*([own[key].score for key in shared] for own in by_id), [by_id[0][key].weight for key in shared])
     return tuple(np.array(values, dtype=np.float64) for values in aligned)
 
 

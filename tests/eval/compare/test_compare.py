@@ -56,6 +56,16 @@ def test_better_and_worse_are_said_after_the_correction_only(two: list[Path]) ->
     assert "B distilled against A distilled: worse on" in comparison_text(comparison)
 
 
+@pytest.mark.parametrize(("distilled", "few"), [(0.71, True), (0.4, False)])
+def test_what_few_changes_mean_for_an_interval_is_said_where_there_are_few(
+    tmp_path: Path, distilled: float, few: bool
+) -> None:
+    other = write_run(tmp_path / "b", distilled=distilled, roles=("teacher", "distilled"))
+    text = comparison_text(compare_runs([write_run(tmp_path / "a"), other]))
+    assert (", few changed" in text) == ("it holds the truth in 97 to 100 of 100 cases" in text) == few
+    assert "hold the truth in 92 to 100 of 100 cases, not in 95: perplexity (running text)" in text, "12 windows"
+
+
 def test_a_missing_role_is_a_gap_that_is_named(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", roles=("teacher", "pruned"))
     other = write_run(tmp_path / "other", distilled=0.6)

@@ -32,20 +32,27 @@ def in_columns(share: float) -> tuple[TaskScore, ...]:
     )
 
 
-def test_the_mean_over_tasks_adds_independent_limits_as_squares_and_shared_ones_as_they_are() -> None:
-    def cell(name: str, kept: float, reach: float) -> Cell:
-        return Cell(choice(name, 0.5, n=4), Retention(kept, kept - reach, kept + 2 * reach), None)
+def test_the_mean_over_tasks_adds_limits_as_squares_with_the_luck_that_they_share() -> None:
+    def cell(name: str, kept: float, reach: float, items: str) -> Cell:
+        influences = dict(zip(items, (0.1, -0.2, 0.1), strict=True))
+        return Cell(
+            choice(name, 0.5, n=4), Retention(kept, kept - reach, kept + 2 * reach), None, influences=influences
+        )
 
-    one, other = cell("x", 0.6, 0.1), cell("y", 0.4, 0.2)
+    one, other = cell("x", 0.6, 0.1, "abc"), cell("y", 0.4, 0.2, "def")
     weights = {"x": 0.5, "y": 0.5}
     found = mean_kept([one, other], weights)
     assert found is not None
     assert found.value == pytest.approx(0.5)
     assert found.ci_low == pytest.approx(0.5 - math.hypot(0.05, 0.1))
     assert found.ci_high == pytest.approx(0.5 + math.hypot(0.1, 0.2))
-    shared = mean_kept([one, replace(other, score=replace(one.score, task="y"))], weights)
-    assert shared is not None
-    assert shared.ci_low == pytest.approx(0.5 - 0.15)
+    for items, correlation in (("abc", 1.0), ("bad", -0.04 / 0.06)):
+        shared = mean_kept([one, cell("y", 0.4, 0.2, items)], weights)
+        assert shared is not None
+        square = 0.05**2 + 2 * correlation * 0.05 * 0.1 + 0.1**2
+        assert shared.ci_low == pytest.approx(0.5 - math.sqrt(square)), items
+    elsewhere = replace(other, score=replace(other.score, ability="knowledge"), influences=one.influences)
+    assert mean_kept([one, elsewhere], weights) == found, "equal ids of another ability are other items"
     assert mean_kept([one, other], {"x": 1.0}) == Interval(0.6, pytest.approx(0.5), pytest.approx(0.8))  # pyright: ignore[reportArgumentType]
     assert mean_kept([one, replace(other, kept=Retention(None, None, None, "why"))], weights) is None
 
