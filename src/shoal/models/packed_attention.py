@@ -52,10 +52,11 @@ def varlen_attention(
     kind, width = query.device.type, value.shape[-1]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     value = pad(value, [0, query.shape[-1] - width])
-    # (T, heads, d), contiguous as the kernels want the last dimension
-    tokens = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]
+    query_THd, key_TGd, value_TGd = (each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value))
     out: Any = varlen_attn(
-        *(*tokens, borders, borders, longest, longest),
+        *(query_THd, key_TGd, value_TGd),
+        *(borders, borders),
+        *(longest, longest),
         scale=settings.get("scaling"),
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],

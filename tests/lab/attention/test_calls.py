@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import architectures
@@ -74,9 +75,17 @@ def hidden(model: Any, wanted: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral"])
-def test_what_queries_attend_to_is_told_from_borders_as_from_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_stand_in.install(monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        *((name, flash_stand_in.install) for name in ("llama", "gemma2", "gpt_oss", "mistral")),
+        *((name, flash_stand_in.install_torchs_own) for name in ("llama", "mistral")),
+    ],
+)
+def test_what_queries_attend_to_is_told_from_borders_as_from_masks(
+    name: str, install: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
     model, places = architectures.tiny_model(name), torch.tensor([[11, 12, 15], [0, 3, 15]])
 
     def weights(wanted: str) -> dict[int, Tensor]:

@@ -241,6 +241,20 @@ def test_scores_and_text_are_those_of_masked_attention(
         assert [each[0] for each in found_scores] == pytest.approx([each[0] for each in scores], abs=2e-3)
 
 
+@pytest.mark.prove
+@pytest.mark.parametrize("name", census(ARCHITECTURES))
+def test_every_family_that_torchs_own_kernels_serve_has_the_states_of_sdpa(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_stand_in.install_torchs_own(monkeypatch)
+    model = architectures.tiny_model(name)
+    if reason := attention._lacks(VARLEN, model.config):
+        pytest.skip(reason)
+    expected = hidden(switched(model, "sdpa"))
+    found = hidden(switched(model, "flash"))
+    assert float((found - expected).norm() / expected.norm()) < (1e-3 if model.dtype == torch.float32 else 0.1)
+
+
 RIGHT_ONLY_WITH_BORDERS = ("biogpt",)
 """Make a mask of ones where none is given, after which transformers does not look for documents."""
 
