@@ -82,6 +82,7 @@ def measure_importance(
         raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
     section: Measure = of_arguments("measure", {**named, **settings}, taken=taken, source=source, seed=seed)
     tokenizer = require_tokenizer(tokenizer, model)
+    seed = int(seed)  # a number of numpy's is no JSON
     require_positions(model.config, section.sequence_length, "measure.sequence_length")
     require_room(section.num_tokens, "measure.num_tokens")
     _refuse_sweep(section.sweep, model, tokenizer)

@@ -66,6 +66,7 @@ def evaluate(
     taken = ("tasks", "limit", *EvalSettings.__annotations__)
     section: Eval = of_arguments("eval", given, taken=taken, source="shoal.evaluate", seed=seed)
     refuse_unknown(section.tasks, section.include_path)
+    seed = int(seed)  # a number of numpy's is no JSON
     inputs = identity_of(model, seed=seed) | {"tasks": tasks_fingerprint(section.tasks, section.include_path)}
     inputs |= shaping(section, Shapes.SCORES, "eval.")
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

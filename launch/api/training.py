@@ -82,7 +82,7 @@ def distill(
     _refuse_swapped(student, teacher)
     tokenizer = require_tokenizer(tokenizer, student)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
-    section = _section({"losses": losses, "trainable": trainable}, settings, seed)
+    section, seed = _section({"losses": losses, "trainable": trainable}, settings, seed), int(seed)
     has_budget = "num_tokens" in settings or is_source(data)
     budget = num_rows(section) * section.sequence_length if has_budget else None
     rows = pack(

@@ -28,8 +28,6 @@ Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What numpy and torch take for a seed."""
 
 
 def _index(value: Any) -> int:
@@ -42,6 +40,8 @@ def _index(value: Any) -> int:
 
 Index = Annotated[int, BeforeValidator(_index)]
 """The number of a layer, which 1.0 is not."""
+Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_index)]
+"""What numpy and torch take for a seed."""
 
 
 def _once(values: Any) -> Any:
