@@ -19,7 +19,6 @@ import pytest
 import torch
 import yaml
 from datasets import IterableDataset
-from pandas import DataFrame
 from results import evaluation, write_run
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
@@ -301,16 +300,10 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, t: measured(m, t, metrics=["block"]), r"metrics.0: must be .*got 'block'"),
-        (lambda m, t: measured(m, t, num_tokens=0), r"shoal.measure_importance: measure.num_tokens: must"),
-        (lambda m, t: measured(m, t, sequence_length=4096), r"4096 is more than the 1024 posit"),
-        (lambda m, t: measured(m, m), r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf"),
-        (lambda m, t: measured(m, t, []), r"data 'data': begins with NoneType .* give texts"),
         (
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
             r"shoal.choose_layers: prune: num_drop and ratio exclude each other; give one of them",
         ),
-        (lambda m, t: shoal.cut_model(m, [7]), r"drop: 7 is no layer of this model; its layers are 0..5"),
         (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),
         (
             lambda m, t: shoal.cut_model(m, replace(plan_of(), gaps=(ClosedGap(2, 3, 1.5, False, 1, 1, 1, 1),))),
@@ -318,51 +311,28 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
         ),
         (lambda m, t: shoal.evaluate(m, t, "knowlege_continuation"), r"knowlege_continuation.*knowledge_continuation"),
         (
-            lambda m, t: shoal.evaluate(m, t, limit=0),
-            r"shoal.evaluate: eval.limit: must be greater than 0 or .* \(got 0\)",
-        ),
-        (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
             r"trainer.save_steps: nothing is saved here; use shoal.DistillationTrainer",
-        ),
-        (
-            lambda m, t: healed(m, t, losses=["forwardkl"]),
-            r"shoal.distill: distill.losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         (
             lambda m, t: healed(m, t, teacher_text=1),
             r"shoal.distill: distill.teacher_text: unknown key; did you mean 'teacher'",
         ),
-        (lambda m, t: healed(m, t, trainer=5), r"trainer: must be a m"),
         (
             lambda m, t: measured(m, t, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
             r"sweep: of a model in memory single layers are swept; leave operators out",
-        ),
-        (
-            lambda m, t: measured(m, t, sweep={"tasks": ["knowlege_continuation"]}),
-            r"measure.sweep.tasks: .*knowlege_continuation.*knowledge_continuation",
         ),
         (
             lambda m, t: measured(m, t, metrics=["task_greedy"]),
             r"measure_importance: task_greedy needs a run directory; give a recipe to shoal.run",
         ),
         (
-            lambda m, t: healed(m, t, trainer={"learning_rat": 5}),
-            r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
-        ),
-        (lambda m, t: shoal.evaluate(m, t, []), r"shoal.evaluate: eval.tasks: must have at least 1 item"),
-        (
             lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
             r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",
         ),
         (lambda m, t: shoal.run({"run_dir": "y"}), r"recipe: model: is required"),
         (lambda m, t: shoal.evaluate(m, None, "brackets"), r"tokenizer: is missing, and the model has no name"),
-        (lambda m, t: measured(m, t, DataFrame()), r"'data': is DataFrame; .*from_pandas makes one"),
-        (lambda m, t: measured(m, t, {"a"}), r"'data': is set; give a list of texts, or a data set"),
-        (lambda m, t: measured(m, t, iter(TEXTS)), r"'data': is list_iterator; give a list of texts"),
         (lambda m, t: measured(m, t, {"train": TEXTS}), r"'data': is dict; .*of several splits"),
-        (lambda m, t: measured(m, t, {"path": "no/such.txt"}), r"no/such.txt': no such file or folder"),
-        (lambda m, t: measured("no/such", t), r"model 'no/such': no such folder"),
         (lambda m, t: healed(m, t, stream_of(TEXTS)), r"data 'data': is a stream without an end; set num_tokens"),
         (
             lambda m, t: healed(m, t, "python_docs", loss_on="all"),

@@ -42,90 +42,9 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     return str(refused.value).replace(f"{tmp_path}/recipe.yaml: ", "").split("\n")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("mesure: {}", "mesure: unknown key; did you mean 'measure'?"),
-        ("measure: {num_token: 5}", "measure.num_token: unknown key; did you mean 'num_tokens'?"),
-        ("measure: {data: {path: a, colum: b}}", "measure.data.0.colum: unknown key; did you mean 'column'?"),
-        ("track: {zzz: 1}", "track.zzz: unknown key; known keys are wandb, project, tags"),
-        ("track: {1: a}", "track.1: unknown key; known keys are wandb, project, tags"),
-        ("measure: 5", "measure: must be a mapping of settings (got 5)"),
-        ("prune: {drop: 3}", "prune.drop: must be a list (got 3)"),
-        ("prune: {drop: [1, x]}", "prune.drop.1: must be a whole number (got 'x')"),
-        ("prune: {ratio: 1.5}", "prune.ratio: must be less than 1 (got 1.5)"),
-        ("prune: {num_drop: 0}", "prune.num_drop: must be greater than 0 (got 0)"),
-        ("eval: {limit: many}", "eval.limit: must be a whole number or must be a mapping of settings (got 'many')"),
-        (
-            "measure: {num_tokens: 1.5}",
-            "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
-        ),
-        ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
-        ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
-        ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
-        ("measure: {data: []}", "measure.data: must have at least 1 item (got [])"),
-        ("measure: {data: 5}", "measure.data.0: must be a mapping of settings (got 5)"),
-        ("measure: {data: {path: a, weight: .inf}}", "measure.data.0.weight: must be a finite number (got inf)"),
-        ("measure: {data: ''}", "measure.data.0.path: must have at least 1 character (got '')"),
-        ("measure: {sequence_length: 1}", "measure.sequence_length: must be greater than or equal to 2 (got 1)"),
-        (
-            "measure: {data: {column: a}}",
-            "measure.data.0.path: is required; give it a value",
-        ),
-        ("prune: {drop: [1], num_drop: 2}", "prune.num_drop: has no place beside prune.drop; give one of them"),
-        ("prune: {drop: [1], drpo: 2}", "prune.drpo: unknown key; did you mean 'drop'?"),
-        ("prune: {num_drop: 1, ratio: 0.2}", "prune: num_drop and ratio exclude each other; give one of them"),
-        ("export: {hub_repo: x/y/z}", "export.hub_repo: must have the form owner/name (got 'x/y/z')"),
-        ("export: {hub_repo: name}", "export.hub_repo: must have the form owner/name (got 'name')"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), read_yaml(Path(__file__).with_name("wrong_settings.yaml").read_text()))
 def test_wrong_setting_is_refused_with_its_path_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     assert refusal(tmp_path, text) == [message]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stop_on_spike: x", "stop_on_spike: must be a number (got 'x')"),
-        (
-            "watch: {eval_steps: 2.5}",
-            "watch.eval_steps: must be less than 1 or must be a whole number, got a number with a fractional "
-            "part (got 2.5)",
-        ),
-        (
-            "watch: {perplexity_tokens: 0, tasks: [a], metric_for_best_model: b}",
-            "watch.metric_for_best_model: is not scored; choose one of distill.watch.tasks, or perplexity, with "
-            "perplexity_tokens above 0",
-        ),
-        (
-            "trainer: {learning_rat: 1}",
-            "trainer.learning_rat: no such training argument; did you mean 'learning_rate'?",
-        ),
-        ("trainer: {lr: 1}", "trainer.lr: no such training argument; here it is distill.trainer.learning_rate"),
-        ("trainer: {ddp_timeout: 0}", "trainer.ddp_timeout: must be a whole number of seconds above 0 (got 0)"),
-        (
-            "precision: float32, trainer: {bf16: true}",
-            "trainer: bf16 and fp16 say another precision than distill.precision, or both are true; leave them out",
-        ),
-        ("lora: {rank: 2}", "lora.rank: gone since 0.1; write distill.lora.r"),
-        ("packing: split", "packing.split: gone since 0.1; write distill.packing: wrapped"),
-        ("losses: [{kind: hidden_states, layers: [3, x]}]", "losses.0.layers.1: must be a whole number (got 'x')"),
-        ("deepspeed: 3", "deepspeed: must be a string or must be a mapping of settings (got 3)"),
-        ("trainer: [1]", "trainer: must be a mapping of settings (got [1])"),
-        ("trainer: {seed: 1}", "trainer.seed: is set by shoal; use seed instead"),
-        (
-            "trainer: {accelerator_config: {split_batches: true}}",
-            "trainer.accelerator_config.split_batches: True would share one rank's rows out to all; set "
-            "distill.batch_size",
-        ),
-        (
-            "trainer: {lr_scheduler_type: reduce_lr_on_plateau}",
-            "trainer.lr_scheduler_type: reduce_lr_on_plateau needs an eval set; choose another, such as cosine",
-        ),
-    ],
-)
-def test_so_is_a_wrong_setting_of_training(tmp_path: Path, text: str, message: str) -> None:
-    assert refusal(tmp_path, f"distill: {{{text}}}") == [f"distill.{message}"]
 
 
 @pytest.mark.parametrize(
