@@ -48,7 +48,8 @@ def _num_values(node: Any, known: dict[int, int]) -> int:
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
         pairs = isinstance(node, yaml.MappingNode)
-        known[id(node)] = 1 + sum(_num_values(part[1] if pairs else part, known) for part in parts)
+        known[id(node)] = 1  # of a node in itself, which is refused as it is read
+        known[id(node)] += sum(_num_values(part[1] if pairs else part, known) for part in parts)
     return known[id(node)]
 
 

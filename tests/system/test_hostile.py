@@ -190,7 +190,8 @@ OVERRIDES: list[tuple[str, list[str], str]] = [
 @pytest.mark.sample(6)
 @pytest.mark.parametrize(("verb", "overrides", "words"), OVERRIDES)
 def test_overrides(refused: Any, verb: str, overrides: list[str], words: str) -> None:
-    assert refused(verb, "", overrides).startswith(words)
+    message = refused(verb, "", overrides)  # what the reader refuses stands behind the override that says it
+    assert message.startswith(words) or f"': {words}" in message
 
 
 def test_dry_run_checks_the_trainer_too(capsys: pytest.CaptureFixture[str], teacher: Path, tmp_path: Path) -> None:
