@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities.knowledge import stated_facts
@@ -22,6 +23,8 @@ from shoal.train.writing import (
     without_evaluation_facts,
     write_texts,
 )
+
+CASES = cases(__file__)
 
 QA = PromptCompletion(prompt="q", completion="a")
 BRIEF: dict[str, Any] = {"prompt_tokens": 6, "max_new_tokens": 10}
@@ -259,36 +262,6 @@ def test_what_is_not_worth_training_on_is_left_out_and_counted():
     assert without_evaluation_facts([fact, "a text"]) == ["a text"]
 
 
-@pytest.mark.parametrize(
-    ("written", "answer", "alike"),
-    [
-        ("so it is 42.", "6 * 7 = <<6*7=42>>42\n#### 42", True),
-        ("#### 42\nThat took 3 minutes", "#### 42", True),
-        ("10-3 = 7, so -7", "#### -7", True),
-        (r"therefore \boxed{\frac{3}{4}}", r"we find \boxed{ \frac{3}{4} }", True),
-        ("It was built in 1889.\nparis", "Paris.", True),
-        ("Paris, as we know", "Paris", False),
-        ("The capital of France is **Paris**.", "Paris", True),
-        ('The plural of "foot" is "feet."', "feet", True),
-        ("It was Franz Kafka", "Kafka", True),
-        ("It is not Paris.", "Paris", False),
-        ("It isn't really Paris.", "Paris", False),
-        ("no number", "#### 5", False),
-        (r"\boxed{\frac{3}{4}}", r"so \boxed{4}", False),
-        (r"\boxed{2^{4}}", "#### 4", False),
-        ("#### 10-4", "#### 4", False),
-        ("#### 10-4 = 6", "#### 6", True),
-        (r"so \boxed{\$1{,}042}", "#### 1042", True),
-        (r"so \boxed{x = -42\text{ km}}", "#### -42", True),
-        ("The answer is 0.5", "1/2", True),
-        (r"so \boxed{1/2}", "1/2", True),
-        (r"so \boxed{-\frac{1}{2}}", "#### 0.5", False),
-        ("#### .5", "5", False),
-        ("so it is \u22127", "#### -7", True),
-        ("So it is 30", "at 10:30", False),
-        ("It is 2^3", "3", False),
-        ("", "", False),
-    ],
-)
+@pytest.mark.parametrize(("written", "answer", "alike"), CASES)
 def test_answers_are_compared_by_what_they_come_to(written: str, answer: str, alike: bool):
     assert answers_alike(written, answer) is alike

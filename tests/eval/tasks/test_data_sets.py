@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from evaluations import evaluate, load_tasks
 from lm_eval.tasks import TaskManager
 from tiny import tiny_model, tiny_tokenizer
@@ -19,6 +20,8 @@ from shoal.eval.tasks.load import tasks_of
 from shoal.eval.tasks.names import TASKS_DIR
 from shoal.eval.tasks.protocols import task_config
 from shoal.recipe.evaluate import Eval
+
+CASES = cases(__file__)
 
 DATA_SETS = read_data_sets(TASKS_DIR)
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -390,49 +393,8 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     assert "more_continuation" in again
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("answer: gold\n", ""), r"own.yaml: needs options and answer, or answers of an open"),
-        (("options: choices\nanswer: gold\n", ""), r"needs options and answer, or answers of an open question"),
-        (("items: test.jsonl\n", ""), r"needs either bundled, or items"),
-        (("about: mine", "abuot: mine"), r"own.yaml: abuot: unknown key; did you mean 'about'\?"),
-        (("about: mine", "zzz: 1\nabout: mine"), r"own.yaml: zzz: unknown key; known keys are "),
-        (("about: mine", "hub: {pth: x, items: y}\nabout: mine"), r"hub.pth: unknown key; did you mean 'path'\?"),
-        (
-            ("about: mine", "chance: 1/0\nabout: mine"),
-            r"chance is '1/0'; give a number from 0 to below 1, or a fraction",
-        ),
-        (("about: mine", "chance: [1/4, 1/2]\nabout: mine"), r"chance is a list, but there are no parts"),
-        (("about: mine", "chance: half\nabout: mine"), r"chance is 'half'; give"),
-        (("about: mine", "chance: 1.5\nabout: mine"), r"chance is '1.5'; give"),
-        (("about: mine", "protocols: [continuation]\nchance: 0.5\nabout: mine"), r"chance is that of written answers"),
-        (("about: mine", "family: x\nabout: mine"), r"family needs parts whose values are numbers"),
-        (
-            ("about: mine", "under: {worked: {num_fewshot: 1}}\nabout: mine"),
-            r"under names worked, which protocols",
-        ),
-        (
-            ("about: mine", "under: {generation: {fmily: x}}\nabout: mine"),
-            r"under.fmily: .* 'family'\?",
-        ),
-        (("about: mine", "under: {generation: {family: x}}\nabout: mine"), r"family needs parts whose values are num"),
-        (
-            ("about: mine", "parts: {values: [1, 2], names: [x]}\nabout: mine"),
-            r"names has 1 entries for 2 values",
-        ),
-        (("about: mine", "about: [}"), r"own.yaml: is not valid YAML"),
-        (
-            ("about: mine", "column: inn\nabout: mine"),
-            r"own.yaml: column: must be 'in', 'twin', 'out' or 'public' \(got 'inn'",
-        ),
-        (("about: mine", "twin_of: retrieval\nabout: mine"), r"twin_of needs column: twin \(got column: none\)"),
-        (("about: mine", "column: out\ntwin_of: x\nabout: mine"), r"twin_of needs column: twin \(got column: out\)"),
-        (("options: choices\nanswer: gold", "answers: gold"), r"own.yaml: loglikelihood needs options"),
-        (("about: mine", "protocols: [rolling]\nabout: mine"), r"the protocol rolling needs page"),
-    ],
-)
-def test_a_wrong_description_is_refused(change: tuple[str, str], message: str, tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(OWN.replace(*change))
+@pytest.mark.parametrize(("old", "new", "message"), CASES)
+def test_a_wrong_description_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN.replace(old, new))
     with pytest.raises(UserError, match=message):
         load_tasks(["own_continuation"], include_path=tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 
 from shoal.errors import UserError
 from shoal.launch.verbs import prune as pruning
@@ -19,52 +20,10 @@ from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import open_run
 from shoal.recipe.recipe import parse_recipe
 
-SWEEP: dict[str, Any] = {"tasks": ["retrieval_generation"], "limit": 40}
-HALVES: dict[str, Any] = {"metrics": ["blockpruner"]}
+CASES = cases(__file__)
 
 
-@pytest.mark.parametrize(
-    ("prune", "measure", "message"),
-    [
-        ({"metric": "blok_influence"}, {}, r"blok_influence: is not in imp.*; did you mean block_influence\?"),
-        (
-            {"metric": "sleb"},
-            {},
-            r"sleb: is not in importance.json; it has angular or block_influence\. To add it, name",
-        ),
-        ({}, {"metrics": ["sleb"]}, r"prune\.metric=block_influence: is not in importance.json; it has sleb\."),
-        ({"contiguous": True}, {"metrics": ["sleb"]}, r"prune\.metric=angular: is not in importance.json"),
-        (
-            {"metric": "blockpruner"},
-            HALVES,
-            r"blockpruner is an order of attention units, which has no scores of layers",
-        ),
-        (
-            {"metric": "block_influence", "contiguous": True},
-            {},
-            r"prune\.metric=block_influence: scores single layers, but .*contiguous needs .* of runs; use angular",
-        ),
-        (
-            {"metric": {"blockpruner": 1}},
-            {"metrics": ["blockpruner"]},
-            r"prune\.metric\.blockpruner: blockpruner is an order of attention units, which has no scores of layers",
-        ),
-        (
-            {"contiguous": True, "num_drop": None, "protect": [0, 2, -1], "target": {"params": 45_000}},
-            {},
-            r"prune\.target: is not reached by any run",
-        ),
-        (
-            {"metric": "retreival/generation"},
-            {"sweep": SWEEP},
-            r"prune\.metric=retreival/generation: is not in importance\.json; did you mean retrieval/generation\?",
-        ),
-        ({"spare": ["knowledge"]}, {"sweep": SWEEP}, r"prune\.spare: knowledge: is not in importance\.json"),
-        ({"spare": ["retrieval"]}, {}, r"prune\.spare: retrieval: is not in importance\.json; it has none\."),
-        ({"protect": [0, "cornerstone"]}, {}, r"prune\.protect: cornerstone needs swept tasks, .* holds none"),
-        ({"metric": {"angular": 1, "taylr": 1}}, {}, r"metric\.taylr: is not in importance.json"),
-    ],
-)
+@pytest.mark.parametrize(("prune", "measure", "message"), CASES)
 def test_a_metric_that_nothing_measures_is_refused_before_anything_is_measured(
     teacher: Path,
     prune: dict[str, Any],

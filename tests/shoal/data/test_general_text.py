@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from cases import cases
 from evaluations import load_tasks
 
 from shoal.abilities import GENERATORS
@@ -16,6 +17,8 @@ from shoal.data.general_text import QUESTIONS, docstrings, instructions, python_
 from shoal.errors import UserError
 from shoal.eval.harness.samples import item_texts
 from shoal.eval.tasks.names import described_tasks, task_folders
+
+CASES = cases(__file__)
 
 GENERAL = {"docstrings": docstrings, "readmes": readmes, "instructions": instructions}
 
@@ -84,36 +87,7 @@ def test_instructions_are_questions_about_public_names(monkeypatch: pytest.Monke
     assert min(shares) > 0.5 / len(wordings)
 
 
-@pytest.mark.parametrize(
-    ("paragraph", "prose"),
-    [
-        ("Return the mean of\nall numbers that are there.", "Return the mean of all numbers that are there."),
-        (
-            "See :func:`~numpy.mean` for the arithmetic mean\nof an ``array`` of numbers [1]_ along an axis.",
-            "See `numpy.mean` for the arithmetic mean of an `array` of numbers along an axis.",
-        ),
-        ("Notes\n-----\nThe *sum* is **never** taken.", "The sum is never taken."),
-        ("It is in `the guide <x.html>`_ and in [our page](y.html).", "It is in the guide and in our page."),
-        (
-            "A [`~trainer.Trainer`] takes a model and a tokenizer.",
-            "A `trainer.Trainer` takes a model and a tokenizer.",
-        ),
-        ("`open` gives a file that has been opened.", "`open` gives a file that has been opened."),
-        ("Parameters\n----------\nx : float\n    The number that is taken.", ""),
-        ("Args:\n    x: The number that is taken.", ""),
-        ("x : the number that is taken.", ""),
-        ("Example: the number that is taken.", ""),
-        (">>> take(1)\n1.", ""),
-        ("- one thing that is there.", ""),
-        (".. versionadded:: 3.2 and after that.", ""),
-        ("the number of all that is there.", ""),
-        ("What comes behind a colon is this:", ""),
-        ("See https://example.org for all of it.", ""),
-        ("THIS SOFTWARE IS PROVIDED AS IT IS.", ""),
-        ("Takes 1 or 2 and 3 or 4 or 56 of 78.", ""),
-        ("Return self.", ""),
-    ],
-)
+@pytest.mark.parametrize(("paragraph", "prose"), CASES)
 def test_prose_is_told_from_everything_else(paragraph: str, prose: str) -> None:
     assert general_text._prose(paragraph) == prose
 
