@@ -13,9 +13,10 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -182,19 +183,14 @@ LESS = re.compile(r" MIG |Laptop|Max-Q|-\d+[ABCQ]$")
 """Parts of the names of slices of GPUs, and of GPUs that are slower than others of the same name."""
 
 
-@dataclass(frozen=True)
-class DataSheet:
-    """What a maker says of a GPU."""
+class DataSheet(NamedTuple):
+    """What a maker says of a GPU; units stand in devices.yaml."""
 
     name: str
     half: float
-    """FLOP/s of dense products in bfloat16 or float16."""
     float32: float
-    """FLOP/s in float32, without TF32."""
     memory: float
-    """Bytes per second of its memory."""
     link: float
-    """Bytes per second to a GPU of the same node, one way."""
 
 
 def data_sheet(device: torch.device) -> DataSheet | None:
@@ -202,9 +198,7 @@ def data_sheet(device: torch.device) -> DataSheet | None:
     if device.type != "cuda" or LESS.search(name := device_name(device)):
         return None
     rows = (DataSheet(**row) for row in read_yaml(Path(__file__).with_name("devices.yaml").read_text()))
-    found = next((row for row in rows if re.search(rf"\b{re.escape(row.name)}\b", name)), None)
-    units = {"half": 1e12, "float32": 1e12, "memory": 1e12, "link": 1e9}
-    return found and replace(found, **{key: unit * getattr(found, key) for key, unit in units.items()})
+    return next((row for row in rows if re.search(rf"\b{re.escape(row.name)}\b", name)), None)
 
 
 def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

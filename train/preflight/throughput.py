@@ -25,17 +25,11 @@ PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.79, 0.8
 """Shares of a data sheet's rates that large products, element-wise kernels and collectives reach."""
 ATTENTION_SHARES = {"flash": (0.35, 0.3), "sdpa": (0.1, 0.06), "eager": (0.05, 0.04)}
 """Shares of the rate of products, forward and backward; flash kernels compute half of the pairs."""
-STREAM_BYTES = 68
-"""Bytes that norms, rotary embedding, residual sums and casts of one layer read and write for every byte of a hidden
-state, forward."""
+STREAM_BYTES, LOGIT_BYTES, CAST_BYTES, STEP_BYTES = 68, 100, 18, 32
+"""Bytes read and written by norms, rotary embedding, sums and casts for a byte of hidden states that a layer and pass
+read; by the loss for a logit; by casts under autocast, and by AdamW, for a trained weight."""
 FUSED = 0.55
-"""Share of these with Liger's kernels or compiled layers."""
-LOGIT_BYTES = 100
-"""Bytes that the loss reads and writes for every logit, both models."""
-CAST_BYTES = 18
-"""Bytes of casts of one weight under autocast in a micro-batch: 6 in each of three passes."""
-STEP_BYTES = 32
-"""Bytes that AdamW reads and writes for every weight."""
+"""Share of the first of these with Liger's kernels or compiled layers."""
 NODE_LINK = 50e9
 """Bytes per second between nodes: one card of 400 Gb/s a node."""
 FEWEST_TOKENS = 16

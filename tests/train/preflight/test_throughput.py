@@ -53,15 +53,7 @@ def eight_billion(*, ranks: int, attention: str, fused: bool, trained: int = 28,
         whole = trained == 28 and width == 4
         return ModelSize(count, learnt + 2 * head * whole, layers, head, whole, 151_936, 4096, width, 4 * 4096)
 
-    setting = Setting(
-        rows=rows,
-        accumulation=4,
-        checkpointing=True,
-        stage=stage,
-        offload_optimizer=False,
-        offload_parameters=False,
-        teacher="live",
-    )
+    setting = Setting(rows, 4, True, stage, False, False, "live")
     return Job(spec, model((still,) * (28 - trained) + (moving,) * trained, 4), model((still,) * 36, 2), setting)
 
 
