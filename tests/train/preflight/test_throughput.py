@@ -78,7 +78,7 @@ def test_a_step_on_h100s_takes_what_products_attention_and_memory_take(
     found = expected(given)
     assert found is not None
     tokens = changes["ranks"] * given.setting.rows * given.setting.accumulation * 4096
-    assert tokens / found[0] == pytest.approx(tokens_per_s, rel=0.1)
+    assert tokens / found[0] == pytest.approx(tokens_per_s, rel=0.09)
     assert "computed from H100's data sheet (989 TFLOP/s, 3.35 TB/s)" in found[1]
 
 
