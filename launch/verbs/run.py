@@ -41,7 +41,7 @@ from shoal.recipe.measure import num_removals, scored_by
 from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
-from shoal.recipe.remembered import memory_in, remember
+from shoal.recipe.remembered import LOCK, memory_in, remember
 from shoal.recipe.section import as_dict
 from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.redaction import redacted
@@ -52,7 +52,7 @@ from .launch import STARTED, see_devices
 log = logging.getLogger(__name__)
 
 ATTENTION = ("flash", "sdpa", "eager")
-LOCK = ".lock"
+
 STORY = "run.json"
 LOCK_WAIT_S = 30
 SHARES = 10

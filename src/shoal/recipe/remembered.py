@@ -23,6 +23,7 @@ from shoal.trust import CONSENT, is_signed, is_trusted, signed
 from shoal.yaml_text import read_yaml
 
 FILE = "recipe.yaml"
+LOCK = ".lock"
 RESULTS = (FILE, "run.json", "importance.json", "plan.json", "distill.json", "eval/*.json", "*/config.json")
 """What a run leaves, whichever stages it had."""
 FOLDERS = ("checkpoints", "control", "distilled", "eval", "figures", "gguf", "signals", "student", "text")
@@ -119,13 +120,20 @@ def remembering(run_dir: Path, said: dict[str, Any]) -> Iterator[str | None]:
     if not is_main():
         yield None
         return
-    memory, before = memory_of(redacted(said)), memory_in(run_dir)
+    memory, before, there = memory_of(redacted(said)), memory_in(run_dir), _names(run_dir)
     try:
         yield memory
     except UserError:
-        if before is not None and memory_in(run_dir) == memory != before:
-            write_text(run_dir / FILE, before)
+        if memory_in(run_dir) == memory != before:
+            if before is not None:
+                write_text(run_dir / FILE, before)
+            elif _names(run_dir) - there <= {FILE}:  # nothing was made with it
+                (run_dir / FILE).unlink()
         raise
+
+
+def _names(run_dir: Path) -> set[str]:
+    return {file.name for file in run_dir.iterdir() if file.name != LOCK} if run_dir.is_dir() else set()
 
 
 def hidden_settings(said: Any, place: str = "") -> Iterator[str]:
