@@ -12,13 +12,13 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
+from cases import cases
 from run_gguf import llama_cpp_greedy, save_tokenizer
 from tiny import tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -35,6 +35,7 @@ from shoal.launch.verbs.run import Run, open_run
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
 
+CASES = cases(__file__)
 with_converter = pytest.mark.skipif(
     not os.environ.get(gguf_module.CONVERTER_VARIABLE)
     and importlib.util.find_spec(gguf_module.CONVERTER_PACKAGE) is None,
@@ -312,54 +313,10 @@ def without(num_layers: int, *drop: int) -> list[int]:
     return [layer for layer in range(num_layers) if layer not in drop]
 
 
-Case = tuple[str, int, dict[str, Any], Sequence[int], Sequence[int], str]
-"""(model type, layers, settings, an accepted drop, a refused drop, what the refusal says)."""
-
-CASES: list[Case] = [
-    ("afmoe", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a sliding-window layer, but it is a full-att"),
-    ("cohere2", 8, {"rotary_pct": 1.0}, [4, 5, 6, 7], [1], r"layer 2 .* one layer in 4, the last of its group"),
-    (
-        "exaone_moe",
-        8,
-        {"first_k_dense_replace": 1, "scoring_func": "sigmoid"},
-        [4, 5, 6, 7],
-        [5],
-        r"layer 6 of this student",
-    ),
-    ("gemma2", 6, {"query_pre_attn_scalar": 16}, [0, 1], [0], r"layer 0 .* one layer in 2"),
-    ("gemma3_text", 12, {"query_pre_attn_scalar": 16}, range(6), [7], r"layer 10 .* one layer in 6"),
-    ("gpt_oss", 6, {}, [2, 3], [3], r"layer 3 of this student for a full-attention layer, but it is a sliding"),
-    (
-        "laguna",
-        8,
-        {"layer_types": 2 * ["full_attention", *3 * ["sliding_attention"]]},
-        [4, 5, 6, 7],
-        [0],
-        r"layer 0 .* one layer in 4, the first of its group",
-    ),
-    ("olmo3", 8, {}, [0, 1, 2, 3], [6], r"layer 6 of this student"),
-    ("smollm3", 8, {"sliding_window": None}, [4, 5, 6, 7], [2], r"layer 2 .* rotary .* every fourth layer"),
-    ("llama4_text", 8, {"attention_chunk_size": 8192}, [0, 1, 2, 3], [0], r"layer 2 of this student"),
-    ("qwen3_next", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
-    ("qwen3_5_text", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
-    (
-        "deepseek_v3",
-        28,
-        {"scoring_func": "sigmoid"},
-        [3, 4, 5],
-        [5],
-        r"a model of 27 layers for one without q_lora_rank",
-    ),
-    ("deepseek_v2", 30, {"q_lora_rank": None}, [3, 4, 5], [5], r"only if it has 26 or 27 layers; this student has 29"),
-    ("gemma2", 46, {"query_pre_attn_scalar": 4, "num_attention_heads": 16}, [], [0, 1], r"44 layers .*sqrt\(16\).*sqr"),
-    ("gemma3_text", 62, {"query_pre_attn_scalar": 4, "num_attention_heads": 16}, [], range(6), r"uncut 27B"),
-]
-
-
 @pytest.mark.parametrize(
     ("model_type", "num_layers", "settings", "accepted", "refused", "says"),
-    CASES,
-    ids=[f"{case[0]}-{case[1]}" for case in CASES],
+    CASES["cuts"],
+    ids=[f"{case[0]}-{case[1]}" for case in CASES["cuts"]],
 )
 def test_an_aligned_cut_is_accepted_and_a_misaligned_one_refused(
     model_type: str, num_layers: int, settings: dict[str, Any], accepted: Any, refused: Any, says: str
@@ -426,30 +383,7 @@ def sources() -> Path:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(
-    ("file", "says"),
-    [
-        ("afmoe", "swa_period = 4"),
-        ("cohere2", "swa_period = 4"),
-        ("exaone-moe", "swa_period = 4"),
-        ("exaone4", "if (hparams.n_layer() == 64)"),
-        ("gemma2", "swa_period = 2"),
-        ("gemma2", "case 46: type = LLM_TYPE_27B"),
-        ("gemma3", "swa_period = 6"),
-        ("gemma3", "case 62: type = LLM_TYPE_27B"),
-        ("gemma3n", "swa_period = 5"),
-        ("gemma3n", "n_layer_kv_from_start = 20"),
-        ("laguna", "set_swa_pattern(swa_period, /*dense_first=*/true)"),
-        ("llama4", "n_swa                   = 8192"),
-        ("llama4", "swa_period = 4"),
-        ("olmo2", "swa_period = 4"),
-        ("openai-moe", "swa_period = 2"),
-        ("qwen3next", "full_attn_interval = 4"),
-        ("qwen35", "full_attn_interval = 4"),
-        ("smollm3", "n_no_rope_layer_step = 4"),
-        ("deepseek2", "n_layer() == 27 || hparams.n_layer() == 26 || (hparams.n_layer() == 48 && n_vocab == 128256)"),
-    ],
-)
+@pytest.mark.parametrize(("file", "says"), CASES["sources"])
 def test_the_sources_still_assume_what_the_rules_say(sources: Path, file: str, says: str) -> None:
     code = sources / "src" / "models" / f"{file}.cpp"
     if not code.is_file():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import cases
 from sweep_results import LOST, NUM_ITEMS, atlas, right, task
 from sweep_results import importance as swept_importance
 
@@ -23,6 +24,8 @@ from shoal.compress.sweeps.columns import expected_sacrifice, joint_change
 from shoal.errors import UserError
 from shoal.recipe.prune import CutByScore, CutThese
 from shoal.recipe.recipe import parse_recipe
+
+CASES = cases(__file__)
 
 NUM_LAYERS = 6
 INFLUENCE = (0.9, 0.2, 0.1, 0.3, 0.1, 0.05)
@@ -87,28 +90,7 @@ def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
     assert choose(importance(), num_drop=2, contiguous=True, protect=(2,))[0] == (4, 5)
 
 
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        ({"drop": (-1,)}, r"prune.drop: -1 is no layer of this model"),
-        ({"drop": (6,)}, r"prune.drop: 6 is no layer of this model; its layers are 0..5"),
-        ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
-        ({"protect": (9,), "num_drop": 1}, r"prune.protect: 9 is no layer of this model"),
-        ({"ratio": 0.1}, r"prune.ratio=0.1: is less than one of 6 layers; give at least 0.167"),
-        ({"num_drop": 6}, r"prune.num_drop=6: would drop all 6 layers; drop at most 5"),
-        ({"num_drop": 5}, r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
-        (
-            {"num_drop": 4, "protect": (3,), "contiguous": True},
-            r"no run of 4 .* protected layers \[3\]; the longest has 3",
-        ),
-        ({"num_drop": 1, "metric": "block_influense"}, r"is not in importance.json; did you mean block_influence\?"),
-        ({"num_drop": 1, "metric": "xyz"}, r"it has angular or block_influence. To add it, name it in measure.metrics"),
-        (
-            {"num_drop": 1, "metric": "block_influence", "contiguous": True},
-            r"needs a metric of runs; use angular, or set",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("prune", "message"), CASES["impossible"])
 def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(importance(), **prune)
@@ -244,25 +226,7 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
     assert change(scores, num_drop=1, protect=(), spare=("retrieval",)).drop == (1,)
 
 
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        ({"drop": [1], "metric": {"angular": 1}}, "prune.metric: has no place beside prune.drop; give one of them"),
-        ({"drop": [1], "protect": [0, "cornerstone"]}, "prune.protect: has no place beside prune.drop"),
-        ({"metric": {"angular": 1}, "contiguous": True}, "prune.metric: .* mixes scores of single layers"),
-        ({"metric": {"angular": 0}}, r"prune.metric: must be a string or must be greater than 0 \(got 0\)"),
-        ({"drop": []}, "prune: drop is empty, so nothing would be dropped"),
-        ({"drop": [2, 1, 2]}, "prune.drop: names 2 twice; name each once"),
-        ({"drop": [], "changes": ["compensate"]}, "prune.changes: .* no layer is dropped"),
-        (
-            {"changes": [{"kind": "width", "intermediate_size": 0.5}], "target": {"params": 1}},
-            "prune.changes: .* leave",
-        ),
-        ({"changes": ["compensate", "compensate"]}, "prune.changes: .* once"),
-        ({"changes": ["compensate", {"kind": "width", "intermediate_size": 0.5}]}, "prune.changes: .* width first"),
-        ({"protect": ["keystone"]}, r"prune.protect.0: must be .*'cornerstone' \(got 'keystone'"),
-    ],
-)
+@pytest.mark.parametrize(("prune", "message"), CASES["contradicting"])
 def test_recipes_that_contradict_themselves_are_refused(prune: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_recipe({"model": "m", "run_dir": "r", "prune": prune})

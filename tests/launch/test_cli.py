@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from ranks import as_rank
 
 from shoal.launch import arguments, cli
@@ -27,6 +28,8 @@ from shoal.launch.verbs import launch, prune
 from shoal.launch.verbs.launch import GOES_ON
 from shoal.launch.verbs.run import Run
 from shoal.recipe.recipe import apply_override, parse_recipe
+
+CASES = cases(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -56,26 +59,7 @@ def test_the_recipe_is_the_first_word_that_is_no_override_and_overrides_stand_an
     assert parsed("prune", "--config", "a=b", "seed=1") == ("prune", "a=b", ["seed=1"])
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("eval m/x --tasks a,b --limit 50", ["eval.tasks=[a,b]", "eval.limit=50"]),
-        ("eval m/x eval.tasks=a,b --eval.limit=50", ["eval.tasks=[a,b]", "eval.limit=50"]),
-        ("prune --drop 13,14,26 m/x", ["prune.drop=[13,14,26]"]),
-        (
-            "prune m/x --drop [13] --protect -1 --num_drop null",
-            ["prune.drop=[13]", "prune.protect=[-1]", "prune.num_drop=null"],
-        ),
-        ("distill m/x --trainer.learning_rate 1e-4 --run-dir d", ["distill.trainer.learning_rate=1e-4", "run_dir=d"]),
-        ("distill m/x --lora.r 8 --num-drop 4 --seed=1", ["distill.lora.r=8", "prune.num_drop=4", "seed=1"]),
-        ("run m/x --num-tokens 1e6 --measure.num-tokens 5", ["distill.num_tokens=1e6", "measure.num_tokens=5"]),
-        ("eval m/x --control --speed false", ["eval.control=true", "eval.speed=false"]),
-        ("eval --control m/x", ["eval.control=true"]),
-        ("eval --model m/x --control=false", ["eval.control=false"]),
-        ("eval m/x --model n/y", ["model=n/y"]),
-        ("push m/x me/model --private false", ["export.hub_repo=me/model", "export.private=false"]),
-    ],
-)
+@pytest.mark.parametrize(("argv", "words"), CASES["options"])
 def test_every_key_is_an_option(argv: str, words: list[str]) -> None:
     verb = argv.partition(" ")[0]
     assert parsed(*argv.split()) == (verb, "m/x", words)
@@ -90,20 +74,7 @@ def test_a_folder_with_a_setting_in_its_name_is_a_run_directory(
     assert parsed("report", "seed=0", "--gguf") == ("report", "seed=0", ["export.gguf=true"])
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["eval", "r", "--limit"], "--limit: needs a value; `shoal explain eval.limit` says which"),
-        (["eval", "r", "--limit", "--control"], "--limit: needs a value"),
-        (["distill", "r", "--limit", "5"], "it is a key elsewhere: eval.limit"),
-        ([], "the following arguments are required: VERB"),
-        (["prun", "--config", "r"], "prun: no such verb; did you mean 'prune'?"),
-        (["prune"], "name a recipe, a run directory or a model, such as `shoal prune runs/mine`"),
-        (["prune", "--config", "r", "--sed", "1"], "--sed: `shoal prune` has no such option; did you mean 'seed'?"),
-        (["explain", "seed=1"], "seed=1"),
-        (["list", "recipes", "a=b"], "unrecognized arguments: a=b"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), CASES["wrong"])
 def test_wrong_words_end_with_the_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(argv)

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from cases import cases
 
 from shoal.eval.tasks.names import described_tasks, task_folders
 from shoal.task_words import task_words
 
+CASES = cases(__file__)
 
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [
-        ("retrieval_continuation", "retrieval, option text"),
-        ("retrieval_generation", "retrieval, generated"),
-        ("knowledge_loglikelihood", "knowledge, lettered options"),
-        ("reasoning_1step_continuation", "reasoning, one step, option text"),
-        ("reasoning_4steps_worked", "reasoning, 4 steps, worked answers"),
-        ("retrieval_20pairs_continuation", "retrieval, 20 pairs, option text"),
-        ("multi_hop_k1_generation", "multi hop one step, generated"),
-        ("needles_2of80_generation", "needles 2 of 80, generated"),
-        ("kv_position_at24_generation", "kv position at 24, generated"),
-        ("mmlu_abstract_algebra_loglikelihood", "MMLU abstract algebra, lettered options"),
-        ("gsm8k_worked", "GSM8K, worked answers"),
-        ("wikitext2_rolling", "wikitext2, running text"),
-        ("somebodys_own", "somebodys own"),
-        ("_", "_"),
-        ("", ""),
-    ],
-)
+
+@pytest.mark.parametrize(("task", "words"), CASES)
 def test_names_read_as_words(task: str, words: str) -> None:
     assert ", ".join(task_words(task)) == words
 

@@ -9,6 +9,6 @@ from shoal.yaml_text import read_yaml
 
 
 def cases(test_file: str) -> Any:
-    """What `x.yaml` beside `test_x.py` holds: rows, or lists of rows by name of the test."""
+    """What `x.yaml` beside `test_x.py` holds: rows, or lists of rows by name."""
     path = Path(test_file)
     return read_yaml(path.with_name(f"{path.stem.removeprefix('test_')}.yaml").read_text(encoding="utf-8"))

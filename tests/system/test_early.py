@@ -8,25 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import cases
 
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "lm_eval", "numpy")
-TEXT = 'distill.data=[python_docs,{"path":"python_docs","generate":{"backend":"vllm"}}]'
-REFUSED = (
-    ("prune prune.num_dorp=1", "prune.num_dorp: unknown key; did you mean 'num_drop'?"),
-    ("prune model=/nowhere", "model '/nowhere': no such folder"),
-    ("eval model=demo:smollm", "model 'demo:smollm': no such demo model; there is demo:smollm2-135m"),
-    ("measure measure.metrics=[block_influance]", "(got 'block_influance'; did you mean 'block_influence'?)"),
-    ("run measure.sweep.tasks=[knowledge_writen]", "measure.sweep.tasks: 'knowledge_writen' is no task, neither"),
-    ("distill distill.deepspeed=nothing.json", "distill.deepspeed: no file 'nothing.json'; shipped ones are"),
-    ("distill distill.watch.tasks=[knowlege]", "distill.watch.tasks: 'knowlege' is no task, neither of shoal nor of"),
-    (f"run {TEXT}", "distill.data.1.generate.backend: vllm is not installed here"),
-    ("eval eval.tasks=[knowlege]", "eval.tasks: 'knowlege' is no task, neither of shoal nor of lm-eval; did you mean"),
-    ("eval eval.backend=vllm", "eval.backend: vllm is not installed here; install it, or use backend: transformers"),
-    (
-        "record distill.teacher.kind=recorded distill.teacher.backend=vllm",
-        "distill.teacher.backend: vllm is not installed here",
-    ),
-)
+REFUSED = cases(__file__)
 PROGRAM = """
 import sys
 from shoal.launch.cli import run_verb

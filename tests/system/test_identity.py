@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from cases import cases
 from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
@@ -36,105 +37,7 @@ from shoal.train.distill import checkpoint_inputs
 from shoal.train.teacher.recording import Wanted, rows_from
 from shoal.train.writing import _chosen, _identity, to_write
 
-DATA = {"path": "python_docs", "weight": 2.5}
-GENERATE = {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "keep": "correct", "backend": "vllm"}
-RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {
-        "model": "teacher",
-        "run_dir": "run",
-        "dtype": "float32",
-        "attn_implementation": "sdpa",
-        "measure": {"sweep": {"tasks": ["knowledge_continuation"]}},
-        "prune": {"num_drop": 2},
-        "distill": {"precision": "float32", "deepspeed": {"zero_optimization": {"stage": 1}}},
-    },
-    "full": {
-        "model": "teacher",
-        "run_dir": "run",
-        "seed": 7,
-        "dtype": "bfloat16",
-        "attn_implementation": "eager",
-        "num_processes": 2,
-        "max_minutes": 30,
-        "measure": {
-            "data": [DATA, "python_docs_heldout"],
-            "num_tokens": 3000,
-            "sequence_length": 64,
-            "batch_size": 3,
-            "metrics": ["angular"],
-            "sweep": {
-                "tasks": ["knowledge_continuation"],
-                "operators": ["layer", "attention"],
-                "limit": {"default": 20, "knowledge_continuation": 30},
-            },
-        },
-        "prune": {
-            "metric": {"angular": 1.0, "block_influence": 2.0},
-            "num_drop": 2,
-            "protect": [0, -1, "cornerstone"],
-            "spare": ["knowledge"],
-        },
-        "distill": {
-            "data": ["python_docs", {"path": "prompts.jsonl", "weight": 0.5, "generate": GENERATE}],
-            "num_tokens": 4000,
-            "sequence_length": 64,
-            "batch_size": 8,
-            "packing": "bfd",
-            "losses": [
-                {"kind": "jsd", "beta": 0.25, "temperature": 2.0},
-                {"kind": "hidden_states", "weight": 0.5, "layers": [1]},
-            ],
-            "trainable": "layers",
-            "lora": {"r": 2, "target_modules": ["q_proj"]},
-            "teacher": {"kind": "recorded", "path": "s", "top_k": 5, "prefix": True},
-            "watch": {"eval_steps": 3, "perplexity_tokens": 100, "metric_for_best_model": "perplexity"},
-            "stop_on_spike": None,
-            "precision": "float32",
-            "trainer": {
-                "learning_rate": 0.001,
-                "save_steps": 3,
-                "save_strategy": "steps",
-                "save_total_limit": 2,
-                "logging_steps": 2,
-                "disable_tqdm": False,
-                "dataloader_num_workers": 1,
-                "per_device_train_batch_size": 4,
-                "optim": "adamw_torch",
-                "ddp_timeout": 60,
-            },
-            "deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0},
-        },
-        "eval": {
-            "tasks": ["quick", "knowledge_loglikelihood"],
-            "limit": {"default": 5, "knowledge_loglikelihood": 4},
-            "batch_size": 2,
-            "num_fewshot": 2,
-            "apply_chat_template": True,
-            "include_path": "mine",
-            "data_dir": "data",
-            "perplexity_data": ["python_docs"],
-            "perplexity_tokens": 300,
-            "speed": [1, 2],
-        },
-        "track": {"wandb": "off", "tags": ["a"]},
-        "export": {"gguf": True},
-    },
-    "once": {
-        "model": "teacher",
-        "run_dir": "run",
-        "dtype": "float32",
-        "attn_implementation": "sdpa",
-        "prune": {"drop": [1, 2]},
-        "distill": {
-            "teacher": {"kind": "live", "dtype": "bfloat16", "offload": True},
-            "on_policy": {"share": 0.25, "max_new_tokens": 8},
-            "watch": None,
-            "precision": "float32",
-            "deepspeed": {"zero_optimization": {"stage": 1}},
-            "trainer": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4},
-        },
-    },
-}
+RECIPES: dict[str, dict[str, Any]] = cases(__file__)
 IDENTITIES: dict[str, dict[str, dict[str, Any]]] = json.loads(
     Path(__file__).with_name("identities.json").read_text(encoding="utf-8")
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from jobs import dropping, spec_of
 from ranks import as_rank
 from tiny import tiny_checkpoint, tiny_tokenizer
@@ -32,6 +33,8 @@ from shoal.train.engine.arguments import (
     training_arguments,
 )
 from shoal.train.student.spec import Ranks, train_spec
+
+CASES = cases(__file__)
 
 
 def check(whole, cut, **settings):
@@ -57,19 +60,7 @@ def test_what_shoal_does_itself_is_told_to_transformers_only_afterwards(tmp_path
     assert (told, args.torch_compile, args.use_liger_kernel) == ([False], True, False)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        *(
-            ({"gradient_accumulation_steps": value}, r"accumulation_steps: .* \(got")
-            for value in ("four", 0, 1.5, True)
-        ),
-        ({"learning_rate": -1}, r"learning_rate: must be from 0 to below 100 \(got -1\)"),
-        ({"optim": "adamw_torhc"}, r"trainer\.optim: must be .*'adamw_torch'.* \(got 'adamw_torhc'\)"),
-        ({"save_strategy": 3}, r"save_strategy: must be 'no', 'steps', 'epoch' or 'best' \(got 3\)"),
-        ({"lr_scheduler_kwargs": 3}, r"lr_scheduler_kwargs: must be .* \(got 3\)"),
-    ],
-)
+@pytest.mark.parametrize(("values", "message"), CASES["values"])
 def test_a_value_that_is_none_is_refused_before_anything_is_built(values, message):
     with pytest.raises(UserError, match=message):
         check_names(Distill(trainer=values))
@@ -133,51 +124,13 @@ def test_sections_that_say_nothing_leave_the_choice_to_the_recipe(config):
     assert "offload_optimizer" not in read["zero_optimization"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are zero0, zero1"),
-        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"stage must be 0, 1, 2 or 3 \(got 4\)"),
-        ({"deepspeed": {"bf16": True}}, r"bf16 must be a mapping \(got True\), as DeepSpeed's documentation"),
-        ({"deepspeed": {"zero_optimization": 2}}, r"zero_optimization must be a mapping \(got 2\)"),
-        (
-            {"deepspeed": {"torch_autocast": {"enabled": True}}},
-            r"torch_autocast\.dtype must be one of bfloat16, float16 \(got None\)",
-        ),
-        ({"deepspeed": {"optimizer": {"type": "Adum"}}}, r"optimizer\.type must be one of adagrad, .* \(got 'Adum'\)"),
-        ({"deepspeed": {"optimizer": "Adam"}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
-        ({"deepspeed": {"optimizer": None}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
-        ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
-        ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16-true with ZeRO stage 0 starts Adam one step late"),
-        ({"deepspeed": {"fp16": {"enabled": True}}}, "precision: fp16-true does not train on a CPU"),
-        ({"precision": "fp16-mixed"}, r"distill\.precision: fp16-mixed does not train on a CPU; use auto"),
-        (
-            {"deepspeed": {"bf16": {"enabled": True}}, "precision": "float32"},
-            "deepspeed say bf16-true and float32, and what both say must be equal",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), CASES["deepspeed"])
 def test_deepspeed_settings_known_to_be_wrong_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         deepspeed_config(Distill(**settings))
 
 
-@pytest.mark.parametrize(
-    ("trainer", "message"),
-    [
-        (
-            {"lr_scheduler_type": "cosine_with_min_lr"},
-            r"lr_scheduler_kwargs: \{\} do not go with .* \(One of min_lr or",
-        ),
-        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, r"\{'min_lr': 1e-05\} do not go with lr_scheduler_type cosine \("),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, r"lr_scheduler_kwargs: \{\} do not go with .*num_decay_steps"),
-        (
-            {"optim": "grokadamw"},
-            r"optim: grokadamw needs what is not installed \(Please install grokadamw .*install it,",
-        ),
-        ({"optim": "lomo"}, r"optim: lomo needs what is not installed .*choose another, such as adamw_torch"),
-    ],
-)
+@pytest.mark.parametrize(("trainer", "message"), CASES["schedules"])
 def test_what_a_schedule_or_optimizer_lacks_is_told_before_anything_is_measured(trainer, message):
     with pytest.raises(UserError, match=message):
         check_names(Distill(trainer=trainer))

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
+from cases import cases
 from torch import Tensor
 
 from shoal.compress.surgery.config_cut import GROUP_RULES
 from shoal.compress.surgery.cut_model import cut_model, kept_part, side_by_side_dim
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy
+
+CASES = cases(__file__)
 
 NUM_LAYERS = 7
 
@@ -179,23 +182,7 @@ def _layer_inputs(model: Any, input_ids: Tensor) -> Tensor:
     return decoder.project_per_layer_inputs(decoder.embed_tokens(input_ids), decoder.get_per_layer_inputs(input_ids))
 
 
-@pytest.mark.parametrize(
-    ("family", "drop", "message"),
-    [
-        (
-            "modernbert-decoder",
-            (0,),
-            r"layer 1: its attn_norm.class is 'LayerNorm' but would become 'Identity' as layer 0",
-        ),
-        ("gpt_neox_japanese", (5,), r"layer 4: its attention.use_bias is False but would become True as layer 4"),
-        ("diffllama", (1,), r"layer 2: its self_attn.lambda_init is .* but would become .* as layer 1"),
-        ("jamba", (2,), r"config.expert_layer_period=2: says that one layer in 2 is special"),
-        ("zamba2", (2, 3), r"config.num_mem_blocks=2: ties layers to each other"),
-        ("minimax", (0,), r"layer 1 would come first, by which transformers measures the cached text of minimax"),
-        ("mllama", (0,), r"layer 1 would come first, by which transformers measures the cached text of mllama"),
-        ("gemma4_text", (5,), r"config.layer_types: reads .* after a reload, which is not what the kept layers had"),
-    ],
-)
+@pytest.mark.parametrize(("family", "drop", "message"), CASES)
 def test_layer_that_standing_elsewhere_would_change_is_named(family: str, drop: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cut_model(tiny_model(family), drop)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from model_outputs import logits
 from tiny import KINDS, NUM_LAYERS, tiny_config, tiny_model
 from torch import nn
@@ -16,6 +17,8 @@ from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
+
+CASES = cases(__file__)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,28 +81,7 @@ def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected
     assert getattr(cut_config(tiny_config("llama", **{field: value}), keep), field) == expected
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that one layer in 2 is special"),
-        ("num_kv_shared_layers", 2, r"num_kv_shared_layers=2: ties layers to each other"),
-        ("no_rope_layers", [1, 0], r"no_rope_layers: is about layers \(2 entries, 6 layers\)"),
-        ("moe_intermediate_size", [16, 8], r"moe_intermediate_size: is about layers \(2 entries, 6 layers\)"),
-        (
-            "odd_layers",
-            [1, 3],
-            r"config.odd_layers: is about layers \(2 entries, 6 layers\) in a way that shoal does not",
-        ),
-        ("cross_attention_layers", [0, 2], r"layer 0 would come first, .*; keep a layer of full attention before it"),
-        ("rescale_every", 6, r"rescale_every=6: ties layers to each other"),
-        (
-            "flavours",
-            list("abcdef"),
-            r"config.flavours: is about layers \(6 entries, 6 layers\) in a way that shoal does not know",
-        ),
-        ("quantization_config", {"quant_method": "fp8"}, r"quantised weights cannot be cut"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value", "message"), CASES)
 def test_config_that_a_cut_cannot_express_is_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cut_config(tiny_config("llama", **{field: value}), (0, 2, 3, 4, 5))

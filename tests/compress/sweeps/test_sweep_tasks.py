@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cases import cases
 from evaluations import assert_same, evaluate
 from tiny import tiny_model, tiny_tokenizer
 
@@ -21,6 +22,8 @@ from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Eval
+
+CASES = cases(__file__)
 
 TASK: dict[str, Any] = {
     "dataset_path": "json",
@@ -117,23 +120,7 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
         sweep(partial(VariantsLM, Broken(model()), tiny_tokenizer()), variants, asked, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("names", "changes", "message"),
-    [
-        (("long",), {}, "asks for 4096 new tokens .* 4096 positions; leave this task out of measure.sweep.tasks"),
-        (("plain",), {"limit": {"x": 9}}, "measure.sweep.limit: 'x' is not among the evaluated tasks"),
-        (
-            ("knowledge_generation",),
-            {"include_path": "/nowhere"},
-            "eval.include_path: '/nowhere' is no folder",
-        ),
-        (
-            ("knowledge_generation",),
-            {"data_dir": "/nowhere"},
-            "eval.data_dir: '/nowhere' is no folder",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("names", "changes", "message"), CASES)
 def test_what_a_sweep_would_refuse_later_is_refused_at_once(
     tasks: Path, names: tuple[str, ...], changes: dict[str, Any], message: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import results
+from cases import cases
 from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Artifact, Provenance
@@ -22,6 +23,8 @@ from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.report.findings import Comparison, compare, protocol_gaps, writing
 from shoal.eval.report.run import Run, read_run
 from shoal.stats.paired import mcnemar
+
+CASES = cases(__file__)
 
 
 def write(folder: Path, file: str, artifact: Artifact, **inputs: Any) -> None:
@@ -42,22 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
-    [
-        (
-            "importance.json",
-            {"model": "U"},
-            r"/importance.json: model is 'U', but 'T' in .*/plan.json: .*shoal measure",
-        ),
-        ("distill.json", {"model": "U"}, r"/distill.json: model is 'U', but 'T' in .*/plan.json: .*`shoal distill`"),
-        ("eval/teacher.json", {"model": "U"}, r"/teacher.json: model is 'U', but 'T' in .*the teacher of another run"),
-        ("eval/pruned.json", {"model": "U"}, r"/pruned.json: model is 'U', but 'S' in .*/distill.json: .*`shoal eval`"),
-        (
-            "eval/speed.json",
-            {"distilled": "U"},
-            r"/speed.json: distilled is 'U', but 'D' in .*distilled.json: .*delete",
-        ),
-        ("distill.json", {"prune.drop": [1]}, r"/distill.json: prune.drop is \[1\], but \[3, 4, 5\] in .*/plan.json"),
-    ],
+    CASES,
     ids=lambda value: value if isinstance(value, str) and value.endswith("json") else "",
 )
 def test_results_of_another_run_are_refused(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:

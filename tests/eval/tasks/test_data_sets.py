@@ -24,67 +24,12 @@ from shoal.recipe.evaluate import Eval
 CASES = cases(__file__)
 
 DATA_SETS = read_data_sets(TASKS_DIR)
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "arc_easy/test.jsonl": [
-        {
-            "id": "1",
-            "question": "What burns?",
-            "choices": {"text": ["wood", "rock", "sand"], "label": ["A", "B", "C"]},
-            "answerKey": "A",
-        },
-        {
-            "id": "2",
-            "question": "What flies?",
-            "choices": {"text": ["a cow", "a bird"], "label": ["1", "2"]},
-            "answerKey": "2",
-        },
-    ],
-    "arc_easy/train.jsonl": [
-        {
-            "id": "3",
-            "question": "What swims?",
-            "choices": {"text": ["fish", "rock"], "label": ["A", "B"]},
-            "answerKey": "A",
-        },
-    ],
-    "winogrande/validation.jsonl": [
-        {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"},
-    ],
-    "hellaswag/validation.jsonl": [
-        {
-            "activity_label": "Cooking",
-            "ctx_a": "[header] A pan [title] is hot.",
-            "ctx_b": "she",
-            "endings": ["stirs [step] it.", "sings."],
-            "label": "0",
-        },
-    ],
-    "lambada_openai/test.jsonl": [{"text": "She gave the dog a bone"}],
-    "triviaqa/validation.jsonl": [
-        {"question": "Who was king?", "answer": {"value": "Edward III", "aliases": ["King Edward III"]}}
-    ],
-    "gsm8k/test.jsonl": [{"question": "Tom has 3 and buys 4. How many?", "answer": "3+4=<<3+4=7>>7\n#### 7"}],
+COUNTED = {
     "gsm8k/train.jsonl": [
         {"question": f"{n}+1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)
-    ],
-    "svamp/test.jsonl": [
-        {
-            "Body": "Tom had 6 marbles, lost 3 and then 2.",
-            "Question": "How many are left?",
-            "Equation": "( 6.0 - ( 3.0 + 2.0 ) )",
-            "Answer": "1.0",
-        }
-    ],
-    "wikitext2/test.jsonl": [{"page": "\n = A page = \n\n Text ."}],
-    "boolq/validation.jsonl": [{"question": "is it so", "passage": "It is so.", "label": 1}],
-    "bbh/navigate.jsonl": [
-        {"input": "Broken?\nOptions:\n(A) Earth\n(B) Fire", "target": "Earth, Fire"},
-        {"input": "Do you return?\nOptions:\n- Yes\n- No", "target": "No"},
-    ],
-    "kv_retrieval/kv_10_keys.jsonl": [
-        {"ordered_kv_records": [[f"k{n}", f"v{n}"] for n in range(10)], "key": "k4", "value": "v4", "gold_index": 4}
-    ],
+    ]
 }
+ROWS: dict[str, list[dict[str, Any]]] = CASES["rows"] | COUNTED
 
 
 def write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
@@ -393,7 +338,7 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     assert "more_continuation" in again
 
 
-@pytest.mark.parametrize(("old", "new", "message"), CASES)
+@pytest.mark.parametrize(("old", "new", "message"), CASES["descriptions"])
 def test_a_wrong_description_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN.replace(old, new))
     with pytest.raises(UserError, match=message):

@@ -13,39 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from evaluations import load_tasks
 
 from shoal.errors import UserError
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.protocols import match_last
 
-ASKED = {
-    "knowledge_continuation": "bf34bc407e61c02b",
-    "knowledge_generation": "ef4a6a089309f334",
-    "knowledge_loglikelihood": "a732c96cbe3b55b8",
-    "reasoning_1step_continuation": "7edd4d57d8486364",
-    "reasoning_1step_worked": "a4c2635a281092f9",
-    "reasoning_4steps_continuation": "3ac3c972c95ffaec",
-    "reasoning_4steps_worked": "4f64e54c5725ca68",
-    "reasoning_6steps_continuation": "836c559925bfe34c",
-    "reasoning_6steps_worked": "f0b4f1f2f4caf6a3",
-    "reasoning_continuation": "66654b891ec6f0bd",
-    "reasoning_generation": "017569cd9f9554ca",
-    "reasoning_loglikelihood": "2f8f3ba33d406202",
-    "reasoning_worked": "9e03aaadc7da3403",
-    "retrieval_20pairs_continuation": "d6e9c51814c7b9bb",
-    "retrieval_50pairs_continuation": "22cfe4771c0d6283",
-    "retrieval_continuation": "1ceed67edeabadb9",
-    "retrieval_first_continuation": "c6b35f15ec74898c",
-    "retrieval_generation": "41e7af6a2acc6262",
-    "retrieval_last_continuation": "d2dff7bb5b1931e7",
-    "retrieval_loglikelihood": "193d2d07966170ad",
-    "retrieval_middle_continuation": "51f026e8225815e4",
-    "retrieval_uuid_continuation": "7883c5fc9fefd317",
-    "retrieval_uuid_generation": "c8b54a723e632f3b",
-    "retrieval_uuid_loglikelihood": "e46c542dca0cc3a6",
-}
-"""Group shoal and its relatives -> hash of all that 20 of their items ask and expect, and what scores are called.
+CASES = cases(__file__)
+
+ASKED: dict[str, str] = CASES["asked"]
+"""Task -> hash of all that 20 of their items ask and expect, and what scores are called.
 
 Never changed since the first version, so that scores of all versions can be compared.
 """
@@ -100,26 +78,7 @@ def test_what_our_own_tasks_ask_has_never_changed() -> None:
     assert found == ASKED
 
 
-@pytest.mark.parametrize(
-    ("written", "final", "right"),
-    [
-        (" 3 + 4 = 7. The answer is 7.", "7", True),
-        (" The answer is 17.", "7", False),
-        (" 7 apples, then 8", "7", False),
-        (" none", "7", False),
-        (" The answer is 1.7.", "7", False),
-        (" so 3/7", "7", False),
-        (" so 2^7", "7", False),
-        (" 10 - 3 = 7", "7", True),
-        (" Adam is taller than Alice. So Alice is the shortest.", "Adam", False),
-        (" Adam is taller than Alice. Adam is the tallest.", "Adam", True),
-        (" Adam has 3 apples.", "Adam", True),
-        (" nobody", "Adam", False),
-        (" So the ball is in the kitchen.\nThe ball is in the tent.", "kitchen", True),
-        (" Adam puts it from the kitchen into the tent.", "kitchen", False),
-        (" so 2^4", "cat", False),
-    ],
-)
+@pytest.mark.parametrize(("written", "final", "right"), CASES["last"])
 def test_the_last_number_name_or_place_of_the_first_line_counts(written: str, final: str, right: bool) -> None:
     assert match_last({"answers": [final]}, [written]) == {"match": float(right)}
 

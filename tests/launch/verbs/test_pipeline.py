@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,6 +35,8 @@ from shoal.models.checkpoint_files import CLOSED_GAPS, model_fingerprint
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.engine.checkpoint import commit
+
+CASES = cases(__file__)
 
 FORK = multiprocessing.get_context("fork")
 
@@ -116,22 +119,7 @@ def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prune", "change", "message"),
-    [
-        (
-            {"drop": [1, 3]},
-            {"drop": [2, 3], "keep": [0, 1, 4, 5]},
-            r"drop: is \[2, 3\], and the recipe that made it asked for \[1, 3\]",
-        ),
-        (
-            {"num_drop": 1},
-            {"drop": [2], "keep": [0, 1, 3, 4, 5]},
-            r"says 'dropping 1 of 6 layers: 2', and .*student was not made so",
-        ),
-        ({"num_drop": 1}, {"num_layers": 7}, r"keep: is .*; layers are increasing, and all but those of drop"),
-    ],
-)
+@pytest.mark.parametrize(("prune", "change", "message"), CASES)
 def test_a_plan_that_was_edited_is_not_believed(
     make_run: Any, prune: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:

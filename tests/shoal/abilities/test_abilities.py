@@ -9,11 +9,14 @@ import re
 from collections import Counter
 
 import pytest
+from cases import cases
 
 from shoal.abilities import GENERATORS, Item, items, training_texts
 from shoal.abilities.item import split_of
 from shoal.abilities.knowledge import RELATIONS, UNTRAINED, facts_in, stated_facts
 from shoal.abilities.texts import FORMS
+
+CASES = cases(__file__)
 
 SETTINGS = [
     ("retrieval", {}),
@@ -207,27 +210,7 @@ def test_training_texts_hold_only_content_of_the_training_split() -> None:
     assert sum(subject in text for subject in subjects) > len(subjects) * 0.8
 
 
-@pytest.mark.parametrize(
-    ("task", "params", "message"),
-    [
-        ("poetry", {}, "unknown ability task 'poetry'; choose one of retrieval, needle, knowledge, reasoning"),
-        ("retrieval", {"kind": "colour"}, "retrieval kind is 'colour'; choose one of word, uuid"),
-        ("retrieval", {"num_pairs": 1}, "retrieval num_pairs is 1; it must be a whole number from 4 to"),
-        ("retrieval", {"num_pairs": 5000}, "retrieval num_pairs is 5000"),
-        ("retrieval", {"num_pairs": 4, "gold_position": 4}, "retrieval gold_position is 4; .* from 0 to 3"),
-        ("knowledge", {"relation": "rivers"}, "knowledge relation is 'rivers'; choose one of capital"),
-        ("knowledge_out", {"relation": "capital"}, "knowledge_out relation is 'capital'; choose one of animal_sound"),
-        ("knowledge_out", {"split": "train"}, "knowledge_out has no items of the split train, because all are scored"),
-        ("knowledge", {"num_items": 5000}, r"knowledge num_items \(split eval\) is 5000; .* from 1 to"),
-        ("reasoning", {"num_steps": 0}, "reasoning num_steps is 0; it must be a whole number from 1 to 8"),
-        ("reasoning", {"num_steps": "two"}, "reasoning num_steps is 'two'"),
-        ("reasoning", {"kind": "chess"}, "reasoning kind is 'chess'; choose one of arithmetic, order, state"),
-        ("reasoning", {"form": "opera"}, "reasoning form is 'opera'; choose one of trained, twin, question"),
-        ("reasoning", {"num_items": 0}, "num_items is 0 for reasoning; it must be at least 1"),
-        ("reasoning", {"split": "test"}, "unknown split 'test' of reasoning; choose one of train, eval"),
-        ("reasoning", {"steps": 2}, "reasoning has no parameter 'steps'; it takes num_steps, kind, form"),
-    ],
-)
+@pytest.mark.parametrize(("task", "params", "message"), CASES)
 def test_bad_parameters_are_refused(task: str, params: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         items(task, **({"split": "eval", "num_items": 4, "seed": 0} | params))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_moe, tiny_tokenizer
@@ -20,6 +21,8 @@ from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_model
 from shoal.models.resolve import resolve_model
+
+CASES = cases(__file__)
 
 PROJECTIONS = ["q_proj", "v_proj"]
 PEFT_CHATTER = [
@@ -210,26 +213,7 @@ def refused(adapter: Path, message: str, cache: Path) -> None:
     assert not any((cache / "adapters").glob("[!.]*"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"peft_type": None}, r"cannot be merged into its base"),
-        ({"init_lora_weights": "pissa"}, r"was initialised by pissa, which changes the base's weights too; save it as"),
-        (
-            {"base_model_name_or_path": None},
-            r"names no base model; set it to the model that the adapter was trained on",
-        ),
-        (
-            {"base_model_name_or_path": "./gone"},
-            r"base_model_name_or_path in .*config.json: model './gone': no such fol",
-        ),
-        ({"target_modules": ["wqkv"]}, r"cannot be merged into its base .*llama: .*wqkv.* not found.*; set base_model"),
-        ({"r": "four"}, r"cannot be merged into its base"),
-        ({"r": 8}, r"cannot be merged into its base"),
-        ({"target_modules": ["q_proj"]}, r"only one of both has .*v_proj.lora_A.weight; set base_model_name"),
-        ({"target_modules": [*PROJECTIONS, "k_proj"]}, r"only one of both has .*k_proj.lora_A.weight; set"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), CASES)
 def test_settings_that_cannot_be_merged_are_refused(
     adapter: Path, settings: dict[str, Any], message: str, cache: Path
 ) -> None:
