@@ -11,15 +11,14 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.compress.edits.sublayers import probing, sublayers
+from shoal.compress.edits.sublayers import probing
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
@@ -30,20 +29,10 @@ from shoal.models.anatomy import decoder_layers
 from shoal.progress import each, progress
 from shoal.recipe.section import Section
 
-from .depth.interventions import (
-    MIN_TOKENS,
-    SITES,
-    Attribution,
-    DepthEffects,
-    cut_positions,
-    integrated_gradients,
-    measure_effects,
-    single_module,
-)
+from .depth.interventions import MIN_TOKENS, SITES, DepthEffects, cut_positions, measure_effects
 from .depth.residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
 from .depth.runs import (
     DepthRuns,
-    Prompt,
     Readout,
     batches_of_rows,
     documents,
@@ -71,10 +60,7 @@ Series = list[tuple[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Settings(Section):
-    """What is diagnosed over the text of `measure`."""
-
-    gradient_prompts: Annotated[int, Field(ge=0)] = 0
-    """Prompts over which integrated gradients are taken, by far the most expensive part; 0 = none."""
+    """The text is measure's."""
 
 
 def diagnostics(run: Run, settings: Settings) -> Diagnostics:
@@ -86,11 +72,10 @@ def diagnostics(run: Run, settings: Settings) -> Diagnostics:
         Diagnostics,
         identity(run, settings, data=sources_fingerprint(measure.data), **sizes),
         lambda provenance: diagnose(
-            model_of(run).requires_grad_(False),  # only the path asks for a gradient
+            model_of(run),
             packed_rows(run),
             provenance=provenance,
             batch_size=measure.batch_size,
-            effort=Effort(gradient_prompts=settings.gradient_prompts),
             seed=run.recipe.seed,
         ),
         diagnostics_figure,
@@ -137,7 +122,7 @@ class Diagnostics(Artifact):
     lens_overlap: tuple[float, ...]
     """Mean share of the top-5 tokens in common with the output's."""
     lens_refusal: str
-    """Reason why states cannot be read through the head (no lens, no effect on the output, no integrated gradients)."""
+    """Reason why states cannot be read through the head (no lens, no effect on the output)."""
     num_cuts: int
     """Number of prompts times cut positions, over which the effects are the largest."""
     skip_effect: tuple[tuple[float, ...], ...]
@@ -148,9 +133,7 @@ class Diagnostics(Artifact):
     erasure_output: tuple[float, ...]
     """Change of the next-token probabilities behind a token whose state before layer l became the mean state."""
     effects_refusal: str
-    """Reason why there are no effects or integrated gradients."""
-    gradient_steps: int
-    attributions: tuple[Attribution, ...]
+    """Reason why there are no effects."""
     effective_depth: dict[str, EffectiveDepth]
     """Effective depth by rule: cosine, kl, overlap."""
 
@@ -177,18 +160,11 @@ class Effort:
     lens_tokens: int = 256
     """Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
     num_prompts: int = 10
-    """Prompts for the effects on later layers; 0 = none, nor for integrated gradients."""
+    """Prompts for the effects on later layers; 0 = none."""
     prompt_tokens: int = 64
     """Tokens of each prompt."""
     num_positions: int = 4
     """Cut positions in each prompt."""
-    gradient_prompts: int = 0
-    """Prompts that integrated gradients look at; they cost more than everything else together."""
-    gradient_tokens: int = 32
-    steps: int = 256
-    """Points on the path from the baseline."""
-    answer_tokens: int = 8
-    """Last tokens of a prompt that count as its answer."""
 
 
 def diagnose(
@@ -200,12 +176,12 @@ def diagnose(
     effort: Effort | None = None,
     seed: int = 0,
 ) -> Diagnostics:
-    """How ``model`` uses its depth over ``rows``; effects and gradients look at single documents of them.
+    """How ``model`` uses its depth over ``rows``; effects look at single documents of them.
 
     Cost, in tokens through the whole body: the rows once; for L layers and C = prompts x positions cuts of at most S
-    tokens, C*S*L for skips and erasures together (each runs the upper part only) and as many tokens through the head;
-    for integrated gradients about 1.5 * steps * S * L for every prompt and site. The lens takes lens_tokens * (L + 1)
-    tokens through the head. Held in memory: the states of one batch before all layers, and of L variants at its tokens.
+    tokens, C*S*L for skips and erasures together (each runs the upper part only) and as many tokens through the head.
+    The lens takes lens_tokens * (L + 1) tokens through the head. Held in memory: the states of one batch before all
+    layers, and of L variants at its tokens.
 
     Raises:
         UserError: no token, no prompt long enough, states that are not finite, or a model in which depth is not one
@@ -220,7 +196,7 @@ def diagnose(
         study = _Study(model, effort or Effort(), batch_size, seed, *layer_flows(model), readout, lens_refusal)
         sums, lens_LT2 = study.one_pass(rows)
         require_finite(model, "diagnostics", *sums.cosines.values(), *sums.sizes.values(), lens_LT2)
-        effects, attributions, num_cuts, refusal = study.interventions(rows, sums.state_means)
+        effects, num_cuts, refusal = study.interventions(rows, sums.state_means)
     cosines = sums.mean(sums.cosines)
     kl, overlap = (tuple(part.mean(1).tolist()) if readout else () for part in lens_LT2.unbind(-1))
     return Diagnostics(
@@ -240,8 +216,6 @@ def diagnose(
         skip_output=tuple(effects.skip_output_L.tolist()) if effects and readout else (),
         erasure_output=tuple(effects.erasure_output_L.tolist()) if effects and readout else (),
         effects_refusal=refusal,
-        gradient_steps=study.effort.steps if attributions else 0,
-        attributions=attributions,
         effective_depth=effective_depths(cosines, kl, overlap),
     )
 
@@ -309,23 +283,17 @@ class _Study:
                 lens.append(torch.stack(lens_terms(self.readout, states), dim=-1))
         return sums, torch.cat(lens, dim=1)
 
-    def interventions(
-        self, rows: PackedRows, means_LD: Tensor
-    ) -> tuple[DepthEffects | None, tuple[Attribution, ...], int, str]:
-        """Effects, attributions, number of cuts, and why there are none."""
+    def interventions(self, rows: PackedRows, means_LD: Tensor) -> tuple[DepthEffects | None, int, str]:
+        """Effects, number of cuts, and why there are none."""
         effort = self.effort
         if effort.num_prompts == 0:
-            return None, (), 0, "not asked for"
+            return None, 0, "not asked for"
         try:
             runs = DepthRuns(self.model)
         except UserError as error:
-            return None, (), 0, str(error)
+            return None, 0, str(error)
         prompts = documents(
-            rows,
-            num_prompts=effort.num_prompts,
-            max_tokens=effort.prompt_tokens,
-            min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
-            num_answer=effort.answer_tokens,
+            rows, num_prompts=effort.num_prompts, max_tokens=effort.prompt_tokens, min_tokens=MIN_TOKENS
         )
         if not prompts:
             raise UserError(
@@ -338,34 +306,7 @@ class _Study:
         with progress("diagnostics: skips", total=num_runs, unit="runs") as step:
             effects = measure_effects(runs, readout, cuts, means_LD, batch_size=self.batch_size, progress=step)
         require_finite(self.model, "diagnostics", effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
-        return effects, self._attributions(runs, readout, prompts) if readout else (), len(cuts), ""
-
-    def _attributions(self, runs: DepthRuns, readout: Readout, prompts: Sequence[Prompt]) -> tuple[Attribution, ...]:
-        """Attributions of the first prompts at the sites that every layer has."""
-        modules: dict[str, tuple[str, ...]] = {"layer": ("",) * runs.num_layers}
-        for site in ("attention", "mlp") if self.flows else ():
-            halves = zip(sublayers(self.model), decoder_layers(self.model), strict=True)
-            names = tuple(single_module(layer_halves, layer, site) for layer_halves, layer in halves)
-            if all(names):
-                modules[site] = names
-        effort = self.effort
-        length = max(effort.gradient_tokens, effort.answer_tokens + 1)  # of a prompt's end, where the answer is
-        ends = [prompt.input_ids[-length:] for prompt in prompts[: effort.gradient_prompts]]
-        chosen = [Prompt(end, effort.answer_tokens) for end in ends]
-        pairs = [(prompt, site) for prompt in chosen for site in modules]
-        with progress("diagnostics: gradients", total=len(pairs) * runs.num_layers, unit="layers") as step:
-            return tuple(
-                integrated_gradients(
-                    runs,
-                    readout,
-                    prompt,
-                    (site, modules[site]),
-                    steps=effort.steps,
-                    batch_size=self.batch_size,
-                    progress=step,
-                )
-                for prompt, site in pairs
-            )
+        return effects, len(cuts), ""
 
 
 def diagnostics_figure(diagnostics: Diagnostics) -> Figure:

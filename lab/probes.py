@@ -256,7 +256,7 @@ def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> Prompt:
         # the end is kept, because the last token's state is read; a begin token stays, since models expect one
         starts = [ids[0]] if ids[0] == tokenizer.bos_token_id and probe_set.max_tokens > 1 else []
         ids = [*starts, *ids[len(starts) - probe_set.max_tokens :]]
-    return Prompt(tuple(ids), 0)
+    return Prompt(tuple(ids))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Run a model's decoder from any layer on, and read states through its head: what depth diagnostics are made of.
 
-Every intervention on depth (a layer skipped at some tokens, a state erased, a point on a path to a baseline) is a
+Every intervention on depth (a layer skipped at some tokens, a state erased) is a
 changed state at the door of one layer. What lies below is known from the intact run and is not computed again.
 
 B batch, S sequence, D hidden, V vocabulary, L layers, T chosen tokens.
@@ -36,10 +36,9 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text as tokens; its last ``num_answer`` tokens are the answer."""
+    """One text as tokens."""
 
     input_ids: tuple[int, ...]
-    num_answer: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def batch_of_prompts(prompts: Sequence[Prompt]) -> TokenBatch:
     return TokenBatch(ids_BS, torch.where(real_BS, index_S, index_S - lengths_B[:, None]), real_BS)
 
 
-def documents(rows: PackedRows, *, num_prompts: int, max_tokens: int, min_tokens: int, num_answer: int) -> list[Prompt]:
+def documents(rows: PackedRows, *, num_prompts: int, max_tokens: int, min_tokens: int) -> list[Prompt]:
     """The first ``num_prompts`` documents of the rows that have ``min_tokens``, cut at ``max_tokens``."""
     prompts: list[Prompt] = []
     for ids_S, positions_S in zip(rows.input_ids_NS, rows.position_ids_NS, strict=True):
@@ -92,7 +91,7 @@ def documents(rows: PackedRows, *, num_prompts: int, max_tokens: int, min_tokens
             if len(prompts) == num_prompts:
                 return prompts
             if end - start >= min_tokens:
-                prompts.append(Prompt(tuple(ids_S[start : min(end, start + max_tokens)].tolist()), num_answer))
+                prompts.append(Prompt(tuple(ids_S[start : min(end, start + max_tokens)].tolist())))
     return prompts
 
 
@@ -116,14 +115,10 @@ class DepthRuns:
             states.append(self.layerwise.run(layer, states[-1], call))
         return Intact(states, prepared.calls)
 
-    def calls(self, batch: TokenBatch) -> tuple[Call, ...]:
-        """How every layer is called over ``batch``."""
-        return self.layerwise.prepare(body_inputs(self.model, batch)).calls
-
     def run_from(self, start: int, state_BSD: Tensor, calls: Sequence[Call], observe: Observer | None = None) -> Tensor:
         """Output (B, S, D) of the last layer when ``state_BSD`` enters layer ``start``; L = leaves the last one.
 
-        ``calls`` are those of an intact run over rows of the same tokens. Gradients flow if they are on.
+        ``calls`` are those of an intact run over rows of the same tokens.
         """
         for layer in range(start, self.num_layers):
             # a copy goes in: some layers write into what they get
