@@ -52,7 +52,8 @@ SHAPE: dict[str, Any] = {"hidden_size": 4096, "num_attention_heads": 32, "num_ke
 
 
 def model_of(family: str, *, cut: int = 0) -> PreTrainedConfig:
-    """The configuration of Qwen3-8B or of Llama-3.1-8B, as published but for rotary's base, with ``cut`` layers less."""
+    """The sizes of Qwen3-8B or of Llama-3.1-8B, as published, with ``cut`` layers less."""
+    sizes: dict[str, Any]
     if family == "qwen3":
         sizes = {"vocab_size": 151_936, "intermediate_size": 12_288, "num_hidden_layers": 36 - cut}
         return Qwen3Config(**SHAPE, **sizes, tie_word_embeddings=False)
