@@ -9,10 +9,8 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     delta        how far a donor's layers are from the model's
     depth_use    what models that descend from each other use their layers for
     diagnostics  who writes, erases and decides along the depth
-    disputed     questions that people answer in different ways
     heads        which heads copy what is asked for
     patching     through which states the answer reaches the last token
-    probes       where a concept can be read off
     reading      reading against writing
     sweeps       tasks without heads, with ever fewer layers, with a donor's layers
     vision       layers, states of the tower and models over rows of images

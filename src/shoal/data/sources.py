@@ -163,23 +163,6 @@ def documents_in(rows: Iterable[tuple[str, Any]], source: DataSource) -> Iterato
             yield text if text.strip() else None
 
 
-def load_labelled(source: DataSource, text_column: str, label_column: str) -> list[tuple[str, Any]]:
-    """Text and label of every row of a file, folder or Hub data set, in order.
-
-    Raises:
-        UserError: nothing there, a missing column, or a row without text or label.
-    """
-    labelled: list[tuple[str, Any]] = []
-    for number, (where, row) in enumerate(records(source)):
-        place = f"{where!r} row {number}"
-        text, label = _text(row, text_column, place), column_of(row, label_column, place)
-        if not text.strip() or label is None:
-            empty = text_column if not text.strip() else label_column
-            raise UserError(f"data {place}: has nothing in column {empty!r}; fill it or leave it out")
-        labelled.append((text, label))
-    return labelled
-
-
 def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row of a file, folder or Hub data set, with the file or data set that it comes from.
 
