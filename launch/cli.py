@@ -149,13 +149,14 @@ def _refuse_early(verb: str, recipe: Recipe) -> None:
     """
     from shoal.eval.tasks.names import refuse_unknown
     from shoal.inference.vllm import check_vllm
-    from shoal.model_names import refuse_no_model
+    from shoal.model_names import refuse_no_model, refuse_revision
     from shoal.recipe.distill import Live, Recorded
     from shoal.recipe.trainer_arguments import read_deepspeed
 
     sweep, distill = recipe.measure.sweep, recipe.distill
     if verb != "report":
         refuse_no_model(recipe.model)
+        refuse_revision(recipe.model, recipe.revision)
     if verb in ("measure", "run") and sweep is not None:
         refuse_unknown(sweep.tasks, recipe.eval.include_path, setting="measure.sweep.tasks")
     if verb in ("record", "distill", "run"):

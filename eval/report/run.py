@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
 
 def read_result(kind: type[A], path: Path) -> A | None:
     """The artifact at ``path``; None where it was not made. Raises as its ``read`` does."""
-    return kind.load(path) if path.is_file() else None
+    return kind.load(path) if path.exists() else None
 
 
 def _refuse_mixed_runs(run: Run) -> None:

@@ -17,10 +17,10 @@ from shoal.compress.plan import DEFAULT_METRIC, default_count
 from shoal.errors import UserError
 from shoal.formatting import count_text
 from shoal.machine import device_name, fast_dtype, ranks_to_start
-from shoal.model_names import name_of_model
+from shoal.model_names import name_of_model, refuse_revision
 from shoal.models.anatomy import text_config
 from shoal.models.load import loaded_dtype, num_parameters, without_data
-from shoal.models.resolve import find_config, refuse_revision
+from shoal.models.resolve import find_config
 from shoal.progress import doing
 from shoal.recipe.recipe import parse_recipe
 from shoal.runtime import device

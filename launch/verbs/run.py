@@ -28,11 +28,12 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, read_json, write_json
 from shoal.formatting import duration_text
 from shoal.machine import DTYPES, device_name, fast_dtype
+from shoal.model_names import refuse_revision
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import DENSE, Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
-from shoal.models.resolve import find_config, refuse_revision, resolve_model
+from shoal.models.resolve import find_config, resolve_model
 from shoal.progress import doing
 from shoal.ranks import is_main
 from shoal.recipe.distill import Live, Precision

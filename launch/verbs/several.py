@@ -33,6 +33,8 @@ OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
 
 def compare(asked: argparse.Namespace) -> Any:
     """The table of runs and models, which is written with its pages and figure too."""
+    if asked.out == "":
+        raise UserError("--out: is empty; name a folder, or leave it out")
     out, folders = Path(asked.out).expanduser(), [Path(run) for run in asked.words]
     if any(map(names_model, asked.words)):
         with loading():
@@ -62,8 +64,10 @@ def combinations(run_dir: Path, axes: Sequence[str]) -> dict[Path, list[str]]:
     axis changes first.
 
     Raises:
-        UserError: an axis that is not of that form, or two runs of one name.
+        UserError: an axis that is not of that form, the run directory, or two runs of one name.
     """
+    if any(axis.startswith("run_dir=") for axis in axes):
+        raise UserError("--each run_dir: every run has a folder of its own in run_dir; leave it out")
     runs: dict[Path, list[str]] = {}
     for chosen in itertools.product(*map(_values, axes)):
         folder = run_dir / ",".join(f"{key.rpartition('.')[2]}={_in_path(value)}" for key, value in chosen)

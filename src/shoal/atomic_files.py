@@ -101,7 +101,7 @@ def only_process(lock_file: Path, what: str, *, wait_s: float) -> Iterator[None]
     """
     lock = FileLock(lock_file, timeout=wait_s)
     try:
-        if os.path.lexists(lock_file) and (lock_file.is_symlink() or lock_file.stat().st_nlink > 1):
+        if lock_file.is_symlink() or (lock_file.is_file() and lock_file.stat().st_nlink > 1):
             raise UserError(f"{lock_file}: is a link to another file, which locking would empty; remove it")
         lock.acquire()
         lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")

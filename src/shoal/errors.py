@@ -22,6 +22,7 @@ class UserError(ValueError):
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of the system for a disk that takes no more."""
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO)
 _FULL_TEXTS = (
     *(f"os error {number}" for number in DISK_FULL),  # safetensors
     *(os.strerror(number) for number in DISK_FULL),
@@ -47,14 +48,17 @@ def not_encoded(what: str) -> str:
 
 @contextmanager
 def explained_paths() -> Iterator[None]:
-    """Turn a path that the system can have nowhere, or not in this locale, into a UserError; what reads or writes it
-    need not look for that."""
+    """Turn a path that the system can have nowhere, not in this locale, or does not let this user at, into a UserError;
+    what reads or writes it need not look for that."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{error.filename}: cannot be a path ({error.strerror}); choose another name") from error
+        if error.filename is None or error.errno not in UNUSABLE:
             raise
-        raise UserError(f"{error.filename}: cannot be a path ({error.strerror}); choose another name") from error
+        remedy = "change who may read and write it, or choose another place"
+        raise UserError(f"{error.filename}: cannot be used ({error.strerror}); {remedy}") from error
     except RuntimeError as error:
         if "Symlink loop" in str(error):  # pathlib's, too
             raise UserError(f"{error}: a link leads to itself; remove it, or choose another name") from error

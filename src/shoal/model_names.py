@@ -48,5 +48,17 @@ def refuse_no_model(name: str) -> None:
         if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
             known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
             raise UserError(f"model {name!r}: no such demo model; there is {known_models}")
+    elif Path(name).expanduser().is_file():
+        raise UserError(f"model {name!r}: is a file; give the folder of a checkpoint, a Hub id or demo:<name>")
     elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
         raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
+
+
+def refuse_revision(name: str, revision: str | None) -> None:
+    """Refuse a revision of a model that is not on the Hub.
+
+    Raises:
+        UserError: it is not.
+    """
+    if revision is not None and (name.startswith(DEMO_PREFIX) or Path(name).expanduser().exists()):
+        raise UserError(f"model {name!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")

@@ -163,10 +163,13 @@ class Scores(Tabular, Artifact):
         if not items_file(path).is_file():
             raise ValueError(f"its items, {items_file(path).name}, are not beside it")
         items: dict[tuple[Any, ...], list[Any]] = {}
-        for line in filter(None, items_file(path).read_text(encoding="utf-8").split("\n")):
-            item = json.loads(line)
-            items.setdefault(_key(item), []).append(item)
-        return {**body, "tasks": [{**task, "items": items.get(_key(task), [])} for task in body.get("tasks", [])]}
+        try:
+            for line in filter(None, items_file(path).read_text(encoding="utf-8").split("\n")):
+                item = json.loads(line)
+                items.setdefault(_key(item), []).append(item)
+            return {**body, "tasks": [{**task, "items": items.get(_key(task), [])} for task in body.get("tasks", [])]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its tasks or items have another form ({error!r})") from error
 
     @property
     def engine(self) -> str:

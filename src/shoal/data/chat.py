@@ -127,8 +127,15 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
 def check_template(tokenizer: Any, name: str) -> None:
     """Refuse a tokenizer that cannot render conversations of the source ``name``, or not tell which characters a token
     covers, by which the assistant's are known."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     lacks = "" if tokenizer.chat_template else "has no chat template"
-    if lacks := lacks or ("" if tokenizer.is_fast else "does not tell which characters a token covers"):
+    lacks = lacks or ("" if tokenizer.is_fast else "does not tell which characters a token covers")
+    try:
+        render_jinja_template(conversations=[], chat_template=tokenizer.chat_template or "")
+    except jinja2.TemplateSyntaxError as error:
+        lacks = f"has a chat template that is none ({error})"
+    if lacks:
         raise UserError(
             f"data {name!r}: holds conversations, but the model's tokenizer {lacks}; take that of an instruction-tuned "
             "model with a tokenizer.json, or render the conversations into a column of text and name that"

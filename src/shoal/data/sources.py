@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -235,9 +236,21 @@ def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
     reader = READERS[file.suffix.lower()]
     if reader == "text":
         return [{"text": file.read_text(encoding="utf-8")}]
+    if reader == "json":
+        _refuse_deep(file)
     from datasets import load_dataset
 
     return load_dataset(reader, data_files=str(file), split="train", streaming=True)
+
+
+def _refuse_deep(file: Path, most: int = 500) -> None:
+    """Refuse JSON that nests deeper in its first 16 MB: its reader recurses, and would end the process."""
+    with file.open("rb") as handle:
+        for line in handle.readlines(2**24):
+            if line.count(b"[") + line.count(b"{") > most:
+                brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", line)
+                if max(itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) > most:
+                    raise UserError(f"data {str(file)!r}: nests deeper than {most}; write it flatter, or leave it out")
 
 
 def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:

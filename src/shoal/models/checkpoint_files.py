@@ -272,12 +272,12 @@ def read_header(file: Path) -> Shard:
     """
     if not file.is_file():
         raise UserError(f"{file}: is named by the checkpoint's index but missing; download the checkpoint again")
-    try:
-        with safe_open(file, "np"):
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{file}: is damaged ({error}); {DOWNLOAD_AGAIN}") from error
-    with file.open("rb") as handle:
+    with file.open("rb") as handle:  # first: of one that may not be read the library says that there is none
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file}: is damaged ({error}); {DOWNLOAD_AGAIN}") from error
         (num_bytes,) = struct.unpack("<Q", handle.read(8))
         header: dict[str, Any] = json.loads(handle.read(num_bytes))
     metadata, begin = header.pop("__metadata__", None) or {}, 8 + num_bytes

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
-from shoal.model_names import DEMO_PREFIX
+from shoal.model_names import DEMO_PREFIX, refuse_revision
 from shoal.models.anatomy import text_config
 from shoal.models.attention import named
 from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end, refuse_ids_beyond
 from shoal.models.packed_attention import VARLEN
-from shoal.models.resolve import refuse_revision, resolve_model
+from shoal.models.resolve import resolve_model
 from shoal.runtime import device
 
 log = logging.getLogger(__name__)

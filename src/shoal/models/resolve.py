@@ -72,16 +72,6 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
-def refuse_revision(name: str, revision: str | None) -> None:
-    """Refuse a revision of a model that is not on the Hub.
-
-    Raises:
-        UserError: it is not.
-    """
-    if revision is not None and (name.startswith(DEMO_PREFIX) or Path(name).expanduser().exists()):
-        raise UserError(f"model {name!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")
-
-
 def find_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The configuration of model ``name``, as resolve_model finds it, without its weights: of a LoRA adapter that of
     its base.

@@ -162,7 +162,8 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
     elsewhere = [] if "kind" in known else [place for place in all_places(root) if place.endswith(f".{word}")]
     if elsewhere:
         return f"it is a key elsewhere: {listed(sorted(elsewhere, key=lambda place: place.count('.'))[:3], 'or')}"
-    nearest = known if len(known) <= MOST_NAMED else [*get_close_matches(word, known, n=MOST_NAMED, cutoff=0.0), "..."]
+    sought = sorted(known)  # what is as alike as another stands in the same order in every process
+    nearest = known if len(known) <= MOST_NAMED else [*get_close_matches(word, sought, n=MOST_NAMED, cutoff=0.0), "..."]
     return meant(word, known, f"known keys are {', '.join(nearest)}")
 
 

@@ -136,9 +136,11 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     for file in (Path(source), CONFIGS_DIR / f"deepspeed/{source}.json"):
         if file.is_file():
             try:
-                config = dict(json.loads(file.read_bytes()))
-            except (ValueError, TypeError) as error:
+                config = json.loads(file.read_bytes())
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}: holds no JSON mapping ({error}); mend it, or name a shipped one") from error
+            if not isinstance(config, dict):
+                raise UserError(f"{file}: holds {type(config).__name__}, not a mapping; mend it, or name a shipped one")
             return _with_sections(config)
     shipped = ", ".join(sorted(file.stem for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
