@@ -23,12 +23,7 @@ NUM_LAYERS = 6
 
 
 def swept(
-    folder: Path,
-    role: str,
-    lost: Sequence[int],
-    added: Sequence[float] | None = None,
-    *,
-    kept: tuple[int, ...] = (),
+    folder: Path, role: str, lost: Sequence[int], added: Sequence[float] | None = None, *, kept: tuple[int, ...] = ()
 ) -> SweptRole:
     """A model measured over 80 look-ups, of which each layer's removal loses so many, and as many windows of text."""
     intact = [task(right(0.8))]

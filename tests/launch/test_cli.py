@@ -207,8 +207,7 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
 
 
 @pytest.mark.parametrize(
-    ("verb", "stages"),
-    [("run", ["measure", "prune", "distill", "eval"]), ("measure", ["measure"]), ("eval", ["eval"])],
+    ("verb", "stages"), [("run", ["measure", "prune", "distill", "eval"]), ("measure", ["measure"]), ("eval", ["eval"])]
 )
 def test_several_ranks_share_every_stage(
     recipe: str, monkeypatch: pytest.MonkeyPatch, verb: str, stages: list[str]

@@ -87,15 +87,7 @@ CASES: dict[str, Case] = {
     "metrics_of_papers": Case(("measure",), {"measure": {"metrics": PAPER_METRICS}}),
     "sweep": Case(
         ("measure",),
-        {
-            "measure": {
-                "sweep": {
-                    "tasks": [*SHORT, *WRITTEN],
-                    "limit": 10,
-                    "operators": ["layer", "attention", "mlp"],
-                }
-            }
-        },
+        {"measure": {"sweep": {"tasks": [*SHORT, *WRITTEN], "limit": 10, "operators": ["layer", "attention", "mlp"]}}},
     ),
     "sweep_in_turn": Case(
         ("measure",),
@@ -127,10 +119,7 @@ CASES: dict[str, Case] = {
             {"kind": "hidden_states", "map": "own", "distance": "cosine", "layers": [1, 3], "weight": 0.5},
         ]
     ),
-    "by_source": distilled(
-        data=[{"path": "python_docs"}, {**CHAT, "losses": "cross_entropy"}],
-        packing="bfd",
-    ),
+    "by_source": distilled(data=[{"path": "python_docs"}, {**CHAT, "losses": "cross_entropy"}], packing="bfd"),
     # what is trained, and how
     "from_first_cut": distilled(trainable="from_first_cut"),
     "layers": distilled(trainable="layers"),

@@ -171,10 +171,7 @@ def test_a_training_goes_on_in_what_its_checkpoint_was_made_in(tmp_path: Path) -
 SIZES = {
     "max_minutes": 10,
     "measure": {"num_tokens": 8192},
-    "distill": {
-        "num_tokens": 81_920,
-        "watch": {"perplexity_tokens": 4096},
-    },
+    "distill": {"num_tokens": 81_920, "watch": {"perplexity_tokens": 4096}},
     "eval": {"limit": {"default": 100, "reasoning_continuation": 7}, "perplexity_tokens": 8192},
 }
 
@@ -210,10 +207,7 @@ def sizes(run: Run) -> list[int | None]:
     assert distill.watch is not None
     assert isinstance(scores.limit, dict)
     trained = [run.recipe.measure.num_tokens, distill.num_tokens]
-    return [
-        *(*trained, distill.watch.perplexity_tokens),
-        *(*scores.limit.values(), scores.perplexity_tokens),
-    ]
+    return [*(*trained, distill.watch.perplexity_tokens), *(*scores.limit.values(), scores.perplexity_tokens)]
 
 
 def takes(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:

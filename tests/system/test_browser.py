@@ -84,10 +84,7 @@ def test_nothing_planted_runs_and_nothing_is_asked_for(browser: Browser, page: P
     assert browser.run("return window.planted ?? null") is None
     assert browser.run(
         "return ['script', 'style', 'img', 'title'].map((t) => document.querySelectorAll(t).length)"
-    ) == [
-        *(0, 1, 0),
-        1 + browser.run("return document.querySelectorAll('svg > title').length"),
-    ]
+    ) == [*(0, 1, 0), 1 + browser.run("return document.querySelectorAll('svg > title').length")]
     assert browser.run("return [...document.links].filter((l) => l.getAttribute('href')[0] !== '#').length") == 0
     assert "49" not in browser.run("return document.title")
     assert browser.console() == []

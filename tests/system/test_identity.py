@@ -201,10 +201,7 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, name, lambda *_: "...", raising=False)
     monkeypatch.setattr("shoal.launch.verbs.run.resolved", lambda *_: Path("teacher"))
     recipe = parse_recipe(RECIPES["full"])
-    recipe = dataclasses.replace(
-        recipe,
-        distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()),
-    )
+    recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()))
     before = with_perplexity(identities(Run(recipe)))
     for place, shapes, changed in variants(recipe):
         if shapes == Shapes.BY_CONTENT:

@@ -297,10 +297,7 @@ def all_frozen() -> PreTrainedModel:
             r"shoal.DistillationConfig: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         ({"losses": []}, r"losses: must have at least 1 item"),
-        (
-            {"model": with_unknown_attention()},
-            r"model: its attention is paged.sdpa, of which llama is not known",
-        ),
+        ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, of which llama is not known"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
         ({"model": all_frozen(), "trainable": None}, r"model: none of its weights asks for a gradient; set trainable"),
         ({"sequence_length": 2048}, r"sequence_length: 2048 is more than the 1024 positions of the model; lower it"),
@@ -373,10 +370,7 @@ def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
 
     def trained(checkpoint: str | None = None) -> DistillationTrainer:
         trainer = Watching(
-            *models(),
-            arguments(tmp_path, **steps, on_policy=on_policy),
-            TEXTS,
-            processing_class=tiny_tokenizer(),
+            *models(), arguments(tmp_path, **steps, on_policy=on_policy), TEXTS, processing_class=tiny_tokenizer()
         )
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer

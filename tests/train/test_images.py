@@ -13,17 +13,7 @@ import torch
 from image_models import image_rows, llava_checkpoint
 from PIL import Image
 from torch import Tensor
-from training_runs import (
-    BATCH,
-    LENGTH,
-    STEPS,
-    Trial,
-    finished,
-    prepare,
-    recipe,
-    run,
-    write_recipe,
-)
+from training_runs import BATCH, LENGTH, STEPS, Trial, finished, prepare, recipe, run, write_recipe
 
 from shoal.errors import UserError
 from shoal.launch.verbs.distill import check_distill

@@ -96,12 +96,7 @@ def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) ->
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     """One rank, all losses, watched, never interrupted."""
-    path = recipe(
-        tmp_path_factory.mktemp("everything"),
-        teacher,
-        cut,
-        **WATCHED,
-    )
+    path = recipe(tmp_path_factory.mktemp("everything"), teacher, cut, **WATCHED)
     return finished(run(path, before=partial(script_scores, list(SCORES.values()), *EMPTY)))
 
 
@@ -133,12 +128,7 @@ def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_mic
     everything, teacher, cut, tmp_path
 ):
     path = recipe(
-        tmp_path,
-        teacher,
-        cut,
-        losses=ALL_LOSSES,
-        deepspeed="zero3",
-        trainer={"per_device_train_batch_size": 1},
+        tmp_path, teacher, cut, losses=ALL_LOSSES, deepspeed="zero3", trainer={"per_device_train_batch_size": 1}
     )
     sharded = finished(run(path, ranks=2, before=partial(mask_labels_of_rows, *EMPTY)))
     same(sharded, everything, [*NAMES, "taid_t"])
@@ -432,13 +422,7 @@ def on_policy(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path
 WRITING: dict[str, Any] = {
     "trainable": "from_first_cut",
     "losses": [{"kind": "jsd"}, {"kind": "hidden_states", "weight": 0.1}],
-    "on_policy": {
-        "share": 0.6,
-        "start": 0.0,
-        "prompt_tokens": 8,
-        "max_new_tokens": 40,
-        "temperature": 0.2,
-    },
+    "on_policy": {"share": 0.6, "start": 0.0, "prompt_tokens": 8, "max_new_tokens": 40, "temperature": 0.2},
     "trainer": {"save_strategy": "steps", "save_steps": 4, "gradient_checkpointing": True},
 }
 

@@ -16,13 +16,7 @@ from shoal.errors import UserError
 from shoal.recipe.distill import Distill, Generate, TrainingSource
 from shoal.recipe.section import Column, DataSource, PromptCompletion
 from shoal.train import writing
-from shoal.train.writing import (
-    answers_alike,
-    sifted,
-    transformers_writer,
-    without_evaluation_facts,
-    write_texts,
-)
+from shoal.train.writing import answers_alike, sifted, transformers_writer, without_evaluation_facts, write_texts
 
 CASES = cases(__file__)
 

@@ -122,8 +122,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["llama", "phi3", "opt", *(pytest.param(name, marks=pytest.mark.prove) for name in (*BOTH, *CHANNELS_ONLY))],
+    "name", ["llama", "phi3", "opt", *(pytest.param(name, marks=pytest.mark.prove) for name in (*BOTH, *CHANNELS_ONLY))]
 )
 def test_the_student_is_the_cut_teacher_with_zeros_in_the_places_of_what_goes(
     name: str, tmp_path: Path, text: TextSource
@@ -171,10 +170,7 @@ def test_what_stays_writes_most_by_the_definition(name: str, tmp_path: Path, tex
         model(rows.input_ids_NS.long(), position_ids=rows.position_ids_NS.long(), use_cache=False)
     for place, layer in enumerate(plan.keep):
         for module, units, masks in zip(
-            outputs(name, decoder_layers(model)[layer]),
-            (SIZE, GROUPS),
-            (width.channels, width.groups),
-            strict=True,
+            outputs(name, decoder_layers(model)[layer]), (SIZE, GROUPS), (width.channels, width.groups), strict=True
         ):
             states = torch.cat(read[module]).flatten(0, -2)
             size = states.shape[-1] // units

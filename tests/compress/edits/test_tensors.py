@@ -17,13 +17,7 @@ from shoal.compress.surgery.cut_model import skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 
-ALIKE = {
-    "llama": (0, 4),
-    "llama_tied": (2, 4),
-    "qwen2": (3, 3),
-    "qwen3": (1, 5),
-    "gemma3": (3, 2),
-}
+ALIKE = {"llama": (0, 4), "llama_tied": (2, 4), "qwen2": (3, 3), "qwen3": (1, 5), "gemma3": (3, 2)}
 """A run of layers of one kind in every family: first layer and length."""
 
 

@@ -10,12 +10,7 @@ import pytest
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.components import REMOVED, Component, LayerEdit
-from shoal.compress.metrics.greedy import (
-    greedy_order,
-    layer_components,
-    task_objective,
-    without_components,
-)
+from shoal.compress.metrics.greedy import greedy_order, layer_components, task_objective, without_components
 from shoal.compress.variants.variants import Variant
 from shoal.errors import UserError
 
@@ -67,11 +62,7 @@ def task(name: str, score: float) -> TaskScore:
     return TaskScore(name, "x", "x", "x", score, 0, 1, 9, 0.0, True, "1", 0, ())
 
 
-SCORES = {
-    "layer 0": {"a": 0.9, "b": 0.1},
-    "layer 1": {"a": 0.6, "b": 0.6},
-    "layer 2": {"a": 0.2, "b": 0.7},
-}
+SCORES = {"layer 0": {"a": 0.9, "b": 0.1}, "layer 1": {"a": 0.6, "b": 0.6}, "layer 2": {"a": 0.2, "b": 0.7}}
 
 
 def evaluate(variants: Sequence[Variant]) -> list[list[TaskScore]]:

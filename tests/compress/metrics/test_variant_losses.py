@@ -7,16 +7,7 @@ import math
 
 import pytest
 import torch
-from calibrations import (
-    DOCUMENT_LENGTHS,
-    ROWS,
-    architecture,
-    calibration,
-    loss_without,
-    measured,
-    packed,
-    plain_loss,
-)
+from calibrations import DOCUMENT_LENGTHS, ROWS, architecture, calibration, loss_without, measured, packed, plain_loss
 from tiny import KINDS, tiny_model
 
 from shoal.compress.metrics.variant_losses import VariantLosses

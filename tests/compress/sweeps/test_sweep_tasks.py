@@ -36,17 +36,8 @@ TASK: dict[str, Any] = {
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 1.0},
 }
-DRAWN = {
-    "until": ["\n"],
-    "max_gen_toks": 6,
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_k": 0,
-}
-WRITTEN = [
-    {"function": "take_first"},
-    {"function": "regex", "regex_pattern": "(.)"},
-]
+DRAWN = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0, "top_k": 0}
+WRITTEN = [{"function": "take_first"}, {"function": "regex", "regex_pattern": "(.)"}]
 TASKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "drawn": {"repeats": 2, "generation_kwargs": DRAWN},

@@ -15,14 +15,7 @@ from variant_cases import VARIANTS, requests
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants.variant_generation import Limits, generate_variants
-from shoal.compress.variants.variants import (
-    INTACT,
-    Edited,
-    Variant,
-    layerwise_or_none,
-    score_variants,
-    without,
-)
+from shoal.compress.variants.variants import INTACT, Edited, Variant, layerwise_or_none, score_variants, without
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
 from shoal.inference.prefix_sharing import Tokens

@@ -121,7 +121,7 @@ def test_items_are_asked_in_the_chat_template_as_lm_eval_asks_them(
                 assert_same(own["filtered_resps"], other["filtered_resps"])
     prompt = found["turns"][0]["arguments"][0][0]
     assert [line.partition(": ")[0] for line in prompt.splitlines()] == [
-        *("system", "user", "assistant", "user", "assistant", "user", "assistant"),
+        *("system", "user", "assistant", "user", "assistant", "user", "assistant")
     ]
 
 

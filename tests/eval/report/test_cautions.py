@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page
-from results import (
-    choice,
-    evaluation,
-    training,
-    write_quickstart,
-    write_run,
-)
+from results import choice, evaluation, training, write_quickstart, write_run
 from told_report import told
 
 from shoal.eval.report.cautions import cautions

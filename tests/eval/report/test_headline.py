@@ -83,9 +83,7 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(
-    quickstart: tuple[Page, str, Path],
-) -> None:
+def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(quickstart: tuple[Page, str, Path]) -> None:
     opening = quickstart[1].split("\n## ")[0].replace("\\", "")
     for line in (
         "| retrieval, generated | 64 % [54, 73] | 22 % [15, 31] | 98 % [93, 99] | ▼ −42 points [−51, −31] | ▲ +76",

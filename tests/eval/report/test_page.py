@@ -15,14 +15,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page
-from results import (
-    SKILL,
-    choice,
-    evaluation,
-    importance,
-    plan,
-    training,
-)
+from results import SKILL, choice, evaluation, importance, plan, training
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.eval.report.findings import compare

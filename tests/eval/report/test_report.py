@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page
-from results import (
-    NUM_LAYERS,
-    QUICKSTART,
-    SKILL,
-    choice,
-    evaluation,
-    importance,
-    write_run,
-)
+from results import NUM_LAYERS, QUICKSTART, SKILL, choice, evaluation, importance, write_run
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.compress.sweeps.atlas import build_atlas

@@ -60,16 +60,12 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make_run(
-        {"sweep": {**SWEEP, "operators": ["layer", "mlp"]}},
-        prune={"metric": "knowledge/continuation", "num_drop": 1},
+        {"sweep": {**SWEEP, "operators": ["layer", "mlp"]}}, prune={"metric": "knowledge/continuation", "num_drop": 1}
     )
     measuring.measure(run)
     importance = Importance.load(run.dir / "importance.json")
     assert importance.atlas is not None
-    assert [column.label for column in importance.atlas.columns] == [
-        "knowledge/continuation",
-        "knowledge/generation",
-    ]
+    assert [column.label for column in importance.atlas.columns] == ["knowledge/continuation", "knowledge/generation"]
     assert all(len(column.effects) == NUM_LAYERS for column in importance.atlas.columns)
     assert set(importance.atlas.agreement.columns) >= {"block_influence", "angular", "knowledge_continuation"}
     assert set(importance.sweeps) == {"mlp"}

@@ -15,11 +15,7 @@ from shoal.abilities.reasoning import spelled
 from shoal.abilities.texts import FORMS
 
 NAMES = [(ability, form.name) for ability, forms in FORMS.items() for form in forms]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "retrieval": {"num_pairs": 10},
-    "knowledge": {},
-    "reasoning": {"num_steps": 2},
-}
+SETTINGS: dict[str, dict[str, Any]] = {"retrieval": {"num_pairs": 10}, "knowledge": {}, "reasoning": {"num_steps": 2}}
 ONES = [spelled(value) for value in range(40)]
 
 

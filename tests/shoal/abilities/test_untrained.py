@@ -170,11 +170,7 @@ def guesses_of_expression(item: Item) -> dict[str, int | None]:
     }
 
 
-GUESSES = {
-    "state_tracking": guesses_of_swaps,
-    "multi_hop": guesses_of_walk,
-    "nested_arithmetic": guesses_of_expression,
-}
+GUESSES = {"state_tracking": guesses_of_swaps, "multi_hop": guesses_of_walk, "nested_arithmetic": guesses_of_expression}
 
 
 @pytest.mark.parametrize("task", GUESSES)

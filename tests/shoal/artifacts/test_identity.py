@@ -36,8 +36,7 @@ def test_a_result_is_this_one_exactly_when_what_shapes_it_is_equal(
     assert not other.is_done()
     assert "eval: teacher.json is out of date (seed is 1" in caplog.text
     with pytest.raises(
-        UserError,
-        match=r"belongs to another run: seed is 1 .*\. Name the run directory itself, run `shoal eval`",
+        UserError, match=r"belongs to another run: seed is 1 .*\. Name the run directory itself, run `shoal eval`"
     ):
         other.require()
 

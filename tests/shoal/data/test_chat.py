@@ -172,26 +172,10 @@ def test_conversations_that_teach_nothing_are_dropped_and_counted(tmp_path: Path
     ("rows", "column", "message"),
     [
         ([{"text": "a"}], Messages(messages="messages"), r"row 0: has no column 'messages'; it has text"),
-        (
-            [{"m": "Hello"}],
-            M,
-            r"row 0: column 'm' holds str, not a list of turns; name a column of",
-        ),
-        (
-            [{"m": ["Hello"]}],
-            M,
-            r"row 0: a turn in 'm' is str; every turn needs a role and a content",
-        ),
-        (
-            [{"m": [{"from": "human", "value": "x"}]}],
-            M,
-            r"a turn in 'm' has from, value; every turn",
-        ),
-        (
-            [{"m": [QUESTION]}],
-            M,
-            r"no conversation has a token that is learnt .* or set loss_on: all",
-        ),
+        ([{"m": "Hello"}], M, r"row 0: column 'm' holds str, not a list of turns; name a column of"),
+        ([{"m": ["Hello"]}], M, r"row 0: a turn in 'm' is str; every turn needs a role and a content"),
+        ([{"m": [{"from": "human", "value": "x"}]}], M, r"a turn in 'm' has from, value; every turn"),
+        ([{"m": [QUESTION]}], M, r"no conversation has a token that is learnt .* or set loss_on: all"),
         ([{"m": []}], M, r"holds no conversation in column 'm'; name a source that does"),
     ],
 )

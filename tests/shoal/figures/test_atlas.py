@@ -15,11 +15,7 @@ from shoal.artifacts.importance import Importance
 from shoal.components import Component
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import table_of
-from shoal.figures.atlas import (
-    agreement_figure,
-    atlas_figure,
-    curves_figure,
-)
+from shoal.figures.atlas import agreement_figure, atlas_figure, curves_figure
 from shoal.figures.style import save_figure
 
 if TYPE_CHECKING:

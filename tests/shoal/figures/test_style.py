@@ -21,11 +21,7 @@ from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.plan import Plan
 from shoal.figures.layers import depth_columns, depth_figure, importance_figure
 from shoal.figures.scores import before_after_figure, ladders, level_figure
-from shoal.figures.style import (
-    INK,
-    inline_svg,
-    save_figure,
-)
+from shoal.figures.style import INK, inline_svg, save_figure
 from shoal.figures.training import training_figure
 
 ROLES = ("teacher", "pruned", "distilled")

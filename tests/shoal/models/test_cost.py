@@ -9,13 +9,7 @@ import architectures
 import pytest
 import tiny
 import torch
-from transformers import (
-    DeepseekV3Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-)
+from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.surgery.narrow_config import student_config

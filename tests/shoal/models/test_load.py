@@ -17,13 +17,7 @@ from architectures import tiny_config
 from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.models import resolve

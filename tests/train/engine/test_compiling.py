@@ -35,10 +35,7 @@ from shoal.recipe.losses import (
 )
 from shoal.train.engine import kernels
 from shoal.train.engine.kernels import Compiled
-from shoal.train.objective.chunked_loss import (
-    Coarse,
-    block_loss,
-)
+from shoal.train.objective.chunked_loss import Coarse, block_loss
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 from shoal.train.on_policy import own_forwards
 

@@ -41,10 +41,7 @@ def test_interpreted_kernels_give_states_and_gradients_of_the_model(kind: str, t
 
 @pytest.mark.parametrize(
     ("family", "device", "reason"),
-    [
-        ("llama", CPU, "Liger's kernels run on GPUs, and this is a CPU"),
-        ("gpt2", CUDA, "Liger has no kernels for gpt2"),
-    ],
+    [("llama", CPU, "Liger's kernels run on GPUs, and this is a CPU"), ("gpt2", CUDA, "Liger has no kernels for gpt2")],
 )
 def test_kernels_that_cannot_be_had_are_refused(
     family: str, device: torch.device, reason: str, monkeypatch: pytest.MonkeyPatch

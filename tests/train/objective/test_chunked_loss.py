@@ -25,12 +25,7 @@ from shoal.recipe.losses import (
     TotalVariation,
 )
 from shoal.train.objective import chunked_loss as head_module
-from shoal.train.objective.chunked_loss import (
-    Dense,
-    TermInput,
-    TopK,
-    chunked_head_loss,
-)
+from shoal.train.objective.chunked_loss import Dense, TermInput, TopK, chunked_head_loss
 from shoal.train.objective.divergences import softened, token_losses
 
 N, V, D = 19, 23, 5

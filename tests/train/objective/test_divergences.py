@@ -24,13 +24,7 @@ from shoal.recipe.losses import (
     TotalVariation,
 )
 from shoal.train.objective import divergences
-from shoal.train.objective.divergences import (
-    TaidState,
-    head_share,
-    softened,
-    temperature_of,
-    token_losses,
-)
+from shoal.train.objective.divergences import TaidState, head_share, softened, temperature_of, token_losses
 
 N = 6
 SHARE = 0.3

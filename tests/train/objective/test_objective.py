@@ -85,10 +85,7 @@ def test_cohere_and_gemma2_logits_keep_their_scale_and_soft_cap():
         "num_key_value_heads": 2,
         "pad_token_id": 0,
     }
-    configs = [
-        CohereConfig(**shape, logit_scale=0.25),
-        Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5),
-    ]
+    configs = [CohereConfig(**shape, logit_scale=0.25), Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5)]
     for config in configs:
         torch.manual_seed(0)
         student = AutoModelForCausalLM.from_config(config).eval()

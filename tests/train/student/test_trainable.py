@@ -15,13 +15,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.train.objective.layer_losses import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
-from shoal.train.student.trainable import (
-    Trained,
-    parts_of,
-    shares_prefix,
-    train_only,
-    trained_parts,
-)
+from shoal.train.student.trainable import Trained, parts_of, shares_prefix, train_only, trained_parts
 
 MERGE = PlannedChange("merge", "", (2,), runs=((2, 3),))
 SKIP = PlannedChange("skip", "", (1,))

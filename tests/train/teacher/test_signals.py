@@ -28,11 +28,7 @@ def batch(*sources: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCAB_SIZE, (len(sources), 12), generator=generator)
     positions = torch.cat([torch.arange(7), torch.arange(5)]).repeat(len(sources), 1)
-    planes = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "labels": ids.masked_fill(positions == 0, IGNORED),
-    }
+    planes = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
     sources_BS = torch.tensor(sources)[:, None].expand_as(ids)
     return {**planes, ON_HOST: on_host({**planes, SOURCES: sources_BS, ROW: torch.arange(len(sources))})}
 
