@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import COPY, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
+from planted import COPY, TABLE, TAME, planted_model, planted_scores
 from results import provenance
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, READ, WROTE, tables
 
 from shoal.compress.edits.layer_edits import components_of
-from shoal.compress.sweeps.sweep import VariantsLM, sweep
 from shoal.compress.sweeps.table import table_of
-from shoal.compress.variants.variants import Edited, variant_of
 from shoal.figures.style import save_figure
 from shoal.lab.reading import OF_LAYERS, ColumnReadWrite, ReadWrite, read_write_figure, read_write_of
-from shoal.recipe.evaluate import Eval
 
 
 @cache
@@ -112,19 +109,10 @@ def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def planted_parts(tmp_path_factory: pytest.TempPathFactory) -> ReadWrite:
-    settings = Eval(
-        tasks=(
-            *("planted_retrieval_continuation", "planted_retrieval_generation"),
-            *("planted_knowledge_continuation", "planted_knowledge_generation"),
-        ),
-        limit=100,
-        include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
-    )
     model, tables = planted_model(), {}
     for operator in OF_LAYERS:
         units = components_of(operator, model)
-        variants = [variant_of(unit, model) for unit in units]
-        scores = sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
+        scores = planted_scores(tmp_path_factory.mktemp("tasks"), model, units)
         tables[operator] = table_of(operator, units, *scores)
     return read_write_of(tables, provenance())
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from packed_rows import ROWS, documents
 from tiny import tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -17,17 +18,6 @@ from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import PackedRows
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.measure import Measure
-
-
-def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:
-    """Rows of random tokens; every row is given as the lengths of its documents."""
-    positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
-    ids = torch.randint(0, below, positions.shape, generator=torch.Generator().manual_seed(seed))
-    return PackedRows(ids, positions)
-
-
-ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
-
 
 DOCUMENT_LENGTHS = (20, 7, 13, 9, 10, 20, 19)
 
@@ -55,23 +45,13 @@ def architecture(name: str) -> PreTrainedModel:
     return tiny_family(name)
 
 
-def documents(rows: PackedRows) -> list[list[int]]:
-    found: list[list[int]] = []
-    for ids, positions in zip(rows.input_ids_NS.tolist(), rows.position_ids_NS.tolist(), strict=True):
-        for token, position in zip(ids, positions, strict=True):
-            if position == 0:
-                found.append([])
-            found[-1].append(token)
-    return found
-
-
 @torch.no_grad()
 def plain_loss(model: PreTrainedModel, rows: PackedRows = ROWS) -> float:
     """Nats per predicted token in float64, from one document at a time."""
     model, losses = model.double(), []
     for document in documents(rows):
-        logits = model(torch.tensor([document]), use_cache=False).logits[0]
-        for position, token in enumerate(document[1:]):
+        logits = model(document, use_cache=False).logits[0]
+        for position, token in enumerate(document[0, 1:].tolist()):
             losses.append(float(logits[position].logsumexp(0) - logits[position, token]))
     return sum(losses) / len(losses)
 

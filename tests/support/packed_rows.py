@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.packing import PackedRows
+from shoal.data.packing import IGNORED, PackedRows
 
 
-def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> PackedRows:
+def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:
     """Rows of random tokens; every row is given as the lengths of its documents."""
     positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
-    ids = torch.randint(0, 256, positions.shape, generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, below, positions.shape, generator=torch.Generator().manual_seed(seed))
     return PackedRows(ids, positions)
 
 
@@ -34,6 +34,13 @@ def documents(rows: PackedRows) -> list[Tensor]:
                 found.append([])
             found[-1].append(token)
     return [torch.tensor([document]) for document in found]
+
+
+def batch() -> dict[str, Tensor]:
+    """Two rows of two documents each, of which every token but a document's first is learnt."""
+    ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(7), torch.arange(5)]).repeat(2, 1)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
 
 
 def raw_states(model: PreTrainedModel, document: Tensor) -> Tensor:

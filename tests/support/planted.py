@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from shoal.components import Component
+from shoal.compress.sweeps.sweep import VariantsLM, sweep
+from shoal.compress.variants.variants import Edited, variant_of
+from shoal.recipe.evaluate import Eval
 
 NUM_LAYERS = 6
 COPY, TAME, TABLE = 2, 3, 4
@@ -169,3 +176,11 @@ def _knowledge_item(rng: random.Random) -> dict[str, Any]:
     others = rng.sample([fact for fact in range(NUM_FACTS) if fact != gold], 3)
     options = [f"f{fact}" for fact in rng.sample([gold, *others], 4)]
     return {"context": f"say s{subject}", "options": options, "answer": options.index(f"f{gold}"), "gold": f"f{gold}"}
+
+
+def planted_scores(folder: Path, model: PreTrainedModel, units: Sequence[Component]) -> Any:
+    """What the intact model scores in all tasks, and without each of ``units``; ``folder`` gets the task files."""
+    tasks = (f"planted_{ability}_{p}" for ability in ("retrieval", "knowledge") for p in ("continuation", "generation"))
+    settings = Eval(tasks=tuple(tasks), limit=100, include_path=str(planted_tasks(folder)))
+    variants = [variant_of(unit, model) for unit in units]
+    return sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)

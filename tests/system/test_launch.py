@@ -19,7 +19,7 @@ import pytest
 import torch
 from ranks import environment, run_ranks, start_ranks, wait_for
 from safetensors.torch import load_file
-from training_runs import KEEPING, LENGTH, MANY_STEPS, STEPS, Trial, unfinished, write_recipe
+from training_runs import KEEPING, LENGTH, MANY_STEPS, STEPS, write_recipe
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.evaluation import Scores, Speed
@@ -279,17 +279,6 @@ def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_referen
     assert curve(path, MANY_STEPS) == curve(long_reference, MANY_STEPS)
     ours, theirs = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (path, long_reference))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.prove
-def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, tmp_path):
-    path = unfinished(Trial(reference), tmp_path / "copy", step=STEPS)
-    result = distill(path, "distill.trainer.learning_rate=0.5")
-    assert result.returncode == 2
-    assert (
-        "belongs to another run: distill.trainer.learning_rate is 0.5 in this recipe but 0.001 there" in result.stderr
-    )
-    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.prove

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
+from training_runs import write_recipe
 
 from shoal.artifacts.training import Training
 from shoal.launch.arguments import parse
@@ -57,33 +57,12 @@ def nodes() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def recipe(folder: Path, teacher: Path) -> Path:
-    folder.mkdir()
-    settings = {
-        "model": str(teacher),
-        "run_dir": str(folder / "run"),
-        "dtype": "float32",
-        "prune": {"drop": [2, 3]},
-        "track": {"wandb": "off"},
-        "distill": {
-            "num_tokens": 64 * 4 * STEPS,
-            "sequence_length": 64,
-            "batch_size": 4,
-            "precision": "float32",
-            "deepspeed": "zero2",
-            "watch": None,
-            "trainer": {"learning_rate": 1e-3, "save_strategy": "no"},
-        },
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
 @pytest.mark.prove
 def test_two_nodes_train_the_weights_of_one_bit_for_bit(nodes, tmp_path):
     teacher = tiny_checkpoint(tmp_path, "llama_tied")
-    alone, together = recipe(tmp_path / "alone", teacher), recipe(tmp_path / "together", teacher)
+    alone, together = (
+        write_recipe(tmp_path / name, teacher, steps=STEPS, deepspeed="zero2") for name in ("alone", "together")
+    )
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))

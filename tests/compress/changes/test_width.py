@@ -18,6 +18,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from calibrations import text_of
+from cases import cases
 from safetensors.torch import load_file
 from tiny import VOCAB_SIZE, tiny_tokenizer
 from torch import Tensor
@@ -40,6 +41,8 @@ from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate, Width
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import TextSource
+
+CASES = cases(__file__)
 
 DROP = (2,)
 SIZE, GROUPS = 48, 2
@@ -295,22 +298,7 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
         narrowed(saved(tmp_path, "phi3"), text, settings())
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("llama", {"intermediate_size": 24}, "24 of 48 channels would leave 24.* a multiple of 16 up to 48; give 32"),
-        ("llama", {"intermediate_size": 0.1}, "0.1 of 48 channels would leave 0, .* give 16"),
-        ("llama", {"intermediate_size": 64}, "a multiple of 16 up to 48; give 48"),
-        ("llama", {"intermediate_size": None, HEADS: 3}, "does not allow 3 key-value groups .*: it has 2"),
-        ("mixtral", {}, "prune.changes.width.intermediate_size: layer 0 of mixtral mixes experts"),
-        ("gpt2", {}, "config.intermediate_size of gpt2 is None"),
-        ("olmo2", {HEADS: 1}, f"self_attn.q_norm.weight of layer 0 of olmo2 .* leave prune.changes.width.{HEADS} out"),
-        ("gpt_neox", {HEADS: 1}, "its configuration ties that size to others"),
-        ("falcon", {HEADS: 1}, "does not allow .* 1 key-value group .* no setter; leave it out"),
-        ("falcon_mamba", {"intermediate_size": None, HEADS: 1}, "num_attention_heads of falcon_mamba is None"),
-        ("bitnet", {}, "mlp.ffn_sub_norm.weight of layer 0 of bitnet would go from"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "changes", "message"), CASES)
 def test_what_cannot_be_narrowed_is_refused_by_name(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path, text: TextSource
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from calibrations import ROWS, loss_without, measured, plain_loss
+from calibrations import loss_without, measured, plain_loss
+from packed_rows import ROWS
 from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from calibrations import DOCUMENT_LENGTHS, ROWS, architecture, calibration, loss_without, measured, packed, plain_loss
+from calibrations import DOCUMENT_LENGTHS, architecture, calibration, loss_without, measured, plain_loss
+from packed_rows import ROWS, packed
 from tiny import KINDS, tiny_model
 
 from shoal.compress.metrics.variant_losses import VariantLosses

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
-from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
+from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_scores
 
 from shoal.artifacts.importance import Atlas, SweepColumn
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.sweep import VariantsLM, sweep
-from shoal.compress.variants.variants import Edited, variant_of
-from shoal.recipe.evaluate import Eval
 
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
-    settings = Eval(
-        tasks=(
-            *("planted_retrieval_continuation", "planted_retrieval_generation"),
-            *("planted_knowledge_continuation", "planted_knowledge_generation"),
-        ),
-        limit=100,
-        include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
-    )
     model = planted_model()
-    variants = [variant_of(unit, model) for unit in components_of("layer", model)]
-    intact, removed = sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
-    return build_atlas(intact, removed)
+    return build_atlas(*planted_scores(tmp_path_factory.mktemp("tasks"), model, components_of("layer", model)))
 
 
 def column(atlas: Atlas, label: str) -> SweepColumn:

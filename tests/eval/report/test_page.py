@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from cases import cases
 from html_page import Page
 from results import SKILL, choice, evaluation, importance, plan, training
 
@@ -24,6 +25,8 @@ from shoal.eval.report.report import write_report
 from shoal.eval.report.run import read_run
 from shoal.formatting import layers_text, signed
 from shoal.stats.paired import paired
+
+CASES = cases(__file__)
 
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
 
@@ -154,29 +157,12 @@ def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
         assert "<img" not in outside
 
 
-@pytest.mark.parametrize(
-    ("text", "escaped"),
-    [
-        ("a|b", r"a\|b"),
-        ("two\nlines", "two ⏎ lines"),
-        ("<b> & [x](y)", r"&lt;b&gt; &amp; \[x\](y)"),
-        ("task_name *bold* _it_", r"task_name \*bold\* \_it\_"),
-        ("https://x.y", "https:&#47;/x.y"),
-    ],
-)
+@pytest.mark.parametrize(("text", "escaped"), CASES["inline"])
 def test_markdown_escapes_what_could_be_markup(text: str, escaped: str) -> None:
     assert inline(text) == escaped
 
 
-@pytest.mark.parametrize(
-    ("text", "escaped"),
-    [
-        ("run `shoal eval` again", "run `shoal eval` again"),
-        ("`eval/*.json` holds *it*", r"\`eval/\*.json\` holds \*it\*"),
-        ("`<b>` and `a` <i>", r"\`&lt;b&gt;\` and `a` &lt;i&gt;"),
-        ("a stray ` and `code`", r"a stray \` and `code`"),
-    ],
-)
+@pytest.mark.parametrize(("text", "escaped"), CASES["prose"])
 def test_markdown_keeps_commands_as_code_and_nothing_else(text: str, escaped: str) -> None:
     assert prose(text) == escaped
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from architectures import tiny_model as tiny_family
+from cases import cases
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
 from shoal.artifacts.importance import Importance
@@ -22,6 +23,8 @@ from shoal.launch.verbs.run import Run, open_run
 from shoal.models import load as loading
 from shoal.recipe.measure import num_removals
 from shoal.recipe.recipe import parse_recipe
+
+CASES = cases(__file__)
 
 SWEEP: dict[str, Any] = {"tasks": ["knowledge_continuation", "knowledge_generation"], "limit": 10}
 
@@ -135,21 +138,7 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
     assert all(error is not None and error >= 0 for error in importance.errors["present_absent"])
 
 
-@pytest.mark.parametrize(
-    ("measure", "message"),
-    [
-        ({"sweep": {}}, "measure.sweep.tasks: is required"),
-        ({"metrics": ["task_greedy"]}, "measure.metrics: .* none is swept; name some in measure.sweep.tasks"),
-        ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: must have at least 1 item"),
-        ({"sweep": {**SWEEP, "limit": 4}}, r"measure.sweep.limit: must be greater than or equal to 8 .*\(got 4\)"),
-        ({"sweep": {**SWEEP, "limit": {"x": 9}}}, "measure.sweep.limit: 'x' is not among"),
-        (
-            {"metrics": ["task_greedy"], "sweep": {"tasks": ["reasoning_worked", "knowledge_continuation"]}},
-            "measure.metrics: .* reasoning_worked is in nats, all else a share; leave one kind out of measure.sweep",
-        ),
-        ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
-    ],
-)
+@pytest.mark.parametrize(("measure", "message"), CASES)
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     make_run: Any, monkeypatch: pytest.MonkeyPatch, measure: dict[str, Any], message: str
 ) -> None:

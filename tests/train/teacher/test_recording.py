@@ -86,15 +86,18 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("shard-*"))}
 
 
-def reference(teacher: Path, data: PackedRows, *, temperature: float = 1.0) -> Tensor:
-    """log softmax of the model's own logits, in float64."""
-    model = load_model(teacher, dtype="float32")
+def outputs(teacher: Path, data: PackedRows, *, dtype: str = "float32", of: slice = slice(None)) -> Any:
+    """What transformers' own forward gives for these rows, the states before every layer among it."""
+    model, ids, positions = load_model(teacher, dtype=dtype), data.input_ids_NS[of], data.position_ids_NS[of]
     with torch.no_grad():
         # without a cache: only then transformers sees that the documents of a row are separate
-        logits = model(
-            input_ids=data.input_ids_NS.long(), position_ids=data.position_ids_NS.long(), use_cache=False
-        ).logits
-    return functional.log_softmax(logits.double() / temperature, dim=-1)
+        asked: dict[str, Any] = {"use_cache": False, "output_hidden_states": True}
+        return model(input_ids=ids.long(), position_ids=positions.long(), **asked)
+
+
+def reference(teacher: Path, data: PackedRows, *, temperature: float = 1.0) -> Tensor:
+    """log softmax of the model's own logits, in float64."""
+    return functional.log_softmax(outputs(teacher, data).logits.double() / temperature, dim=-1)
 
 
 def bucket_kl(log_p_K: Tensor, tail: Tensor, log_q_K: Tensor) -> Tensor:
@@ -130,14 +133,7 @@ def test_recorded_signals_are_the_teachers_within_the_stated_error(teacher, tmp_
 def test_states_are_the_raw_outputs_of_the_layers_asked_for(teacher, tmp_path):
     record(teacher, tmp_path / "signals")
     found = opened(teacher, tmp_path / "signals").rows([4, 7])
-    model, data = load_model(teacher, dtype="float32"), rows()
-    with torch.no_grad():
-        states = model(
-            input_ids=data.input_ids_NS.long(),
-            position_ids=data.position_ids_NS.long(),
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states
+    states = outputs(teacher, rows()).hidden_states
     assert found.states.keys() == {1, 3}
     for layer, state in found.states.items():
         assert state.dtype == torch.bfloat16
@@ -149,14 +145,7 @@ def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, d
     run: dict[str, Any] = {"dtype": dtype, "prefix": 2}
     record(teacher, tmp_path / "signals", **run)
     found = opened(teacher, tmp_path / "signals", **run).rows([4, 0, 3]).prefix_BSD
-    model, data = load_model(teacher, dtype=dtype), rows()
-    with torch.no_grad():
-        states = model(
-            input_ids=data.input_ids_NS[3:5].long(),
-            position_ids=data.position_ids_NS[3:5].long(),
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states
+    states = outputs(teacher, rows(), dtype=dtype, of=slice(3, 5)).hidden_states
     assert found is not None
     assert found.dtype == getattr(torch, dtype)
     # the same two rows at one time as when it was recorded
