@@ -157,7 +157,7 @@ class _Calls(TorchFunctionMode):
             gpu.note("torch.tensor on the GPU")
         return gpu.mark(found, torch.device(wanted).type == "cuda")
 
-    def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _to(self, tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*_without_gpu(args), **_without_gpu(kwargs))  # pyright: ignore[reportAttributeAccessIssue]
         asked = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, str | int | torch.device | Tensor)]
         asked = [leaf for leaf in asked if not isinstance(leaf, bool)]
@@ -166,7 +166,7 @@ class _Calls(TorchFunctionMode):
         if device is not None and device.type == "meta":
             return tensor.to(device, dtype)
         if on_gpu == there:
-            return Tensor.to(tensor, dtype) if dtype is not None else tensor
+            return Tensor.to(tensor, dtype or tensor.dtype, copy=copy)
         return self._moved(tensor, on_gpu, dtype, waits=there or not non_blocking)
 
     def _is_gpu(self, place: Any) -> bool:

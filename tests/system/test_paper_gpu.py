@@ -1,10 +1,17 @@
 """What computes on a GPU mixes no devices there and gives what a CPU gives: shown on a GPU of paper.
 
-Not shown so is `adaptive_kl`, which asks the device how many words a head holds.
+Out of its reach:
+- `adaptive_kl`, which asks the device how many words a head holds;
+- fixed rows and CUDA graphs, which want a stream: tests/shoal/inference/test_fixed_rows.py replays recorded operations;
+- flash, varlen, Liger and 4-bit weights, whose kernels refuse host memory;
+- torch.compile, which writes code for the device that tensors have;
+- DeepSpeed and NCCL, which ask torch.cuda; ranks run on gloo in their own tests;
+- donors of a sweep, whose layers come from files, and images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +20,33 @@ from typing import Any
 import pytest
 import torch
 from paper_gpu import GPU, MixedDevices, PaperGpu, paper_gpu
-from tiny import tiny_model
+from tiny import VOCAB_SIZE, tiny_model
 
 from shoal.artifacts.artifact import Provenance
+from shoal.compress.changes.calibration import Source
+from shoal.compress.changes.fit import compensate
+from shoal.compress.changes.narrowing import sizes_of
+from shoal.compress.changes.width import measure_width
+from shoal.compress.edits.layer_edits import KINDS as EDITS
+from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance
+from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.registry import METRICS
 from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.surgery.narrow_config import kept_width
+from shoal.compress.variants.variants import INTACT, Edited, score_variants, variant_of
 from shoal.data.packing import PackedRows
+from shoal.inference.decoder import Decoder
+from shoal.inference.generation import sample, write_after
+from shoal.inference.scoring import score
 from shoal.recipe.distill import Distill
 from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
 from shoal.recipe.messages import checked
+from shoal.recipe.prune import Compensate, Width
 from shoal.train.distillation_trainer import _spec
 from shoal.train.objective.host_batch import documents_known, on_host, stacked
+from shoal.train.record import _record_shard
+from shoal.train.teacher.recording import Layout
 from shoal.train.teacher.wiring import make_trainable, wire
 from shoal.train.trainer import INPUTS
 
@@ -67,6 +89,68 @@ def test_a_metric_is_that_of_a_cpu(name: str) -> None:
         measured.append(measure_importance(model, rows(), metrics=[name], batch_size=4, num_drop=2))
     here, there = (replace(found, provenance=Provenance({})) for found in measured)
     assert here.body() | {"provenance": {}} == there.body() | {"provenance": {}}
+
+
+PROMPTS = [(5, 9, 7, 11), (5, 9, 8), (30,)]
+PAIRS = [(PROMPTS[0], (4, 8)), (PROMPTS[0], (12,)), (PROMPTS[1], (40, 41, 42))]
+
+
+def sampled(model: Any) -> Any:
+    uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    return sample(model, PROMPTS, uniforms, temperature=1.0, end_ids=(2,), pad_id=0)
+
+
+def recorded(model: Any) -> Any:
+    layout = Layout(64, 8, VOCAB_SIZE, 32, states=(1,), prefix=2)
+    return _record_shard(model, rows(), range(8), temperature=1.0, layout=layout, tell=lambda done: None)
+
+
+def compensated(model: Any) -> Any:
+    found = compensate(Source(model), (2,), Compensate(method="both"), Calibration(rows(), 4))
+    return [gap.error_after for gap in found.gaps], {n: t.cpu() for of in found.layers.values() for n, t in of.items()}
+
+
+def narrowed(model: Any) -> Any:
+    own = sizes_of(Path("tiny"), model.config, kept_width(model.config, Width(intermediate_size=32)))
+    return measure_width(Source(model), own, (2,), Calibration(rows(), 4))
+
+
+def edited(part: str) -> Callable[[Any], Any]:
+    def scores(model: Any) -> Any:
+        variants = [INTACT, *(variant_of(component, model) for component in components_of(part, model)[:3])]
+        return score_variants(Edited(model), Decoder(model), PAIRS, variants, batch_size=2)
+
+    return scores
+
+
+STAGES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "likelihoods": (lambda model: score(Decoder(model), PAIRS, batch_size=2), 72),
+    "greedy texts": (lambda m: write_after(Decoder(m), PROMPTS, max_new_tokens=6, is_finished=lambda t: False), 34),
+    "on-policy samples": (sampled, 35),
+    "recording": (recorded, 7),
+    "compensation": (compensated, 157),
+    "width": (narrowed, 58),
+    **{f"edit: {part}": (edited(part), 178) for part in EDITS if part != "donor"},
+}
+"""What a stage computes, and how often the host may wait: its checks of a model once, and every batch."""
+
+
+@pytest.mark.slow
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_gives_what_it_gives_on_a_cpu_and_waits_no_more_than_it_may(
+    name: str, paper_gpu: PaperGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.compress.changes.fit.TOKENS_PER_FEATURE", 1)
+    compute, most_waits = STAGES[name]
+    found = []
+    for place in ("cpu", "cuda"):
+        model: Any = tiny_model("qwen3").eval()
+        model.to(torch.device(place))
+        paper_gpu.waits.clear()
+        found.append(compute(model))
+    torch.testing.assert_close(found[1], found[0])
+    assert 0 < paper_gpu.waits.total() <= most_waits, paper_gpu.waits
 
 
 TRAININGS: dict[str, dict[str, Any]] = {
