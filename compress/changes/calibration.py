@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.data.packing import PackedRows
-from shoal.data.sources import load_texts
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text
@@ -88,8 +87,8 @@ def calibration_rows(
 ) -> PackedRows:
     """The text of `measure` as rows of tokens, or ``num_tokens`` of it."""
     num_tokens = num_tokens or settings.num_tokens
-    texts = [(source, load_texts(source, max_characters=16 * num_tokens)) for source in settings.data]
-    rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=num_tokens, seed=seed)
+    sources = [(source, None) for source in settings.data]
+    rows = pack(sources, tokenizer, sequence_length=settings.sequence_length, num_tokens=num_tokens, seed=seed)
     if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
         log.warning(
             "measure.data: %s tokens are more than %s has, which is repeated: what is found rests on less text than it "

@@ -1,6 +1,6 @@
 """What makes up for dropped layers: the regression against an independent one, and folded weights against hooks.
 
-Covers: shoal.compress.changes.calibration, shoal.compress.changes.fit, shoal.compress.changes.fold.
+Covers: shoal.compress.changes.fit, shoal.compress.changes.fold.
 """
 
 from __future__ import annotations
