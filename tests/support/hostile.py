@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
     """`!do` is an expression."""
 
 
-_Loader.add_constructor("!do", lambda loader, node: eval(loader.construct_scalar(node), DAMAGE))
+_Loader.add_constructor("!do", lambda loader, node: eval(str(node.value), DAMAGE))
 
 
 def read_cases(file: Path) -> dict[str, dict[str, Any]]:
@@ -156,6 +156,7 @@ def _command(words: str | list[str], folder: Path) -> int:
         cli.main([word.replace("HERE", str(folder)) for word in argv])
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
+    raise AssertionError("a command exits")
 
 
 def _python(words: str) -> int:
