@@ -5,8 +5,7 @@ Covers: shoal.lab.depth.interventions, shoal.lab.depth.residual_flow, shoal.lab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from packed_rows import documents, packed
 from tiny import NUM_LAYERS, tiny_model
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
@@ -26,10 +26,14 @@ from shoal.lab.depth import runs
 from shoal.lab.depth.interventions import cut_positions
 from shoal.lab.depth.runs import Prompt
 from shoal.lab.diagnostics import Diagnostics, Effort, diagnose, diagnostics_figure, effective_depths
-from shoal.models.anatomy import decoder_layers
+from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
 
 ROWS = packed([[40], [17, 23], [4, 36]])
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+PARALLEL = ("gpt_neox", "cohere")
+"""Families whose MLP reads what the attention reads."""
+AFTER_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+HALVES = {"gemma3": AFTER_NORMS, "olmo2": AFTER_NORMS, "gpt_neox": ("attention", "mlp")}
 EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28)
 PROMPTS = [
     Prompt(tuple((7 * token + 3) % 250 for token in range(start, start + length)))
@@ -54,20 +58,13 @@ def double(kind: str, **overrides: Any) -> PreTrainedModel:
     return tiny_model(kind, dtype=torch.float64, **overrides)
 
 
-def state(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def changed(module: torch.nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """The module's output becomes ``change(input, output)``."""
+def changed(module: torch.nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> RemovableHandle:
+    """The module's output becomes ``change(input, output)`` until the handle is left."""
 
     def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        new = change(args[0] if args else kwargs["hidden_states"], state(output))
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return with_state(output, change(given_state(args, kwargs), state_of(output)))
 
-    with module.register_forward_hook(hook, with_kwargs=True):
-        yield
+    return module.register_forward_hook(hook, with_kwargs=True)
 
 
 def run_whole(model: PreTrainedModel, ids: Tensor) -> tuple[States, Tensor]:
@@ -77,7 +74,7 @@ def run_whole(model: PreTrainedModel, ids: Tensor) -> tuple[States, Tensor]:
         layer.register_forward_pre_hook(lambda _, args: states.append(args[0][0].clone()))
         for layer in decoder_layers(model)
     ]
-    handles.append(decoder_layers(model)[-1].register_forward_hook(lambda _, __, out: states.append(state(out)[0])))
+    handles.append(decoder_layers(model)[-1].register_forward_hook(lambda _, __, out: states.append(state_of(out)[0])))
     try:
         logits = model(ids[None], use_cache=False).logits[0]
     finally:
@@ -88,13 +85,13 @@ def run_whole(model: PreTrainedModel, ids: Tensor) -> tuple[States, Tensor]:
 
 def branches(model: PreTrainedModel, kind: str, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(S, D) what attention and MLP of every layer add, by the modules' names."""
-    names = ("post_attention_layernorm", "post_feedforward_layernorm") if kind == "gemma3" else ("self_attn", "mlp")
+    names = HALVES.get(kind, ("self_attn", "mlp"))
     found: list[list[Tensor]] = []
     handles = []
     for layer in decoder_layers(model):
         found.append([])
         for name in names:
-            keep: Any = lambda _, __, out, into=found[-1]: into.append(state(out)[0])  # noqa: E731
+            keep: Any = lambda _, __, out, into=found[-1]: into.append(state_of(out)[0])  # noqa: E731
             handles.append(layer.get_submodule(name).register_forward_hook(keep))
     model(ids[None], use_cache=False)
     for handle in handles:
@@ -107,15 +104,15 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def residual_reference(model: PreTrainedModel, kind: str) -> dict[tuple[str, str], list[float]]:
+def residual_reference(model: PreTrainedModel, kind: str, rows: PackedRows) -> dict[tuple[str, str], list[float]]:
     tokens: dict[tuple[str, str, int], list[float]] = {}
-    for document in documents(ROWS):
+    for document in documents(rows):
         states, _ = run_whole(model, document[0])
         for layer, (attention, mlp) in enumerate(branches(model, kind, document[0])):
             before = states[layer]
             terms = {
                 "attention": (before, attention),
-                "mlp": (before + attention, mlp),
+                "mlp": (before if kind in PARALLEL else before + attention, mlp),
                 "layer": (before, attention + mlp),
             }
             for name, (reads, written) in terms.items():
@@ -130,52 +127,17 @@ def residual_reference(model: PreTrainedModel, kind: str) -> dict[tuple[str, str
 
 @pytest.mark.prove
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *PARALLEL, "olmo2"])
 def test_residual_curves_equal_the_reference(kind: str, dtype: torch.dtype) -> None:
-    found = run(tiny_model(kind, dtype=dtype), effort=replace(EFFORT, num_prompts=0))
-    wanted = (
-        residual_reference(double(kind), kind)
-        if dtype == torch.float64
-        else residual_reference(tiny_model(kind).double(), kind)
-    )
-    assert found.parallel == (False,) * NUM_LAYERS
+    rows = ROWS if kind in KINDS else PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)
+    model = tiny_model(kind, dtype=dtype) if kind in KINDS else architectures.tiny_model(kind).to(dtype)
+    found = run(model, rows, effort=replace(EFFORT, num_prompts=0))
+    wanted = residual_reference(model.double(), kind, rows)
+    assert found.parallel == (kind in PARALLEL,) * NUM_LAYERS
     assert found.num_tokens == ROWS.input_ids_NS.numel()
     for name in ("layer", "attention", "mlp"):
         assert found.cosines[name] == pytest.approx(wanted[name, "cosine"], abs=2e-6)
         assert found.sizes[name] == pytest.approx(wanted[name, "size"], rel=5e-6)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize(("name", "parallel"), [("gpt_neox", True), ("cohere", True), ("olmo2", False)])
-def test_halves_of_parallel_layers_are_held_against_what_they_read(name: str, parallel: bool) -> None:
-    model = architectures.tiny_model(name).double()
-    rows = PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)
-    found = run(model, rows, effort=replace(EFFORT, num_prompts=0))
-    assert found.parallel == (parallel,) * 6
-    names = {
-        "gpt_neox": ("attention", "mlp"),
-        "cohere": ("self_attn", "mlp"),
-        "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    }[name]
-    cosines, sizes = [], []
-    layer = decoder_layers(model)[3]
-    caught: dict[str, Tensor] = {}
-    handles = [
-        layer.get_submodule(half).register_forward_hook(
-            lambda _, __, out, half=half: caught.__setitem__(half, state(out)[0].detach())
-        )
-        for half in names
-    ]
-    for document in documents(rows):
-        with torch.no_grad():
-            before = run_whole(model, document[0])[0][3]
-        reads = before if parallel else before + caught[names[0]]
-        cosines += [cosine(one, other) for one, other in zip(reads, caught[names[1]], strict=True)]
-        sizes += (caught[names[1]].norm(dim=-1) / reads.norm(dim=-1)).tolist()
-    for handle in handles:
-        handle.remove()
-    assert found.cosines["mlp"][3] == pytest.approx(sum(cosines) / len(cosines), abs=2e-6)
-    assert found.sizes["mlp"][3] == pytest.approx(sum(sizes) / len(sizes), rel=5e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

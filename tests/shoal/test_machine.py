@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 
 from shoal import machine
 from shoal.launch.verbs import pace
@@ -18,21 +19,12 @@ from shoal.recipe.distill import Live
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.preflight.memory import NotEstimated
 
+CASES = cases(__file__)
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda")
 
 
-@pytest.mark.parametrize(
-    ("told", "expected"),
-    [
-        ("vendor_id: GenuineIntel\nflags: avx512f avx512_bf16 amx_bf16", "amx_bf16"),
-        ("vendor_id: GenuineIntel\nflags: avx512f avx512_bf16", ""),
-        ("vendor_id: AuthenticAMD\nflags: avx512f avx512_bf16", "avx512_bf16"),
-        ("vendor_id: AuthenticAMD\nflags: avx2", ""),
-        ("Features: asimd bf16", "bf16"),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize(("told", "expected"), CASES["cpuinfo"])
 def test_a_processor_multiplies_fast_in_bfloat16_by_its_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, expected: str
 ) -> None:
@@ -82,13 +74,9 @@ def test_auto_is_no_float16_where_sharding_would_clip_scaled_gradients(
 def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run = open_run(recipe(tmp_path, distill={"teacher": {"kind": "live", "dtype": "fast"}}))
-    settled = run.recipe
-    assert isinstance(settled.distill.teacher, Live)
-    assert (settled.dtype, settled.distill.precision, settled.distill.teacher.dtype) == (
-        "bfloat16",
-        "bf16-mixed",
-        "bfloat16",
-    )
+    distill = run.recipe.distill
+    assert distill.teacher == Live(dtype="bfloat16")
+    assert (run.recipe.dtype, distill.precision) == ("bfloat16", "bf16-mixed")
     assert run.numerics is not None
     assert "multiplies fast in bfloat16" in run.numerics.reason
     assert f"precision: bfloat16, training in bf16-mixed ({run.numerics.reason})" in caplog.text
@@ -156,14 +144,9 @@ def test_a_run_directory_goes_on_in_what_it_was_begun_in(tmp_path: Path, name: s
     assert run.recipe.distill.precision == "bf16-mixed", "of training that file says nothing"
     assert run.numerics is not None
     assert f"{name} of this run directory was made in float32" in run.numerics.reason
-
-
-@pytest.mark.usefixtures("fast_half")
-def test_a_training_goes_on_in_what_its_checkpoint_was_made_in(tmp_path: Path) -> None:
     inputs = {"dtype": "float32", "distill.precision": "float32"}
     made(tmp_path, "checkpoints/checkpoint-3/manifest.json", inputs, bare=True)
-    run = open_run(recipe(tmp_path))
-    assert (run.recipe.dtype, run.recipe.distill.precision) == ("float32", "float32")
+    assert open_run(recipe(tmp_path)).recipe.distill.precision == "float32", "that of its checkpoint"
 
 
 # --- sizes that follow the machine's speed -------------------------------------------------------------------------
@@ -176,20 +159,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops", "terabytes"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989, 3.35),
-        ("NVIDIA H100 PCIe", 756, 2.0),
-        ("NVIDIA A100-SXM4-40GB", 312, 1.555),
-        ("NVIDIA A10G", 70, 0.6),
-        ("NVIDIA L4", 121, 0.3),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
-        ("NVIDIA A10-4Q", None, None),
-        ("NVIDIA RTX A4000", None, None),
-    ],
-)
+@pytest.mark.parametrize(("name", "tflops", "terabytes"), CASES["gpus"])
 def test_a_gpu_is_known_by_its_name_and_then_not_measured(
     name: str, tflops: float | None, terabytes: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,8 +176,8 @@ def sizes(run: Run) -> list[int | None]:
     distill, scores = run.recipe.distill, run.recipe.eval
     assert distill.watch is not None
     assert isinstance(scores.limit, dict)
-    trained = [run.recipe.measure.num_tokens, distill.num_tokens]
-    return [*(*trained, distill.watch.perplexity_tokens), *(*scores.limit.values(), scores.perplexity_tokens)]
+    trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.watch.perplexity_tokens]
+    return [*trained, *scores.limit.values(), scores.perplexity_tokens]
 
 
 def takes(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:

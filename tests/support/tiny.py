@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,15 @@ def set_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def tokens_fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From now on, how many tokens (padding included) each forward of a `Decoder` is given."""
+def tokens_fed(monkeypatch: pytest.MonkeyPatch, count: Callable[[torch.Tensor], int] = torch.numel) -> list[int]:
+    """From now on, how many tokens (padding included) each forward of a `Decoder` is given; rows by ``count=len``."""
     from shoal.inference.decoder import Decoder
 
     fed: list[int] = []
     original = Decoder.hidden
 
     def counting(self: Any, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        fed.append(input_ids_BS.numel())
+        fed.append(count(input_ids_BS))
         return original(self, input_ids_BS, **settings)
 
     monkeypatch.setattr(Decoder, "hidden", counting)

@@ -13,6 +13,7 @@ from typing import Any
 import lm_eval.evaluator
 import pytest
 import torch
+from kept_answers import instances
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model, tiny_tokenizer, tokens_fed
@@ -36,10 +37,6 @@ CONTEXTS = [
 ROUNDINGS = 100
 """Of float32 that may add up on the way to a logit: some ten in each of six layers, and those of the head."""
 OPTIONS = [" apple", " a stone", " b", " Übergröße", "!"]
-
-
-def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]  # pyright: ignore[reportArgumentType]
 
 
 def choices() -> list[Instance]:
@@ -136,14 +133,10 @@ def test_greedy_continuation_is_recognised() -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
     (text,) = lm.generate_until(instances("generate_until", [("abcdefgh", {"until": [], "max_gen_toks": 1})]))
     text = text or "a"
-    found = lm.loglikelihood(instances("loglikelihood", [("abcdefgh", text), ("abcdefgh", "q"), ("abcdefgh", "zz")]))
+    options = instances("loglikelihood", [("abcdefgh", option) for option in (text, "q", "zz")])
+    found = lm.loglikelihood(options)
     assert [greedy for _, greedy in found].count(True) <= 1
-    assert_same(
-        found,
-        reference("llama").loglikelihood(
-            instances("loglikelihood", [("abcdefgh", text), ("abcdefgh", "q"), ("abcdefgh", "zz")]), disable_tqdm=True
-        ),
-    )
+    assert_same(found, reference("llama").loglikelihood(options, disable_tqdm=True))
 
 
 def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +160,9 @@ def test_rolling_equals_lm_evals_own_over_several_windows(kind: str, caplog: pyt
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_text_equals_lm_evals_own(kind: str) -> None:
-    prompts = ["Once upon a time", "x", "A much longer prompt than the others, of many words", "<s>start", "1 2 3 4"]
+    prompts = ["Once upon a time", "x", "A much longer prompt than the others, of many words", "1 2 3 4"]
     settings = [{"until": ["e", "\n\n"], "max_gen_toks": 24}, {"until": ["\n"], "max_gen_toks": 9}]
-    requests = instances(
-        "generate_until", [(prompt, chosen) for chosen in settings for prompt in prompts[:3] + prompts[4:]]
-    )
+    requests = instances("generate_until", [(prompt, chosen) for chosen in settings for prompt in prompts])
     lm = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
     assert lm._is_plain({"do_sample": False})
     found = lm.generate_until(requests)
@@ -184,14 +175,7 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["Once upon", "abc", "hello there", "1 2 3"]
     free = lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 12}) for p in prompts]))
     stop = next(text[2] for text in free if len(text) > 3)
-    sizes: list[int] = []
-    original = Decoder.hidden
-
-    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        sizes.append(len(input_ids_BS))
-        return original(self, input_ids_BS, **settings)
-
-    monkeypatch.setattr(Decoder, "hidden", counting)
+    sizes = tokens_fed(monkeypatch, len)
     stopped = lm.generate_until(
         instances("generate_until", [(p, {"until": [stop], "max_gen_toks": 12}) for p in prompts])
     )

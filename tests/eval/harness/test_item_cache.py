@@ -12,7 +12,7 @@ import pytest
 import torch
 from kept_answers import BATCH_SIZE, asked, instances
 from ranks import call_apart
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer, tokens_fed
 
 from shoal.eval.evaluate import Questions, role_evaluation
 from shoal.eval.harness import item_cache
@@ -27,15 +27,7 @@ from shoal.recipe.evaluate import Eval
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of every forward through a model's layers."""
-    rows: list[int] = []
-    original = Decoder.hidden
-
-    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        rows.append(len(input_ids_BS))
-        return original(self, input_ids_BS, **settings)
-
-    monkeypatch.setattr(Decoder, "hidden", counting)
-    return rows
+    return tokens_fed(monkeypatch, len)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from shoal.eval.report.card import model_card
 
 
 def metadata(card: str) -> Any:
-    """The card's metadata as huggingface_hub reads it; its type there is narrower than what it returns."""
+    """As huggingface_hub reads it; its type there is narrower than what it returns."""
     return ModelCard(card).data
 
 
@@ -116,9 +116,8 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
 @pytest.mark.slow
 def test_license_comes_from_the_base_models_card(tmp_path: Path, teacher: Path) -> None:
     base = shutil.copytree(teacher, tmp_path / "base")
-    (base / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://x.test/l\n---\nhi\n"
-    )
+    told = "license: other\nlicense_name: llama3\nlicense_link: https://x.test/l"
+    (base / "README.md").write_text(f"---\n{told}\n---\nhi\n")
     folder = write_run(tmp_path / "run", recipe={"model": str(base)})
     data = metadata(model_card(folder))
     assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "https://x.test/l")
@@ -171,7 +170,7 @@ def test_card_gives_no_secret_away(tmp_path: Path) -> None:
     assert secret not in model_card(folder)
 
 
-def test_card_tells_changes(tmp_path: Path) -> None:
+def test_card_tells_changes_and_calls_no_model_of_as_many_layers_a_smaller_one(tmp_path: Path) -> None:
     changes = PlannedChange("skip", "mlp 3 silent", (3,)), PlannedChange("swap", "layer 5 swapped", (5,))
     plan((), changes).save(tmp_path / "plan.json")
     card = model_card(tmp_path)
@@ -179,11 +178,6 @@ def test_card_tells_changes(tmp_path: Path) -> None:
     assert "Changed (swap): layer 5 swapped" in card
     assert "Dropped layers" not in card
     assert str(tmp_path) not in card
-
-
-def test_a_model_of_as_many_layers_is_called_no_smaller_one(tmp_path: Path) -> None:
-    plan((), (PlannedChange("swap", "layer 5 swapped", (5,)),)).save(tmp_path / "plan.json")
-    card = model_card(tmp_path)
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card
     assert not any(words in card for words in ("faster stand-in", "## What was cut"))

@@ -14,6 +14,7 @@ import pytest
 import results
 from cases import cases
 from tiny import tiny_tokenizer
+from tokenizers import normalizers
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.evaluation import ItemScore, TaskScore
@@ -127,26 +128,19 @@ def saved(folder: Path, change: Any = lambda tokenizer: None) -> Path:
     return folder
 
 
-def add_token(tokenizer: Any) -> None:
-    tokenizer.add_tokens(["Rome"])
-
-
-def other_end(tokenizer: Any) -> None:
-    tokenizer.eos_token = "<pad>"
-
-
-def no_prefix(tokenizer: Any) -> None:
-    from tokenizers import normalizers
-
+def lower_case(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_token, r"/p: the tokenizer of pruned has another vocabulary than that of teacher \(.*/t\).*Copy"),
-        (other_end, "has another eos_token than that of teacher"),
-        (no_prefix, "has another way of splitting text than that of teacher"),
+        (
+            lambda tokenizer: tokenizer.add_tokens(["Rome"]),
+            r"/p: the tokenizer of pruned has another vocabulary than that of teacher \(.*/t\).*Copy",
+        ),
+        (lambda tokenizer: setattr(tokenizer, "eos_token", "<pad>"), "has another eos_token than that of teacher"),
+        (lower_case, "has another way of splitting text than that of teacher"),
     ],
 )
 def test_a_tokenizer_that_differs_between_roles_is_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -27,7 +27,6 @@ from shoal.formatting import layers_text, signed
 from shoal.stats.paired import paired
 
 CASES = cases(__file__)
-
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
 
 

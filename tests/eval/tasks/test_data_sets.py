@@ -92,20 +92,16 @@ def test_a_twin_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None
     tasks = load_tasks(["my_twin_20_continuation", "my_twin_50_continuation"], include_path=tmp_path)
     told = [(task.config.metadata["column"], task.config.metadata["twin_of"]) for task in tasks.values()]
     assert told == [("twin", "retrieval_20pairs_continuation"), ("twin", "retrieval_50pairs_continuation")]
-    misspelt = tmp_path / "misspelt"
-    misspelt.mkdir()
-    (misspelt / "own.yaml").write_text(TWIN.format(**twin | {"twin_of": "retrival_{}pairs"}))
-    with pytest.raises(
-        UserError, match=r"'my_twin_20': twin_of is 'retrival_.*no .* task 'retrival_20pairs_continuation'"
+    misspelt, untrained = {"twin_of": "retrival_{}pairs"}, {"twin_of": "needles_{}of80", "parts": "{values: [2, 4]}"}
+    for task, wrong, message in (
+        ("my_twin_20", misspelt, r"'my_twin_20': twin_of is 'retrival_.*no .* task 'retrival_20pairs_continuation'"),
+        ("my_twin_2", untrained, r"twin_of is 'needles_.*of the column in has a task 'needles_2of80"),
     ):
-        load_tasks(["my_twin_20_continuation"], include_path=misspelt)
-    untrained = tmp_path / "untrained"
-    untrained.mkdir()
-    (untrained / "own.yaml").write_text(
-        TWIN.format(**twin | {"twin_of": "needles_{}of80", "parts": "{values: [2, 4]}"})
-    )
-    with pytest.raises(UserError, match=r"twin_of is 'needles_.*of the column in has a task 'needles_2of80"):
-        load_tasks(["my_twin_2_continuation"], include_path=untrained)
+        folder = tmp_path / task
+        folder.mkdir()
+        (folder / "own.yaml").write_text(TWIN.format(**twin | wrong))
+        with pytest.raises(UserError, match=message):
+            load_tasks([f"{task}_continuation"], include_path=folder)
 
 
 @pytest.mark.slow
@@ -138,20 +134,7 @@ def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -
 
 @pytest.mark.slow
 def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_names() -> None:
-    for name, num_named in (
-        ("state_tracking_k2", 4),
-        ("state_tracking_written_k2", 4),
-        ("multi_hop_k3", 16),
-        ("multi_hop_written_k3", 16),
-        ("kv_8pairs", 8),
-        ("kv_32pairs", 32),
-        ("kv_position_at8", 33),
-        ("needle_20sentences", 4),
-        ("needle_depth_at50", 4),
-        ("needles_2of80", 4),
-        ("needles_8of80", 8),
-        ("needles_16of80", 16),
-    ):
+    for name, num_named in CASES["answers named by a prompt"].items():
         task = load(f"{name}_generation", None)
         assert task.config.metadata["chance"] == 1 / num_named
         doc = task.eval_docs[0]
@@ -206,11 +189,8 @@ def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> No
     assert asked("boolq_continuation", data_dir)[1] == ("It is so.\nQuestion: is it so?\nAnswer:", " yes")
     assert len(load("bbh_navigate_loglikelihood", data_dir).eval_docs) == 1  # the other's answer is no option
     assert asked("bbh_navigate_loglikelihood", data_dir)[0][0] == "Do you return?\nA. Yes\nB. No\nAnswer:"
-    prompt, options = (
-        asked("kv_file_10pairs_continuation", data_dir)[0][0],
-        asked("kv_file_10pairs_continuation", data_dir),
-    )
-    assert '"k4": "v4"' in prompt
+    options = asked("kv_file_10pairs_continuation", data_dir)
+    assert '"k4": "v4"' in options[0][0]
     assert " v4" in [option for _, option in options]
     assert len({option for _, option in options}) == 4
     ((prompt, _),) = asked("gsm8k_generation", data_dir)
@@ -230,20 +210,7 @@ def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> No
 
 @pytest.mark.slow
 def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
-    names = (
-        "arc_easy_loglikelihood",
-        "arc_easy_continuation",
-        "arc_easy_generation",
-        "winogrande_continuation",
-        "lambada_continuation",
-        "wikitext2_rolling",
-        "triviaqa_worked",
-        "nested_arithmetic_k2_generation",
-    )
-    settings = Eval(tasks=names, data_dir=str(data_dir), limit=2, perplexity_tokens=64)
-    scores = evaluate(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), settings, seed=0)
-    found = {score.task: (score.protocol, score.metric, score.chance, score.n) for score in scores[:-1]}
-    assert found == {
+    expected = {
         "arc_easy_loglikelihood": ("loglikelihood", "acc", (1 / 3 + 1 / 2) / 2, 2),
         "arc_easy_continuation": ("continuation", "acc_norm", (1 / 3 + 1 / 2) / 2, 2),
         "arc_easy_generation": ("generation", "match", (1 / 3 + 1 / 2) / 2, 2),
@@ -253,6 +220,10 @@ def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
         "triviaqa_worked": ("worked", "nats_per_token", 0.0, 1),
         "nested_arithmetic_k2_generation": ("generation", "match", 0.0, 2),
     }
+    settings = Eval(tasks=tuple(expected), data_dir=str(data_dir), limit=2, perplexity_tokens=64)
+    scores = evaluate(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), settings, seed=0)
+    found = {score.task: (score.protocol, score.metric, score.chance, score.n) for score in scores[:-1]}
+    assert found == expected
     assert (scores[-2].family, scores[-2].level) == ("nested_arithmetic", 2)
     assert [item.id for item in scores[0].items] == [item.id for item in scores[2].items]
 
@@ -260,50 +231,24 @@ def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-def one_row(**changes: Any) -> dict[str, list[dict[str, Any]]]:
-    return {
-        "arc_easy/test.jsonl": [{**ROWS["arc_easy/test.jsonl"][0], **changes}],
-        "arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"],
-    }
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({}, r"lacks files; set eval.data_dir to a folder with arc_easy/test.jsonl .* or leave their tasks out"),
-        ({"arc_easy/test.jsonl": [], "arc_easy/train.jsonl": []}, r"arc_easy \(items\) holds no rows; a task needs"),
-        (
-            one_row(answerKey="C", choices={"text": ["x", "y"], "label": ["A", "B"]}),
-            r"row 1 cannot be read .*correct the data",
-        ),
-        (
-            one_row(choices={"text": ["x", "y"], "label": ["A", "B", "A2"]}, answerKey="A2"),
-            r"\(items\), row 1 cannot be read \(the answer 2 is none of its 2 options; .*correct the data",
-        ),
-        *(
-            (one_row(choices={"text": text, "label": ["A", "B"]}, answerKey="A"), r"row 1 .*which is no list of texts")
-            for text in (["x", ""], ["x", None], "x|y", 2)
-        ),
-        (
-            one_row(choices={"text": list(map(str, range(27))), "label": list(map(str, range(27)))}, answerKey="3"),
-            r"row 1 .*27 options are more than the 26 letters; .* or leave the row out",
-        ),
-        (
-            {**one_row(), "arc_easy/test.jsonl": [{"q": "x"}]},
-            r"row 1 cannot be read \('question' is undefined; its fields are q\)",
-        ),
-    ],
-)
-def test_data_that_is_not_as_expected_is_refused(rows: dict[str, Any], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("row", "message"), CASES["wrong rows"])
+def test_a_row_that_is_not_as_expected_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if "q" not in row:
+        row = ROWS["arc_easy/test.jsonl"][0] | row
+    folder = write(tmp_path, {"arc_easy/test.jsonl": [row], "arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"]})
     with pytest.raises(UserError, match=message):
-        load("arc_easy_continuation", write(tmp_path, rows))
+        load("arc_easy_continuation", folder)
 
 
 def test_what_the_hub_lacks_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval.data_dir: '.*nowhere' is no folder"):
         load("arc_easy_continuation", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"eval.data_dir: '.*' lacks files; .*arc_easy/test.jsonl"):
+    with pytest.raises(
+        UserError, match=r"eval.data_dir: '.*' lacks files; .*arc_easy/test.jsonl .* or leave their tasks out"
+    ):
         load("arc_easy_continuation", tmp_path)
+    with pytest.raises(UserError, match=r"arc_easy \(items\) holds no rows; a task needs"):
+        load("arc_easy_continuation", write(tmp_path, {"arc_easy/test.jsonl": [], "arc_easy/train.jsonl": []}))
     with pytest.raises(
         UserError,
         match=r"the Hub does not have nq_passage; set eval.data_dir to a folder with nq_open_oracle/test.jsonl and "

@@ -182,10 +182,15 @@ def test_a_hub_task_without_network_is_named(tmp_path: Path, monkeypatch: pytest
         load_tasks(["far"], include_path=tmp_path)
 
 
-def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
+def write_own(folder: Path, more: str = "") -> None:
+    """A task of one item."""
     row = '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n'
-    (tmp_path / "data.jsonl").write_text(row)
-    (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "data.jsonl"))
+    (folder / "data.jsonl").write_text(row)
+    (folder / "own.yaml").write_text(OWN_TASK.format(name="own", data=folder / "data.jsonl") + more)
+
+
+def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
+    write_own(tmp_path)
     assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
     with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has 0 examples"):
         load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
@@ -194,10 +199,7 @@ def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
 def test_a_task_that_runs_what_a_model_writes_is_asked_for_in_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n'
-    (tmp_path / "data.jsonl").write_text(row)
-    task = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl")
-    (tmp_path / "own.yaml").write_text(f"{task}unsafe_code: true\n")
+    write_own(tmp_path, "unsafe_code: true\n")
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(UserError, match=r"eval\.tasks: 'own' runs code that the model writes; .* HF_ALLOW_CODE_EVAL=1"):
         load_tasks(["own"], include_path=tmp_path)

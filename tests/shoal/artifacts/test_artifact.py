@@ -31,18 +31,8 @@ from shoal.errors import UserError
 
 MADE = Provenance({"model": "abc", "prune.drop": [1, 3], "seed": 0})
 TASK = TaskScore(
-    task="knowledge_continuation",
-    ability="knowledge",
-    protocol="continuation",
-    metric="acc",
-    score=0.25,
-    ci_low=0.1,
-    ci_high=0.9,
-    n=2,
-    chance=0.25,
-    higher_is_better=True,
-    version="1",
-    num_fewshot=0,
+    *("knowledge_continuation", "knowledge", "continuation", "acc"),
+    *(0.25, 0.1, 0.9, 2, 0.25, True, "1", 0),
     items=(ItemScore("a", 1.0, "Köln\u2028", "Köln", rates={"cut_off": 1.0}), ItemScore("b", 0.0, weight=3.0)),
     family="steps",
     level=2.0,
@@ -109,23 +99,14 @@ def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     swept_importance().save(path)
     path.write_text(path.read_text().replace('"adjusted_p"', '"adjusted"', 1))
-    with pytest.raises(
-        UserError, match=r"atlas.sweep.columns.0.effects.0.adjusted.*; delete it and run its stage again"
-    ):
+    message = r"atlas.sweep.columns.0.effects.0.adjusted.*; delete it and run its stage again"
+    with pytest.raises(UserError, match=message):
         Importance.load(path)
 
 
-@pytest.mark.parametrize(
-    ("unit", "name"),
-    [
-        (Component((3,)), "layer 3"),
-        (Component((3, 1)), "layers 3, 1"),
-        (Component((3,), "attention"), "attention 3"),
-        (Component((3,), "kv_group", 2), "kv group 3.2"),
-    ],
-)
-def test_units_have_names(unit: Component, name: str) -> None:
-    assert unit.name == name
+def test_units_have_names() -> None:
+    units = Component((3,)), Component((3, 1)), Component((3,), "attention"), Component((3,), "kv_group", 2)
+    assert [unit.name for unit in units] == ["layer 3", "layers 3, 1", "attention 3", "kv group 3.2"]
 
 
 def test_provenance_records_versions_and_time() -> None:
@@ -160,20 +141,15 @@ def test_artifact_of_another_shape_is_refused(tmp_path: Path, changes: dict[str,
         Plan.load(plan_with(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1', b"\xff\xfe", b"\0" * 100])
-def test_damaged_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "plan.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
-        Plan.load(path)
+NO_JSON = (b"", b"{", b'{"schema": 1', b"\xff\xfe", b"\0" * 100)
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null"])
-def test_json_that_is_no_artifact_is_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match="its schema is None"):
-        Plan.load(path)
+@pytest.mark.parametrize("content", [*NO_JSON, b"[]", b"3", b"null"])
+def test_what_is_no_json_or_no_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    told = "is not valid JSON .*" if content in NO_JSON else "is no shoal/plan/1, its schema is None"
+    with pytest.raises(UserError, match=rf"plan.json: {told}; delete it and run its stage again"):
+        Plan.load(tmp_path / "plan.json")
 
 
 def test_number_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
@@ -230,11 +206,13 @@ def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact
         assert "nan" in str(refused.value) or "inf" in str(refused.value)
 
 
-SWEPT = swept_importance()
 EVALUATED = evaluation("pruned")
 FIRST = EVALUATED.tasks[1]
-ATLAS = SWEPT.atlas
-assert ATLAS is not None
+
+
+def scored(**changes: Any) -> Scores:
+    """An evaluation whose one task says this of itself."""
+    return replace(EVALUATED, tasks=(replace(FIRST, **changes),))
 
 
 @pytest.mark.parametrize(
@@ -247,19 +225,13 @@ assert ATLAS is not None
         (Plan(MADE, 6, (1, 2), ""), r"drop: is \[1, 2\], and the recipe that made it asked for \[1, 3\]"),
         (replace(EVALUATED, tasks=()), "tasks: "),
         (replace(EVALUATED, tasks=(FIRST, FIRST)), r"tasks\.1: retrieval_continuation .* is there twice"),
-        (replace(EVALUATED, tasks=(replace(FIRST, items=()),)), r"tasks\.0\.items: has 0 items, n says 100"),
-        (replace(EVALUATED, tasks=(replace(FIRST, items=(), n=0),)), r"tasks\.0\.n: "),
-        (replace(EVALUATED, tasks=(replace(FIRST, n=99),)), r"tasks\.0\.items: has 100 items, n says 99"),
-        (replace(EVALUATED, tasks=(replace(FIRST, chance=1.0),)), r"tasks\.0\.chance: "),
-        (replace(EVALUATED, tasks=(replace(FIRST, score=0.99, ci_high=1.0),)), r"tasks\.0\.score: is 0\.99, .* items"),
-        (
-            replace(EVALUATED, tasks=(replace(FIRST, ci_low=0.9, ci_high=0.8),)),
-            r"tasks\.0\.ci_low: 0\.9 is above ci_high, 0\.8",
-        ),
-        (
-            replace(EVALUATED, tasks=(replace(FIRST, items=(replace(FIRST.items[0], weight=0.0), *FIRST.items[1:])),)),
-            r"tasks\.0\.items\.0\.weight: ",
-        ),
+        (scored(items=()), r"tasks\.0\.items: has 0 items, n says 100"),
+        (scored(items=(), n=0), r"tasks\.0\.n: "),
+        (scored(n=99), r"tasks\.0\.items: has 100 items, n says 99"),
+        (scored(chance=1.0), r"tasks\.0\.chance: "),
+        (scored(score=0.99, ci_high=1.0), r"tasks\.0\.score: is 0\.99, .* items"),
+        (scored(ci_low=0.9, ci_high=0.8), r"tasks\.0\.ci_low: 0\.9 is above ci_high, 0\.8"),
+        (scored(items=(replace(FIRST.items[0], weight=0.0), *FIRST.items[1:])), r"tasks\.0\.items\.0\.weight: "),
     ],
 )
 def test_an_artifact_that_contradicts_itself_is_refused(tmp_path: Path, artifact: Artifact, message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trl
+from cases import cases
 from packed_rows import labels_of
 from tiny import tiny_tokenizer
 
@@ -17,6 +18,7 @@ from shoal.data.streams import check_source, pack
 from shoal.errors import UserError
 from shoal.recipe.section import DataSource, Messages, PromptCompletion
 
+CASES = cases(__file__)
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 """Chat templates of known models as they are shipped, and with {% generation %} added."""
 ENDS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>", "<turn|>"]
@@ -73,13 +75,8 @@ def test_an_empty_thought_that_stands_only_in_the_last_turn_is_understood() -> N
 
 def test_tool_calls_and_their_results_pass_through_the_template() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-    turns = [
-        QUESTION,
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "4"},
-        ANSWER,
-    ]
-    first, second = learnt(turns, shipped("qwen2_5"))
+    used = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "4"}]
+    first, second = learnt([QUESTION, *used, ANSWER], shipped("qwen2_5"))
     assert first.startswith("<tool_call>")
     assert first.endswith("</tool_call><|im_end|>")
     assert '"name": "add"' in first
@@ -117,9 +114,8 @@ def test_a_template_in_which_turns_depend_on_later_ones_is_refused(template: str
 
 
 def test_a_role_that_the_template_refuses_is_named() -> None:
-    with pytest.raises(
-        UserError, match=r"data 'x' row 0: .* refuses a conversation of system, user, .*System role not"
-    ):
+    message = r"data 'x' row 0: .* refuses a conversation of system, user, .*System role not"
+    with pytest.raises(UserError, match=message):
         learnt([SYSTEM, *TURNS], shipped("gemma"))
 
 
@@ -168,22 +164,12 @@ def test_conversations_that_teach_nothing_are_dropped_and_counted(tmp_path: Path
     assert texts_learnt(found) <= {"It is 4.\n", "It is 4.", *("It is 4.\n"[n:] for n in range(9))}
 
 
-@pytest.mark.parametrize(
-    ("rows", "column", "message"),
-    [
-        ([{"text": "a"}], Messages(messages="messages"), r"row 0: has no column 'messages'; it has text"),
-        ([{"m": "Hello"}], M, r"row 0: column 'm' holds str, not a list of turns; name a column of"),
-        ([{"m": ["Hello"]}], M, r"row 0: a turn in 'm' is str; every turn needs a role and a content"),
-        ([{"m": [{"from": "human", "value": "x"}]}], M, r"a turn in 'm' has from, value; every turn"),
-        ([{"m": [QUESTION]}], M, r"no conversation has a token that is learnt .* or set loss_on: all"),
-        ([{"m": []}], M, r"holds no conversation in column 'm'; name a source that does"),
-    ],
-)
+@pytest.mark.parametrize(("row", "column", "message"), CASES)
 @pytest.mark.parametrize("read", ["pack", "check"])
 def test_a_source_that_cannot_teach_is_refused(
-    tmp_path: Path, rows: list[Any], column: Messages, message: str, read: str
+    tmp_path: Path, row: dict[str, Any], column: str, message: str, read: str
 ) -> None:
-    source = DataSource(written(tmp_path, rows), column=column)
+    source = DataSource(written(tmp_path, [row]), column=Messages(messages=column))
     with pytest.raises(UserError, match=message):
         packed(source) if read == "pack" else check_source(source, tiny_tokenizer(), sequence_length=64)
 

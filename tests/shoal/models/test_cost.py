@@ -9,7 +9,8 @@ import architectures
 import pytest
 import tiny
 import torch
-from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from cases import cases
+from transformers import AutoConfig, Gemma3TextConfig, PreTrainedModel
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.surgery.narrow_config import student_config
@@ -32,7 +33,6 @@ FAMILIES = (
     "qwen3",
     "qwen3_next",  # linear attention
 )
-HEADS_OF_128: dict[str, Any] = {"head_dim": 128}
 LENGTHS = (3, 21)
 """Below and beyond the tiny models' window."""
 
@@ -91,51 +91,17 @@ def test_what_layers_share_is_stored_once_and_read_by_each() -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(
-    ("config", "billions", "token_bytes"),
-    [
-        # Llama 3.1 70B: 8 key-value heads of 128 in 80 layers
-        (
-            LlamaConfig(
-                vocab_size=128256,
-                hidden_size=8192,
-                intermediate_size=28672,
-                num_hidden_layers=80,
-                num_attention_heads=64,
-                num_key_value_heads=8,
-                tie_word_embeddings=False,
-            ),
-            ("70.6", "70.6"),
-            2 * 80 * 8 * 128 * 2,
-        ),
-        # DeepSeek-V3: a latent of 512 and 64 rotary channels in 61 layers
-        (DeepseekV3Config(), ("671.0", "37.6"), 61 * (512 + 64) * 2),
-        (
-            Qwen3MoeConfig(
-                vocab_size=151936,
-                hidden_size=2048,
-                num_hidden_layers=48,
-                num_attention_heads=32,
-                num_key_value_heads=4,
-                moe_intermediate_size=768,
-                num_experts=128,
-                num_experts_per_tok=8,
-                tie_word_embeddings=False,
-                **HEADS_OF_128,
-            ),
-            ("30.5", "3.4"),
-            2 * 48 * 4 * 128 * 2,
-        ),
-    ],
-    ids=["llama-70b", "deepseek-v3", "qwen3-30b-a3b"],
-)
-def test_published_sizes_in_little_memory(config: Any, billions: tuple[str, str], token_bytes: int) -> None:
+@pytest.mark.parametrize(("kind", "settings", "billions", "token_bytes"), cases(__file__))
+def test_published_sizes_in_little_memory(
+    kind: str, settings: dict[str, Any], billions: list[str], token_bytes: int
+) -> None:
     """``billions``: of parameters, in all and per token; publishers count the embedding among the latter."""
+    config = AutoConfig.for_model(kind, **settings)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = cost(config, torch.bfloat16)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     with_embedding = found.active_parameters + config.vocab_size * config.hidden_size
-    assert (f"{found.num_parameters / 1e9:.1f}", f"{with_embedding / 1e9:.1f}") == billions
+    assert [f"{found.num_parameters / 1e9:.1f}", f"{with_embedding / 1e9:.1f}"] == billions
     assert found.cache_bytes(1) == token_bytes
     assert found.cache_bytes(1000) == 1000 * token_bytes
 
