@@ -11,7 +11,6 @@ import pytest
 from results import provenance
 from sweep_results import NUM_ITEMS, nats, right, task
 
-from shoal.artifacts.evaluation import TaskScore
 from shoal.artifacts.importance import Importance
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import write_items
@@ -34,12 +33,6 @@ def swept(
         intact.append(nats(base))
         for scores, more in zip(removed, added, strict=True):
             scores.append(nats(base + more + (wave if more else 0.0)))
-    return written(folder, role, intact, removed, kept)
-
-
-def written(
-    folder: Path, role: str, intact: list[TaskScore], removed: list[list[TaskScore]], kept: tuple[int, ...]
-) -> SweptRole:
     importance = Importance(provenance(), len(removed), 100, {}, {}, atlas=build_atlas(intact, removed))
     importance.save(folder / role / Importance.FILE)
     write_items(folder / role / "sweep" / "layer", [f"layer {n}" for n in range(len(removed))], intact, removed)

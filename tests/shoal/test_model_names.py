@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cases import cases
 
 from shoal.errors import UserError
 from shoal.model_names import names_model
@@ -26,16 +27,7 @@ def test_a_model_alone_is_a_recipe(name: str) -> None:
     assert load_recipe(name).run_dir == f"runs/{name.replace(':', '/').rpartition('/')[2]}"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("runs/mine", "is no run directory but a folder without recipe.yaml, and no model"),
-        ("runs/misspelt", "no such recipe file"),
-        ("other/recipe.yaml", "It is no run directory and no model either"),
-        ("gpt2", r"a model is a folder with config.json, a Hub id \(owner/name\) or demo:NAME"),
-        ("./no/where", "no such recipe file"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), cases(__file__))
 def test_what_is_neither_recipe_nor_run_nor_model_is_refused(name: str, message: str) -> None:
     assert not names_model(name)
     with pytest.raises(UserError, match=message):

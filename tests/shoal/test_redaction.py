@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import cases
 
 from shoal.launch.cli import main
 from shoal.redaction import printable, redacted, redacted_arguments
@@ -90,17 +91,7 @@ def test_control_characters_are_printed_by_their_numbers() -> None:
     assert printable("a\x1b[2Jb\r\x9b1m\u202e\tc\n") == "a\\x1b[2Jb\\r\\x9b1m\\u202e\tc\n"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["prune", "m/x", "--se\x1b[2Jed", "1"],
-        ["pru\x1b[2Jne", "m/x"],
-        ["prune", "\x1b[2J.yaml"],
-        ["prune", "m/x", "seed=\x1b[2J"],
-        ["compare", "\x1b[2J", "x"],
-        ["explain", "\x1b[2J"],
-    ],
-)
+@pytest.mark.parametrize("words", cases(__file__))
 def test_no_argument_moves_a_terminal(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from cases import cases
 from ranks import call_on_ranks
 
 from shoal import runtime
@@ -71,17 +72,7 @@ def test_ranks_wait_for_the_first_ones_decision_however_long_it_takes(tmp_path: 
     call_on_ranks(_decide_on_rank, str(tmp_path), ranks=2)
 
 
-@pytest.mark.parametrize(
-    ("said", "unset"),
-    [
-        ({"RANK": "1"}, "RANK"),
-        ({"RANK": "x"}, "RANK"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK WORLD_SIZE"),
-        ({"RANK": "0", "LOCAL_RANK": "x", "WORLD_SIZE": "2"}, "RANK LOCAL_RANK WORLD_SIZE"),
-        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK LOCAL_RANK WORLD_SIZE"),
-    ],
-)
+@pytest.mark.parametrize(("said", "unset"), cases(__file__))
 def test_what_no_launcher_says_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, str], unset: str
 ) -> None:

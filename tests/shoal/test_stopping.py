@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,6 @@ def test_a_stop_of_shoal_saves_on_its_ranks(pruned: Any, tmp_path: Path, number:
     assert not (tmp_path / "imported").exists()
 
 
-def later(delay_s: float, act: Callable[[], None]) -> None:
-    threading.Timer(delay_s, act).start()
-
-
 def deaf_ranks(ready: Path) -> list[str]:
     """The command of a launcher whose rank makes the file ``ready`` and does not hear SIGTERM."""
     deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
@@ -71,9 +66,9 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -
     def twice() -> None:
         wait_for(ready.exists, "the rank")
         os.kill(os.getpid(), signal.SIGINT)
-        later(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    later(0, twice)
+    threading.Thread(target=twice).start()
     assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (-signal.SIGKILL, signal.SIGINT)
     assert 1 < time.monotonic() - begun < 30
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from shoal.artifacts.evaluation import BatchSpeed, ItemScore, Scores, Speed, Spe
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan, PlannedChange
 from shoal.artifacts.training import Training
-from shoal.eval.harness.rates import with_rates
+from shoal.eval.harness.rates import hold_answers, text_rates, with_rates
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 from shoal.stats.paired import interval
@@ -83,6 +83,20 @@ def evaluation(role: str, tasks: tuple[TaskScore, ...] | None = None) -> Scores:
     )
     layers = NUM_LAYERS if role == "teacher" else NUM_LAYERS - len(DROP)
     return Scores(provenance(), role, own if tasks is None else tasks, layers * 10**6, layers, layers * 4 * 10**6, 9.0)
+
+
+def capitals(
+    texts: Sequence[str], name: str = "capitals", *, lengths: Sequence[int] = (), cut: Sequence[bool] = ()
+) -> TaskScore:
+    """Written answers to questions that are all answered by Rome, with the rates by which texts fail."""
+    n = len(texts)
+    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), lengths or [3] * n, cut or [False] * n)
+    items = tuple(
+        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
+        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
+    )
+    score = sum(item.score for item in items) / n
+    return with_rates(TaskScore(name, "knowledge", "generation", "match", score, 0, 1, n, 0.0, True, "1", 0, items))
 
 
 def speed() -> Speed:

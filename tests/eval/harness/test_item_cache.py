@@ -35,15 +35,6 @@ def expected() -> tuple[Any, Any]:
     return asked(None)
 
 
-@pytest.mark.slow
-def test_a_repeated_evaluation_computes_nothing(tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]) -> None:
-    assert asked(tmp_path) == expected
-    assert forwards
-    forwards.clear()
-    assert asked(tmp_path) == expected
-    assert not forwards
-
-
 def asked_until_killed(folder: Path, forwards: int) -> None:
     """Ask, and die before forward number ``forwards``, counted from 0."""
     left, original = iter(range(forwards)), Decoder.hidden
@@ -72,7 +63,7 @@ def test_a_killed_evaluation_loses_at_most_one_batch(
     assert len(forwards) == 1 + 2 * 3
 
 
-def test_a_torn_last_line_is_asked_again_and_nothing_else(
+def test_a_torn_last_line_is_asked_again_and_what_is_whole_never(
     tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
 ) -> None:
     asked(tmp_path)

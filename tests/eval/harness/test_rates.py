@@ -7,45 +7,23 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+from cases import cases
 from lm_eval.config.task import TaskConfig
+from results import capitals
 from scipy import stats
 
-from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.eval.harness.engine import ending_key
-from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
+from shoal.eval.harness.rates import answer_pattern, rate, rate_difference
 from shoal.eval.harness.samples import prompts_fingerprint, task_score
 from shoal.eval.tasks.protocols import match_start, match_stated
 from shoal.stats.intervals import newcombe_paired
 from shoal.stats.paired import mcnemar, paired
 
 
-def written(
-    texts: Sequence[str], *, lengths: Sequence[int] | None = None, cut: Sequence[bool] | None = None
-) -> TaskScore:
-    n = len(texts)
-    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), lengths or [3] * n, cut or [False] * n)
-    items = tuple(
-        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
-        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
-    )
-    mean = float(np.mean([item.score for item in items]))
-    made = TaskScore("capitals", "knowledge", "generation", "match", mean, mean, mean, n, 0.0, True, "1", 0, items)
-    return with_rates(made)
-
-
-@pytest.mark.parametrize(
-    ("texts", "targets", "readable"),
-    [
-        (["", "  \n", "...", "Rome", "7"], ["Rome", "a b"], [0, 0, 0, 1, 1]),
-        (["The answer is 5.", "five", "", "x2"], ["#### 12", "3"], [1, 0, 0, 1]),
-        (["A", "(b)", "Apple", "D"], ["A", "B", "C"], [1, 1, 0, 0]),
-        (["] )", "-> ]", "( [", "none", ""], ["] )", ") ] -"], [1, 1, 0, 0, 0]),
-        (["a planet", "It is a planet.", "the answer is a", "I say B", "A\na planet"], ["A", "B"], [0, 0, 1, 1, 1]),
-    ],
-)
+@pytest.mark.parametrize(("texts", "targets", "readable"), cases(__file__))
 def test_an_answer_is_something_of_the_kind_that_every_target_holds(
     texts: list[str], targets: list[str], readable: list[int]
 ) -> None:
@@ -53,7 +31,7 @@ def test_an_answer_is_something_of_the_kind_that_every_target_holds(
 
 
 def test_rates_of_a_task_are_means_over_its_texts() -> None:
-    made = written(["Rome", "...", "Rome, " * 9, "Paris"], lengths=[1, 2, 30, 3], cut=[False, False, True, False])
+    made = capitals(["Rome", "...", "Rome, " * 9, "Paris"], lengths=[1, 2, 30, 3], cut=[False, False, True, False])
     assert made.rates == {"malformed": 0.25, "repetition": 0.25, "cut_off": 0.25, "mean_tokens": 9.0}
     found = rate(made, "cut_off")
     expected = stats.binomtest(1, 4).proportion_ci(method="wilson")
@@ -63,8 +41,8 @@ def test_rates_of_a_task_are_means_over_its_texts() -> None:
 
 
 def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() -> None:
-    before = written(["..."] * 12 + ["Rome"] * 38)
-    after = written(["Rome"] * 11 + ["..."] + ["..."] * 2 + ["Rome"] * 36)
+    before = capitals(["..."] * 12 + ["Rome"] * 38)
+    after = capitals(["Rome"] * 11 + ["..."] + ["..."] * 2 + ["Rome"] * 36)
     shuffled = replace(after, items=after.items[::-1])
     for other in (after, shuffled):
         found = rate_difference(before, other, "malformed")

@@ -73,7 +73,7 @@ def test_every_result_keeps_its_own_interval_where_a_task_has_two_metrics(folder
     assert found["acc_norm"].metric_type == "acc_norm"
 
 
-def test_the_trained_form_has_a_table_of_its_own_below_the_others(tmp_path: Path) -> None:
+def test_the_trained_form_has_a_table_of_its_own_and_gaps_and_control_are_told(tmp_path: Path) -> None:
     card = model_card(write_formed(tmp_path)).replace("\\", "")
     opening, results = card.split("## Before and after")
     outside, inside = results.split("What distilling brought back")[0].split("### In the form of training text")
@@ -84,10 +84,6 @@ def test_the_trained_form_has_a_table_of_its_own_below_the_others(tmp_path: Path
     assert "more than the teacher" in trained
     assert "more of the form" in inside
     assert "Form gap" in opening
-
-
-def test_a_card_has_the_form_gaps_and_what_the_control_tells(tmp_path: Path) -> None:
-    card = model_card(write_formed(tmp_path)).replace("\\", "")
     gaps = card.split("### Form and ability")[1].split("\n## ")[0]
     assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in gaps
     assert "What the control learnt, the uncut teacher trained alike" in card

@@ -17,10 +17,10 @@ from tiny import tiny_tokenizer
 from tokenizers import normalizers
 
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
-from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
+from shoal.eval.harness.rates import NAMES
 from shoal.eval.report.findings import Comparison, compare, protocol_gaps, writing
 from shoal.eval.report.run import Run, read_run
 from shoal.stats.paired import mcnemar
@@ -69,17 +69,6 @@ def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None
 # --- written text and protocols -----------------------------------------------------------------------------------
 
 
-def capitals(role: str, name: str, texts: list[str]) -> TaskScore:
-    n = len(texts)
-    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), [2] * n, [False] * n)
-    items = tuple(
-        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
-        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
-    )
-    score = sum(item.score for item in items) / n
-    return with_rates(TaskScore(name, "knowledge", "generation", "match", score, 0, 1, n, 0.0, True, "1", 0, items))
-
-
 def compared(**tasks: tuple[TaskScore, ...]) -> Comparison:
     evaluations = {role: results.evaluation(role, scores) for role, scores in tasks.items()}
     return compare(Run(Path(), None, None, None, None, evaluations, None))
@@ -88,8 +77,8 @@ def compared(**tasks: tuple[TaskScore, ...]) -> Comparison:
 def test_rates_of_written_text_are_paired_between_roles_and_corrected_over_tasks() -> None:
     fine, broken, worse = ["Rome"] * 40, ["..."] * 6 + ["Rome"] * 34, ["..."] * 12 + ["Rome"] * 28
     comparison = compared(
-        teacher=(capitals("teacher", "one", fine), capitals("teacher", "two", fine), results.nats("teacher")),
-        pruned=(capitals("pruned", "one", broken), capitals("pruned", "two", worse), results.nats("pruned")),
+        teacher=(results.capitals(fine, "one"), results.capitals(fine, "two"), results.nats("teacher")),
+        pruned=(results.capitals(broken, "one"), results.capitals(worse, "two"), results.nats("pruned")),
     )
     found = writing(comparison.rows)
     assert [(one.row.key[0], one.name) for one in found] == [(task, name) for task in ("one", "two") for name in NAMES]

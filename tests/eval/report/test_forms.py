@@ -54,10 +54,6 @@ def test_form_gaps_are_in_the_table_of_forms_and_more_than_the_teacher_is_no_sha
     assert "| more than the teacher |" in scores
     assert not re.search(r"1[0-9][1-9] %", text), "nothing is kept more than wholly"
     assert "What is still lost: distilled minus control" in text
-
-
-def test_a_learnt_form_is_a_caution_with_its_tasks(tmp_path: Path) -> None:
-    text = told(write_formed(tmp_path))
     assert "**Form learnt.** The distilled model does better in the trained form than in its twin, where the" in text
     assert "Concerned: retrieval (twin, generated) and reasoning (twin, worked answers)." in text
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cases import cases
 from html_page import Page
 from results import NUM_LAYERS, QUICKSTART, SKILL, choice, evaluation, importance, write_run
 
-from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.errors import UserError
 from shoal.eval.harness.rates import with_rates
-from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.findings import compare, protocol_gaps
 from shoal.eval.report.report import write_report
 from shoal.eval.report.run import read_run
@@ -85,16 +85,7 @@ def test_no_secret_of_settings_or_environment_is_told(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kept", "said"),
-    [
-        ("importance.json", "No plan has been made yet"),
-        ("plan.json", "Importance was not measured in this run"),
-        ("distill.json", "Nothing has been evaluated yet"),
-        ("eval/pruned.json", "nothing to compare it with"),
-        ("eval/speed.json", "The cut model was not distilled in this run"),
-    ],
-)
+@pytest.mark.parametrize(("kept", "said"), cases(__file__).items())
 def test_report_works_after_any_single_stage(tmp_path: Path, kept: str, said: str) -> None:
     write_run(tmp_path / "whole")
     target = tmp_path / "part" / kept
@@ -131,13 +122,6 @@ def climbing(role: str, level: int) -> TaskScore:
     rates = {"malformed": float(role == "pruned"), "repetition": 0.0, "cut_off": 0.0, "tokens": 12.0}
     items = tuple(replace(item, rates=rates, question=f"What is {item.id}?") for item in task.items)
     return with_rates(replace(task, family="track", level=float(level), items=items))
-
-
-def level(number: int, right: int) -> TaskScore:
-    """A level of a family with the first ``right`` of 100 items right."""
-    items = tuple(ItemScore(str(i), float(i < right), "7", "7") for i in range(100))
-    task = replace(choice("teacher", f"track_{number}", "reasoning", "generation", chance=0.0), items=items)
-    return with_interval(replace(task, score=right / 100, family="track", level=float(number)))
 
 
 @pytest.mark.slow

@@ -80,16 +80,16 @@ def test_merged_models_are_proven_in_all_families(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("part", "settings", "message"),
+    ("layers", "message"),
     [
-        (merge, {"layers": (1, 3)}, r"layers: must be neighbours in increasing order"),
-        (merge, {"layers": (5, 6)}, r"layers 5..6: this model's layers are 0..5"),
+        ((1, 3), r"layers: must be neighbours in increasing order"),
+        ((5, 6), r"layers 5..6: this model's layers are 0..5"),
     ],
 )
-def test_what_cannot_be_is_refused(part: Any, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(layers: tuple[int, ...], message: str, tmp_path: Path) -> None:
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
     with pytest.raises((UserError, ValueError), match=message):
-        part.work(run, part.Settings(**settings))
+        merge.work(run, merge.Settings(layers))
     assert not (run.dir / "student").exists()
 
 

@@ -51,18 +51,7 @@ def learnt(messages: list[dict[str, Any]], tokenizer: Any) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-@pytest.mark.parametrize(
-    ("name", "end"),
-    [
-        ("llama3", "<|eot_id|>"),
-        ("llama3_1", "<|eot_id|>"),
-        ("qwen2_5", "<|im_end|>"),
-        ("gemma3", "<end_of_turn>"),
-        ("cohere", "<|END_OF_TURN_TOKEN|>"),
-        ("qwen3_instruct_2507", "<|im_end|>"),
-        ("deepseek_r1_distill", "<｜end▁of▁sentence｜>"),
-    ],
-)
+@pytest.mark.parametrize(("name", "end"), CASES["ends"].items())
 def test_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(name: str, end: str) -> None:
     said = [f"It is 4.{end}", f"e{end}"]
     assert learnt(TURNS, shipped(name)) == said
@@ -93,19 +82,7 @@ def test_what_follows_the_last_answer_is_cut_off() -> None:
     assert str(tokenizer.decode(ids)).endswith("user: What is 2 + 2?\n")
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        # only the last assistant turn is written as it was said
-        "{% for m in messages %}[{{ m.role }}]{{ m.content if m.role == 'user' or loop.last else 'earlier' }}\n"
-        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
-        # the number of turns stands in front
-        "{{ messages | length }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
-        # another end in the middle
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '<stop>' if loop.last else '<more>' }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}",
-    ],
-)
+@pytest.mark.parametrize("template", CASES["templates"])
 def test_a_template_in_which_turns_depend_on_later_ones_is_refused(template: str) -> None:
     message = r"data 'x' row 0: the chat template of .* writes turn 1 \(assistant\) .* or set loss_on: all"
     with pytest.raises(UserError, match=message):
@@ -164,7 +141,7 @@ def test_conversations_that_teach_nothing_are_dropped_and_counted(tmp_path: Path
     assert texts_learnt(found) <= {"It is 4.\n", "It is 4.", *("It is 4.\n"[n:] for n in range(9))}
 
 
-@pytest.mark.parametrize(("row", "column", "message"), CASES)
+@pytest.mark.parametrize(("row", "column", "message"), CASES["rows"])
 @pytest.mark.parametrize("read", ["pack", "check"])
 def test_a_source_that_cannot_teach_is_refused(
     tmp_path: Path, row: dict[str, Any], column: str, message: str, read: str
