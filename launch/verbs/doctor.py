@@ -186,7 +186,7 @@ def _together(device: torch.device) -> Iterator[Row]:
     clocks = runtime.together(time.time)
     yield _row("clocks", "s apart", max(clocks) - min(clocks), most=MOST_CLOCK_S)
     hosts = runtime.together(socket.gethostname)
-    groups = {
+    groups: dict[str, Any] = {
         host: dist.new_group([rank for rank, own in enumerate(hosts) if own == host]) for host in sorted({*hosts})
     }
     within, between = LEAST_GB_S[device.type]

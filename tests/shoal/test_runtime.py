@@ -11,6 +11,7 @@ import re
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_what_no_launcher_says_is_refused_by_name(
 
 def _make_a_group(rank: int, world_size: int) -> None:
     runtime.set_up_distributed(77)
-    group = dist.new_group([rank])
+    group: Any = dist.new_group([rank])
     assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
 
 

@@ -365,7 +365,7 @@ def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teach
     settings: dict[str, Any] = {"trainable": "from_first_cut", "trainer": {"save_strategy": "steps", "save_steps": 4}}
     kept = {"kind": "recorded", "path": str(tmp_path / "signals")}
     path = recipe(tmp_path / "prefix", teacher, cut, **settings, teacher={**kept, "prefix": True})
-    finished(run(path, verb="record"))
+    finished(run(path, "allow=write", verb="record"))
     prefix = finished(run(path))
     assert prefix.training.settings["shared_layers"] == 2
     if stopped:
@@ -375,7 +375,7 @@ def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teach
         assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
         return
     # what holds the prefix serves runs without it
-    alone = finished(run(recipe(tmp_path / "alone", teacher, cut, **settings, teacher=kept)))
+    alone = finished(run(recipe(tmp_path / "alone", teacher, cut, **settings, teacher=kept), "allow=write"))
     assert not any("rows in" in trial.log for trial in (prefix, alone)), "nothing is recorded twice"
     assert prefix.training.settings["shared_layers"] == 2
     assert alone.training.settings["shared_layers"] == 0

@@ -33,10 +33,12 @@ def wilson_reach(count: int, n: int) -> tuple[float, float]:
 
 def paired_ratio(both: int, won: int, lost: int, neither: int, chance: float) -> tuple[float, float] | None:
     n = both + won + lost + neither
-    part, whole = (
-        (count / n - chance, *(limit - chance for limit in wilson(count, n))) for count in (both + won, both + lost)
-    )
-    return ratio(part, whole, paired_correlation(both, won, lost, neither))
+
+    def over_chance(count: int) -> tuple[float, float, float]:
+        low, high = wilson(count, n)
+        return count / n - chance, low - chance, high - chance
+
+    return ratio(over_chance(both + won), over_chance(both + lost), paired_correlation(both, won, lost, neither))
 
 
 def corrected_phi(both: int, won: int, lost: int, neither: int) -> float:
