@@ -13,6 +13,7 @@ import pytest
 from tiny import tiny_checkpoint
 
 from shoal.artifacts.plan import Plan
+from shoal.compress.sweeps import placeholder, sweep
 from shoal.data import sources
 from shoal.eval import evaluate
 from shoal.eval.evaluate import Work
@@ -28,6 +29,8 @@ from shoal.train.preflight import throughput
 RECIPES = Path(__file__).with_name("recipes")
 MODELS = {"smallest": ("qwen3", 28, 4), "laptop": ("llama", 30, 3), "8b": ("qwen3", 36, 8)}
 """Recipe -> family and layers of its model, and layers that go."""
+BOUND_AS_LOADED = (placeholder, sweep)
+"""Modules that keep the functions they import: loaded while a stand-in is there, they would keep that."""
 FACTS = {
     "smallest": ["drops:", "ZeRO 0"],
     "laptop": ["drops:   13, 14, 26", "control: after the student"],
