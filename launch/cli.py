@@ -26,7 +26,7 @@ from shoal.redaction import printable, redacted
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
-from .verbs.launch import DONE, STARTED, LaunchEnded, LaunchRefused, launch_ranks, see_devices
+from .verbs.launch import DONE, STARTED, LaunchEnded, LaunchRefused, launch_ranks, ranks_of, see_devices
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
@@ -50,8 +50,8 @@ RANKED = ("measure", "record", "distill", "eval")
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 
 
-PEER_IS_GONE = ("closed by peer", "reset by peer", "remote process exited")
-"""What gloo and NCCL call the end of another rank."""
+PEER_IS_GONE = ("closed by peer", "reset by peer", "remote process exited", "Connection was likely closed")
+"""What gloo, NCCL and the store that ranks meet at call the end of another rank."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -255,7 +255,6 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         Path(os.environ[STARTED]).touch()
     with loading():
         from shoal import runtime
-        from shoal.machine import ranks_to_start
         from shoal.tracking.wandb_run import wandb_mode
 
         from .verbs import distill, pipeline, report
@@ -266,7 +265,7 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
     wandb_mode(recipe.track)  # refuses now, not after hours
     if verb == "run" and launched:
         raise UserError("`shoal run` starts its own launchers; under one, call measure, prune, distill and eval")
-    if launched or (verb == "record" and ranks_to_start(recipe.num_processes) == 1):
+    if launched or (verb == "record" and ranks_of(verb, recipe) == 1):
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.ddp_timeout)
     run = replace(open_run(recipe, memory=memory, computes=verb not in ("report", "push")), force=force)
@@ -275,7 +274,7 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
     if verb == "run":
         pipeline.run_all(run, launch)
         return run
-    if not launched and (verb == "distill" or (verb in RANKED and ranks_to_start(recipe.num_processes) > 1)):
+    if not launched and (verb == "distill" or (verb in RANKED and ranks_of(verb, recipe) > 1)):
         if verb == "distill":
             distill.check_distill(run)
             distill.refuse_other_checkpoints(run)

@@ -24,7 +24,7 @@ from shoal.ranks import is_main
 from shoal.recipe.distill import Distill, Generate, Recorded, sources_that_ask
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping_keys
-from shoal.runtime import agreed, device
+from shoal.runtime import agreed, device, everyone_sees
 
 from .engine.arguments import num_rows, rows_per_step
 from .teacher.recording import rows_from
@@ -98,13 +98,14 @@ def rows_to_train_on(
     if (apart := sources_apart(settings)) is not None:
         identity.append({"asks the teacher": apart})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
-    if (num_tokens := rows * settings.sequence_length) > 1.1 * settings.num_tokens and not path.exists() and is_main():
+    if is_main() and (num_tokens := rows * settings.sequence_length) > 1.1 * settings.num_tokens and not path.exists():
         log.info(
             "distill.num_tokens: %s is rounded up to %s, whole optimizer steps of all ranks",
             f"{settings.num_tokens:,}",
             f"{num_tokens:,}",
         )
     agreed(lambda: path.exists() or _pack(tokenizer, settings, texts, path, inputs["seed"], images, apart))
+    everyone_sees(path)
     return RowsWithImages.of(read_rows(path), images)
 
 

@@ -4,7 +4,6 @@ GPU here; under one (`torchrun ... --module shoal.launch.cli doctor`) all nodes 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import socket
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import runtime
+from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
 from shoal.machine import available_memory, device_memory, device_name, flops_per_second, free_disk, now, ranks_to_start
 from shoal.progress import doing, loading
@@ -59,10 +59,12 @@ def doctor(asked: argparse.Namespace) -> Any:
     """A table of what was found, as rows with --json; the command ends with code 1 where something is wrong."""
     if "LOCAL_RANK" not in os.environ and (ranks := ranks_to_start(None)) > 1:
         words = ["doctor", "--run-dir", asked.run_dir, *(["--json"] if asked.as_json else [])]
-        with contextlib.suppress(LaunchEnded):  # which would say that something went wrong; the table has said what
-            asked.exit_code = 1
+        try:
             start_ranks("doctor", ranks, words)
-            asked.exit_code = 0
+        except LaunchEnded as ended:
+            if ended.text:  # it was stopped
+                raise
+            asked.exit_code = ended.code  # the table has said why
         return ""
     with loading():
         runtime.set_up_distributed(600)
@@ -166,14 +168,19 @@ def _disk(run_dir: Path) -> Iterator[Row]:
     if refused := runtime.agreed(write):
         yield Row("run directory", f"{run_dir}: {refused}", "writable", "wrong")
         return
-    begun = time.monotonic()
+    begun, late = time.monotonic(), ""
     try:
         runtime.everyone_sees(probe)
-        yield _row("run directory", "s until all ranks see a new file", time.monotonic() - begun, most=MOST_LATE_S)
-    finally:
-        runtime.barrier()
-        if is_main():
-            probe.unlink()
+    except UserError as error:  # told by all together: a rank that went its own way would keep the others waiting
+        late = str(error)
+    seconds = time.monotonic() - begun
+    late = max(runtime.together(lambda: late))
+    if is_main():
+        probe.unlink()
+    if late:
+        yield Row("run directory", late, "on a disk that all nodes share", "wrong")
+        return
+    yield _row("run directory", "s until all ranks see a new file", seconds, most=MOST_LATE_S)
     yield Row("disk free", bytes_text(free_disk(run_dir)), "see the dry run", "ok")
 
 

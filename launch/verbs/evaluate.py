@@ -40,11 +40,15 @@ MODELS = "models"
 
 def roles(run: Run) -> dict[str, Path]:
     """The models that exist now, by role; control only where the recipe asks for it."""
+    return {role: folder for role, folder in _folders(run).items() if (folder / "config.json").is_file()}
+
+
+def _folders(run: Run) -> dict[str, Path]:
+    """Where the models of a run are, or would be."""
     folders = {"teacher": run.teacher, "pruned": run.dir / "student"}
     if run.recipe.eval.control:
         folders[CONTROL] = run.dir / CONTROL / "distilled"
-    folders["distilled"] = run.dir / "distilled"
-    return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+    return folders | {"distilled": run.dir / "distilled"}
 
 
 def scores_of(run: Run, role: str, inputs: dict[str, Any]) -> Identity[Scores]:
@@ -80,7 +84,8 @@ def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
     from shoal.eval.compare.comparable import require_same_tokenizer
 
-    folders = agreed(lambda: roles(run))
+    there = agreed(lambda: list(roles(run)))  # by name: every machine has the teacher in a folder of its own
+    folders = {role: folder for role, folder in _folders(run).items() if role in there}
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     if list(folders) == ["teacher"]:

@@ -17,6 +17,8 @@ from shoal.ranks import free_port, loudness
 from shoal.stopping import STOPS, run_launcher
 
 if TYPE_CHECKING:
+    from shoal.recipe.recipe import Recipe
+
     from .run import Run
 
 log = logging.getLogger(__name__)
@@ -56,12 +58,20 @@ def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str]) 
         LaunchRefused: they have refused what they were told.
         UserError: more ranks than this machine has devices or cores.
     """
-    from shoal.machine import ranks_to_start
-
     words = [verb, "--config", config, *overrides]
     if run.force and verb == "distill":
         words.append("--force")
-    start_ranks(verb, ranks_to_start(run.recipe.num_processes), words)
+    start_ranks(verb, ranks_of(verb, run.recipe), words)
+
+
+def ranks_of(verb: str, recipe: Recipe) -> int:
+    """Processes that share the work of ``verb`` on this machine; vLLM has one, which has devices of its own."""
+    from shoal.machine import ranks_to_start
+
+    teacher = recipe.distill.teacher
+    by_vllm = verb == "eval" and recipe.eval.backend == "vllm"
+    by_vllm |= verb == "record" and getattr(teacher, "backend", None) == "vllm"
+    return 1 if by_vllm else ranks_to_start(recipe.num_processes)
 
 
 def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
@@ -133,6 +143,6 @@ def _unfinished(verb: str, code: int, asked: int | None) -> LaunchEnded | Launch
         log.error(
             "%s: a rank was ended by signal %d, %s%s; %s", verb, number, signal.strsignal(number), reason, GOES_ON
         )
-    else:
+    elif verb != "doctor":
         log.error("%s ended with exit code %d; its message is above, and %s", verb, code, GOES_ON)
     return LaunchEnded(128 + (asked or number) if asked or number else code)

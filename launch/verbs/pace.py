@@ -82,4 +82,5 @@ def _token_seconds(run: Run) -> float:
 
     model = checkpoint_of(run)
     weights = model_cost(without_data(without_quantization(model.config)[0])).active_parameters
-    return 2 * weights / assumed_rate(device(), model.loaded_dtype())
+    ranks = 1 if device().type == "cpu" else ranks_to_start(run.recipe.num_processes)  # cores are counted together
+    return 2 * weights / assumed_rate(device(), model.loaded_dtype()) / ranks

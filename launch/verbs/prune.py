@@ -281,7 +281,7 @@ def expected_plan(run: Run) -> Plan:
     """
     from shoal.compress.plan import stand_in
 
-    if _is_named(run) or importance_of(run).is_there():
+    if _is_named(run) or agreed(lambda: importance_of(run).is_there()):
         return choose_plan(run, read_importance(run), {})
     return _plan(run, stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run)), {})
 

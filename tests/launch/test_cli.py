@@ -27,7 +27,7 @@ from shoal.launch.help.explain import explanation
 from shoal.launch.verbs import launch, prune
 from shoal.launch.verbs.launch import GOES_ON
 from shoal.launch.verbs.run import Run
-from shoal.recipe.recipe import apply_override, parse_recipe
+from shoal.recipe.recipe import apply_override, parse_recipe, read_settings, settled
 
 CASES = cases(__file__)
 
@@ -204,6 +204,15 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
     (command,) = launcher.commands
     assert command[command.index("--num_gpus") + 1] == "2"
     assert command[-4:] == ["distill", "--config", recipe, "num_processes=2"]
+
+
+@pytest.mark.parametrize("verb", ["eval", "record"])
+def test_vllm_has_one_process_whatever_ranks_there_are(recipe: str, verb: str) -> None:
+    """Which has devices of its own; ranks would each refuse it, after hours of training."""
+    by_vllm = ["eval.backend=vllm", "distill.teacher={kind: recorded, backend: vllm}", "num_processes=2"]
+    said, file = read_settings(recipe, by_vllm)
+    settings = settled(said, file, by_vllm)
+    assert (launch.ranks_of(verb, settings), launch.ranks_of("measure", settings)) == (1, 2)
 
 
 @pytest.mark.parametrize(
