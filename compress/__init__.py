@@ -3,6 +3,7 @@
     measure      every asked metric, pass by pass
     plan         the choice
     layer_sizes  what every layer takes of files, memory and time, and what prune.target asks of it
+    estimate     what a cut would make, for a reader
     apply        writes the student of a plan
     gguf         the student as a file for llama.cpp, and what llama.cpp would take it for
 

@@ -33,9 +33,9 @@ def run_seconds(run: Run) -> float:
         UserError: what these stages would refuse; NotEstimated, a family that cannot be told without running it.
     """
     from shoal.train.preflight.memory import job
-    from shoal.train.preflight.throughput import expected_seconds
+    from shoal.train.preflight.throughput import step_time
 
-    trainings = [expected_seconds(job(spec)) for spec in training_specs(run, expected_plan(run))]
+    trainings = [spec.num_steps * step_time(job(spec)).seconds for spec in training_specs(run, expected_plan(run))]
     return measure_seconds(run) + sum(trainings) + eval_seconds(run, eval_work(run), 2 + len(trainings))
 
 

@@ -33,6 +33,11 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> l
     ]
 
 
+def paragraphs(parts: Iterable[Sequence[str]]) -> str:
+    """Lines of each part below each other, a blank line between parts; empty ones are left out."""
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
 def signed(value: float, digits: int) -> str:
     """A number with its sign, a real minus sign where it is negative; without one where it is rounded to zero."""
     return _number_text(value, f"+.{digits}f")

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from shoal.errors import UserError
+from shoal.formatting import bytes_text
 from shoal.yaml_text import read_yaml
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -61,6 +62,13 @@ def free_disk(path: Path) -> int:
     """Bytes free where ``path`` is, or will be once its folders are made."""
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(parent).free
+
+
+def disk_line(needed: int, folder: Path) -> str:
+    """Whether there is room in ``folder`` for so many more bytes, in words."""
+    free = free_disk(folder)
+    line = f"disk: {bytes_text(needed)} needed under {folder}, {bytes_text(free)} free there"
+    return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
 
 
 def peak_memory() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -144,13 +144,38 @@ def assumed_rate(device: torch.device, dtype: torch.dtype) -> float:
     return flops_per_second(device, dtype) * (ON_CPU if device.type == "cpu" else ASSUMED_SHARE)
 
 
-def expected_seconds(job: Job) -> float:
-    """Seconds of a training, before anything is tried."""
-    spec = job.spec
-    if told := expected(job):
-        return spec.num_steps * told[0]
-    rate = assumed_rate(spec.ranks.device, spec.deepspeed.product_dtype) * spec.ranks.machines
-    return spec.num_steps * spec.tokens_per_step * flops_per_token(job) / rate
+class StepTime(NamedTuple):
+    """How long an optimizer step of all ranks takes."""
+
+    seconds: float
+    source: str
+    """What that comes of, in words."""
+    left_out: str
+    """What it is without, the beginning of a list."""
+
+
+def step_time(job: Job, pace: Pace | None = None) -> StepTime:
+    """By what a probe has measured; without one by the device's data sheet, else by an assumed share of the rate of
+    matrix products, neither of which asks anything of a busy machine but that rate."""
+    spec, setting, flops = job.spec, job.setting, flops_per_token(job)
+    if pace is None and (told := expected(job)):
+        return StepTime(*told, "what moves to the host and back, " if setting.offload_optimizer else "")
+    device, dtype = spec.ranks.device, spec.deepspeed.product_dtype
+    peak, tokens = flops_per_second(device, dtype), spec.tokens_per_step // spec.ranks.machines
+    of_peak = (
+        f"{peak / 1e12:.3g} TFLOP/s of {'its data sheet' if data_sheet(device) else 'a matrix product measured here'}"
+    )
+    if pace is None:
+        assumed = assumed_rate(device, dtype)
+        seconds, source = tokens * flops / assumed, f"assuming {assumed / peak:.0%} of {of_peak}"
+    else:
+        # ranks on one CPU share its cores, which a probe has had to itself
+        seconds = tokens / pace.tokens_per_s + pace.optimizer_s
+        source = (
+            f"measured here on {pace.num_tokens:,} of the {setting.rows * spec.settings.sequence_length:,} tokens of a "
+            f"micro-batch of the real objective: {pace.tokens_per_s * flops / peak:.0%} of {of_peak}"
+        )
+    return StepTime(seconds, source, "communication between ranks, ")
 
 
 def probe_bytes(job: Job) -> int:

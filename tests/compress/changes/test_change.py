@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
 from shoal.compress.apply import KINDS, apply_plan, changes_of, num_tokens_of
-from shoal.launch.verbs.dry_run import cut_estimate
+from shoal.compress.estimate import cut_estimate
 from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.recipe.measure import Measure
 from shoal.recipe.recipe import parse_recipe

@@ -31,9 +31,9 @@ from shoal.compress.changes import width as width_module
 from shoal.compress.changes.change import Change
 from shoal.compress.changes.compensation import Compensation
 from shoal.compress.changes.width import Narrowing
+from shoal.compress.estimate import cut_estimate
 from shoal.compress.surgery.narrow_config import kept_width
 from shoal.errors import UserError
-from shoal.launch.verbs.dry_run import cut_estimate
 from shoal.models.anatomy import decoder_layers, state_of, text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, read_shards
 from shoal.models.load import load_config, load_model

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from results import evaluation
 
+from shoal import machine
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import LAB, Plan
 from shoal.compress.apply import apply_plan
@@ -128,7 +129,7 @@ def test_the_time_of_a_run_is_that_of_its_operations(make_run: Any, monkeypatch:
 
 
 def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "free_disk", lambda _: 6000)
+    monkeypatch.setattr(machine, "free_disk", lambda _: 6000)
     told = told_of("run", make_run(prune={"num_drop": None, "drop": [1]}))
     (student,) = re.findall(r"^prune +to do +no estimate +(\S+) kB", told, flags=re.MULTILINE)
     needed, _ = re.findall(r"^disk: (\S+) kB needed under .* 6 kB free there: NOT ENOUGH", told, flags=re.MULTILINE)

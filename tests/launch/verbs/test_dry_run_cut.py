@@ -14,9 +14,9 @@ from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
+from shoal.compress.estimate import cut_estimate
 from shoal.compress.plan import choose_changes
 from shoal.launch.cli import run_verb
-from shoal.launch.verbs.dry_run import cut_estimate
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_model, without_data
 from shoal.recipe.recipe import parse_recipe

@@ -10,8 +10,8 @@ import pytest
 from jobs import CUT, LENGTH, spec_of
 
 from shoal.launch.cli import run_verb
-from shoal.launch.verbs.dry_run import estimate
 from shoal.recipe.distill import Distill
+from shoal.train.preflight.estimate import estimate
 from shoal.train.student.control import control_spec
 
 
