@@ -128,11 +128,7 @@ def check_export(model: PreTrainedConfig) -> None:
 
 
 def refuse_misread(student: PreTrainedConfig) -> None:
-    """Refuse a configuration of which llama.cpp would run another model.
-
-    Raises:
-        UserError: naming the layer and the reason.
-    """
+    """Refuse a configuration of which llama.cpp would run another model."""
     if (reason := misreading(student)) is not None:
         raise UserError(f"GGUF: {reason}; or {NONE}")
 
@@ -189,11 +185,7 @@ def stored_type(folder: Path) -> str:
 
 def check_gguf(path: Path, folder: Path) -> GgufProof:
     """Prove that the GGUF file ``path`` holds the checkpoint at ``folder``: as many blocks as layers, and in each
-    of them all numbers that are not zero, and no other ones.
-
-    Raises:
-        UserError: it does not.
-    """
+    of them all numbers that are not zero, and no other ones."""
     reader, text = gguf.GGUFReader(path), text_config(load_config(folder))
     architecture = reader.fields["general.architecture"].contents()
     if (count := reader.fields[f"{architecture}.block_count"].contents()) != text.num_hidden_layers:

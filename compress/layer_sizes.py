@@ -85,11 +85,7 @@ class LayerSizes:
 
 
 def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
-    """The sizes of the checkpoint in ``folder``, in the precision that it is stored in, of what a cut may copy of it.
-
-    Raises:
-        UserError: what load_config, without_data and model_cost refuse.
-    """
+    """The sizes of the checkpoint in ``folder``, in the precision of its files, of what a cut may copy of it."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
     shards = read_shards(folder)
     plain, quantisation = without_quantization(config)

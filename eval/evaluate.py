@@ -209,11 +209,7 @@ def checked_items(
     tokenizer: PreTrainedTokenizerBase,
     num_ranks: int = 1,
 ) -> dict[str, int]:
-    """Number of items that are scored, by task, with no model at hand but its ``config``.
-
-    Raises:
-        UserError: what scoring would refuse of the tasks.
-    """
+    """Number of items that are scored, by task, with no model at hand but its ``config``."""
     return _checked(tasks, settings, tokenizer, max_length=resolve_max_length(config, tokenizer), num_ranks=num_ranks)
 
 

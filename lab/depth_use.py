@@ -217,11 +217,7 @@ class SweptRole:
 
     @cached_property
     def importance(self) -> Importance:
-        """Its importance.json.
-
-        Raises:
-            UserError: it is missing.
-        """
+        """Its importance.json."""
         return Importance.load(self.folder / Importance.FILE)
 
     @cached_property

@@ -139,11 +139,7 @@ def sweeps_identity(run: Run, settings: Section, **content: Any) -> dict[str, An
 
 
 def work(run: Run, settings: Settings) -> str:
-    """The units that tasks need, in words.
-
-    Raises:
-        UserError: as tables_of.
-    """
+    """The units that tasks need, in words."""
     donor = None if settings.donor is None else model_fingerprint(resolved(settings.donor, settings.donor_revision))
 
     def swept(provenance: Provenance) -> SweptTables:

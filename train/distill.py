@@ -253,11 +253,7 @@ def recorded(
     spec: TrainSpec, rows: PackedRows, home: Path, inputs: dict[str, Any], *, verify: bool
 ) -> RecordingReader | None:
     """What a recorded teacher says of ``rows``, recorded now as far as it is missing; None = it is a live one. Every
-    rank calls this; ``verify`` as record_signals has it.
-
-    Raises:
-        UserError: as record_signals does.
-    """
+    rank calls this; ``verify`` as record_signals has it."""
     if not isinstance(settings := spec.settings.teacher, Recorded):
         return None
     folder, wanted, shaped = settings.folder(home), Wanted.of(spec, inputs["model"]), rows_from(inputs)

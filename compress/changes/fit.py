@@ -431,11 +431,7 @@ class _Fitting:
         return total / num_tokens
 
     def _refuse_wrong_fold(self) -> None:
-        """Compare the folded weights, skips in force, with the hooks; every layer was proven, and this is all of them.
-
-        Raises:
-            UserError: the divergence from the teacher is another one.
-        """
+        """Compare the folded weights, skips in force, with the hooks; each was proven, and this is all."""
         hooked = self._divergence([batch.student for batch in self.held_out])
         states = [self.layerwise.prepare(batch.prepared.inputs).hidden_BSD for batch in self.held_out]
         for layer in range(self.num_layers):

@@ -175,11 +175,7 @@ def _output_map(model: PreTrainedModel, layer: int) -> nn.Linear | Conv1D | None
 
 
 def refuse_sized_end(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tensor) -> None:
-    """Refuse a model in which what follows the last layer gives another result for a state that is half as large.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a model in which what follows the last layer gives another result for a state that is half as large."""
     end_BSD = layerwise.finish(hidden_BSD, prepared)
     if not same_states(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD):
         raise UserError(

@@ -113,11 +113,7 @@ def passed_on(parts: Sequence[ComponentPart], answer_BS: Tensor, given_BSD: Tens
 
 
 def refuse_states_without_positions(model: PreTrainedModel) -> None:
-    """Refuse a family whose layers do not hand on one state per row and position.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuse a family whose layers do not hand on one state per row and position."""
     shapes: list[torch.Size] = []
     ids_1S = probe_ids(model)
 
@@ -217,11 +213,7 @@ def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
 
 
 def checked(indices: Sequence[int], count: int, what: str) -> None:
-    """Nothing, if all of ``indices`` are among ``count``; messages call one ``what``.
-
-    Raises:
-        UserError: one that is not.
-    """
+    """Nothing, if all of ``indices`` are among ``count``; messages call one ``what``."""
     for index in indices:
         if not 0 <= index < count:
             raise UserError(f"{what} {index}: is out of range; there are 0..{count - 1}")

@@ -105,11 +105,7 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def check_run(model: PreTrainedModel, start: int, length: int) -> range:
-    """The indices of ``length`` layers from ``start`` on.
-
-    Raises:
-        UserError: some of them are no layers of the model.
-    """
+    """The indices of ``length`` layers from ``start`` on."""
     last = len(decoder_layers(model)) - 1
     if length < 1 or start < 0 or start + length - 1 > last:
         raise UserError(f"layers {start}..{start + length - 1}: this model's layers are 0..{last}; name only these")
@@ -118,11 +114,7 @@ def check_run(model: PreTrainedModel, start: int, length: int) -> range:
 
 def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Compare classes and plain attributes (attention kind, window, experts or not, ...) of layers, their shapes and
-    what they compute from the configuration.
-
-    Raises:
-        UserError: one that is not the same in all of them.
-    """
+    what they compute from the configuration."""
     first, *others = layers
     expected = _kind(model, first)
     for layer in others:
@@ -147,11 +139,7 @@ def layer_tensors(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
 
 
 def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
-    """Refuse a layer with a parameter that the model uses elsewhere too: new tensors would change other layers.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse a layer with a parameter that the model uses elsewhere too: new tensors would change other layers."""
     own = {id(parameter) for parameter in decoder_layers(model)[layer].parameters()}
     total = sum(id(parameter) in own for _, parameter in model.named_parameters(remove_duplicate=False))
     inside = len(list(decoder_layers(model)[layer].named_parameters(remove_duplicate=False)))

@@ -59,11 +59,7 @@ class Metric:
 
     @classmethod
     def refuse(cls, model: PreTrainedModel, name: str) -> None:
-        """Refuse a model of which the metric ``name`` says nothing, before others take their hours.
-
-        Raises:
-            UserError: why it says nothing.
-        """
+        """Refuse a model of which the metric ``name`` says nothing, before others take their hours."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,6 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
     """Refuse on all ranks what one of them found; ``fault`` is the row and what is not finite there.
 
     No rank may raise by itself: the others would wait for it.
-
-    Raises:
-        UserError: some rank found a fault; that of the lowest row is named.
     """
     faults = [each for each in together(lambda: fault) if each is not None]
     if faults:

@@ -378,11 +378,7 @@ def uncut_layers(config: PreTrainedConfig, num_layers: int) -> list[int]:
 
 
 def _refuse_unknown_lists(config: PreTrainedConfig, values: dict[str, Any], num_layers: int) -> None:
-    """Refuse lists about layers that no rule is known for, in the text decoder's ``values`` or around them.
-
-    Raises:
-        UserError: naming the first.
-    """
+    """Refuse lists about layers that no rule is known for, in the text decoder's ``values`` or around them."""
     lists = {field: value for field, value in values.items() if isinstance(value, list | tuple) and len(value) > 0}
     # a list as long as the model is deep may mean the layers by chance; better asked about than shifted
     unknown = [
@@ -404,11 +400,7 @@ def _refuse_unknown_lists(config: PreTrainedConfig, values: dict[str, Any], num_
 
 
 def _refuse_useless_cache(config: PreTrainedConfig, student: PreTrainedConfig, keep: Sequence[int]) -> None:
-    """Refuse students whose KV cache would not tell how long the text is, though all is right without one.
-
-    Raises:
-        UserError: with layers to keep.
-    """
+    """Refuse students whose KV cache would not tell how long the text is, though all is right without one."""
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None) or []
     before, after = set(kinds), set(getattr(student.get_text_config(decoder=True), "layer_types", None) or ())
@@ -430,11 +422,7 @@ def _refuse_useless_cache(config: PreTrainedConfig, student: PreTrainedConfig, k
 
 def refuse_wrong_entries(before: PreTrainedConfig, after: PreTrainedConfig, keep: Sequence[int]) -> None:
     """The number of layers and per-layer lists of two text configurations, computed ones too, must be those of the kept
-    layers.
-
-    Raises:
-        UserError: naming the first that is not.
-    """
+    layers."""
     expected: dict[str, Any] = {"num_hidden_layers": len(keep)}
     for field in (name for name, rule in RULES.items() if rule is keep_entries):
         old = getattr(before, field, None)

@@ -148,9 +148,6 @@ def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, ke
     """Compare every kept layer's plain attributes (attention kind, window, RoPE or not, ...) with the teacher's.
 
     Logits on a short input would not show a window of 4,096 tokens that has become full attention.
-
-    Raises:
-        UserError: naming the layer and the attribute that has changed.
     """
     old_layers, new_layers = decoder_layers(teacher), decoder_layers(student)
     may_differ = family(text_config(teacher.config).model_type).may_differ

@@ -47,11 +47,7 @@ def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:
 
 def student_config(teacher: PreTrainedConfig, keep: Sequence[int], width: KeptWidth | None = None) -> PreTrainedConfig:
     """The configuration of the student that keeps the layers ``keep``, as wide as ``width`` says, without settings of a
-    quantisation.
-
-    Raises:
-        UserError: as cut_config.
-    """
+    quantisation."""
     return cut_config(narrowed_config(without_quantization(teacher)[0], width), keep)
 
 
@@ -80,11 +76,7 @@ def channels(text: Any) -> tuple[str, int]:
 
 
 def heads(text: Any) -> tuple[int, int, int]:
-    """Query heads, key-value heads and the size of a head by a text configuration.
-
-    Raises:
-        UserError: it has no heads.
-    """
+    """Query heads, key-value heads and the size of a head by a text configuration."""
     _, num_heads = _number(text, ("num_attention_heads",), "num_key_value_heads")
     groups = getattr(text, "num_key_value_heads", None) or num_heads
     return num_heads, groups, getattr(text, "head_dim", None) or text.hidden_size // num_heads

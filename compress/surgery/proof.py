@@ -76,9 +76,6 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
 
     ``reference`` reads like `the teacher with layers [3] skipped`; its model need not be in memory any more. With
     ``is_rounded`` its answers are those of float32, and the student's logits in float32 are compared up to rounding.
-
-    Raises:
-        UserError: they differ.
     """
     student = load_model(student_folder, dtype="float32" if is_rounded else "stored", attention=None)
     actual = behaviour(student)
@@ -119,9 +116,6 @@ def refuse_changed_settings(teacher: PreTrainedConfig, student: PreTrainedConfig
     """Compare all that two configurations say: lists with one entry per layer, and all that no cut may change.
 
     RoPE, scales and kinds of masks that were lost while saving or loading show in no tensor and in few layers.
-
-    Raises:
-        UserError: naming the first setting that differs.
     """
     refuse_wrong_entries(text_config(teacher), text_config(student), keep)
     old, new = _untouched(teacher), _untouched(student)

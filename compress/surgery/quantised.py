@@ -57,11 +57,7 @@ def without_quantization(config: PreTrainedConfig) -> tuple[PreTrainedConfig, di
 
 
 def cut_stored_config(config: PreTrainedConfig, keep: Sequence[int], names: LayerNames) -> PreTrainedConfig:
-    """cut_config for weights that stay as they are stored, quantised ones too.
-
-    Raises:
-        UserError: what cut_config and renumbered refuse.
-    """
+    """cut_config for weights that stay as they are stored, quantised ones too."""
     plain, settings = without_quantization(config)
     student = cut_config(plain, keep)
     for (part, field), value in settings.items():

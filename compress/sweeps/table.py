@@ -85,11 +85,7 @@ def needed_items(num_components: int) -> int:
 
 
 def require_items(task: str, n: int, num_components: int, *, weights: Sequence[float] | None = None) -> None:
-    """Refuse a column of too few items, or of items so unequal that few of them count; worth asking before a run.
-
-    Raises:
-        UserError: naming the task, its items, how many are needed and where to set them.
-    """
+    """Refuse a column of too few items, or of items so unequal that few of them count; worth asking before a run."""
     need, effective = needed_items(num_components), effective_n(np.asarray(weights or [1.0] * n, dtype=np.float64))
     if n < need:
         problem = (

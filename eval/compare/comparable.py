@@ -271,11 +271,7 @@ def _precision(contenders: Sequence[Contender]) -> str:
 
 
 def require_same_tokenizer(folders: Mapping[str, Path], *, trust_remote_code: bool = False) -> None:
-    """Refuse roles whose tokenizers differ in anything that shapes tokens; files may say the same in other words.
-
-    Raises:
-        UserError: naming the folder and what differs.
-    """
+    """Refuse roles whose tokenizers differ in anything that shapes tokens; files may say the same in other words."""
     (first, reference), *others = folders.items()
     for role, folder in others:
         if difference := tokenizer_difference(folder, reference, trust_remote_code=trust_remote_code):

@@ -102,11 +102,7 @@ def _rows_read(
 
 def _refuse_missing(files: dict[str, DataSet], data_dir: Path | None) -> None:
     """Refuse rows that cannot be had, all at once, before anything is read. What is described is read from one place:
-    ``data_dir``, or without one the Hub.
-
-    Raises:
-        UserError: naming the files.
-    """
+    ``data_dir``, or without one the Hub."""
     if data_dir is None:
         lacking = list(dict.fromkeys(data.dataset for data in files.values() if data.hub is None))
         missing, problem = list(files) if lacking else [], f"eval.tasks: the Hub does not have {listed(lacking)}"
@@ -245,11 +241,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
 
 def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
-    """Refuse a right answer that is not among the options: lm-eval counts every model wrong there and goes on.
-
-    Raises:
-        UserError: such an answer, with its document.
-    """
+    """Refuse a right answer that is not among the options: lm-eval counts every model wrong there and goes on."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return
     for sample in samples:

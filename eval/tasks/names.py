@@ -34,11 +34,7 @@ def refuse_unknown(
     names: Sequence[str], include_path: str | Path | None = None, *, setting: str = "eval.tasks"
 ) -> None:
     """Refuse a name that stands in no task file; one that is only mentioned in some is for the index to refuse.
-    ``setting`` is what names them.
-
-    Raises:
-        UserError: such a name, with what may be meant.
-    """
+    ``setting`` is what names them."""
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
     for name in names:

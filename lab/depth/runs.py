@@ -249,11 +249,7 @@ def states_at(layers: nn.ModuleList, places: Any = ...) -> Iterator[list[Tensor]
 
 
 def require_one_path(model: PreTrainedModel) -> None:
-    """Refuse a model in which depth is not one path of states, one per token, through every layer once.
-
-    Raises:
-        UserError: naming the family and what it does instead.
-    """
+    """Refuse a model in which depth is not one path of states, one per token, through every layer once."""
     batch, shapes, order = probe_batch(model), list[tuple[int, ...]](), list[int]()
     layers = decoder_layers(model)
 

@@ -66,11 +66,7 @@ LayerEdits = tuple[tuple[int, LayerEdit], ...]
 
 
 def require_layers(drop: Collection[int], num_layers: int, setting: str = "drop") -> None:
-    """Refuse to drop what is no layer of a model of so many, or all of them.
-
-    Raises:
-        UserError: naming ``setting``.
-    """
+    """Refuse to drop what is no layer of a model of so many, or all of them."""
     if outside := sorted(layer for layer in drop if not 0 <= layer < num_layers):
         last = num_layers - 1
         raise UserError(f"{setting}: {layers_text(outside)} is no layer of this model; its layers are 0..{last}")

@@ -39,11 +39,7 @@ def name_of_model(model: str) -> str:
 
 
 def refuse_no_model(name: str) -> None:
-    """Refuse a name that can be no model's: a demo model that there is not, and the path of nothing.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Refuse a name that can be no model's: a demo model that there is not, and the path of nothing."""
     if name.startswith(DEMO_PREFIX):
         if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
             known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
@@ -55,10 +51,6 @@ def refuse_no_model(name: str) -> None:
 
 
 def refuse_revision(name: str, revision: str | None) -> None:
-    """Refuse a revision of a model that is not on the Hub.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuse a revision of a model that is not on the Hub."""
     if revision is not None and (name.startswith(DEMO_PREFIX) or Path(name).expanduser().exists()):
         raise UserError(f"model {name!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")

@@ -150,11 +150,7 @@ def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
 def check_names(settings: Distill, *, ranks: int | None = None) -> None:
     """Refuse a value that is none of its training argument, what its schedule or optimizer lacks, or another number
     than in the DeepSpeed configuration, before anything is built. Those of a batch are compared where it is known how
-    many ``ranks`` there are.
-
-    Raises:
-        UserError: naming the argument and the value.
-    """
+    many ``ranks`` there are."""
     trainer, known = settings.trainer, inspect.signature(TrainingArguments.__init__).parameters
     if settings.batch_size is not None and "gradient_accumulation_steps" in trainer:
         raise UserError(
@@ -180,11 +176,7 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
 
 
 def refuse_mismatches(asked: HfTrainerDeepSpeedConfig, place: str) -> None:
-    """Refuse numbers of a DeepSpeed configuration, named by ``place``, that are others than the training arguments'.
-
-    Raises:
-        UserError: there is one, in the words of transformers.
-    """
+    """Refuse numbers of a DeepSpeed configuration, named by ``place``, that are others than the training arguments'."""
     if asked.mismatches:
         told = "; ".join(mismatch.removeprefix("- ") for mismatch in asked.mismatches)
         raise UserError(f'{place}: {told}; set the former to "auto", or change the latter')

@@ -171,11 +171,7 @@ def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
 
 def check_control(control: TrainSpec, folder: Path, spec: TrainSpec, run_dir: Path) -> None:
     """Refuse a control in ``folder`` that could not be trained after the student of ``spec``, before that one is; log
-    what it takes.
-
-    Raises:
-        UserError: as check_fit.
-    """
+    what it takes."""
     try:
         own = job(spec)
     except NotEstimated:  # of which check_fit tells

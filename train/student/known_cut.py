@@ -78,11 +78,7 @@ def _other(own: int | None, teachers: int | None) -> int | None:
 
 def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_layers: int) -> None:
     """Refuse a student whose lowest ``num_layers`` layers, which the plan says to be the teacher's, are not. Sharded
-    weights are empty, and not looked at.
-
-    Raises:
-        UserError: there is one.
-    """
+    weights are empty, and not looked at."""
     if not num_layers:
         return
     ours, theirs = anatomy(student), anatomy(teacher)

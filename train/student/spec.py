@@ -165,11 +165,7 @@ def train_spec(teacher: Checkpoint, student: Checkpoint, plan: Plan, settings: D
 
 
 def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Refuse a student whose next-token distributions cannot be compared with the teacher's.
-
-    Raises:
-        UserError: they have different numbers of vocabulary entries.
-    """
+    """Refuse a student whose next-token distributions cannot be compared with the teacher's."""
     sizes = [text_config(checkpoint.config).vocab_size for checkpoint in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(

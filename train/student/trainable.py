@@ -127,11 +127,7 @@ def recorded_layers(trained: Trained, plan: Plan, settings: Distill) -> int:
 
 
 def parts_of(student: PreTrainedModel, trainable: str, plan: Plan) -> Trained:
-    """The parts of this student, which may be built without its weights, that ``distill.trainable`` means.
-
-    Raises:
-        UserError: as trained_parts does.
-    """
+    """The parts of this student, which may be built without its weights, that ``distill.trainable`` means."""
     parts = anatomy(student)
     embeddings, head = parts.embeddings, parts.head
     tied = embeddings is not None and head is not None and getattr(head, "weight", head) is embeddings.weight

@@ -38,11 +38,7 @@ class Wiring:
 
 def make_trainable(student: PreTrainedModel, spec: TrainSpec, *, seed: int, stored: Set[str] = frozenset()) -> None:
     """Freeze what is not trained and put adapters where the recipe wants them. ``stored`` are the names of the tensors
-    in the student's files, which weights in 4 bits come back from.
-
-    Raises:
-        UserError: as add_adapters does.
-    """
+    in the student's files, which weights in 4 bits come back from."""
     train_only(student, spec.trained)
     if spec.settings.lora is not None:
         add_adapters(student, spec.settings.lora, spec.trained, seed=seed, stored=stored)

@@ -117,11 +117,7 @@ def knowledge_items(wanted: Wanted, *, relation: Value = None, form: Value = Non
 
 
 def knowledge_out_items(wanted: Wanted, *, relation: Value = None) -> list[Item]:
-    """The same of the relations that no text states, which are all scored.
-
-    Raises:
-        ValueError: as knowledge_items does.
-    """
+    """The same of the relations that no text states, which are all scored."""
     facts = _draw("knowledge_out", UNTRAINED, wanted, relation)
     return [make_fact(wanted.split, *fact) for fact in facts]
 

@@ -150,11 +150,7 @@ class _Newer(ValueError):
 
 
 def refuse_schema(body: Any, expected: str) -> None:
-    """Refuse the content of a file that is of another family or number than ``expected``.
-
-    Raises:
-        ValueError: it is, in words.
-    """
+    """Refuse the content of a file that is of another family or number than ``expected``."""
     said = body.get("schema") if isinstance(body, dict) else None
     family, _, number = expected.rpartition("/")
     found, _, own = said.rpartition("/") if isinstance(said, str) else ("", "", "")

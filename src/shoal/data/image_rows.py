@@ -39,11 +39,7 @@ class Asked:
 
 
 def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRow]]:
-    """All rows of the sources of images among ``data``, in order, all images of which can be opened.
-
-    Raises:
-        UserError: as load_image_rows does.
-    """
+    """All rows of the sources of images among ``data``, in order, all images of which can be opened."""
     rows_of: dict[DataSource, list[ImageRow]] = {}
     for source in data:
         if isinstance(source.column, ImageQuestion):
@@ -223,11 +219,7 @@ class ImageReader:
         return ids, np.arange(len(ids)) >= len(ids) - question.num_answer
 
     def check(self, source: DataSource, *, sequence_length: int) -> None:
-        """Read as little of a source of images as shows that something can be learnt from it.
-
-        Raises:
-            UserError: as asked does, or every row is longer than ``sequence_length``.
-        """
+        """Read as little of a source of images as shows that something can be learnt from it."""
         if not any(len(self.tokens(row)[0]) <= sequence_length for row in self.rows[source]):
             raise nothing_learnt(source)
 

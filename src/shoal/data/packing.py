@@ -48,11 +48,7 @@ TOKEN_BYTES = 8
 
 
 def require_room(num_tokens: int, setting: str) -> None:
-    """Refuse more tokens than fit into memory.
-
-    Raises:
-        UserError: they are.
-    """
+    """Refuse more tokens than fit into memory."""
     if (needed := TOKEN_BYTES * num_tokens) > available_memory():
         raise UserError(
             f"{setting}: {num_tokens:,} tokens take {bytes_text(needed)} of memory, and "

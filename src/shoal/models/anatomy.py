@@ -129,11 +129,7 @@ def text_config(config: Any) -> Any:
 
 
 def require_positions(config: Any, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:
-    """Refuse rows longer than the positions that a model has.
-
-    Raises:
-        UserError: they are.
-    """
+    """Refuse rows longer than the positions that a model has."""
     longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of the model; {remedy}")
@@ -158,11 +154,7 @@ def image_layers(config: Any) -> tuple[int, ...]:
 
 
 def refuse_both_directions(config: Any) -> None:
-    """Refuse to score or train a language model whose tokens see those behind them.
-
-    Raises:
-        UserError: naming the family.
-    """
+    """Refuse to score or train a language model whose tokens see those behind them."""
     if getattr(text_config(config), "use_bidirectional_attention", None) in (True, "all"):
         raise UserError(
             f"{config.model_type}: its language model reads text in both directions, so that an answer cannot be "
@@ -171,11 +163,7 @@ def refuse_both_directions(config: Any) -> None:
 
 
 def refuse_text_alone(config: Any) -> None:
-    """Refuse to measure a model with text where text passes some of its layers by, or is read in both directions.
-
-    Raises:
-        UserError: naming the layers, or the family.
-    """
+    """Refuse to measure a model with text where text passes some of its layers by, or is read in both directions."""
     refuse_both_directions(config)
     if unread := getattr(text_config(config), "cross_attention_layers", None):
         raise UserError(

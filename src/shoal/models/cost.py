@@ -88,11 +88,7 @@ def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int, bat
 
 
 def active_parameters(decoder: nn.Module) -> int:
-    """Parameters of a layer, or of all and what is around them but the head, that are read to write one token.
-
-    Raises:
-        UserError: as model_cost.
-    """
+    """Parameters of a layer, or of all and what is around them but the head, that are read to write one token."""
     # by module and with repetition: what several layers share is read by each of them
     modules = dict(decoder.named_modules(remove_duplicate=False))
     return sum(

@@ -121,11 +121,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def pad_with_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Let ``tokenizer``, called ``name`` in messages, pad with its end token.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Let ``tokenizer``, called ``name`` in messages, pad with its end token."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{name}: the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
@@ -276,11 +272,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path, load: LoadSettings) -> Checkpoint:
-        """The checkpoint at ``folder``.
-
-        Raises:
-            UserError: as load_config does.
-        """
+        """The checkpoint at ``folder``."""
         return cls(folder, load_config(folder, trust_remote_code=load.trust_remote_code), load)
 
     @property
@@ -327,11 +319,7 @@ def align_weights(model: nn.Module) -> None:
 
 
 def refuse_incomplete(folder: Path, family: str, missing: Collection[str], mismatched: Collection[str] = ()) -> None:
-    """Refuse weights that lack tensors or have them in other shapes than config.json says.
-
-    Raises:
-        UserError: naming the first of them.
-    """
+    """Refuse weights that lack tensors or have them in other shapes than config.json says."""
     if missing:
         raise UserError(
             f"{folder}: the weights of {min(missing)} are missing ({len(missing)} tensors in all, for the "
@@ -342,11 +330,7 @@ def refuse_incomplete(folder: Path, family: str, missing: Collection[str], misma
 
 
 def refuse_broken_weights(models: Mapping[str, nn.Module | None]) -> None:
-    """Refuse models, by what they are called, whose weights are no numbers. Every rank looks at what it holds.
-
-    Raises:
-        UserError: naming the first such weight.
-    """
+    """Refuse models, by what they are called, whose weights are no numbers. Every rank looks at what it holds."""
     for called, model in models.items():
         for name, parameter in () if model is None else model.named_parameters():
             held = _held(parameter)

@@ -151,11 +151,7 @@ def paired_values(
 
 
 def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
-    """Refuse two scores that do not measure the same thing.
-
-    Raises:
-        UserError: naming the field that differs, or the first item that only one of them has.
-    """
+    """Refuse two scores that do not measure the same thing."""
     if told := next(_differences(before, after), None):
         raise UserError(f"task {before.task!r}: {told}; they cannot be compared, evaluate both with the same settings")
 

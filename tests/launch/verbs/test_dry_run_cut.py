@@ -1,4 +1,7 @@
-"""`shoal prune --dry-run`: what it says is what pruning then does, and it does nothing itself."""
+"""`shoal prune --dry-run`: what it says is what pruning then does, and it does nothing itself.
+
+Covers: shoal.compress.estimate.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What `shoal distill --dry-run` tells."""
+"""What `shoal distill --dry-run` tells.
+
+Covers: shoal.train.preflight.estimate.
+"""
 
 from __future__ import annotations
 
