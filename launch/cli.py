@@ -26,7 +26,7 @@ from shoal.redaction import printable, redacted
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
-from .verbs.launch import DONE, STARTED, LaunchEnded, LaunchRefused, launch_ranks, ranks_of, see_devices
+from .verbs.launch import DONE, STARTED, LaunchEnded, LaunchRefused, launch_ranks, ranks_of, see_devices, seeing
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
@@ -109,7 +109,10 @@ def run_verb(
     def work() -> None:
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides)
-        see_devices(recipe.device)
+        with seeing(recipe.device):
+            done(recipe, said)
+
+    def done(recipe: Recipe, said: dict[str, Any]) -> None:
         _refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
@@ -275,9 +278,10 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         pipeline.run_all(run, launch)
         return run
     if not launched and (verb == "distill" or (verb in RANKED and ranks_of(verb, recipe) > 1)):
-        if verb == "distill":
-            distill.check_distill(run)
-            distill.refuse_other_checkpoints(run)
+        with locked(run):  # where its sizes are kept for the ranks
+            if verb == "distill":
+                distill.check_distill(run)
+                distill.refuse_other_checkpoints(run)
         launch(verb, run)
         return run
     if verb == "report":

@@ -27,7 +27,7 @@ from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
 from ..verbs import run as verbs
-from ..verbs.launch import LaunchEnded, launch_ranks
+from ..verbs.launch import LaunchEnded, launch_ranks, seeing
 from ..verbs.pipeline import run_all
 
 
@@ -129,7 +129,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         settings = settled(said, file, overrides)
         folder = verbs.Run(settings).dir
         try:
-            with remembering(folder, said) as memory:
+            with seeing(settings.device), remembering(folder, said) as memory:
                 run_all(
                     verbs.open_run(settings, memory=memory), partial(launch_ranks, config=config, overrides=overrides)
                 )

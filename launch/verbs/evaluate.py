@@ -6,7 +6,7 @@ Code of a stage is imported where it is used, so that a verb loads only what it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, barrier, environment, free_memory, seed_everything
 
 from .distill import trainings
+from .launch import seeing
 from .prune import read_plan
 from .run import Run, locked, open_run, resolved, write_story
 
@@ -120,9 +121,16 @@ def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool
     read_scored(runs[0])
     if len(runs) > 1:
         find_common(read_contenders(runs), across_teachers=across_teachers)
-    run = open_run(load_recipe(runs[0]))
+    recipe = load_recipe(runs[0])
+    with seeing(recipe.device):
+        run = open_run(recipe)
+        beside = {name: _beside(run, name, out) for name in filter(names_model, names)}
+        _score_beside(run, beside)
+    return [beside[name][0].dir if name in beside else Path(name) for name in names]
+
+
+def _score_beside(run: Run, beside: Mapping[str, tuple[Run, Checkpoint, dict[str, Any]]]) -> None:
     teacher = _checkpoints(run, {"teacher": run.teacher})
-    beside = {name: _beside(run, name, out) for name in filter(names_model, names)}
     for own, checkpoint, inputs in beside.values():
         checkpoints = {MODEL: checkpoint}
         with locked(own):
@@ -130,7 +138,6 @@ def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool
             if run.recipe.eval.speed:
                 _speed(own, teacher | checkpoints)
             write_story(own)
-    return [beside[name][0].dir if name in beside else Path(name) for name in names]
 
 
 def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str, Any]]:
@@ -215,10 +222,16 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
         for folder, asked in trainings(run, read_plan(run)).items():
             model = folder / "distilled"
-            if model in folders.values() and asked.require().settings.get("distilled") != model_fingerprint(model):
+            if model not in folders.values():
+                continue
+            told = asked.require().settings.get("distilled")
+            if told != model_fingerprint(model):
+                whose = "weights, configuration or tokenizer"
+                why = f"is not the model that {asked.path.name} beside it tells of: its {whose} are others"
+                if told is None:
+                    why = f"cannot be checked: {asked.path.name} beside it is of an older shoal, which notes no {whose}"
                 raise UserError(
-                    f"{model}: is not the model that {asked.path.name} beside it tells of: its weights, configuration "
-                    "or tokenizer are others; delete it, and `shoal distill` makes it again from the last checkpoint"
+                    f"{model}: {why}; delete it, and `shoal distill` makes it again from the last checkpoint"
                 )
 
 

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ DONE = "done"
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+COUNTED = "PYTORCH_NVML_BASED_CUDA_CHECK"
 SET_VISIBLE = "SHOAL_VISIBLE_DEVICES"
 """Holds in the environment of ranks the CUDA_VISIBLE_DEVICES of the command: DeepSpeed's launcher ignores and replaces
 it where a number of ranks is asked for, and reads no names of devices (GPU-..., MIG-...)."""
@@ -118,13 +120,28 @@ def rank_environment(ranks: int) -> dict[str, str]:
     return environment
 
 
-def see_devices(wanted: str = "auto") -> None:
-    """Let a rank see the devices that its command was told to use, and none where the recipe's device, ``wanted``, is
-    cpu. Before torch looks for any."""
+def see_devices() -> None:
+    """Let a rank see the devices that its command was told to use. Before torch looks for any."""
     if SET_VISIBLE in os.environ:
         os.environ[VISIBLE] = os.environ.pop(SET_VISIBLE)
-    if wanted == "cpu":
-        os.environ[VISIBLE] = ""
+
+
+@contextmanager
+def seeing(device: str) -> Iterator[None]:
+    """In the block this process, and those that it starts, see no GPU where ``device``, the recipe's, is cpu.
+
+    Torch asks NVIDIA's management library there how many it sees: CUDA reads the variable once in the life of a
+    process, which would see none after the block either.
+    """
+    before = {name: os.environ.get(name) for name in (VISIBLE, COUNTED, "DS_ACCELERATOR")}
+    if device == "cpu":
+        os.environ.update({VISIBLE: "", COUNTED: "1"})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
 
 
 def _unfinished(verb: str, code: int, asked: int | None) -> LaunchEnded | LaunchRefused:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Provenance
@@ -28,8 +26,9 @@ from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import GREEDY
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, device, everyone_sees, seed_everything
+from shoal.stopping import passing_folder
 
-from .run import Run, check_length
+from .run import OFFLOADED, Run, check_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,8 +83,8 @@ def measure(run: Run) -> None:
     run.dir.mkdir(parents=True, exist_ok=True)
     seed_everything(run.recipe.seed)
     rows = packed_rows(run)
-    with tempfile.TemporaryDirectory(prefix="offloaded-", dir=run.dir) as folder:
-        model = load_model(run.teacher, device=device(), offload=Path(folder), **run.load_args())
+    with passing_folder(run.dir, OFFLOADED) as folder:
+        model = load_model(run.teacher, device=device(), offload=folder, **run.load_args())
         importance = _measured(run, model, rows, asked.inputs)
     if is_main():
         _write(run, importance)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, read_json, write_json
+from shoal.errors import UserError
 from shoal.formatting import duration_text
 from shoal.machine import DTYPES, device_name, fast_dtype
 from shoal.model_names import refuse_revision
@@ -48,13 +50,15 @@ from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_de
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, check_device, device, environment
 
-from .launch import STARTED, see_devices
+from .launch import STARTED
 
 log = logging.getLogger(__name__)
 
 ATTENTION = ("flash", "sdpa", "eager")
 
 STORY = "run.json"
+OFFLOADED = "offloaded-"
+"""First letters of folders of weights that wait on disk while a rank measures."""
 LOCK_WAIT_S = 30
 SHARES = 10
 """Steps in which a recipe's sizes follow the machine: two are the smallest share, with less there would be nothing
@@ -74,7 +78,7 @@ class Numerics:
     device: str
     """Name that the manufacturer gives the device."""
     max_minutes: float | None = None
-    """Minutes that the recipe gives the run."""
+    """Minutes that the recipe gives the run, and that ``size`` follows; None too where results are only read."""
     size: float = 1.0
     """Share of the recipe's sizes that is left."""
     size_reason: str = ""
@@ -162,7 +166,6 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     Raises:
         UserError: a device or attention that is not possible here, or as find_config.
     """
-    see_devices(recipe.device)
     if computes:
         check_device(recipe.device)
     numerics = agreed(lambda: _numerics(recipe, computes=computes))
@@ -180,8 +183,9 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
         recipe, dtype=numerics.dtype, attn_implementation=numerics.attention, distill=distill, max_minutes=None
     )
     story = agreed(lambda: read_json(Path(recipe.run_dir).expanduser() / STORY))  # refuses a damaged one, whoever asks
-    if (minutes := recipe.max_minutes) is not None:
-        size, reason = _size(Run(settled), minutes, story.get("numerics") or {}, computes=computes)
+    begun = story.get("numerics") or {}
+    if (minutes := recipe.max_minutes) is not None and (computes or begun.get("max_minutes") == minutes):
+        size, reason = _size(Run(settled), minutes, begun)
         numerics = replace(numerics, max_minutes=minutes, size=size, size_reason=reason)
         if reason:
             log.info("sizes: %s", reason)
@@ -214,13 +218,11 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
     )
 
 
-def _size(run: Run, max_minutes: float, begun: dict[str, Any], *, computes: bool) -> tuple[float, str]:
+def _size(run: Run, max_minutes: float, begun: dict[str, Any]) -> tuple[float, str]:
     """The share of the recipe's sizes for which there is time on this machine, or was on the one that began the run
     directory, and why. Every rank calls this, as stages ask each other what is there."""
     if begun.get("max_minutes") == max_minutes and "size" in begun:
         return float(begun["size"]), str(begun.get("size_reason", ""))
-    if not computes:
-        return 1.0, ""
     from shoal.train.preflight.memory import NotEstimated
 
     from .pace import run_seconds
@@ -345,11 +347,17 @@ def locked(run: Run) -> Iterator[None]:
     make_folder(run.dir)
     with only_process(run.dir / LOCK, f"run_dir {run.dir}", wait_s=LOCK_WAIT_S):
         try:
+            for folder in run.dir.glob(f"{OFFLOADED}*"):
+                shutil.rmtree(folder)  # of a process that was killed
             if run.memory is not None:
                 remember(run.dir, run.memory)
+            if run.numerics is not None and run.numerics.max_minutes is not None:
+                write_story(run)  # this stage and others go on with these sizes
             yield
-            if run.numerics is not None and run.numerics.size < 1:
-                write_story(run)  # other stages go on with these sizes
+        except UserError:
+            if run.dir.is_dir() and {file.name for file in run.dir.iterdir()} <= {LOCK, RECIPE, STORY}:
+                (run.dir / STORY).unlink(missing_ok=True)  # sizes of what was refused
+            raise
         finally:
             _leave_nothing(run, is_new=is_new)
 

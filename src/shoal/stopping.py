@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,12 +74,28 @@ def die_of(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+@contextmanager
+def passing_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in ``parent`` that is gone after the block, and where stop_at_once ends this process in it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    _PASSING.append(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(_PASSING.pop(), ignore_errors=True)
+
+
+_PASSING = list[Path]()
+
+
 def stop_at_once(number: int, text: str) -> None:
     """Say ``text`` and end this process and those it started, with the exit code that a shell gives for the signal.
 
     Of several ranks the first speaks, and only of Ctrl-C: their launcher sends SIGTERM to all of them where one has
     failed, which has then said why. What `shoal` has launched leaves the word to it.
     """
+    for folder in _PASSING:
+        shutil.rmtree(folder, ignore_errors=True)
     if LAUNCHED_BY in os.environ:
         die_of(number)
     if ranks.world_size() == 1 or (number == signal.SIGINT and ranks.is_main()):

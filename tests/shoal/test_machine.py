@@ -10,10 +10,11 @@ import torch
 from cases import cases
 
 from shoal import machine
+from shoal.errors import UserError
 from shoal.launch.verbs import pace
 from shoal.launch.verbs import run as runs
 from shoal.launch.verbs.launch import STARTED
-from shoal.launch.verbs.run import Run, locked, open_run, write_story
+from shoal.launch.verbs.run import Run, locked, open_run
 from shoal.machine import Choice, bfloat16_instructions, fast_dtype
 from shoal.recipe.distill import Live
 from shoal.recipe.recipe import parse_recipe
@@ -212,9 +213,14 @@ def test_a_run_directory_keeps_its_sizes_on_another_machine(
 ) -> None:
     takes(monkeypatch, first)
     begun = open_run(recipe(tmp_path, model=str(teacher), **SIZES))
-    with locked(begun):
-        if begun.numerics is not None and begun.numerics.size == 1:  # else any stage writes it
-            write_story(begun)
+    with pytest.raises(UserError), locked(begun):
+        raise UserError("refused, so that nothing is kept")
+    assert not begun.dir.exists()
+    reading = open_run(recipe(tmp_path, model=str(teacher), **SIZES), computes=False)
+    assert reading.numerics is not None
+    assert reading.numerics.max_minutes is None, "a report works out no sizes, and there are none to keep"
+    with pytest.raises(KeyboardInterrupt), locked(begun):
+        raise KeyboardInterrupt  # whatever the stage, and however far it came
     takes(monkeypatch, then)
     assert open_run(recipe(tmp_path, model=str(teacher), **SIZES)).recipe == begun.recipe
     other = {**SIZES, "max_minutes": 11}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 from ranks import Shoal, wait_for
 from training_runs import MANY_STEPS, write_recipe
 
-from shoal.stopping import _alive, on_stop, run_launcher
+from shoal.stopping import LAUNCHED_BY, _alive, on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +108,18 @@ def test_signals_are_left_alone_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert entered == [before]
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_passing_folder_goes_with_its_process(tmp_path: Path, launched: bool) -> None:
+    """Weights that wait on disk are as large as the model."""
+    code = (
+        "import os, sys, pathlib; from shoal.stopping import on_stop, passing_folder, stop_at_once\n"
+        "with on_stop(lambda number: stop_at_once(number, '')):\n"
+        "    with passing_folder(pathlib.Path(sys.argv[1]), 'offloaded-') as own:\n"
+        "        (own / 'weights').touch(); os.kill(os.getpid(), 15); os._exit(0)"
+    )
+    environment = {**os.environ, **({LAUNCHED_BY: "1"} if launched else {})}
+    code = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False).returncode
+    assert code == (-15 if launched else 128 + 15)
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.launch.cli import run_verb
+import shoal
+from shoal.errors import UserError
+from shoal.launch import cli
+from shoal.launch.verbs import run as verbs
 from shoal.launch.verbs.launch import rank_environment
 from shoal.ranks import free_port
 
@@ -49,11 +52,28 @@ def test_ranks_see_the_devices_that_the_command_was_told_to_use(
     assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(ranks)] == [visible] * ranks
 
 
-@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("auto", "1")])
-def test_a_recipe_for_the_cpu_hides_every_gpu_before_anything_else(
-    monkeypatch: pytest.MonkeyPatch, device: str, seen: str
+@pytest.mark.parametrize("door", ["shoal", "shoal.run"])
+def test_a_recipe_for_the_cpu_hides_every_gpu_while_it_runs_and_not_longer(
+    monkeypatch: pytest.MonkeyPatch, door: str
 ) -> None:
-    """Of ranks too, which read the same recipe: DeepSpeed's launcher lets them see GPUs again."""
+    """A notebook's next run, or the next of --each, may be for a GPU."""
+    seen = []
+
+    def look(*_: object, **__: object) -> None:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        os.environ["DS_ACCELERATOR"] = "cpu"  # as where torch sees no GPU
+        raise UserError("seen")
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert run_verb("measure", "demo:nonsense", [f"device={device}"]) == 2, "there is no such model"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(cli, "_refuse_early", look)
+    monkeypatch.setattr(verbs, "open_run", look)
+    before = dict(os.environ)
+    for device in ("cpu", "auto"):
+        if door == "shoal":
+            assert cli.run_verb("measure", "quickstart", [f"device={device}"]) == 2
+        else:
+            with pytest.raises(UserError, match="seen"):
+                shoal.run("quickstart", f"device={device}")
+        assert dict(os.environ) == before
+    assert seen == ["", "1"]

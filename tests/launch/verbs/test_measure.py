@@ -19,7 +19,7 @@ from shoal.compress import measure as hidden_measure
 from shoal.errors import UserError
 from shoal.launch.verbs import measure as measuring
 from shoal.launch.verbs import prune
-from shoal.launch.verbs.run import Run, open_run
+from shoal.launch.verbs.run import Run, locked, open_run
 from shoal.models import load as loading
 from shoal.recipe.measure import num_removals
 from shoal.recipe.recipe import parse_recipe
@@ -193,7 +193,9 @@ def test_a_model_that_does_not_fit_waits_on_disk_and_has_the_same_numbers(
         if name == "offloaded":
             monkeypatch.setattr(loading, "rooms_to_share", lambda *_: {"cpu": 200_000})
         run = make_run(settings, run_dir=str(tmp_path / name), dtype="bfloat16", prune=plan)
-        measuring.measure(run)
+        (run.dir / "offloaded-by-a-killed-rank").mkdir(parents=True)
+        with locked(run):
+            measuring.measure(run)
         found.append(Importance.load(run.dir / "importance.json"))
         assert not list(run.dir.glob("offloaded-*"))
     whole, offloaded = found

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,11 @@ def test_a_model_in_place_of_the_trained_one_is_not_scored_under_its_name(make_r
     pruning.prune(run)
     as_trained(run.dir, distill.training_inputs(run, pruning.read_plan(run)), run.teacher)
     evaluate.require_models_of_this_run(run, evaluate.roles(run))
+    told = Training.load(run.dir / Training.FILE)
+    replace(told, settings={}).save(run.dir / Training.FILE)
+    with pytest.raises(UserError, match=r"distilled: cannot be checked: distill\.json beside it is of an older shoal"):
+        evaluate.evaluate(run)
+    told.save(run.dir / Training.FILE)
     shutil.rmtree(run.dir / "distilled")
     shutil.copytree(run.dir / "student", run.dir / "distilled")
     for verb in (evaluate.evaluate, report.report):
