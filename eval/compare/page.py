@@ -15,6 +15,7 @@ from shoal.figures.style import clean
 from shoal.formatting import bytes_text, count_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
+from ..harness.rates import CALIBRATION_ERROR
 from ..report.findings import (
     FEW_CHANGED_MEAN,
     FEW_ITEMS,
@@ -26,6 +27,7 @@ from ..report.findings import (
 )
 from ..report.page import DASH, Picture, Table, render
 from ..report.wording import (
+    calibration_text,
     difference_text,
     limits_text,
     p_text,
@@ -286,6 +288,9 @@ def _task_table(comparison: RunComparison, index: int) -> Table:
     task, first = comparison.tasks[index], comparison.contenders[0]
     columns = ("Model", "Score", "Kept", f"Against {first.letter}", "p (Holm)", "Would show from")
     rows = [_task_row(comparison, model, index) for model in comparison.models]
+    if any(model.cells[index].score.rates.get(CALIBRATION_ERROR) is not None for model in comparison.models):
+        errors = [calibration_text(model.cells[index].score) for model in comparison.models]
+        columns, rows = (*columns, "Calibration error"), [(*row, own) for row, own in zip(rows, errors, strict=True)]
     direction = "" if task.higher_is_better else ", lower is better"
     about = f"version {task.version}, {task.num_fewshot} shots"
     asked = ", ".join(filter(None, (f"{task.metric}{direction}", f"{task.n:,} items", limits_text(task), about)))

@@ -1,12 +1,14 @@
-"""How written text fails: no answer can be read out of it, it ends in a loop, the limit cut it off; and how long it is.
+"""What an answer shows beside being right. Of written text: no answer can be read out of it, it ends in a loop, the
+limit cut it off, its length. Of a choice among options: how sure the model was.
 
-N texts. A damaged model often loses the habit of answering before it loses what it knows, so these stand beside scores.
+N texts or items. A damaged model often loses the habit of answering, and the sense of what it does not know, before it
+loses what it knows, so these stand beside scores.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +24,14 @@ UNREADABLE = "[invalid]"
 RATES = ("malformed", "repetition", "cut_off")
 """Shares of the texts, each a defect."""
 LENGTH = "mean_tokens"
-NAMES = (*RATES, LENGTH)
+OVERCONFIDENCE = "overconfidence"
+"""Mean probability of the likeliest option less the share of items in which it is the right one."""
+NAMES = (*RATES, LENGTH, OVERCONFIDENCE)
+CALIBRATION_ERROR = "calibration_error"
+CALIBRATION_LUCK = "calibration_luck"
+BINS = 10
+"""Bins of a calibration error, of equal width from 0 to 1."""
+LUCKY_DRAWS = 200
 
 
 def text_rates(
@@ -44,6 +53,30 @@ def text_rates(
     ]
 
 
+def option_rates(log_probs: Sequence[float], golds: Collection[int]) -> dict[str, float]:
+    """The same for a choice, from the log-likelihoods of the options, of which ``golds`` are right.
+
+    The options' probabilities sum to 1, and lengths do not enter: `confidence` is the likeliest option's, also where
+    the score compares likelihoods per character.
+    """
+    likelihoods = np.exp(np.array(log_probs) - max(log_probs))
+    likeliest = int(likelihoods.argmax())
+    confidence = round(float(likelihoods[likeliest] / likelihoods.sum()), 6)
+    return {"confidence": confidence, OVERCONFIDENCE: confidence - (likeliest in golds)}
+
+
+def calibration(confidence_N: Array, overconfidence_N: Array) -> dict[str, float]:
+    """The calibration error (ECE) of N choices, and the one that luck alone would give a model without any.
+
+    Sum over BINS of |sum of overconfidence in the bin| / N. It is above zero for every model of few items, so it has no
+    interval; luck is the mean error where items are right as often as the model says.
+    """
+    bins_NB = np.eye(BINS)[np.minimum((confidence_N * BINS).astype(int), BINS - 1)]
+    right_RN = np.random.default_rng(0).random((LUCKY_DRAWS, len(confidence_N))) < confidence_N
+    error, luck = (np.abs(over @ bins_NB).sum(-1).mean() for over in (overconfidence_N, confidence_N - right_RN))
+    return {name: float(own) / len(bins_NB) for name, own in ((CALIBRATION_ERROR, error), (CALIBRATION_LUCK, luck))}
+
+
 def hold_answers(texts: Sequence[str], filtered: Sequence[str], targets: Sequence[str]) -> list[bool]:
     """Whether every text holds something of the kind of the ``targets``, and its task's filter found something in it.
 
@@ -54,33 +87,41 @@ def hold_answers(texts: Sequence[str], filtered: Sequence[str], targets: Sequenc
 
 
 def with_rates(score: TaskScore) -> TaskScore:
-    """The same score with the means over its items, where these are written texts."""
+    """The same score with the means over its items, where these have rates."""
     if not score.items or not all(item.rates for item in score.items):
         return score
-    return replace(score, rates={name: float(np.mean(values_of(score, name))) for name in NAMES})
+    own = score.items[0].rates
+    rates = {name: float(np.mean(values_of(score, name))) for name in NAMES if _key(name) in own}
+    if OVERCONFIDENCE in own:
+        rates |= calibration(values_of(score, "confidence"), values_of(score, OVERCONFIDENCE))
+    return replace(score, rates=rates)
+
+
+def _key(name: str) -> str:
+    return "tokens" if name == LENGTH else name
 
 
 def values_of(score: TaskScore, name: str) -> Array:
     """(N,): one of NAMES by item, in the order of the items."""
-    key = "tokens" if name == LENGTH else name
-    return np.array([item.rates[key] for item in score.items], dtype=np.float64)
+    return np.array([item.rates[_key(name)] for item in score.items], dtype=np.float64)
 
 
 def rate(score: TaskScore, name: str) -> Interval:
-    """One of NAMES over the texts of ``score``, which has rates; Wilson's interval, of the length that of a mean."""
+    """One of NAMES over the items of ``score``, which has it; Wilson's interval of a share, else that of a mean."""
     values_N = values_of(score, name)
-    low, high = mean_limits(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
-    return Interval(float(values_N.mean()), max(low, 0.0), high)  # no text is shorter than nothing
+    low, high = wilson(float(values_N.sum()), len(values_N)) if name in RATES else mean_limits(values_N.tolist())
+    # no text is shorter than nothing
+    return Interval(float(values_N.mean()), max(low, 0.0) if name == LENGTH else low, high)
 
 
 def rate_difference(before: TaskScore, after: TaskScore, name: str) -> PairedDifference:
     """The change of one of NAMES from ``before`` to ``after``, item by item; an item is won where the value falls.
 
-    Exact McNemar test and Newcombe's interval for shares, the paired t-test for the length.
+    Exact McNemar test and Newcombe's interval for shares, the paired t-test for length and overconfidence.
     """
     later = dict(zip((item.id for item in after.items), values_of(after, name), strict=True))
     before_N, after_N = values_of(before, name), np.array([later[item.id] for item in before.items])
-    return paired_values(before_N, after_N, np.ones_like(before_N), binary=name != LENGTH, higher_is_better=False)
+    return paired_values(before_N, after_N, np.ones_like(before_N), binary=name in RATES, higher_is_better=False)
 
 
 def answer_pattern(targets: Sequence[str]) -> re.Pattern[str]:

@@ -22,7 +22,7 @@ from shoal.stats.paired import interval
 from ..tasks.load import Sample, check_answers
 from ..tasks.protocols import letter_match, match_stated
 from .engine import NEW_TOKENS, Ending, ending_key
-from .rates import hold_answers, text_rates, with_rates
+from .rates import hold_answers, option_rates, text_rates, with_rates
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """Which of a task's metrics stands for it, if neither its metadata nor this list says: its first one."""
@@ -100,6 +100,10 @@ def task_score(
     if task.OUTPUT_TYPE == "generate_until":
         score = replace(score, matching=MATCHING)
         score = _with_text_rates(score, task, under_filter, count_tokens, endings or {})
+    if task.OUTPUT_TYPE == "multiple_choice":
+        rates = [option_rates(_log_probs(task, sample), _golds(task, sample)) for sample in under_filter]
+        items = [replace(item, rates=own) for item, own in zip(items, rates, strict=True)]
+        score = with_rates(replace(score, items=tuple(items)))
     return with_interval(score)
 
 
@@ -237,20 +241,34 @@ def _prediction(task: Any, sample: Sample, metric: str) -> str:
         return str(sample["resps"][0][0])
     if task.OUTPUT_TYPE != "multiple_choice":
         return ""
-    choices = task.doc_to_choice(sample["doc"])
-    log_probs = [log_prob for log_prob, _ in sample["filtered_resps"][: len(choices)]]
+    choices, log_probs = task.doc_to_choice(sample["doc"]), _log_probs(task, sample)
     if metric.endswith("_norm"):  # per character, as lm-eval normalizes
         log_probs = [log_prob / len(choice) for log_prob, choice in zip(log_probs, choices, strict=True)]
     return choices[int(np.argmax(log_probs))].strip()
 
 
+def _log_probs(task: Any, sample: Sample) -> list[float]:
+    """Log-likelihoods of the options."""
+    return [log_prob for log_prob, _ in sample["filtered_resps"][: len(task.doc_to_choice(sample["doc"]))]]
+
+
+def _gold(task: Any, sample: Sample) -> Any:
+    """The right answer, or the list of them, each an option's position or a text."""
+    is_input = task.OUTPUT_TYPE == "multiple_choice" and task.multiple_input
+    return task.doc_to_text(sample["doc"]) if is_input else sample["target"]
+
+
+def _golds(task: Any, sample: Sample) -> set[int]:
+    """The positions of the right options."""
+    gold, choices = _gold(task, sample), task.doc_to_choice(sample["doc"])
+    golds = gold if isinstance(gold, list) else [gold]
+    return {own if isinstance(own, int) else choices.index(own) for own in golds}
+
+
 def _target(task: Any, sample: Sample) -> str:
-    gold = sample["target"]
-    if task.OUTPUT_TYPE == "multiple_choice":
-        if task.multiple_input:
-            gold = task.doc_to_text(sample["doc"])
-        if isinstance(gold, int):
-            gold = task.doc_to_choice(sample["doc"])[gold]
+    gold = _gold(task, sample)
+    if task.OUTPUT_TYPE == "multiple_choice" and isinstance(gold, int):
+        gold = task.doc_to_choice(sample["doc"])[gold]
     return str(gold).strip()
 
 

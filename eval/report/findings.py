@@ -31,7 +31,7 @@ from shoal.stats.paired import (
     z_above_chance,
 )
 
-from ..harness.rates import NAMES, rate, rate_difference
+from ..harness.rates import CALIBRATION_ERROR, NAMES, rate, rate_difference
 from .run import Run, read_run
 
 PAIRS = (
@@ -128,7 +128,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Writing:
-    """One rate of written text on one task: how often answers are unreadable, loop or are cut off, or how long."""
+    """One rate on one task: how often written answers are unreadable, loop or are cut off, how long they are, or by how
+    much a model is surer of its options than right."""
 
     row: Row
     name: str
@@ -203,7 +204,7 @@ def score_rows(run_dir: Path) -> list[dict[str, Any]]:
                 {
                     "role": role,
                     **{field: getattr(score, field) for field in SCORE_FIELDS},
-                    **{name: score.rates.get(name) for name in NAMES},
+                    **{name: score.rates.get(name) for name in (*NAMES, CALIBRATION_ERROR)},
                     **dict(zip(("retention", "retention_low", "retention_high"), share, strict=True)),
                     **dict(zip(("form_gap", "form_gap_low", "form_gap_high"), form, strict=True)),
                 }
@@ -254,7 +255,7 @@ def _dial(row: Row) -> tuple[str | None, float | None]:
 
 
 def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
-    """The rates of every task whose texts were counted, with their changes between roles; those of a task together."""
+    """The rates of every task that has some, with their changes between roles; those of a task together."""
     writings = [
         Writing(
             row,
@@ -266,6 +267,7 @@ def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
         for row in rows
         if (counted := {role: score for role, score in row.scores.items() if score.rates})
         for name in NAMES
+        if all(name in score.rates for score in counted.values())
     ]
     adjusted = {name: _adjusted([entry.differences for entry in writings if entry.name == name]) for name in NAMES}
     return tuple(replace(entry, adjusted_p=adjusted[entry.name].pop(0)) for entry in writings)
@@ -365,6 +367,7 @@ def task_result(row: Row, *, has_signal: bool) -> dict[str, Any]:
         **{field: getattr(row.any_score, field) for field in ABOUT},
         "has_signal": has_signal,
         "scores": {role: _limits(score.score, score) for role, score in row.scores.items()},
+        "rates": {role: score.rates for role, score in row.scores.items()},
         "changes": [
             {"before": pair[0], "after": pair[1]}
             | _limits(change.difference, change)

@@ -23,6 +23,7 @@ from .headline import board, facts, headline
 from .page import Picture, picture, render
 from .run import Run, read_run
 from .tables import (
+    calibration_table,
     difference_tables,
     flips,
     form_table,
@@ -89,6 +90,7 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
         "sigmas": f"{SIGNAL_SIGMAS:.0f}",
         "gaps": gap_table(rows),
         "written": written_table(rows),
+        "sure": calibration_table(rows),
         "importance": run.importance and importance_table(run.importance, run.plan.drop if run.plan else ()),
         "sources": run.training and sources_table(run.training),
         "apart": disjointness(run),

@@ -13,11 +13,13 @@ from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import z_above_chance
 from shoal.task_words import PROTOCOLS
 
-from .findings import SIGNAL_SIGMAS, Comparison, Row, flipped, is_share, protocol_gaps, shares_items, writing
+from ..harness.rates import CALIBRATION_ERROR, OVERCONFIDENCE
+from .findings import SIGNAL_SIGMAS, Comparison, Row, Writing, flipped, is_share, protocol_gaps, shares_items, writing
 from .page import DASH, Table
 from .run import Run
 from .wording import (
     by_column,
+    calibration_text,
     chance_text,
     column_words,
     difference_text,
@@ -38,8 +40,9 @@ RATES = {
     "repetition": "Ending in a loop",
     "cut_off": "Cut off at the limit",
     "mean_tokens": "Tokens, mean",
+    OVERCONFIDENCE: "Confidence less share right",
 }
-"""Rate of generated text -> its label."""
+"""Rate -> its label."""
 VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse"}
 DIFFERENCES = {
     ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
@@ -183,7 +186,17 @@ def gap_table(rows: Sequence[Row]) -> Table:
 
 def written_table(rows: Sequence[Row]) -> Table:
     """How generated texts went, by task and role, with what changed; without rows where nothing recorded it."""
-    writings = writing(rows)
+    writings = [own for own in writing(rows) if own.name != OVERCONFIDENCE]
+    return _rates_table("How the texts went that were written, with 95 % intervals", writings)
+
+
+def calibration_table(rows: Sequence[Row]) -> Table:
+    """How sure the models are of their options, and by how much surer than right."""
+    writings = [own for own in writing(rows) if own.name == OVERCONFIDENCE]
+    return _rates_table("How sure the models are of the options that they choose", writings)
+
+
+def _rates_table(caption: str, writings: Sequence[Writing]) -> Table:
     roles = [role for role in ROLES if any(role in w.rates for w in writings)]
     pairs = [pair for pair in (("teacher", "pruned"), ("pruned", "distilled")) if set(pair) <= set(roles)]
     body = []
@@ -197,11 +210,24 @@ def written_table(rows: Sequence[Row]) -> Table:
             limits = change and (change.difference, change.ci_low, change.ci_high)
             cells += [interval_text(limits, "+.1f", scale=scale) if limits else DASH, p_text(p_value)]
         body.append(tuple(cells))
+        if entry.name == OVERCONFIDENCE:
+            body.append(_calibration_row(entry.row, roles, pairs))
     columns = ("What", *(role.capitalize() for role in roles))
     for before, after in pairs:
         columns += (f"{after.capitalize()} − {before}", "p (Holm)")
-    groups = tuple((task, len(list(own))) for task, own in itertools.groupby(writings, lambda w: task_name(w.row)))
-    return Table("How the texts went that were written, with 95 % intervals", columns, tuple(body), groups=groups)
+    of_task = len(body) // max(len(writings), 1)
+    by_task = itertools.groupby(writings, lambda own: task_name(own.row))
+    groups = tuple((task, of_task * len(list(own))) for task, own in by_task)
+    return Table(caption, columns, tuple(body), groups=groups)
+
+
+def _calibration_row(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """The calibration errors of a task, with what luck alone would give, and their changes."""
+    cells = [calibration_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+    for pair in pairs:
+        before, after = (row.scores[role].rates[CALIBRATION_ERROR] if role in row.scores else None for role in pair)
+        cells += [DASH if before is None or after is None else signed(100 * (after - before), 1), DASH]
+    return ("Calibration error", *cells)
 
 
 def level_tables(families: Sequence[Ladder]) -> list[Table]:

@@ -10,6 +10,7 @@ from shoal.formatting import interval_text, listed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import COLUMNS, task_words
 
+from ..harness.rates import CALIBRATION_ERROR, CALIBRATION_LUCK
 from .findings import Row, is_share, measured_in_nats
 from .page import DASH
 
@@ -107,6 +108,12 @@ def retention_text(kept: Retention | Interval | None) -> str:
             "more than the teacher" if kept.ci_low > 1 else f"100 % [{100 * kept.ci_low:.0f}, more]".replace("-", "−")
         )
     return interval_text((kept.value, kept.ci_low, kept.ci_high), ".0f", " %", scale=100)
+
+
+def calibration_text(score: TaskScore) -> str:
+    """`12.3 % (luck alone: 8.1 %)`; a dash where nothing was chosen."""
+    error, luck = (score.rates.get(name) for name in (CALIBRATION_ERROR, CALIBRATION_LUCK))
+    return DASH if error is None or luck is None else f"{100 * error:.1f} % (luck alone: {100 * luck:.1f} %)"
 
 
 def chance_text(score: TaskScore) -> str:

@@ -20,7 +20,7 @@ from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
-from shoal.eval.harness.rates import NAMES
+from shoal.eval.harness.rates import LENGTH, RATES
 from shoal.eval.report.findings import Comparison, compare, protocol_gaps, writing
 from shoal.eval.report.run import Run, read_run
 from shoal.stats.paired import mcnemar
@@ -81,7 +81,8 @@ def test_rates_of_written_text_are_paired_between_roles_and_corrected_over_tasks
         pruned=(results.capitals(broken, "one"), results.capitals(worse, "two"), results.nats("pruned")),
     )
     found = writing(comparison.rows)
-    assert [(one.row.key[0], one.name) for one in found] == [(task, name) for task in ("one", "two") for name in NAMES]
+    names = (*RATES, LENGTH)
+    assert [(one.row.key[0], one.name) for one in found] == [(task, name) for task in ("one", "two") for name in names]
     pair = ("teacher", "pruned")
     first, second = (one for one in found if one.name == "malformed")
     assert first.rates["teacher"].value == 0.0

@@ -236,6 +236,21 @@ def length(rng: np.random.Generator, n: int) -> Iterator[Held]:
         yield f"change of {name}", change.ci_low, change.ci_high, truth
 
 
+def confidence(rng: np.random.Generator, n: int) -> Iterator[Held]:
+    """How much surer than right: a calibrated model, and one that became surer by 0.2 on the same items."""
+    luck = lucky(rng, n, 2, 0.5)
+    sure_N = rng.uniform(0.45, 1.0, size=n)
+
+    def chosen(right_N: NDArray[np.bool_]) -> TaskScore:
+        rates = [{"overconfidence": float(own)} for own in sure_N - right_N]
+        return replace(ZEROS[n], items=tuple(ItemScore(str(i), 0.0, rates=own) for i, own in enumerate(rates)))
+
+    before, after = chosen(luck[0] < sure_N), chosen(luck[1] < sure_N - 0.2)
+    own, change = rate(after, "overconfidence"), rate_difference(before, after, "overconfidence")
+    yield "overconfidence", own.ci_low, own.ci_high, 0.2
+    yield "change of overconfidence", change.ci_low, change.ci_high, 0.2
+
+
 ZEROS = {n: task(np.zeros(n)) for n in REPETITIONS}
 
 
@@ -312,6 +327,7 @@ CASES: dict[str, Draw] = {
     **{f"mean of tasks, {shared}": partial(mean_over_tasks, shared=shared) for shared in (0.0, 0.7)},
     "mean of forms": mean_form,
     "written text": length,
+    "confidence": confidence,
     "sweep, right or wrong": partial(swept, soft=False),
     "sweep, parts": partial(swept, soft=True),
     "centroid": centroid,
