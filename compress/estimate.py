@@ -81,7 +81,6 @@ def _stored_bytes(
     Raises:
         UserError: layers that the cut would change.
     """
-
     stored = sum(tensor.end - tensor.start for shard in teacher.shards for tensor in shard.tensors.values())
     changed = models[0] if sized is teacher else without_data(without_quantization(sized.config)[0])
     refuse_changed_layers(changed, models[1], plan.keep)

@@ -30,7 +30,6 @@ PARTS: dict[str, str] = {
 }
 """Name of every part, which is also its module here -> what it says, in a line."""
 
-
 EDITS = ("merge", "swap")
 """Parts that are modules of edits/."""
 

@@ -49,7 +49,6 @@ RANKED = ("measure", "record", "distill", "eval")
 """Verbs whose work several ranks share."""
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 
-
 PEER_IS_GONE = ("closed by peer", "reset by peer", "remote process exited", "Connection was likely closed")
 """What gloo, NCCL and the store that ranks meet at call the end of another rank."""
 

@@ -35,7 +35,6 @@ PREFIX = "watch/"
 BEST = "best"
 UNITS = {"perplexity": " nats per token"}
 
-
 Scorer = Callable[[PreTrainedModel], Mapping[str, TaskScore]]
 """All ranks call it and all get the same scores."""
 

@@ -37,7 +37,6 @@ from ..variants.layerwise import Call, Layerwise, Prepared
 Tensors = dict[str, Tensor]
 """New tensors of one layer, by name within it."""
 
-
 COMPENSATE = "prune.changes.compensate"
 """Place in the recipe."""
 LEAVE_OUT = f"leave {COMPENSATE} out"

@@ -43,7 +43,6 @@ WINDOW = 3
 SUBNETWORKS_PER_LAYER = 8
 """Subnetworks measured for every layer of the model. INFERRED; errors fall with its root."""
 
-
 Absent = frozenset[int]
 Game = Callable[[Sequence[Absent]], Sequence[float]]
 """Sets of players -> the model's worth without each of them; higher = better."""

@@ -35,7 +35,6 @@ MEMORY_MARGIN = 1.2
 RUNNABLE = {"F64", "F32", "F16", "BF16"}
 """Number formats that torch calculates in by itself."""
 
-
 NOT_COMPARED = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"),
     *(CLOSED_GAPS, KEPT_LAYERS),

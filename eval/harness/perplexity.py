@@ -25,7 +25,6 @@ from .samples import with_interval
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer puts into a token on average; how much text is read to have enough of it."""
 
-
 WINDOW = 512
 """Tokens of a window. All that is published of shoal was measured with it, and a longer one gives fewer windows, so
 wider intervals, of the same text."""

@@ -34,7 +34,6 @@ WORDS = {"integer": "whole number", "number": "number", "string": "text", "boole
 """Type -> what a YAML file gives for it."""
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
-
 AGAIN = "distill.data.losses"
 """Holds the sections of distill.losses, which are listed there."""
 

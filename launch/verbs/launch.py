@@ -29,7 +29,6 @@ STARTED = "SHOAL_STARTED"
 DONE = "done"
 """Content of that file once rank 0 has done all that it was started for."""
 
-
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 COUNTED = "PYTORCH_NVML_BASED_CUDA_CHECK"
 SET_VISIBLE = "SHOAL_VISIBLE_DEVICES"

@@ -32,7 +32,6 @@ _FULL_TEXTS = (
     "inline_container",  # torch.save: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
 )
 
-
 NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError, AttributeError)
 """What huggingface_hub raises where something else than a Hub has answered."""
 NO_HUB = "what answers is no Hub ({}); check the network, and HF_ENDPOINT"

@@ -15,7 +15,6 @@ from shoal.redaction import printable, redacted
 Loudness = Literal["quiet", "usual", "verbose"]
 """What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
 
-
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Variables that every launcher gives each of its ranks."""
 

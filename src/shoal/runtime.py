@@ -43,7 +43,6 @@ STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accele
 
 def device() -> torch.device:
     """The accelerator of this rank, else the CPU."""
-
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
@@ -57,7 +56,6 @@ def check_device(wanted: str) -> None:
     Raises:
         UserError: ``wanted`` is cuda and torch sees none, or cpu and it sees one.
     """
-
     seen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "cpu" and seen is not None:
         raise UserError(
@@ -90,7 +88,6 @@ def _why_unseen() -> str:
 def turn_down_libraries() -> None:
     """Turn down the chatter of libraries, unless all is to be told: the quickstart's reader should see shoal's lines,
     not those of six others."""
-
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import where it has to guess
     if loudness() == "verbose":
@@ -105,7 +102,6 @@ def turn_down_libraries() -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -113,7 +109,6 @@ def seed_everything(seed: int) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a reader needs to repeat a figure."""
-
     packages = {name: importlib.metadata.version(name) for name in STAMPED_PACKAGES}
     return {
         "shoal": importlib.metadata.version("shoal"),
@@ -134,7 +129,6 @@ def set_up_distributed(timeout_s: int) -> None:
     Raises:
         UserError: the port is taken, or the other ranks cannot be reached.
     """
-
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
@@ -171,7 +165,6 @@ def barrier() -> None:
     Raises:
         torch.distributed.DistNetworkError: rank 0 is gone.
     """
-
     if not dist.is_initialized():
         return
     store, key, pause_s = distributed_c10d._get_default_store(), f"shoal/met/{next(_meetings)}", 0.01
@@ -191,7 +184,6 @@ def agreed(decide: Callable[[], T]) -> T:
 
     The others wait for as long as it takes, packing a billion tokens for hours too: the end of its process ends that.
     """
-
     if not dist.is_initialized():
         return decide()
     answer: list[Any] = [None, None]
@@ -214,7 +206,6 @@ def everyone_sees(path: Path) -> bool:
     Raises:
         UserError: another node does not see it.
     """
-
     if not agreed(path.exists):
         return False
     begun = time.monotonic()
@@ -230,7 +221,6 @@ def everyone_sees(path: Path) -> bool:
 
 def together(decide: Callable[[], T]) -> list[T]:
     """What every rank decides, in their order, on every rank that has joined; the refusal of one is everyone's."""
-
     answer: tuple[Any, str | None]
     try:
         answer = (decide(), None)
@@ -248,7 +238,6 @@ def together(decide: Callable[[], T]) -> list[T]:
 
 def free_memory() -> None:
     """Give back what models held that nobody refers to any more, on the device too."""
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -256,7 +245,6 @@ def free_memory() -> None:
 
 def leave_distributed() -> None:
     """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
-
     if dist.is_initialized():
         barrier()
         dist.barrier()  # rank 0 holds what barrier() asks

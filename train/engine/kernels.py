@@ -64,7 +64,6 @@ class Compiled:
 
     def install(self) -> None:
         """Compile from now on what is called, and put compiled forwards in the place of the layers' own."""
-
         # else torch would go on without a compiled function after VARIANTS, and find out in the middle of a backward
         # pass, where there is no way back, that it cannot be compiled
         self._strict.enter_context(dynamo.patch(fail_on_recompile_limit_hit=True))

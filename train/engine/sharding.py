@@ -60,7 +60,6 @@ def leave_deepspeed(trainer: Trainer) -> None:
 def loaded_in(dtype: torch.dtype, arguments: TrainingArguments) -> Iterator[None]:
     """Let from_pretrained keep ``dtype``: under ZeRO 3 it makes models in the precision of the DeepSpeed configuration,
     whatever it is asked for."""
-
     of_student: Any = arguments.hf_deepspeed_config
     if of_student is None or not of_student.is_zero3():
         yield

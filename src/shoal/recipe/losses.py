@@ -153,7 +153,6 @@ LogitTerm = (
 )
 LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
-
 Losses = Annotated[tuple[LossTerm, ...], listed_as("kind"), Field(min_length=1)]
 """One term or a list of them."""
 

@@ -59,12 +59,10 @@ Dtype = Literal["fast", "stored", "float32", "bfloat16", "float16"]
 """Precision of a model that is run: by name, as its checkpoint stores it, or, fast, what the device multiplies fast in
 (see shoal.machine)."""
 
-
 Packing = Literal["wrapped", "bfd"]
 """wrapped: rows are filled to the last token; a document that does not fit goes on in the next row as one of its own.
 bfd (best fit): documents stay whole, and what is longer than a row is cut off; the rest of a row is padding that is not
 learnt. Unlike in TRL, whose words these are, documents of a row stay apart under both."""
-
 
 TOO_LARGE = 2**63
 """What neither numpy nor torch count to."""
@@ -325,7 +323,6 @@ def listed_as(key: str) -> BeforeValidator:
 
 Data = Annotated[tuple[TextSource, ...], listed_as("path"), Field(min_length=1)]
 """One source or a list of them."""
-
 
 LEAST_ITEMS = 8
 """Items below which the percentiles of a bootstrap have too few different resamples behind them."""

@@ -42,7 +42,6 @@ SAME_MEASUREMENT = (
 SAME_ASKING = ("protocol", "metric", "chance", "higher_is_better", "num_fewshot")
 """Fields that must agree between a task and its twin."""
 
-
 SIGNIFICANT = 0.05
 """Below it, after Holm's correction, a difference is called better or worse, in every table and sentence."""
 FEW_CHANGED = 5
