@@ -36,7 +36,7 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 PICTURES = {
     "before_after": "Scores before and after, with 95 % intervals",
     "levels": "Scores by level of difficulty",
-    "depth": "The stack of layers, what was taken out of it, and what each layer was worth",
+    "importance": "What each layer was worth; those that were taken out are hatched",
     "training": "Training loss and learning rate by step",
 }
 """Figures that a card shows, as far as the run has drawn them."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.artifacts.evaluation import Scores
 from shoal.atomic_files import write_json, write_text
 from shoal.figures.atlas import atlas_figure
-from shoal.figures.layers import depth_figure, importance_figure
+from shoal.figures.layers import importance_figure
 from shoal.figures.scores import MAX_TASKS, Ladder, before_after_figure, ladders, level_figure
 from shoal.figures.training import loss_series, training_figure
 from shoal.formatting import listed
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES_DIR = "figures"
-FIGURES = {"before_after", "levels", "importance", "depth", "runs", "atlas", "training"}
+FIGURES = {"before_after", "levels", "importance", "atlas", "training"}
 TESTS = {
     "mcnemar-exact": "the exact McNemar test for right-or-wrong items",
     "paired-t": "a paired t-test that allows for skew",
@@ -138,11 +138,9 @@ def _outside(families: Sequence[Ladder], run: Run) -> list[Scores]:
 
 def _layer_figures(run: Run) -> dict[str, Figure]:
     importance, drop = run.importance, run.plan.drop if run.plan else ()
-    figures = {"depth": depth_figure(run.plan, importance)} if run.plan else {}
+    figures: dict[str, Figure] = {}
     if importance and (importance.layers or importance.runs):
-        figures["importance"] = importance_figure(importance)
-    if run.plan and importance and importance.runs:
-        figures["runs"] = importance_figure(replace(importance, layers={}), drop)
+        figures["importance"] = importance_figure(importance, drop)
     if importance and importance.atlas:
         figures["atlas"] = atlas_figure(importance, drop)
     return figures

@@ -89,7 +89,7 @@ def test_page_is_accessible(report: tuple[Page, str, Path]) -> None:
     for svg in page.all("svg"):
         assert svg["role"] == "img"
         assert set((svg["aria-labelledby"] or "").split()) <= set(ids)
-    assert len(page.all("svg")) == 4
+    assert len(page.all("svg")) == 3
     assert any("prefers-color-scheme: dark" in text for text in page.text)
 
 
@@ -105,7 +105,7 @@ def test_both_outputs_tell_the_same_numbers(report: tuple[Page, str, Path]) -> N
     for text in (f"{100 * found.difference:+.1f} points", "layers 3 to 5", "the run of 3 layers with the lowest"):
         assert text in page.words
         assert text in markdown
-    for name in ("before_after", "depth", "runs", "training"):
+    for name in ("before_after", "importance", "training"):
         assert f"(figures/{name}.png)" in markdown
         assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 1000

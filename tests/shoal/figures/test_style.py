@@ -14,12 +14,10 @@ from subprocess import run
 
 import pytest
 from matplotlib.figure import Figure
-from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
+from results import DROP, NUM_LAYERS, choice, evaluation, importance, training
 
-from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import Scores
-from shoal.artifacts.plan import Plan
-from shoal.figures.layers import depth_columns, depth_figure, importance_figure
+from shoal.figures.layers import importance_figure
 from shoal.figures.scores import before_after_figure, ladders, level_figure
 from shoal.figures.style import INK, inline_svg, save_figure
 from shoal.figures.training import training_figure
@@ -31,10 +29,11 @@ def texts(path: Path) -> list[str]:
     return [node.text or "" for node in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_importance_figure_has_a_bar_for_every_layer_and_a_frame_around_the_run() -> None:
+def test_importance_figure_hatches_the_cut_layers_and_frames_their_run() -> None:
     figure = importance_figure(importance(), DROP)
     bars, heat, _ = figure.axes
     assert len(bars.patches) == NUM_LAYERS
+    assert [layer for layer, bar in enumerate(bars.patches) if bar.get_hatch()] == list(DROP)
     assert heat.patches[0].get_xy() == (DROP[0] - 0.5, len(DROP) - 0.5)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -53,39 +52,6 @@ def test_training_figure_shows_what_was_scored_on_the_way() -> None:
     for ax, score in ((held_out, 3.2), (tasks, 0.4)):
         (line,) = ax.get_lines()
         assert [list(line.get_xdata()), list(line.get_ydata())] == [[5.0], [score]]  # pyright: ignore
-
-
-def test_depth_figure_pulls_the_cut_layers_out_of_the_stack() -> None:
-    stack, *columns = depth_figure(plan(), importance()).axes
-    moved = [layer for layer, brick in enumerate(stack.patches) if brick.get_x() > 0]  # pyright: ignore
-    assert len(stack.patches) == NUM_LAYERS
-    assert moved == [layer for layer, brick in enumerate(stack.patches) if brick.get_hatch()] == list(DROP)
-    assert [ax.get_title(loc="left") for ax in columns] == ["block\ninfluence", "angular"]
-    for ax in columns:
-        assert [layer for layer, bar in enumerate(ax.patches) if bar.get_hatch()] == list(DROP)
-
-
-def chosen_by(**settings: object) -> Plan:
-    inputs = {f"prune.{name}": value for name, value in settings.items()}
-    return replace(plan(), provenance=Provenance(inputs))
-
-
-@pytest.mark.parametrize(
-    ("made", "first", "decided"),
-    [
-        (chosen_by(metric=None), "block_influence", ["block_influence"]),
-        (chosen_by(metric=None, contiguous=True), "angular, 3 from here", ["angular, 3 from here"]),
-        (chosen_by(metric="angular"), "angular", ["angular"]),
-        (chosen_by(metric={"angular": 1, "block_influence": 2}), "block_influence", ["block_influence", "angular"]),
-        (chosen_by(drop=[3, 4, 5]), "block_influence", []),
-    ],
-)
-def test_columns_that_layers_were_chosen_by_come_first(made: Plan, first: str, decided: list[str]) -> None:
-    columns = depth_columns(importance(), made)
-    assert columns[0].name == first
-    assert [column.name for column in columns if column.decided] == decided
-    if made.provenance.inputs.get("prune.contiguous"):
-        assert columns[0].scores == (*importance().runs["angular"][2], None, None)
 
 
 def climbed(role: str, *levels: float) -> Scores:
