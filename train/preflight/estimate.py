@@ -12,9 +12,9 @@ from shoal.machine import disk_line
 from shoal.progress import doing
 
 from ..student.spec import TrainSpec
-from .fit import MARGIN, Free, missing_bytes, overrides
+from .fit import Free, missing_bytes, overrides
 from .memory import Job, Memory, job
-from .throughput import StepTime, flops_per_token, probe, probe_bytes, step_time
+from .throughput import StepTime, flops_per_token, step_time
 
 TEACHERS = {
     "none": "not loaded, these losses do not ask it",
@@ -36,9 +36,7 @@ class Estimate(NamedTuple):
 def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None) -> Estimate:
     """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
 
-    ``control`` is the training of the uncut teacher that comes after it; None = there is none. A micro-batch of the
-    real objective is run where one rank's models fit here; else the time is worked out from operations and a measured
-    matrix product.
+    ``control`` is the training of the uncut teacher that comes after it; None = there is none.
 
     Raises:
         UserError: what the configuration contradicts; NotEstimated, a family whose memory cannot be told so.
@@ -47,8 +45,7 @@ def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None
         size = job(spec)
         uncut = None if control is None else job(control)
     free = Free.here(spec.ranks.device)
-    can_be_tried = size.setting.teacher != "recorded" and MARGIN * probe_bytes(size) <= free.device
-    step = step_time(size, probe(size) if can_be_tried else None)
+    step = step_time(size)
     seconds = spec.num_steps * step.seconds
     needed, beside = missing_bytes(size, run_dir), []
     if uncut is not None:

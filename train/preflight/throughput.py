@@ -1,21 +1,14 @@
-"""How long training will take: operations per token, and a short probe of the real objective where it fits."""
+"""How long training will take: operations per token over what the device does of them in a second."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
-from shoal.machine import data_sheet, flops_per_second, now
-from shoal.models.anatomy import text_config
-from shoal.progress import doing
+from shoal.machine import data_sheet, flops_per_second
 
-from ..student.sizes import built
-from ..teacher.wiring import Wiring, make_trainable_alike, wire
 from .memory import Job
 
 ASSUMED_SHARE, ON_CPU = 0.4, 0.48
@@ -32,22 +25,6 @@ FUSED = 0.55
 """Share of the first of these with Liger's kernels or compiled layers."""
 NODE_LINK = 50e9
 """Bytes per second between nodes: one card of 400 Gb/s a node."""
-FEWEST_TOKENS = 16
-"""Tokens of the shortest row that is tried."""
-PROBE_S = 15.0
-"""Seconds that a run may be expected to take: of a longer micro-batch a piece stands for it."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """What a probe has measured on this machine, one rank."""
-
-    tokens_per_s: float
-    """Tokens per second of forward and backward passes."""
-    optimizer_s: float
-    """Seconds of one step of AdamW over everything that is trained."""
-    num_tokens: int
-    """Tokens that were run at one time: a whole micro-batch, or what there was time for."""
 
 
 def flops_per_token(job: Job) -> float:
@@ -154,90 +131,15 @@ class StepTime(NamedTuple):
     """What it is without, the beginning of a list."""
 
 
-def step_time(job: Job, pace: Pace | None = None) -> StepTime:
-    """By what a probe has measured; without one by the device's data sheet, else by an assumed share of the rate of
-    matrix products, neither of which asks anything of a busy machine but that rate."""
-    spec, setting, flops = job.spec, job.setting, flops_per_token(job)
-    if pace is None and (told := expected(job)):
-        return StepTime(*told, "what moves to the host and back, " if setting.offload_optimizer else "")
+def step_time(job: Job) -> StepTime:
+    """By the device's data sheet, else by an assumed share of the rate of matrix products. Nothing is tried, so that a
+    busy machine comes to the same."""
+    spec, flops = job.spec, flops_per_token(job)
+    if told := expected(job):
+        return StepTime(*told, "what moves to the host and back, " if job.setting.offload_optimizer else "")
     device, dtype = spec.ranks.device, spec.deepspeed.product_dtype
-    peak, tokens = flops_per_second(device, dtype), spec.tokens_per_step // spec.ranks.machines
-    of_peak = (
-        f"{peak / 1e12:.3g} TFLOP/s of {'its data sheet' if data_sheet(device) else 'a matrix product measured here'}"
-    )
-    if pace is None:
-        assumed = assumed_rate(device, dtype)
-        seconds, source = tokens * flops / assumed, f"assuming {assumed / peak:.0%} of {of_peak}"
-    else:
-        # ranks on one CPU share its cores, which a probe has had to itself
-        seconds = tokens / pace.tokens_per_s + pace.optimizer_s
-        source = (
-            f"measured here on {pace.num_tokens:,} of the {setting.rows * spec.settings.sequence_length:,} tokens of a "
-            f"micro-batch of the real objective: {pace.tokens_per_s * flops / peak:.0%} of {of_peak}"
-        )
+    peak, assumed = flops_per_second(device, dtype), assumed_rate(device, dtype)
+    measure = "its data sheet" if data_sheet(device) else "a matrix product measured here"
+    source = f"assuming {assumed / peak:.0%} of {peak / 1e12:.3g} TFLOP/s of {measure}"
+    seconds = spec.tokens_per_step // spec.ranks.machines * flops / assumed
     return StepTime(seconds, source, "communication between ranks, ")
-
-
-def probe_bytes(job: Job) -> int:
-    """Bytes that `probe` takes: whole models on one device, each with all of its weights, and AdamW's moments."""
-    told, student = job.memory, job.student
-    live = job.spec.teacher_dtype.itemsize * job.teacher.parameters * job.spec.runs_teacher
-    return 4 * student.parameters + 12 * student.trained + live + told.activations + told.head + told.fixed
-
-
-def probe(job: Job) -> Pace:
-    """Run a micro-batch of the real objective on random weights twice: how fast it is depends on shapes alone.
-
-    One rank, without DeepSpeed: what ranks send each other is not in it. Where a whole micro-batch would take longer
-    than PROBE_S a piece of it stands for it: the time of a token then leaves out what attention takes more in longer
-    rows.
-    """
-    torch.manual_seed(0)
-    spec, live, device = job.spec, None, job.spec.ranks.device
-    attention = spec.teacher.load.attention
-    with doing("building models of random weights"), torch.device(device):
-        student = built(spec.student.config, dtype=torch.float32, attention=attention).train()
-        make_trainable_alike(student, spec)
-        if spec.runs_teacher:
-            live = built(spec.teacher.config, dtype=spec.teacher_dtype, attention=attention)
-            live.requires_grad_(False).eval()
-    if job.setting.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    # to compile takes longer than what is timed here
-    spec = replace(spec, settings=replace(spec.settings, trainer={**spec.settings.trainer, "torch_compile": False}))
-    wiring = wire(spec, student, live)
-    wiring.objective.install()
-    try:
-        seconds, tokens = _timed(job, wiring, student)
-    finally:
-        wiring.objective.uninstall()
-    with doing("timing the optimizer"):
-        optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-6)
-        optimizer.step()  # makes its moments
-        started = now(device)
-        optimizer.step()
-    return Pace(tokens / seconds, now(device) - started, tokens)
-
-
-def _timed(job: Job, wiring: Wiring, student: PreTrainedModel) -> tuple[float, int]:
-    """The seconds of the faster of two runs, of which the first brings the machine to work, and their tokens."""
-    spec, device = job.spec, job.spec.ranks.device
-    dtype = spec.deepspeed.product_dtype
-    possible = int(PROBE_S * assumed_rate(device, dtype) / flops_per_token(job))
-    length = min(spec.settings.sequence_length, max(FEWEST_TOKENS, possible))
-    rows = max(1, min(job.setting.rows, possible // length))
-    # two documents to a row: packed rows take another way through attention than whole ones
-    ids = torch.randint(0, text_config(student.config).vocab_size, (rows, length), device=device)
-    positions = torch.arange(length, device=device) % max(2, length // 2)
-    batch: dict[str, Any] = {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "labels": ids}
-    best = math.inf
-    for _ in range(2):
-        with doing(f"timing {rows * length:,} tokens of the objective"):
-            started = now(device)
-            signals = wiring.teacher(batch)
-            replaying = contextlib.nullcontext() if wiring.prefix is None else wiring.prefix.replaying(torch.float32)
-            with replaying, torch.autocast(device.type, dtype, enabled=job.is_autocast):
-                total = student(**batch, signals=signals)[0]
-            (total / (rows * length)).backward()
-            best = min(best, now(device) - started)
-    return best, rows * length

@@ -1,4 +1,4 @@
-"""How student and teacher are joined in a training, whether it is a real one or a few micro-batches that are timed."""
+"""How student and teacher are joined in a training."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Distill(sequence_length=LENGTH, trainable="from_first_cut", precision="bf16-mixed")
     told = estimate(spec_of(settings, CUT, student_layers=4), tmp_path / "run").told
     for words in (
@@ -36,7 +36,7 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
         "teacher: 6 layers",
         "ZeRO 3 ",
         "this recipe",
-        "measured here on 256 of the 256 tokens of a micro-batch of the real objective",
+        "assuming 48% of ",
         "frozen weights are held once",
         "the lowest 2 layer(s) are run once for both",
         "cheapest setting that fits",

@@ -24,7 +24,6 @@ from shoal.launch.verbs import run as runs
 from shoal.models.load import load_config
 from shoal.recipe.asked import ALLOW
 from shoal.recipe.section import DataSource
-from shoal.train.preflight import throughput
 
 RECIPES = Path(__file__).with_name("recipes")
 MODELS = {"smallest": ("qwen3", 28, 4), "laptop": ("llama", 30, 3), "8b": ("qwen3", 36, 8)}
@@ -62,7 +61,6 @@ def test_the_dry_run_of_a_recipe_as_written_passes(
     monkeypatch.setattr(runs, "resolve_model", lambda *_, **__: model)
     monkeypatch.setattr(runs, "find_config", lambda *_, **__: load_config(model))
     monkeypatch.setattr(sources, "_hub_rows", hub_rows)
-    monkeypatch.setattr(throughput, "probe", lambda _: throughput.Pace(1000.0, 0.1, 64))
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     if name == "8b":  # its tasks are on the Hub
         monkeypatch.setattr(load, "tasks_of", lambda *_, **__: {})

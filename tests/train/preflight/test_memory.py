@@ -94,34 +94,47 @@ def test_frozen_layers_below_the_cut_keep_nothing() -> None:
 
 TRAIN = """
 import gc, psutil, torch
-from dataclasses import replace
+from pathlib import Path
 from transformers import LlamaConfig
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
 from shoal.machine import peak_memory
-from pathlib import Path
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.train.preflight import throughput as pace
-from shoal.train.preflight.memory import Job, Setting
-from shoal.train.student.sizes import student_size, teacher_size
-from shoal.train.student.spec import Ranks, train_spec
 from shoal.recipe.distill import Distill
+from shoal.train.preflight.memory import Job, Setting
+from shoal.train.student.sizes import built, student_size, teacher_size
+from shoal.train.student.spec import Ranks, train_spec
+from shoal.train.teacher.wiring import make_trainable_alike, wire
 
 shape = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2)
 teacher, student = (LlamaConfig(num_hidden_layers=n, tie_word_embeddings=True, **shape) for n in (6, 5))
 sizes = student_size(student, sequence_length=256, prepare=lambda model: None), teacher_size(teacher)
-pace.PROBE_S = float("1e9")
-
 checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
 plan, ranks = Plan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
 settings = Distill(sequence_length=256, precision="bf16-mixed", deepspeed="zero0")
 spec = train_spec(*checkpoints, plan, settings, ranks)
-size = Job(spec, *sizes, Setting(8, 2, False, 0, False, False, "live"))
-pace.probe(replace(size, setting=replace(size.setting, rows=2)))
+
+def train(rows):
+    torch.manual_seed(0)
+    model = built(student, dtype=torch.float32, attention="sdpa").train()
+    make_trainable_alike(model, spec)
+    live = built(teacher, dtype=spec.teacher_dtype, attention="sdpa").requires_grad_(False).eval()
+    wiring = wire(spec, model, live)
+    ids, positions = torch.randint(0, 8192, (rows, 256)), (torch.arange(256) % 128).repeat(rows, 1)
+    batch = {"input_ids": ids, "position_ids": positions, "labels": ids}
+    wiring.objective.install()
+    for _ in range(2):
+        signals = wiring.teacher(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            total = model(**batch, signals=signals)[0]
+        (total / ids.numel()).backward()
+    wiring.objective.uninstall()
+
+train(2)
 gc.collect()  # models and their objectives hold each other
 before = psutil.Process().memory_info().rss
-pace.probe(size)
-found = size.memory
+train(8)
+found = Job(spec, *sizes, Setting(8, 2, False, 0, False, False, "live")).memory
 print(found.peak - found.fixed - found.optimizer, peak_memory() - before)
 """
 
@@ -135,8 +148,7 @@ def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
     """Of a process of its own: the second of two micro-batches of the objective, before AdamW has its moments.
 
     What libraries keep after a first, smaller run is no part of it: that depends on the processor (20 MB more with AMX
-    than without), as does how many micro-batches fit into the time that a probe may take. It was 3 % off with AMX, 1 %
-    with AVX2 alone.
+    than without). It was 3 % off with AMX, 1 % with AVX2 alone.
     """
     done = subprocess.run([sys.executable, "-c", TRAIN], env=MAPPED, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Operations of a token, and steps that are tried to time them."""
+"""Operations of a token, and the time of a step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from tiny import NUM_LAYERS, VOCAB_SIZE
 
 from shoal import machine
 from shoal.recipe.distill import Distill
-from shoal.train.preflight import throughput
-from shoal.train.preflight.memory import Job, Setting, job
+from shoal.train.preflight.memory import Job, Setting
 from shoal.train.preflight.throughput import expected, flops_per_token, mfu_per_rate
 from shoal.train.student.sizes import Kept, LayerSize, ModelSize
 from shoal.train.student.spec import Ranks
@@ -101,21 +100,3 @@ def test_mfu_counts_no_recomputation_and_needs_a_data_sheet(monkeypatch: pytest.
     monkeypatch.setattr(machine, "device_name", lambda _: NAMES["h100"])
     assert mfu_per_rate(given) == flops(given, checkpointing=False) / (8 * 989e12)
     assert flops(given, checkpointing=False) < flops_per_token(given)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rate", "num_tokens"), [(1e9, 32), (3.4, 24), (1e-9, 16)])
-def test_a_slow_machine_tries_a_piece_of_a_micro_batch(
-    monkeypatch: pytest.MonkeyPatch, rate: float, num_tokens: int
-) -> None:
-    monkeypatch.setattr(throughput, "flops_per_second", lambda *_: rate)
-    monkeypatch.setattr(throughput, "flops_per_token", lambda _: 1)
-    wired, wire = list[Any](), throughput.wire
-    monkeypatch.setattr(throughput, "wire", lambda *given: wired.append(wire(*given)) or wired[-1])
-    settings = Distill(sequence_length=32, trainer={"per_device_train_batch_size": 1})
-    spec = spec_of(settings, dropping(2), student_layers=NUM_LAYERS - 1)
-    found = throughput.probe(job(spec))
-    assert found.num_tokens == num_tokens
-    assert found.tokens_per_s > 0
-    assert found.optimizer_s > 0
-    assert "forward" not in vars(wired[0].objective.student), "models are themselves again"
