@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
-from shoal.data.bundled import BUNDLED, BUNDLED_ROWS
+from shoal.data.bundled import BUNDLED, BUNDLED_ROWS, NOT_APART
 from shoal.formatting import listed
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
@@ -139,7 +139,7 @@ def _not_searched(run: Run, text: _Text, searched: Collection[str]) -> list[str]
     tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
-    own = (*BUNDLED, *BUNDLED_ROWS, HELD_OUT)
+    own = {*BUNDLED, *BUNDLED_ROWS, HELD_OUT} - NOT_APART
     # several sources of one name are numbered
     foreign = [name for name in text.data.get("sources") or {} if name.partition(" (")[0] not in own]
     described, _ = described_tasks(task_folders(None))

@@ -26,6 +26,7 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
 from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant_of
+from shoal.data.default_text import with_default_text
 from shoal.data.packing import PackedRows, require_room
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
@@ -39,7 +40,7 @@ from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
 from shoal.recipe.messages import checked
 from shoal.recipe.prune import CutByScore, CutThese
 from shoal.recipe.recipe import of_arguments
-from shoal.recipe.section import Section, Shapes, shaping
+from shoal.recipe.section import AUTO, Section, Shapes, TextSource, shaping
 
 from .settings import MeasureSettings
 
@@ -47,7 +48,7 @@ from .settings import MeasureSettings
 def measure_importance(
     model: Model,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    data: Given = Measure.data,
+    data: Given = AUTO,
     *,
     metrics: str | Sequence[str] = Measure.metrics,
     seed: int = 0,
@@ -60,7 +61,8 @@ def measure_importance(
     Args:
         model: A causal language model of L layers, or the name of one.
         tokenizer: Its tokenizer; None = that of the model's name.
-        data: Texts, rows, or the name of a data set (shoal.data.sources.Given), repeated where it is too small.
+        data: Texts, rows, or the name of a data set (shoal.data.sources.Given), repeated where it is too small; auto =
+            as the recipe's.
         seed: Seed of the order of the texts and of what metrics draw.
         settings: Keys of the recipe's section `measure`, with its defaults; sweep is a mapping (tasks, limit).
             Greedy metrics remove a quarter of the layers.
@@ -76,6 +78,7 @@ def measure_importance(
         >>> shoal.measure_importance(model, tokenizer, texts).layers["block_influence"][3]
     """
     model = as_model(model)
+    data = with_default_text(data, model, TextSource(AUTO))
     named: dict[str, Any] = {"metrics": metrics, **({"data": data} if is_source(data) else {})}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
     if isinstance(metrics, str | Sequence) and TASK_ORDER in metrics:
@@ -197,7 +200,7 @@ def cut_model(
     *,
     changes: str | Sequence[str | Mapping[str, Any]] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    data: Given = Measure.data,
+    data: Given = AUTO,
 ) -> PreTrainedModel:
     """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
 
@@ -248,7 +251,7 @@ def _changed(
     drop = tuple(sorted(settings.drop))
     plan = Plan(Provenance({}), len(decoder_layers(model)), drop, reason="given by the caller")
     num_tokens = num_tokens_of(made, without_data(model.config), plan, measured)
-    rows = _rows(data, tokenizer, measured, num_tokens, seed=0)
+    rows = _rows(with_default_text(data, model, TextSource(AUTO)), tokenizer, measured, num_tokens, seed=0)
     with TemporaryDirectory() as temporary:
         teacher, student = Path(temporary) / "teacher", Path(temporary) / "student"
         model.save_pretrained(teacher)

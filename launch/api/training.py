@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
+from shoal.data.default_text import with_default_text
 from shoal.data.packing import require_room
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
@@ -21,9 +22,9 @@ from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
-from shoal.recipe.distill import Distill, Trainable
+from shoal.recipe.distill import Distill, Trainable, TrainingSource
 from shoal.recipe.recipe import of_arguments
-from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.section import AUTO, Shapes, shaping
 from shoal.recipe.trainer_arguments import trained_in
 from shoal.runtime import device
 from shoal.train.distill import training_of
@@ -46,7 +47,7 @@ class HealSettings(DistillSettings, total=False):
 def distill(
     student: PreTrainedModel,
     teacher: Model,
-    data: Given,
+    data: Given = AUTO,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     losses: Losses = "forward_kl",
@@ -62,7 +63,8 @@ def distill(
     Args:
         student: The cut model.
         teacher: The model it was cut from, in any precision, or its name; left as it was.
-        data: Texts, rows, or the name of a data set (shoal.data.sources.Given).
+        data: Texts, rows, or the name of a data set (shoal.data.sources.Given); auto = as the recipe's, all of it
+            learnt by ``losses``.
         tokenizer: The tokenizer of both; None = that of the student's name.
         losses: Terms of the loss, see shoal.train.engine.distillation_config.Losses.
         trainable: Weights that are trained, as distill.trainable.
@@ -80,6 +82,7 @@ def distill(
     """
     student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
     _refuse_swapped(student, teacher)
+    data = with_default_text(data, teacher, TrainingSource(AUTO))
     tokenizer = require_tokenizer(tokenizer, student)
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
     section, seed = _section({"losses": losses, "trainable": trainable}, settings, seed), int(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from shoal.atomic_files import write_text
 from shoal.compress.plan import DEFAULT_METRIC, default_count
+from shoal.data.default_text import CALIBRATION, LICENCES, SMALL, TRAINING, DefaultText, default_text
 from shoal.errors import UserError
 from shoal.formatting import count_text
 from shoal.machine import device_name, fast_dtype, ranks_to_start
@@ -22,7 +24,9 @@ from shoal.models.anatomy import text_config
 from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.models.resolve import find_config
 from shoal.progress import doing
+from shoal.recipe.distill import TrainingSource
 from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import as_dict
 from shoal.runtime import device
 from shoal.yaml_text import read_yaml
 
@@ -30,8 +34,15 @@ from .explain import UNBROKEN, as_yaml, first_sentence, meaning, places
 
 WIDTH = 110
 """Columns of the file."""
-SMALL = 500_000_000
-"""Parameters below which a model is trained with ten times the default learning rate, as the demo model is."""
+HOUR_S = 3600
+PASSES = 8
+"""Operations per weight and token of training: two of the teacher, two of the student and four of its gradients."""
+FEWEST_TOKENS, MOST_TOKENS = 50_000, 1_000_000_000
+"""Tokens below which hardly anything comes back, and more than which nobody wants by default."""
+BENCHMARKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "openbookqa", "lambada_openai", "gsm8k")
+"""lm-eval's names of public benchmarks that any machine with a network can read."""
+TWINS = ("retrieval_twin_generation", "knowledge_twin_generation", "reasoning_twin_worked")
+"""Shoal's own beside them: abilities in forms that no text trains."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Machine:
     ranks: int
     dtype: str
     """Precision that the device multiplies fast in."""
+    flops: float
+    """FLOP/s of a training that are to be expected of all ranks together."""
 
 
 def init(asked: argparse.Namespace) -> str:
@@ -55,10 +68,17 @@ def init(asked: argparse.Namespace) -> str:
     if file.exists():
         raise UserError(f"{file}: is there already; name another file with --out, or remove it")
     with doing(f"looking at {asked.model}"):
-        here = Machine(device(), device_name(device()), ranks_to_start(None), fast_dtype(device()).dtype)
-        text = first_recipe(asked.model, here, revision=asked.revision)
+        text = first_recipe(asked.model, _this_machine(), revision=asked.revision)
     write_text(file, text, setting="--out")
     return f"{file} is written; read it, then: shoal run {shlex.quote(str(file))}"
+
+
+def _this_machine() -> Machine:
+    from shoal.train.preflight.throughput import assumed_rate
+
+    here, ranks, dtype = device(), ranks_to_start(None), fast_dtype(device()).dtype
+    rate = assumed_rate(here, getattr(torch, dtype))  # of a CPU that of all cores, which ranks would share
+    return Machine(here, device_name(here), ranks, dtype, rate if here.type == "cpu" else rate * ranks)
 
 
 def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -> str:
@@ -70,56 +90,88 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
     config = find_config(model, revision=revision)
     layers = text_config(config).num_hidden_layers
     parameters = num_parameters(without_data(config))
-    raw = _proposal(model, revision, config, parameters, machine)
+    text = default_text(parameters)
+    raw = _proposal(model, revision, config, parameters, machine, text)
     stored = str(loaded_dtype(config)).removeprefix("torch.")
     head = (
         f"{model}: {layers} layers, {count_text(parameters)} parameters, stored in {stored}.",
         f"Written for {machine.ranks} x {machine.name}, computes in {machine.dtype}.",
+        f"Its text is {text.kind}: {text.reason}.",
         "`shoal distill --dry-run` tells whether training fits, and the cheapest setting that does.",
         "`shoal explain KEY` says all of a key, and which others there are; `shoal list` what can be named.",
     )
-    text = "\n".join([*(line for words in head for line in _comment(words)), "", *_commented(raw)]) + "\n"
-    parse_recipe(read_yaml(text))
-    return text
+    lines = [*(line for words in head for line in _comment(words)), "", *_commented(raw, _notes(raw, machine))]
+    parse_recipe(read_yaml(recipe := "\n".join(lines) + "\n"))
+    return recipe
 
 
 def _proposal(
-    model: str, revision: str | None, config: PreTrainedConfig, parameters: int, machine: Machine
+    model: str,
+    revision: str | None,
+    config: PreTrainedConfig,
+    parameters: int,
+    machine: Machine,
+    text: DefaultText,
 ) -> dict[str, Any]:
     """The recipe as a plain mapping."""
-    text, on_cpu = text_config(config), machine.device.type == "cpu"
-    longest = getattr(text, "max_position_embeddings", None) or 512
+    decoder, on_cpu, is_public = text_config(config), machine.device.type == "cpu", text.kind == "public"
+    longest = getattr(decoder, "max_position_embeddings", None) or 512
     length = min(512 if on_cpu else 2048, longest)
     rows = 2 if on_cpu else machine.ranks * max(1, 32 // machine.ranks)
+    hour = _rounded(HOUR_S * machine.flops / (PASSES * parameters * (1 + is_public)))  # a control is trained as well
     return {
         "model": model,
         **({} if revision is None else {"revision": revision}),
         "run_dir": f"runs/{name_of_model(model)}",
-        "measure": {"data": "python_docs", "num_tokens": 8192 if on_cpu else 131_072, "sequence_length": length},
+        "measure": {
+            "data": _entries(CALIBRATION[text.kind]),
+            "num_tokens": 8192 if on_cpu else 131_072,
+            "sequence_length": length,
+        },
         "prune": {
             "metric": DEFAULT_METRIC,
-            "num_drop": default_count(text.num_hidden_layers),
-            "protect": [0, -1] if text.num_hidden_layers > 2 else [0],
+            "num_drop": default_count(decoder.num_hidden_layers),
+            "protect": [0, -1] if decoder.num_hidden_layers > 2 else [0],
         },
         "distill": {
-            "data": [
-                {"path": "docstrings", "weight": 0.7},
-                {"path": "ability_texts", "weight": 0.3, "losses": "cross_entropy"},
-            ],
+            "data": _entries(TRAINING[text.kind]),
             "losses": "forward_kl",
-            "num_tokens": 80_000 if on_cpu else 10_000_000,
+            "num_tokens": min(MOST_TOKENS, max(FEWEST_TOKENS, hour)),
             "sequence_length": length,
             "batch_size": rows,
+            **({"packing": "bfd"} if is_public else {}),
             "trainable": "from_first_cut",
             "deepspeed": "zero0" if machine.ranks == 1 else "zero2",
             "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
         },
-        "eval": {"tasks": "quick"},
+        "eval": {"tasks": [*TWINS, *BENCHMARKS], "limit": 200, "control": True} if is_public else {"tasks": "quick"},
     }
 
 
-def _commented(raw: dict[str, Any]) -> list[str]:
-    """The lines of a recipe, each key below what it means; sections apart, a list of mappings with an entry a line."""
+def _rounded(tokens: float) -> int:
+    """Two digits of ``tokens`` at most."""
+    return int(float(f"{tokens:.1e}"))
+
+
+def _entries(sources: Sequence[TrainingSource]) -> list[dict[str, Any]]:
+    """Sources as a recipe says them."""
+    names = {"path", "name", "weight", "losses"} if len(sources) > 1 else {"path", "name"}
+    plain = [{key: value for key, value in as_dict(each).items() if key in names and value} for each in sources]
+    return [{**each, "losses": each["losses"][0]["kind"]} if "losses" in each else each for each in plain]
+
+
+def _notes(raw: dict[str, Any], machine: Machine) -> dict[str, str]:
+    """What stands behind a value: place, or path of a source -> words."""
+    alone = "of training" if "control" not in raw["eval"] else "of training student and control"
+    hour = f"an hour {alone} on {machine.ranks} x {machine.name}, as estimated"
+    few = f"longer than {hour}, in which hardly anything comes back"
+    tokens = raw["distill"]["num_tokens"]
+    return {**LICENCES, "distill.num_tokens": few if tokens == FEWEST_TOKENS else hour}
+
+
+def _commented(raw: dict[str, Any], notes: dict[str, str]) -> list[str]:
+    """The lines of a recipe, each key below what it means; sections apart, a list of mappings with an entry a line.
+    Behind values stand the ``notes`` on their places or on what they name."""
     said, lines = {place: _comment(first_sentence(meaning(own))) for place, own in places()}, list[str]()
     for key, value in raw.items():
         if not isinstance(value, dict):
@@ -128,11 +180,15 @@ def _commented(raw: dict[str, Any]) -> list[str]:
         lines += ["", *said[key], f"{key}:"]
         for inner, own in value.items():
             if isinstance(own, list) and own and isinstance(own[0], dict):
-                entry = [f"{inner}:", *(f"  - {as_yaml(each)}" for each in own)]
+                entry = [f"{inner}:", *(_noted(f"  - {as_yaml(each)}", notes.get(each.get("path"))) for each in own)]
             else:
-                entry = [f"{inner}: {as_yaml(own)}"]
+                entry = [_noted(f"{inner}: {as_yaml(own)}", notes.get(f"{key}.{inner}"))]
             lines += [f"  {line}" for line in [*said[f"{key}.{inner}"], *entry]]
     return lines
+
+
+def _noted(line: str, note: str | None) -> str:
+    return line if note is None else f"{line}   # {note}"
 
 
 def _comment(words: str) -> list[str]:

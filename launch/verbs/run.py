@@ -27,6 +27,8 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, read_json, write_json
+from shoal.compress.surgery.quantised import without_quantization
+from shoal.data.default_text import TRAINING, DefaultText, default_text
 from shoal.errors import UserError
 from shoal.formatting import duration_text
 from shoal.machine import DTYPES, device_name, fast_dtype
@@ -34,7 +36,14 @@ from shoal.model_names import refuse_revision
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import DENSE, Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import load_config, load_tokenizer, loaded_dtype, reads_images
+from shoal.models.load import (
+    load_config,
+    load_tokenizer,
+    loaded_dtype,
+    num_parameters,
+    reads_images,
+    without_data,
+)
 from shoal.models.resolve import find_config, resolve_model
 from shoal.progress import doing
 from shoal.ranks import is_main
@@ -45,7 +54,7 @@ from shoal.recipe.prune import CutByScore, Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import LOCK, memory_in, remember
-from shoal.recipe.section import as_dict
+from shoal.recipe.section import AUTO, as_dict
 from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, check_device, device, environment
@@ -87,6 +96,10 @@ class Numerics:
     """Kernels of attention, never auto."""
     attention_reason: str = ""
     """Reason for these kernels, in a sentence."""
+    text: str | None = None
+    """Which text the recipe's `auto` stands for; None = it names its text."""
+    text_reason: str = ""
+    """Reason for this text, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,15 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     )
     story = agreed(lambda: read_json(Path(recipe.run_dir).expanduser() / STORY))  # refuses a damaged one, whoever asks
     begun = story.get("numerics") or {}
+    if any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data)):
+        text = agreed(lambda: _text(recipe, begun, computes=computes))
+        numerics = replace(numerics, text=text.kind, text_reason=text.reason)
+        log.info("text: %s (%s)", ", ".join(source.path for source in text.of(recipe.distill.data)), text.reason)
+        settled = replace(
+            settled,
+            measure=replace(settled.measure, data=text.of(settled.measure.data)),
+            distill=replace(settled.distill, data=text.of(settled.distill.data)),
+        )
     if (minutes := recipe.max_minutes) is not None and (computes or begun.get("max_minutes") == minutes):
         size, reason = _size(Run(settled), minutes, begun)
         numerics = replace(numerics, max_minutes=minutes, size=size, size_reason=reason)
@@ -191,6 +213,17 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
             log.info("sizes: %s", reason)
         settled = scaled(settled, size)
     return Run(settled, numerics, memory)
+
+
+def _text(recipe: Recipe, begun: dict[str, Any], *, computes: bool) -> DefaultText:
+    """Which text stands for `auto`, here or where the run directory was begun."""
+    if begun.get("text") in TRAINING:
+        return DefaultText(begun["text"], "as this run directory was begun")
+    if not computes:
+        return DefaultText("bundled", "nothing is read here")
+    with doing("asking whether the Hub has text"):
+        config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        return default_text(num_parameters(without_data(without_quantization(config)[0])))
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:

