@@ -197,8 +197,9 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     )
     story = agreed(lambda: read_json(Path(recipe.run_dir).expanduser() / STORY))  # refuses a damaged one, whoever asks
     begun = story.get("numerics") or {}
-    if any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data)):
-        text = agreed(lambda: _text(recipe, begun, computes=computes))
+    is_open = any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data))
+    if is_open and (computes or begun.get("text")):  # a report that is made of nothing decides nothing
+        text = agreed(lambda: _text(recipe, begun))
         numerics = replace(numerics, text=text.kind, text_reason=text.reason)
         log.info("text: %s (%s)", ", ".join(source.path for source in text.of(recipe.distill.data)), text.reason)
         settled = replace(
@@ -215,12 +216,10 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     return Run(settled, numerics, memory)
 
 
-def _text(recipe: Recipe, begun: dict[str, Any], *, computes: bool) -> DefaultText:
+def _text(recipe: Recipe, begun: dict[str, Any]) -> DefaultText:
     """Which text stands for `auto`, here or where the run directory was begun."""
     if begun.get("text") in TRAINING:
         return DefaultText(begun["text"], "as this run directory was begun")
-    if not computes:
-        return DefaultText("bundled", "nothing is read here")
     with doing("asking whether the Hub has text"):
         config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         return default_text(num_parameters(without_data(without_quantization(config)[0])))

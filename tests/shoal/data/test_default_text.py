@@ -110,3 +110,12 @@ def test_an_encyclopaedia_is_read_where_its_package_is_installed(
         file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert general_text.encyclopaedia() == ["Long enough. " * 20], "each page once, and none that says nothing"
+
+
+def test_who_only_reads_results_asks_no_hub_and_keeps_nothing(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, AssertionError("was asked"))
+    run = open_run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run")}), computes=False)
+    assert run.numerics is not None
+    assert run.numerics.text is None
