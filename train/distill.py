@@ -32,7 +32,7 @@ from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import Shapes, shaping
 from shoal.recipe.trainer_arguments import BATCH_SPLIT, NEUTRAL
 from shoal.redaction import redacted
-from shoal.runtime import agreed, barrier, device, free_memory
+from shoal.runtime import agreed, barrier, device, everyone_sees, free_memory
 from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
@@ -45,7 +45,7 @@ from .engine.arguments import (
     rows_per_step,
     training_arguments,
 )
-from .engine.checkpoint import last_complete, needs_universal
+from .engine.checkpoint import MANIFEST, UNIVERSAL_POINTER, last_complete, needs_universal
 from .engine.kernels import require_liger
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
@@ -156,7 +156,7 @@ def distill(
     heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.ddp_timeout)
     heartbeat.start()
     known_by = checkpoint_inputs(spec.settings, inputs)
-    resume = agreed(lambda: last_complete(run_dir / "checkpoints", known_by))
+    resume = _last_complete(run_dir / "checkpoints", known_by)
     with doing("working out what training takes"):
         mfu_per_rate = agreed(lambda: (size := check_fit(spec, run_dir)) and throughput.mfu_per_rate(size))
     tokenizer = spec.teacher.tokenizer()
@@ -262,9 +262,19 @@ def recorded(
     return RecordingReader(folder, rows, wanted, rows_from=shaped)
 
 
+def _last_complete(folder: Path, known_by: dict[str, Any]) -> Path | None:
+    """The checkpoint that all ranks go on from; they see it then."""
+    resume = agreed(lambda: last_complete(folder, known_by))
+    if resume is not None:
+        everyone_sees(resume / MANIFEST)
+    return resume
+
+
 def _arguments(spec: TrainSpec, run_dir: Path, resume: Path | None, *, seed: int) -> TrainingArguments:
     """Before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads."""
     universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
+    if resume is not None and universal:
+        everyone_sees(resume / UNIVERSAL_POINTER)
     with doing("loading DeepSpeed"):
         join_deepspeed()
     return training_arguments(

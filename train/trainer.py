@@ -44,6 +44,7 @@ from .callbacks import Scorer, Watcher
 from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
 from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
+from .engine.background import BackgroundWriter
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
 from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
 from .engine.stop import StopRequest
@@ -132,6 +133,7 @@ class ObjectiveTrainer(Trainer):
         """What scales losses in float16 without ZeRO."""
         self._judged: tuple[list[float], list[float], bool] = [], [], False
         """Of the step that ends: what its terms come to, their shares of its tokens, and whether it is the last."""
+        self._all_written = True
         self.row = CurveRow(2 * len(objective.terms), self._guard)
         self._at_first = {name: copy.deepcopy(kept.state()) for name, kept in self._kept().items()}
         self.add_callback(_StepEnds(self))
@@ -260,13 +262,14 @@ class ObjectiveTrainer(Trainer):
         the Trainer have waits of their own.
         """
         terms = self.objective.terms
-        # the last number is, after the sum over ranks, whether anyone was asked to stop
-        of_rank = [*self._term_tokens, float(self._parts.stop.reason is not None)]
+        # the last numbers are, after the sum over ranks, how many were asked to stop, and how many write nothing
+        of_rank = [*self._term_tokens, float(self._parts.stop.reason is not None), float(self.is_written())]
         sums = torch.cat([self._step_sums, *(self._step_sums.new_full((1,), number) for number in of_rank)])
         if dist.is_initialized():
             dist.all_reduce(sums)
         gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
-        *counts, stopped, num_items, norm = numbers(sums, self._num_items, gradient_norm)
+        *counts, stopped, written, num_items, norm = numbers(sums, self._num_items, gradient_norm)
+        self._all_written = written == world_size()
         self._step_sums = self._zero_sums()
         if not num_items:
             raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
@@ -283,6 +286,10 @@ class ObjectiveTrainer(Trainer):
             self.objective.student.zero_grad()
             raise refuse_step(problem, step, self._batches, self.refused)
         self._judged = means, shares, stopped > 0
+
+    def is_written(self) -> bool:
+        """Whether this rank writes nothing while it trains."""
+        return True
 
     def end_step(self) -> bool:
         """Add the step that was judged to the curves; whether any rank was asked to stop."""
@@ -360,6 +367,9 @@ class DistillTrainer(ObjectiveTrainer):
         Trainer's."""
         super().__init__(parts, **kwargs)
         self._identity = identity
+        self._writer: BackgroundWriter | None = None
+        self._unfinished: Path | None = None
+        """Folder of the checkpoint that is being written."""
 
     def train_on_objective(self, resume: Path | None) -> None:
         """Train to the end, or a stop, on the objective, which goes out of force then: what is told of memory rests on
@@ -367,7 +377,10 @@ class DistillTrainer(ObjectiveTrainer):
         self.objective.install()
         try:
             self.train(resume_from_checkpoint=None if resume is None else str(resume))
+            self.finish_saving()
         finally:
+            if self._writer is not None:
+                self._writer.end()
             self.objective.uninstall()
 
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
@@ -402,14 +415,45 @@ class DistillTrainer(ObjectiveTrainer):
         """Nothing inside checkpoints: DeepSpeed's files hold the weights; `distilled/` is written once, at the end."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.finish_saving()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
         barrier()
+        if self._writer is None:
+            engine: Any = self.model_wrapped
+            self._writer = BackgroundWriter(engine.checkpoint_engine.save)
+            engine.checkpoint_engine.save = self._writer.save
         saving = doing(f"saving {folder.name}")
         with removed_unless_complete(folder), explained_disk_errors(folder), saving:
             super()._save_checkpoint(model, trial)
-            commit(folder, self._identity, zero_stage=self.spec.deepspeed.stage)
+        self._unfinished = folder
+
+    def is_written(self) -> bool:
+        return self._writer is None or self._writer.is_done()
+
+    def judge_step(self, step: int) -> None:
+        try:
+            super().judge_step(step)
+        except UserError:  # of all ranks alike: the step before it is kept
+            self.finish_saving()
+            raise
+
+    def end_step(self) -> bool:
+        is_stopped = super().end_step()
+        if self._all_written:
+            self.finish_saving()
+        return is_stopped
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on the disk, and let it count; every rank calls this."""
+        folder, self._unfinished = self._unfinished, None
+        if folder is None:
+            return
+        assert self._writer is not None
+        saving = doing(f"saving {folder.name}")
+        with removed_unless_complete(folder), explained_disk_errors(folder), saving:
+            commit(folder, self._identity, zero_stage=self.spec.deepspeed.stage, written=self._writer.wait())
         if is_main():
             remove_older(folder.parent, keep=kept_checkpoints(self.spec.settings))
 

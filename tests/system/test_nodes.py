@@ -19,7 +19,7 @@ from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
-from training_runs import write_recipe
+from training_runs import MANY_STEPS, write_recipe
 
 from shoal.artifacts.training import Training
 from shoal.launch.arguments import parse
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs" / "cluster"
 STEPS = 3
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
+NODES = ("node-a", "node-b")
 
 
 def ip(*words: str) -> None:
@@ -51,10 +52,15 @@ def nodes() -> Iterator[tuple[str, str]]:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
+            hosts = Path("/etc/netns") / name / "hosts"  # which `ip netns exec` puts in the place of /etc/hosts
+            hosts.parent.mkdir(parents=True)
+            lines = (f"{address} {node}\n" for address, node in zip(ADDRESSES, NODES, strict=True))
+            hosts.write_text("".join(("127.0.0.1 localhost\n", *lines)))
         yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
 
 @pytest.mark.prove
@@ -73,16 +79,69 @@ def test_two_nodes_train_the_weights_of_one_bit_for_bit(nodes, tmp_path):
         command += ["--module", "shoal.launch.cli", "distill", "--config", str(together)]
         env = environment(GLOO_SOCKET_IFNAME=f"cable-{'ab'[number]}")
         launched.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
-    one = run_ranks(["distill", "--config", str(alone)], ranks=2, env=environment(), cwd=tmp_path)
-    assert one.returncode == 0, one.stderr[-3000:]
     for process in launched:
         _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log[-3000:]
+    equal_to_one_node(alone, together)
+
+
+def equal_to_one_node(alone: Path, together: Path) -> None:
+    """The training of the recipe ``together`` has the bits of two ranks on this machine, which are trained now."""
+    one = run_ranks(["distill", "--config", str(alone)], ranks=2, env=environment(), cwd=alone.parent)
+    assert one.returncode == 0, one.stderr[-3000:]
     histories = [Training.load(path.parent / "run" / Training.FILE).history for path in (alone, together)]
     assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
     first, second = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (alone, together))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+SLURM = {
+    "srun": """# one task a node, in the node's network and under its name, with what SLURM tells it
+while [ "${1#--}" != "$1" ]; do shift; done
+node=0
+for host in $SLURM_JOB_NODELIST; do
+    env SLURM_STEP_ID=0 SLURM_PROCID=$node SLURM_NODEID=$node SLURM_LOCALID=0 SLURM_NTASKS=2 SLURM_NPROCS=2 \\
+        SLURMD_NODENAME=$host SLURM_STEP_NODELIST="$SLURM_JOB_NODELIST" SLURM_TASKS_PER_NODE='1(x2)' \\
+        ip netns exec $NETWORKS-${host#node-} unshare --uts bash -c 'hostname $SLURMD_NODENAME; exec "$@"' - "$@" &
+    tasks="$tasks $!" node=$((node + 1))
+done
+echo $tasks > tasks
+for task in $tasks; do wait $task || code=$?; done
+exit ${code:-0}""",
+    "scancel": "kill -TERM $(cat tasks)",
+    "scontrol": 'if [ "$1" = show ]; then printf "%s\\n" $3; else echo "$*" >> requeued; fi',
+}
+"""What the job script calls of SLURM."""
+
+
+@pytest.mark.prove
+def test_a_slurm_job_on_two_nodes_goes_on_when_it_is_requeued_and_ends_with_the_weights_of_one(nodes, tmp_path):
+    teacher = tiny_checkpoint(tmp_path, "llama_tied")
+    kept = {"trainer": {"save_strategy": "steps", "save_steps": 2}}
+    alone, together = (
+        write_recipe(tmp_path / name, teacher, steps=MANY_STEPS, deepspeed="zero2", **kept)
+        for name in ("alone", "together")
+    )
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = environment(NETWORKS=nodes[0].removesuffix("-a"), SLURM_JOB_NODELIST=" ".join(NODES), SLURM_JOB_ID="7")
+    env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
+    env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(CLUSTER / "slurm.sbatch"), str(together)]
+    job = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and not [*together.parent.glob("run/checkpoints/*/manifest.json")]:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    _, log = job.communicate(timeout=120)
+    assert job.returncode == 143, log[-3000:]
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert not (together.parent / "run/distilled").exists()
+    again = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on from" in again.stderr
+    equal_to_one_node(alone, together)
 
 
 def test_the_hostfile_example_is_one_that_the_launcher_reads():

@@ -6,8 +6,11 @@ Covers: shoal.train.trainer.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from packed_rows import labels_of
 from safetensors.torch import load_file, save_file
 from training_runs import (
     BATCH,
+    KEEPING,
     LENGTH,
     STEPS,
     Trial,
@@ -43,6 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.data.packing import IGNORED, read_rows
 from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.losses import TAID
+from shoal.train.engine.checkpoint import MANIFEST
 from shoal.train.objective.divergences import TaidState
 from shoal.train.on_policy import Sampler
 
@@ -219,6 +224,54 @@ def test_weights_that_are_no_numbers_are_refused_on_whichever_rank_they_lie(
     assert refused.result.returncode == 2, refused.log[-3000:]
     assert f"error: {told}.mlp.down_proj.weight holds NaN or infinite numbers" in refused.log
     assert "Traceback" not in refused.log
+
+
+def never_written(step: int, end: Callable[[int], object]) -> None:
+    """The checkpoint of ``step`` takes for ever to write, and ``end`` is called in the middle of the step after the
+    next."""
+    from shoal.train.engine.background import BackgroundWriter
+    from shoal.train.trainer import DistillTrainer
+
+    write, compute = BackgroundWriter._write, DistillTrainer.compute_loss
+
+    def stuck(writer: BackgroundWriter, state: Any, path: str) -> None:
+        if f"checkpoint-{step}/" in path:
+            Path(path).write_bytes(b"a beginning")
+            writer._is_ended.wait()
+        write(writer, state, path)
+
+    def ended(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == step + 1:
+            end(9)
+        return compute(trainer, *args, **kwargs)
+
+    BackgroundWriter._write = stuck  # pyright: ignore[reportAttributeAccessIssue]
+    DistillTrainer.compute_loss = ended  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "end"),
+    [
+        (0, 1, os._exit),
+        pytest.param(2, 2, sys.exit, marks=pytest.mark.prove),
+        pytest.param(3, 2, os._exit, marks=pytest.mark.prove),
+    ],
+)
+def test_a_training_goes_on_while_a_checkpoint_is_written_which_does_not_count_before_it_is(
+    teacher, cut, tmp_path, stage, ranks, end
+):
+    path = recipe(tmp_path / "one", teacher, cut, deepspeed=f"zero{stage}", **KEEPING)
+    killed = run(path, ranks=ranks, before=partial(never_written, 4, end))
+    assert killed.result is not None
+    assert killed.result.returncode != 0
+    kept = {file.name: (file / MANIFEST).is_file() for file in (killed.dir / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-2": True, "checkpoint-4": False}
+    went_on = finished(run(path, ranks=ranks))
+    assert "checkpoint-4: was not finished; going back to the checkpoint before it" in went_on.log
+    whole = finished(run(recipe(tmp_path / "whole", teacher, cut, deepspeed=f"zero{stage}", **KEEPING), ranks=ranks))
+    assert went_on.curve() == whole.curve()
+    assert all(torch.equal(weight, whole.weights()[name]) for name, weight in went_on.weights().items())
+    assert (went_on.dir / "checkpoints" / f"checkpoint-{STEPS}" / MANIFEST).is_file()
 
 
 def kept_batches(trial: Trial, step: int) -> list[list[int]]:

@@ -5,5 +5,6 @@ distillation_config   the same for a Trainer script, with the settings of loss a
 kernels               compiled regions, and Liger's kernels in the place of norms and MLPs
 sharding              what DeepSpeed needs of process group and teacher
 checkpoint            complete or absent, for any number of ranks
+background            files of a checkpoint, written while training goes on
 stop                  SIGTERM, a launcher that is gone, a rank that is late
 """

@@ -324,6 +324,11 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
         "distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer",
     )
     yield (
+        "datastates_ckpt" in config or bool((config.get("checkpoint") or {}).get("writer")),
+        "distill.deepspeed: leave checkpoint.writer and datastates_ckpt out; checkpoints are written while training "
+        "goes on without them",
+    )
+    yield (
         not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and not hasattr(torch.optim, kind)),
         f"distill.deepspeed: optimizer.type must be one of {', '.join(OPTIMIZERS)}, or a class of torch.optim (got "
         f"{kind!r})",

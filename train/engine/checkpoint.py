@@ -2,7 +2,9 @@
 
 DeepSpeed writes its pointer before all shards exist, accepts flipped bytes and, with the pointer missing, quietly
 starts from the beginning. So a checkpoint here counts only once its manifest, written last and renamed, names every
-file with its size and checksum; one that does not match its manifest is skipped with a message.
+file with its size and checksum; one that does not match its manifest is skipped with a message. Checksums are made
+while files are written (background.py), and a file is read again only if it has changed since then by the time that the
+system keeps, which nobody can set.
 
 DeepSpeed unpickles what it loads, which runs code. So the manifest is signed with a key of the user's, and one that is
 not is refused. Rank 0 signs and decides; the other ranks follow it, whatever keys their nodes hold.
@@ -15,19 +17,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shoal.artifacts.artifact import differences
-from shoal.atomic_files import cache_dir, file_hash, write_text, written_folder
-from shoal.errors import UserError
+from shoal.atomic_files import cache_dir, file_hash, flush, write_text, written_folder
+from shoal.errors import UserError, explained_disk_errors
+from shoal.machine import num_cores
+from shoal.progress import doing
 from shoal.ranks import is_main, rank, world_size
 from shoal.runtime import barrier, together
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
@@ -39,15 +46,36 @@ UNIVERSAL = "universal"
 UNIVERSAL_POINTER = "latest_universal"
 
 
-def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None:
+def commit(
+    folder: Path,
+    inputs: dict[str, Any],
+    *,
+    zero_stage: int = 0,
+    written: tuple[dict[Path, str], Exception | None] = ({}, None),
+) -> None:
     """Make the files in ``folder`` a complete checkpoint of the run that ``inputs`` describes; every rank calls this.
 
-    Ranks share the hashing: a large checkpoint is read once by all of them together.
+    ``written`` is what this rank's BackgroundWriter has waited for. Ranks share the reading of all other files, which
+    are small. On a shared disk a rank may not see yet what another node has just written: one that does reads it.
     """
+    own, failure = {str(file.relative_to(folder)): known for file, known in written[0].items()}, written[1]
     barrier()
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    own_files = files[rank() :: world_size()]
-    gathered = together(lambda: {str(file.relative_to(folder)): _stamp(file) for file in own_files})
+
+    def seen() -> tuple[set[str], set[str]]:
+        with explained_disk_errors(folder):
+            if failure is not None:
+                raise failure
+            files = (file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+            return {str(file.relative_to(folder)) for file in files}, set(own)
+
+    of_ranks = together(seen)
+    mine = []
+    for number, name in enumerate(sorted(set().union(*(names for names, _ in of_ranks)))):
+        wrote = [of_rank for of_rank, (_, names) in enumerate(of_ranks) if name in names]
+        see = [of_rank for of_rank, (names, _) in enumerate(of_ranks) if name in names]
+        if (wrote or see)[number % len(wrote or see)] == rank():
+            mine.append(name)
+    gathered = together(lambda: {name: _stamp(folder / name, own.get(name)) for name in mine})
     if is_main():
         stamps = {name: stamp for part in gathered for name, stamp in part.items()}
         manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}
@@ -70,7 +98,8 @@ def removed_unless_complete(folder: Path) -> Iterator[None]:
 def last_complete(folder: Path, inputs: dict[str, Any], *, by_manifest: bool = False) -> Path | None:
     """The newest complete checkpoint under ``folder``; damaged ones are named in the log and skipped.
 
-    ``by_manifest`` = nobody goes on from it yet: files are not read, which takes minutes where they are large.
+    ``by_manifest`` = nobody goes on from it yet: files are not looked at, which takes minutes where they are large and
+    were copied.
 
     Raises:
         UserError: the newest finished one belongs to another run, or another user has made it.
@@ -194,14 +223,21 @@ def _check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
     Raises:
         _Damaged: they differ.
     """
+    changed: dict[str, dict[str, Any]] = {}
     for name, stamp in manifest["files"].items():
         file = checkpoint / name
         if not file.is_file():
             raise _Damaged(f"lacks {name}")
-        if file.stat().st_size != stamp["bytes"]:
-            raise _Damaged(f"{name} has {file.stat().st_size:,} bytes instead of {stamp['bytes']:,}")
-        if _stamp(file) != stamp:
-            raise _Damaged(f"{name} does not match its checksum")
+        state = file.stat()
+        if state.st_size != stamp["bytes"]:
+            raise _Damaged(f"{name} has {state.st_size:,} bytes instead of {stamp['bytes']:,}")
+        if state.st_ctime_ns != stamp["changed_ns"]:  # written to, or copied, since it was stamped
+            changed[name] = stamp
+    with doing(f"reading {checkpoint.name} again"), ThreadPoolExecutor(num_cores()) as pool:
+        hashes = pool.map(lambda name: file_hash(checkpoint / name), changed)
+        for (name, stamp), found in zip(changed.items(), hashes, strict=True):
+            if found != stamp["sha256"]:
+                raise _Damaged(f"{name} does not match its checksum")
     for file in checkpoint.rglob("*"):
         name = file.relative_to(checkpoint)
         ours = name.parts[0] in (MANIFEST, UNIVERSAL, UNIVERSAL_POINTER)  # the last two are made when needed
@@ -210,8 +246,13 @@ def _check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
             raise _Damaged(f"holds {name}, which its manifest does not name")
 
 
-def _stamp(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+def _stamp(file: Path, known_hash: str | None = None) -> dict[str, Any]:
+    """Of a file that is on the disk then: what the manifest says of it."""
+    flush(file)
+    with file.open("rb") as opened:  # which asks a shared disk for what it has now
+        digest = known_hash or hashlib.file_digest(opened, "sha256").hexdigest()
+        state = os.fstat(opened.fileno())
+    return {"bytes": state.st_size, "changed_ns": state.st_ctime_ns, "sha256": digest}
 
 
 def _step(checkpoint: Path) -> int:
