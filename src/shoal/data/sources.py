@@ -24,6 +24,7 @@ from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.recipe.messages import checked
 from shoal.recipe.section import (
+    AUTO,
     Column,
     Conversation,
     Data,
@@ -173,6 +174,8 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.path in BUNDLED_ROWS:
         yield from ((source.path, row) for row in _bundled(source.path))
         return
+    if source.path == AUTO:
+        raise UserError(f"data {AUTO!r}: stands for text in measure.data and distill.data alone; name a source here")
     try:
         files = _local_files(source)
         if files is None:

@@ -13,6 +13,7 @@ from tiny import tiny_model
 from shoal.data import default_text as module
 from shoal.data import general_text
 from shoal.data.default_text import CALIBRATION, LICENCES, TRAINING, default_text, with_default_text
+from shoal.data.sources import documents
 from shoal.errors import UserError
 from shoal.launch.verbs.run import locked, open_run, write_story
 from shoal.recipe.distill import TrainingSource
@@ -119,3 +120,8 @@ def test_who_only_reads_results_asks_no_hub_and_keeps_nothing(
     run = open_run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run")}), computes=False)
     assert run.numerics is not None
     assert run.numerics.text is None
+
+
+def test_auto_stands_for_nothing_elsewhere() -> None:
+    with pytest.raises(UserError, match="data 'auto': stands for text in measure.data and distill.data alone"):
+        next(documents(TextSource(AUTO)))
