@@ -123,5 +123,5 @@ def test_who_only_reads_results_asks_no_hub_and_keeps_nothing(
 
 
 def test_auto_stands_for_nothing_elsewhere() -> None:
-    with pytest.raises(UserError, match="data 'auto': stands for text in measure.data and distill.data alone"):
+    with pytest.raises(UserError, match=r"data 'auto': stands for text in measure\.data and distill\.data alone"):
         next(documents(TextSource(AUTO)))
