@@ -133,8 +133,8 @@ def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval |
     limits = np.array(
         [(retention.value, retention.ci_low, retention.ci_high) for retention in kept], dtype=np.float64
     ).tolist()
-    correlations = _correlations([cell.score for cell in cells], [cell.influences for cell in cells])
-    return weighted_sum([weights[cell.score.task] for cell in cells], limits, correlations)
+    together = correlations([cell.score for cell in cells], [cell.influences for cell in cells])
+    return weighted_sum([weights[cell.score.task] for cell in cells], limits, together)
 
 
 def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standing:
@@ -161,7 +161,7 @@ def mean_change(
         return None
     changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
     influences = [kept_influences(teacher[task], after[task], before[task]) for task in weights]
-    return weighted_sum(list(weights.values()), changes, _correlations([before[task] for task in weights], influences))
+    return weighted_sum(list(weights.values()), changes, correlations([before[task] for task in weights], influences))
 
 
 def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
@@ -174,11 +174,11 @@ def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
     if not gaps:
         return None
     limits = [(gap.difference, gap.ci_low, gap.ci_high) for gap in gaps]
-    correlations = _correlations(twins, [form_influences(*pair) for pair in pairs])
-    return weighted_sum([1 / len(gaps)] * len(gaps), limits, correlations)
+    together = correlations(twins, [form_influences(*pair) for pair in pairs])
+    return weighted_sum([1 / len(gaps)] * len(gaps), limits, together)
 
 
-def _correlations(scores: Sequence[TaskScore], influences: Sequence[Mapping[str, float]]) -> Array:
+def correlations(scores: Sequence[TaskScore], influences: Sequence[Mapping[str, float]]) -> Array:
     """How far estimates on several tasks err together, by how their items move them; 0 between abilities, where equal
     ids mean nothing."""
     found = np.eye(len(scores))

@@ -62,7 +62,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if name.startswith(DEMO_PREFIX):
         folder = cache_dir() / name.removeprefix(DEMO_PREFIX)
         action = f"converting {name} to safetensors in {folder}, once (about 20 s)"
-        return _made_once(folder, lambda temporary: _convert_gguf(_demo_source(name), temporary), action=action)
+        return _made_once(folder, lambda temporary: convert_gguf(_demo_source(name), temporary), action=action)
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = _download(name, revision)
@@ -120,7 +120,8 @@ def _demo_source(name: str) -> Path:
     return source
 
 
-def _convert_gguf(source: Path, folder: Path) -> None:
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, in float32, and its tokenizer as a plain checkpoint into ``folder``."""
     from transformers import GgufConfig, modeling_gguf_pytorch_utils
     from transformers.utils import logging as transformers_logging
 

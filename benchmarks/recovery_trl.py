@@ -1,0 +1,53 @@
+"""An arm of benchmarks/recovery.py: TRL's trainer, forward KL of whole distributions, on the rows of a recipe.
+
+    python -m benchmarks.recovery_trl RECIPE
+
+The student lies in the run directory, where shoal would train it; training goes on from the last checkpoint. TRL trains
+all weights, and does not keep documents of a row apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl.trainer.distillation_config import DistillationConfig
+
+from benchmarks.gpu_work import OnRows
+from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.training import Training
+from shoal.atomic_files import written_folder
+from shoal.data.streams import pack
+from shoal.machine import peak_memory
+from shoal.models.load import load_model, load_tokenizer
+from shoal.models.resolve import resolve_model
+from shoal.recipe.recipe import load_recipe
+
+
+def main(file: str) -> None:
+    recipe = load_recipe(file)
+    run_dir, asked, folder = Path(recipe.run_dir), recipe.distill, resolve_model(recipe.model)
+    tokenizer, sources = load_tokenizer(folder), [(source, None) for source in asked.data]
+    rows = pack(sources, tokenizer, sequence_length=512, num_tokens=asked.num_tokens, seed=recipe.seed)
+    student, teacher = load_model(run_dir / "student"), load_model(folder).requires_grad_(False)
+    (checkpoints := run_dir / "trl").mkdir(exist_ok=True)
+    loss = {"beta": 0.0, "temperature": 1.0, "shuffle_dataset": False, "train_sampling_strategy": "sequential"}
+    others = {"seed": recipe.seed, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "report_to": []}
+    config = DistillationConfig(**asked.trainer, **loss, **others, output_dir=str(checkpoints), disable_tqdm=True)
+    data = Dataset.from_dict({"prompt": rows.input_ids_NS.tolist()})
+    trainer = OnRows(student, teacher, config, train_dataset=data, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
+    with written_folder(run_dir / "distilled") as unfinished:
+        student.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    *history, end = [{key: float(value) for key, value in row.items()} for row in trainer.state.log_history]
+    steps, tokens = trainer.state.global_step, rows.input_ids_NS.numel()
+    told = {"settings": {}, "data": {"sources": rows.counts}, "peak_memory_bytes": peak_memory()}
+    made = Training(Provenance({}), steps, tokens, end["train_runtime"], tuple(history), **told)
+    made.save(run_dir / Training.FILE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,56 @@
+"""The benchmark of recovery: its arms are recipes, and the command does what its page says, tried with a tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_checkpoint
+
+from benchmarks import recovery
+from shoal.recipe.recipe import load_recipe
+
+TASKS = {"twin": ["retrieval_twin_continuation", "knowledge_twin_continuation"]}
+
+
+@pytest.mark.parametrize("arm", recovery.SAID["arms"])
+def test_every_phase_of_an_arm_is_a_recipe(arm: str, tmp_path: Path) -> None:
+    asked = argparse.Namespace(out=tmp_path, model="gemma", data_dir=Path("/data"), spread=None)
+    said = recovery.SAID["arms"][arm]
+    phases = said.get("phases", [{}])
+    assert sum(phase.get("share", 1) for phase in phases) == pytest.approx(1)
+    for phase in phases:
+        own: dict[str, Any] = {**said, **phase}
+        settings = load_recipe(recovery.recipe(asked, tmp_path / "run", own, tokens=1024, seed=3)).distill
+        if "data" in own:
+            assert [source.weight for source in settings.data] == [*own["data"].values()]
+            assert sum(own["data"].values()) in (pytest.approx(1), 3)
+        assert settings.trainer["learning_rate"] == own.get("trainer", {}).get("learning_rate", 1e-3)
+
+
+@pytest.mark.prove
+def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setitem(recovery.SAID["models"], "tiny", {"model": str(teacher), "drop": [1], "tasks": TASKS})
+    words = [str(tmp_path / "out"), "--model", "tiny", "--seeds", "0", "--tokens", "4096", "--limit", "8", "--arms"]
+    phases = [{"share": 0.5, "trainable": "all"}, {"share": 0.5}]
+    monkeypatch.setitem(recovery.SAID["arms"], "two", {"data": {"instructions": 1}, "phases": phases})
+    monkeypatch.setitem(recovery.SAID["arms"], "other", {"with": "trl", "data": {"instructions": 1}})
+    recovery.main([*words, "two", "other"])
+    out = tmp_path / "out" / "tiny"
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert {row["name"] for row in rows} == {"teacher", "cut", "two-4096-0", "other-4096-0"}
+    healed = [row for row in rows if row["name"].endswith("-4096-0")]
+    assert {row["tokens"] for row in healed} == {"4096"}
+    assert all(float(row["processor_seconds"]) > 1 for row in healed)
+    second = out / "runs" / "two-4096-0" / "phase1"
+    assert (second / "student").resolve() == second.with_name("phase0") / "distilled"
+    shutil.rmtree(out / "scores" / "two-4096-0")
+    before = second.joinpath("distill.json").read_bytes()
+    recovery.main([*words, "two"])
+    assert second.joinpath("distill.json").read_bytes() == before, "what is trained is not trained again"
+    assert (out / "scores" / "two-4096-0" / f"{TASKS['twin'][0]}.items.jsonl").is_file()
