@@ -63,8 +63,7 @@ def distill(
     Args:
         student: The cut model.
         teacher: The model it was cut from, in any precision, or its name; left as it was.
-        data: Texts, rows, or the name of a data set (shoal.data.sources.Given); auto = as the recipe's, all of it
-            learnt by ``losses``.
+        data: Texts, rows, or the name of a data set (shoal.data.sources.Given); auto = the recipe's, for ``losses``.
         tokenizer: The tokenizer of both; None = that of the student's name.
         losses: Terms of the loss, see shoal.train.engine.distillation_config.Losses.
         trainable: Weights that are trained, as distill.trainable.
@@ -82,8 +81,7 @@ def distill(
     """
     student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
     _refuse_swapped(student, teacher)
-    data = with_default_text(data, teacher, TrainingSource(AUTO))
-    tokenizer = require_tokenizer(tokenizer, student)
+    tokenizer, data = require_tokenizer(tokenizer, student), with_default_text(data, teacher, TrainingSource(AUTO))
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
     section, seed = _section({"losses": losses, "trainable": trainable}, settings, seed), int(seed)
     has_budget = "num_tokens" in settings or is_source(data)
