@@ -1,12 +1,13 @@
 """Fit what makes up for dropped layers, one gap after the other, on the student's own states.
 
-Teacher and student advance side by side through the layers, one layer for all batches. The student's state is kept as a
-teacher with hooks would have it: multiplied at every gap. As it passes, what was fitted goes into weights of kept
-layers (fold.py), and in the end these are compared with the hooks.
+Teacher and student advance side by side through the layers, one layer for all batches, as one up to the first gap. The
+student's state is kept as a teacher with hooks would have it: multiplied at every gap. As it passes, what was fitted
+goes into weights of kept layers (fold.py), and in the end these are compared with the hooks.
 
-Operations: a pass of the teacher and one of the student over the calibration tokens, sums of one F x F and two F x D
-products per token and gap with a correction, and over the held-out eighth of the rows two passes of the teacher and
-student, and for every gap two of the layers above it.
+Operations: what is fitted to goes through the teacher up to the last gap, through the student's layers from the first
+to the last one, twice through the one below a gap, and into sums of one F x F and two F x D products per gap with a
+correction. The held-out eighth of the rows goes once through all of the teacher, and behind every gap through all of
+the student above it and both heads. One of these rows alone proves what is folded.
 
 At a gap the kept layer below it gives the student's state x and features f of what its MLP wrote; the teacher has y
 behind the gap. Sought are a factor a and a matrix E that make y ~ a x + f E, since both can be folded into weights: E
@@ -27,12 +28,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, groupby
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import ClosedGap
@@ -176,12 +176,18 @@ def needed_features(model: PreTrainedModel, drop: Sequence[int], settings: Compe
 
 def operations(model: PreTrainedModel, drop: Sequence[int], settings: Compensate, num_tokens: int) -> float:
     """Floating-point operations that compensate takes, as the first lines here count them, about."""
-    num_layers, held_out = len(decoder_layers(model)), 1 / HELD_OUT_SHARE
-    above = sum((num_layers - 1 - last) / num_layers for _, last in gaps(drop))
-    passes = 2 + held_out * (4 + 2 * above)
+    num_layers, held_out, found = len(decoder_layers(model)), 1 / HELD_OUT_SHARE, gaps(drop)
+    (first, _), (start, top) = found[0], found[-1]
+    above = [sum(layer not in drop for layer in range(last + 1, num_layers)) for _, last in found]
     features, hidden = needed_features(model, drop, settings), text_config(model.config).hidden_size
-    products = len(gaps(drop)) * features * (features + 2 * hidden)
-    return 2 * num_tokens * (passes * num_parameters(model) + products)
+    twice = len(found) if features else 0
+    between = sum(layer not in drop for layer in range(first - 1, start)) + twice
+    of_fitted, of_held_out = top + 1 + between, num_layers + between + above[0] + sum(above)
+    head = model.get_output_embeddings().weight.numel()
+    layer = (num_parameters(model) - head) / num_layers
+    passes = layer * (of_fitted + held_out * (of_held_out - of_fitted)) + held_out * head * (2 * len(found) + 1)
+    products = len(found) * features * (features + 2 * hidden)
+    return 2 * num_tokens * (passes + products)
 
 
 def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
@@ -216,8 +222,10 @@ class _Batch:
     held_out: bool
     teacher: Tensor
     student: Tensor
+    behind: dict[int, Tensor] = field(default_factory=dict)
+    """The teacher's state after some layers, of held-out rows."""
     end: Tensor | None = None
-    """The teacher's final state, of held-out rows."""
+    """What the teacher's head gets, of held-out rows."""
 
 
 class _Fitting:
@@ -233,37 +241,50 @@ class _Fitting:
         self.num_layers, self.before = self.layerwise.num_layers, before
         self.dropped = set(drop)
         self.gap_above = {first - 1: (first, last) for first, last in gaps(drop)}
+        self.first, self.top = min(self.gap_above), max(self.gap_above.values())[1]
+        """The first layer that may change, and the last one of the last gap."""
         self.with_correction, self.with_factor = settings.method != "scale", settings.method != "linear"
         self.batches = list(self._batches(source, text))
-        self.held_out = [batch for batch in self.batches if batch.held_out]
+        self.fitted = [batch for batch in self.batches if not batch.held_out]
+        self.held_out, self.probe = self.batches[len(self.fitted) :], self.batches[-1]
+        self.divergence = math.nan
+        """Of the student from the teacher, with what is closed so far; nan = nobody has looked."""
         self.folded: dict[int, Tensors] = {}
         self.product = 1.0
         """Product of the factors of all gaps below."""
 
     def run(self) -> Fitted:
         self._see_teacher()
-        top = max(last for _, last in self.gap_above.values())
         closed: list[ClosedGap] = []
+        start_BSD = self.probe.student
         for layer in each(range(self.num_layers), "prune: compensating", unit="layers"):
             if layer in self.dropped:
                 continue  # passed with its gap
+            if layer == self.first:
+                start_BSD = self.probe.student
             if (gap := self.gap_above.get(layer)) is not None:
                 closed.append(self._close(layer, *gap))
                 continue
-            if self.product != 1:
-                with self._student():
-                    self._fold_factor(layer, self.batches[-1].student)
-            for batch in self.batches if layer < top else self.held_out:
-                # below the first gap
-                shared = self.before is None and batch.student is batch.teacher
-                with self._student():
-                    after = self._run(layer, batch, batch.student)
-                if layer < top:
-                    batch.teacher = after if shared else self._run(layer, batch, batch.teacher)
-                batch.student = after
+            with self._student():
+                if self.product != 1:
+                    self._fold_factor(layer, self.probe.student)
+                for batch in self._passing(layer):
+                    batch.student = self._run(layer, batch, batch.student)
+            for batch in self.fitted if layer < self.top else ():
+                batch.teacher = batch.student if self._is_shared(layer) else self._run(layer, batch, batch.teacher)
         with self._student():
-            self._refuse_wrong_fold()
+            self._refuse_wrong_fold(start_BSD)
         return Fitted(tuple(closed), self.folded)
+
+    def _is_shared(self, layer: int) -> bool:
+        """Whether teacher and student are one up to ``layer``."""
+        return self.before is None and layer < self.first
+
+    def _passing(self, layer: int) -> list[_Batch]:
+        """Those of which the student's state after ``layer`` is not known and is asked for."""
+        if self._is_shared(layer):
+            return self.fitted
+        return self.batches if layer < self.top else [self.probe]
 
     def _student(self) -> AbstractContextManager[object]:
         """A block in which the model is the student but for its gaps."""
@@ -272,26 +293,33 @@ class _Fitting:
     def _see_teacher(self) -> None:
         """Run the teacher over held-out rows; refuse on the way what the method cannot be folded into, before anything
         is fitted."""
-        states, prepared = [batch.teacher for batch in self.held_out], self.held_out[0].prepared
+        states, prepared = [batch.teacher for batch in self.held_out], self.probe.prepared
         for layer, call in enumerate(prepared.calls):
-            before, states = states[0], self._past(layer, states)
+            if layer == self.first and self.before is None:
+                for batch, state in zip(self.held_out, states, strict=True):
+                    batch.student = state
+            before, states = states[-1], self._past(layer, states)
             self._refuse_not_finite(f"layer {layer}", *states)
             if self.with_correction and layer in self.gap_above:
                 Correction(self.layerwise, layer).form(before, call)
             if self.with_factor and layer > min(self.dropped) and layer not in self.dropped:
                 scaled_layer(self.layerwise, layer, 1.0, before, call)
+            if layer in self.dropped and layer + 1 not in self.dropped:
+                for batch, state in zip(self.held_out, states, strict=True):
+                    batch.behind[layer] = state
         if self.with_factor:
-            refuse_sized_end(self.layerwise, prepared, states[0])
+            refuse_sized_end(self.layerwise, prepared, states[-1])
         for batch, state in zip(self.held_out, states, strict=True):
             batch.end = self.layerwise.finish(state, batch.prepared)
 
     def _batches(self, source: Source, text: Calibration) -> Iterator[_Batch]:
+        """What is fitted to, then what is held out; the last row alone."""
         rows = text.rows
         num_fitted = len(rows) - _held_out(len(rows))
-        for held_out, own in ((False, slice(num_fitted)), (True, slice(num_fitted, None))):
-            some = PackedRows(rows.input_ids_NS[own], rows.position_ids_NS[own])
+        for start, end in ((0, num_fitted), (num_fitted, len(rows) - 1), (len(rows) - 1, len(rows))):
+            some = PackedRows(rows.input_ids_NS[start:end], rows.position_ids_NS[start:end])
             for prepared, state in batches(source, some, text.batch_size):
-                yield _Batch(prepared, held_out, state, state)
+                yield _Batch(prepared, start >= num_fitted, state, state)
 
     def _run(self, layer: int, batch: _Batch, state: Tensor) -> Tensor:
         """The state after ``layer``, with whatever weights are in place."""
@@ -299,26 +327,30 @@ class _Fitting:
 
     def _close(self, below: int, first: int, last: int) -> ClosedGap:
         """Past ``below``, the last kept layer before the gap ``first`` to ``last``, and past the gap."""
-        for layer in range(below, last + 1):
-            for batch in self.batches:
+        for batch in self.fitted:
+            for layer in range(below, last + 1):
                 batch.teacher = self._run(layer, batch, batch.teacher)
+        for batch in self.held_out:
+            batch.teacher = batch.behind.pop(last)
         with self._student():
             return self._close_students(below, first, last)
 
     def _close_students(self, below: int, first: int, last: int) -> ClosedGap:
         """The same for the student; the teacher is past the gap."""
         where = layers_text([*range(first, last + 1)])
-        before = [batch.student for batch in self.batches]
+        before = {id(batch): batch.student for batch in self.batches}
         correction = Correction(self.layerwise, below) if self.with_correction else None
         train, test = self._sums(correction, below, where)
         fit = self._fit(train, test, is_last=last == self.num_layers - 1)
         error = test.error()
         del train, test  # which are large
-        still_open = [batch.student for batch in self.batches]
-        self._apply(fit, correction, below, before)
-        states = [[state for state, batch in zip(still_open, self.batches, strict=True) if batch.held_out]]
-        divergence, closed = self._divergences(last + 1, *states, [batch.student for batch in self.held_out])
-        helps = closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
+        still_open = [batch.student for batch in self.held_out]
+        tensors = self._corrected(fit, correction, below, before[id(self.probe)])
+        self._apply(fit, tensors, below, before, self.held_out)
+        closed_states = [batch.student for batch in self.held_out]
+        closed, *opened = self._divergences(last + 1, closed_states, *[still_open] * math.isnan(self.divergence))
+        (divergence,) = opened or [self.divergence]
+        helps = self._helps(fit, divergence, closed)
         log.info(
             "prune: gap of %s: factor %.3f%s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> "
             "%.4f nats a token%s",
@@ -332,13 +364,17 @@ class _Fitting:
             "" if helps else ": it does not fall, so the gap stays as it was",
         )
         if not helps:
-            fit, closed = NONE, divergence
-            self.folded.pop(below, None)
-            for batch, state in zip(self.batches, still_open, strict=True):
+            fit, closed, tensors = NONE, divergence, {}
+            for batch, state in zip(self.held_out, still_open, strict=True):
                 batch.student = state
+        elif last < self.top:
+            self._apply(fit, tensors, below, before, self.fitted)
+        if tensors:
+            self._keep(below, tensors)
         if self.product != 1:
-            self._fold_factor(below, before[-1])
+            self._fold_factor(below, before[id(self.probe)])
         self.product *= fit.factor
+        self.divergence = closed
         return ClosedGap(
             first=first,
             last=last,
@@ -373,19 +409,25 @@ class _Fitting:
                 f"weights, or {LEAVE_OUT}"
             )
 
-    def _apply(self, fit: Fit, correction: Correction | None, below: int, before: Sequence[Tensor]) -> None:
-        """Close the gap above ``below`` by ``fit`` in all batches, from the student's states before that layer."""
-        if correction is not None and fit.added_FD is not None:
-            # of several batches the last is held out; features are made again, since all of them would be too much
-            call = self.batches[-1].prepared.calls[below]
-            tensors = correction.folded(fit.added_FD / fit.factor, before[-1], call)
-            self._keep(below, tensors)
-            with tensors_in_place(self.model, {below: tensors}):
-                for batch, state in zip(self.batches, before, strict=True):
-                    batch.student = self._run(below, batch, state)
-        if fit.factor != 1:
-            for batch in self.batches:
-                batch.student = batch.student * fit.factor
+    def _corrected(self, fit: Fit, correction: Correction | None, below: int, before_BSD: Tensor) -> Tensors:
+        """The tensors of ``below`` that hold the correction of ``fit``; none where it has none."""
+        if correction is None or fit.added_FD is None:
+            return {}
+        return correction.folded(fit.added_FD / fit.factor, before_BSD, self.probe.prepared.calls[below])
+
+    def _apply(
+        self, fit: Fit, tensors: Tensors, below: int, before: Mapping[int, Tensor], some: Sequence[_Batch]
+    ) -> None:
+        """Close the gap above ``below`` in ``some`` batches, by what was found from their states ``before`` it."""
+        with tensors_in_place(self.model, {below: tensors}):
+            for batch in some:
+                # features are made again, since all of them would be too much
+                after = self._run(below, batch, before[id(batch)]) if tensors else batch.student
+                batch.student = after * fit.factor
+
+    def _helps(self, fit: Fit, divergence: float, closed: float) -> bool:
+        """Whether a gap whose divergence was the first and is the second is to be closed."""
+        return closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
 
     def _fit(self, train: Sums, test: Sums, *, is_last: bool) -> Fit:
         with_factor = self.with_factor and not is_last  # behind the last gap there is a norm alone
@@ -396,7 +438,7 @@ class _Fitting:
     def _fold_factor(self, layer: int, before: Tensor) -> None:
         """Let ``layer``, with what is folded into it already, write to a state without the factors of gaps below."""
         with tensors_in_place(self.model, {layer: self.folded.get(layer, {})}):
-            call = self.batches[-1].prepared.calls[layer]
+            call = self.probe.prepared.calls[layer]
             self._keep(layer, scaled_layer(self.layerwise, layer, 1 / self.product, before, call))
 
     def _keep(self, layer: int, tensors: Tensors) -> None:
@@ -411,35 +453,38 @@ class _Fitting:
         for layer in range(start, self.num_layers):
             if layer not in self.dropped:
                 states = [self._past(layer, variant) for variant in states]
-        return [self._divergence(variant) for variant in states]
+        return self._compared(self.held_out, states)
 
     def _past(self, layer: int, states: Sequence[Tensor]) -> list[Tensor]:
         """The states of held-out batches after ``layer``."""
         return [self._run(layer, batch, state) for batch, state in zip(self.held_out, states, strict=True)]
 
-    def _divergence(self, states: Sequence[Tensor]) -> float:
-        """Of the states of held-out batches after the last layer."""
-        total, num_tokens, size = 0.0, 0, self.decoder.positions_at_once()
-        for batch, state in zip(self.held_out, states, strict=True):
+    def _compared(self, some: Sequence[_Batch], variants: Sequence[Sequence[Tensor]]) -> list[float]:
+        """The same of variants of the states of ``some`` batches after the last layer."""
+        totals, num_tokens = [0.0 for _ in variants], 0
+        size = min(self.decoder.positions_at_once(), self.decoder.enough_tokens)
+        for batch, *states in zip(some, *variants, strict=True):
             assert batch.end is not None
-            ours_ND = self.layerwise.finish(state, batch.prepared).flatten(0, 1)
-            theirs_ND = batch.end.flatten(0, 1)
-            for ours, theirs in zip(ours_ND.split(size), theirs_ND.split(size), strict=True):
-                log_q, log_p = (self.decoder.logits(some).log_softmax(-1) for some in (ours, theirs))
-                total += float(functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-            num_tokens += len(ours_ND)
-        return total / num_tokens
+            ours = [self.layerwise.finish(state, batch.prepared).flatten(0, 1).split(size) for state in states]
+            for theirs_ND, *ours_ND in zip(batch.end.flatten(0, 1).split(size), *ours, strict=True):
+                log_p = self.decoder.logits(theirs_ND).log_softmax(-1)
+                p = log_p.exp()
+                for variant, own_ND in enumerate(ours_ND):  # in place, since these outweigh the products with the head
+                    less = self.decoder.logits(own_ND).log_softmax(-1).neg_().add_(log_p)
+                    totals[variant] += float(less.mul_(p).sum())
+                num_tokens += len(theirs_ND)
+        return [total / num_tokens for total in totals]
 
-    def _refuse_wrong_fold(self) -> None:
-        """Compare the folded weights, skips in force, with the hooks; each was proven, and this is all."""
-        hooked = self._divergence([batch.student for batch in self.held_out])
-        states = [self.layerwise.prepare(batch.prepared.inputs).hidden_BSD for batch in self.held_out]
-        for layer in range(self.num_layers):
+    def _refuse_wrong_fold(self, start_BSD: Tensor) -> None:
+        """Compare the folded weights, skips in force, with the hooks, from the state before the first layer that may
+        change; each was proven, and this is all."""
+        state_BSD = start_BSD
+        for layer in range(self.first, self.num_layers):
             if layer not in self.dropped:
                 with tensors_in_place(self.model, {layer: self.folded.get(layer, {})}):
-                    states = self._past(layer, states)
-                self._refuse_not_finite(f"layer {layer}", *states)
-        folded = self._divergence(states)
+                    state_BSD = self._run(layer, self.probe, state_BSD)
+                self._refuse_not_finite(f"layer {layer}", state_BSD)
+        hooked, folded = self._compared([self.probe], [[self.probe.student], [state_BSD]])
         if not math.isclose(hooked, folded, rel_tol=TOLERANCE, abs_tol=1e-4):
             raise UserError(
                 f"{COMPENSATE}: {self.model.config.model_type}: with the folded weights the divergence from the "

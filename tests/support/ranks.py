@@ -23,6 +23,7 @@ from typing import IO, Any
 import psutil
 import torch
 import torch.distributed as dist
+from forked import Command, as_command
 from torch.multiprocessing.spawn import start_processes
 
 from shoal.ranks import free_port
@@ -41,6 +42,8 @@ PRELOADED = [
     "shoal.compress.plan",
     "shoal.eval.evaluate",
     "torch.profiler._cupti_monitor",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
 """What a rank of a training imports; a name that is wrong here only costs time."""
 
@@ -184,11 +187,17 @@ GONE_S = 10
 
 
 class Shoal:
-    """`shoal ARGUMENTS` in a session of its own, as a terminal starts it, in ``folder``."""
+    """`shoal ARGUMENTS` in a session of its own, as a terminal starts it, in ``folder``; ``forked``: with everything
+    imported."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, forked: bool = False) -> None:
         self._file = folder / "stderr.txt"
+        self.process: Any
         with self._file.open("w") as stderr:
+            if forked:
+                told = [*arguments], environment(), str(folder), str(self._file)
+                self.process = Command(_preload().Process(target=as_command, args=told))
+                return
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("shoal")), *arguments],
                 env=environment(PYTHONPATH=os.environ.get("PYTHONPATH", "")),

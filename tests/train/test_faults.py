@@ -26,7 +26,7 @@ from shoal.train.engine.checkpoint import MANIFEST, last_complete
 
 pytestmark = [pytest.mark.prove, pytest.mark.slow]
 
-STEPS = 100
+STEPS = 48
 EVERY = 2
 MOMENTS = 3
 SETTINGS: dict[str, Any] = {
@@ -92,8 +92,8 @@ def test_a_killed_process(
     """Three times in one training: each time the same command goes on, and is killed again."""
     path, kept = pruned(tmp_path, **SETTINGS), 0
     for _ in range(MOMENTS):
-        moment = kept + chance.randrange(1, STEPS // 5)
-        shoal = Shoal(tmp_path, verb, "--config", str(path), "num_processes=2")
+        moment = kept + chance.randrange(1, STEPS // 8)
+        shoal = Shoal(tmp_path, verb, "--config", str(path), "num_processes=2", forked=True)
         while newest(tmp_path / "run") < moment and shoal.process.poll() is None:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.1))

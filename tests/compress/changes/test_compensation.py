@@ -146,13 +146,14 @@ def test_what_cannot_be_folded_is_refused_before_anything_is_fitted(
 
 def test_a_gap_where_the_divergence_does_not_fall_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_model("llama")
-    told = iter([[10.0, 11.0], [8.0, 7.0]])
+    told = iter([[11.0, 10.0], [7.0]])
     monkeypatch.setattr(fit._Fitting, "_divergences", lambda *_: next(told))
     found = compensate(teacher, DROP, Compensate(method="scale"), ROWS)
     first, second = found.gaps
     assert not first.is_closed
-    assert first.divergence_after == first.divergence_before == 10
+    assert first.divergence_after == first.divergence_before == second.divergence_before == 10
     assert second.is_closed
+    assert second.divergence_after == 7
     assert found.layers.keys() == {5}
 
 
@@ -232,7 +233,7 @@ def test_the_factor_alone_is_the_weighted_least_squares_one() -> None:
     assert fit_factor(sums, sums).factor == pytest.approx(float((w * x * y).sum() / (w * x * x).sum()), rel=1e-5)
 
 
-def test_it_costs_less_than_three_forwards_over_its_text() -> None:
+def test_it_costs_less_than_two_forwards_over_its_text() -> None:
     teacher, passed = tiny_model("llama"), 0
     rows = replace(LONG, input_ids_NS=LONG.input_ids_NS % 90)
 
@@ -244,7 +245,7 @@ def test_it_costs_less_than_three_forwards_over_its_text() -> None:
         for layer in decoder_layers(teacher):
             stack.enter_context(layer.get_submodule("mlp").register_forward_pre_hook(count_rows, with_kwargs=True))
         compensate(teacher, DROP, Compensate(method="both"), rows)
-    assert len(rows) * 6 < passed <= 2.2 * len(rows) * 6
+    assert len(rows) * 6 < passed <= 1.7 * len(rows) * 6
 
 
 def test_one_sink_does_not_prove_a_wrong_fold() -> None:
