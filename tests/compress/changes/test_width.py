@@ -206,7 +206,7 @@ def test_compensation_after_width_is_fitted_to_the_narrow_student(
     dtype: torch.dtype, tmp_path: Path, text: TextSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The saved student's state at its gap is as far from the teacher's as the fit says."""
-    monkeypatch.setattr("shoal.compress.changes.fit._Fitting._divergences", lambda *_: [2.0, 1.0])
+    monkeypatch.setattr("shoal.compress.changes.fit._Fitting._divergences", lambda *_: [1.0, 2.0])
     folder = saved(tmp_path, "llama", dtype=dtype)
     compensation = Compensation(Compensate(method="linear"))
     plan, width, out = narrowed(folder, text, settings(num_key_value_heads=1), further=[compensation])
