@@ -41,8 +41,9 @@ BLOCK = 2**17
 for each other at every operation."""
 CHUNK = 256
 """Tokens whose logits exist at one time, unless they would be more than LOGITS."""
-LOGITS = {"cpu": 2**24, "gpu": 2**26}
-"""Most logits of a chunk: of a larger vocabulary fewer tokens, so that memory does not grow."""
+LOGITS = 2**26
+"""Most logits of a chunk: of a larger vocabulary fewer tokens, so that memory does not grow. A quarter of that costs a
+CPU an eighth of its speed at 262 thousand words: the head is read for every chunk."""
 SMALLEST_TAIL = 1e-8
 """Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
 
@@ -95,9 +96,9 @@ class How(TypedDict, total=False):
     """Runs ``block_loss``; None = nothing is compiled."""
 
 
-def most_tokens(vocabulary: int, *, on_cpu: bool) -> int:
+def most_tokens(vocabulary: int) -> int:
     """Most tokens of a chunk whose logits are of so many words."""
-    return max(1, LOGITS["cpu" if on_cpu else "gpu"] // vocabulary)
+    return max(1, LOGITS // vocabulary)
 
 
 def chunked_head_loss(
@@ -358,7 +359,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         # cast once for all chunks, and gradients are taken with respect to the cast ones
         leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
         if parameters:
-            chunk = min(chunk, most_tokens(len(parameters[0]), on_cpu=hidden_ND.device.type == "cpu"))
+            chunk = min(chunk, most_tokens(len(parameters[0])))
         for part in objective.parts(chunk):
             hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
             # the only graph there is: from this chunk's hidden states to its logits, gone with the next chunk

@@ -297,9 +297,7 @@ def _activations(job: Job) -> tuple[int, int]:
 
 def _head(job: Job) -> int:
     student, settings, setting = job.student, job.spec.settings, job.setting
-    tokens = min(
-        CHUNK, most_tokens(student.vocabulary, on_cpu=job.on_cpu), setting.rows * (settings.sequence_length - 1)
-    )
+    tokens = min(CHUNK, most_tokens(student.vocabulary), setting.rows * (settings.sequence_length - 1))
     width, beside = 2 if job.is_autocast else job.width, 0 if job.on_cpu else LOGIT_BYTES
     if settings.trainer.get("torch_compile") and compiles([*settings.terms]):
         beside = COMPILED_LOGIT_BYTES
