@@ -76,11 +76,7 @@ def cut_estimate(
 def _stored_bytes(
     teacher: Teacher, sized: Teacher, models: tuple[PreTrainedModel, PreTrainedModel], plan: Plan
 ) -> tuple[int, int]:
-    """Bytes of the tensors in the files of teacher and student; ``sized`` is the teacher with its changes.
-
-    Raises:
-        UserError: layers that the cut would change.
-    """
+    """Bytes of the tensors in the files of teacher and student; ``sized`` is the teacher with its changes."""
     stored = sum(tensor.end - tensor.start for shard in teacher.shards for tensor in shard.tensors.values())
     changed = models[0] if sized is teacher else without_data(without_quantization(sized.config)[0])
     refuse_changed_layers(changed, models[1], plan.keep)

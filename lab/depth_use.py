@@ -23,7 +23,7 @@ import numpy as np
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.importance import Estimate, Importance, SweepColumn
 from shoal.artifacts.plan import Plan
-from shoal.compress.sweeps.atlas import centroid, spearman
+from shoal.compress.sweeps.atlas import centroid
 from shoal.compress.sweeps.table import estimates, read_items
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
@@ -83,8 +83,6 @@ class Moved:
     """Change of what is left without each of ``layers``; above 0 (of nats: below) = less depends on it than before."""
     centroid: Estimate | None
     """Change of the centroid; above 0 = deeper. Includes that layers are gone."""
-    rank_correlation: float | None
-    """Spearman correlation of the two models' values of ``layers``; None where one of them tells no layers apart."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +333,6 @@ def _moved(
         layers=tuple(layers),
         left=estimates(change_NL, values[1] - values[0], n),
         centroid=moved,
-        rank_correlation=spearman(*values),
     )
 
 

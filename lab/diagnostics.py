@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from shoal.compress.edits.sublayers import probing
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.figures.style import INK, SERIES_COLOURS, SERIES_STYLE, figure_style, panels
 from shoal.launch.verbs.measure import packed_rows
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import decoder_layers
@@ -45,17 +44,12 @@ from .depth.runs import (
 )
 from .part import identity, made, model_of, told
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 log = logging.getLogger(__name__)
 
 KL_SHARE = 0.5
 """Effective depth by KL: the first layer whose input is nearer to the output than this share of the largest KL."""
 MIN_OVERLAP = 0.3
 """Effective depth by overlap: the first layer whose input has more of the top-5 tokens than this."""
-Series = list[tuple[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,6 @@ def diagnostics(run: Run, settings: Settings) -> Diagnostics:
             batch_size=measure.batch_size,
             seed=run.recipe.seed,
         ),
-        diagnostics_figure,
     )
 
 
@@ -307,60 +300,3 @@ class _Study:
             effects = measure_effects(runs, readout, cuts, means_LD, batch_size=self.batch_size, progress=step)
         require_finite(self.model, "diagnostics", effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
         return effects, len(cuts), ""
-
-
-def diagnostics_figure(diagnostics: Diagnostics) -> Figure:
-    """Directions and sizes of updates, the logit lens, effects on the output and on later layers, by layer.
-
-    Panels of what could not be measured are left out.
-    """
-    own = diagnostics
-    curves: list[tuple[str, Series, str]] = [
-        ("Direction of updates: cosine with what was read", list(own.cosines.items()), "cosine"),
-        ("Size of updates over the size of what was read", list(own.sizes.items()), ""),
-        ("Logit lens on layer inputs: KL to the output, nats", [("KL", own.lens_kl)], "kl"),
-        ("Logit lens: top-5 tokens in common with the output", [("share", own.lens_overlap)], "overlap"),
-        (
-            f"Largest change of later probabilities, {own.num_cuts} cuts",
-            [("layer skipped before", own.skip_output), ("one state erased", own.erasure_output)],
-            "",
-        ),
-    ]
-    curves = [curve for curve in curves if curve[1][0][1]]
-    matrix = len(own.skip_effect) > 1
-    figure, axes = panels([2.1] * len(curves) + [4.2] * matrix)
-    with figure_style():
-        for ax, (title, series, rule) in zip(axes, curves, strict=False):
-            for index, (name, values) in enumerate(series):
-                stroke, marker = SERIES_STYLE[index]
-                ax.plot(values, stroke, color=SERIES_COLOURS[index], marker=marker, markersize=3, label=name)
-            ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=len(series), fontsize=9, borderaxespad=0)
-            ax.set_title(title, pad=22)
-            depth = own.effective_depth[rule] if rule else None
-            if depth is not None and depth.layer is not None:
-                mark(ax, depth.layer, f"effective depth {depth.ratio:.0%}", own.num_layers)
-            layer_axis(ax, own.num_layers)
-        if matrix:
-            picture = axes[-1].imshow(own.skip_effect, cmap="cividis", vmin=0, origin="lower", interpolation="none")
-            figure.colorbar(picture, ax=axes[-1], shrink=0.8)
-            axes[-1].set_title("Change of later layers' updates")
-            axes[-1].set_xlabel("later layer")
-            axes[-1].set_ylabel("layer skipped at earlier tokens")
-    return figure
-
-
-def mark(ax: Axes, layer: int, text: str, num_layers: int) -> None:
-    """A line at ``layer`` with words beside it."""
-    ax.axvline(layer, color=INK, linewidth=1, linestyle=":")
-    side = "right" if layer > num_layers / 2 else "left"
-    ax.text(layer, 0.97, text, transform=ax.get_xaxis_transform(), ha=side, va="top", fontsize=8, color=INK)
-
-
-def layer_axis(ax: Axes, count: int) -> None:
-    """Whole numbers of layers below a panel."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set_xlim(-0.5, count - 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("layer")
-    ax.grid(axis="y")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from shoal.compress.edits.layer_edits import with_halves
 from shoal.compress.edits.sublayers import Sublayers, probing, silent_output
 from shoal.compress.variants.layerwise import Layerwise
 from shoal.errors import UserError
-from shoal.figures.style import SERIES_COLOURS, SERIES_STYLE, WIDTH_INCHES, figure_style, legend_above, panels
 from shoal.inference.decoder import Decoder
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import given_state, state_of, watched, with_state
@@ -37,12 +36,7 @@ from shoal.progress import each
 from shoal.recipe.section import Positive, Section
 
 from .attention.prompts import Corruption, Twins, copy_twins
-from .heads import draw_by_head
 from .part import identity, made, model_of, told
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SITES = {"residual": "the layer's input", "attention": "the attention's output", "mlp": "the MLP's output"}
 Part = tuple[str, int]
@@ -103,38 +97,7 @@ def work(run: Run, settings: Settings) -> str:
         twins = copy_twins(settings.twins, run.tokenizer(), seed=run.recipe.seed)
         return Patching(provenance, run.num_layers, *patch_effects(model_of(run), twins))
 
-    return told(run, made(run, Patching, identity(run, settings), patched, patching_figure))
-
-
-def patching_figure(patching: Patching) -> Figure:
-    """What patching of every site brings back, by layer and by head."""
-    of = {(own.twin, own.site, own.group): own for own in patching.patched}
-    curves: list[tuple[Corruption, str]] = [
-        (twin, site) for twin in patching.num_twins for site in SITES if (twin, site, "all") in of
-    ]
-    maps = [own for own in patching.patched if (own.site, own.group) == ("head", "all") and any(own.effects)]
-    most = max((len(row) for own in maps for row in own.effects), default=0)
-    heights = [2.1] * len(curves) + [1.0 + 0.13 * patching.num_layers] * len(maps)
-    figure, axes = panels(heights, width=max(WIDTH_INCHES, 1.6 + 0.2 * most))
-    with figure_style():
-        for ax, (twin, site) in zip(axes, curves, strict=False):
-            _draw_curves(ax, [of[twin, site, group] for group in GROUPS if (twin, site, group) in of])
-            ax.set_title(f"Another {twin} (n = {patching.num_twins[twin]}): {SITES[site]}")
-        legend_above(figure, axes[: len(curves)])
-        for ax, own in zip(axes[len(curves) :], maps, strict=True):
-            draw_by_head(figure, ax, own.effects, f"Another {own.twin}: contexts of single heads")
-    return figure
-
-
-def _draw_curves(ax: Axes, patched: Sequence[Patched]) -> None:
-    for curve in patched:
-        place = GROUPS.index(curve.group)
-        colour, (stroke, marker) = SERIES_COLOURS[place], SERIES_STYLE[place]
-        values = [row[0] for row in curve.effects]
-        ax.plot(values, stroke, marker=marker, ms=3.5, lw=1.3, color=colour, label=curve.group)
-    ax.set_xlabel("layer")
-    ax.set_ylabel("patching\nbrings back")
-    ax.grid(axis="y")
+    return told(run, made(run, Patching, identity(run, settings), patched))
 
 
 @dataclass

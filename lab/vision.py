@@ -1,8 +1,8 @@
 """Vision models over rows of images, questions and answers: vision.json.
 
 What layers are worth for answers; how alike the states of the vision tower are, and what answers lose where another one
-is read, as arXiv:2504.21447 asks with models trained anew for every state; and what each model of the run says of the
-answers. Images of a row, and so its tokens, may be of any number and size; rows are not packed or padded.
+is read, as arXiv:2504.21447 asks with models trained anew for every state. Images of a row, and so its tokens, may be
+of any number and size; rows are not packed or padded.
 
 L layers, N rows, V states (state n is the one after n blocks of the tower), P places of an image, D hidden.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,22 +30,15 @@ from shoal.compress.sweeps.table import estimates
 from shoal.data.image_rows import Asked, asked, image_rows_fingerprint, load_image_rows, on_device
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.figures.style import DROPPED, FAINT, INK, KEPT, figure_style, panels
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import decoder_layers
-from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import load_model, load_processor, reads_images
+from shoal.models.load import load_processor, reads_images
 from shoal.progress import each
 from shoal.recipe.section import DataSource, Positive, Section, Text
-from shoal.runtime import device
 from shoal.stats.intervals import left_out_means
 
 from .depth.runs import states_at
-from .part import identity, made, made_from_teacher, told
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from .part import identity, made, model_of, told
 
 FIELD = "vision_feature_layer"
 READERS = ("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava")
@@ -95,13 +88,11 @@ class Vision(Artifact):
     """V x V: cosine of two states at one place of an image, the mean over all places of all images."""
     state_losses: tuple[Estimate, ...]
     """Rise of an answer's loss where this state is read in place of the deepest one that is; 0 for that one."""
-    answers: dict[str, Estimate]
-    """Loss of the answers by role."""
-    added: dict[str, Estimate]
-    """What the others lose against the teacher, over the same rows."""
+    answers: Estimate
+    """Loss of the answers."""
 
     def in_words(self) -> str:
-        """The layers that answers need least, the cheapest states, and what every model loses."""
+        """The layers that answers need least, the cheapest states, and the loss of answers."""
         ordered = sorted(range(len(self.layer_losses)), key=lambda layer: self.layer_losses[layer].value)
         lines = [f"{self.num_rows} rows; layers that answers about images need least: {ordered[: len(ordered) // 4]}"]
         if self.states_read:
@@ -109,13 +100,11 @@ class Vision(Artifact):
             others = sorted(set(range(len(self.state_losses))) - {read}, key=lambda s: self.state_losses[s].value)[:3]
             cheap = ", ".join(f"{state} ({self.state_losses[state].value:+.3f} nats)" for state in others)
             lines.append(f"states of the tower that cost least in place of {read}: {cheap}; {UNTRAINED}")
-        lines += [f"{role}: {loss.value:.3f} nats per token" for role, loss in self.answers.items()]
-        lines += [f"{role} - teacher: {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for role, e in self.added.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"answers: {self.answers.value:.3f} nats per token"])
 
 
 def work(run: Run, settings: Settings) -> str:
-    """What images say of layers, states and models, in words.
+    """What images say of layers and states, in words.
 
     Raises:
         UserError: a model that reads no images, rows that it cannot take, or numbers that are not finite.
@@ -124,36 +113,29 @@ def work(run: Run, settings: Settings) -> str:
         raise UserError(f"shoal lab vision: {run.recipe.model} reads no images")
     columns = settings.image, settings.prompt, settings.answer
     rows = load_image_rows("shoal lab vision", DataSource(settings.path), columns, settings.num_rows)
-    folders = made_from_teacher(run)
     inputs = identity(run, settings, rows=image_rows_fingerprint(rows))
-    inputs |= {role: model_fingerprint(folder) for role, folder in folders.items()}
 
     def seen(provenance: Provenance) -> Vision:
         processor = load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-        losses = {}
-        for role, folder in folders.items():
-            model = load_model(folder, device=device(), **run.load_args())
-            losses[role] = torch.stack([_loss(model, item) for item in asked(rows, processor, model.config)]).cpu()
-        model = load_model(run.teacher, device=device(), **run.load_args())
+        model = model_of(run)
         items = list(asked(rows, processor, model.config))
         influence, losses_NV = layer_scores(model, items)
-        teacher_N = losses_NV[:, 0]
+        intact_N = losses_NV[:, 0]
         states = states_read(model.config)
-        similarity, state_losses_NV = state_scores(model, items) if states else ((), teacher_N.new_zeros(len(items), 0))
+        similarity, state_losses_NV = state_scores(model, items) if states else ((), intact_N.new_zeros(len(items), 0))
         read_N = state_losses_NV[:, max(states)].unsqueeze(1) if states else 0
         return Vision(
             provenance,
             len(rows),
             influence,
-            means(losses_NV[:, 1:] - teacher_N.unsqueeze(1)),
+            means(losses_NV[:, 1:] - intact_N.unsqueeze(1)),
             states,
             similarity,
             means(state_losses_NV - read_N),
-            {role: means(own.unsqueeze(1))[0] for role, own in {"teacher": teacher_N, **losses}.items()},
-            {role: means((own - teacher_N).unsqueeze(1))[0] for role, own in losses.items()},
+            means(intact_N.unsqueeze(1))[0],
         )
 
-    return told(run, made(run, Vision, inputs, seen, vision_figure))
+    return told(run, made(run, Vision, inputs, seen))
 
 
 @torch.no_grad()
@@ -237,40 +219,6 @@ def _finite(numbers: Tensor, what: str) -> Tensor:
     if not torch.isfinite(numbers).all():
         raise UserError(f"shoal lab vision: numbers {what} are not finite; set dtype: float32, or leave rows out")
     return numbers
-
-
-def vision_figure(vision: Vision) -> Figure:
-    """Losses by skipped layer and by state that is read, and the cosines of all pairs of states."""
-    from matplotlib.patches import Rectangle
-
-    figure, axes = panels([2.3, *([2.3, 4.2] if vision.states_read else [])])
-    with figure_style():
-        _draw_losses(axes[0], vision.layer_losses, None)
-        axes[0].set_title("Answer's loss without each layer")
-        axes[0].set_xlabel("layer")
-        if vision.states_read:
-            read = max(vision.states_read)
-            _draw_losses(axes[1], vision.state_losses, read)
-            axes[1].set_title(f"Answer's loss by the state read in place of {read}; the projector as it is")
-            axes[1].set_xlabel("state after so many blocks")
-            lowest = min(0.0, *(value for row in vision.similarity for value in row))
-            picture = axes[2].imshow(vision.similarity, cmap="cividis", vmin=lowest, vmax=1, origin="lower")
-            figure.colorbar(picture, ax=axes[2], shrink=0.8)
-            for state in vision.states_read:
-                axes[2].add_patch(Rectangle((state - 0.5, state - 0.5), 1, 1, fill=False, ec=INK, lw=1.6))
-            axes[2].set_title("Cosine of the tower's states; framed: read")
-    return figure
-
-
-def _draw_losses(ax: Axes, losses: Sequence[Estimate], read: int | None) -> None:
-    values = [loss.value for loss in losses]
-    limits = [[loss.value - loss.low for loss in losses], [loss.high - loss.value for loss in losses]]
-    ax.errorbar(range(len(losses)), values, limits, fmt="o", ms=4, lw=1.2, color=KEPT)
-    if read is not None:
-        ax.plot([read], [0.0], "s", ms=6, color=DROPPED)
-    ax.axhline(0, color=FAINT, linewidth=1)
-    ax.set_ylabel("nats per token")
-    ax.grid(axis="y")
 
 
 def states_read(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -329,11 +329,7 @@ def _adjusted(tasks: Sequence[dict[K, PairedDifference]]) -> list[dict[K, float]
 
 
 def _form_of(own: Mapping[str, TaskScore], twin: Mapping[str, TaskScore]) -> Form:
-    """The form gaps between a task (role -> score) and its twin, without corrected p-values.
-
-    Raises:
-        UserError: the two are not asked alike, or their items are others.
-    """
+    """The form gaps between a task (role -> score) and its twin, without corrected p-values."""
     pairs = {role: (own[role], score) for role, score in twin.items() if role in own}
     before = pairs.get("teacher")
     return Form(

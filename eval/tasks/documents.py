@@ -188,11 +188,7 @@ def _jinja() -> ImmutableSandboxedEnvironment:
 
 
 def _as_docs(data: DataSet, rows: list[Row], where: str) -> Iterator[Doc]:
-    """The documents that ``rows`` describe, in their order; ``where`` they are from, in words, is for messages.
-
-    Raises:
-        UserError: no rows, one without a field that the description names, or with an answer outside its options.
-    """
+    """The documents that ``rows`` describe, in their order; ``where`` they are from, in words, is for messages."""
     jinja = _jinja()
     if not rows:
         raise UserError(f"eval.tasks: {data.dataset!r}: {where} holds no rows; a task needs at least one item")

@@ -96,11 +96,7 @@ def read_plan(run: Run) -> Plan:
 
 
 def _plan_of_its_student(run: Run) -> Plan:
-    """plan.json, as student/ was made by it.
-
-    Raises:
-        UserError: one of the two was changed after the cut.
-    """
+    """plan.json, as student/ was made by it."""
     path, student = run.dir / Plan.FILE, run.dir / "student"
     plan = Plan.load(path)
     is_there = plan.student and (student / "config.json").is_file()

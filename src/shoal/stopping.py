@@ -182,11 +182,7 @@ def _watch() -> None:
 
 def _launcher_processes() -> list[psutil.Process]:
     """The chain of launcher processes above this one: `shoal run` starts `deepspeed`, which starts a second launcher,
-    which starts the ranks.
-
-    Raises:
-        psutil.NoSuchProcess: `shoal` is gone already.
-    """
+    which starts the ranks."""
     chain = [psutil.Process(int(os.environ[LAUNCHED_BY]))] if LAUNCHED_BY in os.environ else []
     for process in psutil.Process().parents():
         if not _is_launcher(process.cmdline()):

@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.data.packing import PackedRows
-from shoal.figures.style import save_figure
 from shoal.lab.depth import runs
 from shoal.lab.depth.interventions import cut_positions
 from shoal.lab.depth.runs import Prompt
-from shoal.lab.diagnostics import Diagnostics, Effort, diagnose, diagnostics_figure, effective_depths
+from shoal.lab.diagnostics import Diagnostics, Effort, diagnose, effective_depths
 from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
 
 ROWS = packed([[40], [17, 23], [4, 36]])
@@ -247,7 +246,6 @@ def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
     found.save(tmp_path / Diagnostics.FILE)
     assert Diagnostics.load(tmp_path / "diagnostics.json") == found
     text = found.in_words()
-    assert "effective depth" in save_figure(diagnostics_figure(found), tmp_path / "depth.svg").decode()
     assert "depth of 6 layers over 120 tokens" in text
     for rule in ("cosine", "kl", "overlap"):
         assert f"effective depth by {rule}: " in text

@@ -146,11 +146,7 @@ def _rendered(prompt: str, processor: Any) -> str:
 
 def _rendered_answer(row: ImageRow, prompt: str, processor: Any) -> str:
     """The answer behind the rendered ``prompt`` with what ends it: as the chat template writes the assistant's turn,
-    and without one the end token.
-
-    Raises:
-        UserError: a template that writes both together differently.
-    """
+    and without one the end token."""
     if not getattr(processor, "chat_template", None):
         return row.answer + (processor.tokenizer.eos_token or "")
     reply = {"role": ASSISTANT, "content": [{"type": "text", "text": row.answer}]}

@@ -142,11 +142,7 @@ def _merged_adapter(folder: Path) -> Path:
     """The folder of a plain checkpoint: the adapter at ``folder`` merged into its base, on first use.
 
     The base is the one that the adapter names, at the revision it names. The cache knows the result by the content of
-    adapter, tokenizer and base, so that a change of any of them is another model.
-
-    Raises:
-        UserError: a base that is missing, or as check_mergeable and merge do.
-    """
+    adapter, tokenizer and base, so that a change of any of them is another model."""
     config, setting = json_or_empty(folder / ADAPTER_CONFIG), f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or Path(name).expanduser().resolve() == folder.resolve():
@@ -171,11 +167,7 @@ def _merged_adapter(folder: Path) -> Path:
 def _made_once(folder: Path, make: Callable[[Path], None], *, action: str) -> Path:
     """The whole checkpoint at ``folder``, into which ``make`` writes it on first use; ``action`` says so in the log.
 
-    Of several processes one makes it and the others wait. What ``make`` leaves unfinished never stands there.
-
-    Raises:
-        UserError: the cache cannot be written, or as ``make`` does.
-    """
+    Of several processes one makes it and the others wait. What ``make`` leaves unfinished never stands there."""
     if _is_whole(folder):
         return folder
     make_folder(folder.parent, setting="SHOAL_CACHE")

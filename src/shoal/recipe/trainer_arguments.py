@@ -12,6 +12,7 @@ from shoal.formatting import meant
 from shoal.recipe.asked import refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
+from shoal.yaml_text import read_yaml
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -31,34 +32,11 @@ HALVES = {"bf16": "bf16-mixed", "fp16": "fp16-mixed"}
 """Arguments that are distill.precision here."""
 OURS = ("use_liger_kernel", "torch_compile")
 """Arguments by which shoal does the work itself: its loss takes the place of a model's forward."""
-_REASONS: dict[str, str] = {
-    "deepspeed": "is set by shoal; use distill.deepspeed instead",
-    "seed": "is set by shoal; use seed instead",
-    "use_cpu remove_unused_columns label_names": "is set by shoal; leave it out",
-    "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
-    "neftune_noise_alpha label_smoothing_factor": "would have no effect on the loss here; leave it out",
-    "ignore_data_skip": "would train the same text again after a resume; leave it out",
-    "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
-    "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
-    "load_best_model_at_end": "is done by distill.watch.metric_for_best_model; use that",
-    "eval_strategy do_eval eval_on_start": "is done by distill.watch; use that",
-    "train_sampling_strategy data_seed": "would have no effect, packing has drawn the order; use seed",
-    "torch_compile_backend torch_compile_mode": "would have no effect, layers are compiled by inductor; leave it out",
-}
-REFUSED_ARGUMENTS = {name: why for names, why in _REASONS.items() for name in names.split()} | refused(
-    "distill.trainer"
-)
+_REFUSED = read_yaml(Path(__file__).with_name("training_arguments.yaml").read_text(encoding="utf-8"))
+REFUSED_ARGUMENTS: dict[str, str] = {
+    name: why for names, why in _REFUSED["refused"].items() for name in names.split()
+} | refused("distill.trainer")
 """Training arguments that would be wrong, ignored or leaked here."""
-REFUSED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("fsdp", (...,), "would shard the head away from the loss; use distill.deepspeed instead"),
-    ("max_steps", (0,), "is no step; leave it out for as many as distill.num_tokens takes"),
-    ("lr_scheduler_type", ("reduce_lr_on_plateau", "greedy"), "needs an eval set; choose another, such as cosine"),
-    ("save_strategy", ("best",), "needs an eval set; choose steps, and set distill.watch.metric_for_best_model"),
-    ("accelerator_config.split_batches", (True,), "would share one rank's rows out to all; set distill.batch_size"),
-    ("gradient_checkpointing_kwargs.use_reentrant", (True,), "loses gradients above frozen layers; set it to false"),
-    ("activation_checkpointing_kwargs.use_reentrant", (True,), "loses gradients above frozen layers; set it to false"),
-)
-"""Values of training arguments, or of a key of one, that a training here cannot have; ... = any."""
 BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """How ranks and micro-batches share the rows of one optimizer step."""
 MOST = 1e12
@@ -105,13 +83,13 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
     seconds = trainer.get("ddp_timeout", 1)
     if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1:
         yield f"distill.trainer.ddp_timeout: must be a whole number of seconds above 0 (got {seconds!r})"
-    for place, values, reason in REFUSED_VALUES:
-        name, _, inner = place.partition(".")
+    for row in _REFUSED["refused_values"]:
+        name, _, inner = row["place"].partition(".")
         value = trainer.get(name)
         if inner:
             value = value.get(inner) if isinstance(value, dict) else None
-        if value in values or (value and ... in values):
-            yield f"distill.trainer.{place}: {value} {reason}"
+        if value in row.get("values", ()) or (value and "values" not in row):
+            yield f"distill.trainer.{row['place']}: {value} {row['why']}"
 
 
 def out_of_range(name: str, value: Any) -> str | None:
@@ -170,11 +148,7 @@ def trained_in(config: Mapping[str, Any], fastest: str) -> str:
 
 
 def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` without sections that are null, or whose precision is `auto`, which is the recipe's.
-
-    Raises:
-        UserError: a section that is no mapping, or autocast to no precision.
-    """
+    """``config`` without sections that are null, or whose precision is `auto`, which is the recipe's."""
     for parts in (config, config.get("zero_optimization") or {}):
         for name in filter(parts.__contains__, SECTIONS):
             section = parts[name]
