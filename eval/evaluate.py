@@ -68,11 +68,7 @@ def role_evaluation(
     """The artifact of one role: its scores, parameters, layers and the size of its weights in ``checkpoint``.
 
     All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
-    this model (``inputs["model"]``) has answered there already is not asked again, but by vLLM.
-
-    Raises:
-        UserError: as evaluate does, or a checkpoint that cannot be loaded.
-    """
+    this model (``inputs["model"]``) has answered there already is not asked again, but by vLLM."""
     num_bytes, settings = checkpoint_bytes(checkpoint.folder), questions.settings
     if settings.backend == "vllm":
         started = time.monotonic()
@@ -266,11 +262,7 @@ class QuickScores:
     """Scores the same items every time, so that what moves is the model. All ranks take part and all get the scores.
 
     Held-out text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`. ``config``: of
-    every model that is scored.
-
-    Raises:
-        UserError: as tasks_of, or a task with fewer items than ranks.
-    """
+    every model that is scored."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settings: Eval, *, config: PreTrainedConfig, seed: int

@@ -164,11 +164,7 @@ def _effects(patcher: Patcher, kind: Corruption, twins: Sequence[Twins]) -> tupl
 
 
 class Patcher:
-    """One model's clean, corrupted and patched runs.
-
-    Raises:
-        UserError: layers that cannot be run alone, or whose halves are not known.
-    """
+    """One model's clean, corrupted and patched runs."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._layerwise, self._decoder = Layerwise(model), Decoder(model)

@@ -140,11 +140,7 @@ def work(run: Run, settings: Settings) -> str:
 
 @torch.no_grad()
 def layer_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[float, ...], Tensor]:
-    """Block influence by layer over ``items``, and (N, 1 + L) the losses of answers intact and without each layer.
-
-    Raises:
-        UserError: states or losses that are not finite.
-    """
+    """Block influence by layer over ``items``, and (N, 1 + L) the losses of answers intact and without each layer."""
     losses = []
     similar = HiddenPass(model, _row(torch.zeros(1, 1, dtype=torch.long)), ["block_influence"])
     for number, item in enumerate(each(items, "vision: layers", unit="rows")):
@@ -168,11 +164,7 @@ def state_scores(model: PreTrainedModel, items: Sequence[Asked]) -> tuple[tuple[
     deepest one that is.
 
     The cosine is that of states as they are: a direction that all places share raises it. A model that is given several
-    states joined gets the others unchanged.
-
-    Raises:
-        UserError: numbers that are not finite.
-    """
+    states joined gets the others unchanged."""
     blocks, entries = tower_blocks(model), states_read(model.config)
     num_states, deepest, num_places, losses = len(blocks) + 1, max(entries), 0, []
     cosines_VV = torch.zeros(num_states, num_states, dtype=torch.float64, device=model.device)

@@ -104,11 +104,7 @@ def write_texts(
 
 
 def to_write(source: TrainingSource) -> TrainingSource:
-    """A source that the teacher writes, with its columns.
-
-    Raises:
-        UserError: as opened does; texts, of which no answer can be told to be correct.
-    """
+    """A source that the teacher writes, with its columns."""
     found = opened(source)
     if source.generate is not None and source.generate.keep == "correct" and not found.is_chat:
         raise UserError(

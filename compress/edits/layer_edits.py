@@ -187,11 +187,7 @@ def _with_rows(output: Any, rows: RowsOfBatch, values: Tensor) -> Any:
 
 
 def with_halves(model: PreTrainedModel, layer: int) -> Sublayers:
-    """The halves of ``layer``.
-
-    Raises:
-        UserError: it is no layer, or a half of it cannot be silenced exactly.
-    """
+    """The halves of ``layer``."""
     checked([layer], len(decoder_layers(model)), "layer")
     halves = sublayers(model)[layer]
     if halves.refusal:
@@ -200,11 +196,7 @@ def with_halves(model: PreTrainedModel, layer: int) -> Sublayers:
 
 
 def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
-    """The halves of ``layer``, the projection that reads its heads among them.
-
-    Raises:
-        UserError: it is no layer, or its heads cannot be masked alone.
-    """
+    """The halves of ``layer``, the projection that reads its heads among them."""
     checked([layer], len(decoder_layers(model)), "layer")
     halves = sublayers(model)[layer]
     if halves.head_refusal:

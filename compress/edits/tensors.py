@@ -128,11 +128,7 @@ def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> Non
 
 
 def layer_tensors(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
-    """Parameters and stored buffers of one decoder layer by their names in it; the model's own storage.
-
-    Raises:
-        UserError: one that other layers use too.
-    """
+    """Parameters and stored buffers of one decoder layer by their names in it; the model's own storage."""
     refuse_shared_parameters(model, layer)
     module = decoder_layers(model)[layer]
     return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}

@@ -89,11 +89,7 @@ class HiddenPass:
             metric.add(seen)
 
     def scores(self) -> dict[str, Result]:
-        """The scores by name, from all batches of all ranks, which call it together.
-
-        Raises:
-            UserError: some rank saw states that are not finite.
-        """
+        """The scores by name, from all batches of all ranks, which call it together."""
         refuse_fault(self._calibration, self.fault, self._dtype)
         metrics = self._metrics
         counts = torch.tensor([metric.count for metric in metrics])

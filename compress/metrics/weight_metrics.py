@@ -111,11 +111,7 @@ class LacoAcceptance(_OfWeights):
 
 
 def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
-    """Magnitude, which needs no data.
-
-    Raises:
-        UserError: quantised weights.
-    """
+    """Magnitude, which needs no data."""
     scores = tuple(
         sum(float(torch.linalg.vector_norm(matrix.detach(), ord=1, dtype=torch.float64)) for matrix in own.values())
         for own in plain_matrices(model, names[0])
@@ -124,11 +120,7 @@ def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
 
 
 def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
-    """Taylor and TaylorPlus, from one pass forwards and backwards.
-
-    Raises:
-        UserError: quantised weights, a loss or gradient that is not finite.
-    """
+    """Taylor and TaylorPlus, from one pass forwards and backwards."""
     matrices = plain_matrices(model, names[0])
     gradients = loss_gradients(model, calibration, matrices)
     taylor = tuple(

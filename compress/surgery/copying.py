@@ -127,11 +127,7 @@ def stored_form(model: PreTrainedModel, layer: int, tensors: Mapping[str, Tensor
 def stored_places(
     model: PreTrainedModel, layer: int, names: Collection[str], stored: Mapping[str, StoredTensor]
 ) -> tuple[str, ...]:
-    """The stored names of a layer's tensors ``names``; ``model`` may be without weights.
-
-    Raises:
-        NotByCopy: they are no whole tensors of the files.
-    """
+    """The stored names of a layer's tensors ``names``; ``model`` may be without weights."""
     own = dict(decoder_layers(model)[layer].named_parameters())
     forms = stored_form(model, layer, {name: own[name].detach() for name in names})
     for name, tensor in forms.items():
@@ -174,11 +170,7 @@ def changed_tensors(
 ) -> ChangedTensors:
     """The tensors of ``layers`` (their names within) that ``load`` gives, in the places of ``stored`` ones.
 
-    ``names``: stored name -> its name in the student.
-
-    Raises:
-        NotByCopy: as stored_places does.
-    """
+    ``names``: stored name -> its name in the student."""
     places = {
         names[name]: (layer, name, stored[name].dtype)
         for layer, own in layers.items()

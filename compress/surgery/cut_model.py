@@ -58,11 +58,7 @@ def skipped(model: PreTrainedModel, drop: Collection[int]) -> Iterator[PreTraine
     """``model`` with the layers ``drop`` passing their input on, until the block ends.
 
     The layers still run and their result is thrown away. That is not the fast way but the exact one: a KV cache
-    measures the sequence by the layers' slots, and a slot that nobody fills shifts every position (slot 0) or fails.
-
-    Raises:
-        UserError: an index that is no layer, or all layers.
-    """
+    measures the sequence by the layers' slots, and a slot that nobody fills shifts every position (slot 0) or fails."""
     layers = decoder_layers(model)
     kept_layers(len(layers), drop)
 
@@ -76,11 +72,7 @@ def skipped(model: PreTrainedModel, drop: Collection[int]) -> Iterator[PreTraine
 
 
 def kept_layers(num_layers: int, drop: Collection[int]) -> tuple[int, ...]:
-    """The layers that stay, in order.
-
-    Raises:
-        UserError: an index that is no layer, or all layers dropped.
-    """
+    """The layers that stay, in order."""
     dropped = set(drop)
     require_layers(dropped, num_layers)
     return tuple(layer for layer in range(num_layers) if layer not in dropped)

@@ -67,11 +67,7 @@ def narrowed_config(config: PreTrainedConfig, width: KeptWidth | None) -> PreTra
 
 
 def channels(text: Any) -> tuple[str, int]:
-    """The field of a text configuration that says how many channels every MLP has, and their number.
-
-    Raises:
-        UserError: there is no such field with one number.
-    """
+    """The field of a text configuration that says how many channels every MLP has, and their number."""
     return _number(text, CHANNELS, "intermediate_size")
 
 

@@ -57,11 +57,7 @@ def build_atlas(
 def atlas_of(
     sweep: Sweep, columns: Sequence[Measured], *, metrics: Mapping[str, Sequence[float]] | None = None
 ) -> Atlas:
-    """The atlas from the table of single layers and what that was computed from (table_of).
-
-    Raises:
-        UserError: no task.
-    """
+    """The atlas from the table of single layers and what that was computed from (table_of)."""
     if not columns:
         raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
     gaps, notes = protocol_gaps(columns)

@@ -84,11 +84,7 @@ class Ending:
 
 
 def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:
-    """How many tokens of a prompt ``max_length`` positions leave room for, and a task's settings in lm-eval's names.
-
-    Raises:
-        UserError: for none.
-    """
+    """How many tokens of a prompt ``max_length`` positions leave room for, and a task's settings in lm-eval's names."""
     wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, NEW_TOKENS))
     if wanted["max_gen_toks"] >= max_length:
         raise UserError(

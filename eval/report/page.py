@@ -91,11 +91,7 @@ class Picture:
 
 
 def picture(folder: Path, file: str, figure: Figure) -> Picture:
-    """The figure for a page, written to ``folder`` as ``file`` with the suffixes .svg and .png.
-
-    Raises:
-        UserError: a full or read-only disk.
-    """
+    """The figure for a page, written to ``folder`` as ``file`` with the suffixes .svg and .png."""
     svg, _ = (save_figure(figure, folder / f"{file}.{suffix}") for suffix in ("svg", "png"))
     return Picture(f"{file}.png", svg)
 

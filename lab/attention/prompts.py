@@ -132,11 +132,7 @@ class Twins:
 
 
 def copy_twins(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> dict[Corruption, list[Twins]]:
-    """``count`` look-ups with a twin of every kind.
-
-    Raises:
-        UserError: as copy_prompts does, or where no twin has as many tokens.
-    """
+    """``count`` look-ups with a twin of every kind."""
     twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in get_args(Corruption)}
     for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=TWIN_PAIRS):
         for kind, twins in twins_by_kind.items():

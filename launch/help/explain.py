@@ -118,11 +118,7 @@ def _unknown(place: str, known: list[str]) -> UserError:
 
 def explanation(place: str | None) -> list[dict[str, Any]]:
     """Everything there is to say of the key ``place``, JSON-ready, for each place that it may mean; None = of the whole
-    recipe.
-
-    Raises:
-        UserError: a recipe has no such key.
-    """
+    recipe."""
     several, entry = ({"": schema()}, "") if place is None else found(place)
     told = []
     for name, own in several.items():
@@ -140,11 +136,7 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
 
 
 def told(asked: argparse.Namespace) -> Any:
-    """What `shoal explain` prints.
-
-    Raises:
-        UserError: a recipe has no such key.
-    """
+    """What `shoal explain` prints."""
     if asked.as_json:
         return explanation(asked.key)
     texts = []

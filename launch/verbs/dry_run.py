@@ -229,11 +229,7 @@ def _eval(run: Run, wanted: Sequence[str], final: Mapping[str, bool]) -> Stage:
 
 
 def training_estimate(run: Run, plan: Plan) -> Stage:
-    """What training the student of ``plan`` takes on this machine, with its control.
-
-    Raises:
-        UserError: what training would refuse; NotEstimated, as job.
-    """
+    """What training the student of ``plan`` takes on this machine, with its control."""
     from shoal.train.preflight.estimate import estimate
 
     spec, *control = training_specs(run, plan)

@@ -64,11 +64,7 @@ def track(run: Run) -> None:
 
 
 def preflight(run: Run) -> None:
-    """Refuse within seconds what a later stage would refuse after hours: layers, data, tasks, training arguments.
-
-    Raises:
-        UserError: as the stages do.
-    """
+    """Refuse within seconds what a later stage would refuse after hours: layers, data, tasks, training arguments."""
     from shoal.eval.evaluate import checked_items
     from shoal.eval.tasks.load import tasks_of
 

@@ -255,11 +255,7 @@ def refuse_unfit_student(run: Run, plan: Plan) -> None:
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> Plan:
-    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
-
-    Raises:
-        UserError: an impossible choice.
-    """
+    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written."""
     from shoal.compress.plan import choose_changes
 
     if importance is None:
@@ -270,11 +266,7 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
 
 
 def expected_plan(run: Run) -> Plan:
-    """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so.
-
-    Raises:
-        UserError: an impossible choice.
-    """
+    """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so."""
     from shoal.compress.plan import stand_in
 
     if _is_named(run) or agreed(lambda: importance_of(run).is_there()):

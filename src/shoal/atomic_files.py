@@ -194,11 +194,7 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """A file's text.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
+    """A file's text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -206,11 +202,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file holds; empty where there is no file.
-
-    Raises:
-        UserError: it holds something else.
-    """
+    """The mapping that a JSON file holds; empty where there is no file."""
     try:
         body = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:

@@ -175,11 +175,7 @@ def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
 
 
 def student_parts(student: Checkpoint, plan: Plan, settings: Distill) -> Trained:
-    """The parts of the student of ``plan`` that are trained.
-
-    Raises:
-        UserError: there is nothing of the kind to train.
-    """
+    """The parts of the student of ``plan`` that are trained."""
     if settings.trainable != "norm_and_head":
         return trained_parts(settings.trainable, plan, keys_from=keys_from(text_config(student.config)))
     # only there it matters whether head and embeddings are one table, which configurations do not say of every family

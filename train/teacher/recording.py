@@ -315,11 +315,7 @@ class Wanted:
 
     @property
     def layout(self) -> Layout:
-        """Its planes, told from the teacher's configuration.
-
-        Raises:
-            UserError: as many tokens as the vocabulary has.
-        """
+        """Its planes, told from the teacher's configuration."""
         config, top_k = text_config(self.teacher.config), self.settings.top_k
         if top_k >= config.vocab_size:
             raise UserError(

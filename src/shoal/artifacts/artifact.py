@@ -111,11 +111,7 @@ class Artifact:
 
     @classmethod
     def require(cls, given: Any, name: str) -> None:
-        """Refuse what is no such artifact in memory, called ``name`` in messages, or one that load would refuse.
-
-        Raises:
-            UserError: it is one.
-        """
+        """Refuse what is no such artifact in memory, called ``name`` in messages, or one that load would refuse."""
         if not isinstance(given, cls):
             raise UserError(f"{name}: is {type(given).__name__}; give {cls.__name__}, or {cls.__name__}.load(...)")
         try:

@@ -102,11 +102,7 @@ def images_fingerprint(data: Sequence[DataSource]) -> str:
 def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Asked]:
     """What the model of ``config`` is given for each row, made when it is asked for.
 
-    The prompt is rendered with the chat template where there is one, else it stands behind the image.
-
-    Raises:
-        UserError: a processor that takes no such text, or a row longer than the model's positions.
-    """
+    The prompt is rendered with the chat template where there is one, else it stands behind the image."""
     for row in rows:
         yield _asked(row, _rendered(row.prompt, processor), row.answer, processor, config)
 
@@ -196,11 +192,7 @@ class ImageReader:
         return cls(processor, teacher.config, training_images(data))
 
     def asked(self, row: ImageRow) -> Asked:
-        """What the model is given for ``row``, whose answer ends as it would end it.
-
-        Raises:
-            UserError: as asked does, or an answer with a token that stands for an image.
-        """
+        """What the model is given for ``row``, whose answer ends as it would end it."""
         prompt = _rendered(row.prompt, self.processor)
         question = _asked(row, prompt, _rendered_answer(row, prompt, self.processor), self.processor, self.config)
         answer_ids = question.inputs["input_ids"][0, -question.num_answer :].tolist()

@@ -109,11 +109,7 @@ def with_column(source: Source, row: Any) -> Source:
 
 
 def opened(source: Source) -> Source:
-    """``source`` with its columns; without any where it is bundled text.
-
-    Raises:
-        UserError: as records and with_column do; columns of what has none.
-    """
+    """``source`` with its columns; without any where it is bundled text."""
     if source.path in BUNDLED:
         if source.column is not None:
             raise UserError(f"data {source.path!r}: holds texts without columns; leave column out")

@@ -62,11 +62,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order.
-
-    Raises:
-        UserError: an architecture whose decoder layers are not one list of ``num_hidden_layers`` modules.
-    """
+    """The decoder layers of a causal language model, in order."""
     return _layers(model)[1]
 
 

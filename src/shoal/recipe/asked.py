@@ -63,11 +63,7 @@ def asked(said: Mapping[str, Any], own: Collection[str]) -> Iterator[Row]:
 
 
 def allowed(overrides: Sequence[str]) -> set[str]:
-    """The kinds of what a recipe can do that the words `allow=send,code` among ``overrides`` allow it.
-
-    Raises:
-        UserError: there is no such kind.
-    """
+    """The kinds of what a recipe can do that the words `allow=send,code` among ``overrides`` allow it."""
     words = [word.partition("=") for word in overrides]
     kinds = {kind for key, _, value in words if key == ALLOW for kind in value.split(",")}
     if unknown := kinds.difference(KINDS):
