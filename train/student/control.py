@@ -51,7 +51,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
 
 
 def control_identity(settings: Distill, plan: Plan) -> dict[str, Any]:
-    """What of ``plan`` shapes the control: which parts are trained, and the whole of it where a loss compares states."""
+    """What of ``plan`` shapes the control: which parts are trained, and all of it where a loss compares states."""
     trained = _in_teacher(trained_parts(settings.trainable, plan), settings.trainable, plan)
     identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
     if any(isinstance(term, HiddenStates) for term in settings.terms):
