@@ -2,6 +2,7 @@
 
     measure      every asked metric, pass by pass
     plan         the choice
+    free_layers  what of it needs no score
     layer_sizes  what every layer takes of files, memory and time, and what prune.target asks of it
     estimate     what a cut would make, for a reader
     apply        writes the student of a plan

@@ -3,9 +3,7 @@ target."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ from shoal.components import require_layers
 from shoal.errors import UserError
 from shoal.recipe.prune import CutByScore, CutThese, Prune
 
+from .free_layers import count_of, free_layers, longest_run, possible_count, protected_layers
 from .layer_sizes import Goals
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import is_loss, joint_change, layer_scores, ranks, swept_columns, unknown
@@ -22,8 +21,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_METRIC = "block_influence"
 DEFAULT_RUN_METRIC = "angular"
-DEFAULT_PART = 8
-"""Number of layers of which one is dropped by default."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def choose_changes(
     """
     if isinstance(prune, CutThese):
         return _explicit(prune, num_layers)
-    wanted = goals or _count(prune, num_layers)
+    wanted = goals or count_of(prune, num_layers)
     if importance is None:
         raise UserError(
             "prune: choosing layers needs importance.json; run `shoal measure` first, or name layers in prune.drop"
@@ -124,30 +121,12 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     if goals is not None:
         count = _fewest(free[::-1], num_layers, goals)
     else:
-        count, protected = _count(prune, num_layers), sorted({*range(num_layers)} - {*free})
-        most, left = len(free), f"only {len(free)} of {num_layers} are not protected"
-        if prune.contiguous:
-            most = _longest_run(protected, num_layers)
-            left = f"the longest run that is not protected has {most}"
-        if count > most:
-            raise UserError(
-                f"prune: asks to drop {count} layers, but {left} ({protected}); drop fewer or shorten prune.protect"
-            )
+        count = possible_count(prune, num_layers)
     return Choice(tuple(free[-count:]), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured")
 
 
-def free_layers(prune: CutByScore, num_layers: int) -> list[int]:
-    """The layers that an automatic choice may take, as far as it needs no scores, increasing.
-
-    Raises:
-        UserError: a protected layer that is none of the model's.
-    """
-    taken = _protected(prune.protect, num_layers)
-    return [layer for layer in range(num_layers) if layer not in taken]
-
-
 def _limits(prune: CutByScore, importance: Importance) -> _Limits:
-    protected = _protected(prune.protect, importance.num_layers)
+    protected = protected_layers(prune.protect, importance.num_layers)
     if "cornerstone" in prune.protect:
         if importance.atlas is None:
             raise UserError(
@@ -190,42 +169,10 @@ def _explicit(prune: CutThese, num_layers: int) -> Choice:
         return Choice((), "")
     require_layers(drop, num_layers, "prune.drop")
     reason = f"{layers_of(len(drop), num_layers)} named in the recipe"
-    if guarded := sorted(_protected(CutByScore.protect, num_layers) & set(drop)):
+    if guarded := sorted(protected_layers(CutByScore.protect, num_layers) & set(drop)):
         log.warning("prune.drop names %s, which an automatic choice would protect", _named(guarded))
         reason += f", among them {_named(guarded)}, which an automatic choice would protect"
     return Choice(tuple(sorted(drop)), reason)
-
-
-def default_count(num_layers: int) -> int:
-    """Layers to drop where a recipe says neither which nor how many."""
-    return max(1, num_layers // DEFAULT_PART)
-
-
-def _count(prune: CutByScore, num_layers: int) -> int:
-    if prune.num_drop is not None:
-        key, count = f"prune.num_drop={prune.num_drop}", prune.num_drop
-    elif prune.ratio is None:
-        key, count = "prune, which says no number of layers", default_count(num_layers)
-    else:
-        # 0.29 * 100 is 28.999999999999996 in floating point
-        key, count = f"prune.ratio={prune.ratio}", math.floor(prune.ratio * num_layers + 1e-9)
-    if count == 0:
-        least = math.ceil(1 / num_layers * 1000) / 1000
-        raise UserError(f"{key}: is less than one of {num_layers} layers; give at least {least}")
-    if count >= num_layers:
-        raise UserError(f"{key}: would drop all {num_layers} layers; drop at most {num_layers - 1}")
-    return count
-
-
-def _protected(protect: Sequence[int | str], num_layers: int) -> set[int]:
-    """The protected layers that are named by number."""
-    named = [layer for layer in protect if isinstance(layer, int)]
-    for layer in named:
-        if not -num_layers <= layer < num_layers:
-            raise UserError(
-                f"prune.protect: {layer} is no layer of this model; name 0..{num_layers - 1}, or -1 for the last one"
-            )
-    return {layer % num_layers for layer in named}
 
 
 def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
@@ -253,7 +200,7 @@ def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importanc
     elif not (runs := free(count)):
         raise UserError(
             f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(limits.protected)}; "
-            f"the longest has {_longest_run(limits.protected, num_layers)}"
+            f"the longest has {longest_run(limits.protected, num_layers)}"
             + (f", and none can go without {limits.loss}" if limits.spared else "")
             + f": {limits.remedy}"
         )
@@ -319,11 +266,6 @@ def _scores(metric: str | Mapping[str, float], importance: Importance) -> tuple[
     parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in metric.items())
     # sums of equal ranks in another order must stay equal, or rounding would choose
     return f"mean rank of {parts}", tuple(round(value, 12) for value in mix)
-
-
-def _longest_run(protected: Iterable[int], num_layers: int) -> int:
-    borders = [-1, *sorted(protected), num_layers]
-    return max(right - left - 1 for left, right in itertools.pairwise(borders))
 
 
 def layers_of(count: int, num_layers: int) -> str:

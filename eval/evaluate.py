@@ -193,8 +193,10 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int)
 
 
 def in_words(tasks: dict[str, Any], settings: Eval) -> str:
-    """Which tasks, with how many items each."""
-    return ", ".join(f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()) or "perplexity"
+    """Which tasks, with how many items each, and how much running text."""
+    named = [f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()]
+    count = settings.perplexity_tokens
+    return ", ".join([*named, *([f"perplexity ({count:,} tokens)"] if count else [])])
 
 
 def checked_items(

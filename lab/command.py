@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.launch.verbs.run import locked, open_run
+from shoal.launch.verbs.early import refuse_early
 from shoal.progress import loading
 from shoal.recipe.asked import ALLOW
 from shoal.recipe.messages import checked
@@ -58,7 +58,10 @@ def lab(words: Sequence[str]) -> str:
     rest = [word for word in rest if word not in allow]
     said_of_run, file = read_settings(rest[0], allow)
     recipe = settled(said_of_run, file, allow)
+    refuse_early("lab", recipe)
     with loading():
+        from shoal.launch.verbs.run import locked, open_run
+
         part = importlib.import_module(f"shoal.lab.{'edits.' if name in EDITS else ''}{name}")
     said: dict[str, Any] = {}
     for override in rest[1:]:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ OTHER_WORDS = {
 """What other programs call a verb -> the words here."""
 LETTERS = {"m": "model", "t": "tasks", "L": "limit", "f": "num_fewshot", "b": "batch_size", "o": "output_path"}
 """Options of one letter that lm_eval has -> their names there."""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("dry-run", "json", "quiet", "verbose", "allow"), ()),
+    "force": ("run", "distill"),
+    "each": ("run",),
+}
+"""Option that is no key -> the verbs with a recipe that have it, none = all of them."""
 LOCAL_RANK: dict[str, Any] = {"type": int, "help": argparse.SUPPRESS}
 """The DeepSpeed launcher puts it behind script or module."""
 
@@ -128,7 +135,13 @@ def _no_option(verb: str, option: str) -> str:
         if words := gone(place):
             return f"{place}: {words}"
     keys = [short_name(place, sections) for place in all_places(Recipe)]
-    hint = f"`shoal {verb} --{word} VALUE`" if word in keys else meant_key(word.rpartition(".")[2], keys, Recipe)
+    own = [each for each, verbs in OPTIONS.items() if verb in (verbs or VERBS)]
+    if word in keys:
+        hint = f"`shoal {verb} --{word} VALUE`"
+    elif close := get_close_matches(name.replace("_", "-"), own, n=1, cutoff=0.7):
+        hint = f"did you mean --{close[0]}?"
+    else:
+        hint = meant_key(word.rpartition(".")[2], keys, Recipe)
     return f"{redacted_arguments([option])[0]}: `shoal {verb}` has no such option; {hint}"
 
 
@@ -145,7 +158,8 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
         known.words = [word if "=" in word else f"export.hub_repo={word}" for word in known.words]
     known.words += [f"{ALLOW}={kinds}" for kinds in known.allow]
     for other in (word for word in redacted_arguments(known.words) if "=" not in word):
-        parser.error(f"override {other!r}: must have the form section.key=value")
+        hint = "; a list is one word, such as 13,14,26" if other.lstrip("-").isdecimal() else ""
+        parser.error(f"override {other!r}: must have the form section.key=value{hint}")
 
 
 def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
@@ -185,7 +199,7 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
         if verb not in ("init", "lab"):
             sub.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
         if row.reads_recipe:
-            _add_recipe(sub, row)
+            _add_recipe(sub, verb)
         else:
             _add_words(sub, verb)
         if row.reads_recipe and verb in with_keys:
@@ -195,8 +209,8 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(sub: argparse.ArgumentParser, row: Verb) -> None:
-    """What a verb takes that reads a recipe."""
+def _add_recipe(sub: argparse.ArgumentParser, verb: str) -> None:
+    """What ``verb`` takes, which reads a recipe."""
     sub.add_argument("--config", help=argparse.SUPPRESS)  # of launchers, and for a path that holds a `=`
     sub.add_argument("--local_rank", **LOCAL_RANK)
     sub.set_defaults(force=False, each=None)
@@ -204,10 +218,10 @@ def _add_recipe(sub: argparse.ArgumentParser, row: Verb) -> None:
     sub.add_argument("--allow", metavar="send,write,code", action="append", default=[], help=told)
     told = "say what would be done and what it takes here: time, memory, disk; write nothing"
     sub.add_argument("--dry-run", action="store_true", help=told)
-    if "distill" in row.sections and row is not VERBS["record"]:
+    if verb in OPTIONS["force"]:
         told = "train although memory or disk will not do by the estimate"
         sub.add_argument("--force", action="store_true", help=told)
-    if row is VERBS["run"]:
+    if verb in OPTIONS["each"]:
         told = "a run for every value, in RUN_DIR/KEY=VALUE, and their comparison; may be said of several keys"
         sub.add_argument("--each", metavar="KEY=A,B", action="append", help=told)
     sub.add_argument(

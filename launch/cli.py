@@ -105,6 +105,8 @@ def run_verb(
     from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
     from shoal.recipe.remembered import remembering
 
+    from .verbs.early import refuse_early
+
     def work() -> None:
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides)
@@ -112,7 +114,7 @@ def run_verb(
             done(recipe, said)
 
     def done(recipe: Recipe, said: dict[str, Any]) -> None:
-        _refuse_early(verb, recipe)
+        refuse_early(verb, recipe)
         if dry_run:
             with doing(f"{verb} --dry-run"):
                 told = _dry_run(verb, recipe, as_json=as_json)
@@ -138,46 +140,13 @@ def run_verb(
 
 def _told(asked: argparse.Namespace) -> Any:
     """What a verb says that reads no recipe: text, or what is to be JSON."""
+    if asked.verb == "init":
+        from .verbs.early import init_file
+
+        asked.out = init_file(asked)
     with loading() if asked.verb == "init" else contextlib.nullcontext():
         tell = _function(VERBS[asked.verb].function)
     return tell(asked)
-
-
-def _refuse_early(verb: str, recipe: Recipe) -> None:
-    """Refuse what ``verb`` would find missing later on, before torch and transformers are loaded, which takes seconds.
-
-    Raises:
-        UserError: no such model, task or DeepSpeed file, or a package that a format or an engine needs.
-    """
-    from shoal.eval.tasks.names import refuse_unknown
-    from shoal.inference.vllm import check_vllm
-    from shoal.model_names import refuse_no_model, refuse_revision
-    from shoal.recipe.distill import Live, Recorded
-    from shoal.recipe.trainer_arguments import read_deepspeed
-
-    sweep, distill = recipe.measure.sweep, recipe.distill
-    if verb != "report":
-        refuse_no_model(recipe.model)
-        refuse_revision(recipe.model, recipe.revision)
-    if verb in ("measure", "run") and sweep is not None:
-        refuse_unknown(sweep.tasks, recipe.eval.include_path, setting="measure.sweep.tasks")
-    if verb in ("record", "distill", "run"):
-        read_deepspeed(distill.deepspeed)
-        if distill.watch is not None:
-            refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
-        by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")
-        if (number := next(by_vllm, None)) is not None and not any(Path(recipe.run_dir, "text").glob("written-*")):
-            check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
-        teacher = distill.teacher
-        if verb == "record" and isinstance(teacher, Live):
-            raise UserError("distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded")
-        by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
-        if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
-            check_vllm("distill.teacher.backend")
-    if verb in ("eval", "run"):
-        refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)
-        if recipe.eval.backend == "vllm":
-            check_vllm("eval.backend")
 
 
 def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:

@@ -12,6 +12,7 @@ from scipy import stats
 from shoal.artifacts.importance import Estimate, Importance, Removal, SweepColumn
 from shoal.errors import UserError
 from shoal.formatting import layers_text, signed
+from shoal.recipe.measure import METRICS, no_metric
 from shoal.stats.intervals import Array, combined
 
 
@@ -57,6 +58,8 @@ def swept_columns(name: str, importance: Importance) -> tuple[SweepColumn, ...]:
 
 def unknown(name: str, importance: Importance, setting: str, *, swept_only: bool = False) -> UserError:
     """The refusal of a name that is not in importance.json, or chooses nothing, with the closest one that is there."""
+    if not (swept_only or importance.atlas or name in METRICS):
+        return no_metric(name, setting)
     metrics = [] if swept_only else [*importance.layers, *importance.runs, *importance.orders]
     columns = importance.atlas.columns if importance.atlas else ()
     names = list(dict.fromkeys([*metrics, *(name for c in columns for name in (c.task, c.ability, c.label))]))

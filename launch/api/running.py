@@ -27,6 +27,7 @@ from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
 from ..verbs import run as verbs
+from ..verbs.early import refuse_early
 from ..verbs.launch import LaunchEnded, launch_ranks, seeing
 from ..verbs.pipeline import run_all
 
@@ -127,6 +128,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
             write_json(Path(config), dict(recipe))  # JSON is YAML
         said, file = read_settings(config, overrides)
         settings = settled(said, file, overrides)
+        refuse_early("run", settings)
         folder = verbs.Run(settings).dir
         try:
             with seeing(settings.device), remembering(folder, said) as memory:

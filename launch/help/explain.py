@@ -112,7 +112,8 @@ def _unknown(place: str, known: list[str]) -> UserError:
     leaf = difflib.get_close_matches(word, set(ends.values()), n=1, cutoff=0.7)
     of_that_name = [other for other, end in ends.items() if end in leaf]
     close = difflib.get_close_matches(place, of_that_name, n=CLOSE, cutoff=0)
-    hint = f"did you mean {listed(close, 'or')}?" if close else "`shoal explain` lists the sections"
+    otherwise = "`shoal explain` lists the sections, and `shoal list` what they can name: tasks, metrics, losses"
+    hint = f"did you mean {listed(close, 'or')}?" if close else otherwise
     return UserError(f"explain: a recipe has no key {place!r}; {hint}")
 
 

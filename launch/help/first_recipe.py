@@ -7,19 +7,18 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from shoal.atomic_files import write_text
-from shoal.compress.plan import DEFAULT_METRIC, default_count
+from shoal.compress.free_layers import default_count
+from shoal.compress.plan import DEFAULT_METRIC
 from shoal.data.default_text import CALIBRATION, LICENCES, SMALL, TRAINING, DefaultText, default_text
-from shoal.errors import UserError
 from shoal.formatting import count_text
 from shoal.machine import device_name, fast_dtype, ranks_to_start
-from shoal.model_names import name_of_model, refuse_revision
+from shoal.model_names import name_of_model
 from shoal.models.anatomy import text_config
 from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.models.resolve import find_config
@@ -60,13 +59,8 @@ class Machine:
 
 
 def init(asked: argparse.Namespace) -> str:
-    """Write a first recipe, and say where."""
-    refuse_revision(asked.model, asked.revision)
-    if asked.out == "":
-        raise UserError("--out: is empty; name a file, or leave it out")
-    file = Path(asked.out or f"{name_of_model(asked.model)}.yaml").expanduser()
-    if file.exists():
-        raise UserError(f"{file}: is there already; name another file with --out, or remove it")
+    """Write a first recipe to the file ``asked.out``, and say where."""
+    file = asked.out
     with doing(f"looking at {asked.model}"):
         text = first_recipe(asked.model, _this_machine(), revision=asked.revision)
     write_text(file, text, setting="--out")

@@ -30,7 +30,7 @@ from .prune import (
     sacrifice,
     what_is_cut,
 )
-from .report import require_distilled, require_results
+from .report import require_results
 from .run import Run, check_length
 
 NOTHING_WRITTEN = "dry run: nothing is written and nothing is trained"
@@ -144,7 +144,6 @@ def _report(run: Run) -> list[Stage]:
 
 
 def _push(run: Run) -> list[Stage]:
-    require_distilled(run)
     return [Stage("push", "to do", f"{run.dir / 'distilled'} to {run.recipe.export.hub_repo}")]
 
 

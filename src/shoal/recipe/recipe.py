@@ -227,10 +227,8 @@ def _find_recipe(name: str) -> Path | None:
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
     otherwise = "a model is a folder with config.json, a Hub id (owner/name) or demo:NAME"
     hint = meant(path.stem, (Path(name).stem for name in names), otherwise, cutoff=0.7)
-    raise UserError(
-        f"{name}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}. It is no run directory and no "
-        f"model either; {hint}"
-    )
+    what = "recipe file" if path.suffix in (".yaml", ".yml") else "run directory, recipe or model"
+    raise UserError(f"{name}: no such {what}; shipped recipes are {', '.join(names) or 'none'}; {hint}")
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -22,8 +22,8 @@ import shoal
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
 from shoal.launch.api import running
-from shoal.launch.cli import _refuse_early
 from shoal.launch.verbs.dry_run import dry_run
+from shoal.launch.verbs.early import refuse_early
 from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import Run, open_run
 from shoal.recipe.recipe import parse_recipe
@@ -144,7 +144,7 @@ def read(teacher: Path, folder: Path, place: str, value: Any, *, is_late: bool) 
     recipe = parse_recipe({"model": str(teacher), "run_dir": str(folder / "run"), **recipe_of(place, value)})
     assert is_late, "the reader has taken it"
     verb = section if (section := place.partition(".")[0]) in ("measure", "prune", "distill", "eval") else "run"
-    _refuse_early(verb, recipe)
+    refuse_early(verb, recipe)
     dry_run(verb, open_run(recipe))
 
 

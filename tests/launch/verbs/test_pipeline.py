@@ -224,6 +224,17 @@ def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
         assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
+def test_a_refused_run_leaves_no_folder_that_it_made(make_run: Any, tmp_path: Path) -> None:
+    run = make_run(run_dir=str(tmp_path / "runs" / "deep" / "mine"))
+    with pytest.raises(UserError, match="refused"), locked(run):
+        raise UserError("refused")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="refused"), locked(run):
+        raise UserError("refused")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def trained_to(run: Run, step: int, **identity: Any) -> None:
     """A checkpoint of this run, as two ranks would leave it."""
     inputs = distill.training_inputs(run, pruning.read_plan(run))

@@ -12,7 +12,7 @@ from vllm_stand_in import LLM, install
 
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm
-from shoal.launch.cli import _refuse_early
+from shoal.launch.verbs.early import refuse_early
 from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Generate, TrainingSource
@@ -63,9 +63,9 @@ def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
     written(tmp_path, torch.float32, "bfloat16")
     distill = {"data": ["python_docs", {"path": "python_docs", "generate": {"backend": "vllm"}}]}
     settings = {"model": str(tmp_path / "model"), "distill": distill}
-    _refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path)}))
+    refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path)}))
     with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
-        _refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path / "run")}))
+        refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path / "run")}))
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, mo
     settings = {"model": str(model), "run_dir": str(tmp_path), "dtype": "float32", "attn_implementation": "sdpa"}
     run, asked = (open_run(parse_recipe({**settings, **other})) for other in ({}, {"eval": {"backend": "vllm"}}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _refuse_early("eval", run.recipe)
+    refuse_early("eval", run.recipe)
     with pytest.raises(UserError, match=r"^eval\.backend: vllm is not installed here"):
-        _refuse_early("eval", asked.recipe)
+        refuse_early("eval", asked.recipe)
     monkeypatch.setattr(Checkpoint, "model", None)
     with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
         teacher_texts(

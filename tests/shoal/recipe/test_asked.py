@@ -81,7 +81,7 @@ def test_a_file_alone_does_not_do_and_the_command_line_does(
     other = next(kind for kind in KINDS if kind != row.can)
     with pytest.raises(UserError, match="may come from anybody"):
         load_recipe(file, [f"{ALLOW}={other}", "seed=1"])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="shoal"):
         allowed = load_recipe(file, [f"{ALLOW}={other},{row.can}"])
     assert f"{row.place}: {row.why} (" in caplog.text, "it is said all the same"
 

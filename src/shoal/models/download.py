@@ -1,0 +1,72 @@
+"""Checkpoints from the Hub, and what shows of a model before libraries are loaded that take seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import errors, snapshot_download
+
+from shoal.errors import NO_ANSWER, NO_HUB, UserError
+from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_no_model
+from shoal.models.checkpoint_files import WITH_MODEL, check_checkpoint, check_config, json_or_empty
+from shoal.progress import doing
+
+CHECKPOINT_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "*.txt"),
+    *("*.model", "*.py", *(f"{name}*" for name in WITH_MODEL), "README.md"),
+)
+"""Files of a checkpoint on the Hub that are downloaded."""
+CONFIGS = ("config.json", ADAPTER_CONFIG)
+"""Those of them that say what a model is."""
+NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+    errors.HFValidationError: "neither a folder nor a Hub id nor demo:<name>; give one of these",
+    errors.GatedRepoError: "is gated; accept its terms on the Hub and run `hf auth login`",
+    errors.RepositoryNotFoundError: "not found on the Hub; check the spelling",
+    errors.RevisionNotFoundError: "has no such revision on the Hub; check the spelling",
+    NO_ANSWER: NO_HUB,
+    Exception: "no such folder, and the Hub cannot be reached ({}); give a local path, or demo:smollm2-135m, "
+    "which needs no network",
+}
+"""What huggingface_hub raises -> what it means, the most special first."""
+
+
+def num_layers_said(name: str, revision: str | None, *, with_weights: bool = True) -> int | None:
+    """How many layers model ``name`` says it has; None where that does not stand in a config.json of its own.
+    ``with_weights``: those of a folder are looked at, too.
+
+    Raises:
+        UserError: as download, or a folder as check_config and check_checkpoint.
+    """
+    if name.startswith(DEMO_PREFIX):
+        return DEMO_MODELS[name.removeprefix(DEMO_PREFIX)][-1]
+    folder = Path(name).expanduser()
+    if not (is_here := folder.exists()):
+        folder = download(name, revision, patterns=CONFIGS)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return None
+    if is_here:
+        check_checkpoint(folder) if with_weights else check_config(folder)
+    config = json_or_empty(folder / "config.json")
+    text = config.get("text_config", config)
+    said = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    return said if type(said) is int and said > 0 else None
+
+
+def download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
+    """The folder with what the Hub has of model ``name``.
+
+    Raises:
+        UserError: no such model, or no network.
+    """
+    refuse_no_model(name)
+    unwanted = ["consolidated*", "original/*"]
+    try:
+        with doing(f"downloading {name} from the Hub"):
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
+            )
+    except (errors.HFValidationError, OSError, errors.HTTPError, errors.RevisionResolutionError, *NO_ANSWER) as error:  # pyright: ignore[reportPrivateImportUsage]
+        meaning = next(words for kind, words in NOT_DOWNLOADED.items() if isinstance(error, kind))
+        reason = repr(error) if isinstance(error, NO_ANSWER) else str(error).strip().splitlines()[0]
+        raise UserError(f"model {name!r}: {meaning.format(reason)}") from error
