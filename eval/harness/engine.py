@@ -39,6 +39,7 @@ from shoal.inference.prefix_sharing import Reader, Tokens, batches, batches_by_b
 from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
 from shoal.ranks import world_size
+from shoal.runtime import barrier
 
 from .item_cache import ItemCache, key_of
 
@@ -375,13 +376,14 @@ class CausalLM(TemplateLM):
     def gather_object(self, obj: Any, dst: int = 0) -> Any:
         if self.world_size == 1:
             return [obj]
+        barrier()  # which waits for as long as it takes: some ranks' answers are longer
         gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
         dist.gather_object(obj, gathered, dst=dst)
         return gathered
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            barrier()
 
     def _report_truncation(self, num_truncated: int, num_requests: int, what: str) -> None:
         if num_truncated:

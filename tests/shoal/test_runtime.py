@@ -34,6 +34,8 @@ def _decide_on_rank(rank: int, world_size: int, folder: str) -> None:
     runtime.is_main = lambda: rank == 0
     dist.barrier()
 
+    from shoal.eval.harness.engine import CausalLM  # loads lm-eval
+
     def late() -> str:
         assert rank == 0
         time.sleep(2.5 * PATIENCE_S)
@@ -49,6 +51,11 @@ def _decide_on_rank(rank: int, world_size: int, folder: str) -> None:
     if rank == 0:
         time.sleep(2.5 * PATIENCE_S)
     barrier()
+    lm = object.__new__(CausalLM)
+    lm._rank, lm._world_size = rank, 2
+    if rank == 0:
+        time.sleep(2.5 * PATIENCE_S)
+    assert lm.gather_object(rank) == ([0, 1] if rank == 0 else None)
     late_file = Path(folder) / "made" / "late"
     if rank == 0:
         late_file.parent.mkdir()

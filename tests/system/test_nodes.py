@@ -134,7 +134,7 @@ def test_a_slurm_job_on_two_nodes_goes_on_when_it_is_requeued_and_ends_with_the_
     while job.poll() is None and not [*together.parent.glob("run/checkpoints/*/manifest.json")]:
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    _, log = job.communicate(timeout=120)
+    _, log = job.communicate(timeout=300)
     assert job.returncode == 143, log[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert not (together.parent / "run/distilled").exists()
