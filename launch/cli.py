@@ -107,6 +107,8 @@ def run_verb(
 
     from .verbs.early import refuse_early
 
+    ranks.prints_events(as_json)
+
     def work() -> None:
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides)

@@ -20,9 +20,10 @@ from transformers.integrations.integration_utils import WandbCallback
 
 from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import TaskScore
-from shoal.atomic_files import write_json, written_folder
+from shoal.atomic_files import write_json, write_text, written_folder
+from shoal.errors import explained_disk_errors
 from shoal.progress import doing, progress
-from shoal.ranks import is_main, rank
+from shoal.ranks import is_main, prints_events, rank
 from shoal.recipe.distill import Watch
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier
@@ -185,6 +186,36 @@ class Progress(TrainerCallback):
             rate = state.global_step * self._tokens_per_step / max(logs["seconds"], 1e-9)
             share = f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
             self._work.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s{share}"
+
+
+class Events(TrainerCallback):
+    """Writes what is logged of a step as a line of JSON to RUN_DIR/log.jsonl, and prints it where a program reads.
+
+    A line has step, num_tokens (over all ranks, until then) and the curves' values by their names. Lines that a resumed
+    training makes again are taken out first.
+    """
+
+    FILE = "log.jsonl"
+
+    def __init__(self, run_dir: Path, *, tokens_per_step: int) -> None:
+        self._file, self._tokens_per_step = run_dir / self.FILE, tokens_per_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_main():
+            kept = self._file.read_text(encoding="utf-8").splitlines() if state.global_step else []
+            whole = (line for line in kept if line.endswith("}"))  # the last one may be torn
+            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            write_text(self._file, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if is_main() and logs and "train_runtime" not in logs:
+            step = state.global_step
+            row = {"step": step, "num_tokens": step * self._tokens_per_step, **logs}
+            line = json.dumps({key: value for key, value in row.items() if key != "epoch"})
+            with explained_disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+            if prints_events():
+                print(line, flush=True)
 
 
 class Curves(WandbCallback):

@@ -36,7 +36,7 @@ from shoal.runtime import agreed, barrier, device, everyone_sees, free_memory
 from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
-from .callbacks import Curves, Profiler, Progress, Scorer, Watcher
+from .callbacks import Curves, Events, Profiler, Progress, Scorer, Watcher
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
 from .engine.arguments import (
     check_names,
@@ -171,7 +171,7 @@ def distill(
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
     profiler = Profiler(spec.settings.profile, run_dir / "profile")
-    callbacks = [progress, heartbeat, *curves, profiler]
+    callbacks = [progress, heartbeat, *curves, profiler, Events(run_dir, tokens_per_step=spec.tokens_per_step)]
     trainer = make_trainer(spec, rows, arguments, known_by, teacher, stop=stop, callbacks=callbacks)
     trainer.mfu_per_rate = mfu_per_rate
     watcher = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.progress import SPEAKER, doing
-from shoal.ranks import free_port, loudness
+from shoal.ranks import free_port, loudness, prints_events
 from shoal.stopping import STOPS, run_launcher
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli", *words]
     if loudness() != "usual":
         command.append(f"--{loudness()}")
+    if prints_events() and verb == "distill":
+        command.append("--json")
     log.info("%s: starting %d rank(s) under the DeepSpeed launcher", verb, ranks)
     free_memory()  # what this process has cached on a device is not free to the ranks
     with tempfile.TemporaryDirectory() as folder:

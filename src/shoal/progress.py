@@ -1,4 +1,4 @@
-"""What takes long says so: tqdm's bar on a terminal, else a line in the log before 5 s have passed in silence.
+"""What takes long says so: tqdm's bar on a terminal, else lines in the log, at distances that grow with its length.
 
 One mechanism for work that has steps to count (`progress`, `each`) and for work that has none (`doing`). A thread of
 its own speaks for what is being done: one slow step is told of like many quick ones, and a step costs an addition, no
@@ -24,11 +24,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FIRST_S = 4.0
-"""Seconds of silence after which a line says what is being done."""
-SHARE = 1 / 75
-"""Silence as a share of the time that the work has taken: long work is told less often."""
-LONGEST_S = 60.0
+DISTANCES_S = (4.0, 15.0, 60.0, 300.0)
+"""Seconds of silence before the first line about a piece of work, the second, ...; the last one goes on."""
 POLL_S = 0.5
 """Seconds between two looks of the thread; bars are drawn as often."""
 BYTES = "bytes"
@@ -40,7 +37,7 @@ class Work:
 
     def __init__(self, label: str, total: int | None, unit: str, started: float) -> None:
         self.label, self.total, self.unit, self.started = label, total, unit, started
-        self.done = self._known = 0
+        self.done = self._known = self.lines = 0
         self.note = ""
         """Text behind the counts, such as the loss."""
         self.bar: Any = None
@@ -124,7 +121,7 @@ class Speaker:
             with self._lock:
                 self.works.remove(work)
                 work.clear()
-                if finished and self._clock() - work.started >= FIRST_S:
+                if finished and self._clock() - work.started >= DISTANCES_S[0]:
                     self._say(work, finished=True)
 
     @contextmanager
@@ -147,9 +144,10 @@ class Speaker:
                 for work in self.works:
                     work.draw(stream, now)
             elif self.works:
-                silence = max(FIRST_S, min(LONGEST_S, SHARE * (now - self.works[-1].started)))
-                if now - self.last_said >= silence:
-                    self._say(self.works[-1])
+                work = self.works[-1]
+                if now - self.last_said >= DISTANCES_S[min(work.lines, len(DISTANCES_S) - 1)]:
+                    work.lines += 1
+                    self._say(work)
 
     def _say(self, work: Work, *, finished: bool = False) -> None:
         log.info("%s", work.told(self._clock(), finished=finished))

@@ -72,6 +72,16 @@ def loudness() -> Loudness:
     return _loudness
 
 
+_prints_events = False
+
+
+def prints_events(chosen: bool | None = None) -> bool:
+    """Whether training prints its log.jsonl, as this process was ``chosen`` to; None = it stays as it is."""
+    global _prints_events
+    _prints_events = _prints_events if chosen is None else chosen
+    return _prints_events
+
+
 def set_up_logging(chosen: Loudness = "usual") -> None:
     """Log to stderr: rank 0 what goes on, the others only what went wrong."""
     global _loudness

@@ -21,7 +21,8 @@ from shoal.errors import UserError
 from shoal.eval.evaluate import QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
-from shoal.train.callbacks import Profiler, Watcher
+from shoal.train import callbacks as module
+from shoal.train.callbacks import Events, Profiler, Watcher
 
 
 class Training:
@@ -151,3 +152,26 @@ def test_who_holds_a_gpus_memory_is_written_where_it_runs_out(monkeypatch, tmp_p
             raise torch.OutOfMemoryError
     assert recorded == ([] if steps is None else ["all", None])
     assert (tmp_path / "profile" / "memory-rank-0.pickle").exists() == dumped
+
+
+def test_every_logged_step_is_a_line_of_json_and_a_resumed_training_repeats_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def logged(first: int, last: int) -> None:
+        events, state = Events(tmp_path, tokens_per_step=10), SimpleNamespace(global_step=first)
+        events.on_train_begin(None, state, None)
+        for step in range(first + 1, last + 1):
+            state.global_step = step
+            events.on_log(None, state, None, {"loss": 1 / step, "epoch": 0.5})
+        events.on_log(None, state, None, {"train_runtime": 1.0})
+
+    logged(0, 3)
+    file = tmp_path / Events.FILE
+    file.write_text(file.read_text() + '{"step": 4, "nu')  # killed while it wrote
+    monkeypatch.setattr(module, "prints_events", lambda: True)
+    logged(2, 4)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [{"step": step, "num_tokens": 10 * step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+    assert capsys.readouterr().out.splitlines() == file.read_text().splitlines()[2:]
+    logged(0, 1)
+    assert len(file.read_text().splitlines()) == 1, "begun anew"
