@@ -161,7 +161,8 @@ INPUTS = {"model": "m", "seed": 0, "distill.data": []}
 
 
 def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
-    settings = Distill(num_tokens=640, sequence_length=64, batch_size=10)
+    source = TrainingSource("python_docs")
+    settings = Distill(data=(source,), num_tokens=640, sequence_length=64, batch_size=10)
 
     def rows():
         return rows_to_train_on(tiny_tokenizer(), settings, {}, tmp_path, inputs=INPUTS)
