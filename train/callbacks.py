@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -215,7 +216,8 @@ class Events(TrainerCallback):
             with explained_disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
             if prints_events():
-                print(line, flush=True)
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
 
 
 class Curves(WandbCallback):
