@@ -23,10 +23,11 @@ from shoal.artifacts.artifact import Provenance, differences
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
+from shoal.models.document_masks import documents_known
 from shoal.models.load import logits_from_hidden
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
-from shoal.runtime import agreed, barrier, device, together
+from shoal.runtime import agreed, barrier, device, queued, together
 
 from .objective.chunked_loss import CHUNK
 from .objective.layer_losses import raw_states
@@ -253,8 +254,10 @@ def _record_shard(
 
     for start in range(shard.start, shard.stop, ROWS_AT_ONCE):
         part = slice(start, min(start + ROWS_AT_ONCE, shard.stop))
-        ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
-        with raw_states(teacher, {layer for layer, _ in planes.values()}, keep):
+        on_host = [plane_NS[part].long() for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)]
+        ids_BS, positions_BS = (queued(plane_BS, teacher.device) for plane_BS in on_host)
+        known = documents_known(on_host[1], teacher.device)
+        with known, raw_states(teacher, {layer for layer, _ in planes.values()}, keep):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
         signals = top_k_signals(
             hidden_BSD.flatten(0, 1),

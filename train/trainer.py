@@ -32,6 +32,7 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import write_json
 from shoal.data.packing import IMAGES
 from shoal.errors import UserError, explained_disk_errors
+from shoal.models.document_masks import documents_known
 from shoal.models.load import refuse_broken_weights
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
@@ -48,7 +49,7 @@ from .engine.background import BackgroundWriter
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
 from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
 from .engine.stop import StopRequest
-from .objective.host_batch import documents_known, on_host, stacked
+from .objective.host_batch import on_host, stacked
 from .objective.objective import Signals
 from .on_policy import Sampler as OnPolicySampler
 from .on_policy import checkpointing_kept, own_forwards
@@ -200,7 +201,7 @@ class ObjectiveTrainer(Trainer):
         """What the teacher says of a micro-batch. Inside, models know its documents, and the head is whole."""
         with contextlib.ExitStack() as stack:
             if IMAGES not in batch:  # its rows are one document each, and the model makes masks of it by itself
-                stack.enter_context(documents_known(on_host(batch), self.args.device))
+                stack.enter_context(documents_known(on_host(batch).position_ids_BS, self.args.device))
             with torch.autocast(self.args.device.type, enabled=False):  # a teacher computes in its own precision
                 signals = self._wiring.teacher(batch)
             if self._wiring.teacher_head is not None:

@@ -18,6 +18,7 @@ from shoal.formatting import bytes_text, duration_text
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, fast_dtype, flops_per_second
 from shoal.models.anatomy import text_config
+from shoal.models.document_masks import documents_known
 from shoal.models.load import (
     align_weights,
     load_model,
@@ -26,7 +27,7 @@ from shoal.models.load import (
     without_data,
 )
 from shoal.recipe.measure import Measure
-from shoal.runtime import device
+from shoal.runtime import device, queued
 
 from ..surgery.quantised import without_quantization
 from ..surgery.teacher import Teacher
@@ -54,12 +55,12 @@ class Source:
 def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple[Prepared, Tensor]]:
     """``rows`` on their way into the layers, and the states that the first layer gets."""
     for start in range(0, len(rows), batch_size):
-        ids_BS, positions_BS = (
-            plane_NS[start : start + batch_size].long().to(source.model.device)
-            for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)
-        )
+        part, where = slice(start, start + batch_size), source.model.device
+        on_host = [plane_NS[part].long() for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)]
+        ids_BS, positions_BS = (queued(plane_BS, where) for plane_BS in on_host)
         inputs = source.decoder.arguments(ids_BS, position_ids_BS=positions_BS)
-        prepared = source.layerwise.prepare(inputs, positions_BS)
+        with documents_known(on_host[1], where):
+            prepared = source.layerwise.prepare(inputs, positions_BS)
         yield prepared.without_hidden(), prepared.hidden_BSD
 
 

@@ -35,10 +35,10 @@ def merged_layer(model: PreTrainedModel, start: int, factors: Sequence[float]) -
     run = check_run(model, start, len(factors))
     refuse_different_kinds(model, run)
     tensors = [layer_tensors(model, layer) for layer in run]
-    return {
-        name: combined([own[name] for own in tensors], factors, where=f"merge: {name} of layers {start}..{run[-1]}")
-        for name in tensors[0]
-    }
+    where = {name: f"merge: {name} of layers {start}..{run[-1]}" for name in tensors[0]}
+    merged = {name: combined([own[name] for own in tensors], factors, where=where[name]) for name in where}
+    refuse_overflow({where[name]: tensor for name, tensor in merged.items()})
+    return merged
 
 
 def laco_factors(length: int) -> tuple[float, ...]:
@@ -172,8 +172,7 @@ def combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str)
     """The weighted sum of ``tensors``, added up in float64; equal ones that are not of floating point as they are.
 
     Raises:
-        UserError: others that are not of floating point, or a sum that is not finite; the message begins with
-            ``where``.
+        UserError: others that are not of floating point; the message begins with ``where``.
     """
     if not tensors[0].is_floating_point():  # a table of the routing, for instance, or quantised weights
         if all(torch.equal(tensors[0], other) for other in tensors[1:]):
@@ -184,7 +183,12 @@ def combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str)
     total = factor * tensor.double()
     for factor, tensor in others:
         total.add_(tensor.double(), alpha=factor)
-    rounded = total.to(tensors[0].dtype)
-    if not rounded.isfinite().all():
-        raise UserError(f"{where} is not finite in {rounded.dtype}; take factors nearer to 0..1, or fewer layers")
-    return rounded
+    return total.to(tensors[0].dtype)
+
+
+def refuse_overflow(sums: Mapping[str, Tensor]) -> None:
+    """Raises UserError: a sum that is not finite; the message begins with its name. A GPU is asked once for all."""
+    are_finite = torch.stack([tensor.isfinite().all() for tensor in sums.values()]).tolist()
+    for (where, tensor), is_finite in zip(sums.items(), are_finite, strict=True):
+        if not is_finite:
+            raise UserError(f"{where} is not finite in {tensor.dtype}; take factors nearer to 0..1, or fewer layers")

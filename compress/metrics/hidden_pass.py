@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched
-from shoal.models.document_masks import documents_apart
+from shoal.models.document_masks import documents_apart, documents_known
 from shoal.progress import each
 
 from .hidden_metrics import HIDDEN_METRICS, refuse_other_states
@@ -41,7 +41,8 @@ def hidden_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
     body, metrics = decoder_body(model), HiddenPass(model, calibration, names)
     for rows_B in each(calibration.batches(), f"measure: {', '.join(names)}", unit="batches"):
         batch = metrics.batch(rows_B)
-        with metrics.counting(batch), documents_apart(body, batch.position_ids_BS):
+        known = documents_known(calibration.rows.position_ids_NS[rows_B].long(), model.device)
+        with metrics.counting(batch), known, documents_apart(body, batch.position_ids_BS):
             body(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
         if metrics.fault is not None:
             break

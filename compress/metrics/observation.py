@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shoal.models.document_masks import document_starts
+from shoal.runtime import queued
 
 from .metric import Calibration
 
@@ -28,6 +30,9 @@ summed over tokens; sample: states of some tokens."""
 
 Quantity = Literal["products", "before_squares", "after_squares", "update_squares", "output_spread", "update_spread"]
 """Number of every layer; squares: squared norms of its input, its output and what it adds."""
+
+NUMBERS = ("products", "before_squares", "after_squares", "update_squares")
+SPREADS = ("output_spread", "update_spread")
 
 PIECE_ELEMENTS = {"cpu": 1 << 18}
 """Elements of a hidden state that are multiplied at one time, by device type: on a CPU what fits its cache."""
@@ -69,12 +74,12 @@ class Batch:
         sample_K = place_K * starts_BS.shape[1] + sample_K2[slots_K, 1]
         return cls(
             rows_B,
-            calibration.rows.input_ids_NS[rows_B].to(device),
-            position_ids_BS.to(device),
-            document_T=document_T.to(device),
-            lengths_M=document_T.bincount().to(device),
-            last_M=ends_T.nonzero().flatten().to(device),
-            sample_K=sample_K.to(device),
+            queued(calibration.rows.input_ids_NS[rows_B], device),
+            queued(position_ids_BS, device),
+            document_T=queued(document_T, device),
+            lengths_M=queued(document_T.bincount(), device),
+            last_M=queued(ends_T.nonzero().flatten(), device),
+            sample_K=queued(sample_K, device),
             slots_K=slots_K,
         )
 
@@ -133,7 +138,16 @@ class Observation:
     def of_layers(self, quantity: Quantity) -> Tensor:
         """What was found of every layer: (L, T) for each token, or of a spread (L, 2), the variance of the document's
         mean state over hidden units, summed over documents, and the number of silent units, summed over tokens."""
-        return torch.stack(self._found[quantity]).cpu().double()
+        return self._fetched[quantity]
+
+    @cached_property
+    def _fetched(self) -> dict[str, Tensor]:
+        """of_layers; a GPU is waited for once for all of one shape."""
+        fetched: dict[str, Tensor] = {}
+        for quantities in (NUMBERS, SPREADS):
+            if found := {name: torch.stack(self._found[name]) for name in quantities if name in self._found}:
+                fetched |= zip(found, torch.stack(list(found.values())).cpu().double(), strict=True)
+        return fetched
 
     @property
     def last_MLD(self) -> Tensor:
@@ -150,7 +164,8 @@ class Observation:
 
         The sum over tokens and units is one matrix product of all normalised states, laid out as L+1 long rows.
         """
-        squares_LT, states = self._state_squares(), self._found["states"]  # L + 1 rows
+        squares = [*self._found["before_squares"], self._found["after_squares"][-1]]
+        squares_LT, states = torch.stack(squares), self._found["states"]  # L + 1 rows
         inverse_LT = torch.where(squares_LT > 0, squares_LT.rsqrt(), 0)
         padded = -(-len(squares_LT) // ROWS_MULTIPLE) * ROWS_MULTIPLE
         tokens, width = states[0].shape
@@ -171,16 +186,12 @@ class Observation:
         zero_LT = (squares_LT == 0).double()
         return (sums_LL[: len(squares_LT), : len(squares_LT)] + zero_LT @ zero_LT.mT).cpu()
 
-    def _state_squares(self) -> Tensor:
-        """Squared norms (L+1, T) of every layer's input and of the last one's output."""
-        return torch.stack([*self._found["before_squares"], self._found["after_squares"][-1]])
-
     def first_fault(self) -> tuple[int, int] | None:
         """The lowest of the L+1 states that is not finite, and its first token; None where all are.
 
         The state comes first: attention carries a NaN to tokens before it, because 0 times NaN is NaN.
         """
-        bad_LT = ~self._state_squares().isfinite()
+        bad_LT = ~torch.cat([self.of_layers("before_squares"), self.of_layers("after_squares")[-1:]]).isfinite()
         if not bad_LT.any():
             return None
         state = int(bad_LT.any(dim=1).nonzero()[0])

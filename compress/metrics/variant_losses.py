@@ -17,10 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.components import LayerEdits
-from shoal.data.packing import IGNORED
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import Pass
 from shoal.progress import progress
+from shoal.runtime import queued
 
 from ..variants.variants import Edited, Variant, final_states, layerwise_or_none
 from .metric import Calibration, Document, add_up_ranks, refuse_fault
@@ -41,7 +41,8 @@ class VariantLosses:
         self._calibration = calibration
         self._known: dict[LayerEdits, float] = {}
         room = calibration.batch_size * calibration.rows.input_ids_NS.shape[1]
-        self._batches = _batches(own_documents(calibration), room)
+        rows = [row for batch in calibration.batches() for row in batch.tolist()]  # this rank's
+        self._batches = _batches([each for each in calibration.documents(rows) if len(each.tokens) > 1], room)
         self.num_tokens = int(calibration.follows_NS.sum())
         """Predicted tokens over all ranks."""
 
@@ -60,41 +61,43 @@ class VariantLosses:
             for batch in self._batches:
                 ids_BS = self._decoder.right_padded([document.tokens[:-1] for document in batch])
                 passes = [Pass(ids_BS, answer_BS=torch.zeros_like(ids_BS, dtype=torch.bool))]
+                wanted = self._wanted(batch, ids_BS.shape[1])
+                found: dict[int, Tensor] = {}
                 for number, (hidden_BSD,) in final_states(
                     self._edited, self._layerwise, self._decoder, passes, variants
                 ):
-                    loss_N = self._token_losses(hidden_BSD, batch)
-                    sums[number] += float(loss_N.sum())
-                    if fault is None and not bool(loss_N.isfinite().all()):
-                        first = int(loss_N.isfinite().logical_not().nonzero()[0])
-                        rows = [document.row for document in batch for _ in document.tokens[1:]]  # of loss_N
-                        fault = rows[first], f"the loss of {_in_words(variants[number])}"
+                    found[number] = self._loss_2(hidden_BSD, *wanted)
                     step()
+                # a GPU is waited for once in a batch, however many variants there are
+                rows = [document.row for document in batch for _ in document.tokens[1:]]
+                for number, (total, bad) in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
+                    sums[number] += total
+                    if fault is None and bad < len(rows):
+                        without = f"model without {variants[number].name}" if variants[number].edits else "intact model"
+                        fault = rows[int(bad)], f"the loss of the {without}"
                 if fault is not None:
                     break
         refuse_fault(self._calibration, fault, self._edited.model.dtype)
         return (add_up_ranks([sums], self._edited.model.device)[0] / self.num_tokens).tolist()
 
-    def _token_losses(self, hidden_BSD: Tensor, batch: Sequence[Document]) -> Tensor:
-        """(N,) in nats, float64, document by document; never more logits at one time than the decoder allows."""
-        longest = hidden_BSD.shape[1]  # the last token of a document was not read: nothing is predicted from it
-        rows = [[*document.tokens[1:], *[IGNORED] * (longest + 1 - len(document.tokens))] for document in batch]
-        target_BS = torch.tensor(rows, device=hidden_BSD.device)
-        predicted_BS = target_BS != IGNORED
-        size = self._decoder.positions_at_once()
+    def _wanted(self, batch: Sequence[Document], width: int) -> tuple[Tensor, Tensor]:
+        """Where in the flattened (B x S) states of ``batch`` a token is predicted, (N,), and which one: document by
+        document. The last token of a document was not read: nothing is predicted from it."""
+        places = [row * width + at for row, document in enumerate(batch) for at in range(len(document.tokens) - 1)]
+        tokens = [token for document in batch for token in document.tokens[1:]]
+        return queued(torch.tensor(places), self._decoder.device), queued(torch.tensor(tokens), self._decoder.device)
+
+    def _loss_2(self, hidden_BSD: Tensor, place_N: Tensor, token_N: Tensor) -> Tensor:
+        """The sum of the losses in nats, float64, and the first of them that is not finite, N where all are; never more
+        logits at one time than the decoder allows."""
+        hidden_ND, size = hidden_BSD.flatten(0, 1)[place_N], self._decoder.positions_at_once()
         losses = [
-            functional.cross_entropy(self._decoder.logits(hidden_ND), target_N, reduction="none")
-            for hidden_ND, target_N in zip(
-                hidden_BSD[predicted_BS].split(size), target_BS[predicted_BS].split(size), strict=True
-            )
+            functional.cross_entropy(self._decoder.logits(part_ND), part_N, reduction="none")
+            for part_ND, part_N in zip(hidden_ND.split(size), token_N.split(size), strict=True)
         ]
-        return torch.cat(losses).double()
-
-
-def own_documents(calibration: Calibration) -> list[Document]:
-    """The documents of this rank's rows of which a token can be predicted, in order."""
-    rows = [row for batch in calibration.batches() for row in batch.tolist()]
-    return [document for document in calibration.documents(rows) if len(document.tokens) > 1]
+        loss_N = torch.cat(losses).double()
+        places_N = torch.arange(len(loss_N), device=loss_N.device)
+        return torch.stack([loss_N.sum(), places_N.masked_fill(loss_N.isfinite(), len(loss_N)).min().double()])
 
 
 def _batches(documents: Sequence[Document], room: int) -> list[list[Document]]:
@@ -106,7 +109,3 @@ def _batches(documents: Sequence[Document], room: int) -> list[list[Document]]:
         batches.append(waiting[:size])
         waiting = waiting[size:]
     return batches
-
-
-def _in_words(variant: Variant) -> str:
-    return f"the model without {variant.name}" if variant.edits else "the intact model"

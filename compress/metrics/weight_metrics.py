@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +21,10 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import anatomy, decoder_body, decoder_layers
-from shoal.models.document_masks import documents_apart
+from shoal.models.document_masks import documents_apart, documents_known
 from shoal.models.load import logits_from_hidden
 from shoal.progress import each
+from shoal.runtime import queued
 
 from ..edits.tensors import PLAIN_DTYPES, laco_factors, merged_layer, refuse_different_kinds, tensors_in_place
 from ..surgery.cut_model import skipped
@@ -112,23 +114,26 @@ class LacoAcceptance(_OfWeights):
 
 def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """Magnitude, which needs no data."""
-    scores = tuple(
-        sum(float(torch.linalg.vector_norm(matrix.detach(), ord=1, dtype=torch.float64)) for matrix in own.values())
-        for own in plain_matrices(model, names[0])
-    )
+    norm = partial(torch.linalg.vector_norm, ord=1, dtype=torch.float64)
+    scores = _of_layers([[norm(matrix.detach()) for matrix in own.values()] for own in plain_matrices(model, names[0])])
     return dict.fromkeys(names, scores)
+
+
+def _of_layers(of_matrices: Sequence[Sequence[Tensor]]) -> tuple[float, ...]:
+    """The sum of every layer's numbers, which lie on the model's device, fetched in one go."""
+    numbers = iter(torch.stack([number for own in of_matrices for number in own]).tolist())
+    return tuple(sum(itertools.islice(numbers, len(own))) for own in of_matrices)
 
 
 def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """Taylor and TaylorPlus, from one pass forwards and backwards."""
     matrices = plain_matrices(model, names[0])
     gradients = loss_gradients(model, calibration, matrices)
-    taylor = tuple(
-        sum(
-            float((matrix.detach().float() * gradients[matrix]).abs_().sum(dtype=torch.float64))
-            for matrix in own.values()
-        )
-        for own in matrices
+    taylor = _of_layers(
+        [
+            [(matrix.detach().float() * gradients[matrix]).abs_().sum(dtype=torch.float64) for matrix in own.values()]
+            for own in matrices
+        ]
     )
     margin, free = 2 * max(taylor), range(FIRST_PROTECTED, len(taylor) - LAST_PROTECTED)
     plus = tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
@@ -176,10 +181,11 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
                 continue
             weight[0] = num_predicted / total  # the hooks read it while this batch runs backwards
             loss = _backward(decoder, calibration, rows_B)
-            if not (loss.isfinite() and checks.isfinite().all()):
-                bad = (~checks.isfinite()).nonzero().flatten().tolist()
+            loss_is_finite, *are_finite = torch.cat([loss[None], checks]).isfinite().tolist()
+            if not (loss_is_finite and all(are_finite)):
+                bad = [layer for layer, is_finite in enumerate(are_finite) if not is_finite]
                 # gradients go from the last layer down, so the highest bad one was the first
-                faulty = f"the gradient of layer {bad[-1]}" if loss.isfinite() else "the loss"
+                faulty = f"the gradient of layer {bad[-1]}" if loss_is_finite else "the loss"
                 fault = int(rows_B[0]), faulty
                 break
     refuse_fault(calibration, fault, model.dtype)
@@ -219,16 +225,17 @@ def _gradients_into(
 
 def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Tensor:
     """The batch's mean loss, after its gradients are computed. Logits are there for some positions at a time only."""
-    device = decoder.device
-    ids_BS = calibration.rows.input_ids_NS[rows_B].long().to(device)
-    positions_BS = calibration.rows.position_ids_NS[rows_B].long().to(device)
+    device, on_host_BS = decoder.device, calibration.rows.position_ids_NS[rows_B].long()
+    ids_BS = queued(calibration.rows.input_ids_NS[rows_B].long(), device)
+    positions_BS = queued(on_host_BS, device)
     arguments = decoder.arguments(ids_BS, position_ids_BS=positions_BS)
     body: Any = decoder_body(decoder.model)
-    with documents_apart(body, positions_BS):
+    with documents_known(on_host_BS, device), documents_apart(body, positions_BS):
         hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
     # two steps: the head runs backwards piece by piece into the leaf's gradient, then the body once
     leaf_TD = hidden_TD.detach().requires_grad_()
-    predicted_P = calibration.follows_NS[rows_B].flatten().nonzero().flatten().to(device)  # never a row's first token
+    places_P = calibration.follows_NS[rows_B].flatten().nonzero().flatten()  # never a row's first token
+    predicted_P = queued(places_P, device)
     head: Any = decoder.model.get_output_embeddings()
     to_logits = logits_from_hidden(decoder.model)
     loss = torch.zeros((), device=device)
@@ -252,16 +259,18 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     documents = itertools.islice(calibration.documents(range(len(calibration.rows))), NUM_TEXTS)
     texts = [document.tokens[:TEXT_LENGTH] for document in documents]
     original = _final_states(model, texts)
-    if not all(text_SD.isfinite().all() for text_SD in original):
+    if not torch.cat(original).isfinite().all():
         raise UserError(
             f"measure: the final hidden states are not finite in {model.dtype}; set dtype: bfloat16 or dtype: float32"
         )
     longest = min(calibration.num_drop or LONGEST_RUN, num_layers - 1)
     runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
     possible = [run for run in runs if _is_of_one_kind(model, *run)]
+    own = possible[rank() :: world_size()]
+    changes = [_change_by_merging(model, *run, texts, original) for run in each(own, "measure: merges", unit="runs")]
     scores = torch.zeros(longest, num_layers, dtype=torch.float64)
-    for start, length in each(possible[rank() :: world_size()], "measure: merges", unit="runs"):
-        scores[length - 1, start] = _change_by_merging(model, start, length, texts, original)
+    for (start, length), change in zip(own, torch.stack(changes).tolist() if own else (), strict=True):
+        scores[length - 1, start] = WORST if math.isnan(change) else change  # NaN: the merged model overflows
     (scores,) = add_up_ranks([scores], model.device)  # a run that another rank tried is 0 here
     rows = tuple(
         tuple(
@@ -275,28 +284,28 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
 
 def _change_by_merging(
     model: PreTrainedModel, start: int, length: int, texts: Sequence[Sequence[int]], original: Sequence[Tensor]
-) -> float:
-    """1 - the mean cosine of the texts' final states with the ``original`` ones."""
+) -> Tensor:
+    """1 - the mean cosine of the texts' final states with the ``original`` ones, on the model's device."""
     try:
         tensors = merged_layer(model, start, laco_factors(length + 1))
     except UserError as reason:  # an overflow, or tables of the routing that differ
         log.warning("measure: %s; the run scores %g", reason, WORST)
-        return WORST
+        return torch.tensor(WORST, dtype=torch.float64, device=model.device)
     # the model stays whole: one layer holds the merged weights, those it took in pass their input on
     with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
         merged = _final_states(model, texts)
     cosines = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(original, merged, strict=True)]
-    mean = float(torch.stack(cosines).mean())
-    return WORST if math.isnan(mean) else 1 - mean  # NaN: the merged model overflows
+    return 1 - torch.stack(cosines).mean()
 
 
 @torch.no_grad()
 def _final_states(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     """(S, D) of every text. What fills up a short one comes behind it, where it cannot see it."""
     longest = max(map(len, texts))
-    ids_XS = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)
+    ids_XS = queued(torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]), model.device)
     body: Any = decoder_body(model)
-    states_XSD = body(input_ids=ids_XS, use_cache=False).last_hidden_state
+    with documents_known(None, model.device):
+        states_XSD = body(input_ids=ids_XS, use_cache=False).last_hidden_state
     return [states_SD[: len(text)].double() for states_SD, text in zip(states_XSD, texts, strict=True)]
 
 

@@ -20,6 +20,7 @@ from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.generation import Texts, write, write_after
 from shoal.inference.prefix_sharing import batches, in_common, right_aligned
 from shoal.inference.scoring import Pass
+from shoal.runtime import queued
 
 from ..edits.layer_edits import KINDS, RowsOfBatch, in_force
 from .variants import INTACT, Edited, States, Variant, layerwise_or_none
@@ -144,11 +145,11 @@ class _Reading:
         """The common beginning as one row, and what every prompt goes on with; one pass where nothing is shared."""
         read = [prompt[self._shared :] for prompt in self._prompts]
         ids_BS = self._decoder.right_padded(read)
-        last_B1 = torch.tensor([[len(rest) - 1] for rest in read], device=ids_BS.device)
+        last_B1 = queued(torch.tensor([[len(rest) - 1] for rest in read]), ids_BS.device)
         answer_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device) >= last_B1
         if not self._shared:
             return [Pass(ids_BS, answer_BS)]
-        context = torch.tensor([self._prompts[0][: self._shared]], device=self._decoder.device)
+        context = queued(torch.tensor([self._prompts[0][: self._shared]]), self._decoder.device)
         positions_BS = self._shared + torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
         rows = torch.zeros(len(read), dtype=torch.long, device=ids_BS.device)
         shared = Pass(context, torch.zeros_like(context, dtype=torch.bool))
@@ -157,7 +158,7 @@ class _Reading:
     def first_tokens(self, variant: Variant) -> Tokens:
         """What ``variant`` writes first after every prompt."""
         hidden_BSD = self._states.final(variant)[-1]
-        last_B = torch.tensor([len(prompt) - self._shared - 1 for prompt in self._prompts], device=hidden_BSD.device)
+        last_B = queued(torch.tensor([len(each) - self._shared - 1 for each in self._prompts]), hidden_BSD.device)
         hidden_BD = hidden_BSD[torch.arange(len(last_B), device=hidden_BSD.device), last_B]
         return self._decoder.logits(hidden_BD).argmax(dim=-1).tolist()
 
@@ -183,10 +184,9 @@ class _Reading:
             )
             cache.update(keys_BHSd, values_BHSd, layer)
             slots.clear()  # layer by layer, so that not all of them are there twice
-        lengths_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
-        mask_BS = (torch.arange(longest + 1, device=device) >= longest - lengths_B1).long()
-        ids_BS = torch.tensor([[written[text][-1]] for text in alive], device=device)
-        return Texts(cache, mask_BS, ids_BS, lengths_B1, list(alive), written)
+        lengths_B1 = queued(torch.tensor(lengths), device).unsqueeze(1)
+        ids_BS = queued(torch.tensor([[written[text][-1]] for text in alive]), device)
+        return Texts(cache, [longest - n for n in lengths], longest + 1, ids_BS, lengths_B1, list(alive), written)
 
 
 def _common_beginning(prompts: Sequence[Tokens]) -> int:
@@ -212,5 +212,5 @@ class RowEdits:
             for edit in self._variants[text].edits:
                 chosen[edit].append(row)
         for edit, rows in self.rows.items():
-            rows.rows_R = torch.tensor(chosen[edit], dtype=torch.long, device=self._model.device)
+            rows.rows_R = queued(torch.tensor(chosen[edit], dtype=torch.long), self._model.device)
             rows.num_rows = len(alive)

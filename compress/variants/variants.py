@@ -29,8 +29,9 @@ from shoal.components import REMOVED, Component, ComponentPart, LayerEdit, Layer
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.prefix_sharing import Tokens
-from shoal.inference.scoring import Pass, Score, hidden_of, layouts, settle
+from shoal.inference.scoring import Pass, Score, hidden_of, layouts, settle, token_scores
 from shoal.models.anatomy import text_config
+from shoal.models.document_masks import documents_known
 
 from ..edits.layer_edits import in_force, layer_edits, passed_on
 from .layerwise import Call, Layerwise
@@ -116,12 +117,13 @@ class States:
         self.kept: list[dict[LayerEdits, tuple[Tensor, Tensor]]] | None = [] if keep else None
         self._lengths_only = _caches_of_lengths(self._empty, passes)
         """For every pass the cache that its recorded calls hand over; replaced by one with keys and values."""
-        prepared = [
-            layerwise.prepare(
-                decoder.arguments(batch.ids_BS, mask=batch.mask, position_ids_BS=batch.positions_BS, cache=cache)
-            )
-            for batch, cache in zip(passes, self._lengths_only, strict=True)
-        ]
+        with documents_known(None, decoder.device):
+            prepared = [
+                layerwise.prepare(
+                    decoder.arguments(batch.ids_BS, mask=batch.mask, position_ids_BS=batch.positions_BS, cache=cache)
+                )
+                for batch, cache in zip(passes, self._lengths_only, strict=True)
+            ]
         self._states: dict[LayerEdits, list[Tensor]] = {(): [batch.hidden_BSD for batch in prepared]}
         """By the edits of the layers behind: what the next layer gets, one (B, S, D) for every pass."""
         self._prepared = [batch.without_hidden() for batch in prepared]
@@ -223,10 +225,15 @@ def score_variants(
     answers: list[list[Score]] = [[(0.0, True)] * len(requests) for _ in variants]
     layerwise = layerwise_or_none(edited.model)
     for layout in layouts(decoder, requests, batch_size=batch_size):
-        done = 0
+        owners: list[list[int]] = []
+        found: dict[int, Tensor] = {}
         for number, hidden in final_states(edited, layerwise, decoder, layout.passes, variants):
-            done = len(settle(decoder, layout.locate(hidden), answers[number]))
-        progress(done)
+            positions = layout.locate(hidden)
+            owners, found[number] = positions.owners, token_scores(decoder, positions)
+        # a GPU is waited for once, however many variants there are
+        for number, scores in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
+            settle(owners, scores, answers[number])
+        progress(len({owner for some in owners for owner in some}))
     return answers
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import PlannedChange
 from shoal.compress.edits.layer_edits import checked
-from shoal.compress.edits.tensors import buffers, combined, put_tensors
+from shoal.compress.edits.tensors import buffers, combined, put_tensors, refuse_overflow
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.formatting import layers_text
@@ -126,6 +126,7 @@ def _mixed(model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int]
 
 def _between(ours: Tensor, theirs: Tensor, weight: float, *, where: str) -> Tensor:
     mixed = combined([ours, theirs], [1 - weight, weight], where=where)
+    refuse_overflow({where: mixed})
     # under two names it must stay a parameter or none
     return nn.Parameter(mixed, requires_grad=ours.requires_grad) if isinstance(ours, nn.Parameter) else mixed
 

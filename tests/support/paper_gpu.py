@@ -26,8 +26,11 @@ COPIES = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::detach", "aten::
 """Operations whose operands may lie on two devices."""
 SELECTIONS = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 """Operations whose indices may lie in host memory; a GPU waits for them."""
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
-"""Operations whose answer, or its shape, the host needs."""
+WAITS = (
+    *("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique"),
+    *("aten::unique_", "aten::bincount", "aten::_linalg_eigh", "aten::_linalg_svd", "aten::_linalg_check_errors"),
+)
+"""Operations whose answer, or its shape, the host needs, or that look whether they have converged."""
 
 
 class MixedDevices(RuntimeError):
@@ -71,12 +74,17 @@ class PaperGpu:
 
     def note(self, operation: str) -> None:
         """The host waits for the GPU, or copies to it."""
-        for frame in reversed(traceback.extract_stack(limit=60)):
+        for frame in reversed(traceback.extract_stack(limit=200)):
             parts = frame.filename.split("/")
             if "tests" not in parts and {"compress", "train", "eval", "shoal", "lab", "launch"} & set(parts[-4:]):
                 self.waits[operation, f"{'/'.join(parts[-2:])}:{frame.lineno}"] += 1
                 return
         self.waits[operation, "?"] += 1
+
+    @property
+    def waited(self) -> int:
+        """How often shoal has waited; what a test waits for by itself does not count."""
+        return sum(times for (_, place), times in self.waits.items() if place != "?")
 
     @contextmanager
     def card(self) -> Iterator[PaperGpu]:
@@ -93,6 +101,11 @@ class _Operations(TorchDispatchMode):
         self.gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():  # autograd, which would have taken it apart, is not there
+            with self:
+                found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         gpu, name = self.gpu, func.name().partition(".")[0]
         tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         with torch._C.DisableTorchFunction():
@@ -107,6 +120,8 @@ class _Operations(TorchDispatchMode):
                 return found
             if not all(on_gpu) and name not in COPIES:
                 self._refuse_mixed(name, args, tensors, on_gpu)
+            if name in SELECTIONS and any(leaf is not None and leaf.dtype == torch.bool for leaf in args[1]):
+                gpu.note("selection by a mask")
             if name.startswith(WAITS):
                 gpu.note(name)
                 return found if name != "aten::nonzero" else gpu.mark(found)
@@ -139,6 +154,8 @@ class _Calls(TorchFunctionMode):
             return (GPU if on_gpu else func(*args)) if func == Tensor.device.__get__ else on_gpu  # pyright: ignore
         if is_tensor and func in (Tensor.numpy, Tensor.__array__, Tensor.pin_memory) and gpu.holds(args[0]):
             raise TypeError(f"{func.__name__} of a tensor on the GPU; copy it to host memory first")
+        if func is Tensor.tolist and gpu.holds(args[0]):
+            gpu.note("tolist")
         if func is Tensor.pin_memory:
             return args[0].clone()
         if func is Tensor.cpu:
@@ -147,13 +164,16 @@ class _Calls(TorchFunctionMode):
             return args[0].to(GPU)
         if func is Tensor.to:
             return self._to(*args, **kwargs)
+        if func is Tensor.__deepcopy__:
+            with gpu.moving():
+                return gpu.mark(func(*args, **kwargs), gpu.holds(args[0]))
         kwargs.pop("pin_memory", None)
         wanted = kwargs.get("device")
         if wanted is None or torch.device(wanted).type == "meta":
             return func(*args, **kwargs)
         with gpu.moving():
             found = func(*args, **{**kwargs, "device": "cpu"})
-        if torch.device(wanted).type == "cuda" and func is torch.tensor:
+        if torch.device(wanted).type == "cuda" and func is torch.tensor and found.numel():
             gpu.note("torch.tensor on the GPU")
         return gpu.mark(found, torch.device(wanted).type == "cuda")
 

@@ -9,22 +9,17 @@ B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
 from shoal.data.image_rows import stacked_with_images
 from shoal.data.packing import IGNORED, IMAGES, ROW, SOURCES
-from shoal.models import document_masks
-from shoal.models.document_masks import document_borders, document_starts
 from shoal.recipe.distill import SAMPLES
+from shoal.runtime import queued
 
 ON_HOST = "on_host"
 """Its place in a batch. It has no method `to`, so what moves a batch to the device leaves it where it is."""
@@ -113,25 +108,3 @@ def learnt_places(labels_BS: Tensor) -> Tensor:
     learnt_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
     learnt_BS[:, :-1] = labels_BS[:, 1:] != IGNORED  # position t predicts token t + 1
     return learnt_BS.flatten().nonzero()[:, 0]
-
-
-@contextmanager
-def documents_known(host: OnHost, device: torch.device) -> Iterator[None]:
-    """While models run on this micro-batch, masks and flash kernels take its documents from here.
-
-    Left alone transformers compares positions on the device, and asks there whether a row holds more than one document:
-    once per kind of mask and forward, with the teacher's whole forward or the micro-batch before it still in the queue.
-    """
-    first_BS = document_starts(host.position_ids_BS)
-    documents_BS = queued(first_BS.cumsum(1), device) if first_BS[:, 1:].any() else None
-    borders = cache(lambda: document_borders(host.position_ids_BS, device))
-    # both functions are looked up in their modules at every call, so that replacing them there is enough
-    asked = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: documents_BS)
-    with asked, patch.object(document_masks, "document_borders", lambda position_ids_BS, device: borders()):
-        yield
-
-
-def queued(values: Tensor, device: torch.device) -> Tensor:
-    """The values on the device by the time that it comes to use them; nobody waits for the copy, which a GPU makes by
-    itself only from memory that stays where it is."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

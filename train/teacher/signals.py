@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import differences
 from shoal.data.packing import IMAGES, PackedRows
 from shoal.errors import UserError
+from shoal.models.document_masks import documents_known
+from shoal.runtime import queued
 
-from ..objective.host_batch import asking_rows, documents_known, on_host, queued, rows_of, scattered
+from ..objective.host_batch import asking_rows, on_host, rows_of, scattered
 from ..objective.layer_losses import Captured, StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
 from .recording import (
@@ -91,7 +93,7 @@ class LiveTeacher:
         """Final hidden states of these rows, (b, S, D)."""
         part = rows_of(batch, rows)
         ids, positions = part["input_ids"], part["position_ids"]
-        with documents_known(on_host(part), ids.device):
+        with documents_known(on_host(part).position_ids_BS, ids.device):
             return final_hidden(self.model, ids, positions)
 
 

@@ -165,7 +165,8 @@ def _common(first: Tensor, second: Tensor) -> int:
 
 def on_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """``inputs`` there, what is in floating point in ``dtype``."""
-    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+    dtypes = {name: dtype if value.is_floating_point() else value.dtype for name, value in inputs.items()}
+    return {name: value.to(device, dtypes[name], non_blocking=True) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)

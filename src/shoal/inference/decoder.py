@@ -23,8 +23,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, refuse_both_directions, text_config
+from shoal.models.document_masks import documents_known
 from shoal.models.families import family
 from shoal.models.load import logits_from_hidden
+from shoal.runtime import queued
 
 _told: WeakKeyDictionary[PreTrainedModel, Tensor | int] = WeakKeyDictionary()
 
@@ -112,12 +114,13 @@ class Decoder:
         cache: DynamicCache | None = None,
         answer_BS: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens.
+        """Final hidden states (B, S, D) of rows that are one document each; ``cache`` is extended, ``mask`` covers what
+        it holds and the new tokens.
 
         ``answer_BS`` is True where an answer is predicted; only edits that hold there ask for it.
         """
         arguments = self.arguments(input_ids_BS, mask=mask, position_ids_BS=position_ids_BS, cache=cache)
-        with answers_at(self.model, answer_BS):
+        with answers_at(self.model, answer_BS), documents_known(None, self.device):
             return self._body(**arguments).last_hidden_state
 
     def arguments(
@@ -128,14 +131,12 @@ class Decoder:
         position_ids_BS: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> dict[str, Any]:
-        """Keyword arguments with which `hidden` calls the model's body."""
+        """Keyword arguments with which `hidden` calls the model's body; without a mask, where nothing is padded,
+        attention takes its faster, purely causal path."""
         arguments: dict[str, Any] = {"input_ids": input_ids_BS, "use_cache": cache is not None}
         if cache is not None:
             assert self._cache_name is not None, "a model that takes no cache was given one"
             arguments[self._cache_name] = cache
-        # without a mask attention takes its faster, purely causal path
-        if mask is not None and bool(mask.all()):
-            mask = None
         if mask is not None:
             arguments["attention_mask"] = mask
         if position_ids_BS is not None and self._takes_positions:
@@ -171,14 +172,21 @@ class Decoder:
         A sliding window counts cache slots, so no padding may lie between a row's tokens.
         """
         longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids = queued(torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows]), self.device)
+        mask = queued(torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]), self.device)
         return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)  # padding gets position 0, which nobody attends to
 
     def right_padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids (B, S); what follows a row cannot be seen by it, so neither mask nor positions are needed."""
         longest = max(map(len, rows))
-        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        return queued(torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows]), self.device)
+
+    def mask_behind(self, pads: Sequence[int], width: int) -> Tensor | None:
+        """Mask (B, width) of rows that begin behind so many columns of padding; None = none is padded. The host knows,
+        so that no GPU is asked."""
+        if not any(pads):
+            return None
+        return (torch.arange(width, device=self.device) >= queued(torch.tensor(pads), self.device)[:, None]).long()
 
     def _check_head(self) -> None:
         """Compare our way to the logits with the model's own, once, on a few tokens."""

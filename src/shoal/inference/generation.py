@@ -25,6 +25,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.prefix_sharing import Reader, Start
+from shoal.runtime import queued
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -50,8 +51,10 @@ class Texts:
     """Texts under way, with what each row has cached, and the tokens it has not been through yet."""
 
     cache: DynamicCache
-    mask_BS: Tensor
-    """Mask over the cache and the new tokens, 0 where padding is."""
+    pads: list[int]
+    """Columns of padding before each row's first token."""
+    width: int
+    """Columns of the cache and the new tokens."""
     ids_BS: Tensor
     positions_BS: Tensor
     alive: list[int]
@@ -77,7 +80,8 @@ def write_after(
         start = Reader(decoder, ()).start([tuple(prompt) for prompt in prompts], [0] * len(prompts))
     texts = Texts(
         decoder.new_cache() if start.cache is None else start.cache,
-        start.mask,
+        list(start.pads),
+        start.width,
         start.ids_BS,
         start.positions_BS,
         list(range(len(prompts))),
@@ -111,21 +115,22 @@ def write(
             break
         position_B = texts.positions_BS[:, -1]
         if len(kept) < len(texts.alive):
-            rows = torch.tensor(kept, device=decoder.device)
-            texts.alive = [texts.alive[row] for row in kept]
-            token_B, position_B, texts.mask_BS = token_B[rows], position_B[rows], texts.mask_BS[rows]
+            rows = queued(torch.tensor(kept), decoder.device)
+            texts.alive, texts.pads = ([of_rows[row] for row in kept] for of_rows in (texts.alive, texts.pads))
+            token_B, position_B = token_B[rows], position_B[rows]
             cache = texts.cache
             texts.cache = branched(cache, rows)
             cache.layers.clear()  # whoever began the texts may hold it still
         texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
-        texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
+        texts.width += 1
 
 
 def _forward(decoder: Decoder, texts: Texts) -> Tensor:
     """fp32 logits (B, V) of what comes after the new tokens."""
     last_1S = torch.arange(texts.ids_BS.shape[1], device=decoder.device).unsqueeze(0) == texts.ids_BS.shape[1] - 1
+    mask = decoder.mask_behind(texts.pads, texts.width)
     hidden_BSD = decoder.hidden(
-        texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache, answer_BS=last_1S
+        texts.ids_BS, mask=mask, position_ids_BS=texts.positions_BS, cache=texts.cache, answer_BS=last_1S
     )
     return decoder.logits(hidden_BSD[:, -1])  # rows end together
 
@@ -176,8 +181,8 @@ def sample(
     """
     width = max(map(len, prompts))
     device = model.device
-    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids = queued(torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]), device)
+    mask = queued(torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]), device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=uniforms_PT.shape[1],
@@ -185,7 +190,7 @@ def sample(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    drawn = _DrawnOnly(uniforms_PT.to(device), temperature, top_p)
+    drawn = _DrawnOnly(queued(uniforms_PT, device), temperature, top_p)
     with _writing(model), torch.no_grad():
         written = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,

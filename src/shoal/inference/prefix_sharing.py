@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shoal.inference.decoder import Decoder, plain_cache
+from shoal.runtime import queued
 
 Tokens = tuple[int, ...]
 
@@ -41,8 +42,10 @@ class Start:
     """Rows that end together, as the decoder takes them."""
 
     ids_BS: Tensor
-    mask: Tensor
-    """(B, P + S) over what is cached and the new tokens."""
+    pads: tuple[int, ...]
+    """Columns of padding before each row's first token."""
+    width: int
+    """P + S, columns cached and new."""
     positions_BS: Tensor
     cache: DynamicCache | None
     """Of what goes before the new tokens; None = nothing does."""
@@ -73,11 +76,10 @@ class Reader:
         self._rows_left.subtract(beginnings)
         self._slots = {beginning: slots for beginning, slots in self._slots.items() if self._rows_left[beginning] > 0}
         new = [row[skip:] for row, skip in zip(rows, cached, strict=True)]
-        ids_BS, mask_BS, positions_BS = self._decoder.left_padded(new)
-        cached_B1 = torch.tensor(cached, device=ids_BS.device).unsqueeze(1)
-        filled_BP = torch.arange(max(cached), device=ids_BS.device) >= max(cached) - cached_B1
-        mask = torch.cat([filled_BP.to(mask_BS), mask_BS], dim=1)
-        return Start(ids_BS, mask, cached_B1 + positions_BS, cache)
+        ids_BS, _, positions_BS = self._decoder.left_padded(new)
+        cached_B1 = queued(torch.tensor(cached), ids_BS.device).unsqueeze(1)
+        width = max(cached) + ids_BS.shape[1]
+        return Start(ids_BS, tuple(width - len(row) for row in rows), width, cached_B1 + positions_BS, cache)
 
     def _read(self, beginnings: Sequence[Tokens]) -> None:
         """Keep the keys and values of ``beginnings``, read together."""

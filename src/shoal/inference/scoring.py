@@ -32,6 +32,7 @@ from transformers import DynamicCache
 
 from shoal.inference.decoder import Decoder, branched
 from shoal.inference.prefix_sharing import Reader, Tokens, batches_by_beginning, common_beginnings, even_batches
+from shoal.runtime import queued
 
 Score = tuple[float, bool]
 """Sum of log-probabilities in nats, and whether every token is the model's first choice."""
@@ -108,8 +109,9 @@ def scored(
     """
     answers: list[Score] = [(0.0, True)] * len(requests)  # sums that grow token by token
     for layout in layouts(decoder, requests, batch_size=batch_size, branch=branch, share=branch):
-        done = settle(decoder, layout.locate(hidden_of(decoder, layout.passes, layout.begun)), answers)
-        yield {index: answers[index] for index in done}
+        positions = layout.locate(hidden_of(decoder, layout.passes, layout.begun))
+        settle(positions.owners, token_scores(decoder, positions).tolist(), answers)
+        yield {index: answers[index] for owners in positions.owners for index in owners}
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def _whole_layout(decoder: Decoder, reader: Reader, batch: Sequence[tuple[Questi
     rows = [(*question.context, *tail) for question, tail in batch]
     if any(question.shared for question, _ in batch):
         start = reader.start(rows, [question.shared for question, _ in batch])
-        ids_BS, mask, positions_BS, begun = start.ids_BS, start.mask, start.positions_BS, start.cache
+        ids_BS, positions_BS, begun = start.ids_BS, start.positions_BS, start.cache
+        mask = decoder.mask_behind(start.pads, start.width)
         ends = [ids_BS.shape[1]] * len(batch)
     else:
         ids_BS, mask, positions_BS, begun = decoder.right_padded(rows), None, None, None
@@ -226,13 +229,14 @@ def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question]
     )
     chunks = list(even_batches(fed, batch_size, length=lambda p: len(p[1]), enough_tokens=decoder.enough_tokens))
     last = [start.ids_BS.shape[1] - 1] * len(batch)
-    passes = [Pass(start.ids_BS, _from(last, start.ids_BS), start.mask, start.positions_BS)]
+    mask = decoder.mask_behind(start.pads, start.width)
+    passes = [Pass(start.ids_BS, _from(last, start.ids_BS), mask, start.positions_BS)]
     for chunk in chunks:
-        rows = torch.tensor([row for row, _ in chunk], device=decoder.device)
+        rows = queued(torch.tensor([row for row, _ in chunk]), decoder.device)
         ids_BT = decoder.right_padded([tail for _, tail in chunk])
         # tails are padded on the right, so their positions count on from the context's length
-        offsets = torch.tensor([[len(batch[row].context)] for row, _ in chunk], device=decoder.device)
-        mask = torch.cat([start.mask[rows], torch.ones_like(ids_BT)], dim=1)
+        offsets = queued(torch.tensor([[len(batch[row].context)] for row, _ in chunk]), decoder.device)
+        mask = decoder.mask_behind([start.pads[row] for row, _ in chunk], start.width + ids_BT.shape[1])
         positions_BT = offsets + torch.arange(ids_BT.shape[1], device=decoder.device)
         passes.append(Pass(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), mask, positions_BT, rows))
 
@@ -255,36 +259,33 @@ def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question]
 
 def _from(starts: Sequence[int], ids_BS: Tensor) -> Tensor:
     """(B, S) True from each row's start on."""
-    starts_B1 = torch.tensor(starts, device=ids_BS.device).unsqueeze(1)
+    starts_B1 = queued(torch.tensor(starts), ids_BS.device).unsqueeze(1)
     return torch.arange(ids_BS.shape[1], device=ids_BS.device) >= starts_B1
 
 
-def settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> set[int]:
-    """Add up the wanted tokens' scores into ``answers``; which requests that answered."""
-    log_probs, first_choice = token_scores(decoder, torch.cat(positions.hidden), positions.wanted)
-    for owners, log_prob, is_first in zip(positions.owners, log_probs.tolist(), first_choice.tolist(), strict=True):
-        for owner in owners:
+def settle(owners: Sequence[list[int]], scores: Sequence[Sequence[float]], answers: list[Score]) -> None:
+    """Add up the wanted tokens' ``scores`` (token_scores) into ``answers``, those of their owners."""
+    for asking, (log_prob, is_first) in zip(owners, scores, strict=True):
+        for owner in asking:
             total, greedy = answers[owner]
-            answers[owner] = (total + log_prob, greedy and is_first)
-    return {owner for owners in positions.owners for owner in owners}
+            answers[owner] = (total + log_prob, greedy and bool(is_first))
 
 
-def token_scores(decoder: Decoder, hidden_ND: Tensor, wanted: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Log-probability (M,) in nats of every wanted (position, token), and whether it is the first choice there.
+def token_scores(decoder: Decoder, positions: Positions) -> Tensor:
+    """Log-probability in nats of every wanted (position, token), and 1 where it is the first choice there, (M, 2).
 
     In fp32, and never more logits at one time than LOGIT_ELEMENTS.
     """
-    wanted_M2 = torch.tensor(wanted, device=decoder.device)  # one transfer; each chunk of positions picks its own
-    index_M, token_M = wanted_M2[:, 0], wanted_M2[:, 1]
-    log_prob_M = torch.zeros(len(wanted), dtype=torch.float32, device=decoder.device)
-    first_choice_M = torch.zeros(len(wanted), dtype=torch.bool, device=decoder.device)
+    hidden_ND, wanted = torch.cat(positions.hidden), positions.wanted
+    index_M, token_M = torch.tensor(wanted).T  # on the host, where each chunk of positions picks its own
+    scores_M2 = torch.zeros(len(wanted), 2, dtype=torch.float32, device=decoder.device)
     size = decoder.positions_at_once()
     for start in range(0, len(hidden_ND), size):
         # `logit - logsumexp` is closer to float64, but over a long answer it is 4e-4 nats off lm-eval's value,
         # because the rounding of torch's log-softmax on CPU adds up to that
         log_probs_NV = decoder.logits(hidden_ND[start : start + size]).log_softmax(dim=-1)
-        in_chunk = ((index_M >= start) & (index_M < start + size)).nonzero().squeeze(1)
-        rows, tokens = index_M[in_chunk] - start, token_M[in_chunk]
-        log_prob_M[in_chunk] = log_probs_NV[rows, tokens]
-        first_choice_M[in_chunk] = log_probs_NV.argmax(dim=-1)[rows] == tokens
-    return log_prob_M, first_choice_M
+        own = ((index_M >= start) & (index_M < start + size)).nonzero().squeeze(1)
+        in_chunk, rows, tokens = queued(torch.stack([own, index_M[own] - start, token_M[own]]), decoder.device)
+        scores_M2[in_chunk, 0] = log_probs_NV[rows, tokens]
+        scores_M2[in_chunk, 1] = (log_probs_NV.argmax(dim=-1)[rows] == tokens).float()
+    return scores_M2

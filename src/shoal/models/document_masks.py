@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from shoal.models.anatomy import decoder_body
 from shoal.models.packed_attention import Documents, replaces
-from shoal.runtime import device
+from shoal.runtime import device, queued
 
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 """Functions of transformers that read from positions where documents begin."""
@@ -35,13 +36,35 @@ def document_starts(position_ids_BS: Tensor) -> Tensor:
     return first_BS
 
 
-def document_borders(position_ids_BS: Tensor, device: torch.device) -> dict[str, Any]:
+def document_borders(position_ids_BS: Tensor | None, device: torch.device) -> dict[str, Any]:
     """Keyword arguments by which flash kernels know the documents: where they begin in the B x S tokens of all rows and
     where the last one ends, (C + 1,), and the length of the longest."""
+    assert position_ids_BS is not None, "rows of one document each have no borders to know"
     starts_C = document_starts(position_ids_BS).flatten().nonzero()[:, 0]
     borders = torch.cat([starts_C, starts_C.new_tensor([position_ids_BS.numel()])]).int()
     longest, borders = int(borders.diff().max()), borders.to(device, non_blocking=True)
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+_own_borders = document_borders
+"""Itself, whatever is in its place while documents are known."""
+
+
+@contextmanager
+def documents_known(position_ids_BS: Tensor | None, device: torch.device) -> Iterator[None]:
+    """While models run on rows with these positions, which are in host memory, masks and flash kernels take the
+    documents from here; None = every row is one document.
+
+    Left alone transformers compares positions on the device, and asks there whether a row holds more than one document:
+    once per kind of mask and forward, with whatever was to be done before it still in the queue.
+    """
+    first_BS = None if position_ids_BS is None else document_starts(position_ids_BS)
+    documents_BS = queued(first_BS.cumsum(1), device) if first_BS is not None and first_BS[:, 1:].any() else None
+    # both functions are looked up in their modules at every call, so that replacing them there is enough
+    asked = patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: documents_BS)
+    borders = cache(partial(_own_borders, position_ids_BS, device))
+    with asked, patch.object(sys.modules[__name__], "document_borders", lambda position_ids_BS, device: borders()):
+        yield
 
 
 @contextmanager

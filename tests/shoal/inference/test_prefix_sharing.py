@@ -96,9 +96,8 @@ def test_rows_go_on_from_their_beginnings(kind: str) -> None:
     start = reader.start(rows, shared)
     assert start.ids_BS.shape == (4, 11)
     assert not reader._slots
-    found = decoder.hidden(
-        start.ids_BS, mask=start.mask, position_ids_BS=start.positions_BS, cache=start.cache or decoder.new_cache()
-    )
+    mask, cache = decoder.mask_behind(start.pads, start.width), start.cache or decoder.new_cache()
+    found = decoder.hidden(start.ids_BS, mask=mask, position_ids_BS=start.positions_BS, cache=cache)
     for row, hidden_SD in zip(rows, found, strict=True):
         expected = decoder.hidden(torch.tensor([row]))[0, -3:]
         torch.testing.assert_close(hidden_SD[-3:], expected, atol=1e-5, rtol=1e-4)

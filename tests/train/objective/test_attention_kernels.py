@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from shoal.data.packing import IGNORED
 from shoal.models import document_masks
 from shoal.models.attention import implementation, without_kernels
-from shoal.models.document_masks import document_borders
+from shoal.models.document_masks import document_borders, documents_known
 from shoal.recipe.losses import CrossEntropy, ForwardKL
-from shoal.train.objective.host_batch import OnHost, documents_known
+from shoal.train.objective.host_batch import OnHost
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 from shoal.train.student.sizes import student_size
 
@@ -35,7 +35,7 @@ def step(student: PreTrainedModel, teacher: PreTrainedModel, kernels: str) -> tu
     installed.install()
     labels = IDS.masked_fill(POSITIONS == 0, IGNORED)
     host = OnHost(labels, POSITIONS, IDS)
-    with documents_known(host, CPU):
+    with documents_known(host.position_ids_BS, CPU):
         with torch.no_grad():
             signals = Signals(final_hidden(teacher, IDS, POSITIONS))
         loss, _ = student(IDS, POSITIONS, labels, signals=signals, on_host=host)
@@ -84,7 +84,7 @@ def test_kernels_get_half_precision_under_autocast(
 
 def test_borders_known_on_the_host_are_taken_and_not_asked_of_the_device() -> None:
     asked = document_masks.document_borders
-    with documents_known(OnHost(IDS, POSITIONS), CPU):
+    with documents_known(POSITIONS, CPU):
         # positions without a value, such as those that a device has not computed yet
         known = document_masks.document_borders(torch.empty_like(POSITIONS, device="meta"), CPU)
         assert document_masks.document_borders(POSITIONS, CPU) is known

@@ -7,13 +7,12 @@ from transformers import masking_utils
 
 from shoal.data.packing import IGNORED, ROW, SOURCES
 from shoal.models import document_masks
+from shoal.models.document_masks import documents_known
+from shoal.runtime import queued
 from shoal.train.objective.host_batch import (
     ON_HOST,
-    OnHost,
-    documents_known,
     learnt_places,
     on_host,
-    queued,
     with_host_copy,
 )
 from shoal.train.objective.objective import final_hidden
@@ -32,7 +31,7 @@ def test_documents_are_those_that_transformers_finds_on_the_device(positions: li
     positions_BS = torch.tensor(positions)
     asks = masking_utils.find_packed_sequence_indices
     theirs = asks(positions_BS)
-    with documents_known(OnHost(positions_BS, positions_BS), CPU):
+    with documents_known(positions_BS, CPU):
         ours = masking_utils.find_packed_sequence_indices(positions_BS)
     assert masking_utils.find_packed_sequence_indices is asks
     assert (ours is None) == (theirs is None)
@@ -44,9 +43,9 @@ def test_documents_are_those_that_transformers_finds_on_the_device(positions: li
 def test_what_is_known_of_a_part_of_a_batch_leaves_the_whole_known() -> None:
     whole, part = (torch.tensor(LAYOUTS["documents in one row"][rows:]) for rows in (0, 1))
     own = document_masks.document_borders
-    with documents_known(OnHost(whole, whole), CPU):
+    with documents_known(whole, CPU):
         known = document_masks.document_borders
-        with documents_known(OnHost(part, part), CPU):
+        with documents_known(part, CPU):
             assert document_masks.document_borders is not known
         assert document_masks.document_borders is known
     assert document_masks.document_borders is own
@@ -58,9 +57,9 @@ def test_models_compute_the_same_bits_where_documents_are_known(kind: str) -> No
     positions_BS = torch.cat([torch.arange(7), torch.arange(5)]).repeat(2, 1)
     with torch.no_grad():
         expected = final_hidden(model, ids_BS, positions_BS)
-        with documents_known(OnHost(ids_BS, positions_BS), CPU):
+        with documents_known(positions_BS, CPU):
             assert torch.equal(final_hidden(model, ids_BS, positions_BS), expected)
-        with documents_known(OnHost(ids_BS, torch.arange(12).repeat(2, 1)), CPU):
+        with documents_known(torch.arange(12).repeat(2, 1), CPU):
             assert not torch.equal(final_hidden(model, ids_BS, positions_BS), expected), "it is what is looked at"
 
 

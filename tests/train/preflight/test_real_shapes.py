@@ -36,10 +36,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from shoal.data.packing import PackedRows
+from shoal.models.document_masks import documents_known
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill
 from shoal.train.objective import chunked_loss, objective
-from shoal.train.objective.host_batch import documents_known, on_host, stacked
+from shoal.train.objective.host_batch import on_host, stacked
 from shoal.train.preflight import memory
 from shoal.train.student import frozen
 from shoal.train.student.sizes import built, shapes_only
@@ -131,7 +132,7 @@ def counted(spec: TrainSpec, rows: int, *, checkpointing: bool) -> int:
 
     with ExitStack() as stack:
         for change in (
-            documents_known(on_host(batch), CPU),
+            documents_known(on_host(batch).position_ids_BS, CPU),
             patch.object(objective, "learnt_places", known_places),
             patch.object(chunked_loss, "_block_rows", len),
             patch.object(torch, "equal", lambda one, other: one.shape == other.shape),
