@@ -31,6 +31,8 @@ WAITS = (
     *("aten::unique_", "aten::bincount", "aten::_linalg_eigh", "aten::_linalg_svd", "aten::_linalg_check_errors"),
 )
 """Operations whose answer, or its shape, the host needs, or that look whether they have converged."""
+UNORDERED = ("aten::cumsum", "aten::cumsum_", "aten::histc", "aten::median", "aten::kthvalue", "aten::put_")
+"""Operations on numbers that a GPU refuses where deterministic algorithms are asked for: it has none of them."""
 
 
 class MixedDevices(RuntimeError):
@@ -120,6 +122,8 @@ class _Operations(TorchDispatchMode):
                 return found
             if not all(on_gpu) and name not in COPIES:
                 self._refuse_mixed(name, args, tensors, on_gpu)
+            if name in UNORDERED and torch.are_deterministic_algorithms_enabled() and args[0].is_floating_point():
+                raise RuntimeError(f"{name} does not have a deterministic implementation")
             if name in SELECTIONS and any(leaf is not None and leaf.dtype == torch.bool for leaf in args[1]):
                 gpu.note("selection by a mask")
             if name.startswith(WAITS):

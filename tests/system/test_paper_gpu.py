@@ -11,7 +11,7 @@ Out of its reach:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from shoal.compress.metrics.metric import Calibration
 from shoal.compress.metrics.registry import METRICS
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.surgery.narrow_config import kept_width
-from shoal.compress.variants.variants import INTACT, Edited, score_variants, variant_of
+from shoal.compress.variants.variant_generation import Limits, generate_variants
+from shoal.compress.variants.variants import INTACT, Edited, score_variants, variant_of, without
 from shoal.data.image_rows import Asked, ImageReader, RowsWithImages, training_images
 from shoal.data.packing import IMAGES, PackedRows
 from shoal.data.streams import Layout as Packing
@@ -160,6 +161,12 @@ def edited(part: str) -> Callable[[Any], Any]:
     return scores
 
 
+def varied(model: Any) -> Any:
+    prompts, limits = [[*range(40, 52), *prompt] for prompt in PROMPTS], Limits(5, lambda text: False)
+    variants = [without([1]), without([2, 3]), variant_of(components_of("mlp", model)[1], model)]
+    return generate_variants(Edited(model), Decoder(model), prompts, variants, limits, batch_size=3)
+
+
 def seen(model: Any) -> Any:
     tower = {"vision_feature_layer": -2, "vision_config": {**CLIP, "num_hidden_layers": 3}}
     reader: Any = tiny_reader("llava", **tower)
@@ -176,6 +183,7 @@ STAGES: dict[str, tuple[Callable[[Any], Any], int]] = {
         lambda m: write_after(Decoder(m), PROMPTS, max_new_tokens=6, is_finished=lambda t: False),
         4 + 6 * 2,
     ),
+    "variants' texts": (varied, 79 + 3 + 4 * 2),
     "on-policy samples": (sampled, 3 + 6 * 3),
     "recording": (recorded, 1 * (3 + 2)),
     "compensation": (compensated, 147),
@@ -184,9 +192,9 @@ STAGES: dict[str, tuple[Callable[[Any], Any], int]] = {
     **{f"edit: {part}": (edited(part), (23 if part in WHOLE else 77) + 2 * 1) for part in EDITS},
 }
 """What a stage computes, and how often the host may wait: for its checks of a model once, then once for every batch of
-likelihoods, whatever the number of variants; twice for a token that is written (the token, and whether the mask hides
-something), three times in transformers' own loop; in a batch that is recorded for each kind of number and each state;
-three times in transformers' forward of an image."""
+likelihoods, whatever the number of variants, and for each one's first tokens; twice for a token that is written (the
+token, and whether the mask hides something), three times in transformers' own loop; in a batch that is recorded for
+each kind of number and each state; three times in transformers' forward of an image."""
 
 
 @pytest.mark.slow
@@ -216,15 +224,21 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"losses": "cross_entropy"},
     "lora": {"losses": "forward_kl", "lora": {"r": 4}},
 }
+REPEATED = "all terms"
+"""The training that runs as with `trainer.full_determinism`, in which a GPU refuses cumulative sums."""
 
 
 @pytest.mark.slow
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_micro_batch_of_training_waits_for_nothing(
-    name: str, paper_gpu: PaperGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_micro_batch_of_training_waits_for_nothing_and_can_be_repeated(
+    name: str, paper_gpu: PaperGpu, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.train.teacher.wiring.CHUNK", 32)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(name == REPEATED)
+    with pytest.raises(RuntimeError, match="deterministic") if name == REPEATED else nullcontext():
+        torch.ones(2, 2, device="cuda").cumsum(1)
     teacher = tiny_model("qwen3", dtype=torch.bfloat16)
     student = cut_model(teacher, (2, 4)).float()
     settings = {"sequence_length": 64, "precision": "bf16-mixed", **TRAININGS[name]}

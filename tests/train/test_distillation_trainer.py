@@ -390,6 +390,21 @@ def test_its_defaults_are_those_of_a_recipes_run(tmp_path: Path) -> None:
     assert [term["kind"] for term in of_run.losses] == [own.losses] == ["forward_kl"]
 
 
+def test_full_determinism_of_a_recipe_is_in_force_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # the Trainer sets them, and they are undone
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    settings = Distill(trainer={"full_determinism": True})
+    assert training_arguments(settings, None, output_dir=tmp_path, seed=0).full_determinism
+    trainer_of(tmp_path, trained_by=settings.trainer)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "attention would keep no order then"
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+
+
 def test_models_by_name_and_plain_arguments_are_taken_as_by_trl(tmp_path: Path) -> None:
     student, teacher = models()
     student.save_pretrained(tmp_path / "student")
