@@ -53,7 +53,6 @@ def device() -> torch.device:
 def queued(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values on the device by the time that it comes to use them; nobody waits for the copy, which a GPU makes by
     itself only from memory that stays where it is."""
-
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
