@@ -33,9 +33,9 @@ from shoal.data.repetition import Loop, loop_at_end
 from shoal.inference.generation import end_tokens, sample
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import Distill, OnPolicy
-from shoal.runtime import together
+from shoal.runtime import queued, together
 
-from .objective.host_batch import ON_HOST, OnHost, on_host, queued
+from .objective.host_batch import ON_HOST, OnHost, on_host
 
 LONGEST_PERIOD = 64
 """Most tokens of a piece whose copies make a loop."""

@@ -32,9 +32,9 @@ from shoal.recipe.losses import (
     needs_teacher,
     temperatures,
 )
+from shoal.runtime import queued
 
 from .divergences import Softmax, softened, temperature_of, token_losses
-from .host_batch import queued
 
 BLOCK = 2**17
 """Logits of one block on CPU for every thread: half a megabyte of fp32 per copy. Smaller ones would have threads wait

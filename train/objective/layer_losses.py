@@ -25,8 +25,9 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.document_masks import document_starts
 from shoal.recipe.losses import HiddenStates
+from shoal.runtime import queued
 
-from .host_batch import learnt_places, queued
+from .host_batch import learnt_places
 
 NO_STATES = "leave hidden_states out of distill.losses, and distill.teacher.prefix out"
 

@@ -24,11 +24,12 @@ from shoal.models.anatomy import decoder_body, decoder_layers, state_of, with_st
 from shoal.models.document_masks import documents_apart
 from shoal.models.load import before_head, logits_from_hidden
 from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, asked_sources, reads_distributions, term_names
+from shoal.runtime import queued
 
 from ..engine.kernels import Compiled, Fused
 from .chunked_loss import Dense, TermInput, TopK, block_loss, chunked_head_loss, compiles
 from .divergences import TaidState
-from .host_batch import OnHost, learnt_places, queued
+from .host_batch import OnHost, learnt_places
 from .layer_losses import Captured, StateLosses
 
 
