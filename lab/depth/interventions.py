@@ -54,7 +54,7 @@ def cut_positions(prompts: Sequence[Prompt], num_positions: int, *, seed: int) -
     drawn = random.Random(seed)
     cuts = []
     for prompt in prompts:
-        candidates = range(POSITION_STEP, len(prompt.input_ids) - 1, POSITION_STEP)
+        candidates = range(POSITION_STEP, len(prompt) - 1, POSITION_STEP)
         chosen = sorted(drawn.sample(candidates, min(num_positions, len(candidates))))
         cuts += [(prompt, position) for position in chosen]
     return cuts
@@ -79,7 +79,7 @@ def measure_effects(
     num_layers = runs.num_layers
     shapes = ((num_layers, num_layers), num_layers, num_layers)
     effects = DepthEffects(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-    cuts = sorted(cuts, key=lambda cut: len(cut[0].input_ids))  # little padding
+    cuts = sorted(cuts, key=lambda cut: len(cut[0]))  # little padding
     for start in range(0, len(cuts), batch_size):
         rows = _rows(runs, cuts[start : start + batch_size])
         # not the last layer: nothing behind it mixes tokens, so later ones never see that it was skipped

@@ -30,15 +30,10 @@ MAX_LOGITS = 1 << 22
 TOP = 5
 """Tokens of the lens that are compared."""
 
+Prompt = tuple[int, ...]
+"""One text as tokens."""
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer's index, its input and its output."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One text as tokens."""
-
-    input_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,11 @@ def batches_of_rows(rows: PackedRows, batch_size: int) -> list[TokenBatch]:
 
 def batch_of_prompts(prompts: Sequence[Prompt]) -> TokenBatch:
     """The prompts as rows, padded on the right."""
-    width = max(len(prompt.input_ids) for prompt in prompts)
+    width = max(len(prompt) for prompt in prompts)
     ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
-    lengths_B = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts])
     for row, prompt in zip(ids_BS, prompts, strict=True):
-        row[: len(prompt.input_ids)] = torch.tensor(prompt.input_ids)
+        row[: len(prompt)] = torch.tensor(prompt)
     index_S = torch.arange(width)
     real_BS = index_S < lengths_B[:, None]
     # positions of padding start again at 0, as those of another document do
@@ -91,7 +86,7 @@ def documents(rows: PackedRows, *, num_prompts: int, max_tokens: int, min_tokens
             if len(prompts) == num_prompts:
                 return prompts
             if end - start >= min_tokens:
-                prompts.append(Prompt(tuple(ids_S[start : min(end, start + max_tokens)].tolist())))
+                prompts.append(tuple(ids_S[start : min(end, start + max_tokens)].tolist()))
     return prompts
 
 

@@ -201,14 +201,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file holds; empty where there is no file."""
+def read_json(path: Path, remedy: str = "delete it and run a stage again") -> dict[str, Any]:
+    """The mapping that a JSON file holds; empty where there is no file. ``remedy`` ends what is said of another one."""
     try:
         body = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
+        raise UserError(f"{path}: is not valid JSON ({error}); {remedy}") from error
     if not isinstance(body, dict):
-        raise UserError(f"{path}: holds {type(body).__name__}, and no mapping; delete it and run a stage again")
+        raise UserError(f"{path}: must be a mapping of settings, got {type(body).__name__}; {remedy}")
     return body
 
 

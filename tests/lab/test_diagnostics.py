@@ -35,7 +35,7 @@ AFTER_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 HALVES = {"gemma3": AFTER_NORMS, "olmo2": AFTER_NORMS, "gpt_neox": ("attention", "mlp")}
 EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28)
 PROMPTS = [
-    Prompt(tuple((7 * token + 3) % 250 for token in range(start, start + length)))
+    tuple((7 * token + 3) % 250 for token in range(start, start + length))
     for start, length in ((0, 13), (40, 20), (90, 11))
 ]
 States = list[Tensor]
@@ -43,8 +43,8 @@ States = list[Tensor]
 
 def rows_of(prompts: Sequence[Prompt]) -> PackedRows:
     """One row, a document for each of ``prompts``."""
-    ids = [token for prompt in prompts for token in prompt.input_ids]
-    positions = [place for prompt in prompts for place in range(len(prompt.input_ids))]
+    ids = [token for prompt in prompts for token in prompt]
+    positions = [place for prompt in prompts for place in range(len(prompt))]
     return PackedRows(torch.tensor([ids]), torch.tensor([positions]))
 
 
@@ -165,10 +165,10 @@ def largest_effects(
     layers = decoder_layers(model)
     relative = torch.zeros(NUM_LAYERS, NUM_LAYERS, dtype=torch.float64)
     output, erased = [0.0] * NUM_LAYERS, [0.0] * NUM_LAYERS
-    everything = [run_whole(model, torch.tensor(prompt.input_ids))[0] for prompt in PROMPTS]
+    everything = [run_whole(model, torch.tensor(prompt))[0] for prompt in PROMPTS]
     means = [torch.cat([states[layer] for states in everything]).mean(0) for layer in range(NUM_LAYERS)]
     for prompt, cut in cut_positions(prompts, EFFORT.num_positions, seed=seed):
-        ids = torch.tensor(prompt.input_ids)
+        ids = torch.tensor(prompt)
         states, probabilities = run_whole(model, ids)
         for skip in range(NUM_LAYERS):
 

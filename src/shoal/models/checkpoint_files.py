@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from shoal.atomic_files import read_json
 from shoal.errors import UserError
 
 DOWNLOAD_AGAIN = "make or download the checkpoint again"
@@ -247,20 +248,8 @@ def copy_beside(source: Path, folder: Path, patterns: Iterable[str] = (*WITH_TOK
 
 
 def json_or_empty(file: Path) -> dict[str, Any]:
-    """The content of a settings file; empty where there is none.
-
-    Raises:
-        UserError: it is no JSON, or no mapping.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: must be a mapping of settings, got {type(content).__name__}; {DOWNLOAD_AGAIN}")
-    return content
+    """The content of a settings file of a checkpoint; empty where there is none."""
+    return read_json(file, DOWNLOAD_AGAIN)
 
 
 def read_header(file: Path) -> Shard:

@@ -102,7 +102,7 @@ def test_report_refuses_a_folder_without_results(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no result to report"):
         write_report(tmp_path)
-    for text, message in (("{", "is not valid JSON"), ("[]", "holds list, and no mapping")):
+    for text, message in (("{", "is not valid JSON"), ("[]", "must be a mapping of settings, got list")):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UserError, match=rf"run\.json: {message}"):
             write_report(tmp_path)

@@ -54,7 +54,7 @@ def test_an_impossible_width_is_refused_before_any_text_is_read(
         pruning.prune(run)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("[]")
-    with pytest.raises(UserError, match=r"run.json: holds list, and no mapping"):
+    with pytest.raises(UserError, match=r"run.json: must be a mapping of settings, got list"):
         run_of(teacher, tmp_path)
 
 
