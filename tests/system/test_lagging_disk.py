@@ -13,14 +13,18 @@ from training_runs import KEEPING, all_of, finished, run, terminate, write_recip
 
 pytestmark = [pytest.mark.prove, pytest.mark.slow]
 MEASURED = "prune={num_drop: 2, metric: block_influence}"
+BEST = {"eval_steps": 2, "perplexity_tokens": 128, "metric_for_best_model": "perplexity"}
+SETTINGS: list[dict[str, Any]] = [
+    {"deepspeed": "zero2"},
+    {"deepspeed": "zero3", "teacher": {"kind": "recorded", "top_k": 50}, "watch": BEST},
+]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["zero2", "recorded"])
 def test_ranks_of_nodes_that_see_files_late_do_what_those_of_one_machine_do(
-    teacher: Path, tmp_path: Path, stage: int
+    teacher: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    settings: dict[str, Any] = {"deepspeed": f"zero{stage}", **KEEPING}
-    apart, whole = (write_recipe(tmp_path / name, teacher, **settings) for name in ("apart", "whole"))
+    apart, whole = (write_recipe(tmp_path / name, teacher, **settings, **KEEPING) for name in ("apart", "whole"))
     late = partial(lag_behind, tmp_path / "apart")
     stopped = run(apart, MEASURED, ranks=2, before=partial(all_of, late, partial(terminate, 5)))
     assert stopped.result is not None

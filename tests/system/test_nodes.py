@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from ranks import environment, run_ranks
+from ranks import environment, run_ranks, wait_for
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
@@ -115,33 +116,57 @@ exit ${code:-0}""",
 """What the job script calls of SLURM."""
 
 
+@pytest.fixture
+def recipes(tmp_path) -> list[Path]:
+    """Of two trainings with many checkpoints, in folders of their own."""
+    teacher, kept = tiny_checkpoint(tmp_path, "llama_tied"), {"trainer": {"save_strategy": "steps", "save_steps": 2}}
+    places = (tmp_path / "alone", tmp_path / "together")
+    return [write_recipe(place, teacher, steps=MANY_STEPS, deepspeed="zero2", **kept) for place in places]
+
+
+def saved(path: Path) -> Iterator[Path]:
+    return path.parent.glob("run/checkpoints/*/manifest.json")
+
+
 @pytest.mark.prove
-def test_a_slurm_job_on_two_nodes_goes_on_when_it_is_requeued_and_ends_with_the_weights_of_one(nodes, tmp_path):
-    teacher = tiny_checkpoint(tmp_path, "llama_tied")
-    kept = {"trainer": {"save_strategy": "steps", "save_steps": 2}}
-    alone, together = (
-        write_recipe(tmp_path / name, teacher, steps=MANY_STEPS, deepspeed="zero2", **kept)
-        for name in ("alone", "together")
-    )
+def test_a_slurm_job_on_two_nodes_goes_on_when_it_is_requeued_and_ends_with_the_weights_of_one(
+    nodes, recipes, tmp_path
+):
     for name, text in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env = environment(NETWORKS=nodes[0].removesuffix("-a"), SLURM_JOB_NODELIST=" ".join(NODES), SLURM_JOB_ID="7")
     env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
     env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", str(CLUSTER / "slurm.sbatch"), str(together)]
+    command = ["bash", str(CLUSTER / "slurm.sbatch"), str(recipes[1])]
     job = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while job.poll() is None and not [*together.parent.glob("run/checkpoints/*/manifest.json")]:
-        time.sleep(0.05)
+    wait_for(lambda: job.poll() is not None or any(saved(recipes[1])), "a first checkpoint", 300)
     job.send_signal(signal.SIGTERM)
     _, log = job.communicate(timeout=300)
     assert job.returncode == 143, log[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert not (together.parent / "run/distilled").exists()
+    assert not (recipes[1].parent / "run/distilled").exists()
     again = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "going on from" in again.stderr
-    equal_to_one_node(alone, together)
+    equal_to_one_node(*recipes)
+
+
+@pytest.mark.prove
+def test_torchrun_on_two_nodes_begins_again_from_the_last_checkpoint_when_a_rank_is_killed(nodes, recipes, tmp_path):
+    env = environment(FIRST_NODE=NODES[0], GPUS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    launched = []
+    for number, network in enumerate(nodes):
+        command = ["ip", "netns", "exec", network, "unshare", "--uts", "bash", "-c", 'hostname $0; exec bash "$@"']
+        command += [NODES[number], str(CLUSTER / "torchrun.sh"), str(number), str(recipes[1])]
+        launched.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    wait_for(lambda: launched[1].poll() is not None or any(saved(recipes[1])), "a first checkpoint", 300)
+    rank = next(p for p in psutil.Process(launched[1].pid).children(recursive=True) if "RANK" in p.environ())
+    rank.kill()
+    logs = [process.communicate(timeout=300)[1] for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], logs[0][-3000:] + logs[1][-3000:]
+    assert "going on from" in logs[0]
+    equal_to_one_node(*recipes)
 
 
 def test_the_hostfile_example_is_one_that_the_launcher_reads():
