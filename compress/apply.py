@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 
 KINDS: dict[type, Callable[[Any], Change]] = {Width: Narrowing, Compensate: Compensation}
 """Settings of a change -> the change."""
-MOST_TOKENS = 65_536
-"""Where a change needs no more: a correction of 14,336 features needs these, and the states of all are in memory."""
 
 
 def changes_of(prune: Prune) -> tuple[Change, ...]:
@@ -56,10 +54,8 @@ def changes_of(prune: Prune) -> tuple[Change, ...]:
 
 
 def num_tokens_of(changes: Sequence[Change], teacher: PreTrainedModel, plan: Plan, settings: Measure) -> int:
-    """Tokens of the text of ``settings`` that all of ``changes`` are decided on: as many as they need, and as a
-    measurement reads, as far as these are no more than MOST_TOKENS. ``teacher`` is without weights."""
-    needed = [change.num_tokens(teacher, plan, settings.sequence_length) for change in changes]
-    return max([min(settings.num_tokens, MOST_TOKENS), *needed])
+    """Tokens of the text of ``settings`` that all of ``changes`` are decided on; ``teacher`` is without weights."""
+    return max((change.num_tokens(teacher, plan, settings) for change in changes), default=0)
 
 
 def apply_plan(

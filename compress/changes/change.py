@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.plan import Plan
+from shoal.recipe.measure import Measure
 
 from ..metrics.metric import Calibration
 from ..surgery.teacher import Teacher
@@ -49,8 +50,9 @@ class Change(Protocol):
     IS_ROUNDED: ClassVar[bool]
     """Whether the student's answers are the teacher's with the change in force up to rounding only."""
 
-    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, sequence_length: int) -> int:
-        """Tokens of text, in rows of ``sequence_length``, that it needs at least; ``teacher`` is without weights."""
+    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, settings: Measure) -> int:
+        """Tokens of text that it is decided on: as many as a measurement by ``settings`` reads, as far as these are no
+        more than it gains by, and as many as it needs; ``teacher`` is without weights."""
         ...
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:

@@ -15,15 +15,16 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import CLOSED_GAPS
 from shoal.models.load import loaded_dtype, without_data
+from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate
 
 from ..edits.tensors import tensors_in_place
 from ..metrics.metric import Calibration
 from ..surgery.config_cut import uncut_layers
 from ..surgery.teacher import Teacher
-from .calibration import calibrating, in_words, needed_bytes, refuse_quantised
+from .calibration import MOST_TOKENS, calibrating, in_words, needed_bytes, refuse_quantised
 from .change import InForce, NewTensors, Tensors
-from .fit import compensate, needed_features, needed_tokens, operations
+from .fit import ENOUGH_FOR_FACTORS, compensate, needed_features, needed_tokens, operations
 from .fold import COMPENSATE, LEAVE_OUT
 
 
@@ -35,9 +36,11 @@ class Compensation:
 
     settings: Compensate
 
-    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, sequence_length: int) -> int:
+    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, settings: Measure) -> int:
         """Enough for every feature that a correction is fitted to, and for rows that are held out."""
-        return needed_tokens(needed_features(teacher, plan.drop, self.settings), sequence_length)
+        most = ENOUGH_FOR_FACTORS if self.settings.method == "scale" else MOST_TOKENS
+        needed = needed_tokens(needed_features(teacher, plan.drop, self.settings), settings.sequence_length)
+        return max(needed, min(settings.num_tokens, most))
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """The teacher as it is: no size changes."""

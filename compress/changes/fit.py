@@ -5,9 +5,9 @@ student's state is kept as a teacher with hooks would have it: multiplied at eve
 goes into weights of kept layers (fold.py), and in the end these are compared with the hooks.
 
 Operations: what is fitted to goes through the teacher up to the last gap, through the student's layers from the first
-to the last one, twice through the one below a gap, and into sums of one F x F and two F x D products per gap with a
-correction. The held-out eighth of the rows goes once through all of the teacher, and behind every gap through all of
-the student above it and both heads. One of these rows alone proves what is folded.
+to the last one, twice through those below a gap, and into sums of one F x F and two F x D products per gap with a
+correction; the held-out eighth of the rows once through all of the teacher, and behind every gap through the student
+above it and both heads. The last row alone proves what is folded.
 
 At a gap the kept layer below it gives the student's state x and features f of what its MLP wrote; the teacher has y
 behind the gap. Sought are a factor a and a matrix E that make y ~ a x + f E, since both can be folded into weights: E
@@ -57,6 +57,8 @@ HELD_OUT_SHARE = 8
 """The last one in so many rows is not fitted to: rows of other documents, but for the one that is cut in two."""
 TOKENS_PER_FEATURE = 4
 """Fitted tokens for every feature below which a correction is refused: it would follow the noise."""
+ENOUGH_FOR_FACTORS = 8192
+"""Tokens by which a factor without a correction, one number for thousands of channels, is settled to a hundredth."""
 FACTORS = (0.5, 4.0)
 """Least and largest factor; what lies outside comes of states that are not alike at all."""
 TOLERANCE = 0.02
@@ -146,7 +148,7 @@ def fit_correction(train: Sums, held_out: Sums, *, with_factor: bool) -> Fit:
     return fit(SHRINKAGES[next(i for i, error in enumerate(errors) if error <= (1 + NEGLIGIBLE) * min(errors))])
 
 
-NONE = Fit()
+NONE, END = Fit(), -1
 
 
 @dataclass(frozen=True)
@@ -223,19 +225,12 @@ class _Batch:
     teacher: Tensor
     student: Tensor
     behind: dict[int, Tensor] = field(default_factory=dict)
-    """The teacher's state after some layers, of held-out rows."""
-    end: Tensor | None = None
-    """What the teacher's head gets, of held-out rows."""
+    """Of held-out rows: the teacher's state by the last layer of every gap, and by END what its head gets."""
 
 
 class _Fitting:
     def __init__(
-        self,
-        source: Source,
-        drop: Sequence[int],
-        settings: Compensate,
-        text: Calibration,
-        before: InForce | None = None,
+        self, source: Source, drop: Sequence[int], settings: Compensate, text: Calibration, before: InForce | None
     ) -> None:
         self.model, self.layerwise, self.decoder = source.model, source.layerwise, source.decoder
         self.num_layers, self.before = self.layerwise.num_layers, before
@@ -310,7 +305,7 @@ class _Fitting:
         if self.with_factor:
             refuse_sized_end(self.layerwise, prepared, states[-1])
         for batch, state in zip(self.held_out, states, strict=True):
-            batch.end = self.layerwise.finish(state, batch.prepared)
+            batch.behind[END] = self.layerwise.finish(state, batch.prepared)
 
     def _batches(self, source: Source, text: Calibration) -> Iterator[_Batch]:
         """What is fitted to, then what is held out; the last row alone."""
@@ -345,22 +340,20 @@ class _Fitting:
         error = test.error()
         del train, test  # which are large
         still_open = [batch.student for batch in self.held_out]
-        tensors = self._corrected(fit, correction, below, before[id(self.probe)])
+        tensors: Tensors = {}
+        if correction is not None and fit.added_FD is not None:
+            proof = before[id(self.probe)], self.probe.prepared.calls[below]
+            tensors = correction.folded(fit.added_FD / fit.factor, *proof)
         self._apply(fit, tensors, below, before, self.held_out)
         closed_states = [batch.student for batch in self.held_out]
         closed, *opened = self._divergences(last + 1, closed_states, *[still_open] * math.isnan(self.divergence))
         (divergence,) = opened or [self.divergence]
         helps = self._helps(fit, divergence, closed)
+        how = f"factor {fit.factor:.3f}{'' if fit.added_FD is None else ' and a correction'}"
         log.info(
-            "prune: gap of %s: factor %.3f%s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> "
-            "%.4f nats a token%s",
-            where,
-            fit.factor,
-            "" if fit.added_FD is None else " and a correction",
-            error,
-            error if fit is NONE else fit.error,
-            divergence,
-            closed,
+            "prune: gap of %s: %s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> %.4f nats a "
+            "token%s",
+            *(where, how, error, error if fit is NONE else fit.error, divergence, closed),
             "" if helps else ": it does not fall, so the gap stays as it was",
         )
         if not helps:
@@ -375,31 +368,22 @@ class _Fitting:
             self._fold_factor(below, before[id(self.probe)])
         self.product *= fit.factor
         self.divergence = closed
-        return ClosedGap(
-            first=first,
-            last=last,
-            factor=fit.factor,
-            is_corrected=fit.added_FD is not None,
-            error_before=error,
-            error_after=fit.error if helps else error,
-            divergence_before=divergence,
-            divergence_after=closed,
-        )
+        errors = error, fit.error if helps else error
+        return ClosedGap(first, last, fit.factor, fit.added_FD is not None, *errors, divergence, closed)
 
     def _sums(self, correction: Correction | None, below: int, where: str) -> tuple[Sums, Sums]:
         """What is fitted to and what is tested on, with the teacher past the gap; the student goes past ``below``."""
         train, test = Sums(), Sums()
         for batch in self.batches:
             features_ND: Tensor | None = None
-            call, before_BSD, teacher_BSD = batch.prepared.calls[below], batch.student, batch.teacher
             if correction is None:
-                student_BSD = self.layerwise.run(below, before_BSD, call)
+                batch.student = self._run(below, batch, batch.student)
             else:
-                student_BSD, features_BSF = correction.features(before_BSD, call)
+                batch.student, features_BSF = correction.features(batch.student, batch.prepared.calls[below])
                 features_ND = features_BSF.flatten(0, 1)
-            self._refuse_not_finite(where, student_BSD, teacher_BSD)
-            batch.student = student_BSD
-            (test if batch.held_out else train).add(student_BSD.flatten(0, 1), features_ND, teacher_BSD.flatten(0, 1))
+            self._refuse_not_finite(where, batch.student, batch.teacher)
+            into = test if batch.held_out else train
+            into.add(batch.student.flatten(0, 1), features_ND, batch.teacher.flatten(0, 1))
         return train, test
 
     def _refuse_not_finite(self, where: str, *states: Tensor) -> None:
@@ -409,19 +393,12 @@ class _Fitting:
                 f"weights, or {LEAVE_OUT}"
             )
 
-    def _corrected(self, fit: Fit, correction: Correction | None, below: int, before_BSD: Tensor) -> Tensors:
-        """The tensors of ``below`` that hold the correction of ``fit``; none where it has none."""
-        if correction is None or fit.added_FD is None:
-            return {}
-        return correction.folded(fit.added_FD / fit.factor, before_BSD, self.probe.prepared.calls[below])
-
     def _apply(
         self, fit: Fit, tensors: Tensors, below: int, before: Mapping[int, Tensor], some: Sequence[_Batch]
     ) -> None:
         """Close the gap above ``below`` in ``some`` batches, by what was found from their states ``before`` it."""
         with tensors_in_place(self.model, {below: tensors}):
-            for batch in some:
-                # features are made again, since all of them would be too much
+            for batch in some:  # features are made again, since all of them would be too much
                 after = self._run(below, batch, before[id(batch)]) if tensors else batch.student
                 batch.student = after * fit.factor
 
@@ -464,9 +441,8 @@ class _Fitting:
         totals, num_tokens = [0.0 for _ in variants], 0
         size = min(self.decoder.positions_at_once(), self.decoder.enough_tokens)
         for batch, *states in zip(some, *variants, strict=True):
-            assert batch.end is not None
             ours = [self.layerwise.finish(state, batch.prepared).flatten(0, 1).split(size) for state in states]
-            for theirs_ND, *ours_ND in zip(batch.end.flatten(0, 1).split(size), *ours, strict=True):
+            for theirs_ND, *ours_ND in zip(batch.behind[END].flatten(0, 1).split(size), *ours, strict=True):
                 log_p = self.decoder.logits(theirs_ND).log_softmax(-1)
                 p = log_p.exp()
                 for variant, own_ND in enumerate(ours_ND):  # in place, since these outweigh the products with the head

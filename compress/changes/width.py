@@ -34,6 +34,7 @@ from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import StoredTensor
 from shoal.models.load import FLOATS
 from shoal.progress import each
+from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Width
 
 from ..edits.layer_edits import Half
@@ -47,7 +48,7 @@ from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, load_without_data
 from ..surgery.teacher import Teacher
 from ..variants.layerwise import Call
-from .calibration import Source, batches, calibrating, in_words, needed_bytes, one_pass
+from .calibration import MOST_TOKENS, Source, batches, calibrating, in_words, needed_bytes, one_pass
 from .change import InForce, NewTensors, Tensors
 from .fold import same_states
 from .narrowing import Part, Sizes, Units, sizes_of
@@ -64,9 +65,9 @@ class Narrowing:
 
     settings: Width
 
-    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, sequence_length: int) -> int:
+    def num_tokens(self, teacher: PreTrainedModel, plan: Plan, settings: Measure) -> int:
         """One row: more make the choice surer, and none is too little."""
-        return sequence_length
+        return max(settings.sequence_length, min(settings.num_tokens, MOST_TOKENS))
 
     def sizes(self, teacher: Teacher, plan: Plan) -> Teacher:
         """Configuration and tensors as small as they will be: from their start on, where their bytes have a place."""

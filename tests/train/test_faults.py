@@ -93,7 +93,8 @@ def test_a_killed_process(
     path, kept = pruned(tmp_path, **SETTINGS), 0
     for _ in range(MOMENTS):
         moment = kept + chance.randrange(1, STEPS // 8)
-        shoal = Shoal(tmp_path, verb, "--config", str(path), "num_processes=2", forked=True)
+        asked = "num_processes=2", "measure.num_tokens=512"
+        shoal = Shoal(tmp_path, verb, "--config", str(path), *asked, forked=True)
         while newest(tmp_path / "run") < moment and shoal.process.poll() is None:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.1))

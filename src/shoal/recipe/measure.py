@@ -65,7 +65,8 @@ class Measure(Section):
     """Text that the model reads. prune.changes are decided on it too, and text that it is unlike gains little by them:
     name some of every kind that the student will read."""
     num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.PLAN] = 20_000
-    """Tokens that the model reads; for prune.changes up to 65,536 of them, or as many more as they need."""
+    """Tokens that the model reads; for prune.changes up to 65,536 of them (scale: 8,192), or as many more as they
+    need."""
     sequence_length: Annotated[RowLength, Shapes.IMPORTANCE | Shapes.PLAN] = 512
     """Tokens of one row."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4

@@ -32,9 +32,15 @@ def test_every_kind_is_tried_here() -> None:
     assert {settings.__dataclass_fields__["kind"].default for settings in KINDS} == {WIDTH["kind"], SCALE["kind"]}
 
 
-@pytest.mark.parametrize(("read", "decided"), [(20, 224), (2048, 2048), (10**6, 65_536)])
-def test_text_is_what_is_measured_on_or_what_a_change_needs_and_fits_in_memory(read: int, decided: int) -> None:
-    changes = changes_of(parse_recipe({"model": "m", "prune": {"drop": [2, 4], "changes": "compensate"}}).prune)
+@pytest.mark.parametrize(
+    ("asked", "read", "decided"),
+    [
+        *(("compensate", 20, 224), ("compensate", 2048, 2048), ("compensate", 10**6, 65_536)),
+        *((SCALE, 20, 64), (SCALE, 10**6, 8192), (WIDTH, 20, 32), ([WIDTH, SCALE], 10**6, 65_536)),
+    ],
+)
+def test_text_is_what_is_measured_on_or_what_a_change_needs_or_gains_by(asked: Any, read: int, decided: int) -> None:
+    changes = changes_of(parse_recipe({"model": "m", "prune": {"drop": [2, 4], "changes": asked}}).prune)
     found = num_tokens_of(
         changes, tiny_model("llama"), Plan(Provenance({}), 6, (2, 4), ""), replace(TEXT, num_tokens=read)
     )

@@ -75,11 +75,9 @@ def multiplied(teacher: PreTrainedModel, factors: dict[int, float]) -> Iterator[
 
 def held_out_end(teacher: PreTrainedModel, rows: PackedRows) -> Tensor:
     """(B, S, D) The teacher's final state of the first held-out batch."""
-    fitting = fit._Fitting(Source(teacher), DROP, Compensate(method="scale"), Calibration(rows, 4))
+    fitting = fit._Fitting(Source(teacher), DROP, Compensate(method="scale"), Calibration(rows, 4), None)
     fitting._see_teacher()
-    end = fitting.held_out[0].end
-    assert end is not None
-    return end
+    return fitting.held_out[0].behind[fit.END]
 
 
 def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Fitted:
