@@ -72,11 +72,11 @@ def batches(source: Source, rows: PackedRows, batch_size: int) -> Iterator[tuple
 def calibrating(teacher: Teacher, num_tokens: int, *, section: str, flop: float | None = None) -> Iterator[Source]:
     """The model of ``teacher``, in a block in which a ``section`` of the recipe decides by it on so many tokens: in
     float32, under autocast where half precision is fast, since a state's rounding to 16 bits hides changes. What that
-    takes is logged before; ``flop``: its floating-point operations, None = one_pass.
+    takes is logged before; ``flop``: its floating-point operations, None = those of one pass.
     """
     where, folder, trust_remote_code = device(), teacher.folder, teacher.trust_remote_code
     bare = without_data(teacher.config)
-    needed, flop = needed_bytes(bare, num_tokens), flop or one_pass(bare, num_tokens)
+    needed, flop = needed_bytes(bare, num_tokens), flop or 2.0 * num_parameters(bare) * num_tokens
     level = logging.WARNING if needed > device_memory(where) else logging.INFO
     log.log(level, "%s: %s tokens, %s", section, f"{num_tokens:,}", in_words(needed, flop))
     fast = named_dtype(fast_dtype(where).dtype)
@@ -118,11 +118,6 @@ def needed_bytes(model: PreTrainedModel, num_tokens: int, *, num_features: int =
     hidden = text_config(model.config).hidden_size
     sums = 8 * (4 * num_features**2 + 8 * num_features * hidden)
     return 4 * num_parameters(model) + int(STATES * num_tokens * hidden * 4) + sums
-
-
-def one_pass(model: PreTrainedModel, num_tokens: int) -> float:
-    """Floating-point operations of so many tokens through ``model``, about."""
-    return 2.0 * num_parameters(model) * num_tokens
 
 
 def in_words(needed: int, flop: float) -> str:

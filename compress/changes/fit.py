@@ -178,18 +178,17 @@ def needed_features(model: PreTrainedModel, drop: Sequence[int], settings: Compe
 
 def operations(model: PreTrainedModel, drop: Sequence[int], settings: Compensate, num_tokens: int) -> float:
     """Floating-point operations that compensate takes, as the first lines here count them, about."""
-    num_layers, held_out, found = len(decoder_layers(model)), 1 / HELD_OUT_SHARE, gaps(drop)
-    (first, _), (start, top) = found[0], found[-1]
-    above = [sum(layer not in drop for layer in range(last + 1, num_layers)) for _, last in found]
-    features, hidden = needed_features(model, drop, settings), text_config(model.config).hidden_size
-    twice = len(found) if features else 0
-    between = sum(layer not in drop for layer in range(first - 1, start)) + twice
-    of_fitted, of_held_out = top + 1 + between, num_layers + between + above[0] + sum(above)
-    head = model.get_output_embeddings().weight.numel()
+    num_layers, below = len(decoder_layers(model)), [first - 1 for first, _ in gaps(drop)]
+    kept = [layer for layer in range(num_layers) if layer not in drop]
+    text, features = text_config(model.config), needed_features(model, drop, settings)
+    between = sum(below[0] <= layer <= below[-1] for layer in kept) + len(below) * bool(features)
+    above = sum(layer > gap for gap in (below[0], *below) for layer in kept)
+    head = text.hidden_size * text.vocab_size
     layer = (num_parameters(model) - head) / num_layers
-    passes = layer * (of_fitted + held_out * (of_held_out - of_fitted)) + held_out * head * (2 * len(found) + 1)
-    products = len(found) * features * (features + 2 * hidden)
-    return 2 * num_tokens * (passes + products)
+    fitted = layer * (max(drop) + 1 + between)
+    held_out = layer * (num_layers + between + above) + head * (2 * len(below) + 1)
+    products = len(below) * features * (features + 2 * text.hidden_size)
+    return 2 * num_tokens * (fitted + (held_out - fitted) / HELD_OUT_SHARE + products)
 
 
 def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
@@ -348,7 +347,7 @@ class _Fitting:
         closed_states = [batch.student for batch in self.held_out]
         closed, *opened = self._divergences(last + 1, closed_states, *[still_open] * math.isnan(self.divergence))
         (divergence,) = opened or [self.divergence]
-        helps = self._helps(fit, divergence, closed)
+        helps = closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
         how = f"factor {fit.factor:.3f}{'' if fit.added_FD is None else ' and a correction'}"
         log.info(
             "prune: gap of %s: %s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> %.4f nats a "
@@ -401,10 +400,6 @@ class _Fitting:
             for batch in some:  # features are made again, since all of them would be too much
                 after = self._run(below, batch, before[id(batch)]) if tensors else batch.student
                 batch.student = after * fit.factor
-
-    def _helps(self, fit: Fit, divergence: float, closed: float) -> bool:
-        """Whether a gap whose divergence was the first and is the second is to be closed."""
-        return closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
 
     def _fit(self, train: Sums, test: Sums, *, is_last: bool) -> Fit:
         with_factor = self.with_factor and not is_last  # behind the last gap there is a norm alone

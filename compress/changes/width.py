@@ -32,7 +32,7 @@ from shoal.artifacts.plan import KeptWidth, Plan, indices_of, mask_of
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.checkpoint_files import StoredTensor
-from shoal.models.load import FLOATS
+from shoal.models.load import FLOATS, num_parameters
 from shoal.progress import each
 from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Width
@@ -48,7 +48,7 @@ from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, load_without_data
 from ..surgery.teacher import Teacher
 from ..variants.layerwise import Call
-from .calibration import MOST_TOKENS, Source, batches, calibrating, in_words, needed_bytes, one_pass
+from .calibration import MOST_TOKENS, Source, batches, calibrating, in_words, needed_bytes
 from .change import InForce, NewTensors, Tensors
 from .fold import same_states
 from .narrowing import Part, Sizes, Units, sizes_of
@@ -118,7 +118,7 @@ class Narrowing:
 
     def words(self, teacher: PreTrainedModel, plan: Plan, num_tokens: int) -> str:
         """Text, memory and time."""
-        needed = in_words(needed_bytes(teacher, num_tokens), one_pass(teacher, num_tokens))
+        needed = in_words(needed_bytes(teacher, num_tokens), 2.0 * num_parameters(teacher) * num_tokens)
         return f"width: chosen on {num_tokens:,} tokens, {needed}"
 
     def _sizes(self, teacher: Teacher) -> Sizes:

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = "shoal.launch.cli"
-STARTS = {COMMAND: 3, "deepspeed.launcher.runner": 1, "deepspeed.launcher.launch": 2}
-"""Processes that the modules start at most; a rank, which is the command as well, starts none."""
+STARTS = {COMMAND: 1, "deepspeed.launcher.runner": 1, "deepspeed.launcher.launch": 2}
+"""Processes that the modules start; a rank, which is the command as well, starts none."""
+STAGES = 3
+"""Of `shoal run` as many one after the other, before it scores."""
 
 
 class Forked:
@@ -110,7 +112,7 @@ def _ended(command: list[str], env: Mapping[str, str]) -> int:
     os.environ.clear()
     os.environ.update(env)
     name, *sys.argv[1:] = command[command.index("-m") + 1 :]
-    starts = 0 if "LOCAL_RANK" in os.environ else STARTS[name]
+    starts = 0 if "LOCAL_RANK" in os.environ else STAGES if sys.argv[1] == "run" else STARTS[name]
     waiting = [Forked() for _ in range(starts)]
     subprocess.Popen = partial(_popen, waiting, subprocess.Popen)  # pyright: ignore[reportAttributeAccessIssue]
     try:
